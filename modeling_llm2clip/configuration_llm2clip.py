@@ -1,0 +1,199 @@
+"""Everything about an LLM2CLIP model that changes a number it returns.
+
+Travels to the Hub beside the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FORMAT_VERSION = 1
+LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
+TEXT_POOLINGS = ("mean", "last_token")
+VISION_POOLINGS = ("pooler", "cls", "mean")
+
+# What transformers itself reads from or writes into any config.json; all else unknown is refused.
+_BASE_FIELDS = {
+    "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
+    "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
+    "label2id", "id2label",
+}  # fmt: skip
+
+
+class LLM2CLIPConfig(PreTrainedConfig):
+    """Configuration of an LLM2CLIP model (arXiv:2411.04997, section 3).
+
+    Args:
+        vision_config, text_config: configuration of the two towers, as an object or as the
+            dictionary that `config.json` holds; a dictionary needs its `model_type`.
+        projection_dim: width of the space that pictures and texts share.
+        bidirectional: whether every caption token sees every other. Written through to
+            `text_config.is_causal`, which is what transformers' attention reads.
+        text_pooling: `"mean"` over the pooled span, or its `"last_token"`.
+        prompt_prefix_ids: token ids in front of every caption: attended to, not pooled.
+        prompt_suffix_ids: token ids behind every caption: attended to and pooled.
+        prompt_suffix_ends_special: whether the last suffix id is a special token of the
+            tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
+        max_text_length: most tokens a text may have, prompt included.
+        normalize_text_before_adapter: unit length before the adapter (most official
+            checkpoints; not those trained with the LLM in the loop).
+        text_adapter_layers, text_adapter_expansion: residual blocks of the adapter and how many
+            times wider than the LLM their inner layer is.
+        vision_pooling: what represents a picture: the tower's own `"pooler"` output, its `"cls"`
+            token, or the `"mean"` of its tokens.
+        visual_projection_bias: whether the picture projection has a bias.
+        logit_scale_init_value: logarithm of the initial inverse temperature.
+        format_version: layout of weights and settings; checked on loading.
+
+    Raises:
+        ValueError: a field is unknown, missing in a saved file, contradictory, or written by
+            another format.
+    """
+
+    model_type = "llm2clip"
+    _auto_class = "AutoConfig"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        *,
+        projection_dim: int = 512,
+        bidirectional: bool = True,
+        text_pooling: str = "mean",
+        prompt_prefix_ids: Sequence[int] = (),
+        prompt_suffix_ids: Sequence[int] = (),
+        prompt_suffix_ends_special: bool = False,
+        max_text_length: int = 512,
+        normalize_text_before_adapter: bool = True,
+        text_adapter_layers: int = 4,
+        text_adapter_expansion: int = 2,
+        vision_pooling: str = "pooler",
+        visual_projection_bias: bool = False,
+        logit_scale_init_value: float = LOGIT_SCALE_INIT,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        _check_format(format_version)
+        _refuse_unknown_fields(kwargs)
+        self.vision_config = _tower_config(vision_config, name="vision_config")
+        self.text_config = _tower_config(text_config, name="text_config")
+        self.projection_dim = projection_dim
+        self.bidirectional = bidirectional
+        self.text_pooling = text_pooling
+        self.prompt_prefix_ids = [int(i) for i in prompt_prefix_ids]
+        self.prompt_suffix_ids = [int(i) for i in prompt_suffix_ids]
+        self.prompt_suffix_ends_special = prompt_suffix_ends_special
+        self.max_text_length = max_text_length
+        self.normalize_text_before_adapter = normalize_text_before_adapter
+        self.text_adapter_layers = text_adapter_layers
+        self.text_adapter_expansion = text_adapter_expansion
+        self.vision_pooling = vision_pooling
+        self.visual_projection_bias = visual_projection_bias
+        self.logit_scale_init_value = logit_scale_init_value
+        self.format_version = format_version
+        _write_attention_direction(self.text_config, bidirectional=bidirectional)
+        self._check_values()
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
+        """Build from the dictionary of a saved `config.json`; a lost field is an error.
+
+        A default put in place of a lost field would give other vectors than the checkpoint's.
+        """
+        _check_format(config_dict.get("format_version", 0))
+        lost = sorted(_SAVED_FIELDS - set(config_dict))
+        if isinstance(config_dict.get("text_config"), dict):
+            lost += [] if "is_causal" in config_dict["text_config"] else ["text_config.is_causal"]
+        if lost:
+            raise ValueError(
+                f"config.json lacks {lost}. Each of them changes the vectors, so none is guessed. "
+                "Restore them from the original checkpoint, or build the model again."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check_values(self) -> None:
+        faults = [
+            f"{name}={getattr(self, name)!r} must be at least {least}"
+            for name, least in _LEAST_VALUES.items()
+            if getattr(self, name) < least
+        ]
+        if self.text_pooling not in TEXT_POOLINGS:
+            faults.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
+        if self.vision_pooling not in VISION_POOLINGS:
+            faults.append(f"vision_pooling={self.vision_pooling!r} must be one of {VISION_POOLINGS}")
+        prompt_length = len(self.prompt_prefix_ids) + len(self.prompt_suffix_ids)
+        if self.max_text_length <= prompt_length:
+            faults.append(
+                f"max_text_length={self.max_text_length} leaves no room for a caption: "
+                f"the prompt alone has {prompt_length} tokens"
+            )
+        if faults:
+            raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
+
+
+_LEAST_VALUES = {"projection_dim": 1, "text_adapter_layers": 0, "text_adapter_expansion": 1}
+_SAVED_FIELDS = {
+    "vision_config", "text_config", "projection_dim", "bidirectional", "text_pooling",
+    "prompt_prefix_ids", "prompt_suffix_ids", "prompt_suffix_ends_special", "max_text_length",
+    "normalize_text_before_adapter", "text_adapter_layers", "text_adapter_expansion",
+    "vision_pooling", "visual_projection_bias", "logit_scale_init_value", "format_version",
+}  # fmt: skip
+
+
+def _check_format(found: int) -> None:
+    if found == FORMAT_VERSION:
+        return
+    way_out = (
+        "upgrade modeling_llm2clip (an installed package is used even where the checkpoint "
+        "brings newer code)"
+        if found > FORMAT_VERSION
+        else "build or convert the checkpoint again with this version"
+    )
+    raise ValueError(
+        f"The checkpoint has format {found}, this code reads format {FORMAT_VERSION}: {way_out}."
+    )
+
+
+def _refuse_unknown_fields(kwargs: dict[str, Any]) -> None:
+    known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
+    unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
+    if unknown:
+        raise ValueError(
+            f"LLM2CLIPConfig does not know {unknown}. Known fields: {sorted(_SAVED_FIELDS)}. "
+            "Correct the spelling, or remove them."
+        )
+
+
+def _tower_config(config: PreTrainedConfig | dict[str, Any] | None, *, name: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(
+            f"{name} must be a transformers configuration or a dictionary with 'model_type'; "
+            f"got {config!r}."
+        )
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name} has model_type={config['model_type']!r}, which this transformers does not "
+            "know. Upgrade transformers, or take a tower that it has."
+        )
+    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+
+
+def _write_attention_direction(text_config: PreTrainedConfig, *, bidirectional: bool) -> None:
+    stated = getattr(text_config, "is_causal", None)
+    if stated is not None and bool(stated) == bidirectional:
+        raise ValueError(
+            f"bidirectional={bidirectional} contradicts text_config.is_causal={stated}. "
+            "Set text_config.is_causal to its opposite, or leave it out."
+        )
+    text_config.is_causal = not bidirectional

@@ -1,0 +1,113 @@
+"""Which tokens make a caption's vector, and how they are pooled.
+
+Travels to the Hub beside the weights. Shapes: B texts, L tokens, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def build_position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count from each text's first real token, so that left padding is harmless.
+
+    Args:
+        attention_mask: (B, L), 1 at real tokens, which are contiguous.
+    Returns: (B, L) int64; equal to 0, 1, 2, … where there is no left padding.
+    """
+    first_real = attention_mask.long().argmax(dim=1, keepdim=True)  # (B, 1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions - first_real).clamp(min=0)
+
+
+def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
+    """Mark the tokens to pool: the real ones after the first `num_unpooled` real ones.
+
+    Args:
+        attention_mask: (B, L), 1 at real tokens.
+        num_unpooled: tokens of prompt and instruction in front of each caption.
+    Returns: (B, L) bool.
+    """
+    real = attention_mask.bool()
+    return real & (real.long().cumsum(dim=1) > num_unpooled)
+
+
+def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
+    """Pool marked tokens in float32: their mean, or the last of them.
+
+    Args:
+        hidden_states: (B, L, D) of any float dtype.
+        pooling_mask: (B, L) bool, at least one mark a row.
+        pooling: `"mean"` or `"last_token"`.
+    Returns: (B, D) float32.
+    """
+    if pooling == "last_token":
+        positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
+        last = (positions * pooling_mask).argmax(dim=1)  # (B,)
+        return hidden_states[torch.arange(len(last), device=last.device), last].float()
+    weights = pooling_mask.to(torch.float32)
+    # A masked sum as one matrix product a row: no (B, L, D) float32 copy of masked states.
+    summed = torch.bmm(weights.unsqueeze(1), hidden_states.float()).squeeze(1)  # (B, D)
+    return summed / weights.sum(dim=1, keepdim=True)
+
+
+def check_token_rows(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    prefix_ids: list[int],
+    suffix_ids: list[int],
+    max_length: int,
+    vocabulary_size: int,
+) -> None:
+    """Refuse token ids that this checkpoint's own tokenizer cannot have written.
+
+    Args:
+        input_ids, attention_mask: (B, L), padded on either side.
+        prefix_ids, suffix_ids: the prompt that must enclose every text.
+        max_length: most real tokens a text may have.
+        vocabulary_size: rows of the LLM's embedding table.
+    Raises: ValueError naming the first bad row and what to do.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and attention_mask "
+            f"{tuple(attention_mask.shape)} must both have shape (texts, tokens)."
+        )
+    if input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be integers, got {input_ids.dtype}. Vectors that were computed "
+            "before go into project_caption_embeds."
+        )
+    lengths = attention_mask.long().sum(dim=1)  # (B,)
+    _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
+            "tokenize with truncation=True, or raise max_text_length in the config")  # fmt: skip
+    _refuse(lengths <= len(prefix_ids) + len(suffix_ids) - bool(suffix_ids), lengths,
+            "have no token to pool: the text is empty")  # fmt: skip
+    _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
+            f"have ids outside the vocabulary of {vocabulary_size}; they come from another "
+            "tokenizer than the checkpoint's")  # fmt: skip
+    first_real = attention_mask.long().argmax(dim=1)  # (B,)
+    _check_piece(input_ids, first_real, prefix_ids, where="begin with its prompt")
+    _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
+                 where="end with its prompt's suffix")  # fmt: skip
+
+
+def _check_piece(input_ids: Tensor, starts: Tensor, piece: list[int], *, where: str) -> None:
+    if not piece:
+        return
+    wanted = torch.tensor(piece, device=input_ids.device)
+    columns = starts.unsqueeze(1) + torch.arange(len(piece), device=input_ids.device)
+    found = input_ids.gather(1, columns.clamp(0, input_ids.shape[1] - 1))  # (B, len(piece))
+    _refuse((found != wanted).any(dim=1), found, f"do not {where} {piece}; use the tokenizer or "
+            "processor that is saved with the checkpoint")  # fmt: skip
+
+
+def _refuse(is_bad: Tensor, found: Tensor, complaint: str) -> None:
+    if is_bad.any():
+        row = int(is_bad.long().argmax())
+        raise ValueError(
+            f"{int(is_bad.sum())} of {len(is_bad)} texts {complaint}. "
+            f"First bad row: {row} ({found[row].tolist()})."
+        )

@@ -1,0 +1,198 @@
+"""Pictures and texts into what the model takes; bad ones are refused by name.
+
+Travels to the Hub beside the weights. The prompt around every caption is not here but in the saved
+tokenizer, so that a bare tokenizer and a pipeline give the same ids as this processor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+class LLM2CLIPProcessor(ProcessorMixin):
+    """Image processor and tokenizer of one checkpoint.
+
+    Args:
+        image_processor: any transformers image processor.
+        tokenizer: the LLM's tokenizer with the checkpoint's prompt written into it.
+        max_text_length: most tokens of a text, prompt included.
+
+    Attributes:
+        num_truncated_texts: how many texts were cut so far, ever; set it to 0 at will.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        max_text_length: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        self.max_text_length = max_text_length
+        self.num_truncated_texts = 0
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        on_long_text: str = "truncate",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare pictures, texts, or both.
+
+        Args:
+            images: a picture or a list of them: PIL, path, URL, or arrays and tensors as the
+                image processor takes them. Transparency becomes white, EXIF rotation is applied,
+                of an animation the first frame counts.
+            text: a caption or a list of them. Defaults: padding, truncation before the prompt's
+                suffix, PyTorch tensors.
+            on_long_text: `"truncate"` and count in `num_truncated_texts`, or `"error"`.
+            **kwargs: for the tokenizer and the image processor, flat or as `text_kwargs`,
+                `images_kwargs`, `common_kwargs`.
+        Returns: `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L).
+        Raises: ValueError naming every blank or non-text caption, or the picture that is broken.
+        """
+        if on_long_text not in ("truncate", "error"):
+            raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
+        if images is None and text is None:
+            raise ValueError("Got neither images nor text; give one of them, or both.")
+        if text is not None:
+            text = text if isinstance(text, str) else list(text)
+            check_texts(text)
+        if images is not None:
+            images = load_pictures(images)
+        batch = super().__call__(images=images, text=text, **self._fill_defaults(kwargs))
+        if text is not None:
+            self._count_truncated(text, batch, on_long_text=on_long_text)
+        return batch
+
+    def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        common = dict(kwargs.pop("common_kwargs", None) or {})
+        nested = dict(kwargs.pop("text_kwargs", None) or {})
+        defaults = {"padding": True, "truncation": True, "max_length": self.max_text_length}
+        given = {**common, **kwargs}
+        text_kwargs = {k: v for k, v in {**defaults, **nested}.items() if k not in given}
+        if "return_tensors" not in given:
+            common["return_tensors"] = nested.get("return_tensors", "pt")
+            text_kwargs.pop("return_tensors", None)
+        return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
+
+    def _count_truncated(
+        self, text: str | list[str], batch: BatchFeature, *, on_long_text: str
+    ) -> None:
+        texts = [text] if isinstance(text, str) else text
+        lengths = [int(sum(row)) for row in np.atleast_2d(np.asarray(batch["attention_mask"]))]
+        # Only a text that fills the batch's longest row can have been cut.
+        longest = max(lengths)
+        candidates = [i for i, length in enumerate(lengths) if length == longest]
+        if longest < min(self.max_text_length, self.tokenizer.model_max_length):
+            return
+        whole = self.tokenizer([texts[i] for i in candidates], truncation=False, verbose=False)
+        cut = [i for i, ids in zip(candidates, whole["input_ids"], strict=True) if len(ids) > longest]
+        if cut and on_long_text == "error":
+            raise ValueError(
+                f"{len(cut)} of {len(texts)} texts have more than {longest} tokens (first: number "
+                f"{cut[0]}). Shorten them, or pass on_long_text='truncate'."
+            )
+        self.num_truncated_texts += len(cut)
+
+
+def check_texts(text: str | list[str]) -> None:
+    """Raise ValueError naming every caption that is not text or is blank."""
+    faults = []
+    for number, caption in enumerate([text] if isinstance(text, str) else text):
+        if not isinstance(caption, str):
+            faults.append(f"number {number} is {type(caption).__name__}, not str")
+        elif not caption.strip():
+            faults.append(f"number {number} is blank: {caption!r}")
+    if not isinstance(text, str) and not text:
+        faults.append("the list is empty")
+    if faults:
+        shown = "; ".join(faults[:8]) + ("; …" if len(faults) > 8 else "")
+        raise ValueError(
+            f"Every caption must be a non-blank string, {len(faults)} are not: {shown}. "
+            "Give one string or a flat list of strings."
+        )
+
+
+def load_pictures(images: Any) -> Any:
+    """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors pass.
+
+    Raises: ValueError naming the picture that is missing, broken, or too large.
+    """
+    if isinstance(images, list | tuple):
+        if not images:
+            raise ValueError("images is an empty list; give at least one picture.")
+        return [_load_picture(image, number) for number, image in enumerate(images)]
+    return _load_picture(images, 0)
+
+
+def _load_picture(image: Any, number: int) -> Any:
+    if isinstance(image, str | os.PathLike):
+        return _open_picture(os.fspath(image))
+    if isinstance(image, Image.Image):
+        name = getattr(image, "filename", "") or f"picture number {number}"
+        return _decode(image, name)
+    if hasattr(image, "shape"):
+        return image
+    raise ValueError(
+        f"Picture number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
+        "array or a tensor."
+    )
+
+
+def _open_picture(path: str) -> Image.Image:
+    if path.startswith(("http://", "https://")):
+        return _decode(load_image(path), path)
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such picture. Correct the path.")
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a picture that Pillow reads, or empty.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error} Shrink the picture first.") from error
+    with image:
+        return _decode(image, path)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decode fully, turn upright, and make it RGB on white."""
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
+        raise ValueError(f"{name}: the picture is truncated or corrupt ({error}).") from error
+    if image.mode == "RGB":
+        return image
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _scale_sixteen_bit(image, name)
+    if image.mode == "F":
+        raise ValueError(f"{name}: float pixels have no known range. Convert it to 8 or 16 bit.")
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
+    # Pillow's own conversion clips at 255 and would turn almost every picture white.
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"{name}: pixels outside 0 to 65535. Convert it to 8 or 16 bit.")
+    return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,282 @@
+"""The test Hub holds what the real client (`huggingface_hub`, in its own process) expects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hub_server import LFS_MINIMUM_BYTES, HubFile, HubServer
+from safetensors.numpy import save
+
+NAME = "owner/model"
+WEIGHTS = save({"weight": np.arange(LFS_MINIMUM_BYTES // 4 + 1, dtype=np.float32)})
+PRELUDE = """
+import json, os, sys
+import huggingface_hub as hub
+from huggingface_hub import errors
+api = hub.HfApi()
+def kind(call, *arguments, **named):
+    try:
+        call(*arguments, **named)
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
+"""
+
+
+def run_client(environment: dict[str, str], code: str, *arguments: object) -> Any:
+    """Run code in a fresh process; it puts its answer in `answer`, which comes back by JSON."""
+    script = f"{PRELUDE}\n{code}\nprint(json.dumps(answer))"
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_folder(folder: Path, note: str = "first") -> Path:
+    """Write a model folder: a card, a small file in a sub-folder and large weights."""
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{note}\n")
+    (folder / "sub" / "naïve é.json").write_text(json.dumps({"note": note}))
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    return folder
+
+
+@dataclass
+class Published:
+    """A Hub with one model in two versions, and where they came from."""
+
+    hub: HubServer
+    folder: Path
+    first: str
+    second: str
+
+
+PUBLISH = f"""
+assert api.create_repo("{NAME}") == api.create_repo("{NAME}", exist_ok=True)
+first = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[1]).oid
+second = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[2], delete_patterns="old/*").oid
+again = kind(api.create_repo, "{NAME}")
+answer = [first, second, again]
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    """Publish two versions with the real client; the tests that share this only read."""
+    old, new = (write_folder(tmp_path_factory.mktemp(v) / v, v) for v in ("first", "second"))
+    (old / "old").mkdir()
+    (old / "old" / "gone.txt").write_text("gone")
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path_factory.mktemp("publisher"))
+        first, second, again = run_client(environment, PUBLISH, old, new)
+        assert again == "HfHubHTTPError"
+        yield Published(hub, new, first, second)
+
+
+def fetch(hub: HubServer, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """Get a path without the client: status, headers, body."""
+    request = urllib.request.Request(hub.url + path, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, dict(response.headers), response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def test_large_files_go_through_lfs_and_unchanged_ones_are_sent_once(published: Published) -> None:
+    oid = hashlib.sha256(WEIGHTS).hexdigest()
+    files = published.hub.repositories[NAME].commits[published.second]
+    assert files["model.safetensors"] == HubFile(WEIGHTS, is_lfs=True)
+    assert not files["README.md"].is_lfs
+    assert published.hub.requests.count(f"PUT /lfs-objects/{oid}") == 1
+
+
+def test_the_client_lists_what_was_published(published: Published, tmp_path: Path) -> None:
+    code = f"""
+info = api.model_info("{NAME}")
+tree = {{f.path: f for f in api.list_repo_tree("{NAME}", recursive=True)}}
+answer = {{
+    "sha": info.sha, "private": info.private,
+    "files": api.list_repo_files("{NAME}"), "tree": sorted(tree),
+    "older": api.list_repo_files("{NAME}", revision=sys.argv[1]),
+    "top": [f.path for f in api.list_repo_tree("{NAME}")],
+    "sub": [f.path for f in api.list_repo_tree("{NAME}", "sub")],
+    "lfs": [tree["model.safetensors"].lfs.sha256, tree["model.safetensors"].size],
+    "there": [api.file_exists("{NAME}", "README.md"), api.file_exists("{NAME}", "nothing")],
+}}"""
+    answer = run_client(published.hub.environment(tmp_path), code, published.first)
+    top = [".gitattributes", "README.md", "model.safetensors"]
+    everything = [*top, "sub/naïve é.json"]
+    assert answer["sha"] == published.second
+    assert answer["private"] is False
+    assert answer["files"] == answer["tree"] == everything
+    assert answer["older"] == sorted([*everything, "old/gone.txt"])
+    assert [answer["top"], answer["sub"]] == [top, ["sub/naïve é.json"]]
+    assert answer["lfs"] == [hashlib.sha256(WEIGHTS).hexdigest(), len(WEIGHTS)]
+    assert answer["there"] == [True, False]
+
+
+def test_downloads_equal_the_files_and_last_offline(published: Published, tmp_path: Path) -> None:
+    code = f"""
+read = lambda **k: open(hub.hf_hub_download("{NAME}", "sub/naïve é.json", **k)).read()
+answer = [read(), read(revision=sys.argv[1]), hub.snapshot_download("{NAME}")]
+"""
+    new, old, snapshot = run_client(published.hub.environment(tmp_path), code, published.first)
+    assert [json.loads(new)["note"], json.loads(old)["note"]] == ["second", "first"]
+    for source in filter(Path.is_file, published.folder.rglob("*")):
+        copy = Path(snapshot) / source.relative_to(published.folder)
+        assert copy.read_bytes() == source.read_bytes()
+    asked = len(published.hub.requests)
+    offline = published.hub.environment(tmp_path, offline=True)
+    assert run_client(offline, code, published.first) == [new, old, snapshot]
+    empty = published.hub.environment(tmp_path / "empty", offline=True)
+    missing = f'answer = kind(hub.hf_hub_download, "{NAME}", "README.md")'
+    assert run_client(empty, missing) == "LocalEntryNotFoundError"
+    assert len(published.hub.requests) == asked
+
+
+def test_each_missing_thing_has_its_own_error(published: Published, tmp_path: Path) -> None:
+    code = f"""
+get = hub.hf_hub_download
+answer = [
+    kind(get, "{NAME}", "ничего.json"),
+    kind(get, "{NAME}", "README.md", revision="nowhere"),
+    kind(api.model_info, "owner/other"),
+    kind(api.model_info, "{NAME}", revision="nowhere"),
+    kind(api.model_info, "{NAME}", token="hf_wrong"),
+]"""
+    assert run_client(published.hub.environment(tmp_path), code) == [
+        "RemoteEntryNotFoundError",
+        "RevisionNotFoundError",
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+        "HfHubHTTPError",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "begin", "end"),
+    [("bytes=0-9", 0, 10), ("bytes=5-5", 5, 6), ("bytes=100-", 100, None)],
+)
+def test_a_range_gives_those_bytes(
+    published: Published, wanted: str, begin: int, end: int | None
+) -> None:
+    path = f"/{NAME}/resolve/main/model.safetensors"
+    status, headers, body = fetch(published.hub, path, Range=wanted)
+    assert (status, body) == (206, WEIGHTS[begin:end])
+    last = begin + len(body) - 1
+    assert headers["Content-Range"] == f"bytes {begin}-{last}/{len(WEIGHTS)}"
+    assert headers["X-Linked-Size"] == str(len(WEIGHTS))
+
+
+def test_a_range_behind_the_end_is_refused(published: Published) -> None:
+    path = f"/{NAME}/resolve/main/model.safetensors"
+    assert fetch(published.hub, path, Range=f"bytes={len(WEIGHTS)}-")[0] == 416
+
+
+def test_branches_and_tags_keep_their_commits(tmp_path: Path) -> None:
+    code = f"""
+put = lambda text, **k: api.upload_file(
+    repo_id="{NAME}", path_in_repo="a.txt", path_or_fileobj=text.encode(), **k)
+read = lambda **k: open(hub.hf_hub_download("{NAME}", "a.txt", **k)).read()
+api.create_repo("{NAME}")
+start = put("one").oid
+api.create_tag("{NAME}", tag="v1")
+api.create_branch("{NAME}", branch="refs-of/work")
+put("two")
+put("three", revision="refs-of/work")
+stale = kind(put, "four", parent_commit=start)
+texts = [read(), *(read(revision=r) for r in ("v1", "refs-of/work", start))]
+api.delete_file("a.txt", "{NAME}")
+answer = [texts, stale, api.list_repo_files("{NAME}")]
+"""
+    with HubServer() as hub:
+        texts, stale, left = run_client(hub.environment(tmp_path), code)
+    assert texts == ["two", "one", "three", "one"]
+    assert stale == "HfHubHTTPError"
+    assert left == [".gitattributes"]
+
+
+def test_a_private_repository_opens_with_the_token_only(tmp_path: Path) -> None:
+    name = "owner/secret"
+    make = f"""
+api.create_repo("{name}", private=True)
+api.upload_file(repo_id="{name}", path_in_repo="a.txt", path_or_fileobj=b"secret")
+answer = [api.model_info("{name}").private, open(hub.hf_hub_download("{name}", "a.txt")).read()]
+"""
+    ask = f"""
+answer = [
+    kind(api.model_info, "{name}"),
+    kind(hub.hf_hub_download, "{name}", "a.txt"),
+    kind(api.create_repo, "owner/mine"),
+]"""
+    with HubServer("hf_other_token") as hub:
+        assert run_client(hub.environment(tmp_path / "owner"), make) == [True, "secret"]
+        stranger = hub.environment(tmp_path / "stranger", signed_in=False)
+        refused, unread, uncreated = run_client(stranger, ask)
+        assert [refused, unread] == ["RepositoryNotFoundError"] * 2
+        assert uncreated != "no error"
+        assert list(hub.repositories) == [name]
+        assert fetch(hub, f"/{name}/resolve/main/a.txt")[0] == 401
+        assert fetch(hub, f"/{name}/resolve/main/a.txt", Authorization="Bearer no")[0] == 401
+
+
+def test_the_client_repeats_an_upload_that_breaks_off(tmp_path: Path) -> None:
+    code = f"""
+api.create_repo("{NAME}")
+answer = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[1]).oid
+"""
+    with HubServer() as hub:
+        hub.fail_next_uploads = 1
+        sha = run_client(hub.environment(tmp_path), code, write_folder(tmp_path / "model"))
+        assert hub.fail_next_uploads == 0
+        puts = [r for r in hub.requests if r.startswith("PUT ")]
+        assert len(puts) == 1  # the broken one never became a request
+        assert hub.repositories[NAME].commits[sha]["model.safetensors"].content == WEIGHTS
+
+
+def test_a_refused_upload_leaves_no_commit_and_can_be_repeated(tmp_path: Path) -> None:
+    code = f"""
+api.create_repo("{NAME}", exist_ok=True)
+answer = kind(api.upload_folder, repo_id="{NAME}", folder_path=sys.argv[1])
+"""
+    folder = write_folder(tmp_path / "model")
+    with HubServer() as hub:
+        hub.fail_next_uploads, hub.upload_failure_status = 1, 403
+        assert run_client(hub.environment(tmp_path), code, folder) == "HfHubHTTPError"
+        assert len(hub.repositories[NAME].commits) == 1
+        assert hub.objects == {}
+        assert run_client(hub.environment(tmp_path), code, folder) == "no error"
+        repository = hub.repositories[NAME]
+        assert "model.safetensors" in repository.commits[repository.find()]
+
+
+def test_content_that_does_not_fit_its_name_is_refused() -> None:
+    with HubServer() as hub:
+        url = f"{hub.url}/lfs-objects/{hashlib.sha256(b'right').hexdigest()}"
+        request = urllib.request.Request(url, data=b"wrong", method="PUT")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(request, timeout=10)
+        assert hub.objects == {}
+
+
+def test_closing_ends_every_thread_and_frees_the_port() -> None:
+    before = set(threading.enumerate())
+    with HubServer() as hub:
+        assert hub.url.startswith("http://127.0.0.1:")
+        assert fetch(hub, "/api/unknown")[0] == 404
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(urllib.error.URLError):
+        fetch(hub, "/api/unknown")
