@@ -83,6 +83,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
+        # First, because it resets the attention implementation of the towers it already finds.
+        super().__init__(**kwargs)
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
         self.projection_dim = projection_dim
@@ -101,7 +103,6 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.format_version = format_version
         _write_attention_direction(self.text_config, bidirectional=bidirectional)
         self._check_values()
-        super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:

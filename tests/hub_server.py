@@ -104,8 +104,8 @@ class Request:
 class HubServer(ThreadingHTTPServer):
     """The Hub; a context manager that serves on a free loopback port while it is open.
 
-    `fail_next_uploads` so many of the coming large-file uploads are broken off in the middle; the
-    client repeats them by itself (up to five times, after 1, 2, 4, 8, 8 seconds). With an
+    `fail_next_uploads` so many of the coming large-file uploads are broken off in the middle;
+    newer clients repeat them by themselves (five times, after 1, 2, 4, 8, 8 seconds). With an
     `upload_failure_status` they get that status instead; after a 403 the client gives up at once.
     `requests` lists "METHOD /path" of all that was asked; `objects` holds large files by SHA-256.
     """

@@ -1,0 +1,327 @@
+"""Make the folder `emoji`: emoji pictures in two drawing styles with names in twelve languages.
+
+The pictures and the texts come from four npm packages. Fetch exactly these versions into an empty
+folder (other versions are refused, because the counts and the bytes would differ):
+
+    npm install --ignore-scripts --no-audit --no-fund --prefix PACKAGES \
+        emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 \
+        cldr-annotations-full@48.2.0 cldr-annotations-derived-full@48.2.0
+
+then make the data from them:
+
+    python make_emoji.py --npm-packages PACKAGES/node_modules --output emoji
+
+Any folder that holds the unpacked packages under their names will do. The same packages and the
+same version of Pillow give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+EMOJI_PACKAGE = "emoji-datasource-google"
+FLUENT_PACKAGE = "@lobehub/fluent-emoji-3d"
+NAMES_PACKAGE = "cldr-annotations-full"
+DERIVED_NAMES_PACKAGE = "cldr-annotations-derived-full"
+VERSIONS = {
+    EMOJI_PACKAGE: "16.0.0",
+    FLUENT_PACKAGE: "1.1.0",
+    NAMES_PACKAGE: "48.2.0",
+    DERIVED_NAMES_PACKAGE: "48.2.0",
+}
+LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko")
+PICTURE_SIZE = 64
+PALETTE_COLOURS = 128
+VARIATION_SELECTOR = "\ufe0f"
+FLUENT_COPYRIGHT = "Copyright (c) Microsoft Corporation.\nCopyright (c) 2023 LobeHub"
+
+Names = dict[str, dict[str, list[str]]]
+
+
+@dataclass
+class Report:
+    """What was made and what was left out, by reason."""
+
+    pictures: Counter[str] = field(default_factory=Counter)
+    lines: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def check_packages(packages: Path) -> None:
+    """Raise a ValueError that names every package that is missing or of another version."""
+    faults = []
+    for name, wanted in VERSIONS.items():
+        manifest = packages / name / "package.json"
+        if not manifest.is_file():
+            faults.append(f"{name}: no {manifest}")
+            continue
+        found = json.loads(manifest.read_text(encoding="utf-8"))["version"]
+        if found != wanted:
+            faults.append(f"{name}: found version {found}, wanted {wanted}")
+    if faults:
+        raise ValueError(
+            "The npm packages are not the ones this data is made from:\n  "
+            + "\n  ".join(faults)
+            + "\nRun the `npm install` line at the top of this script in an empty folder."
+        )
+
+
+def read_names(packages: Path, language: str) -> Names:
+    """Read the CLDR names and keywords of one language, derived ones (flags, families) included."""
+    names: Names = {}
+    for package, folder, root in (
+        (DERIVED_NAMES_PACKAGE, "annotationsDerived", "annotationsDerived"),
+        (NAMES_PACKAGE, "annotations", "annotations"),
+    ):
+        path = packages / package / folder / language / "annotations.json"
+        names.update(json.loads(path.read_text(encoding="utf-8"))[root]["annotations"])
+    return names
+
+
+def list_keywords(entry: dict[str, list[str]], name: str) -> list[str]:
+    """Return the keywords of a CLDR entry without the name itself and without duplicates."""
+    seen = {name.casefold()}
+    keywords = []
+    for keyword in entry.get("default", []):
+        if keyword.casefold() not in seen:
+            seen.add(keyword.casefold())
+            keywords.append(keyword)
+    return keywords
+
+
+def decode_characters(key: str) -> str:
+    """Turn `0023-fe0f-20e3` into the characters, without the selector that CLDR leaves out."""
+    characters = "".join(chr(int(point, 16)) for point in key.split("-"))
+    return characters.replace(VARIATION_SELECTOR, "")
+
+
+def list_emoji(packages: Path, report: Report) -> list[dict[str, Any]]:
+    """List the emoji that get a picture, sorted by their code points; count those that do not."""
+    path = packages / EMOJI_PACKAGE / "emoji.json"
+    kept = []
+    for emoji in json.loads(path.read_text(encoding="utf-8")):
+        report.left_out["skin-tone variants"] += len(emoji.get("skin_variations", {}))
+        if emoji["category"] == "Component":
+            report.left_out["bare skin-tone swatches"] += 1
+        elif not emoji["has_img_google"]:
+            report.left_out["emoji without a Noto picture"] += 1
+        else:
+            kept.append(emoji)
+    return sorted(kept, key=lambda emoji: str(emoji["unified"]).lower())
+
+
+def write_picture(source: Path, target: Path) -> None:
+    """Write a picture on white, 64 pixels high and wide, as an optimised palette PNG."""
+    with Image.open(source) as opened:
+        picture = opened.convert("RGBA")
+    if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
+        picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    palette = white.convert("RGB").quantize(PALETTE_COLOURS, dither=Image.Dither.NONE)
+    palette.save(target, optimize=True)
+
+
+def list_pictures(packages: Path, emoji: dict[str, Any], report: Report) -> dict[str, Path]:
+    """Return the source picture of an emoji for each style that really has one.
+
+    The Fluent package fills Fluent's gap of country flags with Noto's own flags. A second copy of
+    the same drawing is no second style, and its licence is not Fluent's, so those are left out.
+    """
+    noto = packages / EMOJI_PACKAGE / "img" / "google" / str(PICTURE_SIZE) / emoji["image"]
+    fluent = packages / FLUENT_PACKAGE / "assets" / f"{emoji['unified'].lower()}.webp"
+    pictures = {"noto": noto}
+    if not fluent.is_file():
+        report.left_out["Fluent: no picture in the package"] += 1
+    elif emoji["subcategory"] == "country-flag":
+        report.left_out["Fluent: country flags that are Noto's drawings"] += 1
+    else:
+        pictures["fluent3d"] = fluent
+    return pictures
+
+
+def make_lines(
+    emoji: dict[str, Any], styles: list[str], *, names: dict[str, Names], report: Report
+) -> list[dict[str, Any]]:
+    """Make the lines of one emoji: every style in English, the Noto picture in each language."""
+    key = emoji["unified"].lower()
+    lines: list[dict[str, Any]] = []
+    for language in LANGUAGES:
+        entry = names[language].get(decode_characters(key), {})
+        if not entry.get("tts"):
+            report.left_out[f"emoji without a name in {language}"] += 1
+            continue
+        name = entry["tts"][0]
+        for style in styles if language == "en" else ["noto"]:
+            line = {
+                "image": f"images/{style}/{key}.png",
+                "key": key,
+                "captions": [name],
+                "keywords": list_keywords(entry, name),
+                "lang": language,
+            }
+            if language == "en":
+                line |= {"style": style, "group": emoji["category"]}
+            lines.append(line)
+            report.lines[language] += 1
+    return lines
+
+
+def make_data(packages: Path, output: Path) -> Report:
+    """Write the pictures and captions.jsonl, and return the counts."""
+    report = Report()
+    names = {language: read_names(packages, language) for language in LANGUAGES}
+    lines: list[dict[str, Any]] = []
+    for style in ("noto", "fluent3d"):
+        (output / "images" / style).mkdir(parents=True)
+    for emoji in list_emoji(packages, report):
+        pictures = list_pictures(packages, emoji, report)
+        new = make_lines(emoji, list(pictures), names=names, report=report)
+        used = {line["image"] for line in new}
+        for style, source in pictures.items():
+            image = f"images/{style}/{emoji['unified'].lower()}.png"
+            if image in used:  # a picture that no line names would be dead weight
+                write_picture(source, output / image)
+                report.pictures[style] += 1
+        lines += new
+    lines.sort(key=lambda line: (line["key"], line["lang"], line["image"]))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (output / "captions.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    return report
+
+
+def write_licences(packages: Path, output: Path, *, apache_licence: Path) -> None:
+    """Write the licence texts; where a package brings none, the standard text with its holders."""
+    mit = (packages / EMOJI_PACKAGE / "LICENSE").read_text(encoding="utf-8")
+    holder = next(line for line in mit.splitlines() if line.startswith("Copyright"))
+    if not apache_licence.is_file():
+        raise ValueError(
+            f"No Apache-2.0 text at {apache_licence}; give the path of one with --apache-licence."
+        )
+    texts = {
+        "noto-emoji-Apache-2.0.txt": apache_licence.read_text(encoding="utf-8"),
+        "fluent-emoji-MIT.txt": mit.replace(holder, FLUENT_COPYRIGHT),
+        "emoji-datasource-MIT.txt": mit,
+        "cldr-Unicode-3.0.txt": (packages / NAMES_PACKAGE / "LICENSE").read_text(encoding="utf-8"),
+    }
+    folder = output / "LICENSES"
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_readme(report: Report, output: Path) -> None:
+    """Write README.md with the counts of this run."""
+    languages = "\n".join(f"| {name} | {report.lines[name]} |" for name in LANGUAGES)
+    left_out = "\n".join(f"| {why} | {n} |" for why, n in sorted(report.left_out.items()) if n)
+    text = README.format(
+        noto=report.pictures["noto"],
+        fluent3d=report.pictures["fluent3d"],
+        lines=report.lines.total(),
+        languages=languages,
+        left_out=left_out,
+        size=PICTURE_SIZE,
+        colours=PALETTE_COLOURS,
+    )
+    (output / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+README = """\
+# Emoji in two drawing styles, with names in twelve languages
+
+Small pictures with true names: enough to train, search and measure without a download.
+
+| what | count |
+| --- | --- |
+| pictures in `images/noto` | {noto} |
+| pictures in `images/fluent3d` | {fluent3d} |
+| lines in `captions.jsonl` | {lines} |
+
+Every picture is a palette PNG on white, {size} x {size} pixels, at most {colours} colours.
+
+## A line
+
+    {{"image": "images/noto/1f34e.png", "key": "1f34e", "captions": ["red apple"],
+     "keywords": ["apple", "fruit"], "lang": "en", "style": "noto", "group": "Food & Drink"}}
+
+- One line for each picture and language, sorted by key, language and picture. English lines name
+  both styles, the other languages only the Noto picture.
+- `key`: the code points. Lines with the same key show the same thing, in whatever style; keep them
+  on the same side of a split between training and test.
+- `captions`: the CLDR short name. `keywords`: the CLDR keywords without that name; may be empty.
+- `style` and `group` stand on the English lines only.
+
+| lang | lines |
+| --- | --- |
+{languages}
+
+## Left out
+
+| why | count |
+| --- | --- |
+{left_out}
+
+The Fluent package fills in country flags with Noto's drawings. A copy is no second style, so the
+flags of countries and regions are here once, as Noto pictures. Nor does every name tell one picture
+from all others: look at `key` before you count a near miss as an error.
+
+## Sources and licences
+
+| what | from (npm) | by | licence |
+| --- | --- | --- | --- |
+| `images/noto` | emoji-datasource-google 16.0.0 | Google, Noto Emoji 2.048 | Apache-2.0 |
+| `images/fluent3d` | @lobehub/fluent-emoji-3d 1.1.0 | Microsoft; packed by LobeHub | MIT |
+| `key`, `group` | emoji-datasource-google 16.0.0 | Cal Henderson | MIT |
+| `captions`, `keywords` | cldr-annotations-full and -derived-full 48.2.0 | Unicode | Unicode-3.0 |
+
+The Noto Emoji project holds its flag pictures to be in the public domain or otherwise exempt from
+copyright. The licence texts are in `LICENSES/`. Changed here: all pictures were put on white and
+reduced to a palette, the Fluent ones also made smaller; names and keywords are unchanged.
+
+## How made
+
+`make_emoji.py`, one folder up, tells which packages to fetch and makes this folder from them.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--npm-packages", type=Path, required=True, help="folder of the packages")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; new or empty")
+    parser.add_argument(
+        "--apache-licence",
+        type=Path,
+        default=Path("/usr/share/common-licenses/Apache-2.0"),
+        help="file with the text of the Apache License 2.0 (default: where Debian keeps it)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the folder and print what was made and what was left out."""
+    arguments = parse_arguments()
+    output: Path = arguments.output
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; remove it or give another --output.")
+    check_packages(arguments.npm_packages)
+    report = make_data(arguments.npm_packages, output)
+    write_licences(arguments.npm_packages, output, apache_licence=arguments.apache_licence)
+    write_readme(report, output)
+    print(f"pictures: {dict(report.pictures)}")
+    print(f"lines: {report.lines.total()}, {dict(report.lines)}")
+    for reason, count in sorted(report.left_out.items()):
+        print(f"left out, {reason}: {count}")
+
+
+if __name__ == "__main__":
+    main()

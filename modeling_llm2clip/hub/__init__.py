@@ -1,0 +1,1 @@
+"""Building from towers, checking, saving and publishing."""

@@ -1,0 +1,110 @@
+"""Builds an untrained LLM2CLIP model from two trained towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..configuration_llm2clip import LOGIT_SCALE_INIT, LLM2CLIPConfig
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .attention_probe import require_bidirectional
+from .prompts import derive_prompt, resolve_template, write_prompt
+from .towers import load_text_tower, load_vision_tower
+
+
+@dataclass(frozen=True)
+class BuildArguments:
+    """What is chosen when a model is put together.
+
+    Attributes:
+        prompt: a name of `prompts.PROMPT_PRESETS`, `"chat-template"`, or None with `prefix` or
+            `suffix` given.
+        projection_dim: width of the shared space.
+        max_text_length: most tokens of a text, prompt included.
+        bidirectional: False keeps the LLM causal, to compare with.
+        vision_pooling, text_pooling, text_adapter_layers, normalize_text_before_adapter,
+        visual_projection_bias: see `LLM2CLIPConfig`.
+        seed: of adapter and projections, which start at random.
+    """
+
+    prompt: str | None = None
+    prefix: str | None = None
+    suffix: str | None = None
+    projection_dim: int = 512
+    max_text_length: int = 512
+    bidirectional: bool = True
+    text_pooling: str = "mean"
+    vision_pooling: str = "pooler"
+    text_adapter_layers: int = 4
+    normalize_text_before_adapter: bool = True
+    visual_projection_bias: bool = False
+    seed: int = 0
+
+
+def build_from_sources(
+    vision: str | Path,
+    llm: str | Path,
+    arguments: BuildArguments,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
+
+    Raises: ValueError when a tower does not fit its place; see `towers` and `build_model`.
+    """
+    vision_model, image_processor = load_vision_tower(
+        vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
+    )
+    text_model, tokenizer = load_text_tower(llm, dtype=dtype)
+    return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
+
+
+def build_model(
+    vision_model: PreTrainedModel,
+    image_processor: Any,
+    text_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: BuildArguments,
+) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Build a model and its processor from loaded towers; adapter and projections are random.
+
+    Raises: ValueError when the prompt does not fit the tokenizer, or the LLM's family cannot be
+        made bidirectional.
+    """
+    template = resolve_template(
+        tokenizer, arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix
+    )
+    prompt = derive_prompt(tokenizer, template)
+    tokenizer = write_prompt(tokenizer, prompt, max_length=arguments.max_text_length)
+    text_model.config.pad_token_id = tokenizer.pad_token_id
+    # A stated direction of the bare LLM gives way to the one chosen here.
+    text_model.config.is_causal = not arguments.bidirectional
+    config = LLM2CLIPConfig(
+        vision_model.config,
+        text_model.config,
+        projection_dim=arguments.projection_dim,
+        bidirectional=arguments.bidirectional,
+        text_pooling=arguments.text_pooling,
+        prompt_prefix_ids=prompt.prefix_ids,
+        prompt_suffix_ids=prompt.suffix_ids,
+        prompt_suffix_ends_special=prompt.suffix_ends_special,
+        max_text_length=arguments.max_text_length,
+        normalize_text_before_adapter=arguments.normalize_text_before_adapter,
+        text_adapter_layers=arguments.text_adapter_layers,
+        vision_pooling=arguments.vision_pooling,
+        visual_projection_bias=arguments.visual_projection_bias,
+        logit_scale_init_value=LOGIT_SCALE_INIT,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        model = LLM2CLIPModel(config, vision_model, text_model).eval()
+    model.to(text_model.dtype)
+    if arguments.bidirectional:
+        require_bidirectional(model.text_model)
+    processor = LLM2CLIPProcessor(image_processor, tokenizer, arguments.max_text_length)
+    return model, processor

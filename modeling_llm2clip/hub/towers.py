@@ -1,0 +1,154 @@
+"""Loads the two towers that a new model is built from: Hub ids, folders, or GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_utils import PILImageResampling
+
+# What a composite checkpoint calls its vision part.
+_VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
+# Model types that carry a text encoder of their own, which cannot take the place of an LLM.
+_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model", "bert", "roberta"}
+
+
+def load_vision_tower(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    allow_missing_pooler: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a vision tower and its image processor.
+
+    Args:
+        source: Hub id or folder of CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT, or a timm network
+            in transformers' wrapper. Of a whole CLIP or SigLIP the vision part is taken.
+        allow_missing_pooler: accept a tower saved without pooler weights (they stay random),
+            because its pooler will not be used.
+    Raises: ValueError when weights are missing or it is not a vision tower.
+    """
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    part = _VISION_PART.get(config.model_type)
+    if part:
+        config = getattr(config, part)
+    if not _sees_pictures(config):
+        raise ValueError(
+            f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
+            "ViT or a timm network."
+        )
+    model, info = AutoModel.from_pretrained(
+        source, config=config, dtype=dtype, revision=revision, output_loading_info=True
+    ) if not part else _load_part(source, config, dtype=dtype, revision=revision)  # fmt: skip
+    missing = sorted(k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k))
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
+            f"{missing[:8]}. If only the pooler is missing, choose vision_pooling 'cls' or 'mean'."
+        )
+    return model.eval(), load_image_processor(source, model.config, revision=revision)
+
+
+def load_image_processor(
+    source: str | Path, config: PreTrainedConfig, *, revision: str | None = None
+) -> Any:
+    """Load the tower's own image processor; timm's settings become an ordinary one.
+
+    So size, mean and std stand in the checkpoint as plain numbers.
+    """
+    if config.model_type != "timm_wrapper":
+        return AutoImageProcessor.from_pretrained(source, revision=revision)
+    return image_processor_from_timm(config.pretrained_cfg)
+
+
+def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
+    """Build an image processor from timm's `input_size`, `mean`, `std`, `crop_pct`, `interpolation`."""
+    _, height, width = pretrained_cfg["input_size"]
+    resized = round(min(height, width) / float(pretrained_cfg.get("crop_pct") or 1.0))
+    interpolation = str(pretrained_cfg.get("interpolation") or "bicubic").upper()
+    return CLIPImageProcessor(
+        size={"shortest_edge": resized},
+        crop_size={"height": height, "width": width},
+        resample=PILImageResampling[interpolation],
+        image_mean=list(pretrained_cfg["mean"]),
+        image_std=list(pretrained_cfg["std"]),
+        do_convert_rgb=True,
+    )
+
+
+def load_text_tower(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an LLM without its head, and its tokenizer.
+
+    Args:
+        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised.
+    Raises: ValueError when it is not a decoder, weights are missing, or the tokenizer has more
+        ids than the embedding table has rows.
+    """
+    path = Path(source)
+    where: dict[str, Any] = {"revision": revision}
+    name: str | Path = source
+    if path.suffix == ".gguf":
+        name, where = path.parent, {"gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    config = AutoConfig.from_pretrained(name, **where)
+    config = config.get_text_config(decoder=True)
+    if config.model_type in _NOT_LLMS or _sees_pictures(config):
+        raise ValueError(
+            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
+            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
+        )
+    model, info = AutoModel.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True, **where
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"{source} lacks weights of its LLM: {sorted(info['missing_keys'])[:8]}.")
+    _forget_quantization(model)
+    _refuse_foreign_tokenizer(model, tokenizer, source)
+    return model.eval(), tokenizer
+
+
+def _load_part(
+    source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, revision: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    tower_class = type(AutoModel.from_config(config))
+    return tower_class.from_pretrained(  # type: ignore[no-any-return]
+        source, config=config, dtype=dtype, revision=revision, output_loading_info=True
+    )
+
+
+def _sees_pictures(config: PreTrainedConfig) -> bool:
+    fields = ("image_size", "num_channels", "patch_size", "architecture")
+    return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF file's weights are plain numbers after loading; the mark would break saving."""
+    for holder in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            holder.__dict__.pop(name, None)
+
+
+def _refuse_foreign_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path
+) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
+            "rows. They belong to different models; take the tokenizer that came with the LLM."
+        )
