@@ -67,8 +67,9 @@ PUBLISH = f"""
 assert api.create_repo("{NAME}") == api.create_repo("{NAME}", exist_ok=True)
 first = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[1]).oid
 second = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[2], delete_patterns="old/*").oid
+unchanged = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[2]).oid
 again = kind(api.create_repo, "{NAME}")
-answer = [first, second, again]
+answer = [first, second, unchanged, again]
 """
 
 
@@ -80,7 +81,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     (old / "old" / "gone.txt").write_text("gone")
     with HubServer() as hub:
         environment = hub.environment(tmp_path_factory.mktemp("publisher"))
-        first, second, again = run_client(environment, PUBLISH, old, new)
+        first, second, unchanged, again = run_client(environment, PUBLISH, old, new)
+        assert unchanged == second
         assert again == "HfHubHTTPError"
         yield Published(hub, new, first, second)
 
@@ -194,22 +196,26 @@ read = lambda **k: open(hub.hf_hub_download("{NAME}", "a.txt", **k)).read()
 api.create_repo("{NAME}")
 start = put("one").oid
 api.create_tag("{NAME}", tag="v1")
-api.create_branch("{NAME}", branch="refs-of/work")
+api.create_branch("{NAME}", branch="wip/adapter")
 put("two")
-put("three", revision="refs-of/work")
+put("three", revision="wip/adapter")
+api.upload_file(repo_id="{NAME}", path_in_repo="folder/b.txt", path_or_fileobj=b"b")
+before = api.list_repo_files("{NAME}")
 stale = kind(put, "four", parent_commit=start)
-texts = [read(), *(read(revision=r) for r in ("v1", "refs-of/work", start))]
+texts = [read(), *(read(revision=r) for r in ("v1", "wip/adapter", start))]
 api.delete_file("a.txt", "{NAME}")
-answer = [texts, stale, api.list_repo_files("{NAME}")]
+api.delete_folder("folder", "{NAME}")
+answer = [texts, stale, before, api.list_repo_files("{NAME}")]
 """
     with HubServer() as hub:
-        texts, stale, left = run_client(hub.environment(tmp_path), code)
+        texts, stale, before, left = run_client(hub.environment(tmp_path), code)
     assert texts == ["two", "one", "three", "one"]
     assert stale == "HfHubHTTPError"
+    assert before == [".gitattributes", "a.txt", "folder/b.txt"]
     assert left == [".gitattributes"]
 
 
-def test_a_private_repository_opens_with_the_token_only(tmp_path: Path) -> None:
+def test_private_repositories_and_changes_need_the_token(tmp_path: Path) -> None:
     name = "owner/secret"
     make = f"""
 api.create_repo("{name}", private=True)
@@ -221,14 +227,18 @@ answer = [
     kind(api.model_info, "{name}"),
     kind(hub.hf_hub_download, "{name}", "a.txt"),
     kind(api.create_repo, "owner/mine"),
+    kind(api.upload_file, repo_id="owner/open", path_in_repo="a", path_or_fileobj=b"a"),
+    api.list_repo_files("owner/open"),
 ]"""
     with HubServer("hf_other_token") as hub:
         assert run_client(hub.environment(tmp_path / "owner"), make) == [True, "secret"]
+        hub.create_repository("owner/open")
         stranger = hub.environment(tmp_path / "stranger", signed_in=False)
-        refused, unread, uncreated = run_client(stranger, ask)
+        refused, unread, uncreated, unwritten, seen = run_client(stranger, ask)
         assert [refused, unread] == ["RepositoryNotFoundError"] * 2
-        assert uncreated != "no error"
-        assert list(hub.repositories) == [name]
+        assert [uncreated, unwritten] == ["HfHubHTTPError"] * 2
+        assert list(hub.repositories) == [name, "owner/open"]
+        assert seen == [".gitattributes"]
         assert fetch(hub, f"/{name}/resolve/main/a.txt")[0] == 401
         assert fetch(hub, f"/{name}/resolve/main/a.txt", Authorization="Bearer no")[0] == 401
 

@@ -38,7 +38,7 @@ VERSIONS = {
 }
 LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko")
 PICTURE_SIZE = 64
-PALETTE_COLOURS = 128
+PALETTE_COLOURS = 64
 VARIATION_SELECTOR = "\ufe0f"
 FLUENT_COPYRIGHT = "Copyright (c) Microsoft Corporation.\nCopyright (c) 2023 LobeHub"
 
@@ -102,61 +102,80 @@ def decode_characters(key: str) -> str:
     return characters.replace(VARIATION_SELECTOR, "")
 
 
-def list_emoji(packages: Path, report: Report) -> list[dict[str, Any]]:
-    """List the emoji that get a picture, sorted by their code points; count those that do not."""
+def list_emoji(packages: Path, english: Names, report: Report) -> list[dict[str, Any]]:
+    """List the emoji to draw, the older and shorter named first; count those left out."""
     path = packages / EMOJI_PACKAGE / "emoji.json"
     kept = []
     for emoji in json.loads(path.read_text(encoding="utf-8")):
+        emoji["key"] = emoji["unified"].lower()
         report.left_out["skin-tone variants"] += len(emoji.get("skin_variations", {}))
         if emoji["category"] == "Component":
             report.left_out["bare skin-tone swatches"] += 1
         elif not emoji["has_img_google"]:
             report.left_out["emoji without a Noto picture"] += 1
+        elif not english.get(decode_characters(emoji["key"]), {}).get("tts"):
+            report.left_out["emoji without an English name"] += 1
         else:
             kept.append(emoji)
-    return sorted(kept, key=lambda emoji: str(emoji["unified"]).lower())
+    return sorted(kept, key=lambda one: (float(one["added_in"]), len(one["name"]), one["key"]))
 
 
-def write_picture(source: Path, target: Path) -> None:
-    """Write a picture on white, 64 pixels high and wide, as an optimised palette PNG."""
+def draw_picture(source: Path) -> Image.Image:
+    """Return a picture on white, 64 pixels high and wide, reduced to a palette."""
     with Image.open(source) as opened:
         picture = opened.convert("RGBA")
     if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
         picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
-    palette = white.convert("RGB").quantize(PALETTE_COLOURS, dither=Image.Dither.NONE)
-    palette.save(target, optimize=True)
+    return white.convert("RGB").quantize(PALETTE_COLOURS, dither=Image.Dither.NONE)
 
 
-def list_pictures(packages: Path, emoji: dict[str, Any], report: Report) -> dict[str, Path]:
-    """Return the source picture of an emoji for each style that really has one.
+def is_new(picture: Image.Image, seen: set[bytes]) -> bool:
+    """Tell whether no picture with the same pixels was seen before, and remember this one."""
+    pixels = picture.convert("RGB").tobytes()
+    new = pixels not in seen
+    seen.add(pixels)
+    return new
+
+
+def draw_pictures(
+    packages: Path, emoji: dict[str, Any], *, seen: dict[str, set[bytes]], report: Report
+) -> dict[str, Image.Image]:
+    """Draw an emoji in each style that really has it; nothing if its Noto picture is a repeat.
 
     The Fluent package fills Fluent's gap of country flags with Noto's own flags. A second copy of
     the same drawing is no second style, and its licence is not Fluent's, so those are left out.
     """
-    noto = packages / EMOJI_PACKAGE / "img" / "google" / str(PICTURE_SIZE) / emoji["image"]
-    fluent = packages / FLUENT_PACKAGE / "assets" / f"{emoji['unified'].lower()}.webp"
-    pictures = {"noto": noto}
+    folder = packages / EMOJI_PACKAGE / "img" / "google" / str(PICTURE_SIZE)
+    noto = draw_picture(folder / emoji["image"])
+    if not is_new(noto, seen["noto"]):
+        report.left_out["emoji whose Noto picture repeats another's"] += 1
+        return {}
+    fluent = packages / FLUENT_PACKAGE / "assets" / f"{emoji['key']}.webp"
     if not fluent.is_file():
-        report.left_out["Fluent: no picture in the package"] += 1
-    elif emoji["subcategory"] == "country-flag":
-        report.left_out["Fluent: country flags that are Noto's drawings"] += 1
-    else:
-        pictures["fluent3d"] = fluent
-    return pictures
+        report.left_out["Fluent pictures: none in the package"] += 1
+        return {"noto": noto}
+    if emoji["subcategory"] == "country-flag":
+        report.left_out["Fluent pictures: country flags that are Noto's drawings"] += 1
+        return {"noto": noto}
+    second = draw_picture(fluent)
+    if not is_new(second, seen["fluent3d"]):
+        report.left_out["Fluent pictures: repeats of another emoji's"] += 1
+        return {"noto": noto}
+    return {"noto": noto, "fluent3d": second}
 
 
 def make_lines(
     emoji: dict[str, Any], styles: list[str], *, names: dict[str, Names], report: Report
 ) -> list[dict[str, Any]]:
     """Make the lines of one emoji: every style in English, the Noto picture in each language."""
-    key = emoji["unified"].lower()
+    key = emoji["key"]
     lines: list[dict[str, Any]] = []
     for language in LANGUAGES:
         entry = names[language].get(decode_characters(key), {})
         if not entry.get("tts"):
-            report.left_out[f"emoji without a name in {language}"] += 1
+            report.left_out[f"names in {language}: none in CLDR"] += 1
             continue
         name = entry["tts"][0]
         for style in styles if language == "en" else ["noto"]:
@@ -179,18 +198,16 @@ def make_data(packages: Path, output: Path) -> Report:
     report = Report()
     names = {language: read_names(packages, language) for language in LANGUAGES}
     lines: list[dict[str, Any]] = []
-    for style in ("noto", "fluent3d"):
+    seen: dict[str, set[bytes]] = {"noto": set(), "fluent3d": set()}
+    for style in seen:
         (output / "images" / style).mkdir(parents=True)
-    for emoji in list_emoji(packages, report):
-        pictures = list_pictures(packages, emoji, report)
-        new = make_lines(emoji, list(pictures), names=names, report=report)
-        used = {line["image"] for line in new}
-        for style, source in pictures.items():
-            image = f"images/{style}/{emoji['unified'].lower()}.png"
-            if image in used:  # a picture that no line names would be dead weight
-                write_picture(source, output / image)
-                report.pictures[style] += 1
-        lines += new
+    for emoji in list_emoji(packages, names["en"], report):
+        pictures = draw_pictures(packages, emoji, seen=seen, report=report)
+        for style, picture in pictures.items():
+            picture.save(output / "images" / style / f"{emoji['key']}.png", optimize=True)
+            report.pictures[style] += 1
+        if pictures:
+            lines += make_lines(emoji, list(pictures), names=names, report=report)
     lines.sort(key=lambda line: (line["key"], line["lang"], line["image"]))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (output / "captions.jsonl").write_text(text, encoding="utf-8", newline="\n")
@@ -249,7 +266,8 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
 ## A line
 
     {{"image": "images/noto/1f34e.png", "key": "1f34e", "captions": ["red apple"],
-     "keywords": ["apple", "fruit"], "lang": "en", "style": "noto", "group": "Food & Drink"}}
+     "keywords": ["apple", "diet", "food", "fruit", "health", "red", "ripe"], "lang": "en",
+     "style": "noto", "group": "Food & Drink"}}
 
 - One line for each picture and language, sorted by key, language and picture. English lines name
   both styles, the other languages only the Noto picture.
@@ -268,9 +286,12 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
 | --- | --- |
 {left_out}
 
+Within a style no two pictures are the same, and within a language no two keys have the same name,
+so every line has exactly one right answer. Of emoji that Noto draws alike (the flags of Norway and
+of Bouvet Island) the oldest is here, or among equally old ones that with the shortest name.
+
 The Fluent package fills in country flags with Noto's drawings. A copy is no second style, so the
-flags of countries and regions are here once, as Noto pictures. Nor does every name tell one picture
-from all others: look at `key` before you count a near miss as an error.
+flags of countries and regions are here once, as Noto pictures.
 
 ## Sources and licences
 

@@ -81,7 +81,7 @@ PHOTOGRAPHS = (
         "A close view of a tabby cat's face.",
         "The face of a ginger and grey tabby cat fills the frame, turned a little to the right. It "
         "has green eyes with dark slits, a reddish nose and long white whiskers. Dark stripes run "
-        "up its forehead between the ears, whose tips are cut off. The background is blurred.",
+        "up its forehead between ears that the edge of the picture cuts off. The background is blurred.",
     ),
     Photograph(
         "clock",
@@ -112,8 +112,8 @@ PHOTOGRAPHS = (
         "Four rows of ancient coins on a dark background.",
         "Twenty-four old coins lie in four rows of six on a dark background in a black and white "
         "photograph. They are worn, uneven in outline and of different sizes. Most show a head in "
-        "profile, and a few show standing or seated figures. The largest ones are at the right end "
-        "of the rows.",
+        "profile, and a few show standing or seated figures. Two of the largest lie at the right "
+        "end of the first and third rows.",
     ),
     Photograph(
         "galaxies",
@@ -157,7 +157,7 @@ PHOTOGRAPHS = (
         "danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035/ "
         "(via scikit-learn; made smaller)",
         "A Chinese tower with tiled roofs above a lake.",
-        "An eight-sided Chinese tower rises above green treetops. Its storeys of red columns and "
+        "A many-sided Chinese tower rises above green treetops. Its storeys of red columns and "
         "dark windows are set off by curved roofs of orange tiles with green edges, and a round "
         "knob crowns the top. Behind it a wide pale lake dotted with boats stretches to a hazy "
         "horizon under a light sky.",
@@ -178,12 +178,12 @@ PHOTOGRAPHS = (
         "retina",
         f"{SCIKIT_IMAGE}/retina.jpg",
         CC0,
-        "Mikael Haggstrom, "
+        "Mikael Häggström, "
         "https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg "
         "(via scikit-image)",
         "The inside of a human eye with its blood vessels.",
         "A medical photograph of the back of a human eye shows an orange-red disc on black, with a "
-        "small notch at its upper right. Dark red blood vessels branch out from a bright yellow "
+        "small square tab at its upper right. Dark red blood vessels branch out from a bright yellow "
         "spot on the left, curving above and below the centre, where there is a darker, hazy spot "
         "without vessels.",
     ),

@@ -58,6 +58,7 @@ def load_vision_tower(
             f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
             f"{missing[:8]}. If only the pooler is missing, choose vision_pooling 'cls' or 'mean'."
         )
+    _name_without_path(model, source)
     return model.eval(), load_image_processor(source, model.config, revision=revision)
 
 
@@ -118,6 +119,7 @@ def load_text_tower(
         raise ValueError(f"{source} lacks weights of its LLM: {sorted(info['missing_keys'])[:8]}.")
     _forget_quantization(model)
     _refuse_foreign_tokenizer(model, tokenizer, source)
+    _name_without_path(model, source)
     return model.eval(), tokenizer
 
 
@@ -140,6 +142,12 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for holder in (model, model.config):
         for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             holder.__dict__.pop(name, None)
+
+
+def _name_without_path(model: PreTrainedModel, source: str | Path) -> None:
+    """Keep a folder's name but not its path: the configuration gets published."""
+    if Path(source).exists():
+        model.config._name_or_path = Path(source).name
 
 
 def _refuse_foreign_tokenizer(
