@@ -8,46 +8,48 @@ registration happens at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 
-def _register_configuration(auto: ModuleType) -> None:
-    from .configuration_llm2clip import LLM2CLIPConfig
-
-    auto.AutoConfig.register("llm2clip", LLM2CLIPConfig, exist_ok=True)
-
-
-def _register_models(auto: ModuleType) -> None:
-    from .configuration_llm2clip import LLM2CLIPConfig
-    from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-
-    auto.AutoModel.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)
-    auto.AutoModelForZeroShotImageClassification.register(
-        LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True
-    )
-    auto.AutoModelForTextEncoding.register(LLM2CLIPConfig, LLM2CLIPTextModel, exist_ok=True)
-
-
-def _register_processor(auto: ModuleType) -> None:
-    from .configuration_llm2clip import LLM2CLIPConfig
-    from .processing_llm2clip import LLM2CLIPProcessor
-
-    auto.AutoProcessor.register(LLM2CLIPConfig, LLM2CLIPProcessor, exist_ok=True)
-
-
-_REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_configuration,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.processing_auto": _register_processor,
+_AUTO = "transformers.models.auto"
+# Module that owns the Auto class, our module, our class, Auto classes to register it with.
+_REGISTRATIONS = (
+    (f"{_AUTO}.configuration_auto", "configuration_llm2clip", "LLM2CLIPConfig", ("AutoConfig",)),
+    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", "LLM2CLIPModel",
+     ("AutoModel", "AutoModelForZeroShotImageClassification")),
+    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", "LLM2CLIPTextModel",
+     ("AutoModelForTextEncoding",)),
+    (f"{_AUTO}.processing_auto", "processing_llm2clip", "LLM2CLIPProcessor", ("AutoProcessor",)),
+)  # fmt: skip
+_WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
+    f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
 }
+_running: set[str] = set()
+
+
+def _register_what_is_ready() -> None:
+    """Register every class whose Auto class is imported, unless either is still being run.
+
+    Our modules import those of the Auto classes, so one of ours may be half done when an Auto
+    module completes; it is registered when it completes itself.
+    """
+    for auto_name, ours_name, class_name, auto_classes in _REGISTRATIONS:
+        ours_full_name = f"{__package__}.{ours_name}"
+        if auto_name not in sys.modules or _running & {auto_name, ours_full_name}:
+            continue
+        ours = getattr(import_module(ours_full_name), class_name)
+        configuration = import_module(f"{__package__}.configuration_llm2clip")
+        key = "llm2clip" if class_name == "LLM2CLIPConfig" else configuration.LLM2CLIPConfig
+        for auto_class in auto_classes:
+            getattr(sys.modules[auto_name], auto_class).register(key, ours, exist_ok=True)
 
 
 class _RegisteringLoader(Loader):
-    """Runs a module as its own loader does, then registers our classes with it."""
+    """Runs a module as its own loader does, then registers what is ready."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -56,15 +58,19 @@ class _RegisteringLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _REGISTRATIONS[module.__name__](module)
+        _running.add(module.__name__)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _running.discard(module.__name__)
+        _register_what_is_ready()
 
     def __getattr__(self, name: str) -> object:  # get_source and the like, for inspect
         return getattr(self._loader, name)
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finds the three modules of transformers that own Auto classes."""
+    """Finds the modules of transformers that own Auto classes, and ours."""
 
     def find_spec(
         self,
@@ -72,7 +78,7 @@ class _RegisteringFinder(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTRATIONS:
+        if fullname not in _WATCHED:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -85,6 +91,4 @@ def register_auto_classes() -> None:
     if any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _RegisteringFinder())
-    for name, register in _REGISTRATIONS.items():
-        if name in sys.modules:
-            register(import_module(name))
+    _register_what_is_ready()

@@ -81,6 +81,10 @@ def check_token_rows(
             "before go into project_caption_embeds."
         )
     lengths = attention_mask.long().sum(dim=1)  # (B,)
+    first_real = attention_mask.long().argmax(dim=1)  # (B,)
+    last_real = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(dim=1)
+    _refuse((last_real - first_real + 1 != lengths) & (lengths > 0), attention_mask,
+            "have a hole in their attention_mask: real tokens must be contiguous")  # fmt: skip
     _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
             "tokenize with truncation=True, or raise max_text_length in the config")  # fmt: skip
     _refuse(lengths <= len(prefix_ids) + len(suffix_ids) - bool(suffix_ids), lengths,
@@ -88,7 +92,6 @@ def check_token_rows(
     _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
             f"have ids outside the vocabulary of {vocabulary_size}; they come from another "
             "tokenizer than the checkpoint's")  # fmt: skip
-    first_real = attention_mask.long().argmax(dim=1)  # (B,)
     _check_piece(input_ids, first_real, prefix_ids, where="begin with its prompt")
     _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
                  where="end with its prompt's suffix")  # fmt: skip

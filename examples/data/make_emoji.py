@@ -286,9 +286,10 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
 | --- | --- |
 {left_out}
 
-Within a style no two pictures are the same, and within a language no two keys have the same name,
-so every line has exactly one right answer. Of emoji that Noto draws alike (the flags of Norway and
-of Bouvet Island) the oldest is here, or among equally old ones that with the shortest name.
+Within a style no two pictures are the same, and within a language no two keys have the same name.
+Some stay hard to tell apart at this size (the flags of Chad and of Romania). Of emoji that Noto
+draws alike (the flags of Norway and of Bouvet Island) the oldest is here, or among equally old ones
+that with the shortest name.
 
 The Fluent package fills in country flags with Noto's drawings. A copy is no second style, so the
 flags of countries and regions are here once, as Noto pictures.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,8 @@ PHOTOGRAPHS = (
         "A close view of a tabby cat's face.",
         "The face of a ginger and grey tabby cat fills the frame, turned a little to the right. It "
         "has green eyes with dark slits, a reddish nose and long white whiskers. Dark stripes run "
-        "up its forehead between ears that the edge of the picture cuts off. The background is blurred.",
+        "up its forehead between ears that the edge of the picture cuts off. The background is "
+        "blurred.",
     ),
     Photograph(
         "clock",
@@ -183,9 +185,9 @@ PHOTOGRAPHS = (
         "(via scikit-image)",
         "The inside of a human eye with its blood vessels.",
         "A medical photograph of the back of a human eye shows an orange-red disc on black, with a "
-        "small square tab at its upper right. Dark red blood vessels branch out from a bright yellow "
-        "spot on the left, curving above and below the centre, where there is a darker, hazy spot "
-        "without vessels.",
+        "small square tab at its upper right. Dark red blood vessels branch out from a bright "
+        "yellow spot on the left, curving above and below the centre, where there is a darker, "
+        "hazy spot without vessels.",
     ),
     Photograph(
         "rocket",
@@ -258,7 +260,13 @@ def write_readme(photographs: list[Photograph], output: Path) -> None:
         f"| `images/{photograph.key}.jpg` | {photograph.licence} | {photograph.source} |"
         for photograph in photographs
     )
-    text = README.format(count=len(photographs), rows=rows, long_side=LONG_SIDE)
+    text = README.format(
+        count=len(photographs),
+        rows=rows,
+        long_side=LONG_SIDE,
+        scikit_image=version("scikit-image"),
+        scikit_learn=version("scikit-learn"),
+    )
     (output / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -286,8 +294,8 @@ this project from looking at the pictures, and have the project's own licence. `
 
 ## Sources and licences
 
-All pictures come from the wheels of scikit-image 0.26.0 and scikit-learn 1.9.1, and were made
-smaller and compressed anew. What those packages say about each:
+All pictures come from the wheels of scikit-image {scikit_image} and scikit-learn {scikit_learn},
+and were made smaller and compressed anew. What those packages say about each:
 
 | picture | licence | source |
 | --- | --- | --- |

@@ -1,0 +1,1 @@
+"""Pictures with captions, as they lie in a user's folder."""

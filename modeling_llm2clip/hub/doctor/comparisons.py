@@ -1,0 +1,132 @@
+"""Checks against something outside the model: recorded vectors, and sentence-transformers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..golden import GOLDEN_FILE, compute_golden_vectors, draw_golden_pictures, read_golden_vectors
+from ..sentence_transformers_files import check_instructions
+from .diagnosis import NotApplicableError
+from .patient import SHORT_TEXTS, Patient
+from .tolerances import find_tolerance, measure_distances
+
+_HALVES = {
+    "text_embeds": "tokenizer, LLM, adapter or text projection",
+    "image_embeds": "image processor, vision tower or visual projection",
+}
+
+
+def check_golden_vectors(patient: Patient) -> str:
+    """The vectors must be those recorded when the folder was written."""
+    recorded = read_golden_vectors(patient.folder)
+    if recorded is None:
+        raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
+    if not patient.encodes_pictures:
+        raise NotApplicableError("they are recorded for texts and pictures together")
+    found = compute_golden_vectors(patient.model, patient.processor)
+    tolerance = find_tolerance(patient.model.dtype, other_machine=True)
+    faults, largest = [], 0.0
+    for name, vectors in found.items():
+        if name not in recorded or recorded[name].shape != vectors.shape:
+            faults.append(f"{name} was not recorded with shape {tuple(vectors.shape)}")
+            continue
+        distances = measure_distances(vectors, recorded[name])
+        row, furthest = int(distances.argmax()), float(distances.max())
+        largest = max(largest, furthest)
+        if not furthest <= tolerance:
+            faults.append(f"{name} moved by {furthest:.1e} in row {row} ({_HALVES[name]})")
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults)}; allowed in {patient.model.dtype}: {tolerance:.0e}. Weights, "
+            "settings or code are not those the folder was written with: restore it."
+        )
+    count = sum(map(len, found.values()))
+    return f"{count} vectors at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
+
+
+def check_sentence_transformers(patient: Patient) -> str:
+    """sentence-transformers must give the model's own vectors; frees the model, so comes last."""
+    if find_spec("sentence_transformers") is None:
+        raise NotApplicableError(
+            "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"
+        )
+    if not (patient.folder / "modules.json").is_file():
+        raise NotApplicableError("the folder has no modules.json, so it offers no such model")
+    tolerance, dtype = find_tolerance(patient.model.dtype), patient.model.dtype
+    prompts = _read_instructions(patient)
+    check_instructions(patient.tokenizer, patient.config, prompts)
+    wanted = _encode_with_model(patient, prompts)
+    patient.model = None
+    gc.collect()  # a large LLM does not fit twice
+    found = _encode_with_sentence_transformers(patient, prompts, pictures="pictures" in wanted)
+    distances = {
+        what: float(measure_distances(found[what], vectors).max())
+        for what, vectors in wanted.items()
+        if what in found
+    }
+    faults = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]
+    if faults:
+        raise ValueError(
+            f"sentence-transformers gives other vectors than AutoModel: {', '.join(faults)} "
+            f"(allowed in {dtype}: {tolerance:.0e}). Export the folder again."
+        )
+    left_out = (
+        f"; not offered: {', '.join(set(wanted) - set(found))}" if len(found) < len(wanted) else ""
+    )
+    largest = max(distances.values())
+    return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
+
+
+def _read_instructions(patient: Patient) -> dict[str, str]:
+    path = patient.folder / "config_sentence_transformers.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: text for name, text in (settings.get("prompts") or {}).items() if text.strip()}
+
+
+@torch.no_grad()
+def _encode_with_model(patient: Patient, prompts: dict[str, str]) -> dict[str, Tensor]:
+    vectors = {"texts": patient.encode_texts(SHORT_TEXTS)}
+    if patient.encodes_pictures:
+        vectors["pictures"] = patient.encode_pictures(draw_golden_pictures())
+    num_prefix = len(patient.config.prompt_prefix_ids)
+    for name, instruction in prompts.items():
+        num_ids = len(patient.list_ids(instruction, enclosed=False))
+        pooled = patient.pool_by_hand(
+            patient.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
+        )
+        features = patient.model.project_caption_embeds(pooled)
+        vectors[f"texts with {name!r}"] = F.normalize(features, dim=-1).cpu()
+    return vectors
+
+
+def _encode_with_sentence_transformers(
+    patient: Patient, prompts: dict[str, str], *, pictures: bool
+) -> dict[str, Tensor]:
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(
+        str(patient.folder), device=patient.device, local_files_only=True, trust_remote_code=False
+    )
+
+    def encode(inputs: list[Any], **settings: Any) -> Tensor:
+        vectors: Tensor = encoder.encode(
+            inputs,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+            **settings,
+        )
+        return vectors.float().cpu()
+
+    found = {"texts": encode(list(SHORT_TEXTS), prompt="")}
+    if pictures and "image" in encoder.modalities:
+        found["pictures"] = encode(list(draw_golden_pictures()))
+    for name in prompts:
+        found[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)
+    return found

@@ -1,0 +1,126 @@
+"""The order of the checks, and what each of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .comparisons import check_golden_vectors, check_sentence_transformers
+from .diagnosis import Check, Diagnosis, NotApplicableError
+from .file_checks import (
+    check_config,
+    check_finite_weights,
+    check_remote_code,
+    check_weight_dtypes,
+)
+from .model_checks import (
+    check_attention_direction,
+    check_batch_invariance,
+    check_finite_outputs,
+    check_padding_invariance,
+    check_pooled_span,
+    check_temperature,
+    load_model,
+)
+from .patient import Patient, find_folder
+from .tokenizer_checks import (
+    check_padding_side,
+    check_prompt,
+    check_text_length,
+    check_tokenizer_path,
+    load_processor,
+    load_tokenizer,
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A check, the earlier checks without which it cannot run, and the model half it is about."""
+
+    name: str
+    examine: Callable[[Patient], str]
+    needs: tuple[str, ...] = ()
+    half: str | None = None
+
+
+_TEXT, _BOTH = "text", "both"
+_PLANS = (
+    _Plan("config", check_config),
+    _Plan("remote code", check_remote_code),
+    _Plan("finite weights", check_finite_weights),
+    _Plan("weight dtype", check_weight_dtypes, ("config",)),
+    _Plan("weights", load_model, ("config",)),
+    _Plan("tokenizer", load_tokenizer, ("config",), _TEXT),
+    _Plan("processor", load_processor, ("config",)),
+    _Plan("padding side", check_padding_side, ("tokenizer",), _TEXT),
+    _Plan("text length", check_text_length, ("tokenizer",), _TEXT),
+    _Plan("prompt", check_prompt, ("tokenizer",), _TEXT),
+    _Plan("tokenizer path", check_tokenizer_path, ("tokenizer", "processor"), _TEXT),
+    _Plan("temperature", check_temperature, ("weights",), _BOTH),
+    _Plan("bidirectional", check_attention_direction, ("weights",), _TEXT),
+    _Plan("finite outputs", check_finite_outputs, ("weights", "prompt")),
+    _Plan("pooled span", check_pooled_span, ("finite outputs",), _TEXT),
+    _Plan("batch invariance", check_batch_invariance, ("finite outputs",)),
+    _Plan("padding invariance", check_padding_invariance, ("finite outputs",), _TEXT),
+    _Plan("golden vectors", check_golden_vectors, ("finite outputs", "processor"), _BOTH),
+    # Last, because it frees the model.
+    _Plan("sentence-transformers", check_sentence_transformers, ("finite outputs",), _TEXT),
+)
+_HALVES_OF: dict[str, set[str | None]] = {
+    "LLM2CLIPModel": {None, _TEXT, _BOTH},
+    "LLM2CLIPTextModel": {None, _TEXT},
+    "LLM2CLIPVisionModel": {None},
+}
+
+
+def diagnose(source: str | Path, *, revision: str | None = None, device: str = "cpu") -> Diagnosis:
+    """Examine a checkpoint from the outside; code in its folder is compared, never run.
+
+    Args:
+        source: folder, or Hub id, which is downloaded.
+        revision: branch, tag or commit of the Hub repository.
+        device: where the model runs, e.g. `"cpu"` or `"cuda"`.
+    Returns: every check, in order; one that cannot run is marked as skipped with its reason.
+    """
+    checks: list[Check] = []
+    try:
+        folder = find_folder(source, revision=revision)
+    except Exception as error:  # what the client raises for a lost network, name or permission
+        checks.append(Check("folder", False, _describe(error)))
+        checks += [
+            Check(plan.name, False, "needs 'folder', which failed", skipped=True) for plan in _PLANS
+        ]
+        return Diagnosis(str(source), checks)
+    checks.append(Check("folder", True, f"{sum(1 for _ in folder.iterdir())} entries in {folder}"))
+    patient = Patient(folder, device)
+    unmet: dict[str, str] = {}
+    for plan in _PLANS:
+        check, blocks = _examine(plan, patient, unmet)
+        checks.append(check)
+        if blocks:
+            unmet[plan.name] = "did not run" if check.skipped else "failed"
+    return Diagnosis(str(source), checks)
+
+
+def _examine(plan: _Plan, patient: Patient, unmet: dict[str, str]) -> tuple[Check, bool]:
+    """Make one check; returns it and whether checks that need it must be skipped."""
+    reasons = [f"needs {name!r}, which {unmet[name]}" for name in plan.needs if name in unmet]
+    if reasons:
+        return Check(plan.name, False, "; ".join(reasons), skipped=True), True
+    model_class = getattr(patient.model_class, "__name__", "LLM2CLIPModel")
+    if plan.half not in _HALVES_OF[model_class]:
+        reason = f"the folder holds a {model_class} alone"
+        return Check(plan.name, False, reason, skipped=True), False
+    try:
+        return Check(plan.name, True, plan.examine(patient)), False
+    except NotApplicableError as reason:
+        return Check(plan.name, False, str(reason), skipped=True), False
+    # A broken checkpoint can raise anything anywhere; here all of it becomes a failed check.
+    except Exception as error:
+        return Check(plan.name, False, _describe(error)), True
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

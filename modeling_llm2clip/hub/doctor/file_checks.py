@@ -1,0 +1,177 @@
+"""Checks that read files and need no model: settings, weight files, travelling code."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ... import configuration_llm2clip
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from .diagnosis import NotApplicableError
+from .patient import Patient
+
+_MODEL_CLASSES = {
+    cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
+}
+_FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_MOST_NAMED = 8
+
+
+def check_config(patient: Patient) -> str:
+    """Read config.json, which must be whole, of this format, and free of contradictions."""
+    raw = _read_json(patient.folder / "config.json")
+    if raw.get("model_type") != LLM2CLIPConfig.model_type:
+        raise ValueError(
+            f"config.json has model_type={raw.get('model_type')!r}, wanted "
+            f"{LLM2CLIPConfig.model_type!r}. Convert or build the checkpoint first."
+        )
+    architecture = (raw.get("architectures") or ["nothing"])[0]
+    if architecture not in _MODEL_CLASSES:
+        raise ValueError(
+            f"config.json has architectures={raw.get('architectures')}, wanted one of "
+            f"{sorted(_MODEL_CLASSES)}. Save the model with save_pretrained."
+        )
+    config = LLM2CLIPConfig.from_pretrained(patient.folder, local_files_only=True)
+    patient.config, patient.model_class = config, _MODEL_CLASSES[architecture]
+    direction = "bidirectional" if config.bidirectional else "causal"
+    return (
+        f"{architecture}, format {config.format_version}, {direction}, "
+        f"{config.projection_dim} dimensions"
+    )
+
+
+def check_weight_dtypes(patient: Patient) -> str:
+    """Find one floating dtype in all weight files, float32 for the temperature alone."""
+    if getattr(patient.config, "quantization_config", None):
+        raise NotApplicableError("the weights are quantised, so their dtypes differ by design")
+    dtypes = {}
+    for path in _list_weight_files(patient.folder):
+        with safe_open(path, framework="pt") as file:
+            dtypes.update({name: file.get_slice(name).get_dtype() for name in file.keys()})
+    dtypes = {name: dtype for name, dtype in dtypes.items() if dtype[0] in "FB" and dtype != "BOOL"}
+    temperature = {
+        name: dtypes.pop(name) for name in list(dtypes) if name.startswith("logit_scale.")
+    }
+    faults = [
+        f"{name} is {dtype}, not F32" for name, dtype in temperature.items() if dtype != "F32"
+    ]
+    counts = Counter(dtypes.values())
+    common = counts.most_common(1)[0][0] if counts else "nothing"
+    odd = sorted(f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype != common)
+    if odd:
+        faults.append(f"{len(odd)} of {len(dtypes)} weights are not {common}: {odd[:_MOST_NAMED]}")
+    stated = getattr(patient.config, "dtype", None)
+    if stated is not None and _FLOAT_DTYPES.get(common) != stated:
+        faults.append(f"config.json states {stated}, the weights are {common}")
+    if faults:
+        raise ValueError("; ".join(faults) + ". Load the model in one dtype and save it again.")
+    return f"{len(dtypes)} weights are {common}"
+
+
+def check_finite_weights(patient: Patient) -> str:
+    """Look for NaN and infinity in every weight, naming the tensor and the row."""
+    count, faults = 0, []
+    for name, tensor in _iterate_weights(patient.folder):
+        count += 1
+        # One-byte floats have no isfinite of their own.
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        if not wide.isfinite().all():
+            bad_rows = (~wide.isfinite()).reshape(len(wide) if wide.ndim else 1, -1).any(dim=1)
+            row = int(bad_rows.long().argmax())
+            faults.append(
+                f"{name} has NaN or infinity in {int(bad_rows.sum())} rows (first: {row})"
+            )
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults[:_MOST_NAMED])} ({len(faults)} of {count} tensors). "
+            "Take the last checkpoint without them, or download the files again."
+        )
+    return f"{count} tensors without NaN or infinity"
+
+
+def check_remote_code(patient: Patient) -> str:
+    """Compare the folder's code with the installed package, byte for byte."""
+    ours = {path.name: path for path in list_travelling_files()}
+    wanted = {
+        name: path
+        for name, path in ours.items()
+        if patient.has_processor_files or name != "processing_llm2clip.py"
+    }
+    mapped = _read_json(patient.folder / "config.json").get("auto_map") or {}
+    if not mapped and not any((patient.folder / name).exists() for name in wanted):
+        raise NotApplicableError("the folder brings no code; it needs the installed package")
+    missing = sorted(name for name in wanted if not (patient.folder / name).is_file())
+    altered = sorted(
+        name
+        for name, path in wanted.items()
+        if name not in missing and (patient.folder / name).read_bytes() != path.read_bytes()
+    )
+    strange = sorted(
+        f"{auto_class}: {where}"
+        for auto_class, where in mapped.items()
+        if f"{str(where).rpartition('.')[0]}.py" not in ours
+    )
+    faults = [
+        f"{what}: {names}"
+        for what, names in (
+            ("altered", altered),
+            ("missing", missing),
+            ("auto_map names other code", strange),
+        )
+        if names
+    ]
+    if not mapped:
+        faults.append("config.json has no auto_map, so the code beside it is not used")
+    if faults:
+        raise ValueError(
+            f"The folder's code is not the installed package's ({'; '.join(faults)}). Others would "
+            "get vectors from other code than you: save the model again with this package, or "
+            "install the version that wrote the folder."
+        )
+    return f"{len(wanted)} files equal the installed package"
+
+
+def list_travelling_files() -> list[Path]:
+    """The package's files that are copied beside the weights."""
+    package = Path(configuration_llm2clip.__file__).parent
+    return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
+
+
+def _iterate_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _list_weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def _list_weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(_read_json(index)["weight_map"].values())
+    lost = sorted(name for name in names if not (folder / name).is_file())
+    if lost:
+        raise ValueError(f"{folder} lacks the weight files {lost}. Save or download it again.")
+    return sorted(folder / name for name in names)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}; it is not a saved checkpoint.")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, wanted an object.")
+    return content

@@ -1,0 +1,129 @@
+"""The checkpoint under examination, and what later checks use of it.
+
+Shapes: B texts or pictures, D width of the LLM, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from ...configuration_llm2clip import LLM2CLIPConfig
+
+# Other formats of the same weights, which no check reads.
+_NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
+
+SHORT_TEXTS = (
+    "a dog",
+    "Two red apples on a wooden table, 1862.",
+    "x",
+    "Eine Katze schläft auf dem Sofa neben dem Fenster.",
+    "東京の夜景 🌃",
+)
+
+
+@dataclass
+class Patient:
+    """A checkpoint; the loading checks fill in its parts, which stay None where there are none."""
+
+    folder: Path
+    device: str
+    config: LLM2CLIPConfig = None  # type: ignore[assignment]
+    model_class: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    processor: Any = None
+
+    @property
+    def encodes_texts(self) -> bool:
+        """Whether there are a loaded text half and a tokenizer."""
+        return hasattr(self.model, "text_model") and self.tokenizer is not None
+
+    @property
+    def encodes_pictures(self) -> bool:
+        """Whether there are a loaded picture half and a processor."""
+        return hasattr(self.model, "vision_model") and self.processor is not None
+
+    @property
+    def has_processor_files(self) -> bool:
+        """Whether a processor is, or should be, in the folder; half a model may come without."""
+        names = ("processor_config.json", "preprocessor_config.json")
+        is_half = self.model_class is not None and self.model_class.__name__ != "LLM2CLIPModel"
+        return not is_half or any((self.folder / name).is_file() for name in names)
+
+    def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
+        """Tokenize as any user of the bare tokenizer would: padded and truncated, (B, L)."""
+        return self.tokenizer(
+            list(texts),
+            padding=True,
+            padding_side=padding_side,
+            truncation=True,
+            max_length=self.config.max_text_length,
+            return_tensors="pt",
+        ).to(self.device)
+
+    def encode_texts(
+        self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
+    ) -> Tensor:
+        """Encode texts into (B, P) float32 of unit length.
+
+        Args:
+            as_one_batch: keep the padding, as training and accelerators do; without gradients, a
+                processor would be given small batches that have almost none.
+        """
+        batch = self.tokenize(texts, padding_side=padding_side)
+        with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
+            features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+        return F.normalize(features.pooler_output, dim=-1).cpu()
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Sequence[Any]) -> Tensor:
+        """Encode pictures into (B, P) float32 of unit length."""
+        batch = self.processor(images=list(pictures)).to(self.device)
+        return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
+
+    def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
+        """Tokenize one text, truncated, with or without the prompt around it."""
+        longest = self.config.max_text_length
+        if not enclosed:
+            longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
+        ids = self.tokenizer(
+            text, add_special_tokens=enclosed, truncation=True, max_length=longest
+        )["input_ids"]
+        return [int(i) for i in ids]
+
+    @torch.no_grad()
+    def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
+        """Pool the LLM's hidden states of one text without the model's own helpers, (1, D)."""
+        row = torch.tensor([list(ids)], device=self.device)
+        hidden: Tensor = self.model.text_model(
+            input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
+        ).last_hidden_state[:, num_unpooled:]  # (1, pooled, D)
+        pooled = (
+            hidden[:, -1] if self.config.text_pooling == "last_token" else hidden.double().mean(1)
+        )
+        return pooled.float()
+
+
+def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Return a local folder, or download a Hub repository and return where it lies.
+
+    Raises: ValueError when the source is neither; what huggingface_hub raises on downloading.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{source} is a folder, which has no revision {revision!r}; leave it out."
+            )
+        return Path(source)
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
+    return Path(snapshot_download(source, revision=revision, ignore_patterns=_NOT_DOWNLOADED))

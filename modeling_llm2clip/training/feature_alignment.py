@@ -1,0 +1,183 @@
+"""Aligns adapter and projections on stored vectors, with both towers frozen.
+
+The smallest form of the paper's cross-modal stage: neither tower is run, so a step costs
+milliseconds. Memory holds all vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..modeling_llm2clip import LLM2CLIPModel
+from .losses import keyed_contrastive_loss
+
+
+@dataclass(frozen=True)
+class AlignmentPairs:
+    """Which stored vectors belong together.
+
+    Attributes:
+        caption_embeds: (T, D) float32, from `encode_captions`.
+        vision_embeds: (V, D') float32, from `encode_pictures`.
+        captions_of_picture: for each picture, the rows of its captions; one is drawn per step.
+        keys: for each picture, what it shows.
+    """
+
+    caption_embeds: Tensor
+    vision_embeds: Tensor
+    captions_of_picture: Sequence[Sequence[int]]
+    keys: Sequence[str]
+
+    def __post_init__(self) -> None:
+        counts = {len(self.vision_embeds), len(self.captions_of_picture), len(self.keys)}
+        if len(counts) != 1 or not len(self.keys):
+            raise ValueError(
+                f"vision_embeds ({len(self.vision_embeds)}), captions_of_picture "
+                f"({len(self.captions_of_picture)}) and keys ({len(self.keys)}) must be equally "
+                "many, and at least one."
+            )
+        bad = [i for i, rows in enumerate(self.captions_of_picture) if not rows]
+        if bad:
+            raise ValueError(f"{len(bad)} pictures have no caption; the first is number {bad[0]}.")
+
+
+@dataclass(frozen=True)
+class AlignmentArguments:
+    """Settings of the alignment.
+
+    Attributes:
+        steps, batch_size: how many draws of how many pictures.
+        lr: peak learning rate, after a tenth of the steps; falls as a cosine.
+        feature_dropout: share of the caption vector's elements left out at each step.
+        feature_noise: standard deviation of the noise on unit-length picture vectors, times
+            one over the square root of their width.
+    """
+
+    steps: int = 300
+    batch_size: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    feature_dropout: float = 0.0
+    feature_noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 2 or not self.lr > 0:
+            raise ValueError(
+                f"steps={self.steps} must be at least 1, batch_size={self.batch_size} at least 2, "
+                f"lr={self.lr} positive."
+            )
+
+
+def align_features(
+    model: LLM2CLIPModel,
+    pairs: AlignmentPairs,
+    arguments: AlignmentArguments,
+    *,
+    show_progress: bool = False,
+) -> list[float]:
+    """Train adapter, both projections and the temperature in place; the towers stay as they are.
+
+    Returns: the loss of every step.
+    Raises: FloatingPointError at the first non-finite loss, naming the step.
+    """
+    head = [model.text_adapter, model.text_projection, model.visual_projection, model.logit_scale]
+    parameters = [p for module in head for p in module.parameters()]
+    optimizer = torch.optim.AdamW(
+        _decay_groups(head, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_cosine(arguments.steps))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(pairs.keys))}
+    keys = torch.tensor([numbers[key] for key in pairs.keys])
+    generator = torch.Generator().manual_seed(arguments.seed)
+    losses = []
+    draws = _draw_batches(pairs, arguments, generator)
+    for step, (pictures, captions) in enumerate(
+        tqdm(draws, total=arguments.steps, unit=" steps", disable=not show_progress)
+    ):
+        loss = _compute_loss(model, pairs, pictures, captions, keys, arguments, generator)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {step}. Lower the learning rate "
+                f"({arguments.lr}), or look for broken vectors."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _compute_loss(
+    model: LLM2CLIPModel,
+    pairs: AlignmentPairs,
+    pictures: Tensor,
+    captions: Tensor,
+    keys: Tensor,
+    arguments: AlignmentArguments,
+    generator: torch.Generator,
+) -> Tensor:
+    device = model.text_projection.weight.device
+    vision_embeds = pairs.vision_embeds[pictures]
+    if arguments.feature_noise:
+        noise = torch.randn(vision_embeds.shape, generator=generator)
+        scale = vision_embeds.norm(dim=-1, keepdim=True) * vision_embeds.shape[1] ** -0.5
+        vision_embeds = vision_embeds + arguments.feature_noise * scale * noise
+    caption_embeds = pairs.caption_embeds[captions]
+    if arguments.feature_dropout:
+        kept = torch.rand(caption_embeds.shape, generator=generator) >= arguments.feature_dropout
+        caption_embeds = caption_embeds * kept / (1 - arguments.feature_dropout)
+    image_embeds = F.normalize(model.project_vision_embeds(vision_embeds.to(device)), dim=-1)
+    text_embeds = F.normalize(model.project_caption_embeds(caption_embeds.to(device)), dim=-1)
+    return keyed_contrastive_loss(
+        image_embeds, text_embeds, model.logit_scale(), keys[pictures].to(device)
+    )
+
+
+def _draw_batches(
+    pairs: AlignmentPairs, arguments: AlignmentArguments, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows of pictures, each picture once an epoch, and one row of its captions each."""
+    order = torch.empty(0, dtype=torch.long)
+    size = min(arguments.batch_size, len(pairs.keys))
+    for _ in range(arguments.steps):
+        if len(order) < size:
+            order = torch.cat([order, torch.randperm(len(pairs.keys), generator=generator)])
+        pictures, order = order[:size], order[size:]
+        draws = torch.rand(size, generator=generator)
+        captions = [
+            pairs.captions_of_picture[int(picture)][
+                int(draw * len(pairs.captions_of_picture[int(picture)]))
+            ]
+            for picture, draw in zip(pictures, draws, strict=True)
+        ]
+        yield pictures, torch.tensor(captions)
+
+
+def _decay_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices only: not norms, biases and the temperature (arXiv:2103.00020)."""
+    parameters = [p for module in modules for p in module.parameters()]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _warm_up_then_cosine(steps: int):  # type: ignore[no-untyped-def]
+    warm_up = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    return factor

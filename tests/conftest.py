@@ -1,0 +1,60 @@
+"""What holds for every test: no network, one thread, a fixed seed."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+# Before transformers and torch are imported: they read these once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def is_local(address: Any) -> bool:
+    """Whether a socket address stays on this machine: a loopback host, or no host at all."""
+    if not isinstance(address, tuple):
+        return True  # a path of a Unix socket
+    host = address[0].decode() if isinstance(address[0], bytes) else str(address[0])
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+def only_local(connect: Callable[..., Any], *, position: int) -> Callable[..., Any]:
+    """Wrap a connecting function, so that it raises for a host elsewhere before any lookup."""
+
+    def connect_if_local(*args: Any, **kwargs: Any) -> Any:
+        address = args[position] if len(args) > position else kwargs["address"]
+        if not is_local(address):
+            raise OSError(f"Tests must not use the network, but this one connects to {address!r}.")
+        return connect(*args, **kwargs)
+
+    return connect_if_local
+
+
+@pytest.fixture(autouse=True)
+def _refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("connect", "connect_ex"):
+        original = getattr(socket.socket, name)
+        monkeypatch.setattr(socket.socket, name, only_local(original, position=1))
+    original = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", only_local(original, position=0))
+
+
+@pytest.fixture(autouse=True)
+def _fix_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,112 @@
+"""The probe tells from outside whether a decoder sees both ways, on every path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from modeling_llm2clip.hub.attention_probe import find_attention_faults, require_bidirectional
+from modeling_llm2clip.hub.build import BuildArguments, build_model
+from modeling_llm2clip.modeling_llm2clip import set_attention_direction
+from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+BLIND = r"first token does not see the last"
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 400,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Families that drop the attention arguments on the way, so that the configuration alone leaves
+# them causal where nothing is padded.
+FORGETFUL = {"stablelm": {}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2}}
+# Learned positions and ALiBi.
+OTHER_POSITIONS = {"gpt2": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {}}
+# Families that no flag makes bidirectional: no attention at all, attention in chunks.
+REFUSED = {
+    "mamba": {"state_size": 4},
+    "llama4_text": {
+        "intermediate_size_mlp": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_chunk_size": 4,
+        "num_local_experts": 2,
+    },
+}
+
+
+def build_decoder(family: str, extras: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModel.from_config(
+        AutoConfig.for_model(family, **{**SIZE, **extras})
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+def test_a_causal_decoder_is_refused_with_and_without_padding(llm: str) -> None:
+    faults = find_attention_faults(tiny_llm(llm))
+    assert len(faults) == 2
+    assert "without padding" in faults[0] and "with padding" in faults[1]
+    with pytest.raises(ValueError, match=rf"'{llm}' family cannot be .*{BLIND}.*bidirectional=Fal"):
+        require_bidirectional(tiny_llm(llm))
+
+
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+def test_a_decoder_passes_once_its_direction_is_set(llm: str) -> None:
+    model = tiny_llm(llm)
+    set_attention_direction(model, bidirectional=True)
+    require_bidirectional(model)
+    set_attention_direction(model, bidirectional=False)
+    assert len(find_attention_faults(model)) == 2
+
+
+@pytest.mark.parametrize("family", FORGETFUL)
+def test_the_configuration_alone_is_found_out_where_a_family_forgets_it(family: str) -> None:
+    model = build_decoder(family, FORGETFUL[family])
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match=f"without padding, the {BLIND}"):
+        require_bidirectional(model)
+    set_attention_direction(model, bidirectional=True)
+    require_bidirectional(model)
+
+
+@pytest.mark.parametrize("family", OTHER_POSITIONS)
+def test_decoders_with_other_positions_pass(family: str) -> None:
+    model = build_decoder(family, OTHER_POSITIONS[family])
+    set_attention_direction(model, bidirectional=True)
+    require_bidirectional(model)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_building_refuses_a_decoder_that_stays_causal(family: str) -> None:
+    decoder = build_decoder(family, REFUSED[family])
+    arguments = BuildArguments(prompt="llama-3", text_adapter_layers=0)
+    with pytest.raises(ValueError, match=rf"{family}' family cannot be made bidirectional"):
+        build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+
+
+class LeakyPadding(torch.nn.Module):
+    """Sees both ways, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = AutoConfig.for_model("llama", vocab_size=100)
+        self.embeddings = torch.nn.Embedding(100, 8)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        hidden = self.embeddings(input_ids)
+        mixed = hidden + hidden.mean(dim=1, keepdim=True)
+        return type("Output", (), {"last_hidden_state": mixed})
+
+
+def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
+    faults = find_attention_faults(LeakyPadding())  # type: ignore[arg-type]
+    assert len(faults) == 1
+    assert faults[0].startswith("with padding, the hidden states differ by")

@@ -1,0 +1,219 @@
+"""Laws of the configuration: it keeps every number, and refuses what it cannot know."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from modeling_llm2clip import LLM2CLIPConfig
+from modeling_llm2clip.configuration_llm2clip import FORMAT_VERSION
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+
+OTHER_THAN_DEFAULT: dict[str, Any] = {
+    "projection_dim": 24,
+    "bidirectional": False,
+    "text_pooling": "last_token",
+    "prompt_prefix_ids": [1, 5, 6],
+    "prompt_suffix_ids": [7, 2],
+    "prompt_suffix_ends_special": True,
+    "max_text_length": 40,
+    "normalize_text_before_adapter": False,
+    "text_adapter_layers": 1,
+    "text_adapter_expansion": 3,
+    "vision_pooling": "cls",
+    "visual_projection_bias": True,
+    "logit_scale_init_value": 1.5,
+}
+
+
+def vision_config(**settings: Any) -> CLIPVisionConfig:
+    return CLIPVisionConfig(hidden_size=32, num_attention_heads=4, image_size=32, **settings)
+
+
+def text_config(**settings: Any) -> LlamaConfig:
+    return LlamaConfig(hidden_size=48, num_attention_heads=4, vocab_size=100, **settings)
+
+
+def build(**settings: Any) -> LLM2CLIPConfig:
+    return LLM2CLIPConfig(vision_config(), text_config(), **settings)
+
+
+@pytest.fixture
+def saved() -> dict[str, Any]:
+    """What config.json of a model with no default value holds."""
+    content: dict[str, Any] = json.loads(build(**OTHER_THAN_DEFAULT).to_json_string())
+    return content
+
+
+@pytest.mark.parametrize("load", [LLM2CLIPConfig.from_pretrained, AutoConfig.from_pretrained])
+def test_every_field_survives_saving_and_loading(load: Any, tmp_path: Path) -> None:
+    before = build(**OTHER_THAN_DEFAULT)
+    before.save_pretrained(tmp_path)
+    after = load(tmp_path)
+    assert type(after) is LLM2CLIPConfig
+    for name, value in OTHER_THAN_DEFAULT.items():
+        assert getattr(after, name) == value, name
+    assert after.format_version == FORMAT_VERSION
+    assert type(after.vision_config) is CLIPVisionConfig
+    assert type(after.text_config) is LlamaConfig
+    assert (after.vision_config.hidden_size, after.text_config.hidden_size) == (32, 48)
+    assert after.text_config.is_causal is True
+
+
+def test_saving_what_was_loaded_changes_nothing(tmp_path: Path) -> None:
+    build(**OTHER_THAN_DEFAULT).save_pretrained(tmp_path / "first")
+    LLM2CLIPConfig.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    first, second = (tmp_path / name / "config.json" for name in ("first", "second"))
+    assert first.read_text(encoding="utf-8") == second.read_text(encoding="utf-8")
+
+
+def test_values_equal_to_the_defaults_are_written_too(tmp_path: Path) -> None:
+    # Otherwise a changed default would change old checkpoints.
+    build().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert set(OTHER_THAN_DEFAULT) | {"format_version"} <= set(content)
+    assert content["text_config"]["is_causal"] is False
+
+
+def test_a_copy_is_equal_and_independent() -> None:
+    before = build(**OTHER_THAN_DEFAULT)
+    after = copy.deepcopy(before)
+    assert after.to_dict() == before.to_dict()
+    after.prompt_prefix_ids.append(3)
+    after.text_config.hidden_size = 1
+    assert before.prompt_prefix_ids == [1, 5, 6]
+    assert before.text_config.hidden_size == 48
+
+
+def test_an_unknown_field_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"does not know \['pooling_mode'\].*'text_pooling'"):
+        build(pooling_mode="mean")
+
+
+def test_an_unknown_field_in_a_saved_file_is_refused(saved: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"does not know \['instruct'\]"):
+        LLM2CLIPConfig.from_dict({**saved, "instruct": "x"})
+
+
+@pytest.mark.parametrize(
+    ("version", "way_out"),
+    [(FORMAT_VERSION + 1, "upgrade modeling_llm2clip"), (FORMAT_VERSION - 1, "convert")],
+)
+def test_a_checkpoint_of_another_format_is_refused_with_the_way_out(
+    saved: dict[str, Any], version: int, way_out: str
+) -> None:
+    saved["format_version"] = version
+    with pytest.raises(ValueError, match=rf"format {version}.*format {FORMAT_VERSION}.*{way_out}"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+def test_a_checkpoint_without_format_is_refused(saved: dict[str, Any]) -> None:
+    del saved["format_version"]
+    with pytest.raises(ValueError, match="format 0.*build or convert"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+@pytest.mark.parametrize("field", sorted(OTHER_THAN_DEFAULT))
+def test_a_lost_field_is_named_and_not_replaced_by_a_default(
+    saved: dict[str, Any], field: str
+) -> None:
+    del saved[field]
+    with pytest.raises(ValueError, match=rf"lacks \['{field}'\]"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+def test_all_lost_fields_are_named_at_once(saved: dict[str, Any]) -> None:
+    for field in ("text_pooling", "projection_dim"):
+        del saved[field]
+    del saved["text_config"]["is_causal"]
+    with pytest.raises(
+        ValueError, match=r"lacks \['projection_dim', 'text_pooling', 'text_config.is_causal'\]"
+    ):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_attention_direction_reaches_the_llm(bidirectional: bool) -> None:
+    assert build(bidirectional=bidirectional).text_config.is_causal is not bidirectional
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_contradicting_attention_directions_are_refused_with_both(bidirectional: bool) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"bidirectional={bidirectional} contradicts text_config.is_causal={bidirectional}",
+    ):
+        LLM2CLIPConfig(
+            vision_config(), text_config(is_causal=bidirectional), bidirectional=bidirectional
+        )
+
+
+def test_a_contradiction_in_a_saved_file_is_refused(saved: dict[str, Any]) -> None:
+    saved["text_config"]["is_causal"] = False
+    with pytest.raises(ValueError, match="bidirectional=False contradicts"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+def test_all_bad_values_are_named_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        build(
+            projection_dim=0,
+            text_adapter_layers=-1,
+            text_adapter_expansion=0,
+            text_pooling="max",
+            vision_pooling="sum",
+            prompt_prefix_ids=[1, 2, 3],
+            prompt_suffix_ids=[4],
+            max_text_length=4,
+        )
+    for fault in (
+        "projection_dim=0 must be at least 1",
+        "text_adapter_layers=-1 must be at least 0",
+        "text_adapter_expansion=0 must be at least 1",
+        "text_pooling='max' must be one of",
+        "vision_pooling='sum' must be one of",
+        "max_text_length=4 leaves no room for a caption: the prompt alone has 4 tokens",
+    ):
+        assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("tower", ["vision_config", "text_config"])
+def test_an_unknown_tower_is_named(saved: dict[str, Any], tower: str) -> None:
+    saved[tower]["model_type"] = "tower-of-babel"
+    with pytest.raises(ValueError, match=rf"{tower} has model_type='tower-of-babel'.*Upgrade"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+@pytest.mark.parametrize("tower", ["vision_config", "text_config"])
+def test_a_tower_without_model_type_is_refused(saved: dict[str, Any], tower: str) -> None:
+    del saved[tower]["model_type"]
+    with pytest.raises(ValueError, match=rf"{tower} must be .* with 'model_type'"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+@pytest.mark.parametrize("missing", [(None, text_config()), (vision_config(), None)])
+def test_both_towers_are_needed(missing: Any) -> None:
+    with pytest.raises(ValueError, match=r"_config must be a transformers configuration"):
+        LLM2CLIPConfig(*missing)
+
+
+def test_no_absolute_path_is_written(tmp_path: Path) -> None:
+    config = build()
+    source = tmp_path / "source"
+    config.save_pretrained(source)
+    # What loading a tower from a folder leaves behind.
+    vision_config().save_pretrained(tmp_path / "vision")
+    text_config().save_pretrained(tmp_path / "text")
+    config = LLM2CLIPConfig(
+        CLIPVisionConfig.from_pretrained(tmp_path / "vision"),
+        LlamaConfig.from_pretrained(tmp_path / "text"),
+    )
+    config.save_pretrained(tmp_path / "built")
+    LLM2CLIPConfig.from_pretrained(source).save_pretrained(tmp_path / "again")
+    for folder in ("built", "again"):
+        content = (tmp_path / folder / "config.json").read_text(encoding="utf-8")
+        assert str(tmp_path) not in content
+        assert "_name_or_path" not in json.loads(content)

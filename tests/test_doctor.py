@@ -1,0 +1,510 @@
+"""A healthy checkpoint passes every check, and every way of breaking it is found and named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from modeling_llm2clip.hub.doctor import Check, Diagnosis, diagnose
+from modeling_llm2clip.hub.doctor.examination import _PLANS
+from modeling_llm2clip.hub.doctor.file_checks import check_config, list_travelling_files
+from modeling_llm2clip.hub.doctor.model_checks import (
+    check_attention_direction,
+    check_batch_invariance,
+    check_padding_invariance,
+    check_pooled_span,
+    load_model,
+)
+from modeling_llm2clip.hub.doctor.patient import Patient
+from modeling_llm2clip.hub.doctor.tokenizer_checks import load_processor, load_tokenizer
+from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.hub.golden import GOLDEN_FILE
+from modeling_llm2clip.hub.prompts import Prompt, write_prompt
+from modeling_llm2clip.modeling_llm2clip import (
+    LLM2CLIPModel,
+    LLM2CLIPTextModel,
+    set_attention_direction,
+)
+
+Break = Callable[[Path], None]
+OTHER_TEXTS = (
+    "blue green yellow purple orange", "mountain river forest lake island",
+    "quickly slowly often never always", "north south east west between",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One exported tiny checkpoint with an instruction; tests break copies of it."""
+    model, processor = tiny_model("clip", "llama")
+    folder = tmp_path_factory.mktemp("exported") / "good"
+    return export_model(model, processor, folder, prompts={"query": "Find a picture: "})
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "copy"))
+
+
+def find(diagnosis: Diagnosis, name: str) -> Check:
+    return next(check for check in diagnosis.checks if check.name == name)
+
+
+def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Break:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        change(content)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+    return apply
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Break:
+    def apply(folder: Path) -> None:
+        weights = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
+        change(weights)
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def set_config(**fields: Any) -> Break:
+    return edit_json("config.json", lambda c: c.update(fields))
+
+
+def set_causal(value: bool | None, *, bidirectional: bool = True) -> Break:
+    def change(config: dict[str, Any]) -> None:
+        config["text_config"].pop("is_causal")
+        config["text_config"].update({} if value is None else {"is_causal": value})
+        config["bidirectional"] = bidirectional
+
+    return edit_json("config.json", change)
+
+
+def set_weight(name: str, change: Callable[[Tensor], Tensor]) -> Break:
+    return edit_weights(lambda w: w.update({name: change(w[name])}))
+
+
+def set_row(name: str, row: int, value: float) -> Break:
+    return edit_weights(lambda w: w[name][row].fill_(value))
+
+
+def rename_adapter_key(weights: dict[str, Tensor]) -> None:
+    weights["text_adapter.blocks.0.first.weight"] = weights.pop("text_adapter.blocks.0.up.weight")
+
+
+def take_other_tokenizer(*, vocabulary_size: int) -> Break:
+    """Save another LLM's tokenizer under the checkpoint's own prompt ids."""
+
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        prompt = Prompt(
+            tuple(config["prompt_prefix_ids"]),
+            tuple(config["prompt_suffix_ids"]),
+            config["prompt_suffix_ends_special"],
+        )
+        other = tiny_tokenizer(vocabulary_size=vocabulary_size, texts=OTHER_TEXTS)
+        assert len(other) == vocabulary_size
+        write_prompt(other, prompt, max_length=config["max_text_length"]).save_pretrained(folder)
+
+    return apply
+
+
+def append(name: str, text: str) -> Break:
+    def apply(folder: Path) -> None:
+        with (folder / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    return apply
+
+
+def remove(name: str) -> Break:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut_in_half(name: str) -> Break:
+    def apply(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return apply
+
+
+class Case(NamedTuple):
+    """A way to break a checkpoint, the check that must fail, and what it must say.
+
+    Attributes:
+        alone: whether no other check may see it.
+    """
+
+    break_it: Break
+    check: str
+    says: str
+    alone: bool = False
+
+
+EMBEDDINGS = "text_model.embed_tokens.weight"
+VISION_WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
+CASES = {
+    "causal flag lost": Case(set_causal(None), "config", r"lacks \['text_config.is_causal'\]"),
+    "causal flag flipped": Case(set_causal(True), "config", r"bidirectional=True contradicts"),
+    "both causal flags flipped": Case(
+        set_causal(True, bidirectional=False), "golden vectors", r"text_embeds moved by .*LLM"
+    ),
+    "setting lost": Case(
+        edit_json("config.json", lambda c: c.pop("text_pooling")), "config", r"text_pooling"
+    ),
+    "setting misspelt": Case(set_config(max_text_lenght=9), "config", r"max_text_lenght"),
+    "other model type": Case(set_config(model_type="clip"), "config", r"model_type='clip'"),
+    "config lost": Case(remove("config.json"), "config", r"has no config.json"),
+    "older format": Case(set_config(format_version=0), "config", r"format 0.*convert"),
+    "newer format": Case(set_config(format_version=99), "config", r"format 99.*upgrade"),
+    "prompt lost": Case(
+        edit_json("tokenizer.json", lambda t: t.update(post_processor=None)),
+        "prompt", r"does not begin with the prompt \[",
+    ),
+    "suffix cut": Case(
+        edit_json("tokenizer.json", lambda t: t["post_processor"]["single"].pop()),
+        "prompt", r"does not end with the prompt's suffix \[",
+    ),
+    "text not stripped": Case(
+        edit_json("tokenizer.json", lambda t: t.update(normalizer=None)),
+        "prompt", r"not stripped",
+    ),
+    "special flag flipped": Case(
+        edit_json(
+            "config.json",
+            lambda c: c.update(prompt_suffix_ends_special=not c["prompt_suffix_ends_special"]),
+        ),
+        "prompt", r"prompt_suffix_ends_special is",
+    ),
+    "span off by one": Case(
+        edit_json("config.json", lambda c: c["prompt_prefix_ids"].pop()),
+        "pooled span", r"'x' has 1 tokens and the suffix 1, but 3 are pooled",
+    ),
+    "adapter key renamed": Case(
+        edit_weights(rename_adapter_key),
+        "weights", r"Missing \(1\): \['text_adapter.blocks.0.up.weight'\]. Unexpected \(1\): "
+        r"\['text_adapter.blocks.0.first.weight'\]",
+    ),
+    "weight of another shape": Case(
+        set_weight("visual_projection.weight", lambda w: w[:-1]),
+        "weights", r"shape \(1; saved, wanted\).*visual_projection.weight",
+    ),
+    "weight file cut": Case(cut_in_half("model.safetensors"), "weights", r"SafetensorError"),
+    "weight file lost": Case(
+        remove("model.safetensors"), "finite weights", r"lacks the weight files"
+    ),
+    "projection transposed": Case(
+        set_weight("text_projection.weight", lambda w: w.T),
+        "golden vectors", r"text_embeds moved by .*text projection", alone=True,
+    ),
+    "weight value altered": Case(
+        set_weight(VISION_WEIGHT, lambda w: w * 1.1),
+        "golden vectors", r"image_embeds moved by .*vision tower", alone=True,
+    ),
+    "adapter normalisation flipped": Case(
+        set_config(normalize_text_before_adapter=False), "golden vectors", r"text_embeds moved"
+    ),
+    "picture mean altered": Case(
+        edit_json(
+            "processor_config.json",
+            lambda p: p["image_processor"].update(image_mean=[0.3, 0.3, 0.3]),
+        ),
+        "golden vectors", r"image_embeds moved by .*image processor",
+    ),
+    "dtype mixed": Case(
+        set_weight("text_adapter.norm.weight", lambda w: w.bfloat16()),
+        "weight dtype", r"1 of \d+ weights are not F32: \['text_adapter.norm.weight \(BF16\)'\]",
+    ),
+    "temperature in half precision": Case(
+        set_weight("logit_scale.log_scale", lambda w: w.half()),
+        "weight dtype", r"logit_scale.log_scale is F16, not F32",
+    ),
+    "dtype misstated": Case(
+        set_config(dtype="bfloat16"), "weight dtype", r"states torch.bfloat16, the weights are F32"
+    ),
+    "temperature too high": Case(
+        set_row("logit_scale.log_scale", 0, 10.0), "temperature", r"wanted one within \[1, 100\]"
+    ),
+    "NaN in one row": Case(
+        set_row(EMBEDDINGS, 17, torch.nan),
+        "finite weights", rf"{EMBEDDINGS} has NaN or infinity in 1 rows \(first: 17\)",
+    ),
+    "NaN in one row of the projection": Case(
+        set_row("text_projection.weight", 3, torch.nan),
+        "finite outputs", r"text_embeds row 0 \('a dog'\)",
+    ),
+    "overflow with finite weights": Case(
+        set_row("visual_projection.weight", 0, 3e38), "finite outputs", r"image_embeds row"
+    ),
+    "tokenizer of a larger vocabulary": Case(
+        take_other_tokenizer(vocabulary_size=330),
+        "tokenizer", r"ids up to 329, the LLM's embedding table only 320 rows",
+    ),
+    "other tokenizer of the same size": Case(
+        take_other_tokenizer(vocabulary_size=320),
+        "golden vectors", r"text_embeds moved by .*tokenizer", alone=True,
+    ),
+    "padding side": Case(
+        edit_json("tokenizer_config.json", lambda t: t.update(padding_side="left")),
+        "padding side", r"pads on the left, wanted right",
+    ),
+    "tokenizer length": Case(
+        edit_json("tokenizer_config.json", lambda t: t.update(model_max_length=64)),
+        "text length", r"config.max_text_length=32, tokenizer.model_max_length=64",
+    ),
+    "processor length": Case(
+        edit_json("processor_config.json", lambda p: p.update(max_text_length=16)),
+        "text length", r"processor.max_text_length=16",
+    ),
+    "processor truncates earlier": Case(
+        edit_json("processor_config.json", lambda p: p.update(max_text_length=16)),
+        "tokenizer path", r"different input_ids \(shapes",
+    ),
+    "processor lost": Case(remove("processor_config.json"), "processor", r"\w"),
+    "remote code altered": Case(
+        append("pooling_llm2clip.py", "# another line\n"),
+        "remote code", r"altered: \['pooling_llm2clip.py'\]", alone=True,
+    ),
+    "remote code lost": Case(
+        remove("batching_llm2clip.py"), "remote code", r"missing: \['batching_llm2clip.py'\]"
+    ),
+    "remote code elsewhere": Case(
+        edit_json("config.json", lambda c: c["auto_map"].update(AutoModel="o/n--m.LLM2CLIPModel")),
+        "remote code", r"auto_map names other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]",
+    ),
+    "sentence-transformers truncates earlier": Case(
+        edit_json(
+            "sentence_bert_config.json",
+            lambda s: s["processing_kwargs"]["text"].update(max_length=12),
+        ),
+        "sentence-transformers", r"other vectors than AutoModel: texts by",
+    ),
+    "instruction that is measured wrongly": Case(
+        edit_json(
+            "config_sentence_transformers.json", lambda s: s["prompts"].update(query="Search:\n")
+        ),
+        "sentence-transformers", r"'query': 'Search:\\n' before", alone=True,
+    ),
+    "sentence-transformers does not normalise": Case(
+        lambda folder: (folder / "modules.json").write_text(
+            json.dumps(json.loads((folder / "modules.json").read_text(encoding="utf-8"))[:1])
+        ),
+        "sentence-transformers", r"texts by .*pictures by",
+    ),
+}  # fmt: skip
+
+
+def test_a_healthy_checkpoint_passes_every_check_and_skips_none(good: Path) -> None:
+    diagnosis = diagnose(good)
+    assert diagnosis.healthy, diagnosis.report()
+    assert [check for check in diagnosis.checks if not check.passed] == []
+    assert [c.name for c in diagnosis.checks] == ["folder", *(plan.name for plan in _PLANS)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_broken_checkpoint_fails_the_check_that_names_the_fault(name: str, copy: Path) -> None:
+    case = CASES[name]
+    case.break_it(copy)
+    diagnosis = diagnose(copy)
+    check = find(diagnosis, case.check)
+    assert not diagnosis.healthy
+    assert (check.passed, check.skipped) == (False, False), diagnosis.report()
+    assert re.search(case.says, check.message), check.message
+    assert len(diagnosis.failed) == 1 or not case.alone, diagnosis.report()
+    assert len(diagnosis.checks) == len(_PLANS) + 1  # nothing is silently left out
+    assert all(check.message for check in diagnosis.checks)
+
+
+def test_what_cannot_run_is_skipped_with_the_check_it_needs(copy: Path) -> None:
+    CASES["adapter key renamed"].break_it(copy)
+    diagnosis = diagnose(copy)
+    skipped = {check.name: check.message for check in diagnosis.checks if check.skipped}
+    assert skipped["temperature"] == "needs 'weights', which failed"
+    assert skipped["golden vectors"] == "needs 'finite outputs', which did not run"
+    assert [check.name for check in diagnosis.failed] == ["weights"]
+    assert find(diagnosis, "prompt").passed  # what does not need the weights runs
+
+
+def test_a_checkpoint_without_golden_vectors_is_told_so(copy: Path) -> None:
+    (copy / GOLDEN_FILE).unlink()
+    diagnosis = diagnose(copy)
+    assert diagnosis.healthy
+    assert find(diagnosis, "golden vectors") == Check(
+        "golden vectors", False, f"the folder has no {GOLDEN_FILE} to compare with", skipped=True
+    )
+
+
+def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if not installed
+    diagnosis = diagnose(good)
+    check = find(diagnosis, "sentence-transformers")
+    assert diagnosis.healthy
+    assert check.skipped
+    assert "not installed" in check.message
+
+
+@pytest.mark.parametrize("source", ["no such folder", "missing", Path("owner/name")], ids=str)
+def test_a_source_that_is_nowhere_fails_and_skips_the_rest(source: str | Path) -> None:
+    diagnosis = diagnose(source)
+    assert [check.name for check in diagnosis.failed] == ["folder"]
+    assert "no such folder" in diagnosis.checks[0].message
+    assert all(check.skipped for check in diagnosis.checks[1:])
+    assert len(diagnosis.checks) == len(_PLANS) + 1
+
+
+def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:
+    CASES["remote code altered"].break_it(copy)
+    lines = diagnose(copy).report().splitlines()
+    assert len(lines) == len(_PLANS) + 2
+    assert sum(line.startswith("FAILED") for line in lines) == 1
+    assert lines[-1] == f"{copy}: 1 of {len(_PLANS) + 1} FAILED"
+    assert str(diagnose(good)).endswith(f"{good}: healthy")
+
+
+@pytest.mark.parametrize(
+    ("vision", "llm", "arguments"),
+    [
+        ("siglip2", "gemma3_text", {"dtype": torch.bfloat16}),
+        ("timm", "qwen3", {"dtype": torch.float16}),
+        ("dinov2", "phi", {"vision_pooling": "cls", "text_pooling": "last_token"}),
+        ("vit", "llama", {"bidirectional": False}),
+        ("siglip", "gemma2", {"prompt": "none"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_families_dtypes_and_settings_are_healthy_too(
+    vision: str, llm: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    model, processor = tiny_model(vision, llm, **arguments)
+    diagnosis = diagnose(export_model(model, processor, tmp_path / "exported"))
+    assert [check for check in diagnosis.checks if not check.passed] == [], diagnosis.report()
+
+
+def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
+    good: Path, tmp_path: Path
+) -> None:
+    LLM2CLIPTextModel.from_pretrained(good).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(good / name, tmp_path / name)
+    diagnosis = diagnose(tmp_path)
+    assert diagnosis.healthy, diagnosis.report()
+    assert find(diagnosis, "pooled span").passed
+    assert find(diagnosis, "temperature").message == "the folder holds a LLM2CLIPTextModel alone"
+
+
+@pytest.mark.parametrize("option", ["eos_token", "extra_special_tokens"])
+def test_a_suffix_that_is_a_special_token_is_flagged_as_the_saved_tokenizer_has_it(
+    option: str, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(
+        {option: "<|eot_id|>" if option == "eos_token" else ["<|eot_id|>"]}
+    )
+    model, processor = tiny_model(tokenizer=tokenizer)
+    folder = export_model(
+        model, processor, tmp_path / "exported", prompts={"query": "Find a picture: "}
+    )
+    diagnosis = diagnose(folder)
+    assert diagnosis.healthy, diagnosis.report()
+
+
+def test_weights_in_several_files_are_all_read(copy: Path) -> None:
+    model = LLM2CLIPModel.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="100KB")
+    assert len(list(copy.glob("model-*.safetensors"))) > 1
+    assert diagnose(copy).healthy
+    shard = sorted(copy.glob("model-*.safetensors"))[-1]
+    weights = load_file(shard)
+    first = sorted(name for name in weights if name != "logit_scale.log_scale")[0]
+    weights[first].view(-1)[0] = torch.inf
+    save_file(weights, shard, metadata={"format": "pt"})
+    assert find(diagnose(copy), "finite weights").message.startswith(f"{first} has NaN or infinity")
+
+
+def load_patient(folder: Path) -> Patient:
+    patient = Patient(folder, "cpu")
+    for load in (check_config, load_model, load_tokenizer, load_processor):
+        load(patient)
+    return patient
+
+
+def test_a_loaded_model_that_turned_causal_is_found(good: Path) -> None:
+    patient = load_patient(good)
+    set_attention_direction(patient.model.text_model, bidirectional=False)
+    with pytest.raises(ValueError, match=r"2 attention modules.*does not see the last"):
+        check_attention_direction(patient)
+
+
+def test_a_causal_model_that_sees_ahead_is_found(good: Path) -> None:
+    patient = load_patient(good)
+    patient.model.config.bidirectional = False
+    with pytest.raises(ValueError, match=r"contradict each other.*the first token sees the last .* though causal"):
+        check_attention_direction(patient)
+
+
+def test_a_pooling_that_takes_other_tokens_is_found(good: Path) -> None:
+    patient = load_patient(good)
+    patient.model.config.text_pooling = "last_token"  # another object than patient.config
+    with pytest.raises(ValueError, match=r"'a dog' is pooled .* away from its caption and suffix"):
+        check_pooled_span(patient)
+
+
+def test_attention_to_padding_is_found(good: Path) -> None:
+    patient = load_patient(good)
+
+    def forget_mask(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": None}
+
+    patient.model.text_model.register_forward_pre_hook(forget_mask, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"texts in one batch: row \d moves by"):
+        check_batch_invariance(patient)
+    with pytest.raises(ValueError, match=r"left- and right-padded texts: row \d moves by"):
+        check_padding_invariance(patient)
+
+
+def test_every_travelling_file_is_in_the_export(good: Path) -> None:
+    names = {path.name for path in list_travelling_files()}
+    assert names == {path.name for path in good.glob("*.py")}
+
+
+def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
+from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.hub.export import push_folder
+push_folder(sys.argv[1], "owner/model")
+diagnosis = diagnose("owner/model")
+print(diagnosis.report())
+assert diagnosis.healthy
+assert "RepositoryNotFoundError" in diagnose("owner/absent").checks[0].message
+"""
+    with HubServer() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(good)],
+            env=hub.environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=Path(__file__).parent.parent,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

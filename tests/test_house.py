@@ -1,0 +1,232 @@
+"""The rules of this code base, held by tests: sizes, imports, what travels to the Hub."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import modeling_llm2clip
+import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_llm2clip"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+# What stands at the package's root without an underscore is copied beside the weights.
+TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
+# Installed wherever transformers, torch and a picture library are, or Python's own.
+PRESENT_EVERYWHERE = {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_names
+
+MOST_LINES = 500
+MOST_LINES_OF = {"modeling_llm2clip.py": 700}
+MOST_FUNCTION_LINES = 60
+COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
+
+every_source = pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+every_travelling = pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def walk_documented(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what may have a docstring: the module, classes, functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return (node for node in ast.walk(tree) if isinstance(node, kinds))
+
+
+def count_docstring_lines(tree: ast.AST) -> int:
+    total = 0
+    for node in walk_documented(tree):
+        if ast.get_docstring(node) is not None:  # type: ignore[arg-type]
+            docstring = node.body[0]  # type: ignore[attr-defined]
+            total += docstring.end_lineno - docstring.lineno + 1
+    return total
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh process at the repository's root; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_the_package_has_files_to_check() -> None:
+    assert {"configuration_llm2clip.py", "modeling_llm2clip.py", "processing_llm2clip.py"} <= {
+        path.name for path in TRAVELLING
+    }
+
+
+@every_source
+def test_files_are_short(path: Path) -> None:
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    most = MOST_LINES_OF.get(path.name, MOST_LINES)
+    assert num_lines - count_docstring_lines(parse(path)) <= most
+
+
+@every_source
+def test_functions_are_short(path: Path) -> None:
+    too_long = {}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            num_lines = node.end_lineno - node.lineno + 1 - count_docstring_lines(node)
+            if num_lines > MOST_FUNCTION_LINES:
+                too_long[node.name] = num_lines
+    assert not too_long
+
+
+@every_source
+def test_no_exception_is_swallowed(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
+            assert not silent, f"line {node.lineno}: the exception vanishes"
+
+
+@every_source
+def test_only_commands_print(path: Path) -> None:
+    if path.name == "__main__.py" or path.is_relative_to(PACKAGE / "demo"):
+        return
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno}"
+
+
+def test_imports_only_point_down() -> None:
+    # The command of import-linter itself, through the interpreter that runs the tests.
+    code = "from importlinter.cli import lint_imports_command as command; command()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-cache"],  # finds setup.cfg by itself
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "KEPT" in done.stdout
+
+
+@every_travelling
+def test_what_transformers_copies_is_what_python_imports(path: Path) -> None:
+    tree = parse(path)
+    relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    for node in relative:
+        # `from . import x` is not seen by transformers, and folders do not travel.
+        assert node.level == 1 and node.module and "." not in node.module, f"line {node.lineno}"
+    # transformers finds relative imports with a regular expression, in docstrings too.
+    assert set(get_relative_imports(path)) == {node.module for node in relative}
+    assert {f"{node.module}.py" for node in relative} <= {other.name for other in TRAVELLING}
+
+
+@every_travelling
+def test_travelling_files_need_only_what_every_user_has(path: Path) -> None:
+    # get_imports leaves out what stands in `try`, so our own reading of the tree is added.
+    absolute = {
+        name.split(".")[0]
+        for node in ast.walk(parse(path))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+    }
+    assert set(get_imports(path)) | absolute <= PRESENT_EVERYWHERE
+
+
+def test_importing_the_package_costs_no_heavy_import() -> None:
+    added = run_python(
+        "import sys, transformers; before = set(sys.modules); import modeling_llm2clip\n"
+        f"print([n for n in {COSTLY} if n in sys.modules and n not in before])"
+    )
+    assert added == "[]"
+
+
+@pytest.mark.parametrize("name", modeling_llm2clip.__all__)
+def test_public_names_resolve(name: str) -> None:
+    assert getattr(modeling_llm2clip, name).__name__ == name
+    assert name in dir(modeling_llm2clip)
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_known() -> None:
+    with pytest.raises(AttributeError, match=r"LLM2CLIPModle.*'LLM2CLIPModel'"):
+        _ = modeling_llm2clip.LLM2CLIPModle
+
+
+FIRST_IMPORTS = (
+    "from modeling_llm2clip import LLM2CLIPModel",
+    "import modeling_llm2clip; from transformers import AutoProcessor",
+    "from modeling_llm2clip import LLM2CLIPConfig",
+    "from modeling_llm2clip import LLM2CLIPProcessor",
+    "import modeling_llm2clip.hub.build",
+    "from transformers import AutoModel; import modeling_llm2clip",
+)
+# Each order needs a fresh process; forks of one that has torch already save seconds.
+TRY_EACH_FIRST_IMPORT = """
+import os, sys
+import torch, torchvision
+for number, first in enumerate(FIRST_IMPORTS):
+    if os.fork() == 0:
+        exec(first)
+        import modeling_llm2clip as ours
+        from transformers import AutoModel, AutoModelForTextEncoding
+        from transformers import AutoModelForZeroShotImageClassification as ZeroShot
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+        key = ours.LLM2CLIPConfig
+        known = (
+            CONFIG_MAPPING["llm2clip"] is key,
+            AutoModel._model_mapping[key] is ours.LLM2CLIPModel,
+            ZeroShot._model_mapping[key] is ours.LLM2CLIPModel,
+            AutoModelForTextEncoding._model_mapping[key] is ours.LLM2CLIPTextModel,
+            PROCESSOR_MAPPING[key] is ours.LLM2CLIPProcessor,
+        )
+        print(number, *known, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    "orders", [FIRST_IMPORTS[:2], pytest.param(FIRST_IMPORTS[2:], marks=pytest.mark.slow)], ids=len
+)
+def test_auto_classes_know_the_package_whatever_is_imported_first(orders: tuple[str, ...]) -> None:
+    printed = run_python(f"FIRST_IMPORTS = {orders}\n{TRY_EACH_FIRST_IMPORT}")
+    wanted = [f"{number} True True True True True" for number in range(len(orders))]
+    assert printed.splitlines() == wanted
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_module_can_be_imported(path: Path) -> None:
+    if path.name == "__main__.py":
+        return
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    importlib.import_module(".".join(part for part in parts if part != "__init__"))
+
+
+@pytest.mark.parametrize("method", ["connect", "connect_ex"])
+def test_tests_cannot_reach_the_network(method: str) -> None:
+    # 192.0.2.1 is reserved for documents (RFC 5737) and is nobody's address.
+    with socket.socket() as client, pytest.raises(OSError, match="must not use the network"):
+        getattr(client, method)(("192.0.2.1", 80))
+    with pytest.raises(OSError, match="must not use the network"):
+        socket.create_connection(("example.org", 80))
+
+
+def test_tests_can_reach_their_own_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()

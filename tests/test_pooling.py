@@ -1,0 +1,188 @@
+"""Which tokens make a caption's vector: laws of masks, positions, pooling and id checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling_llm2clip.pooling_llm2clip import (
+    build_pooling_mask,
+    build_position_ids,
+    check_token_rows,
+    pool_tokens,
+)
+from torch import Tensor
+
+PREFIX, SUFFIX = [5, 6], [8]
+RULES = {"prefix_ids": PREFIX, "suffix_ids": SUFFIX, "max_length": 8, "vocabulary_size": 100}
+
+
+@st.composite
+def padded_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """Lengths of a few texts, the width they are padded to, and how many tokens lead them."""
+    num_unpooled = draw(st.integers(0, 3))
+    lengths = draw(st.lists(st.integers(num_unpooled + 1, 9), min_size=1, max_size=5))
+    return lengths, max(lengths) + draw(st.integers(0, 3)), num_unpooled
+
+
+def pad(rows: list[Tensor], width: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Pad (length, …) rows with 99 to `width` on one side; return values and mask."""
+    shape = (len(rows), width, *rows[0].shape[1:])
+    values = torch.full(shape, 99, dtype=rows[0].dtype)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        values[number, where], mask[number, where] = row, 1
+    return values, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(padded_rows())
+@settings(max_examples=30, deadline=None)
+def test_mean_is_the_plain_mean_of_the_chosen_tokens(
+    side: str, case: tuple[list[int], int, int]
+) -> None:
+    lengths, width, num_unpooled = case
+    rows = [torch.randn(length, 4) for length in lengths]
+    hidden, mask = pad(rows, width, side=side)
+    pooling_mask = build_pooling_mask(mask, num_unpooled=num_unpooled)
+    pooled = pool_tokens(hidden, pooling_mask, pooling="mean")
+    wanted = torch.stack([row[num_unpooled:].mean(dim=0) for row in rows])
+    # Sums of at most 12 float32 numbers in another order; the padding's 99 cancels out exactly.
+    assert torch.allclose(pooled, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(padded_rows())
+@settings(max_examples=30, deadline=None)
+def test_last_token_is_the_last_real_token(side: str, case: tuple[list[int], int, int]) -> None:
+    lengths, width, num_unpooled = case
+    rows = [torch.randn(length, 4) for length in lengths]
+    hidden, mask = pad(rows, width, side=side)
+    pooling_mask = build_pooling_mask(mask, num_unpooled=num_unpooled)
+    pooled = pool_tokens(hidden, pooling_mask, pooling="last_token")
+    assert torch.equal(pooled, torch.stack([row[-1] for row in rows]))
+
+
+@given(padded_rows())
+@settings(max_examples=30, deadline=None)
+def test_the_pooling_mask_leaves_out_padding_and_leading_tokens_on_either_side(
+    case: tuple[list[int], int, int],
+) -> None:
+    lengths, width, num_unpooled = case
+    rows = [torch.zeros(length) for length in lengths]
+    for side in ("left", "right"):
+        _, mask = pad(rows, width, side=side)
+        chosen = build_pooling_mask(mask, num_unpooled=num_unpooled)
+        assert not (chosen & ~mask.bool()).any()
+        assert chosen.sum(dim=1).tolist() == [length - num_unpooled for length in lengths]
+        for row in range(len(lengths)):
+            real = mask[row].nonzero().flatten()
+            assert torch.equal(chosen[row].nonzero().flatten(), real[num_unpooled:])
+
+
+@given(padded_rows())
+@settings(max_examples=30, deadline=None)
+def test_real_tokens_have_the_same_positions_on_either_side(
+    case: tuple[list[int], int, int],
+) -> None:
+    lengths, width, _ = case
+    rows = [torch.zeros(length) for length in lengths]
+    for side in ("left", "right"):
+        _, mask = pad(rows, width, side=side)
+        positions = build_position_ids(mask)
+        for row, length in enumerate(lengths):
+            assert positions[row][mask[row].bool()].tolist() == list(range(length))
+        assert (positions >= 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last_token"])
+def test_half_precision_is_pooled_in_float32(pooling: str) -> None:
+    # 300 ones: bfloat16 cannot count beyond 256, so pooling in it would give less than 1.
+    hidden = torch.ones(1, 300, 2, dtype=torch.bfloat16)
+    pooled = pool_tokens(hidden, torch.ones(1, 300, dtype=torch.bool), pooling=pooling)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last_token"])
+def test_only_pooled_tokens_receive_gradient(pooling: str) -> None:
+    hidden = torch.randn(2, 4, 3, requires_grad=True)
+    mask = build_pooling_mask(torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), num_unpooled=1)
+    pool_tokens(hidden, mask, pooling=pooling).sum().backward()
+    assert hidden.grad is not None
+    moved = hidden.grad.abs().sum(dim=2) > 0
+    if pooling == "mean":
+        assert torch.equal(moved, mask)
+    else:
+        assert moved.nonzero().tolist() == [[0, 2], [1, 3]]
+
+
+def rows_of(*texts: list[int], side: str = "right") -> tuple[Tensor, Tensor]:
+    width = max(len(text) for text in texts) + 1
+    return pad([torch.tensor(text) for text in texts], width, side=side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ids_with_prompt_pass_on_either_side(side: str) -> None:
+    check_token_rows(*rows_of([5, 6, 1, 8], [5, 6, 1, 2, 3, 8], side=side), **RULES)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ([5, 6, 1, 1, 1, 1, 1, 1, 8], r"1 of 2 texts have more than max_text_length=8.*row: 1"),
+        ([5, 6], r"1 of 2 texts have no token to pool.*row: 1"),
+        ([5, 6, 100, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
+        ([5, 6, -1, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
+        ([5, 7, 1, 8], r"1 of 2 texts do not begin with its prompt \[5, 6\].*row: 1 \(\[5, 7\]\)"),
+        ([1, 5, 6, 8], r"1 of 2 texts do not begin with its prompt \[5, 6\].*row: 1 \(\[1, 5\]\)"),
+        ([5, 6, 1, 9], r"1 of 2 texts do not end with its prompt's suffix \[8\].*row: 1 \(\[9\]\)"),
+    ],
+)
+def test_a_text_that_the_checkpoints_tokenizer_cannot_have_written_is_named(
+    text: list[int], message: str, side: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_token_rows(*rows_of([5, 6, 1, 8], text, side=side), **RULES)
+
+
+def test_every_bad_text_is_counted() -> None:
+    ids, mask = rows_of([5, 6, 1, 8], [7, 6, 1, 8], [7, 7, 1, 8])
+    with pytest.raises(ValueError, match=r"2 of 3 texts do not begin.*First bad row: 1"):
+        check_token_rows(ids, mask, **RULES)
+
+
+def test_a_row_of_padding_alone_is_refused() -> None:
+    ids, mask = rows_of([5, 6, 1, 8], [5, 6, 1, 8])
+    mask[1] = 0
+    with pytest.raises(ValueError, match=r"1 of 2 texts have no token to pool"):
+        check_token_rows(ids, mask, **RULES)
+
+
+@pytest.mark.parametrize("suffix_ids", [[], [8]])
+def test_a_mask_with_a_hole_is_refused(suffix_ids: list[int]) -> None:
+    # Real tokens are taken as one run; a hole would make padding count as real.
+    ids = torch.tensor([[5, 6, 1, 99, 2, 8]])
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1]])
+    with pytest.raises(ValueError, match=r"1 of 1 texts"):
+        check_token_rows(ids, mask, **{**RULES, "suffix_ids": suffix_ids})
+
+
+def test_one_text_without_a_batch_dimension_is_refused_with_its_shape() -> None:
+    ids = torch.tensor([5, 6, 1, 8])
+    with pytest.raises(ValueError, match=r"input_ids \(4,\).*shape \(texts, tokens\)"):
+        check_token_rows(ids, torch.ones_like(ids), **RULES)
+
+
+def test_ids_and_mask_of_unequal_shape_are_refused_with_both() -> None:
+    ids = torch.tensor([[5, 6, 1, 8]])
+    with pytest.raises(ValueError, match=r"input_ids \(1, 4\).*attention_mask \(1, 3\)"):
+        check_token_rows(ids, torch.ones(1, 3, dtype=torch.long), **RULES)
+
+
+def test_floating_point_ids_are_sent_to_project_caption_embeds() -> None:
+    with pytest.raises(ValueError, match=r"torch.float32.*project_caption_embeds"):
+        check_token_rows(torch.ones(1, 4), torch.ones(1, 4), **RULES)
