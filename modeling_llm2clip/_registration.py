@@ -14,7 +14,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-
 _AUTO = "transformers.models.auto"
 # Module that owns the Auto class, our module, our class, Auto classes to register it with.
 _REGISTRATIONS = (

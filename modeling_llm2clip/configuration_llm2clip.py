@@ -83,7 +83,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
-        # First, because it resets the attention implementation of the towers it already finds.
+        # The base class sets the attention implementation of the towers it finds, so it comes
+        # before them, and a wish for another implementation after them.
+        attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
@@ -103,6 +105,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.format_version = format_version
         _write_attention_direction(self.text_config, bidirectional=bidirectional)
         self._check_values()
+        if attn_implementation is not None:
+            self._attn_implementation = attn_implementation
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
@@ -130,7 +134,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if self.text_pooling not in TEXT_POOLINGS:
             faults.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
         if self.vision_pooling not in VISION_POOLINGS:
-            faults.append(f"vision_pooling={self.vision_pooling!r} must be one of {VISION_POOLINGS}")
+            faults.append(
+                f"vision_pooling={self.vision_pooling!r} must be one of {VISION_POOLINGS}"
+            )
         prompt_length = len(self.prompt_prefix_ids) + len(self.prompt_suffix_ids)
         if self.max_text_length <= prompt_length:
             faults.append(
@@ -174,7 +180,9 @@ def _refuse_unknown_fields(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _tower_config(config: PreTrainedConfig | dict[str, Any] | None, *, name: str) -> PreTrainedConfig:
+def _tower_config(
+    config: PreTrainedConfig | dict[str, Any] | None, *, name: str
+) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict) or "model_type" not in config:

@@ -79,7 +79,7 @@ class AdapterBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (B, D) to (B, D)."""
-        return hidden + self.down(F.gelu(self.up(self.norm(hidden))))
+        return hidden + self.down(F.gelu(self.up(self.norm(hidden))))  # type: ignore[no-any-return]
 
 
 class TextAdapter(nn.Module):
@@ -108,7 +108,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     config: LLM2CLIPConfig
     config_class = LLM2CLIPConfig
     base_model_prefix = "llm2clip"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -118,6 +118,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
+    text_model: Any
+    vision_model: Any
+    text_adapter: Any
+    text_projection: Any
+    visual_projection: Any
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LogitScale):
@@ -128,7 +133,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -140,24 +145,27 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        model, info = loaded
         _refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
         """Save as transformers does, with code and every Auto class that can load the folder."""
         self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings of the LLM."""
-        return self.text_model.get_input_embeddings()  # type: ignore[operator,no-any-return]
+        return self.text_model.get_input_embeddings()  # type: ignore[no-any-return]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings of the LLM."""
-        self.text_model.set_input_embeddings(value)  # type: ignore[operator]
+        self.text_model.set_input_embeddings(value)
 
     def _add_text_half(self, text_model: PreTrainedModel | None) -> None:
         config = self.config
@@ -227,7 +235,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         Raises: ValueError when they are token ids, or of another width than the LLM's.
         """
         _check_width(caption_embeds, self.config.text_config.hidden_size, name="caption_embeds")
-        return self.text_projection(self.text_adapter(caption_embeds)).float()
+        return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
 
     def get_text_features(
         self,
@@ -324,7 +332,7 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
     def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
         """Map stored picture vectors (B, D) to features (B, P) float32, not normalised."""
         _check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
-        return self.visual_projection(vision_embeds.to(self.visual_projection.weight.dtype)).float()
+        return self.visual_projection(vision_embeds.to(self.visual_projection.weight.dtype)).float()  # type: ignore[no-any-return]
 
     def get_image_features(
         self,
@@ -368,7 +376,7 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         self._add_vision_half(vision_model)
         self._add_text_half(text_model)
         self.logit_scale = LogitScale(config.logit_scale_init_value)  # last: see LogitScale
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -396,10 +404,10 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
             features = self.get_image_features(
                 pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
             )
-            image_embeds = F.normalize(features.pooler_output, dim=-1)
+            image_embeds = _normalize(features)
         if input_ids is not None:
             features = self.get_text_features(input_ids, attention_mask, prompt_length)
-            text_embeds = F.normalize(features.pooler_output, dim=-1)
+            text_embeds = _normalize(features)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
         return output if return_dict is not False else output.to_tuple()  # type: ignore[return-value]
 
@@ -434,13 +442,17 @@ class LLM2CLIPTextModel(_TextHalf):
         "AutoModel": "modeling_llm2clip.LLM2CLIPTextModel",
         "AutoModelForTextEncoding": "modeling_llm2clip.LLM2CLIPTextModel",
     }
-    input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale\."]  # noqa: E501, RUF012
+    input_modalities = ["text"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^vision_model\.",
+        r"^visual_projection\.",
+        r"^logit_scale\.",
+    ]
 
     def __init__(self, config: LLM2CLIPConfig, text_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self._add_text_half(text_model)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -450,7 +462,7 @@ class LLM2CLIPTextModel(_TextHalf):
     ) -> LLM2CLIPOutput:
         """Encode texts; see `LLM2CLIPModel.get_text_features`. Returns unit-length embeds."""
         features = self.get_text_features(input_ids, attention_mask, prompt_length)
-        text_embeds = F.normalize(features.pooler_output, dim=-1)
+        text_embeds = _normalize(features)
         return LLM2CLIPOutput(text_embeds=text_embeds, pooler_output=text_embeds)
 
 
@@ -459,13 +471,18 @@ class LLM2CLIPVisionModel(_VisionHalf):
 
     _auto_classes = {"AutoModel": "modeling_llm2clip.LLM2CLIPVisionModel"}  # noqa: RUF012
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_adapter\.", r"^text_projection\.", r"^logit_scale\."]  # noqa: E501, RUF012
+    input_modalities = ["image"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^text_model\.",
+        r"^text_adapter\.",
+        r"^text_projection\.",
+        r"^logit_scale\.",
+    ]
 
     def __init__(self, config: LLM2CLIPConfig, vision_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self._add_vision_half(vision_model)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -478,7 +495,7 @@ class LLM2CLIPVisionModel(_VisionHalf):
         features = self.get_image_features(
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
         )
-        image_embeds = F.normalize(features.pooler_output, dim=-1)
+        image_embeds = _normalize(features)
         return LLM2CLIPOutput(image_embeds=image_embeds, pooler_output=image_embeds)
 
 
@@ -510,7 +527,12 @@ def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool)
     text_model.config.is_causal = not bidirectional
     for module in text_model.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = not bidirectional
+            setattr(module, "is_causal", not bidirectional)  # noqa: B010 (mypy: not a Tensor)
+
+
+def _normalize(features: BaseModelOutputWithPooling) -> Tensor:
+    assert features.pooler_output is not None
+    return F.normalize(features.pooler_output, dim=-1)
 
 
 def _vision_width(vision_model: PreTrainedModel) -> int:
@@ -549,9 +571,7 @@ def _check_width(embeds: Tensor, width: int, *, name: str) -> None:
         )
 
 
-def _refuse_unaccounted_keys(
-    cls: type, info: dict[str, Any], *, allow_misshapen: bool
-) -> None:
+def _refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:
     mismatched = {} if allow_misshapen else {key[0]: key[1:] for key in info["mismatched_keys"]}
     missing = sorted(set(info["missing_keys"]) - {key[0] for key in info["mismatched_keys"]})
     unexpected = sorted(info["unexpected_keys"])

@@ -6,7 +6,9 @@ tokenizer, so that a bare tokenizer and a pipeline give the same ids as this pro
 
 from __future__ import annotations
 
+import io
 import os
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -42,7 +43,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> None:
         self.max_text_length = max_text_length
         self.num_truncated_texts = 0
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -75,9 +76,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
             check_texts(text)
         if images is not None:
             images = load_pictures(images)
-        batch = super().__call__(images=images, text=text, **self._fill_defaults(kwargs))
+        filled = self._fill_defaults(kwargs)
+        limits = {**filled["text_kwargs"], **filled["common_kwargs"], **filled}
+        batch: BatchFeature = super().__call__(images=images, text=text, **filled)
         if text is not None:
-            self._count_truncated(text, batch, on_long_text=on_long_text)
+            limit = min(limits["max_length"], self.tokenizer.model_max_length)
+            self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -92,17 +96,20 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
 
     def _count_truncated(
-        self, text: str | list[str], batch: BatchFeature, *, on_long_text: str
+        self, text: str | list[str], batch: BatchFeature, *, limit: int, on_long_text: str
     ) -> None:
         texts = [text] if isinstance(text, str) else text
-        lengths = [int(sum(row)) for row in np.atleast_2d(np.asarray(batch["attention_mask"]))]
+        mask = batch["attention_mask"]
+        rows = [mask] if np.ndim(mask[0]) == 0 else mask  # rows may be unequally long lists
+        lengths = [int(sum(row)) for row in rows]
         # Only a text that fills the batch's longest row can have been cut.
         longest = max(lengths)
         candidates = [i for i, length in enumerate(lengths) if length == longest]
-        if longest < min(self.max_text_length, self.tokenizer.model_max_length):
+        if longest < limit:
             return
         whole = self.tokenizer([texts[i] for i in candidates], truncation=False, verbose=False)
-        cut = [i for i, ids in zip(candidates, whole["input_ids"], strict=True) if len(ids) > longest]
+        ids_of = zip(candidates, whole["input_ids"], strict=True)
+        cut = [number for number, ids in ids_of if len(ids) > longest]
         if cut and on_long_text == "error":
             raise ValueError(
                 f"{len(cut)} of {len(texts)} texts have more than {longest} tokens (first: number "
@@ -132,13 +139,22 @@ def check_texts(text: str | list[str]) -> None:
 def load_pictures(images: Any) -> Any:
     """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors pass.
 
-    Raises: ValueError naming the picture that is missing, broken, or too large.
+    Raises: ValueError naming every picture that is missing, broken, or too large.
     """
-    if isinstance(images, list | tuple):
-        if not images:
-            raise ValueError("images is an empty list; give at least one picture.")
-        return [_load_picture(image, number) for number, image in enumerate(images)]
-    return _load_picture(images, 0)
+    if not isinstance(images, list | tuple):
+        return _load_picture(images, 0)
+    if not images:
+        raise ValueError("images is an empty list; give at least one picture.")
+    loaded, faults = [], []
+    for number, image in enumerate(images):
+        try:
+            loaded.append(_load_picture(image, number))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        more = f"\nand {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise ValueError("\n".join(faults[:8]) + more)
+    return loaded
 
 
 def _load_picture(image: Any, number: int) -> Any:
@@ -156,18 +172,27 @@ def _load_picture(image: Any, number: int) -> Any:
 
 
 def _open_picture(path: str) -> Image.Image:
-    if path.startswith(("http://", "https://")):
-        return _decode(load_image(path), path)
-    if not Path(path).is_file():
+    # Not transformers' load_image, which turns transparency black and clips 16 bit.
+    source = _fetch(path) if path.startswith(("http://", "https://")) else path
+    if source is path and not Path(path).is_file():
         raise ValueError(f"{path}: no such picture. Correct the path.")
     try:
-        image = Image.open(path)
+        image = Image.open(source)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a picture that Pillow reads, or empty.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error} Shrink the picture first.") from error
     with image:
         return _decode(image, path)
+
+
+def _fetch(address: str) -> io.BytesIO:
+    request = urllib.request.Request(address, headers={"User-Agent": "modeling_llm2clip"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return io.BytesIO(response.read())
+    except OSError as error:  # what urllib and sockets raise
+        raise ValueError(f"{address}: the picture cannot be fetched ({error}).") from error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -177,7 +202,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
         raise ValueError(f"{name}: the picture is truncated or corrupt ({error}).") from error
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _SIXTEEN_BIT_MODES:
         return _scale_sixteen_bit(image, name)

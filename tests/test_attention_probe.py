@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
 from modeling_llm2clip.hub.attention_probe import find_attention_faults, require_bidirectional
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.modeling_llm2clip import set_attention_direction
-from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 BLIND = r"first token does not see the last"
 SIZE: dict[str, Any] = {
@@ -25,7 +26,10 @@ SIZE: dict[str, Any] = {
 }
 # Families that drop the attention arguments on the way, so that the configuration alone leaves
 # them causal where nothing is padded.
-FORGETFUL = {"stablelm": {}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2}}
+FORGETFUL = {
+    "stablelm": {"num_key_value_heads": 2},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+}
 # Learned positions and ALiBi.
 OTHER_POSITIONS = {"gpt2": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {}}
 # Families that no flag makes bidirectional: no attention at all, attention in chunks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modeling_llm2clip.batching_llm2clip import (
     MAX_PADDING_SHARE,
     PASS_COST_TOKENS,

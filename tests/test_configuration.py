@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.configuration_llm2clip import FORMAT_VERSION
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 OTHER_THAN_DEFAULT: dict[str, Any] = {
     "projection_dim": 24,
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_way_out(
 
 def test_a_checkpoint_without_format_is_refused(saved: dict[str, Any]) -> None:
     del saved["format_version"]
-    with pytest.raises(ValueError, match="format 0.*build or convert"):
+    with pytest.raises(ValueError, match=r"format 0.*build or convert"):
         LLM2CLIPConfig.from_dict(saved)
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from modeling_llm2clip.pooling_llm2clip import (
     build_pooling_mask,
     build_position_ids,
     check_token_rows,
     pool_tokens,
 )
-from torch import Tensor
 
 PREFIX, SUFFIX = [5, 6], [8]
 RULES = {"prefix_ids": PREFIX, "suffix_ids": SUFFIX, "max_length": 8, "vocabulary_size": 100}

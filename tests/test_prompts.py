@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from modeling_llm2clip.hub.prompts import (
     PROMPT_PRESETS,
     Prompt,
@@ -16,9 +20,6 @@ from modeling_llm2clip.hub.prompts import (
     resolve_template,
     write_prompt,
 )
-from tiny import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 CAPTIONS = [
     "a dog",
@@ -73,9 +74,7 @@ def as_ordinary(tokenizer: Tokenizer, *, ordinary: list[str]) -> Tokenizer:
 
 
 def llama2_tokenizer() -> PreTrainedTokenizerFast:
-    normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return sentencepiece_tokenizer(normalizer, ["<s>", "</s>"])
 
 

@@ -166,9 +166,9 @@ def tiny_model(
     tokenizer = tokenizer or tiny_tokenizer()
     text_model = tiny_llm(llm, vocabulary_size=len(tokenizer))
     return build_model(
-        vision_model.to(dtype),
+        _cast_parameters(vision_model, dtype),
         image_processor,
-        text_model.to(dtype),
+        _cast_parameters(text_model, dtype),
         tokenizer,
         BuildArguments(**chosen),
     )
@@ -180,6 +180,13 @@ def tiny_pictures(count: int = 2) -> list[Image.Image]:
         Image.new("RGB", (40 + 8 * i, 48), (255 * i // max(count - 1, 1), 60 * i % 256, 90))
         for i in range(count)
     ]
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast as loading does: buffers, such as the frequencies of positions, stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _tiny_timm(seed: int) -> tuple[PreTrainedModel, Any]:

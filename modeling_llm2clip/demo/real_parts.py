@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -106,22 +107,27 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
 def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
-    config = TimmWrapperConfig(
-        architecture="tf_efficientnet_lite0",
-        num_labels=0,
-        # The weights come from TensorFlow: 0.5 for mean and std, not ImageNet's usual ones.
-        pretrained_cfg={
-            "input_size": [3, 224, 224],
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-        },
+    # The weights come from TensorFlow: 0.5 for mean and std, not ImageNet's usual ones. And no
+    # crop: drawings fill their frame.
+    preprocessing = {
+        "input_size": [3, 224, 224],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
+    config = TimmWrapperConfig.from_dict(
+        {
+            "architecture": "tf_efficientnet_lite0",
+            "num_classes": 0,
+            "label_names": [],
+            "pretrained_cfg": preprocessing,
+        }
     )
     config._name_or_path = "timm/tf_efficientnet_lite0.in1k"
     model = TimmWrapperModel(config)
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    _copy_in_order(model.timm_model, weights)
+    _copy_in_order(cast(torch.nn.Module, model.timm_model), weights)
     model.save_pretrained(folder)
 
 

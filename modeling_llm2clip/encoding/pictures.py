@@ -49,6 +49,6 @@ def encode_pictures(
     return torch.cat(vectors)
 
 
-def _prepare(processor: LLM2CLIPProcessor, batch: Sequence[Any]) -> dict[str, Tensor]:
+def _prepare(processor: LLM2CLIPProcessor, batch: Sequence[Any]) -> dict[str, Any]:
     images = [str(p) if isinstance(p, Path) else p for p in batch]
     return dict(processor(images=images))

@@ -14,7 +14,7 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .attention_probe import require_bidirectional
 from .prompts import derive_prompt, resolve_template, write_prompt
-from .towers import load_text_tower, load_vision_tower
+from .towers import load_text_tower, load_vision_tower, merge_adapter
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,20 @@ def build_from_sources(
     arguments: BuildArguments,
     *,
     dtype: torch.dtype = torch.float32,
+    caption_adapter: str | Path | None = None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
 
+    Args:
+        caption_adapter: Hub id or folder of a LoRA for the LLM, merged into it.
     Raises: ValueError when a tower does not fit its place; see `towers` and `build_model`.
     """
     vision_model, image_processor = load_vision_tower(
         vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
     )
     text_model, tokenizer = load_text_tower(llm, dtype=dtype)
+    if caption_adapter is not None:
+        text_model = merge_adapter(text_model, caption_adapter)
     return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
 
 
@@ -102,8 +107,10 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
-        model = LLM2CLIPModel(config, vision_model, text_model).eval()
-    model.to(text_model.dtype)
+        model = LLM2CLIPModel(config, vision_model, text_model)
+    model.eval()  # type: ignore[no-untyped-call]
+    for part in (model.text_adapter, model.text_projection, model.visual_projection):
+        part.to(text_model.dtype)  # not the temperature, which stays float32
     if arguments.bidirectional:
         require_bidirectional(model.text_model)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, arguments.max_text_length)

@@ -35,9 +35,7 @@ def draw_golden_pictures() -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def compute_golden_vectors(
-    model: LLM2CLIPModel, processor: LLM2CLIPProcessor
-) -> dict[str, Tensor]:
+def compute_golden_vectors(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> dict[str, Tensor]:
     """Encode the golden texts and pictures: `text_embeds` (4, P), `image_embeds` (2, P)."""
     inputs = processor(text=list(GOLDEN_TEXTS), images=draw_golden_pictures()).to(model.device)
     output = model(**inputs)
@@ -57,5 +55,5 @@ def read_golden_vectors(folder: Path) -> dict[str, Tensor] | None:
     path = folder / GOLDEN_FILE
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}

@@ -14,20 +14,10 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# Templates of the official text towers (upstream `llm2vec.py`, prepare_for_tokenization). The
-# tokenizer's own beginning-of-text token comes in front, where it has one.
-PROMPT_PRESETS = {
-    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
-    "chatml": "<|im_start|>user\n{text}<|im_end|>",
-    "mistral": "[INST] {text} [/INST]",
-    "llama-2": "[INST] {text} [/INST]",
-    "gemma": "<start_of_turn>user\n{text}<end_of_turn>",
-    "phi-3": "<|user|>\n{text}<|end|>\n",
-    "none": "{text}",
-}
-CHAT_TEMPLATE = "chat-template"
+from .prompt_presets import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
+
 # Captions of several kinds on which the prompt's ids must come out the same.
-_PROBES = ("A dog.", "two cats on a mat", "Édouard, 1862 (oil on canvas)", "\"quoted\" text!", "東京の夜景", "7 a")  # noqa: E501
+_PROBES = ("A dog.", "two cats on a mat", "Édouard, 1862 (oil on canvas)", "東京の夜景", "7 a")
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ def resolve_template(
         return _render_chat_template(tokenizer)
     if prompt not in PROMPT_PRESETS:
         raise ValueError(
-            f"prompt={prompt!r} must be one of {[*PROMPT_PRESETS, CHAT_TEMPLATE]}, or give prefix "
+            f"prompt={prompt!r} must be one of {PROMPT_NAMES}, or give prefix "
             "and suffix. It is never guessed: the vectors depend on it."
         )
     return PROMPT_PRESETS[prompt]
@@ -99,7 +89,7 @@ def write_prompt(
     The generic fast class is returned, because the classes of some families rebuild their
     post-processor on loading and would lose the prompt.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     stripped = [normalizers.Strip()]
     if backend.normalizer is not None:
         stripped.append(backend.normalizer)
@@ -185,5 +175,5 @@ def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=False
     )
     if not isinstance(rendered, str) or rendered.count(marker) != 1:
-        raise ValueError("The tokenizer's chat template does not show the user's text exactly once.")
+        raise ValueError("The tokenizer's chat template does not show the text exactly once.")
     return rendered.replace(marker, "{text}")

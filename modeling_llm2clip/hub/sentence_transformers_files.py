@@ -96,7 +96,7 @@ def check_instructions(
         alone = _without_last(tokenizer(instruction)["input_ids"], num_suffix)
         for caption in ("A cat.", "two cats", "7 cats"):
             whole = _without_last(tokenizer(instruction + caption)["input_ids"], num_suffix)
-            pooled = tokenizer.decode(whole[len(alone) :]).strip(" ")
+            pooled = str(tokenizer.decode(whole[len(alone) :])).strip(" ")
             if whole[: len(alone)] != alone or pooled != caption:
                 faults.append(f"{name!r}: {instruction!r} before {caption!r} pools {pooled!r}")
                 break

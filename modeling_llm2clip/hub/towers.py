@@ -49,10 +49,14 @@ def load_vision_tower(
             f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
             "ViT or a timm network."
         )
-    model, info = AutoModel.from_pretrained(
+    # AutoModel would choose the whole composite for a CLIP folder; the tower's class does not.
+    tower_class = type(AutoModel.from_config(config)) if part else AutoModel
+    model, info = tower_class.from_pretrained(
         source, config=config, dtype=dtype, revision=revision, output_loading_info=True
-    ) if not part else _load_part(source, config, dtype=dtype, revision=revision)  # fmt: skip
-    missing = sorted(k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k))
+    )
+    missing = sorted(
+        k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k)
+    )
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
@@ -75,14 +79,14 @@ def load_image_processor(
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """Build an image processor from timm's `input_size`, `mean`, `std`, `crop_pct`, `interpolation`."""
+    """Build an image processor from timm's input size, mean, std, crop share and interpolation."""
     _, height, width = pretrained_cfg["input_size"]
     resized = round(min(height, width) / float(pretrained_cfg.get("crop_pct") or 1.0))
     interpolation = str(pretrained_cfg.get("interpolation") or "bicubic").upper()
     return CLIPImageProcessor(
         size={"shortest_edge": resized},
         crop_size={"height": height, "width": width},
-        resample=PILImageResampling[interpolation],
+        resample=getattr(PILImageResampling, interpolation),
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         do_convert_rgb=True,
@@ -123,13 +127,13 @@ def load_text_tower(
     return model.eval(), tokenizer
 
 
-def _load_part(
-    source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, revision: str | None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    tower_class = type(AutoModel.from_config(config))
-    return tower_class.from_pretrained(  # type: ignore[no-any-return]
-        source, config=config, dtype=dtype, revision=revision, output_loading_info=True
-    )
+def merge_adapter(text_model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    """Merge a LoRA into an LLM without its head, and return a plain LLM."""
+    from peft import PeftModel  # a dependency of few
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(text_model, str(adapter)).merge_and_unload()
+    merged.eval()
+    return merged
 
 
 def _sees_pictures(config: PreTrainedConfig) -> bool:
@@ -153,7 +157,7 @@ def _name_without_path(model: PreTrainedModel, source: str | Path) -> None:
 def _refuse_foreign_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path
 ) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.vocab_size
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(

@@ -7,7 +7,7 @@ milliseconds. Memory holds all vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +172,7 @@ def _decay_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dic
     ]
 
 
-def _warm_up_then_cosine(steps: int):  # type: ignore[no-untyped-def]
+def _warm_up_then_cosine(steps: int) -> Callable[[int], float]:
     warm_up = max(1, steps // 10)
 
     def factor(step: int) -> float:

@@ -1,0 +1,278 @@
+"""A saved model loads as it was, whole or by halves, or is refused by the names of its weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shared_models import (
+    CAPTIONS,
+    ROUNDING,
+    every_pair,
+    every_vision,
+    first_position_moves_by,
+    pictures_of,
+    shared_batch,
+    shared_model,
+    texts_of,
+)
+from tiny import tiny_model, tiny_pictures
+from torch import Tensor
+from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
+
+from modeling_llm2clip import (
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPProcessor,
+    LLM2CLIPTextModel,
+    LLM2CLIPVisionModel,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved whole model with its processor; not to be changed."""
+    path = tmp_path_factory.mktemp("whole")
+    model, processor = shared_model()
+    copy.deepcopy(model).save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def copy_folder(source: Path, target: Path, change: Any) -> Path:
+    """Copy a saved model, with `change` applied to its weights."""
+    target.mkdir()
+    weights = load_file(source / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    return target
+
+
+# Saving and loading
+
+
+@every_pair
+def test_saved_and_loaded_equals_before(vision: str, llm: str, tmp_path: Path) -> None:
+    model, processor = shared_model(vision, llm)
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, loaded_processor = (
+        AutoModel.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
+    assert type(loaded) is LLM2CLIPModel and type(loaded_processor) is LLM2CLIPProcessor
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    batch = loaded_processor(text=CAPTIONS, images=tiny_pictures(3))
+    wanted = shared_batch(vision, llm)
+    assert batch.keys() == wanted.keys()
+    for name in wanted:
+        # The loaded image processor may be torchvision's in place of Pillow's; flat pictures.
+        assert torch.allclose(batch[name], wanted[name], atol=1e-6), name
+    with torch.no_grad():
+        found, wanted = loaded(**wanted), model(**wanted)
+    # Equal weights may lie at other addresses, whose alignment picks other kernels.
+    assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=1e-6)
+    assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
+
+
+def test_loading_leaves_a_model_in_evaluation_mode_with_loading_information(folder: Path) -> None:
+    model, info = LLM2CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not model.training
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "text_adapter.blocks.0.up.weight",
+        "text_projection.bias",
+        "logit_scale.log_scale",
+        "text_model.norm.weight",
+    ],
+)
+@pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
+def test_a_missing_weight_is_named(load: Any, key: str, folder: Path, tmp_path: Path) -> None:
+    broken = copy_folder(folder, tmp_path / "broken", lambda weights: weights.pop(key))
+    with pytest.raises(ValueError, match=rf"Missing \(1\): \['{key}'\]"):
+        load.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("key", ["surprise.weight", "text_model.layers.7.mlp.up_proj.weight"])
+def test_an_unexpected_weight_is_named(key: str, folder: Path, tmp_path: Path) -> None:
+    def add(weights: dict[str, Tensor]) -> None:
+        weights[key] = torch.zeros(2)
+
+    with pytest.raises(ValueError, match=rf"Unexpected \(1\): \['{key}'\]"):
+        LLM2CLIPModel.from_pretrained(copy_folder(folder, tmp_path / "broken", add))
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(folder: Path, tmp_path: Path) -> None:
+    def shorten(weights: dict[str, Tensor]) -> None:
+        weights["text_projection.weight"] = weights["text_projection.weight"][:5].clone()
+
+    broken = copy_folder(folder, tmp_path / "broken", shorten)
+    with pytest.raises(ValueError, match=r"another shape.*text_projection.weight.*5, 32.*32, 32"):
+        LLM2CLIPModel.from_pretrained(broken)
+
+
+def test_the_text_half_loads_from_the_whole_folder_without_the_other(folder: Path) -> None:
+    half = LLM2CLIPTextModel.from_pretrained(folder)
+    assert type(AutoModelForTextEncoding.from_pretrained(folder)) is LLM2CLIPTextModel
+    tops = {name.split(".")[0] for name in half.state_dict()}
+    assert tops == {"text_model", "text_adapter", "text_projection"}
+    texts = texts_of(shared_batch())
+    with torch.no_grad():
+        found, wanted = half(**texts), shared_model()[0](**texts)
+    # Equal weights at other addresses, see above.
+    assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=1e-6)
+    assert torch.equal(found.pooler_output, found.text_embeds)
+
+
+@every_vision
+def test_the_picture_half_loads_from_the_whole_folder_without_the_other(
+    vision: str, tmp_path: Path
+) -> None:
+    whole = shared_model(vision)[0]
+    copy.deepcopy(whole).save_pretrained(tmp_path)
+    half = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    assert {name.split(".")[0] for name in half.state_dict()} == {
+        "vision_model",
+        "visual_projection",
+    }
+    pictures = pictures_of(shared_batch(vision))
+    with torch.no_grad():
+        found, wanted = half(**pictures), whole(**pictures)
+    # Equal weights at other addresses, see above.
+    assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_half_saves_and_loads_alone(half: Any, folder: Path, tmp_path: Path) -> None:
+    before = half.from_pretrained(folder)
+    before.save_pretrained(tmp_path)
+    after = half.from_pretrained(tmp_path).state_dict()
+    assert before.state_dict().keys() == after.keys()
+    for name, value in before.state_dict().items():
+        assert torch.equal(after[name], value), name
+
+
+@pytest.mark.parametrize("half", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_half_does_not_pass_for_a_whole_model(half: Any, folder: Path, tmp_path: Path) -> None:
+    half.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Missing .*Use the class that saved the folder"):
+        LLM2CLIPModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("half", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_half_is_strict_about_its_own_weights(half: Any, folder: Path, tmp_path: Path) -> None:
+    own = {LLM2CLIPTextModel: "text_projection", LLM2CLIPVisionModel: "visual_projection"}[half]
+    broken = copy_folder(folder, tmp_path / "broken", lambda w: w.pop(f"{own}.weight"))
+    with pytest.raises(ValueError, match=rf"Missing \(1\): \['{own}.weight'\]"):
+        half.from_pretrained(broken)
+
+
+def test_a_saved_folder_names_no_path_of_its_maker(folder: Path, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        assert str(folder) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_an_untrained_model_is_built_from_its_configuration_alone() -> None:
+    config = LLM2CLIPConfig.from_dict(shared_model()[0].config.to_dict())
+    model = LLM2CLIPModel(config)
+    assert model.state_dict().keys() == shared_model()[0].state_dict().keys()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)  # float32
+
+
+# Settings of loading
+
+
+def test_a_causal_build_stays_causal_when_saved_and_loaded(tmp_path: Path) -> None:
+    model, processor = tiny_model(bidirectional=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.config.bidirectional is False
+    batch = texts_of(processor(text=CAPTIONS))
+    assert first_position_moves_by(loaded, batch, row=0) == 0
+
+
+@pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
+def test_each_tower_can_have_its_own_attention_implementation(load: Any, folder: Path) -> None:
+    loaded = load.from_pretrained(
+        folder, attn_implementation={"text_config": "eager", "vision_config": "sdpa"}
+    )
+    assert loaded.text_model.config._attn_implementation == "eager"
+    assert loaded.vision_model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        wanted, found = shared_model()[0](**shared_batch()), loaded(**shared_batch())
+    assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=ROUNDING)
+    assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
+def test_an_attention_implementation_reaches_both_towers(load: Any, folder: Path) -> None:
+    loaded = load.from_pretrained(folder, attn_implementation="eager")
+    assert loaded.text_model.config._attn_implementation == "eager"
+    assert loaded.vision_model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("text_device", ["cpu", "disk"])
+def test_a_device_map_changes_no_output(text_device: str, folder: Path, tmp_path: Path) -> None:
+    device_map: Any = "cpu"
+    if text_device == "disk":
+        tops = {name.split(".")[0] for name in shared_model()[0].state_dict()}
+        device_map = {name: "disk" if name == "text_model" else "cpu" for name in tops}
+    model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+    is_away = {p.device.type for p in model.text_model.parameters()} == {"meta"}
+    assert is_away is (text_device == "disk")
+    with torch.no_grad():
+        found, wanted = model(**shared_batch()), shared_model()[0](**shared_batch())
+    # Equal weights at other addresses, see above.
+    assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=1e-6)
+    assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
+
+
+# Precision
+
+
+def test_bfloat16_gives_float32_vectors_close_to_those_of_float32(folder: Path) -> None:
+    half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.text_model.dtype == half.vision_model.dtype == torch.bfloat16
+    with torch.no_grad():
+        found, wanted = half(**shared_batch()), shared_model()[0](**shared_batch())
+        stored = half.get_caption_embeds(**texts_of(shared_batch()))
+        features = half.get_text_features(**texts_of(shared_batch())).pooler_output
+    assert stored.dtype == features.dtype == found.logits_per_image.dtype == torch.float32
+    for name in ("text_embeds", "image_embeds"):
+        assert found[name].dtype == torch.float32
+        # bfloat16 keeps 8 bits, 0.4 % a step; two layers and an adapter pile up a few per cent.
+        cosines = (found[name] * wanted[name]).sum(dim=1)
+        assert cosines.min() > 0.998
+
+
+@pytest.mark.parametrize("way", ["built", "loaded"])
+def test_a_bfloat16_model_says_so_and_keeps_its_temperature_in_float32(
+    way: str, folder: Path, tmp_path: Path
+) -> None:
+    if way == "built":
+        model, _ = tiny_model(dtype=torch.bfloat16)
+    else:
+        model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert model.logit_scale.log_scale.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.text_model.parameters()} == {torch.bfloat16}
+    assert loaded.logit_scale.log_scale.dtype == torch.float32
+    assert torch.equal(loaded.logit_scale.log_scale, shared_model()[0].logit_scale.log_scale)

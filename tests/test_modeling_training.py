@@ -1,0 +1,163 @@
+"""Laws of loss, gradients and temperature, and of what wraps a model to train it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from shared_models import (
+    ROUNDING,
+    every_pair,
+    shared_batch,
+    shared_model,
+)
+from tiny import tiny_pictures
+
+from modeling_llm2clip import (
+    LLM2CLIPModel,
+)
+from modeling_llm2clip.modeling_llm2clip import LogitScale, contrastive_loss
+
+# Loss and gradients
+
+
+def test_the_loss_is_log_batch_size_when_no_pair_stands_out() -> None:
+    model, processor = shared_model()
+    batch = processor(text=["a dog"] * 4, images=tiny_pictures(1) * 4)
+    loss = model(**batch, return_loss=True).loss
+    assert loss.shape == ()
+    # Logits of up to 14 differ by rounding only.
+    assert loss.item() == pytest.approx(math.log(4), abs=1e-5)
+
+
+def test_the_loss_is_the_mean_of_both_directions() -> None:
+    logits = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
+    # Rows: ln(1 + e^2) and ln(1 + e^-2). Columns: ln(1 + e^-1) and ln(1 + e^1).
+    terms = [math.log1p(math.exp(x)) for x in (2, -2, -1, 1)]
+    # Sums of four float32 numbers.
+    assert contrastive_loss(logits).item() == pytest.approx(sum(terms) / 4, abs=1e-6)
+
+
+@every_pair
+def test_gradients_flow_to_every_trainable_parameter(vision: str, llm: str) -> None:
+    model = copy.deepcopy(shared_model(vision, llm)[0]).train()
+    model(**shared_batch(vision, llm), return_loss=True).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    # DINOv2 has a token for masked pictures, which only its own pretraining uses.
+    assert [name for name in without if not name.endswith("mask_token")] == []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_activation_checkpointing_gives_equal_gradients() -> None:
+    batch = shared_batch()
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(shared_model()[0]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model(**batch, return_loss=True).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        # The same operations once more, in the same order; 1e-6 leaves room for threading.
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+# Temperature
+
+
+@pytest.mark.parametrize(
+    ("log_scale", "scale"), [(-1.0, 1.0), (0.0, 1.0), (1.0, math.e), (9.0, 100.0)]
+)
+def test_the_inverse_temperature_stays_between_1_and_100(log_scale: float, scale: float) -> None:
+    # float32 has 24 bits.
+    assert LogitScale(log_scale)().item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_the_temperature_has_one_dimension_and_comes_last() -> None:
+    model, _ = shared_model()
+    names = [name for name, _ in model.named_parameters()]
+    assert names[-1] == "logit_scale.log_scale"
+    assert model.logit_scale.log_scale.shape == (1,)
+
+
+# The ecosystem
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain() -> None:
+    model, _ = shared_model()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    with torch.no_grad():
+        found, wanted = compiled(**shared_batch()), model(**shared_batch())
+    # The compiled one runs the texts as one padded batch.
+    assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=ROUNDING)
+    assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=ROUNDING)
+
+
+def test_lora_on_the_text_tower_trains_saves_and_merges(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(shared_model()[0])
+    lora = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=4,
+            # CLIP's vision tower has layers of the same names.
+            target_modules=r"text_model\..*\.(q_proj|k_proj|v_proj|o_proj)",
+        ),
+    )
+    trainable = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 4 * 2  # layers × projections × (A, B)
+    assert all("text_model." in name and "lora_" in name for name in trainable)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:  # which start at zero and would change nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = shared_batch()
+    lora.eval()
+    with torch.no_grad():
+        wanted, plain = lora(**batch), shared_model()[0](**batch)
+    assert (wanted.text_embeds - plain.text_embeds).abs().max() > 1e-2
+    assert torch.equal(wanted.image_embeds, plain.image_embeds)
+
+    lora.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(shared_model()[0]), tmp_path).eval()
+    merged = copy.deepcopy(lora).merge_and_unload()
+    assert type(merged) is LLM2CLIPModel
+    with torch.no_grad():
+        # Equal weights at other addresses, see above.
+        assert torch.allclose(again(**batch).text_embeds, wanted.text_embeds, atol=1e-6)
+        # Merging rounds W + BA once more.
+        assert torch.allclose(merged(**batch).text_embeds, wanted.text_embeds, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp2_wraps_and_gives_equal_gradients(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        plain, sharded = (copy.deepcopy(shared_model()[0]) for _ in range(2))
+        mesh = init_device_mesh("cpu", (1,))
+        for block in (*sharded.text_model.layers, *sharded.text_adapter.blocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        losses = [m(**shared_batch(), return_loss=True).loss for m in (plain, sharded)]
+        for loss in losses:
+            loss.backward()
+        assert torch.allclose(*losses, atol=ROUNDING)
+        wanted = {name: p.grad for name, p in plain.named_parameters()}
+        for name, parameter in sharded.named_parameters():
+            if parameter.grad is not None:
+                # One process holds everything, so only the order of sums differs.
+                assert torch.allclose(parameter.grad.full_tensor(), wanted[name], atol=1e-5), name
+    finally:
+        torch.distributed.destroy_process_group()
