@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -66,8 +67,6 @@ def sentencepiece_tokenizer(
 
 def as_ordinary(tokenizer: Tokenizer, *, ordinary: list[str]) -> Tokenizer:
     """Take the special mark from some tokens, which keep their ids."""
-    import json
-
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in ordinary]
     return Tokenizer.from_str(json.dumps(content))
@@ -197,30 +196,23 @@ def test_the_given_tokenizer_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "ends_special"), [("llama-3", False), ("llama-2", False), ("phi-3", False)]
+    ("template", "ends_special"),
+    [
+        ({"prompt": "llama-3"}, False),
+        ({"prompt": "none"}, False),
+        ({"suffix": "<|eot_id|>"}, False),
+        ({"suffix": "<|end|>"}, True),
+    ],
 )
-def test_a_suffix_that_ends_in_an_ordinary_token_says_so(preset: str, ends_special: bool) -> None:
-    assert write(preset, TOKENIZERS[preset])[2].suffix_ends_special is ends_special
-
-
-def test_a_suffix_that_ends_in_a_named_special_token_says_so() -> None:
-    bare = tiny_tokenizer()
-    template = resolve_template(bare, None, suffix="<|end|>")
-    prompt = derive_prompt(bare, template)
-    assert prompt.suffix_ids == (bare.eos_token_id,)
-    assert prompt.suffix_ends_special
-    written = write_prompt(bare, prompt, max_length=24)
-    # What sentence-transformers looks at is the written tokenizer's own list.
-    assert prompt.suffix_ids[-1] in written.all_special_ids
-
-
-@every_preset
-def test_the_written_tokenizer_agrees_on_how_the_suffix_ends(
-    preset: str, make: Callable[[], PreTrainedTokenizerFast]
+def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_names(
+    template: dict[str, str], ends_special: bool
 ) -> None:
-    _, written, prompt = write(preset, make)
-    ends = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in written.all_special_ids
-    assert prompt.suffix_ends_special is ends
+    # sentence-transformers leaves such a token out when it measures an instruction. `<|end|>` is
+    # the end token; `<|eot_id|>` is special too, but none of the named ones.
+    model, processor = tiny_model(**template)
+    suffix_ids = model.config.prompt_suffix_ids
+    ends = bool(suffix_ids) and suffix_ids[-1] in processor.tokenizer.all_special_ids
+    assert model.config.prompt_suffix_ends_special is ends is ends_special
 
 
 # Choosing a prompt

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import __version__
 from ..data.captioned_images import CaptionedImage, read_captioned_folder
 from ..encoding.captions import encode_captions
 from ..encoding.pictures import encode_pictures
@@ -280,5 +281,6 @@ def _peak_rss_gb() -> float:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "sentence-transformers", "timm", "modeling_llm2clip")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("torch", "transformers", "sentence-transformers", "timm")
+    own = {"python": platform.python_version(), "modeling_llm2clip": __version__}
+    return {**own, **{name: version(name) for name in packages}}

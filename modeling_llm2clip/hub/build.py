@@ -86,6 +86,8 @@ def build_model(
     )
     prompt = derive_prompt(tokenizer, template)
     tokenizer = write_prompt(tokenizer, prompt, max_length=arguments.max_text_length)
+    # Asked of the tokenizer as it is saved: writing the prompt drops extra special tokens.
+    ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_model.config.pad_token_id = tokenizer.pad_token_id
     # A stated direction of the bare LLM gives way to the one chosen here.
     text_model.config.is_causal = not arguments.bidirectional
@@ -97,7 +99,7 @@ def build_model(
         text_pooling=arguments.text_pooling,
         prompt_prefix_ids=prompt.prefix_ids,
         prompt_suffix_ids=prompt.suffix_ids,
-        prompt_suffix_ends_special=prompt.suffix_ends_special,
+        prompt_suffix_ends_special=ends_special,
         max_text_length=arguments.max_text_length,
         normalize_text_before_adapter=arguments.normalize_text_before_adapter,
         text_adapter_layers=arguments.text_adapter_layers,

@@ -56,6 +56,8 @@ def export_model(
         write_golden_vectors(unfinished, model, processor)
         write_model_card(unfinished, model.config, license_id=license_id, scores=scores or {})
         unfinished.chmod(0o755)
+        for file in unfinished.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes for its owner alone
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,11 @@ def write_golden_vectors(folder: Path, model: LLM2CLIPModel, processor: LLM2CLIP
     save_file(vectors, folder / GOLDEN_FILE, metadata={"texts": texts, "dtype": str(model.dtype)})
 
 
-def read_golden_vectors(folder: Path) -> dict[str, Tensor] | None:
-    """Read the recorded vectors; None where the folder has none."""
+def read_golden_vectors(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
+    """Read the recorded texts and vectors; None where the folder has none."""
     path = folder / GOLDEN_FILE
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        texts = json.loads(file.metadata()["texts"])
+        return texts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

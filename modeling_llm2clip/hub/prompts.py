@@ -27,12 +27,10 @@ class Prompt:
     Attributes:
         prefix_ids: attended to, not pooled.
         suffix_ids: attended to and pooled, as upstream pools its end-of-turn token.
-        suffix_ends_special: whether the last suffix id is a special token of the tokenizer.
     """
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
-    suffix_ends_special: bool
 
 
 def resolve_template(
@@ -76,9 +74,7 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
             f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
             f"but {sorted(pieces)[:3]}. Put a special token or a newline next to {{text}}."
         )
-    prefix_ids, suffix_ids = pieces.pop()
-    ends_special = bool(suffix_ids) and suffix_ids[-1] in tokenizer.all_special_ids
-    return Prompt(prefix_ids, suffix_ids, ends_special)
+    return Prompt(*pieces.pop())
 
 
 def write_prompt(
