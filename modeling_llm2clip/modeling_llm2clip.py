@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from .batching_llm2clip import plan_token_batches
 from .configuration_llm2clip import LLM2CLIPConfig
+from .packing_llm2clip import can_pack, keep_freed_memory, plan_packs, run_packed
 from .pooling_llm2clip import build_pooling_mask, build_position_ids, check_token_rows, pool_tokens
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
@@ -195,6 +196,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 class _TextHalf(LLM2CLIPPreTrainedModel):
     """Text in, vectors out; shared by the whole model and the text-only one."""
 
+    _can_pack: bool | None = None  # found out when it first matters
+
     def get_caption_embeds(
         self,
         input_ids: Tensor,
@@ -225,9 +228,10 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 vocabulary_size=config.text_config.vocab_size,
             )
         num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
-        if input_ids.device.type != "cpu" or torch.is_grad_enabled():
+        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if input_ids.device.type != "cpu" or is_plain:
             return self._pool_batch(input_ids, attention_mask, num_unpooled)
-        return self._pool_in_token_batches(input_ids, attention_mask, num_unpooled)
+        return self._pool_on_processor(input_ids, attention_mask, num_unpooled)
 
     def project_caption_embeds(self, caption_embeds: Tensor) -> Tensor:
         """Map stored caption vectors (B, D) to features (B, P) float32, not normalised.
@@ -277,23 +281,48 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             hidden_states, mask.to(hidden_states.device), pooling=self.config.text_pooling
         )
 
-    def _pool_in_token_batches(
+    def _pool_on_processor(
         self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: int
     ) -> Tensor:
-        """Give the processor small batches without padding, which its caches like best."""
+        """Give the processor small pieces without padding, which its caches like best."""
+        keep_freed_memory()
+        starts = attention_mask.long().argmax(dim=1).tolist()
         lengths = attention_mask.long().sum(dim=1).tolist()
-        first_real = attention_mask.long().argmax(dim=1).tolist()
-        pooled = torch.empty(len(lengths), self.config.text_config.hidden_size)
-        for rows in plan_token_batches(lengths, token_budget=CPU_TOKEN_BUDGET):
-            longest = lengths[rows[0]]
-            batch = input_ids.new_zeros(len(rows), longest)
-            mask = attention_mask.new_zeros(len(rows), longest)
-            for line, row in enumerate(rows):
-                start, length = first_real[row], lengths[row]
-                batch[line, :length] = input_ids[row, start : start + length]
-                mask[line, :length] = 1
-            pooled[rows] = self._pool_batch(batch, mask, num_unpooled).to(pooled.device)
+        texts = [
+            ids[start : start + length]
+            for ids, start, length in zip(input_ids, starts, lengths, strict=True)
+        ]
+        packs = self._packs(max(lengths))
+        plan = plan_packs if packs else plan_token_batches
+        pool = self._pool_pack if packs else self._pool_padded
+        pooled = torch.empty(len(texts), self.config.text_config.hidden_size)
+        for rows in plan(lengths, token_budget=CPU_TOKEN_BUDGET):
+            pooled[rows] = pool([texts[row] for row in rows], num_unpooled).to(pooled.device)
         return pooled
+
+    def _packs(self, longest: int) -> bool:
+        window = getattr(self.config.text_config, "sliding_window", None)
+        if window is not None and longest > window:
+            return False
+        if self._can_pack is None:
+            self._can_pack = can_pack(self.text_model, is_causal=not self.config.bidirectional)
+        return self._can_pack
+
+    def _pool_pack(self, texts: list[Tensor], num_unpooled: int) -> Tensor:
+        hidden_states = run_packed(
+            self.text_model, texts, is_causal=not self.config.bidirectional
+        )  # (sum of lengths, D)
+        vectors = []
+        for states in hidden_states.split([len(text) for text in texts]):
+            pools_mean = self.config.text_pooling == "mean"
+            vectors.append(states[num_unpooled:].float().mean(dim=0) if pools_mean else states[-1])
+        return torch.stack(vectors).float()
+
+    def _pool_padded(self, texts: list[Tensor], num_unpooled: int) -> Tensor:
+        input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return self._pool_batch(input_ids, attention_mask, num_unpooled)
 
     @property
     def _takes_position_ids(self) -> bool:

@@ -215,6 +215,15 @@ def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_nam
     assert model.config.prompt_suffix_ends_special is ends is ends_special
 
 
+def test_extra_special_tokens_of_the_bare_tokenizer_do_not_mislead() -> None:
+    bare = tiny_tokenizer()
+    bare.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
+    assert "<|eot_id|>" in bare.all_special_tokens
+    model, processor = tiny_model(tokenizer=bare)
+    ends = model.config.prompt_suffix_ids[-1] in processor.tokenizer.all_special_ids
+    assert model.config.prompt_suffix_ends_special is ends
+
+
 # Choosing a prompt
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..batching_llm2clip import plan_token_batches
-from ..modeling_llm2clip import CPU_TOKEN_BUDGET, LLM2CLIPModel, LLM2CLIPTextModel
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
 
-GPU_TOKEN_BUDGET = 16384
+# The model itself cuts a batch into smaller pieces on a processor.
+TOKEN_BUDGETS = {"cpu": 4096}
+DEFAULT_TOKEN_BUDGET = 16384
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def encode_captions(
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     ids, num_truncated = _tokenize(processor, list(distinct))
     lengths = [len(row) for row in ids]
-    budget = token_budget or _default_budget(model.device)
+    budget = token_budget or TOKEN_BUDGETS.get(model.device.type, DEFAULT_TOKEN_BUDGET)
     batches = plan_token_batches(lengths, token_budget=budget)
     vectors = torch.empty(len(distinct), model.config.text_config.hidden_size)
     num_tokens = 0
@@ -76,10 +78,6 @@ def encode_captions(
         num_tokens=num_tokens,
         num_padding=num_tokens - sum(lengths),
     )
-
-
-def _default_budget(device: torch.device) -> int:
-    return CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET
 
 
 def _tokenize(processor: LLM2CLIPProcessor, captions: list[str]) -> tuple[list[list[int]], int]:

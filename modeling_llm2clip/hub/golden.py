@@ -36,9 +36,11 @@ def draw_golden_pictures() -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def compute_golden_vectors(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> dict[str, Tensor]:
-    """Encode the golden texts and pictures: `text_embeds` (4, P), `image_embeds` (2, P)."""
-    inputs = processor(text=list(GOLDEN_TEXTS), images=draw_golden_pictures()).to(model.device)
+def compute_golden_vectors(
+    model: LLM2CLIPModel, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
+) -> dict[str, Tensor]:
+    """Encode texts and the golden pictures: `text_embeds` (T, P), `image_embeds` (2, P)."""
+    inputs = processor(text=list(texts), images=draw_golden_pictures()).to(model.device)
     output = model(**inputs)
     assert output.text_embeds is not None and output.image_embeds is not None
     return {"text_embeds": output.text_embeds.cpu(), "image_embeds": output.image_embeds.cpu()}
@@ -58,4 +60,4 @@ def read_golden_vectors(folder: Path) -> tuple[list[str], dict[str, Tensor]] | N
         return None
     with safe_open(path, framework="pt") as file:
         texts = json.loads(file.metadata()["texts"])
-        return texts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return texts, {name: file.get_tensor(name) for name in file.keys()}

@@ -25,12 +25,13 @@ _HALVES = {
 
 def check_golden_vectors(patient: Patient) -> str:
     """The vectors must be those recorded when the folder was written."""
-    recorded = read_golden_vectors(patient.folder)
-    if recorded is None:
+    golden = read_golden_vectors(patient.folder)
+    if golden is None:
         raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
     if not patient.encodes_pictures:
         raise NotApplicableError("they are recorded for texts and pictures together")
-    found = compute_golden_vectors(patient.model, patient.processor)
+    texts, recorded = golden
+    found = compute_golden_vectors(patient.model, patient.processor, texts)
     tolerance = find_tolerance(patient.model.dtype, other_machine=True)
     faults, largest = [], 0.0
     for name, vectors in found.items():

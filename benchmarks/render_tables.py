@@ -1,0 +1,101 @@
+"""Writes the tables of README.md from what the benchmarks recorded.
+
+Run `python benchmarks/render_tables.py` after a file in `benchmarks/results` has changed. What
+stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "README.md"
+NOT_RECORDED = "not yet recorded"
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_SCORES = (
+    "unseen_text_to_image_r1",
+    "unseen_text_to_image_r10",
+    "unseen_image_to_text_r1",
+    "chance_r1",
+)
+
+
+def render_document(text: str, results: Path) -> str:
+    """Return the document with every table written anew.
+
+    Args:
+        results: folder with one `NAME.json` a table; a missing file gives "not yet recorded".
+    Raises: ValueError for a table that has no renderer, or has no end.
+    """
+    if text.count("<!-- table:") != len(_TABLE.findall(text)):
+        raise ValueError("A table has no '<!-- end -->', or its name is not one word.")
+    return _TABLE.sub(lambda match: match[1] + _render(match[2], results) + match[4], text)
+
+
+def _render(name: str, results: Path) -> str:
+    if name not in _RENDERERS:
+        raise ValueError(f"No table is called {name!r}; known are {sorted(_RENDERERS)}.")
+    file = results / f"{name}.json"
+    if not file.is_file():
+        return f"\n{NOT_RECORDED}\n\n"
+    return "\n" + _RENDERERS[name](json.loads(file.read_text(encoding="utf-8"))) + "\n"
+
+
+def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
+    heads = (
+        "seed", "text to picture R@1", "R@10", "picture to text R@1", "chance", "seconds",
+        "peak memory, GB",
+    )  # fmt: skip
+    rows = [[str(report["seed"]), *_demo_cells([report])] for report in reports]
+    if len(reports) > 1:
+        rows.append(["mean", *_demo_cells(reports)])
+    versions = ", ".join(f"{name} {number}" for name, number in reports[0]["versions"].items())
+    counts = (
+        f"{reports[0]['num_pictures']} pictures, {reports[0]['num_held_out']} things held out "
+        f"with all their pictures and names. {versions}."
+    )
+    return f"{_draw(heads, rows)}\n{counts}\n"
+
+
+def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
+    def mean(name: str) -> float:
+        return fmean(report[name] for report in reports)
+
+    scores = [f"{100 * mean(name):.1f} %" for name in _SCORES]
+    return [*scores, f"{mean('seconds_after_download'):.0f}", f"{mean('peak_rss_gb'):.1f}"]
+
+
+def _render_encoding_speed(report: dict[str, Any]) -> str:
+    heads = ("way", "captions a second", "peak memory, GB", "smallest cosine")
+    rows = [
+        [
+            row["name"],
+            f"{row['captions_per_second']:.1f}",
+            f"{row['peak_rss_gb']:.2f}",
+            f"{row['min_cosine']:.4f}",
+        ]
+        for row in report["rows"]
+    ]
+    return _draw(heads, rows)
+
+
+def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+_RENDERERS: dict[str, Callable[[Any], str]] = {
+    "demo": _render_demo,
+    "encoding_speed": _render_encoding_speed,
+}
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render_document(DOCUMENT.read_text(encoding="utf-8"), RESULTS), "utf-8")
+    print(f"Wrote the tables of {DOCUMENT.name}.")

@@ -1,0 +1,186 @@
+"""Runs texts of unequal length through an LLM in one row, without any padding.
+
+Travels to the Hub beside the weights. It goes through transformers' public attention interface, so
+no model code is copied. Whether a family passes everything through to its attention is tested on
+the model itself before the first use.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+_NAME = "llm2clip_packed"
+# Two ways to the same numbers, which differ by the order of sums; a mask forgotten differs by more
+# than a tenth.
+_MOST_DIFFERENCE = 1e-3
+# The implementation is a setting of the shared configuration, so one thread at a time.
+_switch = threading.RLock()
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """How the texts lie in the row: groups of (number of texts, tokens of each), in order."""
+
+    groups: tuple[tuple[int, int], ...]
+    is_causal: bool
+
+
+def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
+    """Fill rows up to a budget of tokens, longest texts first; equal lengths lie together.
+
+    Returns: rows of indices into `lengths`, each index once; a longer text than the budget goes
+        alone.
+    """
+    packs: list[list[int]] = []
+    filled = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        filled += lengths[index]
+        if packs and filled <= token_budget:
+            packs[-1].append(index)
+        else:
+            packs.append([index])
+            filled = lengths[index]
+    return packs
+
+
+def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor], *, is_causal: bool) -> Tensor:
+    """Run one row of texts through the LLM.
+
+    Args:
+        texts: token ids of each text, (L_i,) int64, equal lengths together.
+    Returns: last hidden states, (sum of L_i, D).
+    Raises: ValueError when the attention of this family asks for more than packing offers.
+    """
+    lengths = [len(text) for text in texts]
+    position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
+    with _packed_attention(text_model):
+        output = text_model(
+            input_ids=torch.cat(list(texts)).unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            use_cache=False,
+            packed_texts=PackedTexts(_group(lengths), is_causal),
+        )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def can_pack(text_model: PreTrainedModel, *, is_causal: bool) -> bool:
+    """Compare three short texts in one row with each of them alone.
+
+    False where this family drops what packing needs, or its attention does more than plain
+    scaled dot products; such a family is run with padding.
+    """
+    rows = torch.arange(12, device=text_model.device) % text_model.config.vocab_size
+    texts = [rows[:5], rows[3:8], rows[8:11]]
+    try:
+        packed = run_packed(text_model, texts, is_causal=is_causal)
+    except (TypeError, ValueError):  # a forward that takes no such argument, or our refusal
+        return False
+    alone = [
+        text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
+        for text in texts
+    ]
+    expected = torch.cat(alone).float()
+    difference = (packed.float() - expected).norm() / expected.norm()
+    return bool(difference < _MOST_DIFFERENCE)
+
+
+def attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packed_texts: PackedTexts | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each text of the row; query (1, heads, T, d), key and value alike.
+
+    Returns: (1, T, heads, d) and no weights, as transformers' attention interface wants it.
+    Raises: ValueError for what it does not compute: soft caps, sinks, windows, a mask.
+    """
+    longest = max((length for _, length in packed_texts.groups), default=0) if packed_texts else 0
+    windowed = sliding_window is not None and longest > sliding_window
+    if (
+        packed_texts is None
+        or attention_mask is not None
+        or windowed
+        or softcap
+        or s_aux is not None
+    ):
+        raise ValueError(f"{type(module).__name__} needs more than packed attention computes.")
+    mixed = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # (T, heads, d)
+    start = 0
+    for count, length in packed_texts.groups:
+        stop = start + count * length
+        q, k, v = (_split(t[0, :, start:stop], count, length) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scaling,
+            is_causal=packed_texts.is_causal,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # (count, heads, length, d)
+        mixed[start:stop] = attended.transpose(1, 2).flatten(0, 1)
+        start = stop
+    return mixed.unsqueeze(0), None
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from giving memory back to the system after every pass, on the first call.
+
+    Freeing one block just under 32 MiB raises its thresholds to that size (mallopt(3),
+    M_MMAP_THRESHOLD: "dynamic"). Page faults cost a tenth of the time of a pass without it.
+    """
+    for _ in range(0 if _state.is_primed else 2):
+        torch.empty(31 * 2**18).zero_()
+    _state.is_primed = True
+
+
+class _State:
+    is_primed = False
+
+
+_state = _State()
+
+
+def _split(heads: Tensor, count: int, length: int) -> Tensor:
+    """(heads, count * length, d) to (count, heads, length, d)."""
+    return heads.view(heads.shape[0], count, length, -1).transpose(0, 1)
+
+
+def _group(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    groups: list[tuple[int, int]] = []
+    for length in lengths:
+        if groups and groups[-1][1] == length:
+            groups[-1] = (groups[-1][0] + 1, length)
+        else:
+            groups.append((1, length))
+    return tuple(groups)
+
+
+@contextmanager
+def _packed_attention(text_model: PreTrainedModel) -> Iterator[None]:
+    """Let the LLM use packed attention for one pass."""
+    AttentionInterface.register(_NAME, attend_packed)
+    with _switch:
+        before = text_model.config._attn_implementation
+        text_model.config._attn_implementation = _NAME
+        try:
+            yield
+        finally:
+            text_model.config._attn_implementation = before

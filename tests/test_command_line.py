@@ -1,0 +1,123 @@
+"""The command line: what it writes, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_pictures
+from tiny_folders import save_tiny_llm, save_tiny_vision
+from transformers import AutoModel, AutoProcessor
+
+import modeling_llm2clip
+from modeling_llm2clip.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("towers")
+    return str(save_tiny_vision(folder / "vision")), str(save_tiny_llm(folder / "llm"))
+
+
+@pytest.fixture(scope="module")
+def built(towers: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "model"
+    options = ["--prompt", "llama-3", "--projection-dim", "24", "--max-text-length", "32"]
+    assert main(["build", *towers, str(folder), *options]) == 0
+    return folder
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == modeling_llm2clip.__version__
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], [], ["doctor"]])
+def test_what_is_no_command_exits_with_2_and_shows_the_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: llm2clip" in capsys.readouterr().err
+
+
+def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> None:
+    model = AutoModel.from_pretrained(built)
+    inputs = AutoProcessor.from_pretrained(built)(text=["a dog"], images=tiny_pictures(1))
+    with torch.inference_mode():
+        output = model(**inputs)
+    assert output.text_embeds.shape == output.image_embeds.shape == (1, 24)
+    assert model.config.max_text_length == 32
+
+
+def test_doctor_finds_what_build_writes_healthy(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(built)]) == 0
+    report = capsys.readouterr().out
+    assert report.splitlines()[-1] == f"{built}: healthy"
+    assert "FAILED" not in report
+
+
+def test_doctor_exits_with_1_for_a_broken_folder(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (built / "config.json").read_text(encoding="utf-8")
+    changed = {**json.loads(whole), "text_pooling": "last_token"}
+    (built / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    try:
+        assert main(["doctor", str(built)]) == 1
+    finally:
+        (built / "config.json").write_text(whole, encoding="utf-8")
+    report = capsys.readouterr().out
+    assert [line for line in report.splitlines() if line.startswith("FAILED   golden vectors")]
+    assert "healthy" not in report
+
+
+def test_doctor_exits_with_1_for_a_folder_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(tmp_path / "nothing")]) == 1
+    assert "FAILED   folder" in capsys.readouterr().out
+
+
+def test_build_refuses_to_guess_a_prompt(
+    towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", *towers, str(tmp_path / "model")]) == 2
+    assert "llm2clip build: prompt=None must be one of" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_build_does_not_overwrite(
+    towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine", encoding="utf-8")
+    options = ["--prompt", "llama-3", "--max-text-length", "32"]
+    assert main(["build", *towers, str(tmp_path), *options]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_the_demo_refuses_a_language_model_without_a_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "demo"
+    assert main(["demo", "--llm", "some-llm", "--output", str(output)]) == 2
+    assert "llm2clip demo: --llm needs --prompt" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_demo_refuses_a_folder_that_is_not_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "earlier.txt").write_text("mine", encoding="utf-8")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]

@@ -1,0 +1,207 @@
+"""What the documents promise is there: paths, snippets, commands, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_pictures
+from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
+
+from benchmarks.render_tables import NOT_RECORDED, RESULTS, render_document
+from modeling_llm2clip.__main__ import _build_parser
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test]" && pytest')
+# Folders that a reader makes, and Hub ids; the snippets find a tiny stand-in under each name.
+MADE_BY_READERS = ("llm2clip-demo", "my-model", "my-pictures", ".venv")
+VISION_ID = "openai/clip-vit-large-patch14-336"
+LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|opt|Users|mnt|content)/|\b[A-Z]:\\")
+
+# Each snippet has names of its own, so that it stands alone; one process imports torch once.
+RUN_SNIPPETS = """
+import json, sys
+for title, source in json.load(sys.stdin):
+    exec(compile(source, title, "exec"), {"__name__": "__main__"})
+    print("ran", title, flush=True)
+"""
+
+every_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def find_blocks(document: Path, *languages: str) -> list[str]:
+    """Return the fenced blocks of a document that are in one of the languages."""
+    fenced = re.findall(r"^```(\w+)\n(.*?)^```", read(document), re.DOTALL | re.MULTILINE)
+    return [block for language, block in fenced if language in languages]
+
+
+def find_shell_commands() -> list[str]:
+    lines = "".join(find_blocks(README, "bash")).splitlines()
+    commands = [command.strip() for line in lines for command in line.split("&&")]
+    return [command for command in commands if command.startswith("llm2clip ")]
+
+
+def find_table_rows(document: Path, heading: str) -> list[list[str]]:
+    section = read(document).split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def find_paths(text: str) -> list[str]:
+    """Return what looks like a path between backticks: with a slash, or with a known ending."""
+    quoted = re.findall(r"`([\w.-]+(?:/[\w.-]*)*)`", text)
+    ending = re.compile(r"\.(py|md|cfg|toml|ipynb)$")
+    return [path for path in quoted if "/" in path or ending.search(path)]
+
+
+def is_there(path: str, document: Path) -> bool:
+    made_elsewhere = path.split("/")[0] in MADE_BY_READERS or path in (VISION_ID, LLM_ID)
+    # A folder of the exported demo, in the table of what the demo writes.
+    in_output = path == "model/"
+    return made_elsewhere or in_output or any((p / path).exists() for p in (document.parent, ROOT))
+
+
+@every_document
+def test_every_link_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", read(document))
+    relative = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
+    assert not [link for link in relative if not (document.parent / link).exists()]
+
+
+@every_document
+def test_every_path_between_backticks_exists(document: Path) -> None:
+    fragments = {"captions.jsonl", "report.json"}
+    paths = [path for path in find_paths(read(document)) if path not in fragments]
+    assert not [path for path in paths if not is_there(path, document)]
+
+
+def test_a_wrong_path_would_be_found() -> None:
+    assert find_paths("`tests/no_such.py` `a/b/` `captions` `.ci/run` `setup.cfg` `B x / y`") == [
+        "tests/no_such.py", "a/b/", ".ci/run", "setup.cfg",
+    ]  # fmt: skip
+    assert not is_there("tests/no_such.py", README)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *NOTEBOOKS], ids=lambda path: path.name)
+def test_no_document_names_a_path_of_one_machine(path: Path) -> None:
+    assert not MACHINE_PATH.search(read(path))
+
+
+def test_every_row_of_what_to_open_names_a_file() -> None:
+    rows = find_table_rows(ROOT / "ARCHITECTURE.md", "To change X, open Y")
+    assert len(rows) > 10
+    assert all(any((ROOT / path).is_file() for path in find_paths(row[1])) for row in rows)
+
+
+def test_the_folder_list_names_every_folder_and_travelling_file_of_the_package() -> None:
+    rows = find_table_rows(ROOT / "ARCHITECTURE.md", "Folders")
+    listed = {row[0].strip("`").rstrip("/") for row in rows}
+    package = ROOT / "modeling_llm2clip"
+    wanted = {path.parent for path in package.glob("*/__init__.py")} | {
+        path for path in package.glob("*.py") if not path.stem.startswith("_")
+    }
+    assert {str(path.relative_to(ROOT)) for path in wanted} <= listed
+
+
+def test_the_floors_are_those_that_the_linter_holds() -> None:
+    layers = read(ROOT / "setup.cfg").split("layers =\n")[1].splitlines()
+    wanted = [layer.strip().replace("modeling_llm2clip.", "") for layer in layers if layer.strip()]
+    section = read(ROOT / "ARCHITECTURE.md").split("## Floors\n")[1]
+    found = re.search(r"```text\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    assert found[1].splitlines() == wanted
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_has_the_two_commands(command: str) -> None:
+    assert command in "".join(find_blocks(README, "bash")).splitlines()
+
+
+@pytest.mark.parametrize("command", find_shell_commands())
+def test_the_readmes_commands_parse(command: str) -> None:
+    arguments = _build_parser().parse_args(shlex.split(command)[1:])
+    assert callable(arguments.run)
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {shlex.split(command)[1] for command in find_shell_commands()}
+    actions = _build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+    assert shown == set(actions[0].choices)  # type: ignore[arg-type]
+
+
+def test_five_files_are_to_be_read_first() -> None:
+    section = read(README).split("## Read these five files first\n")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\d\. `[\w./]+\.py`", section, re.MULTILINE)) == 5
+
+
+def test_the_readmes_snippets_run(tmp_path: Path) -> None:
+    export_tiny_model(tmp_path / "llm2clip-demo" / "model")
+    tiny_pictures()[0].save(tmp_path / "llm2clip-demo" / "search.png")
+    save_tiny_vision(tmp_path / VISION_ID)
+    save_tiny_llm(tmp_path / LLM_ID)
+    snippets = find_blocks(README, "python")
+    assert len(snippets) == 4
+    titled = [(f"README.md, snippet {number}", code) for number, code in enumerate(snippets, 1)]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_SNIPPETS], cwd=tmp_path, input=json.dumps(titled),
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("ran README.md") == len(snippets)
+    assert (tmp_path / "my-model" / "config.json").is_file()
+
+
+def test_every_snippet_names_the_package_first() -> None:
+    # All run in one process, where one import is enough; a reader copies a single one.
+    for snippet in find_blocks(README, "python"):
+        assert re.match(r"(import|from) modeling_llm2clip", snippet)
+
+
+def test_the_tables_are_what_the_results_say() -> None:
+    assert render_document(read(README), RESULTS) == read(README)
+
+
+def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
+    report = {
+        "seed": 0, "unseen_text_to_image_r1": 0.25, "unseen_text_to_image_r10": 0.5,
+        "unseen_image_to_text_r1": 0.125, "chance_r1": 0.01, "seconds_after_download": 59.6,
+        "peak_rss_gb": 2.04, "num_pictures": 30, "num_held_out": 6, "versions": {"torch": "2"},
+    }  # fmt: skip
+    other = {**report, "seed": 1, "unseen_text_to_image_r1": 0.75}
+    (tmp_path / "demo.json").write_text(json.dumps([report, other]), encoding="utf-8")
+    row = {"name": "plain", "captions_per_second": 10.0, "peak_rss_gb": 1.0, "min_cosine": 1.0}
+    speed = json.dumps({"rows": [row]})
+    (tmp_path / "encoding_speed.json").write_text(speed, encoding="utf-8")
+    rendered = render_document(read(README), tmp_path)
+    assert "| 0 | 25.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
+    assert "| mean | 50.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
+    assert "| plain | 10.0 | 1.00 | 1.0000 |\n" in rendered
+    assert NOT_RECORDED not in rendered
+    assert render_document(rendered, tmp_path) == rendered
+
+
+def test_a_missing_result_is_said_to_be_missing(tmp_path: Path) -> None:
+    assert render_document(read(README), tmp_path).count(NOT_RECORDED) == 2
+
+
+@pytest.mark.parametrize("text", ["<!-- table: other -->\n<!-- end -->", "<!-- table: demo -->\n"])
+def test_an_unknown_or_endless_table_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No table is called 'other'|no '<!-- end -->'"):
+        render_document(text, tmp_path)

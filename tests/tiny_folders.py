@@ -1,0 +1,31 @@
+"""Tiny towers and models as folders, for commands, documents and notebooks that take folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny import tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
+
+from modeling_llm2clip.hub.export import export_model
+
+
+def save_tiny_vision(folder: Path) -> Path:
+    """Save a vision tower with its image processor, as a Hub repository holds them."""
+    model, image_processor = tiny_vision()
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_llm(folder: Path) -> Path:
+    """Save a decoder with its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tiny_llm(vocabulary_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def export_tiny_model(folder: Path) -> Path:
+    """Export a whole model."""
+    model, processor = tiny_model()
+    return export_model(model, processor, folder)
