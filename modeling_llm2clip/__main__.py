@@ -13,6 +13,7 @@ from typing import Any
 from . import __version__
 from .hub.prompt_presets import PROMPT_NAMES
 
+_EXTRAS = 'Install what the demo needs: pip install "modeling_llm2clip[demo]"'
 _AFTER_DEMO = """
 Use it in Python:
 
@@ -30,11 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, OSError, RuntimeError) as error:
+    except ImportError as error:
+        print(f"llm2clip {arguments.command}: {error}. {_EXTRAS}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"llm2clip {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("llm2clip: stopped; the same command starts again.", file=sys.stderr)
+        print(
+            "llm2clip: stopped. What is half written is in no folder that loads.", file=sys.stderr
+        )
         return 130
 
 
@@ -56,7 +62,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--prompt", help="prompt around every caption; see llm2clip build -h")
     demo.add_argument("--pictures", type=Path, help="folder with captions.jsonl")
     demo.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
-    demo.add_argument("--steps", type=int, default=300)
+    demo.add_argument("--steps", type=int, default=100)
     demo.add_argument("--batch-size", type=int, default=512)
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_run_demo)
@@ -76,6 +82,8 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--text-pooling", choices=("mean", "last_token"), default="mean")
     build.add_argument("--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler")
     build.add_argument("--text-adapter-layers", type=int, default=4)
+    build.add_argument("--visual-projection-bias", action="store_true")
+    build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
     build.add_argument("--causal", dest="bidirectional", action="store_false")
     build.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     build.add_argument("--seed", type=int, default=0)
@@ -106,13 +114,15 @@ def _run_build(arguments: argparse.Namespace) -> int:
     import torch
 
     from .hub.build import BuildArguments, build_from_sources
-    from .hub.export import export_model
+    from .hub.export import export_model, require_new_folder
 
+    require_new_folder(arguments.output)  # before the towers are loaded
     model, processor = build_from_sources(
         arguments.vision,
         arguments.llm,
         _pick(BuildArguments, arguments),
         dtype=getattr(torch, arguments.dtype),
+        caption_adapter=arguments.caption_adapter,
     )
     folder = export_model(model, processor, arguments.output)
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")

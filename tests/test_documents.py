@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from modeling_llm2clip.__main__ import _build_parser
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+FOLDERS = [ROOT / name for name in ("modeling_llm2clip", "benchmarks", "examples", "tests")]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in folder.rglob("*.md"))])
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test]" && pytest')
-# Folders that a reader makes, and Hub ids; the snippets find a tiny stand-in under each name.
-MADE_BY_READERS = ("llm2clip-demo", "my-model", "my-pictures", ".venv")
+# Folders that a reader makes (`model/` is what the demo writes), and Hub ids; the snippets find a
+# tiny stand-in under each name, because transformers prefers a folder to the Hub.
+MADE_BY_READERS = ("llm2clip-demo", "model", "my-model", "my-pictures", ".venv")
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|opt|Users|mnt|content)/|\b[A-Z]:\\")
@@ -64,17 +67,24 @@ def find_table_rows(document: Path, heading: str) -> list[list[str]]:
 
 
 def find_paths(text: str) -> list[str]:
-    """Return what looks like a path between backticks: with a slash, or with a known ending."""
+    """Return what looks like a path between backticks: with a slash, or a file's ending."""
     quoted = re.findall(r"`([\w.-]+(?:/[\w.-]*)*)`", text)
-    ending = re.compile(r"\.(py|md|cfg|toml|ipynb)$")
-    return [path for path in quoted if "/" in path or ending.search(path)]
+    file_name = re.compile(r"[\w-]+\.(py|md|cfg|toml|ipynb)$")
+    return [path for path in quoted if "/" in path or file_name.match(path)]
+
+
+@cache
+def list_file_names() -> frozenset[str]:
+    files = [*ROOT.iterdir(), *(path for folder in FOLDERS for path in folder.rglob("*.*"))]
+    return frozenset(path.name for path in files)
 
 
 def is_there(path: str, document: Path) -> bool:
-    made_elsewhere = path.split("/")[0] in MADE_BY_READERS or path in (VISION_ID, LLM_ID)
-    # A folder of the exported demo, in the table of what the demo writes.
-    in_output = path == "model/"
-    return made_elsewhere or in_output or any((p / path).exists() for p in (document.parent, ROOT))
+    if path.split("/")[0] in MADE_BY_READERS or path in (VISION_ID, LLM_ID):
+        return True
+    if "/" not in path:
+        return path in list_file_names()
+    return any((folder / path).exists() for folder in (document.parent, ROOT))
 
 
 @every_document
@@ -86,9 +96,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 @every_document
 def test_every_path_between_backticks_exists(document: Path) -> None:
-    fragments = {"captions.jsonl", "report.json"}
-    paths = [path for path in find_paths(read(document)) if path not in fragments]
-    assert not [path for path in paths if not is_there(path, document)]
+    assert not [path for path in find_paths(read(document)) if not is_there(path, document)]
 
 
 def test_a_wrong_path_would_be_found() -> None:
@@ -96,6 +104,7 @@ def test_a_wrong_path_would_be_found() -> None:
         "tests/no_such.py", "a/b/", ".ci/run", "setup.cfg",
     ]  # fmt: skip
     assert not is_there("tests/no_such.py", README)
+    assert not is_there("no_such.py", README)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *NOTEBOOKS], ids=lambda path: path.name)
@@ -203,5 +212,5 @@ def test_a_missing_result_is_said_to_be_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["<!-- table: other -->\n<!-- end -->", "<!-- table: demo -->\n"])
 def test_an_unknown_or_endless_table_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="No table is called 'other'|no '<!-- end -->'"):
+    with pytest.raises(ValueError, match=r"No table is called 'other'|no '<!-- end -->'"):
         render_document(text, tmp_path)

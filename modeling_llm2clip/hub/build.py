@@ -13,6 +13,7 @@ from ..configuration_llm2clip import LOGIT_SCALE_INIT, LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .attention_probe import require_bidirectional
+from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
 from .towers import load_text_tower, load_vision_tower, merge_adapter
 
@@ -44,6 +45,13 @@ class BuildArguments:
     normalize_text_before_adapter: bool = True
     visual_projection_bias: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and self.prefix is None and self.suffix is None:
+            raise ValueError(
+                f"Choose a prompt: one of {PROMPT_NAMES}, or a prefix and suffix of your own. It "
+                "is never guessed, because the vectors depend on it."
+            )
 
 
 def build_from_sources(

@@ -40,8 +40,7 @@ def export_model(
     Raises: FileExistsError when the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
+    require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -62,6 +61,12 @@ def export_model(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise FileExistsError when a folder exists and is not empty."""
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
 
 def push_folder(

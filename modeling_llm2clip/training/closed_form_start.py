@@ -70,4 +70,5 @@ def _whiten(centred: Tensor, shrinkage: float) -> Tensor:
     """Inverse square root of the shrunk covariance, (D, D)."""
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
     variances = variances.clamp(min=0) + shrinkage * variances.mean()
-    return directions @ torch.diag(variances.rsqrt()) @ directions.T
+    whitening: Tensor = directions @ torch.diag(variances.rsqrt()) @ directions.T
+    return whitening

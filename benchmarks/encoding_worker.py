@@ -1,0 +1,122 @@
+"""One encoder in one process: loads, says `ready`, then encodes once for every line it is sent.
+
+Imports nothing of the package unless that encoder is asked for, so that it also runs in an
+environment with an older transformers. Started by `encoding_speed.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def build_ours(llm: str) -> Callable[[list[str]], Any]:
+    """Build the package's own path for many captions."""
+    from modeling_llm2clip.encoding.captions import encode_captions
+
+    model, processor = _build_model(llm)
+    return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
+
+
+def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
+    """Build sentence-transformers on an exported folder of ours; returns projected vectors."""
+    import tempfile
+
+    from sentence_transformers import SentenceTransformer
+
+    from modeling_llm2clip.hub.export import export_model
+
+    model, processor = _build_model(llm)
+    folder = export_model(model, processor, Path(tempfile.mkdtemp()) / "model")
+    return SentenceTransformer(str(folder), device="cpu").encode
+
+
+def build_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
+    """Build plain sentence-transformers on the bare LLM, made bidirectional, defaults elsewhere."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    transformer = Transformer(llm, max_seq_length=512)
+    for module in transformer.modules():
+        if hasattr(module, "config") and hasattr(module, "embed_tokens"):
+            module.config.is_causal = False
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    return SentenceTransformer(modules=[transformer, pooling], device="cpu").encode
+
+
+def build_llm2vec(llm: str) -> Callable[[list[str]], Any]:
+    """Build the LLM2Vec package with mean pooling and its default batch size."""
+    import torch
+    from llm2vec import LLM2Vec
+
+    model = LLM2Vec.from_pretrained(
+        llm, torch_dtype=torch.float32, pooling_mode="mean", max_length=512, doc_max_length=512
+    )
+    return lambda captions: model.encode(
+        captions, batch_size=32, show_progress_bar=False, convert_to_numpy=True
+    )
+
+
+BUILDERS = {
+    "ours": build_ours,
+    "ours through sentence-transformers": build_ours_sentence_transformers,
+    "sentence-transformers": build_sentence_transformers,
+    "LLM2Vec": build_llm2vec,
+}
+
+
+def _build_model(llm: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    from modeling_llm2clip.hub.build import BuildArguments, build_model
+    from modeling_llm2clip.hub.towers import load_text_tower
+
+    # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.
+    torch.manual_seed(0)
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, image_size=32, patch_size=16)
+    )  # fmt: skip
+    size = {"height": 32, "width": 32}
+    text_model, tokenizer = load_text_tower(llm)
+    return build_model(
+        vision,
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
+        text_model,
+        tokenizer,
+        BuildArguments(prompt="none", projection_dim=576),
+    )
+
+
+def main() -> None:
+    """Serve: `encoding_worker.py NAME LLM CAPTIONS VECTORS THREADS`."""
+    name, llm, captions_file, vectors_file, threads = sys.argv[1:6]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(int(threads))
+    captions = json.loads(Path(captions_file).read_text(encoding="utf-8"))
+    encode = BUILDERS[name](llm)
+    encode(captions[:8])
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        used = time.process_time()
+        started = time.perf_counter()
+        vectors = encode(captions)
+        seconds = time.perf_counter() - started
+        np.save(vectors_file, np.asarray(vectors))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        figures = {"seconds": seconds, "cpu_seconds": time.process_time() - used}
+        print(json.dumps({**figures, "peak_rss_gb": round(peak, 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

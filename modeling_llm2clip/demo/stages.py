@@ -1,0 +1,153 @@
+"""What the demo does with pictures: encode once, hold some out, align, evaluate, search."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.captioned_images import CaptionedImage
+from ..encoding.captions import encode_captions
+from ..encoding.pictures import encode_pictures
+from ..evaluation.metrics import rank_best_positive, recall_at
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from ..training.closed_form_start import start_from_canonical_correlation
+from ..training.feature_alignment import AlignmentArguments, AlignmentPairs, align_features
+from .contact_sheet import SearchResult
+
+_MOST_HELD_OUT = 300
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """Stored vectors of pictures and captions.
+
+    Attributes:
+        records: one a picture.
+        vision_embeds: (pictures, D') float32.
+        caption_embeds: (different captions, D) float32.
+        captions_of_picture: for each picture, rows of its captions; the first one tests it.
+    """
+
+    records: list[CaptionedImage]
+    vision_embeds: Tensor
+    caption_embeds: Tensor
+    captions_of_picture: list[list[int]]
+
+    def rows(self, keys: set[str], *, inside: bool) -> list[int]:
+        """Pictures whose key is among these, or is not."""
+        return [i for i, r in enumerate(self.records) if (r.key in keys) == inside]
+
+
+def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
+    """Choose a fifth of the keys, 300 at most, whose pictures and captions training never sees.
+
+    Raises: ValueError for fewer than ten keys, or a caption that two keys share across the split.
+    """
+    keys = sorted({record.key for record in records})
+    if len(keys) < 10:
+        raise ValueError(f"{len(keys)} different things are too few to train and test on; give 10.")
+    random.Random(seed).shuffle(keys)
+    held_out = set(keys[: min(_MOST_HELD_OUT, len(keys) // 5)])
+    captions: dict[bool, set[str]] = {True: set(), False: set()}
+    for record in records:
+        captions[record.key in held_out].update(record.captions)
+    leaked = sorted(captions[True] & captions[False])
+    if leaked:
+        raise ValueError(
+            f"{len(leaked)} held-out captions are training captions too: {leaked[:5]}. Give "
+            "pictures that show the same thing the same key."
+        )
+    return held_out
+
+
+def _texts_of(record: CaptionedImage) -> list[str]:
+    """The captions as they are, and once more with the picture's keywords behind the first."""
+    texts = list(record.captions)
+    if record.keywords:
+        texts.append(f"{record.captions[0]}: {', '.join(record.keywords)}")
+    return texts
+
+
+def encode_records(
+    model: LLM2CLIPModel, processor: LLM2CLIPProcessor, records: list[CaptionedImage]
+) -> EncodedPictures:
+    """Run both towers over every picture and every different caption."""
+    print(f"Encoding {len(records)} pictures …", flush=True)
+    vision_embeds = encode_pictures(model, processor, [r.path for r in records], show_progress=True)
+    rows: dict[str, int] = {}
+    captions_of_picture = [
+        [rows.setdefault(text, len(rows)) for text in _texts_of(record)] for record in records
+    ]
+    print(f"Encoding {len(rows)} captions …", flush=True)
+    captions = encode_captions(model, processor, list(rows), show_progress=True)
+    return EncodedPictures(records, vision_embeds, captions.caption_embeds, captions_of_picture)
+
+
+def align(
+    model: LLM2CLIPModel,
+    pictures: EncodedPictures,
+    held_out: set[str],
+    arguments: AlignmentArguments,
+) -> list[float]:
+    """Train on all but the held-out keys, in place; returns the loss of every step."""
+    rows = pictures.rows(held_out, inside=False)
+    pairs = AlignmentPairs(
+        pictures.caption_embeds,
+        pictures.vision_embeds[rows],
+        [pictures.captions_of_picture[row] for row in rows],
+        [pictures.records[row].key for row in rows],
+    )
+    start_from_canonical_correlation(model, pairs)
+    return align_features(model, pairs, arguments, show_progress=True)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LLM2CLIPModel, pictures: EncodedPictures, held_out: set[str]
+) -> dict[str, float]:
+    """Compare the first picture of each held-out key with its first caption."""
+    rows = list({pictures.records[r].key: r for r in pictures.rows(held_out, inside=True)}.values())
+    keys = [pictures.records[row].key for row in rows]
+    captions = [pictures.captions_of_picture[row][0] for row in rows]
+    text_embeds = model.project_caption_embeds(pictures.caption_embeds[captions])
+    image_embeds = model.project_vision_embeds(pictures.vision_embeds[rows])
+    text_to_image = rank_best_positive(text_embeds, image_embeds, keys, keys)
+    image_to_text = rank_best_positive(image_embeds, text_embeds, keys, keys)
+    return {
+        "unseen_text_to_image_r1": recall_at(text_to_image, k=1),
+        "unseen_text_to_image_r10": recall_at(text_to_image, k=10),
+        "unseen_image_to_text_r1": recall_at(image_to_text, k=1),
+        "chance_r1": 1 / len(keys),
+    }
+
+
+@torch.inference_mode()
+def search(
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    pictures: EncodedPictures,
+    gallery: list[CaptionedImage],
+    sentences: Sequence[str],
+) -> list[SearchResult]:
+    """Answer the sentences from one picture a key, and the gallery that was never trained on."""
+    rows = list({r.key: i for i, r in enumerate(pictures.records)}.values())
+    paths = [pictures.records[row].path for row in rows]
+    vision_embeds = pictures.vision_embeds[rows]
+    if gallery:
+        extra = encode_pictures(model, processor, [record.path for record in gallery])
+        vision_embeds = torch.cat([vision_embeds, extra])
+        paths += [record.path for record in gallery]
+    image_embeds = F.normalize(model.project_vision_embeds(vision_embeds), dim=-1)
+    captions = encode_captions(model, processor, sentences).caption_embeds
+    text_embeds = F.normalize(model.project_caption_embeds(captions), dim=-1)
+    best = (text_embeds @ image_embeds.T).topk(min(6, len(paths)))
+    return [
+        SearchResult(sentence, [(paths[i], float(s)) for s, i in zip(scores, indices, strict=True)])
+        for sentence, scores, indices in zip(sentences, best.values, best.indices, strict=True)
+    ]

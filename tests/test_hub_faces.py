@@ -1,0 +1,396 @@
+"""One exported folder reaches every loader: Auto classes, pipelines, sentence-transformers, Hub.
+
+The first part loads in clean processes: with the package and without `trust_remote_code`, and the
+other way about. Starting a process costs seconds, so three do everything and the tests read what
+they found. The second part holds what sentence-transformers makes of the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer
+from sentence_transformers import SentenceTransformer
+from shared_models import CAPTIONS, ROUNDING, shared_model
+from tiny import tiny_model, tiny_pictures
+from transformers import AutoModel, AutoProcessor
+
+import modeling_llm2clip
+from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.hub.golden import read_golden_vectors
+from modeling_llm2clip.hub.sentence_transformers_files import write_sentence_transformers_files
+
+INSTRUCTION = "Instruct: find the picture. Query: "
+PROMPTS = {"query": INSTRUCTION, "document": ""}
+REPOSITORY, RESAVED = "owner/model", "owner/resaved"
+
+# What every process runs: `see(source, …)` records the vectors of every loader under a name.
+SEE = '''
+import sys
+from pathlib import Path
+import numpy as np
+here, way = Path(sys.argv[1]), sys.argv[2]
+if way == "package":
+    import modeling_llm2clip
+else:
+    sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForTextEncoding,
+    AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer, pipeline,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+TEXTS, LABELS = ["a dog", "two red apples on a wooden table by the window"], ["a dog", "a cat"]
+PATHS = [str(path) for path in sorted(here.glob("*.png"))]
+PICTURES = [Image.open(path) for path in PATHS]
+found = {}
+
+def find_class(name, source, given):
+    if way == "package":
+        return getattr(modeling_llm2clip, name)
+    return get_class_from_dynamic_module(
+        f"modeling_llm2clip.{name}", source, revision=given.get("revision")
+    )
+
+def see(name, source, **given):
+    given |= {} if way == "package" else {"trust_remote_code": True}
+    keep = lambda key, value: found.__setitem__(f"{name}/{key}", np.asarray(value))
+    with torch.inference_mode():
+        see_classes(keep, source, given)
+        see_pipelines(keep, source, given)
+    see_sentence_transformers(keep, source, given)
+
+def see_classes(keep, source, given):
+    assert AutoConfig.from_pretrained(source, **given).model_type == "llm2clip"
+    processor = AutoProcessor.from_pretrained(source, **given)
+    inputs = processor(text=TEXTS, images=PICTURES)
+    texts = AutoTokenizer.from_pretrained(source, **given)(TEXTS, padding=True, return_tensors="pt")
+    pictures = AutoImageProcessor.from_pretrained(source, **given)(PICTURES, return_tensors="pt")
+    assert torch.equal(texts["input_ids"], inputs["input_ids"])
+    assert torch.equal(pictures["pixel_values"], inputs["pixel_values"])
+    model = AutoModel.from_pretrained(source, **given)
+    assert type(model).__module__.startswith("transformers_modules.") == (way == "remote")
+    output = model(**inputs)
+    keep("AutoModel text", output.text_embeds)
+    keep("AutoModel image", output.image_embeds)
+    zero_shot = AutoModelForZeroShotImageClassification.from_pretrained(source, **given)
+    keep("zero-shot logits", zero_shot(**inputs).logits_per_image)
+    encoder = AutoModelForTextEncoding.from_pretrained(source, **given)
+    assert type(encoder).__name__ == "LLM2CLIPTextModel" and not hasattr(encoder, "vision_model")
+    keep("AutoModelForTextEncoding text", encoder(**texts).pooler_output)
+    text_half = find_class("LLM2CLIPTextModel", source, given).from_pretrained(source, **given)
+    keep("LLM2CLIPTextModel text", text_half(**texts).pooler_output)
+    vision_half = find_class("LLM2CLIPVisionModel", source, given).from_pretrained(source, **given)
+    assert not hasattr(vision_half, "text_model")
+    keep("LLM2CLIPVisionModel image", vision_half(**pictures).pooler_output)
+
+def see_pipelines(keep, source, given):
+    classify = pipeline("zero-shot-image-classification", model=source, **given)
+    answers = classify(PICTURES, candidate_labels=LABELS, hypothesis_template="{}")
+    keep("pipeline scores", [[{a["label"]: a["score"] for a in answer}[label] for label in LABELS]
+                             for answer in answers])
+    extract = pipeline("image-feature-extraction", model=source, **given)
+    keep("pipeline image", [extract(path)[0] for path in PATHS])
+    pooled = pipeline("image-feature-extraction", model=source, pool=True, **given)
+    keep("pipeline pooled image", [pooled(path)[0] for path in PATHS])
+
+def see_sentence_transformers(keep, source, given):
+    model = SentenceTransformer(source, **given)
+    keep("SentenceTransformer text", model.encode(TEXTS))
+    keep("SentenceTransformer image", model.encode(PICTURES))
+    keep("SentenceTransformer path image", model.encode(PATHS))
+    keep("SentenceTransformer dict image", model.encode([{"image": p} for p in PICTURES]))
+    keep("SentenceTransformer prompted text", model.encode(TEXTS, prompt_name="query"))
+'''
+PUBLISH = f"""
+from modeling_llm2clip.hub.export import push_folder
+folder, other = sys.argv[3:5]
+see("package, folder", folder)
+see("package, other folder", other)
+old = push_folder(other, "{REPOSITORY}").rsplit("/", 1)[-1]
+push_folder(folder, "{REPOSITORY}")
+see("package, hub", "{REPOSITORY}")
+see("package, hub pinned", "{REPOSITORY}", revision=old)
+SentenceTransformer(folder).push_to_hub("{RESAVED}", private=True)
+see("package, hub resaved", "{RESAVED}")
+found["old"] = np.asarray(old)
+assert not any(name.startswith("transformers_modules.") for name in sys.modules)
+np.savez(here / "package.npz", **found)
+"""
+DOWNLOAD = f"""
+see("remote, hub", "{REPOSITORY}")
+see("remote, hub pinned", "{REPOSITORY}", revision=sys.argv[3])
+see("remote, hub resaved", "{RESAVED}")
+np.savez(here / "remote.npz", **found)
+"""
+OFFLINE = f"""
+see("remote, folder", sys.argv[4])
+see("remote, offline", "{REPOSITORY}")
+see("remote, offline pinned", "{REPOSITORY}", revision=sys.argv[3])
+see("remote, offline resaved", "{RESAVED}")
+np.savez(here / "offline.npz", **found)
+"""
+WAYS = (
+    "package, hub", "package, hub resaved", "remote, folder", "remote, hub", "remote, hub resaved",
+    "remote, offline", "remote, offline resaved",
+)  # fmt: skip
+PINNED_WAYS = ("package, hub pinned", "remote, hub pinned", "remote, offline pinned")
+
+
+def run_clean(code: str, environment: dict[str, str], folder: Path, *arguments: object) -> None:
+    """Run code in a process that finds the package only where `environment` says so."""
+    command = [sys.executable, "-c", SEE + code, str(folder), *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported folder; not to be changed."""
+    model, processor = tiny_model()
+    return export_model(
+        model, processor, tmp_path_factory.mktemp("faces") / "model", prompts=PROMPTS
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """What each way of loading gave: way → loader → vectors."""
+    here = tmp_path_factory.mktemp("clean")
+    for number, picture in enumerate(tiny_pictures(2)):
+        picture.save(here / f"{number}.png")
+    other = export_model(*tiny_model(seed=1), here / "other", prompts=PROMPTS)
+    with HubServer() as hub:
+        environment = hub.environment(here / "publisher")
+        environment["PYTHONPATH"] = str(Path(modeling_llm2clip.__file__).parents[1])
+        run_clean(PUBLISH, environment, here, "package", folder, other)
+        found = dict(np.load(here / "package.npz"))
+        old = str(found.pop("old"))
+        environment = hub.environment(here / "reader")
+        environment.pop("PYTHONPATH", None)
+        run_clean(DOWNLOAD, environment, here, "remote", old)
+        asked_before = len(hub.requests)
+        run_clean(OFFLINE, environment | {"HF_HUB_OFFLINE": "1"}, here, "remote", old, folder)
+        assert len(hub.requests) == asked_before
+    found |= dict(np.load(here / "remote.npz")) | dict(np.load(here / "offline.npz"))
+    by_way: dict[str, dict[str, Any]] = {}
+    for name, vectors in found.items():
+        way, loader = name.split("/")
+        by_way.setdefault(way, {})[loader] = vectors
+    yield by_way
+
+
+# Every loader
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_vectors_of_the_package(way: str, seen: dict[str, Any]) -> None:
+    wanted = seen["package, folder"]
+    assert seen[way].keys() == wanted.keys()
+    differing = [key for key in wanted if not np.array_equal(seen[way][key], wanted[key])]
+    assert differing == []
+
+
+@pytest.mark.parametrize("way", PINNED_WAYS)
+def test_a_pinned_revision_gives_the_vectors_of_that_revision(
+    way: str, seen: dict[str, Any]
+) -> None:
+    wanted, newest = seen["package, other folder"], seen["package, folder"]
+    assert [key for key in wanted if not np.array_equal(seen[way][key], wanted[key])] == []
+    assert all(not np.allclose(newest[key], wanted[key], atol=1e-3) for key in wanted)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_every_loader_gives_the_same_vectors(kind: str, seen: dict[str, Any]) -> None:
+    vectors = seen["package, folder"]
+    wanted = vectors[f"AutoModel {kind}"]
+    loaders = [k for k in vectors if k.endswith(f" {kind}") and "prompted" not in k]
+    assert len(loaders) == {"text": 4, "image": 7}[kind]
+    for loader in loaders:
+        # Other batches add up in another order.
+        assert np.allclose(vectors[loader].reshape(wanted.shape), wanted, atol=ROUNDING), loader
+
+
+def test_the_pipeline_gives_the_probabilities_of_the_logits(seen: dict[str, Any]) -> None:
+    model, processor = shared_model()
+    with torch.no_grad():
+        inputs = processor(text=["a dog", "a cat"], images=tiny_pictures(2))
+        wanted = model(**inputs).logits_per_image.softmax(dim=1).numpy()
+    # Logits are up to 100 times a cosine, and so is their rounding.
+    assert np.allclose(seen["package, folder"]["pipeline scores"], wanted, atol=100 * ROUNDING)
+
+
+def test_the_golden_vectors_are_those_of_the_loaded_folder(folder: Path) -> None:
+    golden = read_golden_vectors(folder)
+    assert golden is not None
+    texts, vectors = golden
+    # Recorded with all the texts in one batch.
+    found = SentenceTransformer(str(folder)).encode(texts, convert_to_tensor=True)
+    assert torch.allclose(found, vectors["text_embeds"], atol=ROUNDING)
+
+
+# sentence-transformers
+
+
+@pytest.fixture(scope="module")
+def sentence_model(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def auto_vectors(folder: Path) -> dict[str, torch.Tensor]:
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        output = model(**processor(text=CAPTIONS, images=tiny_pictures(3)))
+    return {"text": output.text_embeds, "image": output.image_embeds}
+
+
+def test_texts_and_pictures_equal_auto_model_exactly(
+    sentence_model: SentenceTransformer, auto_vectors: dict[str, torch.Tensor]
+) -> None:
+    texts = sentence_model.encode(CAPTIONS, convert_to_tensor=True)
+    pictures = sentence_model.encode(tiny_pictures(3), convert_to_tensor=True)
+    assert torch.equal(texts, auto_vectors["text"])
+    assert torch.equal(pictures, auto_vectors["image"])
+
+
+def test_similarity_is_the_cosine_of_pictures_and_texts(
+    sentence_model: SentenceTransformer, auto_vectors: dict[str, torch.Tensor]
+) -> None:
+    texts, pictures = auto_vectors["text"], auto_vectors["image"]
+    found = sentence_model.similarity(texts, pictures)
+    assert torch.allclose(found, texts @ pictures.T, atol=ROUNDING)
+
+
+def test_truncate_dim_keeps_the_first_numbers(folder: Path) -> None:
+    whole = SentenceTransformer(str(folder))
+    short = SentenceTransformer(str(folder), truncate_dim=8)
+    wanted = whole.encode(CAPTIONS)[:, :8]
+    assert np.array_equal(short.encode(CAPTIONS), wanted)
+    assert np.array_equal(whole.encode(CAPTIONS, truncate_dim=8), wanted)
+
+
+def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.Tensor, str]:
+    """Pool the tokens that hold characters of the caption, and the suffix: vector and their text.
+
+    Which tokens these are is read from the characters they cover, not counted.
+    """
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    whole = processor.tokenizer(
+        instruction + caption, return_tensors="pt", return_offsets_mapping=True
+    )
+    ids, num_suffix = whole["input_ids"], len(model.config.prompt_suffix_ids)
+    pooled = whole["offset_mapping"][0, :, 1] > len(instruction)
+    caption_text = processor.tokenizer.decode(ids[0, pooled])
+    pooled[len(pooled) - num_suffix :] = True
+    with torch.no_grad():
+        hidden = model.text_model(input_ids=ids, use_cache=False).last_hidden_state
+        features = model.project_caption_embeds(hidden[:, pooled].mean(dim=1))
+    return torch.nn.functional.normalize(features, dim=-1)[0], caption_text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "ends_special"),
+    [
+        ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", False),
+        ("<|user|>\n", "<|end|>", True),  # sentence-transformers leaves such an end out
+        ("", "", False),
+    ],
+    ids=["ends plain", "ends special", "no prompt"],
+)
+def test_an_instruction_is_attended_to_and_not_pooled(
+    prefix: str, suffix: str, ends_special: bool, tmp_path: Path
+) -> None:
+    chosen = {"prompt": "none"} if not prefix else {"prefix": prefix, "suffix": suffix}
+    model, processor = tiny_model(**chosen)
+    assert model.config.prompt_suffix_ends_special == ends_special
+    folder = export_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
+    sentence_model = SentenceTransformer(str(folder))
+    for caption in ("a dog", "7 red cars"):
+        wanted, pooled_text = encode_by_hand(folder, INSTRUCTION, caption)
+        # The instruction's closing space belongs to the caption's first token and costs none.
+        assert pooled_text == f" {caption}"
+        found = sentence_model.encode(caption, prompt_name="query", convert_to_tensor=True)
+        assert torch.allclose(found, wanted, atol=ROUNDING)
+        for other in (caption, INSTRUCTION + caption):
+            vector = sentence_model.encode(other, convert_to_tensor=True)
+            assert not torch.allclose(found, vector, atol=1e-3), other
+
+
+@pytest.mark.parametrize("instruction", ["Find the picture:\n", "Find the picture of"])
+def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
+    instruction: str, tmp_path: Path
+) -> None:
+    model, processor = shared_model()
+    changes = instruction.endswith("\n")
+    if not changes:
+        instruction += "\t"
+    with pytest.raises(ValueError, match="'query'.*End them with ': '"):
+        export_model(model, processor, tmp_path / "model", prompts={"query": instruction})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_by_sentence_transformers_it_loads_everywhere(
+    sentence_model: SentenceTransformer, auto_vectors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    sentence_model.save_pretrained(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path))
+    assert again.prompts["query"] == INSTRUCTION
+    assert torch.equal(again.encode(CAPTIONS, convert_to_tensor=True), auto_vectors["text"])
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        output = model(**processor(text=CAPTIONS, images=tiny_pictures(3)))
+    assert torch.equal(output.text_embeds, auto_vectors["text"])
+    assert torch.equal(output.image_embeds, auto_vectors["image"])
+    assert (tmp_path / "modeling_llm2clip.py").is_file()
+
+
+def test_the_text_only_form_encodes_texts_alike_and_refuses_pictures(
+    folder: Path, auto_vectors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    model, processor = shared_model()
+    copied = Path(shutil.copytree(folder, tmp_path / "text-only"))
+    write_sentence_transformers_files(
+        copied, model.config, processor.tokenizer, prompts=PROMPTS, text_only=True
+    )
+    text_only = SentenceTransformer(str(copied))
+    assert torch.equal(text_only.encode(CAPTIONS, convert_to_tensor=True), auto_vectors["text"])
+    with pytest.raises(ValueError, match="image"):
+        text_only.encode(tiny_pictures(1))
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_caption_is_refused(sentence_model: SentenceTransformer, blank: str) -> None:
+    with pytest.raises(ValueError, match="blank"):
+        sentence_model.encode(["a dog", blank])
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_vectors_of_one(
+    sentence_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(Path(modeling_llm2clip.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+    captions = CAPTIONS * 4
+    pool = sentence_model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        found = sentence_model.encode(captions, pool=pool, chunk_size=5)
+    finally:
+        sentence_model.stop_multi_process_pool(pool)
+    assert np.allclose(found, sentence_model.encode(captions), atol=ROUNDING)
