@@ -183,7 +183,7 @@ def _summarise(
         ),
         "peak_rss_gb": max(t["peak_rss_gb"] for t in turns),
     }
-    reference = vectors.get("LLM2Vec", vectors["sentence-transformers"])
+    reference = vectors.get("LLM2Vec", vectors["sentence-transformers, same ids"])
     if vectors[name].shape == reference.shape and "through" not in name:
         cosines = _cosines(vectors[name], reference)
         row["min_cosine"] = round(float(cosines.min()), 6)
@@ -209,7 +209,9 @@ def _describe(
         "hardware": f"{platform.machine()}, {arguments.threads} threads, {_processor()}",
         "versions": {p: version(p) for p in ("torch", "transformers", "sentence-transformers")},
         "fp32_peak_gflops": round(statistics.median(peaks), 1),
-        "min_cosine_against": "LLM2Vec" if arguments.llm2vec_python else "sentence-transformers",
+        "min_cosine_against": "LLM2Vec"
+        if arguments.llm2vec_python
+        else "sentence-transformers, same ids",
         "rows": rows,
     }
 

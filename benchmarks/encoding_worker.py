@@ -37,17 +37,28 @@ def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
     return SentenceTransformer(str(folder), device="cpu").encode
 
 
-def build_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
-    """Build plain sentence-transformers on the bare LLM, made bidirectional, defaults elsewhere."""
+def build_sentence_transformers(llm: str, **settings: Any) -> Callable[[list[str]], Any]:
+    """Build plain sentence-transformers on the bare LLM, made bidirectional, defaults elsewhere.
+
+    Its default wraps a plain string in the tokenizer's chat template, where there is one.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    transformer = Transformer(llm, max_seq_length=512)
+    transformer = Transformer(llm, max_seq_length=512, **settings)
     for module in transformer.modules():
         if hasattr(module, "config") and hasattr(module, "embed_tokens"):
             module.config.is_causal = False
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     return SentenceTransformer(modules=[transformer, pooling], device="cpu").encode
+
+
+def build_sentence_transformers_without_template(llm: str) -> Callable[[list[str]], Any]:
+    """Build the same without the chat template, so that its ids are those of the others."""
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    return build_sentence_transformers(
+        llm, modality_config={"text": text}, module_output_name="token_embeddings"
+    )
 
 
 def build_llm2vec(llm: str) -> Callable[[list[str]], Any]:
@@ -67,6 +78,7 @@ BUILDERS = {
     "ours": build_ours,
     "ours through sentence-transformers": build_ours_sentence_transformers,
     "sentence-transformers": build_sentence_transformers,
+    "sentence-transformers, same ids": build_sentence_transformers_without_template,
     "LLM2Vec": build_llm2vec,
 }
 

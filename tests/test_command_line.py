@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -86,23 +87,22 @@ def test_doctor_exits_with_1_for_a_folder_that_is_not_there(
     assert "FAILED   folder" in capsys.readouterr().out
 
 
-def test_build_refuses_to_guess_a_prompt(
-    towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "prompt.*never guessed"), (["--prompt", "llama-3"], "not empty")],
+    ids=["no prompt", "something in the folder"],
+)
+def test_build_refuses_bad_input_before_it_loads_a_tower(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["build", *towers, str(tmp_path / "model")]) == 2
-    assert "llm2clip build: prompt=None must be one of" in capsys.readouterr().err
-    assert not (tmp_path / "model").exists()
-
-
-def test_build_does_not_overwrite(
-    towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = tmp_path / "kept.txt"
-    kept.write_text("mine", encoding="utf-8")
-    options = ["--prompt", "llama-3", "--max-text-length", "32"]
-    assert main(["build", *towers, str(tmp_path), *options]) == 2
-    assert "not empty" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
+    output = tmp_path / ("full" if options else "new")
+    # No such towers: whatever is refused only after loading them would show another message.
+    towers = [str(tmp_path / "no-vision"), str(tmp_path / "no-llm")]
+    assert main(["build", *towers, str(output), *options]) == 2
+    assert re.search(f"^llm2clip build: .*{message}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
 
 
 def test_the_demo_refuses_a_language_model_without_a_prompt(
