@@ -78,11 +78,20 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
             row["name"],
             f"{row['captions_per_second']:.1f}",
             f"{row['peak_rss_gb']:.2f}",
-            f"{row['min_cosine']:.4f}",
+            f"{row['min_cosine']:.4f}" if "min_cosine" in row else "",
         ]
         for row in report["rows"]
     ]
-    return _draw(heads, rows)
+    notes = [
+        f"{label}{report[name]}."
+        for name, label in (
+            ("captions", "Captions: "),
+            ("hardware", "Machine: "),
+            ("min_cosine_against", "The cosine is with the vectors of: "),
+        )
+        if name in report
+    ]
+    return _draw(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
 
 
 def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -292,7 +292,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             ids[start : start + length]
             for ids, start, length in zip(input_ids, starts, lengths, strict=True)
         ]
-        packs = self._packs(max(lengths))
+        packs = self._packs(max(lengths), input_ids.device)
         plan = plan_packs if packs else plan_token_batches
         pool = self._pool_pack if packs else self._pool_padded
         pooled = torch.empty(len(texts), self.config.text_config.hidden_size)
@@ -300,12 +300,14 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             pooled[rows] = pool([texts[row] for row in rows], num_unpooled).to(pooled.device)
         return pooled
 
-    def _packs(self, longest: int) -> bool:
+    def _packs(self, longest: int, device: torch.device) -> bool:
         window = getattr(self.config.text_config, "sliding_window", None)
         if window is not None and longest > window:
             return False
         if self._can_pack is None:
-            self._can_pack = can_pack(self.text_model, is_causal=not self.config.bidirectional)
+            self._can_pack = can_pack(
+                self.text_model, device, is_causal=not self.config.bidirectional
+            )
         return self._can_pack
 
     def _pool_pack(self, texts: list[Tensor], num_unpooled: int) -> Tensor:

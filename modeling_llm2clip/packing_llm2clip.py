@@ -73,13 +73,15 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor], *, is_causa
 
 
 @torch.inference_mode()
-def can_pack(text_model: PreTrainedModel, *, is_causal: bool) -> bool:
+def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bool) -> bool:
     """Compare three short texts in one row with each of them alone.
 
-    False where this family drops what packing needs, or its attention does more than plain
+    Args:
+        device: where inputs go; the model's own says nothing when it is offloaded.
+    Returns: False where this family drops what packing needs, or its attention does more than plain
     scaled dot products; such a family is run with padding.
     """
-    rows = torch.arange(12, device=text_model.device) % text_model.config.vocab_size
+    rows = torch.arange(12, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
     try:
         packed = run_packed(text_model, texts, is_causal=is_causal)

@@ -112,11 +112,7 @@ def take_other_tokenizer(*, vocabulary_size: int) -> Break:
 
     def apply(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        prompt = Prompt(
-            tuple(config["prompt_prefix_ids"]),
-            tuple(config["prompt_suffix_ids"]),
-            config["prompt_suffix_ends_special"],
-        )
+        prompt = Prompt(tuple(config["prompt_prefix_ids"]), tuple(config["prompt_suffix_ids"]))
         other = tiny_tokenizer(vocabulary_size=vocabulary_size, texts=OTHER_TEXTS)
         assert len(other) == vocabulary_size
         write_prompt(other, prompt, max_length=config["max_text_length"]).save_pretrained(folder)

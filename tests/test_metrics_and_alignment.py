@@ -1,0 +1,213 @@
+"""Retrieval metrics equal brute force; alignment starts well, trains, and stops at nonsense."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import tiny_model
+
+from modeling_llm2clip.data.captioned_images import read_captioned_folder
+from modeling_llm2clip.encoding.captions import encode_captions
+from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.evaluation.metrics import rank_best_positive, recall_at
+from modeling_llm2clip.modeling_llm2clip import contrastive_loss
+from modeling_llm2clip.training.closed_form_start import start_from_canonical_correlation
+from modeling_llm2clip.training.feature_alignment import (
+    AlignmentArguments,
+    AlignmentPairs,
+    align_features,
+)
+from modeling_llm2clip.training.losses import keyed_contrastive_loss
+
+
+def rank_by_hand(queries, candidates, query_keys, candidate_keys):
+    """For each query: one more than the non-positives that score at least its best positive."""
+    queries, candidates = F.normalize(queries, dim=-1), F.normalize(candidates, dim=-1)
+    ranks = []
+    for row, key in enumerate(query_keys):
+        scores = (queries[row : row + 1] @ candidates.T)[0].tolist()
+        best = max(s for s, k in zip(scores, candidate_keys, strict=True) if k == key)
+        worse = zip(scores, candidate_keys, strict=True)
+        ranks.append(1 + sum(s >= best and k != key for s, k in worse))
+    return ranks
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_ranks_equal_brute_force_with_ties_and_several_positives(data):
+    # Few small whole numbers make many equal scores; keys repeat on both sides.
+    number = st.integers(-1, 1).map(float)
+    num_candidates = data.draw(st.integers(1, 8))
+    vector = st.lists(number, min_size=4, max_size=4)
+    candidates = torch.tensor(
+        data.draw(st.lists(vector, min_size=num_candidates, max_size=num_candidates))
+    )
+    keys = data.draw(
+        st.lists(st.sampled_from("abc"), min_size=num_candidates, max_size=num_candidates)
+    )
+    query_keys = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=6))
+    queries = torch.tensor(
+        data.draw(st.lists(vector, min_size=len(query_keys), max_size=len(query_keys)))
+    )
+    # One query a tile, so that both sides run the very same products and ties stay ties.
+    ranks = rank_best_positive(queries, candidates, query_keys, keys, tile_size=1)
+    assert ranks.tolist() == rank_by_hand(queries, candidates, query_keys, keys)
+
+
+def test_equal_vectors_everywhere_rank_last():
+    same = torch.ones(5, 3)
+    ranks = rank_best_positive(same, same, list("abcde"), list("abcde"))
+    assert ranks.tolist() == [5] * 5
+    assert recall_at(ranks, k=1) == 0.0 and recall_at(ranks, k=5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, c: (q[:, :2], c), r"width 2, candidates 3"),
+        (lambda q, c: (q * torch.nan, c), r"query_embeds row 0 has a NaN"),
+        (lambda q, c: (q[:1], c), r"query_embeds \(1, 3\) must have one row for each of the 2"),
+    ],
+)
+def test_broken_vectors_are_refused(change, message):
+    queries, candidates = change(torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=message):
+        rank_best_positive(queries, candidates, ["a", "b"], ["a", "b"])
+
+
+def test_a_query_without_a_candidate_is_refused():
+    with pytest.raises(ValueError, match=r"1 query keys have no candidate: \['z'\]"):
+        rank_best_positive(torch.ones(1, 3), torch.ones(1, 3), ["z"], ["a"])
+
+
+def test_the_keyed_loss_is_the_plain_one_when_all_keys_differ():
+    image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale = torch.tensor([10.0])
+    keyed = keyed_contrastive_loss(image, text, scale, torch.arange(6))
+    # The same numbers in the same order; masking nothing changes no bit worth a tolerance.
+    torch.testing.assert_close(keyed, contrastive_loss(scale * image @ text.T))
+
+
+def test_rows_with_the_same_key_do_not_repel_each_other():
+    image = F.normalize(torch.randn(2, 8), dim=-1)
+    # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
+    loss = keyed_contrastive_loss(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
+    assert loss.item() == 0.0
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(60, 6, generator=generator)
+    caption_embeds = shared @ torch.randn(6, 32, generator=generator)
+    vision_embeds = shared @ torch.randn(6, 32, generator=generator)
+    return AlignmentPairs(
+        caption_embeds, vision_embeds, [[i] for i in range(60)], [str(i) for i in range(60)]
+    )
+
+
+def recall_of(model, pairs):
+    with torch.inference_mode():
+        text = model.project_caption_embeds(pairs.caption_embeds)
+        image = model.project_vision_embeds(pairs.vision_embeds)
+    return recall_at(rank_best_positive(text, image, pairs.keys, pairs.keys), k=1)
+
+
+def test_the_closed_form_start_finds_what_captions_and_pictures_share(pairs):
+    model, _ = tiny_model(visual_projection_bias=True, projection_dim=48)
+    before = recall_of(model, pairs)
+    start_from_canonical_correlation(model, pairs)
+    # Both sides are linear in six shared numbers; chance is 1 in 60.
+    assert before < 0.2 and recall_of(model, pairs) > 0.9
+
+
+def test_the_start_asks_for_a_bias(pairs):
+    model, _ = tiny_model()
+    with pytest.raises(ValueError, match="visual_projection_bias=True"):
+        start_from_canonical_correlation(model, pairs)
+
+
+def test_training_lowers_the_loss_and_leaves_the_towers_alone(pairs):
+    model, _ = tiny_model()
+    towers = {
+        n: p.clone()
+        for n, p in model.named_parameters()
+        if n.startswith(("text_model", "vision_model"))
+    }
+    losses = align_features(model, pairs, AlignmentArguments(steps=40, batch_size=30, lr=3e-3))
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in towers.items())
+
+
+def test_the_same_seed_gives_the_same_losses(pairs):
+    runs = []
+    for _ in range(2):
+        model, _ = tiny_model()
+        runs.append(align_features(model, pairs, AlignmentArguments(steps=3, batch_size=16)))
+    assert runs[0] == runs[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(pairs):
+    model, _ = tiny_model()
+    broken = AlignmentPairs(
+        pairs.caption_embeds * torch.nan, pairs.vision_embeds, pairs.captions_of_picture, pairs.keys
+    )
+    with pytest.raises(FloatingPointError, match=r"nan at step 0"):
+        align_features(model, broken, AlignmentArguments(steps=2, batch_size=16))
+
+
+def test_duplicate_captions_are_computed_once_and_come_back_in_order():
+    model, processor = tiny_model()
+    encoded = encode_captions(model, processor, ["a dog", "two cats", "a dog"])
+    assert encoded.num_distinct == 2
+    assert torch.equal(encoded.caption_embeds[0], encoded.caption_embeds[2])
+    alone = encode_captions(model, processor, ["two cats"]).caption_embeds[0]
+    torch.testing.assert_close(encoded.caption_embeds[1], alone, atol=2e-6, rtol=1e-5)  # sum order
+
+
+def test_captions_that_are_cut_are_counted():
+    model, processor = tiny_model()
+    encoded = encode_captions(model, processor, ["a dog", "dog " * 100])
+    assert encoded.num_truncated == 1
+
+
+def test_padding_is_at_most_a_tenth_of_what_is_computed():
+    model, processor = tiny_model()
+    captions = ["dog " * (1 + i % 20) + str(i) for i in range(200)]
+    encoded = encode_captions(model, processor, captions, token_budget=512)
+    # Small batches may pad 64 tokens, so a corpus is asked, not a batch.
+    assert encoded.num_padding <= 0.1 * encoded.num_tokens
+
+
+def test_pictures_have_the_same_vectors_in_any_batch():
+    model, processor = tiny_model()
+    pictures = [Image.new("RGB", (40, 40), (30 * i, 80, 10)) for i in range(5)]
+    together = encode_pictures(model, processor, pictures)
+    by_two = encode_pictures(model, processor, pictures, batch_size=2, num_workers=2)
+    torch.testing.assert_close(together, by_two, atol=1e-5, rtol=1e-5)  # sum order in float32
+
+
+def test_every_fault_of_a_folder_is_told_at_once(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    good = {"image": "a.png", "captions": ["a square"]}
+    lines = [
+        json.dumps(good),
+        json.dumps(good),
+        json.dumps({**good, "lang": "de", "captions": [" "]}),
+        json.dumps({**good, "lang": "fr", "colour": "red"}),
+        json.dumps({"image": "b.png", "captions": ["none"]}),
+        "{",
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_captioned_folder(tmp_path)
+    for part in ("repeated: 1 (line 2)", "non-blank texts: 1 (line 3)",
+                 "unknown field 'colour': 1 (line 4)",
+                 "picture missing: 1 (line 5)", "not JSON: 1 (line 6)"):  # fmt: skip
+        assert part in str(caught.value)

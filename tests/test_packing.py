@@ -1,0 +1,85 @@
+"""Packing changes no vector, and refuses what it cannot compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_llm, tiny_model
+
+from modeling_llm2clip.packing_llm2clip import (
+    PackedTexts,
+    attend_packed,
+    can_pack,
+    plan_packs,
+    run_packed,
+)
+
+TEXTS = ["a dog", "two small cats on a mat", "a", "the end of it", "one more dog"]
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120))
+def test_every_text_lies_in_one_pack_and_no_pack_of_several_exceeds_the_budget(lengths, budget):
+    packs = plan_packs(lengths, token_budget=budget)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    for pack in packs:
+        assert len(pack) == 1 or sum(lengths[index] for index in pack) <= budget
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_packed_vectors_equal_those_of_one_padded_batch(family, bidirectional):
+    model, processor = tiny_model(llm=family, bidirectional=bidirectional)
+    inputs = processor(text=TEXTS)
+    padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
+    with torch.inference_mode():
+        packed = model.get_caption_embeds(**inputs)
+    assert model._can_pack is True
+    # Same products in float32, added up in another order.
+    torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
+
+
+def test_the_last_token_is_pooled_the_same_way_packed_and_padded():
+    model, processor = tiny_model(text_pooling="last_token")
+    inputs = processor(text=TEXTS)
+    padded = model.get_caption_embeds(**inputs).detach()
+    with torch.inference_mode():
+        packed = model.get_caption_embeds(**inputs)
+    torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)  # order of sums in float32
+
+
+def test_a_family_whose_attention_does_more_is_run_with_padding():
+    # Gemma 2 caps its attention scores, which plain scaled dot products do not.
+    assert not can_pack(tiny_llm("gemma2"), CPU, is_causal=False)
+
+
+def test_the_attention_implementation_is_what_it_was_after_a_pack_and_after_an_error():
+    text_model = tiny_llm("llama")
+    before = text_model.config._attn_implementation
+    run_packed(text_model, [torch.tensor([1, 2, 3])], is_causal=False)
+    assert text_model.config._attn_implementation == before
+    with pytest.raises(IndexError):
+        run_packed(text_model, [torch.tensor([10**6])], is_causal=False)
+    assert text_model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"softcap": 30.0}, {"sliding_window": 2}, {"s_aux": torch.ones(1)}],
+    ids=["no groups", "cap", "window", "sink"],
+)
+def test_attention_that_needs_more_than_dot_products_is_refused(extra):
+    heads = torch.ones(1, 2, 4, 8)
+    groups = {"packed_texts": PackedTexts(((1, 4),), is_causal=False)} if extra else {}
+    with pytest.raises(ValueError, match="more than packed attention computes"):
+        attend_packed(torch.nn.Identity(), heads, heads, heads, None, **groups, **extra)
+
+
+def test_a_text_has_the_same_vector_alone_and_among_others():
+    model, processor = tiny_model()
+    with torch.inference_mode():
+        one_by_one = [model.get_caption_embeds(**processor(text=[text])) for text in TEXTS]
+        together = model.get_caption_embeds(**processor(text=TEXTS))
+    torch.testing.assert_close(together, torch.cat(one_by_one), atol=2e-6, rtol=1e-5)
