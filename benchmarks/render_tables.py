@@ -64,11 +64,12 @@ def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
-    def mean(name: str) -> float:
-        return fmean(report[name] for report in reports)
+    def mean(name: str, form: str) -> str:
+        values = [report[name] for report in reports if name in report]
+        return f"{fmean(values):{form}}" if values else "–"
 
-    scores = [f"{100 * mean(name):.1f} %" for name in _SCORES]
-    return [*scores, f"{mean('seconds_after_download'):.0f}", f"{mean('peak_rss_gb'):.1f}"]
+    scores = [mean(name, ".1%") for name in _SCORES]
+    return [*scores, mean("seconds_after_download", ".0f"), mean("peak_rss_gb", ".1f")]
 
 
 def _render_encoding_speed(report: dict[str, Any]) -> str:

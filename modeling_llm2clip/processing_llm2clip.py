@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -85,14 +86,22 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return batch
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Sort the tokenizer's settings, wherever they were given, and add our defaults.
+
+        Sorted here, because the oldest transformers we support loses some that are given flat.
+        """
         common = dict(kwargs.pop("common_kwargs", None) or {})
         nested = dict(kwargs.pop("text_kwargs", None) or {})
+        known = set(TextKwargs.__annotations__)
+        flat = {name: kwargs.pop(name) for name in known & set(kwargs)}
+        if twice := sorted(set(flat) & set(nested)):
+            raise ValueError(f"Given twice, flat and in text_kwargs: {twice}. Give each once.")
+        given = {**common, **nested, **flat}
+        tensors = given.pop("return_tensors", "pt")
         defaults = {"padding": True, "truncation": True, "max_length": self.max_text_length}
-        given = {**common, **kwargs}
-        text_kwargs = {k: v for k, v in {**defaults, **nested}.items() if k not in given}
-        if "return_tensors" not in given:
-            common["return_tensors"] = nested.get("return_tensors", "pt")
-            text_kwargs.pop("return_tensors", None)
+        text_kwargs = {k: v for k, v in {**defaults, **given}.items() if k in known}
+        common = {k: v for k, v in common.items() if k not in text_kwargs}
+        common["return_tensors"] = tensors
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
 
     def _count_truncated(

@@ -28,7 +28,6 @@ SIZE: dict[str, Any] = {
 # them causal where nothing is padded.
 FORGETFUL = {
     "stablelm": {"num_key_value_heads": 2},
-    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }
 # Learned positions and ALiBi.
 OTHER_POSITIONS = {"gpt2": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {}}

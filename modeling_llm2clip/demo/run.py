@@ -87,7 +87,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     Raises: ValueError for bad input, RuntimeError when a part cannot be fetched or the exported
         folder does not give the same vectors again.
     """
-    records, gallery = _read_pictures(arguments)
+    records, gallery = read_pictures(arguments)
     held_out = hold_out(records, seed=arguments.seed)
     vision = arguments.vision or fetch_real_part(EFFICIENTNET)
     llm = arguments.llm or fetch_real_part(SMOLLM2)
@@ -126,7 +126,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     return report
 
 
-def _read_pictures(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+def read_pictures(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """Return what is trained and tested on, and what is only searched."""
     if arguments.pictures is not None:
         return [r for r in read_captioned_folder(arguments.pictures) if r.lang == "en"], []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def encode_pictures(
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     vectors = []
     with ThreadPoolExecutor(num_workers) as pool:
-        prepared = pool.map(lambda batch: _prepare(processor, batch), batches)
+        prepared = _prepare_ahead(pool, processor, batches, count=num_workers + 1)
         progress = tqdm(total=len(pictures), unit=" pictures", disable=not show_progress)
         for inputs in prepared:
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
@@ -47,6 +48,23 @@ def encode_pictures(
             progress.update(len(embeds))
         progress.close()
     return torch.cat(vectors)
+
+
+def _prepare_ahead(
+    pool: ThreadPoolExecutor,
+    processor: LLM2CLIPProcessor,
+    batches: Sequence[Sequence[Any]],
+    *,
+    count: int,
+) -> Iterator[dict[str, Any]]:
+    """Prepare a few batches ahead and no more: all of them would fill the memory."""
+    running: deque[Future[dict[str, Any]]] = deque()
+    for batch in batches:
+        running.append(pool.submit(_prepare, processor, batch))
+        if len(running) > count:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def _prepare(processor: LLM2CLIPProcessor, batch: Sequence[Any]) -> dict[str, Any]:

@@ -93,9 +93,11 @@ def check_instructions(
     for name, instruction in prompts.items():
         if not instruction.strip():
             continue
-        alone = _without_last(tokenizer(instruction)["input_ids"], num_suffix)
+        alone = _without_last(tokenizer(instruction, verbose=False)["input_ids"], num_suffix)
         for caption in ("A cat.", "two cats", "7 cats"):
-            whole = _without_last(tokenizer(instruction + caption)["input_ids"], num_suffix)
+            whole = _without_last(
+                tokenizer(instruction + caption, verbose=False)["input_ids"], num_suffix
+            )
             pooled = str(tokenizer.decode(whole[len(alone) :])).strip(" ")
             if whole[: len(alone)] != alone or pooled != caption:
                 faults.append(f"{name!r}: {instruction!r} before {caption!r} pools {pooled!r}")

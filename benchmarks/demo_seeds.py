@@ -1,0 +1,74 @@
+"""The demo's scores over several seeds: other held-out emoji, another random adapter.
+
+    llm2clip demo && python benchmarks/demo_seeds.py --report llm2clip-demo/report.json
+
+The report of a whole run gives its seed's scores, time and memory. The other seeds share one
+encoding, which does not depend on the seed, so they have scores only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
+from modeling_llm2clip.demo.run import DemoArguments, read_pictures
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
+from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
+
+
+def main() -> None:
+    """Run the seeds and write the list of reports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path, required=True, help="report.json of a whole run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / "demo.json")
+    arguments = parser.parse_args()
+    whole = json.loads(arguments.report.read_text(encoding="utf-8"))
+    whole |= {"commit": _read_commit(), "hardware": _describe_hardware()}
+    reports = [whole, *(_shorten(whole, seed) for seed in _run_seeds(arguments.seeds))]
+    arguments.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(reports, indent=2))
+
+
+def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
+    records, _ = read_pictures(DemoArguments())
+    towers = fetch_real_part(EFFICIENTNET), fetch_real_part(SMOLLM2)
+    pictures = None
+    scores = []
+    for seed in seeds:
+        chosen = BuildArguments(prompt="chatml", visual_projection_bias=True, seed=seed)
+        model, processor = build_from_sources(*towers, chosen)
+        pictures = pictures or encode_records(model, processor, records)
+        held_out = hold_out(records, seed=seed)
+        align(model, pictures, held_out, DemoArguments(seed=seed).alignment)
+        scores.append({"seed": seed, **evaluate(model, pictures, held_out)})
+        print(scores[-1], flush=True)
+    return scores
+
+
+def _shorten(whole: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """A report without time and memory, which were not measured for this seed alone."""
+    kept = ("num_pictures", "num_held_out", "versions", "commit", "hardware")
+    return {**{name: whole[name] for name in kept}, **scores}
+
+
+def _read_commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _describe_hardware() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {platform.machine()}"
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()
