@@ -107,7 +107,13 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     scores = evaluate(model, pictures, held_out)
     print("Saving, loading again in a clean process, searching …", flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    folder = export_model(model, processor, arguments.output / "model", scores=scores)
+    folder = export_model(
+        model,
+        processor,
+        arguments.output / "model",
+        license_id=None if arguments.vision or arguments.llm else "apache-2.0",
+        scores=scores,
+    )
     found = search(model, processor, pictures, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
     _show(found, arguments.output, scores)
