@@ -218,6 +218,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         config = self.config
+        num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
         if not torch.compiler.is_compiling():
             check_token_rows(
                 input_ids,
@@ -226,8 +227,8 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 suffix_ids=config.prompt_suffix_ids,
                 max_length=config.max_text_length,
                 vocabulary_size=config.text_config.vocab_size,
+                num_unpooled=num_unpooled,
             )
-        num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
         is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if input_ids.device.type != "cpu" or is_plain:
             return self._pool_batch(input_ids, attention_mask, num_unpooled)

@@ -60,6 +60,7 @@ def check_token_rows(
     suffix_ids: list[int],
     max_length: int,
     vocabulary_size: int,
+    num_unpooled: int = 0,
 ) -> None:
     """Refuse token ids that this checkpoint's own tokenizer cannot have written.
 
@@ -68,6 +69,7 @@ def check_token_rows(
         prefix_ids, suffix_ids: the prompt that must enclose every text.
         max_length: most real tokens a text may have.
         vocabulary_size: rows of the LLM's embedding table.
+        num_unpooled: tokens of prompt and instruction, behind which something must be left.
     Raises: ValueError naming the first bad row and what to do.
     """
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
@@ -87,8 +89,8 @@ def check_token_rows(
             "have a hole in their attention_mask: real tokens must be contiguous")  # fmt: skip
     _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
             "tokenize with truncation=True, or raise max_text_length in the config")  # fmt: skip
-    _refuse(lengths <= len(prefix_ids) + len(suffix_ids) - bool(suffix_ids), lengths,
-            "have no token to pool: the text is empty")  # fmt: skip
+    least = max(len(prefix_ids) + len(suffix_ids) - bool(suffix_ids), num_unpooled)
+    _refuse(lengths <= least, lengths, "have no token to pool: the text is empty")
     _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
             f"have ids outside the vocabulary of {vocabulary_size}; they come from another "
             "tokenizer than the checkpoint's")  # fmt: skip

@@ -83,3 +83,11 @@ def test_a_text_has_the_same_vector_alone_and_among_others():
         one_by_one = [model.get_caption_embeds(**processor(text=[text])) for text in TEXTS]
         together = model.get_caption_embeds(**processor(text=TEXTS))
     torch.testing.assert_close(together, torch.cat(one_by_one), atol=2e-6, rtol=1e-5)
+
+
+def test_an_instruction_with_nothing_behind_it_is_refused():
+    model, processor = tiny_model(prompt="none")
+    alone = processor(text=["find a picture"])
+    count = alone["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="no token to pool"):
+        model.get_caption_embeds(**alone, prompt_length=count)
