@@ -355,8 +355,12 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
             "spatial_shapes": spatial_shapes,
             "interpolate_pos_encoding": interpolate_pos_encoding or None,
         }
+        pixel_values = pixel_values.to(self.vision_model.dtype)
+        if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
+            # Convolutions on a processor are two to three times faster in this layout.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         output = self.vision_model(
-            pixel_values=pixel_values.to(self.vision_model.dtype),
+            pixel_values=pixel_values,
             **{name: value for name, value in extra.items() if value is not None},
         )
         return _pool_vision(output, self.config.vision_pooling).flatten(1).float()

@@ -27,14 +27,14 @@ from .stages import align, encode_records, evaluate, hold_out, search
 from .verify import verify_in_clean_process
 
 SENTENCES = (
-    "a cat with its eyes closed",
-    "something to eat with cheese",
-    "a vehicle that flies",
-    "a musical instrument",
-    "a person who is very happy",
+    "a slice of pizza",
+    "a red flower",
+    "an aeroplane in the sky",
+    "a violin",
+    "a smiling face",
     "a cup of hot coffee",
-    "flowers",
-    "a building where people pray",
+    "a cat",
+    "a house with a garden",
 )
 _VERIFIED = 8
 

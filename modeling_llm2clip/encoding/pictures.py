@@ -22,7 +22,7 @@ def encode_pictures(
     processor: LLM2CLIPProcessor,
     pictures: Sequence[Any],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int = 1,
     show_progress: bool = False,
 ) -> Tensor:
@@ -30,12 +30,14 @@ def encode_pictures(
 
     Args:
         pictures: paths or PIL images.
+        batch_size: default by device: 8 on a processor, whose caches larger ones overflow; else 64.
         num_workers: threads that decode ahead of the tower.
     Returns: (N, D) float32 on the CPU.
     Raises: ValueError naming the picture that is missing or broken.
     """
     if not len(pictures):
         raise ValueError("Got no pictures; give at least one.")
+    batch_size = batch_size or (8 if model.device.type == "cpu" else 64)
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     vectors = []
     with ThreadPoolExecutor(num_workers) as pool:
