@@ -64,11 +64,11 @@ def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
-    def mean(name: str, form: str) -> str:
-        values = [report[name] for report in reports if name in report]
-        return f"{fmean(values):{form}}" if values else "–"
+    def mean(name: str, form: str, *, factor: float = 1) -> str:
+        values = [factor * report[name] for report in reports if name in report]
+        return format(fmean(values), form) if values else "–"
 
-    scores = [mean(name, ".1%") for name in _SCORES]
+    scores = [f"{mean(name, '.1f', factor=100)} %" for name in _SCORES]
     return [*scores, mean("seconds_after_download", ".0f"), mean("peak_rss_gb", ".1f")]
 
 
