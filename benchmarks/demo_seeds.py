@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
 from modeling_llm2clip.demo.run import DemoArguments, read_pictures
@@ -30,7 +31,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=results / "demo.json")
     arguments = parser.parse_args()
     whole = json.loads(arguments.report.read_text(encoding="utf-8"))
-    whole |= {"commit": _read_commit(), "hardware": _describe_hardware()}
+    whole |= {
+        "commit": read_commit(),
+        "hardware": f"{describe_processor()}, {platform.machine()}",
+    }
     reports = [whole, *(_shorten(whole, seed) for seed in _run_seeds(arguments.seeds))]
     arguments.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(reports, indent=2))
@@ -58,18 +62,6 @@ def _shorten(whole: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     """A report without time and memory, which were not measured for this seed alone."""
     kept = ("num_pictures", "num_held_out", "versions", "commit", "hardware")
     return {**{name: whole[name] for name in kept}, **scores}
-
-
-def _read_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _describe_hardware() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {platform.machine()}"
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from encoding_worker import BUILDERS
+from provenance import describe_processor, read_commit
 from transformers import AutoConfig, AutoTokenizer
 
 from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
@@ -198,15 +199,12 @@ def _cosines(left: Any, right: Any) -> Any:
 def _describe(
     arguments: argparse.Namespace, captions: list[str], peaks: list[float], rows: list[Any]
 ) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "command": "python benchmarks/encoding_speed.py "
         + f"--count {arguments.count} --rounds {arguments.rounds} --threads {arguments.threads}",
-        "commit": commit,
+        "commit": read_commit(),
         "captions": f"{len(captions)} from {[f.parent.name or f.name for f in arguments.captions]}",
-        "hardware": f"{platform.machine()}, {arguments.threads} threads, {_processor()}",
+        "hardware": f"{platform.machine()}, {arguments.threads} threads, {describe_processor()}",
         "versions": {p: version(p) for p in ("torch", "transformers", "sentence-transformers")},
         "fp32_peak_gflops": round(statistics.median(peaks), 1),
         "min_cosine_against": "LLM2Vec"
@@ -214,13 +212,6 @@ def _describe(
         else "sentence-transformers, same ids",
         "rows": rows,
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
 
 
 if __name__ == "__main__":
