@@ -40,7 +40,7 @@ def main() -> None:
     llm = Path(arguments.llm or fetch_real_part(SMOLLM2))
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        captions = _sample(arguments.captions, arguments.count)
+        captions = sample_captions(arguments.captions, arguments.count)
         (Path(temporary) / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
         names = [n for n in BUILDERS if n != "LLM2Vec" or arguments.llm2vec_python]
         workers = {n: _start(n, llm, Path(temporary), arguments) for n in names}
@@ -69,7 +69,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _sample(files: list[Path], count: int) -> list[str]:
+def sample_captions(files: list[Path], count: int) -> list[str]:
     """Take captions from the files in turn by their size: the mix of lengths is theirs."""
     pool = []
     for file in files:

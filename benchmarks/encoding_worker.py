@@ -20,7 +20,7 @@ def build_ours(llm: str) -> Callable[[list[str]], Any]:
     """Build the package's own path for many captions."""
     from modeling_llm2clip.encoding.captions import encode_captions
 
-    model, processor = _build_model(llm)
+    model, processor = build_model(llm)
     return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
 
 
@@ -32,7 +32,7 @@ def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
 
     from modeling_llm2clip.hub.export import export_model
 
-    model, processor = _build_model(llm)
+    model, processor = build_model(llm)
     folder = export_model(model, processor, Path(tempfile.mkdtemp()) / "model")
     return SentenceTransformer(str(folder), device="cpu").encode
 
@@ -83,7 +83,8 @@ BUILDERS = {
 }
 
 
-def _build_model(llm: str) -> tuple[Any, Any]:
+def build_model(llm: str) -> tuple[Any, Any]:
+    """Build a model whose vision tower is tiny: only its text side is measured."""
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 

@@ -229,8 +229,9 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 vocabulary_size=config.text_config.vocab_size,
                 num_unpooled=num_unpooled,
             )
-        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if input_ids.device.type != "cpu" or is_plain:
+        # Recomputing a packed pass in the backward one would find the attention switched back.
+        recomputes = torch.is_grad_enabled() and self.text_model.is_gradient_checkpointing
+        if input_ids.device.type != "cpu" or recomputes or torch.compiler.is_compiling():
             return self._pool_batch(input_ids, attention_mask, num_unpooled)
         return self._pool_on_processor(input_ids, attention_mask, num_unpooled)
 
@@ -315,11 +316,10 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         hidden_states = run_packed(
             self.text_model, texts, is_causal=not self.config.bidirectional
         )  # (sum of lengths, D)
-        vectors = []
-        for states in hidden_states.split([len(text) for text in texts]):
-            pools_mean = self.config.text_pooling == "mean"
-            vectors.append(states[num_unpooled:].float().mean(dim=0) if pools_mean else states[-1])
-        return torch.stack(vectors).float()
+        of_texts = hidden_states.split([len(text) for text in texts])
+        if self.config.text_pooling == "mean":
+            return torch.stack([states[num_unpooled:].float().mean(dim=0) for states in of_texts])
+        return torch.stack([states[-1] for states in of_texts]).float()
 
     def _pool_padded(self, texts: list[Tensor], num_unpooled: int) -> Tensor:
         input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)

@@ -100,7 +100,7 @@ def test_no_exception_is_swallowed(path: Path) -> None:
 
 @every_source
 def test_only_commands_print(path: Path) -> None:
-    if path.name == "__main__.py" or path.is_relative_to(PACKAGE / "demo"):
+    if path.name == "__main__.py" or path.parent.name in {"commands", "demo"}:
         return
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

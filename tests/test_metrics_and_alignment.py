@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,18 +10,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_model
 
-from modeling_llm2clip.data.captioned_images import read_captioned_folder
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.encoding.pictures import encode_pictures
 from modeling_llm2clip.evaluation.metrics import rank_best_positive, recall_at
-from modeling_llm2clip.modeling_llm2clip import contrastive_loss
 from modeling_llm2clip.training.closed_form_start import start_from_canonical_correlation
 from modeling_llm2clip.training.feature_alignment import (
     AlignmentArguments,
     AlignmentPairs,
     align_features,
 )
-from modeling_llm2clip.training.losses import keyed_contrastive_loss
 
 
 def rank_by_hand(queries, candidates, query_keys, candidate_keys):
@@ -86,21 +81,6 @@ def test_a_query_without_a_candidate_is_refused():
         rank_best_positive(torch.ones(1, 3), torch.ones(1, 3), ["z"], ["a"])
 
 
-def test_the_keyed_loss_is_the_plain_one_when_all_keys_differ():
-    image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
-    scale = torch.tensor([10.0])
-    keyed = keyed_contrastive_loss(image, text, scale, torch.arange(6))
-    # The same numbers in the same order; masking nothing changes no bit worth a tolerance.
-    torch.testing.assert_close(keyed, contrastive_loss(scale * image @ text.T))
-
-
-def test_rows_with_the_same_key_do_not_repel_each_other():
-    image = F.normalize(torch.randn(2, 8), dim=-1)
-    # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
-    loss = keyed_contrastive_loss(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
-    assert loss.item() == 0.0
-
-
 @pytest.fixture(scope="module")
 def pairs():
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +102,7 @@ def recall_of(model, pairs):
 def test_the_closed_form_start_finds_what_captions_and_pictures_share(pairs):
     model, _ = tiny_model(visual_projection_bias=True, projection_dim=48)
     before = recall_of(model, pairs)
-    start_from_canonical_correlation(model, pairs)
+    start_from_canonical_correlation(model, *pairs.pair_rows())
     # Both sides are linear in six shared numbers; chance is 1 in 60.
     assert before < 0.2 and recall_of(model, pairs) > 0.9
 
@@ -130,7 +110,7 @@ def test_the_closed_form_start_finds_what_captions_and_pictures_share(pairs):
 def test_the_start_asks_for_a_bias(pairs):
     model, _ = tiny_model()
     with pytest.raises(ValueError, match="visual_projection_bias=True"):
-        start_from_canonical_correlation(model, pairs)
+        start_from_canonical_correlation(model, *pairs.pair_rows())
 
 
 def test_training_lowers_the_loss_and_leaves_the_towers_alone(pairs):
@@ -191,23 +171,3 @@ def test_pictures_have_the_same_vectors_in_any_batch():
     together = encode_pictures(model, processor, pictures)
     by_two = encode_pictures(model, processor, pictures, batch_size=2, num_workers=2)
     torch.testing.assert_close(together, by_two, atol=1e-5, rtol=1e-5)  # sum order in float32
-
-
-def test_every_fault_of_a_folder_is_told_at_once(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    good = {"image": "a.png", "captions": ["a square"]}
-    lines = [
-        json.dumps(good),
-        json.dumps(good),
-        json.dumps({**good, "lang": "de", "captions": [" "]}),
-        json.dumps({**good, "lang": "fr", "colour": "red"}),
-        json.dumps({"image": "b.png", "captions": ["none"]}),
-        "{",
-    ]
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(ValueError) as caught:
-        read_captioned_folder(tmp_path)
-    for part in ("repeated: 1 (line 2)", "non-blank texts: 1 (line 3)",
-                 "unknown field 'colour': 1 (line 4)",
-                 "picture missing: 1 (line 5)", "not JSON: 1 (line 6)"):  # fmt: skip
-        assert part in str(caught.value)

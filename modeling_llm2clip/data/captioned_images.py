@@ -1,105 +1,216 @@
-"""Reads a folder of pictures with a `captions.jsonl`.
+"""One captioned picture, and the fields that describe it in every format.
 
-One JSON object a line and picture (and language):
+The schema, the same for a line of JSON, a row of Parquet, and the JSON member of a tar sample. An
+absent field and one that is null are the same.
 
 | field | meaning |
 | --- | --- |
-| `image` | path of the picture, relative to the folder; required |
-| `captions` | one or several texts, each of which describes the picture; required |
+| `image` or `file_name` | the picture: its path, relative to the folder of pictures. In Parquet `image` may hold the encoded picture itself, in a tar shard the picture is a member; `file_name` then only names it |
+| `captions`, `caption` or `text` | one text or a list of them, each of which describes the picture; required |
+| `long_captions` | one longer text or a list of them; optional |
 | `keywords` | words that belong to the picture; optional |
-| `key` | what is shown: pictures with the same key show the same thing; default: `image` |
-| `lang` | language of the texts, BCP 47; default `en` |
-| `style`, `group`, `license`, `source` | notes; optional, kept out of training |
-"""
+| `key` | what is shown: pictures with the same key show the same thing, and are no negatives of each other; default: the picture's name |
+| `lang` | language of the texts, BCP 47; default `en`. A picture has one record for each language |
+| `category`, `group`, `license`, `notes`, `source`, `style` | notes; optional, kept out of training |
+| `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions`: what published re-captionings of CC3M and CC12M call theirs |
+| `longIB_captions`, `longSV_captions`, `longLLA_captions` | as `long_captions`: the same |
+
+Any other field is a fault: it may be a misspelt one. `read_captioned(…, ignored_fields=…)` names
+those that are meant to be there. Texts lose the white space around them, and a line break inside
+becomes one space, because captions are one line to every later stage.
+"""  # noqa: E501
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CAPTIONS_FILE = "captions.jsonl"
-_FIELDS = {"image", "captions", "keywords", "key", "lang", "style", "group", "license", "source"}
-_FAULTS_SHOWN = 5
+from .faults import FaultCollector
+from .pictures import PackedPicture, Picture
+
+_CAPTIONS = ("captions", "caption", "text")
+_SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
+_LONG_CAPTIONS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
+CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
+_NAMES = ("image", "file_name")
+_NOTES = ("category", "group", "license", "notes", "source", "style")
+KNOWN_FIELDS = frozenset(
+    (*_NAMES, *_CAPTIONS, *_SHORT_CAPTIONS, *_LONG_CAPTIONS, *_NOTES, "keywords", "key", "lang")
+)
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One picture and its texts in one language."""
+    """One picture and its texts in one language.
 
-    path: Path
+    Attributes:
+        picture: where it lies; None when it was read without asking for pictures and has none.
+        name: the picture's name within its source; with `lang` it is unique.
+        key: what is shown: pictures with the same key show the same thing.
+        captions: texts, each of which describes the picture; at least one.
+        long_captions: longer texts that do so; may be empty.
+        keywords: words that belong to the picture; may be empty.
+        lang: language of the texts, BCP 47.
+    """
+
+    picture: Picture | None
+    name: str
     key: str
     captions: tuple[str, ...]
-    keywords: tuple[str, ...]
-    lang: str
+    long_captions: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+    lang: str = "en"
+
+    @property
+    def path(self) -> Path:
+        """The picture's file.
+
+        Raises: ValueError when it has none of its own.
+        """
+        if isinstance(self.picture, Path):
+            return self.picture
+        found = "no picture" if self.picture is None else f"a packed picture, {self.picture}"
+        raise ValueError(f"{self.name} has {found}, not a file. Use load_picture(record.picture).")
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """The fields of one record as its source has them, not yet checked.
+
+    Attributes:
+        place: where the record is written, for faults.
+        fields: as in the schema, without those that are null.
+        packed: the picture where the source holds it itself.
+        default_name: what to call a record that has no `image` and no `file_name`.
+    """
+
+    place: str
+    fields: Mapping[str, Any]
+    packed: PackedPicture | None = None
+    default_name: str | None = None
 
 
 def read_captioned_folder(folder: str | Path) -> list[CaptionedImage]:
-    """Read every line, or raise once with every fault.
+    """Read a folder of pictures with a `captions.jsonl`: `read_captioned` by its first name."""
+    # Readers build the records of this file, so they are imported when called.
+    from .captioned_sources import read_captioned
 
-    Raises:
-        ValueError: the file is missing or empty, or lines are broken: how many of each kind, and
-            the first of them by line number.
+    return read_captioned(folder)
+
+
+def build_record(
+    raw: RawRecord,
+    faults: FaultCollector,
+    *,
+    pictures: Path | None,
+    require_pictures: bool,
+    ignored_fields: Collection[str] = (),
+) -> CaptionedImage | None:
+    """Check the fields and make a record of them; None when it has no name or language.
+
+    A record with faults is made of what is left, so that the checks that compare records see it.
+
+    Args:
+        raw: what the source has.
+        faults: gets every fault of this record.
+        pictures: folder of pictures that are files; None when there is none.
+        require_pictures: whether a record without a picture is a fault.
+        ignored_fields: names of fields that are known to be there and not used.
     """
-    file = Path(folder) / CAPTIONS_FILE
-    if not file.is_file():
-        raise ValueError(f"{folder} has no {CAPTIONS_FILE}. See data/captioned_images.py.")
-    records: list[CaptionedImage] = []
-    faults: dict[str, list[str]] = {}
-    seen: set[tuple[str, str]] = set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        fields, fault = _parse(line, Path(folder))
-        if not fault and (pair := (fields["image"], fields.get("lang", "en"))) in seen:
-            fault = "picture and language repeated"
-        elif not fault:
-            seen.add(pair)
-            records.append(_to_record(fields, Path(folder)))
-        if fault:
-            faults.setdefault(fault, []).append(f"line {number}")
-    _refuse(file, faults, len(records))
-    return records
-
-
-def _parse(line: str, folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the fields of a line and its fault, which is empty for a good line."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError:
-        return {}, "not JSON"
-    if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-        return {}, "no 'image'"
-    if unknown := sorted(set(fields) - _FIELDS):
-        return {}, f"unknown field {unknown[0]!r}"
-    for name in ("captions", "keywords"):
-        texts = fields.get(name, [])
-        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-            return {}, f"{name!r} is not a list of non-blank texts"
-    if not fields.get("captions"):
-        return {}, "no caption"
-    if not (folder / fields["image"]).is_file():
-        return {}, "picture missing"
-    return fields, ""
-
-
-def _to_record(fields: dict[str, Any], folder: Path) -> CaptionedImage:
+    found: list[str] = []
+    lang = _read_word(raw.fields, "lang", found) or "en"
+    name = _read_name(raw.fields, found)
+    has_identity = not found
+    picture: Picture | None = raw.packed
+    if has_identity and picture is None:
+        picture = _find_file(name, pictures, found, required=require_pictures)
+    key = _read_word(raw.fields, "key", found)
+    name = name or raw.default_name or key
+    if name is None and not require_pictures:
+        found.append("no 'file_name', 'image' or 'key' to name it by")
+    captions = _read_captions(raw.fields, found)
+    long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
+    keywords = _read_texts(raw.fields, "keywords", found)
+    unknown = sorted(set(raw.fields) - KNOWN_FIELDS - set(ignored_fields))
+    found += [f"unknown field {field!r}" for field in unknown]
+    for kind in found:
+        faults.add(kind, raw.place)
+    if name is None or not has_identity:
+        return None
     return CaptionedImage(
-        path=folder / fields["image"],
-        key=str(fields.get("key", fields["image"])),
-        captions=tuple(fields["captions"]),
-        keywords=tuple(fields.get("keywords", ())),
-        lang=fields.get("lang", "en"),
+        picture=picture,
+        name=name,
+        key=name if key is None else key,
+        captions=tuple(captions),
+        long_captions=tuple(long_captions),
+        keywords=tuple(keywords),
+        lang=lang,
     )
 
 
-def _refuse(file: Path, faults: dict[str, list[str]], num_records: int) -> None:
-    if faults:
-        listed = "; ".join(
-            f"{kind}: {len(lines)} ({', '.join(lines[:_FAULTS_SHOWN])})"
-            for kind, lines in faults.items()
-        )
-        raise ValueError(f"{file}: {listed}. Correct or remove these lines.")
-    if not num_records:
-        raise ValueError(f"{file} has no lines. Each picture needs one.")
+def clean_text(text: str) -> str:
+    """Strip a text and make each line break inside, with the space around it, one space."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _read_captions(fields: Mapping[str, Any], found: list[str]) -> list[str]:
+    given = [name for name in _CAPTIONS if name in fields]
+    if len(given) > 1:
+        found.append(f"both {given[0]!r} and {given[1]!r}")
+        return []
+    before = len(found)
+    captions = _read_all_texts(fields, (*given, *_SHORT_CAPTIONS), found)
+    if not captions and len(found) == before:
+        found.append("no caption")
+    return captions
+
+
+def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list[str]) -> list[str]:
+    return [text for name in names for text in _read_texts(fields, name, found)]
+
+
+def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
+    """Read a field that is one text or a list of texts; a fault is told once a field."""
+    value = fields.get(name, [])
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        found.append(f"{name!r} is not a text or a list of texts")
+        return []
+    cleaned = [clean_text(text) for text in texts]
+    if not all(cleaned):
+        kind = "keyword" if name == "keywords" else "caption"
+        found.append(f"blank {kind}")
+    return cleaned
+
+
+def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | None:
+    """Read a non-blank text; a whole number becomes one, since many data sets count their keys."""
+    value = fields.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    found.append(f"{name!r} is not a non-blank text")
+    return None
+
+
+def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
+    given = [fields[field] for field in _NAMES if field in fields]
+    if not all(isinstance(name, str) and name.strip() for name in given):
+        found.append("'image' or 'file_name' is not a non-blank text")
+        return None
+    if len(set(given)) > 1:
+        found.append("'image' and 'file_name' differ")
+    return given[0] if given else None
+
+
+def _find_file(
+    name: str | None, pictures: Path | None, found: list[str], *, required: bool
+) -> Path | None:
+    if name is not None and pictures is not None and (pictures / name).is_file():
+        return pictures / name
+    if required:
+        found.append("no picture" if name is None else "picture missing")
+    return None

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..data.captioned_images import CaptionedImage, read_captioned_folder
+from ..data.captioned_images import CaptionedImage
+from ..data.captioned_sources import read_captioned
 from ..hub.build import BuildArguments, build_from_sources
 from ..hub.export import export_model
 from ..modeling_llm2clip import LLM2CLIPModel
@@ -135,10 +136,10 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
 def read_pictures(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """Return what is trained and tested on, and what is only searched."""
     if arguments.pictures is not None:
-        return [r for r in read_captioned_folder(arguments.pictures) if r.lang == "en"], []
+        return [r for r in read_captioned(arguments.pictures) if r.lang == "en"], []
     data = find_example_data()
-    emoji = [r for r in read_captioned_folder(data / "emoji") if r.lang == "en"]
-    return emoji, read_captioned_folder(data / "photographs")
+    emoji = [r for r in read_captioned(data / "emoji") if r.lang == "en"]
+    return emoji, read_captioned(data / "photographs")
 
 
 @torch.inference_mode()

@@ -103,7 +103,7 @@ def align(
         [pictures.captions_of_picture[row] for row in rows],
         [pictures.records[row].key for row in rows],
     )
-    start_from_canonical_correlation(model, pairs)
+    start_from_canonical_correlation(model, *pairs.pair_rows())
     return align_features(model, pairs, arguments, show_progress=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +36,13 @@ class EncodedCaptions:
     num_padding: int
 
 
-@torch.inference_mode()
 def encode_captions(
     model: LLM2CLIPModel | LLM2CLIPTextModel,
     processor: LLM2CLIPProcessor,
     captions: Sequence[str],
     *,
     token_budget: int | None = None,
+    precision: torch.dtype | None = None,
     show_progress: bool = False,
 ) -> EncodedCaptions:
     """Compute the caption vectors that `project_caption_embeds` takes.
@@ -50,25 +50,22 @@ def encode_captions(
     Args:
         captions: any number of non-blank texts.
         token_budget: most tokens in a batch, padding included; default by device.
+        precision: run the LLM's products in this dtype (autocast); None for the dtype of its
+            weights. `precision.choose_precision` finds one that is faster and true, if any is.
     Raises: ValueError naming every blank or non-text caption.
     """
     check_texts(list(captions))
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    ids, num_truncated = _tokenize(processor, list(distinct))
-    lengths = [len(row) for row in ids]
-    budget = token_budget or TOKEN_BUDGETS.get(model.device.type, DEFAULT_TOKEN_BUDGET)
-    batches = plan_token_batches(lengths, token_budget=budget)
-    vectors = torch.empty(len(distinct), model.config.text_config.hidden_size)
-    num_tokens = 0
+    ids, num_truncated = tokenize_captions(processor, list(distinct))
     progress = tqdm(total=len(distinct), unit=" captions", disable=not show_progress)
-    for rows in batches:
-        input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
-        num_tokens += input_ids.numel()
-        embeds = model.get_caption_embeds(
-            input_ids.to(model.device), attention_mask.to(model.device)
-        )
-        vectors[rows] = embeds.cpu()
-        progress.update(len(rows))
+    vectors, num_tokens = encode_token_ids(
+        model,
+        processor,
+        ids,
+        token_budget=token_budget,
+        precision=precision,
+        on_batch=progress.update,
+    )
     progress.close()
     index = torch.tensor([distinct[caption] for caption in captions])
     return EncodedCaptions(
@@ -76,19 +73,61 @@ def encode_captions(
         num_distinct=len(distinct),
         num_truncated=num_truncated,
         num_tokens=num_tokens,
-        num_padding=num_tokens - sum(lengths),
+        num_padding=num_tokens - sum(len(row) for row in ids),
     )
 
 
-def _tokenize(processor: LLM2CLIPProcessor, captions: list[str]) -> tuple[list[list[int]], int]:
+def tokenize_captions(
+    processor: LLM2CLIPProcessor, captions: Sequence[str]
+) -> tuple[list[list[int]], int]:
+    """Return the token ids of each caption, prompt included, and how many captions were cut."""
     encoded = processor.tokenizer(
-        captions, truncation=True, max_length=processor.max_text_length, padding=False
+        list(captions), truncation=True, max_length=processor.max_text_length, padding=False
     )
     num_truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
     return encoded["input_ids"], num_truncated
 
 
-def _pad(ids: list[list[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
+@torch.inference_mode()
+def encode_token_ids(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    processor: LLM2CLIPProcessor,
+    ids: Sequence[Sequence[int]],
+    *,
+    token_budget: int | None = None,
+    precision: torch.dtype | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> tuple[Tensor, int]:
+    """Compute the vectors of tokenized captions, longest first.
+
+    Args:
+        ids: from `tokenize_captions`.
+        token_budget, precision: as `encode_captions`.
+        on_batch: told after each batch how many captions it had.
+    Returns: (N, D) float32 on the CPU in the order of the ids, and how many tokens were computed.
+    """
+    budget = token_budget or default_token_budget(model.device)
+    vectors = torch.empty(len(ids), model.config.text_config.hidden_size)
+    num_tokens = 0
+    for rows in plan_token_batches([len(row) for row in ids], token_budget=budget):
+        input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
+        num_tokens += input_ids.numel()
+        with torch.autocast(model.device.type, dtype=precision, enabled=precision is not None):
+            embeds = model.get_caption_embeds(
+                input_ids.to(model.device), attention_mask.to(model.device)
+            )
+        vectors[rows] = embeds.cpu()
+        if on_batch is not None:
+            on_batch(len(rows))
+    return vectors, num_tokens
+
+
+def default_token_budget(device: torch.device) -> int:
+    """Most tokens of a batch on a device, where nothing else was asked for."""
+    return TOKEN_BUDGETS.get(device.type, DEFAULT_TOKEN_BUDGET)
+
+
+def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
     longest = max(len(row) for row in ids)
     input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)

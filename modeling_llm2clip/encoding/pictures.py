@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.pictures import load_picture
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -25,19 +25,21 @@ def encode_pictures(
     batch_size: int | None = None,
     num_workers: int = 1,
     show_progress: bool = False,
+    on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Compute the picture vectors that `project_vision_embeds` takes.
 
     Args:
-        pictures: paths or PIL images.
+        pictures: paths, packed pictures of a data set, or PIL images.
         batch_size: default by device: 8 on a processor, whose caches larger ones overflow; else 64.
         num_workers: threads that decode ahead of the tower.
+        on_batch: told after each batch how many pictures it had.
     Returns: (N, D) float32 on the CPU.
     Raises: ValueError naming the picture that is missing or broken.
     """
     if not len(pictures):
         raise ValueError("Got no pictures; give at least one.")
-    batch_size = batch_size or (8 if model.device.type == "cpu" else 64)
+    batch_size = batch_size or default_batch_size(model.device)
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     vectors = []
     with ThreadPoolExecutor(num_workers) as pool:
@@ -48,8 +50,15 @@ def encode_pictures(
             embeds = model.get_vision_embeds(**inputs)
             vectors.append(embeds.cpu())
             progress.update(len(embeds))
+            if on_batch is not None:
+                on_batch(len(embeds))
         progress.close()
     return torch.cat(vectors)
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Pictures of a batch on a device, where nothing else was asked for."""
+    return 8 if device.type == "cpu" else 64
 
 
 def _prepare_ahead(
@@ -70,5 +79,4 @@ def _prepare_ahead(
 
 
 def _prepare(processor: LLM2CLIPProcessor, batch: Sequence[Any]) -> dict[str, Any]:
-    images = [str(p) if isinstance(p, Path) else p for p in batch]
-    return dict(processor(images=images))
+    return dict(processor(images=[load_picture(picture) for picture in batch]))

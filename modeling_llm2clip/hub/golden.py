@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -46,11 +47,47 @@ def compute_golden_vectors(
     return {"text_embeds": output.text_embeds.cpu(), "image_embeds": output.image_embeds.cpu()}
 
 
+@torch.inference_mode()
 def write_golden_vectors(folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Record what this model gives now, beside its weights."""
-    vectors = {k: v.contiguous() for k, v in compute_golden_vectors(model, processor).items()}
-    texts = json.dumps(GOLDEN_TEXTS, ensure_ascii=False)
-    save_file(vectors, folder / GOLDEN_FILE, metadata={"texts": texts, "dtype": str(model.dtype)})
+    """Record what this model gives now, beside its weights.
+
+    Also `caption_embeds` (T, D), the LLM's part of it, so that another adapter's vectors can be
+    recorded without the LLM.
+    """
+    inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
+    caption_embeds = model.get_caption_embeds(inputs["input_ids"], inputs["attention_mask"])
+    vectors = {**compute_golden_vectors(model, processor), "caption_embeds": caption_embeds}
+    _save(folder, vectors, list(GOLDEN_TEXTS), model.dtype)
+
+
+@torch.inference_mode()
+def renew_golden_vectors(
+    source: Path, folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
+) -> bool:
+    """Record a model's vectors without running its LLM.
+
+    Args:
+        source: folder of a model with the same LLM, where its caption vectors are recorded.
+        folder: where to record.
+        model: its adapter, projections and vision tower are used.
+    Returns: False, and nothing recorded, where the source has no caption vectors.
+    """
+    golden = read_golden_vectors(source)
+    if golden is None or "caption_embeds" not in golden[1]:
+        return False
+    texts, recorded = golden
+    caption_embeds = recorded["caption_embeds"]
+    pictures = processor(images=draw_golden_pictures()).to(model.device)
+    text_features = model.project_caption_embeds(caption_embeds.to(model.device))
+    image_features = model.get_image_features(**pictures).pooler_output
+    assert image_features is not None
+    vectors = {
+        "text_embeds": F.normalize(text_features, dim=-1),
+        "image_embeds": F.normalize(image_features, dim=-1),
+        "caption_embeds": caption_embeds,
+    }
+    _save(folder, vectors, texts, model.dtype)
+    return True
 
 
 def read_golden_vectors(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
@@ -61,3 +98,11 @@ def read_golden_vectors(folder: Path) -> tuple[list[str], dict[str, Tensor]] | N
     with safe_open(path, framework="pt") as file:
         texts = json.loads(file.metadata()["texts"])
         return texts, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _save(folder: Path, vectors: dict[str, Tensor], texts: list[str], dtype: torch.dtype) -> None:
+    save_file(
+        {name: vector.cpu().contiguous() for name, vector in vectors.items()},
+        folder / GOLDEN_FILE,
+        metadata={"texts": json.dumps(texts, ensure_ascii=False), "dtype": str(dtype)},
+    )

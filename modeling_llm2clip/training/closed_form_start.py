@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ..modeling_llm2clip import LLM2CLIPModel
-from .feature_alignment import AlignmentPairs
 
 
 @torch.no_grad()
 def start_from_canonical_correlation(
-    model: LLM2CLIPModel, pairs: AlignmentPairs, *, shrinkage: float = 0.1
+    model: LLM2CLIPModel, caption_embeds: Tensor, vision_embeds: Tensor, *, shrinkage: float = 0.1
 ) -> None:
     """Set both projections in place; the adapter's blocks start as the identity.
 
     Args:
         model: its picture projection needs a bias, which takes the mean away.
+        caption_embeds, vision_embeds: (N, D) and (N, D') float32; rows belong together.
         shrinkage: added to every variance, as a share of the mean one; keeps directions with
             hardly any variance from deciding.
     Raises: ValueError without `visual_projection_bias`, or for fewer pairs than two.
@@ -30,15 +30,16 @@ def start_from_canonical_correlation(
             "The start needs a bias in the picture projection. Build the model with "
             "visual_projection_bias=True."
         )
+    if len(caption_embeds) != len(vision_embeds) or len(caption_embeds) < 2:
+        raise ValueError(
+            f"{len(caption_embeds)} captions and {len(vision_embeds)} pictures; correlation needs "
+            "pairs, and two at least."
+        )
     for block in model.text_adapter.blocks:
         block.down.weight.zero_()
-    pictures = [i for i, rows in enumerate(pairs.captions_of_picture) for _ in rows]
-    captions = [row for rows in pairs.captions_of_picture for row in rows]
-    if len(pictures) < 2:
-        raise ValueError(f"{len(pictures)} pair of picture and caption; correlation needs two.")
     device = model.text_projection.weight.device
-    text = model.text_adapter(pairs.caption_embeds[captions].to(device)).double()
-    vision = pairs.vision_embeds[pictures].to(device).double()
+    text = model.text_adapter(caption_embeds.to(device)).double()
+    vision = vision_embeds.to(device).double()
     text_weight, vision_weight = _correlate(
         text - text.mean(0), vision - vision.mean(0), model.config.projection_dim, shrinkage
     )

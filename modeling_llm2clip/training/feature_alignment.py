@@ -6,8 +6,7 @@ milliseconds. Memory holds all vectors.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from ..modeling_llm2clip import LLM2CLIPModel
 from .losses import keyed_contrastive_loss
+from .optimization import split_by_decay, warm_up_then_cosine
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class AlignmentPairs:
         bad = [i for i, rows in enumerate(self.captions_of_picture) if not rows]
         if bad:
             raise ValueError(f"{len(bad)} pictures have no caption; the first is number {bad[0]}.")
+
+    def pair_rows(self) -> tuple[Tensor, Tensor]:
+        """Return every caption beside its picture: (N, D) and (N, D') float32."""
+        pictures = [i for i, rows in enumerate(self.captions_of_picture) for _ in rows]
+        captions = [row for rows in self.captions_of_picture for row in rows]
+        return self.caption_embeds[captions], self.vision_embeds[pictures]
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,9 @@ def align_features(
     head = [model.text_adapter, model.text_projection, model.visual_projection, model.logit_scale]
     parameters = [p for module in head for p in module.parameters()]
     optimizer = torch.optim.AdamW(
-        _decay_groups(head, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
+        split_by_decay(parameters, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_cosine(arguments.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(arguments.steps))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(pairs.keys))}
     keys = torch.tensor([numbers[key] for key in pairs.keys])
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -161,23 +167,3 @@ def _draw_batches(
             for picture, draw in zip(pictures, draws, strict=True)
         ]
         yield pictures, torch.tensor(captions)
-
-
-def _decay_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """Decay matrices only: not norms, biases and the temperature (arXiv:2103.00020)."""
-    parameters = [p for module in modules for p in module.parameters()]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _warm_up_then_cosine(steps: int) -> Callable[[int], float]:
-    warm_up = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-    return factor

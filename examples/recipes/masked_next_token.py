@@ -1,0 +1,113 @@
+"""Stage 0, optional: get an LLM used to seeing both ways, by masked next-token prediction.
+
+    python examples/recipes/masked_next_token.py LLM captions.jsonl stage0 --steps 1000
+    llm2clip build VISION LLM model --prompt chatml --caption-adapter stage0
+
+A fifth of the tokens is replaced by a mask, and each is predicted from the position in front of it,
+because that is where the LLM learned to predict it (LLM2Vec, arXiv:2404.05961; upstream uses a
+LoRA of rank 16 and the mask "_"). The authors of LLM2CLIP found that the stage has little effect.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.modeling_llm2clip import set_attention_direction
+
+
+class MaskedNextTokenTrainer(Trainer):
+    """Compares the state in front of a masked token with that token."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Cross-entropy over the masked tokens; labels are -100 elsewhere."""
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        predicted = outputs.logits[:, :-1].float().flatten(0, 1)
+        loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
+        return (loss, outputs) if return_outputs else loss
+
+
+def main() -> None:
+    """Train the adapter and write it."""
+    arguments = _parse()
+    torch.manual_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.mask_token = arguments.mask
+    if tokenizer.mask_token_id in {None, tokenizer.unk_token_id}:
+        raise SystemExit(f"{arguments.mask!r} is no token of {arguments.llm}; name another --mask.")
+    model = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
+    set_attention_direction(model, bidirectional=True)
+    # The adapter is that of the LLM without its head, which is what the later stages load.
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    model.requires_grad_(False)
+    adapted = get_peft_model(model.base_model, config)
+    trainer = MaskedNextTokenTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(arguments.output / "checkpoints"),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.lr,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            seed=arguments.seed,
+        ),
+        train_dataset=_tokenize(tokenizer, arguments),
+        # Every chosen token becomes the mask: random and kept ones teach a causal model nothing.
+        data_collator=DataCollatorForLanguageModeling(
+            tokenizer,
+            mlm_probability=arguments.mask_share,
+            mask_replace_prob=1.0,
+            random_replace_prob=0.0,
+        ),
+    )
+    trainer.train()
+    adapted.save_pretrained(str(arguments.output))
+    print(f"Wrote {arguments.output}. Next: llm2clip build … --caption-adapter {arguments.output}")
+
+
+def _tokenize(tokenizer: Any, arguments: argparse.Namespace) -> Dataset:
+    records = read_captioned(arguments.data, require_pictures=False)
+    texts = [c for record in records for c in (*record.captions, *record.long_captions)]
+    encoded = tokenizer(texts, truncation=True, max_length=arguments.max_length)
+    return Dataset.from_dict({"input_ids": encoded["input_ids"]})
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("llm", help="Hub id or folder")
+    parser.add_argument("data", type=Path, help="captions, in any form that llm2clip reads")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--mask", default="_")
+    parser.add_argument("--mask-share", type=float, default=0.2)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

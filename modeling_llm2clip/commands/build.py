@@ -1,0 +1,53 @@
+"""`llm2clip build`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..hub.prompt_presets import PROMPT_NAMES
+from .pick import pick
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
+    build = commands.add_parser("build", help="put an untrained model together from two towers")
+    build.add_argument("vision", help="Hub id or folder of a vision tower")
+    build.add_argument("llm", help="Hub id, folder or .gguf file of a language model")
+    build.add_argument("output", type=Path, help="folder to write")
+    prompt = build.add_argument_group("prompt around every caption (one choice is needed)")
+    prompt.add_argument("--prompt", choices=PROMPT_NAMES)
+    prompt.add_argument("--prefix", help="text in front of every caption")
+    prompt.add_argument("--suffix", help="text behind every caption")
+    build.add_argument("--projection-dim", type=int, default=512)
+    build.add_argument("--max-text-length", type=int, default=512)
+    build.add_argument("--text-pooling", choices=("mean", "last_token"), default="mean")
+    build.add_argument("--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler")
+    build.add_argument("--text-adapter-layers", type=int, default=4)
+    build.add_argument("--visual-projection-bias", action="store_true")
+    build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
+    build.add_argument("--causal", dest="bidirectional", action="store_false")
+    build.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    build.add_argument("--seed", type=int, default=0)
+    build.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it and return the exit code."""
+    import torch
+
+    from ..hub.build import BuildArguments, build_from_sources
+    from ..hub.export import export_model, require_new_folder
+
+    require_new_folder(arguments.output)  # before the towers are loaded
+    model, processor = build_from_sources(
+        arguments.vision,
+        arguments.llm,
+        pick(BuildArguments, arguments),
+        dtype=getattr(torch, arguments.dtype),
+        caption_adapter=arguments.caption_adapter,
+    )
+    folder = export_model(model, processor, arguments.output)
+    print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
+    return 0

@@ -1,0 +1,66 @@
+"""`llm2clip extract`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .pick import pick
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
+    extract = commands.add_parser(
+        "extract", help="captions, or pictures, into a store of vectors; continues one"
+    )
+    extract.add_argument("model", help="Hub id or folder of a model, as build and export write it")
+    extract.add_argument("data", type=Path, help="folder, Parquet, tar shards or COCO captions")
+    extract.add_argument("output", type=Path, help="folder of the store, new or begun")
+    extract.add_argument("--pictures", action="store_true", help="pictures instead of captions")
+    extract.add_argument("--images", type=Path, help="folder of the pictures, where not in DATA")
+    extract.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    extract.add_argument("--rows-per-shard", type=int, default=2048)
+    extract.add_argument("--token-budget", type=int, help="most tokens of a batch of captions")
+    extract.add_argument("--batch-size", type=int, help="pictures of a batch")
+    extract.add_argument("--num-workers", type=int, default=1, help="threads that decode pictures")
+    extract.add_argument("--device", help="default: the best one there is")
+    extract.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it and return the exit code."""
+    from ..training.stopping import stop_on_signals
+
+    with stop_on_signals() as stop:  # before what takes long to import
+        from accelerate import PartialState
+
+        from ..data.captioned_sources import read_captioned
+        from ..training.caption_extraction import extract_captions
+        from ..training.picture_extraction import extract_pictures
+        from ..training.shard_work import ExtractionArguments
+
+        chosen = pick(
+            ExtractionArguments, argparse.Namespace(**vars(arguments), show_progress=True)
+        )
+        records = read_captioned(
+            arguments.data, images=arguments.images, require_pictures=arguments.pictures
+        )
+        extract = extract_pictures if arguments.pictures else extract_captions
+        report = extract(arguments.model, records, arguments.output, chosen, stop=stop)
+        state = PartialState()
+        if state.is_main_process:
+            _print_report(report)
+        state.destroy_process_group()
+        return 0 if report.complete else stop.exit_code
+
+
+def _print_report(report: Any) -> None:
+    counts = ", ".join(f"{number} {name}" for name, number in report.counts.items())
+    if not report.complete:
+        print(f"Stopped after a whole shard. The same command goes on in {report.folder}.")
+        return
+    print(
+        f"Wrote {report.folder}: {report.num_rows} vectors of {report.dim} for {report.num_items} "
+        f"records ({counts}). Align a model on it: llm2clip align -h"
+    )

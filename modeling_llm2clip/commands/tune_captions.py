@@ -1,0 +1,89 @@
+"""`llm2clip tune-captions`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .pick import pick
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
+    tune = commands.add_parser("tune-captions", help="teach the LLM to tell captions apart (LoRA)")
+    tune.add_argument("model", help="folder or Hub id, from llm2clip build")
+    tune.add_argument("data", type=Path, help="captioned pictures; the pictures are not needed")
+    tune.add_argument("output", type=Path, help="folder to write")
+    tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
+    tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    tune.add_argument("--device", default="cpu")
+    tune.add_argument(
+        "--other-pairs", nargs=2, action="append", default=[], metavar=("FILE", "WEIGHT"),
+        help="JSON lines of query, positive, negatives; batches for one batch of captions",
+    )  # fmt: skip
+    _add_settings(tune.add_argument_group("training"))
+    tune.set_defaults(run=run)
+
+
+def _add_settings(group: Any) -> None:
+    group.add_argument("--epochs", type=float, default=1.0)
+    group.add_argument("--steps", type=int, default=-1, help="instead of epochs")
+    group.add_argument("--pairings", type=int, default=1, help="of a picture's captions an epoch")
+    group.add_argument("--batch-size", type=int, default=64, help="pairs a process and step")
+    group.add_argument("--mini-batch-size", type=int, help="pairs at a time, cached gradients")
+    group.add_argument("--lr", type=float, default=2e-4)
+    group.add_argument("--warmup-steps", type=int, default=300)
+    group.add_argument("--scale", type=float, default=50.0, help="inverse temperature")
+    group.add_argument(
+        "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways"
+    )
+    group.add_argument("--held-out", type=int, default=1000, help="pictures for the accuracy")
+    group.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
+    group.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    group.add_argument("--gradient-checkpointing", action="store_true")
+    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    group.add_argument("--adapter-dtype", choices=("float32", "float16"), default="float32")
+    group.add_argument("--rank", type=int, default=16)
+    group.add_argument("--alpha", type=int, default=32)
+    group.add_argument("--lora-dropout", type=float, default=0.0)
+    group.add_argument("--lora-targets", nargs="+", default=["all-linear"])
+    group.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it and return the exit code."""
+    from ..data.caption_groups import group_captions, read_text_pairs
+    from ..data.captioned_sources import read_captioned
+    from ..hub.caption_adapter import merge_caption_adapter
+    from ..modeling_llm2clip import LLM2CLIPTextModel
+    from ..processing_llm2clip import LLM2CLIPProcessor
+    from ..training.caption_contrastive import TuneArguments, tune_captions
+    from ..training.caption_encoder import LoraArguments
+
+    groups = group_captions(read_captioned(arguments.data, require_pictures=False))
+    other_pairs = [(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs]
+    targets = arguments.lora_targets
+    arguments.lora = LoraArguments(
+        rank=arguments.rank,
+        alpha=arguments.alpha,
+        dropout=arguments.lora_dropout,
+        targets=targets[0] if targets == ["all-linear"] else targets,
+    )
+    result = tune_captions(
+        LLM2CLIPTextModel.from_pretrained(arguments.model).to(arguments.device),
+        LLM2CLIPProcessor.from_pretrained(arguments.model),
+        groups,
+        arguments.output,
+        pick(TuneArguments, arguments),
+        other_pairs=other_pairs,
+        resume=arguments.resume,
+    )
+    if result.adapter is None:
+        print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
+        return result.exit_code
+    print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
+    if arguments.merge:
+        folder = merge_caption_adapter(arguments.model, result.adapter, arguments.output / "model")
+        print(f"Wrote {folder}. Next: llm2clip extract {folder} DATA STORE")
+    return 0

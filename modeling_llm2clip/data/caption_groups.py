@@ -1,0 +1,152 @@
+"""Captions that mean the same picture, and the pairs that a language model learns from."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .captioned_images import CaptionedImage
+
+_FAULTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class CaptionGroup:
+    """All captions of what one key shows, in one language or several, short and long."""
+
+    key: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """Two texts that mean the same.
+
+    Attributes:
+        key: what they mean; two pairs of one key are never each other's negatives.
+        negatives: texts that are close and mean something else.
+    """
+
+    key: str
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
+    """Put the captions of each key together, every text once, in the order of the records.
+
+    Raises: ValueError when keys have fewer than two captions: how many, and the first of them.
+    """
+    captions: dict[str, dict[str, None]] = {}
+    for record in records:
+        texts = captions.setdefault(record.key, {})
+        texts.update(dict.fromkeys((*record.captions, *record.long_captions)))
+    lonely = [key for key, texts in captions.items() if len(texts) < 2]
+    if lonely:
+        raise ValueError(
+            f"{len(lonely)} of {len(captions)} pictures have one caption only, and a pair needs "
+            f"two: {lonely[:_FAULTS_SHOWN]}. Give them a second (or long) caption, or leave "
+            "them out."
+        )
+    if not captions:
+        raise ValueError("There are no captions. Give a data set with at least two pictures.")
+    return [CaptionGroup(key, tuple(texts)) for key, texts in captions.items()]
+
+
+def hold_out_groups(
+    groups: Sequence[CaptionGroup], count: int, *, seed: int
+) -> tuple[list[CaptionGroup], list[CaptionGroup], int]:
+    """Split off `count` groups at random; a caption in both halves leaves the larger one.
+
+    Returns: groups to train on, groups held out, and how many captions training lost.
+    Raises: ValueError when fewer than two groups remain on a side.
+    """
+    if not 2 <= count <= len(groups) - 2:
+        raise ValueError(
+            f"Cannot hold out {count} of {len(groups)} pictures: each side needs at least two."
+        )
+    order = list(range(len(groups)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[:count])
+    held_out = [groups[i] for i in sorted(chosen)]
+    seen = {caption for group in held_out for caption in group.captions}
+    remaining, num_lost = [], 0
+    for index, group in enumerate(groups):
+        if index in chosen:
+            continue
+        kept = tuple(caption for caption in group.captions if caption not in seen)
+        num_lost += len(group.captions) - len(kept) if len(kept) > 1 else len(group.captions)
+        if len(kept) > 1:
+            remaining.append(CaptionGroup(group.key, kept))
+    if len(remaining) < 2:
+        raise ValueError("Nearly every caption is held out too; too few remain to train on.")
+    return remaining, held_out, num_lost
+
+
+def draw_pairs(groups: Sequence[CaptionGroup], *, seed: int, pairings: int = 1) -> list[TextPair]:
+    """Split each group's captions into pairs at random, as often as there are `pairings`.
+
+    In a pairing each caption is in one pair; one left over by an odd count is paired with a random
+    other one of its group.
+    """
+    generator = random.Random(seed)
+    pairs = []
+    for group in [*groups] * pairings:
+        captions = list(group.captions)
+        generator.shuffle(captions)
+        if len(captions) % 2:
+            captions.append(captions[generator.randrange(len(captions) - 1)])
+        for first, second in zip(captions[::2], captions[1::2], strict=True):
+            pairs.append(TextPair(group.key, first, second))
+    return pairs
+
+
+def read_text_pairs(file: str | Path) -> list[TextPair]:
+    """Read pairs of other texts: JSON lines with `query`, `positive` and, if wanted, `negatives`.
+
+    `negatives` is a list of texts, equally long in every line. Lines with the same query share a
+    key.
+
+    Raises: ValueError once, with every broken line.
+    """
+    path = Path(file)
+    pairs: list[TextPair] = []
+    faults: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            pair = _parse_pair(line)
+            if isinstance(pair, str):
+                faults.append(f"line {number}: {pair}")
+            else:
+                pairs.append(pair)
+    counts = sorted({len(pair.negatives) for pair in pairs})
+    if len(counts) > 1:
+        faults.append(f"between {counts[0]} and {counts[-1]} negatives a line; give equally many")
+    if faults or not pairs:
+        shown = "; ".join(faults[:_FAULTS_SHOWN]) or "no lines"
+        raise ValueError(f"{path}: {len(faults)} faults: {shown}.")
+    return pairs
+
+
+def _parse_pair(line: str) -> TextPair | str:
+    """A pair, or what is wrong with the line."""
+    try:
+        fields: Any = json.loads(line)
+    except json.JSONDecodeError:
+        return "not JSON"
+    if not isinstance(fields, dict):
+        return "not an object"
+    if unknown := sorted(set(fields) - {"query", "positive", "negatives"}):
+        return f"unknown field {unknown[0]!r}"
+    negatives = fields.get("negatives", [])
+    texts = [fields.get("query"), fields.get("positive")]
+    if not isinstance(negatives, list):
+        return "'negatives' is not a list"
+    if not all(isinstance(text, str) and text.strip() for text in (*texts, *negatives)):
+        return "'query', 'positive' and 'negatives' must be non-blank texts"
+    return TextPair(fields["query"], fields["query"], fields["positive"], tuple(negatives))

@@ -1,0 +1,201 @@
+"""Reads pictures with captions, whatever they lie in, and tells every fault of a source at once.
+
+The fields are the schema of `captioned_images.py`. A source is one of:
+
+| source | what it is |
+| --- | --- |
+| a folder with `captions.jsonl` or `metadata.jsonl`, or that file | one line a record; pictures are files beside it, or in `images` |
+| `*.parquet`: a file, a folder of them, a pattern | one row a record; see `sources/parquet.py` |
+| `*.tar`: a file, a folder of them, a pattern | webdataset's shards; see `sources/tar_shards.py` |
+| `*.json`: a file | COCO's captions as published; pictures are files in `images`; see `sources/coco.py` |
+
+A pattern has `*`, `?` or `[…]`. Files are read in the order of their names. Several languages of a
+picture are several records.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..processing_llm2clip import load_pictures
+from .captioned_images import CaptionedImage, RawRecord, build_record
+from .faults import FaultCollector
+from .pictures import Picture, load_picture
+from .sources.coco import read_coco
+from .sources.json_lines import read_json_lines
+from .sources.parquet import read_parquet
+from .sources.tar_shards import read_tar_shards
+
+LINES_FILES = ("captions.jsonl", "metadata.jsonl")
+_SEVERAL_FILES = (".parquet", ".tar")
+_MOST_THREADS = 8
+_CHECKED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Files of one format.
+
+    Attributes:
+        files: in the order in which they are read.
+        base: folder that the names of shards are relative to, and pictures that are files.
+        suffix: their format.
+    """
+
+    files: list[Path]
+    base: Path
+    suffix: str
+
+
+def read_captioned(
+    source: str | Path,
+    *,
+    images: str | Path | None = None,
+    require_pictures: bool = True,
+    check_pictures: bool = False,
+    ignored_fields: Collection[str] = (),
+    show_progress: bool = False,
+) -> list[CaptionedImage]:
+    """Read every record of a source, or raise once with every fault.
+
+    Args:
+        source: a folder, file or pattern; see the top of this file.
+        images: folder of the pictures that are files; default: where the source lies.
+        require_pictures: whether a record without its picture is a fault. Otherwise its `picture`
+            is None, which is enough for whatever reads captions only.
+        check_pictures: decode every picture too, in threads; takes as long as a pass over them.
+        ignored_fields: names of further fields, which are not used and then no fault.
+        show_progress: show a bar while pictures are decoded.
+    Returns: the records in the source's order, at least one.
+    Raises:
+        DataFaults: what is wrong with the records, how many of each kind, and where first.
+        ValueError: the source is missing, empty, ambiguous, or of no known format.
+    """
+    found = _find_source(str(source))
+    pictures = _find_pictures(found, images, required=require_pictures)
+    faults = FaultCollector()
+    records: list[CaptionedImage] = []
+    seen: set[tuple[str, str]] = set()
+    for raw in _read_raw(found, faults):
+        record = build_record(
+            raw,
+            faults,
+            pictures=pictures,
+            require_pictures=require_pictures,
+            ignored_fields=ignored_fields,
+        )
+        if record is None:
+            continue
+        if (record.name, record.lang) in seen:
+            faults.add("picture and language repeated", raw.place)
+        seen.add((record.name, record.lang))
+        records.append(record)
+    if check_pictures:
+        _check_pictures(records, faults, show_progress=show_progress)
+    faults.raise_if_any(str(source))
+    if not records:
+        raise ValueError(f"{source} has no records. Each picture needs one.")
+    return records
+
+
+def _find_source(source: str) -> _Source:
+    path = Path(source)
+    if path.is_dir():
+        return _search_folder(path)
+    files, base = [path] if path.is_file() else [], path.parent
+    if not files and (wildcard := re.search(r"[*?\[]", source)):
+        # Names are relative to the last folder before the first wildcard.
+        start = max(source.rfind(mark, 0, wildcard.start()) for mark in ("/", os.sep)) + 1
+        base = Path(source[:start])
+        files = sorted(file for file in base.glob(source[start:]) if file.is_file())
+    if not files:
+        raise ValueError(f"{source}: no such folder or file. Correct the path.")
+    suffixes = sorted({file.suffix.lower() for file in files})
+    if len(suffixes) > 1 or suffixes[0] not in (".jsonl", *_SEVERAL_FILES, ".json"):
+        raise ValueError(
+            f"{source}: found {', '.join(suffixes)}. Give a folder, or files of one format: "
+            ".jsonl, .parquet, .tar, or COCO's .json."
+        )
+    if len(files) > 1 and suffixes[0] not in _SEVERAL_FILES:
+        raise ValueError(f"{source}: {len(files)} {suffixes[0]} files. Give one of them.")
+    return _Source(files, base, suffixes[0])
+
+
+def _search_folder(folder: Path) -> _Source:
+    sources = [
+        _Source([folder / name], folder, ".jsonl")
+        for name in LINES_FILES
+        if (folder / name).is_file()
+    ]
+    for suffix in _SEVERAL_FILES:
+        if files := sorted(folder.glob(f"*{suffix}")):
+            sources.append(_Source(files, folder, suffix))
+    if not sources:
+        raise ValueError(
+            f"{folder} has no {' or '.join(LINES_FILES)}, no *.parquet and no *.tar. Give the "
+            "folder that has, or a pattern."
+        )
+    if len(sources) > 1:
+        names = ", ".join(source.files[0].name for source in sources)
+        raise ValueError(f"{folder} has several sources: {names}. Give one of them by its name.")
+    return sources[0]
+
+
+def _find_pictures(source: _Source, images: str | Path | None, *, required: bool) -> Path | None:
+    if images is not None:
+        if not Path(images).is_dir():
+            raise ValueError(f"images={str(images)!r} is no folder. Give the pictures' folder.")
+        return Path(images)
+    if source.suffix == ".json":
+        if required:
+            raise ValueError(
+                f"{source.files[0]}: COCO's captions lie apart from their pictures. Give "
+                "images=<folder>, or require_pictures=False to read the captions alone."
+            )
+        return None
+    return None if source.suffix == ".tar" else source.base
+
+
+def _read_raw(source: _Source, faults: FaultCollector) -> Iterator[RawRecord]:
+    if source.suffix == ".parquet":
+        return read_parquet(source.files, source.base, faults)
+    if source.suffix == ".tar":
+        return read_tar_shards(source.files, source.base, faults)
+    if source.suffix == ".json":
+        return read_coco(source.files[0], faults)
+    return read_json_lines(source.files[0], faults)
+
+
+def _check_pictures(
+    records: list[CaptionedImage], faults: FaultCollector, *, show_progress: bool
+) -> None:
+    """Decode every picture once, as the processor will."""
+    # In the records' order, and once where several languages share a picture.
+    pictures = list(dict.fromkeys(r.picture for r in records if r.picture is not None))
+    with (
+        ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(pictures), unit=" pictures", disable=not show_progress) as progress,
+    ):
+        # A pool takes all its work at once, so it gets a part of it at a time.
+        for start in range(0, len(pictures), _CHECKED_AT_ONCE):
+            part = pictures[start : start + _CHECKED_AT_ONCE]
+            for fault in pool.map(_try_picture, part):
+                if fault:
+                    faults.add("picture unreadable", fault)
+            progress.update(len(part))
+
+
+def _try_picture(picture: Picture) -> str:
+    """Decode one picture; returns what is wrong with it, naming it, or nothing."""
+    try:
+        load_pictures(load_picture(picture))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,56 @@
+"""Collects what is wrong with a data set, so that it is told at once and before anything costly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_PLACES_SHOWN = 5
+
+
+class DataFaults(ValueError):  # noqa: N818
+    """A data set has faults: how many of each kind, and where the first of them are.
+
+    Attributes:
+        counts: kind of fault to how many there are.
+        places: kind of fault to the first places, such as `captions.jsonl line 3`.
+    """
+
+    def __init__(
+        self, source: str, counts: Mapping[str, int], places: Mapping[str, list[str]]
+    ) -> None:
+        self.source = source
+        self.counts = dict(counts)
+        self.places = {kind: list(where) for kind, where in places.items()}
+        total = sum(self.counts.values())
+        lines = [f"{source} has {total} {'fault' if total == 1 else 'faults'}:"]
+        for kind, count in self.counts.items():
+            more = ", …" if count > len(self.places[kind]) else ""
+            lines.append(f"  {kind}: {count} ({', '.join(self.places[kind])}{more})")
+        lines.append("Correct or remove these; nothing was skipped.")
+        if any(kind.startswith("unknown field") for kind in self.counts):
+            lines.append("A field that is meant to be there may be named in ignored_fields.")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[DataFaults], tuple[object, ...]]:
+        # An exception is rebuilt from its message alone unless told otherwise.
+        return DataFaults, (self.source, self.counts, self.places)
+
+
+class FaultCollector:
+    """Counts faults by kind and remembers the first places of each."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._places: dict[str, list[str]] = {}
+
+    def add(self, kind: str, place: str) -> None:
+        """Note one fault."""
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        places = self._places.setdefault(kind, [])
+        if len(places) < _PLACES_SHOWN:
+            places.append(place)
+
+    def raise_if_any(self, source: str) -> None:
+        """Raise DataFaults with everything that was noted."""
+        if self._counts:
+            raise DataFaults(source, self._counts, self._places)

@@ -1,0 +1,113 @@
+"""Pictures wherever they lie: a file of its own, a row of a Parquet file, a member of a tar shard.
+
+A packed picture is an address and holds no open file, so that it can be pickled and sent to the
+worker processes of a loader. Its bytes are read when it is loaded, and its neighbours' are not.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL import Image, UnidentifiedImageError
+
+_OPEN_TABLES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TarPicture:
+    """A member of a tar shard that is not compressed: `size` bytes from `offset` on."""
+
+    shard: Path
+    member: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.member}"
+
+    def read_bytes(self) -> bytes:
+        """Read the encoded picture."""
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetPicture:
+    """A row of a Parquet file whose column holds encoded pictures, counted from 0."""
+
+    file: Path
+    column: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}"
+
+    def read_bytes(self) -> bytes:
+        """Read the encoded picture."""
+        value = open_table(self.file).data.column(self.column)[self.row].as_py()
+        return bytes(value["bytes"] if isinstance(value, dict) else value)
+
+
+PackedPicture: TypeAlias = TarPicture | ParquetPicture
+Picture: TypeAlias = Path | PackedPicture
+
+
+def open_table(file: Path) -> Any:
+    """Open a Parquet file as a memory-mapped `datasets.Dataset`.
+
+    A Parquet file can only be read by whole row groups, which may hold hundreds of pictures.
+    `datasets` therefore copies the file once into its cache (`HF_DATASETS_CACHE`), in a format of
+    which single rows can be read.
+
+    Raises: ValueError when `datasets` is not installed; what `datasets` raises for a broken file.
+    """
+    # The time of the last change is part of the question, so that a new file is read anew.
+    return _open_table(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=_OPEN_TABLES)
+def _open_table(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
+    return import_datasets().Dataset.from_parquet(str(file))
+
+
+def import_datasets() -> Any:
+    """Import `datasets`, which only readers of Parquet need.
+
+    Raises: ValueError saying how to install it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            "Parquet is read through `datasets`, which is not installed. Run "
+            "`pip install datasets`."
+        ) from error
+    return datasets
+
+
+def load_picture(picture: Any) -> Any:
+    """Turn an address into what `LLM2CLIPProcessor` takes; all but packed pictures pass unchanged.
+
+    Args:
+        picture: a `Picture`, or anything that the processor takes itself.
+    Returns: for a packed picture a PIL image that is opened and not yet decoded, whose `filename`
+        names shard and member for the processor's errors; otherwise `picture`.
+    Raises: ValueError naming shard and member: not readable, or not a picture.
+    """
+    if not isinstance(picture, TarPicture | ParquetPicture):
+        return picture
+    try:
+        image: Any = Image.open(io.BytesIO(picture.read_bytes()))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{picture}: not a picture that Pillow reads, or empty.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{picture}: {error} Shrink the picture first.") from error
+    except OSError as error:
+        raise ValueError(f"{picture}: cannot be read ({error}).") from error
+    image.filename = str(picture)
+    return image

@@ -1,0 +1,69 @@
+"""Reads COCO's caption files as they are published, such as `captions_val2017.json`.
+
+Their `images` name the pictures, their `annotations` hold one caption each: five a picture, of some
+six or seven. The captions of a picture are in the order of their annotations' numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..captioned_images import RawRecord
+from ..faults import FaultCollector
+
+
+def read_coco(file: Path, faults: FaultCollector) -> Iterator[RawRecord]:
+    """Yield one raw record a picture, in the order of `images`.
+
+    Raises: ValueError when the file is not a COCO caption file.
+    """
+    content = _load(file)
+    captions = _group_captions(file, content["annotations"], faults)
+    seen: set[Any] = set()
+    for index, image in enumerate(content["images"]):
+        place = f"{file.name} images[{index}]"
+        if not isinstance(image, dict) or not isinstance(image.get("id"), int):
+            faults.add("image without 'id'", place)
+            continue
+        if image["id"] in seen:
+            faults.add("image 'id' repeated", place)
+            continue
+        seen.add(image["id"])
+        # Sizes, dates and addresses of the picture are published too, and are no part of a record.
+        fields: dict[str, Any] = {"captions": captions.pop(image["id"], [])}
+        if image.get("file_name") is not None:
+            fields["file_name"] = image["file_name"]
+        yield RawRecord(place, fields, default_name=str(image["id"]))
+    for image_id in captions:
+        faults.add("annotation of an unknown image", f"{file.name} image_id {image_id}")
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error}). Give COCO's caption file.") from error
+    lists = ("images", "annotations")
+    if not isinstance(content, dict) or any(not isinstance(content.get(n), list) for n in lists):
+        raise ValueError(f"{file}: no 'images' and 'annotations' lists. Give COCO's caption file.")
+    return content
+
+
+def _group_captions(
+    file: Path, annotations: list[Any], faults: FaultCollector
+) -> dict[int, list[str]]:
+    """The captions of each image number, by annotation number."""
+    numbered: dict[int, list[tuple[int, str]]] = {}
+    for index, annotation in enumerate(annotations):
+        fields = annotation if isinstance(annotation, dict) else {}
+        number, image_id = fields.get("id"), fields.get("image_id")
+        caption = fields.get("caption")
+        if isinstance(number, int) and isinstance(image_id, int) and isinstance(caption, str):
+            numbered.setdefault(image_id, []).append((number, caption))
+        else:
+            place = f"{file.name} annotations[{index}]"
+            faults.add("annotation without 'id', 'image_id' and 'caption'", place)
+    return {image_id: [c for _, c in sorted(pairs)] for image_id, pairs in numbered.items()}

@@ -1,0 +1,149 @@
+"""Reads webdataset's tar shards: members `key.jpg`, `key.json`, `key.txt` are one sample.
+
+Python's own tarfile does it, not `webdataset`: that library streams shards from front to back,
+while training here draws pictures at random, and its stages must agree on their order. So the
+headers are read once, the texts with them, and of a picture only its offset and size are kept; a
+picture is later one read at that offset, from a shard that is never unpacked. Compressed tars have
+no such offsets and are refused.
+
+`key.json` holds fields of the schema; `key.txt` is the caption of a sample whose JSON has none, and
+is not read beside one that has, since downloading tools write the same caption into both.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..captioned_images import CAPTION_FIELDS, RawRecord
+from ..faults import FaultCollector
+from ..pictures import TarPicture
+
+_PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+# What img2dataset writes beside caption and key.
+_DOWNLOAD_NOTES = frozenset(
+    "url status error_message exif sha256 md5 width height original_width original_height".split()
+)
+
+
+@dataclass
+class _Sample:
+    """The members of one key, as far as they have been met."""
+
+    pictures: list[TarPicture] = field(default_factory=list)
+    fields: dict[str, Any] | None = None
+    text: str | None = None
+    is_broken: bool = False
+
+
+def read_tar_shards(
+    shards: Sequence[Path], base: Path, faults: FaultCollector
+) -> Iterator[RawRecord]:
+    """Yield one raw record a sample, in the order of the shards and of their members.
+
+    Args:
+        shards: tar files that are not compressed.
+        base: folder that names are relative to.
+        faults: gets shards and members that cannot be read.
+    """
+    for shard in shards:
+        name = shard.relative_to(base).as_posix()
+        for key, sample in _index_shard(shard, name, faults).items():
+            place = f"{name}: {key}"
+            if len(sample.pictures) > 1:
+                faults.add("several pictures in one sample", place)
+            elif not sample.is_broken:
+                picture = sample.pictures[0] if sample.pictures else None
+                member = picture.member if picture else key
+                yield RawRecord(
+                    place, _merge(sample), packed=picture, default_name=f"{name}/{member}"
+                )
+
+
+def _index_shard(shard: Path, name: str, faults: FaultCollector) -> dict[str, _Sample]:
+    """Read every header of a shard once, and the texts; pass over the pictures."""
+    samples: dict[str, _Sample] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                key, extension = _split(member.name)
+                sample = samples.setdefault(key, _Sample())
+                if fault := _add_member(sample, archive, member, shard, extension):
+                    sample.is_broken = True
+                    faults.add(fault, f"{name}: {member.name}")
+    except (tarfile.TarError, OSError) as error:
+        faults.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
+        for sample in list(samples.values())[-1:]:
+            sample.is_broken = True  # what it lacks may have been cut off
+    return samples
+
+
+def _split(member: str) -> tuple[str, str]:
+    """Split a member's name as webdataset does, at the first dot of its last part."""
+    folder, slash, name = member.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _add_member(
+    sample: _Sample,
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    shard: Path,
+    extension: str,
+) -> str:
+    """Take a member into its sample; returns its fault, which is empty for a good one."""
+    if not member.isreg() or member.issparse():
+        return "member is not a plain file"
+    if extension in _PICTURES:
+        picture = TarPicture(shard, member.name, member.offset_data, member.size)
+        sample.pictures.append(picture)
+        return ""
+    if extension not in ("json", "txt"):
+        return f"unknown member .{extension}"
+    stream = archive.extractfile(member)
+    if stream is None:
+        return "member is not a plain file"
+    try:
+        text = stream.read().decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return _add_fields(sample, text) if extension == "json" else _add_text(sample, text)
+
+
+def _add_fields(sample: _Sample, text: str) -> str:
+    if sample.fields is not None:
+        return "several .json in one sample"
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError:
+        return "not JSON"
+    if not isinstance(fields, dict):
+        return "not an object"
+    sample.fields = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and name not in _DOWNLOAD_NOTES
+    }
+    return ""
+
+
+def _add_text(sample: _Sample, text: str) -> str:
+    if sample.text is not None:
+        return "several .txt in one sample"
+    sample.text = text
+    return ""
+
+
+def _merge(sample: _Sample) -> dict[str, Any]:
+    """The sample's fields, with its `.txt` as the caption where they have none."""
+    fields = dict(sample.fields or {})
+    if sample.text is not None and not CAPTION_FIELDS & set(fields):
+        fields["caption"] = sample.text
+    return fields

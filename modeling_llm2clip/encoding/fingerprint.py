@@ -1,0 +1,153 @@
+"""Which model made these vectors: everything that decides them, as short texts to compare.
+
+The same entries come from a loaded model and from its folder; the folder's weights are streamed,
+and no model is built. Weights of the adapter and the projections do not count: stored vectors are
+taken before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+
+_WEIGHTS = "model.safetensors"
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+# Of a tower's configuration: what changes no number, or has an entry of its own.
+_NOT_OF_THE_TOWER = {
+    "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+# The class of an image processor names what it is computed with, not what it computes.
+_NOT_OF_THE_PICTURES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
+
+TextSource = LLM2CLIPModel | LLM2CLIPTextModel | str | Path
+VisionSource = LLM2CLIPModel | LLM2CLIPVisionModel | str | Path
+
+
+def fingerprint_text(
+    source: TextSource, processor: LLM2CLIPProcessor | None = None
+) -> dict[str, str]:
+    """Say what decides a caption's vector.
+
+    Args:
+        source: a model, or the folder or Hub id of one.
+        processor: the model's; read from the folder where it is not given.
+    Returns: `weights`, `architecture` and `tokenizer` (SHA-256), `dtype`, `prompt`, `pooling`,
+        `direction`, `max_text_length`.
+    Raises: ValueError when a model comes without its processor, or the folder has no weights.
+    """
+    config, tensors, processor = _open_source(source, processor, prefix="text_model.")
+    return {
+        **_describe_weights(tensors),
+        "architecture": _hash_json(_tower_settings(config.text_config)),
+        "tokenizer": _hash_tokenizer(processor),
+        "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
+        "pooling": config.text_pooling,
+        "direction": "bidirectional" if config.bidirectional else "causal",
+        "max_text_length": str(processor.max_text_length),
+    }
+
+
+def fingerprint_vision(
+    source: VisionSource, processor: LLM2CLIPProcessor | None = None
+) -> dict[str, str]:
+    """Say what decides a picture's vector; arguments and errors as `fingerprint_text`.
+
+    Returns: `weights`, `architecture` and `image_processor` (SHA-256), `dtype`, `pooling`.
+    """
+    config, tensors, processor = _open_source(source, processor, prefix="vision_model.")
+    settings: dict[str, Any] = processor.image_processor.to_dict()
+    return {
+        **_describe_weights(tensors),
+        "architecture": _hash_json(_tower_settings(config.vision_config)),
+        "image_processor": _hash_json(
+            {k: v for k, v in settings.items() if k not in _NOT_OF_THE_PICTURES and v is not None}
+        ),
+        "pooling": config.vision_pooling,
+    }
+
+
+def _open_source(
+    source: Any, processor: LLM2CLIPProcessor | None, *, prefix: str
+) -> tuple[LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
+    """Configuration, the tower's tensors by name in order, and processor."""
+    if isinstance(source, str | Path):
+        folder = _find_folder(source)
+        config = LLM2CLIPConfig.from_pretrained(folder)
+        if processor is None:
+            processor = LLM2CLIPProcessor.from_pretrained(folder)
+        return config, _stream_tensors(folder, prefix), processor
+    if processor is None:
+        raise ValueError(
+            "A loaded model needs its processor beside it: it decides the vectors too."
+        )
+    state = source.state_dict()
+    chosen = ((name, state[name]) for name in sorted(state) if name.startswith(prefix))
+    return source.config, chosen, processor
+
+
+def _find_folder(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+
+
+def _stream_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name in order, one in memory at a time."""
+    index = folder / _WEIGHTS_INDEX
+    if index.is_file():
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    elif (folder / _WEIGHTS).is_file():
+        with safe_open(folder / _WEIGHTS, framework="pt") as opened:
+            file_of = dict.fromkeys(opened.keys(), _WEIGHTS)
+    else:
+        raise ValueError(f"{folder} has no {_WEIGHTS}. Give the folder of a saved model.")
+    for name in sorted(file_of):
+        if name.startswith(prefix):
+            with safe_open(folder / file_of[name], framework="pt") as opened:
+                yield name, opened.get_tensor(name)
+
+
+def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Hash names, dtypes, shapes and bytes, and name the dtypes of floating-point weights."""
+    digest = hashlib.sha256()
+    dtypes = set()
+    for name, tensor in tensors:
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy())
+        if tensor.is_floating_point():
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    if not dtypes:
+        raise ValueError("The model has no weights of the tower that makes these vectors.")
+    return {"weights": digest.hexdigest(), "dtype": "+".join(sorted(dtypes))}
+
+
+def _tower_settings(config: Any) -> dict[str, Any]:
+    # Only what differs from the family's defaults, so that a newer transformers, which knows more
+    # settings, gives the same.
+    settings: dict[str, Any] = config.to_diff_dict()
+    return {k: v for k, v in settings.items() if k not in _NOT_OF_THE_TOWER}
+
+
+def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
+    written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    # These two are left from the last call.
+    return _hash_json({**written, "truncation": None, "padding": None})
+
+
+def _hash_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""Writes a new model folder from an older one and what a training changed.
+
+Weights are copied file by file: memory holds one file at most, and the LLM is never built.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from ..training.cross_modal.model import AlignmentModel
+from .doctor.file_checks import list_travelling_files
+from .export import require_new_folder
+from .golden import GOLDEN_FILE, renew_golden_vectors, write_golden_vectors
+from .model_card import write_model_card
+
+_WEIGHTS = "*.safetensors"
+_NAMES_SHOWN = 5
+
+
+def assemble_folder(
+    source: Path,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    scores: Mapping[str, float] | None = None,
+) -> bool:
+    """Write a model's folder with some of its weights replaced.
+
+    Everything goes into a temporary folder beside the target, which is renamed when complete.
+    Code, model card and golden vectors are written anew, all else is copied.
+
+    Args:
+        source: folder of the model that was trained.
+        trained: weights by their names there; each takes the dtype it had there.
+        folder: folder to write.
+        scores: measured figures for the card.
+    Returns: whether golden vectors were recorded; not, where the source has none of its LLM.
+    Raises:
+        FileExistsError: the folder exists and is not empty.
+        ValueError: a weight has another name or shape than in the source.
+    """
+    require_new_folder(folder)
+    _require_places(source, trained)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for path in source.iterdir():
+            if path.is_dir():
+                shutil.copytree(path, unfinished / path.name)
+            elif path.suffix != ".safetensors":
+                shutil.copy2(path, unfinished / path.name)
+        for path in list_travelling_files():
+            shutil.copy2(path, unfinished / path.name)
+        for path in _list_weights(source):
+            _copy_weights(path, unfinished / path.name, trained)
+        has_golden = _record_golden_vectors(source, unfinished, trained)
+        write_model_card(
+            unfinished,
+            LLM2CLIPConfig.from_pretrained(source),
+            license_id=_read_license(source),
+            scores=scores or {},
+        )
+        unfinished.chmod(0o755)
+        for path in unfinished.glob(_WEIGHTS):
+            path.chmod(0o644)  # safetensors writes for its owner alone
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return has_golden
+
+
+def _list_weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(_WEIGHTS) if path.name != GOLDEN_FILE)
+
+
+def _require_places(source: Path, trained: Mapping[str, Tensor]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _list_weights(source):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    unknown = sorted(set(trained) - set(shapes))
+    misshapen = {
+        name: (tuple(value.shape), shapes[name])
+        for name, value in trained.items()
+        if name in shapes and tuple(value.shape) != shapes[name]
+    }
+    if unknown or misshapen:
+        raise ValueError(
+            f"{source} has no place for {len(unknown)} trained weights {unknown[:_NAMES_SHOWN]}, "
+            f"and {len(misshapen)} have another shape (trained, there): "
+            f"{dict(list(misshapen.items())[:_NAMES_SHOWN])}. Give the folder that was trained."
+        )
+
+
+def _copy_weights(source: Path, target: Path, trained: Mapping[str, Tensor]) -> None:
+    with safe_open(source, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    for name in set(tensors) & set(trained):
+        tensors[name] = trained[name].to(tensors[name].dtype).contiguous()
+    save_file(tensors, target, metadata=metadata)
+
+
+def _record_golden_vectors(source: Path, folder: Path, trained: Mapping[str, Tensor]) -> bool:
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    if any(name.startswith("text_model.") for name in trained):
+        model = LLM2CLIPModel.from_pretrained(folder).eval()
+        write_golden_vectors(folder, model, processor)
+        return True
+    model = AlignmentModel.from_pretrained(folder).eval()
+    return renew_golden_vectors(source, folder, model, processor)
+
+
+def _read_license(source: Path) -> str | None:
+    card = source / "README.md"
+    return ModelCard.load(card).data.license if card.is_file() else None

@@ -1,0 +1,27 @@
+"""Merges a caption-tuned LoRA into the LLM of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .export import export_model, require_new_folder
+from .towers import merge_adapter
+
+
+def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
+    """Write a copy of a model whose LLM carries the adapter in its own weights.
+
+    The numbers are those of the unmerged LLM up to the rounding of one sum a weight.
+
+    Args:
+        model: Hub id or folder the adapter was trained on.
+        adapter: Hub id or folder of the LoRA.
+        output: folder to write.
+    Raises: FileExistsError when `output` is not empty.
+    """
+    require_new_folder(output)
+    loaded = LLM2CLIPModel.from_pretrained(model)
+    loaded.text_model = merge_adapter(loaded.text_model, adapter)
+    return export_model(loaded, LLM2CLIPProcessor.from_pretrained(model), output)

@@ -1,0 +1,53 @@
+"""What both training stages hang on a transformers Trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from .stopping import StopRequest
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Appends every log of a Trainer to a file, one JSON object a line, with its step."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_log(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """After a signal: finish the step, save a checkpoint, stop."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if self.stop.signal:
+            control.should_save = control.should_training_stop = True
+
+
+def choose_reports() -> list[str]:
+    """Loggers of a Trainer besides our own: TensorBoard where it is installed."""
+    return ["tensorboard"] if is_tensorboard_available() else []

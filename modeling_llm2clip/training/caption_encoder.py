@@ -1,0 +1,143 @@
+"""The LLM with a LoRA as sentence-transformers' trainer takes it: captions in, pooled states out.
+
+Lives only while it is trained. What is kept is the adapter; a folder for sentence-transformers is
+written by `hub.export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Module
+from torch import Tensor
+
+from ..encoding.captions import encode_captions
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """Size and place of the low-rank matrices (paper, appendix: rank 16, alpha 32).
+
+    Attributes:
+        targets: names of the linear layers, as peft takes them; "all-linear" for every one.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"rank={self.rank} must be at least 1, alpha={self.alpha} positive, "
+                f"dropout={self.dropout} in [0, 1)."
+            )
+
+
+class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is typed in part
+    """Tokens to unprojected caption vectors, as a module of sentence-transformers.
+
+    Args:
+        model: its LLM gets the LoRA layers in place; all else is frozen.
+        processor: the checkpoint's own, with its prompt.
+    """
+
+    def __init__(
+        self,
+        model: LLM2CLIPModel | LLM2CLIPTextModel,
+        processor: LLM2CLIPProcessor,
+        lora: LoraArguments,
+    ) -> None:
+        super().__init__()
+        self.llm2clip = model.requires_grad_(False)
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            task_type="FEATURE_EXTRACTION",
+        )
+        # The wrapper changes the LLM in place; only it knows how an adapter is written, and it
+        # must not become a second path to the same parameters.
+        self._adapted: list[PeftModel] = [get_peft_model(model.text_model, config)]
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The LLM in peft's wrapper."""
+        return self._adapted[0]
+
+    @property
+    def modalities(self) -> list[str]:
+        """What it encodes."""
+        return ["text"]
+
+    def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> Any:
+        """Tokenize captions with the checkpoint's prompt: `input_ids`, `attention_mask` (B, L)."""
+        if prompt:
+            raise ValueError(f"Captions are tuned without an instruction; got {prompt!r}.")
+        check_texts(list(inputs))
+        return dict(self.processor(text=list(inputs)))
+
+    def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        """Add `sentence_embedding`, (B, D) float32, not projected and not normalised."""
+        features["sentence_embedding"] = self.llm2clip.get_caption_embeds(
+            features["input_ids"], features.get("attention_mask")
+        )
+        return features
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Write the adapter alone."""
+        self.adapted.save_pretrained(output_path)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put the weights of a saved adapter into the LoRA layers.
+
+        Raises: ValueError when a weight of it is missing or has no place.
+        """
+        from peft import set_peft_model_state_dict
+
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        result = set_peft_model_state_dict(self.adapted, weights)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"{folder} does not fit this LLM and LoRA: missing {missing[:5]}, without a place "
+                f"{result.unexpected_keys[:5]}."
+            )
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """Encode many captions, (N, D) float32, without gradients."""
+        was_training = self.llm2clip.training
+        self.llm2clip.eval()
+        vectors = encode_captions(self.llm2clip, self.processor, captions).caption_embeds
+        self.llm2clip.train(was_training)
+        return vectors
+
+
+def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
+    """Make the model that sentence-transformers' trainer and losses take."""
+    return SentenceTransformer(modules=[encoder], device=str(encoder.llm2clip.device))
+
+
+def write_adapter(encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write `adapter_config.json` and the weights, in a dtype of choice."""
+    encoder.adapted.save_pretrained(str(folder))
+    file = folder / ADAPTER_WEIGHTS
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form, not filled in

@@ -1,0 +1,149 @@
+"""Stage 2: captions into a store of vectors, taken before the adapter.
+
+The rows are the distinct captions, longest first, and by first occurrence among equally long ones:
+then a shard's captions are about equally long, and what does not fit the memory fails at once.
+Which captions share a batch depends on the shard alone, so a store that was continued has the same
+bytes as one that never was interrupted, on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.captioned_images import CaptionedImage
+from ..data.vector_store_layout import StoreManifest
+from ..data.vector_store_writing import StoreWriter, pack_index
+from ..encoding.captions import default_token_budget, encode_token_ids, tokenize_captions
+from ..encoding.fingerprint import fingerprint_text
+from ..modeling_llm2clip import LLM2CLIPTextModel
+from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
+from .shard_work import (
+    ExtractionArguments,
+    ExtractionReport,
+    choose_device,
+    fill_store,
+    hash_records,
+)
+from .stopping import StopRequest
+
+# Ids of this many captions are in memory at a time.
+_TOKENIZED_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class CaptionPlan:
+    """Which caption is in which row.
+
+    Attributes:
+        captions: one a row, all different.
+        index: content of the store's index.
+        data: SHA-256 of the data set.
+        counts: captions, distinct ones, and distinct ones that are cut.
+    """
+
+    captions: list[str]
+    index: bytes
+    data: str
+    counts: dict[str, int]
+
+
+def extract_captions(
+    model_folder: str | Path,
+    records: Sequence[CaptionedImage],
+    output: str | Path,
+    arguments: ExtractionArguments | None = None,
+    *,
+    stop: StopRequest | None = None,
+) -> ExtractionReport:
+    """Compute the vectors of all captions into a store, or go on with one.
+
+    Only the text half of the model is loaded.
+
+    Args:
+        model_folder: folder or Hub id of a model.
+        records: the data set; item i of the store is record i.
+        output: folder of the store: new, empty, or of the same store, which is continued.
+        stop: from `stop_on_signals`: the shard in hand is finished first.
+    Raises:
+        ValueError: no captions, or blank ones; or `output` is a store of another model, prompt,
+            data set or setting, named with both values.
+        OSError: the disk is full; whole shards stay.
+    """
+    arguments = arguments or ExtractionArguments()
+    device = choose_device(arguments)
+    processor = LLM2CLIPProcessor.from_pretrained(model_folder)
+    plan = plan_captions(processor, records, show_progress=arguments.show_progress)
+    model = LLM2CLIPTextModel.from_pretrained(model_folder)
+    fingerprint = fingerprint_text(model, processor)
+    model = model.to(device)
+    budget = arguments.token_budget or default_token_budget(device)
+    manifest = StoreManifest(
+        kind="caption_embeds",
+        fingerprint=fingerprint,
+        dtype=arguments.dtype,
+        dim=model.config.text_config.hidden_size,
+        num_rows=len(plan.captions),
+        num_items=len(records),
+        rows_per_shard=arguments.rows_per_shard,
+        plan={"data": plan.data, "token_budget": str(budget)},
+        counts=plan.counts,
+        index_bytes=len(plan.index),
+        index_sha256=hashlib.sha256(plan.index).hexdigest(),
+    )
+
+    def compute(rows: range, tell: Callable[[int], object]) -> Tensor:
+        ids, _ = tokenize_captions(processor, plan.captions[rows.start : rows.stop])
+        return encode_token_ids(model, processor, ids, token_budget=budget, on_batch=tell)[0]
+
+    writer = StoreWriter.open(output, manifest, plan.index)
+    return fill_store(writer, compute, stop=stop, show_progress=arguments.show_progress)
+
+
+def plan_captions(
+    processor: LLM2CLIPProcessor, records: Sequence[CaptionedImage], *, show_progress: bool = False
+) -> CaptionPlan:
+    """Give every distinct caption its row.
+
+    Raises: ValueError when there are no captions, or naming every blank one.
+    """
+    captions = [text for r in records for text in (*r.captions, *r.long_captions)]
+    distinct = list(dict.fromkeys(captions))
+    check_texts(distinct)
+    lengths, num_truncated = _measure(processor, distinct, show_progress=show_progress)
+    ordered = [distinct[i] for i in np.argsort(-lengths, kind="stable").tolist()]
+    row_of = {caption: row for row, caption in enumerate(ordered)}
+    index = pack_index(
+        {
+            "names": [r.name for r in records],
+            "keys": [r.key for r in records],
+            "langs": [r.lang for r in records],
+        },
+        {
+            "short": [[row_of[text] for text in r.captions] for r in records],
+            "long": [[row_of[text] for text in r.long_captions] for r in records],
+        },
+    )
+    counts = {"captions": len(captions), "distinct": len(distinct), "truncated": num_truncated}
+    return CaptionPlan(ordered, index, hash_records(records), counts)
+
+
+def _measure(
+    processor: LLM2CLIPProcessor, captions: Sequence[str], *, show_progress: bool
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
+    """Token count of each caption, and how many captions are cut; the ids are not kept."""
+    lengths = np.zeros(len(captions), dtype=np.int64)
+    num_truncated = 0
+    starts = range(0, len(captions), _TOKENIZED_AT_ONCE)
+    for start in tqdm(starts, desc="measure", disable=not show_progress):
+        ids, num_cut = tokenize_captions(processor, captions[start : start + _TOKENIZED_AT_ONCE])
+        lengths[start : start + len(ids)] = [len(row) for row in ids]
+        num_truncated += num_cut
+    return lengths, num_truncated

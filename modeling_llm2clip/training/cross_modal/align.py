@@ -1,0 +1,258 @@
+"""Stage 3: checks everything that is cheap, loads what is needed, trains, and merges.
+
+Writes into the output folder: `run.json`, `metrics.jsonl`, `checkpoints/`. The new Hub folder is
+made of the result by `hub.assemble`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
+
+from ...data.captioned_images import CaptionedImage
+from ...data.vector_store import VectorStore
+from ...encoding.fingerprint import fingerprint_text, fingerprint_vision
+from ...processing_llm2clip import LLM2CLIPProcessor
+from ..callbacks import JsonLinesCallback, StopOnSignal
+from ..closed_form_start import start_from_canonical_correlation
+from ..run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
+from ..stopping import StopRequest, stop_on_signals
+from .arguments import AlignArguments
+from .dataset import AlignmentDataset
+from .model import AlignmentModel
+from .towers import choose_trained_parts, merge_loras
+from .trainer import (
+    CHECKPOINTS,
+    AlignmentTrainer,
+    ShareSignal,
+    find_last_checkpoint,
+    make_training_arguments,
+)
+
+# As many pairs fix a linear fit of vectors of a few thousand elements, and fit into memory.
+_MOST_PAIRS_OF_START = 50_000
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """What came of a run.
+
+    Attributes:
+        trained: what differs from the model's folder now, by its name there, on the CPU, LoRAs
+            merged; empty in all but the main process; None when a signal stopped the run early.
+        steps: steps done, those before a resumption included.
+        final_loss: of the last line of metrics.
+        exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
+        is_main_process: whether this process is the one that writes.
+    """
+
+    trained: dict[str, Tensor] | None
+    steps: int
+    final_loss: float
+    exit_code: int
+    is_main_process: bool
+
+
+def align(
+    model: Path,
+    records: Sequence[CaptionedImage],
+    output: Path,
+    arguments: AlignArguments,
+    *,
+    caption_store: VectorStore | None = None,
+    picture_store: VectorStore | None = None,
+    resume: bool = False,
+) -> AlignResult:
+    """Align pictures with captions.
+
+    Args:
+        model: folder of a built or exported model.
+        records: the data; their pictures are needed where there is no `picture_store`.
+        output: folder for the run's files; must be new, or the same run's with `resume`.
+        caption_store: caption vectors of these records by this model's LLM; needed for
+            `text_training="stored"`, and only for it.
+        picture_store: picture vectors by this model's frozen tower.
+        resume: continue from the last whole checkpoint in `output`.
+    Raises:
+        ValueError: before any tower is loaded: no data, too little for a batch, a batch that the
+            processes cannot share, an output folder of another run, stores of another model or
+            of other data, settings that contradict each other.
+        FloatingPointError: at a non-finite loss.
+    """
+    _check_settings(arguments, caption_store, picture_store)
+    _check_data(records, arguments)
+    record = {
+        **asdict(arguments),
+        "model": str(model),
+        "caption_store": caption_store and str(caption_store.folder),
+        "picture_store": picture_store and str(picture_store.folder),
+        "num_records": len(records),
+    }
+    require_fresh_or_same_run(output, record, resume=resume)
+    _check_stores(model, caption_store, picture_store)
+    processor = LLM2CLIPProcessor.from_pretrained(model)
+    dataset = AlignmentDataset(
+        records,
+        processor,
+        caption_store=caption_store,
+        picture_store=picture_store,
+        long_share=arguments.long_share,
+        seed=arguments.seed,
+    )
+    training_arguments = make_training_arguments(
+        output, arguments, num_steps=arguments.count_steps(len(records))
+    )
+    _check_processes(arguments, training_arguments)
+    PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
+    set_seed(arguments.seed)
+    aligned = AlignmentModel.from_pretrained(
+        model, with_llm=arguments.needs_llm, with_vision_tower=picture_store is None
+    )
+    adapted = choose_trained_parts(aligned, arguments)
+    last = find_last_checkpoint(output) if resume else None
+    if last is None and arguments.start == "canonical-correlation":
+        start_from_canonical_correlation(aligned, *_pair_vectors(dataset, arguments.seed))
+    if training_arguments.should_save:
+        write_run_record(output, arguments=record, seed=arguments.seed, model=aligned)
+        _forget_what_came_after(output, last)
+    PartialState().wait_for_everyone()
+    with stop_on_signals() as stop:
+        trainer = _make_trainer(aligned, dataset, output, arguments, training_arguments, stop)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    finished = trainer.state.global_step >= training_arguments.max_steps
+    return AlignResult(
+        trained=_collect(trainer, adapted, output) if finished else None,
+        steps=trainer.state.global_step,
+        final_loss=losses[-1] if losses else float("nan"),
+        exit_code=0 if finished else stop.exit_code,
+        is_main_process=training_arguments.should_save,
+    )
+
+
+def _make_trainer(
+    model: AlignmentModel,
+    dataset: AlignmentDataset,
+    output: Path,
+    arguments: AlignArguments,
+    training_arguments: TrainingArguments,
+    stop: StopRequest,
+) -> AlignmentTrainer:
+    return AlignmentTrainer(
+        model,
+        dataset,
+        arguments=arguments,
+        training_arguments=training_arguments,
+        callbacks=[JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop)],
+    )
+
+
+def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -> dict[str, Tensor]:
+    model = trainer.alignment_model
+    if trainer.is_fsdp_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        names = model.trained_names()
+        state = {name: value for name, value in state.items() if name in names}
+    else:
+        state = merge_loras(model, adapted)
+    if not trainer.args.should_save:
+        return {}
+    return model.name_as_saved({name: value.cpu() for name, value in state.items()}, output)
+
+
+def _check_settings(
+    arguments: AlignArguments,
+    caption_store: VectorStore | None,
+    picture_store: VectorStore | None,
+) -> None:
+    faults = []
+    if arguments.needs_llm and caption_store is not None:
+        faults.append(
+            f"text_training={arguments.text_training!r} runs the LLM and reads no caption store"
+        )
+    if not arguments.needs_llm and caption_store is None:
+        faults.append("text_training='stored' needs a caption store; llm2clip extract makes one")
+    if picture_store is not None and arguments.vision_training != "frozen":
+        faults.append(
+            f"vision_training={arguments.vision_training!r} changes the picture vectors, so that a "
+            "picture store is of no use"
+        )
+    if arguments.start != "as-is" and (caption_store is None or picture_store is None):
+        faults.append(f"start={arguments.start!r} needs a caption store and a picture store")
+    for store, kind in ((caption_store, "caption_embeds"), (picture_store, "vision_embeds")):
+        if store is not None and store.manifest.kind != kind:
+            faults.append(f"{store.folder} holds {store.manifest.kind}, wanted {kind}")
+    if faults:
+        raise ValueError("; ".join(faults) + ".")
+
+
+def _check_data(records: Sequence[CaptionedImage], arguments: AlignArguments) -> None:
+    if not records:
+        raise ValueError("Got no pictures to align with; give at least a batch of them.")
+    if len(records) < arguments.batch_size:
+        raise ValueError(
+            f"{len(records)} pictures are too few for a batch of {arguments.batch_size}. Set "
+            f"batch_size to at most {len(records)}, or give more data."
+        )
+
+
+def _check_stores(
+    model: Path, caption_store: VectorStore | None, picture_store: VectorStore | None
+) -> None:
+    if caption_store is not None:
+        caption_store.require_fingerprint(fingerprint_text(model))
+    if picture_store is not None:
+        picture_store.require_fingerprint(fingerprint_vision(model))
+
+
+def _check_processes(arguments: AlignArguments, training_arguments: TrainingArguments) -> None:
+    num_processes = training_arguments.world_size
+    if arguments.batch_size < num_processes:
+        raise ValueError(
+            f"batch_size={arguments.batch_size} is smaller than the number of processes "
+            f"({num_processes}). It counts the pictures of all processes together."
+        )
+    if arguments.batch_size % num_processes:
+        raise ValueError(
+            f"batch_size={arguments.batch_size} cannot be shared evenly by {num_processes} "
+            "processes. Choose a multiple of their number."
+        )
+
+
+def _pair_vectors(dataset: AlignmentDataset, seed: int) -> tuple[Tensor, Tensor]:
+    """Captions beside their pictures from the stores, evenly drawn where there are very many."""
+    generator = torch.Generator().manual_seed(seed)
+    captions: list[int] = []
+    pictures: list[int] = []
+    for item in torch.randperm(len(dataset), generator=generator).tolist():
+        rows = dataset.caption_rows(item).tolist()
+        captions += rows
+        pictures += [dataset.picture_row(item)] * len(rows)
+        if len(captions) >= _MOST_PAIRS_OF_START:
+            break
+    assert dataset.caption_store is not None and dataset.picture_store is not None
+    return dataset.caption_store.read(captions), dataset.picture_store.read(pictures)
+
+
+def _forget_what_came_after(output: Path, checkpoint: Path | None) -> None:
+    """Drop metrics and broken-off checkpoints of steps that will be done again."""
+    step = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
+    file = output / METRICS_FILE
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        # The last line of a killed run may be half written.
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,211 @@
+"""Pictures and captions of a batch, decoded and tokenized, or read from stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...data.captioned_images import CaptionedImage
+from ...data.pictures import load_picture
+from ...data.vector_store import VectorStore
+from ...processing_llm2clip import LLM2CLIPProcessor
+from .draws import draw_caption
+
+_NAMES_SHOWN = 5
+# JPEG is decoded at least this much larger than the tower sees, so that resizing still smooths.
+_OVERSIZE = 2
+
+
+class AlignmentDataset(Dataset[Any]):
+    """Records of a data set, each a picture and its captions; hands out whole batches.
+
+    Args:
+        records: at least one.
+        processor: the model's.
+        caption_store: caption vectors; None to hand out tokens.
+        picture_store: picture vectors; None to hand out pixels.
+        long_share, seed: see `draws.draw_caption`.
+    Raises: ValueError when a store has other records, or other numbers of captions; or a
+        picture is missing; with counts and the first names.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[CaptionedImage],
+        processor: LLM2CLIPProcessor,
+        *,
+        caption_store: VectorStore | None = None,
+        picture_store: VectorStore | None = None,
+        long_share: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        self.records = records
+        self.processor = processor
+        self.caption_store = caption_store
+        self.picture_store = picture_store
+        self.long_share = long_share
+        self.seed = seed
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(r.key for r in records))}
+        self.keys = torch.tensor([numbers[record.key] for record in records])
+        self.key_names = list(numbers)
+        self._caption_items = None if caption_store is None else pair_items(records, caption_store)
+        self._picture_items = None if picture_store is None else pair_items(records, picture_store)
+        if caption_store is not None and self._caption_items is not None:
+            _require_same_counts(records, caption_store, self._caption_items)
+        if picture_store is None:
+            _require_pictures(records)
+        self._needed_size = None if picture_store else find_needed_size(processor.image_processor)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return a batch for (epoch, item) pairs: the arguments of `AlignmentModel`, and `keys`."""
+        items = [item for _, item in draws]
+        captions = [self._draw(epoch, item) for epoch, item in draws]
+        return {
+            "keys": self.keys[items],
+            **self._read_captions(items, captions),
+            **self._read_pictures(items),
+        }
+
+    def caption_rows(self, item: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Rows of all captions of an item in the store."""
+        assert self.caption_store is not None and self._caption_items is not None
+        stored = self._caption_items[item]
+        rows = [self.caption_store.rows_of(stored, long=long) for long in (False, True)]
+        return np.concatenate(rows)
+
+    def picture_row(self, item: int) -> int:
+        """Row of an item's picture in the store."""
+        assert self.picture_store is not None and self._picture_items is not None
+        return int(self.picture_store.rows_of(self._picture_items[item])[0])
+
+    def _draw(self, epoch: int, item: int) -> tuple[bool, int]:
+        record = self.records[item]
+        return draw_caption(
+            len(record.captions),
+            len(record.long_captions),
+            long_share=self.long_share,
+            seed=self.seed,
+            epoch=epoch,
+            item=item,
+        )
+
+    def _read_captions(
+        self, items: Sequence[int], captions: Sequence[tuple[bool, int]]
+    ) -> dict[str, Tensor]:
+        drawn = list(zip(items, captions, strict=True))
+        if self.caption_store is not None and self._caption_items is not None:
+            rows = [
+                self.caption_store.rows_of(self._caption_items[item], long=is_long)[number]
+                for item, (is_long, number) in drawn
+            ]
+            return {"caption_embeds": self.caption_store.read(np.array(rows))}
+        texts = [
+            (self.records[item].long_captions if is_long else self.records[item].captions)[number]
+            for item, (is_long, number) in drawn
+        ]
+        return dict(self.processor(text=texts))
+
+    def _read_pictures(self, items: Sequence[int]) -> dict[str, Tensor]:
+        if self.picture_store is not None:
+            rows = np.array([self.picture_row(item) for item in items])
+            return {"vision_embeds": self.picture_store.read(rows)}
+        pictures = [open_near_size(self.records[item].picture, self._needed_size) for item in items]
+        return dict(self.processor(images=pictures))
+
+
+def keep_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate nothing: the data set hands out whole batches. A function, so that it is pickled."""
+    return batch
+
+
+def pair_items(records: Sequence[CaptionedImage], store: VectorStore) -> list[int]:
+    """Find each record in a store by name and language.
+
+    Returns: numbers of the store's items, in the order of the records.
+    Raises: ValueError when either has a record that the other lacks.
+    """
+    stored = {pair: i for i, pair in enumerate(zip(store.names, store.langs, strict=True))}
+    wanted = [(record.name, record.lang) for record in records]
+    faults = []
+    if lacking := [pair for pair in wanted if pair not in stored]:
+        faults.append(f"{len(lacking)} records are not in the store: {_show(lacking)}")
+    if extra := sorted(set(stored) - set(wanted)):
+        faults.append(f"{len(extra)} of its items are not in the data: {_show(extra)}")
+    if faults:
+        raise ValueError(
+            f"{store.folder} belongs to other data: {'; '.join(faults)}. Extract this data again."
+        )
+    return [stored[pair] for pair in wanted]
+
+
+def open_near_size(picture: Any, size: int | None) -> Any:
+    """Open a picture so that a JPEG is decoded no larger than needed; pass all others on.
+
+    Args:
+        size: pixels of the tower's square; None to decode in full.
+    Returns: what `LLM2CLIPProcessor` takes.
+    """
+    opened = load_picture(picture)
+    if size is None:
+        return opened
+    if isinstance(opened, Path):
+        try:
+            opened = Image.open(opened)
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
+            return opened  # the processor opens it again and says what is wrong, with its name
+    if getattr(opened, "format", None) == "JPEG":
+        opened.draft(None, (_OVERSIZE * size, _OVERSIZE * size))
+    return opened
+
+
+def find_needed_size(image_processor: Any) -> int | None:
+    """Longest side that an image processor hands on; None where it does not resize to a square."""
+    if not getattr(image_processor, "do_resize", True):
+        return None
+    sides = [
+        side
+        for name in ("size", "crop_size")
+        for side in dict(getattr(image_processor, name, None) or {}).values()
+        if isinstance(side, int)
+    ]
+    return max(sides, default=None)
+
+
+def _require_pictures(records: Sequence[CaptionedImage]) -> None:
+    lacking = [(record.name, record.lang) for record in records if record.picture is None]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} records have no picture: {_show(lacking)}. Give the folder of "
+            "pictures, or a store of picture vectors."
+        )
+
+
+def _require_same_counts(
+    records: Sequence[CaptionedImage], store: VectorStore, items: Sequence[int]
+) -> None:
+    differing = [
+        (record.name, record.lang)
+        for record, item in zip(records, items, strict=True)
+        if len(store.rows_of(item)) != len(record.captions)
+        or len(store.rows_of(item, long=True)) != len(record.long_captions)
+    ]
+    if differing:
+        raise ValueError(
+            f"{len(differing)} records have other numbers of captions than {store.folder}: "
+            f"{_show(differing)}. The captions changed since; extract them again."
+        )
+
+
+def _show(pairs: Sequence[tuple[str, str]]) -> str:
+    shown = ", ".join(f"{name} ({lang})" for name, lang in pairs[:_NAMES_SHOWN])
+    return shown + (", …" if len(pairs) > _NAMES_SHOWN else "")

@@ -1,0 +1,153 @@
+"""The module that is trained: a whole model without the towers that are not run.
+
+B pictures and captions, D width of the LLM, D' of the vision tower, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...modeling_llm2clip import LLM2CLIPModel
+
+_ALWAYS_TRAINED = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
+
+
+class _AbsentTower(nn.Module):
+    """Stands where a tower would: has its configuration and no weights."""
+
+    config: Any = None
+
+
+class AlignmentModel(LLM2CLIPModel):
+    """Both sides in one forward pass, as distributed training wants it.
+
+    Loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It is
+    never saved: `trained_state` is, and `hub.assemble` makes a folder of it.
+
+    Args:
+        with_llm: False where caption vectors are stored.
+        with_vision_tower: False where picture vectors are stored.
+
+    Attributes:
+        trains_text, trains_vision: whether gradients reach the towers; set before training.
+    """
+
+    _auto_class = None  # type: ignore[assignment]
+
+    def __init__(
+        self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
+    ) -> None:
+        self._keys_to_ignore_on_load_unexpected = [
+            *([] if with_llm else [r"^text_model\."]),
+            *([] if with_vision_tower else [r"^vision_model\."]),
+        ]
+        vision_model = None
+        if not with_vision_tower:
+            # Built without memory, because only the network knows how wide its vectors are.
+            with torch.device("meta"):
+                vision_model = AutoModel.from_config(config.vision_config)
+        text_model: Any = None if with_llm else _AbsentTower()
+        super().__init__(config, vision_model, text_model)
+        if not with_vision_tower:
+            self.vision_model = _AbsentTower()
+        self.trains_text = self.trains_vision = False
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor | None = None,
+        vision_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        caption_embeds: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode pictures and captions, or start from their stored vectors.
+
+        Args:
+            pixel_values: what the image processor returns, or
+            vision_embeds: (B, D') float32, stored.
+            input_ids, attention_mask: (B, L), or
+            caption_embeds: (B, D) float32, stored.
+        Returns: image_embeds and text_embeds, (B, P) float32 of unit length, and the inverse
+            temperature, (1,).
+        """
+        if vision_embeds is None:
+            assert pixel_values is not None
+            with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
+                vision_embeds = self.get_vision_embeds(
+                    pixel_values, pixel_attention_mask, spatial_shapes
+                )
+        if caption_embeds is None:
+            assert input_ids is not None
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+                caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
+        image_embeds = F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
+        text_embeds = F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
+        return image_embeds, text_embeds, self.logit_scale()
+
+    def train(self, mode: bool = True) -> AlignmentModel:
+        """Switch to training; a tower that is not trained keeps evaluating."""
+        super().train(mode)
+        for tower, trains in (
+            (self.text_model, self.trains_text),
+            (self.vision_model, self.trains_vision),
+        ):
+            tower.train(mode and trains)
+        return self
+
+    def train_heads_only(self) -> None:
+        """Freeze all but adapter, projections and temperature, which become float32."""
+        self.requires_grad_(False)
+        for name in _ALWAYS_TRAINED:
+            getattr(self, name).float().requires_grad_(True)
+
+    def trained_names(self) -> set[str]:
+        """Names of what training changes: parameters, and running statistics of a trained tower."""
+        names = {name for name, p in self.named_parameters() if p.requires_grad}
+        if self.trains_vision:
+            buffers = {f"vision_model.{name}" for name, _ in self.vision_model.named_buffers()}
+            names |= buffers & set(self.state_dict())
+        return names
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name."""
+        names = self.trained_names()
+        return {name: value for name, value in self.state_dict().items() if name in names}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Put a saved state back.
+
+        Raises: ValueError when it is not that of what is trained now.
+        """
+        names = self.trained_names()
+        if names != set(state):
+            raise ValueError(
+                f"The checkpoint does not hold what is trained now: missing "
+                f"{sorted(names - set(state))[:5]}, without a place "
+                f"{sorted(set(state) - names)[:5]}."
+            )
+        self.load_state_dict(state, strict=False)
+
+    def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
+        """Give weights the names they have in a folder; transformers renames some on loading.
+
+        Args:
+            state: whole towers and heads.
+            scratch: an existing folder with room for them for a moment.
+        """
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            self.save_pretrained(folder, state_dict=state)
+            named: dict[str, Tensor] = {}
+            for file in sorted(Path(folder).glob("*.safetensors")):
+                named |= load_file(file)
+        return named

@@ -1,0 +1,288 @@
+"""transformers' Trainer with our loss, groups of parameters, batches and checkpoints."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ...modeling_llm2clip import MAX_LOG_SCALE
+from ..callbacks import choose_reports
+from ..losses import keyed_contrastive_loss
+from ..optimization import split_by_decay, warm_up_then_cosine
+from ..stopping import StopRequest
+from .arguments import AlignArguments
+from .dataset import AlignmentDataset, keep_batch
+from .draws import RunBatches
+from .model import AlignmentModel
+from .towers import scale_by_layer
+
+CHECKPOINTS = "checkpoints"
+_WEIGHTS = "trained.safetensors"
+# Written last into a checkpoint: one without it was broken off.
+_COMPLETE = "complete"
+_BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
+_KEYS_SHOWN = 8
+# What wrappers put into the names of parameters.
+_WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
+
+
+def make_training_arguments(
+    output: Path, arguments: AlignArguments, *, num_steps: int
+) -> TrainingArguments:
+    """Translate our settings; also joins the process group where there is one."""
+    bfloat16 = arguments.precision == "bfloat16" or (
+        arguments.precision == "auto"
+        and arguments.device == "auto"
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported()
+    )
+    found = TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=num_steps,
+        per_device_train_batch_size=arguments.batch_size,  # corrected below
+        learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.clip_norm,
+        bf16=bfloat16,
+        use_cpu=arguments.device == "cpu",
+        logging_steps=arguments.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # such a loss stops the run
+        save_strategy="steps",
+        save_steps=arguments.save_every,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        label_names=[],
+        # A tower may have weights that its pooling never asks.
+        ddp_find_unused_parameters=arguments.vision_training == "full",
+        report_to=choose_reports(),
+        seed=arguments.seed,
+    )
+    found._n_gpu = min(1, found.n_gpu)  # one process a GPU; never torch's DataParallel
+    found.per_device_train_batch_size = max(1, arguments.batch_size // found.world_size)
+    return found
+
+
+class AlignmentTrainer(Trainer):
+    """Trains an `AlignmentModel` on an `AlignmentDataset`.
+
+    To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
+    a run is resumed anywhere by leaving out batches that are not even read.
+
+    Args:
+        model: with its trained parts chosen.
+        training_arguments: from `make_training_arguments`.
+    """
+
+    def __init__(
+        self,
+        model: AlignmentModel,
+        dataset: AlignmentDataset,
+        *,
+        arguments: AlignArguments,
+        training_arguments: TrainingArguments,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.settings = arguments
+        self.alignment_model = model
+        self.batches = RunBatches(
+            len(dataset),
+            batch_size=arguments.batch_size,
+            num_steps=training_arguments.max_steps,
+            seed=arguments.seed,
+            rank=training_arguments.process_index,
+            num_processes=training_arguments.world_size,
+        )
+        self._rates = find_learning_rates(model, arguments)
+        self._inverse_temperature = model.logit_scale().detach()
+        super().__init__(
+            model=model,
+            args=training_arguments,
+            train_dataset=dataset,
+            callbacks=[ClampTemperature(), *callbacks],
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this process's batches of the whole run."""
+        assert isinstance(self.train_dataset, AlignmentDataset)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,  # type: ignore[arg-type]
+            collate_fn=keep_batch,
+            num_workers=self.settings.num_workers,
+            pin_memory=self.args.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.settings.seed),
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Group parameters by learning rate, and by whether they decay; fastest first."""
+        if self.optimizer is None:
+            of_rate: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in (model or self.alignment_model).named_parameters():
+                if parameter.requires_grad:
+                    of_rate.setdefault(self._rates[_unwrap(name)], []).append(parameter)
+            groups = [
+                group
+                for rate in sorted(of_rate, reverse=True)
+                for group in split_by_decay(of_rate[rate], self.settings.weight_decay, lr=rate)
+            ]
+            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=_BETAS)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Warm up for a tenth of the steps, then fall as a cosine."""
+        if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            assert chosen is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                chosen, warm_up_then_cosine(num_training_steps)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler  # type: ignore[no-any-return]
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Compare this process's rows with those of all.
+
+        Raises: FloatingPointError when the loss is not finite, with the step and the batch's keys.
+        """
+        keys = inputs["keys"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "keys"})
+        image_embeds, text_embeds, scale = outputs
+        loss = keyed_contrastive_loss(
+            image_embeds,
+            text_embeds,
+            scale,
+            keys,
+            chunk_size=self.settings.loss_chunk,
+            over_processes=True,
+        )
+        self._inverse_temperature = scale.detach()
+        if not loss.isfinite():
+            assert isinstance(self.train_dataset, AlignmentDataset)
+            names = [self.train_dataset.key_names[int(key)] for key in keys[:_KEYS_SHOWN]]
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step} for {len(keys)} "
+                f"pictures with the keys {names}{' …' if len(keys) > _KEYS_SHOWN else ''}. Look at "
+                f"these for broken vectors, or lower the learning rate ({self.settings.lr})."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log passes over the data, since the Trainer's own epoch is the whole run."""
+        self.state.epoch = self.state.global_step / self.batches.steps_per_epoch
+        logs["inverse_temperature"] = float(self._inverse_temperature)
+        super().log(logs, start_time)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Save what is trained, and nothing that the model's folder has already."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.alignment_model.trained_state() if state_dict is None else state_dict
+        names = self.alignment_model.trained_names()
+        kept = {n: v.detach().cpu().contiguous() for n, v in state.items() if n in names}
+        save_file(kept, folder / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            (Path(str(self.args.output_dir)) / name / _COMPLETE).touch()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.alignment_model.load_trained_state(load_file(Path(resume_from_checkpoint) / _WEIGHTS))
+
+
+class ClampTemperature(TrainerCallback):
+    """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
+
+    def on_optimizer_step(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        with torch.no_grad():
+            model.logit_scale.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+
+
+class ShareSignal(TrainerCallback):
+    """Makes a signal that one process got known to all, so that they stop at the same step.
+
+    Stands before `StopOnSignal`, which acts on it.
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if args.world_size > 1:
+            number = torch.tensor(int(self.stop.signal or 0), device=args.device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            if number and self.stop.signal is None:
+                self.stop.signal = signal.Signals(int(number))
+
+
+def find_learning_rates(model: AlignmentModel, arguments: AlignArguments) -> dict[str, float]:
+    """Peak learning rate of each trained parameter, by name."""
+    rates = {name: arguments.lr for name, p in model.named_parameters() if p.requires_grad}
+    if arguments.vision_training == "full":
+        factors = scale_by_layer(model.vision_model, arguments.layer_decay)
+        rate = arguments.vision_lr or arguments.lr
+        rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
+    return rates
+
+
+def find_last_checkpoint(output: Path) -> Path | None:
+    """Return the last whole checkpoint of a run, or None."""
+    checkpoints = output / CHECKPOINTS
+    if not checkpoints.is_dir():
+        return None
+    whole = [
+        folder for folder in checkpoints.glob("checkpoint-*") if (folder / _COMPLETE).is_file()
+    ]
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _unwrap(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

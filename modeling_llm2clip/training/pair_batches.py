@@ -1,0 +1,145 @@
+"""Batches of text pairs in which no text is a negative of another text of the same picture."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from sentence_transformers.base.sampler import (
+    DefaultBatchSampler,
+    MultiDatasetDefaultBatchSampler,
+)
+from sentence_transformers.sentence_transformer.data_collator import (
+    SentenceTransformerDataCollator,
+)
+
+from ..data.caption_groups import TextPair
+
+KEY_COLUMN = "key"
+
+
+def make_pair_table(pairs: Sequence[TextPair]) -> Dataset:
+    """Make the table that sentence-transformers reads: key, anchor, positive, negative_1, …."""
+    columns: dict[str, list[str]] = {
+        KEY_COLUMN: [pair.key for pair in pairs],
+        "anchor": [pair.anchor for pair in pairs],
+        "positive": [pair.positive for pair in pairs],
+    }
+    for number in range(len(pairs[0].negatives)):
+        columns[f"negative_{number + 1}"] = [pair.negatives[number] for pair in pairs]
+    return Dataset.from_dict(columns)
+
+
+class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
+    """Leaves the key out: the sampler needs it, the model does not."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tokenize the texts of some rows, column by column."""
+        return super().__call__(  # type: ignore[no-any-return]
+            [{k: v for k, v in row.items() if k != KEY_COLUMN} for row in features]
+        )
+
+
+class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
+    """Draws batches in which each key, and each text, occurs once over all processes.
+
+    A batch of all processes is `num_processes` successive batches: accelerate deals them out in
+    turn. A row that would repeat a key or a text waits for a later batch. Every epoch has equally
+    many batches, `len(dataset)` divided by the size of a whole batch; what a short rest cannot
+    fill is filled from the next shuffle.
+
+    Raises: ValueError when there are too few different keys for one batch.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, **settings: Any) -> None:
+        super().__init__(dataset, batch_size, **{**settings, "drop_last": True})
+        self.num_processes = PartialState().num_processes
+        self.window_size = batch_size * self.num_processes
+        columns = [dataset[name][:] for name in dataset.column_names if name != KEY_COLUMN]
+        self.texts_of_row = [set(texts) for texts in zip(*columns, strict=True)]
+        self.key_of_row = dataset[KEY_COLUMN][:]
+        num_keys = len(set(self.key_of_row))
+        if num_keys < self.window_size:
+            raise ValueError(
+                f"{num_keys} different pictures are too few for a batch of {batch_size} on "
+                f"{self.num_processes} processes: each may occur once. Lower the batch size."
+            )
+
+    def __len__(self) -> int:
+        return len(self.key_of_row) // self.window_size * self.num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = self._shuffle_forever(generator)
+        waiting: deque[int] = deque()
+        for _ in range(len(self) // self.num_processes):
+            window = self._fill(rows, waiting)
+            for start in range(0, self.window_size, self.batch_size):
+                yield window[start : start + self.batch_size]
+
+    def _shuffle_forever(self, generator: torch.Generator) -> Iterator[int]:
+        while True:
+            yield from torch.randperm(len(self.key_of_row), generator=generator).tolist()
+
+    def _fill(self, rows: Iterator[int], waiting: deque[int]) -> list[int]:
+        window: list[int] = []
+        keys: set[str] = set()
+        texts: set[str] = set()
+        refused = 0
+        earlier = deque(waiting)
+        waiting.clear()
+        while len(window) < self.window_size:
+            row = earlier.popleft() if earlier else next(rows)
+            if self.key_of_row[row] in keys or texts & self.texts_of_row[row]:
+                waiting.append(row)
+                refused += 1
+                if refused > 2 * len(self.key_of_row) + len(waiting):
+                    raise ValueError(
+                        f"No batch of {self.window_size} without a repeated picture or text can "
+                        f"be drawn: only {len(window)} fit. Lower the batch size."
+                    )
+                continue
+            window.append(row)
+            keys.add(self.key_of_row[row])
+            texts |= self.texts_of_row[row]
+        waiting.extendleft(reversed(earlier))
+        return window
+
+
+class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[misc]
+    """Mixes tables: a whole batch is always of one table, for each epoch as often as it weighs.
+
+    Args:
+        weights: batches of each table for one batch of the first; a table that is used up starts
+            again, shuffled anew.
+    """
+
+    def __init__(self, *args: Any, weights: Sequence[float] = (1.0,), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_processes = PartialState().num_processes
+        first = len(self.batch_samplers[0]) // self.num_processes
+        self.windows = [max(1, round(first * weight)) for weight in weights]
+
+    def __len__(self) -> int:
+        return sum(self.windows) * self.num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.tensor([t for t, count in enumerate(self.windows) for _ in range(count)])
+        starts = [0]
+        for table in self.dataset.datasets:
+            starts.append(starts[-1] + len(table))
+        batches = [self._repeat(table) for table in range(len(self.windows))]
+        for table in order[torch.randperm(len(order), generator=generator)].tolist():
+            for _ in range(self.num_processes):
+                yield [row + starts[table] for row in next(batches[table])]
+
+    def _repeat(self, table: int) -> Iterator[list[int]]:
+        sampler = self.batch_samplers[table]
+        for turn in range(1_000_000):
+            sampler.set_epoch(self.epoch * 1_000 + turn)
+            yield from sampler

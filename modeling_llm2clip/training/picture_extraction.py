@@ -1,0 +1,100 @@
+"""Stage 2 for a frozen vision tower: pictures into a store of vectors, before the projection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..data.captioned_images import CaptionedImage
+from ..data.vector_store_layout import StoreManifest
+from ..data.vector_store_writing import StoreWriter, pack_index
+from ..encoding.fingerprint import fingerprint_vision
+from ..encoding.pictures import default_batch_size, encode_pictures
+from ..modeling_llm2clip import LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .shard_work import (
+    ExtractionArguments,
+    ExtractionReport,
+    choose_device,
+    fill_store,
+    hash_records,
+)
+from .stopping import StopRequest
+
+_FAULTS_SHOWN = 5
+
+
+def extract_pictures(
+    model_folder: str | Path,
+    records: Sequence[CaptionedImage],
+    output: str | Path,
+    arguments: ExtractionArguments | None = None,
+    *,
+    stop: StopRequest | None = None,
+) -> ExtractionReport:
+    """Compute the vectors of all pictures into a store, or go on with one.
+
+    Only the picture half of the model is loaded. Records in several languages share the row of
+    their picture. Arguments and errors as `extract_captions`; a picture that is missing or broken
+    raises ValueError, and whole shards stay. That a file still holds the same picture as in an
+    earlier run is not looked at.
+    """
+    arguments = arguments or ExtractionArguments()
+    device = choose_device(arguments)
+    pictures = _list_pictures(records)
+    row_of = {name: row for row, name in enumerate(pictures)}
+    index = pack_index(
+        {
+            "names": [r.name for r in records],
+            "keys": [r.key for r in records],
+            "langs": [r.lang for r in records],
+        },
+        {"short": [[row_of[r.name]] for r in records], "long": [[] for _ in records]},
+    )
+    processor = LLM2CLIPProcessor.from_pretrained(model_folder)
+    model = LLM2CLIPVisionModel.from_pretrained(model_folder)
+    fingerprint = fingerprint_vision(model, processor)
+    model = model.to(device)
+    batch_size = arguments.batch_size or default_batch_size(device)
+    manifest = StoreManifest(
+        kind="vision_embeds",
+        fingerprint=fingerprint,
+        dtype=arguments.dtype,
+        dim=model.visual_projection.in_features,
+        num_rows=len(pictures),
+        num_items=len(records),
+        rows_per_shard=arguments.rows_per_shard,
+        plan={"data": hash_records(records), "batch_size": str(batch_size)},
+        counts={"pictures": len(records), "distinct": len(pictures)},
+        index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
+    in_order = list(pictures.values())
+
+    def compute(rows: range, tell: Callable[[int], object]) -> Tensor:
+        return encode_pictures(
+            model,
+            processor,
+            in_order[rows.start : rows.stop],
+            batch_size=batch_size,
+            num_workers=arguments.num_workers,
+            on_batch=tell,
+        )
+
+    writer = StoreWriter.open(output, manifest, index)
+    return fill_store(writer, compute, stop=stop, show_progress=arguments.show_progress)
+
+
+def _list_pictures(records: Sequence[CaptionedImage]) -> dict[str, object]:
+    """Pictures by name, each once, in the order of the records."""
+    if not records:
+        raise ValueError("There are no pictures. Give a data set with at least one.")
+    if without := [record.name for record in records if record.picture is None]:
+        raise ValueError(
+            f"{len(without)} records have no picture: {without[:_FAULTS_SHOWN]}. Read the data set "
+            "with its pictures."
+        )
+    return {record.name: record.picture for record in records}

@@ -1,0 +1,116 @@
+"""What a run writes beside its weights, so that it can be read and repeated: `run.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+# Nothing but where and how long: another value continues the same run.
+_MAY_DIFFER = {"resume", "output", "num_workers", "show_progress"}
+_PACKAGES = (
+    "modeling_llm2clip", "torch", "transformers", "sentence-transformers", "accelerate", "peft",
+    "datasets", "timm", "safetensors", "numpy",
+)  # fmt: skip
+
+
+def write_run_record(
+    folder: Path, *, arguments: Mapping[str, Any], seed: int, model: nn.Module
+) -> None:
+    """Write `run.json`: command, arguments, versions, commit, seed, hardware, trainable parameters.
+
+    Args:
+        arguments: what the run was given; anything that JSON does not know is written as text.
+        model: the module that is trained, ready for the first step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": _to_json(arguments),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _read_commit(),
+        "hardware": _describe_hardware(),
+        "parameters": count_parameters(model),
+    }
+    (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuse an output folder that holds another run's files, or any without `resume`.
+
+    Raises: ValueError naming every argument that differs, with both values.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    file = folder / RUN_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} is not empty and holds no {RUN_FILE}. Name a new folder.")
+    if not resume:
+        raise ValueError(
+            f"{folder} holds an earlier run. Continue it with --resume, or name a new folder."
+        )
+    earlier, now = json.loads(file.read_text(encoding="utf-8"))["arguments"], _to_json(arguments)
+    different = [
+        f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(set(earlier) | set(now))
+        if name not in _MAY_DIFFER and earlier.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(f"{folder} holds another run: {'; '.join(different)}. Name a new folder.")
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Count parameters of each direct part of a module: `{part: {total, trainable}}`, and `all`."""
+    table: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        for part in (name.split(".")[0], "all"):
+            row = table.setdefault(part, {"total": 0, "trainable": 0})
+            row["total"] += parameter.numel()
+            row["trainable"] += parameter.numel() * parameter.requires_grad
+    return table
+
+
+def _to_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments read as when they come back from `run.json`."""
+    return json.loads(json.dumps(dict(arguments), default=str))  # type: ignore[no-any-return]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _read_commit() -> str:
+    """Commit of the code, where it runs from a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _describe_hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "processor_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }

@@ -1,0 +1,161 @@
+"""The work of an extraction, captions or pictures: shard after shard, by any number of processes.
+
+Under `accelerate launch` or `torchrun` every process takes shards in turn, and then those that
+others have not begun. A run on its own that meets one that already works on the same store helps
+it in the same way. No process waits for another but to see the last shards done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..data.captioned_images import CaptionedImage
+from ..data.vector_store_layout import STORED_DTYPES
+from ..data.vector_store_writing import StoreWriter
+from .stopping import StopRequest
+
+# Rows to compute, and whom to tell of each batch; returns their vectors (rows, D).
+ComputeRows = Callable[[range, Callable[[int], object]], torch.Tensor]
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@dataclass(frozen=True)
+class ExtractionArguments:
+    """How to extract; none of it but `device`, `num_workers`, `show_progress` may change midway.
+
+    Attributes:
+        dtype: of the stored vectors: `"float16"`, `"bfloat16"` or `"float32"`. Vectors that
+            float16 cannot hold are refused, never clipped.
+        rows_per_shard: what is computed again after a kill is at most this.
+        token_budget: most tokens of a batch of captions, padding included; default by device.
+        batch_size: pictures of a batch; default by device.
+        num_workers: threads that decode pictures.
+        device: default: the best one there is, one a process.
+    """
+
+    dtype: str = "float16"
+    rows_per_shard: int = 2048
+    token_budget: int | None = None
+    batch_size: int | None = None
+    num_workers: int = 1
+    device: str | None = None
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.dtype not in STORED_DTYPES:
+            faults.append(f"dtype={self.dtype!r} must be one of {tuple(STORED_DTYPES)}")
+        for name in ("rows_per_shard", "token_budget", "batch_size", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{name}={value} must be at least 1")
+        if faults:
+            raise ValueError("ExtractionArguments: " + "; ".join(faults) + ".")
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What a run came to.
+
+    Attributes:
+        folder: the store.
+        complete: False where a signal stopped the run first; the same call goes on.
+        num_items, num_rows, dim: of the complete store.
+        num_computed: rows that this process computed now.
+        counts: of the whole data set, as in the manifest.
+    """
+
+    folder: Path
+    complete: bool
+    num_items: int
+    num_rows: int
+    dim: int
+    num_computed: int
+    counts: dict[str, int]
+
+
+def choose_device(arguments: ExtractionArguments) -> torch.device:
+    """Return the device asked for, or this process's own."""
+    if arguments.device is not None:
+        PartialState(cpu=torch.device(arguments.device).type == "cpu")
+        return torch.device(arguments.device)
+    return PartialState().device
+
+
+def hash_records(records: Sequence[CaptionedImage]) -> str:
+    """SHA-256 of the names, keys, languages and texts of a data set, in its order."""
+    digest = hashlib.sha256()
+    for r in records:
+        line = json.dumps([r.name, r.key, r.lang, r.captions, r.long_captions])
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def fill_store(
+    writer: StoreWriter, compute: ComputeRows, *, stop: StopRequest | None, show_progress: bool
+) -> ExtractionReport:
+    """Compute every shard that is missing, then complete the manifest.
+
+    Args:
+        compute: gives the same vectors for the same rows, whatever was computed before.
+        stop: looked at between shards.
+    Raises: OSError when the disk is full; whole shards stay.
+    """
+    manifest = writer.manifest
+    missing = writer.list_missing()
+    num_computed = 0
+    progress = tqdm(total=manifest.num_rows, unit=" rows", disable=not show_progress)
+    while missing and not (stop and stop.signal):
+        progress.n = manifest.num_rows - sum(len(manifest.rows_of_shard(s)) for s in missing)
+        progress.refresh()
+        num_now = _work_through(writer, compute, missing, stop, progress.update)
+        num_computed += num_now
+        missing = writer.list_missing()
+        if missing and not num_now:  # other processes are at work on all of them
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    progress.close()
+    return ExtractionReport(
+        folder=writer.folder,
+        complete=not missing and writer.finish(),
+        num_items=manifest.num_items,
+        num_rows=manifest.num_rows,
+        dim=manifest.dim,
+        num_computed=num_computed,
+        counts=manifest.counts,
+    )
+
+
+def _work_through(
+    writer: StoreWriter,
+    compute: ComputeRows,
+    shards: Sequence[int],
+    stop: StopRequest | None,
+    tell: Callable[[int], object],
+) -> int:
+    """Compute those shards that nobody holds; returns how many rows that were."""
+    num_computed = 0
+    for shard in _in_turn(shards):
+        if stop and stop.signal:
+            break
+        with writer.claim(shard) as ours:
+            if ours:
+                rows = writer.manifest.rows_of_shard(shard)
+                writer.write_shard(shard, compute(rows, tell))
+                num_computed += len(rows)
+    return num_computed
+
+
+def _in_turn(shards: Sequence[int]) -> list[int]:
+    """Own shards from the first on, then the others' from the last, which they reach last."""
+    state = PartialState()
+    own = [s for s in shards if s % state.num_processes == state.process_index]
+    return own + sorted(set(shards) - set(own), reverse=True)

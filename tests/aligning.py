@@ -1,0 +1,107 @@
+"""A tiny data set, its model and its stores, for the tests of the alignment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tiny import tiny_model
+
+from modeling_llm2clip.data.captioned_images import CaptionedImage
+from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.vector_store import VectorStore
+from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.training.caption_extraction import extract_captions
+from modeling_llm2clip.training.cross_modal.align import AlignResult, align
+from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
+from modeling_llm2clip.training.picture_extraction import extract_pictures
+from modeling_llm2clip.training.shard_work import ExtractionArguments
+
+NUM_RECORDS = 24
+SHORT_RUN: dict[str, Any] = {
+    "steps": 6, "batch_size": 8, "lr": 1e-3, "log_every": 1, "save_every": 2, "device": "cpu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Folders of a data set, its model and its stores."""
+
+    data: Path
+    model: Path
+    captions: Path
+    pictures: Path
+
+    @property
+    def records(self) -> list[CaptionedImage]:
+        return read_captioned(self.data)
+
+    @property
+    def caption_store(self) -> VectorStore:
+        return VectorStore.open(self.captions)
+
+    @property
+    def picture_store(self) -> VectorStore:
+        return VectorStore.open(self.pictures)
+
+    def align(self, output: Path, *, resume: bool = False, **changed: Any) -> AlignResult:
+        """Run a few steps; stores are given where they are read."""
+        arguments = AlignArguments(**{**SHORT_RUN, **changed})
+        stored = arguments.text_training == "stored"
+        return align(
+            self.model,
+            self.records,
+            output,
+            arguments,
+            caption_store=self.caption_store if stored else None,
+            resume=resume,
+        )
+
+
+def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
+    """Write JPEG pictures of noise with two short captions, and a long one for all but the first.
+
+    The first two records show the same thing.
+    """
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        pixels = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        name = f"{number:02}.jpg"
+        Image.fromarray(pixels).resize((150, 120)).save(folder / name)
+        line: dict[str, Any] = {
+            "image": name,
+            "captions": [f"picture {number}", f"a photo of thing {number}"],
+            "key": str(max(number, 1)),
+        }
+        if number:
+            line["long_captions"] = [f"a long text on {number} of many words"]
+        lines.append(json.dumps(line))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def prepare(folder: Path, *, vision: str = "clip", **build: Any) -> Prepared:
+    """Write data, export a tiny model, extract both stores in float32."""
+    data = write_data(folder / "data")
+    model, processor = tiny_model(vision, visual_projection_bias=True, max_text_length=64, **build)
+    export_model(model, processor, folder / "exported")
+    records = read_captioned(data)
+    settings = ExtractionArguments(dtype="float32", device="cpu")
+    extract_captions(folder / "exported", records, folder / "captions", settings)
+    extract_pictures(folder / "exported", records, folder / "pictures", settings)
+    return Prepared(data, folder / "exported", folder / "captions", folder / "pictures")
+
+
+def read_losses(output: Path) -> dict[int, float]:
+    """Loss of each step, from the metrics of a run."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    read = [json.loads(line) for line in lines]
+    steps = [line["step"] for line in read if "loss" in line]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+    return {line["step"]: line["loss"] for line in read if "loss" in line}

@@ -1,0 +1,325 @@
+"""Stage 1: batches without false negatives, distributed and cached equal plain, resume, merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from modeling_llm2clip.data.caption_groups import (
+    CaptionGroup,
+    TextPair,
+    draw_pairs,
+    group_captions,
+    hold_out_groups,
+    read_text_pairs,
+)
+from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
+from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.caption_contrastive import (
+    NEGATIVES,
+    TuneArguments,
+    tune_captions,
+)
+from modeling_llm2clip.training.pair_batches import KeyedBatchSampler, make_pair_table
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = [
+    CaptionGroup(f"picture {n}", tuple(f"{view} of {n} {n * 7 % 31}" for view in "abcde"))
+    for n in range(24)
+]
+# Long enough for two checkpoints, short enough for a test.
+SHORT = TuneArguments(
+    steps=6, batch_size=8, lr=1e-2, warmup_steps=2, held_out=4, save_every=3, precision="float32"
+)
+
+
+def tune(output: Path, arguments: TuneArguments = SHORT, **settings):
+    return tune_captions(*tiny_model(), GROUPS, output, arguments, **settings)
+
+
+def make_table(num_keys: int = 10, *, shared: str | None = None):
+    pairs = draw_pairs(GROUPS[:num_keys], seed=0)
+    if shared:
+        pairs = [replace(p, positive=shared) if n % 4 == 0 else p for n, p in enumerate(pairs)]
+    return make_pair_table(pairs)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_no_batch_of_all_processes_repeats_a_picture_or_a_text(num_processes, epoch):
+    table = make_table(shared="the same words")
+    sampler = KeyedBatchSampler(table, 3, drop_last=True, seed=1)
+    sampler.num_processes, sampler.window_size = num_processes, 3 * num_processes
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == len(table) // (3 * num_processes) * num_processes
+    for start in range(0, len(batches), num_processes):
+        rows = [row for batch in batches[start : start + num_processes] for row in batch]
+        assert len({table[row]["key"] for row in rows}) == len(rows)
+        texts = [text for row in rows for text in (table[row]["anchor"], table[row]["positive"])]
+        assert len(set(texts)) == len(texts)
+
+
+def test_epochs_differ_and_repeat_with_the_seed():
+    def draw(epoch):
+        sampler = KeyedBatchSampler(make_table(), 5, drop_last=True, seed=3)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_too_few_pictures_for_a_batch_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="20 different pictures are too few for a batch of 64"):
+        tune(tmp_path / "run", replace(SHORT, batch_size=64))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_use_each_caption_once_and_an_odd_one_twice_at_most():
+    pairs = draw_pairs([CaptionGroup("k", ("a", "b", "c"))], seed=0)
+    used = [text for pair in pairs for text in (pair.anchor, pair.positive)]
+    assert sorted(set(used)) == ["a", "b", "c"] and len(used) == 4
+    assert all(pair.anchor != pair.positive for pair in pairs)
+
+
+def test_held_out_captions_are_never_trained_on():
+    groups = [CaptionGroup(str(n), ("shared", f"{n} one", f"{n} two")) for n in range(10)]
+    trained, held_out, num_lost = hold_out_groups(groups, 4, seed=0)
+    seen = {caption for group in held_out for caption in group.captions}
+    assert len(held_out) == 4 and num_lost == 6
+    assert not any(seen & set(group.captions) for group in trained)
+
+
+def test_pictures_with_one_caption_are_counted_and_named():
+    from modeling_llm2clip.data.captioned_images import CaptionedImage
+
+    records = [
+        CaptionedImage(
+            picture=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=("one",) * (n + 1),
+            long_captions=(), keywords=(), lang="en",
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"2 of 2 pictures have one caption only.*0\.jpg"):
+        group_captions(records)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{", "not JSON"),
+        ('{"query": "a", "positive": " "}', "non-blank"),
+        ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
+        ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
+    ],
+)
+def test_broken_text_pairs_are_named_by_line(tmp_path, line, fault):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=fault):
+        read_text_pairs(file)
+
+
+def test_caption_retrieval_counts_first_captions_that_find_their_second():
+    vectors = {"a": [1.0, 0], "a2": [1.0, 0.1], "b": [0.0, 1], "b2": [1.0, 0.05]}
+    groups = [CaptionGroup("a", ("a", "a2")), CaptionGroup("b", ("b", "b2"))]
+    # "a" is nearer to "b2" than to "a2"; "b" is nearest to "a2": neither finds its own.
+    encode = lambda texts: torch.tensor([vectors[text] for text in texts])  # noqa: E731
+    assert measure_caption_retrieval(encode, groups) == 0.0
+    vectors["b2"] = [0.1, 1.0]
+    assert measure_caption_retrieval(encode, groups) == 1.0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    return output, tune(output)
+
+
+def test_a_run_leaves_adapter_record_and_metrics(run):
+    output, result = run
+    assert result.adapter == output / "adapter" and result.exit_code == 0
+    record = json.loads((output / "run.json").read_text())
+    assert record["parameters"]["all"]["trainable"] > 0
+    assert record["arguments"]["lora"]["rank"] == 16
+    losses = [
+        json.loads(line)["loss"]
+        for line in (output / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    saved = json.loads((output / "caption_retrieval.json").read_text())
+    assert saved["cra_before"] == result.cra_before and saved["num_trained"] == 20
+
+
+def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):
+    output, result = run
+    again = tmp_path / "run"
+    shutil.copytree(output, again)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(again / "adapter")
+    continued = tune(again, resume=True)
+    assert continued.cra_before == result.cra_before
+    ours, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_runs_folder_is_refused_with_what_differs(run):
+    with pytest.raises(ValueError, match=r"lr: 0\.01 then, 0\.02 now"):
+        tune(run[0], replace(SHORT, lr=2e-2), resume=True)
+    with pytest.raises(ValueError, match="--resume"):
+        tune(run[0])
+
+
+def test_merged_equals_unmerged(run, tmp_path):
+    from peft import PeftModel
+
+    model, processor = tiny_model()
+    folder = export_model(model, processor, tmp_path / "base")
+    merged = LLM2CLIPModel.from_pretrained(
+        merge_caption_adapter(folder, run[1].adapter, tmp_path / "merged")
+    )
+    unmerged = LLM2CLIPModel.from_pretrained(folder)
+    inputs = LLM2CLIPProcessor.from_pretrained(folder)(text=["a of 3", "b of 4 five"])
+    before = unmerged.get_caption_embeds(**inputs)
+    PeftModel.from_pretrained(unmerged.text_model, str(run[1].adapter))  # in place
+    with torch.no_grad():
+        adapted = unmerged.get_caption_embeds(**inputs)
+        # One sum a weight in another order, over two layers, on values of about one.
+        assert torch.allclose(merged.get_caption_embeds(**inputs), adapted, atol=1e-4)
+    assert not torch.allclose(before, adapted, atol=1e-2)
+
+
+def test_mixed_in_text_pairs_come_by_weight(tmp_path):
+    others = [TextPair(f"q{n}", f"q{n}", f"p{n}", (f"n{n}",)) for n in range(9)]
+    result = tune(tmp_path / "run", other_pairs=[(others, 0.5)])
+    assert result.exit_code == 0
+
+
+GRADIENTS = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from transformers import TrainerCallback
+from tiny import tiny_model
+from test_caption_tuning import GROUPS, SHORT
+from modeling_llm2clip.training import caption_contrastive as stage
+
+class Keep(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if state.is_world_process_zero and state.global_step == 0:
+            named = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()
+                     if p.grad is not None}
+            torch.save(named, sys.argv[1])
+
+def keeping(*arguments, **settings):
+    trainer = make(*arguments, **settings)
+    trainer.add_callback(Keep())
+    # The second matrix of a LoRA starts at zero and would hide the first one's gradient.
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return trainer
+
+make, stage._make_trainer = stage._make_trainer, keeping
+mini = int(sys.argv[4]) or None
+arguments = replace(SHORT, steps=1, batch_size=int(sys.argv[3]), mini_batch_size=mini,
+                    negatives=sys.argv[5])
+stage.tune_captions(*tiny_model(), GROUPS, Path(sys.argv[2]), arguments)
+"""
+
+
+def compute_gradients(
+    folder: Path, *, processes: int = 1, mini_batch_size: int = 0, negatives: str = "both-ways"
+):
+    """Gradients of the first step, and its loss, with a batch of eight over all processes."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(GRADIENTS)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        sys.executable, *(launch if processes > 1 else []), str(script), str(folder / "gradients"),
+        str(folder / "run"), str(8 // processes), str(mini_batch_size), negatives,
+    ]  # fmt: skip
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run(
+        command, check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    return torch.load(folder / "gradients", weights_only=True), first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("negatives", "processes", "mini_batch_size"),
+    [("both-ways", 2, 0), ("all-captions", 2, 3), ("all-captions", 1, 3)],
+)
+def test_two_processes_and_cached_gradients_equal_one_whole_batch(
+    tmp_path, negatives, processes, mini_batch_size
+):
+    whole, loss = compute_gradients(tmp_path / "whole", negatives=negatives)
+    other, other_loss = compute_gradients(
+        tmp_path / "other",
+        processes=processes,
+        mini_batch_size=mini_batch_size,
+        negatives=negatives,
+    )
+    assert whole.keys() == other.keys() and len(whole) == 28
+    assert other_loss == pytest.approx(loss, abs=1e-4)  # logged with four digits
+    for name, gradient in whole.items():
+        # float32 sums in another order, times the scale of 50.
+        assert torch.allclose(other[name], gradient, rtol=1e-3, atol=1e-5), name
+
+
+def test_every_choice_of_negatives_is_known():
+    assert set(NEGATIVES) == {"one-way", "both-ways", "all-captions"}
+    with pytest.raises(ValueError, match="all-captions"):
+        replace(SHORT, negatives="none")
+
+
+STOPPED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tiny import tiny_model
+from test_caption_tuning import GROUPS, SHORT
+from modeling_llm2clip.training.caption_contrastive import tune_captions
+
+arguments = replace(SHORT, steps=10_000, save_every=5_000)
+sys.exit(tune_captions(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit_code)
+"""
+
+
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not metrics.is_file():
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
+    assert not (tmp_path / "run" / "adapter").exists()

@@ -1,0 +1,130 @@
+"""Laws of fingerprints: a folder and its loaded model agree, and every other maker differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.encoding.fingerprint import fingerprint_text, fingerprint_vision
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(), tmp_path_factory.mktemp("model"))
+
+
+def save(parts: tuple[Any, Any], folder: Path, **options: Any) -> Path:
+    model, processor = parts
+    model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def difference(left: dict[str, str], right: dict[str, str]) -> set[str]:
+    assert set(left) == set(right)
+    return {name for name in left if left[name] != right[name]}
+
+
+def test_a_folder_and_what_is_loaded_from_it_have_the_same_fingerprint(folder: Path) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    processor(text=["a dog"], return_tensors="pt")  # a call must leave no trace
+    text = fingerprint_text(folder)
+    for kind in (LLM2CLIPModel, LLM2CLIPTextModel):
+        assert fingerprint_text(kind.from_pretrained(folder), processor) == text
+    vision = fingerprint_vision(folder)
+    for kind in (LLM2CLIPModel, LLM2CLIPVisionModel):
+        assert fingerprint_vision(kind.from_pretrained(folder), processor) == vision
+
+
+def test_a_model_that_was_just_built_has_the_fingerprint_of_its_folder(folder: Path) -> None:
+    assert fingerprint_text(*tiny_model()) == fingerprint_text(folder)
+    assert fingerprint_vision(*tiny_model()) == fingerprint_vision(folder)
+
+
+def test_saving_in_many_files_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    pieces = save(tiny_model(), tmp_path / "pieces", max_shard_size="50KB")
+    assert len(list(pieces.glob("*.safetensors"))) > 1
+    assert fingerprint_text(pieces) == fingerprint_text(folder)
+    assert fingerprint_vision(pieces) == fingerprint_vision(folder)
+
+
+def _change_weight(model: LLM2CLIPModel, _: Any) -> None:
+    with torch.no_grad():
+        next(model.text_model.parameters())[0, 0] += 1
+
+
+def _change_theta(model: LLM2CLIPModel, _: Any) -> None:
+    model.config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "entry"),
+    [
+        (_change_weight, "weights"),
+        (_change_theta, "architecture"),
+        (lambda model, _: setattr(model.config, "prompt_suffix_ids", [5]), "prompt"),
+        (lambda model, _: setattr(model.config, "text_pooling", "last_token"), "pooling"),
+        (lambda model, _: setattr(model.config, "bidirectional", False), "direction"),
+        (lambda _, processor: setattr(processor, "max_text_length", 31), "max_text_length"),
+        (lambda _, processor: setattr(processor, "tokenizer", tiny_tokenizer(begins=False)),
+         "tokenizer"),
+    ],
+)  # fmt: skip
+def test_whatever_changes_a_captions_vector_changes_one_entry(
+    folder: Path, change: Callable[[Any, Any], None], entry: str
+) -> None:
+    model, processor = tiny_model()
+    change(model, processor)
+    assert difference(fingerprint_text(model, processor), fingerprint_text(folder)) == {entry}
+    # Pictures do not depend on it.
+    assert fingerprint_vision(model, processor) == fingerprint_vision(folder)
+
+
+def test_another_dtype_is_another_model(folder: Path) -> None:
+    half = fingerprint_text(*tiny_model(dtype=torch.bfloat16))
+    assert difference(half, fingerprint_text(folder)) == {"weights", "dtype"}
+    assert half["dtype"] == "bfloat16"
+
+
+def test_pictures_prepared_otherwise_are_another_model(folder: Path) -> None:
+    model, processor = tiny_model()
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    changed = fingerprint_vision(model, processor)
+    assert difference(changed, fingerprint_vision(folder)) == {"image_processor"}
+
+
+def test_adapter_and_projections_do_not_count(folder: Path) -> None:
+    model, processor = tiny_model()
+    with torch.no_grad():
+        for module in (model.text_adapter, model.text_projection, model.visual_projection):
+            for parameter in module.parameters():
+                parameter += 1
+    assert fingerprint_text(model, processor) == fingerprint_text(folder)
+    assert fingerprint_vision(model, processor) == fingerprint_vision(folder)
+
+
+def test_values_are_short_texts_that_json_keeps(folder: Path) -> None:
+    found = {**fingerprint_text(folder), **fingerprint_vision(folder)}
+    assert json.loads(json.dumps(found)) == found
+    assert all(len(value) <= 200 for value in found.values())
+
+
+def test_a_model_without_its_processor_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs its processor"):
+        fingerprint_text(tiny_model()[0])
+
+
+def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        fingerprint_text(tmp_path)
