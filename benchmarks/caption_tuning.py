@@ -34,14 +34,14 @@ from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 from modeling_llm2clip.training.caption_contrastive import TuneArguments, tune_captions
 
 RECIPE = TuneArguments(
-    steps=330,
+    steps=300,
     pairings=2,
     batch_size=64,
     lr=5e-4,
     warmup_steps=20,
     negatives="all-captions",
     held_out=1000,
-    eval_every=165,
+    eval_every=150,
     save_every=50,
     adapter_dtype="float16",
 )
@@ -53,12 +53,6 @@ def main() -> None:
     recipe = replace(RECIPE, steps=arguments.steps, held_out=arguments.held_out)
     groups = group_captions(read_captioned(arguments.captions, require_pictures=False))
     _, held_out, _ = hold_out_groups(groups, recipe.held_out, seed=recipe.seed)
-    cra = {"causal": _measure_untuned(held_out, bidirectional=False)}
-    if arguments.minilm:
-        minilm = SentenceTransformer(str(arguments.minilm), device="cpu")
-        encode = lambda texts: torch.from_numpy(minilm.encode(texts))  # noqa: E731
-        cra["minilm"] = measure_caption_retrieval(encode, held_out)
-    print(cra, flush=True)
     model, processor = _build(bidirectional=True)
     started = time.monotonic()
     result = tune_captions(
@@ -66,8 +60,17 @@ def main() -> None:
     )
     if result.adapter is None or result.cra_after is None:
         raise SystemExit(result.exit_code)
-    cra |= {"bidirectional": result.cra_before, "tuned": result.cra_after}
-    record = _describe(arguments, recipe, cra, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    cra = {
+        "causal": _measure_untuned(held_out, bidirectional=False),
+        "bidirectional": result.cra_before,
+        "tuned": result.cra_after,
+    }
+    if arguments.minilm:
+        minilm = SentenceTransformer(str(arguments.minilm), device="cpu")
+        encode = lambda texts: torch.from_numpy(minilm.encode(texts))  # noqa: E731
+        cra["minilm"] = measure_caption_retrieval(encode, held_out)
+    record = _describe(arguments, recipe, cra, seconds=seconds)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
 

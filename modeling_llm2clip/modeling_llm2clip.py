@@ -230,7 +230,9 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 num_unpooled=num_unpooled,
             )
         # Recomputing a packed pass in the backward one would find the attention switched back.
-        recomputes = torch.is_grad_enabled() and self.text_model.is_gradient_checkpointing
+        recomputes = torch.is_grad_enabled() and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules()
+        )
         if input_ids.device.type != "cpu" or recomputes or torch.compiler.is_compiling():
             return self._pool_batch(input_ids, attention_mask, num_unpooled)
         return self._pool_on_processor(input_ids, attention_mask, num_unpooled)

@@ -2,11 +2,12 @@
 
     python tests/kill_repeatedly.py --times 20 FOLDER -- extract MODEL DATA {output}
 
-The command first runs undisturbed into FOLDER/undisturbed, which also tells how long it takes.
-Then it runs into FOLDER/killed-0, is killed (SIGKILL) at a moment drawn from that time, and run
-again, until it completes; if it has not died often enough by then, another round begins in
-FOLDER/killed-1, and so on. Every finished folder must equal the undisturbed one; what equal means
-is the caller's to say. FOLDER/report.json has `seconds`, `kills` (moments) and `folders`.
+The command first runs undisturbed into FOLDER/undisturbed, which also tells how long it takes until
+it writes and until it ends. Then it runs into FOLDER/killed-0, is killed (SIGKILL) at a random
+moment, and run again, so often that about as much work as there is passes between the kills. If it
+completes before it has died often enough, another round begins in FOLDER/killed-1, and so on. Every
+finished folder must equal the undisturbed one; what equal means is the caller's to say.
+FOLDER/report.json has `seconds`, `seconds_to_first_file`, `kills` (moments) and `folders`.
 
 All imports are done once, and every run is a fork: a kill then hits the work, not the imports.
 """
@@ -21,6 +22,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 # Imported by every run of a training command; imports alone start no threads.
@@ -42,55 +44,71 @@ def main() -> None:
         importlib.import_module(module)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log = arguments.folder / "log.txt"
-    started = time.monotonic()
-    _require_success(run_once(arguments.command, arguments.folder / "undisturbed", log), log)
-    seconds = time.monotonic() - started
-    moments, folders = _kill_until_enough(arguments, seconds, log)
-    report = {"seconds": seconds, "kills": moments, "folders": folders}
+    undisturbed = run_once(arguments.command, arguments.folder / "undisturbed", log)
+    _require_success(undisturbed, log)
+    moments, folders = _kill_until_enough(arguments, undisturbed, log)
+    report = {
+        "seconds": undisturbed.seconds,
+        "seconds_to_first_file": undisturbed.seconds_to_first_file,
+        "kills": moments,
+        "folders": folders,
+    }
     (arguments.folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def _kill_until_enough(
-    arguments: argparse.Namespace, seconds: float, log: Path
+    arguments: argparse.Namespace, undisturbed: Life, log: Path
 ) -> tuple[list[float], list[str]]:
     generator = random.Random(arguments.seed)
+    begins = undisturbed.seconds_to_first_file
+    longest = begins + 2 * (undisturbed.seconds - begins) / arguments.times
     moments: list[float] = []
     folders = []
     for number in range(_MOST_ROUNDS):
         folder = arguments.folder / f"killed-{number}"
         folders.append(str(folder))
         while len(moments) < arguments.times:
-            moment = generator.uniform(0, seconds)
-            code = run_once(arguments.command, folder, log, kill_after=moment)
-            if code != -signal.SIGKILL:
+            moment = generator.uniform(begins / 2, longest)
+            life = run_once(arguments.command, folder, log, kill_after=moment)
+            if life.code != -signal.SIGKILL:
                 break
             moments.append(round(moment, 3))
         else:
-            code = run_once(arguments.command, folder, log)
-        _require_success(code, log)
+            life = run_once(arguments.command, folder, log)
+        _require_success(life, log)
         if len(moments) == arguments.times:
             return moments, folders
-    raise SystemExit(
-        f"Only {len(moments)} kills in {_MOST_ROUNDS} rounds: the command is too short."
-    )
+    raise SystemExit(f"Only {len(moments)} kills in {_MOST_ROUNDS} rounds: the command is short.")
+
+
+@dataclass(frozen=True)
+class Life:
+    """One run: its exit code, or the negative signal that killed it, and how long it took."""
+
+    code: int
+    seconds: float
+    seconds_to_first_file: float
 
 
 def run_once(
-    command: list[str], output: Path, log: Path, *, kill_after: float | None = None
-) -> int:
-    """Run a command in a fork; returns its exit code, or the negative signal that killed it."""
+    command: list[str], output: Path, log: Path, *, kill_after: float = float("inf")
+) -> Life:
+    """Run a command in a fork, and kill it after so many seconds."""
     argv = [word.replace("{output}", str(output)) for word in command]
+    started = time.monotonic()
     child = os.fork()
     if child == 0:
         _become(argv, log)
-    killed_at = None if kill_after is None else time.monotonic() + kill_after
+    first_file = 0.0
     while True:
+        seconds = time.monotonic() - started
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
-        if killed_at is not None and time.monotonic() >= killed_at:
+            return Life(os.waitstatus_to_exitcode(status), seconds, first_file)
+        if seconds >= kill_after:
             os.kill(child, signal.SIGKILL)
-            killed_at = None
+        if not first_file and output.is_dir() and any(output.iterdir()):
+            first_file = seconds
         time.sleep(0.002)
 
 
@@ -109,9 +127,9 @@ def _become(argv: list[str], log: Path) -> None:
         os._exit(code)
 
 
-def _require_success(code: int, log: Path) -> None:
-    if code:
-        raise SystemExit(f"exit code {code}; the log ends with:\n{log.read_text()[-2000:]}")
+def _require_success(life: Life, log: Path) -> None:
+    if life.code:
+        raise SystemExit(f"exit code {life.code}; the log ends with:\n{log.read_text()[-2000:]}")
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def test_two_writers_never_hold_the_same_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float16"}, "dtype: 'float32' in the store, 'float16' now"),
+        ({"dtype": "float16"}, "stored dtype: 'float32' in the store, 'float16' now"),
         ({"rows_per_shard": 4}, "rows_per_shard: 8 in the store, 4 now"),
         ({"plan": {"data": "cc"}}, "data: 'bb' in the store, 'cc' now"),
         ({"fingerprint": {**FINGERPRINT, "prompt": "prefix []"}},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -114,12 +115,12 @@ class VectorStore:
                 "the same extraction again, which continues, or open it with allow_partial=True."
             )
         faults: list[str] = []
-        _collect(faults, lambda: _check_index(folder, manifest, check=check))
+        _collect(faults, partial(_check_index, folder, manifest, check))
         shards: dict[int, tuple[Path, int]] = {}
         for record in records:
             shard = record.first_row // manifest.rows_per_shard
             file = folder / record.file
-            offset = _collect(faults, lambda r=record: _check_shard(folder, manifest, r, check))
+            offset = _collect(faults, partial(_check_shard, folder, manifest, record, check))
             shards[shard] = (file, offset or 0)
         if faults:
             shown = "; ".join(faults[:_FAULTS_SHOWN])
@@ -246,7 +247,7 @@ def _collect(faults: list[str], check: Callable[[], int | None]) -> int | None:
         return None
 
 
-def _check_index(folder: Path, manifest: StoreManifest, *, check: str) -> None:
+def _check_index(folder: Path, manifest: StoreManifest, check: str) -> None:
     file = folder / INDEX_FILE
     _check_bytes(file, manifest.index_bytes, manifest.index_sha256, check=check)
     lengths = {name: len(array) for name, array in map_index(file).items()}

@@ -38,8 +38,6 @@ from .vector_store_layout import (
 
 _FOLDER_LOCK = "manifest.lock"
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Found out only while it is written, or where it stands by itself.
-_NOT_COMPARED = ("complete", "shards", "fingerprint", "plan", "format_version")
 
 
 class StoreWriter:
@@ -168,17 +166,27 @@ def pack_index(
 def require_same_store(folder: Path, manifest: StoreManifest) -> None:
     """Raise ValueError naming both values of all in which a folder's store differs from a plan."""
     found = read_manifest(folder)
-    differences = name_differences(found.fingerprint, manifest.fingerprint)
-    differences += name_differences(found.plan, manifest.plan)
-    kept, wanted = (
-        {k: v for k, v in asdict(m).items() if k not in _NOT_COMPARED} for m in (found, manifest)
-    )
-    differences += name_differences(kept, wanted)
+    differences = name_differences(_list_causes(found), _list_causes(manifest))
+    if not differences:  # they follow from the causes, so they tell nothing beside them
+        kept, wanted = ({"counts": m.counts, "index": m.index_sha256} for m in (found, manifest))
+        differences = name_differences(kept, wanted)
     if differences:
         raise ValueError(
             f"{folder} holds another store: {'; '.join(differences)}. Name a new folder, or give "
             "the model, data and settings that this one was begun with."
         )
+
+
+def _list_causes(manifest: StoreManifest) -> dict[str, object]:
+    """All that decides the bytes of a store."""
+    return {
+        **manifest.fingerprint,
+        **manifest.plan,
+        "kind": manifest.kind,
+        "stored dtype": manifest.dtype,
+        "dim": manifest.dim,
+        "rows_per_shard": manifest.rows_per_shard,
+    }
 
 
 def _to_offsets(lengths: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -187,7 +195,8 @@ def _to_offsets(lengths: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def _require_nothing_else(folder: Path) -> None:
     ours = {INDEX_FILE, f"{INDEX_FILE}.tmp", f"{MANIFEST_FILE}.tmp", _FOLDER_LOCK}
-    if others := sorted({file.name for file in folder.iterdir()} - ours):
+    others = sorted({file.name for file in folder.iterdir()} - ours)
+    if others and not (folder / MANIFEST_FILE).is_file():  # which another run may just have begun
         raise FileExistsError(
             f"{folder} is not empty and holds no store: {others[:5]}. Name a new folder."
         )

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
-from sentence_transformers.losses import (
+from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
@@ -146,7 +146,9 @@ def tune_captions(
         tables[f"pairs_{number}"] = make_pair_table(others)
     for table in tables.values():  # too few pictures for a batch shows now
         KeyedBatchSampler(table, arguments.batch_size, drop_last=True)
-    encoder = CaptionEncoder(model, processor, arguments.lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        encoder = CaptionEncoder(model, processor, arguments.lora)
     if arguments.gradient_checkpointing:
         model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
     if PartialState().is_main_process:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Module
+from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
 from ..encoding.captions import encode_captions
@@ -53,6 +53,8 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         model: its LLM gets the LoRA layers in place; all else is frozen.
         processor: the checkpoint's own, with its prompt.
     """
+
+    save_in_root = True  # so that a checkpoint is an adapter folder
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ def choose_device(arguments: ExtractionArguments) -> torch.device:
     if arguments.device is not None:
         PartialState(cpu=torch.device(arguments.device).type == "cpu")
         return torch.device(arguments.device)
-    return PartialState().device
+    return torch.device(PartialState().device)
 
 
 def hash_records(records: Sequence[CaptionedImage]) -> str:

@@ -129,4 +129,4 @@ def _add_lora(tower: nn.Module, targets: str | list[str], *, rank: int, alpha: i
     from peft import LoraConfig, get_peft_model  # a dependency of few
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    return get_peft_model(tower, config)  # type: ignore[arg-type]
+    return get_peft_model(tower, config)

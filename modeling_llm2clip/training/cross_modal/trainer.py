@@ -121,7 +121,7 @@ class AlignmentTrainer(Trainer):
         assert isinstance(self.train_dataset, AlignmentDataset)
         return DataLoader(
             self.train_dataset,
-            batch_sampler=self.batches,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
             collate_fn=keep_batch,
             num_workers=self.settings.num_workers,
             pin_memory=self.args.device.type == "cuda",
@@ -154,9 +154,9 @@ class AlignmentTrainer(Trainer):
                 chosen, warm_up_then_cosine(num_training_steps)
             )
             self._created_lr_scheduler = True
-        return self.lr_scheduler  # type: ignore[no-any-return]
+        return self.lr_scheduler
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],

@@ -1,0 +1,301 @@
+"""Memory and speed of the store of vectors: while it is filled, and when it is opened and read.
+
+    python benchmarks/store_memory.py
+
+1. Extracts 100,000 captions of made-up words, five a record and every twentieth a long one, with
+   the tokenizer and the width of the embedded SmolLM2 but few random layers: what is held beside
+   the model does not depend on their number. Resident memory beyond the model is the peak of the
+   whole run less what is resident with the loaded model alone.
+2. Writes a store of 1,000,000 rows of 4,096 random numbers in float16 (8 GB; no sparse file), opens
+   it in a fresh process, and reads random rows, with the pages of the store in the memory of the
+   system and without. It lies in a temporary folder on the disk of `--folder` and is removed.
+
+Each measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from provenance import describe_processor, read_commit
+
+_CAPTIONS_A_RECORD = 5
+_LONG_EVERY = 20
+_ROWS_READ = 4096
+_MB = 1e6
+
+
+def main() -> None:
+    """Measure, print, and write the result; or be one of the processes that measure."""
+    arguments = _parse()
+    if arguments.part:
+        print(json.dumps(_PARTS[arguments.part](arguments)))
+        return
+    with tempfile.TemporaryDirectory(prefix="store-memory-", dir=arguments.folder) as temporary:
+        arguments.folder = Path(temporary)
+        result = _describe(arguments)
+        result["extraction"] = _measure_extraction(arguments)
+        _require_room(arguments)
+        result["store"] = {**_run("write", arguments), **_run("read", arguments)}
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--captions", type=int, default=100_000)
+    parser.add_argument("--layers", type=int, default=1, help="of the LLM, random")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--rows-per-shard", type=int, default=2048)
+    parser.add_argument("--batches", type=int, default=20, help="of 4,096 random rows")
+    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / "store_memory.json")
+    parser.add_argument("--part", choices=sorted(_PARTS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _run(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one measurement in a fresh process; returns what it measured."""
+    passed = {k: v for k, v in vars(arguments).items() if k not in ("part", "output")}
+    flags = [word for k, v in passed.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    done = subprocess.run(
+        [sys.executable, __file__, "--part", part, *flags], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{part} failed with exit code {done.returncode}.")
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(part, measured, flush=True)
+    return measured
+
+
+def _measure_extraction(arguments: argparse.Namespace) -> dict[str, Any]:
+    prepared = _run("prepare", arguments)
+    model_mb = _run("load", arguments)["rss_mb"]
+    extracted = _run("extract", arguments)
+    return {
+        **prepared,
+        "model_rss_mb": model_mb,
+        **extracted,
+        "rss_beyond_the_model_mb": round(extracted["peak_rss_mb"] - model_mb, 1),
+    }
+
+
+def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the model and the captions."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
+    from modeling_llm2clip.hub.build import BuildArguments, build_model
+
+    torch.manual_seed(0)
+    llm = fetch_real_part(SMOLLM2)
+    config = AutoConfig.from_pretrained(llm)
+    config.num_hidden_layers = arguments.layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: arguments.layers]
+    # The vision tower takes no part.
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, image_size=32, patch_size=16)
+    )  # fmt: skip
+    model, processor = build_model(
+        vision,
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        AutoModel.from_config(config),
+        AutoTokenizer.from_pretrained(llm),
+        BuildArguments(prompt="chatml", projection_dim=32, text_adapter_layers=1),
+    )
+    model.save_pretrained(arguments.folder / "model")
+    processor.save_pretrained(arguments.folder / "model")
+    _write_captions(arguments.folder / "data", arguments.captions)
+    described = f"SmolLM2's tokenizer and width {config.hidden_size}, {arguments.layers} layers"
+    return {"model": described, "captions": arguments.captions}
+
+
+def _write_captions(folder: Path, count: int) -> None:
+    generator = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(5000)]
+    folder.mkdir()
+    with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(count // _CAPTIONS_A_RECORD):
+            numbers = range(number * _CAPTIONS_A_RECORD, (number + 1) * _CAPTIONS_A_RECORD)
+            sizes = [100 if n % _LONG_EVERY == 0 else generator.randint(4, 9) for n in numbers]
+            captions = [" ".join(generator.choices(words, k=size)) for size in sizes]
+            file.write(json.dumps({"image": f"{number}.png", "captions": captions}) + "\n")
+
+
+def _load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load what an extraction loads, and compute one caption."""
+    import modeling_llm2clip.training.caption_extraction  # noqa: F401
+    from modeling_llm2clip.data.captioned_sources import read_captioned  # noqa: F401
+    from modeling_llm2clip.encoding.captions import encode_captions
+    from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
+    from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+
+    processor = LLM2CLIPProcessor.from_pretrained(arguments.folder / "model")
+    model = LLM2CLIPTextModel.from_pretrained(arguments.folder / "model")
+    encode_captions(model, processor, ["a dog"])
+    return {"rss_mb": _read_memory("VmRSS")}
+
+
+def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
+    from modeling_llm2clip.data.captioned_sources import read_captioned
+    from modeling_llm2clip.training.caption_extraction import extract_captions
+    from modeling_llm2clip.training.shard_work import ExtractionArguments
+
+    started = time.perf_counter()
+    records = read_captioned(arguments.folder / "data", require_pictures=False)
+    chosen = ExtractionArguments(device="cpu", rows_per_shard=arguments.rows_per_shard)
+    report = extract_captions(
+        arguments.folder / "model", records, arguments.folder / "captions", chosen
+    )
+    seconds = time.perf_counter() - started
+    return {
+        "counts": report.counts,
+        "peak_rss_mb": _read_memory("VmHWM"),
+        "captions_per_second": round(arguments.captions / seconds, 1),
+    }
+
+
+def _write(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write random vectors; item i has five rows, of the last one fewer where they run out."""
+    import torch
+
+    from modeling_llm2clip.data.vector_store_layout import StoreManifest
+    from modeling_llm2clip.data.vector_store_writing import StoreWriter, pack_index
+
+    starts = range(0, arguments.rows, _CAPTIONS_A_RECORD)
+    texts = [f"{start}.png" for start in starts]
+    short = [list(range(s, min(s + _CAPTIONS_A_RECORD, arguments.rows))) for s in starts]
+    index = pack_index(
+        {"names": texts, "keys": texts, "langs": ["en"] * len(texts)},
+        {"short": short, "long": [[] for _ in texts]},
+    )
+    manifest = StoreManifest(
+        kind="caption_embeds", fingerprint={}, dtype="float16", dim=arguments.dim,
+        num_rows=arguments.rows, num_items=len(texts), rows_per_shard=arguments.rows_per_shard,
+        plan={}, counts={}, index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )  # fmt: skip
+    writer = StoreWriter.open(arguments.folder / "store", manifest, index)
+    started = time.perf_counter()
+    for shard in range(manifest.num_shards):
+        rows = manifest.rows_of_shard(shard)
+        with writer.claim(shard):
+            generator = torch.Generator().manual_seed(shard)
+            writer.write_shard(shard, torch.rand(len(rows), arguments.dim, generator=generator))
+    writer.finish()
+    size = sum(file.stat().st_size for file in (arguments.folder / "store").iterdir())
+    return {
+        "rows": arguments.rows,
+        "dim": arguments.dim,
+        "dtype": "float16",
+        "shards": manifest.num_shards,
+        "gigabytes": round(size / 1e9, 2),
+        "write_megabytes_per_second": round(size / _MB / (time.perf_counter() - started), 1),
+    }
+
+
+def _read(arguments: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+
+    from modeling_llm2clip.data.vector_store import VectorStore
+
+    folder = arguments.folder / "store"
+    _forget_cached_pages(folder)
+    before = _read_memory("VmRSS")
+    started = time.perf_counter()
+    store = VectorStore.open(folder)
+    open_seconds = time.perf_counter() - started
+    opened = _read_memory("VmHWM")
+    generator = np.random.default_rng(0)
+
+    def read_batches() -> float:
+        seconds = []
+        for _ in range(arguments.batches):
+            rows = generator.integers(0, arguments.rows, _ROWS_READ)
+            started = time.perf_counter()
+            store.read(rows)
+            seconds.append(time.perf_counter() - started)
+        return round(_ROWS_READ / statistics.median(seconds), 1)
+
+    from_disk = read_batches()
+    store.read(np.arange(0, arguments.rows, max(1, 2**20 // (2 * arguments.dim))))
+    started = time.perf_counter()
+    VectorStore.open(folder, check="full")  # leaves the store's pages with the system, if they fit
+    full_seconds = time.perf_counter() - started
+    from_memory = read_batches()
+    return {
+        "open_seconds": round(open_seconds, 3),
+        "open_memory_mb": round(opened - before, 1),
+        "random_rows_per_second_from_disk": from_disk,
+        "random_rows_per_second_from_memory": from_memory,
+        "memory_after_reading_mb": round(_read_memory("VmHWM") - before, 1),
+        "full_check_seconds": round(full_seconds, 2),
+    }
+
+
+_PARTS = {"prepare": _prepare, "load": _load, "extract": _extract, "write": _write, "read": _read}
+
+
+def _forget_cached_pages(folder: Path) -> None:
+    """Let the system drop its copies of the files, so that the disk is measured."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _read_memory(field: str) -> float:
+    """Resident memory of this process in MB: `VmRSS` now, `VmHWM` at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return round(int(line.split()[1]) * 1024 / _MB, 1)
+    raise SystemExit("Needs Linux: /proc/self/status tells the resident memory.")
+
+
+def _require_room(arguments: argparse.Namespace) -> None:
+    needed = 2 * arguments.rows * arguments.dim
+    free = shutil.disk_usage(arguments.folder).free
+    if free < 1.2 * needed:
+        raise SystemExit(
+            f"The store takes {needed / 1e9:.1f} GB, {arguments.folder} has {free / 1e9:.1f} GB "
+            "free. Name a folder on a larger disk with --folder, or give --rows."
+        )
+
+
+def _describe(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {
+        "command": f"python benchmarks/store_memory.py --captions {arguments.captions} "
+        f"--layers {arguments.layers} --rows {arguments.rows} --dim {arguments.dim} "
+        f"--rows-per-shard {arguments.rows_per_shard} --batches {arguments.batches}",
+        "commit": read_commit(),
+        "hardware": f"{describe_processor()}, {platform.machine()}, {torch.get_num_threads()} "
+        "threads",
+        "versions": {p: version(p) for p in ("torch", "transformers", "safetensors", "numpy")},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,552 @@
+"""Stage 3: what is trained, what is drawn, what is refused; killed and resumed = never killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, read_losses, write_data
+from gloo_workers import find_free_port
+from PIL import Image
+from shared_models import every_vision
+from tiny import tiny_model, tiny_pictures
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.vector_store import VectorStore
+from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
+from modeling_llm2clip.hub.assemble import assemble_folder
+from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE
+from modeling_llm2clip.training.cross_modal.align import align
+from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
+from modeling_llm2clip.training.cross_modal.dataset import AlignmentDataset, open_near_size
+from modeling_llm2clip.training.cross_modal.draws import RunBatches, draw_caption
+from modeling_llm2clip.training.cross_modal.model import AlignmentModel
+from modeling_llm2clip.training.cross_modal.towers import (
+    choose_trained_parts,
+    find_attention_linears,
+    find_layers,
+    merge_loras,
+    scale_by_layer,
+)
+from modeling_llm2clip.training.cross_modal.trainer import (
+    AlignmentTrainer,
+    make_training_arguments,
+)
+
+ROOT = Path(__file__).parent.parent
+TOWERS = ("text_model.", "vision_model.")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("aligning"))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(LLM2CLIPModel.from_pretrained(folder).state_dict())
+
+
+def names_that_differ(one: Path, other: Path) -> set[str]:
+    first, second = weights_of(one), weights_of(other)
+    assert set(first) == set(second)
+    return {name for name, value in first.items() if not torch.equal(value, second[name])}
+
+
+# What is drawn
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_long_captions_are_drawn_as_often_as_asked(share: float) -> None:
+    drawn = [draw_caption(2, 3, long_share=share, seed=1, epoch=0, item=i) for i in range(4000)]
+    # Four standard deviations of 4000 coins are 0.03.
+    assert sum(is_long for is_long, _ in drawn) / 4000 == pytest.approx(share, abs=0.03)
+    for kind, num_kind in ((False, 2), (True, 3)):
+        counts = Counter(number for is_long, number in drawn if is_long == kind)
+        total = sum(counts.values())
+        for number in range(num_kind if total else 0):
+            # The same for the smallest group, about 1200.
+            assert counts[number] / total == pytest.approx(1 / num_kind, abs=0.06)
+
+
+@pytest.mark.parametrize(("num_short", "num_long", "is_long"), [(2, 0, False), (0, 2, True)])
+def test_the_only_kind_there_is_is_drawn(num_short: int, num_long: int, is_long: bool) -> None:
+    for item in range(50):
+        drawn = draw_caption(num_short, num_long, long_share=0.5, seed=0, epoch=0, item=item)
+        assert drawn[0] == is_long and drawn[1] in (0, 1)
+
+
+def test_every_epoch_shows_every_picture_once_in_another_order() -> None:
+    batches = list(RunBatches(12, batch_size=4, num_steps=6, seed=0))
+    epochs = [[pair for batch in half for pair in batch] for half in (batches[:3], batches[3:])]
+    for number, pairs in enumerate(epochs):
+        assert {epoch for epoch, _ in pairs} == {number}
+        assert sorted(item for _, item in pairs) == list(range(12))
+    assert [item for _, item in epochs[0]] != [item for _, item in epochs[1]]
+
+
+def test_processes_share_the_batches_of_one() -> None:
+    settings: dict[str, Any] = {"batch_size": 4, "num_steps": 5, "seed": 0}
+    halves = [RunBatches(10, rank=rank, num_processes=2, **settings) for rank in range(2)]
+    for whole, *parts in zip(RunBatches(10, **settings), *halves, strict=True):
+        assert whole == parts[0] + parts[1]
+
+
+def test_stored_and_online_captions_are_the_same_draws(prepared: Prepared) -> None:
+    records, processor = prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model)
+    online = AlignmentDataset(records, processor, seed=5)
+    stored = AlignmentDataset(records, processor, seed=5, caption_store=prepared.caption_store)
+    draws = [(3, item) for item in range(NUM_RECORDS)]
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    tokens, vectors = online.__getitems__(draws), stored.__getitems__(draws)["caption_embeds"]
+    with torch.no_grad():
+        wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])
+    # Another batch, so sums in another order; vectors of length about 5.
+    torch.testing.assert_close(vectors, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_a_jpeg_is_decoded_near_the_needed_size_and_looks_the_same(tmp_path: Path) -> None:
+    ramp = Image.linear_gradient("L").resize((1024, 768)).convert("RGB")
+    ramp.save(tmp_path / "ramp.jpg", quality=95)
+    near = open_near_size(tmp_path / "ramp.jpg", 64)
+    assert near.size == (256, 192)  # an eighth would be 96 high, less than twice 64
+    full = Image.open(tmp_path / "ramp.jpg").resize((64, 64), Image.Resampling.BICUBIC)
+    difference = torch.tensor(list(near.resize((64, 64), Image.Resampling.BICUBIC).tobytes()))
+    difference = (difference - torch.tensor(list(full.tobytes()))).abs()
+    assert difference.max() <= 4  # grey levels of 255
+
+
+# What is trained
+
+
+def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, tmp_path: Path) -> None:
+    model = AlignmentModel.from_pretrained(prepared.model)
+    assert not [n for n, _ in model.named_parameters() if n.startswith("text_model")]
+    without = AlignmentModel.from_pretrained(prepared.model, with_vision_tower=False)
+    assert not [n for n, _ in without.named_parameters() if n.startswith(TOWERS)]
+    prepared.align(tmp_path / "run")
+    parts = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
+    assert "text_model" not in parts
+    assert parts["vision_model"]["trainable"] == 0 and parts["text_adapter"]["trainable"] > 0
+
+
+def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    result = prepared.align(tmp_path / "run")
+    assert result.trained is not None
+    assert assemble_folder(prepared.model, result.trained, tmp_path / "model")
+    changed = names_that_differ(prepared.model, tmp_path / "model")
+    assert changed and not [name for name in changed if name.startswith(TOWERS)]
+    assert changed <= set(result.trained)
+    losses = read_losses(tmp_path / "run")
+    assert len(losses) == SHORT_RUN["steps"] and losses[6] < losses[1]
+    diagnosis = diagnose(tmp_path / "model")
+    assert diagnosis.healthy, diagnosis.report()
+    golden = next(check for check in diagnosis.checks if check.name == "golden vectors")
+    assert golden.passed and not golden.skipped
+
+
+@every_vision
+def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
+    vision: str, tmp_path: Path
+) -> None:
+    here = prepare(tmp_path / "parts", vision=vision)
+    result = here.align(tmp_path / "run", vision_training="full", steps=2, lr=0.05)
+    assert result.trained is not None
+    assemble_folder(here.model, result.trained, tmp_path / "model")
+    changed = names_that_differ(here.model, tmp_path / "model")
+    assert any(name.startswith("vision_model.") for name in changed)
+    assert not any(name.startswith("text_model.") for name in changed)
+    here.picture_store.require_fingerprint(fingerprint_vision(here.model))
+
+
+@pytest.mark.parametrize("training", ["vision", "text"])
+def test_a_lora_trains_and_merges_into_the_folder(
+    prepared: Prepared, tmp_path: Path, training: str
+) -> None:
+    pytest.importorskip("peft")
+    result = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, lr=0.02)
+    assert result.trained is not None
+    assemble_folder(prepared.model, result.trained, tmp_path / "model")
+    changed = names_that_differ(prepared.model, tmp_path / "model")
+    prefix = f"{training}_model."
+    assert any(name.startswith(prefix) for name in changed)
+    assert not any(name.startswith(TOWERS) and not name.startswith(prefix) for name in changed)
+    assert diagnose(tmp_path / "model").healthy
+
+
+@pytest.mark.parametrize("training", ["vision", "text"])
+def test_a_merged_lora_gives_the_vectors_of_the_unmerged_one(
+    prepared: Prepared, training: str
+) -> None:
+    pytest.importorskip("peft")
+    model = AlignmentModel.from_pretrained(prepared.model, with_llm=True)
+    adapted = choose_trained_parts(model, AlignArguments(**{f"{training}_training": "lora"}))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith(TOWERS)}
+    assert trained and all(f"{training}_model." in name and "lora_" in name for name in trained)
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    batch = dict(processor(text=["a dog", "x"], images=tiny_pictures(2)))
+    model.eval()
+    with torch.no_grad():
+        plain = model(**batch)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # starts at zero and would change nothing
+                torch.nn.init.normal_(parameter, std=0.1)
+        unmerged = model(**batch)
+        merge_loras(model, adapted)
+        merged = model(**batch)
+    number = 0 if training == "vision" else 1
+    assert (plain[number] - unmerged[number]).abs().max() > 1e-2
+    # Merging rounds W + BA once more, on unit-length vectors over two layers.
+    torch.testing.assert_close(merged[number], unmerged[number], atol=1e-4, rtol=0)
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def test_frozen_online_gives_the_losses_of_stored_captions(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    stored = prepared.align(tmp_path / "stored")
+    online = prepared.align(tmp_path / "online", text_training="frozen-online")
+    assert set(online.trained or ()) == set(stored.trained or ())
+    wanted, found = read_losses(tmp_path / "stored"), read_losses(tmp_path / "online")
+    # The LLM sees other batches, and six steps carry the rounding on.
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_stored_pictures_give_the_losses_of_a_frozen_tower(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    prepared.align(tmp_path / "tower", steps=2)
+    arguments = AlignArguments(**{**SHORT_RUN, "steps": 2})
+    align(
+        prepared.model, prepared.records, tmp_path / "stored", arguments,
+        caption_store=prepared.caption_store, picture_store=prepared.picture_store,
+    )  # fmt: skip
+    found, wanted = read_losses(tmp_path / "stored"), read_losses(tmp_path / "tower")
+    # Small JPEGs are decoded in full, so only the order of sums differs.
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_closed_form_start_works_from_stores(prepared: Prepared, tmp_path: Path) -> None:
+    losses = []
+    for start in ("as-is", "canonical-correlation"):
+        arguments = AlignArguments(**{**SHORT_RUN, "steps": 1, "start": start})
+        result = align(
+            prepared.model, prepared.records, tmp_path / start, arguments,
+            caption_store=prepared.caption_store, picture_store=prepared.picture_store,
+        )  # fmt: skip
+        losses.append(result.final_loss)
+    assert losses[1] < losses[0] / 2  # a linear fit of 24 pictures in 32 dimensions fits well
+
+
+@pytest.mark.parametrize(("started_at", "kept_at"), [(9.0, MAX_LOG_SCALE), (-3.0, 0.0)])
+def test_the_temperature_is_clamped_after_each_step(
+    prepared: Prepared, tmp_path: Path, started_at: float, kept_at: float
+) -> None:
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    model.logit_scale.log_scale.data.fill_(started_at)
+    folder = tmp_path / "hot"
+    export_model(model, LLM2CLIPProcessor.from_pretrained(prepared.model), folder)
+    here = Prepared(prepared.data, folder, prepared.captions, prepared.pictures)
+    result = here.align(tmp_path / "run", steps=1, lr=1e-6)
+    assert result.trained is not None
+    assert result.trained["logit_scale.log_scale"].item() == pytest.approx(kept_at)
+
+
+@every_vision
+def test_lower_layers_learn_slower_and_only_matrices_decay(vision: str) -> None:
+    tower = tiny_model(vision)[0].vision_model
+    scales = scale_by_layer(tower, 0.5)
+    assert set(scales) == {name for name, _ in tower.named_parameters()}
+    first = {scale for name, scale in scales.items() if "patch_embed" in name}
+    assert first == {min(scales.values())}
+    by_layer: dict[int, set[float]] = {}
+    for name, scale in scales.items():
+        if found := re.search(r"(?:blocks|layers?)\.(\d+)\.", name):
+            by_layer.setdefault(int(found[1]), set()).add(scale)
+    num_layers = len(by_layer)
+    assert by_layer == {i: {0.5 ** (num_layers - i)} for i in range(num_layers)}
+    assert min(scales.values()) == 0.5 ** (num_layers + 1)
+    assert set(scale_by_layer(tower, 1.0).values()) == {1.0}
+
+
+def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path: Path) -> None:
+    arguments = AlignArguments(
+        **{**SHORT_RUN, "vision_training": "full", "layer_decay": 0.5, "vision_lr": 1e-4}
+    )
+    model = AlignmentModel.from_pretrained(prepared.model)
+    choose_trained_parts(model, arguments)
+    dataset = AlignmentDataset(
+        prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
+        caption_store=prepared.caption_store,
+    )  # fmt: skip
+    trainer = AlignmentTrainer(
+        model, dataset, arguments=arguments, callbacks=[],
+        training_arguments=make_training_arguments(tmp_path, arguments, num_steps=1),
+    )  # fmt: skip
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, group in found.items():
+        is_matrix = dict(model.named_parameters())[name].ndim > 1
+        assert group["weight_decay"] == (arguments.weight_decay if is_matrix else 0.0)
+    rates = {name: group["lr"] for name, group in found.items()}
+    assert rates["text_adapter.blocks.0.up.weight"] == rates["logit_scale.log_scale"] == 1e-3
+    assert rates["vision_model.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(1e-4 / 2)
+    assert rates["vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(1e-4 / 4)
+    assert rates["vision_model.embeddings.patch_embedding.weight"] == pytest.approx(1e-4 / 8)
+
+
+# Killed and resumed
+
+LONG_RUN = {
+    "steps": 120, "batch_size": 8, "log_every": 1, "save_every": 7, "device": "cpu",
+    "vision_training": "full", "layer_decay": 0.9, "lr": 1e-4,
+}  # fmt: skip
+
+
+def command_of(prepared: Prepared, output: Path, **changed: Any) -> list[str]:
+    settings = {**LONG_RUN, **changed}
+    flags = [
+        part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    stored = ["--caption-store", prepared.captions]
+    return [str(p) for p in ("align", prepared.model, prepared.data, output, *stored, *flags)]
+
+
+def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signals) -> int:
+    """Start the command, signal it when so many lines of metrics are there, return its code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modeling_llm2clip", *command], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:
+            process.send_signal(by)
+            break
+        time.sleep(0.002)
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode != 0, f"it ended before it was killed: {told[-1500:]}"
+    return process.returncode
+
+
+def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    assert main(command_of(prepared, tmp_path / "whole")) == 0
+    killed = tmp_path / "killed"
+    command = command_of(prepared, killed)
+    code = run_until([*command, "--workers", "1"], killed, lines=25, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (killed / "model").exists()
+    assert main([*command, "--resume"]) == 0
+    # Bit for bit.
+    assert read_losses(killed) == read_losses(tmp_path / "whole")
+    assert len(read_losses(killed)) == LONG_RUN["steps"]
+    assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_lose_nothing(prepared: Prepared, tmp_path: Path) -> None:
+    assert main(command_of(prepared, tmp_path / "whole")) == 0
+    killed = tmp_path / "killed"
+    moments = sorted(random.Random(0).sample(range(3, 110), 5))
+    resume: list[str] = []
+    for lines in moments:
+        command = [*command_of(prepared, killed), *resume]
+        assert run_until(command, killed, lines=lines, by=signal.SIGKILL) == -signal.SIGKILL
+        resume = ["--resume"]
+    assert main([*command_of(prepared, killed), *resume]) == 0
+    assert read_losses(killed) == read_losses(tmp_path / "whole")
+    assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
+
+
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = command_of(prepared, output, save_every=1000, steps=200, vision_training="frozen")
+    assert run_until(command, output, lines=5, by=signal.SIGTERM) == 143
+    steps = max(read_losses(output))
+    assert 5 <= steps < 200 and (output / "checkpoints" / f"checkpoint-{steps}").is_dir()
+    assert main([*command, "--resume"]) == 0
+    assert len(read_losses(output)) == 200
+    assert diagnose(output / "model").healthy
+
+
+def test_a_broken_off_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Path) -> None:
+    prepared.align(tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+    (last / "complete").unlink()
+    (last / "optimizer.pt").write_bytes(b"half")
+    wanted = read_losses(tmp_path / "run")
+    assert prepared.align(tmp_path / "run", resume=True).steps == 6
+    assert read_losses(tmp_path / "run") == wanted
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_with_the_whole_batch(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    changed = {"steps": 8, "save_every": 4}
+    assert main(command_of(prepared, tmp_path / "one", **changed)) == 0
+    command = command_of(prepared, tmp_path / "two", **changed)
+    launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/ddp.yaml",
+              "--cpu", "--main_process_port", str(find_free_port()), "-m",
+              "modeling_llm2clip"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *command], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote") == 1
+    # Eight steps carry the rounding of sums in another order on.
+    one, two = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
+    assert two == pytest.approx(one, abs=2e-3)
+    assert diagnose(tmp_path / "two" / "model").healthy
+
+
+# What is refused
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    class Broken(VectorStore):
+        def read(self, rows: Any) -> torch.Tensor:
+            return super().read(rows) * torch.nan
+
+    store = prepared.caption_store
+    store.__class__ = Broken
+    with pytest.raises(FloatingPointError, match=r"nan at step 0 for 8 pictures .*keys \['"):
+        align(
+            prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
+            caption_store=store,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"long_share": 1.5, "lr": 0.0}, r"lr=0.0.*long_share=1.5"),
+        ({"vision_training": "some"}, r"vision_training='some'.*'frozen', 'lora', 'full'"),
+        ({"batch_size": 1}, "batch_size=1, wanted at least 2"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0"),
+    ],
+)
+def test_impossible_settings_are_all_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlignArguments(**changed)
+
+
+def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None:
+    """Call align with something wrong; no tower may be loaded before it says so."""
+    changed = {k: given.pop(k) for k in list(given) if k in AlignArguments.__dataclass_fields__}
+    inputs = {
+        "model": prepared.model, "records": prepared.records,
+        "caption_store": prepared.caption_store, **given,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+        patch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
+        align(
+            inputs.pop("model"), inputs.pop("records"), output,
+            AlignArguments(**{**SHORT_RUN, **changed}), **inputs,
+        )  # fmt: skip
+    assert not (output / "run.json").exists()
+
+
+def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    refuse(prepared, out, "Got no pictures", records=[])
+    refuse(prepared, out, "24 pictures are too few for a batch of 25", batch_size=25)
+    refuse(prepared, out, "needs a caption store", caption_store=None)
+    refuse(prepared, out, "reads no caption store", text_training="frozen-online")
+    refuse(
+        prepared, out, "picture store is of no use",
+        picture_store=prepared.picture_store, vision_training="full",
+    )  # fmt: skip
+    refuse(prepared, out, "holds vision_embeds", caption_store=prepared.picture_store)
+    refuse(prepared, out, "needs a caption store and a picture", start="canonical-correlation")
+    without = [dataclasses.replace(record, picture=None) for record in prepared.records]
+    refuse(prepared, out, r"24 records have no picture: 00.jpg \(en\)", records=without)
+    fewer = prepared.records[:-2]
+    refuse(prepared, out, r"2 of its items are not in the data: 22.jpg \(en\)", records=fewer)
+
+
+def test_other_captions_than_the_stored_ones_are_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    other = write_data(tmp_path / "more", count=NUM_RECORDS + 1)
+    refuse(
+        prepared, tmp_path / "run", r"1 records are not in the store: 24.jpg \(en\)",
+        records=read_captioned(other),
+    )  # fmt: skip
+    lines = (prepared.data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0])
+    first["captions"] = first["captions"][:1]
+    edited = tmp_path / "edited"
+    write_data(edited)
+    (edited / "captions.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    refuse(
+        prepared, tmp_path / "run", r"1 records have other numbers of captions .*00.jpg",
+        records=read_captioned(edited),
+    )  # fmt: skip
+
+
+def test_a_store_of_another_model_is_refused_with_both_values(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    other = prepare(tmp_path / "other", llm="qwen2")
+    store = other.caption_store
+    refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
+
+
+def test_another_run_s_folder_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    prepared.align(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        prepared.align(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another run: lr: 0.001 then, 0.01 now"):
+        prepared.align(tmp_path / "run", lr=0.01, resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        prepared.align(tmp_path / "full")
+
+
+def test_a_tower_without_attention_gets_no_lora() -> None:
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"no linear layers in an attention.*'frozen' or 'full'"):
+        find_attention_linears(tower)
+    with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
+        find_layers(tower)
+
+
+def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no place for 1 trained weights \['elsewhere'\]"):
+        assemble_folder(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"1 have another shape.*\(2,\), \(1,\)"):
+        assemble_folder(
+            prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
+        )
+    assert not (tmp_path / "model").exists()
