@@ -48,7 +48,8 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
     scores = []
     for seed in seeds:
         chosen = BuildArguments(prompt="chatml", visual_projection_bias=True, seed=seed)
-        model, processor = build_from_sources(*towers, chosen)
+        adapter = DemoArguments(output=nothing_written).find_adapter()
+        model, processor = build_from_sources(*towers, chosen, caption_adapter=adapter)
         pictures = pictures or encode_records(model, processor, records)
         held_out = hold_out(records, seed=seed)
         chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment
@@ -60,7 +61,7 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
 
 def _shorten(whole: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     """A report without time and memory, which were not measured for this seed alone."""
-    kept = ("num_pictures", "num_held_out", "versions", "commit", "hardware")
+    kept = ("caption_tuned", "num_pictures", "num_held_out", "versions", "commit", "hardware")
     return {**{name: whole[name] for name in kept}, **scores}
 
 

@@ -95,6 +95,65 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
 
 
+def _render_caption_tuning(report: dict[str, Any]) -> str:
+    names = {
+        "causal": "SmolLM2-135M, causal, mean pooled",
+        "bidirectional": "the same, made bidirectional",
+        "tuned": "the same, caption-tuned",
+        "minilm": "all-MiniLM-L6-v2",
+    }
+    rows = [[names[key], _percent(value)] for key, value in report["cra"].items()]
+    note = (
+        f"{report['data']}; {report['recipe']['steps']} steps of {report['recipe']['batch_size']} "
+        f"pairs in {report['seconds'] / 60:.0f} minutes, {report['peak_rss_gb']} GB. "
+        f"{report['hardware']}."
+    )
+    return _draw(("text encoder", "CRA"), rows) + f"\n{note}\n"
+
+
+def _render_alignment(report: dict[str, Any]) -> str:
+    seeds = [str(run["seed"]) for run in next(iter(report["recalls"].values()))]
+    heads = ("text encoder", *(f"seed {seed}" for seed in seeds), "mean")
+    rows = [
+        [name, *(_percent(run["unseen_text_to_image_r1"]) for run in runs),
+         _percent(report["mean_text_to_image_r1"][name])]
+        for name, runs in report["recalls"].items()
+    ]  # fmt: skip
+    return _draw(heads, rows) + f"\nText to picture R@1. {report['data']}.\n"
+
+
+def _render_training_efficiency(report: dict[str, Any]) -> str:
+    heads = (
+        "at each step", "pictures a second", "times LoRA", "with extraction, 4 epochs",
+        "peak memory, GB", "vision trained: pictures a second",
+    )  # fmt: skip
+    modes = {
+        "lora": "LLM with LoRA, vision tower",
+        "frozen_online": "frozen LLM, vision tower",
+        "stored_captions": "stored captions, vision tower",
+        "stored_both": "stored captions and pictures",
+    }
+    amortised = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
+    rows = [
+        [
+            label,
+            f"{report[mode]['samples_per_second']:.1f}",
+            f"{report['times_as_fast_as_lora'][mode]:.1f}",
+            f"{amortised[mode]:.1f}" if mode in amortised else "–",
+            f"{report[mode]['peak_rss_gb']:.1f}",
+            f"{report['vision_trained'][mode]['samples_per_second']:.1f}"
+            if mode in report["vision_trained"]
+            else "–",
+        ]
+        for mode, label in modes.items()
+    ]
+    return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -103,6 +162,9 @@ def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 _RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
+    "caption_tuning": _render_caption_tuning,
+    "alignment": _render_alignment,
+    "training_efficiency": _render_training_efficiency,
 }
 
 

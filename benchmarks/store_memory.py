@@ -99,8 +99,14 @@ def _measure_extraction(arguments: argparse.Namespace) -> dict[str, Any]:
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the model and the captions."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+    )
 
     from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
     from modeling_llm2clip.hub.build import BuildArguments, build_model
@@ -239,7 +245,6 @@ def _read(arguments: argparse.Namespace) -> dict[str, Any]:
         return round(_ROWS_READ / statistics.median(seconds), 1)
 
     from_disk = read_batches()
-    store.read(np.arange(0, arguments.rows, max(1, 2**20 // (2 * arguments.dim))))
     started = time.perf_counter()
     VectorStore.open(folder, check="full")  # leaves the store's pages with the system, if they fit
     full_seconds = time.perf_counter() - started

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,22 +143,15 @@ def attend_packed(
     return mixed.unsqueeze(0), None
 
 
+@cache
 def keep_freed_memory() -> None:
-    """Stop glibc from giving memory back to the system after every pass, on the first call.
+    """Stop glibc from giving memory back to the system after every pass; works once a process.
 
     Freeing one block just under 32 MiB raises its thresholds to that size (mallopt(3),
     M_MMAP_THRESHOLD: "dynamic"). Page faults cost a tenth of the time of a pass without it.
     """
-    for _ in range(0 if _state.is_primed else 2):
+    for _ in range(2):
         torch.empty(31 * 2**18).zero_()
-    _state.is_primed = True
-
-
-class _State:
-    is_primed = False
-
-
-_state = _State()
 
 
 def _split(heads: Tensor, count: int, length: int) -> Tensor:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.cross_modal.model import AlignmentModel
 from modeling_llm2clip.training.cross_modal.towers import choose_trained_parts
+from modeling_llm2clip.training.cross_modal.trainer import ClampTemperature
 from modeling_llm2clip.training.losses import keyed_contrastive_loss
 
 NUM_ROWS = 8
@@ -66,6 +69,25 @@ def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slic
     return loss.detach()
 
 
+def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice) -> dict[str, Any]:
+    """The same with FSDP2, whose parameters lie half on each process; and the clamp on such."""
+    mesh = init_device_mesh("cpu", (2,))
+    for block in (*model.vision_model.encoder.layers, *model.text_adapter.blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = backward_module(model, batch, part)
+    gradients = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    with torch.no_grad():
+        model.logit_scale.log_scale.fill_(9.0)
+    ClampTemperature().on_optimizer_step(None, None, None, model=model)
+    clamped = model.logit_scale.log_scale.full_tensor().detach()
+    return {"sharded_loss": loss, "sharded": gradients, "clamped": clamped}
+
+
 def find_free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -93,5 +115,6 @@ def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
         "module_loss": backward_module(wrapped, batch, part),
         "module": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
     }
+    result |= shard_and_step(load_trained(folder / "exported"), batch, part)
     torch.save(result, folder / f"{rank}.pt")
     accelerator.end_training()

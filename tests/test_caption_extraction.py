@@ -151,6 +151,17 @@ def test_duplicates_are_computed_once_and_cut_captions_counted(model: Path, tmp_
     assert store.rows_of(1, long=True)[0] == store.rows_of(0, long=True)[0]
 
 
+def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
+    model: Path, records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    for num_computed in (True, False):
+        report = extract_captions(model, records, tmp_path / "store", EXACT)
+        assert report.complete and bool(report.num_computed) == num_computed
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: missing"):
+        extract_captions(model, records, tmp_path / "store", EXACT)
+
+
 def test_rows_are_by_length_and_then_by_first_occurrence(model: Path, tmp_path: Path) -> None:
     texts = ("b", "a", "one two three", "c")  # single letters are one token each
     extract_captions(model, [CaptionedImage(None, "x", "x", texts)], tmp_path / "store", EXACT)

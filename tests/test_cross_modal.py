@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.doctor import diagnose
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE
-from modeling_llm2clip.training.cross_modal.align import align
+from modeling_llm2clip.training.cross_modal.align import align, check_processes
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.cross_modal.dataset import AlignmentDataset, open_near_size
 from modeling_llm2clip.training.cross_modal.draws import RunBatches, draw_caption
@@ -174,6 +175,48 @@ def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
     assert any(name.startswith("vision_model.") for name in changed)
     assert not any(name.startswith("text_model.") for name in changed)
     here.picture_store.require_fingerprint(fingerprint_vision(here.model))
+
+
+@pytest.mark.parametrize("parts", [("full", "stored"), ("lora", "lora")], ids="-".join)
+def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype(
+    tmp_path: Path, parts: tuple[str, str]
+) -> None:
+    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
+    vision, text = parts
+    result = here.align(tmp_path / "run", vision_training=vision, text_training=text)
+    assert result.trained is not None
+    assert result.trained["text_projection.weight"].dtype == torch.float32
+    assemble_folder(here.model, result.trained, tmp_path / "model")
+    before, after = weights_of(here.model), weights_of(tmp_path / "model")
+    assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
+    assert diagnose(tmp_path / "model").healthy
+
+
+def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    shutil.copytree(prepared.model, sharded)
+    (sharded / "model.safetensors").unlink()
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    moved = model.text_projection.weight.detach() + 1
+    assemble_folder(sharded, {"text_projection.weight": moved}, tmp_path / "model")
+    names = {path.name for path in sharded.iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names
+    assert names_that_differ(sharded, tmp_path / "model") == {"text_projection.weight"}
+    assert torch.equal(weights_of(tmp_path / "model")["text_projection.weight"], moved)
+
+
+def test_a_source_without_recorded_captions_gets_no_golden_vectors(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(prepared.model, old)
+    (old / "golden_vectors.safetensors").unlink()
+    trained = {"logit_scale.log_scale": torch.ones(1)}
+    assert not assemble_folder(old, trained, tmp_path / "model")
+    assert not (tmp_path / "model" / "golden_vectors.safetensors").exists()
+    assert diagnose(tmp_path / "model").healthy
 
 
 @pytest.mark.parametrize("training", ["vision", "text"])
@@ -492,6 +535,25 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     refuse(prepared, out, r"24 records have no picture: 00.jpg \(en\)", records=without)
     fewer = prepared.records[:-2]
     refuse(prepared, out, r"2 of its items are not in the data: 22.jpg \(en\)", records=fewer)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_processes", "message"),
+    [(2, 3, "smaller than the number of processes"), (8, 3, "cannot be shared evenly by 3")],
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    batch_size: int, num_processes: int, message: str
+) -> None:
+    arguments = AlignArguments(batch_size=batch_size, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        check_processes(arguments, num_processes)
+
+
+def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = AlignArguments(batch_size=8, device="cpu", vision_training="lora")
+    with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
+        check_processes(arguments, 1)
 
 
 def test_other_captions_than_the_stored_ones_are_refused(

@@ -12,11 +12,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import tiny_pictures
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 from benchmarks.render_tables import NOT_RECORDED, RESULTS, render_document
-from modeling_llm2clip.__main__ import _build_parser
+from modeling_llm2clip.__main__ import _build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -26,7 +27,9 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test]" && pytest')
 # Folders that a reader makes (`model/` is what the demo writes), and Hub ids; the snippets find a
 # tiny stand-in under each name, because transformers prefers a folder to the Hub.
-MADE_BY_READERS = ("llm2clip-demo", "model", "my-model", "my-pictures", ".venv")
+MADE_BY_READERS = (
+    "llm2clip-demo", "model", "my-model", "my-pictures", "tuned", "aligned", ".venv",
+)  # fmt: skip
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|opt|Users|mnt|content)/|\b[A-Z]:\\")
@@ -148,6 +151,33 @@ def test_the_readmes_commands_parse(command: str) -> None:
     assert callable(arguments.run)
 
 
+@pytest.mark.slow
+def test_the_readmes_training_commands_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_tiny_model(tmp_path / "my-model")
+    save_captioned_pictures(tmp_path / "my-pictures", count=200)
+    monkeypatch.chdir(tmp_path)
+    section = read(README).split("## Train\n")[1].split("\n## ")[0]
+    commands = [line for line in section.splitlines() if line.startswith("llm2clip ")]
+    assert len(commands) == 4
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert main(["doctor", "aligned/model"]) == 0
+
+
+def save_captioned_pictures(folder: Path, *, count: int) -> None:
+    """Pictures of one colour each, with two captions."""
+    folder.mkdir()
+    lines = []
+    for number in range(count):
+        colour = (number, 255 - number, number * 7 % 256)
+        Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+        captions = [f"number {number} in one colour", f"a square, the {number}th"]
+        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
 def test_the_readme_shows_every_command() -> None:
     shown = {shlex.split(command)[1] for command in find_shell_commands()}
     actions = _build_parser()._subparsers._group_actions  # type: ignore[union-attr]
@@ -199,7 +229,10 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     other_row = {"name": "other", "captions_per_second": 5.0, "peak_rss_gb": 1.0}
     speed = json.dumps({"rows": [row, other_row], "hardware": "two threads"})
     (tmp_path / "encoding_speed.json").write_text(speed, encoding="utf-8")
-    rendered = render_document(read(README), tmp_path)
+    tables = "".join(
+        f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("demo", "encoding_speed")
+    )
+    rendered = render_document(tables, tmp_path)
     assert "| 0 | 25.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
     assert "| mean | 50.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
     assert "| plain | 10.0 | 1.00 | 1.0000 |\n| other | 5.0 | 1.00 |  |\n" in rendered
@@ -209,7 +242,8 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
 
 
 def test_a_missing_result_is_said_to_be_missing(tmp_path: Path) -> None:
-    assert render_document(read(README), tmp_path).count(NOT_RECORDED) == 2
+    text = read(README)
+    assert render_document(text, tmp_path).count(NOT_RECORDED) == text.count("<!-- table:")
 
 
 @pytest.mark.parametrize("text", ["<!-- table: other -->\n<!-- end -->", "<!-- table: demo -->\n"])

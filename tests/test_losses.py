@@ -24,7 +24,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.modeling_llm2clip import contrastive_loss
+from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE, contrastive_loss
 from modeling_llm2clip.training.losses import keyed_contrastive_loss
 
 WHOLE = slice(0, NUM_ROWS)
@@ -101,18 +101,27 @@ def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, ki
         torch.testing.assert_close(rows, whole[name], **ROUNDING)
 
 
-def test_two_processes_give_every_gradient_of_the_model_that_one_gives(two_processes: Any) -> None:
+@pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])
+def test_two_processes_give_every_gradient_of_the_model_that_one_gives(
+    two_processes: Any, wrapped_by: str
+) -> None:
     folder, batch, halves = two_processes
     model = load_trained(folder / "exported")
     loss = backward_module(model, batch, WHOLE)
-    torch.testing.assert_close((halves[0]["module_loss"] + halves[1]["module_loss"]) / 2, loss)
+    mean = (halves[0][f"{wrapped_by}_loss"] + halves[1][f"{wrapped_by}_loss"]) / 2
+    torch.testing.assert_close(mean, loss, **ROUNDING)
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert {"logit_scale.log_scale", "visual_projection.weight"} < set(wanted)
     assert any(name.startswith("vision_model.") for name in wanted)
     for half in halves:
-        assert set(half["module"]) == set(wanted)
+        assert set(half[wrapped_by]) == set(wanted)
         for name, gradient in wanted.items():
             # Two layers of float32 sums in another order, gradients of about 1.
             torch.testing.assert_close(
-                half["module"][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
+                half[wrapped_by][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
             )
+
+
+def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
+    for half in two_processes[2]:
+        assert half["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32

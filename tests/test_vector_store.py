@@ -199,6 +199,12 @@ def test_every_damaged_file_is_named_at_once(store: Path) -> None:
         (lambda m: {**m, "dtype": "int8"}, "dtype is 'int8'"),
         (lambda m: {**m, "shards": m["shards"][:2]}, "do not make up its rows"),
         (lambda m: {k: v for k, v in m.items() if k != "dim"}, r"lacks \['dim'\]"),
+        (lambda m: {**m, "colour": "red"}, "damaged .*colour"),
+        (lambda m: {**m, "dim": "five"}, "damaged"),
+        (
+            lambda m: {**m, "shards": [{**m["shards"][0], "file": "../x"}, *m["shards"][1:]]},
+            "do not make up its rows",
+        ),
         (lambda m: [m], "format_version None"),
     ],
 )

@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> None:
     demo.add_argument("--llm", help="Hub id, folder or .gguf of a language model; needs --prompt")
     demo.add_argument("--prompt", help="prompt around every caption; see llm2clip build -h")
     demo.add_argument("--pictures", type=Path, help="folder with captions.jsonl")
-    demo.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
+    demo.add_argument(
+        "--caption-adapter", help="LoRA of a caption-tuned LLM: a folder, embedded, or none"
+    )
     demo.add_argument("--steps", type=int, default=100)
     demo.add_argument("--batch-size", type=int, default=512)
     demo.add_argument("--seed", type=int, default=0)

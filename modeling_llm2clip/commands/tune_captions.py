@@ -38,7 +38,9 @@ def _add_settings(group: Any) -> None:
     group.add_argument(
         "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways"
     )
-    group.add_argument("--held-out", type=int, default=1000, help="pictures for the accuracy")
+    group.add_argument(
+        "--held-out", type=int, help="pictures for the accuracy; default: a fifth, 1,000 at most"
+    )
     group.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
     group.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     group.add_argument("--gradient-checkpointing", action="store_true")

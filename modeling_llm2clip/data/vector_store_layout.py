@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -136,9 +137,12 @@ def read_manifest(folder: Path) -> StoreManifest:
         )
     if lost := sorted({field.name for field in fields(StoreManifest)} - set(found)):
         raise ValueError(f"{file} lacks {lost}. Extract the store again.")
-    found["shards"] = tuple(ShardRecord(**shard) for shard in found["shards"])
-    manifest = StoreManifest(**found)
-    _check_manifest(file, manifest)
+    try:
+        found["shards"] = tuple(ShardRecord(**shard) for shard in found["shards"])
+        manifest = StoreManifest(**found)
+        _check_manifest(file, manifest)
+    except TypeError as error:  # an unknown field, or a value of another type
+        raise ValueError(f"{file} is damaged ({error}). Extract the store again.") from error
     return manifest
 
 
@@ -176,7 +180,10 @@ def map_index(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Map every array of an index; nothing is read before it is used."""
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for name, place in read_places(file).items():
-        dtype = _INDEX_DTYPES[place.dtype]
+        dtype = _INDEX_DTYPES.get(place.dtype)
+        if dtype is None or len(place.shape) != 1:
+            raise ValueError(f"{file.name}: {name} is {place.dtype} {place.shape}")
+        require_size(file, place, np.dtype(dtype).itemsize)
         # An array without bytes cannot be mapped.
         arrays[name] = (
             np.memmap(file, dtype=dtype, mode="r", offset=place.offset, shape=place.shape)
@@ -184,6 +191,13 @@ def map_index(file: Path) -> dict[str, np.ndarray[Any, Any]]:
             else np.zeros(place.shape, dtype=dtype)
         )
     return arrays
+
+
+def require_size(file: Path, place: TensorPlace, item_bytes: int) -> None:
+    """Raise ValueError when a tensor has not as many bytes as its shape says."""
+    wanted = math.prod(place.shape) * item_bytes
+    if place.bytes != wanted:
+        raise ValueError(f"{file.name}: {place.bytes} bytes for {wanted} bytes of {place.shape}")
 
 
 def hash_file(file: Path) -> str:
@@ -240,8 +254,11 @@ def _check_manifest(file: Path, manifest: StoreManifest) -> None:
     if min(manifest.dim, manifest.num_rows, manifest.num_items, manifest.rows_per_shard) < 1:
         faults.append("dim, num_rows, num_items and rows_per_shard must be at least 1")
     elif manifest.complete:
-        planned = [manifest.rows_of_shard(shard) for shard in range(manifest.num_shards)]
-        listed = [range(s.first_row, s.first_row + s.rows) for s in manifest.shards]
+        planned = [
+            (f"{shard_stem(shard)}.safetensors", manifest.rows_of_shard(shard))
+            for shard in range(manifest.num_shards)
+        ]
+        listed = [(s.file, range(s.first_row, s.first_row + s.rows)) for s in manifest.shards]
         if planned != listed:
             faults.append("the listed shards do not make up its rows")
     if faults:

@@ -49,8 +49,9 @@ class DemoArguments:
         vision, llm: Hub ids or folders; None for the embedded real parts.
         pictures: a folder with `captions.jsonl`; None for the embedded emoji and photographs.
         prompt: see `hub.prompts`; needed with another LLM.
-        caption_adapter: folder of a LoRA that taught the LLM to tell captions apart; merged
-            into the LLM before anything is encoded.
+        caption_adapter: folder of a LoRA that taught the LLM to tell captions apart, merged into
+            it before anything is encoded; "embedded" for that of the embedded LLM, which is also
+            the default for it; "none" for the LLM as it is, which is the default for another.
         steps, batch_size, seed: of the alignment, and the seed of the split.
     """
 
@@ -59,10 +60,17 @@ class DemoArguments:
     llm: str | None = None
     pictures: Path | None = None
     prompt: str | None = None
-    caption_adapter: Path | None = None
+    caption_adapter: str | Path | None = None
     steps: int = 100
     batch_size: int = 512
     seed: int = 0
+
+    def find_adapter(self) -> Path | None:
+        """Folder of the LoRA that is merged, if any."""
+        chosen = self.caption_adapter or ("embedded" if self.llm is None else "none")
+        if chosen == "none":
+            return None
+        return find_example_data() / "caption_adapter" if chosen == "embedded" else Path(chosen)
 
     @property
     def alignment(self) -> AlignmentArguments:
@@ -100,7 +108,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         BuildArguments(
             prompt=arguments.prompt or "chatml", visual_projection_bias=True, seed=arguments.seed
         ),
-        caption_adapter=arguments.caption_adapter,
+        caption_adapter=arguments.find_adapter(),
     )
     pictures = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)
@@ -123,6 +131,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         "peak_rss_gb": _peak_rss_gb(),
         **scores,
         "seed": arguments.seed,
+        "caption_tuned": arguments.find_adapter() is not None,
         "final_loss": round(losses[-1], 4),
         "num_pictures": len(records),
         "num_held_out": len(held_out),

@@ -75,11 +75,21 @@ def _texts_of(record: CaptionedImage) -> list[str]:
 
 
 def encode_records(
-    model: LLM2CLIPModel, processor: LLM2CLIPProcessor, records: list[CaptionedImage]
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    records: list[CaptionedImage],
+    *,
+    vision_embeds: Tensor | None = None,
 ) -> EncodedPictures:
-    """Run both towers over every picture and every different caption."""
-    print(f"Encoding {len(records)} pictures …", flush=True)
-    vision_embeds = encode_pictures(model, processor, [r.path for r in records], show_progress=True)
+    """Run both towers over every picture and every different caption.
+
+    Args:
+        vision_embeds: of the same pictures by the same tower, where they are at hand.
+    """
+    if vision_embeds is None:
+        print(f"Encoding {len(records)} pictures …", flush=True)
+        paths = [record.path for record in records]
+        vision_embeds = encode_pictures(model, processor, paths, show_progress=True)
     rows: dict[str, int] = {}
     captions_of_picture = [
         [rows.setdefault(text, len(rows)) for text in _texts_of(record)] for record in records

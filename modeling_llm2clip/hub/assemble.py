@@ -55,7 +55,7 @@ def assemble_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for path in source.iterdir():
+        for path in source.glob("[!.]*"):  # no .git or .cache
             if path.is_dir():
                 shutil.copytree(path, unfinished / path.name)
             elif path.suffix != ".safetensors":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_llm2clip import LOGIT_SCALE_INIT, LLM2CLIPConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .attention_probe import require_bidirectional
@@ -113,7 +113,6 @@ def build_model(
         text_adapter_layers=arguments.text_adapter_layers,
         vision_pooling=arguments.vision_pooling,
         visual_projection_bias=arguments.visual_projection_bias,
-        logit_scale_init_value=LOGIT_SCALE_INIT,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)

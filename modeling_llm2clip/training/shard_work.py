@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data.captioned_images import CaptionedImage
+from ..data.vector_store import VectorStore
 from ..data.vector_store_layout import STORED_DTYPES
 from ..data.vector_store_writing import StoreWriter
 from .stopping import StopRequest
@@ -86,7 +88,8 @@ class ExtractionReport:
 def choose_device(arguments: ExtractionArguments) -> torch.device:
     """Return the device asked for, or this process's own."""
     if arguments.device is not None:
-        PartialState(cpu=torch.device(arguments.device).type == "cpu")
+        if "RANK" in os.environ:  # a launcher set up groups for one kind of device
+            PartialState(cpu=torch.device(arguments.device).type == "cpu")
         return torch.device(arguments.device)
     return torch.device(PartialState().device)
 
@@ -108,12 +111,15 @@ def fill_store(
     Args:
         compute: gives the same vectors for the same rows, whatever was computed before.
         stop: looked at between shards.
-    Raises: OSError when the disk is full; whole shards stay.
+    Raises:
+        OSError: the disk is full; whole shards stay.
+        ValueError: the store was complete and is damaged now.
     """
     manifest = writer.manifest
     missing = writer.list_missing()
     num_computed = 0
-    progress = tqdm(total=manifest.num_rows, unit=" rows", disable=not show_progress)
+    shown = show_progress and PartialState().is_local_main_process
+    progress = tqdm(total=manifest.num_rows, unit=" rows", disable=not shown)
     while missing and not (stop and stop.signal):
         progress.n = manifest.num_rows - sum(len(manifest.rows_of_shard(s)) for s in missing)
         progress.refresh()
@@ -123,9 +129,12 @@ def fill_store(
         if missing and not num_now:  # other processes are at work on all of them
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     progress.close()
+    complete = not missing and writer.finish()
+    if complete:
+        VectorStore.open(writer.folder)  # a store of an earlier run may have lost files since
     return ExtractionReport(
         folder=writer.folder,
-        complete=not missing and writer.finish(),
+        complete=complete,
         num_items=manifest.num_items,
         num_rows=manifest.num_rows,
         dim=manifest.dim,

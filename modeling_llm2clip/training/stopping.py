@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -42,6 +45,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, _: FrameType | None) -> None:
         request.signal = signal.Signals(number)
         restore()
+        _log.warning("%s: stopping when the work in hand is whole.", request.signal.name)
 
     if threading.current_thread() is threading.main_thread():
         for wanted in (signal.SIGINT, signal.SIGTERM):

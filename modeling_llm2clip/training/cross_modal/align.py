@@ -7,6 +7,7 @@ made of the result by `hub.assemble`.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -111,7 +112,7 @@ def align(
     training_arguments = make_training_arguments(
         output, arguments, num_steps=arguments.count_steps(len(records))
     )
-    _check_processes(arguments, training_arguments)
+    check_processes(arguments, training_arguments.world_size)
     PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
     set_seed(arguments.seed)
     aligned = AlignmentModel.from_pretrained(
@@ -214,8 +215,8 @@ def _check_stores(
         picture_store.require_fingerprint(fingerprint_vision(model))
 
 
-def _check_processes(arguments: AlignArguments, training_arguments: TrainingArguments) -> None:
-    num_processes = training_arguments.world_size
+def check_processes(arguments: AlignArguments, num_processes: int) -> None:
+    """Raise ValueError when so many processes cannot share a batch, or the work."""
     if arguments.batch_size < num_processes:
         raise ValueError(
             f"batch_size={arguments.batch_size} is smaller than the number of processes "
@@ -226,6 +227,10 @@ def _check_processes(arguments: AlignArguments, training_arguments: TrainingArgu
             f"batch_size={arguments.batch_size} cannot be shared evenly by {num_processes} "
             "processes. Choose a multiple of their number."
         )
+    # Set by accelerate launch. A LoRA's merging needs whole matrices, which no process has there.
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if is_sharded and "lora" in (arguments.vision_training, arguments.text_training):
+        raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
 
 
 def _pair_vectors(dataset: AlignmentDataset, seed: int) -> tuple[Tensor, Tensor]:
