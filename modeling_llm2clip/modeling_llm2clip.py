@@ -196,6 +196,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 class _TextHalf(LLM2CLIPPreTrainedModel):
     """Text in, vectors out; shared by the whole model and the text-only one."""
 
+    # Set by a training on a processor, which gains the time of the padding. Otherwise a batch with
+    # gradients stays whole, as on other devices.
+    packs_in_training = False
     _can_pack: bool | None = None  # found out when it first matters
 
     def get_caption_embeds(
@@ -229,11 +232,10 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 vocabulary_size=config.text_config.vocab_size,
                 num_unpooled=num_unpooled,
             )
-        # Recomputing a packed pass in the backward one would find the attention switched back.
-        recomputes = torch.is_grad_enabled() and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules()
+        is_plain = torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and not self._packs_with_gradients()
         )
-        if input_ids.device.type != "cpu" or recomputes or torch.compiler.is_compiling():
+        if input_ids.device.type != "cpu" or is_plain:
             return self._pool_batch(input_ids, attention_mask, num_unpooled)
         return self._pool_on_processor(input_ids, attention_mask, num_unpooled)
 
@@ -303,6 +305,12 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         for rows in plan(lengths, token_budget=CPU_TOKEN_BUDGET):
             pooled[rows] = pool([texts[row] for row in rows], num_unpooled).to(pooled.device)
         return pooled
+
+    def _packs_with_gradients(self) -> bool:
+        # Recomputing a packed pass in the backward one would find the attention switched back.
+        return self.packs_in_training and not any(
+            getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules()
+        )
 
     def _packs(self, longest: int, device: torch.device) -> bool:
         window = getattr(self.config.text_config, "sliding_window", None)

@@ -41,7 +41,10 @@ class MaskedNextTokenTrainer(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs, use_cache=False)
         predicted = outputs.logits[:, :-1].float().flatten(0, 1)
-        loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
+        wanted = labels[:, 1:].flatten()
+        total = F.cross_entropy(predicted, wanted, ignore_index=-100, reduction="sum")
+        # A batch of a few short captions may have no mask at all: its mean would be no number.
+        loss = total / (wanted != -100).sum().clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -51,10 +54,18 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"  # else a text's first token has padding in front of it
     tokenizer.mask_token = arguments.mask
     if tokenizer.mask_token_id in {None, tokenizer.unk_token_id}:
         raise SystemExit(f"{arguments.mask!r} is no token of {arguments.llm}; name another --mask.")
-    model = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        arguments.llm, dtype=torch.float32, output_loading_info=True
+    )
+    if loaded["missing_keys"]:
+        raise SystemExit(
+            f"{arguments.llm} lacks {sorted(loaded['missing_keys'])}, which would stay random. "
+            "Give the whole LLM, with the head that predicts tokens."
+        )
     set_attention_direction(model, bidirectional=True)
     # The adapter is that of the LLM without its head, which is what the later stages load.
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")

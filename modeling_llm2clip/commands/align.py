@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .captioned_data import add_data_flags, read_data
 from .pick import pick
 
 
@@ -13,9 +14,8 @@ def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
     align = commands.add_parser("align", help="align pictures with stored caption vectors")
     align.add_argument("model", help="folder or Hub id, from llm2clip build")
-    align.add_argument("data", help="captioned pictures: folder, *.parquet, *.tar, COCO *.json")
+    add_data_flags(align)
     align.add_argument("output", type=Path, help="folder to write; the model goes to output/model")
-    align.add_argument("--images", type=Path, help="folder of the pictures, if not beside the data")
     align.add_argument("--caption-store", type=Path, help="from llm2clip extract")
     align.add_argument("--picture-store", type=Path, help="the same, of pictures")
     align.add_argument("--resume", action="store_true", help="continue a run that was stopped")
@@ -63,7 +63,6 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..data.captioned_sources import read_captioned
     from ..data.vector_store import VectorStore
     from ..hub.assemble import assemble_folder
     from ..hub.doctor.patient import find_folder
@@ -82,9 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             ("picture_store", arguments.picture_store),
         )
     }
-    records = read_captioned(
-        arguments.data, images=arguments.images, require_pictures=stores["picture_store"] is None
-    )
+    records = read_data(arguments, require_pictures=stores["picture_store"] is None)
     result = align(model, records, arguments.output, settings, resume=arguments.resume, **stores)
     if not result.is_main_process:
         return result.exit_code

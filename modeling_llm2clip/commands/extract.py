@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .captioned_data import add_data_flags, read_data
 from .pick import pick
 
 
@@ -15,10 +16,9 @@ def add_parser(commands: Any) -> None:
         "extract", help="captions, or pictures, into a store of vectors; continues one"
     )
     extract.add_argument("model", help="Hub id or folder of a model, as build and export write it")
-    extract.add_argument("data", type=Path, help="folder, Parquet, tar shards or COCO captions")
+    add_data_flags(extract)
     extract.add_argument("output", type=Path, help="folder of the store, new or begun")
     extract.add_argument("--pictures", action="store_true", help="pictures instead of captions")
-    extract.add_argument("--images", type=Path, help="folder of the pictures, where not in DATA")
     extract.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     extract.add_argument("--rows-per-shard", type=int, default=2048)
     extract.add_argument("--token-budget", type=int, help="most tokens of a batch of captions")
@@ -35,7 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     with stop_on_signals() as stop:  # before what takes long to import
         from accelerate import PartialState
 
-        from ..data.captioned_sources import read_captioned
         from ..training.caption_extraction import extract_captions
         from ..training.picture_extraction import extract_pictures
         from ..training.shard_work import ExtractionArguments
@@ -43,9 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = pick(
             ExtractionArguments, argparse.Namespace(**vars(arguments), show_progress=True)
         )
-        records = read_captioned(
-            arguments.data, images=arguments.images, require_pictures=arguments.pictures
-        )
+        records = read_data(arguments, require_pictures=arguments.pictures)
         extract = extract_pictures if arguments.pictures else extract_captions
         report = extract(arguments.model, records, arguments.output, chosen, stop=stop)
         state = PartialState()

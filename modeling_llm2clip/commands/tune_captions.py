@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .captioned_data import add_data_flags, read_data
 from .pick import pick
 
 
@@ -13,7 +14,7 @@ def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
     tune = commands.add_parser("tune-captions", help="teach the LLM to tell captions apart (LoRA)")
     tune.add_argument("model", help="folder or Hub id, from llm2clip build")
-    tune.add_argument("data", type=Path, help="captioned pictures; the pictures are not needed")
+    add_data_flags(tune)  # the pictures themselves are not needed
     tune.add_argument("output", type=Path, help="folder to write")
     tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
     tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
@@ -56,14 +57,13 @@ def _add_settings(group: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     from ..data.caption_groups import group_captions, read_text_pairs
-    from ..data.captioned_sources import read_captioned
     from ..hub.caption_adapter import merge_caption_adapter
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
     from ..training.caption_contrastive import TuneArguments, tune_captions
     from ..training.caption_encoder import LoraArguments
 
-    groups = group_captions(read_captioned(arguments.data, require_pictures=False))
+    groups = group_captions(read_data(arguments, require_pictures=False))
     other_pairs = [(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs]
     targets = arguments.lora_targets
     arguments.lora = LoraArguments(

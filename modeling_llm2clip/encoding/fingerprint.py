@@ -1,8 +1,8 @@
 """Which model made these vectors: everything that decides them, as short texts to compare.
 
-The same entries come from a loaded model and from its folder; the folder's weights are streamed,
-and no model is built. Weights of the adapter and the projections do not count: stored vectors are
-taken before them.
+Read from a model's folder, whose weights are streamed; no model is built. A loaded model is not
+asked, because transformers renames weights of some towers on loading. Weights of the adapter and
+the projections do not count: stored vectors are taken before them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
 _WEIGHTS = "model.safetensors"
@@ -32,23 +31,17 @@ _NOT_OF_THE_TOWER = {
 # The class of an image processor names what it is computed with, not what it computes.
 _NOT_OF_THE_PICTURES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
 
-TextSource = LLM2CLIPModel | LLM2CLIPTextModel | str | Path
-VisionSource = LLM2CLIPModel | LLM2CLIPVisionModel | str | Path
 
-
-def fingerprint_text(
-    source: TextSource, processor: LLM2CLIPProcessor | None = None
-) -> dict[str, str]:
+def fingerprint_text(model: str | Path) -> dict[str, str]:
     """Say what decides a caption's vector.
 
     Args:
-        source: a model, or the folder or Hub id of one.
-        processor: the model's; read from the folder where it is not given.
+        model: folder or Hub id.
     Returns: `weights`, `architecture` and `tokenizer` (SHA-256), `dtype`, `prompt`, `pooling`,
         `direction`, `max_text_length`.
-    Raises: ValueError when a model comes without its processor, or the folder has no weights.
+    Raises: ValueError when the folder has no weights.
     """
-    config, tensors, processor = _open_source(source, processor, prefix="text_model.")
+    config, tensors, processor = _open(model, prefix="text_model.")
     return {
         **_describe_weights(tensors),
         "architecture": _hash_json(_tower_settings(config.text_config)),
@@ -60,14 +53,12 @@ def fingerprint_text(
     }
 
 
-def fingerprint_vision(
-    source: VisionSource, processor: LLM2CLIPProcessor | None = None
-) -> dict[str, str]:
+def fingerprint_vision(model: str | Path) -> dict[str, str]:
     """Say what decides a picture's vector; arguments and errors as `fingerprint_text`.
 
     Returns: `weights`, `architecture` and `image_processor` (SHA-256), `dtype`, `pooling`.
     """
-    config, tensors, processor = _open_source(source, processor, prefix="vision_model.")
+    config, tensors, processor = _open(model, prefix="vision_model.")
     settings: dict[str, Any] = processor.image_processor.to_dict()
     return {
         **_describe_weights(tensors),
@@ -79,23 +70,14 @@ def fingerprint_vision(
     }
 
 
-def _open_source(
-    source: Any, processor: LLM2CLIPProcessor | None, *, prefix: str
+def _open(
+    model: str | Path, *, prefix: str
 ) -> tuple[LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
     """Configuration, the tower's tensors by name in order, and processor."""
-    if isinstance(source, str | Path):
-        folder = _find_folder(source)
-        config = LLM2CLIPConfig.from_pretrained(folder)
-        if processor is None:
-            processor = LLM2CLIPProcessor.from_pretrained(folder)
-        return config, _stream_tensors(folder, prefix), processor
-    if processor is None:
-        raise ValueError(
-            "A loaded model needs its processor beside it: it decides the vectors too."
-        )
-    state = source.state_dict()
-    chosen = ((name, state[name]) for name in sorted(state) if name.startswith(prefix))
-    return source.config, chosen, processor
+    folder = _find_folder(model)
+    config = LLM2CLIPConfig.from_pretrained(folder)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    return config, _stream_tensors(folder, prefix), processor
 
 
 def _find_folder(source: str | Path) -> Path:

@@ -64,6 +64,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
     ) -> None:
         super().__init__()
         self.llm2clip = model.requires_grad_(False)
+        self.llm2clip.packs_in_training = True
         self.processor = processor
         self.tokenizer = processor.tokenizer
         config = LoraConfig(

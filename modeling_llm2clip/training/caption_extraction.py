@@ -82,7 +82,7 @@ def extract_captions(
     processor = LLM2CLIPProcessor.from_pretrained(model_folder)
     plan = plan_captions(processor, records, show_progress=arguments.show_progress)
     model = LLM2CLIPTextModel.from_pretrained(model_folder)
-    fingerprint = fingerprint_text(model, processor)
+    fingerprint = fingerprint_text(model_folder)
     model = model.to(device)
     budget = arguments.token_budget or default_token_budget(device)
     manifest = StoreManifest(

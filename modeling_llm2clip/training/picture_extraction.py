@@ -56,7 +56,7 @@ def extract_pictures(
     )
     processor = LLM2CLIPProcessor.from_pretrained(model_folder)
     model = LLM2CLIPVisionModel.from_pretrained(model_folder)
-    fingerprint = fingerprint_vision(model, processor)
+    fingerprint = fingerprint_vision(model_folder)
     model = model.to(device)
     batch_size = arguments.batch_size or default_batch_size(device)
     manifest = StoreManifest(

@@ -42,6 +42,7 @@ class AlignmentModel(LLM2CLIPModel):
     """
 
     _auto_class = None  # type: ignore[assignment]
+    packs_in_training = True
 
     def __init__(
         self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
