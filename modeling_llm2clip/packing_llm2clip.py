@@ -84,14 +84,19 @@ def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bo
     """
     rows = torch.arange(12, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
+    was_training = text_model.training
+    text_model.eval()  # dropout would make any two passes differ
     try:
-        packed = run_packed(text_model, texts, is_causal=is_causal)
+        with torch.autocast(device.type, enabled=False):
+            packed = run_packed(text_model, texts, is_causal=is_causal)
+            alone = [
+                text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
+                for text in texts
+            ]
     except (TypeError, ValueError):  # a forward that takes no such argument, or our refusal
         return False
-    alone = [
-        text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
-        for text in texts
-    ]
+    finally:
+        text_model.train(was_training)
     expected = torch.cat(alone).float()
     difference = (packed.float() - expected).norm() / expected.norm()
     return bool(difference < _MOST_DIFFERENCE)
@@ -104,6 +109,7 @@ def attend_packed(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     packed_texts: PackedTexts | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -135,6 +141,7 @@ def attend_packed(
             k,
             v,
             scale=scaling,
+            dropout_p=dropout,
             is_causal=packed_texts.is_causal,
             enable_gqa=key.shape[1] != query.shape[1],
         )  # (count, heads, length, d)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
+from torch.utils.data import ConcatDataset
 
 from modeling_llm2clip.data.caption_groups import (
     CaptionGroup,
@@ -34,7 +35,12 @@ from modeling_llm2clip.training.caption_contrastive import (
     TuneArguments,
     tune_captions,
 )
-from modeling_llm2clip.training.pair_batches import KeyedBatchSampler, make_pair_table
+from modeling_llm2clip.training.pair_batches import (
+    KeyedBatchSampler,
+    WeightedBatchSampler,
+    count_steps,
+    make_pair_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = [
@@ -90,6 +96,28 @@ def test_too_few_pictures_for_a_batch_are_refused_before_anything_runs(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever():
+    pairs = [TextPair(f"q{n}", f"q{n}", "the same positive") for n in range(9)]
+    sampler = KeyedBatchSampler(make_pair_table(pairs), 2, drop_last=True)
+    with pytest.raises(ValueError, match="only 1 fit"):
+        next(iter(sampler))
+
+
+def test_a_run_of_several_epochs_mixes_tables_by_weight():
+    tables = [make_table(8), make_pair_table([TextPair(f"q{n}", f"q{n}", f"p{n}") for n in "abcd"])]
+    samplers = [KeyedBatchSampler(table, 2, drop_last=True) for table in tables]
+    weights = [1.0, 0.25]
+    assert count_steps([24, 4], weights, 2) == [12, 3]
+    sampler = WeightedBatchSampler(
+        ConcatDataset(tables), samplers, weights=weights, num_steps=30, seed=5
+    )
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 30
+    for epoch in (batches[:15], batches[15:]):
+        assert sum(row >= 24 for batch in epoch for row in batch) == 6
+    assert batches[:15] != batches[15:]
+
+
 def test_pairs_use_each_caption_once_and_an_odd_one_twice_at_most():
     pairs = draw_pairs([CaptionGroup("k", ("a", "b", "c"))], seed=0)
     used = [text for pair in pairs for text in (pair.anchor, pair.positive)]
@@ -124,6 +152,7 @@ def test_pictures_with_one_caption_are_counted_and_named():
     [
         ("{", "not JSON"),
         ('{"query": "a", "positive": " "}', "non-blank"),
+        ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
         ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
         ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
     ],
@@ -157,6 +186,7 @@ def test_a_run_leaves_adapter_record_and_metrics(run):
     record = json.loads((output / "run.json").read_text())
     assert record["parameters"]["all"]["trainable"] > 0
     assert record["arguments"]["lora"]["rank"] == 16
+    assert set(record["parameters"]) > {"text_model", "all"}
     losses = [
         json.loads(line)["loss"]
         for line in (output / "metrics.jsonl").read_text().splitlines()
@@ -185,6 +215,24 @@ def test_another_runs_folder_is_refused_with_what_differs(run):
         tune(run[0], replace(SHORT, lr=2e-2), resume=True)
     with pytest.raises(ValueError, match="--resume"):
         tune(run[0])
+    with pytest.raises(ValueError, match="data: '"):
+        tune_captions(*tiny_model(), GROUPS[1:], run[0], SHORT, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (
+            {"pairings": 0, "held_out": 0},
+            "pairings=0, wanted at least 1; held_out=0|held_out=0.*pai",
+        ),
+        ({"adapter_dtype": "fp16"}, "adapter_dtype='fp16', wanted one of"),
+        ({"lr": 0.0}, "lr=0.0, wanted more than 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(settings, fault):
+    with pytest.raises(ValueError, match=fault):
+        replace(SHORT, **settings)
 
 
 def test_merged_equals_unmerged(run, tmp_path):

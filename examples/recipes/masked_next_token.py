@@ -41,10 +41,7 @@ class MaskedNextTokenTrainer(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs, use_cache=False)
         predicted = outputs.logits[:, :-1].float().flatten(0, 1)
-        wanted = labels[:, 1:].flatten()
-        total = F.cross_entropy(predicted, wanted, ignore_index=-100, reduction="sum")
-        # A batch of a few short captions may have no mask at all: its mean would be no number.
-        loss = total / (wanted != -100).sum().clamp(min=1)
+        loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
         return (loss, outputs) if return_outputs else loss
 
 

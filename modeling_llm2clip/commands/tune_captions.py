@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     tune.add_argument("output", type=Path, help="folder to write")
     tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
     tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    tune.add_argument("--device", default="cpu")
+    tune.add_argument("--device", choices=("auto", "cpu"), default="auto")
     tune.add_argument(
         "--other-pairs", nargs=2, action="append", default=[], metavar=("FILE", "WEIGHT"),
         help="JSON lines of query, positive, negatives; batches for one batch of captions",
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_settings(group: Any) -> None:
     group.add_argument("--epochs", type=float, default=1.0)
-    group.add_argument("--steps", type=int, default=-1, help="instead of epochs")
+    group.add_argument("--steps", type=int, help="instead of epochs")
     group.add_argument("--pairings", type=int, default=1, help="of a picture's captions an epoch")
     group.add_argument("--batch-size", type=int, default=64, help="pairs a process and step")
     group.add_argument("--mini-batch-size", type=int, help="pairs at a time, cached gradients")
@@ -56,36 +56,50 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from accelerate import PartialState
+
     from ..data.caption_groups import group_captions, read_text_pairs
     from ..hub.caption_adapter import merge_caption_adapter
+    from ..hub.export import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
     from ..training.caption_contrastive import TuneArguments, tune_captions
-    from ..training.caption_encoder import LoraArguments
 
+    state = PartialState(cpu=arguments.device == "cpu")
+    merged = arguments.output / "model"
+    if arguments.merge:
+        require_new_folder(merged)
+    arguments.lora = _pick_lora(arguments)
+    settings = pick(TuneArguments, arguments)
     groups = group_captions(read_data(arguments, require_pictures=False))
-    other_pairs = [(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs]
-    targets = arguments.lora_targets
-    arguments.lora = LoraArguments(
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        dropout=arguments.lora_dropout,
-        targets=targets[0] if targets == ["all-linear"] else targets,
-    )
     result = tune_captions(
-        LLM2CLIPTextModel.from_pretrained(arguments.model).to(arguments.device),
+        LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device),
         LLM2CLIPProcessor.from_pretrained(arguments.model),
         groups,
         arguments.output,
-        pick(TuneArguments, arguments),
-        other_pairs=other_pairs,
+        settings,
+        other_pairs=[(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs],
         resume=arguments.resume,
     )
+    if not state.is_main_process:
+        return result.exit_code
     if result.adapter is None:
         print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
         return result.exit_code
     print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
     if arguments.merge:
-        folder = merge_caption_adapter(arguments.model, result.adapter, arguments.output / "model")
-        print(f"Wrote {folder}. Next: llm2clip extract {folder} DATA STORE")
+        merge_caption_adapter(arguments.model, result.adapter, merged)
+        print(f"Wrote {merged}. Next: llm2clip extract {merged} DATA STORE")
     return 0
+
+
+def _pick_lora(arguments: argparse.Namespace) -> Any:
+    from ..training.caption_encoder import LoraArguments
+
+    targets = arguments.lora_targets
+    return LoraArguments(
+        rank=arguments.rank,
+        alpha=arguments.alpha,
+        dropout=arguments.lora_dropout,
+        targets=targets[0] if targets == ["all-linear"] else targets,
+    )

@@ -68,7 +68,8 @@ def hold_out_groups(
     """
     if not 2 <= count <= len(groups) - 2:
         raise ValueError(
-            f"Cannot hold out {count} of {len(groups)} pictures: each side needs at least two."
+            f"Cannot hold out {count} of {len(groups)} pictures: each side needs at least two. "
+            "Choose another number (--held-out), or give more pictures."
         )
     order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
@@ -86,6 +87,15 @@ def hold_out_groups(
     if len(remaining) < 2:
         raise ValueError("Nearly every caption is held out too; too few remain to train on.")
     return remaining, held_out, num_lost
+
+
+def leave_out_texts(
+    pairs: Sequence[TextPair], groups: Sequence[CaptionGroup]
+) -> tuple[list[TextPair], int]:
+    """Drop pairs that hold a caption of these groups; also returns how many were dropped."""
+    seen = {caption for group in groups for caption in group.captions}
+    kept = [p for p in pairs if not seen & {p.anchor, p.positive, *p.negatives}]
+    return kept, len(pairs) - len(kept)
 
 
 def draw_pairs(groups: Sequence[CaptionGroup], *, seed: int, pairings: int = 1) -> list[TextPair]:
@@ -149,4 +159,6 @@ def _parse_pair(line: str) -> TextPair | str:
         return "'negatives' is not a list"
     if not all(isinstance(text, str) and text.strip() for text in (*texts, *negatives)):
         return "'query', 'positive' and 'negatives' must be non-blank texts"
+    if fields["positive"] in negatives:
+        return "the positive is among its negatives"
     return TextPair(fields["query"], fields["query"], fields["positive"], tuple(negatives))

@@ -28,7 +28,9 @@ class DataFaults(ValueError):  # noqa: N818
             lines.append(f"  {kind}: {count} ({', '.join(self.places[kind])}{more})")
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
-            lines.append("A field that is meant to be there may be named in ignored_fields.")
+            lines.append(
+                "A field that is meant to be there may be named: ignored_fields, --ignore-fields."
+            )
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[DataFaults], tuple[object, ...]]:

@@ -245,10 +245,10 @@ def find_whole_shards(folder: Path, manifest: StoreManifest) -> list[ShardRecord
 def read_shard_record(folder: Path, shard: int) -> ShardRecord | None:
     """Read what was noted when a shard was whole; None where it is not."""
     file = folder / f"{shard_stem(shard)}.json"
-    if not file.is_file():
-        return None
     try:
         return ShardRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:  # not whole yet, or just folded into the manifest
+        return None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}). Delete it and extract again.") from error
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
@@ -46,6 +49,29 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         if self.stop.signal:
             control.should_save = control.should_training_stop = True
+
+
+class ShareSignal(TrainerCallback):
+    """Makes a signal that one process got known to all, so that they stop at the same step.
+
+    Stands before `StopOnSignal`, which acts on it.
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if args.world_size > 1:
+            number = torch.tensor(int(self.stop.signal or 0), device=args.device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            if number and self.stop.signal is None:
+                self.stop.signal = signal.Signals(int(number))
 
 
 def choose_reports() -> list[str]:

@@ -6,6 +6,7 @@ sentence-transformers' trainer and losses.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,18 +24,30 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.caption_groups import CaptionGroup, TextPair, draw_pairs, hold_out_groups
+from ..data.caption_groups import (
+    CaptionGroup,
+    TextPair,
+    draw_pairs,
+    hold_out_groups,
+    leave_out_texts,
+)
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .callbacks import JsonLinesCallback, StopOnSignal, choose_reports
+from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import CaptionEncoder, LoraArguments, wrap_encoder, write_adapter
+from .checkpoints import (
+    CHECKPOINTS,
+    find_last_checkpoint,
+    forget_what_came_after,
+    mark_complete,
+)
 from .pair_batches import (
     KeyedBatchSampler,
     PairCollator,
     WeightedBatchSampler,
+    count_steps,
     make_pair_table,
 )
 from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
@@ -43,6 +56,7 @@ from .stopping import stop_on_signals
 ADAPTER_FOLDER = "adapter"
 RESULT_FILE = "caption_retrieval.json"
 _MOST_HELD_OUT = 1000
+_FEW_STEPS = 200  # each of which is logged
 _DIRECTIONS = {
     "one-way": (("query_to_doc",), "joint"),
     "both-ways": (("query_to_doc", "doc_to_query"), "per_direction"),
@@ -74,7 +88,7 @@ class TuneArguments:
     """
 
     epochs: float = 1.0
-    steps: int = -1
+    steps: int | None = None
     pairings: int = 1
     batch_size: int = 64
     mini_batch_size: int | None = None
@@ -92,15 +106,32 @@ class TuneArguments:
     lora: LoraArguments = field(default_factory=LoraArguments)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 2 or not self.lr > 0 or (self.steps < 1 and self.epochs <= 0):
-            raise ValueError(
-                f"batch_size={self.batch_size} must be at least 2, lr={self.lr} positive, and "
-                f"steps={self.steps} or epochs={self.epochs} positive."
-            )
-        if self.negatives not in _DIRECTIONS:
-            raise ValueError(f"negatives={self.negatives!r}; choose one of {NEGATIVES}.")
-        if self.precision not in {"auto", "float32", "bfloat16"}:
-            raise ValueError(f"precision={self.precision!r}; auto, float32 or bfloat16.")
+        least = {
+            "batch_size": 2, "pairings": 1, "steps": 1, "mini_batch_size": 1, "held_out": 2,
+            "eval_every": 0, "save_every": 1, "warmup_steps": 0,
+        }  # fmt: skip
+        faults = [
+            f"{name}={getattr(self, name)}, wanted at least {number}"
+            for name, number in least.items()
+            if getattr(self, name) is not None and getattr(self, name) < number
+        ]
+        faults += [
+            f"{name}={getattr(self, name)}, wanted more than 0"
+            for name in ("epochs", "lr", "scale")
+            if not getattr(self, name) > 0
+        ]
+        choices = {
+            "negatives": NEGATIVES,
+            "precision": ("auto", "float32", "bfloat16"),
+            "adapter_dtype": ("float32", "float16", "bfloat16"),
+        }
+        faults += [
+            f"{name}={getattr(self, name)!r}, wanted one of {allowed}"
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        if faults:
+            raise ValueError("; ".join(faults) + ".")
 
 
 @dataclass(frozen=True)
@@ -140,44 +171,92 @@ def tune_captions(
     Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
         before anything is computed; FloatingPointError at a non-finite loss.
     """
-    require_fresh_or_same_run(output, asdict(arguments), resume=resume)
-    num_held_out = arguments.held_out or min(_MOST_HELD_OUT, len(groups) // 5)
-    to_train, held_out, num_lost = hold_out_groups(groups, num_held_out, seed=arguments.seed)
-    pairs = draw_pairs(to_train, seed=arguments.seed, pairings=arguments.pairings)
-    tables = DatasetDict(captions=make_pair_table(pairs))
-    for number, (others, _) in enumerate(other_pairs, start=1):
-        tables[f"pairs_{number}"] = make_pair_table(others)
-    for table in tables.values():  # too few pictures for a batch shows now
-        KeyedBatchSampler(table, arguments.batch_size, drop_last=True)
+    record = {**asdict(arguments), **_identify(model, groups, other_pairs)}
+    require_fresh_or_same_run(output, record, resume=resume)
+    data = _prepare_data(groups, other_pairs, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         encoder = CaptionEncoder(model, processor, arguments.lora)
     if arguments.gradient_checkpointing:
         model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
-    if PartialState().is_main_process:
-        write_run_record(output, arguments=asdict(arguments), seed=arguments.seed, model=encoder)
+    last = find_last_checkpoint(output) if resume else None
+    state = PartialState()
+    state.wait_for_everyone()  # everybody has looked at the folder before it is filled
+    if state.is_main_process:
+        if last is None:
+            write_run_record(output, arguments=record, seed=arguments.seed, model=model)
+        forget_what_came_after(output, last)
     with stop_on_signals() as stop:
-        trainer = _make_trainer(
-            encoder, tables, [1.0, *(weight for _, weight in other_pairs)], held_out, output,
-            arguments,
-        )  # fmt: skip
+        trainer = _make_trainer(encoder, data, output, arguments)
+        trainer.add_callback(ShareSignal(stop))
         trainer.add_callback(StopOnSignal(stop))
-        checkpoints = Path(trainer.args.output_dir)
-        last = get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
-        before = _measure_before(encoder, held_out, output, resumed=last is not None)
-        trainer.train(resume_from_checkpoint=last)
-    if stop.signal:
+        before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if trainer.state.global_step < trainer.args.max_steps:
         return TuneResult(None, before, None, stop.exit_code)
-    after = measure_caption_retrieval(encoder.encode, held_out)
-    if PartialState().is_main_process:
-        write_adapter(
-            encoder, output / ADAPTER_FOLDER, dtype=getattr(torch, arguments.adapter_dtype)
-        )
-        _write_result(
-            output, before, after, num_held_out=len(held_out), num_trained=len(to_train),
-            num_captions_lost=num_lost, steps=trainer.state.global_step,
-        )  # fmt: skip
+    after = measure_caption_retrieval(encoder.encode, data.held_out)
+    if state.is_main_process:
+        dtype = getattr(torch, arguments.adapter_dtype)
+        write_adapter(encoder, output / ADAPTER_FOLDER, dtype=dtype)
+        result = {"cra_before": before, "cra_after": after, **data.counts}
+        (output / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    state.wait_for_everyone()
     return TuneResult(output / ADAPTER_FOLDER, before, after, 0)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Tables to train on, how often each is drawn from, and the pictures held out."""
+
+    tables: DatasetDict
+    weights: list[float]
+    held_out: list[CaptionGroup]
+    counts: dict[str, int]
+
+
+def _prepare_data(
+    groups: Sequence[CaptionGroup],
+    other_pairs: Sequence[tuple[list[TextPair], float]],
+    arguments: TuneArguments,
+) -> _Data:
+    num_held_out = arguments.held_out
+    if num_held_out is None:
+        num_held_out = min(_MOST_HELD_OUT, max(2, len(groups) // 5))
+    to_train, held_out, num_lost = hold_out_groups(groups, num_held_out, seed=arguments.seed)
+    pairs = draw_pairs(to_train, seed=arguments.seed, pairings=arguments.pairings)
+    tables = DatasetDict(captions=make_pair_table(pairs))
+    num_pairs_lost = 0
+    for number, (others, _) in enumerate(other_pairs, start=1):
+        kept, lost = leave_out_texts(others, held_out)
+        num_pairs_lost += lost
+        tables[f"pairs_{number}"] = make_pair_table(kept)
+    for table in tables.values():  # what cannot fill a batch shows now
+        next(iter(KeyedBatchSampler(table, arguments.batch_size, drop_last=True)))
+    counts = {
+        "num_held_out": len(held_out),
+        "num_trained": len(to_train),
+        "num_captions_lost": num_lost,
+        "num_other_pairs_lost": num_pairs_lost,
+    }
+    return _Data(tables, [1.0, *(weight for _, weight in other_pairs)], held_out, counts)
+
+
+def _identify(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    groups: Sequence[CaptionGroup],
+    other_pairs: Sequence[tuple[list[TextPair], float]],
+) -> dict[str, Any]:
+    """What makes another run of the same settings: model, data, number of processes."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(json.dumps([group.key, group.captions]).encode())
+    for pairs, weight in other_pairs:
+        digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
+    return {
+        "model": model.name_or_path,
+        "data": digest.hexdigest(),
+        "num_processes": PartialState().num_processes,
+    }
 
 
 class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
@@ -193,9 +272,22 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
 
 
 class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
-    """Loads an adapter where sentence-transformers would load a whole model, and stops at NaN."""
+    """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
+
+    To it the whole run is one epoch; see `WeightedBatchSampler`.
+    """
 
     encoder: CaptionEncoder
+    steps_per_epoch: int
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.encoder.load_adapter(Path(checkpoint_path))
@@ -211,20 +303,18 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
 
 def _make_trainer(
-    encoder: CaptionEncoder,
-    tables: DatasetDict,
-    weights: Sequence[float],
-    held_out: Sequence[CaptionGroup],
-    output: Path,
-    arguments: TuneArguments,
+    encoder: CaptionEncoder, data: _Data, output: Path, arguments: TuneArguments
 ) -> _Trainer:
     wrapped = wrap_encoder(encoder)
+    lengths = [len(table) for table in data.tables.values()]
+    window_size = arguments.batch_size * PartialState().num_processes
+    steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
+    num_steps = arguments.steps or max(1, round(arguments.epochs * steps_per_epoch))
     trainer = _Trainer(
         model=wrapped,
         args=SentenceTransformerTrainingArguments(
-            output_dir=str(output / "checkpoints"),
-            num_train_epochs=arguments.epochs,
-            max_steps=arguments.steps,
+            output_dir=str(output / CHECKPOINTS),
+            max_steps=num_steps,
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=arguments.lr,
             warmup_steps=arguments.warmup_steps,
@@ -232,25 +322,27 @@ def _make_trainer(
             bf16=_computes_in_bfloat16(arguments.precision, encoder.llm2clip.device),
             use_cpu=encoder.llm2clip.device.type == "cpu",
             batch_sampler=KeyedBatchSampler,
-            multi_dataset_batch_sampler=partial(WeightedBatchSampler, weights=weights),
+            multi_dataset_batch_sampler=partial(
+                WeightedBatchSampler, weights=data.weights, num_steps=num_steps
+            ),
             eval_strategy="steps" if arguments.eval_every else "no",
             eval_steps=arguments.eval_every or None,
             save_strategy="steps",
             save_steps=arguments.save_every,
             save_total_limit=2,
-            logging_steps=1 if arguments.steps in range(1, 200) else 10,
+            logging_steps=1 if num_steps < _FEW_STEPS else 10,
             dataloader_drop_last=True,
             ddp_find_unused_parameters=False,
             report_to=choose_reports(),
             seed=arguments.seed,
         ),
-        train_dataset=tables,
+        train_dataset=data.tables,
         loss=_make_loss(wrapped, arguments),
-        evaluator=_CaptionRetrieval(encoder, held_out) if arguments.eval_every else None,
+        evaluator=_CaptionRetrieval(encoder, data.held_out) if arguments.eval_every else None,
         data_collator=PairCollator(wrapped.preprocess),
         callbacks=[JsonLinesCallback(output / METRICS_FILE)],
     )
-    trainer.encoder = encoder
+    trainer.encoder, trainer.steps_per_epoch = encoder, steps_per_epoch
     return trainer
 
 
@@ -273,7 +365,7 @@ def _computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # On a processor without these instructions bfloat16 is several times slower than float32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -289,8 +381,3 @@ def _measure_before(
     if PartialState().is_main_process:
         file.write_text(json.dumps({"cra_before": before}) + "\n", encoding="utf-8")
     return before
-
-
-def _write_result(output: Path, before: float, after: float, **counts: int) -> None:
-    result = {"cra_before": before, "cra_after": after, **counts}
-    (output / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

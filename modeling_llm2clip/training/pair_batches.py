@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         window: list[int] = []
         keys: set[str] = set()
         texts: set[str] = set()
-        refused = 0
+        refused, most_refused = 0, 2 * len(self.key_of_row) + len(waiting)
         earlier = deque(waiting)
         waiting.clear()
         while len(window) < self.window_size:
@@ -97,7 +98,7 @@ class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
             if self.key_of_row[row] in keys or texts & self.texts_of_row[row]:
                 waiting.append(row)
                 refused += 1
-                if refused > 2 * len(self.key_of_row) + len(waiting):
+                if refused > most_refused:
                     raise ValueError(
                         f"No batch of {self.window_size} without a repeated picture or text can "
                         f"be drawn: only {len(window)} fit. Lower the batch size."
@@ -111,35 +112,49 @@ class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 
 
 class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[misc]
-    """Mixes tables: a whole batch is always of one table, for each epoch as often as it weighs.
+    """Mixes tables: a whole batch is always of one table, in each epoch as often as it weighs.
+
+    Yields the batches of the whole run, so that a resumed one goes on by leaving some out. A table
+    that is used up starts again, shuffled anew.
 
     Args:
-        weights: batches of each table for one batch of the first; a table that is used up starts
-            again, shuffled anew.
+        weights: batches of each table for one batch of the first.
+        num_steps: whole batches of the run.
     """
 
-    def __init__(self, *args: Any, weights: Sequence[float] = (1.0,), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, weights: Sequence[float], num_steps: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_processes = PartialState().num_processes
-        first = len(self.batch_samplers[0]) // self.num_processes
-        self.windows = [max(1, round(first * weight)) for weight in weights]
+        self.num_steps = num_steps
+        lengths = [len(table) for table in self.dataset.datasets]
+        self.steps = count_steps(lengths, weights, self.batch_size * self.num_processes)
 
     def __len__(self) -> int:
-        return sum(self.windows) * self.num_processes
+        return self.num_steps * self.num_processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.tensor([t for t, count in enumerate(self.windows) for _ in range(count)])
         starts = [0]
         for table in self.dataset.datasets:
             starts.append(starts[-1] + len(table))
-        batches = [self._repeat(table) for table in range(len(self.windows))]
-        for table in order[torch.randperm(len(order), generator=generator)].tolist():
+        batches = [self._repeat(table) for table in range(len(self.steps))]
+        for table in islice(self._order_tables(), self.num_steps):
             for _ in range(self.num_processes):
                 yield [row + starts[table] for row in next(batches[table])]
 
+    def _order_tables(self) -> Iterator[int]:
+        once = torch.tensor([t for t, number in enumerate(self.steps) for _ in range(number)])
+        for epoch in count():
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            yield from once[torch.randperm(len(once), generator=generator)].tolist()
+
     def _repeat(self, table: int) -> Iterator[list[int]]:
         sampler = self.batch_samplers[table]
-        for turn in range(1_000_000):
-            sampler.set_epoch(self.epoch * 1_000 + turn)
+        for turn in count():
+            sampler.set_epoch(turn)
             yield from sampler
+
+
+def count_steps(lengths: Sequence[int], weights: Sequence[float], window_size: int) -> list[int]:
+    """Count the whole batches of each table in an epoch: all of the first, others by weight."""
+    first = lengths[0] // window_size
+    return [max(1, round(first * weight)) for weight in weights]

@@ -99,6 +99,8 @@ def _versions() -> dict[str, str]:
 def _read_commit() -> str:
     """Commit of the code, where it runs from a checkout."""
     folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():  # installed, perhaps inside somebody else's checkout
+        return "not a checkout"
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,9 +6,7 @@ made of the result by `hub.assemble`.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ from ...data.captioned_images import CaptionedImage
 from ...data.vector_store import VectorStore
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..callbacks import JsonLinesCallback, StopOnSignal
+from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
+from ..checkpoints import find_last_checkpoint, forget_what_came_after
 from ..closed_form_start import start_from_canonical_correlation
 from ..run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
 from ..stopping import StopRequest, stop_on_signals
@@ -31,13 +30,7 @@ from .arguments import AlignArguments
 from .dataset import AlignmentDataset
 from .model import AlignmentModel
 from .towers import choose_trained_parts, merge_loras
-from .trainer import (
-    CHECKPOINTS,
-    AlignmentTrainer,
-    ShareSignal,
-    find_last_checkpoint,
-    make_training_arguments,
-)
+from .trainer import AlignmentTrainer, make_training_arguments
 
 # As many pairs fix a linear fit of vectors of a few thousand elements, and fit into memory.
 _MOST_PAIRS_OF_START = 50_000
@@ -124,7 +117,7 @@ def align(
         start_from_canonical_correlation(aligned, *_pair_vectors(dataset, arguments.seed))
     if training_arguments.should_save:
         write_run_record(output, arguments=record, seed=arguments.seed, model=aligned)
-        _forget_what_came_after(output, last)
+        forget_what_came_after(output, last)
     PartialState().wait_for_everyone()
     with stop_on_signals() as stop:
         trainer = _make_trainer(aligned, dataset, output, arguments, training_arguments, stop)
@@ -246,18 +239,3 @@ def _pair_vectors(dataset: AlignmentDataset, seed: int) -> tuple[Tensor, Tensor]
             break
     assert dataset.caption_store is not None and dataset.picture_store is not None
     return dataset.caption_store.read(captions), dataset.picture_store.read(pictures)
-
-
-def _forget_what_came_after(output: Path, checkpoint: Path | None) -> None:
-    """Drop metrics and broken-off checkpoints of steps that will be done again."""
-    step = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
-        if int(folder.name.split("-")[1]) > step:
-            shutil.rmtree(folder)
-    file = output / METRICS_FILE
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last line of a killed run may be half written.
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,19 +19,16 @@ from transformers import (
 
 from ...modeling_llm2clip import MAX_LOG_SCALE
 from ..callbacks import choose_reports
+from ..checkpoints import CHECKPOINTS, mark_complete
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
-from ..stopping import StopRequest
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
 from .model import AlignmentModel
 from .towers import scale_by_layer
 
-CHECKPOINTS = "checkpoints"
 _WEIGHTS = "trained.safetensors"
-# Written last into a checkpoint: one without it was broken off.
-_COMPLETE = "complete"
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _KEYS_SHOWN = 8
 # What wrappers put into the names of parameters.
@@ -211,8 +206,7 @@ class AlignmentTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            (Path(str(self.args.output_dir)) / name / _COMPLETE).touch()
+            mark_complete(Path(str(self.args.output_dir)).parent, self.state.global_step)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -238,29 +232,6 @@ class ClampTemperature(TrainerCallback):
             model.logit_scale.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
 
-class ShareSignal(TrainerCallback):
-    """Makes a signal that one process got known to all, so that they stop at the same step.
-
-    Stands before `StopOnSignal`, which acts on it.
-    """
-
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
-
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        if args.world_size > 1:
-            number = torch.tensor(int(self.stop.signal or 0), device=args.device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            if number and self.stop.signal is None:
-                self.stop.signal = signal.Signals(int(number))
-
-
 def find_learning_rates(model: AlignmentModel, arguments: AlignArguments) -> dict[str, float]:
     """Peak learning rate of each trained parameter, by name."""
     rates = {name: arguments.lr for name, p in model.named_parameters() if p.requires_grad}
@@ -269,17 +240,6 @@ def find_learning_rates(model: AlignmentModel, arguments: AlignArguments) -> dic
         rate = arguments.vision_lr or arguments.lr
         rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
     return rates
-
-
-def find_last_checkpoint(output: Path) -> Path | None:
-    """Return the last whole checkpoint of a run, or None."""
-    checkpoints = output / CHECKPOINTS
-    if not checkpoints.is_dir():
-        return None
-    whole = [
-        folder for folder in checkpoints.glob("checkpoint-*") if (folder / _COMPLETE).is_file()
-    ]
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 def _unwrap(name: str) -> str:

@@ -1,0 +1,44 @@
+"""Checkpoints of a run: which is the last whole one, and what a resumed run does again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from .run_record import METRICS_FILE
+
+CHECKPOINTS = "checkpoints"
+# Written last into a checkpoint: one without it was broken off.
+_COMPLETE = "complete"
+
+
+def mark_complete(output: Path, step: int) -> None:
+    """Note that the checkpoint of a step is whole."""
+    (output / CHECKPOINTS / f"checkpoint-{step}" / _COMPLETE).touch()
+
+
+def find_last_checkpoint(output: Path) -> Path | None:
+    """Return the last whole checkpoint of a run, or None."""
+    folders = (output / CHECKPOINTS).glob("checkpoint-*")
+    whole = [folder for folder in folders if (folder / _COMPLETE).is_file()]
+    return max(whole, key=_step_of, default=None)
+
+
+def forget_what_came_after(output: Path, checkpoint: Path | None) -> None:
+    """Drop metrics and broken-off checkpoints of steps that will be done again."""
+    step = 0 if checkpoint is None else _step_of(checkpoint)
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+        if _step_of(folder) > step:
+            shutil.rmtree(folder)
+    file = output / METRICS_FILE
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        # The last line of a killed run may be half written.
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
