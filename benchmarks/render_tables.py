@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from what the benchmarks recorded.
+"""Writes the tables of the documents from what the benchmarks recorded.
 
 Run `python benchmarks/render_tables.py` after a file in `benchmarks/results` has changed. What
 stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched.
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENT = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "examples" / "data" / "caption_adapter" / "README.md")
 NOT_RECORDED = "not yet recorded"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
@@ -169,5 +169,6 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(render_document(DOCUMENT.read_text(encoding="utf-8"), RESULTS), "utf-8")
-    print(f"Wrote the tables of {DOCUMENT.name}.")
+    for document in DOCUMENTS:
+        document.write_text(render_document(document.read_text(encoding="utf-8"), RESULTS), "utf-8")
+        print(f"Wrote the tables of {document.relative_to(ROOT)}.")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.utils.data import ConcatDataset
 
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.caption_groups import (
     CaptionGroup,
     TextPair,
@@ -252,6 +253,22 @@ def test_merged_equals_unmerged(run, tmp_path):
         # One sum a weight in another order, over two layers, on values of about one.
         assert torch.allclose(merged.get_caption_embeds(**inputs), adapted, atol=1e-4)
     assert not torch.allclose(before, adapted, atol=1e-2)
+
+
+def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, capsys):
+    folder = export_model(*tiny_model(), tmp_path / "base")
+    data = tmp_path / "data" / "captions.jsonl"
+    data.parent.mkdir()
+    lines = [json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS]
+    data.write_text("\n".join(lines))
+    output = tmp_path / "tuned"
+    flags = ["--steps", "2", "--batch-size", "4", "--held-out", "4", "--merge"]
+    assert main(["tune-captions", str(folder), str(data), str(output), *flags]) == 0
+    assert "Next: llm2clip extract" in capsys.readouterr().out
+    assert (output / "model" / "model.safetensors").is_file()
+    data.write_text('{"key": "a", "captions": ["one"]}\n{"key": "b", "captions": ["two"]}')
+    assert main(["tune-captions", str(folder), str(data), str(tmp_path / "other"), *flags]) == 2
+    assert "2 of 2 pictures have one caption only" in capsys.readouterr().err
 
 
 def test_mixed_in_text_pairs_come_by_weight(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import tiny_pictures
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
+from benchmarks.render_tables import DOCUMENTS as TABLED
 from benchmarks.render_tables import NOT_RECORDED, RESULTS, render_document
 from modeling_llm2clip.__main__ import _build_parser, main
 
@@ -213,8 +214,9 @@ def test_every_snippet_names_the_package_first() -> None:
         assert re.match(r"(import|from) modeling_llm2clip", snippet)
 
 
-def test_the_tables_are_what_the_results_say() -> None:
-    assert render_document(read(README), RESULTS) == read(README)
+@pytest.mark.parametrize("document", TABLED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tables_are_what_the_results_say(document: Path) -> None:
+    assert render_document(read(document), RESULTS) == read(document)
 
 
 def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_folders import save_tiny_llm
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from modeling_llm2clip.hub.towers import merge_adapter
 
+pytestmark = pytest.mark.slow  # each is a process of its own
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "examples" / "recipes" / "masked_next_token.py"
 

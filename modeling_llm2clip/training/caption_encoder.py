@@ -125,7 +125,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
     def encode(self, captions: list[str]) -> Tensor:
         """Encode many captions, (N, D) float32, without gradients."""
         was_training = self.llm2clip.training
-        self.llm2clip.eval()
+        self.llm2clip.train(False)
         vectors = encode_captions(self.llm2clip, self.processor, captions).caption_embeds
         self.llm2clip.train(was_training)
         return vectors
@@ -138,6 +138,10 @@ def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
 
 def write_adapter(encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype) -> None:
     """Write `adapter_config.json` and the weights, in a dtype of choice."""
+    config = encoder.adapted.peft_config["default"]
+    base = Path(str(config.base_model_name_or_path))
+    if base.exists():  # a name without the path: adapters get published
+        config.base_model_name_or_path = base.name
     encoder.adapted.save_pretrained(str(folder))
     file = folder / ADAPTER_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}

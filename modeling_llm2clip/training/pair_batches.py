@@ -71,7 +71,7 @@ class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
             )
 
     def __len__(self) -> int:
-        return len(self.key_of_row) // self.window_size * self.num_processes
+        return int(len(self.key_of_row) // self.window_size * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -130,7 +130,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
         self.steps = count_steps(lengths, weights, self.batch_size * self.num_processes)
 
     def __len__(self) -> int:
-        return self.num_steps * self.num_processes
+        return int(self.num_steps * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         starts = [0]
