@@ -334,7 +334,11 @@ def compute_gradients(
 
 @pytest.mark.parametrize(
     ("negatives", "processes", "mini_batch_size"),
-    [("both-ways", 2, 0), ("all-captions", 2, 3), ("all-captions", 1, 3)],
+    [
+        ("all-captions", 2, 3),
+        pytest.param("both-ways", 2, 0, marks=pytest.mark.slow),
+        pytest.param("all-captions", 1, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_and_cached_gradients_equal_one_whole_batch(
     tmp_path, negatives, processes, mini_batch_size

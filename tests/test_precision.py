@@ -41,5 +41,5 @@ def test_only_faster_and_true_pays(speedup, min_cosine, pays):
 def test_probe_captions_span_all_lengths():
     captions = ["x" * n for n in range(1, 101)] * 2
     picked = pick_probe_captions(captions, count=5)
-    assert [len(caption) for caption in picked] == [1, 26, 50, 75, 100]
+    assert [len(caption) for caption in picked] == [1, 26, 51, 75, 100]
     assert pick_probe_captions(["b", "a"]) == ["b", "a"]
