@@ -42,4 +42,4 @@ def test_probe_captions_span_all_lengths():
     captions = ["x" * n for n in range(1, 101)] * 2
     picked = pick_probe_captions(captions, count=5)
     assert [len(caption) for caption in picked] == [1, 26, 51, 75, 100]
-    assert pick_probe_captions(["b", "a"]) == ["b", "a"]
+    assert pick_probe_captions(["b", "aa", "b"]) == ["b", "aa"]
