@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tiny import tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
@@ -25,7 +26,7 @@ def save_tiny_llm(folder: Path) -> Path:
     return folder
 
 
-def export_tiny_model(folder: Path) -> Path:
+def export_tiny_model(folder: Path, **settings: Any) -> Path:
     """Export a whole model, with room for labels in sentences: its tokens are almost bytes."""
-    model, processor = tiny_model(max_text_length=128)
+    model, processor = tiny_model(max_text_length=128, **settings)
     return export_model(model, processor, folder)

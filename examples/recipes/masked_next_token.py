@@ -91,6 +91,8 @@ def main() -> None:
         ),
     )
     trainer.train()
+    if Path(arguments.llm).exists():  # a name without the path: adapters get published
+        adapted.peft_config["default"].base_model_name_or_path = Path(arguments.llm).name
     adapted.save_pretrained(str(arguments.output))
     print(f"Wrote {arguments.output}. Next: llm2clip build … --caption-adapter {arguments.output}")
 
