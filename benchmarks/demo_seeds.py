@@ -26,7 +26,7 @@ def main() -> None:
     """Run the seeds and write the list of reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path, required=True, help="report.json of a whole run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "demo.json")
     arguments = parser.parse_args()

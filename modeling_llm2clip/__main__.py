@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from . import __version__
 from .commands import align, build, demo, doctor, extract, tune_captions
 
-_EXTRAS = 'Install what the demo needs: pip install "modeling_llm2clip[demo]"'
+_EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[demo,train]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
