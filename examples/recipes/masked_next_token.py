@@ -29,6 +29,7 @@ from transformers import (
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.modeling_llm2clip import set_attention_direction
+from modeling_llm2clip.training.caption_encoder import name_base_without_path
 
 
 class MaskedNextTokenTrainer(Trainer):
@@ -91,8 +92,7 @@ def main() -> None:
         ),
     )
     trainer.train()
-    if Path(arguments.llm).exists():  # a name without the path: adapters get published
-        adapted.peft_config["default"].base_model_name_or_path = Path(arguments.llm).name
+    name_base_without_path(adapted)
     adapted.save_pretrained(str(arguments.output))
     print(f"Wrote {arguments.output}. Next: llm2clip build … --caption-adapter {arguments.output}")
 

@@ -51,6 +51,7 @@ from .pair_batches import (
     make_pair_table,
 )
 from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
+from .settings import list_faults
 from .stopping import stop_on_signals
 
 ADAPTER_FOLDER = "adapter"
@@ -106,30 +107,19 @@ class TuneArguments:
     lora: LoraArguments = field(default_factory=LoraArguments)
 
     def __post_init__(self) -> None:
-        least = {
-            "batch_size": 2, "pairings": 1, "steps": 1, "mini_batch_size": 1, "held_out": 2,
-            "eval_every": 0, "save_every": 1, "warmup_steps": 0,
-        }  # fmt: skip
-        faults = [
-            f"{name}={getattr(self, name)}, wanted at least {number}"
-            for name, number in least.items()
-            if getattr(self, name) is not None and getattr(self, name) < number
-        ]
-        faults += [
-            f"{name}={getattr(self, name)}, wanted more than 0"
-            for name in ("epochs", "lr", "scale")
-            if not getattr(self, name) > 0
-        ]
-        choices = {
-            "negatives": NEGATIVES,
-            "precision": ("auto", "float32", "bfloat16"),
-            "adapter_dtype": ("float32", "float16", "bfloat16"),
-        }
-        faults += [
-            f"{name}={getattr(self, name)!r}, wanted one of {allowed}"
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
+        faults = list_faults(
+            self,
+            least={
+                "batch_size": 2, "pairings": 1, "steps": 1, "mini_batch_size": 1, "held_out": 2,
+                "eval_every": 0, "save_every": 1, "warmup_steps": 0,
+            },
+            positive=("epochs", "lr", "scale"),
+            choices={
+                "negatives": NEGATIVES,
+                "precision": ("auto", "float32", "bfloat16"),
+                "adapter_dtype": ("float32", "float16", "bfloat16"),
+            },
+        )  # fmt: skip
         if faults:
             raise ValueError("; ".join(faults) + ".")
 

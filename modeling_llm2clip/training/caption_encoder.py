@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
@@ -111,8 +111,6 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
         Raises: ValueError when a weight of it is missing or has no place.
         """
-        from peft import set_peft_model_state_dict
-
         weights = load_file(folder / ADAPTER_WEIGHTS)
         result = set_peft_model_state_dict(self.adapted, weights)
         missing = [key for key in result.missing_keys if "lora_" in key]
@@ -138,13 +136,18 @@ def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
 
 def write_adapter(encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype) -> None:
     """Write `adapter_config.json` and the weights, in a dtype of choice."""
-    config = encoder.adapted.peft_config["default"]
-    base = Path(str(config.base_model_name_or_path))
-    if base.exists():  # a name without the path: adapters get published
-        config.base_model_name_or_path = base.name
+    name_base_without_path(encoder.adapted)
     encoder.adapted.save_pretrained(str(folder))
     file = folder / ADAPTER_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     file.chmod(0o644)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, not filled in
+
+
+def name_base_without_path(adapted: PeftModel) -> None:
+    """Keep the name of the base model's folder and not its path: adapters get published."""
+    config = adapted.peft_config["default"]
+    base = Path(str(config.base_model_name_or_path))
+    if base.exists():
+        config.base_model_name_or_path = base.name

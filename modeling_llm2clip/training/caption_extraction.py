@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data.captioned_images import CaptionedImage
 from ..data.vector_store_layout import StoreManifest
-from ..data.vector_store_writing import StoreWriter, pack_index
+from ..data.vector_store_writing import StoreWriter
 from ..encoding.captions import default_token_budget, encode_token_ids, tokenize_captions
 from ..encoding.fingerprint import fingerprint_text
 from ..modeling_llm2clip import LLM2CLIPTextModel
@@ -31,6 +31,7 @@ from .shard_work import (
     choose_device,
     fill_store,
     hash_records,
+    pack_records,
 )
 from .stopping import StopRequest
 
@@ -120,16 +121,10 @@ def plan_captions(
     lengths, num_truncated = _measure(processor, distinct, show_progress=show_progress)
     ordered = [distinct[i] for i in np.argsort(-lengths, kind="stable").tolist()]
     row_of = {caption: row for row, caption in enumerate(ordered)}
-    index = pack_index(
-        {
-            "names": [r.name for r in records],
-            "keys": [r.key for r in records],
-            "langs": [r.lang for r in records],
-        },
-        {
-            "short": [[row_of[text] for text in r.captions] for r in records],
-            "long": [[row_of[text] for text in r.long_captions] for r in records],
-        },
+    index = pack_records(
+        records,
+        short=[[row_of[text] for text in r.captions] for r in records],
+        long=[[row_of[text] for text in r.long_captions] for r in records],
     )
     counts = {"captions": len(captions), "distinct": len(distinct), "truncated": num_truncated}
     return CaptionPlan(ordered, index, hash_records(records), counts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.captioned_images import CaptionedImage
 from ..data.vector_store_layout import StoreManifest
-from ..data.vector_store_writing import StoreWriter, pack_index
+from ..data.vector_store_writing import StoreWriter
 from ..encoding.fingerprint import fingerprint_vision
 from ..encoding.pictures import default_batch_size, encode_pictures
 from ..modeling_llm2clip import LLM2CLIPVisionModel
@@ -21,6 +21,7 @@ from .shard_work import (
     choose_device,
     fill_store,
     hash_records,
+    pack_records,
 )
 from .stopping import StopRequest
 
@@ -46,13 +47,8 @@ def extract_pictures(
     device = choose_device(arguments)
     pictures = _list_pictures(records)
     row_of = {name: row for row, name in enumerate(pictures)}
-    index = pack_index(
-        {
-            "names": [r.name for r in records],
-            "keys": [r.key for r in records],
-            "langs": [r.lang for r in records],
-        },
-        {"short": [[row_of[r.name]] for r in records], "long": [[] for _ in records]},
+    index = pack_records(
+        records, short=[[row_of[r.name]] for r in records], long=[[] for _ in records]
     )
     processor = LLM2CLIPProcessor.from_pretrained(model_folder)
     model = LLM2CLIPVisionModel.from_pretrained(model_folder)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..data.captioned_images import CaptionedImage
 from ..data.vector_store import VectorStore
 from ..data.vector_store_layout import STORED_DTYPES
-from ..data.vector_store_writing import StoreWriter
+from ..data.vector_store_writing import StoreWriter, pack_index
 from .stopping import StopRequest
 
 # Rows to compute, and whom to tell of each batch; returns their vectors (rows, D).
@@ -101,6 +101,23 @@ def hash_records(records: Sequence[CaptionedImage]) -> str:
         line = json.dumps([r.name, r.key, r.lang, r.captions, r.long_captions])
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
+
+
+def pack_records(
+    records: Sequence[CaptionedImage],
+    *,
+    short: Sequence[Sequence[int]],
+    long: Sequence[Sequence[int]],
+) -> bytes:
+    """Content of the index: item i is record i, with its rows of either kind."""
+    return pack_index(
+        {
+            "names": [r.name for r in records],
+            "keys": [r.key for r in records],
+            "langs": [r.lang for r in records],
+        },
+        {"short": short, "long": long},
+    )
 
 
 def fill_store(

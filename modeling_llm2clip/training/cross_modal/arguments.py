@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..settings import list_faults
+
 VISION_TRAININGS = ("frozen", "lora", "full")
 TEXT_TRAININGS = ("stored", "frozen-online", "lora")
 STARTS = ("as-is", "canonical-correlation")
@@ -62,33 +64,21 @@ class AlignArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {
-            "vision_training": VISION_TRAININGS,
-            "text_training": TEXT_TRAININGS,
-            "start": STARTS,
-            "precision": ("auto", "float32", "bfloat16"),
-            "device": ("auto", "cpu"),
-        }
-        faults = [
-            f"{name}={getattr(self, name)!r}, wanted one of {allowed}"
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-        least = {
-            "batch_size": 2, "num_workers": 0, "log_every": 1, "save_every": 1,
-            "vision_rank": 1, "text_rank": 1, "steps": 1, "loss_chunk": 1,
-        }  # fmt: skip
-        faults += [
-            f"{name}={getattr(self, name)}, wanted at least {number}"
-            for name, number in least.items()
-            if getattr(self, name) is not None and getattr(self, name) < number
-        ]
-        positive = ("epochs", "lr", "vision_lr", "clip_norm", "vision_alpha", "text_alpha")
-        faults += [
-            f"{name}={getattr(self, name)}, wanted more than 0"
-            for name in positive
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
+        faults = list_faults(
+            self,
+            least={
+                "batch_size": 2, "num_workers": 0, "log_every": 1, "save_every": 1,
+                "vision_rank": 1, "text_rank": 1, "steps": 1, "loss_chunk": 1,
+            },
+            positive=("epochs", "lr", "vision_lr", "clip_norm", "vision_alpha", "text_alpha"),
+            choices={
+                "vision_training": VISION_TRAININGS,
+                "text_training": TEXT_TRAININGS,
+                "start": STARTS,
+                "precision": ("auto", "float32", "bfloat16"),
+                "device": ("auto", "cpu"),
+            },
+        )  # fmt: skip
         if not 0 <= self.long_share <= 1:
             faults.append(f"long_share={self.long_share}, wanted a number from 0 to 1")
         if not 0 < self.layer_decay <= 1:

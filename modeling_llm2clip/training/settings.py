@@ -1,0 +1,40 @@
+"""Checks of settings that both training stages make before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+def list_faults(
+    settings: Any,
+    *,
+    least: Mapping[str, int],
+    positive: Collection[str],
+    choices: Mapping[str, Collection[str]],
+) -> list[str]:
+    """Say what is wrong with the fields of a settings object.
+
+    A number that is None is left to its default, and not looked at.
+
+    Args:
+        least: smallest value of each field.
+        positive: fields that must be more than 0.
+        choices: values that each field may have.
+    """
+    faults = [
+        f"{name}={getattr(settings, name)!r}, wanted one of {allowed}"
+        for name, allowed in choices.items()
+        if getattr(settings, name) not in allowed
+    ]
+    faults += [
+        f"{name}={getattr(settings, name)}, wanted at least {number}"
+        for name, number in least.items()
+        if getattr(settings, name) is not None and getattr(settings, name) < number
+    ]
+    faults += [
+        f"{name}={getattr(settings, name)}, wanted more than 0"
+        for name in positive
+        if getattr(settings, name) is not None and not getattr(settings, name) > 0
+    ]
+    return faults
