@@ -31,11 +31,13 @@ from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training import alike_pictures
 from modeling_llm2clip.training.caption_contrastive import (
     NEGATIVES,
     TuneArguments,
     tune_captions,
 )
+from modeling_llm2clip.training.caption_encoder import LoraArguments
 from modeling_llm2clip.training.pair_batches import (
     KeyedBatchSampler,
     WeightedBatchSampler,
@@ -89,6 +91,44 @@ def test_epochs_differ_and_repeat_with_the_seed():
 
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
+
+
+def test_hard_batches_bring_alike_pictures_together_and_each_pair_once_an_epoch():
+    table = make_table(12)  # two or three pairs of each picture
+    keys = table["key"][:]
+    names = list(dict.fromkeys(keys))
+    alike = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
+    alike = {name: [other for other in near if other != name] for name, near in alike.items()}
+    sampler = KeyedBatchSampler(table, 6, drop_last=True, seed=2, alike=alike, num_alike=2)
+    batches = list(sampler)
+    rows = [row for batch in batches for row in batch]
+    assert len(rows) == len(set(rows)) == len(table)
+
+    def count_met(batches):
+        return sum(
+            any(keys[other] in alike[keys[row]] for other in batch)
+            for batch in batches
+            for row in batch
+        )
+
+    by_chance = count_met(KeyedBatchSampler(table, 6, drop_last=True, seed=2))
+    assert count_met(batches) > 0.9 * len(rows) > by_chance
+
+
+def test_the_most_alike_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch):
+    monkeypatch.setattr(alike_pictures, "_ROWS_A_TILE", 3)
+    vectors = torch.randn(8, 5)
+    cosines = torch.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    cosines.fill_diagonal_(-2)
+    assert torch.equal(alike_pictures.find_alike(vectors, 4), cosines.topk(4, dim=1).indices)
+
+
+def test_a_pictures_vector_is_the_mean_of_its_captions_unit_vectors():
+    vectors = {"a": [3.0, 0], "b": [0, 0.5], "c": [-2.0, 0], "d": [-1.0, 0]}
+    encode = lambda texts: torch.tensor([vectors[text] for text in texts])  # noqa: E731
+    groups = [CaptionGroup("x", ("a", "b")), CaptionGroup("y", ("c", "d", "d"))]
+    found = alike_pictures.encode_groups(encode, groups)
+    assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
 
 
 def test_too_few_pictures_for_a_batch_are_refused_before_anything_runs(tmp_path):
@@ -209,6 +249,30 @@ def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_
     ours, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, again))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_hard_batches_from_an_adapter_begin_where_it_ended_and_resume_bit_for_bit(run, tmp_path):
+    first = tmp_path / "first"
+    hard = replace(SHORT, num_alike=3, lr=1e-3)
+    result = tune(first, hard, start=run[1].adapter)
+    assert result.cra_before == run[1].cra_after
+    alike = load_file(first / "alike.safetensors")["alike"]
+    assert alike.shape == (20, 6)  # twice as many as come together, of each trained picture
+    again = tmp_path / "again"
+    shutil.copytree(first, again)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(again / "adapter")
+    tune(again, hard, start=run[1].adapter, resume=True)
+    weights = [load_file(o / "adapter" / "adapter_model.safetensors") for o in (first, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(ValueError, match="start: '"):
+        tune(again, hard, resume=True)
+
+
+def test_an_adapter_of_another_scale_is_no_start(run, tmp_path):
+    other = replace(SHORT, lora=LoraArguments(alpha=16))
+    with pytest.raises(ValueError, match=r"rank 16 and alpha 32, this run rank 16 and alpha 16"):
+        tune(tmp_path / "run", other, start=run[1].adapter)
 
 
 def test_another_runs_folder_is_refused_with_what_differs(run):

@@ -17,6 +17,7 @@ def add_parser(commands: Any) -> None:
     add_data_flags(tune)  # the pictures themselves are not needed
     tune.add_argument("output", type=Path, help="folder to write")
     tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
+    tune.add_argument("--start", type=Path, help="adapter to begin from, of an earlier tuning")
     tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     tune.add_argument("--device", choices=("auto", "cpu"), default="auto")
     tune.add_argument(
@@ -39,6 +40,10 @@ def _add_settings(group: Any) -> None:
     group.add_argument(
         "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways"
     )
+    group.add_argument(
+        "--num-alike", type=int, default=0,
+        help="hard batches: pictures that come with each, those it is still confused with",
+    )  # fmt: skip
     group.add_argument(
         "--held-out", type=int, help="pictures for the accuracy; default: a fifth, 1,000 at most"
     )
@@ -79,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         settings,
         other_pairs=[(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs],
+        start=arguments.start,
         resume=arguments.resume,
     )
     if not state.is_main_process:

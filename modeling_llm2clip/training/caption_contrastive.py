@@ -32,11 +32,19 @@ from ..data.caption_groups import (
     hold_out_groups,
     leave_out_texts,
 )
+from ..data.vector_store_layout import hash_file
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
 from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
-from .caption_encoder import CaptionEncoder, LoraArguments, wrap_encoder, write_adapter
+from .caption_encoder import (
+    ADAPTER_WEIGHTS,
+    CaptionEncoder,
+    LoraArguments,
+    wrap_encoder,
+    write_adapter,
+)
 from .checkpoints import (
     CHECKPOINTS,
     find_last_checkpoint,
@@ -56,8 +64,10 @@ from .stopping import stop_on_signals
 
 ADAPTER_FOLDER = "adapter"
 RESULT_FILE = "caption_retrieval.json"
+ALIKE_FILE = "alike.safetensors"
 _MOST_HELD_OUT = 1000
 _FEW_STEPS = 200  # each of which is logged
+_ALIKE_TO_DRAW_FROM = 2  # times as many as are drawn: the same pictures do not always meet
 _DIRECTIONS = {
     "one-way": (("query_to_doc",), "joint"),
     "both-ways": (("query_to_doc", "doc_to_query"), "per_direction"),
@@ -80,6 +90,9 @@ class TuneArguments:
         negatives: which other texts of a batch a text is compared with: "one-way", a first
             caption with all second ones, as upstream does; "both-ways", as CLIP does;
             "all-captions", with every other text.
+        num_alike: hard batches: each picture comes with this many of those whose captions the
+            model, as it starts, holds most alike (hard negatives within the batch). 0 draws at
+            random, which is right until a model is tuned somewhat.
         held_out: pictures kept apart to measure the caption retrieval accuracy on; None for a
             fifth of them, at most 1,000.
         eval_every: steps between two measurements; 0 for only before and after.
@@ -97,6 +110,7 @@ class TuneArguments:
     warmup_steps: int = 300
     scale: float = 50.0
     negatives: str = "both-ways"
+    num_alike: int = 0
     held_out: int | None = None
     eval_every: int = 0
     gradient_checkpointing: bool = False
@@ -111,7 +125,7 @@ class TuneArguments:
             self,
             least={
                 "batch_size": 2, "pairings": 1, "steps": 1, "mini_batch_size": 1, "held_out": 2,
-                "eval_every": 0, "save_every": 1, "warmup_steps": 0,
+                "eval_every": 0, "save_every": 1, "warmup_steps": 0, "num_alike": 0,
             },
             positive=("epochs", "lr", "scale"),
             choices={
@@ -148,6 +162,7 @@ def tune_captions(
     arguments: TuneArguments,
     *,
     other_pairs: Sequence[tuple[list[TextPair], float]] = (),
+    start: Path | None = None,
     resume: bool = False,
 ) -> TuneResult:
     """Train a LoRA on the model's LLM and write it to `output/adapter`.
@@ -157,16 +172,19 @@ def tune_captions(
         groups: captions by picture, from `group_captions`.
         other_pairs: other text pairs, and how many of their batches there are for one of the
             captions'.
+        start: folder of an adapter of the same shape to begin from, instead of from nothing.
         resume: continue from the last checkpoint in `output`.
     Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
         before anything is computed; FloatingPointError at a non-finite loss.
     """
-    record = {**asdict(arguments), **_identify(model, groups, other_pairs)}
+    record = {**asdict(arguments), **_identify(model, groups, other_pairs, start)}
     require_fresh_or_same_run(output, record, resume=resume)
     data = _prepare_data(groups, other_pairs, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         encoder = CaptionEncoder(model, processor, arguments.lora)
+    if start is not None:
+        encoder.load_adapter(start)
     if arguments.gradient_checkpointing:
         model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
     last = find_last_checkpoint(output) if resume else None
@@ -177,10 +195,11 @@ def tune_captions(
             write_run_record(output, arguments=record, seed=arguments.seed, model=model)
         forget_what_came_after(output, last)
     with stop_on_signals() as stop:
-        trainer = _make_trainer(encoder, data, output, arguments)
+        before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
+        alike = _find_alike(encoder, data.to_train, output, arguments, resumed=last is not None)
+        trainer = _make_trainer(encoder, data, alike, output, arguments)
         trainer.add_callback(ShareSignal(stop))
         trainer.add_callback(StopOnSignal(stop))
-        before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.state.global_step < trainer.args.max_steps:
         return TuneResult(None, before, None, stop.exit_code)
@@ -200,6 +219,7 @@ class _Data:
 
     tables: DatasetDict
     weights: list[float]
+    to_train: list[CaptionGroup]
     held_out: list[CaptionGroup]
     counts: dict[str, int]
 
@@ -228,13 +248,15 @@ def _prepare_data(
         "num_captions_lost": num_lost,
         "num_other_pairs_lost": num_pairs_lost,
     }
-    return _Data(tables, [1.0, *(weight for _, weight in other_pairs)], held_out, counts)
+    weights = [1.0, *(weight for _, weight in other_pairs)]
+    return _Data(tables, weights, to_train, held_out, counts)
 
 
 def _identify(
     model: LLM2CLIPModel | LLM2CLIPTextModel,
     groups: Sequence[CaptionGroup],
     other_pairs: Sequence[tuple[list[TextPair], float]],
+    start: Path | None,
 ) -> dict[str, Any]:
     """What makes another run of the same settings: model, data, number of processes."""
     digest = hashlib.sha256()
@@ -244,6 +266,7 @@ def _identify(
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {
         "model": model.name_or_path,
+        "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
     }
@@ -293,7 +316,11 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
 
 def _make_trainer(
-    encoder: CaptionEncoder, data: _Data, output: Path, arguments: TuneArguments
+    encoder: CaptionEncoder,
+    data: _Data,
+    alike: dict[str, list[str]],
+    output: Path,
+    arguments: TuneArguments,
 ) -> _Trainer:
     wrapped = wrap_encoder(encoder)
     lengths = [len(table) for table in data.tables.values()]
@@ -311,7 +338,7 @@ def _make_trainer(
             lr_scheduler_type="cosine",
             bf16=_computes_in_bfloat16(arguments.precision, encoder.llm2clip.device),
             use_cpu=encoder.llm2clip.device.type == "cpu",
-            batch_sampler=KeyedBatchSampler,
+            batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
             multi_dataset_batch_sampler=partial(
                 WeightedBatchSampler, weights=data.weights, num_steps=num_steps
             ),
@@ -371,3 +398,22 @@ def _measure_before(
     if PartialState().is_main_process:
         file.write_text(json.dumps({"cra_before": before}) + "\n", encoding="utf-8")
     return before
+
+
+def _find_alike(
+    encoder: CaptionEncoder,
+    groups: Sequence[CaptionGroup],
+    output: Path,
+    arguments: TuneArguments,
+    *,
+    resumed: bool,
+) -> dict[str, list[str]]:
+    """The most alike pictures of each, found by one process and once a run."""
+    if not arguments.num_alike:
+        return {}
+    file, state = output / ALIKE_FILE, PartialState()
+    if state.is_main_process and not resumed:
+        count = min(_ALIKE_TO_DRAW_FROM * arguments.num_alike, len(groups) - 1)
+        write_alike(find_alike(encode_groups(encoder.encode, groups), count), file)
+    state.wait_for_everyone()
+    return read_alike(file, groups)

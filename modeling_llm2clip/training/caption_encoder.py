@@ -109,8 +109,10 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
     def load_adapter(self, folder: Path) -> None:
         """Put the weights of a saved adapter into the LoRA layers.
 
-        Raises: ValueError when a weight of it is missing or has no place.
+        Raises: ValueError when its rank or alpha is another, or a weight of it is missing or has
+            no place.
         """
+        _refuse_other_scale(folder, self.adapted.peft_config["default"])
         weights = load_file(folder / ADAPTER_WEIGHTS)
         result = set_peft_model_state_dict(self.adapted, weights)
         missing = [key for key in result.missing_keys if "lora_" in key]
@@ -151,3 +153,13 @@ def name_base_without_path(adapted: PeftModel) -> None:
     base = Path(str(config.base_model_name_or_path))
     if base.exists():
         config.base_model_name_or_path = base.name
+
+
+def _refuse_other_scale(folder: Path, wanted: LoraConfig) -> None:
+    """Another alpha would load without a word, and make every vector another."""
+    saved = LoraConfig.from_pretrained(str(folder))
+    if (saved.r, saved.lora_alpha) != (wanted.r, wanted.lora_alpha):
+        raise ValueError(
+            f"{folder} has rank {saved.r} and alpha {saved.lora_alpha}, this run rank {wanted.r} "
+            f"and alpha {wanted.lora_alpha}. Give this run the same (--rank, --alpha)."
+        )

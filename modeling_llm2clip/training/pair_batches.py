@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -53,11 +53,24 @@ class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
     many batches, `len(dataset)` divided by the size of a whole batch; what a short rest cannot
     fill is filled from the next shuffle.
 
+    Args:
+        alike: most alike keys of each key, where batches are to be hard: a row then comes together
+            with a row of each of `num_alike` random ones of them, as long as these have any left
+            in this shuffle.
     Raises: ValueError when there are too few different keys for one batch.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, **settings: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        alike: Mapping[str, Sequence[str]] | None = None,
+        num_alike: int = 0,
+        **settings: Any,
+    ) -> None:
         super().__init__(dataset, batch_size, **{**settings, "drop_last": True})
+        self.alike, self.num_alike = alike or {}, num_alike
         self.num_processes = PartialState().num_processes
         self.window_size = batch_size * self.num_processes
         columns = [dataset[name][:] for name in dataset.column_names if name != KEY_COLUMN]
@@ -84,7 +97,23 @@ class KeyedBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 
     def _shuffle_forever(self, generator: torch.Generator) -> Iterator[int]:
         while True:
-            yield from torch.randperm(len(self.key_of_row), generator=generator).tolist()
+            shuffled = torch.randperm(len(self.key_of_row), generator=generator).tolist()
+            yield from self._group_alike(shuffled, generator) if self.num_alike else shuffled
+
+    def _group_alike(self, shuffled: list[int], generator: torch.Generator) -> Iterator[int]:
+        """Every row once, each followed by rows of alike keys that have not been yet."""
+        left: dict[str, list[int]] = {}
+        for row in shuffled:
+            left.setdefault(self.key_of_row[row], []).append(row)
+        for row in shuffled:
+            key = self.key_of_row[row]
+            if row not in left[key]:
+                continue
+            left[key].remove(row)
+            yield row
+            near = [other for other in self.alike.get(key, ()) if left.get(other)]
+            order = torch.randperm(len(near), generator=generator).tolist()
+            yield from (left[near[i]].pop() for i in order[: self.num_alike])
 
     def _fill(self, rows: Iterator[int], waiting: deque[int]) -> list[int]:
         window: list[int] = []
