@@ -180,11 +180,13 @@ def test_pictures_with_one_caption_are_counted_and_named():
     records = [
         CaptionedImage(
             picture=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=("one",) * (n + 1),
-            long_captions=(), keywords=(), lang="en",
+            long_captions=(), keywords=(), lang="en", place=f"captions.jsonl line {n + 1}",
         )
         for n in range(2)
     ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"2 of 2 pictures have one caption only.*0\.jpg"):
+    with pytest.raises(
+        ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
+    ):
         group_captions(records)
 
 
@@ -332,7 +334,9 @@ def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, ca
     assert (output / "model" / "model.safetensors").is_file()
     data.write_text('{"key": "a", "captions": ["one"]}\n{"key": "b", "captions": ["two"]}')
     assert main(["tune-captions", str(folder), str(data), str(tmp_path / "other"), *flags]) == 2
-    assert "2 of 2 pictures have one caption only" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "2 of 2 pictures have one caption only" in error
+    assert "b (captions.jsonl line 2)" in error
 
 
 def test_mixed_in_text_pairs_come_by_weight(tmp_path):

@@ -40,18 +40,22 @@ class TextPair:
 def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
     """Put the captions of each key together, every text once, in the order of the records.
 
-    Raises: ValueError when keys have fewer than two captions: how many, and the first of them.
+    Raises: ValueError when keys have fewer than two captions: how many, the first of them, and
+        where they are written.
     """
     captions: dict[str, dict[str, None]] = {}
+    places: dict[str, str] = {}
     for record in records:
         texts = captions.setdefault(record.key, {})
         texts.update(dict.fromkeys((*record.captions, *record.long_captions)))
+        places.setdefault(record.key, record.place)
     lonely = [key for key, texts in captions.items() if len(texts) < 2]
     if lonely:
+        shown = "; ".join(f"{key} ({places[key]})" for key in lonely[:_FAULTS_SHOWN])
         raise ValueError(
             f"{len(lonely)} of {len(captions)} pictures have one caption only, and a pair needs "
-            f"two: {lonely[:_FAULTS_SHOWN]}. Give them a second (or long) caption, or leave "
-            "them out."
+            f"two: {shown}{'; …' if len(lonely) > _FAULTS_SHOWN else ''}. Give them a second (or "
+            "long) caption, or leave them out."
         )
     if not captions:
         raise ValueError("There are no captions. Give a data set with at least two pictures.")

@@ -23,7 +23,7 @@ becomes one space, because captions are one line to every later stage.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class CaptionedImage:
         long_captions: longer texts that do so; may be empty.
         keywords: words that belong to the picture; may be empty.
         lang: language of the texts, BCP 47.
+        place: where the record is written, for errors; two records that differ in it alone are
+            equal.
     """
 
     picture: Picture | None
@@ -62,6 +64,7 @@ class CaptionedImage:
     long_captions: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     lang: str = "en"
+    place: str = field(default="", compare=False)
 
     @property
     def path(self) -> Path:
@@ -147,6 +150,7 @@ def build_record(
         long_captions=tuple(long_captions),
         keywords=tuple(keywords),
         lang=lang,
+        place=raw.place,
     )
 
 
