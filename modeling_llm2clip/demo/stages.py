@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.captioned_images import CaptionedImage
 from ..encoding.captions import encode_captions
 from ..encoding.pictures import encode_pictures
-from ..evaluation.metrics import rank_best_positive, recall_at
+from ..evaluation.metrics.ranking import rank_best_positive, recall_at
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.closed_form_start import start_from_canonical_correlation
