@@ -14,15 +14,17 @@ from .intake import Intake
 from .readers.parquet import fetch_hub_folder
 from .schema import EvaluationSet
 
-_MODULES: tuple[Any, ...] = (
-    short_captions,
-    long_captions,
-    cross_lingual,
-    classification,
-    choices,
-    own,
-)
-_CARDS: dict[str, SetCard] = {card.name: card for module in _MODULES for card in module.CARDS}
+_CARDS: dict[str, SetCard] = {
+    card.name: card
+    for card in (
+        *short_captions.CARDS,
+        *long_captions.CARDS,
+        *cross_lingual.CARDS,
+        *classification.CARDS,
+        *choices.CARDS,
+        *own.CARDS,
+    )
+}
 
 
 def list_sets() -> list[SetCard]:
