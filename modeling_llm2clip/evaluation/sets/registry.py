@@ -166,7 +166,9 @@ def _choose_language(
         languages = card.find_languages(request, intake)
     if lang is None and len(languages) > 1:
         raise ValueError(f"{card.name} has several languages. Choose one: {', '.join(languages)}.")
-    if languages and lang is not None and lang not in languages:
+    # Class names may be given in any language.
+    is_free = request.class_names is not None
+    if languages and lang is not None and lang not in languages and not is_free:
         raise ValueError(f"{card.name} has no language {lang!r}. It has {', '.join(languages)}.")
     return replace(request, lang=lang or (languages or ("en",))[0])
 
