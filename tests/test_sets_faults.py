@@ -22,6 +22,7 @@ from published_sets import (
     write_imagenet_of_kaggle,
     write_json,
     write_json_lines,
+    write_karpathy_original,
     write_multi30k,
     write_own_folder,
     write_pictures,
@@ -156,6 +157,15 @@ def test_whatever_is_excluded_captions_stay_with_their_picture(
     assert said == {(names[n], caption) for n in kept for caption in captions_of(n)}
     assert found.protocol["excluded"] == ({"picture missing": len(missing)} if missing else {})
     assert "differences_from_published" not in found.protocol
+
+
+def test_a_split_that_is_none_of_karpathys_is_told(tmp_path: Path) -> None:
+    folder = write_karpathy_original(tmp_path)
+    content = json.loads((folder / "dataset_coco.json").read_text(encoding="utf-8"))
+    content["images"][1]["split"] = "tset"
+    write_json(folder / "dataset_coco.json", content)
+    card = tiny_card("coco", pictures=1, captions=5)
+    assert faults_of(card, folder) == {"no split, or an unknown one": 1}
 
 
 def test_captions_alone_need_no_pictures(tmp_path: Path) -> None:
