@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..hub.build import BuildArguments, build_from_sources
+    from ..hub.card_facts import CardFacts, find_license
     from ..hub.export import export_model, require_new_folder
 
     require_new_folder(arguments.output)  # before the towers are loaded
@@ -48,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, arguments.dtype),
         caption_adapter=arguments.caption_adapter,
     )
-    folder = export_model(model, processor, arguments.output)
+    facts = CardFacts(
+        vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)
+    )
+    folder = export_model(model, processor, arguments.output, facts=facts)
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0

@@ -17,6 +17,7 @@ from .. import __version__
 from ..data.captioned_images import CaptionedImage
 from ..data.captioned_sources import read_captioned
 from ..hub.build import BuildArguments, build_from_sources
+from ..hub.card_facts import CardFacts, RecordedResult, find_license
 from ..hub.export import export_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -120,8 +121,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         model,
         processor,
         arguments.output / "model",
-        license_id=None if arguments.vision or arguments.llm else "apache-2.0",
-        scores=scores,
+        facts=_state_facts(arguments, scores),
     )
     found = search(model, processor, pictures, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
@@ -152,6 +152,17 @@ def read_pictures(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[
 
 
 @torch.inference_mode()
+def _state_facts(arguments: DemoArguments, scores: dict[str, float]) -> CardFacts:
+    is_embedded = arguments.vision is None and arguments.llm is None
+    return CardFacts(
+        license_id="apache-2.0" if is_embedded else None,
+        vision_license=find_license(arguments.vision) if arguments.vision else "apache-2.0",
+        text_license=find_license(arguments.llm) if arguments.llm else "apache-2.0",
+        training_data=(arguments.pictures.name if arguments.pictures else "embedded emoji",),
+        results=(RecordedResult("retrieval", "things held out of the alignment", scores),),
+    )
+
+
 def _verify(
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,

@@ -1,0 +1,207 @@
+"""What a model card states and no weight shows: licences, training data, results.
+
+They stand in the metadata of the card itself, where the Hub reads them, and are read back from
+there whenever the folder is written again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, hf_hub_download
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+@dataclass(frozen=True)
+class RecordedResult:
+    """What one evaluation measured.
+
+    Attributes:
+        task: what was asked, e.g. `"retrieval"`.
+        dataset: what it was measured on.
+        scores: name of a measure → value.
+    """
+
+    task: str
+    dataset: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is stated about a model.
+
+    Attributes:
+        license_id: of the weights: an identifier of the Hub, e.g. `"apache-2.0"`, or `"other"`.
+        license_name, license_link: of a licence that the Hub has no identifier for.
+        vision_license, text_license: of the towers that the weights derive from, as their own
+            cards say it.
+        training_data: names or Hub ids of the data sets of the alignment.
+        results: measured with these very weights.
+
+    Raises: ValueError for a `license_id` that is none, or an `"other"` without name and link.
+    """
+
+    license_id: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    vision_license: str | None = None
+    text_license: str | None = None
+    training_data: tuple[str, ...] = ()
+    results: tuple[RecordedResult, ...] = ()
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.license_id is not None and not _LICENSE.fullmatch(self.license_id):
+            faults.append(f"license_id={self.license_id!r} is no identifier like 'apache-2.0'")
+        if self.license_id == "other" and not (self.license_name and self.license_link):
+            faults.append("license_id='other' needs license_name and license_link")
+        if faults:
+            raise ValueError(
+                f"{'; '.join(faults)}. The identifiers: https://huggingface.co/docs/hub/"
+                "repositories-licenses."
+            )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The fields of the card's metadata, results left out."""
+        fields = {
+            "license": self.license_id,
+            "license_name": self.license_name,
+            "license_link": self.license_link,
+            "vision_license": self.vision_license,
+            "text_license": self.text_license,
+            "training_data": list(self.training_data) or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def eval_results(self) -> list[EvalResult]:
+        """The results as the Hub's `model-index` has them, one a score."""
+        return [
+            EvalResult(
+                task_type=result.task,
+                dataset_type=result.dataset,
+                dataset_name=result.dataset,
+                metric_type=name,
+                metric_value=value,
+            )
+            for result in self.results
+            for name, value in result.scores.items()
+        ]
+
+
+def read_card_facts(folder: Path) -> CardFacts:
+    """Read what the card of a folder states; nothing where there is no card.
+
+    Raises: ValueError for metadata that huggingface_hub cannot parse.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return CardFacts()
+    data = ModelCard.load(path).data
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in data.eval_results or []:
+        key = (entry.task_type, entry.dataset_name)
+        scores.setdefault(key, {})[entry.metric_type] = entry.metric_value
+    return CardFacts(
+        license_id=data.license if isinstance(data.license, str) else None,
+        license_name=data.license_name,
+        license_link=data.license_link,
+        vision_license=data.get("vision_license"),
+        text_license=data.get("text_license"),
+        training_data=tuple(data.get("training_data") or ()),
+        results=tuple(RecordedResult(*key, found) for key, found in scores.items()),
+    )
+
+
+def require_license(facts: CardFacts, source: str | Path) -> None:
+    """Raise ValueError where no licence of the weights is stated."""
+    if facts.license_id is None:
+        raise ValueError(
+            f"{source} states no licence, and nothing is published without one. Export it with "
+            "--license, e.g. --license apache-2.0; the licences of both towers must allow it "
+            f"(vision tower: {facts.vision_license or 'not recorded'}, language model: "
+            f"{facts.text_license or 'not recorded'})."
+        )
+
+
+def find_license(source: str | Path, *, revision: str | None = None) -> str | None:
+    """Read the licence on a tower's own card.
+
+    Args:
+        source: Hub id, folder, or a `.gguf` file in one.
+    Returns: None where the card states none, or neither folder nor Hub has a card.
+    """
+    path = Path(source)
+    try:
+        card = (
+            (path if path.is_dir() else path.parent) / "README.md"
+            if path.exists()
+            else Path(hf_hub_download(str(source), "README.md", revision=revision))
+        )
+        return _name_license(ModelCard.load(card).data) if card.is_file() else None
+    except (OSError, ValueError):  # no card, no Hub, or metadata that is no metadata
+        return None
+
+
+def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
+    """Read recorded evaluation results: JSON files with one object each, or a list of them.
+
+    Each object has `task`, `dataset` and `scores`; what else it has is left to its own readers.
+    Raises: ValueError naming every file that is none, every score that is no finite number, and
+        every task that is given twice on one data set.
+    """
+    results: dict[tuple[str, str], RecordedResult] = {}
+    faults = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            faults.append(f"{path}: {error}")
+            continue
+        for entry in content if isinstance(content, list) else [content]:
+            if fault := _find_fault(entry):
+                faults.append(f"{path}: {fault}")
+                continue
+            key = (entry["task"], entry["dataset"])
+            if key in results:
+                faults.append(f"{path}: {key[0]} on {key[1]} is given twice")
+            results[key] = RecordedResult(*key, entry["scores"])
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults)}. Wanted: JSON with 'task' and 'dataset' (text) and 'scores' "
+            "(names and numbers), as `llm2clip evaluate` writes it."
+        )
+    return tuple(results.values())
+
+
+def _find_fault(entry: Any) -> str | None:
+    if not isinstance(entry, dict):
+        return f"holds {type(entry).__name__}, wanted an object"
+    absent = [name for name in ("task", "dataset") if not isinstance(entry.get(name), str)]
+    if absent:
+        return f"has no {absent}"
+    scores = entry.get("scores")
+    if not isinstance(scores, dict) or not scores:
+        return "has no scores"
+    wrong = sorted(
+        name
+        for name, value in scores.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    )
+    return f"has scores that are no finite numbers: {wrong}" if wrong else None
+
+
+def _name_license(data: Any) -> str | None:
+    stated = data.license
+    if isinstance(stated, list):
+        return ", ".join(map(str, stated)) or None
+    return data.license_name or stated if stated == "other" else stated  # type: ignore[no-any-return]
