@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml  # what huggingface_hub reads cards with
 from huggingface_hub import EvalResult, ModelCard, hf_hub_download
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -106,7 +107,7 @@ def read_card_facts(folder: Path) -> CardFacts:
     path = folder / "README.md"
     if not path.is_file():
         return CardFacts()
-    data = ModelCard.load(path).data
+    data = _read_metadata(path)
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for entry in data.eval_results or []:
         key = (entry.task_type, entry.dataset_name)
@@ -147,7 +148,7 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
             if path.exists()
             else Path(hf_hub_download(str(source), "README.md", revision=revision))
         )
-        return _name_license(ModelCard.load(card).data) if card.is_file() else None
+        return _name_license(_read_metadata(card)) if card.is_file() else None
     except (OSError, ValueError):  # no card, no Hub, or metadata that is no metadata
         return None
 
@@ -198,6 +199,15 @@ def _find_fault(entry: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     )
     return f"has scores that are no finite numbers: {wrong}" if wrong else None
+
+
+def _read_metadata(card: Path) -> Any:
+    try:
+        return ModelCard.load(card).data
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{card}: its metadata is no YAML ({error}). Correct what stands between the '---'."
+        ) from error
 
 
 def _name_license(data: Any) -> str | None:
