@@ -124,7 +124,7 @@ def publish_folder(
     except ValueError:
         raise
     except Exception as error:  # what the client raises for lost lines, permissions, full disks
-        raise RuntimeError(_explain(error, destination)) from error
+        raise RuntimeError(_explain(error, folder, destination)) from error
     return str(commit.commit_url)
 
 
@@ -148,7 +148,7 @@ def _quote(path: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", path)
 
 
-def _explain(error: Exception, destination: Destination) -> str:
+def _explain(error: Exception, folder: str | Path, destination: Destination) -> str:
     response: Any = error.response if isinstance(error, HfHubHTTPError) else None
     reason = _REFUSED.get(getattr(response, "status_code", 0))
     if reason is not None:
@@ -158,5 +158,6 @@ def _explain(error: Exception, destination: Destination) -> str:
         )
     return (
         f"The upload to {destination.repo_id} broke off, and nothing of it is visible there "
-        f"({type(error).__name__}: {error}). Repeat it: files that had arrived are not sent again."
+        f"({type(error).__name__}: {error}). Repeat it with `llm2clip export {folder} --push "
+        f"{destination.repo_id}`: files that had arrived are not sent again."
     )
