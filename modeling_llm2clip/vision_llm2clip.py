@@ -42,6 +42,16 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else tuple(size) if size else None
 
 
+def find_patch_size(vision_model: nn.Module) -> int:
+    """Side of a patch in pixels; 0 for networks without patches."""
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is None:
+        config: Any = vision_model.config
+        return int(getattr(config, "patch_size", 0) or 0)
+    patches: Any = getattr(timm_model, "patch_embed", None)
+    return int(patches.patch_size[0]) if hasattr(patches, "patch_size") else 0
+
+
 def choose_interpolation(
     vision_model: nn.Module, pixel_values: Tensor, *, wanted: bool
 ) -> dict[str, bool]:
@@ -54,30 +64,36 @@ def choose_interpolation(
         not possible, or would cut a part of a patch off. Some towers would take such pictures
         without a word and give them the positions of other patches.
     """
-    own = find_fixed_size(vision_model) if pixel_values.ndim == 4 else None
     found = (pixel_values.shape[-2], pixel_values.shape[-1])
-    if own is None or found == own:
+    own = find_fixed_size(vision_model)
+    if pixel_values.ndim != 4 or found == own:
         return {}
     what = f"Got pictures of {found[0]} × {found[1]} pixels"
+    if own is not None:
+        _require_interpolation(vision_model, what, own, wanted=wanted)
+    patch = find_patch_size(vision_model)
+    if patch and any(side % patch for side in found):
+        raise ValueError(
+            f"{what}, which are not whole patches of {patch}: the rest would be cut off. Choose "
+            "multiples of it."
+        )
+    return {} if own is None else {"interpolate_pos_encoding": True}
+
+
+def _require_interpolation(
+    vision_model: nn.Module, what: str, own: tuple[int, int], *, wanted: bool
+) -> None:
     tower = f"this vision tower has positions for {own[0]} × {own[1]}"
+    size = "Let the checkpoint's processor make pictures of that size"
     build = "build the model with image_size (llm2clip build --image-size)"
     if not _can_interpolate(vision_model):
         raise ValueError(
-            f"{what}; {tower} and cannot interpolate them while it runs. Let the checkpoint's "
-            f"processor make pictures of that size, or {build}."
+            f"{what}; {tower} and cannot interpolate them while it runs. {size}, or {build}."
         )
     if not wanted:
         raise ValueError(
-            f"{what}; {tower}. Let the checkpoint's processor make pictures of that size, pass "
-            f"interpolate_pos_encoding=True, or {build}."
+            f"{what}; {tower}. {size}, pass interpolate_pos_encoding=True, or {build}."
         )
-    config: Any = vision_model.config
-    if any(side % config.patch_size for side in found):
-        raise ValueError(
-            f"{what}, which are not whole patches of {config.patch_size}: the rest would be cut "
-            "off. Choose multiples of it."
-        )
-    return {"interpolate_pos_encoding": True}
 
 
 def pool_pictures(output: Any, pooling: str, *, patch_mask: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from ..vision_llm2clip import find_fixed_size
+from ..vision_llm2clip import find_fixed_size, find_patch_size
 from .picture_choices import NORMALIZATIONS
 
 _MEAN_AND_STD = {
@@ -55,39 +55,38 @@ def set_picture_size(
 
     Args:
         image_size: side in pixels, a multiple of the tower's patch.
-    Raises: ValueError for another side, or a tower with other weights that hang on the size.
+    Raises: ValueError for another side, or a tower that does not take it, which is tried.
     """
     own = find_fixed_size(vision_model)
-    patch = _find_patch_size(vision_model)
+    patch = find_patch_size(vision_model)
     if patch and image_size % patch:
         raise ValueError(
             f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
             f"the rest would be cut off. Take {image_size // patch * patch}, for instance."
         )
-    processor = _resize_pictures(image_processor, image_size, patch)
-    if own is None or own == (image_size, image_size):
-        return vision_model, processor
     timm_model: Any = getattr(vision_model, "timm_model", None)
-    if timm_model is None:
-        return _resize_positions(vision_model, image_size, patch=patch), processor
-    if not hasattr(timm_model, "set_input_size"):
+    if own is not None and own != (image_size, image_size):
+        if timm_model is None:
+            vision_model = _resize_positions(vision_model, image_size, patch=patch)
+        elif hasattr(timm_model, "set_input_size"):
+            timm_model.set_input_size(img_size=(image_size, image_size))
+            config = vision_model.config
+            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+    if not _counts_patches(image_processor):
+        _require_taken(vision_model, image_size)
+    return vision_model, _resize_pictures(image_processor, image_size, patch)
+
+
+@torch.no_grad()
+def _require_taken(vision_model: PreTrainedModel, image_size: int) -> None:
+    picture = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
+    try:
+        vision_model(pixel_values=picture.to(vision_model.device))
+    except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for a size
         raise ValueError(
-            f"The timm network {vision_model.config.architecture} has positions for {own[0]} × "
-            f"{own[1]} pixels and cannot change them. Leave image_size out."
-        )
-    timm_model.set_input_size(img_size=(image_size, image_size))
-    config = vision_model.config
-    config.model_args = {**(config.model_args or {}), "img_size": image_size}
-    return vision_model, processor
-
-
-def _find_patch_size(vision_model: PreTrainedModel) -> int:
-    """Side of a patch in pixels; 0 for networks without patches."""
-    timm_model: Any = getattr(vision_model, "timm_model", None)
-    if timm_model is None:
-        return int(getattr(vision_model.config, "patch_size", 0) or 0)
-    patches: Any = getattr(timm_model, "patch_embed", None)
-    return int(patches.patch_size[0]) if hasattr(patches, "patch_size") else 0
+            f"This {vision_model.config.model_type!r} tower does not take pictures of {image_size} "
+            f"× {image_size} pixels ({error}). Leave image_size out."
+        ) from error
 
 
 def _resize_positions(
@@ -99,7 +98,7 @@ def _resize_positions(
     resized.to(vision_model.dtype)
     weights, shapes = vision_model.state_dict(), resized.state_dict()
     changed = [name for name in weights if weights[name].shape != shapes[name].shape]
-    if len(changed) != 1:
+    if len(changed) != 1 or ".position_embedding" not in changed[0]:
         raise ValueError(
             f"In this {config.model_type!r} tower more than the positions hangs on the picture "
             f"size: {changed}. Leave image_size out, and pass interpolate_pos_encoding=True."
@@ -128,7 +127,7 @@ def _interpolate_positions(
 
 
 def _resize_pictures(image_processor: Any, image_size: int, patch: int) -> Any:
-    if hasattr(image_processor, "max_num_patches"):
+    if _counts_patches(image_processor):
         return _change(image_processor, max_num_patches=(image_size // patch) ** 2)
     settings = image_processor.to_dict()
     size = {name: value for name, value in settings["size"].items() if value}
@@ -141,6 +140,11 @@ def _resize_pictures(image_processor: Any, image_size: int, patch: int) -> Any:
     if crops:
         changes["crop_size"] = {"height": image_size, "width": image_size}
     return _change(image_processor, **changes)
+
+
+def _counts_patches(image_processor: Any) -> bool:
+    """Whether pictures keep their shape and come as so many patches (SigLIP2's own layout)."""
+    return hasattr(image_processor, "max_num_patches")
 
 
 def _change(image_processor: Any, **changes: Any) -> Any:
