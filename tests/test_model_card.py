@@ -136,6 +136,26 @@ def test_results_are_read_from_files_of_one_or_of_many(tmp_path: Path) -> None:
     )
 
 
+def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: Path) -> None:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    written = {
+        "model": "m", "task": "retrieval", "set": "coco", "format_version": 1, "seconds": 1.5,
+        "scores": {
+            "text_to_image": {"hit_rate_at_1": 0.5, "intervals": {"hit_rate_at_1": interval}},
+            "accuracy": {**interval, "chance": 0.125},
+            "languages": {"de": {"hit_rate_at_1": 0.5}},
+            "buckets": [{"hit_rate_at_1": interval}],
+            "share_cut_by_this_encoder": None,
+        },
+    }  # fmt: skip
+    (result,) = read_results([write_json(tmp_path / "coco.json", written)])
+    assert result == RecordedResult(
+        "retrieval",
+        "coco",
+        {"text_to_image.hit_rate_at_1": 0.5, "accuracy": 0.5, "accuracy.chance": 0.125},
+    )
+
+
 def test_every_fault_of_the_results_is_named_at_once(tmp_path: Path) -> None:
     good = {"task": "t", "dataset": "d", "scores": {"r1": 0.5}}
     contents = {

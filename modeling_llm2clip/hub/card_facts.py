@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 import yaml  # what huggingface_hub reads cards with
 from huggingface_hub import EvalResult, ModelCard, hf_hub_download
 
+# What `llm2clip evaluate` tells once a language, class, category or measure: too much for a card.
+_DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
+_INTERVAL = {"value", "low", "high"}
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -156,7 +159,11 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
 def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
     """Read recorded evaluation results: JSON files with one object each, or a list of them.
 
-    Each object has `task`, `dataset` and `scores`; what else it has is left to its own readers.
+    Each object has `task`, `set` (or `dataset`) and `scores`: numbers by name, nested at will, with
+    an interval as `{"value", "low", "high"}`. A nested score is named by its path, e.g.
+    `text_to_image.hit_rate_at_1`. What is told once a language, class or category is left to the
+    file, as is everything else in it.
+
     Raises: ValueError naming every file that is none, every score that is no finite number, and
         every task that is given twice on one data set.
     """
@@ -169,36 +176,57 @@ def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
             faults.append(f"{path}: {error}")
             continue
         for entry in content if isinstance(content, list) else [content]:
-            if fault := _find_fault(entry):
-                faults.append(f"{path}: {fault}")
+            try:
+                result = _read_result(entry)
+            except ValueError as error:
+                faults.append(f"{path}: {error}")
                 continue
-            key = (entry["task"], entry["dataset"])
+            key = (result.task, result.dataset)
             if key in results:
                 faults.append(f"{path}: {key[0]} on {key[1]} is given twice")
-            results[key] = RecordedResult(*key, entry["scores"])
+            results[key] = result
     if faults:
         raise ValueError(
-            f"{'; '.join(faults)}. Wanted: JSON with 'task' and 'dataset' (text) and 'scores' "
-            "(names and numbers), as `llm2clip evaluate` writes it."
+            f"{'; '.join(faults)}. Wanted: JSON with 'task' and 'set' (text) and 'scores' (names "
+            "and numbers), as `llm2clip evaluate` writes it."
         )
     return tuple(results.values())
 
 
-def _find_fault(entry: Any) -> str | None:
+def _read_result(entry: Any) -> RecordedResult:
     if not isinstance(entry, dict):
-        return f"holds {type(entry).__name__}, wanted an object"
-    absent = [name for name in ("task", "dataset") if not isinstance(entry.get(name), str)]
+        raise ValueError(f"holds {type(entry).__name__}, wanted an object")
+    task, dataset = entry.get("task"), entry.get("set", entry.get("dataset"))
+    absent = [name for name, value in (("task", task), ("set", dataset)) if not value]
     if absent:
-        return f"has no {absent}"
-    scores = entry.get("scores")
-    if not isinstance(scores, dict) or not scores:
-        return "has no scores"
-    wrong = sorted(
-        name
-        for name, value in scores.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    )
-    return f"has scores that are no finite numbers: {wrong}" if wrong else None
+        raise ValueError(f"has no {absent}")
+    found = dict(_iterate_scores(entry.get("scores"), ""))
+    if not found:
+        raise ValueError("has no scores")
+    wrong = sorted(name for name, value in found.items() if not _is_number(value))
+    if wrong:
+        raise ValueError(f"has scores that are no finite numbers: {wrong}")
+    return RecordedResult(str(task), str(dataset), found)
+
+
+def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every score; None, a list and what is told in detail are none."""
+    if isinstance(scores, dict):
+        if _INTERVAL <= set(scores):
+            scores = {
+                "": scores["value"],
+                **{k: v for k, v in scores.items() if k not in _INTERVAL},
+            }
+        for name, value in scores.items():
+            if name not in _DETAILS:
+                yield from _iterate_scores(value, f"{path}.{name}".strip("."))
+    elif scores is not None and not isinstance(scores, list):
+        yield path, scores
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _read_metadata(card: Path) -> Any:
