@@ -144,6 +144,8 @@ def test_a_half_has_no_other_half_to_export(half: tuple[str, Path], tmp_path: Pa
         (["SOURCE", "full/kept.txt"], "exists and is not empty"),
         (["SOURCE"], "Name a FOLDER to write, or --push"),
         (["SOURCE", "--dry-run", "--dtype", "float16"], r"published unchanged.*\['dtype'\]"),
+        (["SOURCE", "--dry-run", "--max-shard-size", "1GB"], r"\['max_shard_size'\]"),
+        (["SOURCE", "new", "--public"], "go with --push OWNER/NAME"),
         (["owner/model", "--push", "owner/other"], "MODEL must be a folder"),
         (["SOURCE", "new", "--license", "Apache 2"], "is no identifier like 'apache-2.0'"),
         (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),

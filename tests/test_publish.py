@@ -145,7 +145,9 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
 ) -> None:
     # The tests are offline, so whatever asked the Hub would raise.
     assert main(["export", str(source), "--push", NAME, "--dry-run"]) == 0
-    listed = re.findall(r"^ *([\d,]+)  (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert f"Nothing was uploaded to {NAME} (private, branch main)." in printed
+    listed = re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.MULTILINE)
     found = {path: int(size.replace(",", "")) for size, path in listed}
     assert found == {path: len(content) for path, content in read_folder(source).items()}
     assert {"model.safetensors", "README.md", "modeling_llm2clip.py", "modules.json"} <= set(found)

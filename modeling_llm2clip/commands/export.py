@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..hub.publish import Destination
 
 _FACTS = ("license_id", "license_name", "license_link", "vision_license", "text_license")
+
+_CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data", "results")
 
 
 def add_parser(commands: Any) -> None:
@@ -19,7 +24,7 @@ def add_parser(commands: Any) -> None:
     export.add_argument("--revision", help="branch, tag or commit of MODEL, where it is a Hub id")
     export.add_argument("--components", choices=("full", "text", "vision"), default="full")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as it is")
-    export.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="50GB")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="of a weight file, e.g. 5GB")
     _add_card_flags(export.add_argument_group("the model card"))
     _add_hub_flags(export.add_argument_group("publishing (token: HF_TOKEN or `hf auth login`)"))
     export.set_defaults(run=run)
@@ -49,8 +54,8 @@ def _add_card_flags(card: Any) -> None:
 def _add_hub_flags(hub: Any) -> None:
     hub.add_argument("--push", metavar="OWNER/NAME", help="upload it, in one commit")
     hub.add_argument("--public", action="store_true", help="for all to see; default: private")
-    hub.add_argument("--branch", default="main")
-    hub.add_argument("--commit-message", default="Upload LLM2CLIP model")
+    hub.add_argument("--branch", help="main")
+    hub.add_argument("--commit-message")
     hub.add_argument(
         "--dry-run", action="store_true", help="check and list files and sizes, upload nothing"
     )
@@ -59,16 +64,9 @@ def _add_hub_flags(hub: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     from ..hub.export import require_new_folder
-    from ..hub.publish import Destination, check_publishable, publish_folder
+    from ..hub.publish import check_publishable, publish_folder
 
-    destination = None
-    if arguments.push:
-        destination = Destination(
-            arguments.push,
-            private=not arguments.public,
-            branch=arguments.branch,
-            commit_message=arguments.commit_message,
-        )
+    destination = _read_destination(arguments)
     if arguments.folder is None:
         folder = _require_folder_as_it_is(arguments)
     else:
@@ -77,16 +75,35 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for file in check_publishable(folder):
             print(f"{file.num_bytes:>15,}  {file.path}")
-        print(f"Nothing was uploaded. Publish {folder} with --push, and without --dry-run.")
+        print(f"Nothing was uploaded{_describe(destination)}. Leave out --dry-run to do it.")
     elif destination:
         address = publish_folder(folder, destination)
         print(f"Published {address}. Pin its last part with revision=… when you load it.")
     return 0
 
 
+def _read_destination(arguments: argparse.Namespace) -> Destination | None:
+    from ..hub.publish import Destination
+
+    stated = {name: getattr(arguments, name) for name in ("branch", "commit_message")}
+    given = {name: value for name, value in stated.items() if value is not None}
+    if arguments.push is None:
+        if arguments.public or given:
+            raise ValueError("--public, --branch and --commit-message go with --push OWNER/NAME.")
+        return None
+    return Destination(arguments.push, private=not arguments.public, **given)
+
+
+def _describe(destination: Destination | None) -> str:
+    if destination is None:
+        return ""
+    kind = "private" if destination.private else "public"
+    return f" to {destination.repo_id} ({kind}, branch {destination.branch})"
+
+
 def _write(arguments: argparse.Namespace) -> Path:
     from ..hub.card_facts import read_results
-    from ..hub.export import ExportArguments, export_checkpoint
+    from ..hub.export import SHARD_SIZE, ExportArguments, export_checkpoint
 
     facts = {name: getattr(arguments, name) for name in _FACTS if getattr(arguments, name)}
     if arguments.training_data:
@@ -96,7 +113,7 @@ def _write(arguments: argparse.Namespace) -> Path:
     settings = ExportArguments(
         components=arguments.components,
         dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
+        max_shard_size=arguments.max_shard_size or SHARD_SIZE,
         base_models=arguments.base_models and tuple(arguments.base_models),
         name=arguments.push,
         requires_license=bool(arguments.push or arguments.dry_run),
@@ -110,11 +127,7 @@ def _write(arguments: argparse.Namespace) -> Path:
 
 def _require_folder_as_it_is(arguments: argparse.Namespace) -> Path:
     """Return MODEL, which is to be published unchanged."""
-    changing = [
-        name
-        for name in ("revision", "dtype", *_FACTS, "base_models", "training_data", "results")
-        if getattr(arguments, name)
-    ]
+    changing = [name for name in (*_FACTS, *_CHANGES) if getattr(arguments, name)]
     changing += ["components"] if arguments.components != "full" else []
     if not (arguments.push or arguments.dry_run):
         raise ValueError("Name a FOLDER to write, or --push OWNER/NAME to publish MODEL as it is.")
