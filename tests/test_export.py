@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.card_facts import CardFacts, RecordedResult, read_card_facts
 from modeling_llm2clip.hub.doctor import diagnose
 from modeling_llm2clip.hub.export import ExportArguments, export_checkpoint, export_model
@@ -102,6 +104,16 @@ def test_another_dtype_is_healthy_and_drops_what_was_measured_before(
     assert read_card_facts(folder).results == ()
     given = export_checkpoint(source, tmp_path / "measured", settings, facts={"results": (RESULT,)})
     assert read_card_facts(given).results == (RESULT,)
+
+
+def test_trained_weights_keep_licences_add_their_data_and_drop_old_results(
+    source: Path, tmp_path: Path
+) -> None:
+    trained = {"text_projection.bias": torch.zeros(32)}
+    assemble_folder(source, trained, tmp_path / "trained", training_data=["new", "owner/pictures"])
+    facts = read_card_facts(source)
+    wanted = replace(facts, results=(), training_data=("owner/pictures", "new"))
+    assert facts.results and read_card_facts(tmp_path / "trained") == wanted
 
 
 def test_base_models_are_stated_anew_in_card_and_configuration(

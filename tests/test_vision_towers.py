@@ -15,6 +15,7 @@ from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.hub.build import BuildArguments
 from modeling_llm2clip.hub.pictures import set_normalization, set_picture_size
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_pictures
 
@@ -168,6 +169,20 @@ def test_what_is_cropped_keeps_its_share() -> None:
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused(family: str) -> None:
     with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Take 48"):
         tiny_model(family, image_size=50)
+
+
+def test_a_size_the_tower_was_trained_for_need_be_no_multiple() -> None:
+    sizes = {"image_size": 36, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **sizes, **layers))
+    same, processor = set_picture_size(tower, tiny_vision("siglip")[1], 36)
+    assert same is tower
+    assert processor.to_dict()["size"] == {"height": 36, "width": 36}
+
+
+def test_a_size_below_one_pixel_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
+        BuildArguments(prompt="llama-3", image_size=0)
 
 
 @pytest.mark.parametrize(

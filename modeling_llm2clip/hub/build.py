@@ -59,6 +59,8 @@ class BuildArguments:
                 f"Choose a prompt: one of {PROMPT_NAMES}, or a prefix and suffix of your own. It "
                 "is never guessed, because the vectors depend on it."
             )
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel.")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"normalization={self.normalization!r} must be one of {NORMALIZATIONS}."

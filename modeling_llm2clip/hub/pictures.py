@@ -54,15 +54,17 @@ def set_picture_size(
     tower itself does it while it runs. A tower that takes any size is left alone.
 
     Args:
+        vision_model: a timm network is changed itself, another is left as it is.
         image_size: side in pixels, a multiple of the tower's patch.
     Raises: ValueError for another side, or a tower that does not take it, which is tried.
     """
     own = find_fixed_size(vision_model)
     patch = find_patch_size(vision_model)
-    if patch and image_size % patch:
+    # A tower may have been trained with a rest (SigLIP with 384 pixels in patches of 14).
+    if patch and image_size % patch and own != (image_size, image_size):
         raise ValueError(
             f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
-            f"the rest would be cut off. Take {image_size // patch * patch}, for instance."
+            f"the rest would be cut off. Take {max(image_size // patch, 1) * patch}, for instance."
         )
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if own is not None and own != (image_size, image_size):
