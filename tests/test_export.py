@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -25,6 +30,22 @@ RESULT = RecordedResult("retrieval", "COCO", {"text_to_image_r1": 0.5})
 HALVES = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
 # One law of equal weights: they may lie at other addresses, whose alignment picks other kernels.
 ADDRESSES = 1e-6
+LOAD_WITHOUT_THE_PACKAGE = """
+import json, sys
+folder, kind = sys.argv[1:]
+sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+value = "a dog" if kind == "text" else Image.new("RGB", (40, 48), "red")
+inputs = processor(**{"text" if kind == "text" else "images": value})
+vector = model(**inputs).pooler_output[0].tolist()
+other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
+found = {"class": type(model).__name__, "AutoModel": vector, "SentenceTransformer": other}
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +92,21 @@ def test_a_half_is_healthy_with_golden_vectors_and_sentence_transformers(
     assert SentenceTransformer(str(folder)).modalities == [
         {"text": "text", "vision": "image"}[kind]
     ]
+
+
+@pytest.mark.slow
+def test_a_half_loads_without_the_package(half: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = half
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder), kind],
+        env=environment | {"HF_HOME": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["class"] == HALVES[kind].__name__
+    assert np.allclose(found["AutoModel"], found["SentenceTransformer"], atol=ADDRESSES)
 
 
 def test_a_half_states_its_own_tower_and_no_result_of_the_whole(half: tuple[str, Path]) -> None:

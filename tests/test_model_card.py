@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from shared_models import shared_model
-from tiny import tiny_model
+from tiny import tiny_model, tiny_pictures
 
 from modeling_llm2clip.hub.card_facts import (
     CardFacts,
@@ -107,6 +108,22 @@ def test_a_model_of_which_nothing_is_known_says_so(tmp_path: Path) -> None:
         'SentenceTransformer("plain")',
     ):
         assert line in card.text, line
+
+
+def test_the_snippet_of_the_card_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The snippet names the model as on the Hub; a folder of that name comes first.
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "owner").mkdir()
+    (folder.parent / "owner" / "name").symlink_to(folder)
+    picture = folder.parent / "path" / "to" / "picture.png"
+    picture.parent.mkdir(parents=True)
+    tiny_pictures(1)[0].save(picture)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    snippet = text.split("```python\n")[1].split("```")[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert re.match(r"tensor\(\[\[.*, .*\]\]\)", capsys.readouterr().out)
 
 
 def test_a_licence_without_identifier_is_named_and_linked(tmp_path: Path) -> None:
