@@ -23,7 +23,9 @@ def add_parser(commands: Any) -> None:
     )
     export.add_argument("--revision", help="branch, tag or commit of MODEL, where it is a Hub id")
     export.add_argument("--components", choices=("full", "text", "vision"), default="full")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as it is")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is"
+    )
     export.add_argument("--max-shard-size", metavar="SIZE", help="of a weight file, e.g. 5GB")
     _add_card_flags(export.add_argument_group("the model card"))
     _add_hub_flags(export.add_argument_group("publishing (token: HF_TOKEN or `hf auth login`)"))
@@ -54,7 +56,7 @@ def _add_card_flags(card: Any) -> None:
 def _add_hub_flags(hub: Any) -> None:
     hub.add_argument("--push", metavar="OWNER/NAME", help="upload it, in one commit")
     hub.add_argument("--public", action="store_true", help="for all to see; default: private")
-    hub.add_argument("--branch", help="main")
+    hub.add_argument("--branch", help="default: main")
     hub.add_argument("--commit-message")
     hub.add_argument(
         "--dry-run", action="store_true", help="check and list files and sizes, upload nothing"
