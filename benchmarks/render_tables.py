@@ -1,7 +1,8 @@
 """Writes the tables of the documents from what the benchmarks recorded.
 
 Run `python benchmarks/render_tables.py` after a file in `benchmarks/results` has changed. What
-stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched.
+stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched. The
+sections of every model card come from the template that the package fills.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "examples" / "data" / "caption_adapter" / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "MODEL_CARD.md",
+    ROOT / "examples" / "data" / "caption_adapter" / "README.md",
+)
+CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
@@ -39,12 +45,21 @@ def render_document(text: str, results: Path) -> str:
 
 
 def _render(name: str, results: Path) -> str:
+    if name == "model_card_sections":
+        return _read_card_sections()
     if name not in _RENDERERS:
         raise ValueError(f"No table is called {name!r}; known are {sorted(_RENDERERS)}.")
     file = results / f"{name}.json"
     if not file.is_file():
         return f"\n{NOT_RECORDED}\n\n"
     return "\n" + _RENDERERS[name](json.loads(file.read_text(encoding="utf-8"))) + "\n"
+
+
+def _read_card_sections() -> str:
+    """What the card of every model says, so that it is written once."""
+    text = CARD_TEMPLATE.read_text(encoding="utf-8")
+    start, end = text.index("## Intended use"), text.index("## Check before use")
+    return f"\n{text[start:end]}"
 
 
 def _render_demo(reports: Sequence[dict[str, Any]]) -> str:

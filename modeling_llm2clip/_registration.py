@@ -15,14 +15,18 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _AUTO = "transformers.models.auto"
-# Module that owns the Auto class, our module, our class, Auto classes to register it with.
+_HALVES = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
+# Module that owns the Auto class, our module, our classes, Auto classes to register them with. Of
+# several classes an Auto class takes the one that config.json names, else the first.
 _REGISTRATIONS = (
-    (f"{_AUTO}.configuration_auto", "configuration_llm2clip", "LLM2CLIPConfig", ("AutoConfig",)),
-    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", "LLM2CLIPModel",
-     ("AutoModel", "AutoModelForZeroShotImageClassification")),
-    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", "LLM2CLIPTextModel",
+    (f"{_AUTO}.configuration_auto", "configuration_llm2clip", ("LLM2CLIPConfig",), ("AutoConfig",)),
+    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel", *_HALVES), ("AutoModel",)),
+    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel",),
+     ("AutoModelForZeroShotImageClassification",)),
+    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPTextModel",),
      ("AutoModelForTextEncoding",)),
-    (f"{_AUTO}.processing_auto", "processing_llm2clip", "LLM2CLIPProcessor", ("AutoProcessor",)),
+    (f"{_AUTO}.processing_auto", "processing_llm2clip", ("LLM2CLIPProcessor",),
+     ("AutoProcessor",)),
 )  # fmt: skip
 _WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
     f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
@@ -36,13 +40,14 @@ def _register_what_is_ready() -> None:
     Our modules import those of the Auto classes, so one of ours may be half done when an Auto
     module completes; it is registered when it completes itself.
     """
-    for auto_name, ours_name, class_name, auto_classes in _REGISTRATIONS:
+    for auto_name, ours_name, class_names, auto_classes in _REGISTRATIONS:
         ours_full_name = f"{__package__}.{ours_name}"
         if auto_name not in sys.modules or _running & {auto_name, ours_full_name}:
             continue
-        ours = getattr(import_module(ours_full_name), class_name)
+        classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
+        ours = classes if len(classes) > 1 else classes[0]
         configuration = import_module(f"{__package__}.configuration_llm2clip")
-        key = "llm2clip" if class_name == "LLM2CLIPConfig" else configuration.LLM2CLIPConfig
+        key = "llm2clip" if auto_classes == ("AutoConfig",) else configuration.LLM2CLIPConfig
         for auto_class in auto_classes:
             getattr(sys.modules[auto_name], auto_class).register(key, ours, exist_ok=True)
 

@@ -87,6 +87,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         # before them, and a wish for another implementation after them.
         attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
+        # By this AutoModel chooses between the whole model and its halves; None would stop it.
+        self.architectures = self.architectures or ["LLM2CLIPModel"]
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
         self.projection_dim = projection_dim

@@ -23,6 +23,7 @@ from .batching_llm2clip import plan_token_batches
 from .configuration_llm2clip import LLM2CLIPConfig
 from .packing_llm2clip import can_pack, keep_freed_memory, plan_packs, run_packed
 from .pooling_llm2clip import build_pooling_mask, build_position_ids, check_token_rows, pool_tokens
+from .vision_llm2clip import choose_interpolation, find_width, has_class_token, pool_pictures
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 CPU_TOKEN_BUDGET = 1024
@@ -186,8 +187,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         config = self.config
         self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
         self.vision_model.config = config.vision_config
+        if config.vision_pooling == "cls" and not has_class_token(self.vision_model):
+            raise ValueError(
+                f"vision_pooling='cls', but this {config.vision_config.model_type!r} tower has no "
+                "class token: its first token is a patch. Use 'pooler' or 'mean'."
+            )
         self.visual_projection = nn.Linear(
-            _vision_width(self.vision_model),
+            find_width(self.vision_model),
             config.projection_dim,
             bias=config.visual_projection_bias,
         )
@@ -357,13 +363,17 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
             pixel_attention_mask, spatial_shapes: SigLIP2's, as its image processor returns them.
-            interpolate_pos_encoding: allow another picture size than the tower's own.
+            interpolate_pos_encoding: allow another picture size than the tower's own. Towers that
+                take any size by themselves (DINO, convolutional networks) need it not.
         Returns: (B, D) float32, neither projected nor normalised.
+        Raises: ValueError for a picture size that the tower has no positions for.
         """
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
-            "interpolate_pos_encoding": interpolate_pos_encoding or None,
+            **choose_interpolation(
+                self.vision_model, pixel_values, wanted=interpolate_pos_encoding
+            ),
         }
         pixel_values = pixel_values.to(self.vision_model.dtype)
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
@@ -373,7 +383,8 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
             pixel_values=pixel_values,
             **{name: value for name, value in extra.items() if value is not None},
         )
-        return _pool_vision(output, self.config.vision_pooling).flatten(1).float()
+        pooled = pool_pictures(output, self.config.vision_pooling, patch_mask=pixel_attention_mask)
+        return pooled.flatten(1).float()
 
     def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
         """Map stored picture vectors (B, D) to features (B, P) float32, not normalised."""
@@ -579,33 +590,6 @@ def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool)
 def _normalize(features: BaseModelOutputWithPooling) -> Tensor:
     assert features.pooler_output is not None
     return F.normalize(features.pooler_output, dim=-1)
-
-
-def _vision_width(vision_model: PreTrainedModel) -> int:
-    """Width of a tower's picture vector; timm networks know it themselves."""
-    timm_model = getattr(vision_model, "timm_model", None)
-    if timm_model is not None:
-        return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
-    return int(vision_model.config.hidden_size)
-
-
-def _pool_vision(output: Any, pooling: str) -> Tensor:
-    """Reduce a tower's output to one vector a picture, (B, D)."""
-    if pooling == "pooler":
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is None:
-            raise ValueError(
-                "vision_pooling='pooler', but this vision tower has no pooler output. "
-                "Use 'cls' or 'mean' in the configuration."
-            )
-        return pooled  # type: ignore[no-any-return]
-    hidden_states: Tensor = output.last_hidden_state
-    if hidden_states.ndim != 3:
-        raise ValueError(
-            f"vision_pooling={pooling!r} needs tokens (B, L, D), but the tower returns "
-            f"{tuple(hidden_states.shape)}. Use 'pooler'."
-        )
-    return hidden_states[:, 0] if pooling == "cls" else hidden_states.float().mean(dim=1)
 
 
 def _check_width(embeds: Tensor, width: int, *, name: str) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from modeling_llm2clip.hub.card_facts import CardFacts
 from modeling_llm2clip.hub.doctor import Check, Diagnosis, diagnose
 from modeling_llm2clip.hub.doctor.examination import _PLANS
 from modeling_llm2clip.hub.doctor.file_checks import check_config, list_travelling_files
@@ -51,7 +52,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One exported tiny checkpoint with an instruction; tests break copies of it."""
     model, processor = tiny_model("clip", "llama")
     folder = tmp_path_factory.mktemp("exported") / "good"
-    return export_model(model, processor, folder, prompts={"query": "Find a picture: "})
+    facts = CardFacts(license_id="mit")
+    return export_model(
+        model, processor, folder, prompts={"query": "Find a picture: "}, facts=facts
+    )
 
 
 @pytest.fixture
@@ -487,8 +491,8 @@ def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None
 import sys
 sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
 from modeling_llm2clip.hub.doctor import diagnose
-from modeling_llm2clip.hub.export import push_folder
-push_folder(sys.argv[1], "owner/model")
+from modeling_llm2clip.hub.publish import Destination, publish_folder
+publish_folder(sys.argv[1], Destination("owner/model"))
 diagnosis = diagnose("owner/model")
 print(diagnosis.report())
 assert diagnosis.healthy

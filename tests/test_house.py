@@ -190,7 +190,7 @@ for number, first in enumerate(FIRST_IMPORTS):
         key = ours.LLM2CLIPConfig
         known = (
             CONFIG_MAPPING["llm2clip"] is key,
-            AutoModel._model_mapping[key] is ours.LLM2CLIPModel,
+            AutoModel._model_mapping[key][0] is ours.LLM2CLIPModel,
             ZeroShot._model_mapping[key] is ours.LLM2CLIPModel,
             AutoModelForTextEncoding._model_mapping[key] is ours.LLM2CLIPTextModel,
             PROCESSOR_MAPPING[key] is ours.LLM2CLIPProcessor,

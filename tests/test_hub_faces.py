@@ -26,6 +26,7 @@ from tiny import tiny_model, tiny_pictures
 from transformers import AutoModel, AutoProcessor
 
 import modeling_llm2clip
+from modeling_llm2clip.hub.card_facts import CardFacts
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.hub.golden import read_golden_vectors
 from modeling_llm2clip.hub.sentence_transformers_files import write_sentence_transformers_files
@@ -118,12 +119,12 @@ def see_sentence_transformers(keep, source, given):
     keep("SentenceTransformer prompted text", model.encode(TEXTS, prompt_name="query"))
 """
 PUBLISH = f"""
-from modeling_llm2clip.hub.export import push_folder
+from modeling_llm2clip.hub.publish import Destination, publish_folder
 folder, other = sys.argv[3:5]
 see("package, folder", folder)
 see("package, other folder", other)
-old = push_folder(other, "{REPOSITORY}").rsplit("/", 1)[-1]
-push_folder(folder, "{REPOSITORY}")
+old = publish_folder(other, Destination("{REPOSITORY}")).rsplit("/", 1)[-1]
+publish_folder(folder, Destination("{REPOSITORY}"))
 see("package, hub", "{REPOSITORY}")
 see("package, hub pinned", "{REPOSITORY}", revision=old)
 SentenceTransformer(folder).push_to_hub("{RESAVED}", private=True)
@@ -166,7 +167,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported folder; not to be changed."""
     model, processor = tiny_model()
     return export_model(
-        model, processor, tmp_path_factory.mktemp("faces") / "model", prompts=PROMPTS
+        model,
+        processor,
+        tmp_path_factory.mktemp("faces") / "model",
+        prompts=PROMPTS,
+        facts=CardFacts(license_id="mit"),
     )
 
 
@@ -178,7 +183,9 @@ def seen(
     here = tmp_path_factory.mktemp("clean")
     for number, picture in enumerate(tiny_pictures(2)):
         picture.save(here / f"{number}.png")
-    other = export_model(*tiny_model(seed=1), here / "other", prompts=PROMPTS)
+    other = export_model(
+        *tiny_model(seed=1), here / "other", prompts=PROMPTS, facts=CardFacts(license_id="mit")
+    )
     with HubServer() as hub:
         environment = hub.environment(here / "publisher")
         environment["PYTHONPATH"] = str(Path(modeling_llm2clip.__file__).parents[1])
@@ -372,7 +379,7 @@ def test_the_text_only_form_encodes_texts_alike_and_refuses_pictures(
     model, processor = shared_model()
     copied = Path(shutil.copytree(folder, tmp_path / "text-only"))
     write_sentence_transformers_files(
-        copied, model.config, processor.tokenizer, prompts=PROMPTS, text_only=True
+        copied, model.config, processor.tokenizer, prompts=PROMPTS, modalities=["text"]
     )
     text_only = SentenceTransformer(str(copied))
     assert torch.equal(text_only.encode(CAPTIONS, convert_to_tensor=True), auto_vectors["text"])

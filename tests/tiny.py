@@ -26,7 +26,9 @@ from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 PICTURE_SIZE = 32
 VOCABULARY_SIZE = 320
-VISION_FAMILIES = ("clip", "siglip", "siglip2", "dinov2", "vit", "timm")
+VISION_FAMILIES = (
+    "clip", "siglip", "siglip2", "dinov2", "dinov3_vit", "vit", "timm", "eva02", "timm-siglip",
+)  # fmt: skip
 LLM_FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
     "smollm3",
@@ -59,7 +61,22 @@ _VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"intermediate_size": 48, "patch_size": 8, "num_patches": 16},
     ),
     "dinov2": ("dinov2", {"mlp_ratio": 2, **_IMAGE_SIZE}),
+    "dinov3_vit": ("dinov3_vit", {"intermediate_size": 48, **_IMAGE_SIZE}),
     "vit": ("vit", {"intermediate_size": 48, **_IMAGE_SIZE}),
+}
+# The networks of the paper, with fewer and narrower layers.
+_TIMM_SIZE = {
+    "img_size": PICTURE_SIZE,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+}
+_TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "timm": ("test_vit", {"img_size": PICTURE_SIZE}),
+    # Rotary positions count in the grid it was trained on, as in the towers for 336 pixels.
+    "eva02": ("eva02_base_patch16_clip_224", {**_TIMM_SIZE, "ref_feat_shape": [3, 3]}),
+    "timm-siglip": ("vit_so400m_patch14_siglip_224", _TIMM_SIZE),
 }
 _LLM_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
@@ -108,8 +125,8 @@ def tiny_tokenizer(
 
 def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     """Build a vision tower of 32 × 32 pixels and its image processor; see `VISION_FAMILIES`."""
-    if family == "timm":
-        return _tiny_timm(seed)
+    if family in _TIMM_NETWORKS:
+        return _tiny_timm(*_TIMM_NETWORKS[family], seed=seed)
     model_type, extras = _VISION_CONFIGS[family]
     model = _build(AutoConfig.for_model(model_type, **_TRANSFORMER_SIZE, **extras), seed)
     if family == "siglip2":
@@ -189,7 +206,9 @@ def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-def _tiny_timm(seed: int) -> tuple[PreTrainedModel, Any]:
+def _tiny_timm(
+    architecture: str, model_args: dict[str, Any], *, seed: int
+) -> tuple[PreTrainedModel, Any]:
     pretrained_cfg = {
         "input_size": [3, PICTURE_SIZE, PICTURE_SIZE],
         "mean": [0.5, 0.5, 0.5],
@@ -199,8 +218,8 @@ def _tiny_timm(seed: int) -> tuple[PreTrainedModel, Any]:
     }
     config = AutoConfig.for_model(
         "timm_wrapper",
-        architecture="test_vit",
-        model_args={"img_size": PICTURE_SIZE},
+        architecture=architecture,
+        model_args=model_args,
         pretrained_cfg=pretrained_cfg,
     )
     return _build(config, seed), image_processor_from_timm(pretrained_cfg)

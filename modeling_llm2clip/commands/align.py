@@ -91,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.output}."
         )
         return result.exit_code
-    has_golden = assemble_folder(model, result.trained, folder)
+    has_golden = assemble_folder(
+        model, result.trained, folder, training_data=[Path(arguments.data).name]
+    )
     print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")
     if not has_golden:
         print(

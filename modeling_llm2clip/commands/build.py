@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..hub.picture_choices import NORMALIZATIONS
 from ..hub.prompt_presets import PROMPT_NAMES
 from .pick import pick
 
@@ -24,6 +25,13 @@ def add_parser(commands: Any) -> None:
     build.add_argument("--max-text-length", type=int, default=512)
     build.add_argument("--text-pooling", choices=("mean", "last_token"), default="mean")
     build.add_argument("--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler")
+    build.add_argument("--image-size", type=int, help="side of the pictures; default: the tower's")
+    build.add_argument(
+        "--normalization",
+        choices=NORMALIZATIONS,
+        default="own",
+        help="mean and std of the pictures: the tower's own, CLIP's, 0.5, or ImageNet's",
+    )
     build.add_argument("--text-adapter-layers", type=int, default=4)
     build.add_argument("--visual-projection-bias", action="store_true")
     build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
@@ -38,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..hub.build import BuildArguments, build_from_sources
+    from ..hub.card_facts import CardFacts, find_license
     from ..hub.export import export_model, require_new_folder
 
     require_new_folder(arguments.output)  # before the towers are loaded
@@ -48,6 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, arguments.dtype),
         caption_adapter=arguments.caption_adapter,
     )
-    folder = export_model(model, processor, arguments.output)
+    facts = CardFacts(
+        vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)
+    )
+    folder = export_model(model, processor, arguments.output, facts=facts)
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0

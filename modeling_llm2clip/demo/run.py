@@ -19,6 +19,7 @@ from ..data.captioned_sources import read_captioned
 from ..data.example_data import find_example_data
 from ..data.splits import hold_out
 from ..hub.build import BuildArguments, build_from_sources
+from ..hub.card_facts import CardFacts, RecordedResult, find_license
 from ..hub.export import export_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -121,8 +122,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         model,
         processor,
         arguments.output / "model",
-        license_id=None if arguments.vision or arguments.llm else "apache-2.0",
-        scores=scores,
+        facts=_state_facts(arguments, scores),
     )
     found = search(model, processor, pictures, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
@@ -153,6 +153,17 @@ def read_pictures(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[
 
 
 @torch.inference_mode()
+def _state_facts(arguments: DemoArguments, scores: dict[str, float]) -> CardFacts:
+    is_embedded = arguments.vision is None and arguments.llm is None
+    return CardFacts(
+        license_id="apache-2.0" if is_embedded else None,
+        vision_license=find_license(arguments.vision) if arguments.vision else "apache-2.0",
+        text_license=find_license(arguments.llm) if arguments.llm else "apache-2.0",
+        training_data=(arguments.pictures.name if arguments.pictures else "embedded emoji",),
+        results=(RecordedResult("retrieval", "things held out of the alignment", scores),),
+    )
+
+
 def _verify(
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,

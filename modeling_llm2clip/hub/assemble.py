@@ -6,21 +6,20 @@ Weights are copied file by file: memory holds one file at most, and the LLM is n
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.cross_modal.model import AlignmentModel
+from .card_facts import read_card_facts
 from .doctor.file_checks import list_travelling_files
-from .export import require_new_folder
+from .export import require_new_folder, writing_folder
 from .golden import GOLDEN_FILE, renew_golden_vectors, write_golden_vectors
 from .model_card import write_model_card
 
@@ -33,18 +32,19 @@ def assemble_folder(
     trained: Mapping[str, Tensor],
     folder: Path,
     *,
-    scores: Mapping[str, float] | None = None,
+    training_data: Sequence[str] = (),
 ) -> bool:
     """Write a model's folder with some of its weights replaced.
 
     Everything goes into a temporary folder beside the target, which is renamed when complete.
-    Code, model card and golden vectors are written anew, all else is copied.
+    Code, model card and golden vectors are written anew, all else is copied. Results on the old
+    card were measured with other weights, and are left out.
 
     Args:
         source: folder of the model that was trained.
         trained: weights by their names there; each takes the dtype it had there.
         folder: folder to write.
-        scores: measured figures for the card.
+        training_data: what was trained on, for the card, beside what the source states.
     Returns: whether golden vectors were recorded; not, where the source has none of its LLM.
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -52,9 +52,9 @@ def assemble_folder(
     """
     require_new_folder(folder)
     _require_places(source, trained)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    facts = read_card_facts(source)
+    data = dict.fromkeys((*facts.training_data, *training_data))
+    with writing_folder(folder) as unfinished:
         for path in source.glob("[!.]*"):  # no .git or .cache
             if path.is_dir():
                 shutil.copytree(path, unfinished / path.name)
@@ -65,18 +65,8 @@ def assemble_folder(
         for path in _list_weights(source):
             _copy_weights(path, unfinished / path.name, trained)
         has_golden = _record_golden_vectors(source, unfinished, trained)
-        write_model_card(
-            unfinished,
-            LLM2CLIPConfig.from_pretrained(source),
-            license_id=_read_license(source),
-            scores=scores or {},
-        )
-        unfinished.chmod(0o755)
-        for path in unfinished.glob(_WEIGHTS):
-            path.chmod(0o644)  # safetensors writes for its owner alone
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        facts = replace(facts, results=(), training_data=tuple(data))
+        write_model_card(unfinished, facts, name=folder.name)
     return has_golden
 
 
@@ -120,8 +110,3 @@ def _record_golden_vectors(source: Path, folder: Path, trained: Mapping[str, Ten
         return True
     model = AlignmentModel.from_pretrained(folder).eval()
     return renew_golden_vectors(source, folder, model, processor)
-
-
-def _read_license(source: Path) -> str | None:
-    card = source / "README.md"
-    return ModelCard.load(card).data.license if card.is_file() else None

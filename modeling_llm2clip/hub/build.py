@@ -13,6 +13,8 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .attention_probe import require_bidirectional
+from .picture_choices import NORMALIZATIONS
+from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
 from .towers import load_text_tower, load_vision_tower, merge_adapter
@@ -30,6 +32,9 @@ class BuildArguments:
         bidirectional: False keeps the LLM causal, to compare with.
         vision_pooling, text_pooling, text_adapter_layers, normalize_text_before_adapter,
         visual_projection_bias: see `LLM2CLIPConfig`.
+        image_size: side of the pictures in pixels, where the tower's own is not wanted; see
+            `pictures.set_picture_size`.
+        normalization: mean and std of the pictures; see `pictures.set_normalization`.
         seed: of adapter and projections, which start at random.
     """
 
@@ -44,6 +49,8 @@ class BuildArguments:
     text_adapter_layers: int = 4
     normalize_text_before_adapter: bool = True
     visual_projection_bias: bool = False
+    image_size: int | None = None
+    normalization: str = "own"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +58,12 @@ class BuildArguments:
             raise ValueError(
                 f"Choose a prompt: one of {PROMPT_NAMES}, or a prefix and suffix of your own. It "
                 "is never guessed, because the vectors depend on it."
+            )
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel.")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization={self.normalization!r} must be one of {NORMALIZATIONS}."
             )
 
 
@@ -86,9 +99,14 @@ def build_model(
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build a model and its processor from loaded towers; adapter and projections are random.
 
-    Raises: ValueError when the prompt does not fit the tokenizer, or the LLM's family cannot be
-        made bidirectional.
+    Raises: ValueError when the prompt does not fit the tokenizer, the vision tower cannot take the
+        picture size, or the LLM's family cannot be made bidirectional.
     """
+    image_processor = set_normalization(image_processor, arguments.normalization)
+    if arguments.image_size is not None:
+        vision_model, image_processor = set_picture_size(
+            vision_model, image_processor, arguments.image_size
+        )
     template = resolve_template(
         tokenizer, arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix
     )

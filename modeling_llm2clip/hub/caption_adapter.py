@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .card_facts import read_card_facts
+from .doctor.patient import find_folder
 from .export import export_model, require_new_folder
 from .towers import merge_adapter
 
@@ -24,4 +27,5 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
     require_new_folder(output)
     loaded = LLM2CLIPModel.from_pretrained(model)
     loaded.text_model = merge_adapter(loaded.text_model, adapter)
-    return export_model(loaded, LLM2CLIPProcessor.from_pretrained(model), output)
+    facts = replace(read_card_facts(find_folder(model)), results=())  # of other weights
+    return export_model(loaded, LLM2CLIPProcessor.from_pretrained(model), output, facts=facts)

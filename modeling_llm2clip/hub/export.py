@@ -1,31 +1,128 @@
-"""Writes one folder that AutoModel, pipelines and sentence-transformers load, and publishes it."""
+"""Writes one folder that AutoModel, pipelines and sentence-transformers load."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+import torch
 
-from ..modeling_llm2clip import LLM2CLIPModel
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .card_facts import CardFacts, read_card_facts, require_license
+from .doctor.patient import find_folder
 from .golden import write_golden_vectors
 from .model_card import write_model_card
-from .sentence_transformers_files import write_sentence_transformers_files
+from .sentence_transformers_files import SETTINGS_FILE, write_sentence_transformers_files
 
 DEFAULT_PROMPTS = {"query": "", "document": ""}
+COMPONENTS: dict[str, Any] = {
+    "full": LLM2CLIPModel,
+    "text": LLM2CLIPTextModel,
+    "vision": LLM2CLIPVisionModel,
+}
+DTYPES = ("float32", "bfloat16", "float16")
+# As transformers has it by default; the Hub takes files up to 50 GB.
+SHARD_SIZE = "50GB"
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What of a checkpoint is written, and how.
+
+    Attributes:
+        components: `"full"`, or a half alone: `"text"` or `"vision"`.
+        dtype: of the weights; None keeps theirs.
+        max_shard_size: of a weight file, e.g. `"5GB"`.
+        base_models: Hub ids of the vision tower and of the language model, for the card; None
+            keeps the names that the configuration has.
+        name: what the card calls the model; None for the folder's last name.
+        requires_license: refuse, before anything is loaded, what could not be published.
+    """
+
+    components: str = "full"
+    dtype: str | None = None
+    max_shard_size: str = SHARD_SIZE
+    base_models: tuple[str, str] | None = None
+    name: str | None = None
+    requires_license: bool = False
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.components not in COMPONENTS:
+            faults.append(f"components={self.components!r} must be one of {list(COMPONENTS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            faults.append(f"dtype={self.dtype!r} must be one of {list(DTYPES)}")
+        if faults:
+            raise ValueError(f"ExportArguments: {'; '.join(faults)}.")
+
+
+def export_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    arguments: ExportArguments | None = None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write a checkpoint anew: the whole or a half, in another dtype, in smaller files.
+
+    Instructions, licences and training data are taken over from its card, and its results where
+    whole model and dtype stay.
+
+    Args:
+        source: folder or Hub id of an LLM2CLIP model.
+        folder: folder to write.
+        facts: fields of `CardFacts` that are stated anew.
+        revision: branch, tag or commit of a Hub id.
+    Raises: FileExistsError when `folder` exists and is not empty; ValueError for a source that is
+        neither folder nor Hub id, or lacks the component.
+    """
+    arguments = arguments or ExportArguments()
+    require_new_folder(Path(folder))
+    source = find_folder(source, revision=revision)
+    card_facts = replace(read_card_facts(source), **(facts or {}))
+    if arguments.requires_license:
+        require_license(card_facts, source)
+    processor = LLM2CLIPProcessor.from_pretrained(source)
+    model = COMPONENTS[arguments.components].from_pretrained(
+        source, dtype=getattr(torch, arguments.dtype) if arguments.dtype else "auto"
+    )
+    before = LLM2CLIPConfig.from_pretrained(source)
+    is_same = model.dtype == before.dtype and before.architectures == [type(model).__name__]
+    if not is_same and "results" not in (facts or {}):
+        card_facts = replace(card_facts, results=())
+    if arguments.base_models:
+        towers = (model.config.vision_config, model.config.text_config)
+        for tower, name in zip(towers, arguments.base_models, strict=True):
+            tower._name_or_path = name
+    return export_model(
+        model.eval(),
+        processor,
+        folder,
+        prompts=_read_prompts(source),
+        facts=card_facts,
+        name=arguments.name,
+        max_shard_size=arguments.max_shard_size,
+    )
 
 
 def export_model(
-    model: LLM2CLIPModel,
+    model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
     processor: LLM2CLIPProcessor,
     folder: str | Path,
     *,
     prompts: Mapping[str, str] | None = None,
-    license_id: str | None = None,
-    scores: Mapping[str, float] | None = None,
+    facts: CardFacts | None = None,
+    name: str | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> Path:
     """Write weights, code, processor, sentence-transformers files, golden vectors and a card.
 
@@ -33,54 +130,63 @@ def export_model(
     broken-off export leaves nothing that loads.
 
     Args:
+        model: a whole model, or a half of one; a half keeps the whole processor.
         prompts: instructions for sentence-transformers; see `check_instructions`.
-        license_id: SPDX or Hub name of the weights' licence, for the card.
-        scores: measured figures for the card, e.g. `{"unseen_text_to_image_r1": 0.25}`.
+        facts: what the card states beside what it reads in the folder.
+        name: what the card calls the model; None for the folder's last name.
+        max_shard_size: of a weight file.
     Returns: the folder.
     Raises: FileExistsError when the folder exists and is not empty.
     """
     folder = Path(folder)
-    require_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(unfinished)
+    with writing_folder(folder) as unfinished:
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         processor.save_pretrained(unfinished)
         write_sentence_transformers_files(
             unfinished,
             model.config,
             processor.tokenizer,
             prompts=DEFAULT_PROMPTS if prompts is None else prompts,
+            modalities=list_modalities(model),
         )
         write_golden_vectors(unfinished, model, processor)
-        write_model_card(unfinished, model.config, license_id=license_id, scores=scores or {})
+        write_model_card(unfinished, facts or CardFacts(), name=name or folder.name)
+    return folder
+
+
+def list_modalities(model: Any) -> list[str]:
+    """What a model takes, in sentence-transformers' words."""
+    towers = {"text": "text_model", "image": "vision_model"}
+    return [modality for modality, tower in towers.items() if hasattr(model, tower)]
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside the target, which takes its place when all went well.
+
+    Raises: FileExistsError when the target exists and is not empty.
+    """
+    require_new_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
         unfinished.chmod(0o755)
         for file in unfinished.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes for its owner alone
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def require_new_folder(folder: Path) -> None:
     """Raise FileExistsError when a folder exists and is not empty."""
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
 
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = True,
-    commit_message: str = "Upload LLM2CLIP model",
-    revision: str | None = None,
-) -> str:
-    """Upload an exported folder in one commit; returns the commit's URL."""
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-    )
-    return str(commit.commit_url)
+def _read_prompts(folder: Path) -> dict[str, str] | None:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {})

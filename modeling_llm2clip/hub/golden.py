@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,25 +39,36 @@ def draw_golden_pictures() -> list[Image.Image]:
 
 @torch.inference_mode()
 def compute_golden_vectors(
-    model: LLM2CLIPModel, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
+    model: Any, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
 ) -> dict[str, Tensor]:
-    """Encode texts and the golden pictures: `text_embeds` (T, P), `image_embeds` (2, P)."""
-    inputs = processor(text=list(texts), images=draw_golden_pictures()).to(model.device)
-    output = model(**inputs)
-    assert output.text_embeds is not None and output.image_embeds is not None
-    return {"text_embeds": output.text_embeds.cpu(), "image_embeds": output.image_embeds.cpu()}
+    """Encode texts and the golden pictures: `text_embeds` (T, P), `image_embeds` (2, P).
+
+    Args:
+        model: a whole model, or a half of one, which gives its half of the vectors.
+    """
+    features = {}
+    if hasattr(model, "text_model"):
+        inputs = processor(text=list(texts)).to(model.device)
+        features["text_embeds"] = model.get_text_features(**inputs)
+    if hasattr(model, "vision_model"):
+        inputs = processor(images=draw_golden_pictures()).to(model.device)
+        features["image_embeds"] = model.get_image_features(**inputs)
+    return {
+        name: F.normalize(output.pooler_output, dim=-1).cpu() for name, output in features.items()
+    }
 
 
 @torch.inference_mode()
-def write_golden_vectors(folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Record what this model gives now, beside its weights.
+def write_golden_vectors(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
+    """Record what this model, or half of one, gives now, beside its weights.
 
     Also `caption_embeds` (T, D), the LLM's part of it, so that another adapter's vectors can be
     recorded without the LLM.
     """
-    inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
-    caption_embeds = model.get_caption_embeds(inputs["input_ids"], inputs["attention_mask"])
-    vectors = {**compute_golden_vectors(model, processor), "caption_embeds": caption_embeds}
+    vectors = compute_golden_vectors(model, processor)
+    if hasattr(model, "text_model"):
+        inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
+        vectors["caption_embeds"] = model.get_caption_embeds(**inputs)
     _save(folder, vectors, list(GOLDEN_TEXTS), model.dtype)
 
 

@@ -1,71 +1,191 @@
-"""The README.md of an exported folder, filled from what is in the folder."""
+"""The README.md of a model folder: the template, filled from what is in the folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
+from string import Template
 
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+from tokenizers import Tokenizer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from .card_facts import CardFacts
+from .golden import GOLDEN_FILE
 
-_BODY = """
-# {title}
-
-An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)): a vision encoder and a
-language model whose captions share one space of {projection_dim} dimensions.
-
-| part | what |
-| --- | --- |
-| vision tower | `{vision}` |
-| language model | `{text}`, {direction}, pooling `{pooling}` |
-| texts | at most {max_text_length} tokens, prompt included |
-
-## Use
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{title}", trust_remote_code=True)  # or import modeling_llm2clip first
-captions = model.encode(["a red apple", "a sleeping cat"])
-pictures = model.encode(["path/to/picture.png"])
-print(model.similarity(pictures, captions))
-```
-
-`AutoModel`, `AutoProcessor` and `pipeline("zero-shot-image-classification")` load the same folder.
-
-{scores}## Licence
-
-Weights derive from both towers; the licence of each applies: vision tower `{vision_source}`,
-language model `{text_source}`.
-"""
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOWERS = {"vision": "vision_model", "text": "text_model"}
+_SUMMARIES = {
+    ("vision", "text"): (
+        "A vision tower and a language model, each followed by a projection into one shared space "
+        "of $dim dimensions."
+    ),
+    ("vision",): "The picture half alone, which projects into a space of $dim dimensions.",
+    ("text",): "The text half alone, which projects into a space of $dim dimensions.",
+}
+_PIPELINES = {
+    ("vision", "text"): "zero-shot-image-classification",
+    ("vision",): "image-feature-extraction",
+    ("text",): "feature-extraction",
+}
+_SNIPPETS = {
+    "vision": 'pictures = model.encode(["path/to/picture.png"])',
+    "text": 'captions = model.encode(["a red apple", "a sleeping cat"])',
+}
 
 
-def write_model_card(
-    folder: Path,
-    config: LLM2CLIPConfig,
-    *,
-    license_id: str | None,
-    scores: Mapping[str, float],
-) -> None:
-    """Write `README.md` with the Hub's metadata."""
+def write_model_card(folder: Path, facts: CardFacts, *, name: str) -> None:
+    """Write `README.md` with the Hub's metadata.
+
+    Args:
+        folder: holds the saved model already.
+        name: what the model is called there: the folder's last name, or its Hub id.
+    """
+    config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
+    counts = _count_parameters(folder)
+    halves = tuple(half for half, tower in _TOWERS.items() if tower in counts)
+    origins = {half: _name_origin(config, half) for half in halves}
     data = ModelCardData(
-        license=license_id,
+        **facts.metadata,
         library_name="sentence-transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=_PIPELINES[halves],
         tags=["llm2clip", "sentence-transformers", "image-text-retrieval"],
+        base_model=[origin for origin in origins.values() if _HUB_ID.fullmatch(origin)] or None,
+        datasets=[data for data in facts.training_data if _HUB_ID.fullmatch(data)] or None,
+        model_name=name if facts.results else None,
+        eval_results=facts.eval_results or None,
     )
-    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in scores.items())
-    body = _BODY.format(
-        title=folder.name.lstrip(".").rsplit("-", 1)[0],
-        projection_dim=config.projection_dim,
-        vision=config.vision_config.model_type,
-        text=config.text_config.model_type,
-        direction="bidirectional" if config.bidirectional else "causal",
-        pooling=config.text_pooling,
-        max_text_length=config.max_text_length,
-        scores=f"## Scores\n\n| measure | value |\n| --- | --- |\n{rows}\n" if rows else "",
-        vision_source=config.vision_config._name_or_path or "not recorded",
-        text_source=config.text_config._name_or_path or "not recorded",
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=name,
+        summary=f"An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)). "
+        f"{Template(_SUMMARIES[halves]).substitute(dim=config.projection_dim)}",
+        parts=_draw(_describe_parts(folder, config, counts)),
+        snippet="\n".join(
+            [_SNIPPETS[half] for half in halves]
+            + (["print(model.similarity(pictures, captions))"] if len(halves) == 2 else [])
+        ),
+        others="`AutoModel` and `AutoProcessor`"
+        if len(halves) == 1
+        else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[halves]}")`',
+        training=", ".join(facts.training_data) or "Not recorded.",
+        scores=_describe_scores(facts),
+        licence=_describe_license(facts),
+        origins=_draw(_describe_origins(origins, facts)),
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _describe_parts(
+    folder: Path, config: LLM2CLIPConfig, counts: dict[str, int]
+) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    if "vision_model" in counts:
+        rows.append(("vision tower", _describe_tower(config, "vision", counts)))
+        rows.append(("pictures", _describe_pictures(folder)))
+    if "text_model" in counts:
+        direction = "bidirectional" if config.bidirectional else "causal"
+        pooling = f"{direction}, pooling `{config.text_pooling}`"
+        rows.append(("language model", f"{_describe_tower(config, 'text', counts)}, {pooling}"))
+        rows.append(("prompt", _describe_prompt(folder, config)))
+        rows.append(("texts", f"at most {config.max_text_length} tokens, prompt included"))
+    total = sum(counts.values())
+    rows.append(("weights", f"{_shorten(total)} parameters, {str(config.dtype)[6:]}"))
+    return rows
+
+
+def _describe_tower(config: LLM2CLIPConfig, half: str, counts: dict[str, int]) -> str:
+    tower = getattr(config, f"{half}_config")
+    architecture = getattr(tower, "architecture", None) or tower.model_type
+    return f"`{architecture}`, {_shorten(counts[_TOWERS[half]])} parameters"
+
+
+def _describe_pictures(folder: Path) -> str:
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        return "prepared by an image processor that is not in the folder"
+    settings = json.loads(path.read_text(encoding="utf-8"))["image_processor"]
+    size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
+    shown = (
+        f"{size['height']} × {size['width']} pixels"
+        if size and "height" in size
+        else f"at most {settings['max_num_patches']} patches"
+        if "max_num_patches" in settings
+        else f"size {size}"
+    )
+    return f"{shown}, mean {settings['image_mean']}, std {settings['image_std']}"
+
+
+def _describe_prompt(folder: Path, config: LLM2CLIPConfig) -> str:
+    if not (config.prompt_prefix_ids or config.prompt_suffix_ids):
+        return "none"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prefix, suffix = (
+        tokenizer.decode(ids, skip_special_tokens=False)
+        for ids in (config.prompt_prefix_ids, config.prompt_suffix_ids)
+    )
+    return f"`{prefix!r}` text `{suffix!r}`, written into the tokenizer"
+
+
+def _describe_scores(facts: CardFacts) -> str:
+    if not facts.results:
+        return "None recorded."
+    rows = [
+        (result.task, result.dataset, name, f"{value:.4g}")
+        for result in facts.results
+        for name, value in result.scores.items()
+    ]
+    return "\n".join(["| task | data | score | value |", "| --- | --- | --- | --- |", _draw(rows)])
+
+
+def _describe_license(facts: CardFacts) -> str:
+    if facts.license_id is None:
+        return "No licence is stated for these weights."
+    if facts.license_id == "other":
+        return f"These weights: [{facts.license_name}]({facts.license_link})."
+    return f"These weights: {facts.license_id}."
+
+
+def _describe_origins(origins: dict[str, str], facts: CardFacts) -> list[tuple[str, ...]]:
+    kinds = {"vision": "vision tower", "text": "language model"}
+    return [
+        (
+            f"{kinds[half]} {f'`{origin}`' if origin else '(name not recorded)'}",
+            getattr(facts, f"{half}_license") or "not recorded",
+        )
+        for half, origin in origins.items()
+    ]
+
+
+def _name_origin(config: LLM2CLIPConfig, half: str) -> str:
+    return str(getattr(config, f"{half}_config")._name_or_path or "")
+
+
+def _count_parameters(folder: Path) -> dict[str, int]:
+    """Parameters of each direct part of the model, from the heads of the weight files."""
+    counts: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == GOLDEN_FILE:
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = name.split(".")[0]
+                size = prod(file.get_slice(name).get_shape())
+                counts[part] = counts.get(part, 0) + size
+    return counts
+
+
+def _shorten(count: int) -> str:
+    for power, letter in ((9, "G"), (6, "M"), (3, "k")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {letter}"
+    return str(count)
+
+
+def _draw(rows: Sequence[tuple[str, ...]]) -> str:
+    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

@@ -7,7 +7,7 @@ Only sentence-transformers' own modules are named, because a custom one would as
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 
+SETTINGS_FILE = "config_sentence_transformers.json"
 _MODULES = [
     {
         "idx": 0,
@@ -41,24 +42,23 @@ def write_sentence_transformers_files(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: Mapping[str, str],
-    text_only: bool = False,
+    modalities: Sequence[str] = ("text", "image"),
 ) -> None:
     """Write `modules.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 
     Args:
         prompts: name → instruction put in front of a text: attended to and not pooled.
-        text_only: offer texts alone, though the folder holds the picture half too.
+        modalities: what is offered: `"text"`, `"image"`, or both.
     Raises: ValueError for an instruction whose own tokens change when a caption follows it.
     """
     check_instructions(tokenizer, config, prompts)
-    modalities = {"text": _MODALITIES["text"]} if text_only else _MODALITIES
     _write(folder / "modules.json", _MODULES)
     _write(
         folder / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
             "module_output_name": "sentence_embedding",
-            "modality_config": modalities,
+            "modality_config": {modality: _MODALITIES[modality] for modality in modalities},
             "processing_kwargs": {
                 "text": {
                     "max_length": config.max_text_length,
@@ -69,7 +69,7 @@ def write_sentence_transformers_files(
         },
     )
     _write(
-        folder / "config_sentence_transformers.json",
+        folder / SETTINGS_FILE,
         {
             "model_type": "SentenceTransformer",
             "prompts": dict(prompts),

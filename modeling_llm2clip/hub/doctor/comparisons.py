@@ -28,8 +28,8 @@ def check_golden_vectors(patient: Patient) -> str:
     golden = read_golden_vectors(patient.folder)
     if golden is None:
         raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
-    if not patient.encodes_pictures:
-        raise NotApplicableError("they are recorded for texts and pictures together")
+    if patient.processor is None:
+        raise NotApplicableError("there is no processor to prepare the recorded inputs with")
     texts, recorded = golden
     found = compute_golden_vectors(patient.model, patient.processor, texts)
     tolerance = find_tolerance(patient.model.dtype, other_machine=True)
@@ -61,17 +61,23 @@ def check_sentence_transformers(patient: Patient) -> str:
     if not (patient.folder / "modules.json").is_file():
         raise NotApplicableError("the folder has no modules.json, so it offers no such model")
     tolerance, dtype = find_tolerance(patient.model.dtype), patient.model.dtype
-    prompts = _read_instructions(patient)
-    check_instructions(patient.tokenizer, patient.config, prompts)
+    prompts = _read_instructions(patient) if patient.encodes_texts else {}
+    if prompts:
+        check_instructions(patient.tokenizer, patient.config, prompts)
     wanted = _encode_with_model(patient, prompts)
     patient.model = None
     gc.collect()  # a large LLM does not fit twice
-    found = _encode_with_sentence_transformers(patient, prompts, pictures="pictures" in wanted)
+    found = _encode_with_sentence_transformers(patient, prompts, kinds=set(wanted))
     distances = {
         what: float(measure_distances(found[what], vectors).max())
         for what, vectors in wanted.items()
         if what in found
     }
+    if not distances:
+        raise ValueError(
+            f"sentence-transformers offers none of {sorted(wanted)}, which the model encodes. "
+            "Export the folder again."
+        )
     faults = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]
     if faults:
         raise ValueError(
@@ -93,7 +99,9 @@ def _read_instructions(patient: Patient) -> dict[str, str]:
 
 @torch.no_grad()
 def _encode_with_model(patient: Patient, prompts: dict[str, str]) -> dict[str, Tensor]:
-    vectors = {"texts": patient.encode_texts(SHORT_TEXTS)}
+    vectors = {}
+    if patient.encodes_texts:
+        vectors["texts"] = patient.encode_texts(SHORT_TEXTS)
     if patient.encodes_pictures:
         vectors["pictures"] = patient.encode_pictures(draw_golden_pictures())
     num_prefix = len(patient.config.prompt_prefix_ids)
@@ -108,7 +116,7 @@ def _encode_with_model(patient: Patient, prompts: dict[str, str]) -> dict[str, T
 
 
 def _encode_with_sentence_transformers(
-    patient: Patient, prompts: dict[str, str], *, pictures: bool
+    patient: Patient, prompts: dict[str, str], *, kinds: set[str]
 ) -> dict[str, Tensor]:
     from sentence_transformers import SentenceTransformer
 
@@ -125,8 +133,10 @@ def _encode_with_sentence_transformers(
         )
         return vectors.float().cpu()
 
-    found = {"texts": encode(list(SHORT_TEXTS), prompt="")}
-    if pictures and "image" in encoder.modalities:
+    found = {}
+    if "texts" in kinds:
+        found["texts"] = encode(list(SHORT_TEXTS), prompt="")
+    if "pictures" in kinds and "image" in encoder.modalities:
         found["pictures"] = encode(list(draw_golden_pictures()))
     for name in prompts:
         found[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)

@@ -1,0 +1,141 @@
+"""`llm2clip export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..hub.publish import Destination
+
+_FACTS = ("license_id", "license_name", "license_link", "vision_license", "text_license")
+
+_CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data", "results")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
+    export = commands.add_parser("export", help="write a model folder anew, and publish it")
+    export.add_argument("model", help="Hub id or folder of an LLM2CLIP model")
+    export.add_argument(
+        "folder", nargs="?", type=Path, help="folder to write; left out: publish MODEL as it is"
+    )
+    export.add_argument("--revision", help="branch, tag or commit of MODEL, where it is a Hub id")
+    export.add_argument("--components", choices=("full", "text", "vision"), default="full")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is"
+    )
+    export.add_argument("--max-shard-size", metavar="SIZE", help="of a weight file, e.g. 5GB")
+    _add_card_flags(export.add_argument_group("the model card"))
+    _add_hub_flags(export.add_argument_group("publishing (token: HF_TOKEN or `hf auth login`)"))
+    export.set_defaults(run=run)
+
+
+def _add_card_flags(card: Any) -> None:
+    card.add_argument(
+        "--license", dest="license_id", metavar="ID", help="of the weights, e.g. apache-2.0"
+    )
+    card.add_argument("--license-name", help="with --license other")
+    card.add_argument("--license-link", help="with --license other")
+    card.add_argument(
+        "--base-models", nargs=2, metavar=("VISION", "LLM"), help="Hub ids of the towers"
+    )
+    card.add_argument("--vision-license", help="of the vision tower it derives from")
+    card.add_argument("--text-license", help="of the language model it derives from")
+    card.add_argument("--training-data", nargs="+", metavar="NAME", help="names or Hub ids")
+    card.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="JSON of evaluations of these weights",
+    )
+
+
+def _add_hub_flags(hub: Any) -> None:
+    hub.add_argument("--push", metavar="OWNER/NAME", help="upload it, in one commit")
+    hub.add_argument("--public", action="store_true", help="for all to see; default: private")
+    hub.add_argument("--branch", help="default: main")
+    hub.add_argument("--commit-message")
+    hub.add_argument(
+        "--dry-run", action="store_true", help="check and list files and sizes, upload nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it and return the exit code."""
+    from ..hub.export import require_new_folder
+    from ..hub.publish import check_publishable, publish_folder
+
+    destination = _read_destination(arguments)
+    if arguments.folder is None:
+        folder = _require_folder_as_it_is(arguments)
+    else:
+        require_new_folder(arguments.folder)
+        folder = _write(arguments)
+    if arguments.dry_run:
+        for file in check_publishable(folder):
+            print(f"{file.num_bytes:>15,}  {file.path}")
+        print(f"Nothing was uploaded{_describe(destination)}. Leave out --dry-run to do it.")
+    elif destination:
+        address = publish_folder(folder, destination)
+        print(f"Published {address}. Pin its last part with revision=… when you load it.")
+    return 0
+
+
+def _read_destination(arguments: argparse.Namespace) -> Destination | None:
+    from ..hub.publish import Destination
+
+    stated = {name: getattr(arguments, name) for name in ("branch", "commit_message")}
+    given = {name: value for name, value in stated.items() if value is not None}
+    if arguments.push is None:
+        if arguments.public or given:
+            raise ValueError("--public, --branch and --commit-message go with --push OWNER/NAME.")
+        return None
+    return Destination(arguments.push, private=not arguments.public, **given)
+
+
+def _describe(destination: Destination | None) -> str:
+    if destination is None:
+        return ""
+    kind = "private" if destination.private else "public"
+    return f" to {destination.repo_id} ({kind}, branch {destination.branch})"
+
+
+def _write(arguments: argparse.Namespace) -> Path:
+    from ..hub.card_facts import read_results
+    from ..hub.export import SHARD_SIZE, ExportArguments, export_checkpoint
+
+    facts = {name: getattr(arguments, name) for name in _FACTS if getattr(arguments, name)}
+    if arguments.training_data:
+        facts["training_data"] = tuple(arguments.training_data)
+    if arguments.results:
+        facts["results"] = read_results(arguments.results)
+    settings = ExportArguments(
+        components=arguments.components,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size or SHARD_SIZE,
+        base_models=arguments.base_models and tuple(arguments.base_models),
+        name=arguments.push,
+        requires_license=bool(arguments.push or arguments.dry_run),
+    )
+    folder = export_checkpoint(
+        arguments.model, arguments.folder, settings, facts=facts, revision=arguments.revision
+    )
+    print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
+    return folder
+
+
+def _require_folder_as_it_is(arguments: argparse.Namespace) -> Path:
+    """Return MODEL, which is to be published unchanged."""
+    changing = [name for name in (*_FACTS, *_CHANGES) if getattr(arguments, name)]
+    changing += ["components"] if arguments.components != "full" else []
+    if not (arguments.push or arguments.dry_run):
+        raise ValueError("Name a FOLDER to write, or --push OWNER/NAME to publish MODEL as it is.")
+    if changing or not Path(arguments.model).is_dir():
+        raise ValueError(
+            f"Without a FOLDER to write, MODEL must be a folder and is published unchanged; got "
+            f"{arguments.model} with {changing or 'no changes'}. Name a FOLDER."
+        )
+    return Path(arguments.model)

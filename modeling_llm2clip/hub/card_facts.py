@@ -1,0 +1,245 @@
+"""What a model card states and no weight shows: licences, training data, results.
+
+They stand in the metadata of the card itself, where the Hub reads them, and are read back from
+there whenever the folder is written again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # what huggingface_hub reads cards with
+from huggingface_hub import EvalResult, ModelCard, hf_hub_download
+
+# What `llm2clip evaluate` tells once a language, class, category or measure: too much for a card.
+_DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
+_INTERVAL = {"value", "low", "high"}
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+@dataclass(frozen=True)
+class RecordedResult:
+    """What one evaluation measured.
+
+    Attributes:
+        task: what was asked, e.g. `"retrieval"`.
+        dataset: what it was measured on.
+        scores: name of a measure → value.
+    """
+
+    task: str
+    dataset: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is stated about a model.
+
+    Attributes:
+        license_id: of the weights: an identifier of the Hub, e.g. `"apache-2.0"`, or `"other"`.
+        license_name, license_link: of a licence that the Hub has no identifier for.
+        vision_license, text_license: of the towers that the weights derive from, as their own
+            cards say it.
+        training_data: names or Hub ids of the data sets of the alignment.
+        results: measured with these very weights.
+
+    Raises: ValueError for a `license_id` that is none, or an `"other"` without name and link.
+    """
+
+    license_id: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    vision_license: str | None = None
+    text_license: str | None = None
+    training_data: tuple[str, ...] = ()
+    results: tuple[RecordedResult, ...] = ()
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.license_id is not None and not _LICENSE.fullmatch(self.license_id):
+            faults.append(f"license_id={self.license_id!r} is no identifier like 'apache-2.0'")
+        if self.license_id == "other" and not (self.license_name and self.license_link):
+            faults.append("license_id='other' needs license_name and license_link")
+        if faults:
+            raise ValueError(
+                f"{'; '.join(faults)}. The identifiers: https://huggingface.co/docs/hub/"
+                "repositories-licenses."
+            )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The fields of the card's metadata, results left out."""
+        fields = {
+            "license": self.license_id,
+            "license_name": self.license_name,
+            "license_link": self.license_link,
+            "vision_license": self.vision_license,
+            "text_license": self.text_license,
+            "training_data": list(self.training_data) or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def eval_results(self) -> list[EvalResult]:
+        """The results as the Hub's `model-index` has them, one a score."""
+        return [
+            EvalResult(
+                task_type=result.task,
+                dataset_type=result.dataset,
+                dataset_name=result.dataset,
+                metric_type=name,
+                metric_value=value,
+            )
+            for result in self.results
+            for name, value in result.scores.items()
+        ]
+
+
+def read_card_facts(folder: Path) -> CardFacts:
+    """Read what the card of a folder states; nothing where there is no card.
+
+    Raises: ValueError for metadata that huggingface_hub cannot parse.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return CardFacts()
+    data = _read_metadata(path)
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in data.eval_results or []:
+        key = (entry.task_type, entry.dataset_name)
+        scores.setdefault(key, {})[entry.metric_type] = entry.metric_value
+    return CardFacts(
+        license_id=data.license if isinstance(data.license, str) else None,
+        license_name=data.license_name,
+        license_link=data.license_link,
+        vision_license=data.get("vision_license"),
+        text_license=data.get("text_license"),
+        training_data=tuple(data.get("training_data") or ()),
+        results=tuple(RecordedResult(*key, found) for key, found in scores.items()),
+    )
+
+
+def require_license(facts: CardFacts, source: str | Path) -> None:
+    """Raise ValueError where no licence of the weights is stated."""
+    if facts.license_id is None:
+        raise ValueError(
+            f"{source} states no licence, and nothing is published without one. Export it with "
+            "--license, e.g. --license apache-2.0; the licences of both towers must allow it "
+            f"(vision tower: {facts.vision_license or 'not recorded'}, language model: "
+            f"{facts.text_license or 'not recorded'})."
+        )
+
+
+def find_license(source: str | Path, *, revision: str | None = None) -> str | None:
+    """Read the licence on a tower's own card.
+
+    Args:
+        source: Hub id, folder, or a `.gguf` file in one.
+    Returns: None where the card states none, or neither folder nor Hub has a card.
+    """
+    path = Path(source)
+    try:
+        card = (
+            (path if path.is_dir() else path.parent) / "README.md"
+            if path.exists()
+            else Path(hf_hub_download(str(source), "README.md", revision=revision))
+        )
+        return _name_license(_read_metadata(card)) if card.is_file() else None
+    except (OSError, ValueError):  # no card, no Hub, or metadata that is no metadata
+        return None
+
+
+def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
+    """Read recorded evaluation results: JSON files with one object each, or a list of them.
+
+    Each object has `task`, `set` (or `dataset`) and `scores`: numbers by name, nested at will, with
+    an interval as `{"value", "low", "high"}`. A nested score is named by its path, e.g.
+    `text_to_image.hit_rate_at_1`. What is told once a language, class or category is left to the
+    file, as is everything else in it.
+
+    Raises: ValueError naming every file that is none, every score that is no finite number, and
+        every task that is given twice on one data set.
+    """
+    results: dict[tuple[str, str], RecordedResult] = {}
+    faults = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            faults.append(f"{path}: {error}")
+            continue
+        for entry in content if isinstance(content, list) else [content]:
+            try:
+                result = _read_result(entry)
+            except ValueError as error:
+                faults.append(f"{path}: {error}")
+                continue
+            key = (result.task, result.dataset)
+            if key in results:
+                faults.append(f"{path}: {key[0]} on {key[1]} is given twice")
+            results[key] = result
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults)}. Wanted: JSON with 'task' and 'set' (text) and 'scores' (names "
+            "and numbers), as `llm2clip evaluate` writes it."
+        )
+    return tuple(results.values())
+
+
+def _read_result(entry: Any) -> RecordedResult:
+    if not isinstance(entry, dict):
+        raise ValueError(f"holds {type(entry).__name__}, wanted an object")
+    task, dataset = entry.get("task"), entry.get("set", entry.get("dataset"))
+    absent = [name for name, value in (("task", task), ("set", dataset)) if not value]
+    if absent:
+        raise ValueError(f"has no {absent}")
+    found = dict(_iterate_scores(entry.get("scores"), ""))
+    if not found:
+        raise ValueError("has no scores")
+    wrong = sorted(name for name, value in found.items() if not _is_number(value))
+    if wrong:
+        raise ValueError(f"has scores that are no finite numbers: {wrong}")
+    return RecordedResult(str(task), str(dataset), found)
+
+
+def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every score; None, a list and what is told in detail are none."""
+    if isinstance(scores, dict):
+        if _INTERVAL <= set(scores):
+            scores = {
+                "": scores["value"],
+                **{k: v for k, v in scores.items() if k not in _INTERVAL},
+            }
+        for name, value in scores.items():
+            if name not in _DETAILS:
+                yield from _iterate_scores(value, f"{path}.{name}".strip("."))
+    elif scores is not None and not isinstance(scores, list):
+        yield path, scores
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _read_metadata(card: Path) -> Any:
+    try:
+        return ModelCard.load(card).data
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{card}: its metadata is no YAML ({error}). Correct what stands between the '---'."
+        ) from error
+
+
+def _name_license(data: Any) -> str | None:
+    stated = data.license
+    if isinstance(stated, list):
+        return ", ".join(map(str, stated)) or None
+    return data.license_name or stated if stated == "other" else stated  # type: ignore[no-any-return]

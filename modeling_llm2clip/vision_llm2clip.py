@@ -1,0 +1,129 @@
+"""What a vision tower takes and gives: sizes of pictures, and one vector a picture.
+
+Travels to the Hub beside the weights. Shapes: B pictures, L tokens, D width of the tower.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+# What towers call the token that stands for the whole picture.
+_CLASS_TOKENS = ("cls_token", "class_embedding")
+
+
+def find_width(vision_model: nn.Module) -> int:
+    """Width of a tower's picture vector; timm networks know it themselves."""
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is not None:
+        return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
+    config: Any = vision_model.config
+    return int(config.hidden_size)
+
+
+def has_class_token(vision_model: nn.Module) -> bool:
+    """Whether the tower has a token of its own for the whole picture."""
+    return any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in vision_model.named_parameters())
+
+
+def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the pictures that a tower has positions for; None where any will do."""
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is not None:
+        patches: Any = getattr(timm_model, "patch_embed", None)
+        is_fixed = getattr(patches, "strict_img_size", False) and patches.img_size
+        return tuple(patches.img_size) if is_fixed else None
+    if not _can_interpolate(vision_model):
+        return None
+    config: Any = vision_model.config
+    size = getattr(config, "image_size", None)
+    return (size, size) if isinstance(size, int) else tuple(size) if size else None
+
+
+def find_patch_size(vision_model: nn.Module) -> int:
+    """Side of a patch in pixels; 0 for networks without patches."""
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is None:
+        config: Any = vision_model.config
+        return int(getattr(config, "patch_size", 0) or 0)
+    patches: Any = getattr(timm_model, "patch_embed", None)
+    return int(patches.patch_size[0]) if hasattr(patches, "patch_size") else 0
+
+
+def choose_interpolation(
+    vision_model: nn.Module, pixel_values: Tensor, *, wanted: bool
+) -> dict[str, bool]:
+    """Return the tower's argument for pictures of this size.
+
+    Args:
+        pixel_values: (B, 3, H, W), or patches, which carry their own positions.
+        wanted: whether positions may be interpolated for another size than the tower's.
+    Raises: ValueError for a size the tower has no positions for, if interpolation is not wanted,
+        not possible, or would cut a part of a patch off. Some towers would take such pictures
+        without a word and give them the positions of other patches.
+    """
+    found = (pixel_values.shape[-2], pixel_values.shape[-1])
+    own = find_fixed_size(vision_model)
+    if pixel_values.ndim != 4 or found == own:
+        return {}
+    what = f"Got pictures of {found[0]} × {found[1]} pixels"
+    if own is not None:
+        _require_interpolation(vision_model, what, own, wanted=wanted)
+    patch = find_patch_size(vision_model)
+    if patch and any(side % patch for side in found):
+        raise ValueError(
+            f"{what}, which are not whole patches of {patch}: the rest would be cut off. Choose "
+            "multiples of it."
+        )
+    return {} if own is None else {"interpolate_pos_encoding": True}
+
+
+def _require_interpolation(
+    vision_model: nn.Module, what: str, own: tuple[int, int], *, wanted: bool
+) -> None:
+    tower = f"this vision tower has positions for {own[0]} × {own[1]}"
+    size = "Let the checkpoint's processor make pictures of that size"
+    build = "build the model with image_size (llm2clip build --image-size)"
+    if not _can_interpolate(vision_model):
+        raise ValueError(
+            f"{what}; {tower} and cannot interpolate them while it runs. {size}, or {build}."
+        )
+    if not wanted:
+        raise ValueError(
+            f"{what}; {tower}. {size}, pass interpolate_pos_encoding=True, or {build}."
+        )
+
+
+def pool_pictures(output: Any, pooling: str, *, patch_mask: Tensor | None = None) -> Tensor:
+    """Reduce a tower's output to one vector a picture, (B, D).
+
+    Args:
+        pooling: `"pooler"`, `"cls"` or `"mean"`, see `LLM2CLIPConfig`.
+        patch_mask: (B, L), 0 where a patch is padding.
+    """
+    if pooling == "pooler":
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(
+                "vision_pooling='pooler', but this vision tower has no pooler output. "
+                "Use 'cls' or 'mean' in the configuration."
+            )
+        return pooled  # type: ignore[no-any-return]
+    hidden_states: Tensor = output.last_hidden_state
+    if hidden_states.ndim != 3:
+        raise ValueError(
+            f"vision_pooling={pooling!r} needs tokens (B, L, D), but the tower returns "
+            f"{tuple(hidden_states.shape)}. Use 'pooler'."
+        )
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    if patch_mask is None:
+        return hidden_states.float().mean(dim=1)
+    weights = patch_mask.to(hidden_states.device).float().unsqueeze(-1)  # (B, L, 1)
+    return (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _can_interpolate(vision_model: nn.Module) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(vision_model.forward).parameters

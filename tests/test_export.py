@@ -1,0 +1,232 @@
+"""A checkpoint written anew: whole or by halves, in other dtypes and files, with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from shared_models import CAPTIONS, shared_batch, shared_model
+from tiny import tiny_pictures
+from transformers import AutoModel, AutoProcessor
+
+from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.hub.assemble import assemble_folder
+from modeling_llm2clip.hub.card_facts import CardFacts, RecordedResult, read_card_facts
+from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.hub.export import ExportArguments, export_checkpoint, export_model
+
+RESULT = RecordedResult("retrieval", "COCO", {"text_to_image_r1": 0.5})
+HALVES = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
+# One law of equal weights: they may lie at other addresses, whose alignment picks other kernels.
+ADDRESSES = 1e-6
+LOAD_WITHOUT_THE_PACKAGE = """
+import json, sys
+folder, kind = sys.argv[1:]
+sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+value = "a dog" if kind == "text" else Image.new("RGB", (40, 48), "red")
+inputs = processor(**{"text" if kind == "text" else "images": value})
+vector = model(**inputs).pooler_output[0].tolist()
+other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
+found = {"class": type(model).__name__, "AutoModel": vector, "SentenceTransformer": other}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model that states all there is to state; not to be changed."""
+    model, processor = shared_model()
+    facts = CardFacts(
+        license_id="mit", vision_license="mit", text_license="llama3.2",
+        training_data=("owner/pictures",), results=(RESULT,),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("source") / "model"
+    return export_model(model, processor, folder, prompts={"query": "find: "}, facts=facts)
+
+
+@pytest.fixture(scope="module", params=HALVES)
+def half(request: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param) / "half"
+    return request.param, export_checkpoint(
+        source, folder, ExportArguments(components=request.param)
+    )
+
+
+def test_a_half_loads_through_auto_model_and_gives_the_whole_models_vectors(
+    half: tuple[str, Path],
+) -> None:
+    kind, folder = half
+    loaded, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert type(loaded) is HALVES[kind]
+    inputs = processor(**({"text": CAPTIONS} if kind == "text" else {"images": tiny_pictures(3)}))
+    with torch.no_grad():
+        found, wanted = loaded(**inputs).pooler_output, shared_model()[0](**shared_batch())
+    wanted = wanted.text_embeds if kind == "text" else wanted.image_embeds
+    assert torch.allclose(found, wanted, atol=ADDRESSES)
+
+
+def test_a_half_is_healthy_with_golden_vectors_and_sentence_transformers(
+    half: tuple[str, Path],
+) -> None:
+    kind, folder = half
+    diagnosis = diagnose(folder)
+    assert diagnosis.healthy, diagnosis.report()
+    passed = {check.name for check in diagnosis.checks if check.passed}
+    assert {"golden vectors", "sentence-transformers", "processor", "remote code"} <= passed
+    assert SentenceTransformer(str(folder)).modalities == [
+        {"text": "text", "vision": "image"}[kind]
+    ]
+
+
+@pytest.mark.slow
+def test_a_half_loads_without_the_package(half: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = half
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder), kind],
+        env=environment | {"HF_HOME": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["class"] == HALVES[kind].__name__
+    assert np.allclose(found["AutoModel"], found["SentenceTransformer"], atol=ADDRESSES)
+
+
+def test_a_half_states_its_own_tower_and_no_result_of_the_whole(half: tuple[str, Path]) -> None:
+    kind, folder = half
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert ("vision tower" in card, "language model" in card.split("## Use")[0]) == (
+        kind == "vision", kind == "text",
+    )  # fmt: skip
+    assert read_card_facts(folder).results == ()
+    assert read_card_facts(folder).training_data == ("owner/pictures",)
+
+
+def test_an_untouched_export_keeps_weights_instructions_and_all_that_the_card_states(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = export_checkpoint(source, tmp_path / "again")
+    assert read_card_facts(folder) == read_card_facts(source)
+    for name in ("model.safetensors", "config_sentence_transformers.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_another_dtype_is_healthy_and_drops_what_was_measured_before(
+    source: Path, tmp_path: Path
+) -> None:
+    settings = ExportArguments(dtype="bfloat16", max_shard_size="50KB")
+    folder = export_checkpoint(source, tmp_path / "half-precision", settings)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    diagnosis = diagnose(folder)
+    assert diagnosis.healthy, diagnosis.report()
+    assert next(c for c in diagnosis.checks if c.name == "weight dtype").message.endswith("BF16")
+    assert read_card_facts(folder).results == ()
+    given = export_checkpoint(source, tmp_path / "measured", settings, facts={"results": (RESULT,)})
+    assert read_card_facts(given).results == (RESULT,)
+
+
+def test_trained_weights_keep_licences_add_their_data_and_drop_old_results(
+    source: Path, tmp_path: Path
+) -> None:
+    trained = {"text_projection.bias": torch.zeros(32)}
+    assemble_folder(source, trained, tmp_path / "trained", training_data=["new", "owner/pictures"])
+    facts = read_card_facts(source)
+    wanted = replace(facts, results=(), training_data=("owner/pictures", "new"))
+    assert facts.results and read_card_facts(tmp_path / "trained") == wanted
+
+
+def test_base_models_are_stated_anew_in_card_and_configuration(
+    source: Path, tmp_path: Path
+) -> None:
+    ids = ("owner/vision", "owner/llm")
+    folder = export_checkpoint(source, tmp_path / "named", ExportArguments(base_models=ids))
+    config = AutoModel.from_pretrained(folder).config
+    assert (config.vision_config._name_or_path, config.text_config._name_or_path) == ids
+    assert "base_model:\n- owner/vision\n- owner/llm\n" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"components": "tokenizer"}, "components='tokenizer' must be one of"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_known_ones(
+    settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportArguments(**settings)
+
+
+def test_a_half_has_no_other_half_to_export(half: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = half
+    other = {"text": "vision", "vision": "text"}[kind]
+    with pytest.raises(ValueError, match=r"Missing .*Use the class that saved the folder"):
+        export_checkpoint(folder, tmp_path / "other", ExportArguments(components=other))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such", "new"], "no such folder, and no Hub id"),
+        (["SOURCE", "full"], "exists and is not empty"),
+        (["SOURCE", "full/kept.txt"], "exists and is not empty"),
+        (["SOURCE"], "Name a FOLDER to write, or --push"),
+        (["SOURCE", "--dry-run", "--dtype", "float16"], r"published unchanged.*\['dtype'\]"),
+        (["SOURCE", "--dry-run", "--max-shard-size", "1GB"], r"\['max_shard_size'\]"),
+        (["SOURCE", "new", "--public"], "go with --push OWNER/NAME"),
+        (["owner/model", "--push", "owner/other"], "MODEL must be a folder"),
+        (["SOURCE", "new", "--license", "Apache 2"], "is no identifier like 'apache-2.0'"),
+        (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
+        (["SOURCE", "new", "--push", "model"], "must be 'owner/name'"),
+        (["SOURCE", "new", "--push", "a/b", "--commit-message", " "], "message is blank"),
+        (["SOURCE", "new", "--results", "full/kept.txt"], r"kept.txt: .*Wanted: JSON with 'task'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_refuses_bad_input_and_writes_nothing(
+    arguments: list[str],
+    message: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    given = [str(source) if argument == "SOURCE" else argument for argument in arguments]
+    assert main(["export", *given]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+
+
+def test_the_command_writes_what_its_flags_say(source: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    results.write_text('{"task": "retrieval", "dataset": "COCO", "scores": {"r1": 0.25}}')
+    flags = ["--license", "cc-by-4.0", "--training-data", "owner/one", "my own", "--results"]
+    assert main(["export", str(source), str(tmp_path / "new"), *flags, str(results)]) == 0
+    assert read_card_facts(tmp_path / "new") == CardFacts(
+        license_id="cc-by-4.0", vision_license="mit", text_license="llama3.2",
+        training_data=("owner/one", "my own"),
+        results=(RecordedResult("retrieval", "COCO", {"r1": 0.25}),),
+    )  # fmt: skip

@@ -1,0 +1,333 @@
+"""Vision towers: the real shapes of the paper's, other picture sizes, pooling, mean and std."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_models import ROUNDING, pictures_of, shared_batch, shared_model
+from tiny import VISION_FAMILIES, tiny_model, tiny_pictures, tiny_vision
+from tiny_folders import save_tiny_llm, save_tiny_vision
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.hub.build import BuildArguments
+from modeling_llm2clip.hub.pictures import set_normalization, set_picture_size
+from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_pictures
+
+LARGER = 48
+WITH_A_FLAG = ("clip", "siglip", "vit")  # interpolate positions when told to
+ANY_SIZE = ("dinov2", "dinov3_vit", "timm")  # do so by themselves, or have rotary positions
+FIXED = ("eva02", "timm-siglip")  # cannot while they run
+BY_PATCHES = ("siglip2",)  # whose processor says how many
+
+# Model type, settings, width of a picture's vector, parameters without any projection: CLIP's and
+# EVA02's as published with the official checkpoints, SigLIP's by both implementations.
+SO400M = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "patch_size": 14, "image_size": 224,
+}  # fmt: skip
+CLIP_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "patch_size": 14,
+}  # fmt: skip
+REAL_TOWERS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "CLIP B/16": ("clip_vision_model", {"patch_size": 16}, 768, 85_799_424),
+    "CLIP L/14": ("clip_vision_model", {**CLIP_LARGE, "image_size": 224}, 1024, 303_179_776),
+    "CLIP L/14-336": ("clip_vision_model", {**CLIP_LARGE, "image_size": 336}, 1024, 303_507_456),
+    "EVA02 B/16": (
+        "timm_wrapper",
+        {"architecture": "eva02_base_patch16_clip_224"},
+        768,
+        85_869_312,
+    ),
+    "EVA02 L/14": (
+        "timm_wrapper",
+        {"architecture": "eva02_large_patch14_clip_224"},
+        1024,
+        303_317_952,
+    ),
+    "EVA02 L/14-336": (
+        "timm_wrapper",
+        {"architecture": "eva02_large_patch14_clip_336"},
+        1024,
+        303_645_632,
+    ),
+    "SigLIP So400m/14": ("siglip_vision_model", SO400M, 1152, 427_680_704),
+    "timm SigLIP": (
+        "timm_wrapper",
+        {"architecture": "vit_so400m_patch14_siglip_224"},
+        1152,
+        427_680_704,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL_TOWERS)
+def test_a_tower_of_the_paper_has_its_real_shape(name: str) -> None:
+    model_type, settings, width, count = REAL_TOWERS[name]
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
+    side = 336 if name.endswith("336") else 224
+    assert find_fixed_size(model) == (side, side)
+    assert find_width(model) == width
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+# Another picture size, set when the model is built
+
+
+def make_larger(family: str) -> Any:
+    return tiny_model(family, image_size=LARGER)
+
+
+def encode(model: Any, batch: Any, **given: Any) -> torch.Tensor:
+    pictures = {name: value for name, value in batch.items() if "input_ids" not in batch}
+    with torch.no_grad():
+        return model.get_image_features(**(pictures or pictures_of(batch)), **given).pooler_output
+
+
+def test_every_family_is_in_one_of_the_groups_of_these_tests() -> None:
+    assert sorted(WITH_A_FLAG + ANY_SIZE + FIXED + BY_PATCHES) == sorted(VISION_FAMILIES)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_model_built_for_larger_pictures_makes_them_and_reloads_bit_for_bit(
+    family: str, tmp_path: Path
+) -> None:
+    model, processor = make_larger(family)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path)
+    batch = image_processor(tiny_pictures(2), return_tensors="pt")
+    patches = (LARGER // 8) ** 2
+    shape = (2, patches, 192) if family == "siglip2" else (2, 3, LARGER, LARGER)
+    assert batch["pixel_values"].shape == shape
+    found, wanted = encode(loaded, batch), encode(model, batch)
+    # Equal weights at other addresses, whose alignment picks other kernels; not of unit length.
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", WITH_A_FLAG + ANY_SIZE)
+def test_positions_set_at_build_are_those_interpolated_while_running(family: str) -> None:
+    (built, processor), (running, _) = make_larger(family), shared_model(family)
+    batch = processor(images=tiny_pictures(2))
+    assert batch["pixel_values"].shape[-1] == LARGER
+    wanted = encode(running, batch, interpolate_pos_encoding=True)
+    assert torch.allclose(encode(built, batch), wanted, rtol=ROUNDING, atol=ROUNDING)
+    # Or the positions would not matter, and the law would hold for any.
+    smaller = pictures_of(shared_batch(family))["pixel_values"][:2]
+    assert (encode(running, {"pixel_values": smaller}) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FIXED)
+def test_positions_of_timm_networks_are_those_timm_interpolates_while_running(family: str) -> None:
+    tower, processor = tiny_vision(family)
+    config = copy.deepcopy(tower.config)
+    config.model_args = {**config.model_args, "dynamic_img_size": True}
+    running = AutoModel.from_config(config).eval()
+    running.load_state_dict(tower.state_dict())
+    built, processor = set_picture_size(tower, processor, LARGER)
+    batch = processor(tiny_pictures(2), return_tensors="pt")
+    with torch.no_grad():
+        found, wanted = built(**batch).pooler_output, running(**batch).pooler_output
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_another_size_keeps_the_activation_and_the_precision_of_the_tower() -> None:
+    model, _ = tiny_model(image_size=LARGER, dtype=torch.bfloat16)
+    assert model.config.vision_config.hidden_act == "quick_gelu"
+    assert model.config.vision_config.image_size == LARGER
+    assert {p.dtype for p in model.vision_model.parameters()} == {torch.bfloat16}
+    small = tiny_model(dtype=torch.bfloat16)[0].vision_model.state_dict()
+    large = model.vision_model.state_dict()
+    changed = [
+        name for name in small if not torch.equal(small[name], large[name][: len(small[name])])
+    ]
+    assert changed == ["embeddings.position_embedding.weight"]
+
+
+def test_what_is_cropped_keeps_its_share() -> None:
+    tower, _ = tiny_vision()
+    cropping = CLIPImageProcessorPil(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
+    )
+    settings = set_picture_size(tower, cropping, 64)[1].to_dict()
+    assert settings["size"] == {"shortest_edge": 72}
+    assert settings["crop_size"] == {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize("family", ["clip", "eva02", "siglip2", "dinov2"])
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(family: str) -> None:
+    with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Take 48"):
+        tiny_model(family, image_size=50)
+
+
+def test_a_size_the_tower_was_trained_for_need_be_no_multiple() -> None:
+    sizes = {"image_size": 36, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **sizes, **layers))
+    same, processor = set_picture_size(tower, tiny_vision("siglip")[1], 36)
+    assert same is tower
+    assert processor.to_dict()["size"] == {"height": 36, "width": 36}
+
+
+def test_a_size_below_one_pixel_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
+        BuildArguments(prompt="llama-3", image_size=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        (
+            "timm_wrapper",
+            {"architecture": "mixer_s32_224", "model_args": {"img_size": 64}},
+            "does not take pictures of 96 × 96 pixels .*Leave image_size out",
+        ),
+        (
+            "beit",
+            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 48, "image_size": 32, "patch_size": 8,
+             "use_relative_position_bias": True},
+            "more than the positions hangs on the picture size",
+        ),
+    ],
+    ids=["timm", "relative positions"],
+)  # fmt: skip
+def test_a_tower_that_cannot_change_its_size_is_refused(
+    model_type: str, settings: dict[str, Any], message: str
+) -> None:
+    tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
+    with pytest.raises(ValueError, match=message):
+        set_picture_size(tower, tiny_vision()[1], 96)
+
+
+# Another picture size while the model runs
+
+
+@pytest.mark.parametrize("family", WITH_A_FLAG)
+def test_larger_pictures_need_the_processors_option_and_the_models_argument(family: str) -> None:
+    model, processor = shared_model(family)
+    size = {"height": LARGER, "width": LARGER}
+    batch = processor(images=tiny_pictures(2), size=size)
+    assert batch["pixel_values"].shape == (2, 3, LARGER, LARGER)
+    with pytest.raises(
+        ValueError, match=r"48 × 48 pixels; .* positions for 32 × 32.*pass interpol"
+    ):
+        encode(model, batch)
+    assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
+
+
+@pytest.mark.parametrize("family", [*WITH_A_FLAG, *FIXED])
+@pytest.mark.parametrize("shape", [(64, 16), (36, 36)], ids=str)
+def test_pictures_that_only_happen_to_fit_are_refused(family: str, shape: Any) -> None:
+    # As many patches as in 32 × 32, or a rest that is cut off: SigLIP itself would take both.
+    with pytest.raises(ValueError, match=f"{shape[0]} × {shape[1]} pixels"):
+        encode(shared_model(family)[0], {"pixel_values": torch.rand(1, 3, *shape)})
+
+
+@pytest.mark.parametrize("family", [*WITH_A_FLAG, *ANY_SIZE])
+def test_a_part_of_a_patch_is_not_cut_off(family: str) -> None:
+    pictures = {"pixel_values": torch.rand(1, 3, 36, 48)}
+    with pytest.raises(ValueError, match="36 × 48 pixels, which are not whole patches of"):
+        encode(shared_model(family)[0], pictures, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("family", FIXED)
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_tower_that_cannot_interpolate_says_how_to_build_it(family: str, flag: bool) -> None:
+    pictures = {"pixel_values": torch.rand(1, 3, LARGER, LARGER)}
+    with pytest.raises(ValueError, match=r"cannot interpolate .*--image-size"):
+        encode(shared_model(family)[0], pictures, interpolate_pos_encoding=flag)
+
+
+@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *WITH_A_FLAG, *BY_PATCHES])
+def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> None:
+    model, batch = shared_model(family)[0], shared_batch(family)
+    assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
+def test_a_tower_without_class_token_is_not_pooled_by_its_first_patch(family: str) -> None:
+    with pytest.raises(ValueError, match=r"vision_pooling='cls'.* no class token"):
+        tiny_model(family, vision_pooling="cls")
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov2", "dinov3_vit", "vit", "timm", "eva02"])
+def test_a_class_token_can_be_pooled(family: str) -> None:
+    model, _ = tiny_model(family, vision_pooling="cls")
+    assert encode(model, shared_batch(family)).shape == (3, 32)
+
+
+def test_the_mean_of_patches_leaves_padding_out() -> None:
+    model, processor = tiny_model("siglip2", vision_pooling="mean")
+    batch = processor(images=[tiny_pictures(1)[0].resize((100, 30))])
+    mask = batch["pixel_attention_mask"]
+    assert 0 < mask.sum() < mask.numel()
+    with torch.no_grad():
+        output = model.vision_model(**batch)
+        found = model.get_vision_embeds(**batch)
+    wanted = output.last_hidden_state[0, mask[0].bool()].mean(dim=0)
+    # A sum of few numbers in another order, not of unit length.
+    assert torch.allclose(found[0], wanted, rtol=ROUNDING, atol=ROUNDING)
+    assert (pool_pictures(output, "mean")[0] - wanted).abs().max() > 1e-3
+
+
+# Mean and std
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("openai", [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        ("half", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+        ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
+def test_mean_and_std_are_what_was_chosen_and_stand_in_the_folder(
+    name: str, mean: list[float], std: list[float], family: str, tmp_path: Path
+) -> None:
+    _, processor = tiny_model(family, normalization=name)
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    assert (settings["image_mean"], settings["image_std"]) == (mean, std)
+    white = tiny_pictures(1)[0].convert("L").point(lambda _: 255).convert("RGB")
+    pixels = processor(images=white)["pixel_values"]
+    channels = pixels.reshape(-1, 3) if family == "siglip2" else pixels.flatten(2)[0].T
+    wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
+    # Resizing a white picture rounds to whole 255ths or not at all; float32 sums.
+    assert torch.allclose(channels.float()[:9], wanted.expand(9, 3), atol=1e-5)
+
+
+def test_a_towers_own_mean_and_std_are_left_alone() -> None:
+    processor = tiny_vision("timm-siglip")[1]
+    assert set_normalization(processor, "own") is processor
+    assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
+
+
+def test_an_unknown_normalization_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*'openai'"):
+        tiny_model(normalization="clip")
+
+
+def test_build_writes_size_and_mean_into_the_checkpoint(tmp_path: Path) -> None:
+    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    flags = ["--prompt", "llama-3", "--image-size", str(LARGER), "--normalization", "half"]
+    assert main(["build", str(vision), str(llm), str(tmp_path / "model"), *flags]) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == LARGER
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "48 × 48 pixels, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in card
