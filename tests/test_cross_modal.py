@@ -17,7 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, read_losses, write_data
+from aligning import (
+    NUM_RECORDS,
+    SHORT_RUN,
+    Prepared,
+    prepare,
+    read_losses,
+    read_tensorboard_losses,
+    write_data,
+)
 from gloo_workers import find_free_port
 from PIL import Image
 from shared_models import every_vision
@@ -160,6 +168,14 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     assert diagnosis.healthy, diagnosis.report()
     golden = next(check for check in diagnosis.checks if check.name == "golden vectors")
     assert golden.passed and not golden.skipped
+
+
+def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    prepared.align(tmp_path / "run")
+    # An event holds a float32, of 24 bits.
+    wanted = pytest.approx(read_losses(tmp_path / "run"), rel=1e-7)
+    assert read_tensorboard_losses(tmp_path / "run") == wanted
 
 
 @every_vision
