@@ -111,7 +111,7 @@ def load_text_tower(
     name: str | Path = source
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     config = AutoConfig.from_pretrained(name, **where)
