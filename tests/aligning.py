@@ -105,3 +105,13 @@ def read_losses(output: Path) -> dict[int, float]:
     steps = [line["step"] for line in read if "loss" in line]
     assert len(steps) == len(set(steps)), "a step was logged twice"
     return {line["step"]: line["loss"] for line in read if "loss" in line}
+
+
+def read_tensorboard_losses(output: Path) -> dict[int, float]:
+    """Loss of each step as TensorBoard shows it: from the event files of a run, by its reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (output / "checkpoints" / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}

@@ -23,6 +23,20 @@ every_pair = pytest.mark.parametrize(
     ("vision", "llm"), PAIRS, ids=["-".join(pair) for pair in PAIRS]
 )
 every_vision = pytest.mark.parametrize("vision", VISION_FAMILIES)
+# `pytest -m gpu` runs the second one; in the default suite it is left out.
+every_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
 every_llm = pytest.mark.parametrize("llm", LLM_FAMILIES)
 
 
@@ -41,6 +55,10 @@ def shared_batch(vision: str = "clip", llm: str = "llama") -> dict[str, Tensor]:
 
 def take(batch: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: batch[name] for name in names}
+
+
+def move(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def texts_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:

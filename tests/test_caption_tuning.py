@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aligning import read_losses, read_tensorboard_losses
 from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.utils.data import ConcatDataset
@@ -230,14 +231,17 @@ def test_a_run_leaves_adapter_record_and_metrics(run):
     assert record["parameters"]["all"]["trainable"] > 0
     assert record["arguments"]["lora"]["rank"] == 16
     assert set(record["parameters"]) > {"text_model", "all"}
-    losses = [
-        json.loads(line)["loss"]
-        for line in (output / "metrics.jsonl").read_text().splitlines()
-        if '"loss"' in line
-    ]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    losses = read_losses(output)
+    assert len(losses) == 6 and losses[6] < losses[1]
     saved = json.loads((output / "caption_retrieval.json").read_text())
     assert saved["cra_before"] == result.cra_before and saved["num_trained"] == 20
+
+
+def test_tensorboard_shows_the_losses_of_the_metrics(run):
+    pytest.importorskip("tensorboard")
+    output, _ = run
+    # An event holds a float32, of 24 bits.
+    assert read_tensorboard_losses(output) == pytest.approx(read_losses(output), rel=1e-7)
 
 
 def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,7 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, read_losses, write_data
+from aligning import (
+    NUM_RECORDS,
+    SHORT_RUN,
+    Prepared,
+    prepare,
+    read_losses,
+    read_tensorboard_losses,
+    write_data,
+)
 from gloo_workers import find_free_port
 from PIL import Image
 from shared_models import every_vision
@@ -161,6 +168,14 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     assert diagnosis.healthy, diagnosis.report()
     golden = next(check for check in diagnosis.checks if check.name == "golden vectors")
     assert golden.passed and not golden.skipped
+
+
+def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    prepared.align(tmp_path / "run")
+    # An event holds a float32, of 24 bits.
+    wanted = pytest.approx(read_losses(tmp_path / "run"), rel=1e-7)
+    assert read_tensorboard_losses(tmp_path / "run") == wanted
 
 
 @every_vision
@@ -407,19 +422,31 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
     assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
 
 
+# When a kill could hurt most: the record and the first checkpoint are being written, the steps are
+# done and the new model is being assembled.
+WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
+
+
 @pytest.mark.slow
-def test_five_kills_at_random_moments_lose_nothing(prepared: Prepared, tmp_path: Path) -> None:
-    assert main(command_of(prepared, tmp_path / "whole")) == 0
-    killed = tmp_path / "killed"
-    moments = sorted(random.Random(0).sample(range(3, 110), 5))
-    resume: list[str] = []
-    for lines in moments:
-        command = [*command_of(prepared, killed), *resume]
-        assert run_until(command, killed, lines=lines, by=signal.SIGKILL) == -signal.SIGKILL
-        resume = ["--resume"]
-    assert main([*command_of(prepared, killed), *resume]) == 0
-    assert read_losses(killed) == read_losses(tmp_path / "whole")
-    assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
+def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    command = command_of(prepared, Path("{output}"))
+    moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/kill_repeatedly.py"), "--times", "5", *moments,
+         "--again=--resume", str(tmp_path), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["kills"]) == 5 and set(report["kills_at"]) == set(WORST_MOMENTS)
+    whole = tmp_path / "undisturbed"
+    assert len(read_losses(whole)) == LONG_RUN["steps"]
+    for folder in map(Path, report["folders"]):
+        # Bit for bit.
+        assert read_losses(folder) == read_losses(whole)
+        assert not names_that_differ(folder / "model", whole / "model")
 
 
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(

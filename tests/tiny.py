@@ -137,13 +137,17 @@ def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel
 
 
 def tiny_llm(
-    family: str = "llama", *, vocabulary_size: int = VOCABULARY_SIZE, seed: int = 0
+    family: str = "llama",
+    *,
+    vocabulary_size: int = VOCABULARY_SIZE,
+    hidden_size: int = _TRANSFORMER_SIZE["hidden_size"],
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Build a decoder without its head, causal as the family's are; see `LLM_FAMILIES`."""
     grouped = {} if family == "phi" else {"num_key_value_heads": 2}
     config = AutoConfig.for_model(
         family,
-        **_TRANSFORMER_SIZE,
+        **{**_TRANSFORMER_SIZE, "hidden_size": hidden_size},
         **grouped,
         **({"head_dim": 8} if family.startswith(("gemma", "qwen3")) else {}),
         **_LLM_EXTRAS.get(family, {}),

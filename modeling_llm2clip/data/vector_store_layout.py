@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.safetensors"
 VECTORS = "vectors"
+_UNFINISHED = ".tmp"
 KINDS = ("caption_embeds", "vision_embeds")
 TEXT_COLUMNS = ("names", "keys", "langs")
 ROW_LISTS = ("short", "long")
@@ -215,7 +216,7 @@ def write_durably(file: Path, content: bytes) -> None:
     It is written beside its place, synced and renamed, and the folder is synced. Only one process
     at a time may write the same file.
     """
-    unfinished = file.with_name(file.name + ".tmp")
+    unfinished = file.with_name(file.name + _UNFINISHED)
     try:
         with unfinished.open("wb") as opened:
             opened.write(content)
@@ -226,6 +227,11 @@ def write_durably(file: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     _sync_folder(file.parent)
+
+
+def is_unfinished(file: Path) -> bool:
+    """Whether this is what `write_durably` left when it was killed."""
+    return file.name.endswith(_UNFINISHED)
 
 
 def name_differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_utils import PILImageResampling
 
@@ -108,7 +111,9 @@ def load_text_tower(
     name: str | Path = source
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
+    if "gguf_file" in where:
+        tokenizer = _keep_tokens_of_the_file(tokenizer)
     config = AutoConfig.from_pretrained(name, **where)
     config = config.get_text_config(decoder=True)
     if config.model_type in _NOT_LLMS or _sees_pictures(config):
@@ -139,6 +144,23 @@ def merge_adapter(text_model: PreTrainedModel, adapter: str | Path) -> PreTraine
 def _sees_pictures(config: PreTrainedConfig) -> bool:
     fields = ("image_size", "num_channels", "patch_size", "architecture")
     return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
+
+
+def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Undo that transformers adds GPT-2's unknown token to a byte-level GGUF vocabulary.
+
+    Llama 3, for one, has no such token, and its embedding table no row for it.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [t for t in content["added_tokens"] if t["content"] in content["model"]["vocab"]]
+    if len(kept) == len(content["added_tokens"]):
+        return tokenizer
+    content["added_tokens"] = kept
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

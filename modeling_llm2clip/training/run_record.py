@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.vector_store_layout import is_unfinished, write_durably
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 # Nothing but where and how long: another value continues the same run.
@@ -43,7 +45,8 @@ def write_run_record(
         "hardware": _describe_hardware(),
         "parameters": count_parameters(model),
     }
-    (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # Whole or not there: a run that is killed here must still be known when it is resumed.
+    write_durably(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, resume: bool) -> None:
@@ -51,7 +54,8 @@ def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, res
 
     Raises: ValueError naming every argument that differs, with both values.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    # A run that was killed while it wrote its record has done nothing yet.
+    if not folder.exists() or not any(not is_unfinished(path) for path in folder.iterdir()):
         return
     file = folder / RUN_FILE
     if not file.is_file():
