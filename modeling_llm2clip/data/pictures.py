@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from PIL import Image, UnidentifiedImageError
+from ..processing_llm2clip import read_header
 
 _OPEN_TABLES = 256
 
@@ -102,12 +102,9 @@ def load_picture(picture: Any) -> Any:
     if not isinstance(picture, TarPicture | ParquetPicture):
         return picture
     try:
-        image: Any = Image.open(io.BytesIO(picture.read_bytes()))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{picture}: not a picture that Pillow reads, or empty.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{picture}: {error} Shrink the picture first.") from error
+        encoded = io.BytesIO(picture.read_bytes())
     except OSError as error:
         raise ValueError(f"{picture}: cannot be read ({error}).") from error
+    image: Any = read_header(encoded, name=str(picture))
     image.filename = str(picture)
     return image

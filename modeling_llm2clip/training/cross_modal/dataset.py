@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data.captioned_images import CaptionedImage
 from ...data.pictures import load_picture
 from ...data.vector_store import VectorStore
-from ...processing_llm2clip import LLM2CLIPProcessor
+from ...processing_llm2clip import LLM2CLIPProcessor, read_header
 from .draws import draw_caption
 
 _NAMES_SHOWN = 5
@@ -154,15 +153,13 @@ def open_near_size(picture: Any, size: int | None) -> Any:
     Args:
         size: pixels of the tower's square; None to decode in full.
     Returns: what `LLM2CLIPProcessor` takes.
+    Raises: ValueError naming a picture that cannot be opened.
     """
     opened = load_picture(picture)
     if size is None:
         return opened
     if isinstance(opened, Path):
-        try:
-            opened = Image.open(opened)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-            return opened  # the processor opens it again and says what is wrong, with its name
+        opened = read_header(opened, name=str(opened))
     if getattr(opened, "format", None) == "JPEG":
         opened.draft(None, (_OVERSIZE * size, _OVERSIZE * size))
     return opened
