@@ -26,6 +26,7 @@ from tiny import tiny_model, tiny_pictures
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.vector_store import VectorStore
 from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
@@ -574,6 +575,39 @@ def test_other_captions_than_the_stored_ones_are_refused(
         prepared, tmp_path / "run", r"1 records have other numbers of captions .*00.jpg",
         records=read_captioned(edited),
     )  # fmt: skip
+
+
+def edit_captions(folder: Path) -> list[CaptionedImage]:
+    """The data set of `prepared` with one word of one caption changed, and as many captions."""
+    file = write_data(folder) / "captions.jsonl"
+    file.write_text(file.read_text().replace("a photo of thing 7", "a photo of thing 8"))
+    return read_captioned(folder)
+
+
+def test_a_store_of_captions_that_were_edited_since_is_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    edited = edit_captions(tmp_path / "edited")
+    refuse(
+        prepared, tmp_path / "run", r"made from other captions .*Extract these again",
+        records=edited,
+    )  # fmt: skip
+
+
+def test_neither_order_nor_keys_of_the_records_matter_to_a_store(prepared: Prepared) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    records = [dataclasses.replace(r, key=r.name) for r in reversed(prepared.records)]
+    turned = AlignmentDataset(records, processor, caption_store=prepared.caption_store)
+    plain = AlignmentDataset(prepared.records, processor, caption_store=prepared.caption_store)
+    assert turned.caption_rows(0).tolist() == plain.caption_rows(NUM_RECORDS - 1).tolist()
+
+
+def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path: Path) -> None:
+    settings = AlignArguments(**{**SHORT_RUN, "steps": 1, "text_training": "frozen-online"})
+    align(prepared.model, prepared.records, tmp_path / "run", settings)
+    edited = edit_captions(tmp_path / "edited")
+    with pytest.raises(ValueError, match=r"another run: data: '\w+' then, '\w+' now"):
+        align(prepared.model, edited, tmp_path / "run", settings, resume=True)
 
 
 def test_a_store_of_another_model_is_refused_with_both_values(
