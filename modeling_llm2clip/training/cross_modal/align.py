@@ -17,7 +17,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
-from ...data.captioned_images import CaptionedImage
+from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.vector_store import VectorStore
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -90,6 +90,7 @@ def align(
         "caption_store": caption_store and str(caption_store.folder),
         "picture_store": picture_store and str(picture_store.folder),
         "num_records": len(records),
+        "data": hash_records(records),
     }
     require_fresh_or_same_run(output, record, resume=resume)
     _check_stores(model, caption_store, picture_store)
