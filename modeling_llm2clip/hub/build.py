@@ -15,7 +15,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .attention_probe import require_bidirectional
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
-from .towers import load_text_tower, load_vision_tower, merge_adapter
+from .towers import load_text_tower, load_vision_tower, merge_adapter, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ def build_model(
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build a model and its processor from loaded towers; adapter and projections are random.
 
-    Raises: ValueError when the prompt does not fit the tokenizer, or the LLM's family cannot be
-        made bidirectional.
+    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, the
+        prompt does not fit the tokenizer, or the LLM's family cannot be made bidirectional.
     """
+    require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     template = resolve_template(
         tokenizer, arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix
     )
