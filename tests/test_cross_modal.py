@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -34,6 +35,7 @@ from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.doctor import diagnose
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE
+from modeling_llm2clip.training.checkpoints import forget_what_came_after
 from modeling_llm2clip.training.cross_modal.align import align, check_processes
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.cross_modal.dataset import AlignmentDataset, open_near_size
@@ -50,6 +52,7 @@ from modeling_llm2clip.training.cross_modal.trainer import (
     AlignmentTrainer,
     make_training_arguments,
 )
+from modeling_llm2clip.training.run_record import write_run_record
 
 ROOT = Path(__file__).parent.parent
 TOWERS = ("text_model.", "vision_model.")
@@ -446,6 +449,21 @@ def test_a_broken_off_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Pa
     assert read_losses(tmp_path / "run") == wanted
 
 
+def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    prepared.align(output, steps=2)
+    files = [output / name for name in ("run.json", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        write_run_record(output, arguments={}, seed=0, model=torch.nn.Linear(1, 1))
+    with pytest.raises(OSError, match="power cut"):
+        forget_what_came_after(output, None)
+    assert [file.read_bytes() for file in files] == before
+
+
 # Several processes
 
 
@@ -497,6 +515,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
         ({"vision_training": "some"}, r"vision_training='some'.*'frozen', 'lora', 'full'"),
         ({"batch_size": 1}, "batch_size=1, wanted at least 2"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
+        (
+            {"lr": math.inf, "vision_lr": math.inf, "epochs": math.nan, "weight_decay": math.inf},
+            "epochs=nan, wanted a finite.* lr=inf.*vision_lr=inf.*weight_decay=inf",
+        ),
     ],
 )
 def test_impossible_settings_are_all_named(changed: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from ..data.vector_store_layout import write_durably
 from .run_record import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -37,7 +38,7 @@ def forget_what_came_after(output: Path, checkpoint: Path | None) -> None:
         # The last line of a killed run may be half written.
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
+        write_durably(file, "".join(kept).encode())
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.vector_store_layout import write_durably
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 # Nothing but where and how long: another value continues the same run.
@@ -43,7 +45,7 @@ def write_run_record(
         "hardware": _describe_hardware(),
         "parameters": count_parameters(model),
     }
-    (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_durably(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, resume: bool) -> None:
