@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from modeling_llm2clip.data.caption_groups import (
 from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training import alike_pictures
 from modeling_llm2clip.training.caption_contrastive import (
@@ -295,6 +296,7 @@ def test_another_runs_folder_is_refused_with_what_differs(run):
         ),
         ({"adapter_dtype": "fp16"}, "adapter_dtype='fp16', wanted one of"),
         ({"lr": 0.0}, "lr=0.0, wanted more than 0"),
+        ({"lr": math.inf, "scale": math.nan}, "lr=inf, wanted a finite number; scale=nan"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings, fault):
@@ -337,6 +339,23 @@ def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, ca
     error = capsys.readouterr().err
     assert "2 of 2 pictures have one caption only" in error
     assert "b (captions.jsonl line 2)" in error
+
+
+def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
+    tmp_path, capsys, monkeypatch
+):
+    data = tmp_path / "data" / "captions.jsonl"
+    data.parent.mkdir()
+    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    monkeypatch.setattr(
+        LLM2CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("the LLM was loaded")
+    )
+    command = ["tune-captions", "a-model", str(data)]
+    assert main([*command, str(tmp_path / "new"), "--batch-size", "1000"]) == 2
+    assert "1000" in capsys.readouterr().err
+    assert main([*command, str(data.parent), "--batch-size", "4"]) == 2
+    assert "is not empty and holds no run.json" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_mixed_in_text_pairs_come_by_weight(tmp_path):

@@ -32,7 +32,7 @@ from ..data.caption_groups import (
     hold_out_groups,
     leave_out_texts,
 )
-from ..data.vector_store_layout import hash_file
+from ..data.vector_store_layout import hash_file, write_durably
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -167,6 +167,8 @@ def tune_captions(
 ) -> TuneResult:
     """Train a LoRA on the model's LLM and write it to `output/adapter`.
 
+    The same as `plan_tuning`, then `run_tuning`.
+
     Args:
         model: its LLM gets LoRA layers in place; nothing else changes.
         groups: captions by picture, from `group_captions`.
@@ -177,9 +179,67 @@ def tune_captions(
     Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
         before anything is computed; FloatingPointError at a non-finite loss.
     """
-    record = {**asdict(arguments), **_identify(model, groups, other_pairs, start)}
+    plan = plan_tuning(
+        model.name_or_path,
+        groups,
+        output,
+        arguments,
+        other_pairs=other_pairs,
+        start=start,
+        resume=resume,
+    )
+    return run_tuning(model, processor, plan)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Tables to train on, how often each is drawn from, and the pictures held out."""
+
+    tables: DatasetDict
+    weights: list[float]
+    to_train: list[CaptionGroup]
+    held_out: list[CaptionGroup]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """A run that nothing is wrong with as far as can be told without its LLM."""
+
+    output: Path
+    arguments: TuneArguments
+    start: Path | None
+    resume: bool
+    record: dict[str, Any]
+    data: _Data
+
+
+def plan_tuning(
+    model_name: str,
+    groups: Sequence[CaptionGroup],
+    output: Path,
+    arguments: TuneArguments,
+    *,
+    other_pairs: Sequence[tuple[list[TextPair], float]] = (),
+    start: Path | None = None,
+    resume: bool = False,
+) -> TuningPlan:
+    """Check and prepare everything that needs no LLM; arguments and errors as `tune_captions`.
+
+    Args:
+        model_name: what the model is loaded from.
+    """
+    record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
     require_fresh_or_same_run(output, record, resume=resume)
     data = _prepare_data(groups, other_pairs, arguments)
+    return TuningPlan(output, arguments, start, resume, record, data)
+
+
+def run_tuning(
+    model: LLM2CLIPModel | LLM2CLIPTextModel, processor: LLM2CLIPProcessor, plan: TuningPlan
+) -> TuneResult:
+    """Do what was planned; see `tune_captions`."""
+    output, arguments, start, data = plan.output, plan.arguments, plan.start, plan.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         encoder = CaptionEncoder(model, processor, arguments.lora)
@@ -187,12 +247,12 @@ def tune_captions(
         encoder.load_adapter(start)
     if arguments.gradient_checkpointing:
         model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
-    last = find_last_checkpoint(output) if resume else None
+    last = find_last_checkpoint(output) if plan.resume else None
     state = PartialState()
     state.wait_for_everyone()  # everybody has looked at the folder before it is filled
     if state.is_main_process:
         if last is None:
-            write_run_record(output, arguments=record, seed=arguments.seed, model=model)
+            write_run_record(output, arguments=plan.record, seed=arguments.seed, model=model)
         forget_what_came_after(output, last)
     with stop_on_signals() as stop:
         before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
@@ -208,20 +268,9 @@ def tune_captions(
         dtype = getattr(torch, arguments.adapter_dtype)
         write_adapter(encoder, output / ADAPTER_FOLDER, dtype=dtype)
         result = {"cra_before": before, "cra_after": after, **data.counts}
-        (output / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_durably(output / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     state.wait_for_everyone()
     return TuneResult(output / ADAPTER_FOLDER, before, after, 0)
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Tables to train on, how often each is drawn from, and the pictures held out."""
-
-    tables: DatasetDict
-    weights: list[float]
-    to_train: list[CaptionGroup]
-    held_out: list[CaptionGroup]
-    counts: dict[str, int]
 
 
 def _prepare_data(
@@ -253,7 +302,7 @@ def _prepare_data(
 
 
 def _identify(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    model_name: str,
     groups: Sequence[CaptionGroup],
     other_pairs: Sequence[tuple[list[TextPair], float]],
     start: Path | None,
@@ -265,7 +314,7 @@ def _identify(
     for pairs, weight in other_pairs:
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {
-        "model": model.name_or_path,
+        "model": model_name,
         "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
@@ -396,7 +445,7 @@ def _measure_before(
         return float(json.loads(file.read_text(encoding="utf-8"))["cra_before"])
     before = measure_caption_retrieval(encoder.encode, held_out)
     if PartialState().is_main_process:
-        file.write_text(json.dumps({"cra_before": before}) + "\n", encoding="utf-8")
+        write_durably(file, (json.dumps({"cra_before": before}) + "\n").encode())
     return before
 
 
