@@ -27,6 +27,10 @@ from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 PICTURE_SIZE = 32
 VOCABULARY_SIZE = 320
 VISION_FAMILIES = ("clip", "siglip", "siglip2", "dinov2", "vit", "timm")
+_TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "timm": ("test_vit", {"img_size": PICTURE_SIZE}),
+    "timm with batch norm": ("test_efficientnet", {}),
+}
 LLM_FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
     "smollm3",
@@ -108,8 +112,8 @@ def tiny_tokenizer(
 
 def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     """Build a vision tower of 32 × 32 pixels and its image processor; see `VISION_FAMILIES`."""
-    if family == "timm":
-        return _tiny_timm(seed)
+    if family in _TIMM_NETWORKS:
+        return _tiny_timm(*_TIMM_NETWORKS[family], seed)
     model_type, extras = _VISION_CONFIGS[family]
     model = _build(AutoConfig.for_model(model_type, **_TRANSFORMER_SIZE, **extras), seed)
     if family == "siglip2":
@@ -189,7 +193,9 @@ def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-def _tiny_timm(seed: int) -> tuple[PreTrainedModel, Any]:
+def _tiny_timm(
+    architecture: str, model_args: dict[str, Any], seed: int
+) -> tuple[PreTrainedModel, Any]:
     pretrained_cfg = {
         "input_size": [3, PICTURE_SIZE, PICTURE_SIZE],
         "mean": [0.5, 0.5, 0.5],
@@ -199,8 +205,8 @@ def _tiny_timm(seed: int) -> tuple[PreTrainedModel, Any]:
     }
     config = AutoConfig.for_model(
         "timm_wrapper",
-        architecture="test_vit",
-        model_args={"img_size": PICTURE_SIZE},
+        architecture=architecture,
+        model_args=model_args,
         pretrained_cfg=pretrained_cfg,
     )
     return _build(config, seed), image_processor_from_timm(pretrained_cfg)
