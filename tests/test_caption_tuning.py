@@ -33,12 +33,14 @@ from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training import alike_pictures
+from modeling_llm2clip.training import caption_contrastive as stage
 from modeling_llm2clip.training.caption_contrastive import (
     NEGATIVES,
     TuneArguments,
     tune_captions,
 )
 from modeling_llm2clip.training.caption_encoder import LoraArguments
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from modeling_llm2clip.training.pair_batches import (
     KeyedBatchSampler,
     WeightedBatchSampler,
@@ -302,6 +304,29 @@ def test_another_runs_folder_is_refused_with_what_differs(run):
 def test_bad_settings_are_refused_before_anything_runs(settings, fault):
     with pytest.raises(ValueError, match=fault):
         replace(SHORT, **settings)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
+    step = stage._Trainer.training_step
+
+    def break_third_gradient(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == 2:
+            trained = [p for p in self.encoder.parameters() if p.requires_grad]
+            trained[0].grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(stage._Trainer, "training_step", break_third_gradient)
+    with pytest.raises(FloatingPointError, match="gradient's norm is inf at step 2"):
+        tune(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
+    # A finite gradient, times a rate that float32 cannot hold in Adam's first step.
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
+        tune(tmp_path / "run", replace(SHORT, lr=1e38, warmup_steps=0, steps=1))
+    assert find_last_checkpoint(tmp_path / "run") is None
 
 
 def test_merged_equals_unmerged(run, tmp_path):

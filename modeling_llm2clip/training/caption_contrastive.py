@@ -37,7 +37,7 @@ from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
-from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
+from .callbacks import FiniteGradients, JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     ADAPTER_WEIGHTS,
     CaptionEncoder,
@@ -50,6 +50,7 @@ from .checkpoints import (
     find_last_checkpoint,
     forget_what_came_after,
     mark_complete,
+    require_finite,
 )
 from .pair_batches import (
     KeyedBatchSampler,
@@ -177,10 +178,11 @@ def tune_captions(
         start: folder of an adapter of the same shape to begin from, instead of from nothing.
         resume: continue from the last checkpoint in `output`.
     Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
-        before anything is computed; FloatingPointError at a non-finite loss.
+        before anything is computed; FloatingPointError at a loss, a gradient or a weight that
+        is not finite, before anything is kept of it.
     """
     plan = plan_tuning(
-        model.name_or_path,
+        model.name_or_path or "",
         groups,
         output,
         arguments,
@@ -263,6 +265,7 @@ def run_tuning(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.state.global_step < trainer.args.max_steps:
         return TuneResult(None, before, None, stop.exit_code)
+    require_finite(encoder.trained_weights, step=trainer.state.global_step)
     after = measure_caption_retrieval(encoder.encode, data.held_out)
     if state.is_main_process:
         dtype = getattr(torch, arguments.adapter_dtype)
@@ -333,7 +336,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
         return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
 
 
-class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+class _Trainer(FiniteGradients, SentenceTransformerTrainer):  # type: ignore[misc]
     """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
 
     To it the whole run is one epoch; see `WeightedBatchSampler`.
@@ -347,6 +350,7 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        require_finite(self.encoder.trained_weights, step=self.state.global_step)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
