@@ -596,7 +596,7 @@ def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
     store.__class__ = Broken
     first = next(iter(RunBatches(NUM_RECORDS, batch_size=8, num_steps=1, seed=0)))
     keys = [prepared.records[first[row][1]].key for row in (2, 5)]
-    message = f"2 of 8 pairs have vectors not finite, with keys {keys}."
+    message = f"2 of 8 pairs have vectors that are not finite, with the keys {keys}."
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         align(
             prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),

@@ -76,9 +76,9 @@ class ShareSignal(TrainerCallback):
 
 
 class FiniteGradients:
-    """A Trainer's other base, before it: stops at a gradient that is not finite, before the step.
+    """Makes a Trainer stop before a step whose gradient is not finite; named before it as a base.
 
-    One step with such a gradient makes every weight NaN, since the gradient is clipped as a whole.
+    One such step makes every weight NaN, since the gradient is clipped as a whole.
     """
 
     state: Any

@@ -155,13 +155,16 @@ def open_near_size(picture: Any, size: int | None) -> Any:
     Args:
         size: pixels of the tower's square; None to decode in full.
     Returns: what `LLM2CLIPProcessor` takes.
-    Raises: ValueError naming a picture that cannot be opened.
+    Raises: ValueError naming a packed picture that cannot be opened.
     """
     opened = load_picture(picture)
     if size is None:
         return opened
     if isinstance(opened, Path):
-        opened = read_header(opened, name=str(opened))
+        try:
+            opened = read_header(opened, name=str(opened))
+        except ValueError:
+            return opened  # the processor opens it again, and tells all of a batch at once
     if getattr(opened, "format", None) == "JPEG":
         opened.draft(None, (_OVERSIZE * size, _OVERSIZE * size))
     return opened

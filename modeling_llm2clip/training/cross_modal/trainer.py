@@ -178,20 +178,26 @@ class AlignmentTrainer(FiniteGradients, Trainer):
             broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
-                f"{self._describe_broken(keys, broken)} Look at these for broken vectors, or lower "
-                f"the learning rate ({self.settings.lr})."
+                f"{self._describe_broken(keys, broken)} or lower the learning rate "
+                f"({self.settings.lr})."
             )
         return (loss, outputs) if return_outputs else loss
 
     def _describe_broken(self, keys: Tensor, broken: Tensor) -> str:
-        """Name the pictures whose rows, (B,) bool, are broken; all of the batch where none is."""
+        """Name the pairs whose rows, (B,) bool, are broken; all of the batch where none is."""
         assert isinstance(self.train_dataset, AlignmentDataset)
         shown = keys[broken] if broken.any() else keys
         names = [self.train_dataset.key_names[int(key)] for key in shown[:_KEYS_SHOWN]]
         listed = f"{names}{' …' if len(shown) > _KEYS_SHOWN else ''}"
         if broken.any():
-            return f"{len(shown)} of {len(keys)} pairs have vectors not finite, with keys {listed}."
-        return f"All vectors of this process's {len(keys)} pairs are finite, with keys {listed}."
+            return (
+                f"{len(shown)} of {len(keys)} pairs have vectors that are not finite, with the "
+                f"keys {listed}. Look at what these are made from,"
+            )
+        return (
+            f"The vectors of this process's {len(keys)} pairs are finite, with the keys {listed}. "
+            "Look at the other processes' messages,"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log passes over the data, since the Trainer's own epoch is the whole run."""
