@@ -116,7 +116,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["AdapterBlock"]  # noqa: RUF012
+    _no_split_modules: set[str] | list[str] | None = ["AdapterBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
@@ -160,6 +160,19 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """Save as transformers does, with code and every Auto class that can load the folder."""
         self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
         super().save_pretrained(save_directory, **kwargs)
+
+    def post_init(self) -> None:
+        """Finish as transformers does, and keep no name of a layer that is not there."""
+        super().post_init()  # type: ignore[no-untyped-call]
+        self.forget_absent_layers()
+
+    def forget_absent_layers(self) -> None:
+        """Name in `_no_split_modules` only what the model has; FSDP refuses any other name.
+
+        Towers inherit from their families the layers of text encoders that are not part of them.
+        """
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & present
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings of the LLM."""
@@ -433,7 +446,7 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         self._add_vision_half(vision_model)
         self._add_text_half(text_model)
         self.logit_scale = LogitScale(config.logit_scale_init_value)  # last: see LogitScale
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self,
@@ -509,7 +522,7 @@ class LLM2CLIPTextModel(_TextHalf):
     def __init__(self, config: LLM2CLIPConfig, text_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self._add_text_half(text_model)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self,
@@ -539,7 +552,7 @@ class LLM2CLIPVisionModel(_VisionHalf):
     def __init__(self, config: LLM2CLIPConfig, vision_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self._add_vision_half(vision_model)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self,

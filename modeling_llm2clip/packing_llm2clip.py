@@ -73,7 +73,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor], *, is_causa
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP keeps what it gathers here, for passes with gradients
 def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bool) -> bool:
     """Compare three short texts in one row with each of them alone.
 

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import TextKwargs
 
+# What Pillow's decoders raise, each in its own way.
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -185,16 +187,27 @@ def _open_picture(path: str) -> Image.Image:
     source = _fetch(path) if path.startswith(("http://", "https://")) else path
     if source is path and not Path(path).is_file():
         raise ValueError(f"{path}: no such picture. Correct the path.")
-    try:
-        image = Image.open(source)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a picture that Pillow reads, or empty.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error} Shrink the picture first.") from error
-    except OSError as error:  # cut off within its header
-        raise ValueError(f"{path}: cannot be read ({error}).") from error
-    with image:
+    with read_header(source, name=path) as image:
         return _decode(image, path)
+
+
+def read_header(source: Any, *, name: str) -> Image.Image:
+    """Open a picture without decoding it.
+
+    Args:
+        source: what Pillow opens: a path, or a file of bytes.
+    Raises: ValueError with the name: not a picture, broken within its header, or too large.
+    """
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a picture that Pillow reads, or empty.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {error} Shrink the picture first.") from error
+    except _DECODER_ERRORS as error:
+        from_system = getattr(error, "errno", None) is not None  # no permission, for one
+        fault = "cannot be read" if from_system else "the picture is truncated or corrupt"
+        raise ValueError(f"{name}: {fault} ({error}).") from error
 
 
 def _fetch(address: str) -> io.BytesIO:
@@ -211,7 +224,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
+    except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: the picture is truncated or corrupt ({error}).") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,15 +31,17 @@ from modeling_llm2clip.data.caption_groups import (
 from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training import alike_pictures
+from modeling_llm2clip.training import caption_contrastive as stage
 from modeling_llm2clip.training.caption_contrastive import (
     NEGATIVES,
     TuneArguments,
     tune_captions,
 )
 from modeling_llm2clip.training.caption_encoder import LoraArguments
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from modeling_llm2clip.training.pair_batches import (
     KeyedBatchSampler,
     WeightedBatchSampler,
@@ -299,11 +302,35 @@ def test_another_runs_folder_is_refused_with_what_differs(run):
         ),
         ({"adapter_dtype": "fp16"}, "adapter_dtype='fp16', wanted one of"),
         ({"lr": 0.0}, "lr=0.0, wanted more than 0"),
+        ({"lr": math.inf, "scale": math.nan}, "lr=inf, wanted a finite number; scale=nan"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings, fault):
     with pytest.raises(ValueError, match=fault):
         replace(SHORT, **settings)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
+    step = stage._Trainer.training_step
+
+    def break_third_gradient(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == 2:
+            trained = [p for p in self.encoder.parameters() if p.requires_grad]
+            trained[0].grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(stage._Trainer, "training_step", break_third_gradient)
+    with pytest.raises(FloatingPointError, match="gradient's norm is inf at step 2"):
+        tune(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
+    # A finite gradient, times a rate that float32 cannot hold in Adam's first step.
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
+        tune(tmp_path / "run", replace(SHORT, lr=1e38, warmup_steps=0, steps=1))
+    assert find_last_checkpoint(tmp_path / "run") is None
 
 
 def test_merged_equals_unmerged(run, tmp_path):
@@ -341,6 +368,23 @@ def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, ca
     error = capsys.readouterr().err
     assert "2 of 2 pictures have one caption only" in error
     assert "b (captions.jsonl line 2)" in error
+
+
+def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
+    tmp_path, capsys, monkeypatch
+):
+    data = tmp_path / "data" / "captions.jsonl"
+    data.parent.mkdir()
+    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    monkeypatch.setattr(
+        LLM2CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("the LLM was loaded")
+    )
+    command = ["tune-captions", "a-model", str(data)]
+    assert main([*command, str(tmp_path / "new"), "--batch-size", "1000"]) == 2
+    assert "1000" in capsys.readouterr().err
+    assert main([*command, str(data.parent), "--batch-size", "4"]) == 2
+    assert "is not empty and holds no run.json" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_mixed_in_text_pairs_come_by_weight(tmp_path):

@@ -482,6 +482,32 @@ def test_a_folder_of_pictures_that_is_none_is_refused(tmp_path: Path) -> None:
         read_captioned(write_folder(tmp_path / "data"), images="nowhere")
 
 
+def test_pictures_cut_in_their_headers_are_faults_like_others(tmp_path: Path) -> None:
+    whole: dict[str, bytes] = {}
+    for suffix in ("jpeg", "png"):
+        buffer = io.BytesIO()
+        make_picture("images/red.png").save(buffer, suffix)
+        whole[suffix] = buffer.getvalue()
+    cuts = {
+        f"{length:02}.{suffix}": content[:length]
+        for suffix, content in whole.items()
+        for length in (2, 8, 10, 17, 21, 28, 40)
+    }
+    for name, content in cuts.items():
+        (tmp_path / name).write_bytes(content)
+    lines = [{"image": name, "captions": "cut"} for name in cuts]
+    write_lines(tmp_path, lines)
+    assert faults_of(tmp_path, check_pictures=True).counts == {"picture unreadable": len(cuts)}
+    members = {}
+    for number, (name, content) in enumerate(cuts.items()):
+        members[f"{number:02}.json"] = b'{"captions": "cut"}'
+        members[f"{number:02}.{name[3:]}"] = content
+    write_shard(tmp_path / "shards" / "0.tar", members)
+    assert faults_of(tmp_path / "shards", check_pictures=True).counts == {
+        "picture unreadable": len(cuts)
+    }
+
+
 def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None:
     record = read_captioned(write_shards(tmp_path / "shards"))[2]
     (tmp_path / "shards" / "00001.tar").write_bytes(b"short")

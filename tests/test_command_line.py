@@ -65,6 +65,15 @@ def test_doctor_finds_what_build_writes_healthy(
     assert "FAILED" not in report
 
 
+def write_broken_pictures(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_text("no picture", encoding="utf-8")
+    lines = [json.dumps({"image": name, "captions": "a"}) for name in ("a.png", "b.png")]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
 def test_doctor_exits_with_1_for_a_broken_folder(
     built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +94,53 @@ def test_doctor_exits_with_1_for_a_folder_that_is_not_there(
 ) -> None:
     assert main(["doctor", str(tmp_path / "nothing")]) == 1
     assert "FAILED   folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["extract", "MODEL", "DATA", "OUTPUT", "--pictures"],
+     ["align", "MODEL", "DATA", "OUTPUT", "--text-training", "frozen-online"],
+     ["extract", "MODEL", "DATA", "OUTPUT", "--check-pictures"]],
+    ids=lambda command: " ".join(command[::4]),
+)  # fmt: skip
+def test_broken_pictures_are_all_told_before_a_model_is_loaded(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_broken_pictures(tmp_path / "data")
+    (tmp_path / "model").mkdir()  # empty, so that loading it would fail
+    places = {"MODEL": "model", "DATA": "data", "OUTPUT": "output"}
+    assert main([str(tmp_path / places[p]) if p in places else p for p in command]) == 2
+    message = capsys.readouterr().err
+    assert "picture unreadable: 2 (" in message and "a.png: not a picture" in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("options", [["--pictures", "--no-check-pictures"], []])
+def test_pictures_are_not_decoded_first_where_it_is_not_wanted_or_not_needed(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_broken_pictures(tmp_path / "data")
+    model = tmp_path / "model"
+    model.mkdir()
+    assert main(["extract", str(model), str(data), str(tmp_path / "output"), *options]) == 2
+    message = capsys.readouterr().err
+    assert "unreadable" not in message and str(model) in message  # which is empty
+
+
+def test_a_request_that_cannot_be_met_is_refused_before_a_picture_is_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, full = write_broken_pictures(tmp_path / "data"), tmp_path / "full"
+    for folder in (tmp_path / "model", full):
+        folder.mkdir()
+    (full / "thesis.txt").write_text("mine", encoding="utf-8")
+    align = ["align", str(tmp_path / "model"), str(data)]
+    assert main([*align, str(tmp_path / "new")]) == 2
+    assert "needs a caption store" in capsys.readouterr().err
+    assert main([*align, str(full), "--text-training", "frozen-online"]) == 2
+    assert "is not empty and holds no run.json" in capsys.readouterr().err
+    assert main(["extract", "no-model", str(data), str(tmp_path / "new"), "--pictures"]) == 2
+    assert "no-model: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

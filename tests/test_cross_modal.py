@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from aligning import (
@@ -30,9 +32,11 @@ from gloo_workers import find_free_port
 from PIL import Image
 from shared_models import every_vision
 from tiny import tiny_model, tiny_pictures
+from transformers import Trainer
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.vector_store import VectorStore
 from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
@@ -40,6 +44,7 @@ from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.doctor import diagnose
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint, forget_what_came_after
 from modeling_llm2clip.training.cross_modal.align import align, check_processes
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.cross_modal.dataset import AlignmentDataset, open_near_size
@@ -54,8 +59,10 @@ from modeling_llm2clip.training.cross_modal.towers import (
 )
 from modeling_llm2clip.training.cross_modal.trainer import (
     AlignmentTrainer,
+    ClampTemperature,
     make_training_arguments,
 )
+from modeling_llm2clip.training.run_record import write_run_record
 
 ROOT = Path(__file__).parent.parent
 TOWERS = ("text_model.", "vision_model.")
@@ -64,6 +71,11 @@ TOWERS = ("text_model.", "vision_model.")
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare(tmp_path_factory.mktemp("aligning"))
+
+
+def draw_noise(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -372,6 +384,47 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     assert rates["vision_model.embeddings.patch_embedding.weight"] == pytest.approx(1e-4 / 8)
 
 
+def test_batch_norm_keeps_its_statistics_and_no_picture_sees_its_neighbours(
+    tmp_path: Path,
+) -> None:
+    model, processor = tiny_model("timm with batch norm")
+    export_model(model, processor, tmp_path / "exported")
+    trained = AlignmentModel.from_pretrained(tmp_path / "exported")
+    choose_trained_parts(trained, AlignArguments(vision_training="full", layer_decay=1.0))
+    before = {n: b.clone() for n, b in trained.vision_model.named_buffers()}
+    assert any("running_var" in name for name in before)
+    pixels = processor(images=[draw_noise(seed) for seed in range(4)])["pixel_values"]
+    trained.train()
+    captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    whole = trained(pixel_values=pixels, caption_embeds=captions)[0]
+    alone = [trained(pixel_values=p[None], caption_embeds=captions[:1])[0] for p in pixels]
+    # Unit vectors in float32, from convolutions that add up in another order.
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=0)
+    whole.sum().backward()
+    after = dict(trained.vision_model.named_buffers())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(
+        trained.get_parameter(f"vision_model.{name.replace('running_var', 'weight')}").grad
+        is not None
+        for name in before
+        if name.endswith("running_var")
+    )
+
+
+@every_vision
+def test_only_layers_that_are_there_are_named_for_sharding(vision: str, tmp_path: Path) -> None:
+    model, processor = tiny_model(vision)
+    export_model(model, processor, tmp_path / "exported")
+    for present in (
+        model,
+        AlignmentModel.from_pretrained(tmp_path / "exported"),
+        AlignmentModel.from_pretrained(tmp_path / "exported", with_vision_tower=False),
+    ):
+        classes = {type(module).__name__ for module in present.modules()}
+        assert "AdapterBlock" in present._no_split_modules
+        assert present._no_split_modules <= classes
+
+
 # Killed and resumed
 
 LONG_RUN = {
@@ -385,7 +438,8 @@ def command_of(prepared: Prepared, output: Path, **changed: Any) -> list[str]:
     flags = [
         part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)
     ]
-    stored = ["--caption-store", prepared.captions]
+    online = settings.get("text_training", "stored") != "stored"
+    stored = [] if online else ["--caption-store", prepared.captions]
     return [str(p) for p in ("align", prepared.model, prepared.data, output, *stored, *flags)]
 
 
@@ -472,6 +526,21 @@ def test_a_broken_off_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Pa
     assert read_losses(tmp_path / "run") == wanted
 
 
+def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    prepared.align(output, steps=2)
+    files = [output / name for name in ("run.json", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        write_run_record(output, arguments={}, seed=0, model=torch.nn.Linear(1, 1))
+    with pytest.raises(OSError, match="power cut"):
+        forget_what_came_after(output, None)
+    assert [file.read_bytes() for file in files] == before
+
+
 # Several processes
 
 
@@ -497,6 +566,31 @@ def test_two_processes_train_as_one_does_with_the_whole_batch(
     assert diagnose(tmp_path / "two" / "model").healthy
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vision", "text_training"), [("siglip", "stored"), ("clip", "frozen-online")]
+)
+def test_sharded_processes_train_as_one_does_with_the_whole_batch(
+    vision: str, text_training: str, tmp_path: Path
+) -> None:
+    prepared = prepare(tmp_path / "prepared", vision=vision)
+    changed = {"steps": 4, "save_every": 4, "text_training": text_training}
+    assert main(command_of(prepared, tmp_path / "one", **changed)) == 0
+    launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/fsdp.yaml",
+              "--main_process_port", str(find_free_port()), "tests/fsdp_on_cpu.py"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *command_of(prepared, tmp_path / "two", **changed)],
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote") == 1
+    # Four steps carry the rounding of sums in another order on.
+    one, two = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
+    assert two == pytest.approx(one, abs=1e-3)
+    assert diagnose(tmp_path / "two" / "model").healthy
+
+
 # What is refused
 
 
@@ -509,11 +603,66 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
 
     store = prepared.caption_store
     store.__class__ = Broken
-    with pytest.raises(FloatingPointError, match=r"nan at step 0 for 8 pictures .*keys \['"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 0\. 8 of 8 pairs .*keys \['"):
         align(
             prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
             caption_store=store,
         )  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    class Broken(VectorStore):
+        def read(self, rows: Any) -> torch.Tensor:
+            vectors = super().read(rows)
+            vectors[[2, 5]] = torch.inf
+            return vectors
+
+    store = prepared.caption_store
+    store.__class__ = Broken
+    first = next(iter(RunBatches(NUM_RECORDS, batch_size=8, num_steps=1, seed=0)))
+    keys = [prepared.records[first[row][1]].key for row in (2, 5)]
+    message = f"2 of 8 pairs have vectors that are not finite, with the keys {keys}."
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
+        align(
+            prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
+            caption_store=store,
+        )  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_is_in_no_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_fourth_gradient(self: AlignmentTrainer, *args: Any) -> torch.Tensor:
+        loss = Trainer.training_step(self, *args)
+        if self.state.global_step == 3:
+            self.alignment_model.text_projection.weight.grad[0, 0] = torch.nan
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentTrainer, "training_step", break_fourth_gradient)
+        with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 3"):
+            prepared.align(tmp_path / "run", save_every=1)
+    folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert sorted(folder.name for folder in folders) == ["checkpoint-2", "checkpoint-3"]
+    prepared.align(tmp_path / "run", save_every=1, resume=True)
+    prepared.align(tmp_path / "whole")
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step_too_far(*_: Any, model: AlignmentModel, **__: Any) -> None:
+        with torch.no_grad():
+            model.text_projection.bias[0] = torch.inf
+
+    monkeypatch.setattr(ClampTemperature, "on_optimizer_step", step_too_far)
+    message = r"1 of \d+ trained weights are not finite after step 1: \['text_projection.bias'\]"
+    with pytest.raises(FloatingPointError, match=message):
+        prepared.align(tmp_path / "run", steps=1)
+    assert find_last_checkpoint(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize(
@@ -523,6 +672,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
         ({"vision_training": "some"}, r"vision_training='some'.*'frozen', 'lora', 'full'"),
         ({"batch_size": 1}, "batch_size=1, wanted at least 2"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
+        (
+            {"lr": math.inf, "vision_lr": math.inf, "epochs": math.nan, "weight_decay": math.inf},
+            "epochs=nan, wanted a finite.* lr=inf.*vision_lr=inf.*weight_decay=inf",
+        ),
     ],
 )
 def test_impossible_settings_are_all_named(changed: dict[str, Any], message: str) -> None:
@@ -601,6 +754,39 @@ def test_other_captions_than_the_stored_ones_are_refused(
         prepared, tmp_path / "run", r"1 records have other numbers of captions .*00.jpg",
         records=read_captioned(edited),
     )  # fmt: skip
+
+
+def edit_captions(folder: Path) -> list[CaptionedImage]:
+    """The data set of `prepared` with one word of one caption changed, and as many captions."""
+    file = write_data(folder) / "captions.jsonl"
+    file.write_text(file.read_text().replace("a photo of thing 7", "a photo of thing 8"))
+    return read_captioned(folder)
+
+
+def test_a_store_of_captions_that_were_edited_since_is_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    edited = edit_captions(tmp_path / "edited")
+    refuse(
+        prepared, tmp_path / "run", r"made from other captions .*Extract these again",
+        records=edited,
+    )  # fmt: skip
+
+
+def test_neither_order_nor_keys_of_the_records_matter_to_a_store(prepared: Prepared) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    records = [dataclasses.replace(r, key=r.name) for r in reversed(prepared.records)]
+    turned = AlignmentDataset(records, processor, caption_store=prepared.caption_store)
+    plain = AlignmentDataset(prepared.records, processor, caption_store=prepared.caption_store)
+    assert turned.caption_rows(0).tolist() == plain.caption_rows(NUM_RECORDS - 1).tolist()
+
+
+def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path: Path) -> None:
+    settings = AlignArguments(**{**SHORT_RUN, "steps": 1, "text_training": "frozen-online"})
+    align(prepared.model, prepared.records, tmp_path / "run", settings)
+    edited = edit_captions(tmp_path / "edited")
+    with pytest.raises(ValueError, match=r"another run: data: '\w+' then, '\w+' now"):
+        align(prepared.model, edited, tmp_path / "run", settings, resume=True)
 
 
 def test_a_store_of_another_model_is_refused_with_both_values(

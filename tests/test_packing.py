@@ -55,6 +55,14 @@ def test_a_family_whose_attention_does_more_is_run_with_padding():
     assert not can_pack(tiny_llm("gemma2"), CPU, is_causal=False)
 
 
+def test_the_check_leaves_nothing_that_no_gradient_can_pass():
+    # FSDP gathers a layer's weights when it first runs, and keeps their storage.
+    text_model, kept = tiny_llm("llama"), []
+    text_model.layers[0].register_forward_hook(lambda _, __, out: kept.append(out))
+    assert can_pack(text_model, CPU, is_causal=True)
+    assert kept and not any(out.is_inference() or out.requires_grad for out in kept)
+
+
 def test_the_attention_implementation_is_what_it_was_after_a_pack_and_after_an_error():
     text_model = tiny_llm("llama")
     before = text_model.config._attn_implementation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from functools import cache, partial
@@ -329,6 +330,18 @@ def test_a_broken_picture_is_named_by_its_path(
     path = kind_of_path(save_broken(tmp_path, kind))
     with pytest.raises(ValueError, match=rf"{kind}\.jpg: {BROKEN[kind]}"):
         processor(images=[draw_noise(), path])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM"])
+def test_a_picture_cut_anywhere_is_named_by_its_path(kind: str, tmp_path: Path) -> None:
+    whole, path = io.BytesIO(), tmp_path / "cut"
+    draw_noise(8, 8).save(whole, kind)
+    content = whole.getvalue()
+    last = len(content) - (20 if kind == "PNG" else 0)  # checksums and end mark hold no pixels
+    for length in range(0, last, 7 if kind == "JPEG" else 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"^{path}: (not a picture|the picture is truncated)"):
+            load_pictures([path])
 
 
 def test_a_broken_picture_opened_elsewhere_is_named_by_its_path(

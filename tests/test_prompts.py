@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, tiny_tokenizer
+from tiny import VOCABULARY_SIZE, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.prompts import (
     PROMPT_PRESETS,
     Prompt,
@@ -213,6 +214,12 @@ def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_nam
     suffix_ids = model.config.prompt_suffix_ids
     ends = bool(suffix_ids) and suffix_ids[-1] in processor.tokenizer.all_special_ids
     assert model.config.prompt_suffix_ends_special is ends is ends_special
+
+
+def test_a_tokenizer_larger_than_the_embedding_table_builds_no_model() -> None:
+    tokenizer = tiny_tokenizer(vocabulary_size=VOCABULARY_SIZE + 10)
+    with pytest.raises(ValueError, match=r"ids up to 329, the embedding table only 320 rows"):
+        build_model(*tiny_vision(), tiny_llm(), tokenizer, BuildArguments(prompt="llama-3"))
 
 
 def test_extra_special_tokens_of_the_bare_tokenizer_do_not_mislead() -> None:

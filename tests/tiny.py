@@ -77,6 +77,7 @@ _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     # Rotary positions count in the grid it was trained on, as in the towers for 336 pixels.
     "eva02": ("eva02_base_patch16_clip_224", {**_TIMM_SIZE, "ref_feat_shape": [3, 3]}),
     "timm-siglip": ("vit_so400m_patch14_siglip_224", _TIMM_SIZE),
+    "timm with batch norm": ("test_efficientnet", {}),
 }
 _LLM_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},

@@ -67,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..hub.assemble import assemble_folder
     from ..hub.doctor.patient import find_folder
     from ..hub.export import require_new_folder
-    from ..training.cross_modal.align import align
+    from ..training.cross_modal.align import align, check_settings
     from ..training.cross_modal.arguments import AlignArguments
+    from ..training.run_record import require_fresh_or_resumed
 
     settings = pick(AlignArguments, arguments)
     model = find_folder(arguments.model)
@@ -81,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
             ("picture_store", arguments.picture_store),
         )
     }
+    check_settings(settings, **stores)  # reading the data may take long
+    require_fresh_or_resumed(arguments.output, resume=arguments.resume)
     records = read_data(arguments, require_pictures=stores["picture_store"] is None)
     result = align(model, records, arguments.output, settings, resume=arguments.resume, **stores)
     if not result.is_main_process:

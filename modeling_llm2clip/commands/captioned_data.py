@@ -20,19 +20,28 @@ def add_data_flags(parser: Any) -> None:
         "--ignore-fields", nargs="+", default=[], metavar="FIELD", help="of your own, in the data"
     )
     parser.add_argument(
-        "--check-pictures", action="store_true", help="decode every picture before anything else"
-    )
+        "--check-pictures", action=argparse.BooleanOptionalAction,
+        help="decode every picture before anything else; default: where the command decodes them, "
+        "and not again with --resume",
+    )  # fmt: skip
 
 
 def read_data(arguments: argparse.Namespace, *, require_pictures: bool) -> list[CaptionedImage]:
-    """Read all records, or raise once with every fault."""
+    """Read all records, or raise once with every fault.
+
+    Args:
+        require_pictures: whether the command decodes the pictures; it then checks them first.
+    """
     from ..data.captioned_sources import read_captioned
 
+    check_pictures = arguments.check_pictures
+    if check_pictures is None:
+        check_pictures = require_pictures and not getattr(arguments, "resume", False)
     return read_captioned(
         arguments.data,
         images=arguments.images,
-        require_pictures=require_pictures or arguments.check_pictures,
-        check_pictures=arguments.check_pictures,
+        require_pictures=require_pictures or check_pictures,
+        check_pictures=check_pictures,
         ignored_fields=arguments.ignore_fields,
         show_progress=True,
     )

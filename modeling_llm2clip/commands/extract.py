@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     with stop_on_signals() as stop:  # before what takes long to import
         from accelerate import PartialState
 
+        from ..hub.doctor.patient import find_folder
         from ..training.caption_extraction import extract_captions
         from ..training.picture_extraction import extract_pictures
         from ..training.shard_work import ExtractionArguments
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = pick(
             ExtractionArguments, argparse.Namespace(**vars(arguments), show_progress=True)
         )
+        find_folder(arguments.model)  # reading the data may take long
         records = read_data(arguments, require_pictures=arguments.pictures)
         extract = extract_pictures if arguments.pictures else extract_captions
         report = extract(arguments.model, records, arguments.output, chosen, stop=stop)

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..hub.export import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
-    from ..training.caption_contrastive import TuneArguments, tune_captions
+    from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
 
     state = PartialState(cpu=arguments.device == "cpu")
     merged = arguments.output / "model"
@@ -77,15 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.lora = _pick_lora(arguments)
     settings = pick(TuneArguments, arguments)
     groups = group_captions(read_data(arguments, require_pictures=False))
-    result = tune_captions(
-        LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device),
-        LLM2CLIPProcessor.from_pretrained(arguments.model),
+    plan = plan_tuning(
+        arguments.model,
         groups,
         arguments.output,
         settings,
         other_pairs=[(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs],
         start=arguments.start,
         resume=arguments.resume,
+    )
+    result = run_tuning(
+        LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device),
+        LLM2CLIPProcessor.from_pretrained(arguments.model),
+        plan,
     )
     if not state.is_main_process:
         return result.exit_code

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from PIL import Image, UnidentifiedImageError
+from ..processing_llm2clip import read_header
 
 # Endings of the files that are taken for pictures, in lower case and without the dot.
 PICTURE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -104,12 +104,9 @@ def load_picture(picture: Any) -> Any:
     if not isinstance(picture, TarPicture | ParquetPicture):
         return picture
     try:
-        image: Any = Image.open(io.BytesIO(picture.read_bytes()))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{picture}: not a picture that Pillow reads, or empty.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{picture}: {error} Shrink the picture first.") from error
+        encoded = io.BytesIO(picture.read_bytes())
     except OSError as error:
         raise ValueError(f"{picture}: cannot be read ({error}).") from error
+    image: Any = read_header(encoded, name=str(picture))
     image.filename = str(picture)
     return image

@@ -17,7 +17,7 @@ from .picture_choices import NORMALIZATIONS
 from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
-from .towers import load_text_tower, load_vision_tower, merge_adapter
+from .towers import load_text_tower, load_vision_tower, merge_adapter, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,11 @@ def build_model(
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build a model and its processor from loaded towers; adapter and projections are random.
 
-    Raises: ValueError when the prompt does not fit the tokenizer, the vision tower cannot take the
-        picture size, or the LLM's family cannot be made bidirectional.
+    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, the
+        prompt does not fit the tokenizer, the vision tower cannot take the picture size, or the
+        LLM's family cannot be made bidirectional.
     """
+    require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:
         vision_model, image_processor = set_picture_size(

@@ -127,9 +127,22 @@ def load_text_tower(
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights of its LLM: {sorted(info['missing_keys'])[:8]}.")
     _forget_quantization(model)
-    _refuse_foreign_tokenizer(model, tokenizer, source)
+    require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)
     return model.eval(), tokenizer
+
+
+def require_own_tokenizer(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str | Path
+) -> None:
+    """Raise ValueError when a tokenizer has more ids than the LLM's embedding table has rows."""
+    rows = config.vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
+            "rows. They belong to different models; take the tokenizer that came with the LLM."
+        )
 
 
 def merge_adapter(text_model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
@@ -174,15 +187,3 @@ def _name_without_path(model: PreTrainedModel, source: str | Path) -> None:
     """Keep a folder's name but not its path: the configuration gets published."""
     if Path(source).exists():
         model.config._name_or_path = Path(source).name
-
-
-def _refuse_foreign_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path
-) -> None:
-    rows = model.config.vocab_size
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(
-            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
-            "rows. They belong to different models; take the tokenizer that came with the LLM."
-        )

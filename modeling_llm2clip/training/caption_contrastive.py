@@ -32,12 +32,12 @@ from ..data.caption_groups import (
     hold_out_groups,
     leave_out_texts,
 )
-from ..data.vector_store_layout import hash_file
+from ..data.vector_store_layout import hash_file, write_durably
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
-from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
+from .callbacks import FiniteGradients, JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     ADAPTER_WEIGHTS,
     CaptionEncoder,
@@ -50,6 +50,7 @@ from .checkpoints import (
     find_last_checkpoint,
     forget_what_came_after,
     mark_complete,
+    require_finite,
 )
 from .pair_batches import (
     KeyedBatchSampler,
@@ -167,6 +168,8 @@ def tune_captions(
 ) -> TuneResult:
     """Train a LoRA on the model's LLM and write it to `output/adapter`.
 
+    The same as `plan_tuning`, then `run_tuning`.
+
     Args:
         model: its LLM gets LoRA layers in place; nothing else changes.
         groups: captions by picture, from `group_captions`.
@@ -175,42 +178,19 @@ def tune_captions(
         start: folder of an adapter of the same shape to begin from, instead of from nothing.
         resume: continue from the last checkpoint in `output`.
     Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
-        before anything is computed; FloatingPointError at a non-finite loss.
+        before anything is computed; FloatingPointError at a loss, a gradient or a weight that
+        is not finite, before anything is kept of it.
     """
-    record = {**asdict(arguments), **_identify(model, groups, other_pairs, start)}
-    require_fresh_or_same_run(output, record, resume=resume)
-    data = _prepare_data(groups, other_pairs, arguments)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        encoder = CaptionEncoder(model, processor, arguments.lora)
-    if start is not None:
-        encoder.load_adapter(start)
-    if arguments.gradient_checkpointing:
-        model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
-    last = find_last_checkpoint(output) if resume else None
-    state = PartialState()
-    state.wait_for_everyone()  # everybody has looked at the folder before it is filled
-    if state.is_main_process:
-        if last is None:
-            write_run_record(output, arguments=record, seed=arguments.seed, model=model)
-        forget_what_came_after(output, last)
-    with stop_on_signals() as stop:
-        before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
-        alike = _find_alike(encoder, data.to_train, output, arguments, resumed=last is not None)
-        trainer = _make_trainer(encoder, data, alike, output, arguments)
-        trainer.add_callback(ShareSignal(stop))
-        trainer.add_callback(StopOnSignal(stop))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    if trainer.state.global_step < trainer.args.max_steps:
-        return TuneResult(None, before, None, stop.exit_code)
-    after = measure_caption_retrieval(encoder.encode, data.held_out)
-    if state.is_main_process:
-        dtype = getattr(torch, arguments.adapter_dtype)
-        write_adapter(encoder, output / ADAPTER_FOLDER, dtype=dtype)
-        result = {"cra_before": before, "cra_after": after, **data.counts}
-        (output / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    state.wait_for_everyone()
-    return TuneResult(output / ADAPTER_FOLDER, before, after, 0)
+    plan = plan_tuning(
+        model.name_or_path or "",
+        groups,
+        output,
+        arguments,
+        other_pairs=other_pairs,
+        start=start,
+        resume=resume,
+    )
+    return run_tuning(model, processor, plan)
 
 
 @dataclass(frozen=True)
@@ -222,6 +202,78 @@ class _Data:
     to_train: list[CaptionGroup]
     held_out: list[CaptionGroup]
     counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """A run that nothing is wrong with as far as can be told without its LLM."""
+
+    output: Path
+    arguments: TuneArguments
+    start: Path | None
+    resume: bool
+    record: dict[str, Any]
+    data: _Data
+
+
+def plan_tuning(
+    model_name: str,
+    groups: Sequence[CaptionGroup],
+    output: Path,
+    arguments: TuneArguments,
+    *,
+    other_pairs: Sequence[tuple[list[TextPair], float]] = (),
+    start: Path | None = None,
+    resume: bool = False,
+) -> TuningPlan:
+    """Check and prepare everything that needs no LLM; arguments and errors as `tune_captions`.
+
+    Args:
+        model_name: what the model is loaded from.
+    """
+    record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
+    require_fresh_or_same_run(output, record, resume=resume)
+    data = _prepare_data(groups, other_pairs, arguments)
+    return TuningPlan(output, arguments, start, resume, record, data)
+
+
+def run_tuning(
+    model: LLM2CLIPModel | LLM2CLIPTextModel, processor: LLM2CLIPProcessor, plan: TuningPlan
+) -> TuneResult:
+    """Do what was planned; see `tune_captions`."""
+    output, arguments, start, data = plan.output, plan.arguments, plan.start, plan.data
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        encoder = CaptionEncoder(model, processor, arguments.lora)
+    if start is not None:
+        encoder.load_adapter(start)
+    if arguments.gradient_checkpointing:
+        model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+    last = find_last_checkpoint(output) if plan.resume else None
+    state = PartialState()
+    state.wait_for_everyone()  # everybody has looked at the folder before it is filled
+    if state.is_main_process:
+        if last is None:
+            write_run_record(output, arguments=plan.record, seed=arguments.seed, model=model)
+        forget_what_came_after(output, last)
+    with stop_on_signals() as stop:
+        before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
+        alike = _find_alike(encoder, data.to_train, output, arguments, resumed=last is not None)
+        trainer = _make_trainer(encoder, data, alike, output, arguments)
+        trainer.add_callback(ShareSignal(stop))
+        trainer.add_callback(StopOnSignal(stop))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if trainer.state.global_step < trainer.args.max_steps:
+        return TuneResult(None, before, None, stop.exit_code)
+    require_finite(encoder.trained_weights, step=trainer.state.global_step)
+    after = measure_caption_retrieval(encoder.encode, data.held_out)
+    if state.is_main_process:
+        dtype = getattr(torch, arguments.adapter_dtype)
+        write_adapter(encoder, output / ADAPTER_FOLDER, dtype=dtype)
+        result = {"cra_before": before, "cra_after": after, **data.counts}
+        write_durably(output / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
+    state.wait_for_everyone()
+    return TuneResult(output / ADAPTER_FOLDER, before, after, 0)
 
 
 def _prepare_data(
@@ -253,7 +305,7 @@ def _prepare_data(
 
 
 def _identify(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    model_name: str,
     groups: Sequence[CaptionGroup],
     other_pairs: Sequence[tuple[list[TextPair], float]],
     start: Path | None,
@@ -265,7 +317,7 @@ def _identify(
     for pairs, weight in other_pairs:
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {
-        "model": model.name_or_path,
+        "model": model_name,
         "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
@@ -284,7 +336,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
         return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
 
 
-class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+class _Trainer(FiniteGradients, SentenceTransformerTrainer):  # type: ignore[misc]
     """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
 
     To it the whole run is one epoch; see `WeightedBatchSampler`.
@@ -298,6 +350,7 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        require_finite(self.encoder.trained_weights, step=self.state.global_step)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
@@ -396,7 +449,7 @@ def _measure_before(
         return float(json.loads(file.read_text(encoding="utf-8"))["cra_before"])
     before = measure_caption_retrieval(encoder.encode, held_out)
     if PartialState().is_main_process:
-        file.write_text(json.dumps({"cra_before": before}) + "\n", encoding="utf-8")
+        write_durably(file, (json.dumps({"cra_before": before}) + "\n").encode())
     return before
 
 

@@ -84,6 +84,11 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         return self._adapted[0]
 
     @property
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The LoRA's matrices, by name."""
+        return {n: p.detach() for n, p in self.adapted.named_parameters() if p.requires_grad}
+
+    @property
     def modalities(self) -> list[str]:
         """What it encodes."""
         return ["text"]

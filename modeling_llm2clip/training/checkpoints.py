@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from ..data.vector_store_layout import write_durably
 from .run_record import METRICS_FILE
@@ -12,6 +15,18 @@ from .run_record import METRICS_FILE
 CHECKPOINTS = "checkpoints"
 # Written last into a checkpoint: one without it was broken off.
 _COMPLETE = "complete"
+_NAMES_SHOWN = 5
+
+
+def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
+    """Raise FloatingPointError naming weights that are not finite, before they are kept."""
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} of {len(weights)} trained weights are not finite after step {step}: "
+            f"{broken[:_NAMES_SHOWN]}. Nothing was written. Lower the learning rate, or train in "
+            "float32."
+        )
 
 
 def mark_complete(output: Path, step: int) -> None:

@@ -49,21 +49,28 @@ def write_run_record(
     write_durably(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, resume: bool) -> None:
-    """Refuse an output folder that holds another run's files, or any without `resume`.
-
-    Raises: ValueError naming every argument that differs, with both values.
-    """
+def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
+    """Raise ValueError for a folder with files: of no run, or of one that is not to be resumed."""
     # A run that was killed while it wrote its record has done nothing yet.
-    if not folder.exists() or not any(not is_unfinished(path) for path in folder.iterdir()):
+    if not folder.exists() or all(is_unfinished(path) for path in folder.iterdir()):
         return
-    file = folder / RUN_FILE
-    if not file.is_file():
+    if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} is not empty and holds no {RUN_FILE}. Name a new folder.")
     if not resume:
         raise ValueError(
             f"{folder} holds an earlier run. Continue it with --resume, or name a new folder."
         )
+
+
+def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuse an output folder that holds another run's files, or any without `resume`.
+
+    Raises: ValueError naming every argument that differs, with both values.
+    """
+    require_fresh_or_resumed(folder, resume=resume)
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return
     earlier, now = json.loads(file.read_text(encoding="utf-8"))["arguments"], _to_json(arguments)
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 
@@ -15,7 +17,8 @@ def list_faults(
 ) -> list[str]:
     """Say what is wrong with the fields of a settings object.
 
-    A number that is None is left to its default, and not looked at.
+    A number that is None is left to its default, and not looked at. No number may be infinite or
+    NaN.
 
     Args:
         least: smallest value of each field.
@@ -28,6 +31,11 @@ def list_faults(
         if getattr(settings, name) not in allowed
     ]
     faults += [
+        f"{field.name}={value}, wanted a finite number"
+        for field in fields(settings)
+        if isinstance(value := getattr(settings, field.name), float) and not math.isfinite(value)
+    ]
+    faults += [
         f"{name}={getattr(settings, name)}, wanted at least {number}"
         for name, number in least.items()
         if getattr(settings, name) is not None and getattr(settings, name) < number
@@ -35,6 +43,6 @@ def list_faults(
     faults += [
         f"{name}={getattr(settings, name)}, wanted more than 0"
         for name in positive
-        if getattr(settings, name) is not None and not getattr(settings, name) > 0
+        if getattr(settings, name) is not None and getattr(settings, name) <= 0
     ]
     return faults

@@ -17,12 +17,12 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
-from ...data.captioned_images import CaptionedImage
+from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.vector_store import VectorStore
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
-from ..checkpoints import find_last_checkpoint, forget_what_came_after
+from ..checkpoints import find_last_checkpoint, forget_what_came_after, require_finite
 from ..closed_form_start import start_from_canonical_correlation
 from ..run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
 from ..stopping import StopRequest, stop_on_signals
@@ -80,9 +80,10 @@ def align(
         ValueError: before any tower is loaded: no data, too little for a batch, a batch that the
             processes cannot share, an output folder of another run, stores of another model or
             of other data, settings that contradict each other.
-        FloatingPointError: at a non-finite loss.
+        FloatingPointError: at a loss, a gradient or a weight that is not finite, before anything
+            is kept of it.
     """
-    _check_settings(arguments, caption_store, picture_store)
+    check_settings(arguments, caption_store=caption_store, picture_store=picture_store)
     _check_data(records, arguments)
     record = {
         **asdict(arguments),
@@ -90,6 +91,7 @@ def align(
         "caption_store": caption_store and str(caption_store.folder),
         "picture_store": picture_store and str(picture_store.folder),
         "num_records": len(records),
+        "data": hash_records(records),
     }
     require_fresh_or_same_run(output, record, resume=resume)
     _check_stores(model, caption_store, picture_store)
@@ -158,16 +160,19 @@ def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -
         state = {name: value for name, value in state.items() if name in names}
     else:
         state = merge_loras(model, adapted)
+    require_finite(state, step=trainer.state.global_step)
     if not trainer.args.should_save:
         return {}
     return model.name_as_saved({name: value.cpu() for name, value in state.items()}, output)
 
 
-def _check_settings(
+def check_settings(
     arguments: AlignArguments,
+    *,
     caption_store: VectorStore | None,
     picture_store: VectorStore | None,
 ) -> None:
+    """Raise ValueError when settings and stores contradict each other; asks for no data."""
     faults = []
     if arguments.needs_llm and caption_store is not None:
         faults.append(

@@ -83,7 +83,7 @@ class AlignArguments:
             faults.append(f"long_share={self.long_share}, wanted a number from 0 to 1")
         if not 0 < self.layer_decay <= 1:
             faults.append(f"layer_decay={self.layer_decay}, wanted more than 0 and at most 1")
-        if not self.weight_decay >= 0:
+        if self.weight_decay < 0:
             faults.append(f"weight_decay={self.weight_decay}, wanted 0 or more")
         if faults:
             raise ValueError("; ".join(faults) + ".")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.captioned_images import CaptionedImage
+from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.pictures import load_picture
 from ...data.vector_store import VectorStore
-from ...processing_llm2clip import LLM2CLIPProcessor
+from ...processing_llm2clip import LLM2CLIPProcessor, read_header
 from .draws import draw_caption
 
 _NAMES_SHOWN = 5
@@ -32,7 +32,7 @@ class AlignmentDataset(Dataset[Any]):
         caption_store: caption vectors; None to hand out tokens.
         picture_store: picture vectors; None to hand out pixels.
         long_share, seed: see `draws.draw_caption`.
-    Raises: ValueError when a store has other records, or other numbers of captions; or a
+    Raises: ValueError when a store has other records, or was made from other captions; or a
         picture is missing; with counts and the first names.
     """
 
@@ -59,6 +59,7 @@ class AlignmentDataset(Dataset[Any]):
         self._picture_items = None if picture_store is None else pair_items(records, picture_store)
         if caption_store is not None and self._caption_items is not None:
             _require_same_counts(records, caption_store, self._caption_items)
+            _require_same_texts(records, caption_store, self._caption_items)
         if picture_store is None:
             _require_pictures(records)
         self._needed_size = None if picture_store else find_needed_size(processor.image_processor)
@@ -154,15 +155,16 @@ def open_near_size(picture: Any, size: int | None) -> Any:
     Args:
         size: pixels of the tower's square; None to decode in full.
     Returns: what `LLM2CLIPProcessor` takes.
+    Raises: ValueError naming a packed picture that cannot be opened.
     """
     opened = load_picture(picture)
     if size is None:
         return opened
     if isinstance(opened, Path):
         try:
-            opened = Image.open(opened)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-            return opened  # the processor opens it again and says what is wrong, with its name
+            opened = read_header(opened, name=str(opened))
+        except ValueError:
+            return opened  # the processor opens it again, and tells all of a batch at once
     if getattr(opened, "format", None) == "JPEG":
         opened.draft(None, (_OVERSIZE * size, _OVERSIZE * size))
     return opened
@@ -203,6 +205,20 @@ def _require_same_counts(
         raise ValueError(
             f"{len(differing)} records have other numbers of captions than {store.folder}: "
             f"{_show(differing)}. The captions changed since; extract them again."
+        )
+
+
+def _require_same_texts(
+    records: Sequence[CaptionedImage], store: VectorStore, items: Sequence[int]
+) -> None:
+    """Compare hashes, which cannot tell what differs; in the store's order and with its keys."""
+    of_item = dict(zip(items, records, strict=True))
+    texts = hash_records([replace(of_item[i], key=key) for i, key in enumerate(store.keys)])
+    stored = store.manifest.plan.get("data")
+    if stored != texts:
+        raise ValueError(
+            f"{store.folder} was made from other captions of these pictures (data {stored} then, "
+            f"{texts} now). Extract these again, or give the captions that the store was made from."
         )
 
 

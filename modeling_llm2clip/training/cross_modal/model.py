@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel
 
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -25,6 +26,9 @@ class _AbsentTower(nn.Module):
     """Stands where a tower would: has its configuration and no weights."""
 
     config: Any = None
+
+    def get_input_embeddings(self) -> None:
+        """There are none; FSDP asks."""
 
 
 class AlignmentModel(LLM2CLIPModel):
@@ -60,6 +64,7 @@ class AlignmentModel(LLM2CLIPModel):
         super().__init__(config, vision_model, text_model)
         if not with_vision_tower:
             self.vision_model = _AbsentTower()
+            self.forget_absent_layers()
         self.trains_text = self.trains_vision = False
 
     def forward(  # type: ignore[override]
@@ -97,13 +102,21 @@ class AlignmentModel(LLM2CLIPModel):
         return image_embeds, text_embeds, self.logit_scale()
 
     def train(self, mode: bool = True) -> AlignmentModel:
-        """Switch to training; a tower that is not trained keeps evaluating."""
+        """Switch to training; a tower that is not trained keeps evaluating.
+
+        So does batch normalisation. Statistics of the batch would come from each process's part of
+        it, so that two processes would not train as one does, and a picture's vector would depend
+        on its neighbours; and a tower's own come from far more pictures than it is aligned on.
+        """
         super().train(mode)
         for tower, trains in (
             (self.text_model, self.trains_text),
             (self.vision_model, self.trains_vision),
         ):
             tower.train(mode and trains)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
         return self
 
     def train_heads_only(self) -> None:
@@ -113,12 +126,8 @@ class AlignmentModel(LLM2CLIPModel):
             getattr(self, name).float().requires_grad_(True)
 
     def trained_names(self) -> set[str]:
-        """Names of what training changes: parameters, and running statistics of a trained tower."""
-        names = {name for name, p in self.named_parameters() if p.requires_grad}
-        if self.trains_vision:
-            buffers = {f"vision_model.{name}" for name, _ in self.vision_model.named_buffers()}
-            names |= buffers & set(self.state_dict())
-        return names
+        """Names of the parameters that training changes; no buffer is."""
+        return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return what training changes, by name."""

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from ...modeling_llm2clip import MAX_LOG_SCALE
-from ..callbacks import choose_reports
-from ..checkpoints import CHECKPOINTS, mark_complete
+from ..callbacks import FiniteGradients, choose_reports
+from ..checkpoints import CHECKPOINTS, mark_complete, require_finite
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from .arguments import AlignArguments
@@ -72,7 +72,7 @@ def make_training_arguments(
     return found
 
 
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(FiniteGradients, Trainer):
     """Trains an `AlignmentModel` on an `AlignmentDataset`.
 
     To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
@@ -175,14 +175,29 @@ class AlignmentTrainer(Trainer):
         )
         self._inverse_temperature = scale.detach()
         if not loss.isfinite():
-            assert isinstance(self.train_dataset, AlignmentDataset)
-            names = [self.train_dataset.key_names[int(key)] for key in keys[:_KEYS_SHOWN]]
+            broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step} for {len(keys)} "
-                f"pictures with the keys {names}{' …' if len(keys) > _KEYS_SHOWN else ''}. Look at "
-                f"these for broken vectors, or lower the learning rate ({self.settings.lr})."
+                f"The loss is {loss.item()} at step {self.state.global_step}. "
+                f"{self._describe_broken(keys, broken)} or lower the learning rate "
+                f"({self.settings.lr})."
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _describe_broken(self, keys: Tensor, broken: Tensor) -> str:
+        """Name the pairs whose rows, (B,) bool, are broken; all of the batch where none is."""
+        assert isinstance(self.train_dataset, AlignmentDataset)
+        shown = keys[broken] if broken.any() else keys
+        names = [self.train_dataset.key_names[int(key)] for key in shown[:_KEYS_SHOWN]]
+        listed = f"{names}{' …' if len(shown) > _KEYS_SHOWN else ''}"
+        if broken.any():
+            return (
+                f"{len(shown)} of {len(keys)} pairs have vectors that are not finite, with the "
+                f"keys {listed}. Look at what these are made from,"
+            )
+        return (
+            f"The vectors of this process's {len(keys)} pairs are finite, with the keys {listed}. "
+            "Look at the other processes' messages,"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log passes over the data, since the Trainer's own epoch is the whole run."""
@@ -201,6 +216,7 @@ class AlignmentTrainer(Trainer):
         state = self.alignment_model.trained_state() if state_dict is None else state_dict
         names = self.alignment_model.trained_names()
         kept = {n: v.detach().cpu().contiguous() for n, v in state.items() if n in names}
+        require_finite(kept, step=self.state.global_step)
         save_file(kept, folder / _WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
