@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.encoding.pictures import encode_pictures
-from modeling_llm2clip.evaluation.metrics import rank_best_positive, recall_at
+from modeling_llm2clip.evaluation.metrics.ranking import rank_best_positive, recall_at
 from modeling_llm2clip.training.closed_form_start import start_from_canonical_correlation
 from modeling_llm2clip.training.feature_alignment import (
     AlignmentArguments,

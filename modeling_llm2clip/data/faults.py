@@ -52,6 +52,16 @@ class FaultCollector:
         if len(places) < _PLACES_SHOWN:
             places.append(place)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kind of fault to how many were noted."""
+        return dict(self._counts)
+
+    @property
+    def total(self) -> int:
+        """How many faults were noted."""
+        return sum(self._counts.values())
+
     def raise_if_any(self, source: str) -> None:
         """Raise DataFaults with everything that was noted."""
         if self._counts:

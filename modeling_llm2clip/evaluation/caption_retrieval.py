@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..data.caption_groups import CaptionGroup
-from .metrics import rank_best_positive, recall_at
+from .metrics.ranking import rank_best_positive, recall_at
 
 
 def measure_caption_retrieval(
