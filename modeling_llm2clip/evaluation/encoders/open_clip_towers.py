@@ -59,12 +59,12 @@ class OpenClipEncoder:
         self._source = source
         self._path = path
         self._weights = path if path.is_file() else _find_weights(path)
+        self._name = f"local-dir:{path}"
+        self._pretrained: str | None = None
         if path.is_file():
-            self._name, self._pretrained = self._check_architecture(architecture), str(path)
-            self._config = self._open_clip.get_model_config(self._name)
-        else:
-            self._name, self._pretrained = f"local-dir:{path}", None
-            self._config = json.loads((path / CONFIG_FILE).read_text("utf-8"))["model_cfg"]
+            self._name = self._check_architecture(architecture)
+            self._pretrained = str(path)
+        self._written = _read_config(path) if path.is_dir() else self._built_in()
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
         self._max_tokens = int(self._tokenizer.context_length)
 
@@ -108,12 +108,15 @@ class OpenClipEncoder:
 
     def _check_architecture(self, architecture: str | None) -> str:
         known = self._open_clip.list_models()
-        if architecture not in known:
+        if architecture is None or architecture not in known:
             raise ValueError(
                 f"{self._source} is a weights file, which does not say what it holds, and "
                 f"architecture is {architecture!r}. Name one of open_clip's: {sorted(known)}."
             )
         return architecture
+
+    def _built_in(self) -> dict[str, Any]:
+        return {"model_cfg": self._open_clip.get_model_config(self._name)}
 
     @cached_property
     def _model(self) -> Any:
@@ -131,11 +134,10 @@ class OpenClipEncoder:
         """open_clip's own settings of the pictures, as it merges them when it loads a model."""
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-        settings = dict(vars(PreprocessCfg()))
-        if self._path.is_dir():
-            written = json.loads((self._path / CONFIG_FILE).read_text("utf-8"))
-            settings = merge_preprocess_dict(settings, written.get("preprocess_cfg", {}))
-        return PreprocessCfg(**settings | {"size": self._config["vision_cfg"]["image_size"]})
+        written = self._written.get("preprocess_cfg", {})
+        settings = merge_preprocess_dict(dict(vars(PreprocessCfg())), written)
+        size = self._written["model_cfg"]["vision_cfg"]["image_size"]
+        return PreprocessCfg(**settings | {"size": size})
 
     @cached_property
     def _transform(self) -> Any:
@@ -180,8 +182,21 @@ class OpenClipEncoder:
         if self._path.is_dir():
             other = hash_files(self._path, ("*.json", "*.txt", "*.model"))
         else:
-            other = json.dumps(self._config, sort_keys=True)
+            other = json.dumps(self._written, sort_keys=True)
         return {"weights": found["weights"], "files": other}, found["dtype"]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _ = content["model_cfg"]["vision_cfg"]["image_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is missing or is not a configuration of open_clip ({error!r}). Get the whole "
+            "repository."
+        ) from error
+    return content
 
 
 def import_open_clip() -> Any:

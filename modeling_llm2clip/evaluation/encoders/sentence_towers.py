@@ -45,14 +45,10 @@ class SentenceEncoder:
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts with `encode`."""
         check_texts(list(texts))
-        longest = self._model.max_seq_length
-        cut = None
-        if longest is not None:
-            cut = sum(self._count_tokens(text) > longest for text in set(texts))
         embeds = encode_distinct(
             texts, list, self._encode, self._settings, unit="texts", size_of=len
         )
-        return EncodedTexts(embeds, cut)
+        return EncodedTexts(embeds, self._count_truncated(sorted(set(texts))))
 
     def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode pictures with `encode`, where the model takes them."""
@@ -73,10 +69,20 @@ class SentenceEncoder:
         )
         return vectors
 
-    def _count_tokens(self, text: str) -> int:
-        prompt = self._model.prompts.get(self._model.default_prompt_name) or ""
-        tokenizer = self._model.tokenizer
-        return len(tokenizer(prompt + text, truncation=False, verbose=False)["input_ids"])
+    def _count_truncated(self, texts: list[str]) -> int | None:
+        longest = self._model.max_seq_length
+        if longest is None:
+            return None
+        prompt = self._default_prompt or ""
+        ids = self._model.tokenizer(
+            [prompt + text for text in texts], truncation=False, verbose=False
+        )["input_ids"]
+        return sum(len(row) > longest for row in ids)
+
+    @property
+    def _default_prompt(self) -> str | None:
+        prompt: str | None = self._model.prompts.get(self._model.default_prompt_name)
+        return prompt
 
     @cached_property
     def _model(self) -> Any:
@@ -101,7 +107,7 @@ class SentenceEncoder:
             source=self._source,
             fingerprint={"weights": weights["weights"], "files": files},
             text={
-                "prompt": model.prompts.get(model.default_prompt_name),
+                "prompt": self._default_prompt,
                 "max_tokens": model.max_seq_length,
                 "padding": "longest, masked",
                 "lower_case": bool(getattr(model[0], "do_lower_case", False)),

@@ -78,7 +78,7 @@ class TransformersEncoder:
         """Encode texts as the family wants them."""
         check_texts(list(texts))
         chosen = [text.lower() for text in texts] if self._rules.lower_case else list(texts)
-        lengths = {text: self._count_tokens(text) for text in dict.fromkeys(chosen)}
+        lengths = self._count_tokens(list(dict.fromkeys(chosen)))
         embeds = encode_distinct(
             chosen,
             self._tokenize,
@@ -101,8 +101,9 @@ class TransformersEncoder:
             unit="pictures",
         )
 
-    def _count_tokens(self, text: str) -> int:
-        return len(self._processor.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    def _count_tokens(self, texts: list[str]) -> dict[str, int]:
+        ids = self._processor.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        return {text: len(row) for text, row in zip(texts, ids, strict=True)}
 
     def _tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         inputs = self._processor.tokenizer(
