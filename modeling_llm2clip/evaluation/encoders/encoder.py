@@ -73,12 +73,12 @@ class EncodedTexts:
 
     Attributes:
         embeds: (N, D) float32 on the CPU, in the order of the texts, of any length.
-        num_truncated: distinct texts that were cut at the encoder's maximum length; None when
-            nothing is known of it, as with stored vectors.
+        is_cut: (N,) bool, which texts were cut at the encoder's maximum length; None when nothing
+            is known of it, as with stored vectors.
     """
 
     embeds: Tensor
-    num_truncated: int | None
+    is_cut: Tensor | None
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ class OpenClipEncoder:
             self._settings,
             unit="texts",
         )
-        cut = sum(self._count_tokens(text) > self._max_tokens for text in set(texts))
-        return EncodedTexts(embeds, cut)
+        is_cut = {text: self._count_tokens(text) > self._max_tokens for text in set(texts)}
+        return EncodedTexts(embeds, torch.tensor([is_cut[text] for text in texts]))
 
     def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode pictures with the checkpoint's own preprocessing."""

@@ -47,7 +47,12 @@ class OwnEncoder:
             show_progress=self._settings.show_progress,
         )
         project = self._model.project_caption_embeds
-        return EncodedTexts(self._project(project, encoded.caption_embeds), encoded.num_truncated)
+        ids = self._processor.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        longest = self._processor.max_text_length
+        return EncodedTexts(
+            embeds=self._project(project, encoded.caption_embeds),
+            is_cut=torch.tensor([len(row) > longest for row in ids]),
+        )
 
     def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode pictures through the vision tower and its projection."""

@@ -48,7 +48,7 @@ class SentenceEncoder:
         embeds = encode_distinct(
             texts, list, self._encode, self._settings, unit="texts", size_of=len
         )
-        return EncodedTexts(embeds, self._count_truncated(sorted(set(texts))))
+        return EncodedTexts(embeds, self._find_cut(texts))
 
     def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode pictures with `encode`, where the model takes them."""
@@ -69,7 +69,7 @@ class SentenceEncoder:
         )
         return vectors
 
-    def _count_truncated(self, texts: list[str]) -> int | None:
+    def _find_cut(self, texts: Sequence[str]) -> Tensor | None:
         longest = self._model.max_seq_length
         if longest is None:
             return None
@@ -77,7 +77,7 @@ class SentenceEncoder:
         ids = self._model.tokenizer(
             [prompt + text for text in texts], truncation=False, verbose=False
         )["input_ids"]
-        return sum(len(row) > longest for row in ids)
+        return torch.tensor([len(row) > longest for row in ids])
 
     @property
     def _default_prompt(self) -> str | None:

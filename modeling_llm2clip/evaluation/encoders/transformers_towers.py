@@ -87,8 +87,8 @@ class TransformersEncoder:
             unit="texts",
             size_of=lengths.__getitem__,
         )
-        cut = {t for t, c in zip(texts, chosen, strict=True) if lengths[c] > self._max_tokens}
-        return EncodedTexts(embeds, len(cut))
+        is_cut = [lengths[text] > self._max_tokens for text in chosen]
+        return EncodedTexts(embeds, torch.tensor(is_cut))
 
     def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode pictures with the folder's own image processor."""
