@@ -20,7 +20,8 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     Raises: ValueError when open_clip, which has the vocabulary, is not installed.
     """
     tokenizer = import_open_clip().SimpleTokenizer()
-    return [len(tokenizer.encode(text)) for text in texts]
+    # A text of nothing but white space that Python does not know as such has no token.
+    return [max(1, len(tokenizer.encode(text))) for text in texts]
 
 
 def share_beyond_clip(lengths: Sequence[int]) -> float:
