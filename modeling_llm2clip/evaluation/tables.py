@@ -72,11 +72,13 @@ def _chance_of(results: Sequence[Result], lang: str) -> float | None:
 
 
 def _draw_lengths(results: Sequence[Result], style: str) -> str:
-    buckets: dict[tuple[int, int | None], list[Any]] = {}
-    for bucket in (bucket for result in results for bucket in result.scores["buckets"]):
-        buckets.setdefault((bucket["from_clip_tokens"], bucket["to_clip_tokens"]), []).append(bucket)
+    bounds = {
+        (bucket["from_clip_tokens"], bucket["to_clip_tokens"])
+        for result in results
+        for bucket in result.scores["buckets"]
+    }
     rows = []
-    for (low, high), _ in sorted(buckets.items()):
+    for low, high in sorted(bounds):
         of_models = [_find_bucket(result, low) for result in results]
         first = next(bucket for bucket in of_models if bucket)
         rows.append(
@@ -96,9 +98,16 @@ def _find_bucket(result: Result, low: int) -> Mapping[str, Any]:
 
 
 def _draw_protocols(results: Sequence[Result], style: str) -> str:
-    heads = ["model", "set", "task", "kind", "prompt", "max tokens", "texts cut", "pictures",
+    heads = ["model", "set", "tasks", "kind", "prompt", "max tokens", "texts cut", "pictures",
              "dtype", "excluded"]  # fmt: skip
-    rows = [[result.model, result.set, result.task, *_describe(result)] for result in results]
+    tasks_of: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        key = (result.model, result.set, *_describe(result))
+        tasks_of.setdefault(key, []).append(result.task)
+    rows = [
+        [model, name, ", ".join(tasks), *described]
+        for (model, name, *described), tasks in tasks_of.items()
+    ]
     return _draw(heads, rows, style)
 
 
@@ -160,7 +169,9 @@ def _title(text: str, style: str) -> str:
 def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
     if style == "markdown":
         lines: list[Sequence[str]] = [heads, ["---"] * len(heads), *rows]
-        escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines]
+        escaped = [
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines
+        ]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [heads, ["-" * width for width in widths], *rows]
@@ -169,3 +180,7 @@ def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> st
         + "\n"
         for cells in lines
     )
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")

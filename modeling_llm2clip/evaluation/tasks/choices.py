@@ -63,7 +63,7 @@ def compare(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
 
 
 def _is_nearer(right: Tensor, wrong: Tensor) -> Tensor:
-    return right > wrong + TIE_TOLERANCE
+    return right.gt(wrong + TIE_TOLERANCE)
 
 
 def _encode_pictures(encoder: Encoder, data: ChoiceSet) -> Tensor:

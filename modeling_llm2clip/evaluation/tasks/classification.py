@@ -28,9 +28,7 @@ def run_classification(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> Tas
     texts = encoder.encode_texts(prompts)
     of_class = F.normalize(texts.embeds, dim=-1).unflatten(0, (len(data.class_names), -1))
     classes = F.normalize(of_class.mean(dim=1), dim=-1)  # (C, D)
-    images = F.normalize(
-        encoder.encode_pictures(data.pictures, names=data.picture_names), dim=-1
-    )
+    images = F.normalize(encoder.encode_pictures(data.pictures, names=data.picture_names), dim=-1)
     if images.shape[1] != classes.shape[1]:
         raise ValueError(
             f"Pictures have width {images.shape[1]}, texts {classes.shape[1]}; they must come from "
@@ -82,8 +80,7 @@ def _score(
         "mean_per_class_top_1": float(per_class.mean()),
         "chance_top_1": 1 / len(names),
         "top_1_of_class": {
-            names[int(label)]: float(value)
-            for label, value in zip(present, per_class, strict=True)
+            names[int(label)]: float(value) for label, value in zip(present, per_class, strict=True)
         },
         "most_confused": [
             {"class": names[cell // len(names)], "taken_for": names[cell % len(names)], "count": n}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_in
 
 # Upper ends of the buckets, in CLIP's tokens; the third is what a 77-token encoder sees.
 EDGES = (20, 40, CLIP_TEXT_TOKENS, 110, 150, 200, 300)
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")  # noqa: RUF001
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _WORD_END = re.compile(r"\s+")
 
 
@@ -85,7 +86,7 @@ def score_lengths(
     tokens = torch.tensor(lengths)
     bounds = (0, *EDGES, None)
     buckets = []
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in pairwise(bounds):
         assert low is not None
         chosen = (tokens > low) & (tokens <= (tokens.max() if high is None else high))
         if chosen.any():
