@@ -48,6 +48,14 @@ class _Source:
     suffix: str
 
 
+@dataclass(frozen=True, slots=True)
+class CollectedRecord:
+    """A record and what is wrong with it; None is one that cannot be told from others."""
+
+    record: CaptionedImage | None
+    faults: FaultCollector
+
+
 def read_captioned(
     source: str | Path,
     *,
@@ -80,7 +88,9 @@ def read_captioned(
         require_pictures=require_pictures,
         ignored_fields=ignored_fields,
     )
-    records = [record for record, _ in collected]
+    for item in collected:
+        faults.extend(item.faults)
+    records = [item.record for item in collected if item.record is not None]
     if check_pictures:
         # Several languages may share a picture, which is then decoded and told once.
         pictures = (record.picture for record in records if record.picture is not None)
@@ -99,31 +109,34 @@ def collect_captioned(
     images: str | Path | None = None,
     require_pictures: bool = True,
     ignored_fields: Collection[str] = (),
-) -> list[tuple[CaptionedImage, bool]]:
+) -> list[CollectedRecord]:
     """Read a source as `read_captioned` does, for a caller that decides about its faults.
 
-    Returns: each record, made of what is left of it, and whether it is without a fault.
+    Args:
+        faults: gets those that belong to no record.
+    Returns: each record, made of what is left of it, and its own faults.
     Raises: ValueError when the source is missing, empty, ambiguous, or of no known format.
     """
     found = _find_source(str(source))
     pictures = _find_pictures(found, images, required=require_pictures)
-    records: list[tuple[CaptionedImage, bool]] = []
+    records: list[CollectedRecord] = []
     seen: set[tuple[str, str]] = set()
+    own = FaultCollector()
     for raw in _read_raw(found, faults):
-        num_faults = faults.total
         record = build_record(
             raw,
-            faults,
+            own,
             pictures=pictures,
             require_pictures=require_pictures,
             ignored_fields=ignored_fields,
         )
-        if record is None:
-            continue
-        if (record.name, record.lang) in seen:
-            faults.add("picture and language repeated", raw.place)
-        seen.add((record.name, record.lang))
-        records.append((record, faults.total == num_faults))
+        if record is not None:
+            if (record.name, record.lang) in seen:
+                own.add("picture and language repeated", raw.place)
+            seen.add((record.name, record.lang))
+        records.append(CollectedRecord(record, own))
+        if own.total:  # records without faults share an empty collector
+            own = FaultCollector()
     return records
 
 

@@ -75,7 +75,7 @@ class SetCard:
     counts_of_language: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: _NOTHING)
     checksums: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     captions_per_picture: int | None = None
-    find_languages: Callable[[ReadRequest], tuple[str, ...]] | None = None
+    find_languages: Callable[[ReadRequest, Intake], tuple[str, ...]] | None = None
     is_embedded: bool = False
 
     def published_counts(self, lang: str) -> dict[str, int]:

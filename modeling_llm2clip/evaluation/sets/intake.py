@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ from ...data.pictures import Picture
 _HASHED_AT_ONCE = 2**20
 
 
+@dataclass
+class ReadingCache:
+    """What the languages of one folder share, and is then read and decoded once.
+
+    Attributes:
+        checked: pictures that are known to decode.
+        records: records of folders, by how they were read.
+    """
+
+    checked: set[Picture] = field(default_factory=set)
+    records: dict[Any, Any] = field(default_factory=dict)
+
+
 class Intake:
     """Keeps the faults of one reading.
 
@@ -26,17 +40,17 @@ class Intake:
         exclude: whether faulty samples are left out instead of refused.
         faults: what readers add to.
         notes: further choices and counts for the protocol.
-        checked: pictures that are known to decode; shared where languages share pictures.
+        cache: what other readings of the same folder may use.
     """
 
     def __init__(
-        self, source: str, *, exclude: bool = False, checked: set[Picture] | None = None
+        self, source: str, *, exclude: bool = False, cache: ReadingCache | None = None
     ) -> None:
         self.source = source
         self.exclude = exclude
         self.faults = FaultCollector()
         self.notes: dict[str, Any] = {}
-        self.checked: set[Picture] = set() if checked is None else checked
+        self.cache = cache or ReadingCache()
         self._files: list[Path] = []
 
     def find_file(self, folder: Path, *names: str, advice: str) -> Path:
@@ -61,12 +75,12 @@ class Intake:
     ) -> set[Picture]:
         """Decode the pictures that were not decoded yet; those that cannot be are faults."""
         unchecked = {
-            picture: None for picture in pictures if picture and picture not in self.checked
+            picture: None for picture in pictures if picture and picture not in self.cache.checked
         }
         unreadable = find_unreadable(unchecked, show_progress=show_progress)
         for fault in unreadable.values():
             self.faults.add("picture unreadable", fault)
-        self.checked.update(picture for picture in unchecked if picture not in unreadable)
+        self.cache.checked.update(picture for picture in unchecked if picture not in unreadable)
         return set(unreadable)
 
     def compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:

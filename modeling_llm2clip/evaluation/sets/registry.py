@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...data.example_data import find_example_data
-from ...data.pictures import Picture
 from .card import ReadRequest, SetCard
 from .cards import choices, classification, cross_lingual, long_captions, own, short_captions
-from .intake import Intake
+from .intake import Intake, ReadingCache
 from .readers.parquet import fetch_hub_folder
 from .schema import EvaluationSet
 
-_MODULES: tuple[Any, ...] = (
-    short_captions,
-    long_captions,
-    cross_lingual,
-    classification,
-    choices,
-    own,
-)
-_CARDS: dict[str, SetCard] = {card.name: card for module in _MODULES for card in module.CARDS}
+_CARDS: dict[str, SetCard] = {
+    card.name: card
+    for card in (
+        *short_captions.CARDS,
+        *long_captions.CARDS,
+        *cross_lingual.CARDS,
+        *classification.CARDS,
+        *choices.CARDS,
+        *own.CARDS,
+    )
+}
 
 
 def list_sets() -> list[SetCard]:
@@ -41,14 +42,28 @@ def find_set(name: str) -> SetCard:
 
 
 def find_languages(
-    name: str, folder: str | Path | None = None, *, ignored_fields: Collection[str] = ()
+    name: str | SetCard,
+    folder: str | Path | None = None,
+    *,
+    ignored_fields: Collection[str] = (),
+    images: str | Path | None = None,
+    require_pictures: bool = True,
+    cache: ReadingCache | None = None,
 ) -> tuple[str, ...]:
-    """The languages that a set has: as its card says, or as the folder has."""
-    card = find_set(name)
+    """The languages that a set has: as its card says, or as the folder has.
+
+    The arguments are those of `read_set`.
+    """
+    card = find_set(name) if isinstance(name, str) else name
     if card.find_languages is None:
         return card.languages
-    request = ReadRequest(find_folder(card, folder), ignored_fields=tuple(ignored_fields))
-    return card.find_languages(request)
+    request = ReadRequest(
+        find_folder(card, folder),
+        images=_find_images(images),
+        ignored_fields=tuple(ignored_fields),
+        require_pictures=require_pictures,
+    )
+    return card.find_languages(request, Intake(card.name, cache=cache))
 
 
 def read_set(
@@ -64,7 +79,7 @@ def read_set(
     templates: Sequence[str] | None = None,
     ignored_fields: Collection[str] = (),
     show_progress: bool = False,
-    checked: set[Picture] | None = None,
+    cache: ReadingCache | None = None,
 ) -> EvaluationSet:
     """Read a set as its publisher ships it; nothing is skipped that is not counted.
 
@@ -82,8 +97,8 @@ def read_set(
         templates: of a classification: prompts with one `{}`; default: the card's.
         ignored_fields: of a folder of one's own: further fields, which are not used.
         show_progress: show a bar while pictures are decoded.
-        checked: pictures that are known to decode, extended by those that do. Give the same set
-            for several languages of the same pictures.
+        cache: give the same one for every language of a folder, which is then read once, and its
+            pictures decoded once.
     Raises:
         DataFaults: every fault at once, and how many of each kind.
         ValueError: an unknown name or language, a missing file, nothing left.
@@ -99,12 +114,10 @@ def read_set(
         templates=None if templates is None else tuple(templates),
         ignored_fields=tuple(ignored_fields),
         show_progress=show_progress,
-        lang=lang or "en",
     )
-    request = _choose_language(card, request, lang)
-    intake = Intake(f"{card.name} in {place}", exclude=exclude_faults, checked=checked)
+    intake = Intake(f"{card.name} in {place}", exclude=exclude_faults, cache=cache)
     intake.notes["source"] = _describe_source(card, folder)
-    return card.build(card, request, intake)
+    return card.build(card, _choose_language(card, request, intake, lang), intake)
 
 
 def find_folder(card: SetCard, folder: str | Path | None) -> Path:
@@ -144,17 +157,18 @@ def _freeze(
     return tuple(class_names)
 
 
-def _choose_language(card: SetCard, request: ReadRequest, lang: str | None) -> ReadRequest:
+def _choose_language(
+    card: SetCard, request: ReadRequest, intake: Intake, lang: str | None
+) -> ReadRequest:
     """Settle the language, which may only be left open where there is one."""
     languages = card.languages
     if card.find_languages is not None:
-        languages = card.find_languages(request)
+        languages = card.find_languages(request, intake)
     if lang is None and len(languages) > 1:
         raise ValueError(f"{card.name} has several languages. Choose one: {', '.join(languages)}.")
     if languages and lang is not None and lang not in languages:
         raise ValueError(f"{card.name} has no language {lang!r}. It has {', '.join(languages)}.")
-    chosen: dict[str, Any] = {**vars(request), "lang": lang or (languages or ("en",))[0]}
-    return ReadRequest(**chosen)
+    return replace(request, lang=lang or (languages or ("en",))[0])
 
 
 def _describe_source(card: SetCard, folder: str | Path | None) -> str:
