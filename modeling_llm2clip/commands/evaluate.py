@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .pick import pick
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import EvaluationArguments
+    from ..evaluation.arguments import EvaluationArguments
     from ..evaluation.results import Result
 
 _EXAMPLES = """
@@ -111,8 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
+    from ..evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
     from ..evaluation.encoders.encoder import EncoderSettings
-    from ..evaluation.evaluate import DataChoice, EvaluationArguments, ModelChoice
 
     images = dict(_split(text, flag="--images") for text in arguments.images)
     data = tuple(

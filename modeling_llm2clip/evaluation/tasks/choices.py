@@ -63,7 +63,7 @@ def compare(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
 
 
 def _is_nearer(right: Tensor, wrong: Tensor) -> Tensor:
-    return right.gt(wrong + TIE_TOLERANCE)
+    return torch.gt(right, wrong + TIE_TOLERANCE)
 
 
 def _encode_pictures(encoder: Encoder, data: ChoiceSet) -> Tensor:
@@ -74,7 +74,7 @@ def _encode_pictures(encoder: Encoder, data: ChoiceSet) -> Tensor:
         for number in range(len(item.pictures))
     ]
     embeds = F.normalize(encoder.encode_pictures(pictures, names=names), dim=-1)
-    return embeds.unflatten(0, (len(data.items), -1))
+    return embeds.reshape(len(data.items), -1, embeds.shape[1])
 
 
 def _score(data: ChoiceSet, answers: Mapping[str, Tensor]) -> dict[str, Any]:
