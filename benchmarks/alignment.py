@@ -21,9 +21,10 @@ from typing import Any
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
+from modeling_llm2clip.data.splits import hold_out
 from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
 from modeling_llm2clip.demo.run import DemoArguments, read_pictures
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 
 

@@ -39,8 +39,8 @@ from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.example_data import find_example_data
 from modeling_llm2clip.data.vector_store import VectorStore
-from modeling_llm2clip.demo.example_data import find_example_data
 from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 from modeling_llm2clip.hub.export import export_model

@@ -22,7 +22,9 @@ becomes one space, because captions are one line to every later stage.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,15 @@ def build_record(
         keywords=tuple(keywords),
         lang=lang,
     )
+
+
+def hash_records(records: Sequence[CaptionedImage]) -> str:
+    """SHA-256 of the names, keys, languages and texts of a data set, in its order."""
+    digest = hashlib.sha256()
+    for r in records:
+        line = json.dumps([r.name, r.key, r.lang, r.captions, r.long_captions])
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
 
 
 def clean_text(text: str) -> str:

@@ -18,16 +18,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ..processing_llm2clip import load_pictures
 from .captioned_images import CaptionedImage, RawRecord, build_record
 from .faults import FaultCollector
-from .pictures import Picture, load_picture
+from .picture_checks import find_unreadable
 from .sources.coco import read_coco
 from .sources.json_lines import read_json_lines
 from .sources.parquet import read_parquet
@@ -35,8 +31,6 @@ from .sources.tar_shards import read_tar_shards
 
 LINES_FILES = ("captions.jsonl", "metadata.jsonl")
 _SEVERAL_FILES = (".parquet", ".tar")
-_MOST_THREADS = 8
-_CHECKED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,14 @@ class _Source:
     files: list[Path]
     base: Path
     suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedRecord:
+    """A record and what is wrong with it; None is one that cannot be told from others."""
+
+    record: CaptionedImage | None
+    faults: FaultCollector
 
 
 def read_captioned(
@@ -78,30 +80,63 @@ def read_captioned(
         DataFaults: what is wrong with the records, how many of each kind, and where first.
         ValueError: the source is missing, empty, ambiguous, or of no known format.
     """
+    faults = FaultCollector()
+    collected = collect_captioned(
+        source,
+        faults,
+        images=images,
+        require_pictures=require_pictures,
+        ignored_fields=ignored_fields,
+    )
+    for item in collected:
+        faults.extend(item.faults)
+    records = [item.record for item in collected if item.record is not None]
+    if check_pictures:
+        # Several languages may share a picture, which is then decoded and told once.
+        pictures = (record.picture for record in records if record.picture is not None)
+        for fault in find_unreadable(pictures, show_progress=show_progress).values():
+            faults.add("picture unreadable", fault)
+    faults.raise_if_any(str(source))
+    if not records:
+        raise ValueError(f"{source} has no records. Each picture needs one.")
+    return records
+
+
+def collect_captioned(
+    source: str | Path,
+    faults: FaultCollector,
+    *,
+    images: str | Path | None = None,
+    require_pictures: bool = True,
+    ignored_fields: Collection[str] = (),
+) -> list[CollectedRecord]:
+    """Read a source as `read_captioned` does, for a caller that decides about its faults.
+
+    Args:
+        faults: gets those that belong to no record.
+    Returns: each record, made of what is left of it, and its own faults.
+    Raises: ValueError when the source is missing, empty, ambiguous, or of no known format.
+    """
     found = _find_source(str(source))
     pictures = _find_pictures(found, images, required=require_pictures)
-    faults = FaultCollector()
-    records: list[CaptionedImage] = []
+    records: list[CollectedRecord] = []
     seen: set[tuple[str, str]] = set()
+    own = FaultCollector()
     for raw in _read_raw(found, faults):
         record = build_record(
             raw,
-            faults,
+            own,
             pictures=pictures,
             require_pictures=require_pictures,
             ignored_fields=ignored_fields,
         )
-        if record is None:
-            continue
-        if (record.name, record.lang) in seen:
-            faults.add("picture and language repeated", raw.place)
-        seen.add((record.name, record.lang))
-        records.append(record)
-    if check_pictures:
-        _check_pictures(records, faults, show_progress=show_progress)
-    faults.raise_if_any(str(source))
-    if not records:
-        raise ValueError(f"{source} has no records. Each picture needs one.")
+        if record is not None:
+            if (record.name, record.lang) in seen:
+                own.add("picture and language repeated", raw.place)
+            seen.add((record.name, record.lang))
+        records.append(CollectedRecord(record, own))
+        if own.total:  # records without faults share an empty collector
+            own = FaultCollector()
     return records
 
 
@@ -171,31 +206,3 @@ def _read_raw(source: _Source, faults: FaultCollector) -> Iterator[RawRecord]:
     if source.suffix == ".json":
         return read_coco(source.files[0], faults)
     return read_json_lines(source.files[0], faults)
-
-
-def _check_pictures(
-    records: list[CaptionedImage], faults: FaultCollector, *, show_progress: bool
-) -> None:
-    """Decode every picture once, as the processor will."""
-    # In the records' order, and once where several languages share a picture.
-    pictures = list(dict.fromkeys(r.picture for r in records if r.picture is not None))
-    with (
-        ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(pictures), unit=" pictures", disable=not show_progress) as progress,
-    ):
-        # A pool takes all its work at once, so it gets a part of it at a time.
-        for start in range(0, len(pictures), _CHECKED_AT_ONCE):
-            part = pictures[start : start + _CHECKED_AT_ONCE]
-            for fault in pool.map(_try_picture, part):
-                if fault:
-                    faults.add("picture unreadable", fault)
-            progress.update(len(part))
-
-
-def _try_picture(picture: Picture) -> str:
-    """Decode one picture; returns what is wrong with it, naming it, or nothing."""
-    try:
-        load_pictures(load_picture(picture))
-    except ValueError as error:
-        return str(error)
-    return ""

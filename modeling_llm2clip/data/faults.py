@@ -52,6 +52,23 @@ class FaultCollector:
         if len(places) < _PLACES_SHOWN:
             places.append(place)
 
+    def extend(self, other: FaultCollector) -> None:
+        """Take over what another collector noted."""
+        for kind, count in other._counts.items():
+            self._counts[kind] = self._counts.get(kind, 0) + count
+            places = self._places.setdefault(kind, [])
+            places += other._places[kind][: _PLACES_SHOWN - len(places)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kind of fault to how many were noted."""
+        return dict(self._counts)
+
+    @property
+    def total(self) -> int:
+        """How many faults were noted."""
+        return sum(self._counts.values())
+
     def raise_if_any(self, source: str) -> None:
         """Raise DataFaults with everything that was noted."""
         if self._counts:

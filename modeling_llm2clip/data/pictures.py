@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image, UnidentifiedImageError
 
+# Endings of the files that are taken for pictures, in lower case and without the dot.
+PICTURE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 _OPEN_TABLES = 256
 
 

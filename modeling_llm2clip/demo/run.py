@@ -16,15 +16,16 @@ import torch
 from .. import __version__
 from ..data.captioned_images import CaptionedImage
 from ..data.captioned_sources import read_captioned
+from ..data.example_data import find_example_data
+from ..data.splits import hold_out
 from ..hub.build import BuildArguments, build_from_sources
 from ..hub.export import export_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.feature_alignment import AlignmentArguments
 from .contact_sheet import SearchResult, write_contact_sheet, write_page
-from .example_data import find_example_data
 from .real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
-from .stages import align, encode_records, evaluate, hold_out, search
+from .stages import align, encode_records, evaluate, search
 from .verify import verify_in_clean_process
 
 SENTENCES = (

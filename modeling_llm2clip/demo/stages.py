@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.captioned_images import CaptionedImage
+from ..data.splits import choose_test_rows
 from ..encoding.captions import encode_captions
 from ..encoding.pictures import encode_pictures
 from ..evaluation.metrics.correspondence import Correspondence
@@ -21,8 +21,6 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.closed_form_start import start_from_canonical_correlation
 from ..training.feature_alignment import AlignmentArguments, AlignmentPairs, align_features
 from .contact_sheet import SearchResult
-
-_MOST_HELD_OUT = 300
 
 
 @dataclass(frozen=True)
@@ -44,28 +42,6 @@ class EncodedPictures:
     def rows(self, keys: set[str], *, inside: bool) -> list[int]:
         """Pictures whose key is among these, or is not."""
         return [i for i, r in enumerate(self.records) if (r.key in keys) == inside]
-
-
-def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
-    """Choose a fifth of the keys, 300 at most, whose pictures and captions training never sees.
-
-    Raises: ValueError for fewer than ten keys, or a caption that two keys share across the split.
-    """
-    keys = sorted({record.key for record in records})
-    if len(keys) < 10:
-        raise ValueError(f"{len(keys)} different things are too few to train and test on; give 10.")
-    random.Random(seed).shuffle(keys)
-    held_out = set(keys[: min(_MOST_HELD_OUT, len(keys) // 5)])
-    captions: dict[bool, set[str]] = {True: set(), False: set()}
-    for record in records:
-        captions[record.key in held_out].update(record.captions)
-    leaked = sorted(captions[True] & captions[False])
-    if leaked:
-        raise ValueError(
-            f"{len(leaked)} held-out captions are training captions too: {leaked[:5]}. Give "
-            "pictures that show the same thing the same key."
-        )
-    return held_out
 
 
 def _texts_of(record: CaptionedImage) -> list[str]:
@@ -123,8 +99,8 @@ def align(
 def evaluate(
     model: LLM2CLIPModel, pictures: EncodedPictures, held_out: set[str]
 ) -> dict[str, float]:
-    """Compare the first picture of each held-out key with its first caption."""
-    rows = list({pictures.records[r].key: r for r in pictures.rows(held_out, inside=True)}.values())
+    """Compare one picture of each held-out key with its first caption."""
+    rows = choose_test_rows(pictures.records, held_out)
     keys = [pictures.records[row].key for row in rows]
     captions = [pictures.captions_of_picture[row][0] for row in rows]
     text_embeds = model.project_caption_embeds(pictures.caption_embeds[captions])

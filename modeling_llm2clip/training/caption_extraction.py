@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.captioned_images import CaptionedImage
+from ..data.captioned_images import CaptionedImage, hash_records
 from ..data.vector_store_layout import StoreManifest
 from ..data.vector_store_writing import StoreWriter
 from ..encoding.captions import default_token_budget, encode_token_ids, tokenize_captions
@@ -30,7 +30,6 @@ from .shard_work import (
     ExtractionReport,
     choose_device,
     fill_store,
-    hash_records,
     pack_records,
 )
 from .stopping import StopRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..data.captioned_images import CaptionedImage
+from ..data.captioned_images import CaptionedImage, hash_records
 from ..data.vector_store_layout import StoreManifest
 from ..data.vector_store_writing import StoreWriter
 from ..encoding.fingerprint import fingerprint_vision
@@ -20,7 +20,6 @@ from .shard_work import (
     ExtractionReport,
     choose_device,
     fill_store,
-    hash_records,
     pack_records,
 )
 from .stopping import StopRequest

@@ -7,8 +7,6 @@ it in the same way. No process waits for another but to see the last shards done
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -92,15 +90,6 @@ def choose_device(arguments: ExtractionArguments) -> torch.device:
             PartialState(cpu=torch.device(arguments.device).type == "cpu")
         return torch.device(arguments.device)
     return torch.device(PartialState().device)
-
-
-def hash_records(records: Sequence[CaptionedImage]) -> str:
-    """SHA-256 of the names, keys, languages and texts of a data set, in its order."""
-    digest = hashlib.sha256()
-    for r in records:
-        line = json.dumps([r.name, r.key, r.lang, r.captions, r.long_captions])
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()
 
 
 def pack_records(

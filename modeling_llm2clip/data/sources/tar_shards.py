@@ -21,9 +21,8 @@ from typing import Any
 
 from ..captioned_images import CAPTION_FIELDS, RawRecord
 from ..faults import FaultCollector
-from ..pictures import TarPicture
+from ..pictures import PICTURE_SUFFIXES, TarPicture
 
-_PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 # What img2dataset writes beside caption and key.
 _DOWNLOAD_NOTES = frozenset(
     "url status error_message exif sha256 md5 width height original_width original_height".split()
@@ -101,7 +100,7 @@ def _add_member(
     """Take a member into its sample; returns its fault, which is empty for a good one."""
     if not member.isreg() or member.issparse():
         return "member is not a plain file"
-    if extension in _PICTURES:
+    if extension in PICTURE_SUFFIXES:
         picture = TarPicture(shard, member.name, member.offset_data, member.size)
         sample.pictures.append(picture)
         return ""

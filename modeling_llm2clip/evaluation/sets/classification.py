@@ -1,0 +1,126 @@
+"""Builds a classification set from what a reader found: class names, checks, exclusions, counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from .card import ReadRequest, SetCard
+from .intake import Intake
+from .schema import ClassificationSet
+
+
+@dataclass(frozen=True)
+class LabelledPictures:
+    """Pictures by class, as the publisher's files have them.
+
+    Attributes:
+        class_keys: what the publisher calls the classes, in the order of their labels.
+        names: the publisher's names of some or all of them, for prompts.
+        pictures: name, file and class of each picture.
+    """
+
+    class_keys: tuple[str, ...]
+    names: Mapping[str, str]
+    pictures: tuple[tuple[str, Path, str], ...]
+
+
+LabelledReader: TypeAlias = Callable[[ReadRequest, Intake], LabelledPictures]
+
+
+def build_classification_set(
+    card: SetCard,
+    request: ReadRequest,
+    intake: Intake,
+    *,
+    read: LabelledReader,
+    templates: tuple[str, ...],
+) -> ClassificationSet:
+    """Read the pictures, name the classes, and keep what has no fault.
+
+    A class whose name another class has too is a fault: no prompt can tell them apart.
+
+    Args:
+        templates: of the card, for a request that brings none.
+    Raises:
+        DataFaults: every fault, unless they are excluded.
+        ValueError: nothing is left, or pictures are not wanted.
+    """
+    if not request.require_pictures:
+        raise ValueError(f"{card.name} cannot be read without its pictures.")
+    found = read(request, intake)
+    names = _name_classes(found, request, intake)
+    in_use = [key for key in found.class_keys if key in names]
+    kept = [item for item in found.pictures if item[2] in names]
+    if request.check_pictures:
+        unreadable = intake.find_unreadable(
+            (file for _, file, _ in kept), show_progress=request.show_progress
+        )
+        kept = [item for item in kept if item[1] not in unreadable]
+    counts = {
+        "pictures": len(found.pictures) + intake.faults.counts.get("picture missing", 0),
+        "classes": len(found.class_keys),
+    }
+    intake.compare_counts(counts, card.published_counts(request.lang))
+    excluded = intake.finish()
+    if not kept:
+        raise ValueError(f"{intake.source}: no picture is left: {excluded}")
+    label_of = {key: label for label, key in enumerate(in_use)}
+    chosen = request.templates or templates
+    protocol = {
+        "set": card.name,
+        "lang": request.lang,
+        **card.protocol,
+        "pictures": len(kept),
+        "classes": len(in_use),
+        "published": card.published_counts(request.lang),
+        "class_names": "given" if request.class_names else "of the files",
+        "templates": len(chosen),
+        "excluded": excluded,
+        **intake.notes,
+    }
+    return ClassificationSet(
+        name=card.name,
+        pictures=tuple(file for _, file, _ in kept),
+        picture_names=tuple(name for name, _, _ in kept),
+        labels=tuple(label_of[key] for _, _, key in kept),
+        class_names=tuple(names[key] for key in in_use),
+        templates=tuple(chosen),
+        lang=request.lang,
+        protocol=protocol,
+    )
+
+
+def _name_classes(found: LabelledPictures, request: ReadRequest, intake: Intake) -> dict[str, str]:
+    """Class to name, without classes that have none or share theirs, which are faults."""
+    given = _names_by_class(found, request, intake)
+    names = {key: given.get(key, "").strip() for key in found.class_keys}
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    for key, name in names.items():
+        if not name:
+            intake.faults.add("class without a name", key)
+        elif name in shared:
+            intake.faults.add("class name repeated", f"{key}: {name}")
+    return {key: name for key, name in names.items() if name and name not in shared}
+
+
+def _names_by_class(
+    found: LabelledPictures, request: ReadRequest, intake: Intake
+) -> Mapping[str, str]:
+    """The user's names where there are any, else those of the files."""
+    chosen = request.class_names
+    if chosen is None:
+        return found.names
+    if isinstance(chosen, tuple):
+        if len(chosen) != len(found.class_keys):
+            raise ValueError(
+                f"{intake.source}: {len(chosen)} class names for {len(found.class_keys)} classes. "
+                "Give one for each, in the order of the class folders, or name the classes."
+            )
+        return dict(zip(found.class_keys, chosen, strict=True))
+    for key in chosen.keys() - set(found.class_keys):
+        intake.faults.add("class name for a class that is not there", key)
+    return chosen

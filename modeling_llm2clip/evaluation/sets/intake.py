@@ -1,0 +1,136 @@
+"""What is met while a set is read: its files, its faults, and what becomes of the faults.
+
+Without further word a fault stops the reading, all faults told at once. Where the user asked for
+it, faulty samples are left out instead, and every exclusion is counted in the set's protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...data.faults import FaultCollector
+from ...data.picture_checks import find_unreadable
+from ...data.pictures import Picture
+
+_HASHED_AT_ONCE = 2**20
+
+
+@dataclass
+class ReadingCache:
+    """What the languages of one folder share, and is then read and decoded once.
+
+    Attributes:
+        checked: pictures that are known to decode.
+        records: records of folders, by how they were read.
+    """
+
+    checked: set[Picture] = field(default_factory=set)
+    records: dict[Any, Any] = field(default_factory=dict)
+
+
+class Intake:
+    """Keeps the faults of one reading.
+
+    Attributes:
+        source: what is read, for messages.
+        exclude: whether faulty samples are left out instead of refused.
+        faults: what readers add to.
+        notes: further choices and counts for the protocol.
+        cache: what other readings of the same folder may use.
+    """
+
+    def __init__(
+        self, source: str, *, exclude: bool = False, cache: ReadingCache | None = None
+    ) -> None:
+        self.source = source
+        self.exclude = exclude
+        self.faults = FaultCollector()
+        self.notes: dict[str, Any] = {}
+        self.cache = cache or ReadingCache()
+        self._files: list[Path] = []
+
+    def find_file(self, folder: Path, *names: str, advice: str) -> Path:
+        """The first of these files that is there; names may lead into subfolders.
+
+        Raises: ValueError naming all of them.
+        """
+        for name in names:
+            if (folder / name).is_file():
+                return self.note_file(folder / name)
+        if not folder.exists():
+            raise ValueError(f"{self.source}: {folder} does not exist. {advice}")
+        raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
+
+    def note_file(self, file: Path) -> Path:
+        """Remember a file that the set is read from, so that its checksum is compared."""
+        self._files.append(file)
+        return file
+
+    def find_unreadable(
+        self, pictures: Iterable[Picture | None], *, show_progress: bool
+    ) -> set[Picture]:
+        """Decode the pictures that were not decoded yet; those that cannot be are faults."""
+        unchecked = {
+            picture: None for picture in pictures if picture and picture not in self.cache.checked
+        }
+        unreadable = find_unreadable(unchecked, show_progress=show_progress)
+        for fault in unreadable.values():
+            self.faults.add("picture unreadable", fault)
+        self.cache.checked.update(picture for picture in unchecked if picture not in unreadable)
+        return set(unreadable)
+
+    def compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
+        """Compare what was found, faulty or not, with what the publisher counts."""
+        for what, wanted in published.items():
+            if found[what] == wanted:
+                continue
+            if self.exclude:
+                differences = self.notes.setdefault("differences_from_published", {})
+                differences[what] = found[what] - wanted
+            else:
+                self.faults.add(
+                    f"wrong number of {what}",
+                    f"found {found[what]}, published {wanted}; get the files anew, or read a part "
+                    "on purpose with exclude_faults (--exclude-faults)",
+                )
+
+    def compare_checksums(self, published: Mapping[str, str]) -> None:
+        """Compare the files that were read with the digests that are published of them.
+
+        Args:
+            published: last part or parts of a file's path to `algorithm:digest`.
+        """
+        known = [
+            (name, file)
+            for file in self._files
+            for name in published
+            if file.as_posix().endswith(f"/{name}")
+        ]
+        for name, file in known:
+            algorithm, _, wanted = published[name].partition(":")
+            is_same = hash_file(file, algorithm) == wanted
+            self.notes.setdefault("checksums", {})[name] = "published" if is_same else "differs"
+            if not (is_same or self.exclude):
+                self.faults.add("file is not the published one", f"{name}: {algorithm} differs")
+
+    def finish(self) -> dict[str, int]:
+        """Raise the faults, or return how many samples were left out for which of them.
+
+        Raises: DataFaults with every fault, unless they are excluded.
+        """
+        if not self.exclude:
+            self.faults.raise_if_any(self.source)
+        return self.faults.counts
+
+
+def hash_file(file: Path, algorithm: str) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.new(algorithm)
+    with file.open("rb") as content:
+        while part := content.read(_HASHED_AT_ONCE):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""Reads pictures by class: one folder a class, or ImageNet as its publisher packs it for Kaggle.
+
+Class names of a file: one line a class, `<class> <name>`. ImageNet's own `LOC_synset_mapping.txt` has
+several names a class with commas between them, of which the first is taken.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ....data.pictures import PICTURE_SUFFIXES
+from ..card import ReadRequest
+from ..classification import LabelledPictures
+from ..intake import Intake
+from .text_files import read_lines
+
+SYNSETS = "LOC_synset_mapping.txt"
+SOLUTION = "LOC_val_solution.csv"
+NAMES = "class_names.txt"
+_KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
+
+
+def read_image_folder(request: ReadRequest, intake: Intake) -> LabelledPictures:
+    """Read a folder of class folders; without a file of names a folder's name is the class name."""
+    root = request.images or request.folder
+    pictures, keys = _walk_class_folders(root, intake)
+    names = {key: key.replace("_", " ") for key in keys}
+    if (request.folder / NAMES).is_file():
+        names = _read_names(intake.note_file(request.folder / NAMES), intake)
+    return LabelledPictures(keys, names, pictures)
+
+
+def read_imagenet(request: ReadRequest, intake: Intake) -> LabelledPictures:
+    """Read ImageNet's validation pictures, in class folders or flat with Kaggle's solution."""
+    names = {}
+    if request.class_names is None:
+        file = intake.find_file(
+            request.folder,
+            NAMES,
+            SYNSETS,
+            advice="Give class names (a file with `<synset> <name>` lines), or the publisher's "
+            f"{SYNSETS}.",
+        )
+        names = _read_names(file, intake)
+    if (request.folder / SOLUTION).is_file():
+        return _read_solution(request, intake, names)
+    root = request.images or request.folder / "val"
+    pictures, keys = _walk_class_folders(root, intake)
+    return LabelledPictures(keys, names, pictures)
+
+
+def _walk_class_folders(
+    root: Path, intake: Intake
+) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
+    """Every picture below the class folders, and the folders' names, both in their order."""
+    if not root.is_dir():
+        raise ValueError(f"{intake.source}: {root} is no folder. Give the folder of class folders.")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not folders:
+        raise ValueError(f"{intake.source}: {root} has no class folders. Put each class into one.")
+    pictures: list[tuple[str, Path, str]] = []
+    for folder in folders:
+        before = len(pictures)
+        for file in _list_files(folder):
+            name = file.relative_to(root).as_posix()
+            if file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES:
+                pictures.append((name, file, folder.name))
+            else:
+                intake.faults.add("not a picture", name)
+        if len(pictures) == before:
+            intake.faults.add("class folder without pictures", folder.name)
+    return tuple(pictures), tuple(folder.name for folder in folders)
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Files in the folder and below it, in order; those with a leading dot are the system's own."""
+    yield from sorted(
+        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
+    )
+
+
+def _read_names(file: Path, intake: Intake) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        key, *rest = line.split(maxsplit=1)[:2] if line.strip() else [""]
+        if not rest:
+            intake.faults.add("line without a class and its name", f"{file.name} line {number}")
+        elif key in names:
+            intake.faults.add("class named twice", f"{file.name} line {number}: {key}")
+        else:
+            names[key] = rest[0].partition(",")[0] if file.name == SYNSETS else rest[0]
+    return names
+
+
+def _read_solution(request: ReadRequest, intake: Intake, names: dict[str, str]) -> LabelledPictures:
+    images = request.images or request.folder / _KAGGLE_IMAGES
+    pictures: list[tuple[str, Path, str]] = []
+    file = intake.note_file(request.folder / SOLUTION)
+    with file.open(encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines), start=2):
+            place = f"{SOLUTION} line {number}"
+            name, label = row.get("ImageId"), (row.get("PredictionString") or "").split()
+            if not name or not label:
+                intake.faults.add("no 'ImageId' and 'PredictionString'", place)
+                continue
+            picture = images / f"{name}.JPEG"
+            if picture.is_file():
+                pictures.append((picture.name, picture, label[0]))
+            else:
+                intake.faults.add("picture missing", f"{place}: {picture.name}")
+    given = request.class_names if isinstance(request.class_names, Mapping) else names
+    # Labels are the places of the synsets in their sorted order, as in the publisher's list.
+    keys = tuple(sorted({*given, *(label for _, _, label in pictures)}))
+    return LabelledPictures(keys, names, tuple(sorted(pictures)))

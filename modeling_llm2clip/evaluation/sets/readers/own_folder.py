@@ -1,0 +1,92 @@
+"""Reads a folder of one's own, in any format of `data/captioned_sources.py`, and the emoji."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ....data.captioned_images import CaptionedImage
+from ....data.captioned_sources import CollectedRecord, collect_captioned, read_captioned
+from ....data.example_data import find_example_data
+from ....data.faults import FaultCollector
+from ....data.splits import choose_test_rows, hold_out
+from ..card import ReadRequest
+from ..intake import Intake
+from ..retrieval import Entry
+
+# What `llm2clip demo` holds out unless it is given another seed.
+EMOJI_SEED = 0
+
+
+def read_own_folder(request: ReadRequest, intake: Intake, *, long: bool = False) -> Iterator[Entry]:
+    """Yield the records of one language.
+
+    Faults of other languages stop the reading too, but are no exclusions of this one.
+
+    Args:
+        long: take `long_captions` in place of `captions`; a record without one is a fault.
+    """
+    for item in _collect(request, intake):
+        record = item.record
+        is_asked_for = record is None or record.lang == request.lang
+        if is_asked_for or not intake.exclude:
+            intake.faults.extend(item.faults)
+        if record is not None and is_asked_for:
+            yield Entry(
+                place=request.folder.name,
+                name=record.name,
+                captions=record.long_captions if long else record.captions,
+                picture=record.picture,
+                key=record.key,
+                is_sound=not item.faults.total,
+            )
+
+
+def find_own_languages(request: ReadRequest, intake: Intake) -> tuple[str, ...]:
+    """The languages of a folder, in the order in which they first come; its faults are told later.
+
+    Raises: ValueError for a folder that has no records.
+    """
+    languages = dict.fromkeys(
+        item.record.lang for item in _collect(request, intake) if item.record is not None
+    )
+    if not languages:
+        raise ValueError(f"{request.folder} has no records. Each picture needs one.")
+    return tuple(languages)
+
+
+def _collect(request: ReadRequest, intake: Intake) -> list[CollectedRecord]:
+    """Read the folder, once for all languages; faults that belong to no record come first."""
+    how = (request.folder, request.images, request.require_pictures, request.ignored_fields)
+    if how not in intake.cache.records:
+        stray = FaultCollector()
+        records = collect_captioned(
+            request.folder,
+            stray,
+            images=request.images,
+            require_pictures=request.require_pictures,
+            ignored_fields=request.ignored_fields,
+        )
+        intake.cache.records[how] = [CollectedRecord(None, stray), *records]
+    collected: list[CollectedRecord] = intake.cache.records[how]
+    return collected
+
+
+def read_emoji(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
+    """Yield one picture of each emoji that the demo holds out, with its name in one language."""
+    if "emoji" not in intake.cache.records:
+        intake.cache.records["emoji"] = read_captioned(find_example_data() / "emoji")
+    records: list[CaptionedImage] = intake.cache.records["emoji"]
+    english = [record for record in records if record.lang == "en"]
+    held_out = hold_out(english, seed=EMOJI_SEED)
+    tested = [english[row] for row in choose_test_rows(english, held_out)]
+    captions = {(record.name, record.lang): record.captions[:1] for record in records}
+    intake.notes["seed"] = EMOJI_SEED
+    for record in tested:
+        yield _entry_of(replace(record, captions=captions[record.name, request.lang]))
+
+
+def _entry_of(record: CaptionedImage) -> Entry:
+    return Entry(
+        "captions.jsonl", record.name, record.captions, picture=record.picture, key=record.key
+    )

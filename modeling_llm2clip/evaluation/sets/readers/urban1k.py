@@ -1,0 +1,52 @@
+"""Reads Urban1k: `caption/17.txt` describes `image/17.jpg`; the first line is the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ....data.pictures import PICTURE_SUFFIXES
+from ..card import ReadRequest
+from ..intake import Intake
+from ..retrieval import Entry
+
+
+def read_urban1k(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
+    """Yield one entry a name that has a caption or a picture, in the order of the numbers."""
+    root = next(
+        (r for r in (request.folder, request.folder / "Urban1k") if (r / "caption").is_dir()), None
+    )
+    if root is None:
+        raise ValueError(
+            f"{intake.source}: {request.folder} has no folder 'caption'. Unpack Urban1k.zip from "
+            "huggingface.co/datasets/BeichenZhang/Urban1k and give the folder that holds 'caption' "
+            "and 'image'."
+        )
+    captions = {file.stem: file for file in (root / "caption").glob("*.txt")}
+    images = request.images or root / "image"
+    pictures = _list_pictures(images)
+    num_longer = 0
+    for name in sorted(captions.keys() | pictures.keys(), key=_number_first):
+        lines = captions[name].read_text(encoding="utf-8").split("\n") if name in captions else []
+        num_longer += any(line.strip() for line in lines[1:])
+        yield Entry(
+            f"caption/{name}.txt",
+            f"{name}.jpg",
+            tuple(lines[:1]),
+            picture=pictures.get(name),
+        )
+    intake.notes["captions_cut_to_their_first_line"] = num_longer
+
+
+def _list_pictures(images: Path) -> dict[str, Path]:
+    if not images.is_dir():
+        return {}
+    return {
+        file.stem: file
+        for file in images.iterdir()
+        if file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES
+    }
+
+
+def _number_first(name: str) -> tuple[bool, int, str]:
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)

@@ -1,0 +1,177 @@
+"""The registry: every set by its name, what is known of it, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...data.example_data import find_example_data
+from .card import ReadRequest, SetCard
+from .cards import choices, classification, cross_lingual, long_captions, own, short_captions
+from .intake import Intake, ReadingCache
+from .readers.parquet import fetch_hub_folder
+from .schema import EvaluationSet
+
+_CARDS: dict[str, SetCard] = {
+    card.name: card
+    for card in (
+        *short_captions.CARDS,
+        *long_captions.CARDS,
+        *cross_lingual.CARDS,
+        *classification.CARDS,
+        *choices.CARDS,
+        *own.CARDS,
+    )
+}
+
+
+def list_sets() -> list[SetCard]:
+    """Every card, sorted by name."""
+    return [_CARDS[name] for name in sorted(_CARDS)]
+
+
+def find_set(name: str) -> SetCard:
+    """The card of a set.
+
+    Raises: ValueError for an unknown name, listing the known ones.
+    """
+    if name not in _CARDS:
+        raise ValueError(f"There is no set {name!r}. Known: {', '.join(sorted(_CARDS))}.")
+    return _CARDS[name]
+
+
+def find_languages(
+    name: str | SetCard,
+    folder: str | Path | None = None,
+    *,
+    ignored_fields: Collection[str] = (),
+    images: str | Path | None = None,
+    require_pictures: bool = True,
+    cache: ReadingCache | None = None,
+) -> tuple[str, ...]:
+    """The languages that a set has: as its card says, or as the folder has.
+
+    The arguments are those of `read_set`.
+    """
+    card = find_set(name) if isinstance(name, str) else name
+    if card.find_languages is None:
+        return card.languages
+    request = ReadRequest(
+        find_folder(card, folder),
+        images=_find_images(images),
+        ignored_fields=tuple(ignored_fields),
+        require_pictures=require_pictures,
+    )
+    return card.find_languages(request, Intake(card.name, cache=cache))
+
+
+def read_set(
+    name: str | SetCard,
+    folder: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    lang: str | None = None,
+    exclude_faults: bool = False,
+    require_pictures: bool = True,
+    check_pictures: bool = True,
+    class_names: Mapping[str, str] | Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    ignored_fields: Collection[str] = (),
+    show_progress: bool = False,
+    cache: ReadingCache | None = None,
+) -> EvaluationSet:
+    """Read a set as its publisher ships it; nothing is skipped that is not counted.
+
+    Args:
+        name: of a card, or a card of one's own.
+        folder: the publisher's files, or `hub:owner/name@commit` for Parquet files on the Hub;
+            None for a set that the package holds.
+        images: folder of the pictures, where they do not lie in `folder`.
+        lang: which language; needed where there are several.
+        exclude_faults: leave faulty samples out and count them in `protocol["excluded"]`, and take
+            other counts than the published ones, in `protocol["differences_from_published"]`.
+        require_pictures: False reads captions alone; then `pictures` is empty.
+        check_pictures: decode every picture now, not when a model waits for it.
+        class_names: of a classification: class to name, or names in the order of the classes.
+        templates: of a classification: prompts with one `{}`; default: the card's.
+        ignored_fields: of a folder of one's own: further fields, which are not used.
+        show_progress: show a bar while pictures are decoded.
+        cache: give the same one for every language of a folder, which is then read once, and its
+            pictures decoded once.
+    Raises:
+        DataFaults: every fault at once, and how many of each kind.
+        ValueError: an unknown name or language, a missing file, nothing left.
+    """
+    card = find_set(name) if isinstance(name, str) else name
+    place = find_folder(card, folder)
+    request = ReadRequest(
+        folder=place,
+        images=_find_images(images),
+        require_pictures=require_pictures,
+        check_pictures=check_pictures,
+        class_names=_freeze(class_names),
+        templates=None if templates is None else tuple(templates),
+        ignored_fields=tuple(ignored_fields),
+        show_progress=show_progress,
+    )
+    intake = Intake(f"{card.name} in {place}", exclude=exclude_faults, cache=cache)
+    intake.notes["source"] = _describe_source(card, folder)
+    return card.build(card, _choose_language(card, request, intake, lang), intake)
+
+
+def find_folder(card: SetCard, folder: str | Path | None) -> Path:
+    """The folder of a set, fetched where it lies on the Hub.
+
+    Raises: ValueError when it is missing, or given for a set that the package holds.
+    """
+    if card.is_embedded:
+        if folder is not None:
+            raise ValueError(f"{card.name} is in the package and takes no folder; got {folder}.")
+        return find_example_data()
+    if folder is None:
+        raise ValueError(
+            f"{card.name} needs a folder with {card.files}. Get it from {card.source}."
+        )
+    if str(folder).startswith("hub:"):
+        return fetch_hub_folder(str(folder))
+    if not Path(folder).exists():
+        raise ValueError(
+            f"{card.name}: {folder} does not exist. Give a folder with {card.files}, from "
+            f"{card.source}."
+        )
+    return Path(folder)
+
+
+def _find_images(images: str | Path | None) -> Path | None:
+    if images is not None and not Path(images).is_dir():
+        raise ValueError(f"images={str(images)!r} is no folder. Give the pictures' folder.")
+    return None if images is None else Path(images)
+
+
+def _freeze(
+    class_names: Mapping[str, str] | Sequence[str] | None,
+) -> Mapping[str, str] | tuple[str, ...] | None:
+    if class_names is None or isinstance(class_names, Mapping):
+        return class_names
+    return tuple(class_names)
+
+
+def _choose_language(
+    card: SetCard, request: ReadRequest, intake: Intake, lang: str | None
+) -> ReadRequest:
+    """Settle the language, which may only be left open where there is one."""
+    languages = card.languages
+    if card.find_languages is not None:
+        languages = card.find_languages(request, intake)
+    if lang is None and len(languages) > 1:
+        raise ValueError(f"{card.name} has several languages. Choose one: {', '.join(languages)}.")
+    if languages and lang is not None and lang not in languages:
+        raise ValueError(f"{card.name} has no language {lang!r}. It has {', '.join(languages)}.")
+    return replace(request, lang=lang or (languages or ("en",))[0])
+
+
+def _describe_source(card: SetCard, folder: str | Path | None) -> str:
+    if card.is_embedded:
+        return "package"
+    return str(folder) if str(folder).startswith("hub:") else "files"

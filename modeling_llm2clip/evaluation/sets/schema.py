@@ -1,0 +1,205 @@
+"""What a set is once it is read: pictures, texts, and what belongs to what, in plain tuples.
+
+A set knows no model. It carries its `protocol`: every choice that was made on the way from the
+publisher's files, as values that JSON can hold, so that a score never stands without them. Keys
+that every protocol has:
+
+| key | meaning |
+| --- | --- |
+| `set`, `split`, `lang` | which part of which data set |
+| `source`, `revision` | the folder or the hub's name, and its pinned revision or null |
+| `pictures`, `captions` (or `items`, `classes`) | counts of what is in the set |
+| `published` | the counts that the publisher gives, or null where none are known |
+| `texts` | how a text was taken from its field |
+| `excluded` | kind of fault to how many were left out; empty unless that was asked for |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from ...data.caption_groups import CaptionGroup
+from ...data.pictures import Picture
+from ..metrics.correspondence import Correspondence
+
+ChoiceForm: TypeAlias = Literal["picture", "pictures", "text"]
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Pictures and captions that look for each other.
+
+    Attributes:
+        name: as in the registry.
+        pictures: where they lie; empty when the set was read, or is published, without them.
+        picture_names: one a picture, all different; there even when the pictures are not.
+        captions: one line each; a text may stand twice, for two pictures.
+        correspondence: which caption belongs to which picture.
+        lang: language of the captions, BCP 47.
+        protocol: every choice that was made; see the top of this file.
+    """
+
+    name: str
+    pictures: tuple[Picture, ...]
+    picture_names: tuple[str, ...]
+    captions: tuple[str, ...]
+    correspondence: Correspondence
+    lang: str
+    protocol: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        found = (self.correspondence.num_images, self.correspondence.num_texts)
+        wanted = (len(self.picture_names), len(self.captions))
+        if found != wanted:
+            raise ValueError(
+                f"{self.name}: the correspondence is of {found[0]} pictures and {found[1]} "
+                f"captions, the set has {wanted[0]} and {wanted[1]}."
+            )
+        _check_pictures(self.name, self.pictures, self.picture_names)
+
+    def group_captions(self) -> list[CaptionGroup]:
+        """The captions of each picture, in the set's order: what a text encoder alone is asked."""
+        captions: list[list[str]] = [[] for _ in self.picture_names]
+        pairs = zip(
+            self.correspondence.image_of_pair.tolist(),
+            self.correspondence.text_of_pair.tolist(),
+            strict=True,
+        )
+        for image, text in sorted(pairs):
+            captions[image].append(self.captions[text])
+        return [
+            CaptionGroup(name, tuple(texts))
+            for name, texts in zip(self.picture_names, captions, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ClassificationSet:
+    """Pictures of which each belongs to one class.
+
+    Attributes:
+        name: as in the registry.
+        pictures: where they lie; at least one.
+        picture_names: one a picture, all different.
+        labels: one a picture: the row of its class in `class_names`.
+        class_names: as they stand in a prompt; all different.
+        templates: prompts with one `{}` where the class name goes.
+        lang: language of class names and templates, BCP 47.
+        protocol: every choice that was made; see the top of this file.
+    """
+
+    name: str
+    pictures: tuple[Picture, ...]
+    picture_names: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    lang: str
+    protocol: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _check_pictures(self.name, self.pictures, self.picture_names)
+        if not len(self.pictures) == len(self.labels) > 0:
+            raise ValueError(
+                f"{self.name}: {len(self.pictures)} pictures and {len(self.labels)} labels; there "
+                "must be one label a picture, and at least one."
+            )
+        if not (min(self.labels) >= 0 and max(self.labels) < len(self.class_names)):
+            raise ValueError(
+                f"{self.name}: labels from {min(self.labels)} to {max(self.labels)} do not fit "
+                f"{len(self.class_names)} classes, counted from 0."
+            )
+        if repeated := find_repeated(self.class_names):
+            raise ValueError(
+                f"{self.name}: class names repeat: {repeated[:5]}. A picture of one could not be "
+                "told from one of the other; give each class a name of its own."
+            )
+        broken = [text for text in self.templates if text.count("{}") != 1]
+        if broken or not self.templates:
+            raise ValueError(
+                f"{self.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
+            )
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """One question of a compositional set.
+
+    Attributes:
+        name: what it is called within the set.
+        category: what was changed between the two captions; scores are also told for each.
+        captions: two texts. In form `pictures` the first belongs to the first picture, the second
+            to the second; in the other forms the first is true and the second is false.
+        pictures: two in form `pictures`, one in form `picture`, none in form `text`.
+        anchor: in form `text`, another true caption of the same picture, which stands for it.
+    """
+
+    name: str
+    category: str
+    captions: tuple[str, str]
+    pictures: tuple[Picture, ...] = ()
+    anchor: str | None = None
+
+
+_NUM_PICTURES: Mapping[ChoiceForm, int] = {"picture": 1, "pictures": 2, "text": 0}
+
+
+@dataclass(frozen=True)
+class ChoiceSet:
+    """Questions that only a model which reads word order and relations answers.
+
+    Attributes:
+        name: as in the registry.
+        form: `picture`: one picture, a true and a false caption (SugarCrepe); `pictures`: two of
+            each (Winoground); `text`: a caption of the picture in place of the picture.
+        items: at least one.
+        lang: language of the captions, BCP 47.
+        protocol: every choice that was made; see the top of this file.
+    """
+
+    name: str
+    form: ChoiceForm
+    items: tuple[ChoiceItem, ...]
+    lang: str
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.form not in _NUM_PICTURES:
+            raise ValueError(f"{self.name}: form={self.form!r} is none of {list(_NUM_PICTURES)}.")
+        if not self.items:
+            raise ValueError(f"{self.name}: there are no items.")
+        wanted = (_NUM_PICTURES[self.form], self.form == "text")
+        for item in self.items:
+            if (len(item.pictures), item.anchor is not None) != wanted:
+                raise ValueError(
+                    f"{self.name}: item {item.name} has {len(item.pictures)} pictures and anchor "
+                    f"{item.anchor!r}; form {self.form!r} has {wanted[0]} pictures and "
+                    f"{'an' if wanted[1] else 'no'} anchor."
+                )
+
+
+EvaluationSet: TypeAlias = RetrievalSet | ClassificationSet | ChoiceSet
+
+
+def find_repeated(names: tuple[str, ...]) -> list[str]:
+    """The names that stand there more than once, each once, in their order."""
+    seen: set[str] = set()
+    repeated: dict[str, None] = {}
+    for name in names:
+        if name in seen:
+            repeated[name] = None
+        seen.add(name)
+    return list(repeated)
+
+
+def _check_pictures(
+    set_name: str, pictures: tuple[Picture, ...], picture_names: tuple[str, ...]
+) -> None:
+    if pictures and len(pictures) != len(picture_names):
+        raise ValueError(
+            f"{set_name}: {len(pictures)} pictures and {len(picture_names)} names of pictures."
+        )
+    if repeated := find_repeated(picture_names):
+        raise ValueError(f"{set_name}: names of pictures repeat: {repeated[:5]}.")
