@@ -148,9 +148,7 @@ def test_a_file_of_another_run_is_refused_with_what_differs(
         evaluate(replace(chosen, models=(ModelChoice(models("siglip"), name="clip"),)))
 
 
-def test_other_captions_in_as_many_lines_are_another_run(
-    models: Any, tmp_path: Path
-) -> None:
+def test_other_captions_in_as_many_lines_are_another_run(models: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
     chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("cra",))
     evaluate(chosen)
