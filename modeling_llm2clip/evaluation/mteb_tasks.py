@@ -30,6 +30,8 @@ class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
     Raises: ValueError for a set without pictures, or in a language whose code mteb does not know.
     """
 
+    data_loaded: bool = False  # read and set by mteb too
+
     def __init__(self, data: RetrievalSet, *, from_images: bool, **arguments: Any) -> None:
         if not data.pictures:
             raise ValueError(
