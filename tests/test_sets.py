@@ -267,7 +267,7 @@ def test_parquet_of_a_hub_is_read_at_its_commit_from_the_cache(
     features = datasets.Features(
         image=datasets.Image(),
         image_id=datasets.Value("string"),
-        captions=datasets.List(datasets.Value("string")),
+        captions=datasets.Sequence(datasets.Value("string")),
     )
     for lang in ("de", "en"):
         rows = [
@@ -288,6 +288,30 @@ def test_parquet_of_a_hub_is_read_at_its_commit_from_the_cache(
         read_set(card, f"hub:mteb/xm3600@{'6' * 40}", lang="de")
     with pytest.raises(ValueError, match="pins no commit"):
         read_set(card, "hub:mteb/xm3600@main", lang="de")
+
+
+def test_of_flickr30k_as_parquet_the_test_split_is_read(tmp_path: Path) -> None:
+    features = datasets.Features(
+        image=datasets.Image(),
+        caption=datasets.Sequence(datasets.Value("string")),
+        split=datasets.Value("string"),
+        filename=datasets.Value("string"),
+    )
+    rows = [
+        {
+            "image": Image.new("RGB", (8, 8), "red"),
+            "caption": captions_of(number),
+            "split": split,
+            "filename": f"{number}.jpg",
+        }
+        for number, split in enumerate(("test", "train", "test"))
+    ]
+    (tmp_path / "TEST" / "test").mkdir(parents=True)
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(tmp_path / "TEST" / "test" / "0000.parquet")
+    found = read_retrieval("flickr30k", tmp_path, {"pictures": 2, "captions": 10})
+    assert captions_by_picture(found) == {"0.jpg": captions_of(0), "2.jpg": captions_of(2)}
+    assert [picture.row for picture in found.pictures] == [0, 2]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("write", [write_imagenet, write_imagenet_of_kaggle])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -377,3 +378,30 @@ def test_a_request_that_cannot_be_met_says_what_can(
     write_coco_official(tmp_path)
     with pytest.raises(ValueError, match=message):
         read_set(name, **{"folder": tmp_path, **options})
+
+
+def write_winoground_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def test_parquet_that_is_broken_or_lacks_a_column_or_a_picture_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    picture = {"bytes": b"no picture", "path": None}
+    row = {"id": 0, "image_0": picture, "caption_0": "one", "caption_1": "two"}
+    lacking = write_winoground_rows(tmp_path / "lacking", [row])
+    assert faults_of(tiny_card("winoground"), lacking) == {"picture missing": 1}
+    unreadable = write_winoground_rows(tmp_path / "unreadable", [{**row, "image_1": picture}])
+    assert faults_of(tiny_card("winoground"), unreadable) == {"picture unreadable": 2}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "en-0.parquet").write_bytes(b"PAR1")
+    told = {"not a Parquet file, or broken": 1}
+    assert faults_of(tiny_card("xm3600"), tmp_path / "broken", lang="en") == told
+    (tmp_path / "broken" / "en-0.parquet").unlink()
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "broken" / "en-0.parquet")
+    assert faults_of(tiny_card("xm3600"), tmp_path / "broken", lang="en") == {
+        "no column captions, image, image_id": 1
+    }
