@@ -52,7 +52,8 @@ def bootstrap_mean(
         clusters = torch.arange(len(values))
     elif clusters.shape != values.shape:
         raise ValueError(
-            f"clusters {tuple(clusters.shape)} and values {tuple(values.shape)} differ."
+            f"clusters {tuple(clusters.shape)} must name one cluster for each of the "
+            f"{len(values)} values."
         )
     numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
     sums = torch.zeros(len(sizes), dtype=torch.float64)
