@@ -64,6 +64,7 @@ def main() -> None:
             models=tuple(models),
             data=(DataChoice("emoji"),),
             tasks=("cross-lingual",),
+            languages=tuple(arguments.languages),
             output=work / "emoji",
             encoder=settings,
         )
@@ -105,12 +106,13 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="what llm2clip demo wrote")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 400], help="of the baseline")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 300], help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--long-captions", type=Path, help="captioned data, its pictures unused")
     parser.add_argument("--long-name", default="the long captions given", help="public name")
     parser.add_argument("--most-captions", type=int, default=400, help="of the long ones")
     parser.add_argument("--most-pictures", type=int, help="to train on; for a quick try")
+    parser.add_argument("--languages", nargs="+", default=[], help="for a quick try; default: all")
     parser.add_argument("--work", type=Path, help="folder of models and results; kept")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "evaluation.json")
