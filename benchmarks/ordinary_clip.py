@@ -30,6 +30,7 @@ from modeling_llm2clip.training.optimization import split_by_decay, warm_up_then
 
 _LARGEST_SCALE = 100.0
 _TEXTS_AT_A_TIME = 64
+_ROUNDING = 1e-4  # sums of float32 in another order, over a few layers
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def train_ordinary_clip(
     keys = torch.tensor([numbers[record.key] for record in records])
     tokenizer = open_clip.SimpleTokenizer()
     texts = [tokenizer(list_training_texts(record)) for record in records]
+    _require_same_vectors(model, torch.cat(texts[:16]))
     losses = []
     for rows, ids in tqdm(_draw(texts, arguments), total=arguments.steps, unit=" steps"):
         image_embeds = F.normalize(model.visual.head(features[rows]), dim=-1)
@@ -160,9 +162,27 @@ def _encode_trimmed(model: Any, ids: Tensor) -> Tensor:
     """
     lengths = (ids != 0).sum(dim=1)
     order = lengths.argsort()
-    pieces = [model.encode_text(ids[rows, : int(lengths[rows].max())])
-              for rows in order.split(_TEXTS_AT_A_TIME)]  # fmt: skip
+    pieces = [
+        _encode_texts(model.text, ids[rows, : int(lengths[rows].max())])
+        for rows in order.split(_TEXTS_AT_A_TIME)
+    ]
     return torch.cat(pieces)[order.argsort()]
+
+
+def _encode_texts(text: Any, ids: Tensor) -> Tensor:
+    """What open_clip's text tower computes, for fewer positions than it has."""
+    length = ids.shape[1]
+    hidden = text.token_embedding(ids) + text.positional_embedding[:length]
+    hidden = text.transformer(hidden, attn_mask=text.attn_mask[:length, :length])
+    ends = ids.argmax(dim=1)  # the end has the largest id
+    return text.ln_final(hidden)[torch.arange(len(ids)), ends] @ text.text_projection
+
+
+@torch.no_grad()
+def _require_same_vectors(model: Any, ids: Tensor) -> None:
+    difference = float((_encode_trimmed(model, ids) - model.encode_text(ids)).abs().max())
+    if difference > _ROUNDING:
+        raise RuntimeError(f"Texts without padding are encoded otherwise, by {difference:.1e}.")
 
 
 @torch.no_grad()

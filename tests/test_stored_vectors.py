@@ -19,7 +19,9 @@ from modeling_llm2clip.data.named_vectors import (
     side_file,
     write_named_vectors,
 )
+from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
+from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.caption_extraction import extract_captions
 from modeling_llm2clip.training.picture_extraction import extract_pictures
 from modeling_llm2clip.training.shard_work import ExtractionArguments
@@ -143,6 +145,22 @@ def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -
         open_encoder(root / "stores" / "captions")
     with pytest.raises(ValueError, match=r"extracted from another data set.*8 items, here 7"):
         open_encoder(root / "stores" / "captions", records=records[1:])
+
+
+def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
+    root, model, _ = extracted
+    stores = ModelChoice(str(root / "stores"), extracted_from=str(root / "data"), head=str(model))
+    stored, ours = evaluate(
+        EvaluationArguments(
+            models=(stores, ModelChoice(str(model))),
+            data=(DataChoice("folder", str(root / "data")),),
+            tasks=("retrieval",),
+            output=tmp_path,
+        )
+    )
+    assert stored.scores == ours.scores
+    assert stored.protocol["model"]["kind"] == "vectors"
+    assert stored.counts["texts_cut"] is None
 
 
 def test_a_head_that_did_not_make_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:
