@@ -34,7 +34,6 @@ from ordinary_clip import (
 from provenance import describe_processor, read_commit
 from transformers import AutoModel
 
-from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.splits import hold_out
 from modeling_llm2clip.demo.real_parts import EFFICIENTNET, fetch_real_part
 from modeling_llm2clip.demo.run import DemoArguments, read_pictures
@@ -53,6 +52,9 @@ def main() -> None:
     arguments = _parse()
     started = time.monotonic()
     work = arguments.work or Path(tempfile.mkdtemp())
+    long_data = None
+    if arguments.long_captions is not None:
+        long_data = _shorten(arguments.long_captions, work / "long", arguments.most_captions)
     models = [ModelChoice(str(arguments.model), OURS)]
     training: dict[str, Any] = {}
     for name, folder, trained in _train_baselines(arguments, work):
@@ -69,9 +71,7 @@ def main() -> None:
             encoder=settings,
         )
     )
-    long_data = None
-    if arguments.long_captions is not None:
-        long_data = _shorten(arguments.long_captions, work / "long", arguments.most_captions)
+    if long_data is not None:
         results += evaluate(
             EvaluationArguments(
                 models=tuple(models),
@@ -108,7 +108,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="what llm2clip demo wrote")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 400], help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--long-captions", type=Path, help="captioned data, its pictures unused")
+    parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
     parser.add_argument("--long-name", default="the long captions given", help="public name")
     parser.add_argument("--most-captions", type=int, default=400, help="of the long ones")
     parser.add_argument("--most-pictures", type=int, help="to train on; for a quick try")
@@ -146,14 +146,14 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
 
 def _shorten(source: Path, folder: Path, most: int) -> Path:
     """Write the first captions as data of their own: encoding all may take an hour."""
-    records = read_captioned(source, require_pictures=False)
-    texts = [text for record in records for text in (*record.captions, *record.long_captions)]
+    lines = source.read_text(encoding="utf-8").splitlines()
+    texts = [text for line in lines for text in json.loads(line)["captions"]]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
+    chosen = [
         json.dumps({"image": f"{number}.png", "captions": [text]}, ensure_ascii=False)
         for number, text in enumerate(texts[:most])
     ]
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "captions.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
     return folder
 
 
