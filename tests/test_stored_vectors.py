@@ -139,6 +139,17 @@ def test_a_caption_store_alone_needs_no_head(extracted: Any) -> None:
     assert encoder.describe().text == {"stored_as": "stores", "dtype": "float32", "width": 32}
 
 
+def test_stored_pictures_and_captions_are_not_compared_without_a_head(extracted: Any) -> None:
+    # Both towers of this model are 32 wide, so that nothing else would stop it.
+    root, _, records = extracted
+    encoder = open_encoder(root / "stores", records=records)
+    assert encoder.describe().pictures is None
+    with pytest.raises(ValueError, match=r"no vectors of pictures.*need the model's head"):
+        encoder.encode_pictures([None], names=[records[0].name])
+    with pytest.raises(ValueError, match=r"pictures as the tower gave them.*--head"):
+        open_encoder(root / "stores" / "pictures", records=records)
+
+
 def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -> None:
     root, _, records = extracted
     with pytest.raises(ValueError, match=r"do not say which text has which row.*--extracted-from"):

@@ -70,7 +70,14 @@ def _read_sets(
 ) -> tuple[EvaluationSet, ...]:
     languages: tuple[str | None, ...] = arguments.languages or (None,)
     if task.languages and not arguments.languages:
-        languages = find_languages(data.name, data.folder, ignored_fields=arguments.ignored_fields)
+        languages = find_languages(
+            data.name,
+            data.folder,
+            images=data.images,
+            require_pictures=_wants_pictures(task, data, arguments),
+            ignored_fields=arguments.ignored_fields,
+            cache=cache,
+        )
     if not task.languages and len(languages) > 1:
         raise ValueError(
             f"The task {task.name} takes one language at a time, got {list(languages)}. Run it "
