@@ -354,6 +354,11 @@ def test_pictures_of_one_key_share_their_captions_each_text_once(tmp_path: Path)
         "b.jpg": ["a cat", "one cat"],
         "c.jpg": ["a dog"],
     }
+    # To a text encoder the two cats are one thing, not two that say the same.
+    assert [group.captions for group in found.group_captions()] == [
+        ("a cat", "one cat"),
+        ("a dog",),
+    ]
     long = read_set("folder-long", tmp_path, lang="en")
     assert isinstance(long, RetrievalSet)
     assert long.captions == ("A cat, seen from afar.", "A cat, seen from near.", "A dog.")

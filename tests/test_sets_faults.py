@@ -22,6 +22,7 @@ from published_sets import (
     write_imagenet_of_kaggle,
     write_json,
     write_json_lines,
+    write_karpathy_original,
     write_multi30k,
     write_own_folder,
     write_pictures,
@@ -158,6 +159,15 @@ def test_whatever_is_excluded_captions_stay_with_their_picture(
     assert "differences_from_published" not in found.protocol
 
 
+def test_a_split_that_is_none_of_karpathys_is_told(tmp_path: Path) -> None:
+    folder = write_karpathy_original(tmp_path)
+    content = json.loads((folder / "dataset_coco.json").read_text(encoding="utf-8"))
+    content["images"][1]["split"] = "tset"
+    write_json(folder / "dataset_coco.json", content)
+    card = tiny_card("coco", pictures=1, captions=5)
+    assert faults_of(card, folder) == {"no split, or an unknown one": 1}
+
+
 def test_captions_alone_need_no_pictures(tmp_path: Path) -> None:
     folder = write_coco_test(tmp_path)
     for name in COCO_NAMES:
@@ -176,12 +186,13 @@ def test_an_urban1k_picture_without_its_caption_and_the_other_way_round(tmp_path
     (folder / "caption" / "3.txt").unlink()
     (folder / "image" / "4.jpg").unlink()
     (folder / "caption" / "5.txt").write_text("\nSecond line only.", encoding="utf-8")
-    card = tiny_card("urban1k", pictures=10, captions=9)
-    wanted = {"no caption": 1, "picture missing": 1, "blank caption": 1}
+    (folder / "caption" / "6.txt").write_bytes("Straße".encode("latin-1"))
+    card = tiny_card("urban1k", pictures=10, captions=8)
+    wanted = {"no caption": 1, "picture missing": 1, "blank caption": 1, "not UTF-8": 1}
     assert faults_of(card, folder) == wanted
     found = read_set(card, folder, exclude_faults=True)
     assert isinstance(found, RetrievalSet)
-    assert found.picture_names == tuple(f"{n}.jpg" for n in (1, 2, 6, 7, 8, 9, 10))
+    assert found.picture_names == tuple(f"{n}.jpg" for n in (1, 2, 7, 8, 9, 10))
     assert found.protocol["excluded"] == wanted
 
 
@@ -233,6 +244,7 @@ def test_class_names_that_repeat_are_told_or_their_classes_left_out(tmp_path: Pa
     assert isinstance(found, ClassificationSet)
     assert (found.class_names, found.labels) == (("tench",), (0, 0))
     assert found.protocol["excluded"] == {"class name repeated": 2}
+    assert found.protocol["pictures_of_excluded_classes"] == 4
     names = {"n01440764": "crane (bird)", "n01443537": "crane (machine)", "n01484850": "tench"}
     named = read_set(card, folder, class_names=names)
     assert isinstance(named, ClassificationSet)
@@ -259,6 +271,20 @@ def test_class_names_in_order_must_be_as_many_as_classes(tmp_path: Path) -> None
     folder = write_imagenet(tmp_path / "imagenet")
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         read_set("image-folder", folder / "val", class_names=["tench", "goldfish"])
+
+
+def test_class_names_of_another_language_need_templates_of_it(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    card = tiny_card("imagenet", pictures=6, classes=3)
+    names = ["Schleie", "Goldfisch", "Weißer Hai"]
+    with pytest.raises(ValueError, match="imagenet has no language 'de'"):
+        read_set(card, folder, lang="de")
+    with pytest.raises(ValueError, match=r"templates of the card are English, lang is 'de'"):
+        read_set(card, folder, lang="de", class_names=names)
+    templates = ["ein Foto von: {}"]
+    found = read_set(card, folder, lang="de", class_names=names, templates=templates)
+    assert found.lang == found.protocol["lang"] == "de"
+    assert found.protocol["templates_from"] == "given"
 
 
 def test_a_missing_picture_of_kaggles_list_is_no_wrong_count(tmp_path: Path) -> None:

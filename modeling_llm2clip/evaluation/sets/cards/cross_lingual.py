@@ -93,6 +93,8 @@ CARDS = (
             build_retrieval_set,
             read=partial(read_either, columns=_XM3600_COLUMNS, other=read_xm3600),
         ),
+        # Each language has the pictures in it once more.
+        hub_files="*/{lang}-*.parquet",
     ),
     _multi30k("test_2016_flickr", 2016, ("en", "de", "fr", "cs")),
     _multi30k("test_2017_flickr", 2017, ("en", "de", "fr")),

@@ -36,8 +36,8 @@ class Columns:
     files: str = "**/*.parquet"
 
 
-def fetch_hub_folder(reference: str) -> Path:
-    """Fetch the Parquet files of `hub:owner/name@commit`, or find them in the cache.
+def fetch_hub_folder(reference: str, pattern: str) -> Path:
+    """Fetch the files of `hub:owner/name@commit` that a pattern names, or find them in the cache.
 
     Raises: ValueError for a reference that does not pin a commit, and when it cannot be fetched.
     """
@@ -55,7 +55,7 @@ def fetch_hub_folder(reference: str) -> Path:
             match["name"],
             revision=match["revision"],
             repo_type="dataset",
-            allow_patterns=["*.parquet"],
+            allow_patterns=[pattern],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
