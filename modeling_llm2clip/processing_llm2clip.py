@@ -191,6 +191,8 @@ def _open_picture(path: str) -> Image.Image:
         raise ValueError(f"{path}: not a picture that Pillow reads, or empty.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error} Shrink the picture first.") from error
+    except OSError as error:  # cut off within its header
+        raise ValueError(f"{path}: cannot be read ({error}).") from error
     with image:
         return _decode(image, path)
 

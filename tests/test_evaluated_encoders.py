@@ -92,6 +92,19 @@ def test_the_batch_size_moves_no_rank(kind: str, models: Any, pictures: list[Pat
     assert ranks[0][0].unique().numel() > 1  # not all tied
 
 
+@pytest.mark.gpu
+@every_dual_kind
+def test_the_device_moves_no_rank(kind: str, models: Any, pictures: list[Path]) -> None:
+    own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
+    ranks = []
+    for device in ("cpu", "cuda"):
+        settings = EncoderSettings(device=device, dtype="float32")
+        texts, images = encode(open_encoder(models(kind), settings), pictures)
+        found = rank_both_ways(images, texts, own)
+        ranks.append((found.image_to_text.best_ranks, found.text_to_image.best_ranks))
+    assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+
+
 @every_kind
 def test_equal_inputs_have_equal_vectors_whatever_the_batch(kind: str, models: Any) -> None:
     texts = [TEXTS[0], *TEXTS, TEXTS[0]]

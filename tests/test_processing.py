@@ -302,6 +302,9 @@ def save_broken(folder: Path, kind: str) -> Path:
     if kind == "truncated":
         draw_noise().save(path)
         path.write_bytes(path.read_bytes()[:-800])
+    elif kind == "headless":
+        draw_noise().save(path)
+        path.write_bytes(path.read_bytes()[:300])
     elif kind == "empty":
         path.touch()
     elif kind == "text":
@@ -311,6 +314,7 @@ def save_broken(folder: Path, kind: str) -> Path:
 
 BROKEN = {
     "truncated": "the picture is truncated or corrupt",
+    "headless": "cannot be read",
     "empty": "not a picture that Pillow reads, or empty",
     "text": "not a picture that Pillow reads",
     "missing": "no such picture",

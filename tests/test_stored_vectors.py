@@ -19,7 +19,9 @@ from modeling_llm2clip.data.named_vectors import (
     side_file,
     write_named_vectors,
 )
+from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
+from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.caption_extraction import extract_captions
 from modeling_llm2clip.training.picture_extraction import extract_pictures
 from modeling_llm2clip.training.shard_work import ExtractionArguments
@@ -137,12 +139,39 @@ def test_a_caption_store_alone_needs_no_head(extracted: Any) -> None:
     assert encoder.describe().text == {"stored_as": "stores", "dtype": "float32", "width": 32}
 
 
+def test_stored_pictures_and_captions_are_not_compared_without_a_head(extracted: Any) -> None:
+    # Both towers of this model are 32 wide, so that nothing else would stop it.
+    root, _, records = extracted
+    encoder = open_encoder(root / "stores", records=records)
+    assert encoder.describe().pictures is None
+    with pytest.raises(ValueError, match=r"no vectors of pictures.*need the model's head"):
+        encoder.encode_pictures([None], names=[records[0].name])
+    with pytest.raises(ValueError, match=r"pictures as the tower gave them.*--head"):
+        open_encoder(root / "stores" / "pictures", records=records)
+
+
 def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -> None:
     root, _, records = extracted
     with pytest.raises(ValueError, match=r"do not say which text has which row.*--extracted-from"):
         open_encoder(root / "stores" / "captions")
     with pytest.raises(ValueError, match=r"extracted from another data set.*8 items, here 7"):
         open_encoder(root / "stores" / "captions", records=records[1:])
+
+
+def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
+    root, model, _ = extracted
+    stores = ModelChoice(str(root / "stores"), extracted_from=str(root / "data"), head=str(model))
+    stored, ours = evaluate(
+        EvaluationArguments(
+            models=(stores, ModelChoice(str(model))),
+            data=(DataChoice("folder", str(root / "data")),),
+            tasks=("retrieval",),
+            output=tmp_path,
+        )
+    )
+    assert stored.scores == ours.scores
+    assert stored.protocol["model"]["kind"] == "vectors"
+    assert stored.counts["texts_cut"] is None
 
 
 def test_a_head_that_did_not_make_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def _add_data_flags(group: Any) -> None:
     )
     group.add_argument("--languages", nargs="+", default=[], help="of sets in several languages")
     group.add_argument(
+        "--captions-only", action="store_true", help="read no pictures; for text encoders alone"
+    )
+    group.add_argument(
         "--exclude-faults", action="store_true", help="leave faulty samples out, and count them"
     )
     group.add_argument(
@@ -142,6 +145,7 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         tasks=tuple(arguments.tasks),
         output=arguments.output,
         languages=tuple(arguments.languages),
+        captions_only=arguments.captions_only,
         exclude_faults=arguments.exclude_faults,
         check_pictures=arguments.check_pictures,
         class_names=_read_lines(arguments.class_names),

@@ -121,7 +121,8 @@ def collect_captioned(
     pictures = _find_pictures(found, images, required=require_pictures)
     records: list[CollectedRecord] = []
     seen: set[tuple[str, str]] = set()
-    own = FaultCollector()
+    # Records without faults share one collector, which nothing is added to.
+    nothing, own = FaultCollector(), FaultCollector()
     for raw in _read_raw(found, faults):
         record = build_record(
             raw,
@@ -134,8 +135,8 @@ def collect_captioned(
             if (record.name, record.lang) in seen:
                 own.add("picture and language repeated", raw.place)
             seen.add((record.name, record.lang))
-        records.append(CollectedRecord(record, own))
-        if own.total:  # records without faults share an empty collector
+        records.append(CollectedRecord(record, own if own.total else nothing))
+        if own.total:
             own = FaultCollector()
     return records
 

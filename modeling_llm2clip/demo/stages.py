@@ -44,7 +44,7 @@ class EncodedPictures:
         return [i for i, r in enumerate(self.records) if (r.key in keys) == inside]
 
 
-def _texts_of(record: CaptionedImage) -> list[str]:
+def list_training_texts(record: CaptionedImage) -> list[str]:
     """The captions as they are, and once more with the picture's keywords behind the first."""
     texts = list(record.captions)
     if record.keywords:
@@ -70,7 +70,8 @@ def encode_records(
         vision_embeds = encode_pictures(model, processor, paths, show_progress=True)
     rows: dict[str, int] = {}
     captions_of_picture = [
-        [rows.setdefault(text, len(rows)) for text in _texts_of(record)] for record in records
+        [rows.setdefault(text, len(rows)) for text in list_training_texts(record)]
+        for record in records
     ]
     print(f"Encoding {len(rows)} captions …", flush=True)
     captions = encode_captions(model, processor, list(rows), show_progress=True)

@@ -71,6 +71,7 @@ class EvaluationArguments:
         tasks: names; empty for what suits each set.
         output: folder of the results; those of earlier runs are kept.
         languages: of sets in several languages; empty for all, which only `cross-lingual` takes.
+        captions_only: read sets without their pictures, for text encoders alone.
         exclude_faults: leave faulty samples out and report how many, instead of raising.
         check_pictures: decode every picture before a model is loaded.
         class_names, templates: of a classification; see `read_set`.
@@ -83,6 +84,7 @@ class EvaluationArguments:
     tasks: tuple[str, ...] = ()
     output: Path = Path("evaluation")
     languages: tuple[str, ...] = ()
+    captions_only: bool = False
     exclude_faults: bool = False
     check_pictures: bool = True
     class_names: Mapping[str, str] | Sequence[str] | None = None

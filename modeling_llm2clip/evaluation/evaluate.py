@@ -65,7 +65,7 @@ def evaluate(
 def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:
     records = None
     if choice.extracted_from is not None:
-        records = read_captioned(choice.extracted_from)
+        records = read_captioned(choice.extracted_from, require_pictures=False)
     return open_encoder(
         choice.source,
         settings,

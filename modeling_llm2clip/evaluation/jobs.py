@@ -45,7 +45,7 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
         cache = ReadingCache()
         read: dict[tuple[bool, bool], tuple[EvaluationSet, ...]] = {}
         for task in chosen[data.name]:
-            key = (task.languages, _wants_pictures(task, data))
+            key = (task.languages, _wants_pictures(task, data, arguments))
             if key not in read:
                 read[key] = _read_sets(data, task, arguments, cache)
             jobs.append(Job(task, data.name, read[key]))
@@ -58,8 +58,11 @@ def _tasks_for(data: DataChoice, names: Sequence[str]) -> list[Task]:
     return [task for task in map(find_task, wanted) if kind in task.kinds]
 
 
-def _wants_pictures(task: Task, data: DataChoice) -> bool:
-    return find_set(data.name).kind != "captions" and task.needs_pictures is not False
+def _wants_pictures(task: Task, data: DataChoice, arguments: EvaluationArguments) -> bool:
+    if task.needs_pictures and arguments.captions_only:
+        raise ValueError(f"{task.name} needs pictures. Leave out captions_only (--captions-only).")
+    is_without = arguments.captions_only or find_set(data.name).kind == "captions"
+    return not is_without and task.needs_pictures is not False
 
 
 def _read_sets(
@@ -67,7 +70,14 @@ def _read_sets(
 ) -> tuple[EvaluationSet, ...]:
     languages: tuple[str | None, ...] = arguments.languages or (None,)
     if task.languages and not arguments.languages:
-        languages = find_languages(data.name, data.folder, ignored_fields=arguments.ignored_fields)
+        languages = find_languages(
+            data.name,
+            data.folder,
+            images=data.images,
+            require_pictures=_wants_pictures(task, data, arguments),
+            ignored_fields=arguments.ignored_fields,
+            cache=cache,
+        )
     if not task.languages and len(languages) > 1:
         raise ValueError(
             f"The task {task.name} takes one language at a time, got {list(languages)}. Run it "
@@ -81,7 +91,7 @@ def _read_sets(
             images=data.images,
             lang=lang,
             exclude_faults=arguments.exclude_faults,
-            require_pictures=_wants_pictures(task, data),
+            require_pictures=_wants_pictures(task, data, arguments),
             check_pictures=arguments.check_pictures,
             class_names=arguments.class_names if is_classification else None,
             templates=arguments.templates if is_classification else None,

@@ -34,6 +34,7 @@ _WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
+_WEIGHT_SUFFIXES = {Path(name).suffix for name in _WEIGHT_FILES} | {".pt"}
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -102,11 +103,18 @@ class OpenClipEncoder:
 
     def _count_tokens(self, text: str) -> int:
         """Tokens with the begin and end, before anything is cut."""
-        if hasattr(self._tokenizer, "encode"):
+        if self._is_clips_own:
             return len(self._tokenizer.encode(text)) + 2
-        return len(self._tokenizer.tokenizer(text, truncation=False)["input_ids"])
+        cleaned = self._tokenizer.clean_fn(text)
+        return len(self._tokenizer.tokenizer(cleaned, truncation=False)["input_ids"])
+
+    @property
+    def _is_clips_own(self) -> bool:
+        return isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
 
     def _check_architecture(self, architecture: str | None) -> str:
+        if self._path.suffix not in _WEIGHT_SUFFIXES:
+            raise ValueError(f"{self._source} is none of {sorted(_WEIGHT_SUFFIXES)}.")
         known = self._open_clip.list_models()
         if architecture is None or architecture not in known:
             raise ValueError(
@@ -157,7 +165,7 @@ class OpenClipEncoder:
                 "prompt": None,
                 "max_tokens": self._max_tokens,
                 "padding": "max_length",
-                "lower_case": not hasattr(self._tokenizer, "tokenizer"),
+                "lower_case": True if self._is_clips_own else "as its tokenizer does",
                 "tokenizer": type(self._tokenizer).__name__,
             },
             pictures={

@@ -81,12 +81,17 @@ class StoredEncoder:
             self._sides = _open_stores(folder, records, head)
         if head is not None and not self._is_store:
             raise ValueError(f"{source} holds final vectors; a head is for stores. Leave it out.")
+        if self._is_store and head is None:
+            # Widths may be equal by chance, and the products would mean nothing.
+            self._sides = {side: v for side, v in self._sides.items() if side == "texts"}
+            if not self._sides:
+                raise ValueError(
+                    f"{source} holds pictures as the tower gave them, which no caption can be "
+                    "compared with. Name the model that made them (--head)."
+                )
         widths = {side: found.width for side, found in self._sides.items()}
-        if head is None and len(set(widths.values())) > 1:
-            raise ValueError(
-                f"{source}: the vectors have widths {widths} and cannot be compared. "
-                + ("Name the model that made the stores as head." if self._is_store else "")
-            )
+        if not self._is_store and len(set(widths.values())) > 1:
+            raise ValueError(f"{source}: the vectors have widths {widths} and cannot be compared.")
 
     def describe(self) -> Description:
         """Say what decides the vectors."""
@@ -110,7 +115,10 @@ class StoredEncoder:
     def _look_up(self, name: str, wanted: Sequence[str]) -> Tensor:
         side = self._sides.get(name)
         if side is None:
-            raise ValueError(f"{self._source} has no vectors of {name}, only of {[*self._sides]}.")
+            hint = " Stored pictures need the model's head (--head)." if self._is_store else ""
+            raise ValueError(
+                f"{self._source} has no vectors of {name}, only of {[*self._sides]}.{hint}"
+            )
         lost = [item for item in dict.fromkeys(wanted) if item not in side.row_of]
         if lost:
             raise ValueError(

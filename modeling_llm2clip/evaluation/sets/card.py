@@ -59,6 +59,7 @@ class SetCard:
         captions_per_picture: how many captions of a picture count, the first ones; None for all.
         find_languages: lists the languages of a folder, for a card that names none.
         is_embedded: whether the package holds the set itself.
+        hub_files: which files of a hub's repository are fetched; `{lang}` is the language.
     """
 
     name: str
@@ -77,6 +78,7 @@ class SetCard:
     captions_per_picture: int | None = None
     find_languages: Callable[[ReadRequest, Intake], tuple[str, ...]] | None = None
     is_embedded: bool = False
+    hub_files: str = "*.parquet"
 
     def published_counts(self, lang: str) -> dict[str, int]:
         """What the publisher counts in one language."""

@@ -69,6 +69,7 @@ def build_choice_set(
         "set": card.name,
         "lang": request.lang,
         **card.protocol,
+        "form": form,
         "items": len(kept),
         "published": card.published_counts(request.lang),
         "excluded": excluded,

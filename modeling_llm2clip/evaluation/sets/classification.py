@@ -49,12 +49,13 @@ def build_classification_set(
         DataFaults: every fault, unless they are excluded.
         ValueError: nothing is left, or pictures are not wanted.
     """
-    if not request.require_pictures:
-        raise ValueError(f"{card.name} cannot be read without its pictures.")
+    _check_request(card, request)
     found = read(request, intake)
     names = _name_classes(found, request, intake)
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.pictures if item[2] in names]
+    if len(kept) < len(found.pictures):
+        intake.notes["pictures_of_excluded_classes"] = len(found.pictures) - len(kept)
     if request.check_pictures:
         unreadable = intake.find_unreadable(
             (file for _, file, _ in kept), show_progress=request.show_progress
@@ -69,7 +70,7 @@ def build_classification_set(
     if not kept:
         raise ValueError(f"{intake.source}: no picture is left: {excluded}")
     label_of = {key: label for label, key in enumerate(in_use)}
-    chosen = request.templates or templates
+    chosen = templates if request.templates is None else request.templates
     protocol = {
         "set": card.name,
         "lang": request.lang,
@@ -77,8 +78,9 @@ def build_classification_set(
         "pictures": len(kept),
         "classes": len(in_use),
         "published": card.published_counts(request.lang),
-        "class_names": "given" if request.class_names else "of the files",
+        "class_names": "of the files" if request.class_names is None else "given",
         "templates": len(chosen),
+        "templates_from": "card" if request.templates is None else "given",
         "excluded": excluded,
         **intake.notes,
     }
@@ -92,6 +94,17 @@ def build_classification_set(
         lang=request.lang,
         protocol=protocol,
     )
+
+
+def _check_request(card: SetCard, request: ReadRequest) -> None:
+    """Refuse what would mix languages, and what has no pictures."""
+    if not request.require_pictures:
+        raise ValueError(f"{card.name} cannot be read without its pictures.")
+    if request.lang != "en" and request.templates is None:
+        raise ValueError(
+            f"{card.name}: the templates of the card are English, lang is {request.lang!r}. Give "
+            "templates in that language too."
+        )
 
 
 def _name_classes(found: LabelledPictures, request: ReadRequest, intake: Intake) -> dict[str, str]:

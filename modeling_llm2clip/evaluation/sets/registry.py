@@ -104,7 +104,7 @@ def read_set(
         ValueError: an unknown name or language, a missing file, nothing left.
     """
     card = find_set(name) if isinstance(name, str) else name
-    place = find_folder(card, folder)
+    place = find_folder(card, folder, lang=lang)
     request = ReadRequest(
         folder=place,
         images=_find_images(images),
@@ -120,8 +120,8 @@ def read_set(
     return card.build(card, _choose_language(card, request, intake, lang), intake)
 
 
-def find_folder(card: SetCard, folder: str | Path | None) -> Path:
-    """The folder of a set, fetched where it lies on the Hub.
+def find_folder(card: SetCard, folder: str | Path | None, *, lang: str | None = None) -> Path:
+    """The folder of a set, fetched where it lies on the Hub: one language, or all for None.
 
     Raises: ValueError when it is missing, or given for a set that the package holds.
     """
@@ -134,7 +134,7 @@ def find_folder(card: SetCard, folder: str | Path | None) -> Path:
             f"{card.name} needs a folder with {card.files}. Get it from {card.source}."
         )
     if str(folder).startswith("hub:"):
-        return fetch_hub_folder(str(folder))
+        return fetch_hub_folder(str(folder), card.hub_files.format(lang=lang or "*"))
     if not Path(folder).exists():
         raise ValueError(
             f"{card.name}: {folder} does not exist. Give a folder with {card.files}, from "
@@ -166,7 +166,9 @@ def _choose_language(
         languages = card.find_languages(request, intake)
     if lang is None and len(languages) > 1:
         raise ValueError(f"{card.name} has several languages. Choose one: {', '.join(languages)}.")
-    if languages and lang is not None and lang not in languages:
+    # Class names may be given in any language.
+    is_free = request.class_names is not None
+    if languages and lang is not None and lang not in languages and not is_free:
         raise ValueError(f"{card.name} has no language {lang!r}. It has {', '.join(languages)}.")
     return replace(request, lang=lang or (languages or ("en",))[0])
 

@@ -91,16 +91,14 @@ def _check_entry(card: SetCard, entry: Entry, intake: Intake, request: ReadReque
         picture = find_picture(request.images or request.folder, entry.name)
         if picture is None:
             found.append("picture missing")
-    captions = [clean_text(caption) for caption in entry.captions]
-    if not captions and entry.is_sound:
-        found.append("no caption")
-    if not all(captions) and entry.is_sound:
-        found.append("blank caption")
     wanted = card.captions_per_picture
-    if wanted is not None:
-        if 0 < len(captions) < wanted:
-            found.append(f"fewer than {wanted} captions")
-        captions = captions[:wanted]
+    captions = [clean_text(caption) for caption in entry.captions[:wanted]]
+    if entry.is_sound and not captions:
+        found.append("no caption")
+    if entry.is_sound and not all(captions):
+        found.append("blank caption")
+    if captions and wanted is not None and len(captions) < wanted:
+        found.append(f"fewer than {wanted} captions")
     for kind in found:
         intake.faults.add(kind, f"{entry.place}: {entry.name}")
     return replace(

@@ -7,11 +7,14 @@ that every protocol has:
 | key | meaning |
 | --- | --- |
 | `set`, `split`, `lang` | which part of which data set |
-| `source`, `revision` | the folder or the hub's name, and its pinned revision or null |
+| `source` | `files`, `package`, or `hub:owner/name@commit` |
 | `pictures`, `captions` (or `items`, `classes`) | counts of what is in the set |
-| `published` | the counts that the publisher gives, or null where none are known |
-| `texts` | how a text was taken from its field |
+| `published` | the counts that the publisher gives; empty where none are known |
 | `excluded` | kind of fault to how many were left out; empty unless that was asked for |
+
+Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
+the files are those that were published; `differences_from_published`, counts that were taken as
+they are because faults were to be excluded.
 """
 
 from __future__ import annotations
@@ -60,19 +63,17 @@ class RetrievalSet:
         _check_pictures(self.name, self.pictures, self.picture_names)
 
     def group_captions(self) -> list[CaptionGroup]:
-        """The captions of each picture, in the set's order: what a text encoder alone is asked."""
-        captions: list[list[str]] = [[] for _ in self.picture_names]
-        pairs = zip(
-            self.correspondence.image_of_pair.tolist(),
-            self.correspondence.text_of_pair.tolist(),
-            strict=True,
-        )
-        for image, text in sorted(pairs):
-            captions[image].append(self.captions[text])
-        return [
-            CaptionGroup(name, tuple(texts))
-            for name, texts in zip(self.picture_names, captions, strict=True)
-        ]
+        """The captions of each picture, in the set's order: what a text encoder alone is asked.
+
+        Pictures that share all their captions are one group, called as the first of them.
+        """
+        texts = self.correspondence.texts_of_images()
+        groups: dict[tuple[int, ...], CaptionGroup] = {}
+        for image, name in enumerate(self.picture_names):
+            rows = tuple(texts.of(image).tolist())
+            captions = tuple(self.captions[row] for row in rows)
+            groups.setdefault(rows, CaptionGroup(name, captions))
+        return list(groups.values())
 
 
 @dataclass(frozen=True)

@@ -55,5 +55,5 @@ def _write_names(
 
 
 def _printable(name: str, row: int) -> str:
-    # Pillow's own font has Latin letters alone; others would all be the same empty box.
-    return name if all(ord(letter) < 0x250 for letter in name) else str(row)
+    # Pillow's own font has few other letters; they would all be the same empty box.
+    return name if name.isascii() else str(row)

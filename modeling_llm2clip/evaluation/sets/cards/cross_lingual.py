@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..card import ReadRequest, SetCard
-from ..intake import Intake
+from ..card import SetCard
 from ..readers.json_records import read_xm3600
 from ..readers.numbered_lines import read_coco_cn, read_flickr30k_cn
 from ..readers.own_folder import read_emoji
 from ..readers.parallel_lines import read_multi30k
-from ..readers.parquet import Columns, has_parquet, read_parquet_entries
+from ..readers.parquet import Columns, read_either
 from ..retrieval import build_retrieval_set
-from ..schema import RetrievalSet
 
 _WHOLE = {"texts": "white space at the ends removed, line breaks made spaces"}
 _MULTI30K_CITATION = "Elliott et al., Multi30K, VL 2016; French and Czech: WMT 2017 and 2018"
@@ -27,18 +25,8 @@ _XM3600_CAPTIONS = {
     "tr": 7233, "uk": 7215, "vi": 7350, "zh": 7174,
 }  # fmt: skip
 _XM3600_COLUMNS = Columns(
-    picture="image", name="image_id", captions="captions", only={}, files="**/{lang}-*.parquet"
+    picture="image", name="image_id", captions="captions", files="**/{lang}-*.parquet"
 )
-
-
-def _build_xm3600(card: SetCard, request: ReadRequest, intake: Intake) -> RetrievalSet:
-    """From `captions.jsonl` and pictures, or from Parquet files with one split a language."""
-    read = (
-        partial(read_parquet_entries, columns=_XM3600_COLUMNS)
-        if has_parquet(request.folder)
-        else read_xm3600
-    )
-    return build_retrieval_set(card, request, intake, read=read)
 
 
 def _multi30k(split: str, year: int, languages: tuple[str, ...]) -> SetCard:
@@ -101,7 +89,12 @@ CARDS = (
         "hub:mteb/xm3600@536cd45bbfe53de9b08c0483bb4a76a4bd3673fa",
         files="captions.jsonl and images/*.jpg, or Parquet files <lang>-*.parquet",
         protocol={"split": "all", **_WHOLE},
-        build=_build_xm3600,
+        build=partial(
+            build_retrieval_set,
+            read=partial(read_either, columns=_XM3600_COLUMNS, other=read_xm3600),
+        ),
+        # Each language has the pictures in it once more.
+        hub_files="*/{lang}-*.parquet",
     ),
     _multi30k("test_2016_flickr", 2016, ("en", "de", "fr", "cs")),
     _multi30k("test_2017_flickr", 2017, ("en", "de", "fr")),

@@ -7,11 +7,15 @@ from functools import partial
 from ..card import SetCard
 from ..readers.coco_captions import read_coco_captions
 from ..readers.karpathy import read_karpathy
+from ..readers.parquet import Columns, read_either
 from ..retrieval import build_retrieval_set
 
 _SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 _COCO_CITATION = "Lin et al., Microsoft COCO, ECCV 2014, arXiv:1405.0312; captions arXiv:1504.00325"
 _COCO_LICENCE = "captions CC BY 4.0 (COCO Consortium); pictures: Flickr terms of use"
+_FLICKR30K_COLUMNS = Columns(
+    picture="image", name="filename", captions="caption", only={"split": "test"}
+)
 _FIVE = {"texts": "white space at the ends and line breaks removed; first five of a picture"}
 
 CARDS = (
@@ -24,16 +28,22 @@ CARDS = (
         licence="captions: none with the files; pictures: Flickr terms of use, research only",
         citation="Young et al., TACL 2014; split: Karpathy and Fei-Fei, arXiv:1412.2306",
         source=f"{_SALESFORCE}/flickr30k_test.json; pictures: shannon.cs.illinois.edu/"
-        "DenotationGraph",
-        files="flickr30k_test.json or dataset_flickr30k.json, and flickr30k-images/*.jpg",
+        "DenotationGraph; or all of it: "
+        "hub:nlphuji/flickr30k@f5fbeaae027ee156ec0e2c6c5317dccc3e758b83",
+        files="flickr30k_test.json or dataset_flickr30k.json, and flickr30k-images/*.jpg; or "
+        "Parquet files",
         protocol={"split": "test (Karpathy)", **_FIVE},
         captions_per_picture=5,
         build=partial(
             build_retrieval_set,
             read=partial(
-                read_karpathy,
-                files=("flickr30k_test.json", "dataset_flickr30k.json"),
-                advice=f"Get it from {_SALESFORCE}/flickr30k_test.json.",
+                read_either,
+                columns=_FLICKR30K_COLUMNS,
+                other=partial(
+                    read_karpathy,
+                    files=("flickr30k_test.json", "dataset_flickr30k.json"),
+                    advice=f"Get it from {_SALESFORCE}/flickr30k_test.json.",
+                ),
             ),
         ),
     ),

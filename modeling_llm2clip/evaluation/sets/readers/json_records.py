@@ -75,6 +75,7 @@ def read_iiw(
             if not isinstance(key, str) or not _are_texts(captions):
                 intake.faults.add("no 'image/key' or 'image', or captions that are none", place)
             elif len(captions) > 1 or not only_pairs:
+                # One subset alone has pictures; the texts of several may use the same key.
                 name = f"{key}.jpg" if len(subsets) == 1 else f"{subset}/{key}"
                 yield Entry(place, name, tuple(captions))
 

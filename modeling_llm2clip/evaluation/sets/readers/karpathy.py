@@ -35,6 +35,9 @@ def read_karpathy(
         fields: dict[str, Any] = item if isinstance(item, dict) else {}
         if not is_list and fields.get("split") in ("train", "restval", "val"):
             continue
+        if not is_list and fields.get("split") != "test":
+            intake.faults.add("no split, or an unknown one", place)
+            continue
         name, captions = _read_flat(fields) if is_list else _read_original(fields)
         if isinstance(name, str) and all(isinstance(caption, str) for caption in captions):
             yield Entry(place, name, tuple(captions))

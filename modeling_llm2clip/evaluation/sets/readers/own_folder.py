@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from ....data.captioned_images import CaptionedImage
 from ....data.captioned_sources import CollectedRecord, collect_captioned, read_captioned
@@ -75,18 +74,23 @@ def _collect(request: ReadRequest, intake: Intake) -> list[CollectedRecord]:
 def read_emoji(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
     """Yield one picture of each emoji that the demo holds out, with its name in one language."""
     if "emoji" not in intake.cache.records:
-        intake.cache.records["emoji"] = read_captioned(find_example_data() / "emoji")
-    records: list[CaptionedImage] = intake.cache.records["emoji"]
+        intake.cache.records["emoji"] = _choose_emoji()
+    tested, captions = intake.cache.records["emoji"]
+    intake.notes["seed"] = EMOJI_SEED
+    for record in tested:
+        yield Entry(
+            place="captions.jsonl",
+            name=record.name,
+            captions=captions[record.name, request.lang],
+            picture=record.picture,
+            key=record.key,
+        )
+
+
+def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[str, ...]]]:
+    """The records that test English, and of each picture and language the first caption."""
+    records = read_captioned(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
     held_out = hold_out(english, seed=EMOJI_SEED)
     tested = [english[row] for row in choose_test_rows(english, held_out)]
-    captions = {(record.name, record.lang): record.captions[:1] for record in records}
-    intake.notes["seed"] = EMOJI_SEED
-    for record in tested:
-        yield _entry_of(replace(record, captions=captions[record.name, request.lang]))
-
-
-def _entry_of(record: CaptionedImage) -> Entry:
-    return Entry(
-        "captions.jsonl", record.name, record.captions, picture=record.picture, key=record.key
-    )
+    return tested, {(record.name, record.lang): record.captions[:1] for record in records}

@@ -6,15 +6,15 @@ A hub's files are fetched at one commit and then read like any folder's, so that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ....data.pictures import ParquetPicture, import_datasets, open_table
 from ..card import ReadRequest
 from ..intake import Intake
-from ..retrieval import Entry
+from ..retrieval import Entry, EntryReader
 
 _HUB_FOLDER = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
@@ -25,19 +25,19 @@ class Columns:
 
     Attributes:
         picture, name, captions: names of columns; captions may be one text a row, or a list.
-        only: columns that must have a value, such as `split` the value `test`.
+        only: columns of which other values are another part of the set, such as `split: test`.
         files: pattern of the files; `{lang}` is the language.
     """
 
     picture: str
     name: str
     captions: str
-    only: Mapping[str, str]
+    only: Mapping[str, str] = field(default_factory=dict)
     files: str = "**/*.parquet"
 
 
-def fetch_hub_folder(reference: str) -> Path:
-    """Fetch the Parquet files of `hub:owner/name@commit`, or find them in the cache.
+def fetch_hub_folder(reference: str, pattern: str) -> Path:
+    """Fetch the files of `hub:owner/name@commit` that a pattern names, or find them in the cache.
 
     Raises: ValueError for a reference that does not pin a commit, and when it cannot be fetched.
     """
@@ -55,7 +55,7 @@ def fetch_hub_folder(reference: str) -> Path:
             match["name"],
             revision=match["revision"],
             repo_type="dataset",
-            allow_patterns=["*.parquet"],
+            allow_patterns=[pattern],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
@@ -65,14 +65,21 @@ def fetch_hub_folder(reference: str) -> Path:
     return Path(folder)
 
 
+def read_either(
+    request: ReadRequest, intake: Intake, *, columns: Columns, other: EntryReader
+) -> Iterable[Entry]:
+    """Read the folder's Parquet files where it has any, and the publisher's other form if not."""
+    if has_parquet(request.folder):
+        return _read_parquet(request, intake, columns=columns)
+    return other(request, intake)
+
+
 def has_parquet(folder: Path) -> bool:
     """Whether Parquet files lie in the folder or below it."""
     return folder.is_dir() and any(folder.rglob("*.parquet"))
 
 
-def read_parquet_entries(
-    request: ReadRequest, intake: Intake, *, columns: Columns
-) -> Iterator[Entry]:
+def _read_parquet(request: ReadRequest, intake: Intake, *, columns: Columns) -> Iterator[Entry]:
     """Yield one entry a row that the columns choose."""
     for place, file, row, fields in iterate_rows(request, intake, columns.files):
         missing = {columns.picture, columns.name, columns.captions, *columns.only} - set(fields)

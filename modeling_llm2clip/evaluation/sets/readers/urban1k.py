@@ -9,6 +9,7 @@ from ....data.pictures import PICTURE_SUFFIXES
 from ..card import ReadRequest
 from ..intake import Intake
 from ..retrieval import Entry
+from .text_files import read_lines
 
 
 def read_urban1k(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
@@ -27,13 +28,20 @@ def read_urban1k(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
     pictures = _list_pictures(images)
     num_longer = 0
     for name in sorted(captions.keys() | pictures.keys(), key=_number_first):
-        lines = captions[name].read_text(encoding="utf-8").split("\n") if name in captions else []
+        place, lines, is_text = f"caption/{name}.txt", [], True
+        if name in captions:
+            try:
+                lines = read_lines(captions[name])
+            except ValueError:
+                intake.faults.add("not UTF-8", place)
+                is_text = False
         num_longer += any(line.strip() for line in lines[1:])
         yield Entry(
-            f"caption/{name}.txt",
+            place,
             f"{name}.jpg",
             tuple(lines[:1]),
             picture=pictures.get(name),
+            is_sound=is_text,
         )
     intake.notes["captions_cut_to_their_first_line"] = num_longer
 

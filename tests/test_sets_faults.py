@@ -1,0 +1,433 @@
+"""Bad input of a set is told at once and by name, or left out, counted and reported when asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from published_sets import (
+    COCO_NAMES,
+    captions_of,
+    tiny_card,
+    write_coco_official,
+    write_coco_test,
+    write_docci,
+    write_iiw,
+    write_imagenet,
+    write_imagenet_of_kaggle,
+    write_json,
+    write_json_lines,
+    write_karpathy_original,
+    write_multi30k,
+    write_own_folder,
+    write_pictures,
+    write_sharegpt4v,
+    write_sugarcrepe,
+    write_urban1k,
+    write_winoground,
+    write_xm3600,
+)
+
+from modeling_llm2clip.data.faults import DataFaults
+from modeling_llm2clip.evaluation.sets.card import SetCard
+from modeling_llm2clip.evaluation.sets.registry import find_set, read_set
+from modeling_llm2clip.evaluation.sets.schema import (
+    ChoiceSet,
+    ClassificationSet,
+    RetrievalSet,
+)
+
+COCO = tiny_card("coco", pictures=3, captions=15)
+
+
+def faults_of(card: SetCard | str, folder: Path, **options: Any) -> dict[str, int]:
+    with pytest.raises(DataFaults) as error:
+        read_set(card, folder, **options)
+    return error.value.counts
+
+
+def rewrite_coco(folder: Path, change: Any) -> None:
+    """Let a function change the items of `coco_karpathy_test.json` in place."""
+    file = folder / "coco_karpathy_test.json"
+    items = json.loads(file.read_text(encoding="utf-8"))
+    change(items)
+    write_json(file, items)
+
+
+def test_a_wrong_count_names_both_numbers_and_what_to_do(tmp_path: Path) -> None:
+    folder = write_coco_test(tmp_path)
+    with pytest.raises(DataFaults) as error:
+        read_set(tiny_card("coco", pictures=5000, captions=25000), folder)
+    message = str(error.value)
+    assert "wrong number of pictures: 1 (found 3, published 5000;" in message
+    assert "wrong number of captions: 1 (found 15, published 25000;" in message
+    assert "--exclude-faults" in message
+
+
+def test_a_wrong_count_that_is_asked_for_stands_in_the_protocol(tmp_path: Path) -> None:
+    folder = write_coco_test(tmp_path)
+    card = tiny_card("coco", pictures=5000, captions=25000)
+    found = read_set(card, folder, exclude_faults=True)
+    assert found.protocol["differences_from_published"] == {"pictures": -4997, "captions": -24985}
+    assert found.protocol["published"] == {"pictures": 5000, "captions": 25000}
+
+
+def spoil_coco(folder: Path) -> None:
+    """One fault of each kind that a downloaded COCO has had, in six pictures of seven."""
+
+    def change(items: list[dict[str, Any]]) -> None:
+        items[1]["caption"] = captions_of(1, 3)
+        items.append({"image": items[2]["image"], "caption": captions_of(7)})
+        items.append({"image": "val2014/gone.jpg", "caption": captions_of(8)})
+        items.append({"image": "val2014/blank.jpg", "caption": [*captions_of(9, 4), " \n"]})
+        items.append({"image": "val2014/none.jpg", "caption": []})
+        items.append({"image": "val2014/broken.jpg", "caption": captions_of(10)})
+        items.append({"picture": "val2014/other.jpg", "caption": captions_of(11)})
+
+    rewrite_coco(folder, change)
+    write_pictures(folder / "val2014", ["blank.jpg", "none.jpg", "broken.jpg"])
+    whole = (folder / "val2014" / "broken.jpg").read_bytes()
+    (folder / "val2014" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+SPOILT = {
+    "fewer than 5 captions": 1,
+    "picture repeated": 1,
+    "picture missing": 1,
+    "blank caption": 1,
+    "no caption": 1,
+    "picture unreadable": 1,
+    "no name of a picture, or captions that are no texts": 1,
+}
+
+
+def test_every_fault_of_a_set_is_told_at_once(tmp_path: Path) -> None:
+    folder = write_coco_test(tmp_path)
+    spoil_coco(folder)
+    wrong = {"wrong number of pictures": 1, "wrong number of captions": 1}
+    assert faults_of(COCO, folder) == {**SPOILT, **wrong}
+
+
+def test_faults_that_are_excluded_are_counted_and_leave_the_others_in_place(
+    tmp_path: Path,
+) -> None:
+    folder = write_coco_test(tmp_path)
+    spoil_coco(folder)
+    found = read_set(COCO, folder, exclude_faults=True)
+    assert isinstance(found, RetrievalSet)
+    assert found.protocol["excluded"] == SPOILT
+    assert found.picture_names == (COCO_NAMES[0], COCO_NAMES[2])
+    assert found.captions == (*captions_of(0), *captions_of(2))
+    assert found.correspondence.image_of_pair.tolist() == [0] * 5 + [1] * 5
+    assert (found.protocol["pictures"], found.protocol["captions"]) == (2, 10)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    missing=st.sets(st.integers(0, 7)), counts=st.lists(st.integers(5, 7), min_size=8, max_size=8)
+)
+def test_whatever_is_excluded_captions_stay_with_their_picture(
+    missing: set[int], counts: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("coco")
+    names = [f"{number}.jpg" for number in range(8)]
+    write_pictures(folder, [name for n, name in enumerate(names) if n not in missing])
+    items = [{"image": name, "caption": captions_of(n, counts[n])} for n, name in enumerate(names)]
+    write_json(folder / "coco_karpathy_test.json", items)
+    card = tiny_card("coco", pictures=8, captions=40)
+    if len(missing) == 8:
+        with pytest.raises(ValueError, match="nothing is left"):
+            read_set(card, folder, exclude_faults=True)
+        return
+    found = read_set(card, folder, exclude_faults=True)
+    assert isinstance(found, RetrievalSet)
+    pairs = found.correspondence
+    said = {
+        (found.picture_names[image], found.captions[text])
+        for image, text in zip(
+            pairs.image_of_pair.tolist(), pairs.text_of_pair.tolist(), strict=True
+        )
+    }
+    kept = [n for n in range(8) if n not in missing]
+    assert said == {(names[n], caption) for n in kept for caption in captions_of(n)}
+    assert found.protocol["excluded"] == ({"picture missing": len(missing)} if missing else {})
+    assert "differences_from_published" not in found.protocol
+
+
+def test_a_split_that_is_none_of_karpathys_is_told(tmp_path: Path) -> None:
+    folder = write_karpathy_original(tmp_path)
+    content = json.loads((folder / "dataset_coco.json").read_text(encoding="utf-8"))
+    content["images"][1]["split"] = "tset"
+    write_json(folder / "dataset_coco.json", content)
+    card = tiny_card("coco", pictures=1, captions=5)
+    assert faults_of(card, folder) == {"no split, or an unknown one": 1}
+
+
+def test_captions_alone_need_no_pictures(tmp_path: Path) -> None:
+    folder = write_coco_test(tmp_path)
+    for name in COCO_NAMES:
+        (folder / name).unlink()
+    assert faults_of(COCO, folder) == {"picture missing": 3}
+    found = read_set(COCO, folder, require_pictures=False)
+    assert isinstance(found, RetrievalSet)
+    assert found.pictures == ()
+    assert [group.captions for group in found.group_captions()] == [
+        tuple(captions_of(number)) for number in range(3)
+    ]
+
+
+def test_an_urban1k_picture_without_its_caption_and_the_other_way_round(tmp_path: Path) -> None:
+    folder = write_urban1k(tmp_path / "Urban1k")
+    (folder / "caption" / "3.txt").unlink()
+    (folder / "image" / "4.jpg").unlink()
+    (folder / "caption" / "5.txt").write_text("\nSecond line only.", encoding="utf-8")
+    (folder / "caption" / "6.txt").write_bytes("Straße".encode("latin-1"))
+    card = tiny_card("urban1k", pictures=10, captions=8)
+    wanted = {"no caption": 1, "picture missing": 1, "blank caption": 1, "not UTF-8": 1}
+    assert faults_of(card, folder) == wanted
+    found = read_set(card, folder, exclude_faults=True)
+    assert isinstance(found, RetrievalSet)
+    assert found.picture_names == tuple(f"{n}.jpg" for n in (1, 2, 7, 8, 9, 10))
+    assert found.protocol["excluded"] == wanted
+
+
+def test_lines_of_docci_that_are_no_records_are_told(tmp_path: Path) -> None:
+    folder = write_docci(tmp_path)
+    with (folder / "docci_descriptions.jsonlines").open("a", encoding="utf-8") as lines:
+        lines.write('{"split": "test", "image_file": "test_00000.jpg"}\n{"split": "tes\n')
+    card = tiny_card("docci", pictures=2, captions=2)
+    told = {"no 'split', 'image_file' and 'description'": 1, "not JSON": 1}
+    assert faults_of(card, folder) == told
+    assert read_set(card, folder, exclude_faults=True).protocol["excluded"] == told
+
+
+def test_a_record_of_xm3600_without_the_language_is_told(tmp_path: Path) -> None:
+    folder = write_xm3600(tmp_path)
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    del lines[1]["de"]
+    write_json_lines(folder / "captions.jsonl", lines)
+    card = tiny_card("xm3600", pictures=1)
+    assert faults_of(card, folder, lang="de") == {"no 'image/key', or no captions in 'de'": 1}
+    assert read_set(tiny_card("xm3600", pictures=2), folder, lang="en").protocol["excluded"] == {}
+
+
+def test_files_of_multi30k_of_different_length_are_refused_even_with_exclusions(
+    tmp_path: Path,
+) -> None:
+    # Which line is missing cannot be known, so there is no sample that could be left out.
+    folder = write_multi30k(tmp_path)
+    names = folder / "data" / "task1" / "image_splits" / "test_2016_flickr.txt"
+    names.write_text("1007129816.jpg\n", encoding="utf-8")
+    card = tiny_card("multi30k", pictures=2)
+    with pytest.raises(ValueError, match=r"has 2 lines.*has 1;"):
+        read_set(card, folder, lang="en", exclude_faults=True)
+
+
+def test_a_list_of_sharegpt4v_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no JSON list, or cut off"):
+        read_set("sharegpt4v-1k", write_sharegpt4v(tmp_path, records=3))
+
+
+def test_class_names_that_repeat_are_told_or_their_classes_left_out(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    (folder / "LOC_synset_mapping.txt").write_text(
+        "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n", encoding="utf-8"
+    )
+    card = tiny_card("imagenet", pictures=6, classes=3)
+    assert faults_of(card, folder) == {"class name repeated": 2}
+    found = read_set(card, folder, exclude_faults=True)
+    assert isinstance(found, ClassificationSet)
+    assert (found.class_names, found.labels) == (("tench",), (0, 0))
+    assert found.protocol["excluded"] == {"class name repeated": 2}
+    assert found.protocol["pictures_of_excluded_classes"] == 4
+    names = {"n01440764": "crane (bird)", "n01443537": "crane (machine)", "n01484850": "tench"}
+    named = read_set(card, folder, class_names=names)
+    assert isinstance(named, ClassificationSet)
+    assert named.labels == (0, 0, 1, 1, 2, 2)
+
+
+def test_every_fault_of_class_folders_is_told_at_once(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    (folder / "val" / "empty").mkdir()
+    (folder / "val" / "n01440764" / "notes.txt").write_text("no picture", encoding="utf-8")
+    (folder / "val" / "n01440764" / ".DS_Store").write_text("", encoding="utf-8")
+    (folder / "val" / "n01443537" / "ILSVRC2012_val_1.JPEG").write_bytes(b"no picture")
+    names = {"n01440764": "tench", "n01443537": "goldfish", "gone": "gone", "empty": "empty"}
+    assert faults_of("image-folder", folder / "val", class_names=names) == {
+        "class folder without pictures": 1,
+        "class name for a class that is not there": 1,
+        "class without a name": 1,
+        "not a picture": 1,
+        "picture unreadable": 1,
+    }
+
+
+def test_class_names_in_order_must_be_as_many_as_classes(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+        read_set("image-folder", folder / "val", class_names=["tench", "goldfish"])
+
+
+def test_class_names_of_another_language_need_templates_of_it(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    card = tiny_card("imagenet", pictures=6, classes=3)
+    names = ["Schleie", "Goldfisch", "Weißer Hai"]
+    with pytest.raises(ValueError, match="imagenet has no language 'de'"):
+        read_set(card, folder, lang="de")
+    with pytest.raises(ValueError, match=r"templates of the card are English, lang is 'de'"):
+        read_set(card, folder, lang="de", class_names=names)
+    templates = ["ein Foto von: {}"]
+    found = read_set(card, folder, lang="de", class_names=names, templates=templates)
+    assert found.lang == found.protocol["lang"] == "de"
+    assert found.protocol["templates_from"] == "given"
+
+
+def test_a_missing_picture_of_kaggles_list_is_no_wrong_count(tmp_path: Path) -> None:
+    folder = write_imagenet_of_kaggle(tmp_path / "imagenet")
+    (folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "ILSVRC2012_val_1.JPEG").unlink()
+    card = tiny_card("imagenet", pictures=2, classes=3)
+    assert faults_of(card, folder) == {"picture missing": 1}
+
+
+def test_faults_of_choices_are_told_at_once_or_left_out(tmp_path: Path) -> None:
+    folder = write_sugarcrepe(tmp_path)
+    same = {"filename": "000000000139.jpg", "caption": "same. ", "negative_caption": "same."}
+    gone = {"filename": "gone.jpg", "caption": "one", "negative_caption": "two"}
+    write_json(folder / "data" / "add_att.json", {"0": same, "1": gone, "2": {"caption": "one"}})
+    card = tiny_card("sugarcrepe", items=8)
+    told = {
+        "no 'filename', 'caption' and 'negative_caption'": 1,
+        "the two captions are the same": 1,
+        "picture missing": 1,
+    }
+    options = {"images": folder / "val2017"}
+    assert faults_of(card, folder, **options) == told
+    found = read_set(card, folder, exclude_faults=True, **options)
+    assert isinstance(found, ChoiceSet)
+    assert (len(found.items), found.protocol["excluded"]) == (6, told)
+
+
+def test_a_winoground_item_needs_both_its_pictures(tmp_path: Path) -> None:
+    folder = write_winoground(tmp_path)
+    (folder / "data" / "images" / "ex_1_img_0.png").unlink()
+    assert faults_of(tiny_card("winoground", items=1), folder) == {"picture missing": 1}
+
+
+def test_choices_with_pictures_cannot_be_read_without_them(tmp_path: Path) -> None:
+    folder = write_sugarcrepe(tmp_path)
+    with pytest.raises(ValueError, match="sugarcrepe-text"):
+        read_set(tiny_card("sugarcrepe", items=7), folder, require_pictures=False)
+
+
+def test_a_file_that_differs_from_the_published_one_is_told(tmp_path: Path) -> None:
+    folder = write_iiw(tmp_path)
+    assert faults_of("iiw", folder) == {
+        "file is not the published one": 5,
+        "wrong number of captions": 1,
+        "wrong number of pictures": 1,
+    }
+    protocol = read_set("iiw", folder, exclude_faults=True).protocol
+    assert set(protocol["checksums"].values()) == {"differs"}
+
+
+def test_of_a_folder_the_faults_of_another_language_are_no_exclusions_of_this_one(
+    tmp_path: Path,
+) -> None:
+    folder = write_own_folder(tmp_path)
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"image": "c.jpg", "captions": [], "lang": "fr"}\nno JSON\n')
+        lines.write('{"image": "gone.jpg", "captions": ["weg"], "lang": "de"}\n')
+    assert faults_of("folder", folder, lang="en") == {
+        "not JSON": 1,
+        "no caption": 1,
+        "picture missing": 1,
+    }
+    german = read_set("folder", folder, lang="de", exclude_faults=True)
+    assert german.protocol["excluded"] == {"not JSON": 1, "picture missing": 1}
+    assert isinstance(german, RetrievalSet)
+    assert german.captions == ("eine Katze", "ein Hund")
+
+
+def test_a_record_without_a_long_caption_is_told_where_long_ones_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    assert faults_of("folder-long", write_own_folder(tmp_path), lang="de") == {"no caption": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flickr30k", r"no flickr30k_test\.json and no dataset_flickr30k\.json.*Get it from"),
+        ("coco-val2017", "cocodataset.org"),
+        ("urban1k", "has no folder 'caption'.*Urban1k.zip"),
+        ("docci", "google.github.io/docci"),
+        ("xm3600", "google.github.io/crossmodal-3600"),
+        ("multi30k", "github.com/multi30k/dataset"),
+        ("flickr30k-cn", "flickr30k_cn_test.txt"),
+        ("coco-cn", "AIMClab/COCO-CN"),
+        ("iiw", "github.com/google/imageinwords"),
+        ("sugarcrepe", "github.com/RAIVNLab/sugar-crepe"),
+        ("winoground", "datasets/facebook/winoground"),
+        ("imagenet", "LOC_synset_mapping.txt"),
+        ("image-folder", "no class folders"),
+        ("folder", "captions.jsonl"),
+    ],
+)
+def test_a_missing_file_is_named_with_where_to_get_it(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    lang = "en" if len(find_set(name).languages) > 1 else None
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_set(name, tmp_path, lang=lang)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("coko", {}, "no set 'coko'. Known: coco, coco-cn"),
+        ("coco", {"folder": None}, "coco needs a folder with coco_karpathy_test.json"),
+        ("coco", {"folder": "nowhere"}, "nowhere does not exist"),
+        ("coco", {"lang": "de"}, "coco has no language 'de'. It has en."),
+        ("coco", {"images": "nowhere"}, "images='nowhere' is no folder"),
+        ("xm3600", {}, "xm3600 has several languages. Choose one: ar, bn"),
+        ("emoji", {"lang": "en"}, "emoji is in the package and takes no folder"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_what_can(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_coco_official(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_set(name, **{"folder": tmp_path, **options})
+
+
+def write_winoground_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def test_parquet_that_is_broken_or_lacks_a_column_or_a_picture_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    picture = {"bytes": b"no picture", "path": None}
+    row = {"id": 0, "image_0": picture, "caption_0": "one", "caption_1": "two"}
+    lacking = write_winoground_rows(tmp_path / "lacking", [row])
+    assert faults_of(tiny_card("winoground"), lacking) == {"picture missing": 1}
+    unreadable = write_winoground_rows(tmp_path / "unreadable", [{**row, "image_1": picture}])
+    assert faults_of(tiny_card("winoground"), unreadable) == {"picture unreadable": 2}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "en-0.parquet").write_bytes(b"PAR1")
+    told = {"not a Parquet file, or broken": 1}
+    assert faults_of(tiny_card("xm3600"), tmp_path / "broken", lang="en") == told
+    (tmp_path / "broken" / "en-0.parquet").unlink()
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "broken" / "en-0.parquet")
+    assert faults_of(tiny_card("xm3600"), tmp_path / "broken", lang="en") == {
+        "no column captions, image, image_id": 1
+    }

@@ -1,0 +1,46 @@
+"""The published sets that lie on this machine, read whole and compared with their cards.
+
+`LLM2CLIP_PUBLISHED_SETS` names a folder with a folder for each set, called as the set and filled as
+its card says; `images` in it holds the pictures. Captions are read where there are none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from modeling_llm2clip.evaluation.sets.card import SetCard
+from modeling_llm2clip.evaluation.sets.intake import ReadingCache
+from modeling_llm2clip.evaluation.sets.registry import list_sets, read_set
+from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
+
+FOLDER = Path(os.environ.get("LLM2CLIP_PUBLISHED_SETS", "no-folder-is-given"))
+PUBLISHED = [card for card in list_sets() if card.counts and not card.is_embedded]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", PUBLISHED, ids=lambda card: card.name)
+def test_a_published_set_has_the_counts_and_the_checksums_of_its_card(card: SetCard) -> None:
+    folder = FOLDER / card.name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set LLM2CLIP_PUBLISHED_SETS")
+    images = folder / "images" if (folder / "images").is_dir() else None
+    has_texts_alone = card.kind in ("retrieval", "captions") and images is None
+    cache = ReadingCache()
+    for lang in card.languages:
+        found = read_set(
+            card,
+            folder,
+            images=images,
+            lang=lang,
+            require_pictures=not has_texts_alone,
+            cache=cache,
+        )
+        assert found.protocol["excluded"] == {}
+        assert "differences_from_published" not in found.protocol
+        assert set(found.protocol.get("checksums", {}).values()) <= {"published"}
+        if isinstance(found, RetrievalSet):
+            assert len(found.captions) == card.published_counts(lang)["captions"]
+            assert found.correspondence.num_pairs == len(found.captions)
