@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,6 +165,80 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
 
 
+def _render_retrieval_ranking(report: dict[str, Any]) -> str:
+    heads = (
+        "vectors", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
+    )  # fmt: skip
+    cases = {
+        "large": "related",
+        "all_positives": "related, ranks of all positives",
+        "unrelated": "unrelated",
+    }
+    rows = [
+        [
+            label,
+            f"{report[case]['images']:,} × {report[case]['texts']:,}",
+            f"{median(report[case]['bare_products_s']):.1f}",
+            f"{median(report[case]['ranks_s']):.1f}",
+            f"{report[case]['median_ratio']:.2f}",
+        ]
+        for case, label in cases.items()
+    ]
+    note = (
+        f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
+        f"{report['large']['highest_resident_mb'] / 1000:.1f} GB resident in all. "
+        f"{report['hardware']}."
+    )
+    return _draw(heads, rows) + f"\n{note}\n"
+
+
+def _render_evaluation(report: dict[str, Any]) -> str:
+    emoji = [result for result in report["results"] if result["task"] == "cross-lingual"]
+    models = [result["model"] for result in emoji]
+    languages = [result["scores"]["languages"] for result in emoji]
+    path = ("text_to_image", "hit_rate_at_1")
+    rows = [
+        [lang, *(_percent(_follow(scores[lang], path)) for scores in languages),
+         _percent(languages[0][lang]["text_to_image"]["chance_hit_rate_at_1"])]
+        for lang in languages[0]
+    ]  # fmt: skip
+    means = [_percent(_follow(result["scores"]["mean"], path)) for result in emoji]
+    table = _draw(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
+    pictures = next(iter(emoji[0]["counts"]["languages"].values()))["pictures"]
+    note = f"Text to picture R@1 among {pictures} emoji unseen in training, which was in English."
+    return f"{table}\n{note} {report['hardware']}.\n{_draw_lengths(report)}"
+
+
+def _draw_lengths(report: dict[str, Any]) -> str:
+    results = [result for result in report["results"] if result["task"] == "length"]
+    if not results:
+        return ""
+    rows = [
+        [
+            f"{bucket['from_clip_tokens']} to {bucket['to_clip_tokens'] or '…'}",
+            str(bucket["queries"]),
+            _percent(bucket["share_of_tokens_beyond_clip"]),
+            *(
+                _percent(result["scores"]["buckets"][number]["hit_rate_at_1"]["value"])
+                for result in results
+            ),
+        ]
+        for number, bucket in enumerate(results[0]["scores"]["buckets"])
+    ]
+    heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
+    note = (
+        f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
+        f"chance {_percent(results[0]['scores']['chance'])}. Lengths are in CLIP's tokens."
+    )
+    return f"\n{_draw(heads, rows)}\n{note}\n"
+
+
+def _follow(scores: Any, path: Sequence[str]) -> float:
+    for name in path:
+        scores = scores[name]
+    return float(scores)
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -180,6 +254,8 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "caption_tuning": _render_caption_tuning,
     "alignment": _render_alignment,
     "training_efficiency": _render_training_efficiency,
+    "retrieval_ranking": _render_retrieval_ranking,
+    "evaluation": _render_evaluation,
 }
 
 

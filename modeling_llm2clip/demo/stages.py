@@ -13,7 +13,9 @@ from ..data.captioned_images import CaptionedImage
 from ..data.splits import choose_test_rows
 from ..encoding.captions import encode_captions
 from ..encoding.pictures import encode_pictures
-from ..evaluation.metrics.ranking import rank_best_positive, recall_at
+from ..evaluation.metrics.correspondence import Correspondence
+from ..evaluation.metrics.ranking import rank_both_ways
+from ..evaluation.metrics.scores import hit_rate_at
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.closed_form_start import start_from_canonical_correlation
@@ -42,7 +44,7 @@ class EncodedPictures:
         return [i for i, r in enumerate(self.records) if (r.key in keys) == inside]
 
 
-def _texts_of(record: CaptionedImage) -> list[str]:
+def list_training_texts(record: CaptionedImage) -> list[str]:
     """The captions as they are, and once more with the picture's keywords behind the first."""
     texts = list(record.captions)
     if record.keywords:
@@ -68,7 +70,8 @@ def encode_records(
         vision_embeds = encode_pictures(model, processor, paths, show_progress=True)
     rows: dict[str, int] = {}
     captions_of_picture = [
-        [rows.setdefault(text, len(rows)) for text in _texts_of(record)] for record in records
+        [rows.setdefault(text, len(rows)) for text in list_training_texts(record)]
+        for record in records
     ]
     print(f"Encoding {len(rows)} captions …", flush=True)
     captions = encode_captions(model, processor, list(rows), show_progress=True)
@@ -103,12 +106,11 @@ def evaluate(
     captions = [pictures.captions_of_picture[row][0] for row in rows]
     text_embeds = model.project_caption_embeds(pictures.caption_embeds[captions])
     image_embeds = model.project_vision_embeds(pictures.vision_embeds[rows])
-    text_to_image = rank_best_positive(text_embeds, image_embeds, keys, keys)
-    image_to_text = rank_best_positive(image_embeds, text_embeds, keys, keys)
+    ranking = rank_both_ways(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
     return {
-        "unseen_text_to_image_r1": recall_at(text_to_image, k=1),
-        "unseen_text_to_image_r10": recall_at(text_to_image, k=10),
-        "unseen_image_to_text_r1": recall_at(image_to_text, k=1),
+        "unseen_text_to_image_r1": hit_rate_at(ranking.text_to_image, k=1),
+        "unseen_text_to_image_r10": hit_rate_at(ranking.text_to_image, k=10),
+        "unseen_image_to_text_r1": hit_rate_at(ranking.image_to_text, k=1),
         "chance_r1": 1 / len(keys),
     }
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .folders import find_model_folder
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -70,20 +70,35 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
     }
 
 
+def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") -> dict[str, str]:
+    """Hash all tensors of a folder's safetensors files, however they are spread over files.
+
+    Args:
+        pattern: which files, as `Path.glob` takes it; tensors of a subfolder go by its name too.
+    Returns: `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
+    Raises: ValueError when no file fits, or a name stands in two of them.
+    """
+    file_of: dict[str, Path] = {}
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise ValueError(f"{folder} has no {pattern}. Save the model's weights as safetensors.")
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = [str(file.parent.relative_to(folder) / name) for name in opened.keys()]
+        if twice := sorted(set(names) & set(file_of)):
+            raise ValueError(f"{folder}: {twice[:5]} stand in two files. Keep one copy.")
+        file_of.update(dict.fromkeys(names, file))
+    return _describe_weights(_stream(file_of))
+
+
 def _open(
     model: str | Path, *, prefix: str
 ) -> tuple[LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
     """Configuration, the tower's tensors by name in order, and processor."""
-    folder = _find_folder(model)
+    folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     return config, _stream_tensors(folder, prefix), processor
-
-
-def _find_folder(source: str | Path) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
 
 
 def _stream_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -96,10 +111,13 @@ def _stream_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
             file_of = dict.fromkeys(opened.keys(), _WEIGHTS)
     else:
         raise ValueError(f"{folder} has no {_WEIGHTS}. Give the folder of a saved model.")
+    yield from _stream({n: folder / f for n, f in file_of.items() if n.startswith(prefix)})
+
+
+def _stream(file_of: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(file_of):
-        if name.startswith(prefix):
-            with safe_open(folder / file_of[name], framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+        with safe_open(file_of[name], framework="pt") as opened:
+            yield name, opened.get_tensor(name.rsplit("/", 1)[-1])
 
 
 def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..data.caption_groups import CaptionGroup
-from .metrics.ranking import rank_best_positive, recall_at
+from .metrics.correspondence import Correspondence
+from .metrics.ranking import rank_both_ways
+from .metrics.scores import hit_rate_at
 
 
 def measure_caption_retrieval(
@@ -28,5 +30,7 @@ def measure_caption_retrieval(
         raise ValueError(f"Caption retrieval needs two pictures or more; got {len(groups)}.")
     keys = [group.key for group in groups]
     vectors = encode([g.captions[0] for g in groups] + [g.captions[1] for g in groups])
-    queries, candidates = vectors[: len(groups)], vectors[len(groups) :]
-    return recall_at(rank_best_positive(queries, candidates, keys, keys), k=1)
+    first, second = vectors[: len(groups)], vectors[len(groups) :]
+    # First captions stand where pictures would.
+    ranking = rank_both_ways(first, second, Correspondence.from_keys(keys, keys))
+    return hit_rate_at(ranking.image_to_text, k=1)

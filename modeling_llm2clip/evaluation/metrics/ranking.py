@@ -1,77 +1,187 @@
-"""Retrieval metrics: vectors and correspondence in, numbers out."""
+"""Exact ranks of the positives in both directions of retrieval, out of tiles of the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
+from .correspondence import Correspondence
+from .counting import NegativeCounts
+from .precision import bound_float32_error, full_float32
+from .tiles import TileScorer, choose_tile_shape
+from .unit_rows import UnitRows
 
-def rank_best_positive(
-    query_embeds: Tensor,
-    candidate_embeds: Tensor,
-    query_keys: Sequence[str],
-    candidate_keys: Sequence[str],
+# Equal inputs that a model has encoded in other batches differ in the last bits of float32.
+TIE_TOLERANCE = 1e-6
+TIE_RULE = (
+    "ties count against the model: a wrong candidate whose cosine is no more than "
+    f"{TIE_TOLERANCE:g} below that of the right one stands before it"
+)
+# Their float64 rows should stay in a processor's cache.
+_PAIRS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Where the positives of every query stand, in one direction of retrieval.
+
+    Attributes:
+        num_candidates: how many rows a query is compared with.
+        num_positives: (Q,) int64, how many of them are right.
+        best_ranks: (Q,) int64, rank of the best positive of each query; 1 is best.
+        positive_ranks: (num_pairs,) int64, ranks of all positives of query 0, then of query 1, …,
+            ascending within a query; None when they were not asked for.
+    """
+
+    num_candidates: int
+    num_positives: Tensor
+    best_ranks: Tensor
+    positive_ranks: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TwoWayRanking:
+    """Ranks in both directions.
+
+    Attributes:
+        image_to_text: queries are images, candidates texts ("text retrieval" in older papers).
+        text_to_image: queries are texts, candidates images ("image retrieval").
+    """
+
+    image_to_text: Ranking
+    text_to_image: Ranking
+
+
+@torch.no_grad()
+def rank_both_ways(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    correspondence: Correspondence,
     *,
-    tile_size: int = 1024,
-) -> Tensor:
-    """Rank, for each query, its best positive candidate by cosine; 1 is best.
+    all_positives: bool = False,
+    max_memory_mb: float = 256,
+    device: torch.device | str | None = None,
+    over_processes: bool = False,
+) -> TwoWayRanking:
+    """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
-    Ties count against the query: a candidate that scores as high as the best positive and is not
-    a positive stands before it. So equal vectors cannot make a model look good.
+    The rank of a query's k-th best positive is k plus the number of candidates that are not its
+    positives and score as high or higher. Ties thus count against the model, so that equal vectors
+    cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last bits of a
+    vector do not decide. The positives of one query do not push each other down.
+
+    Positives are scored first, in float64. Then tiles of the score matrix are computed in float32,
+    compared with both sides' thresholds and forgotten; the few scores too near to a threshold to
+    trust float32 are computed again in float64. So the ranks are those of the whole matrix in
+    float64, and tiles, devices and processes do not move them.
 
     Args:
-        query_embeds, candidate_embeds: (Q, P), (C, P) of any float dtype; compared in float32.
-        query_keys, candidate_keys: a candidate is a positive of a query with the same key.
-        tile_size: queries compared at a time.
-    Returns: (Q,) int64.
-    Raises: ValueError for other counts, widths, NaN, or a query without a positive.
+        image_embeds, text_embeds: (I, P), (T, P) of any float dtype and length; compared as unit
+            vectors. A vector of zeros scores 0 with all.
+        correspondence: which rows belong together.
+        all_positives: rank all positives of a query, not its best alone. Costs one more comparison
+            of the scores for each further positive.
+        max_memory_mb: working memory in 10^6 bytes, beyond the vectors and some numbers for each
+            image, text and pair.
+        device: where tiles are computed; where the images' vectors are unless given.
+        over_processes: share the tiles among the processes of the default group; each must come
+            with the same vectors and gets all ranks. NCCL needs a GPU as device.
+    Raises: ValueError for other counts or widths, a dtype that is no float, NaN (the row is
+        named), too little memory for one row, or processes that come with different vectors.
     """
-    _check(query_embeds, candidate_embeds, query_keys, candidate_keys)
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(candidate_keys))}
-    candidates = torch.tensor([numbers[key] for key in candidate_keys])
-    queries = torch.tensor([numbers[key] for key in query_keys])
-    candidate_embeds = F.normalize(candidate_embeds.float(), dim=-1)
-    query_embeds = F.normalize(query_embeds.float(), dim=-1)
-    ranks = []
-    for start in range(0, len(queries), tile_size):
-        scores = query_embeds[start : start + tile_size] @ candidate_embeds.T  # (tile, C)
-        positive = queries[start : start + tile_size, None] == candidates
-        best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + ((scores >= best) & ~positive).sum(dim=1))
-    return torch.cat(ranks)
+    _check(image_embeds, text_embeds, correspondence)
+    device = torch.device(device) if device is not None else image_embeds.device
+    shape = choose_tile_shape(
+        image_embeds.shape[1], max_memory_mb=max_memory_mb, device_type=device.type
+    )
+    images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
+    texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
+    over_processes = over_processes and dist.is_initialized() and dist.get_world_size() > 1
+    with full_float32(device.type):
+        scores = _score_pairs(images, texts, correspondence, min(shape.texts, _PAIRS_AT_A_TIME))
+        if over_processes:
+            _require_equal_scores(scores, device)
+        image_counts, text_counts = (
+            NegativeCounts(
+                positives,
+                scores,
+                tolerance=TIE_TOLERANCE,
+                margin=bound_float32_error(image_embeds.shape[1]),
+                all_levels=all_positives,
+                device=device,
+            )
+            for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
+        )
+        tiles = TileScorer(images, texts, correspondence, shape, device)
+        for tile in tiles.score_all(over_processes=over_processes):
+            image_counts.add(tile)
+            text_counts.add(tile.transpose())
+    if over_processes:
+        dist.all_reduce(image_counts.counts)
+        dist.all_reduce(text_counts.counts)
+    image_to_text, text_to_image = (
+        Ranking(
+            num_candidates=num_candidates,
+            num_positives=counts.num_positives,
+            best_ranks=counts.best_ranks(),
+            positive_ranks=counts.all_ranks() if all_positives else None,
+        )
+        for counts, num_candidates in (
+            (image_counts, len(text_embeds)), (text_counts, len(image_embeds)),
+        )
+    )  # fmt: skip
+    return TwoWayRanking(image_to_text, text_to_image)
 
 
-def recall_at(ranks: Tensor, *, k: int) -> float:
-    """Share of queries whose best positive is among the first k (hit rate, as CLIP papers)."""
-    return float((ranks <= k).float().mean())
+def _score_pairs(
+    images: UnitRows, texts: UnitRows, correspondence: Correspondence, pairs_at_a_time: int
+) -> Tensor:
+    """Cosine of every pair, (num_pairs,) float64 on the CPU."""
+    rows = zip(
+        correspondence.image_of_pair.split(pairs_at_a_time),
+        correspondence.text_of_pair.split(pairs_at_a_time),
+        strict=True,
+    )
+    scores = [torch.linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
+    return torch.cat(scores).cpu()
 
 
-def _check(
-    query_embeds: Tensor,
-    candidate_embeds: Tensor,
-    query_keys: Sequence[str],
-    candidate_keys: Sequence[str],
-) -> None:
-    for name, embeds, keys in (
-        ("query", query_embeds, query_keys),
-        ("candidate", candidate_embeds, candidate_keys),
+def _check(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
+    for name, embeds, num_rows in (
+        ("image", image_embeds, correspondence.num_images),
+        ("text", text_embeds, correspondence.num_texts),
     ):
-        if embeds.ndim != 2 or len(embeds) != len(keys) or not len(keys):
+        if embeds.ndim != 2 or len(embeds) != num_rows:
             raise ValueError(
                 f"{name}_embeds {tuple(embeds.shape)} must have one row for each of the "
-                f"{len(keys)} {name}_keys, and at least one."
+                f"{num_rows} {name}s of the correspondence."
             )
-        if not embeds.isfinite().all():
-            row = int((~embeds.isfinite()).any(dim=1).long().argmax())
-            raise ValueError(f"{name}_embeds row {row} has a NaN or an infinity.")
-    if query_embeds.shape[1] != candidate_embeds.shape[1]:
+        if not embeds.dtype.is_floating_point:
+            raise ValueError(f"{name}_embeds are {embeds.dtype}; vectors are of a float dtype.")
+    if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
-            f"Queries have width {query_embeds.shape[1]}, candidates {candidate_embeds.shape[1]}; "
-            "they must come from one model."
+            f"Images have width {image_embeds.shape[1]}, texts {text_embeds.shape[1]}; they must "
+            "come from one model."
         )
-    lonely = sorted(set(query_keys) - set(candidate_keys))
-    if lonely:
-        raise ValueError(f"{len(lonely)} query keys have no candidate: {lonely[:5]}.")
+
+
+def _require_equal_scores(scores: Tensor, device: torch.device) -> None:
+    """Refuse to add counts of different vectors; their positives would hardly score the same."""
+    weights = torch.linspace(0, 1, len(scores), dtype=torch.float64)
+    mine = torch.stack([scores.sum(dtype=torch.float64), (weights * scores).sum()]).to(device)
+    all_sums = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_sums, mine)
+    # The same vectors computed on two machines may differ in their last bits.
+    different = [
+        rank
+        for rank, sums in enumerate(all_sums)
+        if not torch.allclose(sums, all_sums[0], rtol=0, atol=TIE_TOLERANCE * len(scores))
+    ]
+    if different:
+        raise ValueError(
+            f"Processes {different} came with other vectors than process 0. Each must have the "
+            "vectors of all images and texts: gather them first."
+        )

@@ -5,7 +5,6 @@ Shapes: B texts or pictures, D width of the LLM, P `projection_dim`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ...configuration_llm2clip import LLM2CLIPConfig
-
-# Other formats of the same weights, which no check reads.
-_NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
+from ...encoding.folders import find_model_folder as find_folder  # noqa: F401
 
 SHORT_TEXTS = (
     "a dog",
@@ -111,19 +107,3 @@ class Patient:
             hidden[:, -1] if self.config.text_pooling == "last_token" else hidden.double().mean(1)
         )
         return pooled.float()
-
-
-def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return a local folder, or download a Hub repository and return where it lies.
-
-    Raises: ValueError when the source is neither; what huggingface_hub raises on downloading.
-    """
-    if Path(source).is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"{source} is a folder, which has no revision {revision!r}; leave it out."
-            )
-        return Path(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    return Path(snapshot_download(source, revision=revision, ignore_patterns=_NOT_DOWNLOADED))

@@ -1,84 +1,23 @@
-"""Retrieval metrics equal brute force; alignment starts well, trains, and stops at nonsense."""
+"""Alignment of stored vectors starts well, trains, and stops at nonsense; encoding in order."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_model
 
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.encoding.pictures import encode_pictures
-from modeling_llm2clip.evaluation.metrics.ranking import rank_best_positive, recall_at
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
+from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.training.closed_form_start import start_from_canonical_correlation
 from modeling_llm2clip.training.feature_alignment import (
     AlignmentArguments,
     AlignmentPairs,
     align_features,
 )
-
-
-def rank_by_hand(queries, candidates, query_keys, candidate_keys):
-    """For each query: one more than the non-positives that score at least its best positive."""
-    queries, candidates = F.normalize(queries, dim=-1), F.normalize(candidates, dim=-1)
-    ranks = []
-    for row, key in enumerate(query_keys):
-        scores = (queries[row : row + 1] @ candidates.T)[0].tolist()
-        best = max(s for s, k in zip(scores, candidate_keys, strict=True) if k == key)
-        worse = zip(scores, candidate_keys, strict=True)
-        ranks.append(1 + sum(s >= best and k != key for s, k in worse))
-    return ranks
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_ranks_equal_brute_force_with_ties_and_several_positives(data):
-    # Few small whole numbers make many equal scores; keys repeat on both sides.
-    number = st.integers(-1, 1).map(float)
-    num_candidates = data.draw(st.integers(1, 8))
-    vector = st.lists(number, min_size=4, max_size=4)
-    candidates = torch.tensor(
-        data.draw(st.lists(vector, min_size=num_candidates, max_size=num_candidates))
-    )
-    keys = data.draw(
-        st.lists(st.sampled_from("abc"), min_size=num_candidates, max_size=num_candidates)
-    )
-    query_keys = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=6))
-    queries = torch.tensor(
-        data.draw(st.lists(vector, min_size=len(query_keys), max_size=len(query_keys)))
-    )
-    # One query a tile, so that both sides run the very same products and ties stay ties.
-    ranks = rank_best_positive(queries, candidates, query_keys, keys, tile_size=1)
-    assert ranks.tolist() == rank_by_hand(queries, candidates, query_keys, keys)
-
-
-def test_equal_vectors_everywhere_rank_last():
-    same = torch.ones(5, 3)
-    ranks = rank_best_positive(same, same, list("abcde"), list("abcde"))
-    assert ranks.tolist() == [5] * 5
-    assert recall_at(ranks, k=1) == 0.0 and recall_at(ranks, k=5) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q, c: (q[:, :2], c), r"width 2, candidates 3"),
-        (lambda q, c: (q * torch.nan, c), r"query_embeds row 0 has a NaN"),
-        (lambda q, c: (q[:1], c), r"query_embeds \(1, 3\) must have one row for each of the 2"),
-    ],
-)
-def test_broken_vectors_are_refused(change, message):
-    queries, candidates = change(torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match=message):
-        rank_best_positive(queries, candidates, ["a", "b"], ["a", "b"])
-
-
-def test_a_query_without_a_candidate_is_refused():
-    with pytest.raises(ValueError, match=r"1 query keys have no candidate: \['z'\]"):
-        rank_best_positive(torch.ones(1, 3), torch.ones(1, 3), ["z"], ["a"])
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +35,8 @@ def recall_of(model, pairs):
     with torch.inference_mode():
         text = model.project_caption_embeds(pairs.caption_embeds)
         image = model.project_vision_embeds(pairs.vision_embeds)
-    return recall_at(rank_best_positive(text, image, pairs.keys, pairs.keys), k=1)
+    ranking = rank_both_ways(image, text, Correspondence.from_keys(pairs.keys, pairs.keys))
+    return hit_rate_at(ranking.text_to_image, k=1)
 
 
 def test_the_closed_form_start_finds_what_captions_and_pictures_share(pairs):

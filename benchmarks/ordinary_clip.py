@@ -1,0 +1,211 @@
+"""An ordinary CLIP to compare with: a small text transformer, trained from scratch.
+
+Its vision tower is a frozen one that is given, its tokenizer CLIP's own, its text tower a CLIP
+text transformer of a few layers. Text tower, projections and temperature are trained together on
+stored features of the tower, with the loss, the schedule and the draws of pictures of
+`modeling_llm2clip/training/feature_alignment.py`. The result is a folder of open_clip's layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modeling_llm2clip.data.captioned_images import CaptionedImage
+from modeling_llm2clip.demo.stages import list_training_texts
+from modeling_llm2clip.processing_llm2clip import load_pictures
+from modeling_llm2clip.training.losses import keyed_contrastive_loss
+from modeling_llm2clip.training.optimization import split_by_decay, warm_up_then_cosine
+
+_LARGEST_SCALE = 100.0
+_TEXTS_AT_A_TIME = 64
+_ROUNDING = 1e-4  # sums of float32 in another order, over a few layers
+
+
+@dataclass(frozen=True)
+class OrdinaryClipArguments:
+    """Sizes and training of the baseline.
+
+    Attributes:
+        width, layers, heads: of the text transformer.
+        embed_dim: of the shared space.
+        steps, batch_size, seed: as in the demo.
+        lr: peak; higher than the demo's, because nothing starts from a closed form.
+    """
+
+    steps: int
+    batch_size: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    embed_dim: int = 512
+    seed: int = 0
+
+
+def build_ordinary_clip(vision_tower: nn.Module, arguments: OrdinaryClipArguments) -> Any:
+    """Join a frozen EfficientNet-Lite0 and an untrained text transformer."""
+    torch.manual_seed(arguments.seed)
+    model = open_clip.model.CustomTextCLIP(**_configure(arguments))
+    model.visual.trunk.load_state_dict(vision_tower.state_dict(), strict=True)
+    model.visual.trunk.requires_grad_(False)
+    return model.eval()  # no dropout anywhere, and the tower's statistics stay
+
+
+@torch.inference_mode()
+def encode_tower(model: Any, records: Sequence[CaptionedImage], *, batch_size: int = 8) -> Tensor:
+    """Features of the frozen tower, (N, D) float32, with the preprocessing of the saved folder."""
+    transform = image_transform_v2(PreprocessCfg(**_PREPROCESSING), is_train=False)
+    features = []
+    for start in tqdm(range(0, len(records), batch_size), unit=" batches"):
+        paths = [str(record.path) for record in records[start : start + batch_size]]
+        pixels = torch.stack([transform(picture) for picture in load_pictures(paths)])
+        features.append(model.visual.trunk(pixels.contiguous(memory_format=torch.channels_last)))
+    return torch.cat(features)
+
+
+def train_ordinary_clip(
+    model: Any,
+    records: Sequence[CaptionedImage],
+    features: Tensor,
+    arguments: OrdinaryClipArguments,
+) -> list[float]:
+    """Train text tower, projections and temperature in place; returns the loss of every step."""
+    _centre(model, features)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        split_by_decay(parameters, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(arguments.steps))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(r.key for r in records))}
+    keys = torch.tensor([numbers[record.key] for record in records])
+    tokenizer = open_clip.SimpleTokenizer()
+    texts = [tokenizer(list_training_texts(record)) for record in records]
+    _require_same_vectors(model, torch.cat(texts[:16]))
+    losses = []
+    for rows, ids in tqdm(_draw(texts, arguments), total=arguments.steps, unit=" steps"):
+        image_embeds = F.normalize(model.visual.head(features[rows]), dim=-1)
+        text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
+        scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
+        loss = keyed_contrastive_loss(image_embeds, text_embeds, scale, keys[rows])
+        if not loss.isfinite():
+            raise FloatingPointError(f"The loss is {loss.item()} at step {len(losses)}.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipArguments) -> Path:
+    """Save it as open_clip's Hub repositories lie."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {
+        "model_cfg": {**_configure(arguments), "custom_text": True},
+        "preprocess_cfg": {k: v for k, v in _PREPROCESSING.items() if k != "size"},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+# Those of EfficientNet-Lite0 in the demo.
+_PREPROCESSING = {
+    "size": 224,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
+
+
+def _configure(arguments: OrdinaryClipArguments) -> dict[str, Any]:
+    return {
+        "embed_dim": arguments.embed_dim,
+        "vision_cfg": {
+            "image_size": 224,
+            "timm_model_name": "tf_efficientnet_lite0",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": arguments.width,
+            "heads": arguments.heads,
+            "layers": arguments.layers,
+        },
+    }
+
+
+def _encode_trimmed(model: Any, ids: Tensor) -> Tensor:
+    """Encode texts by length, without the padding behind them: the same vectors, sooner.
+
+    Attention looks back only, and the end of the text is pooled, so nothing sees the padding.
+    """
+    lengths = (ids != 0).sum(dim=1)
+    order = lengths.argsort()
+    pieces = [
+        _encode_texts(model.text, ids[rows, : int(lengths[rows].max())])
+        for rows in order.split(_TEXTS_AT_A_TIME)
+    ]
+    return torch.cat(pieces)[order.argsort()]
+
+
+def _encode_texts(text: Any, ids: Tensor) -> Tensor:
+    """What open_clip's text tower computes, for fewer positions than it has."""
+    length = ids.shape[1]
+    hidden = text.token_embedding(ids) + text.positional_embedding[:length]
+    hidden = text.transformer(hidden, attn_mask=text.attn_mask[:length, :length])
+    ends = ids.argmax(dim=1)  # the end has the largest id
+    return text.ln_final(hidden)[torch.arange(len(ids)), ends] @ text.text_projection
+
+
+@torch.no_grad()
+def _require_same_vectors(model: Any, ids: Tensor) -> None:
+    difference = float((_encode_trimmed(model, ids) - model.encode_text(ids)).abs().max())
+    if difference > _ROUNDING:
+        raise RuntimeError(f"Texts without padding are encoded otherwise, by {difference:.1e}.")
+
+
+@torch.no_grad()
+def _centre(model: Any, features: Tensor) -> None:
+    """Let the projection take the mean away, as the demo's start does."""
+    projection = model.visual.head.proj
+    projection.bias.copy_(-(projection.weight @ features.mean(0)))
+
+
+def _draw(
+    texts: Sequence[Tensor], arguments: OrdinaryClipArguments
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows of pictures, each once an epoch, and one text each, (B,) and (B, 77)."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    order = torch.empty(0, dtype=torch.long)
+    size = min(arguments.batch_size, len(texts))
+    for _ in range(arguments.steps):
+        if len(order) < size:
+            order = torch.cat([order, torch.randperm(len(texts), generator=generator)])
+        rows, order = order[:size], order[size:]
+        draws = torch.rand(size, generator=generator)
+        ids = [
+            texts[row][int(draw * len(texts[row]))]
+            for row, draw in zip(rows.tolist(), draws.tolist(), strict=True)
+        ]
+        yield rows, torch.stack(ids)

@@ -1,0 +1,200 @@
+"""`llm2clip evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .pick import pick
+
+if TYPE_CHECKING:
+    from ..evaluation.arguments import EvaluationArguments
+    from ..evaluation.results import Result
+
+_EXAMPLES = """
+examples:
+  llm2clip evaluate my-model --data emoji --tasks cross-lingual
+  llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco-5k=coco --tasks retrieval cra
+  llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length
+  llm2clip evaluate --table --output evaluation
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure models on data sets, side by side",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument(
+        "models", nargs="*", metavar="MODEL",
+        help="[NAME=]SOURCE: a folder or Hub id of ours, CLIP, SigLIP, SigLIP2, an open_clip or "
+        "sentence-transformers model; a folder of vectors",
+    )  # fmt: skip
+    evaluate.add_argument("--tasks", nargs="+", default=[], help="default: what suits each set")
+    evaluate.add_argument(
+        "--data", nargs="+", default=[], metavar="SET[=FOLDER]", help="see --list; or a FOLDER"
+    )
+    evaluate.add_argument("--output", type=Path, default=Path("evaluation"))
+    evaluate.add_argument("--list", action="store_true", help="list sets and tasks, and end")
+    evaluate.add_argument(
+        "--table", nargs="?", const="text", choices=("text", "markdown"),
+        help="draw the results in --output; without MODEL nothing is computed",
+    )  # fmt: skip
+    evaluate.add_argument("--plot", type=Path, metavar="FILE", help="R@1 against length (PNG, SVG)")
+    _add_data_flags(evaluate.add_argument_group("data"))
+    _add_model_flags(evaluate.add_argument_group("models"))
+    evaluate.set_defaults(run=run)
+
+
+def _add_data_flags(group: Any) -> None:
+    group.add_argument(
+        "--images", nargs="+", default=[], metavar="SET=FOLDER", help="pictures that lie apart"
+    )
+    group.add_argument("--languages", nargs="+", default=[], help="of sets in several languages")
+    group.add_argument(
+        "--captions-only", action="store_true", help="read no pictures; for text encoders alone"
+    )
+    group.add_argument(
+        "--exclude-faults", action="store_true", help="leave faulty samples out, and count them"
+    )
+    group.add_argument(
+        "--no-picture-check", dest="check_pictures", action="store_false",
+        help="do not decode every picture before a model is loaded",
+    )  # fmt: skip
+    group.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="one a line, in the order of the classes"
+    )
+    group.add_argument(
+        "--templates", type=Path, metavar="FILE", help="prompts with one {}, one a line"
+    )
+    group.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD")
+
+
+def _add_model_flags(group: Any) -> None:
+    group.add_argument("--kind", nargs="+", default=[], help="of all models, or one for each")
+    group.add_argument("--revision", help="of a model on the Hub")
+    group.add_argument("--architecture", help="open_clip's name of what a weights file holds")
+    group.add_argument("--head", help="model whose projections stored vectors go through")
+    group.add_argument("--extracted-from", metavar="DATA", help="captioned data of the stores")
+    group.add_argument("--device", default="auto")
+    group.add_argument(
+        "--dtype", choices=("saved", "float32", "bfloat16", "float16"), default="saved"
+    )
+    group.add_argument("--batch-size", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it and return the exit code."""
+    if arguments.list:
+        _print_lists()
+        return 0
+    if arguments.models:
+        from ..evaluation.evaluate import evaluate
+
+        evaluate(_build_arguments(arguments), on_result=_print_result)
+    elif arguments.table is None and arguments.plot is None:
+        raise ValueError("Name a MODEL and --data, or --list, or --table.")
+    from ..evaluation.results import read_results
+    from ..evaluation.tables import render_results
+
+    results = read_results(arguments.output)
+    if arguments.plot is not None:
+        from ..evaluation.plots import plot_lengths
+
+        plot_lengths([result for result in results if result.task == "length"], arguments.plot)
+        print(f"Wrote {arguments.plot}.", file=sys.stderr)
+    print()
+    print(render_results(results, style=arguments.table or "text"))
+    return 0
+
+
+def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
+    from ..evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+    from ..evaluation.encoders.encoder import EncoderSettings
+
+    images = dict(_split(text, flag="--images") for text in arguments.images)
+    data = tuple(
+        DataChoice(name, folder, images=images.pop(name, None))
+        for name, folder in map(_read_data, arguments.data)
+    )
+    if images:
+        raise ValueError(f"--images names sets that --data does not: {sorted(images)}.")
+    kinds = arguments.kind or [None]
+    if len(kinds) not in (1, len(arguments.models)):
+        raise ValueError(
+            f"--kind has {len(kinds)} values for {len(arguments.models)} models; give one, or one "
+            "for each."
+        )
+    kinds = kinds * len(arguments.models) if len(kinds) == 1 else kinds
+    models = tuple(
+        ModelChoice(
+            source, name, kind, arguments.revision, arguments.architecture, arguments.head,
+            arguments.extracted_from,
+        )
+        for (name, source), kind in zip(map(_read_model, arguments.models), kinds, strict=True)
+    )  # fmt: skip
+    settings = pick(EncoderSettings, argparse.Namespace(**vars(arguments), show_progress=True))
+    return EvaluationArguments(
+        models=models,
+        data=data,
+        tasks=tuple(arguments.tasks),
+        output=arguments.output,
+        languages=tuple(arguments.languages),
+        captions_only=arguments.captions_only,
+        exclude_faults=arguments.exclude_faults,
+        check_pictures=arguments.check_pictures,
+        class_names=_read_lines(arguments.class_names),
+        templates=_read_lines(arguments.templates),
+        ignored_fields=tuple(arguments.ignore_fields),
+        encoder=settings,
+    )
+
+
+def _read_model(text: str) -> tuple[str, str]:
+    """Name and source; a source that exists is never taken apart."""
+    if Path(text).exists() or "=" not in text:
+        return "", text
+    return _split(text, flag="MODEL")
+
+
+def _read_data(text: str) -> tuple[str, str | None]:
+    """Name of a set and its folder; a folder alone is one's own data."""
+    if Path(text).exists():
+        return "folder", text
+    return _split(text, flag="--data") if "=" in text else (text, None)
+
+
+def _split(text: str, *, flag: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise ValueError(f"{flag} {text!r} is not NAME=FOLDER.")
+    return name, value
+
+
+def _read_lines(file: Path | None) -> tuple[str, ...] | None:
+    if file is None:
+        return None
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _print_lists() -> None:
+    from ..evaluation.sets.registry import list_sets
+    from ..evaluation.tasks.registry import TASKS
+
+    print("Sets (--data NAME=FOLDER):")
+    for card in list_sets():
+        print(f"  {card.describe()}")
+        print(f"      licence {card.licence}; from {card.source}; files: {card.files}")
+    print("Tasks (--tasks NAME):")
+    for task in TASKS.values():
+        print(f"  {task.name}: {task.title}; on sets of kind {' or '.join(task.kinds)}")
+
+
+def _print_result(result: Result) -> None:
+    print(f"{result.model}: {result.task} on {result.set}, {result.seconds:.1f} s", file=sys.stderr)

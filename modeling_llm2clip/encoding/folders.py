@@ -1,0 +1,30 @@
+"""Finds the folder of a model that is named by a path or by a Hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+# Other formats of the same weights, which nothing here reads.
+_NOT_DOWNLOADED = [
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
+    "openvino/*",
+]  # fmt: skip
+
+
+def find_model_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Return a local folder, or download a Hub repository and return where it lies.
+
+    Raises: ValueError when the source is neither; what huggingface_hub raises on downloading.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{source} is a folder, which has no revision {revision!r}; leave it out."
+            )
+        return Path(source)
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
+    return Path(snapshot_download(source, revision=revision, ignore_patterns=_NOT_DOWNLOADED))

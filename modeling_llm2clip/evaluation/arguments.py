@@ -1,0 +1,108 @@
+"""What is evaluated on what: checked when it is made, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .encoders.encoder import EncoderSettings
+from .encoders.kinds import KINDS
+from .sets.registry import find_set
+from .tasks.registry import find_task
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """One model to evaluate.
+
+    Attributes:
+        source: folder, Hub id, or weights file.
+        name: in tables and as the folder of its results; default: the last part of the source.
+        kind, revision, architecture, head: as `open_encoder` takes them.
+        extracted_from: the captioned data that stores were extracted from.
+    """
+
+    source: str
+    name: str = ""
+    kind: str | None = None
+    revision: str | None = None
+    architecture: str | None = None
+    head: str | None = None
+    extracted_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.source).name)
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(
+                f"{self.source!r} gives no name for tables and folders: {self.name!r}. Name it: "
+                f"NAME={self.source}."
+            )
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"No kind is called {self.kind!r}; known are {list(KINDS)}.")
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """One set to evaluate on.
+
+    Attributes:
+        name: in the registry.
+        folder: where its files are; None for an embedded one.
+        images: folder of the pictures where they lie apart.
+    """
+
+    name: str
+    folder: str | None = None
+    images: str | None = None
+
+    def __post_init__(self) -> None:
+        find_set(self.name)
+
+
+@dataclass(frozen=True)
+class EvaluationArguments:
+    """What is evaluated on what.
+
+    Attributes:
+        models: at least one, of different names.
+        data: at least one set.
+        tasks: names; empty for what suits each set.
+        output: folder of the results; those of earlier runs are kept.
+        languages: of sets in several languages; empty for all, which only `cross-lingual` takes.
+        captions_only: read sets without their pictures, for text encoders alone.
+        exclude_faults: leave faulty samples out and report how many, instead of raising.
+        check_pictures: decode every picture before a model is loaded.
+        class_names, templates: of a classification; see `read_set`.
+        ignored_fields: of one's own data.
+        encoder: how models are run.
+    """
+
+    models: tuple[ModelChoice, ...]
+    data: tuple[DataChoice, ...]
+    tasks: tuple[str, ...] = ()
+    output: Path = Path("evaluation")
+    languages: tuple[str, ...] = ()
+    captions_only: bool = False
+    exclude_faults: bool = False
+    check_pictures: bool = True
+    class_names: Mapping[str, str] | Sequence[str] | None = None
+    templates: tuple[str, ...] | None = None
+    ignored_fields: tuple[str, ...] = ()
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+
+    def __post_init__(self) -> None:
+        if not self.models or not self.data:
+            raise ValueError("Evaluation needs at least one model and one set (--data).")
+        for what, names in (
+            ("models", [model.name for model in self.models]),
+            ("sets", [data.name for data in self.data]),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"Two {what} have one name, and their results would be one: {names}. Name "
+                    "models as NAME=SOURCE; evaluate two folders of one set in two runs."
+                )
+        for task in self.tasks:
+            find_task(task)

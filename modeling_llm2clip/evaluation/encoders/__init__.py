@@ -1,0 +1,1 @@
+"""What is evaluated, whatever it is: texts and pictures in, vectors out, every choice told."""

@@ -1,0 +1,189 @@
+"""The one interface of everything that is evaluated, and what its implementations share.
+
+N texts or pictures, D width of the vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...data.pictures import load_picture
+from ...processing_llm2clip import load_pictures
+
+DTYPES = ("saved", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How a model is run; nothing of it moves a score in float32.
+
+    Attributes:
+        device: `"auto"` for a GPU where there is one, else a name that torch knows.
+        dtype: of the weights: as they were `"saved"`, or cast to another one.
+        batch_size: most texts or pictures at a time; None for the default of the device.
+        show_progress: draw progress bars.
+    """
+
+    device: str = "auto"
+    dtype: str = "saved"
+    batch_size: int | None = None
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is none of {DTYPES}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def find_device(self) -> torch.device:
+        """The device that these settings name."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def choose_batch_size(self) -> int:
+        """The batch size, or the default of the device."""
+        return self.batch_size or (16 if self.find_device().type == "cpu" else 128)
+
+    def choose_dtype(self, saved: str) -> str:
+        """Name of the dtype of the weights, given that of the saved ones."""
+        return saved if self.dtype == "saved" else self.dtype
+
+    @property
+    def dtype_argument(self) -> str:
+        """What `from_pretrained` takes as `dtype`."""
+        return "auto" if self.dtype == "saved" else self.dtype
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What a description says of them."""
+        return {"device": str(self.find_device()), "batch_size": self.choose_batch_size()}
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Vectors of texts.
+
+    Attributes:
+        embeds: (N, D) float32 on the CPU, in the order of the texts, of any length.
+        is_cut: (N,) bool, which texts were cut at the encoder's maximum length; None when nothing
+            is known of it, as with stored vectors.
+    """
+
+    embeds: Tensor
+    is_cut: Tensor | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything that decides an encoder's vectors, known before its weights are loaded.
+
+    Attributes:
+        kind: which implementation; a key of `kinds.KINDS`.
+        source: what the user gave.
+        fingerprint: digests of the weights and whatever else tells two models apart.
+        text: prompt, maximum tokens, padding, letter case; None for pictures alone.
+        pictures: resolution, mean, std, resizing, cropping; None for texts alone.
+        dtype: of the weights as they are run.
+        run: device and batch size, which do not move a score in float32.
+    """
+
+    kind: str
+    source: str
+    fingerprint: dict[str, str]
+    text: dict[str, Any] | None
+    pictures: dict[str, Any] | None
+    dtype: str
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        return asdict(self)
+
+
+class Encoder(Protocol):
+    """What is evaluated. Weights are loaded when the first vector is asked for."""
+
+    def describe(self) -> Description:
+        """Say what decides the vectors; reads files, but builds no model."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts; raises ValueError naming every blank one."""
+        ...
+
+    def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:
+        """Encode pictures into (N, D) float32 on the CPU, of any length.
+
+        Args:
+            pictures: addresses as `data.pictures.Picture`, or PIL images.
+            names: what their set calls them; stored vectors are found by it.
+        Raises: ValueError naming the picture that is missing or broken.
+        """
+        ...
+
+
+@torch.inference_mode()
+def encode_distinct(
+    items: Sequence[Hashable],
+    prepare: Callable[[list[Any]], Any],
+    encode: Callable[[Any], Tensor],
+    settings: EncoderSettings,
+    *,
+    unit: str,
+    size_of: Callable[[Any], int] | None = None,
+) -> Tensor:
+    """Encode every distinct item once, in batches, and give each item its vector.
+
+    Equal items get the same vector, bit for bit: from two batches they would differ in the last
+    bit, and no longer tie.
+
+    Args:
+        prepare: a batch of items into what `encode` takes; runs ahead in a thread.
+        encode: to (B, D), on any device and of any float dtype.
+        unit: what an item is called in the progress bar.
+        size_of: items of about the same size share a batch, the largest first.
+    Returns: (N, D) float32 on the CPU.
+    """
+    distinct = {item: row for row, item in enumerate(dict.fromkeys(items))}
+    ordered = list(distinct)
+    if size_of is not None:
+        ordered.sort(key=size_of, reverse=True)
+    size = settings.choose_batch_size()
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    vectors: Tensor | None = None
+    progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not settings.show_progress)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(prepare, batches[0])
+        for number, batch in enumerate(batches):
+            prepared = ahead.result()
+            if number + 1 < len(batches):
+                ahead = pool.submit(prepare, batches[number + 1])
+            embeds = encode(prepared).float().cpu()
+            if vectors is None:
+                vectors = torch.empty(len(ordered), embeds.shape[1])
+            vectors[[distinct[item] for item in batch]] = embeds
+            progress.update(len(batch))
+    progress.close()
+    assert vectors is not None
+    return vectors[[distinct[item] for item in items]]
+
+
+def require_pictures(pictures: Sequence[Any]) -> None:
+    """Raise ValueError for an empty list."""
+    if not len(pictures):
+        raise ValueError("Got no pictures; give at least one.")
+
+
+def load_rgb(pictures: Sequence[Any]) -> list[Any]:
+    """Open pictures the same way for every encoder: upright, on white, as RGB PIL images."""
+    loaded = load_pictures([load_picture(picture) for picture in pictures])
+    assert isinstance(loaded, list)
+    return loaded

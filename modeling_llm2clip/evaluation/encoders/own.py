@@ -1,0 +1,114 @@
+"""A model of this package: the vectors that `AutoModel` gives, made by the fast paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...encoding.captions import encode_captions
+from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, fingerprint_weights
+from ...encoding.pictures import encode_pictures
+from ...modeling_llm2clip import LLM2CLIPModel
+from ...processing_llm2clip import LLM2CLIPProcessor
+from .encoder import Description, EncodedTexts, EncoderSettings
+from .preprocessing import describe_image_processor
+
+# A batch of texts is given to the model as so many tokens a text.
+_TOKENS_OF_A_TEXT = 64
+
+
+class OwnEncoder:
+    """An LLM2CLIP folder."""
+
+    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._source = source
+        self._processor = LLM2CLIPProcessor.from_pretrained(folder)
+
+    def describe(self) -> Description:
+        """Say what decides the vectors."""
+        return self._description
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts through LLM, adapter and projection."""
+        size = self._settings.batch_size
+        encoded = encode_captions(
+            self._model,
+            self._processor,
+            texts,
+            token_budget=None if size is None else size * _TOKENS_OF_A_TEXT,
+            show_progress=self._settings.show_progress,
+        )
+        project = self._model.project_caption_embeds
+        ids = self._processor.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        longest = self._processor.max_text_length
+        return EncodedTexts(
+            embeds=self._project(project, encoded.caption_embeds),
+            is_cut=torch.tensor([len(row) > longest for row in ids]),
+        )
+
+    def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Encode pictures through the vision tower and its projection."""
+        distinct = {picture: row for row, picture in enumerate(dict.fromkeys(pictures))}
+        embeds = encode_pictures(
+            self._model,
+            self._processor,
+            list(distinct),
+            batch_size=self._settings.batch_size,
+            show_progress=self._settings.show_progress,
+        )
+        projected = self._project(self._model.project_vision_embeds, embeds)
+        return projected[[distinct[picture] for picture in pictures]]
+
+    @torch.inference_mode()
+    def _project(self, project: Any, embeds: Tensor) -> Tensor:
+        projected: Tensor = project(embeds.to(self._model.device)).cpu()
+        return projected
+
+    @cached_property
+    def _model(self) -> LLM2CLIPModel:
+        model = LLM2CLIPModel.from_pretrained(self._folder, dtype=self._settings.dtype_argument)
+        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _description(self) -> Description:
+        config = LLM2CLIPConfig.from_pretrained(self._folder)
+        text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
+        weights = fingerprint_weights(self._folder)
+        fingerprint = {
+            "weights": weights["weights"],
+            "tokenizer": text["tokenizer"],
+            "text_architecture": text["architecture"],
+            "vision_architecture": vision["architecture"],
+            "image_processor": vision["image_processor"],
+        }
+        tokenizer = self._processor.tokenizer
+        return Description(
+            kind="llm2clip",
+            source=self._source,
+            fingerprint=fingerprint,
+            text={
+                "prompt": {
+                    "before": tokenizer.decode(config.prompt_prefix_ids),
+                    "after": tokenizer.decode(config.prompt_suffix_ids),
+                },
+                "max_tokens": self._processor.max_text_length,
+                "padding": "none that is pooled",
+                "lower_case": False,
+                "pooling": text["pooling"],
+                "direction": text["direction"],
+            },
+            pictures={
+                **describe_image_processor(self._processor.image_processor),
+                "pooling": vision["pooling"],
+            },
+            dtype=self._settings.choose_dtype(weights["dtype"]),
+            run=self._settings.run,
+        )

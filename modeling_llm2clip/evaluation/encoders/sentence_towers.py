@@ -1,0 +1,130 @@
+"""A sentence-transformers model: texts, and pictures where it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...encoding.fingerprint import fingerprint_weights
+from ...processing_llm2clip import check_texts
+from .encoder import (
+    Description,
+    EncodedTexts,
+    EncoderSettings,
+    encode_distinct,
+    load_rgb,
+    require_pictures,
+)
+from .files import hash_files
+
+
+class SentenceEncoder:
+    """A folder with `modules.json`.
+
+    No prompt is added but the model's own default one. Only modules of sentence-transformers
+    itself are loaded; code from the folder is never run.
+
+    Raises: ValueError when sentence-transformers is not installed.
+    """
+
+    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._source = source
+        _import_sentence_transformers()
+
+    def describe(self) -> Description:
+        """Say what decides the vectors."""
+        return self._description
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts with `encode`."""
+        check_texts(list(texts))
+        embeds = encode_distinct(
+            texts, list, self._encode, self._settings, unit="texts", size_of=len
+        )
+        return EncodedTexts(embeds, self._find_cut(texts))
+
+    def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Encode pictures with `encode`, where the model takes them."""
+        require_pictures(pictures)
+        if not self._model.supports("image"):
+            raise ValueError(
+                f"{self._source} is a sentence-transformers model for "
+                f"{list(self._model.modalities)}; it takes no pictures. Give it text tasks."
+            )
+        return encode_distinct(pictures, load_rgb, self._encode, self._settings, unit="pictures")
+
+    def _encode(self, batch: list[Any]) -> Tensor:
+        vectors: Tensor = self._model.encode(
+            batch,
+            batch_size=len(batch),
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        return vectors
+
+    def _find_cut(self, texts: Sequence[str]) -> Tensor | None:
+        longest = self._model.max_seq_length
+        if longest is None:
+            return None
+        prompt = self._default_prompt or ""
+        ids = self._model.tokenizer(
+            [prompt + text for text in texts], truncation=False, verbose=False
+        )["input_ids"]
+        return torch.tensor([len(row) > longest for row in ids])
+
+    @property
+    def _default_prompt(self) -> str | None:
+        prompt: str | None = self._model.prompts.get(self._model.default_prompt_name)
+        return prompt
+
+    @cached_property
+    def _model(self) -> Any:
+        dtype = self._settings.dtype_argument
+        model = _import_sentence_transformers().SentenceTransformer(
+            str(self._folder),
+            device=str(self._settings.find_device()),
+            model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return model.eval()
+
+    @cached_property
+    def _description(self) -> Description:
+        weights = fingerprint_weights(self._folder, pattern="**/*.safetensors")
+        files = hash_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
+        model = self._model  # its modules alone know what they do to a text
+        takes_pictures = model.supports("image")
+        return Description(
+            kind="sentence-transformers",
+            source=self._source,
+            fingerprint={"weights": weights["weights"], "files": files},
+            text={
+                "prompt": self._default_prompt,
+                "max_tokens": model.max_seq_length,
+                "padding": "longest, masked",
+                "lower_case": bool(getattr(model[0], "do_lower_case", False)),
+                "modules": [type(module).__name__ for module in model],
+            },
+            pictures={"processor": type(model.processor).__name__} if takes_pictures else None,
+            dtype=self._settings.choose_dtype(weights["dtype"]),
+            run=self._settings.run,
+        )
+
+
+def _import_sentence_transformers() -> Any:
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise ValueError(
+            "This needs sentence-transformers, which is not installed. Run "
+            '`pip install "modeling_llm2clip[sentence-transformers]"`.'
+        ) from error
+    return sentence_transformers

@@ -1,0 +1,123 @@
+"""Evaluates models: reads and checks everything first, then loads one model after the other.
+
+Order: settings, data sets with every fault, kinds and configurations of the models, results that
+are there already; only then weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.captioned_sources import read_captioned
+from .arguments import EvaluationArguments, ModelChoice
+from .encoders.encoder import Description, Encoder, EncoderSettings
+from .encoders.kinds import open_encoder
+from .encoders.remembering import RememberingEncoder
+from .jobs import Job, read_jobs, require_abilities
+from .results import (
+    Result,
+    build_protocol,
+    find_finished,
+    list_versions,
+    result_file,
+    write_result,
+)
+
+
+def evaluate(
+    arguments: EvaluationArguments, *, on_result: Callable[[Result], object] | None = None
+) -> list[Result]:
+    """Run every task that suits a set for every model; finished ones are not computed again.
+
+    Args:
+        on_result: told each result when it is there, computed now or before.
+    Raises: ValueError, before any model is loaded, for bad data (DataFaults), a task that suits no
+        set, a model of no known kind, a model without pictures for a task with them, or a result
+        of another run in the output folder.
+    """
+    jobs = read_jobs(arguments)
+    encoders = {choice.name: _open(choice, arguments.encoder) for choice in arguments.models}
+    descriptions = {name: encoder.describe() for name, encoder in encoders.items()}
+    for job in jobs:
+        for description in descriptions.values():
+            require_abilities(description, job)
+    protocols = {
+        (name, job.task.name, job.set_name): build_protocol(job.task, job.sets, description)
+        for name, description in descriptions.items()
+        for job in jobs
+    }
+    finished = _find_all_finished(arguments.output, protocols, descriptions)
+    results = []
+    for name in list(encoders):
+        encoder = RememberingEncoder(encoders.pop(name))  # so that a model goes with its turn
+        for job in jobs:
+            key = (name, job.task.name, job.set_name)
+            result = finished[key] or _run(encoder, name, job, protocols[key], arguments.output)
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+    return results
+
+
+def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:
+    records = None
+    if choice.extracted_from is not None:
+        records = read_captioned(choice.extracted_from, require_pictures=False)
+    return open_encoder(
+        choice.source,
+        settings,
+        kind=choice.kind,
+        revision=choice.revision,
+        architecture=choice.architecture,
+        records=records,
+        head=choice.head,
+    )
+
+
+def _find_all_finished(
+    output: Path,
+    protocols: Mapping[tuple[str, str, str], dict[str, Any]],
+    descriptions: Mapping[str, Description],
+) -> dict[tuple[str, str, str], Result | None]:
+    found: dict[tuple[str, str, str], Result | None] = {}
+    faults = []
+    for (model, task, set_name), protocol in protocols.items():
+        file = result_file(output, model=model, set_name=set_name, task=task)
+        try:
+            found[model, task, set_name] = find_finished(
+                file, protocol=protocol, fingerprint=descriptions[model].fingerprint
+            )
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return found
+
+
+def _run(encoder: Encoder, model: str, job: Job, protocol: dict[str, Any], output: Path) -> Result:
+    started = time.monotonic()
+    found = job.task.run(encoder, job.sets)
+    seconds = time.monotonic() - started
+    file = result_file(output, model=model, set_name=job.set_name, task=job.task.name)
+    description = encoder.describe()
+    result = Result(
+        model=model,
+        task=job.task.name,
+        set=job.set_name,
+        scores=dict(found.scores),
+        protocol=protocol,
+        counts=dict(found.counts),
+        fingerprint=description.fingerprint,
+        run={**description.run, "model": description.source},
+        versions=list_versions(),
+        seconds=round(seconds, 2),
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The scores come last: where they are, the pictures are too.
+    for name, picture in found.pictures.items():
+        picture.save(file.with_suffix(f".{name}.png"))
+    write_result(file, result)
+    return result

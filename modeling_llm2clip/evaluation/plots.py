@@ -1,0 +1,58 @@
+"""R@1 against the length of the text, several models in one picture; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import Result
+from .tasks.clip_tokens import CLIP_TEXT_TOKENS
+
+
+def plot_lengths(results: Sequence[Result], file: Path) -> None:
+    """Draw the R@1 of every bucket with its interval, one line a model.
+
+    Args:
+        results: of the task `length`, all on one set.
+        file: PNG, SVG or PDF, by its ending.
+    Raises: ValueError for other results, or when matplotlib is not installed.
+    """
+    if not results or any("buckets" not in result.scores for result in results):
+        raise ValueError("This plot takes results of the task 'length'.")
+    if len(sets := {result.set for result in results}) > 1:
+        raise ValueError(f"The results are of different sets, {sorted(sets)}; plot each by itself.")
+    plt = _import_matplotlib()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for result in results:
+        buckets = result.scores["buckets"]
+        lengths = [bucket["mean_clip_tokens"] for bucket in buckets]
+        rates = [100 * bucket["hit_rate_at_1"]["value"] for bucket in buckets]
+        errors = [
+            [100 * abs(bucket["hit_rate_at_1"]["value"] - bucket["hit_rate_at_1"][end])
+             for bucket in buckets]
+            for end in ("low", "high")
+        ]  # fmt: skip
+        axes.errorbar(lengths, rates, yerr=errors, marker="o", capsize=3, label=result.model)
+    axes.axvline(CLIP_TEXT_TOKENS, color="0.6", linestyle=":", label="end of a 77-token encoder")
+    axes.axhline(100 * results[0].scores["chance"], color="0.6", linewidth=0.8, label="chance")
+    axes.set_xlabel("length of the text, tokens of CLIP's vocabulary")
+    axes.set_ylabel("R@1, %")
+    axes.set_ylim(bottom=0)
+    axes.set_title(results[0].set)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _import_matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError(
+            'Plots need matplotlib. Run `pip install "modeling_llm2clip[plots]"`.'
+        ) from error
+    matplotlib.use("agg")  # draws into files, with or without a screen
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,189 @@
+"""One JSON file a task: scores, every choice that moved them, the model's fingerprint.
+
+The file is written whole or not at all. A later run with the same model, data and protocol finds
+it and computes nothing; a file of another run is never overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..data.vector_store_layout import write_durably
+from .encoders.encoder import Description
+from .sets.schema import ChoiceSet, ClassificationSet, EvaluationSet
+from .tasks.task import Task
+
+FORMAT_VERSION = 1
+# Where a set or a model lies moves no score: the digests say what it is.
+_MAY_DIFFER = re.compile(r"protocol\.data\.(.*\.)?(source|revision)")
+_PACKAGES = (
+    "modeling_llm2clip", "torch", "torchvision", "transformers", "tokenizers",
+    "sentence-transformers", "open_clip_torch", "timm", "pillow",
+)  # fmt: skip
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one task found for one model on one set.
+
+    Attributes:
+        model, task, set: names: the model's as in tables, the others as commands take them.
+        scores: from the task.
+        protocol: every choice that moves a score: of the `data`, of the `model` (prompt, maximum
+            tokens, resolution, preprocessing, dtype) and of the `task`.
+        counts: what there was, and how many texts were cut.
+        fingerprint: which model.
+        run: device, batch size, where model and data lay: moves no score.
+        versions, seconds: of the packages; for each part of the work.
+    """
+
+    model: str
+    task: str
+    set: str
+    scores: dict[str, Any]
+    protocol: dict[str, Any]
+    counts: dict[str, Any]
+    fingerprint: dict[str, str]
+    run: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    format_version: int = FORMAT_VERSION
+
+
+def result_file(folder: Path, *, model: str, set_name: str, task: str) -> Path:
+    """Where a result lies."""
+    return folder / model / f"{set_name}.{task}.json"
+
+
+def build_protocol(
+    task: Task, sets: Sequence[EvaluationSet], description: Description
+) -> dict[str, Any]:
+    """Every choice that moves a score, known before the model is loaded."""
+    described = description.to_json()
+    of_data = {data.lang: {**data.protocol, "digest": hash_set(data)} for data in sets}
+    data = {"languages": of_data} if task.languages else next(iter(of_data.values()))
+    protocol = {
+        "data": data,
+        "model": {name: described[name] for name in ("kind", "text", "pictures", "dtype")},
+        "task": dict(task.protocol),
+    }
+    # As it will be read again: tuples are lists then.
+    return json.loads(json.dumps(protocol, ensure_ascii=False))  # type: ignore[no-any-return]
+
+
+def hash_set(data: EvaluationSet) -> str:
+    """SHA-256 of a set's texts, names and correspondence, and of the sizes of picture files."""
+    digest = hashlib.sha256()
+    if isinstance(data, ChoiceSet):
+        parts: list[Any] = [
+            [item.name, item.captions, item.anchor, list(map(_size_of, item.pictures))]
+            for item in data.items
+        ]
+    elif isinstance(data, ClassificationSet):
+        parts = [data.picture_names, data.labels, data.class_names, data.templates]
+        parts += [list(map(_size_of, data.pictures))]
+    else:
+        pairs = (data.correspondence.image_of_pair, data.correspondence.text_of_pair)
+        parts = [data.picture_names, data.captions, *(rows.tolist() for rows in pairs)]
+        parts += [list(map(_size_of, data.pictures))]
+    for part in parts:
+        digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
+
+
+def read_result(file: Path) -> Result:
+    """Read one result.
+
+    Raises: ValueError when the file is damaged, or written by another version of the format.
+    """
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
+    wanted = {field.name for field in fields(Result)}
+    if not isinstance(content, dict) or set(content) != wanted:
+        raise ValueError(f"{file} is no result of an evaluation. Name another folder.")
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {content['format_version']!r}, this code reads "
+            f"{FORMAT_VERSION}. Evaluate again into another folder."
+        )
+    return Result(**content)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read all results of a folder, by model, set and task.
+
+    Raises: ValueError when there are none.
+    """
+    files = sorted(folder.glob("*/*.json"))
+    if not files:
+        raise ValueError(f"{folder} holds no results. Evaluate something into it first.")
+    return [read_result(file) for file in files]
+
+
+def find_finished(
+    file: Path, *, protocol: Mapping[str, Any], fingerprint: Mapping[str, str]
+) -> Result | None:
+    """Return the result that is there already, or None.
+
+    Raises: ValueError naming every choice in which the file's run differs from this one.
+    """
+    if not file.is_file():
+        return None
+    found = read_result(file)
+    now = {"protocol": protocol, "fingerprint": fingerprint}
+    then = {"protocol": found.protocol, "fingerprint": found.fingerprint}
+    differences = list(_find_differences(then, now))
+    if differences:
+        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        raise ValueError(
+            f"{file} is of another run: {'; '.join(differences[:_SHOWN])}{more}. Name another "
+            "output folder or another name for the model, or remove the file."
+        )
+    return found
+
+
+def write_result(file: Path, result: Result) -> None:
+    """Write one result, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_durably(file, text.encode())
+
+
+def list_versions() -> dict[str, str]:
+    """Versions of Python and of every package that takes part in a vector."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in sorted(set(then) | set(now)):
+            below = f"{path}.{name}" if path else name
+            yield from _find_differences(then.get(name), now.get(name), below)
+    elif then != now and not _MAY_DIFFER.fullmatch(path):
+        yield f"{path} was {_shorten(then)} and is {_shorten(now)}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _size_of(picture: Any) -> Any:
+    return picture.stat().st_size if isinstance(picture, Path) else str(picture)

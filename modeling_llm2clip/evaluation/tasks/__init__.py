@@ -1,0 +1,1 @@
+"""What is measured: one module a task, each from vectors to scores with their protocol."""

@@ -1,0 +1,59 @@
+"""Caption retrieval accuracy (CRA): what a text encoder alone can be asked."""
+
+from __future__ import annotations
+
+from ..encoders.encoder import Encoder
+from ..metrics.correspondence import Correspondence
+from ..metrics.ranking import TIE_RULE, rank_both_ways
+from ..metrics.scores import hits_at
+from ..sets.schema import EvaluationSet, RetrievalSet
+from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
+
+
+def run_cra(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
+    """The first caption of each picture looks for the second among those of all pictures.
+
+    As `evaluation.caption_retrieval.measure_caption_retrieval`, and in the other direction too.
+
+    Raises: ValueError naming pictures with one caption only.
+    """
+    (data,) = sets
+    assert isinstance(data, RetrievalSet)
+    groups = data.group_captions()
+    lonely = [group.key for group in groups if len(group.captions) < 2]
+    if lonely or len(groups) < 2:
+        raise ValueError(
+            f"{data.name}: CRA needs two captions of every picture, and two pictures. "
+            f"{len(lonely)} of {len(groups)} have one only: {lonely[:5]}."
+        )
+    number = len(groups)
+    texts = encoder.encode_texts([g.captions[i] for i in (0, 1) for g in groups])
+    first, second = texts.embeds[:number], texts.embeds[number:]
+    own = Correspondence.from_image_of_text(range(number), number)
+    found = rank_both_ways(first, second, own)
+    return TaskScores(
+        {
+            "cra": mean_with_interval(hits_at(found.image_to_text, k=1)),
+            "second_to_first": mean_with_interval(hits_at(found.text_to_image, k=1)),
+            "chance": 1 / number,
+        },
+        {"pictures": number, **count_texts(texts)},
+    )
+
+
+CRA = Task(
+    name="cra",
+    title="caption retrieval accuracy of a text encoder alone",
+    kinds=("captions", "retrieval"),
+    needs_pictures=False,
+    languages=False,
+    protocol={
+        "similarity": "cosine",
+        "ties": TIE_RULE,
+        "queries": "first caption of every picture",
+        "candidates": "second caption of every picture",
+        "interval": INTERVAL_PROTOCOL,
+    },
+    headline={"CRA": ("cra", "value")},
+    run=run_cra,
+)

@@ -1,0 +1,25 @@
+"""All tasks by name."""
+
+from __future__ import annotations
+
+from .choices import CHOICES
+from .classification import CLASSIFICATION
+from .cra import CRA
+from .cross_lingual import CROSS_LINGUAL
+from .lengths import LENGTHS
+from .retrieval import RETRIEVAL
+from .task import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (RETRIEVAL, CROSS_LINGUAL, LENGTHS, CRA, CLASSIFICATION, CHOICES)
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises: ValueError listing the known ones.
+    """
+    if name not in TASKS:
+        raise ValueError(f"No task is called {name!r}; known are {list(TASKS)}.")
+    return TASKS[name]

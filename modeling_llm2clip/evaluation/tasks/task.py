@@ -1,0 +1,84 @@
+"""What a task takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..encoders.encoder import EncodedTexts, Encoder
+from ..metrics.confidence import bootstrap_mean
+from ..sets.schema import EvaluationSet
+
+CONFIDENCE_LEVEL = 0.95
+NUM_RESAMPLES = 1000
+# Of every task that gives an interval: part of its protocol.
+INTERVAL_PROTOCOL = f"bootstrap over pictures, {NUM_RESAMPLES} draws, {CONFIDENCE_LEVEL:.0%}"
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What a task found.
+
+    Attributes:
+        scores: numbers by name, nested at will; JSON can hold them.
+        counts: how many texts and pictures there were, and how many texts were cut.
+        pictures: to be saved beside the scores, by name.
+    """
+
+    scores: Mapping[str, Any]
+    counts: Mapping[str, Any]
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+
+
+RunTask: TypeAlias = Callable[[Encoder, tuple[EvaluationSet, ...]], TaskScores]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to measure.
+
+    Attributes:
+        name: as `--tasks` takes it.
+        title: one line for people.
+        kinds: kinds of sets that it can be run on (`SetCard.kind`).
+        needs_pictures: whether the encoder must take pictures; None when it depends on the set.
+        languages: whether all languages of a set are taken together, or one alone.
+        protocol: choices of the task that move a score.
+        headline: which scores a table shows: a column's title to the path in `scores`.
+        run: the task itself; takes one set a language.
+    """
+
+    name: str
+    title: str
+    kinds: tuple[str, ...]
+    needs_pictures: bool | None
+    languages: bool
+    protocol: Mapping[str, Any]
+    headline: Mapping[str, tuple[str, ...]]
+    run: RunTask
+
+
+def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
+    """Mean of one number a query, and how far it could move with other pictures.
+
+    Returns: `value`, `low`, `high`.
+    """
+    interval = bootstrap_mean(
+        values,
+        generator=torch.Generator().manual_seed(0),
+        clusters=clusters,
+        num_resamples=NUM_RESAMPLES,
+        level=CONFIDENCE_LEVEL,
+    )
+    return {"value": float(values.double().mean()), "low": interval.low, "high": interval.high}
+
+
+def count_texts(texts: EncodedTexts) -> dict[str, int | None]:
+    """How many texts there were, and how many of them the encoder had to cut."""
+    is_cut = texts.is_cut
+    return {"texts": len(texts.embeds), "texts_cut": None if is_cut is None else int(is_cut.sum())}

@@ -1,0 +1,346 @@
+"""The whole evaluation: several models on several sets, resumed, refused, drawn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_encoders import TEXTS, save_named_vectors, save_tiny_encoder, save_tiny_pictures
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.faults import DataFaults
+from modeling_llm2clip.evaluation import evaluate as evaluation
+from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.plots import plot_lengths
+from modeling_llm2clip.evaluation.results import Result, find_finished, read_result, read_results
+from modeling_llm2clip.evaluation.tables import render_results
+
+TASKS = ("retrieval", "cra", "length")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda kind: str(save_tiny_encoder(kind, root / kind)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight pictures with two captions each, in English and, as far as this goes, in German."""
+    folder = tmp_path_factory.mktemp("data")
+    return str(write_data(folder))
+
+
+def write_data(folder: Path) -> Path:
+    lines = [
+        {"image": path.name, "captions": [f"{text} {lang}", f"again {text}"], "lang": lang}
+        for lang in ("en", "de")
+        for path, text in zip(save_tiny_pictures(folder, len(TEXTS)), TEXTS, strict=True)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return folder
+
+
+def arguments(output: Path, data: str, *sources: str, **changes: Any) -> EvaluationArguments:
+    chosen = EvaluationArguments(
+        models=tuple(map(ModelChoice, sources)),
+        data=(DataChoice("folder", data),),
+        tasks=TASKS,
+        languages=("en",),
+        output=output,
+    )
+    return replace(chosen, **changes)
+
+
+def no_model(*_: object) -> Any:
+    pytest.fail("a model was loaded")
+
+
+@pytest.fixture()
+def _refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be encoded: what fails must fail before."""
+    monkeypatch.setattr(evaluation, "_run", no_model)
+
+
+def test_a_result_says_everything_that_its_score_hangs_on(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    evaluate(arguments(tmp_path, data, models("llm2clip"), models("clip")))
+    found = json.loads((tmp_path / "clip" / "folder.retrieval.json").read_text(encoding="utf-8"))
+    protocol = found["protocol"]
+    assert protocol["data"]["split"] == "all" and protocol["data"]["lang"] == "en"
+    assert (protocol["data"]["pictures"], protocol["data"]["captions"]) == (8, 16)
+    assert protocol["data"]["excluded"] == {}
+    assert protocol["model"]["text"]["max_tokens"] == 77
+    assert protocol["model"]["text"]["prompt"] is None
+    assert protocol["model"]["pictures"]["crop"] == {"height": 32, "width": 32}
+    assert protocol["model"]["pictures"]["mean"][0] == pytest.approx(0.48145466)
+    assert protocol["model"]["dtype"] == "float32"
+    assert "ties count against the model" in protocol["task"]["ties"]
+    assert found["counts"] == {"pictures": 8, "texts": 16, "texts_cut": 0}
+    assert found["run"]["batch_size"] == 16 and found["run"]["device"] == "cpu"
+    assert len(found["fingerprint"]["weights"]) == 64
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["seconds"] >= 0
+    ours = read_result(tmp_path / "llm2clip" / "folder.retrieval.json")
+    assert "<|start_header_id|>" in ours.protocol["model"]["text"]["prompt"]["before"]
+
+
+def test_batch_sizes_and_order_of_tasks_move_no_score(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    found = []
+    for batch_size, tasks in ((1, TASKS), (7, TASKS[::-1]), (64, TASKS)):
+        results = evaluate(
+            arguments(
+                tmp_path / str(batch_size), data, models("llm2clip"), models("siglip"),
+                encoder=EncoderSettings(batch_size=batch_size), tasks=tasks,
+            )
+        )  # fmt: skip
+        found.append({(r.model, r.task): r.scores for r in results})
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_finished_task_is_not_computed_again(
+    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"))
+    first = evaluate(replace(chosen, tasks=("retrieval",)))
+    file = tmp_path / "clip" / "folder.retrieval.json"
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    computed: list[str] = []
+    run = evaluation._run
+
+    def count(*args: Any) -> Result:
+        computed.append(args[2].task.name)
+        return run(*args)
+
+    monkeypatch.setattr(evaluation, "_run", count)
+    other_batch = EncoderSettings(batch_size=3)  # moves no score, so it is no other run
+    results = evaluate(replace(chosen, encoder=other_batch))
+    assert computed == ["cra", "length"]
+    assert results[0] == first[0]
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_a_file_of_another_run_is_refused_with_what_differs(
+    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    chosen = arguments(tmp_path, data, f"{models('clip')}", tasks=("retrieval",))
+    evaluate(chosen)
+    monkeypatch.setattr(evaluation, "_run", no_model)
+    with pytest.raises(ValueError, match=r"another run: .*dtype was 'float32' and is 'bfloat16'"):
+        evaluate(replace(chosen, encoder=EncoderSettings(dtype="bfloat16")))
+    with pytest.raises(ValueError, match=r"another run: .*protocol\.data\.lang was 'en' and is"):
+        evaluate(replace(chosen, languages=("de",)))
+    with pytest.raises(ValueError, match=r"fingerprint\.weights was .* and is "):
+        evaluate(replace(chosen, models=(ModelChoice(models("siglip"), name="clip"),)))
+
+
+def test_other_captions_in_as_many_lines_are_another_run(models: Any, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("cra",))
+    evaluate(chosen)
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8")
+    (folder / "captions.jsonl").write_text(lines.replace("a dog en", "a cat en"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
+        evaluate(chosen)
+
+
+def test_a_moved_folder_is_the_same_run(models: Any, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",))
+    first = evaluate(chosen)
+    shutil.move(folder, tmp_path / "elsewhere")
+    moved = replace(chosen, data=(DataChoice("folder", str(tmp_path / "elsewhere")),))
+    assert evaluate(moved) == first
+
+
+def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        find_finished(file, protocol={}, fingerprint={})
+    file.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no result of an evaluation"):
+        read_result(file)
+    with pytest.raises(ValueError, match=r"holds no results"):
+        read_results(tmp_path)
+
+
+@pytest.mark.usefixtures("_refuse_models")
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", r"picture missing: 2"),
+        ("broken", r"picture unreadable: 1 \(.*3\.png"),
+        ("blank", r"blank caption: 1"),
+    ],
+)
+def test_bad_data_fails_before_a_model_is_loaded(
+    fault: str, message: str, models: Any, tmp_path: Path
+) -> None:
+    folder = break_data(write_data(tmp_path / "data"), fault)
+    with pytest.raises(DataFaults, match=message):
+        evaluate(arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken", "blank"])
+def test_faults_are_left_out_and_counted_where_that_is_asked_for(
+    fault: str, models: Any, tmp_path: Path
+) -> None:
+    folder = break_data(write_data(tmp_path / "data"), fault)
+    chosen = arguments(
+        tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",), exclude_faults=True
+    )
+    (result,) = evaluate(chosen)
+    assert result.counts["pictures"] == 7
+    assert sum(result.protocol["data"]["excluded"].values()) == 1
+    table = render_results([result], style="markdown")
+    assert table.rstrip().splitlines()[-1].endswith("| float32 | 1 |")
+
+
+def break_data(folder: Path, fault: str) -> Path:
+    captions = folder / "captions.jsonl"
+    if fault == "missing":
+        (folder / "3.png").unlink()
+    elif fault == "broken":
+        (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    else:
+        text = captions.read_text(encoding="utf-8").replace('"x en"', '" "')
+        captions.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    clip = models("clip")
+    with pytest.raises(ValueError, match=r"No set suits these tasks.*'choices': \('choice',\)"):
+        evaluate(arguments(tmp_path, data, clip, tasks=("choices",)))
+    with pytest.raises(ValueError, match=r"retrieval takes one language at a time.*'de'"):
+        evaluate(arguments(tmp_path, data, clip, tasks=("retrieval",), languages=("en", "de")))
+    with pytest.raises(ValueError, match=r"Two models have one name"):
+        arguments(tmp_path, data, clip, clip)
+    with pytest.raises(ValueError, match=r"No task is called 'recall'"):
+        arguments(tmp_path, data, clip, tasks=("recall",))
+    with pytest.raises(ValueError, match=r"no set 'flickr'"):
+        DataChoice("flickr", data)
+    vectors = save_named_vectors(tmp_path / "vectors", {"a": [1.0]}, {})
+    with pytest.raises(ValueError, match=r"vectors encodes no pictures, which retrieval"):
+        evaluate(arguments(tmp_path / "out", data, str(vectors), tasks=("retrieval",)))
+
+
+def test_languages_are_scored_together(models: Any, data: str, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cross-lingual",), languages=())
+    (result,) = evaluate(chosen)
+    assert set(result.scores["languages"]) == {"en", "de"}
+    assert set(result.protocol["data"]["languages"]) == {"en", "de"}
+    starts = [line.split(" ")[0] for line in render_results([result]).splitlines()]
+    first = starts.index("language")
+    assert starts[first + 2 : first + 5] == ["en", "de", "mean"]
+
+
+@pytest.fixture(scope="module")
+def results(models: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("results")
+    evaluate(arguments(output, data, models("clip"), models("siglip")))
+    return output
+
+
+def test_models_stand_side_by_side_in_a_table(results: Path) -> None:
+    found = read_results(results)
+    table = render_results(found, style="markdown")
+    rows = [line for line in table.splitlines() if line.startswith("| clip |")]
+    score = {(r.model, r.task): r.scores for r in found}["clip", "retrieval"]
+    cells = [f"{100 * score[d]['hit_rate_at_1']:.1f} %" for d in ("text_to_image", "image_to_text")]
+    assert f"| clip | {' | '.join(cells)} |" in rows
+    assert "| siglip | folder | cra, length, retrieval | siglip | none | 64 |" in table
+    assert render_results(found).count("siglip") >= 3
+
+
+def test_the_table_of_lengths_shows_what_77_tokens_lose(results: Path) -> None:
+    found = [result for result in read_results(results) if result.task == "length"]
+    assert "tokens   texts  beyond 77" in render_results(found)
+
+
+def test_the_plot_has_a_line_a_model(results: Path, tmp_path: Path) -> None:
+    found = [result for result in read_results(results) if result.task == "length"]
+    plot_lengths(found, tmp_path / "lengths.png")
+    assert Image.open(tmp_path / "lengths.png").size[0] > 400
+    with pytest.raises(ValueError, match=r"takes results of the task 'length'"):
+        plot_lengths(read_results(results), tmp_path / "other.png")
+    other = replace(found[0], set="another")
+    with pytest.raises(ValueError, match=r"different sets, \['another', 'folder'\]"):
+        plot_lengths([found[1], other], tmp_path / "other.png")
+
+
+def test_the_command_evaluates_and_draws(
+    models: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out")
+    words = ["evaluate", f"ours={models('llm2clip')}", models("clip"), "--data", f"folder={data}"]
+    words += ["--tasks", "cra", "--languages", "en", "--output", output]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "ours: cra on folder" in shown.err
+    assert "folder: CRA" in shown.out and "ours" in shown.out
+    assert main(["evaluate", "--table", "markdown", "--output", output]) == 0
+    assert "| ours | " in capsys.readouterr().out
+    record = asdict(read_result(tmp_path / "out" / "ours" / "folder.cra.json"))
+    assert record["run"]["model"] == models("llm2clip")
+
+
+def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert "coco" in shown and "emoji" in shown and "cross-lingual: " in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Name a MODEL and --data"),
+        (["some-model"], "at least one model and one set"),
+        (["m", "--data", "folder="], "--data 'folder=' is not NAME=FOLDER"),
+        (["m", "--data", "folder=x", "--images", "coco=y"], "--images names sets that --data"),
+        (["m", "--data", "emoji", "--kind", "clip"], "No kind is called 'clip'"),
+        (["m", "--data", "emoji", "--kind", "vectors", "clip"], "2 values for 1 models"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_classification_saves_its_confusion(models: Any, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save_tiny_pictures(tmp_path / "data" / name, 3)
+    chosen = EvaluationArguments(
+        models=(ModelChoice(models("clip")),),
+        data=(DataChoice("image-folder", str(tmp_path / "data")),),
+        output=tmp_path / "out",
+        templates=("a photo of a {}", "{}"),
+        class_names=("Katze", "Hund"),
+    )
+    (result,) = evaluate(chosen)
+    assert result.counts == {"pictures": 6, "classes": 2, "texts": 4, "texts_cut": 0}
+    assert set(result.scores["top_1_of_class"]) == {"Katze", "Hund"}
+    Image.open(tmp_path / "out" / "clip" / "image-folder.classification.confusion.png").load()
+    with pytest.raises(DataFaults, match=r"class name repeated: 2"):
+        evaluate(replace(chosen, class_names=("Tier", "Tier")))

@@ -1,0 +1,282 @@
+"""Every kind of model behind one interface, with the vectors that its own code gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_encoders import MODEL_KINDS, TEXTS, save_tiny_encoder, save_tiny_pictures
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+from modeling_llm2clip.evaluation.encoders.encoder import Encoder, EncoderSettings
+from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
+from modeling_llm2clip.processing_llm2clip import load_pictures
+
+BATCH_SIZES = (1, 7, 64)
+# Sums of float32 numbers in another order, over two layers, on unit-length vectors.
+ROUNDING = 1e-5
+LONG_TEXT = "a dog and a cat " * 60
+DUAL_KINDS = tuple(kind for kind in MODEL_KINDS if kind != "sentence-transformers")
+
+every_kind = pytest.mark.parametrize("kind", MODEL_KINDS)
+every_dual_kind = pytest.mark.parametrize("kind", DUAL_KINDS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a model by its kind, saved when it is first asked for."""
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda kind: save_tiny_encoder(kind, root / kind))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return save_tiny_pictures(tmp_path_factory.mktemp("pictures"), len(TEXTS))
+
+
+def encode(encoder: Encoder, pictures: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    names = [picture.name for picture in pictures]
+    return encoder.encode_texts(TEXTS).embeds, encoder.encode_pictures(pictures, names=names)
+
+
+def unit(vectors: Any) -> Tensor:
+    return F.normalize(torch.as_tensor(vectors).float(), dim=-1)
+
+
+def test_kinds_are_told_from_files(models: Any) -> None:
+    told = {kind: tell_kind(models(kind)) for kind in MODEL_KINDS}
+    transformers = dict.fromkeys(("clip", "siglip", "siglip2"), "transformers")
+    assert told == {kind: kind for kind in MODEL_KINDS} | transformers
+
+
+def test_a_folder_of_no_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json.*'open_clip'.*--kind"):
+        tell_kind(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_type 'llama'"):
+        open_encoder(tmp_path)
+    with pytest.raises(ValueError, match=r"no such folder, and no Hub id"):
+        open_encoder(tmp_path / "nothing" / "here")
+
+
+@every_kind
+def test_vectors_have_the_order_of_the_inputs_and_are_float32(kind: str, models: Any) -> None:
+    encoder = open_encoder(models(kind), EncoderSettings(batch_size=3))
+    embeds = encoder.encode_texts(TEXTS).embeds
+    backwards = encoder.encode_texts(TEXTS[::-1]).embeds
+    assert embeds.dtype == torch.float32 and embeds.device.type == "cpu"
+    torch.testing.assert_close(backwards.flip(0), embeds, rtol=0, atol=ROUNDING)
+
+
+@every_dual_kind
+def test_the_batch_size_moves_no_rank(kind: str, models: Any, pictures: list[Path]) -> None:
+    own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
+    ranks = []
+    for batch_size in BATCH_SIZES:
+        texts, images = encode(
+            open_encoder(models(kind), EncoderSettings(batch_size=batch_size)), pictures
+        )
+        found = rank_both_ways(images, texts, own)
+        ranks.append((found.image_to_text.best_ranks, found.text_to_image.best_ranks))
+    for other in ranks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ranks[0], other, strict=True))
+    assert ranks[0][0].unique().numel() > 1  # not all tied
+
+
+@pytest.mark.gpu
+@every_dual_kind
+def test_the_device_moves_no_rank(kind: str, models: Any, pictures: list[Path]) -> None:
+    own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
+    ranks = []
+    for device in ("cpu", "cuda"):
+        settings = EncoderSettings(device=device, dtype="float32")
+        texts, images = encode(open_encoder(models(kind), settings), pictures)
+        found = rank_both_ways(images, texts, own)
+        ranks.append((found.image_to_text.best_ranks, found.text_to_image.best_ranks))
+    assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+
+
+@every_kind
+def test_equal_inputs_have_equal_vectors_whatever_the_batch(kind: str, models: Any) -> None:
+    texts = [TEXTS[0], *TEXTS, TEXTS[0]]
+    embeds = open_encoder(models(kind), EncoderSettings(batch_size=2)).encode_texts(texts).embeds
+    assert torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_tokens"), [("clip", 77), ("siglip", 64), ("siglip2", 64), ("open_clip", 77)]
+)
+def test_cut_texts_are_counted_and_the_limit_is_told(
+    kind: str, max_tokens: int, models: Any
+) -> None:
+    encoder = open_encoder(models(kind))
+    is_cut = encoder.encode_texts([LONG_TEXT, *TEXTS, LONG_TEXT]).is_cut
+    assert is_cut is not None
+    assert is_cut.tolist() == [True, *[False] * len(TEXTS), True]
+    text = encoder.describe().text
+    assert text is not None and text["max_tokens"] == max_tokens
+
+
+@every_kind
+def test_blank_texts_are_named(kind: str, models: Any) -> None:
+    with pytest.raises(ValueError, match=r"number 1 is blank"):
+        open_encoder(models(kind)).encode_texts(["a dog", " "])
+
+
+@every_dual_kind
+def test_a_broken_picture_is_named(kind: str, models: Any, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png: not a picture"):
+        open_encoder(models(kind)).encode_pictures([broken], names=["broken.png"])
+
+
+def test_own_vectors_are_those_of_auto_model(models: Any, pictures: list[Path]) -> None:
+    folder = models("llm2clip")
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        output = model(**processor(text=list(TEXTS), images=[str(p) for p in pictures]))
+    texts, images = encode(open_encoder(folder), pictures)
+    torch.testing.assert_close(unit(texts), output.text_embeds, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(unit(images), output.image_embeds, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text_settings"),
+    [
+        ("clip", {"padding": True}),
+        ("siglip", {"padding": "max_length", "max_length": 64}),
+        ("siglip2", {"padding": "max_length", "max_length": 64}),
+    ],
+)
+def test_baselines_have_the_vectors_of_their_model_cards(
+    kind: str, text_settings: dict[str, Any], models: Any, pictures: list[Path]
+) -> None:
+    model = AutoModel.from_pretrained(models(kind))
+    processor = AutoProcessor.from_pretrained(models(kind))
+    texts = [text.lower() if kind != "clip" else text for text in TEXTS]
+    inputs = dict(processor.tokenizer(texts, return_tensors="pt", **text_settings))
+    if kind != "clip":
+        inputs.pop("attention_mask")  # not of these models' inputs
+    pixels = processor.image_processor(load_pictures(list(pictures)), return_tensors="pt")
+    with torch.no_grad():
+        wanted = (
+            model.get_text_features(**inputs).pooler_output,
+            model.get_image_features(**pixels).pooler_output,
+        )
+    for found, own in zip(encode(open_encoder(models(kind)), pictures), wanted, strict=True):
+        torch.testing.assert_close(unit(found), unit(own), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_siglip_reads_lower_case(kind: str, models: Any) -> None:
+    encoder = open_encoder(models(kind))
+    embeds = encoder.encode_texts(["A Red Car", "a red car"]).embeds
+    assert torch.equal(embeds[0], embeds[1])
+    text = encoder.describe().text
+    assert text is not None and text["lower_case"] is True
+
+
+def test_open_clip_vectors_are_its_own(models: Any, pictures: list[Path]) -> None:
+    import open_clip
+
+    name = f"local-dir:{models('open_clip')}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    pixels = torch.stack([transform(picture) for picture in load_pictures(list(pictures))])
+    model.eval()
+    with torch.no_grad():
+        ids = open_clip.get_tokenizer(name)(list(TEXTS))
+        wanted = model.encode_text(ids), model.encode_image(pixels)
+    for found, own in zip(encode(open_encoder(models("open_clip")), pictures), wanted, strict=True):
+        torch.testing.assert_close(unit(found), unit(own), rtol=0, atol=ROUNDING)
+
+
+def test_an_open_clip_weights_file_needs_the_name_of_its_architecture(
+    models: Any, tmp_path: Path
+) -> None:
+    import open_clip
+
+    folder = models("open_clip")
+    weights = folder / "open_clip_model.safetensors"
+    with pytest.raises(ValueError, match=r"architecture is None.*'EVA02-B-16'"):
+        open_encoder(weights)
+    written = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tiny-eva.json").write_text(json.dumps(written["model_cfg"]), encoding="utf-8")
+    open_clip.add_model_config(tmp_path / "tiny-eva.json")
+    encoder = open_encoder(weights, architecture="tiny-eva")
+    torch.testing.assert_close(
+        encoder.encode_texts(TEXTS).embeds, open_encoder(folder).encode_texts(TEXTS).embeds
+    )
+    # A file does not say how its pictures were prepared; open_clip's default is CLIP's own.
+    described = encoder.describe().pictures
+    assert described is not None and described["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+
+
+def test_open_clip_without_weights_is_not_random(models: Any, tmp_path: Path) -> None:
+    config = (models("open_clip") / "open_clip_config.json").read_text(encoding="utf-8")
+    (tmp_path / "open_clip_config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"none of .*open_clip_model\.safetensors.*random"):
+        open_encoder(tmp_path)
+
+
+def test_a_sentence_transformer_without_pictures_says_so(models: Any, pictures: list[Path]) -> None:
+    encoder = open_encoder(models("sentence-transformers"))
+    assert encoder.describe().pictures is None
+    with pytest.raises(ValueError, match=r"takes no pictures\. Give it text tasks"):
+        encoder.encode_pictures(pictures[:1], names=["0.png"])
+
+
+def test_our_folder_is_a_sentence_transformer_where_that_is_asked_for(
+    models: Any, pictures: list[Path]
+) -> None:
+    folder = models("llm2clip")
+    ours = encode(open_encoder(folder), pictures)
+    theirs = encode(open_encoder(folder, kind="sentence-transformers"), pictures)
+    for found, wanted in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
+
+
+def test_an_argument_for_another_kind_is_refused(models: Any) -> None:
+    with pytest.raises(ValueError, match=r"\['architecture'\] is for open_clip, .* transformers"):
+        open_encoder(models("clip"), architecture="ViT-B-32")
+    with pytest.raises(ValueError, match=r"No kind is called 'CLIP'"):
+        open_encoder(models("clip"), kind="CLIP")
+
+
+@pytest.mark.parametrize("kind", DUAL_KINDS)
+def test_a_description_needs_no_weights_in_memory(
+    kind: str, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = open_encoder(models(kind))
+    monkeypatch.setattr(type(encoder), "_model", property(lambda _: pytest.fail("loaded")))
+    described = encoder.describe().to_json()
+    assert json.loads(json.dumps(described)) == json.loads(json.dumps(described, allow_nan=False))
+    assert len(described["fingerprint"]["weights"]) == 64
+    assert {"resize", "crop", "interpolation", "mean", "std"} <= set(described["pictures"])
+
+
+def test_the_fingerprint_changes_with_one_weight(models: Any, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(models("clip"))
+    AutoProcessor.from_pretrained(models("clip")).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    same = open_encoder(tmp_path).describe().fingerprint["weights"]
+    assert same == open_encoder(models("clip")).describe().fingerprint["weights"]
+    with torch.no_grad():
+        model.text_projection.weight[0, 0] += 1
+    model.save_pretrained(tmp_path)
+    assert open_encoder(tmp_path).describe().fingerprint["weights"] != same
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "int8"}, {"batch_size": 0}])
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"int8|batch_size=0"):
+        EncoderSettings(**settings)

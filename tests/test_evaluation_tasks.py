@@ -1,0 +1,312 @@
+"""Each task on vectors whose scores are known by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_encoders import save_named_vectors
+
+from modeling_llm2clip.data.caption_groups import CaptionGroup
+from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.evaluation.encoders.encoder import Encoder
+from modeling_llm2clip.evaluation.encoders.kinds import open_encoder
+from modeling_llm2clip.evaluation.encoders.remembering import RememberingEncoder
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.sets.schema import (
+    ChoiceItem,
+    ChoiceSet,
+    ClassificationSet,
+    RetrievalSet,
+)
+from modeling_llm2clip.evaluation.tasks.choices import CHANCES, run_choices
+from modeling_llm2clip.evaluation.tasks.classification import run_classification
+from modeling_llm2clip.evaluation.tasks.clip_tokens import count_clip_tokens, share_beyond_clip
+from modeling_llm2clip.evaluation.tasks.confusion import draw_confusion
+from modeling_llm2clip.evaluation.tasks.cra import run_cra
+from modeling_llm2clip.evaluation.tasks.cross_lingual import run_cross_lingual
+from modeling_llm2clip.evaluation.tasks.lengths import run_lengths, split_in_half
+from modeling_llm2clip.evaluation.tasks.registry import TASKS, find_task
+from modeling_llm2clip.evaluation.tasks.retrieval import run_retrieval
+
+EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
+NORTH_EAST = (1.0, 1.0)
+
+Vectors = Mapping[str, Sequence[float]]
+
+
+def open_vectors(folder: Path, texts: Vectors, pictures: Vectors | None = None) -> Encoder:
+    return open_encoder(save_named_vectors(folder, dict(texts), dict(pictures or {})))
+
+
+def retrieval_set(
+    captions: Sequence[str], image_of_text: Sequence[int], *, lang: str = "en", shown: bool = True
+) -> RetrievalSet:
+    number = max(image_of_text) + 1
+    names = tuple(f"p{i}" for i in range(number))
+    return RetrievalSet(
+        name="by-hand",
+        pictures=tuple(Path(name) for name in names) if shown else (),
+        picture_names=names,
+        captions=tuple(captions),
+        correspondence=Correspondence.from_image_of_text(image_of_text, number),
+        lang=lang,
+        protocol={"excluded": {}},
+    )
+
+
+def test_directions_are_not_swapped(tmp_path: Path) -> None:
+    # Both captions are nearest to p0, so text to picture finds one of two; each picture is
+    # nearest to its own caption, so picture to text finds both.
+    texts = {"first": EAST, "second": (1.0, 0.2)}
+    pictures = {"p0": EAST, "p1": NORTH}
+    encoder = open_vectors(tmp_path, texts, pictures)
+    found = run_retrieval(encoder, (retrieval_set(list(texts), [0, 1]),)).scores
+    assert found["text_to_image"]["hit_rate_at_1"] == 0.5
+    assert found["image_to_text"]["hit_rate_at_1"] == 1.0
+    assert found["text_to_image"]["chance_hit_rate_at_1"] == 0.5
+
+
+def test_several_captions_of_a_picture_are_one_hit_and_half_a_recall(tmp_path: Path) -> None:
+    texts = {"near": EAST, "far": WEST, "other": NORTH}
+    pictures = {"p0": EAST, "p1": NORTH}
+    encoder = open_vectors(tmp_path, texts, pictures)
+    found = run_retrieval(encoder, (retrieval_set(list(texts), [0, 0, 1]),))
+    to_text = found.scores["image_to_text"]
+    assert to_text["hit_rate_at_1"] == 1.0
+    assert to_text["recall_at_1"] == 0.75  # p0 finds one of two, p1 one of one
+    assert to_text["chance_hit_rate_at_1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert found.counts == {"pictures": 2, "texts": 3, "texts_cut": None}
+
+
+def test_an_interval_surrounds_its_score(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = {f"t{i}": torch.randn(8, generator=generator).tolist() for i in range(60)}
+    pictures = {f"p{i}": torch.randn(8, generator=generator).tolist() for i in range(30)}
+    encoder = open_vectors(tmp_path, texts, pictures)
+    data = retrieval_set(list(texts), [i // 2 for i in range(60)])
+    found = run_retrieval(encoder, (data,)).scores["text_to_image"]
+    interval = found["intervals"]["hit_rate_at_5"]
+    assert interval["value"] == found["hit_rate_at_5"]
+    assert 0 <= interval["low"] < interval["value"] < interval["high"] <= 1
+
+
+def test_every_language_counts_the_same_in_the_mean(tmp_path: Path) -> None:
+    texts = {"east": EAST, "north": NORTH, "Norden": EAST, "Osten": NORTH, "ost": EAST}
+    encoder = open_vectors(tmp_path, texts, {"p0": EAST, "p1": NORTH})
+    english = retrieval_set(["east", "north"], [0, 1])
+    german = retrieval_set(["Norden", "Osten", "ost"], [1, 0, 0], lang="de")
+    found = run_cross_lingual(encoder, (english, german)).scores
+    rate = {lang: s["text_to_image"]["hit_rate_at_1"] for lang, s in found["languages"].items()}
+    assert rate == {"en": 1.0, "de": pytest.approx(1 / 3)}
+    assert found["mean"]["text_to_image"]["hit_rate_at_1"] == pytest.approx(2 / 3)
+    alone = run_retrieval(encoder, (german,)).scores
+    assert found["languages"]["de"] == alone
+
+
+def test_cra_is_what_caption_tuning_measures(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = {f"t{i}": torch.randn(6, generator=generator).tolist() for i in range(40)}
+    data = retrieval_set(list(texts), [i // 2 for i in range(40)], shown=False)
+    found = run_cra(open_vectors(tmp_path, texts), (data,)).scores
+    groups = [CaptionGroup(f"p{i}", (f"t{2 * i}", f"t{2 * i + 1}")) for i in range(20)]
+    wanted = measure_caption_retrieval(
+        lambda captions: torch.tensor([texts[c] for c in captions]), groups
+    )
+    assert found["cra"]["value"] == pytest.approx(wanted)
+    assert found["chance"] == 1 / 20
+
+
+def test_cra_needs_two_captions_a_picture(tmp_path: Path) -> None:
+    texts = {"a": EAST, "b": NORTH, "c": WEST}
+    data = retrieval_set(list(texts), [0, 0, 1], shown=False)
+    with pytest.raises(ValueError, match=r"1 of 2 have one only: \['p1'\]"):
+        run_cra(open_vectors(tmp_path, texts), (data,))
+
+
+def classification_set(labels: Sequence[int], names: Sequence[str], **fields: Any) -> Any:
+    pictures = tuple(f"p{i}" for i in range(len(labels)))
+    return ClassificationSet(
+        name="by-hand",
+        pictures=tuple(map(Path, pictures)),
+        picture_names=pictures,
+        labels=tuple(labels),
+        class_names=tuple(names),
+        templates=fields.get("templates", ("{}",)),
+        lang="en",
+        protocol={},
+    )
+
+
+def test_a_class_is_the_mean_of_its_prompts_at_unit_length(tmp_path: Path) -> None:
+    # Prompts of unlike length: their unit vectors count, so that class A points north-east.
+    texts = {"an A": (100.0, 0.0), "the A": (0.0, 0.01), "an B": WEST, "the B": WEST}
+    pictures = {"p0": NORTH_EAST, "p1": WEST, "p2": (-1.0, 0.9)}
+    data = classification_set([0, 1, 0], ["A", "B"], templates=("an {}", "the {}"))
+    found = run_classification(open_vectors(tmp_path, texts, pictures), (data,)).scores
+    assert found["top_1"]["value"] == pytest.approx(2 / 3)
+    assert found["mean_per_class_top_1"] == 0.75  # A: one of two, B: one of one
+    assert found["top_1_of_class"] == {"A": 0.5, "B": 1.0}
+    assert found["most_confused"] == [{"class": "A", "taken_for": "B", "count": 1}]
+    assert "top_5" not in found  # of two classes it would always be 1
+
+
+def test_classes_that_tie_are_a_wrong_answer(tmp_path: Path) -> None:
+    texts = {"A": EAST, "B": EAST, "C": NORTH}
+    data = classification_set([0, 2], ["A", "B", "C"])
+    encoder = open_vectors(tmp_path, texts, {"p0": EAST, "p1": NORTH})
+    assert run_classification(encoder, (data,)).scores["top_1"]["value"] == 0.5
+
+
+def test_top_5_finds_what_top_1_misses(tmp_path: Path) -> None:
+    names = [str(i) for i in range(7)]
+    texts = {name: torch.eye(7)[i].tolist() for i, name in enumerate(names)}
+    # Class i is liked less the higher i is: the picture's own class 4 is fifth, class 5 sixth.
+    liking = [7.0, 6, 5, 4, 3, 2, 1]
+    data = classification_set([4, 5], names)
+    encoder = open_vectors(tmp_path, texts, {"p0": liking, "p1": liking})
+    found = run_classification(encoder, (data,)).scores
+    assert (found["top_1"]["value"], found["top_5"]["value"]) == (0.0, 0.5)
+
+
+def test_the_confusion_picture_is_dark_where_classes_were_taken() -> None:
+    sheet = draw_confusion(torch.tensor([[3, 0], [1, 1]]), ["A", "B"]).convert("L")
+    cell = 24
+    left, top = sheet.width - 2 * cell, sheet.height - 2 * cell
+
+    def shade(row: int, column: int) -> int:
+        return int(sheet.getpixel((left + column * cell + 12, top + row * cell + 12)))  # type: ignore[arg-type]
+
+    assert [shade(0, 0), shade(0, 1), shade(1, 0), shade(1, 1)] == [0, 255, 128, 128]
+
+
+def test_a_thousand_classes_still_make_a_picture() -> None:
+    assert draw_confusion(torch.eye(1000).long(), ["x"] * 1000).size == (1000, 1000)
+
+
+def test_the_true_caption_must_be_nearer_and_a_tie_is_wrong(tmp_path: Path) -> None:
+    texts = {"true": EAST, "false": NORTH, "same": EAST}
+    items = (
+        ChoiceItem("p0", "swap", ("true", "false"), (Path("p0"),)),
+        ChoiceItem("p1", "swap", ("true", "false"), (Path("p1"),)),
+        ChoiceItem("p0b", "replace", ("true", "same"), (Path("p0"),)),
+    )
+    encoder = open_vectors(tmp_path, texts, {"p0": EAST, "p1": NORTH, "p0b": EAST})
+    found = run_choices(encoder, (ChoiceSet("by-hand", "picture", items, "en"),))
+    assert found.scores["accuracy"]["value"] == pytest.approx(1 / 3)
+    assert found.scores["categories"]["swap"] == {"items": 2, "accuracy": 0.5}
+    assert found.counts["items"] == 3 and found.counts["pictures"] == 2
+
+
+def test_an_anchor_stands_for_the_picture(tmp_path: Path) -> None:
+    texts = {"true": EAST, "false": NORTH, "anchor": (1.0, 0.1), "misleading": (0.1, 1.0)}
+    items = tuple(
+        ChoiceItem(anchor, "swap", ("true", "false"), anchor=anchor)
+        for anchor in ("anchor", "misleading")
+    )
+    encoder = open_vectors(tmp_path, texts)
+    found = run_choices(encoder, (ChoiceSet("by-hand", "text", items, "en"),)).scores
+    assert found["accuracy"]["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("pictures", "wanted"),
+    [
+        ((EAST, NORTH), {"text": 1, "image": 1, "group": 1}),
+        # Both pictures find their captions, but the first is nearer to both captions.
+        (((0.9, 0.8, 0.0), (0.1, 0.2, 1.0)), {"text": 1, "image": 0, "group": 0}),
+        # Each caption finds its picture, but the first caption is nearer to both.
+        (((0.9, 0.1), (0.8, 0.6)), {"text": 0, "image": 1, "group": 0}),
+        ((NORTH, EAST), {"text": 0, "image": 0, "group": 0}),
+    ],
+)
+def test_winoground_scores_have_their_directions(
+    pictures: Any, wanted: dict[str, int], tmp_path: Path
+) -> None:
+    width = len(pictures[0])
+    texts = {"c0": torch.eye(width)[0].tolist(), "c1": torch.eye(width)[1].tolist()}
+    items = (ChoiceItem("w", "swap", ("c0", "c1"), (Path("a"), Path("b"))),)
+    encoder = open_vectors(tmp_path, texts, {"w/0": pictures[0], "w/1": pictures[1]})
+    found = run_choices(encoder, (ChoiceSet("by-hand", "pictures", items, "en"),)).scores
+    assert {name: found[name]["value"] for name in wanted} == wanted
+
+
+def test_winoground_chances_are_those_of_random_scores() -> None:
+    # Four independent numbers a question, as vectors without meaning give them.
+    scores = torch.rand(400_000, 2, 2, generator=torch.Generator().manual_seed(0))
+    text = (scores[:, 0, 0] > scores[:, 0, 1]) & (scores[:, 1, 1] > scores[:, 1, 0])
+    image = (scores[:, 0, 0] > scores[:, 1, 0]) & (scores[:, 1, 1] > scores[:, 0, 1])
+    found = {"text": text, "image": image, "group": text & image}
+    for name, right in found.items():
+        # Six standard deviations of a share of 400,000 draws: 0.005 at most.
+        assert float(right.double().mean()) == pytest.approx(CHANCES[name], abs=0.005)
+
+
+def test_clip_tokens_are_those_of_clips_tokenizer() -> None:
+    assert count_clip_tokens(["a dog", "A  dog ", "a photo of a dog."]) == [2, 2, 6]
+
+
+def test_the_share_beyond_clip_is_what_lies_behind_the_75th_token() -> None:
+    assert share_beyond_clip([75, 10]) == 0.0
+    assert share_beyond_clip([100, 100, 50]) == pytest.approx(50 / 250)
+
+
+def test_the_length_task_scores_each_bucket_by_itself(tmp_path: Path) -> None:
+    short, long = "a dog", " ".join(["dog"] * 100)
+    texts = {short: EAST, long: EAST}
+    encoder = open_vectors(tmp_path, texts, {"p0": EAST, "p1": NORTH})
+    found = run_lengths(encoder, (retrieval_set([short, long], [0, 1]),)).scores
+    first, second = found["buckets"]
+    assert (first["from_clip_tokens"], first["to_clip_tokens"]) == (1, 20)
+    assert (second["from_clip_tokens"], second["to_clip_tokens"]) == (76, 110)
+    assert first["hit_rate_at_1"]["value"] == 1.0 and second["hit_rate_at_1"]["value"] == 0.0
+    assert second["share_of_tokens_beyond_clip"] == 0.25
+    assert found["all"]["queries"] == 2 and found["all"]["hit_rate_at_1"]["value"] == 0.5
+    assert found["all"]["share_of_tokens_beyond_clip"] == pytest.approx(25 / 102)
+    assert found["all"]["share_cut_by_this_encoder"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "halves"),
+    [
+        ("One dog. Two cats sleep here. Three.", ("One dog.", "Two cats sleep here. Three.")),
+        ("a dog on a mat", ("a dog", "on a mat")),
+        ("狗在叫。猫在睡。", ("狗在叫。", "猫在睡。")),
+        ("dog", None),
+        ("dog.", None),
+    ],
+)
+def test_a_text_is_cut_near_its_middle(text: str, halves: tuple[str, str] | None) -> None:
+    assert split_in_half(text) == halves
+
+
+def test_without_pictures_a_first_half_looks_for_its_second(tmp_path: Path) -> None:
+    texts = {"One.": EAST, "Two.": EAST, "Three.": NORTH, "Four.": WEST}
+    data = retrieval_set(["One. Two.", "Three. Four."], [0, 1], shown=False)
+    found = run_lengths(open_vectors(tmp_path, texts), (data,))
+    # "Three." is as far from "Two." as from nothing else: north is nearer to east than to west.
+    assert found.scores["all"]["hit_rate_at_1"]["value"] == 0.5
+    assert found.counts["queries"] == 2 and found.counts["texts"] == 4
+
+
+def test_what_was_encoded_is_not_encoded_again(tmp_path: Path) -> None:
+    texts = {"a": EAST, "b": NORTH}
+    inner = open_vectors(tmp_path, texts, {"p0": EAST})
+    encoder = RememberingEncoder(inner)
+    first = encoder.encode_texts(["a", "b", "a"]).embeds
+    picture = encoder.encode_pictures([None], names=["p0"])
+    asked: list[Any] = []
+    inner.encode_texts = asked.append  # type: ignore[method-assign, assignment]
+    inner.encode_pictures = asked.append  # type: ignore[method-assign, assignment]
+    assert torch.equal(encoder.encode_texts(["b", "a"]).embeds, first[[1, 0]])
+    assert torch.equal(encoder.encode_pictures([None], names=["p0"]), picture)
+    assert asked == []
+
+
+def test_tasks_go_by_their_names() -> None:
+    assert all(find_task(name).name == name for name in TASKS)
+    with pytest.raises(ValueError, match=r"No task is called 'recall'; known are \['retrieval'"):
+        find_task("recall")

@@ -1,0 +1,181 @@
+"""Vectors instead of a model: looked up by name, refused when they are broken or another's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny_encoders import TEXTS, save_tiny_pictures
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.named_vectors import (
+    read_named_vectors,
+    side_file,
+    write_named_vectors,
+)
+from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.training.caption_extraction import extract_captions
+from modeling_llm2clip.training.picture_extraction import extract_pictures
+from modeling_llm2clip.training.shard_work import ExtractionArguments
+
+# float32 stores hold what the model computed; the sums of one text do not change with its batch
+# by more than their rounding.
+ROUNDING = 1e-5
+
+
+def write_sides(folder: Path, *, width: int = 4, picture_width: int = 4) -> Path:
+    write_named_vectors(side_file(folder, "texts"), TEXTS, torch.eye(len(TEXTS))[:, :width])
+    names = [f"{number}.png" for number in range(3)]
+    write_named_vectors(side_file(folder, "pictures"), names, torch.ones(3, picture_width))
+    return folder
+
+
+def test_vectors_are_found_by_name_in_any_order(tmp_path: Path) -> None:
+    encoder = open_encoder(write_sides(tmp_path, width=8, picture_width=8))
+    assert tell_kind(tmp_path) == "vectors"
+    found = encoder.encode_texts([TEXTS[5], TEXTS[0], TEXTS[5]])
+    assert torch.equal(found.embeds, torch.eye(8)[[5, 0, 5]])
+    assert found.is_cut is None  # nobody knows
+    images = encoder.encode_pictures([None, None], names=["2.png", "0.png"])
+    assert torch.equal(images, torch.ones(2, 8))
+
+
+def test_a_name_without_a_vector_is_told(tmp_path: Path) -> None:
+    encoder = open_encoder(write_sides(tmp_path))
+    with pytest.raises(ValueError, match=r"no vector for 1 of 2 pictures: \['9\.png'\]"):
+        encoder.encode_pictures([None, None], names=["0.png", "9.png"])
+
+
+def test_one_side_alone_serves_its_tasks(tmp_path: Path) -> None:
+    write_named_vectors(side_file(tmp_path, "texts"), TEXTS, torch.eye(len(TEXTS)))
+    encoder = open_encoder(tmp_path)
+    assert encoder.describe().pictures is None
+    with pytest.raises(ValueError, match=r"no vectors of pictures, only of \['texts'\]"):
+        encoder.encode_pictures([None], names=["0.png"])
+
+
+def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
+    write_sides(tmp_path, width=4, picture_width=6)
+    with pytest.raises(ValueError, match=r"widths \{'texts': 4, 'pictures': 6\}"):
+        open_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "vectors", "message"),
+    [
+        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"1 vectors have a NaN.*\['b'\]"),
+        (["a", "a"], torch.ones(2, 3), r"1 names repeat: \['a'\]"),
+        (["a"], torch.ones(2, 3), r"vectors \(2, 3\) must have one row for each of the 1 names"),
+        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
+    ],
+)
+def test_broken_vectors_are_refused_on_writing_and_reading(
+    names: list[str], vectors: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    file = side_file(tmp_path, "texts")
+    with pytest.raises(ValueError, match=message):
+        write_named_vectors(file, names, vectors)
+    assert not file.exists()
+    save_file({"vectors": vectors}, file, metadata={"names": json.dumps(names)})
+    with pytest.raises(ValueError, match=rf"texts\.safetensors: .*{message}"):
+        read_named_vectors(file)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    file = side_file(tmp_path, "texts")
+    save_file({"weight": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match=r"must hold a tensor 'vectors'.*\['weight'\]"):
+        read_named_vectors(file)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"not a whole safetensors file"):
+        read_named_vectors(file)
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, captioned pictures, and both stores of them."""
+    root = tmp_path_factory.mktemp("extracted")
+    model = export_tiny_model(root / "model")
+    lines = [
+        {"image": path.name, "captions": [text, f"{text} once more"], "long_captions": [text * 3]}
+        for path, text in zip(save_tiny_pictures(root / "data", len(TEXTS)), TEXTS, strict=True)
+    ]
+    (root / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    records = read_captioned(root / "data")
+    exact = ExtractionArguments(dtype="float32")
+    extract_captions(model, records, root / "stores" / "captions", exact)
+    extract_pictures(model, records, root / "stores" / "pictures", exact)
+    return root, model, records
+
+
+def test_stores_through_their_models_head_are_the_models_vectors(extracted: Any) -> None:
+    root, model, records = extracted
+    stored = open_encoder(root / "stores", records=records, head=model)
+    ours = open_encoder(model)
+    texts = [text for r in records for text in (*r.captions, *r.long_captions)]
+    pictures, names = [r.picture for r in records], [r.name for r in records]
+    for found, wanted in (
+        (stored.encode_texts(texts).embeds, ours.encode_texts(texts).embeds),
+        (stored.encode_pictures(pictures, names=names),
+         ours.encode_pictures(pictures, names=names)),
+    ):  # fmt: skip
+        torch.testing.assert_close(
+            F.normalize(found, dim=-1), F.normalize(wanted, dim=-1), rtol=0, atol=ROUNDING
+        )
+
+
+def test_a_caption_store_alone_needs_no_head(extracted: Any) -> None:
+    root, _, records = extracted
+    encoder = open_encoder(root / "stores" / "captions", records=records)
+    assert encoder.encode_texts([records[2].captions[1]]).embeds.shape == (1, 32)
+    assert encoder.describe().text == {"stored_as": "stores", "dtype": "float32", "width": 32}
+
+
+def test_stored_pictures_and_captions_are_not_compared_without_a_head(extracted: Any) -> None:
+    # Both towers of this model are 32 wide, so that nothing else would stop it.
+    root, _, records = extracted
+    encoder = open_encoder(root / "stores", records=records)
+    assert encoder.describe().pictures is None
+    with pytest.raises(ValueError, match=r"no vectors of pictures.*need the model's head"):
+        encoder.encode_pictures([None], names=[records[0].name])
+    with pytest.raises(ValueError, match=r"pictures as the tower gave them.*--head"):
+        open_encoder(root / "stores" / "pictures", records=records)
+
+
+def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -> None:
+    root, _, records = extracted
+    with pytest.raises(ValueError, match=r"do not say which text has which row.*--extracted-from"):
+        open_encoder(root / "stores" / "captions")
+    with pytest.raises(ValueError, match=r"extracted from another data set.*8 items, here 7"):
+        open_encoder(root / "stores" / "captions", records=records[1:])
+
+
+def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
+    root, model, _ = extracted
+    stores = ModelChoice(str(root / "stores"), extracted_from=str(root / "data"), head=str(model))
+    stored, ours = evaluate(
+        EvaluationArguments(
+            models=(stores, ModelChoice(str(model))),
+            data=(DataChoice("folder", str(root / "data")),),
+            tasks=("retrieval",),
+            output=tmp_path,
+        )
+    )
+    assert stored.scores == ours.scores
+    assert stored.protocol["model"]["kind"] == "vectors"
+    assert stored.counts["texts_cut"] is None
+
+
+def test_a_head_that_did_not_make_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:
+    root, _, records = extracted
+    other = export_tiny_model(tmp_path / "other", vision="vit", llm="qwen2")
+    with pytest.raises(ValueError, match=r"made by another model"):
+        open_encoder(root / "stores", records=records, head=other)
