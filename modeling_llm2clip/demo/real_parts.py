@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -149,9 +149,10 @@ def _convert_dinov2(exported: Path, folder: Path) -> None:
     # Read in masked training only, which is over.
     kept["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
     # Loading gives the weights the names that this version of transformers has for them.
-    model, info = Dinov2Model.from_pretrained(
+    loaded: Any = Dinov2Model.from_pretrained(
         None, config=config, state_dict=kept, output_loading_info=True
     )
+    model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"]:
         raise RuntimeError(f"The weights are not those of DINOv2-small: {info}.")
     model.config._name_or_path = "facebook/dinov2-small, tuned for saliency"
