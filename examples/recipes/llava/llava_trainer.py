@@ -47,6 +47,10 @@ from modeling_llm2clip.training.stopping import stop_on_signals
 
 _WEIGHTS = "trained.safetensors"
 _WARM_UP_SHARE = 0.03  # as the decay, arXiv:2310.03744, appendix
+_CHECKPOINTING: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
 
 
 @dataclass(frozen=True)
@@ -242,8 +246,6 @@ def make_training_arguments(
         bf16=arguments.precision == "bfloat16"
         or (arguments.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()),
         use_cpu=arguments.device == "cpu",
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_drop_last=True,
         dataloader_num_workers=arguments.num_workers,
         logging_steps=arguments.log_every,
@@ -255,6 +257,7 @@ def make_training_arguments(
         ddp_find_unused_parameters=has_text_only,
         report_to=choose_reports(),
         seed=arguments.seed,
+        **_CHECKPOINTING if arguments.gradient_checkpointing else {},
     )
     settings.warmup_steps = math.ceil(_WARM_UP_SHARE * settings.max_steps)
     settings._n_gpu = min(1, settings.n_gpu)  # one process a GPU; never torch's DataParallel
