@@ -15,7 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "examples" / "data" / "caption_adapter" / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "examples" / "data" / "caption_adapter" / "README.md",
+    ROOT / "examples" / "recipes" / "README.md",
+)
 NOT_RECORDED = "not yet recorded"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
@@ -150,6 +154,28 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
 
 
+def _render_mllm_captioning(report: dict[str, Any]) -> str:
+    seeds = [str(run["seed"]) for run in next(iter(report["runs"].values()))]
+    heads = ("tower", "after", *(f"seed {seed}" for seed in seeds), "mean", "other picture")
+    names = {"before": "as it came", "after": "aligned"}
+    rows = []
+    for step in ("projector", "instructions"):
+        for tower, runs in report["runs"].items():
+            losses = [run[step]["caption_loss"] for run in runs]
+            others = [run[step]["caption_loss_other_picture"] for run in runs]
+            cells = [f"{loss:.3f}" for loss in (*losses, fmean(losses), fmean(others))]
+            rows.append([names[tower], f"step {1 + (step == 'instructions')}", *cells])
+    steps, instruction_steps = report["recipe"]["steps"]
+    note = (
+        f"Nats a token of held-out names. {report['data']}; {steps} and {instruction_steps} steps "
+        f"of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. Alignment: "
+        f"{report['alignment']['steps']} steps of {report['alignment']['batch_size']}, held-out "
+        f"text to picture R@1 {_percent(report['alignment']['unseen_text_to_image_r1'])}, chance "
+        f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
+    )
+    return f"{_draw(heads, rows)}\n{note}\n"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -165,6 +191,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "caption_tuning": _render_caption_tuning,
     "alignment": _render_alignment,
     "training_efficiency": _render_training_efficiency,
+    "mllm_captioning": _render_mllm_captioning,
 }
 
 

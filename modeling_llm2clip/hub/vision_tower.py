@@ -28,7 +28,7 @@ _CARD = """
 
 The vision tower of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)), an
 ordinary `{architecture}` of transformers: `AutoModel` and `AutoImageProcessor` load it without any
-further code. It was made from `{source}`, whose licence applies.
+further code. It began as {origin}; the licence of that applies.
 """
 
 
@@ -107,10 +107,11 @@ def save_vision_tower(
             pipeline_tag="image-feature-extraction",
             tags=["llm2clip"],
         )
+        name = tower.config._name_or_path
         body = _CARD.format(
             title=folder.name,
             architecture=type(tower).__name__,
-            source=tower.config._name_or_path or "not recorded",
+            origin=f"`{name}`" if name else "a tower whose name is not recorded",
         )
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")
         unfinished.chmod(0o755)

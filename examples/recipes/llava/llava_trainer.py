@@ -127,11 +127,14 @@ class LlavaTrainer(Trainer):
             if parameter.requires_grad
         }
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         # Both ends of a tied pair are one parameter, which is listed once.
-        state = {name: value.cpu().contiguous() for name, value in self.trained_state().items()}
+        state = self.trained_state()
+        if state_dict is not None:  # whole, where the parameters themselves are sharded
+            state = {name: state_dict[name] for name in state}
+        state = {name: value.cpu().contiguous() for name, value in state.items()}
         save_file(state, folder / _WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

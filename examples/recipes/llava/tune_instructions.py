@@ -29,6 +29,10 @@ def main() -> int:
         parsed.data, parsed.images, check_pictures=parsed.check_pictures,
         leave_out_faulty=parsed.leave_out_faulty,
     )  # fmt: skip
+    if parsed.leave_out_pictureless:
+        kept = [c for c in conversations if c.picture is not None]
+        left_out["without a picture"] = len(conversations) - len(kept)
+        conversations = kept
     if left_out:
         print(f"Left out, by what was wrong: {left_out}.")
 
@@ -65,6 +69,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--leave-out-faulty", action="store_true",
         help="count faulty conversations and go on without them, instead of stopping",
+    )  # fmt: skip
+    parser.add_argument(
+        "--leave-out-pictureless", action="store_true",
+        help="count conversations without a picture and go on without them, as FSDP needs it",
     )  # fmt: skip
     add_training_flags(parser, batch_size=128, lr=2e-5)
     return parser.parse_args()
