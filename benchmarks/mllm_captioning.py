@@ -129,7 +129,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=160, help="of the projector")
+    parser.add_argument("--steps", type=int, default=200, help="of the projector")
     parser.add_argument("--instruction-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--align-steps", type=int, default=150)
@@ -242,7 +242,7 @@ def _train(
 
     steps: tuple[tuple[str, Callable[[], Any], list[Conversation], str, dict[str, Any]], ...] = (
         ("projector", build, conversations_of_captions(names), "plain",
-         {"steps": arguments.steps, "lr": 1e-3}),
+         {"steps": arguments.steps, "lr": 2e-3}),
         ("instructions", load, _ask(names), "chat",
          {"steps": arguments.instruction_steps, "lr": 2e-4}),
     )  # fmt: skip
@@ -294,7 +294,7 @@ def _evaluate(
 
 
 def _mean_loss(model: Any, processor: LlavaProcessor, dataset: ConversationDataset) -> float:
-    """Nats a token, over all answers together."""
+    """Nats a token, over all answers together; in bfloat16, as it was trained."""
     pad = PadOnTheRight(processor.tokenizer.pad_token_id)
     total, count = 0.0, 0
     for batch in DataLoader(dataset, batch_size=_EVALUATION_BATCH, collate_fn=pad):

@@ -222,6 +222,11 @@ def _note_cut(metrics: Path, dataset: ConversationDataset) -> None:
         metrics.write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
+def is_sharded() -> bool:
+    """Whether `accelerate launch` was given a configuration for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
 def make_training_arguments(
     output: Path, arguments: LlavaArguments, conversations: Sequence[Conversation]
 ) -> TrainingArguments:
@@ -232,7 +237,7 @@ def make_training_arguments(
     on_gpu = arguments.device == "auto" and torch.cuda.is_available()
     # Then a batch may hold no picture at all, and the projector gets no gradient.
     has_text_only = any(c.picture is None for c in conversations)
-    if has_text_only and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if has_text_only and is_sharded():
         raise ValueError(
             "Conversations without a picture cannot be trained on under FSDP, where every process "
             "must run every part. Leave them out, or use the configuration for DDP."

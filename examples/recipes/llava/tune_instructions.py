@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_conversations import read_conversations
 from llava_model import load_llava, train_projector_and_llm
-from llava_trainer import add_training_flags, pick_arguments, train_llava
+from llava_trainer import add_training_flags, is_sharded, pick_arguments, train_llava
 from transformers import LlavaProcessor
 
 
@@ -25,6 +25,9 @@ def main() -> int:
     """Train on the conversations and write the model."""
     parsed = _parse()
     arguments = pick_arguments(parsed)
+    if parsed.lora_rank is not None and is_sharded():
+        # Its merging needs whole matrices, which no process has there.
+        raise SystemExit("A LoRA is not trained under FSDP. Use the configuration for DDP.")
     conversations, left_out = read_conversations(
         parsed.data, parsed.images, check_pictures=parsed.check_pictures,
         leave_out_faulty=parsed.leave_out_faulty,
