@@ -275,6 +275,16 @@ def test_an_llm_that_sees_both_ways_is_refused(parts: Path, tmp_path: Path) -> N
         build_llava(parts / "tower", tmp_path)
 
 
+def test_a_frozen_tower_evaluates_while_the_rest_trains(parts: Path) -> None:
+    model, _ = build(parts)
+    train_projector_only(model)
+    model.train()
+    with torch.no_grad():
+        model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert model.model.multi_modal_projector.training
+    assert not any(module.training for module in model.model.vision_tower.modules())
+
+
 # The training
 
 

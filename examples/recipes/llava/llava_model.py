@@ -124,7 +124,11 @@ def train_projector_and_llm(
 
 def _keep_evaluating(tower: nn.Module) -> None:
     """However often a Trainer says `train()`, a frozen tower drops nothing out."""
-    tower.register_forward_pre_hook(lambda module, _: module.eval() and None)
+
+    def evaluate(module: nn.Module, _: Any) -> None:
+        module.eval()
+
+    tower.register_forward_pre_hook(evaluate)
 
 
 def _load_llm(source: str | Path) -> tuple[Any, Any]:
