@@ -130,7 +130,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help="of the projector")
-    parser.add_argument("--instruction-steps", type=int, default=40)
+    parser.add_argument("--instruction-steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--align-steps", type=int, default=150)
     parser.add_argument("--align-batch-size", type=int, default=64)
