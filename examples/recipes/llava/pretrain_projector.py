@@ -1,0 +1,75 @@
+"""Step 1 of a multimodal LLM: teach a projector to say a picture's patches in the LLM's words.
+
+    python examples/recipes/llava/pretrain_projector.py TOWER LLM captioned-pictures step1
+    python examples/recipes/llava/tune_instructions.py step1/model instructions.json pictures step2
+
+TOWER is the aligned vision tower as a plain folder (`modeling_llm2clip.hub.vision_tower`), or any
+other to compare with. Tower and LLM stay as they are; the projector of transformers' LLaVA classes
+learns to caption (LLaVA-1.5, arXiv:2310.03744: 558,000 captions, one epoch, batch 256, rate 1e-3).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_conversations import conversations_of_captions
+from llava_model import build_llava, train_projector_only
+from llava_trainer import add_training_flags, pick_arguments, train_llava
+from transformers import LlavaProcessor
+
+from modeling_llm2clip.data.captioned_sources import read_captioned
+
+
+def main() -> int:
+    """Train the projector and write the joined model."""
+    parsed = _parse()
+    arguments = pick_arguments(parsed)
+    records = read_captioned(
+        parsed.data, images=parsed.images, check_pictures=parsed.check_pictures, show_progress=True
+    )
+    records = [record for record in records if record.lang == parsed.lang]
+    template = parsed.chat_template and parsed.chat_template.read_text(encoding="utf-8")
+
+    def load_model() -> tuple[Any, LlavaProcessor]:
+        model, processor = build_llava(
+            parsed.tower, parsed.llm, layer=parsed.layer, chat_template=template
+        )
+        train_projector_only(model)
+        return model, processor
+
+    exit_code = train_llava(
+        load_model, conversations_of_captions(records), parsed.output, arguments,
+        wording="plain",
+        record={
+            "step": "projector", "tower": parsed.tower, "llm": parsed.llm, "data": parsed.data,
+            "layer": parsed.layer, "lang": parsed.lang, "chat_template": template,
+        },
+        resume=parsed.resume,
+    )  # fmt: skip
+    if exit_code:
+        print(f"Stopped; continue with --resume. The last checkpoint is in {parsed.output}.")
+    else:
+        print(f"Wrote {parsed.output / 'model'}. Next: tune_instructions.py.")
+    return exit_code
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tower", help="folder or Hub id of a vision tower")
+    parser.add_argument("llm", help="folder or Hub id of a causal LLM with its head")
+    parser.add_argument("data", help="captioned pictures, in any form that llm2clip reads")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--images", type=Path, help="the pictures' folder, if not beside the data")
+    parser.add_argument("--check-pictures", action="store_true", help="decode every picture first")
+    parser.add_argument("--lang", default="en", help="of the captions that are learned")
+    parser.add_argument("--layer", type=int, default=-2, help="of the tower's hidden states")
+    parser.add_argument("--chat-template", type=Path, help="file, for an LLM without one; step 2's")
+    add_training_flags(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Step 2 of a multimodal LLM: train projector and LLM to answer questions about pictures.
+
+    python examples/recipes/llava/tune_instructions.py step1/model instructions.json pictures step2
+
+Takes what `pretrain_projector.py` wrote, and LLaVA's instruction data as published (see
+`llava_conversations.py`). Only the answers are learned. The tower stays as it is; the LLM is
+trained wholly (LLaVA-1.5, arXiv:2310.03744: 665,000 conversations, one epoch, batch 128, rate
+2e-5), or by a LoRA: `--lora-rank 128 --lr 2e-4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_conversations import read_conversations
+from llava_model import load_llava, train_projector_and_llm
+from llava_trainer import add_training_flags, is_sharded, pick_arguments, train_llava
+from transformers import LlavaProcessor
+
+
+def main() -> int:
+    """Train on the conversations and write the model."""
+    parsed = _parse()
+    arguments = pick_arguments(parsed)
+    if parsed.lora_rank is not None and is_sharded():
+        # Its merging needs whole matrices, which no process has there.
+        raise SystemExit("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+    conversations, left_out = read_conversations(
+        parsed.data, parsed.images, check_pictures=parsed.check_pictures,
+        leave_out_faulty=parsed.leave_out_faulty,
+    )  # fmt: skip
+    if parsed.leave_out_pictureless:
+        kept = [c for c in conversations if c.picture is not None]
+        left_out["without a picture"] = len(conversations) - len(kept)
+        conversations = kept
+    if left_out:
+        print(f"Left out, by what was wrong: {left_out}.")
+
+    def load_model() -> tuple[Any, LlavaProcessor]:
+        model, processor = load_llava(parsed.model)
+        adapted = train_projector_and_llm(model, rank=parsed.lora_rank, alpha=parsed.lora_alpha)
+        return adapted, processor
+
+    exit_code = train_llava(
+        load_model, conversations, parsed.output, arguments,
+        wording="chat",
+        record={
+            "step": "instructions", "model": parsed.model, "data": parsed.data,
+            "left_out": left_out, "lora_rank": parsed.lora_rank, "lora_alpha": parsed.lora_alpha,
+        },
+        resume=parsed.resume,
+    )  # fmt: skip
+    if exit_code:
+        print(f"Stopped; continue with --resume. The last checkpoint is in {parsed.output}.")
+    else:
+        print(f"Wrote {parsed.output / 'model'}: LlavaForConditionalGeneration, AutoProcessor.")
+    return exit_code
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder that step 1 wrote, or a LLaVA on the Hub")
+    parser.add_argument("data", type=Path, help="LLaVA's instruction data, JSON")
+    parser.add_argument("images", type=Path, help="folder that its pictures are relative to")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--lora-rank", type=int, help="train a LoRA on the LLM, not all of it")
+    parser.add_argument("--lora-alpha", type=int, default=256)
+    parser.add_argument("--check-pictures", action="store_true", help="decode every picture first")
+    parser.add_argument(
+        "--leave-out-faulty", action="store_true",
+        help="count faulty conversations and go on without them, instead of stopping",
+    )  # fmt: skip
+    parser.add_argument(
+        "--leave-out-pictureless", action="store_true",
+        help="count conversations without a picture and go on without them, as FSDP needs it",
+    )  # fmt: skip
+    add_training_flags(parser, batch_size=128, lr=2e-5)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
