@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modeling_llm2clip.demo.example_data import find_example_data
 from provenance import describe_processor, read_commit
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,7 +41,6 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.vector_store import VectorStore
-from modeling_llm2clip.demo.example_data import find_example_data
 from modeling_llm2clip.demo.real_parts import DINOV2, SMOLLM2, fetch_real_part
 from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.encoding.captions import encode_captions

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.hub.vision_tower import (
     LLAVA_LAYER,
     export_vision_tower,

@@ -134,7 +134,7 @@ def _write(arguments: argparse.Namespace) -> Path:
 
 
 def _write_tower(arguments: argparse.Namespace) -> int:
-    """Write the vision tower alone; it is no LLM2CLIP model any more, and goes to the Hub by hand."""
+    """Write the vision tower alone, which is no LLM2CLIP model any more."""
     from ..hub.vision_tower import export_vision_tower
 
     unused = [n for n in (*_FACTS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
