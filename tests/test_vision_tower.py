@@ -81,6 +81,19 @@ def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(tmp_path: Path)
     assert all(torch.equal(kept[name], inside[name]) for name in kept)
 
 
+def test_the_command_writes_the_tower_alone_and_refuses_what_a_tower_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = export_tiny_model(tmp_path / "whole")
+    command = ["export", str(source), str(tmp_path / "tower"), "--components", "tower"]
+    assert main([*command, "--dtype", "bfloat16"]) == 2
+    assert "--components tower goes with --revision and --license; got ['dtype']" in (
+        capsys.readouterr().err
+    )
+    assert main([*command, "--license", "mit"]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "tower").model_type == "clip_vision_model"
+
+
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(FileExistsError, match="Name a new folder"):
