@@ -503,6 +503,27 @@ def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
         assert not names_that_differ(folder / "model", whole / "model")
 
 
+def test_what_a_kill_interrupts_is_whole_or_not_there(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    prepared.align(run)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", die)  # the content is written, the file not yet in its place
+        prepared.align(run, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", die)
+        prepared.align(empty)
+    assert before == {name: (run / name).read_bytes() for name in before}
+    assert [path.name for path in empty.iterdir()] == ["run.json.tmp"]
+    assert prepared.align(empty).steps == SHORT_RUN["steps"]
+
+
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     prepared: Prepared, tmp_path: Path
 ) -> None:
