@@ -111,20 +111,38 @@ def load_text_tower(
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     config = AutoConfig.from_pretrained(name, **where)
     config = config.get_text_config(decoder=True)
-    if config.model_type in _NOT_LLMS or _sees_pictures(config):
-        raise ValueError(
-            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
-            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
-        )
+    require_decoder(config, source)
     model, info = AutoModel.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True, **where
     )
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights of its LLM: {sorted(info['missing_keys'])[:8]}.")
     _forget_quantization(model)
-    _refuse_foreign_tokenizer(model, tokenizer, source)
+    require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)
     return model.eval(), tokenizer
+
+
+def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
+    """Raise ValueError for a text encoder or a tower of pictures in the LLM's place."""
+    if config.model_type in _NOT_LLMS or _sees_pictures(config):
+        raise ValueError(
+            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
+            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
+        )
+
+
+def require_own_tokenizer(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str | Path
+) -> None:
+    """Raise ValueError when a tokenizer has more ids than the LLM's embedding table has rows."""
+    rows = config.vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
+            "rows. They belong to different models; take the tokenizer that came with the LLM."
+        )
 
 
 def merge_adapter(text_model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
@@ -152,15 +170,3 @@ def _name_without_path(model: PreTrainedModel, source: str | Path) -> None:
     """Keep a folder's name but not its path: the configuration gets published."""
     if Path(source).exists():
         model.config._name_or_path = Path(source).name
-
-
-def _refuse_foreign_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path
-) -> None:
-    rows = model.config.vocab_size
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(
-            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
-            "rows. They belong to different models; take the tokenizer that came with the LLM."
-        )
