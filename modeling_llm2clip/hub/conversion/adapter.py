@@ -60,8 +60,8 @@ def read_sizes(prefix: str, tensors: Mapping[str, LazyTensor], *, source: str) -
     if last is None or not num_layers:
         raise ValueError(
             f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
-            "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official EVA02 "
-            "repositories keep it in their .pt file)."
+            "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official "
+            "EVA02 repositories keep it in their .pt file)."
         )
     inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
     return AdapterSizes(width, last.shape[0], num_layers, inner // width)
@@ -82,8 +82,8 @@ def require_temperature(log_scale: float, *, source: str) -> None:
     """Raise ValueError when the inverse temperature is not one that training leaves."""
     if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
         raise ValueError(
-            f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 = "
-            f"{MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
+            f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
+            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
         )
 
 

@@ -94,6 +94,6 @@ def require_layout(checkpoint: Checkpoint, name: str) -> Layout:
     shown = sorted(checkpoint.tensors)[:_KEYS_SHOWN]
     raise ValueError(
         f"{source} has keys of {len(fitting)} known families, wanted one of {sorted(recipes)}. Its "
-        f"first keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be converted; "
-        "build a new model from its tower instead (llm2clip build)."
+        f"first keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be "
+        "converted; build a new model from its tower instead (llm2clip build)."
     )

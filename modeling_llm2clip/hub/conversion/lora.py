@@ -85,8 +85,8 @@ def _require_plain(settings: Mapping[str, Any], adapter: Path) -> None:
     }
     if others:
         raise ValueError(
-            f"{adapter} is more than a plain LoRA ({others}), which is not merged here. Merge it with "
-            "peft (merge_and_unload), save the LLM, and give that folder."
+            f"{adapter} is more than a plain LoRA ({others}), which is not merged here. Merge it "
+            "with peft (merge_and_unload), save the LLM, and give that folder."
         )
 
 
@@ -95,9 +95,9 @@ def _require_base(stated: str, base: str, accepted: str | None, adapter: Path) -
         return
     if stated.rstrip("/").rsplit("/", 1)[-1] != base.rstrip("/").rsplit("/", 1)[-1]:
         raise ValueError(
-            f"The LoRA {adapter} is for the base {stated!r}, but the LLM is {base!r}. Give that base; "
-            f"if they are the same weights under two names, say so with accept_adapter_base={stated!r}"
-            "."
+            f"The LoRA {adapter} is for the base {stated!r}, but the LLM is {base!r}. Give that "
+            "base; if they are the same weights under two names, say so with "
+            f"accept_adapter_base={stated!r}."
         )
 
 
@@ -135,7 +135,7 @@ def _require_places(
     ]
     if lost or misshapen:
         raise ValueError(
-            f"The LoRA {adapter} is for another base than {base}: {len(lost)} of {len(pairs)} weights "
-            f"are not there {lost[:5]}, {len(misshapen)} have another shape {misshapen[:5]}. Give the "
-            "LLM that it was trained on."
+            f"The LoRA {adapter} is for another base than {base}: {len(lost)} of {len(pairs)} "
+            f"weights are not there {lost[:5]}, {len(misshapen)} have another shape "
+            f"{misshapen[:5]}. Give the LLM that it was trained on."
         )

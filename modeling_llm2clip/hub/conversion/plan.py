@@ -61,9 +61,7 @@ def plan_conversion(
     source = str(checkpoint.source.name)
     layout = require_layout(checkpoint, recipe.layout)
     sizes = read_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
-    require_width(
-        sizes, language.config.hidden_size, source=source, llm=str(language.source.name)
-    )
+    require_width(sizes, language.config.hidden_size, source=source, llm=str(language.source.name))
     config, tokenizer = _configure(checkpoint, layout, sizes, language, recipe)
     image_processor = make_image_processor(recipe, _image_size(config))
     inside = _take_llm(checkpoint, layout)
@@ -112,9 +110,7 @@ def _configure(
     language: LanguageModel,
     recipe: Recipe,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
-    vision_config = layout.make_vision_config(
-        checkpoint.tensors, recipe, checkpoint.stated_config
-    )
+    vision_config = layout.make_vision_config(checkpoint.tensors, recipe, checkpoint.stated_config)
     vision_config._name_or_path = _public_name(checkpoint)
     chosen = BuildArguments(
         prompt=recipe.prompt,
@@ -197,8 +193,8 @@ def _fit(
             if names
         )
         raise ValueError(
-            f"{source} does not make a whole {model_class.__name__}, so nothing is converted.{told}\n"
-            "Give the whole checkpoint, the LLM it was trained with, and its own recipe."
+            f"{source} does not make a whole {model_class.__name__}, so nothing is converted."
+            f"{told}\nGive the whole checkpoint, the LLM it was trained with, and its own recipe."
         )
     return {name: renamed.weights[name] for name in wanted}
 

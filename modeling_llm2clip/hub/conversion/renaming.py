@@ -90,11 +90,12 @@ def apply_rules(
         else:
             _apply(rule, key, tensor, result, source)
     if unaccounted:
+        listed = "\n  ".join(sorted(unaccounted))
         raise ValueError(
-            f"{source} has {len(unaccounted)} of {len(tensors)} keys that are neither used nor known "
-            "to be needless, so nothing is converted:\n  " + "\n  ".join(sorted(unaccounted)) +
-            "\nGive the checkpoint's own recipe, or report them."
-        )  # fmt: skip
+            f"{source} has {len(unaccounted)} of {len(tensors)} keys that are neither used nor "
+            f"known to be needless, so nothing is converted:\n  {listed}\nGive the checkpoint's "
+            "own recipe, or report them."
+        )
     return result
 
 
@@ -105,8 +106,8 @@ def _apply(rule: Rule, key: str, tensor: LazyTensor, result: Renamed, source: st
         target = match.expand(template)
         if target in result.weights:
             raise ValueError(
-                f"{source}: {result.origins[target]} and {key} would both become {target}. The file "
-                "is a mixture of two layouts; remove the keys that are not the model's."
+                f"{source}: {result.origins[target]} and {key} would both become {target}. The "
+                "file is a mixture of two layouts; remove the keys that are not the model's."
             )
         result.weights[target] = tensor.then(make)
         result.origins[target] = key

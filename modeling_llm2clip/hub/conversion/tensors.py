@@ -64,7 +64,9 @@ def list_weight_files(path: Path) -> list[Path]:
         return [path]
     for index in (path / name for name in _INDEXES):
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
             lost = [name for name in names if not (path / name).is_file()]
             if lost:
                 raise ValueError(f"{path} lacks the weight files {lost}. Download it again.")
@@ -162,7 +164,7 @@ def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         return tensors
     if len(wrapped) != len(tensors):
         raise ValueError(
-            f"{path}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, wanted all or "
-            "none. The file is a mixture of checkpoints."
+            f"{path}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, wanted "
+            "all or none. The file is a mixture of checkpoints."
         )
     return {name.removeprefix(_WRAPPER): value for name, value in tensors.items()}

@@ -87,7 +87,7 @@ def _write_shard(weights: Mapping[str, LazyTensor], path: Path, dtype: torch.dty
         save_file(tensors, path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise OSError(
-            f"{path.name} could not be written ({error}). Nothing is left behind; free space or choose "
-            "another disk, and convert again."
+            f"{path.name} could not be written ({error}). Nothing is left behind; free space or "
+            "choose another disk, and convert again."
         ) from error
     path.chmod(0o644)  # safetensors writes for its owner alone

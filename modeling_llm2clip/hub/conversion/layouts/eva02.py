@@ -30,7 +30,8 @@ def make_vision_config(
     """
     if recipe.activation != "silu":
         raise ValueError(
-            f"EVA02's gate is 'silu', the recipe has activation={recipe.activation!r}. Leave it out."
+            f"EVA02's gate is 'silu', the recipe has activation={recipe.activation!r}. "
+            "Leave it out."
         )
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)

@@ -19,8 +19,8 @@ def make_vision_config(
     vision: PreTrainedConfig | None = getattr(stated, "vision_config", None)
     if vision is None:
         raise ValueError(
-            "Weights in transformers' CLIP names need the config.json that came with them. Give the "
-            "folder or Hub id, not the weight file alone."
+            "Weights in transformers' CLIP names need the config.json that came with them. Give "
+            "the folder or Hub id, not the weight file alone."
         )
     if vision.hidden_act != recipe.activation:
         raise ValueError(
