@@ -121,16 +121,14 @@ def _write_config(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
 def _write_faces(
     folder: Path, plan: Plan, processor: LLM2CLIPProcessor, arguments: OutputArguments
 ) -> None:
-    """Write what needs the model to load: golden vectors; and files of sentence-transformers."""
-    if arguments.components != "vision":
-        write_sentence_transformers_files(
-            folder,
-            plan.config,
-            plan.tokenizer,
-            prompts=DEFAULT_PROMPTS,
-            text_only=arguments.components == "text",
-        )
+    """Write the card; of a whole model also golden vectors and files of sentence-transformers.
+
+    sentence-transformers loads through AutoModel, which takes a folder for a whole model.
+    """
     if arguments.components == "full":
+        write_sentence_transformers_files(
+            folder, plan.config, plan.tokenizer, prompts=DEFAULT_PROMPTS
+        )
         model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
         write_golden_vectors(folder, model, processor)
         (folder / "golden_vectors.safetensors").chmod(0o644)

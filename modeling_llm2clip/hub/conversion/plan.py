@@ -174,7 +174,8 @@ def _fit(
         whole = _list_weights(lambda: LLM2CLIPModel(config))
     for name in sorted(set(renamed.weights) & set(whole) - set(wanted)):
         del renamed.weights[name]
-        renamed.dropped[renamed.origins.get(name, name)] = _OTHER_HALF
+        if name in renamed.origins:
+            renamed.dropped[renamed.origins[name]] = _OTHER_HALF
     missing = sorted(set(wanted) - set(renamed.weights))
     unknown = sorted(
         f"{renamed.origins.get(name, name)} (would be {name})"
