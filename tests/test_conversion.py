@@ -140,7 +140,7 @@ def wrap(state: dict[str, Any], *, under: str | None, prefix: str) -> dict[str, 
 
 @pytest.mark.parametrize("under", [None, "model", "module", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_names_may_be_nested_and_wrapped(converted, tmp_path, under, prefix) -> None:
+def test_names_may_be_nested_and_wrapped(tmp_path, under, prefix) -> None:
     state = read_checkpoint("eva02")
     torch.save(wrap(state, under=under, prefix=prefix), tmp_path / "c.pt")
     opened = open_weights(tmp_path / "c.pt")
@@ -289,7 +289,7 @@ def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> Non
     assert "license: mit" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_the_script_is_the_command(tmp_path) -> None:
+def test_the_script_is_the_command() -> None:
     script = GOLDEN.parent / "convert_llm2clip_to_hf.py"
     done = subprocess.run(
         [sys.executable, str(script), "-h"],
