@@ -22,7 +22,9 @@ from modeling_llm2clip.__main__ import _build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-FOLDERS = [ROOT / name for name in ("modeling_llm2clip", "benchmarks", "examples", "tests")]
+FOLDERS = [
+    ROOT / name for name in ("modeling_llm2clip", "benchmarks", "conversion", "examples", "tests")
+]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in folder.rglob("*.md"))])
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test]" && pytest')

@@ -17,12 +17,14 @@ from tiny_folders import save_tiny_vision
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.hub.build import BuildArguments
+from modeling_llm2clip.demo.real_parts import SMOLLM2, default_cache_folder
+from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 from modeling_llm2clip.hub.conversion.llm2vec import build_from_llm2vec
 
 # LLM2Vec's own templates; it has none for Gemma's first version. Its Qwen2 is causal.
 PROMPT_OF = {"llama": "llama-3", "mistral": "mistral", "gemma": "none", "qwen2": "chatml"}
 LEAST_COSINE = 0.99999
+SMOLLM2_FOLDER = default_cache_folder() / f"{SMOLLM2.name}-{SMOLLM2.sha256[:12]}"
 
 # As LLM2Vec's Qwen2 is with the attention mask of its Llama.
 BIDIRECTIONAL = {"qwen2": "_bidirectional"}
@@ -196,3 +198,13 @@ def test_pictures_of_the_new_model_are_those_of_its_tower(built) -> None:
     with torch.inference_mode():
         output = model(**processor(images=tiny_pictures(1)))
     assert output.image_embeds.shape == (1, model.config.projection_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2_FOLDER.is_dir(), reason="SmolLM2 is not in the cache")
+def test_smollm2_gives_the_vectors_that_llm2vec_gives(vision) -> None:
+    arguments = BuildArguments(prompt="chatml", max_text_length=512)
+    model, processor = build_from_sources(vision, SMOLLM2_FOLDER, arguments)
+    found = encode(model, processor, read_captions()[0])
+    recorded = load_file(LLM2VEC / "smollm2.safetensors")
+    assert smallest_cosine(found, recorded["caption_embeds"]) >= LEAST_COSINE
