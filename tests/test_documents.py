@@ -35,6 +35,7 @@ MADE_BY_READERS = (
 )  # fmt: skip
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
+HUB_OWNERS = ("microsoft", "meta-llama")  # what follows is a Hub id, not a path
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|opt|Users|mnt|content)/|\b[A-Z]:\\")
 
 # Each snippet has names of its own, so that it stands alone; one process imports torch once.
@@ -86,7 +87,7 @@ def list_file_names() -> frozenset[str]:
 
 
 def is_there(path: str, document: Path) -> bool:
-    if path.split("/")[0] in MADE_BY_READERS or path in (VISION_ID, LLM_ID):
+    if path.split("/")[0] in (*MADE_BY_READERS, *HUB_OWNERS) or path == VISION_ID:
         return True
     if "/" not in path:
         return path in list_file_names()
