@@ -76,7 +76,7 @@ def _plan_shards(
 
 
 def _write_shard(weights: Mapping[str, LazyTensor], path: Path, dtype: torch.dtype) -> None:
-    # Cloned where a piece of a larger tensor is taken, which would be saved whole.
+    # Cloned: thirds of one matrix, and pieces of one mapped file, have their storage in common.
     tensors = {
         name: tensor.read()
         .to(torch.float32 if name == TEMPERATURE else dtype)
