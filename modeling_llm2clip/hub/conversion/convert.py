@@ -28,6 +28,7 @@ from ..model_card import write_model_card
 from ..sentence_transformers_files import write_sentence_transformers_files
 from .checkpoint import CheckpointSource, open_checkpoint
 from .language_model import LLMSource, open_language_model
+from .naming import public_name
 from .plan import Plan, plan_conversion
 from .recipes import PREPROCESSINGS, OutputArguments, Recipe
 from .writing import require_space, write_weights
@@ -148,11 +149,11 @@ def _write_record(
         by_reason.setdefault(reason, []).append(key)
     record = {
         "modeling_llm2clip": __version__,
-        "checkpoint": {"name": _public(source.name), "revision": source.revision},
+        "checkpoint": {"name": public_name(source.name), "revision": source.revision},
         "llm": {
-            "name": _public(llm.name),
+            "name": public_name(llm.name),
             "revision": llm.revision,
-            "adapters": [_public(adapter) for adapter in llm.adapters],
+            "adapters": [public_name(adapter) for adapter in llm.adapters],
         },
         "files": [_describe_file(path) for path in plan.files],
         "recipe": asdict(recipe),
@@ -161,10 +162,6 @@ def _write_record(
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     (folder / RECORD_FILE).write_text(text, encoding="utf-8")
-
-
-def _public(name: str | Path) -> str:
-    return Path(name).name if Path(name).exists() else str(name)
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

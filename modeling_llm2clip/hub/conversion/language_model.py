@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from ..doctor.patient import find_folder
 from ..towers import require_decoder, require_own_tokenizer
 from .lora import merge_lora
+from .naming import public_name
 from .renaming import Drop, Renamed, apply_rules, rename
 from .tensors import LazyTensor, list_weight_files, open_weights
 
@@ -66,7 +67,7 @@ def open_language_model(source: LLMSource) -> LanguageModel:
         folder, trust_remote_code=False, local_files_only=True
     )
     require_own_tokenizer(config, tokenizer, source.name)
-    config._name_or_path = _public_name(source.name)
+    config._name_or_path = public_name(source.name)
     if hasattr(config, "auto_map"):
         del config.auto_map  # names code of another repository
     return LanguageModel(source, folder, config, tokenizer)
@@ -107,8 +108,3 @@ def open_llm_weights(
         renamed.weights = {f"{_PREFIX}{name}": value for name, value in merged.items()}
         files += list_weight_files(folder)
     return renamed, files
-
-
-def _public_name(source: str | Path) -> str:
-    """A folder's name without its path, which would be published."""
-    return Path(source).name if Path(source).exists() else str(source)

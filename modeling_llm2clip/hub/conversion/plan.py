@@ -18,6 +18,7 @@ from .adapter import AdapterSizes, adapter_rules, read_sizes, require_temperatur
 from .checkpoint import Checkpoint, require_layout
 from .language_model import LanguageModel, open_llm_weights
 from .layouts.layout import Layout
+from .naming import public_name
 from .recipes import PREPROCESSINGS, OutputArguments, Recipe
 from .renaming import Renamed, apply_rules
 from .tensors import LazyTensor
@@ -111,7 +112,7 @@ def _configure(
     recipe: Recipe,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     vision_config = layout.make_vision_config(checkpoint.tensors, recipe, checkpoint.stated_config)
-    vision_config._name_or_path = _public_name(checkpoint)
+    vision_config._name_or_path = public_name(checkpoint.source.name)
     chosen = BuildArguments(
         prompt=recipe.prompt,
         prefix=recipe.prefix,
@@ -126,11 +127,6 @@ def _configure(
     config, tokenizer = configure_model(vision_config, language.config, language.tokenizer, chosen)
     config.text_adapter_expansion = sizes.expansion
     return config, tokenizer
-
-
-def _public_name(checkpoint: Checkpoint) -> str:
-    name = checkpoint.source.name
-    return Path(name).name if Path(name).exists() else str(name)
 
 
 def _image_size(config: LLM2CLIPConfig) -> int:
