@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def convert_checkpoint(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(prod(tensor.shape) for tensor in plan.weights.values())
-    return ConversionReport(output, size, plan.dropped, diagnosis)
+    return ConversionReport(output, size, plan.dropped, replace(diagnosis, source=str(output)))
 
 
 def _write_config(folder: Path, plan: Plan, dtype: torch.dtype) -> None:

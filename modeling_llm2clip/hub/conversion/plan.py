@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -198,6 +199,7 @@ def _fit(
 
 def _list_weights(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of a model's weights, without making them."""
-    with torch.device("meta"):
+    # The second: older timm asks numbers of a tensor while it builds, which meta tensors have not.
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
         model = build()
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
