@@ -36,7 +36,7 @@ def main() -> None:
         _encode_with_llm2vec(*map(Path, sys.argv[2:5]))
         return
     arguments = _parse()
-    from encoding_speed import _rewrite_for_old_readers, sample_captions
+    from encoding_speed import rewrite_for_old_readers, sample_captions
     from provenance import describe_processor, read_commit
 
     from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.golden:
         captions = json.loads(_OWN_CAPTIONS.read_text(encoding="utf-8"))["captions"]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = _rewrite_for_old_readers(llm, Path(temporary))
+        folder = rewrite_for_old_readers(llm, Path(temporary))
         theirs = _run_llm2vec(arguments.llm2vec_python, folder, captions, Path(temporary))
     if arguments.golden:
         _write_golden(theirs, arguments.golden)

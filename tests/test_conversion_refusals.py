@@ -240,6 +240,11 @@ def test_a_checkpoint_without_its_adapter(tmp_path) -> None:
     refuse("eva02", tmp_path, "has no text adapter .*a bare vision tower", state=state)
 
 
+def test_a_lora_where_its_base_belongs(tmp_path) -> None:
+    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Give its base",
+           llm=LLMSource(LLM2VEC / "llama_lora"))  # fmt: skip
+
+
 def test_a_lora_beside_an_llm_that_the_checkpoint_holds(tmp_path) -> None:
     refuse("siglip2", tmp_path, "holds the LLM's weights, merged",
            llm=LLMSource(LLM, adapters=(LLM2VEC / "llama_lora",)))  # fmt: skip

@@ -13,7 +13,7 @@ from ..towers import require_decoder, require_own_tokenizer
 from .lora import merge_lora
 from .naming import public_name
 from .renaming import Drop, Renamed, apply_rules, rename
-from .tensors import LazyTensor, list_weight_files, open_weights
+from .tensors import LazyTensor, is_lora_alone, list_weight_files, open_weights
 
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
 _DROPS = (
@@ -57,9 +57,15 @@ class LanguageModel:
 def open_language_model(source: LLMSource) -> LanguageModel:
     """Read configuration and tokenizer; code that the folder brings is not run.
 
-    Raises: ValueError when it is not a decoder, or the tokenizer is another model's.
+    Raises: ValueError when it is not a decoder or a LoRA without its base, or the tokenizer is
+        another model's.
     """
     folder = find_folder(source.name, revision=source.revision)
+    if is_lora_alone(folder):
+        raise ValueError(
+            f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as an "
+            "adapter."
+        )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     config = config.get_text_config(decoder=True)
     require_decoder(config, source.name)

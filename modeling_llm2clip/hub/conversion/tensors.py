@@ -22,7 +22,8 @@ from torch import Tensor
 _NESTED_UNDER = ("model", "module", "state_dict")
 _WRAPPER = "module."
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_SINGLES = ("model.safetensors", "pytorch_model.bin", *_ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ def list_weight_files(path: Path) -> list[Path]:
         f"{path} has no weights under a name that transformers or peft gives ({_SINGLES}). Name "
         "the weight file itself."
     )
+
+
+def is_lora_alone(folder: Path) -> bool:
+    """Whether a folder's weights are those of a LoRA, without the model that it is for."""
+    whole = any((folder / name).is_file() for name in (*_INDEXES, *_SINGLES[:2]))
+    return not whole and any((folder / name).is_file() for name in _ADAPTERS)
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
