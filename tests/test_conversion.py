@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,11 +35,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.__main__ import _build_parser, main
+from modeling_llm2clip.commands.convert import choose_recipe
 from modeling_llm2clip.hub.conversion.convert import RECORD_FILE, ConversionReport
 from modeling_llm2clip.hub.conversion.language_model import LLMSource
 from modeling_llm2clip.hub.conversion.lora import merge_lora
 from modeling_llm2clip.hub.conversion.plan import Plan, make_image_processor
+from modeling_llm2clip.hub.conversion.recipes import RECIPES
 from modeling_llm2clip.hub.conversion.tensors import open_weights
 from modeling_llm2clip.hub.conversion.writing import write_weights
 from modeling_llm2clip.hub.golden import draw_golden_pictures
@@ -287,6 +291,19 @@ def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> Non
     printed = capsys.readouterr().out
     assert "healthy" in printed and "left out, rotary frequencies" in printed
     assert "license: mit" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_documents_commands_parse_and_name_a_recipe() -> None:
+    text = (GOLDEN.parent / "README.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if line.startswith("llm2clip convert")]
+    assert len(commands) > 7
+    for command in commands:
+        arguments = _build_parser().parse_args(shlex.split(command)[1:])
+        if arguments.recipe in RECIPES:
+            assert choose_recipe(arguments).preprocessing is not None
+            assert arguments.llm is not None
 
 
 def test_the_script_is_the_command() -> None:
