@@ -85,7 +85,7 @@ def _start(
 ) -> subprocess.Popen[str]:
     python, folder = sys.executable, llm
     if name == "LLM2Vec":
-        python, folder = arguments.llm2vec_python, _rewrite_for_old_readers(llm, temporary)
+        python, folder = arguments.llm2vec_python, rewrite_for_old_readers(llm, temporary)
     process = subprocess.Popen(
         [python, str(_WORKER), name, str(folder), str(temporary / "captions.json"),
          str(_vectors_file(temporary, name)), str(arguments.threads)],
@@ -98,7 +98,7 @@ def _start(
     return process
 
 
-def _rewrite_for_old_readers(llm: Path, temporary: Path) -> Path:
+def rewrite_for_old_readers(llm: Path, temporary: Path) -> Path:
     """Write configuration and tokenizer as transformers 4.44 reads them; the weights are linked."""
     folder = temporary / "old_llm"
     folder.mkdir()

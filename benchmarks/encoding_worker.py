@@ -83,7 +83,7 @@ BUILDERS = {
 }
 
 
-def build_model(llm: str) -> tuple[Any, Any]:
+def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     """Build a model whose vision tower is tiny: only its text side is measured."""
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -104,7 +104,7 @@ def build_model(llm: str) -> tuple[Any, Any]:
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
         text_model,
         tokenizer,
-        BuildArguments(prompt="none", projection_dim=576),
+        BuildArguments(prompt=prompt, projection_dim=576),
     )
 
 

@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
+    ROOT / "conversion" / "README.md",
     ROOT / "examples" / "data" / "caption_adapter" / "README.md",
     ROOT / "examples" / "recipes" / "README.md",
 )
@@ -266,6 +267,38 @@ def _render_mllm_captioning(report: dict[str, Any]) -> str:
     return f"{_draw(heads, rows)}\n{note}\n"
 
 
+def _render_conversion(report: dict[str, Any]) -> str:
+    heads = ("source, GB", "written, GB", "seconds", "peak memory, GB", "times the source")
+    row = [
+        f"{report['source_gb']:.2f}",
+        f"{report['written_gb']:.2f}",
+        f"{report['seconds']:.0f}",
+        f"{report['peak_rss_gb']:.2f}",
+        f"{report['times_the_source']:.2f} (bound {report['bound']})",
+    ]
+    return _draw(heads, [row]) + f"\n{report['hardware']}.\n"
+
+
+def _render_llm2vec_parity(report: dict[str, Any]) -> str:
+    names = {"plain": "alone", "instructed": "behind an instruction"}
+    rows = [
+        [
+            label,
+            str(report[key]["same_ids"]),
+            str(report[key]["same_spans"]),
+            f"{report[key]['smallest_cosine']:.7f}",
+            f"{report[key]['smallest_cosine_given_their_span']:.7f}",
+        ]
+        for key, label in names.items()
+    ]
+    heads = (
+        "captions", "same ids", "same span", "smallest cosine of these",
+        "of the others, given LLM2Vec's span",
+    )  # fmt: skip
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -285,6 +318,8 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "retrieval_ranking": _render_retrieval_ranking,
     "evaluation": _render_evaluation,
     "mllm_captioning": _render_mllm_captioning,
+    "conversion": _render_conversion,
+    "llm2vec_parity": _render_llm2vec_parity,
 }
 
 

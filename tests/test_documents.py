@@ -22,7 +22,9 @@ from modeling_llm2clip.__main__ import _build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-FOLDERS = [ROOT / name for name in ("modeling_llm2clip", "benchmarks", "examples", "tests")]
+FOLDERS = [
+    ROOT / name for name in ("modeling_llm2clip", "benchmarks", "conversion", "examples", "tests")
+]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in folder.rglob("*.md"))])
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test]" && pytest')
@@ -33,6 +35,7 @@ MADE_BY_READERS = (
 )  # fmt: skip
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
+HUB_OWNERS = ("microsoft", "meta-llama")  # what follows is a Hub id, not a path
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|opt|Users|mnt|content)/|\b[A-Z]:\\")
 
 # Each snippet has names of its own, so that it stands alone; one process imports torch once.
@@ -84,7 +87,7 @@ def list_file_names() -> frozenset[str]:
 
 
 def is_there(path: str, document: Path) -> bool:
-    if path.split("/")[0] in MADE_BY_READERS or path in (VISION_ID, LLM_ID):
+    if path.split("/")[0] in (*MADE_BY_READERS, *HUB_OWNERS) or path == VISION_ID:
         return True
     if "/" not in path:
         return path in list_file_names()

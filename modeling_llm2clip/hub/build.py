@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
@@ -90,6 +90,46 @@ def build_from_sources(
     return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
 
 
+def configure_model(
+    vision_config: PreTrainedConfig,
+    text_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: BuildArguments,
+) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
+    """Describe a whole model, and write its prompt into a copy of the tokenizer.
+
+    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, or
+        the prompt does not fit it.
+    """
+    require_own_tokenizer(text_config, tokenizer, "The LLM")
+    template = resolve_template(
+        tokenizer, arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix
+    )
+    prompt = derive_prompt(tokenizer, template)
+    tokenizer = write_prompt(tokenizer, prompt, max_length=arguments.max_text_length)
+    # Asked of the tokenizer as it is saved: writing the prompt drops extra special tokens.
+    ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
+    text_config.pad_token_id = tokenizer.pad_token_id
+    # A stated direction of the bare LLM gives way to the one chosen here.
+    text_config.is_causal = not arguments.bidirectional
+    config = LLM2CLIPConfig(
+        vision_config,
+        text_config,
+        projection_dim=arguments.projection_dim,
+        bidirectional=arguments.bidirectional,
+        text_pooling=arguments.text_pooling,
+        prompt_prefix_ids=prompt.prefix_ids,
+        prompt_suffix_ids=prompt.suffix_ids,
+        prompt_suffix_ends_special=ends_special,
+        max_text_length=arguments.max_text_length,
+        normalize_text_before_adapter=arguments.normalize_text_before_adapter,
+        text_adapter_layers=arguments.text_adapter_layers,
+        vision_pooling=arguments.vision_pooling,
+        visual_projection_bias=arguments.visual_projection_bias,
+    )
+    return config, tokenizer
+
+
 def build_model(
     vision_model: PreTrainedModel,
     image_processor: Any,
@@ -103,36 +143,13 @@ def build_model(
         prompt does not fit the tokenizer, the vision tower cannot take the picture size, or the
         LLM's family cannot be made bidirectional.
     """
-    require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:
         vision_model, image_processor = set_picture_size(
             vision_model, image_processor, arguments.image_size
         )
-    template = resolve_template(
-        tokenizer, arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix
-    )
-    prompt = derive_prompt(tokenizer, template)
-    tokenizer = write_prompt(tokenizer, prompt, max_length=arguments.max_text_length)
-    # Asked of the tokenizer as it is saved: writing the prompt drops extra special tokens.
-    ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
-    text_model.config.pad_token_id = tokenizer.pad_token_id
-    # A stated direction of the bare LLM gives way to the one chosen here.
-    text_model.config.is_causal = not arguments.bidirectional
-    config = LLM2CLIPConfig(
-        vision_model.config,
-        text_model.config,
-        projection_dim=arguments.projection_dim,
-        bidirectional=arguments.bidirectional,
-        text_pooling=arguments.text_pooling,
-        prompt_prefix_ids=prompt.prefix_ids,
-        prompt_suffix_ids=prompt.suffix_ids,
-        prompt_suffix_ends_special=ends_special,
-        max_text_length=arguments.max_text_length,
-        normalize_text_before_adapter=arguments.normalize_text_before_adapter,
-        text_adapter_layers=arguments.text_adapter_layers,
-        vision_pooling=arguments.vision_pooling,
-        visual_projection_bias=arguments.visual_projection_bias,
+    config, tokenizer = configure_model(
+        vision_model.config, text_model.config, tokenizer, arguments
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)

@@ -116,11 +116,7 @@ def load_text_tower(
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     config = AutoConfig.from_pretrained(name, **where)
     config = config.get_text_config(decoder=True)
-    if config.model_type in _NOT_LLMS or _sees_pictures(config):
-        raise ValueError(
-            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
-            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
-        )
+    require_decoder(config, source)
     model, info = AutoModel.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True, **where
     )
@@ -130,6 +126,15 @@ def load_text_tower(
     require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)
     return model.eval(), tokenizer
+
+
+def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
+    """Raise ValueError for a text encoder or a tower of pictures in the LLM's place."""
+    if config.model_type in _NOT_LLMS or _sees_pictures(config):
+        raise ValueError(
+            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
+            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
+        )
 
 
 def require_own_tokenizer(

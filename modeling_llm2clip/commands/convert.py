@@ -1,0 +1,153 @@
+"""`llm2clip convert`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..hub.conversion.recipes import (
+    ACTIVATIONS,
+    COMPONENTS,
+    DTYPES,
+    PREPROCESSINGS,
+    RECIPES,
+    OutputArguments,
+    Recipe,
+)
+from ..hub.prompt_presets import PROMPT_NAMES
+from .pick import pick
+
+_LLM2VEC = "llm2vec"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
+    convert = commands.add_parser("convert", help="an official checkpoint into a model folder")
+    add_flags(convert)
+    convert.set_defaults(run=run)
+
+
+def add_flags(convert: argparse.ArgumentParser) -> None:
+    """Add the flags, which the script of the same purpose shares."""
+    convert.add_argument("source", help="weight file, folder or Hub id of the checkpoint")
+    convert.add_argument("output", type=Path, help="folder to write")
+    convert.add_argument(
+        "--recipe",
+        required=True,
+        choices=(*RECIPES, _LLM2VEC),
+        help="family of the checkpoint, and what its weights do not say; "
+        f"{_LLM2VEC}: an LLM2Vec folder as text tower of a new model",
+    )
+    convert.add_argument("--file", help="weight file inside a Hub repository or folder")
+    convert.add_argument("--revision", help="of the checkpoint's Hub repository")
+    llm = convert.add_argument_group("language model")
+    llm.add_argument("--llm", help="Hub id or folder of the LLM; of a LoRA, its base")
+    llm.add_argument("--llm-revision")
+    llm.add_argument("--llm-adapter", action="append", default=[], help="LoRA to merge; repeatable")
+    llm.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
+    llm.add_argument("--vision", help=f"vision tower of a new model ({_LLM2VEC} only)")
+    _add_recipe_flags(convert.add_argument_group("in place of what the recipe says"))
+    convert.add_argument("--components", choices=COMPONENTS, default="full")
+    convert.add_argument("--dtype", choices=DTYPES, default="float32")
+    convert.add_argument("--shard-size-mb", type=int, default=1000)
+    convert.add_argument("--license", dest="license_id", help="of the weights, for the card")
+    convert.add_argument("--push", metavar="ORG/NAME", help="upload it, private, once healthy")
+
+
+def _add_recipe_flags(group: Any) -> None:
+    group.add_argument("--prompt", choices=PROMPT_NAMES)
+    group.add_argument("--prefix", help="text in front of every caption")
+    group.add_argument("--suffix", help="text behind every caption")
+    group.add_argument("--max-text-length", type=int)
+    group.add_argument("--text-pooling", choices=("mean", "last_token"))
+    group.add_argument(
+        "--normalize-text-before-adapter", action=argparse.BooleanOptionalAction, default=None
+    )
+    group.add_argument("--activation", choices=ACTIVATIONS)
+    group.add_argument("--preprocessing", choices=tuple(PREPROCESSINGS))
+    group.add_argument("--head-width", type=int)
+    group.add_argument("--rope-reference-size", type=int)
+
+
+def choose_recipe(arguments: argparse.Namespace) -> Recipe:
+    """Take the named recipe with what other flags say in its place."""
+    given = {
+        field.name: value
+        for field in fields(Recipe)
+        if (value := getattr(arguments, field.name, None)) is not None
+    }
+    if "prefix" in given or "suffix" in given:
+        given.setdefault("prompt", None)
+    return replace(RECIPES[arguments.recipe], **given)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it and return the exit code."""
+    if arguments.recipe == _LLM2VEC:
+        return _build(arguments)
+    from ..hub.conversion.checkpoint import CheckpointSource
+    from ..hub.conversion.convert import convert_checkpoint
+    from ..hub.conversion.language_model import LLMSource
+
+    if arguments.llm is None or arguments.vision is not None:
+        raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
+    report = convert_checkpoint(
+        CheckpointSource(arguments.source, arguments.file, arguments.revision),
+        LLMSource(
+            arguments.llm,
+            arguments.llm_revision,
+            tuple(arguments.llm_adapter),
+            arguments.accept_adapter_base,
+        ),
+        arguments.output,
+        recipe=choose_recipe(arguments),
+        arguments=pick(OutputArguments, arguments),
+    )
+    print(report.diagnosis.report())
+    for reason in sorted(set(report.dropped.values())):
+        keys = sorted(key for key, why in report.dropped.items() if why == reason)
+        print(f"left out, {reason}: {', '.join(keys)}")
+    print(f"Wrote {report.folder}: {report.num_parameters:,} parameters. {_what_next(arguments)}")
+    _push(arguments)
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ..hub.build import BuildArguments
+    from ..hub.card_facts import CardFacts
+    from ..hub.conversion.llm2vec import build_from_llm2vec
+    from ..hub.export import export_model, require_new_folder
+
+    require_new_folder(arguments.output)
+    if arguments.vision is None:
+        raise ValueError("An LLM2Vec folder becomes half of a new model: give --vision.")
+    model, processor = build_from_llm2vec(
+        arguments.vision,
+        Path(arguments.source),
+        BuildArguments(prompt=arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix),
+        base=arguments.llm,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    folder = export_model(
+        model, processor, arguments.output, facts=CardFacts(license_id=arguments.license_id)
+    )
+    print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
+    _push(arguments)
+    return 0
+
+
+def _what_next(arguments: argparse.Namespace) -> str:
+    return f"Its vectors are recorded; check any copy with: llm2clip doctor {arguments.output}"
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    if arguments.push is None:
+        return
+    from ..hub.publish import Destination, publish_folder
+
+    address = publish_folder(arguments.output, Destination(arguments.push))
+    print(f"Published {address}. Pin its last part with revision=… when you load it.")

@@ -1,0 +1,1 @@
+"""Official checkpoints into model folders; imports nothing, so that `--help` is quick."""

@@ -1,0 +1,168 @@
+"""Turns an official checkpoint into a folder that loads everywhere, and proves it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from ... import __version__
+from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
+from ...processing_llm2clip import LLM2CLIPProcessor
+from ..card_facts import CardFacts
+from ..doctor import diagnose
+from ..doctor.diagnosis import Diagnosis
+from ..doctor.file_checks import list_travelling_files
+from ..export import DEFAULT_PROMPTS, list_modalities, require_new_folder, writing_folder
+from ..golden import write_golden_vectors
+from ..model_card import write_model_card
+from ..sentence_transformers_files import write_sentence_transformers_files
+from .checkpoint import CheckpointSource, open_checkpoint
+from .language_model import LLMSource, open_language_model
+from .naming import public_name
+from .plan import Plan, plan_conversion
+from .recipes import PREPROCESSINGS, OutputArguments, Recipe
+from .writing import require_space, write_weights
+
+RECORD_FILE = "conversion.json"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        folder: the written model.
+        num_parameters: of the written model.
+        dropped: keys of the sources that were left out → reason.
+        diagnosis: of the written model, all checks passed.
+    """
+
+    folder: Path
+    num_parameters: int
+    dropped: Mapping[str, str]
+    diagnosis: Diagnosis
+
+
+def convert_checkpoint(
+    source: CheckpointSource,
+    llm: LLMSource,
+    output: str | Path,
+    *,
+    recipe: Recipe,
+    arguments: OutputArguments | None = None,
+) -> ConversionReport:
+    """Convert an official checkpoint together with its LLM.
+
+    Everything goes into a temporary folder beside the target. There the model is loaded through
+    AutoModel and examined by `doctor`; only a healthy one is renamed to the target. Memory holds
+    one weight file at a time, and then the model once.
+
+    Args:
+        source: the checkpoint with vision tower and adapter.
+        llm: its language model; of `components="vision"` only configuration and tokenizer are
+            read.
+        recipe: what the weights do not say, e.g. one of `recipes.RECIPES`.
+    Raises:
+        FileExistsError: the target exists and is not empty.
+        ValueError: the sources do not fit each other or the recipe; see `plan_conversion`.
+        OSError: no space.
+        RuntimeError: the written model is not healthy; nothing is left.
+    """
+    arguments = arguments or OutputArguments()
+    output = Path(output)
+    require_new_folder(output)
+    plan = plan_conversion(open_checkpoint(source), open_language_model(llm), recipe, arguments)
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    require_space(plan.weights, dtype, output.parent)
+    with writing_folder(output) as unfinished:
+        # The configuration comes last, so that a killed conversion leaves nothing that loads.
+        write_weights(
+            plan.weights, unfinished, dtype=dtype, shard_bytes=arguments.shard_size_mb * 1_000_000
+        )
+        processor = LLM2CLIPProcessor(plan.image_processor, plan.tokenizer, recipe.max_text_length)
+        processor.save_pretrained(unfinished)
+        _write_record(unfinished, plan, source, llm, recipe)
+        _write_config(unfinished, plan, dtype)
+        facts = CardFacts(license_id=arguments.license_id)
+        _write_faces(unfinished, plan, processor, facts=facts, name=output.name)
+        diagnosis = diagnose(unfinished)
+        if not diagnosis.healthy:
+            raise RuntimeError(f"The converted model is not healthy:\n{diagnosis.report()}")
+    size = sum(prod(tensor.shape) for tensor in plan.weights.values())
+    return ConversionReport(output, size, plan.dropped, replace(diagnosis, source=str(output)))
+
+
+def _write_config(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
+    """Write `config.json` as `save_pretrained` of a loaded model would, and the code."""
+    config = plan.config
+    config.architectures = [plan.model_class.__name__]
+    config.auto_map = {**_CODE_OF_EVERY_FOLDER, **plan.model_class._auto_classes}
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = dtype
+    for path in list_travelling_files():
+        shutil.copy2(path, folder / path.name)
+    config.save_pretrained(folder)
+
+
+def _write_faces(
+    folder: Path, plan: Plan, processor: LLM2CLIPProcessor, *, facts: CardFacts, name: str
+) -> None:
+    """Write golden vectors, files of sentence-transformers and the card, as an export has them."""
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    write_sentence_transformers_files(
+        folder,
+        plan.config,
+        plan.tokenizer,
+        prompts=DEFAULT_PROMPTS,
+        modalities=list_modalities(model),
+    )
+    write_golden_vectors(folder, model, processor)
+    (folder / "golden_vectors.safetensors").chmod(0o644)
+    del model
+    gc.collect()  # doctor loads it again
+    write_model_card(folder, facts, name=name)
+
+
+def _write_record(
+    folder: Path, plan: Plan, source: CheckpointSource, llm: LLMSource, recipe: Recipe
+) -> None:
+    """Tell for good what the folder was made of; names of files, not their paths."""
+    assert recipe.preprocessing is not None
+    mean, std = PREPROCESSINGS[recipe.preprocessing]
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in plan.dropped.items():
+        by_reason.setdefault(reason, []).append(key)
+    record = {
+        "modeling_llm2clip": __version__,
+        "checkpoint": {"name": public_name(source.name), "revision": source.revision},
+        "llm": {
+            "name": public_name(llm.name),
+            "revision": llm.revision,
+            "adapters": [public_name(adapter) for adapter in llm.adapters],
+        },
+        "files": [_describe_file(path) for path in plan.files],
+        "recipe": asdict(recipe),
+        "pixels": {"mean": mean, "std": std},
+        "dropped": {reason: sorted(keys) for reason, keys in by_reason.items()},
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
