@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +197,33 @@ def _follow(scores: Any, path: Sequence[str]) -> float:
     return float(scores)
 
 
+def _render_retrieval_ranking(report: dict[str, Any]) -> str:
+    heads = (
+        "vectors", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
+    )  # fmt: skip
+    cases = {
+        "large": "related",
+        "all_positives": "related, ranks of all positives",
+        "unrelated": "unrelated",
+    }
+    rows = [
+        [
+            label,
+            f"{report[case]['images']:,} × {report[case]['texts']:,}",
+            f"{median(report[case]['bare_products_s']):.1f}",
+            f"{median(report[case]['ranks_s']):.1f}",
+            f"{report[case]['median_ratio']:.2f}",
+        ]
+        for case, label in cases.items()
+    ]
+    note = (
+        f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
+        f"{report['large']['highest_resident_mb'] / 1000:.1f} GB resident in all. "
+        f"{report['hardware']}."
+    )
+    return _draw(heads, rows) + f"\n{note}\n"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -213,6 +240,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "alignment": _render_alignment,
     "training_efficiency": _render_training_efficiency,
     "evaluation": _render_evaluation,
+    "retrieval_ranking": _render_retrieval_ranking,
 }
 
 

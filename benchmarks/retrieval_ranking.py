@@ -52,9 +52,8 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": "python benchmarks/retrieval_ranking.py",
         "commit": read_commit(),
-        "processor": describe_processor(),
-        "threads": arguments.threads,
-        "torch": version("torch"),
+        "hardware": f"{describe_processor()}, {arguments.threads} threads",
+        "versions": {"torch": version("torch")},
         "width": arguments.width,
         "max_memory_mb": arguments.max_memory_mb,
         "repeats": arguments.repeats,

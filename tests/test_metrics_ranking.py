@@ -9,6 +9,9 @@ from gloo_ranking import SMALL_TILES_MB, list_ranks, make_vectors, work
 from gloo_workers import find_free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import TIE_TOLERANCE, rank_both_ways
@@ -144,6 +147,42 @@ def test_two_processes_rank_as_one_and_refuse_to_add_up_different_vectors(tmp_pa
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert all(map(torch.equal, found["ranks"], wanted))
         assert "Processes [1] came with other vectors than process 0" in found["error"]
+
+
+class LiveMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time, those outside left out."""
+
+    def __init__(self, *outside):
+        super().__init__()
+        self._outside = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in outside}
+        self._live = {}
+        self.most_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference.cdata not in self._outside:
+                self._live[reference.cdata] = (reference, storage.nbytes())
+        self._live = {k: live for k, live in self._live.items() if not live[0].expired()}
+        self.most_bytes = max(self.most_bytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["all too near to tell", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_working_memory_stays_within_what_is_given(dtype, spread):
+    generator = torch.Generator().manual_seed(7)
+    images, texts = (
+        (1 + spread * torch.randn(n, 128, generator=generator)).to(dtype) for n in (2000, 4000)
+    )
+    correspondence = Correspondence.from_image_of_text(torch.arange(4000) % 2000, 2000)
+    given_mb = 4  # the whole matrix has 32 MB, the vectors in float64 6 MB
+    with LiveMemory(images, texts) as memory:
+        rank_both_ways(images, texts, correspondence, all_positives=True, max_memory_mb=given_mb)
+    # Well below, because the shape of a tile allows for everything to be held at one time.
+    assert 0.25 * given_mb * 1e6 < memory.most_bytes < given_mb * 1e6
 
 
 @pytest.mark.parametrize("width", [1, 64, 1280, 4096])

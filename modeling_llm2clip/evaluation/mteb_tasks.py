@@ -1,0 +1,131 @@
+"""A retrieval set as two tasks of mteb: images that look for texts, and texts for images."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Image, Value
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
+
+from ..data.pictures import Picture
+from .metrics.correspondence import PositiveLists
+from .sets.schema import RetrievalSet
+
+_SPLIT = "test"
+# R@1 as the CLIP papers count it.
+_MAIN_SCORE = "hit_rate_at_1"
+
+
+class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
+    """One direction of a retrieval set.
+
+    Args:
+        data: with its pictures. Those packed in tar or Parquet files are read into memory.
+        from_images: whether images are the queries; else texts are.
+    Raises: ValueError for a set without pictures, or in a language whose code mteb does not know.
+    """
+
+    data_loaded: bool = False  # read and set by mteb too
+
+    def __init__(self, data: RetrievalSet, *, from_images: bool, **arguments: Any) -> None:
+        if not data.pictures:
+            raise ValueError(
+                f"{data.name} was read without its pictures, which its tasks need. Read it with "
+                "require_pictures=True."
+            )
+        self._set = data
+        self._from_images = from_images
+        super().__init__(**arguments)
+
+    @cached_property
+    def metadata(self) -> TaskMetadata:
+        """What mteb is told of the task; made again after mteb has unloaded its data."""
+        return _describe(self._set, from_images=self._from_images)
+
+    def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
+        """Lay out queries, corpus and relevance as mteb reads them; nothing is fetched."""
+        if self.data_loaded:
+            return
+        pairs = self._set.correspondence
+        images, texts = _tabulate_pictures(self._set.pictures), _tabulate_texts(self._set.captions)
+        if self._from_images:
+            split = _make_split(images, texts, pairs.texts_of_images())
+        else:
+            split = _make_split(texts, images, pairs.images_of_texts())
+        self.dataset = {"default": {_SPLIT: split}}
+        self.data_loaded = True
+
+
+def make_mteb_tasks(data: RetrievalSet) -> tuple[SetRetrievalTask, SetRetrievalTask]:
+    """Make the tasks of both directions, for `mteb.evaluate`: image to text, text to image.
+
+    mteb's `hit_rate_at_k` and `recall_at_k` are those of `metrics.scores`, except where candidates
+    tie: it then prefers the one with the greater id, right or wrong.
+    """
+    return SetRetrievalTask(data, from_images=True), SetRetrievalTask(data, from_images=False)
+
+
+def _describe(data: RetrievalSet, *, from_images: bool) -> TaskMetadata:
+    direction = "image-to-text" if from_images else "text-to-image"
+    return TaskMetadata(
+        name=f"{data.name}-{data.lang}-{direction}",
+        description=f"{direction} retrieval on {data.name} ({data.lang}), "
+        f"{len(data.pictures)} images and {len(data.captions)} texts.",
+        type="Any2AnyRetrieval",
+        category="i2t" if from_images else "t2i",
+        modalities=["image", "text"],
+        eval_splits=[_SPLIT],
+        eval_langs=[_find_language(data.lang)],
+        main_score=_MAIN_SCORE,
+        dataset={"path": data.name, "revision": str(data.protocol.get("revision") or "files")},
+        bibtex_citation="",
+    )
+
+
+def _find_language(lang: str) -> str:
+    """BCP 47 (`zh`, `zh-Hant`, `pt-BR`) to mteb's language and script (`zho-Hans`)."""
+    language, *subtags = lang.split("-")
+    found = _hf_langs_to_iso_lang_scripts(language)
+    if not found:
+        raise ValueError(
+            f"mteb knows no language {language!r} (of {lang!r}). Languages are BCP 47, such as en."
+        )
+    scripts = [tag.capitalize() for tag in subtags if len(tag) == 4]
+    return f"{found[0].split('-')[0]}-{scripts[0]}" if scripts else str(found[0])
+
+
+def _tabulate_pictures(pictures: tuple[Picture, ...]) -> Dataset:
+    images = [
+        {"bytes": None, "path": str(picture)}
+        if isinstance(picture, Path)
+        else {"bytes": picture.read_bytes(), "path": None}
+        for picture in pictures
+    ]
+    return Dataset.from_dict(
+        {"id": _name_rows("image", len(images)), "image": images},
+        features=Features({"id": Value("string"), "image": Image()}),
+    )
+
+
+def _tabulate_texts(texts: tuple[str, ...]) -> Dataset:
+    return Dataset.from_dict({"id": _name_rows("text", len(texts)), "text": list(texts)})
+
+
+def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:
+    candidates = corpus["id"][:]
+    relevant = {
+        query: {candidates[row]: 1 for row in positives.of(number).tolist()}
+        for number, query in enumerate(queries["id"])
+    }
+    return RetrievalSplitData(
+        queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None
+    )
+
+
+def _name_rows(side: str, count: int) -> list[str]:
+    return [f"{side}-{row}" for row in range(count)]

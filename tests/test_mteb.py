@@ -1,0 +1,167 @@
+"""An exported model is an ordinary model of mteb, and a retrieval set two ordinary tasks of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mteb
+import pytest
+import torch
+from mteb.mocks import mock_tasks
+from mteb.models.models_protocols import EncoderProtocol
+from PIL import Image
+from shared_models import shared_model
+
+import modeling_llm2clip
+from modeling_llm2clip.data.pictures import TarPicture
+from modeling_llm2clip.encoding.fingerprint import fingerprint_weights
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
+from modeling_llm2clip.evaluation.metrics.scores import summarize
+from modeling_llm2clip.evaluation.mteb_model import open_for_mteb
+from modeling_llm2clip.evaluation.mteb_tasks import make_mteb_tasks
+from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
+from modeling_llm2clip.hub.export import export_model
+
+TASKS = (
+    "MockRetrievalTask", "MockSTSTask", "MockAny2AnyRetrievalI2TTask",
+    "MockAny2AnyRetrievalT2ITask", "MockZeroShotClassificationTask",
+)  # fmt: skip
+MORE_TASKS = (
+    "MockClassificationTask", "MockPairClassificationTask", "MockRerankingTask",
+    "MockBitextMiningTask", "MockTextZeroShotClassificationTask", "MockImageClassificationTask",
+    "MockImageTextPairClassificationTask", "MockImageClusteringFastTask",
+)  # fmt: skip
+COLOURS = ("red", "green", "blue", "black", "white", "orange", "purple")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export_model(*shared_model(), tmp_path_factory.mktemp("mteb") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return open_for_mteb(folder, device="cpu")
+
+
+def evaluate(model, task):
+    results = mteb.evaluate(
+        model, task, cache=None, show_progress_bar=False, encode_kwargs={"batch_size": 3}
+    )
+    (result,) = results.task_results
+    return result
+
+
+@pytest.mark.parametrize(
+    "name", [*TASKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TASKS)]
+)
+def test_every_kind_of_task_runs_to_a_score(model, name):
+    result = evaluate(model, getattr(mock_tasks, name)())
+    assert 0 <= result.get_score() <= 1 + 1e-6  # a correlation may round above one
+
+
+def test_mteb_is_told_what_tells_two_models_apart(model, folder):
+    assert isinstance(model, EncoderProtocol)
+    meta, network = model.mteb_model_meta, shared_model()[0]
+    assert (meta.name, meta.modalities) == ("local/tiny", ["image", "text"])
+    assert meta.revision == fingerprint_weights(folder)["weights"]
+    assert (meta.embed_dim, meta.max_tokens) == (32, 32)
+    assert meta.framework == ["Sentence Transformers", "PyTorch"]
+    assert meta.n_parameters == sum(weight.numel() for weight in network.parameters())
+    assert meta.similarity_fn_name.value == "cosine" and meta.use_instructions is False
+
+
+def test_from_the_hub_mteb_reads_by_itself_that_the_model_takes_pictures(folder):
+    files = {
+        name: json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in (
+            "config_sentence_transformers.json", "sentence_bert_config.json", "modules.json",
+            "config.json",
+        )
+    }  # fmt: skip
+    loader, kind, modalities = mteb.models.ModelMeta._resolve_loader("owner/model", *files.values())
+    assert loader is mteb.models.SentenceTransformerEncoderWrapper
+    assert (kind, modalities) == ("dense", ["image", "text"])
+
+
+def test_a_folder_that_was_not_exported_or_a_name_mteb_cannot_file_is_refused(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"has no modules.json.*export"):
+        open_for_mteb(tmp_path)
+    with pytest.raises(ValueError, match=r"name='mine' must be `organization/model`"):
+        open_for_mteb(folder, name="mine")
+
+
+@pytest.fixture(scope="module")
+def retrieval_set(tmp_path_factory):
+    """Seven pictures, two captions each but for the first; the last lies in a tar shard."""
+    path = tmp_path_factory.mktemp("pictures")
+    for number, colour in enumerate(COLOURS):
+        Image.new("RGB", (32 + number, 32), colour).save(path / f"{colour}.png")
+    last = path / f"{COLOURS[-1]}.png"
+    packed = TarPicture(last, "member.png", 0, last.stat().st_size)
+    image_of_text = [*range(7), *range(1, 7)]
+    captions = [f"a {COLOURS[i]} thing, seen {n} times" for n, i in enumerate(image_of_text)]
+    return RetrievalSet(
+        name="tiny",
+        pictures=(*(path / f"{colour}.png" for colour in COLOURS[:-1]), packed),
+        picture_names=COLOURS,
+        captions=tuple(captions),
+        correspondence=Correspondence.from_image_of_text(image_of_text, 7),
+        lang="en",
+        protocol={"revision": None},
+    )
+
+
+def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_set):
+    pictures = [Image.open(Path(retrieval_set.pictures[0]).parent / f"{c}.png") for c in COLOURS]
+    ranking = rank_both_ways(
+        *(
+            torch.from_numpy(model.model.encode(inputs))
+            for inputs in (pictures, list(retrieval_set.captions))
+        ),
+        retrieval_set.correspondence,
+        all_positives=True,
+    )
+    tasks = make_mteb_tasks(retrieval_set)
+    for task, side in zip(tasks, (ranking.image_to_text, ranking.text_to_image), strict=True):
+        result = evaluate(model, task)
+        ((scores,),) = result.scores.values()
+        ours = summarize(side, ks=(1, 3, 5))
+        assert result.get_score() == pytest.approx(ours["hit_rate_at_1"], abs=6e-6)
+        for name in ("hit_rate", "recall", "map", "ndcg"):
+            for k in (1, 3, 5):
+                # mteb rounds to five digits.
+                assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
+
+
+def test_tasks_are_named_by_set_language_and_direction(retrieval_set):
+    image_to_text, text_to_image = make_mteb_tasks(retrieval_set)
+    assert image_to_text.metadata.name == "tiny-en-image-to-text"
+    assert text_to_image.metadata.name == "tiny-en-text-to-image"
+    assert text_to_image.metadata.category == "t2i"
+
+
+@pytest.mark.parametrize(
+    ("lang", "wanted"),
+    [("en", "eng-Latn"), ("zh", "zho-Hans"), ("zh-Hant", "zho-Hant"), ("pt-BR", "por-Latn")],
+)
+def test_languages_are_told_in_mtebs_way(retrieval_set, lang, wanted):
+    data = RetrievalSet(**{**vars(retrieval_set), "lang": lang})
+    assert make_mteb_tasks(data)[0].metadata.eval_langs == [wanted]
+
+
+def test_a_set_without_pictures_or_in_an_unknown_language_makes_no_task(retrieval_set):
+    with pytest.raises(ValueError, match="tiny was read without its pictures"):
+        make_mteb_tasks(RetrievalSet(**{**vars(retrieval_set), "pictures": ()}))
+    with pytest.raises(ValueError, match=r"mteb knows no language 'xx' \(of 'xx-YY'\)"):
+        make_mteb_tasks(RetrievalSet(**{**vars(retrieval_set), "lang": "xx-YY"}))
+
+
+def test_nothing_else_imports_mteb():
+    package = Path(modeling_llm2clip.__file__).parent
+    imports = re.compile(r"^\s*(?:from|import) \S*mteb|import .*mteb", re.MULTILINE)
+    found = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
+    assert found == {"mteb_model.py", "mteb_tasks.py"}
