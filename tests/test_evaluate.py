@@ -244,6 +244,16 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
         evaluate(arguments(tmp_path / "out", data, str(vectors), tasks=("retrieval",)))
 
 
+def test_a_missing_vector_is_told_before_a_model_is_loaded(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    vectors = save_named_vectors(tmp_path / "vectors", {"a": [1.0]}, {"0.png": [1.0]})
+    chosen = arguments(tmp_path / "out", data, models("clip"), str(vectors), tasks=("retrieval",))
+    with pytest.raises(ValueError, match=r"vectors has no vector for 16 of 16 texts"):
+        evaluate(chosen)
+    assert not (tmp_path / "out").exists()
+
+
 def test_languages_are_scored_together(models: Any, data: str, tmp_path: Path) -> None:
     chosen = arguments(tmp_path, data, models("clip"), tasks=("cross-lingual",), languages=())
     (result,) = evaluate(chosen)
