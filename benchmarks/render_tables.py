@@ -150,6 +150,33 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
 
 
+def _render_retrieval_ranking(report: dict[str, Any]) -> str:
+    heads = (
+        "vectors", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
+    )  # fmt: skip
+    cases = {
+        "large": "related",
+        "all_positives": "related, ranks of all positives",
+        "unrelated": "unrelated",
+    }
+    rows = [
+        [
+            label,
+            f"{report[case]['images']:,} × {report[case]['texts']:,}",
+            f"{median(report[case]['bare_products_s']):.1f}",
+            f"{median(report[case]['ranks_s']):.1f}",
+            f"{report[case]['median_ratio']:.2f}",
+        ]
+        for case, label in cases.items()
+    ]
+    note = (
+        f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
+        f"{report['large']['highest_resident_mb'] / 1000:.1f} GB resident in all. "
+        f"{report['hardware']}."
+    )
+    return _draw(heads, rows) + f"\n{note}\n"
+
+
 def _render_evaluation(report: dict[str, Any]) -> str:
     emoji = [result for result in report["results"] if result["task"] == "cross-lingual"]
     models = [result["model"] for result in emoji]
@@ -197,33 +224,6 @@ def _follow(scores: Any, path: Sequence[str]) -> float:
     return float(scores)
 
 
-def _render_retrieval_ranking(report: dict[str, Any]) -> str:
-    heads = (
-        "vectors", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
-    )  # fmt: skip
-    cases = {
-        "large": "related",
-        "all_positives": "related, ranks of all positives",
-        "unrelated": "unrelated",
-    }
-    rows = [
-        [
-            label,
-            f"{report[case]['images']:,} × {report[case]['texts']:,}",
-            f"{median(report[case]['bare_products_s']):.1f}",
-            f"{median(report[case]['ranks_s']):.1f}",
-            f"{report[case]['median_ratio']:.2f}",
-        ]
-        for case, label in cases.items()
-    ]
-    note = (
-        f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
-        f"{report['large']['highest_resident_mb'] / 1000:.1f} GB resident in all. "
-        f"{report['hardware']}."
-    )
-    return _draw(heads, rows) + f"\n{note}\n"
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -239,8 +239,8 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "caption_tuning": _render_caption_tuning,
     "alignment": _render_alignment,
     "training_efficiency": _render_training_efficiency,
-    "evaluation": _render_evaluation,
     "retrieval_ranking": _render_retrieval_ranking,
+    "evaluation": _render_evaluation,
 }
 
 

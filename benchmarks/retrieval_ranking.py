@@ -20,6 +20,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -50,7 +51,7 @@ def main() -> None:
     arguments = _parse()
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
-        "command": "python benchmarks/retrieval_ranking.py",
+        "command": " ".join(["python", *sys.argv]),
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {arguments.threads} threads",
         "versions": {"torch": version("torch")},

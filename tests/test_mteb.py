@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import mteb
@@ -16,7 +17,6 @@ from shared_models import shared_model
 
 import modeling_llm2clip
 from modeling_llm2clip.data.pictures import TarPicture
-from modeling_llm2clip.encoding.fingerprint import fingerprint_weights
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
 from modeling_llm2clip.evaluation.metrics.scores import summarize
@@ -63,11 +63,22 @@ def test_every_kind_of_task_runs_to_a_score(model, name):
     assert 0 <= result.get_score() <= 1 + 1e-6  # a correlation may round above one
 
 
-def test_mteb_is_told_what_tells_two_models_apart(model, folder):
+def test_another_setting_or_weight_is_another_revision_and_the_same_model_the_same(
+    model, folder, tmp_path
+):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert open_for_mteb(moved).mteb_model_meta.revision == model.mteb_model_meta.revision
+    prompts = json.loads((moved / "config_sentence_transformers.json").read_text("utf-8"))
+    prompts["prompts"]["query"] = "query: "
+    (moved / "config_sentence_transformers.json").write_text(json.dumps(prompts), "utf-8")
+    changed = open_for_mteb(moved).mteb_model_meta
+    assert changed.revision != model.mteb_model_meta.revision and changed.use_instructions is True
+
+
+def test_mteb_is_told_what_the_model_is(model):
     assert isinstance(model, EncoderProtocol)
     meta, network = model.mteb_model_meta, shared_model()[0]
     assert (meta.name, meta.modalities) == ("local/tiny", ["image", "text"])
-    assert meta.revision == fingerprint_weights(folder)["weights"]
     assert (meta.embed_dim, meta.max_tokens) == (32, 32)
     assert meta.framework == ["Sentence Transformers", "PyTorch"]
     assert meta.n_parameters == sum(weight.numel() for weight in network.parameters())

@@ -6,20 +6,14 @@ neither its name nor its revision. On the Hub it reads all of these from the rep
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from ..encoding.fingerprint import fingerprint_weights
-
-_CITATION = """@article{huang2024llm2clip,
-  title = {LLM2CLIP: Powerful Language Model Unlocks Richer Visual Representation},
-  author = {Huang, Weiquan and Wu, Aoqi and Yang, Yifan and Luo, Xufang and Yang, Yuqing and
-            Hu, Liang and Dai, Qi and Dai, Xiyang and Chen, Dongdong and Luo, Chong and Qiu, Lili},
-  journal = {arXiv preprint arXiv:2411.04997},
-  year = {2024}
-}"""
+from .encoders.files import hash_files
 
 
 def open_for_mteb(
@@ -27,8 +21,8 @@ def open_for_mteb(
 ) -> SentenceTransformerEncoderWrapper:
     """Load an exported folder for `mteb.evaluate`, texts and pictures alike.
 
-    The revision is the weights' digest, so that mteb's store of results cannot give one model's
-    scores for another of the same name.
+    The revision is a digest of weights and settings, so that mteb's store of results cannot give
+    one model's scores for another of the same name.
 
     Args:
         folder: as `export_model` writes it.
@@ -60,14 +54,19 @@ def _describe(
     described: ModelMeta = found.model_copy(
         update={
             "name": name,
-            "revision": fingerprint_weights(folder)["weights"],
+            "revision": _digest(folder),
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),
             # mteb multiplies the vocabulary by the width of the shared space.
             "n_embedding_parameters": embedding.weight.numel(),
             "memory_usage_mb": sum(w.nbytes for w in network.parameters()) / 2**20,
             "use_instructions": any(prompt for prompt in model.prompts.values()),
-            "citation": _CITATION,
         }
     )
     return described
+
+
+def _digest(folder: Path) -> str:
+    """Forty hexadecimal digits, as a commit has."""
+    weights, settings = fingerprint_weights(folder)["weights"], hash_files(folder, ["**/*.json"])
+    return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()[:40]

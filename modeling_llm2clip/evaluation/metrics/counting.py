@@ -18,7 +18,7 @@ class NegativeCounts:
     Args:
         positives: of every query.
         scores: (num_pairs,) float64, of every pair of the correspondence.
-        tolerance: a negative that scores less than this below a positive stands before it.
+        tolerance: a negative that scores no more than this below a positive stands before it.
         margin: how far a float32 score of a tile may be from the exact one; what is nearer to a
             threshold is scored again.
         all_levels: count for every positive, or for the best one of each query alone.
