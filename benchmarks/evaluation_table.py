@@ -106,7 +106,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="what llm2clip demo wrote")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 400], help="of the baseline")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 300], help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
     parser.add_argument("--long-name", default="the long captions given", help="public name")

@@ -132,6 +132,23 @@ def test_a_finished_task_is_not_computed_again(
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
 
 
+def test_a_stopped_evaluation_goes_on_where_it_stopped(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path / "stopped", data, models("clip"))
+
+    def stop(_: Result) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chosen, on_result=stop)
+    files = sorted(path.name for path in (tmp_path / "stopped" / "clip").iterdir())
+    assert files == ["folder.retrieval.json"]
+    whole = evaluate(replace(chosen, output=tmp_path / "whole"))
+    resumed = evaluate(chosen)
+    assert [r.scores for r in resumed] == [r.scores for r in whole]
+
+
 @pytest.mark.usefixtures("_refuse_models")
 def test_a_file_of_another_run_is_refused_with_what_differs(
     models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -242,6 +259,16 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
     vectors = save_named_vectors(tmp_path / "vectors", {"a": [1.0]}, {})
     with pytest.raises(ValueError, match=r"vectors encodes no pictures, which retrieval"):
         evaluate(arguments(tmp_path / "out", data, str(vectors), tasks=("retrieval",)))
+
+
+def test_a_missing_vector_is_told_before_a_model_is_loaded(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    vectors = save_named_vectors(tmp_path / "vectors", {"a": [1.0]}, {"0.png": [1.0]})
+    chosen = arguments(tmp_path / "out", data, models("clip"), str(vectors), tasks=("retrieval",))
+    with pytest.raises(ValueError, match=r"vectors has no vector for 16 of 16 texts"):
+        evaluate(chosen)
+    assert not (tmp_path / "out").exists()
 
 
 def test_languages_are_scored_together(models: Any, data: str, tmp_path: Path) -> None:

@@ -239,8 +239,10 @@ def test_our_folder_is_a_sentence_transformer_where_that_is_asked_for(
     models: Any, pictures: list[Path]
 ) -> None:
     folder = models("llm2clip")
-    ours = encode(open_encoder(folder), pictures)
-    theirs = encode(open_encoder(folder, kind="sentence-transformers"), pictures)
+    as_ours, as_theirs = open_encoder(folder), open_encoder(folder, kind="sentence-transformers")
+    ours, theirs = encode(as_ours, pictures), encode(as_theirs, pictures)
+    described = [encoder.describe().pictures or {} for encoder in (as_ours, as_theirs)]
+    assert described[0]["resize"] == described[1]["resize"] == {"height": 32, "width": 32}
     for found, wanted in zip(theirs, ours, strict=True):
         torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
 

@@ -50,16 +50,17 @@ def evaluate(
         for job in jobs
     }
     finished = _find_all_finished(arguments.output, protocols, descriptions)
-    results = []
-    for name in list(encoders):
+    results: dict[str, list[Result]] = {name: [] for name in encoders}
+    # Stored vectors first: one that is missing is told before any model is loaded.
+    for name in sorted(encoders, key=lambda name: descriptions[name].kind != "vectors"):
         encoder = RememberingEncoder(encoders.pop(name))  # so that a model goes with its turn
         for job in jobs:
             key = (name, job.task.name, job.set_name)
             result = finished[key] or _run(encoder, name, job, protocols[key], arguments.output)
-            results.append(result)
+            results[name].append(result)
             if on_result is not None:
                 on_result(result)
-    return results
+    return [result for of_model in results.values() for result in of_model]
 
 
 def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:

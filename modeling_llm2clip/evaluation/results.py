@@ -186,4 +186,7 @@ def _shorten(value: Any) -> str:
 
 
 def _size_of(picture: Any) -> Any:
-    return picture.stat().st_size if isinstance(picture, Path) else str(picture)
+    """What of a picture is the same wherever its data set lies."""
+    if isinstance(picture, Path):
+        return picture.stat().st_size
+    return [getattr(picture, name, None) for name in ("member", "size", "row")]

@@ -112,7 +112,7 @@ class Encoder(Protocol):
     """What is evaluated. Weights are loaded when the first vector is asked for."""
 
     def describe(self) -> Description:
-        """Say what decides the vectors; reads files, but builds no model."""
+        """Say what decides the vectors, from files alone wherever they say it."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:

@@ -21,6 +21,7 @@ from .encoder import (
     require_pictures,
 )
 from .files import hash_files
+from .preprocessing import describe_image_processor
 
 
 class SentenceEncoder:
@@ -101,7 +102,6 @@ class SentenceEncoder:
         weights = fingerprint_weights(self._folder, pattern="**/*.safetensors")
         files = hash_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
         model = self._model  # its modules alone know what they do to a text
-        takes_pictures = model.supports("image")
         return Description(
             kind="sentence-transformers",
             source=self._source,
@@ -113,10 +113,15 @@ class SentenceEncoder:
                 "lower_case": bool(getattr(model[0], "do_lower_case", False)),
                 "modules": [type(module).__name__ for module in model],
             },
-            pictures={"processor": type(model.processor).__name__} if takes_pictures else None,
+            pictures=self._describe_pictures() if model.supports("image") else None,
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
         )
+
+    def _describe_pictures(self) -> dict[str, Any]:
+        processor = self._model.processor
+        image_processor = getattr(processor, "image_processor", processor)
+        return describe_image_processor(image_processor)
 
 
 def _import_sentence_transformers() -> Any:
