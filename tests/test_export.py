@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.encoding.fingerprint import fingerprint_weights
 from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.card_facts import CardFacts, RecordedResult, read_card_facts
 from modeling_llm2clip.hub.doctor import diagnose
@@ -230,3 +231,18 @@ def test_the_command_writes_what_its_flags_say(source: Path, tmp_path: Path) -> 
         training_data=("owner/one", "my own"),
         results=(RecordedResult("retrieval", "COCO", {"r1": 0.25}),),
     )  # fmt: skip
+
+
+def test_results_of_other_weights_are_refused_and_those_of_these_are_taken(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.json"
+    entry = {"task": "retrieval", "set": "COCO", "scores": {"r1": 0.25}}
+    own = {"weights": fingerprint_weights(source)["weights"]}
+    results.write_text(json.dumps({**entry, "fingerprint": own}))
+    command = ["export", str(source), str(tmp_path / "new"), "--results", str(results)]
+    assert main([*command, "--dtype", "bfloat16"]) == 2
+    assert "retrieval on COCO: measured with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main(command) == 0
+    assert read_card_facts(tmp_path / "new").results[0].scores == {"r1": 0.25}

@@ -10,12 +10,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml  # what huggingface_hub reads cards with
 from huggingface_hub import EvalResult, ModelCard, hf_hub_download
+
+from ..encoding.fingerprint import fingerprint_weights
 
 # What `llm2clip evaluate` tells once a language, class, category or measure: too much for a card.
 _DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
@@ -31,11 +33,14 @@ class RecordedResult:
         task: what was asked, e.g. `"retrieval"`.
         dataset: what it was measured on.
         scores: name of a measure → value.
+        weights: digest of the weights they were measured with, where it is known; a card does not
+            keep it.
     """
 
     task: str
     dataset: str
     scores: Mapping[str, float]
+    weights: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,24 @@ def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
     return tuple(results.values())
 
 
+def require_own_results(results: Sequence[RecordedResult], folder: Path) -> None:
+    """Refuse results that were measured with other weights than the folder's.
+
+    Raises: ValueError naming them.
+    """
+    stated = [result for result in results if result.weights is not None]
+    if not stated:
+        return
+    weights = fingerprint_weights(folder)["weights"]
+    foreign = [f"{r.task} on {r.dataset}" for r in stated if r.weights != weights]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)}: measured with other weights than those to be written. "
+            "Export first (another dtype makes other weights), evaluate the folder that is "
+            "written, and give its results."
+        )
+
+
 def _read_result(entry: Any) -> RecordedResult:
     if not isinstance(entry, dict):
         raise ValueError(f"holds {type(entry).__name__}, wanted an object")
@@ -206,7 +229,8 @@ def _read_result(entry: Any) -> RecordedResult:
     wrong = sorted(name for name, value in found.items() if not _is_number(value))
     if wrong:
         raise ValueError(f"has scores that are no finite numbers: {wrong}")
-    return RecordedResult(str(task), str(dataset), found)
+    weights = (entry.get("fingerprint") or {}).get("weights")
+    return RecordedResult(str(task), str(dataset), found, weights)
 
 
 def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .card_facts import CardFacts, read_card_facts, require_license
+from .card_facts import CardFacts, read_card_facts, require_license, require_own_results
 from .doctor.patient import find_folder
 from .golden import write_golden_vectors
 from .model_card import write_model_card
@@ -150,6 +150,7 @@ def export_model(
             modalities=list_modalities(model),
         )
         write_golden_vectors(unfinished, model, processor)
+        require_own_results(facts.results if facts else (), unfinished)
         write_model_card(unfinished, facts or CardFacts(), name=name or folder.name)
     return folder
 
