@@ -315,7 +315,7 @@ def save_broken(folder: Path, kind: str) -> Path:
 
 BROKEN = {
     "truncated": "the picture is truncated or corrupt",
-    "headless": "cannot be read",
+    "headless": "the picture is truncated or corrupt",
     "empty": "not a picture that Pillow reads, or empty",
     "text": "not a picture that Pillow reads",
     "missing": "no such picture",

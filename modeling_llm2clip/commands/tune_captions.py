@@ -61,16 +61,15 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from accelerate import PartialState
-
     from ..data.caption_groups import group_captions, read_text_pairs
     from ..hub.caption_adapter import merge_caption_adapter
     from ..hub.export import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
     from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
+    from ..training.processes import join_processes
 
-    state = PartialState(cpu=arguments.device == "cpu")
+    state = join_processes(cpu=True if arguments.device == "cpu" else None)
     merged = arguments.output / "model"
     if arguments.merge:
         require_new_folder(merged)

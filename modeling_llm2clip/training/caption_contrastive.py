@@ -59,6 +59,7 @@ from .pair_batches import (
     count_steps,
     make_pair_table,
 )
+from .processes import join_processes
 from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
 from .settings import list_faults
 from .stopping import stop_on_signals
@@ -231,6 +232,7 @@ def plan_tuning(
     Args:
         model_name: what the model is loaded from.
     """
+    join_processes()
     record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
     require_fresh_or_same_run(output, record, resume=resume)
     data = _prepare_data(groups, other_pairs, arguments)

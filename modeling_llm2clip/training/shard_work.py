@@ -21,6 +21,7 @@ from ..data.captioned_images import CaptionedImage
 from ..data.vector_store import VectorStore
 from ..data.vector_store_layout import STORED_DTYPES
 from ..data.vector_store_writing import StoreWriter, pack_index
+from .processes import join_processes
 from .stopping import StopRequest
 
 # Rows to compute, and whom to tell of each batch; returns their vectors (rows, D).
@@ -87,9 +88,9 @@ def choose_device(arguments: ExtractionArguments) -> torch.device:
     """Return the device asked for, or this process's own."""
     if arguments.device is not None:
         if "RANK" in os.environ:  # a launcher set up groups for one kind of device
-            PartialState(cpu=torch.device(arguments.device).type == "cpu")
+            join_processes(cpu=torch.device(arguments.device).type == "cpu")
         return torch.device(arguments.device)
-    return torch.device(PartialState().device)
+    return torch.device(join_processes().device)
 
 
 def pack_records(
