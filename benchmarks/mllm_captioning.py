@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modeling_llm2clip.demo.example_data import find_example_data
 from provenance import describe_processor, read_commit
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,12 +39,15 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.example_data import find_example_data
+from modeling_llm2clip.data.splits import hold_out
 from modeling_llm2clip.data.vector_store import VectorStore
 from modeling_llm2clip.demo.real_parts import DINOV2, SMOLLM2, fetch_real_part
-from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.encoding.pictures import encode_pictures
-from modeling_llm2clip.evaluation.metrics import rank_best_positive, recall_at
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
+from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.export import export_model
@@ -210,7 +212,8 @@ def _measure_retrieval(folder: Path, tested: Sequence[CaptionedImage]) -> float:
     text_embeds = model.project_caption_embeds(captions.caption_embeds)
     image_embeds = model.project_vision_embeds(pictures)
     keys = [record.key for record in tested]
-    return recall_at(rank_best_positive(text_embeds, image_embeds, keys, keys), k=1)
+    ranking = rank_both_ways(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
+    return hit_rate_at(ranking.text_to_image, k=1)
 
 
 def _train(
