@@ -46,7 +46,7 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
             text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "Uploaded: " in done.stdout
+        assert "Published " in done.stdout
         repository = hub.repositories["me/model"]
         uploaded = repository.commits[repository.find()]
     assert {"model.safetensors", "config.json", "modeling_llm2clip.py"} <= set(uploaded)

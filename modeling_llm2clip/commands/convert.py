@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..hub.conversion.recipes import (
     ACTIVATIONS,
@@ -17,9 +17,34 @@ from ..hub.conversion.recipes import (
     Recipe,
 )
 from ..hub.prompt_presets import PROMPT_NAMES
+from .card_flags import add_card_flags, pick_licenses
 from .pick import pick
 
+if TYPE_CHECKING:
+    from ..hub.card_facts import CardFacts
+    from ..hub.publish import Destination
+
 _LLM2VEC = "llm2vec"
+# What an LLM2Vec folder says itself, or a model without official weights has not → its default.
+_NOT_WITH_LLM2VEC: dict[str, Any] = {
+    "file": None,
+    "revision": None,
+    "llm_revision": None,
+    "llm_adapter": [],
+    "accept_adapter_base": None,
+    "max_text_length": None,
+    "text_pooling": None,
+    "activation": None,
+    "preprocessing": None,
+    "head_width": None,
+    "rope_reference_size": None,
+    "components": "full",
+}
+# Flags that only some recipes use → these.
+_RECIPES_WITH = {
+    "head_width": ("openai", "eva02", "siglip2"),
+    "rope_reference_size": ("eva02",),
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -45,14 +70,19 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
     llm = convert.add_argument_group("language model")
     llm.add_argument("--llm", help="Hub id or folder of the LLM; of a LoRA, its base")
     llm.add_argument("--llm-revision")
-    llm.add_argument("--llm-adapter", action="append", default=[], help="LoRA to merge; repeatable")
+    llm.add_argument(
+        "--llm-adapter",
+        action="append",
+        default=[],
+        help="LoRA to merge, folder or ID or ID@REVISION; repeatable",
+    )
     llm.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
     llm.add_argument("--vision", help=f"vision tower of a new model ({_LLM2VEC} only)")
     _add_recipe_flags(convert.add_argument_group("in place of what the recipe says"))
     convert.add_argument("--components", choices=COMPONENTS, default="full")
     convert.add_argument("--dtype", choices=DTYPES, default="float32")
     convert.add_argument("--shard-size-mb", type=int, default=1000)
-    convert.add_argument("--license", dest="license_id", help="of the weights, for the card")
+    add_card_flags(convert.add_argument_group("the model card"))
     convert.add_argument("--push", metavar="ORG/NAME", help="upload it, private, once healthy")
 
 
@@ -72,12 +102,21 @@ def _add_recipe_flags(group: Any) -> None:
 
 
 def choose_recipe(arguments: argparse.Namespace) -> Recipe:
-    """Take the named recipe with what other flags say in its place."""
+    """Take the named recipe with what other flags say in its place.
+
+    Raises: ValueError for a flag that the recipe has no use for.
+    """
     given = {
         field.name: value
         for field in fields(Recipe)
         if (value := getattr(arguments, field.name, None)) is not None
     }
+    for name, recipes in _RECIPES_WITH.items():
+        if name in given and arguments.recipe not in recipes:
+            raise ValueError(
+                f"{_flag(name)} goes with the recipes {recipes}; {arguments.recipe!r} has no use "
+                "for it. Leave it out."
+            )
     if "prefix" in given or "suffix" in given:
         given.setdefault("prompt", None)
     return replace(RECIPES[arguments.recipe], **given)
@@ -93,6 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.llm is None or arguments.vision is not None:
         raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
+    destination = _read_destination(arguments)
     report = convert_checkpoint(
         CheckpointSource(arguments.source, arguments.file, arguments.revision),
         LLMSource(
@@ -103,14 +143,22 @@ def run(arguments: argparse.Namespace) -> int:
         ),
         arguments.output,
         recipe=choose_recipe(arguments),
-        arguments=pick(OutputArguments, arguments),
+        arguments=OutputArguments(
+            arguments.components,
+            arguments.dtype,
+            arguments.shard_size_mb,
+            base_models=arguments.base_models and tuple(arguments.base_models),
+            name=arguments.push,
+            requires_license=destination is not None,
+        ),
+        facts=pick_licenses(arguments),
     )
     print(report.diagnosis.report())
     for reason in sorted(set(report.dropped.values())):
         keys = sorted(key for key, why in report.dropped.items() if why == reason)
         print(f"left out, {reason}: {', '.join(keys)}")
     print(f"Wrote {report.folder}: {report.num_parameters:,} parameters. {_what_next(arguments)}")
-    _push(arguments)
+    _push(arguments.output, destination)
     return 0
 
 
@@ -118,36 +166,92 @@ def _build(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..hub.build import BuildArguments
-    from ..hub.card_facts import CardFacts
+    from ..hub.card_facts import require_license
     from ..hub.conversion.llm2vec import build_from_llm2vec
     from ..hub.export import export_model, require_new_folder
 
     require_new_folder(arguments.output)
-    if arguments.vision is None:
-        raise ValueError("An LLM2Vec folder becomes half of a new model: give --vision.")
+    _require_llm2vec_flags(arguments)
+    destination = _read_destination(arguments)
+    facts = _gather_facts(arguments)
+    if destination is not None:
+        require_license(facts, arguments.source)
+    normalizes = arguments.normalize_text_before_adapter
     model, processor = build_from_llm2vec(
         arguments.vision,
         Path(arguments.source),
-        BuildArguments(prompt=arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix),
+        BuildArguments(
+            prompt=arguments.prompt,
+            prefix=arguments.prefix,
+            suffix=arguments.suffix,
+            normalize_text_before_adapter=True if normalizes is None else normalizes,
+        ),
         base=arguments.llm,
         dtype=getattr(torch, arguments.dtype),
     )
+    if arguments.base_models:
+        towers = (model.config.vision_config, model.config.text_config)
+        for tower, name in zip(towers, arguments.base_models, strict=True):
+            tower._name_or_path = name
     folder = export_model(
-        model, processor, arguments.output, facts=CardFacts(license_id=arguments.license_id)
+        model,
+        processor,
+        arguments.output,
+        facts=facts,
+        name=arguments.push,
+        max_shard_size=f"{arguments.shard_size_mb}MB",
     )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
-    _push(arguments)
+    _push(arguments.output, destination)
     return 0
+
+
+def _require_llm2vec_flags(arguments: argparse.Namespace) -> None:
+    pick(OutputArguments, arguments)  # checked before anything is loaded
+    if arguments.vision is None:
+        raise ValueError("An LLM2Vec folder becomes half of a new model: give --vision.")
+    given = [
+        _flag(name)
+        for name, default in _NOT_WITH_LLM2VEC.items()
+        if getattr(arguments, name) != default
+    ]
+    if given:
+        raise ValueError(
+            f"The recipe {_LLM2VEC!r} has no use for {', '.join(given)}: the folder says how texts "
+            "are pooled and how long they may be, the vision tower how pictures are prepared, and "
+            "no half is written alone. Leave them out; a revision is had by downloading it."
+        )
+
+
+def _gather_facts(arguments: argparse.Namespace) -> CardFacts:
+    from ..hub.card_facts import CardFacts, find_license
+
+    facts = CardFacts(**pick_licenses(arguments))
+    return replace(
+        facts,
+        vision_license=facts.vision_license or find_license(arguments.vision),
+        text_license=facts.text_license or find_license(arguments.llm or arguments.source),
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _what_next(arguments: argparse.Namespace) -> str:
     return f"Its vectors are recorded; check any copy with: llm2clip doctor {arguments.output}"
 
 
-def _push(arguments: argparse.Namespace) -> None:
-    if arguments.push is None:
-        return
-    from ..hub.publish import Destination, publish_folder
+def _read_destination(arguments: argparse.Namespace) -> Destination | None:
+    from ..hub.publish import Destination
 
-    address = publish_folder(arguments.output, Destination(arguments.push))
+    return None if arguments.push is None else Destination(arguments.push)
+
+
+def _push(folder: Path, destination: Destination | None) -> None:
+    if destination is None:
+        return
+    from ..hub.publish import publish_folder
+
+    address = publish_folder(folder, destination)
     print(f"Published {address}. Pin its last part with revision=… when you load it.")

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .card_flags import LICENSE_FLAGS, add_card_flags, pick_licenses
+
 if TYPE_CHECKING:
     from ..hub.publish import Destination
-
-_FACTS = ("license_id", "license_name", "license_link", "vision_license", "text_license")
 
 _HUB = ("push", "public", "branch", "commit_message", "dry_run")
 _CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data", "results")
@@ -37,16 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_card_flags(card: Any) -> None:
-    card.add_argument(
-        "--license", dest="license_id", metavar="ID", help="of the weights, e.g. apache-2.0"
-    )
-    card.add_argument("--license-name", help="with --license other")
-    card.add_argument("--license-link", help="with --license other")
-    card.add_argument(
-        "--base-models", nargs=2, metavar=("VISION", "LLM"), help="Hub ids of the towers"
-    )
-    card.add_argument("--vision-license", help="of the vision tower it derives from")
-    card.add_argument("--text-license", help="of the language model it derives from")
+    add_card_flags(card)
     card.add_argument("--training-data", nargs="+", metavar="NAME", help="names or Hub ids")
     card.add_argument(
         "--results",
@@ -113,7 +104,7 @@ def _write(arguments: argparse.Namespace) -> Path:
     from ..hub.card_facts import read_results
     from ..hub.export import SHARD_SIZE, ExportArguments, export_checkpoint
 
-    facts = {name: getattr(arguments, name) for name in _FACTS if getattr(arguments, name)}
+    facts = pick_licenses(arguments)
     if arguments.training_data:
         facts["training_data"] = tuple(arguments.training_data)
     if arguments.results:
@@ -137,7 +128,7 @@ def _write_tower(arguments: argparse.Namespace) -> int:
     """Write the vision tower alone, which is no LLM2CLIP model any more."""
     from ..hub.vision_tower import export_vision_tower
 
-    unused = [n for n in (*_FACTS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
+    unused = [n for n in (*LICENSE_FLAGS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
     if unused:
         raise ValueError(f"--components tower goes with --revision and --license; got {unused}.")
     folder = export_vision_tower(
@@ -152,7 +143,7 @@ def _write_tower(arguments: argparse.Namespace) -> int:
 
 def _require_folder_as_it_is(arguments: argparse.Namespace) -> Path:
     """Return MODEL, which is to be published unchanged."""
-    changing = [name for name in (*_FACTS, *_CHANGES) if getattr(arguments, name)]
+    changing = [name for name in (*LICENSE_FLAGS, *_CHANGES) if getattr(arguments, name)]
     changing += ["components"] if arguments.components != "full" else []
     if not (arguments.push or arguments.dry_run):
         raise ValueError("Name a FOLDER to write, or --push OWNER/NAME to publish MODEL as it is.")

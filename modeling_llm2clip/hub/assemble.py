@@ -19,10 +19,11 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.cross_modal.model import AlignmentModel
 from .card_facts import read_card_facts
 from .doctor.file_checks import list_travelling_files
-from .export import require_new_folder, writing_folder
+from .export import RECORD_FILE, require_new_folder, writing_folder
 from .golden import GOLDEN_FILE, renew_golden_vectors, write_golden_vectors
 from .model_card import write_model_card
 
+RECORD_BEFORE_TRAINING = "conversion_before_training.json"
 _WEIGHTS = "*.safetensors"
 _NAMES_SHOWN = 5
 
@@ -37,8 +38,9 @@ def assemble_folder(
     """Write a model's folder with some of its weights replaced.
 
     Everything goes into a temporary folder beside the target, which is renamed when complete.
-    Code, model card and golden vectors are written anew, all else is copied. Results on the old
-    card were measured with other weights, and are left out.
+    Code, model card and golden vectors are written anew, all else is copied; the record of a
+    conversion under a name that says it is of the weights before training. Results on the old card
+    were measured with other weights, and are left out.
 
     Args:
         source: folder of the model that was trained.
@@ -58,6 +60,8 @@ def assemble_folder(
         for path in source.glob("[!.]*"):  # no .git or .cache
             if path.is_dir():
                 shutil.copytree(path, unfinished / path.name)
+            elif path.name == RECORD_FILE:  # its files' weights are not all those of the folder
+                shutil.copy2(path, unfinished / RECORD_BEFORE_TRAINING)
             elif path.suffix != ".safetensors":
                 shutil.copy2(path, unfinished / path.name)
         for path in list_travelling_files():

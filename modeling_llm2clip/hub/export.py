@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,8 @@ COMPONENTS: dict[str, Any] = {
     "text": LLM2CLIPTextModel,
     "vision": LLM2CLIPVisionModel,
 }
+# What a converted model was made of, written by its conversion.
+RECORD_FILE = "conversion.json"
 DTYPES = ("float32", "bfloat16", "float16")
 # As transformers has it by default; the Hub takes files up to 50 GB.
 SHARD_SIZE = "50GB"
@@ -75,7 +77,7 @@ def export_checkpoint(
     """Write a checkpoint anew: the whole or a half, in another dtype, in smaller files.
 
     Instructions, licences and training data are taken over from its card, and its results where
-    whole model and dtype stay.
+    whole model and dtype stay; the record of its conversion too.
 
     Args:
         source: folder or Hub id of an LLM2CLIP model.
@@ -111,6 +113,7 @@ def export_checkpoint(
         facts=card_facts,
         name=arguments.name,
         max_shard_size=arguments.max_shard_size,
+        records=[path for path in (source / RECORD_FILE,) if path.is_file()],
     )
 
 
@@ -123,6 +126,7 @@ def export_model(
     facts: CardFacts | None = None,
     name: str | None = None,
     max_shard_size: str = SHARD_SIZE,
+    records: Sequence[Path] = (),
 ) -> Path:
     """Write weights, code, processor, sentence-transformers files, golden vectors and a card.
 
@@ -135,6 +139,7 @@ def export_model(
         facts: what the card states beside what it reads in the folder.
         name: what the card calls the model; None for the folder's last name.
         max_shard_size: of a weight file.
+        records: files of the model's history, copied as they are.
     Returns: the folder.
     Raises: FileExistsError when the folder exists and is not empty.
     """
@@ -150,6 +155,8 @@ def export_model(
             modalities=list_modalities(model),
         )
         write_golden_vectors(unfinished, model, processor)
+        for path in records:
+            shutil.copy2(path, unfinished / path.name)
         require_own_results(facts.results if facts else (), unfinished)
         write_model_card(unfinished, facts or CardFacts(), name=name or folder.name)
     return folder

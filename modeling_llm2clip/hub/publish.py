@@ -121,9 +121,10 @@ def publish_folder(
             commit_message=destination.commit_message,
             revision=destination.branch,
         )
-    except ValueError:
-        raise
     except Exception as error:  # what the client raises for lost lines, permissions, full disks
+        # Its BadRequestError is a ValueError too.
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise
         raise RuntimeError(_explain(error, folder, destination)) from error
     return str(commit.commit_url)
 

@@ -14,6 +14,7 @@ from .layouts.hub_clip import HUB_CLIP
 from .layouts.layout import Layout
 from .layouts.openai import OPENAI
 from .layouts.siglip2 import SIGLIP2
+from .naming import require_no_revision
 from .recipes import RECIPES
 from .tensors import LazyTensor, list_weight_files, open_weights
 
@@ -54,8 +55,9 @@ class Checkpoint:
 def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint; a Hub repository is downloaded first.
 
-    Raises: ValueError when there is none, or it is broken.
+    Raises: ValueError when there is none, it is broken, or a local one is given a revision.
     """
+    require_no_revision(source.name, source.revision)
     path = Path(source.name)
     if source.file is not None and not path.is_dir():
         path = Path(hf_hub_download(str(source.name), source.file, revision=source.revision))

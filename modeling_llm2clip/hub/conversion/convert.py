@@ -18,22 +18,26 @@ from transformers import AutoModel
 from ... import __version__
 from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..card_facts import CardFacts
+from ..card_facts import CardFacts, find_license, require_license
 from ..doctor import diagnose
 from ..doctor.diagnosis import Diagnosis
 from ..doctor.file_checks import list_travelling_files
-from ..export import DEFAULT_PROMPTS, list_modalities, require_new_folder, writing_folder
+from ..export import (
+    DEFAULT_PROMPTS,
+    RECORD_FILE,
+    list_modalities,
+    require_new_folder,
+    writing_folder,
+)
 from ..golden import write_golden_vectors
 from ..model_card import write_model_card
 from ..sentence_transformers_files import write_sentence_transformers_files
 from .checkpoint import CheckpointSource, open_checkpoint
-from .language_model import LLMSource, open_language_model
-from .naming import public_name
+from .language_model import LanguageModel, LLMSource, open_language_model
+from .naming import find_commit, public_name, split_revision
 from .plan import Plan, plan_conversion
 from .recipes import PREPROCESSINGS, OutputArguments, Recipe
 from .writing import require_space, write_weights
-
-RECORD_FILE = "conversion.json"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def convert_checkpoint(
     *,
     recipe: Recipe,
     arguments: OutputArguments | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
     """Convert an official checkpoint together with its LLM.
 
@@ -72,44 +77,81 @@ def convert_checkpoint(
         llm: its language model; of `components="vision"` only configuration and tokenizer are
             read.
         recipe: what the weights do not say, e.g. one of `recipes.RECIPES`.
+        facts: fields of `CardFacts`; the towers' licences are else those on the sources' cards.
     Raises:
         FileExistsError: the target exists and is not empty.
-        ValueError: the sources do not fit each other or the recipe; see `plan_conversion`.
+        ValueError: facts that cannot be stated, before anything is opened; the sources do not fit
+            each other or the recipe, see `plan_conversion`.
         OSError: no space.
         RuntimeError: the written model is not healthy; nothing is left.
     """
     arguments = arguments or OutputArguments()
     output = Path(output)
     require_new_folder(output)
-    plan = plan_conversion(open_checkpoint(source), open_language_model(llm), recipe, arguments)
+    card_facts = _gather_facts(source, llm, facts or {}, arguments)
+    language = open_language_model(llm)
+    plan = plan_conversion(open_checkpoint(source), language, recipe, arguments)
+    size = sum(prod(tensor.shape) for tensor in plan.weights.values())
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     require_space(plan.weights, dtype, output.parent)
     with writing_folder(output) as unfinished:
-        # The configuration comes last, so that a killed conversion leaves nothing that loads.
+        # The configuration comes after the weights: what a kill leaves does not load before they
+        # are complete, and has a hidden name, never the target's, until it is examined.
         write_weights(
             plan.weights, unfinished, dtype=dtype, shard_bytes=arguments.shard_size_mb * 1_000_000
         )
+        plan = replace(plan, weights={})  # what they keep in memory goes before a model is loaded
         processor = LLM2CLIPProcessor(plan.image_processor, plan.tokenizer, recipe.max_text_length)
         processor.save_pretrained(unfinished)
-        _write_record(unfinished, plan, source, llm, recipe)
-        _write_config(unfinished, plan, dtype)
-        facts = CardFacts(license_id=arguments.license_id)
-        _write_faces(unfinished, plan, processor, facts=facts, name=output.name)
+        _write_record(unfinished, plan, source, language, recipe)
+        _write_config(unfinished, plan, dtype, arguments.base_models)
+        name = arguments.name or output.name
+        _write_faces(unfinished, plan, processor, facts=card_facts, name=name)
         diagnosis = diagnose(unfinished)
         if not diagnosis.healthy:
             raise RuntimeError(f"The converted model is not healthy:\n{diagnosis.report()}")
-    size = sum(prod(tensor.shape) for tensor in plan.weights.values())
-    return ConversionReport(output, size, plan.dropped, replace(diagnosis, source=str(output)))
+    told = _tell_of(output, unfinished, diagnosis)
+    return ConversionReport(output, size, plan.dropped, told)
 
 
-def _write_config(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
+def _gather_facts(
+    source: CheckpointSource,
+    llm: LLMSource,
+    stated: Mapping[str, Any],
+    arguments: OutputArguments,
+) -> CardFacts:
+    """Make what the card states; the licences of the towers that were not given are looked up."""
+    facts = CardFacts(**stated)
+    if arguments.requires_license:
+        require_license(facts, source.name)
+    return replace(
+        facts,
+        vision_license=facts.vision_license or find_license(source.name, revision=source.revision),
+        text_license=facts.text_license or find_license(llm.name, revision=llm.revision),
+    )
+
+
+def _tell_of(folder: Path, unfinished: Path, diagnosis: Diagnosis) -> Diagnosis:
+    """Name the folder that is there now where the examined one is named, which is gone."""
+    checks = [
+        replace(check, message=check.message.replace(str(unfinished), str(folder)))
+        for check in diagnosis.checks
+    ]
+    return replace(diagnosis, source=str(folder), checks=checks)
+
+
+def _write_config(
+    folder: Path, plan: Plan, dtype: torch.dtype, base_models: tuple[str, str] | None
+) -> None:
     """Write `config.json` as `save_pretrained` of a loaded model would, and the code."""
     config = plan.config
     config.architectures = [plan.model_class.__name__]
     config.auto_map = {**_CODE_OF_EVERY_FOLDER, **plan.model_class._auto_classes}
     for part in (config, config.vision_config, config.text_config):
         part.dtype = dtype
+    if base_models is not None:
+        config.vision_config._name_or_path, config.text_config._name_or_path = base_models
     for path in list_travelling_files():
         shutil.copy2(path, folder / path.name)
     config.save_pretrained(folder)
@@ -135,21 +177,25 @@ def _write_faces(
 
 
 def _write_record(
-    folder: Path, plan: Plan, source: CheckpointSource, llm: LLMSource, recipe: Recipe
+    folder: Path, plan: Plan, source: CheckpointSource, language: LanguageModel, recipe: Recipe
 ) -> None:
     """Tell for good what the folder was made of; names of files, not their paths."""
     assert recipe.preprocessing is not None
     mean, std = PREPROCESSINGS[recipe.preprocessing]
+    llm, paths = language.source, [*plan.files, language.folder]
     by_reason: dict[str, list[str]] = {}
     for key, reason in plan.dropped.items():
         by_reason.setdefault(reason, []).append(key)
     record = {
         "modeling_llm2clip": __version__,
-        "checkpoint": {"name": public_name(source.name), "revision": source.revision},
+        "checkpoint": {
+            "name": public_name(source.name),
+            "revision": find_commit(source.name, paths),
+        },
         "llm": {
             "name": public_name(llm.name),
-            "revision": llm.revision,
-            "adapters": [public_name(adapter) for adapter in llm.adapters],
+            "revision": find_commit(llm.name, paths),
+            "adapters": [_describe_adapter(adapter, paths) for adapter in llm.adapters],
         },
         "files": [_describe_file(path) for path in plan.files],
         "recipe": asdict(recipe),
@@ -158,6 +204,11 @@ def _write_record(
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+
+
+def _describe_adapter(adapter: str | Path, paths: list[Path]) -> dict[str, str | None]:
+    name, _ = split_revision(adapter)
+    return {"name": public_name(name), "revision": find_commit(name, paths)}
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from ..doctor.patient import find_folder
 from ..towers import require_decoder, require_own_tokenizer
 from .lora import merge_lora
-from .naming import public_name
+from .naming import public_name, require_no_revision, split_revision
 from .renaming import Drop, Renamed, apply_rules, rename
 from .tensors import LazyTensor, is_lora_alone, list_weight_files, open_weights
 
@@ -33,7 +33,8 @@ class LLMSource:
     Attributes:
         name: Hub id or folder with configuration, tokenizer and, as a rule, weights.
         revision: of the Hub repository.
-        adapters: Hub ids or folders of LoRAs, merged in this order.
+        adapters: folders or Hub ids of LoRAs, these as `owner/name` or `owner/name@revision`;
+            merged in this order.
         accept_adapter_base: what the adapters call their base, where that is this LLM under
             another name.
     """
@@ -60,6 +61,7 @@ def open_language_model(source: LLMSource) -> LanguageModel:
     Raises: ValueError when it is not a decoder or a LoRA without its base, or the tokenizer is
         another model's.
     """
+    require_no_revision(source.name, source.revision)
     folder = find_folder(source.name, revision=source.revision)
     if is_lora_alone(folder):
         raise ValueError(
@@ -103,14 +105,15 @@ def open_llm_weights(
         open_weights(language.folder), _RULES, _DROPS, source=f"The LLM {source.name}"
     )
     for adapter in source.adapters:
-        folder = find_folder(adapter)
-        bare = {name.removeprefix(_PREFIX): value for name, value in renamed.weights.items()}
+        name, revision = split_revision(adapter)
+        folder = find_folder(name, revision=revision)
+        bare = {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()}
         merged = merge_lora(
             bare,
             folder,
             base=str(source.name),
             accepted_base=source.accept_adapter_base,
         )
-        renamed.weights = {f"{_PREFIX}{name}": value for name, value in merged.items()}
+        renamed.weights = {f"{_PREFIX}{key}": value for key, value in merged.items()}
         files += list_weight_files(folder)
     return renamed, files

@@ -89,13 +89,18 @@ class OutputArguments:
             the vision tower's.
         dtype: of all weights but the temperature, which is float32.
         shard_size_mb: most megabytes of one weight file; twice as much memory is taken by it.
-        license_id: SPDX or Hub name of the weights' licence, for the card.
+        base_models: Hub ids of the vision tower and of the LLM, for the card; None for the names
+            of the sources.
+        name: what the card calls the model; None for the folder's last name.
+        requires_license: refuse, before anything is opened, what could not be published.
     """
 
     components: str = "full"
     dtype: str = "float32"
     shard_size_mb: int = 1000
-    license_id: str | None = None
+    base_models: tuple[str, str] | None = None
+    name: str | None = None
+    requires_license: bool = False
 
     def __post_init__(self) -> None:
         faults = [
