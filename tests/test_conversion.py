@@ -37,13 +37,15 @@ from transformers import AutoModel, AutoProcessor
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.commands.convert import choose_recipe
-from modeling_llm2clip.hub.conversion.convert import RECORD_FILE, ConversionReport
+from modeling_llm2clip.hub.assemble import RECORD_BEFORE_TRAINING, assemble_folder
+from modeling_llm2clip.hub.conversion.convert import ConversionReport
 from modeling_llm2clip.hub.conversion.language_model import LLMSource
 from modeling_llm2clip.hub.conversion.lora import merge_lora
 from modeling_llm2clip.hub.conversion.plan import Plan, make_image_processor
 from modeling_llm2clip.hub.conversion.recipes import RECIPES
 from modeling_llm2clip.hub.conversion.tensors import open_weights
 from modeling_llm2clip.hub.conversion.writing import write_weights
+from modeling_llm2clip.hub.export import RECORD_FILE, export_checkpoint
 from modeling_llm2clip.hub.golden import draw_golden_pictures
 
 FAMILIES = tuple(RECIPE_OF)
@@ -63,6 +65,12 @@ def load_weights(folder: Path) -> dict[str, Any]:
     for path in folder.glob("model*.safetensors"):
         weights |= load_file(path)
     return weights
+
+
+def assert_faces_were_examined(report: ConversionReport) -> None:
+    """What users load the folder through was checked, not skipped for want of a file."""
+    passed = {check.name for check in report.diagnosis.checks if check.passed}
+    assert {"golden vectors", "sentence-transformers", "processor", "remote code"} <= passed
 
 
 def assert_makes(planned: Plan, report: ConversionReport) -> None:
@@ -103,6 +111,9 @@ def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
 ) -> None:
     report = converted[family]
     assert report.diagnosis.healthy
+    assert_faces_were_examined(report)
+    assert str(report.folder) in report.diagnosis.report()
+    assert f".{report.folder.name}-" not in report.diagnosis.report()  # where it was examined
     model = AutoModel.from_pretrained(report.folder)
     model.save_pretrained(tmp_path)
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (report.folder, tmp_path))
@@ -243,6 +254,7 @@ def test_a_half_has_the_weights_of_the_whole_and_no_others(
     converted, tmp_path, components, model_class
 ) -> None:
     report = convert_family("eva02", tmp_path, components=components)
+    assert_faces_were_examined(report)
     model, whole = (
         model_class.from_pretrained(folder) for folder in (report.folder, converted["eva02"].folder)
     )
@@ -287,10 +299,30 @@ def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> Non
     source = save_checkpoint("eva02", tmp_path / "source")
     flags = ["--recipe", "eva02", "--llm", str(LLM), "--head-width", "12", "--dtype", "float32"]
     flags += ["--rope-reference-size", "4", "--max-text-length", "200", "--license", "mit"]
+    flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert main(["convert", str(source), str(tmp_path / "model"), *flags]) == 0
     printed = capsys.readouterr().out
     assert "healthy" in printed and "left out, rotary frequencies" in printed
-    assert "license: mit" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "license: mit" in card and "# model\n" in card
+    assert "| vision tower `them/tower` | apache-2.0 |" in card  # on the source's own card
+    assert "| language model `them/llm` | llama3 |" in card
+
+
+def test_an_export_keeps_the_record_of_the_conversion(converted, tmp_path) -> None:
+    source = converted["openai"].folder
+    folder = export_checkpoint(source, tmp_path / "again")
+    assert (folder / RECORD_FILE).read_bytes() == (source / RECORD_FILE).read_bytes()
+
+
+def test_a_trained_folder_calls_the_record_one_of_before_training(converted, tmp_path) -> None:
+    source = converted["openai"].folder
+    changed = {"text_projection.weight": load_weights(source)["text_projection.weight"] + 1}
+    assemble_folder(source, changed, tmp_path / "trained")
+    assert not (tmp_path / "trained" / RECORD_FILE).exists()
+    record = tmp_path / "trained" / RECORD_BEFORE_TRAINING
+    assert record.read_bytes() == (source / RECORD_FILE).read_bytes()
 
 
 def test_the_documents_commands_parse_and_name_a_recipe() -> None:

@@ -32,12 +32,13 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
         save_checkpoint("eva02", tmp_path / "checkpoint", state)  # a later one, which is broken
         files = {"epoch_3.pt": HubFile((tmp_path / "checkpoint" / "epoch_3.pt").read_bytes())}
         hub.repositories["official/eva02"].add_commit("main", "second", files)
-        publish(hub, "official/llama", LLM)
-        publish(hub, "official/lora", LLM2VEC / "llama_lora")
+        llm = publish(hub, "official/llama", LLM)
+        lora = publish(hub, "official/lora", LLM2VEC / "llama_lora")
+        hub.repositories["official/lora"].add_commit("main", "later, and empty", {})
         command = [
             sys.executable, "-m", "modeling_llm2clip", "convert", "official/eva02",
             str(tmp_path / "model"), "--recipe", "eva02", "--file", "epoch_3.pt",
-            "--revision", first, "--llm", "official/llama", "--llm-adapter", "official/lora",
+            "--revision", first, "--llm", "official/llama", "--llm-adapter", f"official/lora@{lora}",
             "--head-width", "12", "--rope-reference-size", "4", "--max-text-length", "200",
             "--license", "mit", "--push", "me/model",
         ]  # fmt: skip
@@ -53,4 +54,6 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
     assert repository.private
     record = json.loads(uploaded["conversion.json"].content)
     assert record["checkpoint"] == {"name": "official/eva02", "revision": first}
-    assert record["llm"]["adapters"] == ["official/lora"]
+    assert record["llm"]["adapters"] == [{"name": "official/lora", "revision": lora}]
+    assert record["llm"]["revision"] == llm
+    assert "# me/model\n" in uploaded["README.md"].content.decode()

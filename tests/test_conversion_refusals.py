@@ -30,11 +30,12 @@ from converting import (
 )
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import AutoModel, CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.hub.conversion.checkpoint import CheckpointSource, open_checkpoint
-from modeling_llm2clip.hub.conversion.language_model import LLMSource
+from modeling_llm2clip.hub.conversion.language_model import LLMSource, open_language_model
+from modeling_llm2clip.hub.conversion.naming import split_revision
 from modeling_llm2clip.hub.conversion.recipes import RECIPES, OutputArguments, Recipe
 from modeling_llm2clip.hub.conversion.tensors import open_weights
 
@@ -350,9 +351,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
-def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path) -> None:
+def kill_conversion(tmp_path: Path, at: str) -> Path:
+    """Kill a conversion once a file of the unfinished folder is there; return what is left."""
     source = save_checkpoint("openai", tmp_path / "source")
     command = [sys.executable, "-m", "modeling_llm2clip", "convert", str(source)]
     with subprocess.Popen(
@@ -360,11 +360,27 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path) -> None:
         stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 100
-        while not list(tmp_path.glob(".model-*/*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(f".model-*/{at}")) and time.monotonic() < deadline:
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert "model" not in left and left != {"source"}
+    assert not (tmp_path / "model").exists()
+    return next(folder for folder in tmp_path.iterdir() if folder.name != "source")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+def test_a_conversion_killed_in_its_weights_leaves_nothing_that_loads(tmp_path) -> None:
+    left = kill_conversion(tmp_path, at="*")
+    assert left.name.startswith(".model-")
+    with pytest.raises((OSError, ValueError)):
+        AutoModel.from_pretrained(left)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+def test_a_conversion_killed_before_its_examination_has_no_target(tmp_path) -> None:
+    left = kill_conversion(tmp_path, at="config.json")
+    assert left.name.startswith(".model-") and (left / "config.json").exists()
 
 
 def test_a_bad_source_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
@@ -373,3 +389,85 @@ def test_a_bad_source_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
     assert "Choose the recipe 'eva02'" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "model"), "--recipe", "eva02"]) == 2
     assert "give --llm" in capsys.readouterr().err
+
+
+LLM2VEC_FLAGS = ["--recipe", "llm2vec", "--vision", "no-such-tower", "--prompt", "llama-3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--license", "Apache 2"], "license_id='Apache 2' is no identifier"),
+        (["--license", "other"], "needs license_name and license_link"),
+        (["--license", "mit", "--push", "bad name"], "repo_id='bad name' must be 'owner/name'"),
+        (["--push", "me/model"], "states no licence"),
+    ],
+)
+@pytest.mark.parametrize("recipe", [FLAGS, LLM2VEC_FLAGS], ids=["checkpoint", "llm2vec"])
+def test_what_cannot_be_published_is_refused_before_a_source_is_opened(
+    tmp_path, capsys, recipe, flags, match
+) -> None:
+    # There is no source: whatever opened it would complain of that.
+    command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
+    assert main(command) == 2
+    assert match in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max-text-length", "77"],
+        ["--text-pooling", "mean"],
+        ["--preprocessing", "half"],
+        ["--components", "text"],
+        ["--revision", "main"],
+        ["--file", "a.pt"],
+        ["--llm-revision", "main"],
+        ["--llm-adapter", "a/lora"],
+        ["--accept-adapter-base", "llama"],
+        ["--activation", "gelu"],
+        ["--head-width", "64"],
+        ["--rope-reference-size", "16"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_flag_that_llm2vec_has_no_use_for_is_named(tmp_path, capsys, flags) -> None:
+    command = ["convert", str(LLM), str(tmp_path / "model"), *LLM2VEC_FLAGS, *flags]
+    assert main(command) == 2
+    assert f"has no use for {flags[0]}:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag"), [("openai-hub", "--head-width"), ("openai", "--rope-reference-size")]
+)
+def test_a_flag_of_another_recipe_is_named(tmp_path, capsys, recipe, flag) -> None:
+    command = ["convert", "no-such.pt", str(tmp_path / "model"), "--recipe", recipe]
+    assert main([*command, "--llm", str(LLM), flag, "8"]) == 2
+    assert f"{flag} goes with the recipes" in capsys.readouterr().err
+
+
+def test_a_local_source_has_no_revision(tmp_path) -> None:
+    file = save_checkpoint("openai", tmp_path)
+    for source in (CheckpointSource(file, revision="deadbeef"),
+                   CheckpointSource(tmp_path, file.name, "deadbeef")):  # fmt: skip
+        with pytest.raises(ValueError, match="has no revision 'deadbeef'"):
+            open_checkpoint(source)
+    with pytest.raises(ValueError, match="has no revision 'deadbeef'"):
+        open_language_model(LLMSource(LLM, "deadbeef"))
+
+
+def test_the_revision_of_a_lora_stands_behind_its_hub_id(tmp_path) -> None:
+    assert split_revision("me/lora@abc") == ("me/lora", "abc")
+    assert split_revision("me/lora") == ("me/lora", None)
+    (tmp_path / "a@b").mkdir()
+    assert split_revision(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
+    with pytest.raises(ValueError, match="no revision behind its '@'"):
+        split_revision("me/lora@")
+    with pytest.raises(ValueError, match="has no revision 'abc'"):
+        split_revision(f"{tmp_path}@abc")
+
+
+def test_a_repository_of_bin_files_alone_is_told_to_be_downloaded(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"\.bin files are not fetched: download"):
+        open_weights(tmp_path)

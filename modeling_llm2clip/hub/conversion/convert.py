@@ -123,13 +123,14 @@ def _gather_facts(
 ) -> CardFacts:
     """Make what the card states; the licences of the towers that were not given are looked up."""
     facts = CardFacts(**stated)
-    if arguments.requires_license:
-        require_license(facts, source.name)
-    return replace(
+    facts = replace(
         facts,
         vision_license=facts.vision_license or find_license(source.name, revision=source.revision),
         text_license=facts.text_license or find_license(llm.name, revision=llm.revision),
     )
+    if arguments.requires_license:
+        require_license(facts, source.name)
+    return facts
 
 
 def _tell_of(folder: Path, unfinished: Path, diagnosis: Diagnosis) -> Diagnosis:

@@ -77,8 +77,8 @@ def list_weight_files(path: Path) -> list[Path]:
             return [path / name]
     raise ValueError(
         f"{path} has no weights under a name that transformers or peft gives ({_SINGLES}). Name "
-        "the weight file itself. Of a LoRA or LLM on the Hub only safetensors are fetched, no .bin: "
-        "download such a file yourself and give its folder."
+        "the weight file itself. Of a repository on the Hub .bin files are not fetched: download "
+        "such a file yourself and give its folder."
     )
 
 
