@@ -38,7 +38,8 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
         command = [
             sys.executable, "-m", "modeling_llm2clip", "convert", "official/eva02",
             str(tmp_path / "model"), "--recipe", "eva02", "--file", "epoch_3.pt",
-            "--revision", first, "--llm", "official/llama", "--llm-adapter", f"official/lora@{lora}",
+            "--revision", first, "--llm", "official/llama",
+            "--llm-adapter", f"official/lora@{lora}",
             "--head-width", "12", "--rope-reference-size", "4", "--max-text-length", "200",
             "--license", "mit", "--push", "me/model",
         ]  # fmt: skip

@@ -12,6 +12,7 @@ from shared_models import (
     ROUNDING,
     every_device,
     every_pair,
+    every_vision,
     move,
     shared_batch,
     shared_model,
@@ -53,6 +54,23 @@ def test_gradients_flow_to_every_trainable_parameter(vision: str, llm: str) -> N
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert parameter.grad.isfinite().all(), name
+
+
+@every_vision
+def test_a_trained_step_is_saved_and_loaded_bit_for_bit(vision: str, tmp_path: Path) -> None:
+    model, batch = copy.deepcopy(shared_model(vision)[0]).train(), shared_batch(vision)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(**batch, return_loss=True).loss.backward()
+    optimizer.step()
+    moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
+    for part in ("vision_model.", "text_adapter.", "text_projection.", "visual_projection."):
+        assert any(name.startswith(part) for name in moved), part
+    model.save_pretrained(tmp_path)
+    again = LLM2CLIPModel.from_pretrained(tmp_path).state_dict()
+    trained = model.state_dict()
+    assert again.keys() == trained.keys()
+    assert [name for name in trained if not torch.equal(again[name], trained[name])] == []
 
 
 def test_activation_checkpointing_gives_equal_gradients() -> None:

@@ -15,10 +15,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hub_server import HubServer, Repository
+from huggingface_hub import HfApi
+from huggingface_hub.errors import BadRequestError
 from shared_models import shared_model
 from tiny import tiny_model
 
@@ -26,7 +29,7 @@ import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.hub.card_facts import CardFacts
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.hub.publish import Destination, check_publishable, list_files
+from modeling_llm2clip.hub.publish import Destination, check_publishable, list_files, publish_folder
 
 FACTS = CardFacts(license_id="mit")
 NAME, OPEN = "owner/model", "owner/open"
@@ -151,6 +154,20 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
     found = {path: int(size.replace(",", "")) for size, path in listed}
     assert found == {path: len(content) for path, content in read_folder(source).items()}
     assert {"model.safetensors", "README.md", "modeling_llm2clip.py", "modules.json"} <= set(found)
+
+
+def test_what_the_hub_calls_a_bad_request_is_explained(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        # What the error reads of a response, whose class differs between versions of the client.
+        response: Any = SimpleNamespace(status_code=400, headers={}, request=None)
+        raise BadRequestError("the name is taken", response=response)
+
+    assert issubclass(BadRequestError, ValueError)
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(RuntimeError, match=r"broke off.*BadRequestError: the name is taken"):
+        publish_folder(source, Destination(NAME))
 
 
 def test_hidden_files_stay_at_home(source: Path, tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         "--llm-adapter",
         action="append",
         default=[],
-        metavar="ID[@REVISION]",
-        help="Hub id or folder of a LoRA to merge; repeatable",
+        metavar="LORA",
+        help="to merge: a folder, ID or ID@REVISION; repeatable",
     )
     llm.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
     llm.add_argument("--vision", help=f"vision tower of a new model ({_LLM2VEC} only)")
