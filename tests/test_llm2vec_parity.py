@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import tiny_pictures
 from tiny_folders import save_tiny_vision
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.demo.real_parts import SMOLLM2, default_cache_folder
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
@@ -191,6 +191,25 @@ def test_the_command_makes_a_new_model_of_an_llm2vec_folder(vision, tmp_path, ca
     assert (model.config.max_text_length, model.config.text_pooling) == (200, "mean")
     assert main(["doctor", str(tmp_path / "model")]) == 0
     assert main(["convert", *target, "--recipe", "llm2vec", "--prompt", "chatml"]) == 2
+
+
+def test_the_card_of_a_new_model_has_the_name_and_licences_that_were_given(
+    vision, tmp_path, capsys
+) -> None:
+    (vision / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    flags = ["--recipe", "llm2vec", "--vision", str(vision), "--prompt", "chatml"]
+    flags += ["--license", "other", "--license-name", "ours", "--license-link", "LICENSE"]
+    flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
+    flags += ["--no-normalize-text-before-adapter", "--push", "me/model"]
+    command = ["convert", str(LLM2VEC / "qwen2"), str(tmp_path / "model"), *flags]
+    assert main(command) == 2  # the tests are offline, so the upload breaks off
+    assert "The upload to me/model broke off" in capsys.readouterr().err
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "# me/model\n" in card and "[ours](LICENSE)" in card
+    assert "| vision tower `them/tower` | apache-2.0 |" in card
+    assert "| language model `them/llm` | llama3 |" in card
+    config = LLM2CLIPConfig.from_pretrained(tmp_path / "model")
+    assert not config.normalize_text_before_adapter
 
 
 def test_pictures_of_the_new_model_are_those_of_its_tower(built) -> None:

@@ -89,8 +89,9 @@ def convert_checkpoint(
     output = Path(output)
     require_new_folder(output)
     card_facts = _gather_facts(source, llm, facts or {}, arguments)
-    language = open_language_model(llm)
-    plan = plan_conversion(open_checkpoint(source), language, recipe, arguments)
+    checkpoint, language = open_checkpoint(source), open_language_model(llm)
+    plan = plan_conversion(checkpoint, language, recipe, arguments)
+    del checkpoint  # the plan has its weights
     size = sum(prod(tensor.shape) for tensor in plan.weights.values())
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
