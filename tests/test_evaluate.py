@@ -315,6 +315,34 @@ def test_the_plot_has_a_line_a_model(results: Path, tmp_path: Path) -> None:
         plot_lengths([found[1], other], tmp_path / "other.png")
 
 
+def test_scores_on_different_data_of_one_set_share_no_column_and_no_plot(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    for kind, lang in (("clip", "en"), ("siglip", "de")):
+        evaluate(arguments(tmp_path, data, models(kind), languages=(lang,), tasks=("length",)))
+    found = read_results(tmp_path)
+    rows = [line.split("|")[1:-1] for line in render_results(found, style="markdown").splitlines()]
+    heads, _, clip, siglip = (list(map(str.strip, row)) for row in rows[2:6])
+    assert [head.split(":")[0] for head in heads[1:]] == [
+        "folder (en, 8 pictures)" if column < 3 else "folder (de, 8 pictures)"
+        for column in range(6)
+    ]
+    assert clip[4:] == siglip[1:4] == ["–"] * 3 and "–" not in clip[:4] + siglip[4:]
+    with pytest.raises(ValueError, match=r"\['clip'\] and \['siglip'\] were shown other languages"):
+        plot_lengths(found, tmp_path / "lengths.png")
+
+
+def test_means_over_different_languages_share_no_column(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    for kind, languages in (("clip", ()), ("siglip", ("de",))):
+        chosen = {"tasks": ("cross-lingual",), "languages": languages}
+        evaluate(arguments(tmp_path, data, models(kind), **chosen))
+    table = render_results(read_results(tmp_path), style="markdown")
+    for name in ("folder (de+en, 8 pictures)", "folder (de, 8 pictures)"):
+        assert f"{name}, text to picture R@1 by language" in table.replace("Folder", "folder")
+
+
 def test_the_command_evaluates_and_draws(
     models: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """
 examples:
   llm2clip evaluate my-model --data emoji --tasks cross-lingual
-  llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco-5k=coco --tasks retrieval cra
+  llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco=FOLDER --tasks retrieval cra
   llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length
   llm2clip evaluate --table --output evaluation
 """
@@ -72,6 +72,10 @@ def _add_data_flags(group: Any) -> None:
     group.add_argument(
         "--templates", type=Path, metavar="FILE", help="prompts with one {}, one a line"
     )
+    group.add_argument(
+        "--allow-repeated-class-names", action="store_true",
+        help="keep classes of one name, as ImageNet has some; their pictures count as wrong",
+    )  # fmt: skip
     group.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD")
 
 
@@ -150,6 +154,7 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         check_pictures=arguments.check_pictures,
         class_names=_read_lines(arguments.class_names),
         templates=_read_lines(arguments.templates),
+        allow_repeated_class_names=arguments.allow_repeated_class_names,
         ignored_fields=tuple(arguments.ignore_fields),
         encoder=settings,
     )
@@ -163,8 +168,10 @@ def _read_model(text: str) -> tuple[str, str]:
 
 
 def _read_data(text: str) -> tuple[str, str | None]:
-    """Name of a set and its folder; a folder alone is one's own data."""
-    if Path(text).exists():
+    """Name of a set and its folder; a folder alone is one's own data, unless a set is called so."""
+    from ..evaluation.sets.registry import list_sets
+
+    if Path(text).exists() and text not in {card.name for card in list_sets()}:
         return "folder", text
     return _split(text, flag="--data") if "=" in text else (text, None)
 
