@@ -244,7 +244,9 @@ def test_pictures_of_a_weights_file_are_prepared_as_all_of_its_architecture_agre
     assert siglip["mean"] == siglip["std"] == (0.5, 0.5, 0.5) and siglip["resize_mode"] == "squash"
     assert find_preprocessing("EVA02-B-16", source="w.pt")["resize_mode"] == "shortest"
     # Of ViT-L-14 some are published with CLIP's mean, others with that of Inception.
-    with pytest.raises(ValueError, match=r"models of ViT-L-14 do not agree.*open_clip_config\.json"):
+    with pytest.raises(
+        ValueError, match=r"models of ViT-L-14 do not agree.*open_clip_config\.json"
+    ):
         find_preprocessing("ViT-L-14", source="w.safetensors")
 
 

@@ -33,8 +33,9 @@ class DataFaults(ValueError):  # noqa: N818
             )
         if "class name repeated" in self.counts:
             lines.append(
-                "Give each class a name of its own (class_names, --class-names), or let pictures of "
-                "these count as wrong (allow_repeated_class_names, --allow-repeated-class-names)."
+                "Give each class a name of its own (class_names, --class-names), or let pictures "
+                "of these count as wrong (allow_repeated_class_names, "
+                "--allow-repeated-class-names)."
             )
         super().__init__("\n".join(lines))
 

@@ -49,6 +49,7 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
             key = (task.languages, _wants_pictures(task, data, arguments))
             if key not in read:
                 read[key] = _read_sets(data, task, arguments, cache)
+            task.check(read[key])
             jobs.append(Job(task, data.name, read[key]))
     return jobs
 
@@ -63,7 +64,9 @@ def _refuse_unused(arguments: EvaluationArguments) -> None:
     }
     given = [name for name, is_given in of_classification.items() if is_given]
     if given and "classification" not in kinds.values():
-        raise ValueError(f"{given} is for a classification, and the sets are {kinds}. Leave it out.")
+        raise ValueError(
+            f"{given} is for a classification, and the sets are {kinds}. Leave it out."
+        )
 
 
 def _tasks_for(data: DataChoice, names: Sequence[str]) -> list[Task]:

@@ -16,7 +16,8 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     Args:
         results: of the task `length`, all on one set.
         file: PNG, SVG or PDF, by its ending.
-    Raises: ValueError for other results, results on different data, or when matplotlib is not installed.
+    Raises: ValueError for other results, results on different data, or when
+        matplotlib is not installed.
     """
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")

@@ -50,8 +50,8 @@ def _tell_data_apart(results: Sequence[Result]) -> list[Result]:
     """The results, `set` longer where one task has results on several data of one set."""
     data_of: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
     for result in results:
-        data_of.setdefault((result.task, result.set), {})[list_digests(result)] = (
-            _describe_data(result)
+        data_of.setdefault((result.task, result.set), {})[list_digests(result)] = _describe_data(
+            result
         )
     told = []
     for result in results:
@@ -211,7 +211,9 @@ def _title(text: str, style: str) -> str:
 def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
     if style == "markdown":
         lines: list[Sequence[str]] = [heads, ["---"] * len(heads), *rows]
-        escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines]
+        escaped = [
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines
+        ]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [heads, ["-" * width for width in widths], *rows]

@@ -24,7 +24,7 @@ class ReadRequest:
         images: where the pictures lie; None for `folder`.
         lang: the language of the texts.
         class_names: one a class, by class or in the order of the classes.
-        allow_repeated_class_names: keep classes that share a name, instead of taking it for a fault.
+        allow_repeated_class_names: keep classes that share a name; else it is a fault.
     """
 
     folder: Path
