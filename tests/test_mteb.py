@@ -153,7 +153,7 @@ def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):
     image_to_text, text_to_image = make_mteb_tasks(retrieval_set)
     digest = image_to_text.metadata.dataset["revision"]
     assert image_to_text.metadata.name == f"tiny-en-{digest}-image-to-text"
-    assert text_to_image.metadata.name == "tiny-en-text-to-image"
+    assert text_to_image.metadata.name == f"tiny-en-{digest}-text-to-image"
     assert text_to_image.metadata.category == "t2i"
     captions = ("another", *retrieval_set.captions[1:])
     other = make_mteb_tasks(replace(retrieval_set, captions=captions))[0].metadata
