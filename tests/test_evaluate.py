@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -9,19 +10,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
 from tiny_encoders import TEXTS, save_named_vectors, save_tiny_encoder, save_tiny_pictures
 
-from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.__main__ import _build_parser, main
+from modeling_llm2clip.commands.evaluate import _build_arguments
 from modeling_llm2clip.data.faults import DataFaults
+from modeling_llm2clip.data.pictures import ParquetPicture
 from modeling_llm2clip.evaluation import evaluate as evaluation
 from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.plots import plot_lengths
-from modeling_llm2clip.evaluation.results import Result, find_finished, read_result, read_results
+from modeling_llm2clip.evaluation.results import (
+    Result,
+    find_finished,
+    hash_set,
+    read_result,
+    read_results,
+)
+from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
 from modeling_llm2clip.evaluation.tables import render_results
 
 TASKS = ("retrieval", "cra", "length")
@@ -175,6 +187,33 @@ def test_other_captions_in_as_many_lines_are_another_run(models: Any, tmp_path: 
         evaluate(chosen)
 
 
+def test_another_picture_in_as_many_bytes_is_another_run(models: Any, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    paths = sorted(folder.glob("*.png"))
+    for number, path in enumerate(paths):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path.with_suffix(".bmp"))
+    captions = (folder / "captions.jsonl").read_text(encoding="utf-8").replace(".png", ".bmp")
+    (folder / "captions.jsonl").write_text(captions, encoding="utf-8")
+    chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",))
+    evaluate(chosen)
+    Image.new("RGB", (32, 32), "white").save(folder / "0.bmp")  # of the same size without packing
+    with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
+        evaluate(chosen)
+
+
+def test_another_picture_in_a_row_of_a_parquet_file_is_another_set(tmp_path: Path) -> None:
+    def write(colour: str) -> Any:
+        encoded = io.BytesIO()
+        Image.new("RGB", (8, 8), colour).save(encoded, "PNG")
+        rows = {"image": [{"bytes": encoded.getvalue(), "path": None}], "caption": ["a colour"]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+        own = Correspondence.from_image_of_text([0], 1)
+        picture = ParquetPicture(tmp_path / "data.parquet", "image", 0)
+        return RetrievalSet("tiny", (picture,), ("0",), ("a colour",), own, "en", {})
+
+    assert hash_set(write("red")) == hash_set(write("red")) != hash_set(write("blue"))
+
+
 def test_a_moved_folder_is_the_same_run(models: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
     chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",))
@@ -261,6 +300,22 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
         evaluate(arguments(tmp_path / "out", data, str(vectors), tasks=("retrieval",)))
 
 
+@pytest.mark.usefixtures("_refuse_models")
+@pytest.mark.parametrize(
+    ("task", "message"), [("cra", "8 of 8 have one only"), ("length", "1 of 8 captions can be cut")]
+)
+def test_captions_that_a_task_cannot_use_fail_before_a_model_is_loaded(
+    task: str, message: str, models: Any, tmp_path: Path
+) -> None:
+    captions = ["two words", *"abcdefg"]
+    pairs = zip(save_tiny_pictures(tmp_path, 8), captions, strict=True)
+    lines = [json.dumps({"image": path.name, "captions": [text]}) for path, text in pairs]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    changes = {"languages": (), "captions_only": True, "tasks": (task,)}
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(tmp_path / "out", str(tmp_path), models("clip"), **changes))
+
+
 def test_a_missing_vector_is_told_before_a_model_is_loaded(
     models: Any, data: str, tmp_path: Path
 ) -> None:
@@ -315,6 +370,34 @@ def test_the_plot_has_a_line_a_model(results: Path, tmp_path: Path) -> None:
         plot_lengths([found[1], other], tmp_path / "other.png")
 
 
+def test_scores_on_different_data_of_one_set_share_no_column_and_no_plot(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    for kind, lang in (("clip", "en"), ("siglip", "de")):
+        evaluate(arguments(tmp_path, data, models(kind), languages=(lang,), tasks=("length",)))
+    found = read_results(tmp_path)
+    rows = [line.split("|")[1:-1] for line in render_results(found, style="markdown").splitlines()]
+    heads, _, clip, siglip = (list(map(str.strip, row)) for row in rows[2:6])
+    assert [head.split(":")[0] for head in heads[1:]] == [
+        "folder (en, 8 pictures)" if column < 3 else "folder (de, 8 pictures)"
+        for column in range(6)
+    ]
+    assert clip[4:] == siglip[1:4] == ["–"] * 3 and "–" not in clip[:4] + siglip[4:]
+    with pytest.raises(ValueError, match=r"\['clip'\] and \['siglip'\] were shown other languages"):
+        plot_lengths(found, tmp_path / "lengths.png")
+
+
+def test_means_over_different_languages_share_no_column(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    for kind, languages in (("clip", ()), ("siglip", ("de",))):
+        chosen = {"tasks": ("cross-lingual",), "languages": languages}
+        evaluate(arguments(tmp_path, data, models(kind), **chosen))
+    table = render_results(read_results(tmp_path), style="markdown")
+    for name in ("folder (de+en, 8 pictures)", "folder (de, 8 pictures)"):
+        assert f"{name}, text to picture R@1 by language" in table.replace("Folder", "folder")
+
+
 def test_the_command_evaluates_and_draws(
     models: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +429,12 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
         (["m", "--data", "folder=x", "--images", "coco=y"], "--images names sets that --data"),
         (["m", "--data", "emoji", "--kind", "clip"], "No kind is called 'clip'"),
         (["m", "--data", "emoji", "--kind", "vectors", "clip"], "2 values for 1 models"),
+        (
+            ["o/m", "--data", "emoji", "--architecture", "ViT-B-32"],
+            "is for a weights file, and none",
+        ),
+        (["o/m", "--data", "emoji", "--templates", __file__], "['templates'] is for a classif"),
+        (["o/m", "--data", "emoji", "--plot", "x.png"], "there would be results on none"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(
@@ -353,6 +442,27 @@ def test_a_wrong_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "eva02.pt"
+    weights.touch()
+    words = ["evaluate", models("clip"), f"eva={weights}", "owner/hub-model", "--data", "emoji"]
+    words += ["--architecture", "EVA02-B-16", "--revision", "main"]
+    chosen = _build_arguments(_build_parser().parse_args(words)).models
+    assert [model.architecture for model in chosen] == [None, "EVA02-B-16", None]
+    assert [model.revision for model in chosen] == [None, None, "main"]
+
+
+def test_the_name_of_a_set_is_never_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "owner/model", "--data", "emoji", "mine"]
+    chosen = _build_arguments(_build_parser().parse_args(words)).data
+    assert chosen == (DataChoice("emoji"), DataChoice("folder", "mine"))
 
 
 def test_classification_saves_its_confusion(models: Any, tmp_path: Path) -> None:

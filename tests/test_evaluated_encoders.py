@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip.evaluation.encoders.encoder import Encoder, EncoderSettings
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
+from modeling_llm2clip.evaluation.encoders.open_clip_towers import find_preprocessing
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
 from modeling_llm2clip.processing_llm2clip import load_pictures
@@ -90,6 +91,21 @@ def test_the_batch_size_moves_no_rank(kind: str, models: Any, pictures: list[Pat
     for other in ranks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ranks[0], other, strict=True))
     assert ranks[0][0].unique().numel() > 1  # not all tied
+
+
+def test_the_batch_size_moves_no_rank_of_texts_alone(models: Any) -> None:
+    own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
+    ranks = []
+    for batch_size in BATCH_SIZES:
+        settings = EncoderSettings(batch_size=batch_size)
+        encoder = open_encoder(models("sentence-transformers"), settings)
+        again = [f"again {text}" for text in TEXTS]
+        embeds = encoder.encode_texts([*TEXTS, *again]).embeds
+        found = rank_both_ways(*embeds.chunk(2), own)
+        ranks.append((found.image_to_text.best_ranks, found.text_to_image.best_ranks))
+    for other in ranks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ranks[0], other, strict=True))
+    assert torch.cat(ranks[0]).unique().numel() > 1  # not all tied, nor all found
 
 
 @pytest.mark.gpu
@@ -201,7 +217,7 @@ def test_open_clip_vectors_are_its_own(models: Any, pictures: list[Path]) -> Non
 
 
 def test_an_open_clip_weights_file_needs_the_name_of_its_architecture(
-    models: Any, tmp_path: Path
+    models: Any, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
 
@@ -209,16 +225,29 @@ def test_an_open_clip_weights_file_needs_the_name_of_its_architecture(
     weights = folder / "open_clip_model.safetensors"
     with pytest.raises(ValueError, match=r"architecture is None.*'EVA02-B-16'"):
         open_encoder(weights)
+    with pytest.raises(ValueError, match=r"is a folder.*leave architecture='EVA02-B-16' out"):
+        open_encoder(folder, architecture="EVA02-B-16")
     written = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     (tmp_path / "tiny-eva.json").write_text(json.dumps(written["model_cfg"]), encoding="utf-8")
     open_clip.add_model_config(tmp_path / "tiny-eva.json")
-    encoder = open_encoder(weights, architecture="tiny-eva")
-    torch.testing.assert_close(
-        encoder.encode_texts(TEXTS).embeds, open_encoder(folder).encode_texts(TEXTS).embeds
-    )
-    # A file does not say how its pictures were prepared; open_clip's default is CLIP's own.
-    described = encoder.describe().pictures
-    assert described is not None and described["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+    with pytest.raises(ValueError, match=r"0 published models of tiny-eva do not say it either"):
+        open_encoder(weights, architecture="tiny-eva")
+    published = {"tiny-eva": {"tag": written["preprocess_cfg"]}}
+    monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", published)
+    found = encode(open_encoder(weights, architecture="tiny-eva"), pictures)
+    for own, wanted in zip(found, encode(open_encoder(folder), pictures), strict=True):
+        torch.testing.assert_close(own, wanted)
+
+
+def test_pictures_of_a_weights_file_are_prepared_as_all_of_its_architecture_agree() -> None:
+    siglip = find_preprocessing("ViT-B-16-SigLIP", source="w.safetensors")
+    assert siglip["mean"] == siglip["std"] == (0.5, 0.5, 0.5) and siglip["resize_mode"] == "squash"
+    assert find_preprocessing("EVA02-B-16", source="w.pt")["resize_mode"] == "shortest"
+    # Of ViT-L-14 some are published with CLIP's mean, others with that of Inception.
+    with pytest.raises(
+        ValueError, match=r"models of ViT-L-14 do not agree.*open_clip_config\.json"
+    ):
+        find_preprocessing("ViT-L-14", source="w.safetensors")
 
 
 def test_open_clip_without_weights_is_not_random(models: Any, tmp_path: Path) -> None:

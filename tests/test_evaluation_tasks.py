@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import save_named_vectors
+from tiny_encoders import save_named_vectors, save_tiny_encoder, save_tiny_pictures
+from transformers import CLIPModel
 
 from modeling_llm2clip.data.caption_groups import CaptionGroup
 from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
@@ -304,6 +306,27 @@ def test_what_was_encoded_is_not_encoded_again(tmp_path: Path) -> None:
     assert torch.equal(encoder.encode_texts(["b", "a"]).embeds, first[[1, 0]])
     assert torch.equal(encoder.encode_pictures([None], names=["p0"]), picture)
     assert asked == []
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """A CLIP whose vectors of pictures are NaN, as an evaluation asks it."""
+    folder = save_tiny_encoder("clip", tmp_path_factory.mktemp("damaged") / "clip")
+    model = CLIPModel.from_pretrained(folder)
+    torch.nn.init.constant_(model.visual_projection.weight, torch.nan)
+    model.save_pretrained(folder)
+    return RememberingEncoder(open_encoder(folder))
+
+
+def test_vectors_that_are_not_finite_score_nothing(damaged: Encoder, tmp_path: Path) -> None:
+    pictures = tuple(save_tiny_pictures(tmp_path, 2))
+    classes = classification_set([0, 1], ["A", "B"])
+    message = r"gives 2 of 2 pictures vectors with NaN or infinity, in float32: \['p0', 'p1'\]"
+    with pytest.raises(ValueError, match=message):
+        run_classification(damaged, (replace(classes, pictures=pictures),))
+    items = (ChoiceItem("first", "swap", ("a dog", "a cat"), pictures[:1]),)
+    with pytest.raises(ValueError, match=r"gives 1 of 1 pictures .*\['first'\]"):
+        run_choices(damaged, (ChoiceSet("by-hand", "picture", items, "en"),))
 
 
 def test_tasks_go_by_their_names() -> None:

@@ -19,6 +19,7 @@ import modeling_llm2clip
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_llm2clip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 # What stands at the package's root without an underscore is copied beside the weights.
 TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
 # Installed wherever transformers, torch and a picture library are, or Python's own.
@@ -231,3 +232,29 @@ def test_tests_cannot_reach_the_network(method: str) -> None:
 def test_tests_can_reach_their_own_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname()).close()
+
+
+def test_benchmarks_import_what_is_there() -> None:
+    """Also what they import only once they run."""
+    scripts = [path.stem for path in BENCHMARKS]
+    names = [
+        (node.module, alias.name)
+        for path in BENCHMARKS
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        and node.module.partition(".")[0] in ("modeling_llm2clip", "benchmarks", *scripts)
+        for alias in node.names
+    ]  # fmt: skip
+    assert names
+    code = f"""
+import sys
+from importlib import import_module
+sys.path.insert(0, "benchmarks")
+for name in {scripts!r}:
+    import_module(name)
+for module, name in {sorted(set(names))!r}:
+    if not hasattr(import_module(module), name):
+        import_module(f"{{module}}.{{name}}")
+print("all there")
+"""
+    assert run_python(code) == "all there"

@@ -219,3 +219,18 @@ def test_too_little_memory_is_refused_with_what_it_takes():
     correspondence = Correspondence.from_image_of_text([0], 1)
     with pytest.raises(ValueError, match=r"4 images and a text of width 64; that takes 0\.0091"):
         rank_both_ways(torch.ones(1, 64), torch.ones(1, 64), correspondence, max_memory_mb=0.009)
+
+
+@pytest.mark.gpu
+def test_ranks_of_a_gpu_are_those_of_the_cpu():
+    images, texts, correspondence = make_vectors()
+    found = [
+        list_ranks(
+            rank_both_ways(
+                images, texts, correspondence,
+                all_positives=True, max_memory_mb=SMALL_TILES_MB, device=device,
+            )
+        )
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mteb
@@ -148,11 +149,15 @@ def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_set):
                 assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
 
 
-def test_tasks_are_named_by_set_language_and_direction(retrieval_set):
+def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):
     image_to_text, text_to_image = make_mteb_tasks(retrieval_set)
-    assert image_to_text.metadata.name == "tiny-en-image-to-text"
-    assert text_to_image.metadata.name == "tiny-en-text-to-image"
+    digest = image_to_text.metadata.dataset["revision"]
+    assert image_to_text.metadata.name == f"tiny-en-{digest}-image-to-text"
+    assert text_to_image.metadata.name == f"tiny-en-{digest}-text-to-image"
     assert text_to_image.metadata.category == "t2i"
+    captions = ("another", *retrieval_set.captions[1:])
+    other = make_mteb_tasks(replace(retrieval_set, captions=captions))[0].metadata
+    assert other.name != image_to_text.metadata.name and other.dataset["revision"] != digest
 
 
 @pytest.mark.parametrize(

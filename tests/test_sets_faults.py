@@ -251,6 +251,28 @@ def test_class_names_that_repeat_are_told_or_their_classes_left_out(tmp_path: Pa
     assert named.labels == (0, 0, 1, 1, 2, 2)
 
 
+def test_classes_of_one_name_stay_and_are_listed_where_that_is_allowed(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    (folder / "LOC_synset_mapping.txt").write_text(
+        "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n", encoding="utf-8"
+    )
+    card = tiny_card("imagenet", pictures=6, classes=3)
+    with pytest.raises(DataFaults, match=r"n01443537: crane(?s:.)*--allow-repeated-class-names"):
+        read_set(card, folder)
+    found = read_set(card, folder, allow_repeated_class_names=True)
+    assert isinstance(found, ClassificationSet)
+    assert found.class_names == ("crane", "crane", "tench")
+    assert found.protocol["repeated_class_names"] == ["crane"]
+    assert found.protocol["excluded"] == {} and len(found.pictures) == 6
+
+
+def test_a_file_that_names_more_classes_than_there_are_folders_is_told(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet") / "val"
+    names = [f"{path.name} {path.name}" for path in folder.iterdir() if path.is_dir()]
+    (folder / "class_names.txt").write_text("\n".join([*names, "gone gone"]), encoding="utf-8")
+    assert faults_of("image-folder", folder) == {"class name for a class that is not there": 1}
+
+
 def test_every_fault_of_class_folders_is_told_at_once(tmp_path: Path) -> None:
     folder = write_imagenet(tmp_path / "imagenet")
     (folder / "val" / "empty").mkdir()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pick import pick
 
 if TYPE_CHECKING:
-    from ..evaluation.arguments import EvaluationArguments
+    from ..evaluation.arguments import EvaluationArguments, ModelChoice
     from ..evaluation.results import Result
 
 _EXAMPLES = """
 examples:
   llm2clip evaluate my-model --data emoji --tasks cross-lingual
-  llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco-5k=coco --tasks retrieval cra
+  llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco=FOLDER --tasks retrieval cra
   llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length
   llm2clip evaluate --table --output evaluation
 """
@@ -72,12 +73,16 @@ def _add_data_flags(group: Any) -> None:
     group.add_argument(
         "--templates", type=Path, metavar="FILE", help="prompts with one {}, one a line"
     )
+    group.add_argument(
+        "--allow-repeated-class-names", action="store_true",
+        help="keep classes of one name, as ImageNet has some; their pictures count as wrong",
+    )  # fmt: skip
     group.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD")
 
 
 def _add_model_flags(group: Any) -> None:
     group.add_argument("--kind", nargs="+", default=[], help="of all models, or one for each")
-    group.add_argument("--revision", help="of a model on the Hub")
+    group.add_argument("--revision", help="of every model on the Hub")
     group.add_argument("--architecture", help="open_clip's name of what a weights file holds")
     group.add_argument("--head", help="model whose projections stored vectors go through")
     group.add_argument("--extracted-from", metavar="DATA", help="captioned data of the stores")
@@ -93,10 +98,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         _print_lists()
         return 0
+    if arguments.plot is not None:
+        from ..evaluation.plots import import_matplotlib
+
+        import_matplotlib()
     if arguments.models:
         from ..evaluation.evaluate import evaluate
 
-        evaluate(_build_arguments(arguments), on_result=_print_result)
+        chosen = _build_arguments(arguments)
+        if arguments.plot is not None:
+            _require_lengths(chosen)
+        evaluate(chosen, on_result=_print_result)
     elif arguments.table is None and arguments.plot is None:
         raise ValueError("Name a MODEL and --data, or --list, or --table.")
     from ..evaluation.results import read_results
@@ -111,6 +123,25 @@ def run(arguments: argparse.Namespace) -> int:
     print()
     print(render_results(results, style=arguments.table or "text"))
     return 0
+
+
+def _require_lengths(chosen: EvaluationArguments) -> None:
+    """Raise ValueError when what is evaluated, with what lies there, makes no plot of lengths."""
+    from ..evaluation.results import read_results
+    from ..evaluation.sets.registry import find_set
+    from ..evaluation.tasks.registry import find_task
+
+    there = read_results(chosen.output) if any(chosen.output.glob("*/*.length.json")) else []
+    sets = {result.set for result in there if result.task == "length"}
+    if "length" in chosen.tasks:
+        kinds = find_task("length").kinds
+        sets |= {data.name for data in chosen.data if find_set(data.name).kind in kinds}
+    if len(sets) != 1:
+        raise ValueError(
+            "--plot draws results of the task length (--tasks length) on one set; with what lies "
+            f"in {chosen.output} there would be results on {sorted(sets) or 'none'}. Evaluate "
+            "other sets into another --output."
+        )
 
 
 def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
@@ -132,12 +163,10 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         )
     kinds = kinds * len(arguments.models) if len(kinds) == 1 else kinds
     models = tuple(
-        ModelChoice(
-            source, name, kind, arguments.revision, arguments.architecture, arguments.head,
-            arguments.extracted_from,
-        )
+        ModelChoice(source, name, kind, **_choose_flags(arguments, source, kind))
         for (name, source), kind in zip(map(_read_model, arguments.models), kinds, strict=True)
-    )  # fmt: skip
+    )
+    _refuse_unused_flags(arguments, models)
     settings = pick(EncoderSettings, argparse.Namespace(**vars(arguments), show_progress=True))
     return EvaluationArguments(
         models=models,
@@ -150,9 +179,44 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         check_pictures=arguments.check_pictures,
         class_names=_read_lines(arguments.class_names),
         templates=_read_lines(arguments.templates),
+        allow_repeated_class_names=arguments.allow_repeated_class_names,
         ignored_fields=tuple(arguments.ignore_fields),
         encoder=settings,
     )
+
+
+def _choose_flags(
+    arguments: argparse.Namespace, source: str, kind: str | None
+) -> dict[str, str | None]:
+    """The flags that suit one model; what a mixture of models is given is for some of them."""
+    from ..evaluation.encoders.kinds import tell_kind
+
+    path = Path(source)
+    if kind is None and path.is_dir():
+        kind = tell_kind(path)
+    suits = {
+        "revision": not path.exists(),
+        "architecture": path.is_file(),
+        "head": kind == "vectors",
+        "extracted_from": kind == "vectors",
+    }
+    return {flag: getattr(arguments, flag) for flag, is_for_it in suits.items() if is_for_it}
+
+
+def _refuse_unused_flags(arguments: argparse.Namespace, models: Sequence[ModelChoice]) -> None:
+    wanted = {
+        "revision": "a model on the Hub",
+        "architecture": "a weights file",
+        "head": "a folder of vectors",
+        "extracted_from": "a folder of vectors",
+    }
+    for flag, what in wanted.items():
+        is_used = any(getattr(model, flag) is not None for model in models)
+        if getattr(arguments, flag) is not None and not is_used:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is for {what}, and none of the models is one: "
+                f"{[model.source for model in models]}. Leave it out."
+            )
 
 
 def _read_model(text: str) -> tuple[str, str]:
@@ -163,8 +227,10 @@ def _read_model(text: str) -> tuple[str, str]:
 
 
 def _read_data(text: str) -> tuple[str, str | None]:
-    """Name of a set and its folder; a folder alone is one's own data."""
-    if Path(text).exists():
+    """Name of a set and its folder; a folder alone is one's own data, unless a set is called so."""
+    from ..evaluation.sets.registry import list_sets
+
+    if Path(text).exists() and text not in {card.name for card in list_sets()}:
         return "folder", text
     return _split(text, flag="--data") if "=" in text else (text, None)
 

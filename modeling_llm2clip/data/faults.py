@@ -31,6 +31,12 @@ class DataFaults(ValueError):  # noqa: N818
             lines.append(
                 "A field that is meant to be there may be named: ignored_fields, --ignore-fields."
             )
+        if "class name repeated" in self.counts:
+            lines.append(
+                "Give each class a name of its own (class_names, --class-names), or let pictures "
+                "of these count as wrong (allow_repeated_class_names, "
+                "--allow-repeated-class-names)."
+            )
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[DataFaults], tuple[object, ...]]:

@@ -81,7 +81,10 @@ def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") ->
     file_of: dict[str, Path] = {}
     files = sorted(folder.glob(pattern))
     if not files:
-        raise ValueError(f"{folder} has no {pattern}. Save the model's weights as safetensors.")
+        raise ValueError(
+            f"{folder} has no {pattern}. Save the model's weights as safetensors; of "
+            "a model on the Hub, name a revision that has them (revision, --revision refs/pr/N)."
+        )
     for file in files:
         with safe_open(file, framework="pt") as opened:
             names = [str(file.parent.relative_to(folder) / name) for name in opened.keys()]

@@ -74,7 +74,7 @@ class EvaluationArguments:
         captions_only: read sets without their pictures, for text encoders alone.
         exclude_faults: leave faulty samples out and report how many, instead of raising.
         check_pictures: decode every picture before a model is loaded.
-        class_names, templates: of a classification; see `read_set`.
+        class_names, templates, allow_repeated_class_names: of a classification; see `read_set`.
         ignored_fields: of one's own data.
         encoder: how models are run.
     """
@@ -89,6 +89,7 @@ class EvaluationArguments:
     check_pictures: bool = True
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: tuple[str, ...] | None = None
+    allow_repeated_class_names: bool = False
     ignored_fields: tuple[str, ...] = ()
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
 

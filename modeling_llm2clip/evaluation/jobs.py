@@ -40,6 +40,7 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
         raise ValueError(f"No set suits these tasks, which take sets of a kind: {kinds}.")
     if idle := [name for name, tasks in chosen.items() if not tasks]:
         raise ValueError(f"None of the tasks {list(arguments.tasks)} suits the sets {idle}.")
+    _refuse_unused(arguments)
     jobs = []
     for data in arguments.data:
         cache = ReadingCache()
@@ -48,8 +49,24 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
             key = (task.languages, _wants_pictures(task, data, arguments))
             if key not in read:
                 read[key] = _read_sets(data, task, arguments, cache)
+            task.check(read[key])
             jobs.append(Job(task, data.name, read[key]))
     return jobs
+
+
+def _refuse_unused(arguments: EvaluationArguments) -> None:
+    """Raise ValueError for what only a classification takes, where there is none."""
+    kinds = {data.name: find_set(data.name).kind for data in arguments.data}
+    of_classification = {
+        "class_names": arguments.class_names is not None,
+        "templates": arguments.templates is not None,
+        "allow_repeated_class_names": arguments.allow_repeated_class_names,
+    }
+    given = [name for name, is_given in of_classification.items() if is_given]
+    if given and "classification" not in kinds.values():
+        raise ValueError(
+            f"{given} is for a classification, and the sets are {kinds}. Leave it out."
+        )
 
 
 def _tasks_for(data: DataChoice, names: Sequence[str]) -> list[Task]:
@@ -95,6 +112,7 @@ def _read_sets(
             check_pictures=arguments.check_pictures,
             class_names=arguments.class_names if is_classification else None,
             templates=arguments.templates if is_classification else None,
+            allow_repeated_class_names=arguments.allow_repeated_class_names,
             ignored_fields=arguments.ignored_fields,
             show_progress=arguments.encoder.show_progress,
             cache=cache,

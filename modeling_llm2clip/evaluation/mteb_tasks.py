@@ -14,9 +14,11 @@ from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
 
 from ..data.pictures import Picture
 from .metrics.correspondence import PositiveLists
+from .results import hash_set
 from .sets.schema import RetrievalSet
 
 _SPLIT = "test"
+_SHOWN_OF_DIGEST = 8
 # R@1 as the CLIP papers count it.
 _MAIN_SCORE = "hit_rate_at_1"
 
@@ -64,6 +66,9 @@ class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
 def make_mteb_tasks(data: RetrievalSet) -> tuple[SetRetrievalTask, SetRetrievalTask]:
     """Make the tasks of both directions, for `mteb.evaluate`: image to text, text to image.
 
+    Name and revision have a digest of the data, so that mteb's store of results cannot give the
+    scores of other data for them.
+
     mteb's `hit_rate_at_k` and `recall_at_k` are those of `metrics.scores`, except where candidates
     tie: it then prefers the one with the greater id, right or wrong.
     """
@@ -72,8 +77,9 @@ def make_mteb_tasks(data: RetrievalSet) -> tuple[SetRetrievalTask, SetRetrievalT
 
 def _describe(data: RetrievalSet, *, from_images: bool) -> TaskMetadata:
     direction = "image-to-text" if from_images else "text-to-image"
+    digest = hash_set(data)[:_SHOWN_OF_DIGEST]
     return TaskMetadata(
-        name=f"{data.name}-{data.lang}-{direction}",
+        name=f"{data.name}-{data.lang}-{digest}-{direction}",
         description=f"{direction} retrieval on {data.name} ({data.lang}), "
         f"{len(data.pictures)} images and {len(data.captions)} texts.",
         type="Any2AnyRetrieval",
@@ -82,7 +88,7 @@ def _describe(data: RetrievalSet, *, from_images: bool) -> TaskMetadata:
         eval_splits=[_SPLIT],
         eval_langs=[_find_language(data.lang)],
         main_score=_MAIN_SCORE,
-        dataset={"path": data.name, "revision": str(data.protocol.get("revision") or "files")},
+        dataset={"path": data.name, "revision": digest},
         bibtex_citation="",
     )
 

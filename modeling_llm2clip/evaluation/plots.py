@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Result
+from .results import Result, list_digests
 from .tasks.clip_tokens import CLIP_TEXT_TOKENS
 
 
@@ -16,13 +16,13 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     Args:
         results: of the task `length`, all on one set.
         file: PNG, SVG or PDF, by its ending.
-    Raises: ValueError for other results, or when matplotlib is not installed.
+    Raises: ValueError for other results, results on different data, or when
+        matplotlib is not installed.
     """
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")
-    if len(sets := {result.set for result in results}) > 1:
-        raise ValueError(f"The results are of different sets, {sorted(sets)}; plot each by itself.")
-    plt = _import_matplotlib()
+    _require_one_data_set(results)
+    plt = import_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for result in results:
         buckets = result.scores["buckets"]
@@ -45,7 +45,25 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     plt.close(figure)
 
 
-def _import_matplotlib() -> Any:
+def _require_one_data_set(results: Sequence[Result]) -> None:
+    if len(sets := {result.set for result in results}) > 1:
+        raise ValueError(f"The results are of different sets, {sorted(sets)}; plot each by itself.")
+    models_of: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        models_of.setdefault(list_digests(result), []).append(result.model)
+    if len(models_of) > 1:
+        raise ValueError(
+            f"The results are of different data of the set {results[0].set}: the models "
+            f"{' and '.join(map(str, models_of.values()))} were shown other languages, captions or "
+            "pictures. Evaluate all of them on the same data."
+        )
+
+
+def import_matplotlib() -> Any:
+    """Import matplotlib's pyplot, for files.
+
+    Raises: ValueError saying how to install it.
+    """
     try:
         import matplotlib
     except ImportError as error:

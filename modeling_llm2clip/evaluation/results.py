@@ -12,10 +12,12 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..data.pictures import ParquetPicture, Picture, TarPicture
 from ..data.vector_store_layout import write_durably
 from .encoders.encoder import Description
 from .sets.schema import ChoiceSet, ClassificationSet, EvaluationSet
@@ -81,23 +83,33 @@ def build_protocol(
 
 
 def hash_set(data: EvaluationSet) -> str:
-    """SHA-256 of a set's texts, names and correspondence, and of the sizes of picture files."""
+    """SHA-256 of a set's texts, names and correspondence, and of the bytes of its pictures.
+
+    Each picture file is read once in a process, unless it has changed.
+    """
     digest = hashlib.sha256()
     if isinstance(data, ChoiceSet):
         parts: list[Any] = [
-            [item.name, item.captions, item.anchor, list(map(_size_of, item.pictures))]
+            [item.name, item.captions, item.anchor, list(map(_hash_picture, item.pictures))]
             for item in data.items
         ]
     elif isinstance(data, ClassificationSet):
         parts = [data.picture_names, data.labels, data.class_names, data.templates]
-        parts += [list(map(_size_of, data.pictures))]
+        parts += [list(map(_hash_picture, data.pictures))]
     else:
         pairs = (data.correspondence.image_of_pair, data.correspondence.text_of_pair)
         parts = [data.picture_names, data.captions, *(rows.tolist() for rows in pairs)]
-        parts += [list(map(_size_of, data.pictures))]
+        parts += [list(map(_hash_picture, data.pictures))]
     for part in parts:
         digest.update(json.dumps(part).encode())
     return digest.hexdigest()
+
+
+def list_digests(result: Result) -> tuple[str, ...]:
+    """Digests of the data of a result: one, or one a language, in the order of the languages."""
+    data = result.protocol["data"]
+    parts = data["languages"] if "languages" in data else {"": data}
+    return tuple(str(parts[lang]["digest"]) for lang in sorted(parts))
 
 
 def read_result(file: Path) -> Result:
@@ -185,8 +197,15 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _size_of(picture: Any) -> Any:
-    """What of a picture is the same wherever its data set lies."""
-    if isinstance(picture, Path):
-        return picture.stat().st_size
-    return [getattr(picture, name, None) for name in ("member", "size", "row")]
+def _hash_picture(picture: Picture) -> str:
+    """SHA-256 of the encoded bytes, which are the same wherever the data set lies."""
+    if isinstance(picture, TarPicture):
+        state = picture.shard.stat()
+    else:
+        state = (picture.file if isinstance(picture, ParquetPicture) else picture).stat()
+    return _hash_unchanged(picture, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _hash_unchanged(picture: Picture, changed_ns: int, size: int) -> str:  # noqa: ARG001
+    return hashlib.sha256(picture.read_bytes()).hexdigest()

@@ -1,15 +1,23 @@
-"""Several results side by side, as text or Markdown."""
+"""Several results side by side, as text or Markdown.
+
+A column holds the scores of one data set as it was read, told by its digest: two languages of one
+set, or two counts of excluded samples, are two columns, and their headings say in what they differ.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from .results import Result
+from .results import Result, list_digests
 from .tasks.registry import find_task
 
 STYLES = ("text", "markdown")
 _ABSENT = "–"
+_SHOWN_OF_DIGEST = 8
+_SHOWN_LANGUAGES = 3
 
 
 def render_results(results: Sequence[Result], *, style: str = "text") -> str:
@@ -21,6 +29,7 @@ def render_results(results: Sequence[Result], *, style: str = "text") -> str:
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} is none of {STYLES}.")
+    results = _tell_data_apart(results)
     parts = []
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
@@ -35,6 +44,39 @@ def render_results(results: Sequence[Result], *, style: str = "text") -> str:
                 parts.append(_title(title, style) + _draw_lengths(chosen, style))
     parts.append(_title("what the scores hang on", style) + _draw_protocols(results, style))
     return "\n".join(parts)
+
+
+def _tell_data_apart(results: Sequence[Result]) -> list[Result]:
+    """The results, `set` longer where one task has results on several data of one set."""
+    data_of: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
+    for result in results:
+        data_of.setdefault((result.task, result.set), {})[list_digests(result)] = _describe_data(
+            result
+        )
+    told = []
+    for result in results:
+        known = data_of[result.task, result.set]
+        digests = list_digests(result)
+        parts = [known[digests]]
+        if Counter(known.values())[known[digests]] > 1:
+            parts.append("+".join(digest[:_SHOWN_OF_DIGEST] for digest in digests))
+        is_alone = len(known) == 1
+        told.append(
+            result if is_alone else replace(result, set=f"{result.set} ({', '.join(parts)})")
+        )
+    return told
+
+
+def _describe_data(result: Result) -> str:
+    """Languages or how many there are, and how much there is, as in `en, 1000 pictures`."""
+    data = result.protocol["data"]
+    languages = data.get("languages")
+    lang = data.get("lang") if languages is None else "+".join(sorted(languages)[:_SHOWN_LANGUAGES])
+    if languages is not None and len(languages) > _SHOWN_LANGUAGES:
+        lang = f"{len(languages)} languages"
+    first = data if languages is None else next(iter(languages.values()))
+    unit = next((name for name in ("pictures", "items", "captions") if first.get(name)), None)
+    return ", ".join(filter(None, [lang, unit and f"{first[unit]} {unit}"])) or "other data"
 
 
 def _draw_task(task: str, results: Sequence[Result], style: str) -> str:
@@ -180,7 +222,3 @@ def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> st
         + "\n"
         for cells in lines
     )
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")

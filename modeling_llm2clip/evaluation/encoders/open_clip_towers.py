@@ -35,6 +35,7 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
 _WEIGHT_SUFFIXES = {Path(name).suffix for name in _WEIGHT_FILES} | {".pt"}
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -44,7 +45,8 @@ class OpenClipEncoder:
     Args:
         path: folder with `open_clip_config.json`, or a weights file.
         architecture: for a weights file, open_clip's name of what it holds, e.g. `EVA02-B-16`.
-    Raises: ValueError when open_clip is not installed, weights are missing, or a name is unknown.
+    Raises: ValueError when open_clip is not installed, weights are missing, a name is unknown, or
+        nothing says how the pictures of a weights file are prepared.
     """
 
     def __init__(
@@ -59,6 +61,11 @@ class OpenClipEncoder:
         self._settings = settings
         self._source = source
         self._path = path
+        if path.is_dir() and architecture is not None:
+            raise ValueError(
+                f"{source} is a folder, whose {CONFIG_FILE} says what it holds; leave "
+                f"architecture={architecture!r} out."
+            )
         self._weights = path if path.is_file() else _find_weights(path)
         self._name = f"local-dir:{path}"
         self._pretrained: str | None = None
@@ -124,7 +131,11 @@ class OpenClipEncoder:
         return architecture
 
     def _built_in(self) -> dict[str, Any]:
-        return {"model_cfg": self._open_clip.get_model_config(self._name)}
+        """What open_clip knows of an architecture, as a folder would have it written."""
+        return {
+            "model_cfg": self._open_clip.get_model_config(self._name),
+            "preprocess_cfg": find_preprocessing(self._name, source=self._source),
+        }
 
     @cached_property
     def _model(self) -> Any:
@@ -205,6 +216,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "repository."
         ) from error
     return content
+
+
+def find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
+    """How pictures are prepared for every published model of an architecture of open_clip.
+
+    A weights file does not say it, and the wrong mean costs a score without a word.
+
+    Returns: mean, std, interpolation and resize mode, as `open_clip_config.json` has them.
+    Raises: ValueError when no model of it is published, or they differ.
+    """
+    open_clip = import_open_clip()
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    settings = [{key: cfg[key] for key in _PREPROCESSING if key in cfg} for cfg in known]
+    if not settings or any(other != settings[0] for other in settings):
+        raise ValueError(
+            f"{source} is a weights file, which does not say how its pictures are prepared, and "
+            f"open_clip's {len(tags)} published models of {architecture} do not "
+            f"{'agree on it' if tags else 'say it either'}. Get the repository's folder, with "
+            f"{CONFIG_FILE}."
+        )
+    return settings[0]
 
 
 def import_open_clip() -> Any:

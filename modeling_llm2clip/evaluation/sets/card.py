@@ -24,6 +24,7 @@ class ReadRequest:
         images: where the pictures lie; None for `folder`.
         lang: the language of the texts.
         class_names: one a class, by class or in the order of the classes.
+        allow_repeated_class_names: keep classes that share a name; else it is a fault.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class ReadRequest:
     check_pictures: bool = True
     class_names: Mapping[str, str] | tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
+    allow_repeated_class_names: bool = False
     ignored_fields: tuple[str, ...] = ()
     show_progress: bool = False
 

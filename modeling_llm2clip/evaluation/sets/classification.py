@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from .card import ReadRequest, SetCard
 from .intake import Intake
-from .schema import ClassificationSet
+from .schema import ClassificationSet, find_repeated
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def build_classification_set(
 ) -> ClassificationSet:
     """Read the pictures, name the classes, and keep what has no fault.
 
-    A class whose name another class has too is a fault: no prompt can tell them apart.
+    A class whose name another class has too is a fault, as no prompt can tell them apart, unless
+    the request allows it: its pictures tie then, and count as wrong.
 
     Args:
         templates: of the card, for a request that brings none.
@@ -84,12 +85,15 @@ def build_classification_set(
         "excluded": excluded,
         **intake.notes,
     }
+    class_names = tuple(names[key] for key in in_use)
+    if repeated := find_repeated(class_names):
+        protocol["repeated_class_names"] = repeated
     return ClassificationSet(
         name=card.name,
         pictures=tuple(file for _, file, _ in kept),
         picture_names=tuple(name for name, _, _ in kept),
         labels=tuple(label_of[key] for _, _, key in kept),
-        class_names=tuple(names[key] for key in in_use),
+        class_names=class_names,
         templates=tuple(chosen),
         lang=request.lang,
         protocol=protocol,
@@ -115,8 +119,10 @@ def _name_classes(found: LabelledPictures, request: ReadRequest, intake: Intake)
     for key, name in names.items():
         if not name:
             intake.faults.add("class without a name", key)
-        elif name in shared:
+        elif name in shared and not request.allow_repeated_class_names:
             intake.faults.add("class name repeated", f"{key}: {name}")
+    if request.allow_repeated_class_names:
+        return {key: name for key, name in names.items() if name}
     return {key: name for key, name in names.items() if name and name not in shared}
 
 
@@ -124,9 +130,7 @@ def _names_by_class(
     found: LabelledPictures, request: ReadRequest, intake: Intake
 ) -> Mapping[str, str]:
     """The user's names where there are any, else those of the files."""
-    chosen = request.class_names
-    if chosen is None:
-        return found.names
+    chosen = found.names if request.class_names is None else request.class_names
     if isinstance(chosen, tuple):
         if len(chosen) != len(found.class_keys):
             raise ValueError(
@@ -134,6 +138,6 @@ def _names_by_class(
                 "Give one for each, in the order of the class folders, or name the classes."
             )
         return dict(zip(found.class_keys, chosen, strict=True))
-    for key in chosen.keys() - set(found.class_keys):
+    for key in sorted(chosen.keys() - set(found.class_keys)):
         intake.faults.add("class name for a class that is not there", key)
     return chosen

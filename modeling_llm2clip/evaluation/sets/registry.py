@@ -77,6 +77,7 @@ def read_set(
     check_pictures: bool = True,
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
+    allow_repeated_class_names: bool = False,
     ignored_fields: Collection[str] = (),
     show_progress: bool = False,
     cache: ReadingCache | None = None,
@@ -95,6 +96,9 @@ def read_set(
         check_pictures: decode every picture now, not when a model waits for it.
         class_names: of a classification: class to name, or names in the order of the classes.
         templates: of a classification: prompts with one `{}`; default: the card's.
+        allow_repeated_class_names: of a classification: keep classes that share a name and list
+            them in `protocol["repeated_class_names"]`; their pictures count as wrong. Some of the
+            published names of ImageNet repeat.
         ignored_fields: of a folder of one's own: further fields, which are not used.
         show_progress: show a bar while pictures are decoded.
         cache: give the same one for every language of a folder, which is then read once, and its
@@ -112,6 +116,7 @@ def read_set(
         check_pictures=check_pictures,
         class_names=_freeze(class_names),
         templates=None if templates is None else tuple(templates),
+        allow_repeated_class_names=allow_repeated_class_names,
         ignored_fields=tuple(ignored_fields),
         show_progress=show_progress,
     )

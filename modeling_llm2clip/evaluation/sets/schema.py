@@ -85,7 +85,8 @@ class ClassificationSet:
         pictures: where they lie; at least one.
         picture_names: one a picture, all different.
         labels: one a picture: the row of its class in `class_names`.
-        class_names: as they stand in a prompt; all different.
+        class_names: as they stand in a prompt; all different, unless `protocol` names those that
+            are not in `repeated_class_names`: pictures of these tie, and a tie is a wrong answer.
         templates: prompts with one `{}` where the class name goes.
         lang: language of class names and templates, BCP 47.
         protocol: every choice that was made; see the top of this file.
@@ -112,10 +113,12 @@ class ClassificationSet:
                 f"{self.name}: labels from {min(self.labels)} to {max(self.labels)} do not fit "
                 f"{len(self.class_names)} classes, counted from 0."
             )
-        if repeated := find_repeated(self.class_names):
+        repeated = find_repeated(self.class_names)
+        if repeated != self.protocol.get("repeated_class_names", []):
             raise ValueError(
                 f"{self.name}: class names repeat: {repeated[:5]}. A picture of one could not be "
-                "told from one of the other; give each class a name of its own."
+                "told from one of the other; give each class a name of its own, or list them in "
+                'protocol["repeated_class_names"].'
             )
         broken = [text for text in self.templates if text.count("{}") != 1]
         if broken or not self.templates:

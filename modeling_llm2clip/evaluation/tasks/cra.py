@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...data.caption_groups import CaptionGroup
 from ..encoders.encoder import Encoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import TIE_RULE, rank_both_ways
@@ -17,15 +18,7 @@ def run_cra(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
 
     Raises: ValueError naming pictures with one caption only.
     """
-    (data,) = sets
-    assert isinstance(data, RetrievalSet)
-    groups = data.group_captions()
-    lonely = [group.key for group in groups if len(group.captions) < 2]
-    if lonely or len(groups) < 2:
-        raise ValueError(
-            f"{data.name}: CRA needs two captions of every picture, and two pictures. "
-            f"{len(lonely)} of {len(groups)} have one only: {lonely[:5]}."
-        )
+    groups = group_in_pairs(sets)
     number = len(groups)
     texts = encoder.encode_texts([g.captions[i] for i in (0, 1) for g in groups])
     first, second = texts.embeds[:number], texts.embeds[number:]
@@ -39,6 +32,23 @@ def run_cra(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
         },
         {"pictures": number, **count_texts(texts)},
     )
+
+
+def group_in_pairs(sets: tuple[EvaluationSet, ...]) -> list[CaptionGroup]:
+    """The captions of each picture, of which there are at least two.
+
+    Raises: ValueError naming pictures with one caption only.
+    """
+    (data,) = sets
+    assert isinstance(data, RetrievalSet)
+    groups = data.group_captions()
+    lonely = [group.key for group in groups if len(group.captions) < 2]
+    if lonely or len(groups) < 2:
+        raise ValueError(
+            f"{data.name}: CRA needs two captions of every picture, and two pictures. "
+            f"{len(lonely)} of {len(groups)} have one only: {lonely[:5]}."
+        )
+    return groups
 
 
 CRA = Task(
@@ -56,4 +66,5 @@ CRA = Task(
     },
     headline={"CRA": ("cra", "value")},
     run=run_cra,
+    check=group_in_pairs,
 )

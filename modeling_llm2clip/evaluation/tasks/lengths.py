@@ -40,9 +40,7 @@ def run_lengths(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores
         images = encoder.encode_pictures(data.pictures, names=data.picture_names)
         ranking = rank_both_ways(images, texts.embeds, data.correspondence).text_to_image
     else:
-        halves = [half for half in map(split_in_half, data.captions) if half is not None]
-        if len(halves) < 2:
-            raise ValueError(f"{data.name}: fewer than two captions can be cut in two.")
+        halves = _split_captions(data)
         queries = [first for first, _ in halves]
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts([*queries, *(second for _, second in halves)])
@@ -54,6 +52,23 @@ def run_lengths(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores
         **count_texts(texts),
     }
     return TaskScores(score_lengths(ranking, lengths, _cut_queries(texts, len(queries))), counts)
+
+
+def _check_lengths(sets: tuple[EvaluationSet, ...]) -> None:
+    (data,) = sets
+    assert isinstance(data, RetrievalSet)
+    if not data.pictures:
+        _split_captions(data)
+
+
+def _split_captions(data: RetrievalSet) -> list[tuple[str, str]]:
+    halves = [half for half in map(split_in_half, data.captions) if half is not None]
+    if len(halves) < 2:
+        raise ValueError(
+            f"{data.name}: {len(halves)} of {len(data.captions)} captions can be cut in two, and "
+            "the task length needs two or more. Give it pictures, or longer captions."
+        )
+    return halves
 
 
 def split_in_half(text: str) -> tuple[str, str] | None:
@@ -145,4 +160,5 @@ LENGTHS = Task(
         "texts it cut": ("all", "share_cut_by_this_encoder"),
     },
     run=run_lengths,
+    check=_check_lengths,
 )

@@ -51,6 +51,8 @@ class Task:
         protocol: choices of the task that move a score.
         headline: which scores a table shows: a column's title to the path in `scores`.
         run: the task itself; takes one set a language.
+        check: raises ValueError for sets on which the task cannot be run, before any model is
+            loaded.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Task:
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
     run: RunTask
+    check: Callable[[tuple[EvaluationSet, ...]], object] = lambda sets: None  # noqa: ARG005
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
