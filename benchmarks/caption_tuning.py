@@ -148,8 +148,13 @@ def _describe(
         "cra_by_step": {log["step"]: log["eval_cra"] for log in logs if "eval_cra" in log},
         # Of the training with its measurements, as its log has it: the run may have been resumed.
         "seconds": round(sum(log.get("train_runtime", 0) for log in logs)),
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        # A resumed run's peak may have been in an earlier process.
+        "peak_rss_gb": None if arguments.resume else _peak_rss_gb(),
     }
+
+
+def _peak_rss_gb() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
 if __name__ == "__main__":

@@ -124,9 +124,13 @@ def _render_caption_tuning(report: dict[str, Any]) -> str:
     if report.get("start") is None:
         cra.pop("before", None)  # it is the untuned one once more
     rows = [[names[key], _percent(value)] for key, value in cra.items()]
+    trained = report.get("cra_on_trained_pictures")
+    if trained is not None:
+        rows.append(["the same, on as many pictures it was trained on", _percent(trained)])
     note = (
         f"{report['data']}; {report['recipe']['steps']} steps of {report['recipe']['batch_size']} "
-        f"pairs in {report['seconds'] / 60:.0f} minutes, {report['peak_rss_gb']} GB. "
+        f"pairs in {report['seconds'] / 60:.0f} minutes"
+        f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
         f"{report['hardware']}."
     )
     return _draw(("text encoder", "CRA"), rows) + f"\n{note}\n"
