@@ -29,10 +29,12 @@ from aligning import (
     write_data,
 )
 from gloo_workers import find_free_port
+from packaging.version import Version
 from PIL import Image
 from shared_models import every_vision
 from tiny import tiny_model, tiny_pictures
 from transformers import Trainer
+from transformers import __version__ as transformers_version
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
@@ -66,6 +68,15 @@ from modeling_llm2clip.training.run_record import write_run_record
 
 ROOT = Path(__file__).parent.parent
 TOWERS = ("text_model.", "vision_model.")
+
+
+def skip_where_transformers_renames(vision: str) -> None:
+    """transformers 5.6 renames weights of the other parts too when a half has a DINOv3 tower.
+
+    Strict loading says so. 5.24 does not; what lies between was not tried.
+    """
+    if vision == "dinov3_vit" and Version(transformers_version) < Version("5.24"):
+        pytest.skip(f"transformers {transformers_version} cannot load a part with DINOv3")
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +205,7 @@ def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_pat
 def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
     vision: str, tmp_path: Path
 ) -> None:
+    skip_where_transformers_renames(vision)
     here = prepare(tmp_path / "parts", vision=vision)
     result = here.align(tmp_path / "run", vision_training="full", steps=2, lr=0.05)
     assert result.trained is not None
@@ -413,6 +425,7 @@ def test_batch_norm_keeps_its_statistics_and_no_picture_sees_its_neighbours(
 
 @every_vision
 def test_only_layers_that_are_there_are_named_for_sharding(vision: str, tmp_path: Path) -> None:
+    skip_where_transformers_renames(vision)
     model, processor = tiny_model(vision)
     export_model(model, processor, tmp_path / "exported")
     for present in (
