@@ -101,7 +101,7 @@ def main() -> None:
                 runs[name].append({"seed": seed, **run})
                 print(name, json.dumps(runs[name][-1]), flush=True)
     record = {
-        "command": " ".join(["python benchmarks/mllm_captioning.py", *sys.argv[1:]]),
+        "command": _name_command(arguments),
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {arguments.threads} threads",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -126,6 +126,13 @@ def main() -> None:
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record["mean_caption_loss"], indent=2))
+
+
+def _name_command(arguments: argparse.Namespace) -> str:
+    """Without folders, which are of one machine."""
+    sizes = ("threads", "steps", "instruction_steps", "batch_size", "align_steps", "tested")
+    flags = [f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in sizes]
+    return " ".join(["python benchmarks/mllm_captioning.py", *flags])
 
 
 def _parse() -> argparse.Namespace:
