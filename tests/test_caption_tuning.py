@@ -247,6 +247,11 @@ def test_tensorboard_shows_the_losses_of_the_metrics(run):
     assert read_tensorboard_losses(output) == pytest.approx(read_losses(output), rel=1e-7)
 
 
+def test_a_run_left_to_choose_its_precision_is_the_one_in_float32_on_a_processor(run, tmp_path):
+    tune(tmp_path / "run", replace(SHORT, precision="auto"))
+    assert read_losses(tmp_path / "run") == read_losses(run[0])
+
+
 def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):
     output, result = run
     again = tmp_path / "run"

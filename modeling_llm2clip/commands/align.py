@@ -54,7 +54,10 @@ def _add_settings(group: Any) -> None:
     group.add_argument(
         "--workers", dest="num_workers", type=int, default=0, help="processes that decode pictures"
     )
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto: bfloat16 on a GPU that computes in it",
+    )  # fmt: skip
     group.add_argument("--device", choices=("auto", "cpu"), default="auto")
     group.add_argument("--log-every", type=int, default=10, help="steps")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")

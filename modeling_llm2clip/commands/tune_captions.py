@@ -50,7 +50,10 @@ def _add_settings(group: Any) -> None:
     group.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
     group.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     group.add_argument("--gradient-checkpointing", action="store_true")
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto: bfloat16 on a GPU that computes in it",
+    )  # fmt: skip
     group.add_argument("--adapter-dtype", choices=("float32", "float16"), default="float32")
     group.add_argument("--rank", type=int, default=16)
     group.add_argument("--alpha", type=int, default=32)

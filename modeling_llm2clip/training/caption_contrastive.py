@@ -59,6 +59,7 @@ from .pair_batches import (
     count_steps,
     make_pair_table,
 )
+from .precision import computes_in_bfloat16
 from .processes import join_processes
 from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
 from .settings import list_faults
@@ -99,7 +100,7 @@ class TuneArguments:
             fifth of them, at most 1,000.
         eval_every: steps between two measurements; 0 for only before and after.
         gradient_checkpointing: less memory for a third more time.
-        precision: "auto" takes bfloat16 where the machine computes in it.
+        precision: "auto" computes in bfloat16 on GPUs that can; weights stay float32.
         adapter_dtype: of the written adapter.
     """
 
@@ -377,7 +378,7 @@ def _make_trainer(
     output: Path,
     arguments: TuneArguments,
 ) -> _Trainer:
-    wrapped = wrap_encoder(encoder)
+    wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
     lengths = [len(table) for table in data.tables.values()]
     window_size = arguments.batch_size * PartialState().num_processes
     steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
@@ -391,8 +392,8 @@ def _make_trainer(
             learning_rate=arguments.lr,
             warmup_steps=arguments.warmup_steps,
             lr_scheduler_type="cosine",
-            bf16=_computes_in_bfloat16(arguments.precision, encoder.llm2clip.device),
-            use_cpu=encoder.llm2clip.device.type == "cpu",
+            bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
+            use_cpu=device.type == "cpu",
             batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
             multi_dataset_batch_sampler=partial(
                 WeightedBatchSampler, weights=data.weights, num_steps=num_steps
@@ -431,15 +432,6 @@ def _make_loss(wrapped: Any, arguments: TuneArguments) -> nn.Module:
     return CachedMultipleNegativesRankingLoss(  # type: ignore[no-any-return]
         wrapped, mini_batch_size=arguments.mini_batch_size, **settings
     )
-
-
-def _computes_in_bfloat16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # On a processor without these instructions bfloat16 is several times slower than float32.
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _measure_before(

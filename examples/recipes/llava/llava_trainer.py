@@ -37,6 +37,7 @@ from modeling_llm2clip.training.checkpoints import (
     forget_what_came_after,
     mark_complete,
 )
+from modeling_llm2clip.training.precision import computes_in_bfloat16
 from modeling_llm2clip.training.run_record import (
     METRICS_FILE,
     require_fresh_or_same_run,
@@ -251,8 +252,7 @@ def make_training_arguments(
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         max_grad_norm=arguments.clip_norm,
-        bf16=arguments.precision == "bfloat16"
-        or (arguments.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()),
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
         use_cpu=arguments.device == "cpu",
         dataloader_drop_last=True,
         dataloader_num_workers=arguments.num_workers,
@@ -315,7 +315,10 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
     group.add_argument("--max-length", type=int, help="tokens, those of the picture included")
     group.add_argument("--clip-norm", type=float)
     group.add_argument("--gradient-checkpointing", action="store_true")
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"))
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 on a GPU that computes in it",
+    )  # fmt: skip
     group.add_argument("--device", choices=("auto", "cpu"))
     group.add_argument("--workers", dest="num_workers", type=int, help="that decode pictures")
     group.add_argument("--log-every", type=int, help="steps")

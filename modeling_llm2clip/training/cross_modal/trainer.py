@@ -22,6 +22,7 @@ from ..callbacks import FiniteGradients, choose_reports
 from ..checkpoints import CHECKPOINTS, mark_complete, require_finite
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
+from ..precision import computes_in_bfloat16
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
@@ -39,12 +40,7 @@ def make_training_arguments(
     output: Path, arguments: AlignArguments, *, num_steps: int
 ) -> TrainingArguments:
     """Translate our settings; also joins the process group where there is one."""
-    bfloat16 = arguments.precision == "bfloat16" or (
-        arguments.precision == "auto"
-        and arguments.device == "auto"
-        and torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported()
-    )
+    on_gpu = arguments.device == "auto" and torch.cuda.is_available()
     found = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=num_steps,
@@ -52,7 +48,7 @@ def make_training_arguments(
         learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.clip_norm,
-        bf16=bfloat16,
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
         use_cpu=arguments.device == "cpu",
         logging_steps=arguments.log_every,
         logging_first_step=True,
