@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditiona
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.faults import DataFaults
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "examples" / "recipes" / "llava"
@@ -345,6 +346,13 @@ def test_killed_and_resumed_equals_never_killed(
     assert len(read_losses(tmp_path / "whole")) == SHORT.steps
     ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(parts: Path, tmp_path: Path) -> None:
+    # A finite gradient, times a rate that float32 cannot hold in Adam's second step.
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 2"):
+        run_step(parts, tmp_path / "run", arguments=replace(SHORT, lr=1e38, steps=2))
+    assert find_last_checkpoint(tmp_path / "run") is None
 
 
 def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path) -> None:

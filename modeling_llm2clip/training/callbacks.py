@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -73,26 +72,6 @@ class ShareSignal(TrainerCallback):
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
             if number and self.stop.signal is None:
                 self.stop.signal = signal.Signals(int(number))
-
-
-class FiniteGradients:
-    """Makes a Trainer stop before a step whose gradient is not finite; named before it as a base.
-
-    One such step makes every weight NaN, since the gradient is clipped as a whole.
-    """
-
-    state: Any
-    args: Any
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient's norm is {float(norm)} at step {self.state.global_step}, although "
-                f"the loss is finite. Lower the learning rate ({self.args.learning_rate}), or "
-                "train in float32."
-            )
-        return norm
 
 
 def choose_reports() -> list[str]:

@@ -37,7 +37,7 @@ from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
-from .callbacks import FiniteGradients, JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
+from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     ADAPTER_WEIGHTS,
     CaptionEncoder,
@@ -49,7 +49,6 @@ from .checkpoints import (
     CHECKPOINTS,
     find_last_checkpoint,
     forget_what_came_after,
-    mark_complete,
     require_finite,
 )
 from .pair_batches import (
@@ -64,6 +63,7 @@ from .processes import join_processes
 from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
 from .settings import list_faults
 from .stopping import stop_on_signals
+from .trainer_bases import FiniteGradients, MarkedCheckpoints
 
 ADAPTER_FOLDER = "adapter"
 RESULT_FILE = "caption_retrieval.json"
@@ -339,7 +339,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
         return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
 
 
-class _Trainer(FiniteGradients, SentenceTransformerTrainer):  # type: ignore[misc]
+class _Trainer(FiniteGradients, MarkedCheckpoints, SentenceTransformerTrainer):  # type: ignore[misc]
     """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
 
     To it the whole run is one epoch; see `WeightedBatchSampler`.
@@ -355,8 +355,6 @@ class _Trainer(FiniteGradients, SentenceTransformerTrainer):  # type: ignore[mis
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.encoder.trained_weights, step=self.state.global_step)
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.encoder.load_adapter(Path(checkpoint_path))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which is the last whole one, and what a resumed run does again."""
+"""Checkpoints of a run: what they hold, which is the last whole one, what is done again after."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.vector_store_layout import write_durably
 from .run_record import METRICS_FILE
@@ -27,6 +27,14 @@ def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
             f"{broken[:_NAMES_SHOWN]}. Nothing was written. Lower the learning rate, or train in "
             "float32."
         )
+
+
+def find_trained(model: nn.Module) -> set[str]:
+    """Names of the parameters that training changes; both ends of a tied pair are one.
+
+    No buffer is changed: batch normalisation keeps its statistics.
+    """
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def mark_complete(output: Path, step: int) -> None:

@@ -20,7 +20,6 @@ from accelerate import PartialState
 from llava_batches import ConversationDataset, PadOnTheRight
 from llava_conversations import Conversation
 from llava_model import find_tokens_of
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
@@ -35,7 +34,6 @@ from modeling_llm2clip.training.checkpoints import (
     CHECKPOINTS,
     find_last_checkpoint,
     forget_what_came_after,
-    mark_complete,
 )
 from modeling_llm2clip.training.precision import computes_in_bfloat16
 from modeling_llm2clip.training.run_record import (
@@ -45,8 +43,8 @@ from modeling_llm2clip.training.run_record import (
 )
 from modeling_llm2clip.training.settings import list_faults
 from modeling_llm2clip.training.stopping import stop_on_signals
+from modeling_llm2clip.training.trainer_bases import TrainedCheckpoints
 
-_WEIGHTS = "trained.safetensors"
 _WARM_UP_SHARE = 0.03  # as the decay, arXiv:2310.03744, appendix
 _CHECKPOINTING: dict[str, Any] = {
     "gradient_checkpointing": True,
@@ -101,7 +99,7 @@ class LlavaArguments:
             raise ValueError("; ".join(faults) + ".")
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(TrainedCheckpoints, Trainer):
     """transformers' Trainer; stops at a non-finite loss, and checkpoints only what is trained."""
 
     def compute_loss(
@@ -119,44 +117,6 @@ class LlavaTrainer(Trainer):
                 f"rate ({self.args.learning_rate})."
             )
         return computed
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Return what is trained, by name."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        # Both ends of a tied pair are one parameter, which is listed once.
-        state = self.trained_state()
-        if state_dict is not None:  # whole, where the parameters themselves are sharded
-            state = {name: state_dict[name] for name in state}
-        state = {name: value.cpu().contiguous() for name, value in state.items()}
-        save_file(state, folder / _WEIGHTS)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            mark_complete(Path(str(self.args.output_dir)).parent, self.state.global_step)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved, now = load_file(Path(resume_from_checkpoint) / _WEIGHTS), self.trained_state()
-        if saved.keys() != now.keys():
-            raise ValueError(
-                f"{resume_from_checkpoint} holds other weights than are trained now: "
-                f"{sorted(saved.keys() ^ now.keys())[:5]}."
-            )
-        for name, value in saved.items():
-            now[name].copy_(value)
 
 
 def train_llava(

@@ -22,7 +22,12 @@ from ...data.vector_store import VectorStore
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
-from ..checkpoints import find_last_checkpoint, forget_what_came_after, require_finite
+from ..checkpoints import (
+    find_last_checkpoint,
+    find_trained,
+    forget_what_came_after,
+    require_finite,
+)
 from ..closed_form_start import start_from_canonical_correlation
 from ..run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
 from ..stopping import StopRequest, stop_on_signals
@@ -156,7 +161,7 @@ def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -
     model = trainer.alignment_model
     if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        names = model.trained_names()
+        names = find_trained(model)
         state = {name: value for name, value in state.items() if name in names}
     else:
         state = merge_loras(model, adapted)

@@ -35,7 +35,7 @@ class AlignmentModel(LLM2CLIPModel):
     """Both sides in one forward pass, as distributed training wants it.
 
     Loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It is
-    never saved: `trained_state` is, and `hub.assemble` makes a folder of it.
+    never saved: what is trained is, and `hub.assemble` makes a folder of it.
 
     Args:
         with_llm: False where caption vectors are stored.
@@ -124,29 +124,6 @@ class AlignmentModel(LLM2CLIPModel):
         self.requires_grad_(False)
         for name in _ALWAYS_TRAINED:
             getattr(self, name).float().requires_grad_(True)
-
-    def trained_names(self) -> set[str]:
-        """Names of the parameters that training changes; no buffer is."""
-        return {name for name, p in self.named_parameters() if p.requires_grad}
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name."""
-        names = self.trained_names()
-        return {name: value for name, value in self.state_dict().items() if name in names}
-
-    def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Put a saved state back.
-
-        Raises: ValueError when it is not that of what is trained now.
-        """
-        names = self.trained_names()
-        if names != set(state):
-            raise ValueError(
-                f"The checkpoint does not hold what is trained now: missing "
-                f"{sorted(names - set(state))[:5]}, without a place "
-                f"{sorted(set(state) - names)[:5]}."
-            )
-        self.load_state_dict(state, strict=False)
 
     def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
         """Give weights the names they have in a folder; transformers renames some on loading.

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoints import find_trained
 from .arguments import AlignArguments
 from .model import AlignmentModel
 
@@ -53,7 +54,7 @@ def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Ten
 
     Returns: everything that differs from the model's folder now, by its name in the model.
     """
-    names = {name for name in model.trained_names() if ".lora_" not in name}
+    names = {name for name in find_trained(model) if ".lora_" not in name}
     for tower, wrapper in adapted.items():
         setattr(model, tower, wrapper.merge_and_unload())
         names |= {f"{tower}.{name}" for name in getattr(model, tower).state_dict()}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -18,18 +17,18 @@ from transformers import (
 )
 
 from ...modeling_llm2clip import MAX_LOG_SCALE
-from ..callbacks import FiniteGradients, choose_reports
-from ..checkpoints import CHECKPOINTS, mark_complete, require_finite
+from ..callbacks import choose_reports
+from ..checkpoints import CHECKPOINTS
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
+from ..trainer_bases import FiniteGradients, TrainedCheckpoints
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
 from .model import AlignmentModel
 from .towers import scale_by_layer
 
-_WEIGHTS = "trained.safetensors"
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _KEYS_SHOWN = 8
 # What wrappers put into the names of parameters.
@@ -68,7 +67,7 @@ def make_training_arguments(
     return found
 
 
-class AlignmentTrainer(FiniteGradients, Trainer):
+class AlignmentTrainer(FiniteGradients, TrainedCheckpoints, Trainer):
     """Trains an `AlignmentModel` on an `AlignmentDataset`.
 
     To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
@@ -200,33 +199,6 @@ class AlignmentTrainer(FiniteGradients, Trainer):
         self.state.epoch = self.state.global_step / self.batches.steps_per_epoch
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Save what is trained, and nothing that the model's folder has already."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.alignment_model.trained_state() if state_dict is None else state_dict
-        names = self.alignment_model.trained_names()
-        kept = {n: v.detach().cpu().contiguous() for n, v in state.items() if n in names}
-        require_finite(kept, step=self.state.global_step)
-        save_file(kept, folder / _WEIGHTS)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            mark_complete(Path(str(self.args.output_dir)).parent, self.state.global_step)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        self.alignment_model.load_trained_state(load_file(Path(resume_from_checkpoint) / _WEIGHTS))
 
 
 class ClampTemperature(TrainerCallback):
