@@ -6,12 +6,11 @@ Writes into the output folder: `run.json`, `metrics.jsonl`, `checkpoints/`, and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -261,33 +260,3 @@ def _write_model(trainer: LlavaTrainer, processor: LlavaProcessor, folder: Path)
         model = model.merge_and_unload()
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
-
-
-def add_training_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add a flag for each of `LlavaArguments`, with this step's defaults."""
-    group = parser.add_argument_group("training")
-    defaults = {**asdict(LlavaArguments()), **defaults}
-    group.add_argument("--epochs", type=float)
-    group.add_argument("--steps", type=int, help="instead of epochs")
-    group.add_argument("--batch-size", type=int, help="over all processes together")
-    group.add_argument("--device-batch-size", type=int, help="conversations on a device at a time")
-    group.add_argument("--lr", type=float)
-    group.add_argument("--max-length", type=int, help="tokens, those of the picture included")
-    group.add_argument("--clip-norm", type=float)
-    group.add_argument("--gradient-checkpointing", action="store_true")
-    group.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 on a GPU that computes in it",
-    )  # fmt: skip
-    group.add_argument("--device", choices=("auto", "cpu"))
-    group.add_argument("--workers", dest="num_workers", type=int, help="that decode pictures")
-    group.add_argument("--log-every", type=int, help="steps")
-    group.add_argument("--save-every", type=int, help="steps between checkpoints")
-    group.add_argument("--seed", type=int)
-    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    parser.set_defaults(**defaults)
-
-
-def pick_arguments(parsed: argparse.Namespace) -> LlavaArguments:
-    """Hand over the flags of `add_training_flags`."""
-    return LlavaArguments(**{f.name: getattr(parsed, f.name) for f in fields(LlavaArguments)})

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llava_commands import parse, train_and_tell
 from llava_conversations import conversations_of_captions
 from llava_model import build_llava, train_projector_only
-from llava_trainer import add_training_flags, pick_arguments, train_llava
+from llava_trainer import LlavaArguments
 from transformers import LlavaProcessor
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
@@ -25,8 +26,7 @@ from modeling_llm2clip.data.captioned_sources import read_captioned
 
 def main() -> int:
     """Train the projector and write the joined model."""
-    parsed = _parse()
-    arguments = pick_arguments(parsed)
+    parsed, arguments = _parse()
     records = read_captioned(
         parsed.data, images=parsed.images, check_pictures=parsed.check_pictures, show_progress=True
     )
@@ -40,7 +40,7 @@ def main() -> int:
         train_projector_only(model)
         return model, processor
 
-    exit_code = train_llava(
+    return train_and_tell(
         load_model, conversations_of_captions(records), parsed.output, arguments,
         wording="plain",
         record={
@@ -48,27 +48,20 @@ def main() -> int:
             "layer": parsed.layer, "lang": parsed.lang, "chat_template": template,
         },
         resume=parsed.resume,
+        wrote=". Next: tune_instructions.py.",
     )  # fmt: skip
-    if exit_code:
-        print(f"Stopped; continue with --resume. The last checkpoint is in {parsed.output}.")
-    else:
-        print(f"Wrote {parsed.output / 'model'}. Next: tune_instructions.py.")
-    return exit_code
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[argparse.Namespace, LlavaArguments]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tower", help="folder or Hub id of a vision tower")
     parser.add_argument("llm", help="folder or Hub id of a causal LLM with its head")
     parser.add_argument("data", help="captioned pictures, in any form that llm2clip reads")
-    parser.add_argument("output", type=Path)
     parser.add_argument("--images", type=Path, help="the pictures' folder, if not beside the data")
-    parser.add_argument("--check-pictures", action="store_true", help="decode every picture first")
     parser.add_argument("--lang", default="en", help="of the captions that are learned")
     parser.add_argument("--layer", type=int, default=-2, help="of the tower's hidden states")
     parser.add_argument("--chat-template", type=Path, help="file, for an LLM without one; step 2's")
-    add_training_flags(parser)
-    return parser.parse_args()
+    return parse(parser)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llava_commands import parse, train_and_tell
 from llava_conversations import read_conversations
 from llava_model import load_llava, train_projector_and_llm
-from llava_trainer import add_training_flags, is_sharded, pick_arguments, train_llava
+from llava_trainer import LlavaArguments, is_sharded
 from transformers import LlavaProcessor
 
 
 def main() -> int:
     """Train on the conversations and write the model."""
-    parsed = _parse()
-    arguments = pick_arguments(parsed)
+    parsed, arguments = _parse()
     if parsed.lora_rank is not None and is_sharded():
         # Its merging needs whole matrices, which no process has there.
         raise SystemExit("A LoRA is not trained under FSDP. Use the configuration for DDP.")
@@ -44,7 +44,7 @@ def main() -> int:
         adapted = train_projector_and_llm(model, rank=parsed.lora_rank, alpha=parsed.lora_alpha)
         return adapted, processor
 
-    exit_code = train_llava(
+    return train_and_tell(
         load_model, conversations, parsed.output, arguments,
         wording="chat",
         record={
@@ -52,23 +52,17 @@ def main() -> int:
             "left_out": left_out, "lora_rank": parsed.lora_rank, "lora_alpha": parsed.lora_alpha,
         },
         resume=parsed.resume,
+        wrote=": LlavaForConditionalGeneration, AutoProcessor.",
     )  # fmt: skip
-    if exit_code:
-        print(f"Stopped; continue with --resume. The last checkpoint is in {parsed.output}.")
-    else:
-        print(f"Wrote {parsed.output / 'model'}: LlavaForConditionalGeneration, AutoProcessor.")
-    return exit_code
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[argparse.Namespace, LlavaArguments]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder that step 1 wrote, or a LLaVA on the Hub")
     parser.add_argument("data", type=Path, help="LLaVA's instruction data, JSON")
     parser.add_argument("images", type=Path, help="folder that its pictures are relative to")
-    parser.add_argument("output", type=Path)
     parser.add_argument("--lora-rank", type=int, help="train a LoRA on the LLM, not all of it")
     parser.add_argument("--lora-alpha", type=int, default=256)
-    parser.add_argument("--check-pictures", action="store_true", help="decode every picture first")
     parser.add_argument(
         "--leave-out-faulty", action="store_true",
         help="count faulty conversations and go on without them, instead of stopping",
@@ -77,8 +71,7 @@ def _parse() -> argparse.Namespace:
         "--leave-out-pictureless", action="store_true",
         help="count conversations without a picture and go on without them, as FSDP needs it",
     )  # fmt: skip
-    add_training_flags(parser, batch_size=128, lr=2e-5)
-    return parser.parse_args()
+    return parse(parser, batch_size=128, lr=2e-5)
 
 
 if __name__ == "__main__":
