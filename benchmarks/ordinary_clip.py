@@ -2,14 +2,14 @@
 
 Its vision tower is a frozen one that is given, its tokenizer CLIP's own, its text tower a CLIP
 text transformer of a few layers. Text tower, projections and temperature are trained together on
-stored features of the tower, with the loss, the schedule and the draws of pictures of
+stored features of the tower, with the loss, the draws and the steps of
 `modeling_llm2clip/training/feature_alignment.py`. The result is a folder of open_clip's layout.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from tqdm import tqdm
 from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.demo.stages import list_training_texts
 from modeling_llm2clip.processing_llm2clip import load_pictures
+from modeling_llm2clip.training.feature_alignment import draw_batches
 from modeling_llm2clip.training.losses import keyed_contrastive_loss
-from modeling_llm2clip.training.optimization import split_by_decay, warm_up_then_cosine
+from modeling_llm2clip.training.optimization import descend
 
 _LARGEST_SCALE = 100.0
 _TEXTS_AT_A_TIME = 64
@@ -85,30 +86,29 @@ def train_ordinary_clip(
     """Train text tower, projections and temperature in place; returns the loss of every step."""
     _centre(model, features)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        split_by_decay(parameters, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(arguments.steps))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(r.key for r in records))}
     keys = torch.tensor([numbers[record.key] for record in records])
     tokenizer = open_clip.SimpleTokenizer()
     texts = [tokenizer(list_training_texts(record)) for record in records]
     _require_same_vectors(model, torch.cat(texts[:16]))
-    losses = []
-    for rows, ids in tqdm(_draw(texts, arguments), total=arguments.steps, unit=" steps"):
-        image_embeds = F.normalize(model.visual.head(features[rows]), dim=-1)
-        text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
-        scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
-        loss = keyed_contrastive_loss(image_embeds, text_embeds, scale, keys[rows])
-        if not loss.isfinite():
-            raise FloatingPointError(f"The loss is {loss.item()} at step {len(losses)}.")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+    draws = draw_batches(
+        texts, steps=arguments.steps, batch_size=arguments.batch_size,
+        generator=torch.Generator().manual_seed(arguments.seed),
+    )  # fmt: skip
+    losses = (
+        _compute_loss(model, features[rows], torch.stack(ids), keys[rows]) for rows, ids in draws
+    )
+    return descend(
+        losses, parameters, steps=arguments.steps, lr=arguments.lr,
+        weight_decay=arguments.weight_decay, show_progress=True,
+    )  # fmt: skip
+
+
+def _compute_loss(model: Any, features: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+    image_embeds = F.normalize(model.visual.head(features), dim=-1)
+    text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
+    scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
+    return keyed_contrastive_loss(image_embeds, text_embeds, scale, keys)
 
 
 def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipArguments) -> Path:
@@ -190,22 +190,3 @@ def _centre(model: Any, features: Tensor) -> None:
     """Let the projection take the mean away, as the demo's start does."""
     projection = model.visual.head.proj
     projection.bias.copy_(-(projection.weight @ features.mean(0)))
-
-
-def _draw(
-    texts: Sequence[Tensor], arguments: OrdinaryClipArguments
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows of pictures, each once an epoch, and one text each, (B,) and (B, 77)."""
-    generator = torch.Generator().manual_seed(arguments.seed)
-    order = torch.empty(0, dtype=torch.long)
-    size = min(arguments.batch_size, len(texts))
-    for _ in range(arguments.steps):
-        if len(order) < size:
-            order = torch.cat([order, torch.randperm(len(texts), generator=generator)])
-        rows, order = order[:size], order[size:]
-        draws = torch.rand(size, generator=generator)
-        ids = [
-            texts[row][int(draw * len(texts[row]))]
-            for row, draw in zip(rows.tolist(), draws.tolist(), strict=True)
-        ]
-        yield rows, torch.stack(ids)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from ..modeling_llm2clip import LLM2CLIPModel
 from .losses import keyed_contrastive_loss
-from .optimization import split_by_decay, warm_up_then_cosine
+from .optimization import descend
+
+_Caption = TypeVar("_Caption")
 
 
 @dataclass(frozen=True)
@@ -96,31 +98,27 @@ def align_features(
     """
     head = [model.text_adapter, model.text_projection, model.visual_projection, model.logit_scale]
     parameters = [p for module in head for p in module.parameters()]
-    optimizer = torch.optim.AdamW(
-        split_by_decay(parameters, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(arguments.steps))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(pairs.keys))}
     keys = torch.tensor([numbers[key] for key in pairs.keys])
     generator = torch.Generator().manual_seed(arguments.seed)
-    losses = []
-    draws = _draw_batches(pairs, arguments, generator)
-    for step, (pictures, captions) in enumerate(
-        tqdm(draws, total=arguments.steps, unit=" steps", disable=not show_progress)
-    ):
-        loss = _compute_loss(model, pairs, pictures, captions, keys, arguments, generator)
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step}. Lower the learning rate "
-                f"({arguments.lr}), or look for broken vectors."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+    draws = draw_batches(
+        pairs.captions_of_picture,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        generator=generator,
+    )
+    losses = (
+        _compute_loss(model, pairs, pictures, torch.tensor(captions), keys, arguments, generator)
+        for pictures, captions in draws
+    )
+    return descend(
+        losses,
+        parameters,
+        steps=arguments.steps,
+        lr=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        show_progress=show_progress,
+    )
 
 
 def _compute_loss(
@@ -149,21 +147,27 @@ def _compute_loss(
     )
 
 
-def _draw_batches(
-    pairs: AlignmentPairs, arguments: AlignmentArguments, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows of pictures, each picture once an epoch, and one row of its captions each."""
+def draw_batches(
+    captions_of_picture: Sequence[Sequence[_Caption]],
+    *,
+    steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, list[_Caption]]]:
+    """Yield rows of pictures, (B,), each picture once an epoch, and one of its captions each."""
     order = torch.empty(0, dtype=torch.long)
-    size = min(arguments.batch_size, len(pairs.keys))
-    for _ in range(arguments.steps):
+    size = min(batch_size, len(captions_of_picture))
+    for _ in range(steps):
         if len(order) < size:
-            order = torch.cat([order, torch.randperm(len(pairs.keys), generator=generator)])
+            new = torch.randperm(len(captions_of_picture), generator=generator)
+            order = torch.cat([order, new])
         pictures, order = order[:size], order[size:]
         draws = torch.rand(size, generator=generator)
-        captions = [
-            pairs.captions_of_picture[int(picture)][
-                int(draw * len(pairs.captions_of_picture[int(picture)]))
-            ]
-            for picture, draw in zip(pictures, draws, strict=True)
-        ]
-        yield pictures, torch.tensor(captions)
+        theirs = [captions_of_picture[picture] for picture in pictures.tolist()]
+        yield (
+            pictures,
+            [
+                captions[int(draw * len(captions))]
+                for captions, draw in zip(theirs, draws, strict=True)
+            ],
+        )

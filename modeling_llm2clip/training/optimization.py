@@ -1,12 +1,14 @@
-"""What every alignment shares: which parameters decay, and how the learning rate moves."""
+"""What every alignment shares: which parameters decay, how the learning rate moves, and steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 
 def split_by_decay(
@@ -36,3 +38,40 @@ def warm_up_then_cosine(steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
     return factor
+
+
+def descend(
+    losses: Iterable[Tensor],
+    parameters: Sequence[nn.Parameter],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    show_progress: bool = False,
+) -> list[float]:
+    """Take a step of AdamW down each loss, in memory and without checkpoints.
+
+    Args:
+        losses: () each, as many as `steps`; the next is asked for when the step before is done.
+        lr: peak learning rate; see `warm_up_then_cosine`.
+    Returns: the loss of every step.
+    Raises: FloatingPointError at the first non-finite loss, naming the step.
+    """
+    optimizer = torch.optim.AdamW(
+        split_by_decay(parameters, weight_decay), lr=lr, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(steps))
+    done: list[float] = []
+    for loss in tqdm(losses, total=steps, unit=" steps", disable=not show_progress):
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {len(done)}. Lower the learning rate ({lr}), "
+                "or look for broken vectors."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        done.append(loss.item())
+    return done
