@@ -29,6 +29,7 @@ from aligning import (
     write_data,
 )
 from gloo_workers import find_free_port
+from killed_writers import leave_unfinished
 from packaging.version import Version
 from PIL import Image
 from shared_models import every_vision
@@ -514,6 +515,24 @@ def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
         # Bit for bit.
         assert read_losses(folder) == read_losses(whole)
         assert not names_that_differ(folder / "model", whole / "model")
+        # A kill before the hidden folder is claimed leaves it there, and empty.
+        assert not list(folder.glob(".model-*/[!.]*"))
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_model_that_a_killed_run_left_half_written_is_gone_after_the_next(
+    prepared: Prepared, tmp_path: Path, is_begun: bool
+) -> None:
+    output = tmp_path / "run"
+    command = command_of(prepared, output, steps=2, vision_training="frozen")
+    if is_begun:
+        assert main(command) == 0
+        shutil.rmtree(output / "model")
+        command.append("--resume")
+    left = leave_unfinished(output / "model")
+    assert main(command) == 0
+    assert not left.exists() and (output / "model" / "model.safetensors").is_file()
+    assert not list(output.glob(".*"))
 
 
 def test_what_a_kill_interrupts_is_whole_or_not_there(

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..data.vector_store import VectorStore
     from ..hub.assemble import assemble_folder
     from ..hub.doctor.patient import find_folder
-    from ..hub.export import require_new_folder
+    from ..hub.new_folder import clear_leftovers, require_new_folder
     from ..training.cross_modal.align import align, check_settings
     from ..training.cross_modal.arguments import AlignArguments
     from ..training.run_record import require_fresh_or_resumed
@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = pick(AlignArguments, arguments)
     model = find_folder(arguments.model)
     folder = arguments.output / "model"
+    clear_leftovers(folder)
     require_new_folder(folder)
     stores = {
         name: None if path is None else VectorStore.open(path)

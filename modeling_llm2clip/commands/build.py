@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..hub.build import BuildArguments, build_from_sources
     from ..hub.card_facts import CardFacts, find_license
-    from ..hub.export import export_model, require_new_folder
+    from ..hub.export import export_model
+    from ..hub.new_folder import require_new_folder
 
     require_new_folder(arguments.output)  # before the towers are loaded
     model, processor = build_from_sources(

@@ -169,7 +169,8 @@ def _build(arguments: argparse.Namespace) -> int:
     from ..hub.build import BuildArguments
     from ..hub.card_facts import require_license
     from ..hub.conversion.llm2vec import build_from_llm2vec
-    from ..hub.export import export_model, require_new_folder
+    from ..hub.export import export_model
+    from ..hub.new_folder import require_new_folder
 
     require_new_folder(arguments.output)
     _require_llm2vec_flags(arguments)

@@ -60,7 +60,7 @@ def _add_hub_flags(hub: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..hub.export import require_new_folder
+    from ..hub.new_folder import require_new_folder
     from ..hub.publish import check_publishable, publish_folder
 
     destination = _read_destination(arguments)

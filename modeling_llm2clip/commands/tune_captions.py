@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     from ..data.caption_groups import group_captions, read_text_pairs
     from ..hub.caption_adapter import merge_caption_adapter
-    from ..hub.export import require_new_folder
+    from ..hub.new_folder import clear_leftovers, require_new_folder
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
     from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     state = join_processes(cpu=True if arguments.device == "cpu" else None)
     merged = arguments.output / "model"
     if arguments.merge:
+        clear_leftovers(merged)
         require_new_folder(merged)
     arguments.lora = _pick_lora(arguments)
     settings = pick(TuneArguments, arguments)

@@ -19,9 +19,10 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.cross_modal.model import AlignmentModel
 from .card_facts import read_card_facts
 from .doctor.file_checks import list_travelling_files
-from .export import RECORD_FILE, require_new_folder, writing_folder
+from .export import RECORD_FILE
 from .golden import GOLDEN_FILE, renew_golden_vectors, write_golden_vectors
 from .model_card import write_model_card
+from .new_folder import require_new_folder, writing_folder
 
 RECORD_BEFORE_TRAINING = "conversion_before_training.json"
 _WEIGHTS = "*.safetensors"

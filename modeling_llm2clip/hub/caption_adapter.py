@@ -9,7 +9,8 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .card_facts import read_card_facts
 from .doctor.patient import find_folder
-from .export import export_model, require_new_folder
+from .export import export_model
+from .new_folder import require_new_folder
 from .towers import merge_adapter
 
 

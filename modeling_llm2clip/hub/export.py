@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from .card_facts import CardFacts, read_card_facts, require_license, require_own
 from .doctor.patient import find_folder
 from .golden import write_golden_vectors
 from .model_card import write_model_card
+from .new_folder import require_new_folder, writing_folder
 from .sentence_transformers_files import SETTINGS_FILE, write_sentence_transformers_files
 
 DEFAULT_PROMPTS = {"query": "", "document": ""}
@@ -166,31 +165,6 @@ def list_modalities(model: Any) -> list[str]:
     """What a model takes, in sentence-transformers' words."""
     towers = {"text": "text_model", "image": "vision_model"}
     return [modality for modality, tower in towers.items() if hasattr(model, tower)]
-
-
-@contextmanager
-def writing_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside the target, which takes its place when all went well.
-
-    Raises: FileExistsError when the target exists and is not empty.
-    """
-    require_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        for file in unfinished.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes for its owner alone
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def require_new_folder(folder: Path) -> None:
-    """Raise FileExistsError when a folder exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
 
 def _read_prompts(folder: Path) -> dict[str, str] | None:

@@ -7,8 +7,6 @@ detector, a probe, a multimodal LLM. What LLaVA's classes see of a tower, `find_
 from __future__ import annotations
 
 import inspect
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
-from .export import require_new_folder
+from .new_folder import require_new_folder, writing_folder
 
 # LLaVA-1.5 reads the layer before the last (arXiv:2304.08485, section 4.1).
 LLAVA_LAYER = -2
@@ -94,11 +92,8 @@ def save_vision_tower(
     Raises: FileExistsError when the folder exists and is not empty.
     """
     folder = Path(output)
-    require_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tower: PreTrainedModel = model.vision_model
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with writing_folder(folder) as unfinished:
         tower.save_pretrained(unfinished)
         image_processor.save_pretrained(unfinished)
         data = ModelCardData(
@@ -114,12 +109,6 @@ def save_vision_tower(
             origin=f"`{name}`" if name else "a tower whose name is not recorded",
         )
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")
-        unfinished.chmod(0o755)
-        for file in unfinished.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes for its owner alone
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

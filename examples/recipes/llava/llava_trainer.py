@@ -22,7 +22,7 @@ from llava_model import find_tokens_of
 from torch import Tensor, nn
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
-from modeling_llm2clip.hub.export import require_new_folder
+from modeling_llm2clip.hub.new_folder import require_new_folder
 from modeling_llm2clip.training.callbacks import (
     JsonLinesCallback,
     ShareSignal,

@@ -22,15 +22,10 @@ from ..card_facts import CardFacts, find_license, require_license
 from ..doctor import diagnose
 from ..doctor.diagnosis import Diagnosis
 from ..doctor.file_checks import list_travelling_files
-from ..export import (
-    DEFAULT_PROMPTS,
-    RECORD_FILE,
-    list_modalities,
-    require_new_folder,
-    writing_folder,
-)
+from ..export import DEFAULT_PROMPTS, RECORD_FILE, list_modalities
 from ..golden import write_golden_vectors
 from ..model_card import write_model_card
+from ..new_folder import clear_leftovers, require_new_folder, writing_folder
 from ..sentence_transformers_files import write_sentence_transformers_files
 from .checkpoint import CheckpointSource, open_checkpoint
 from .language_model import LanguageModel, LLMSource, open_language_model
@@ -95,6 +90,7 @@ def convert_checkpoint(
     size = sum(prod(tensor.shape) for tensor in plan.weights.values())
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(output)
     require_space(plan.weights, dtype, output.parent)
     with writing_folder(output) as unfinished:
         # The configuration comes after the weights: what a kill leaves does not load before they
