@@ -1,11 +1,13 @@
-"""What holds for every test: no network, one thread, a fixed seed."""
+"""What holds for every test: no network, one thread, a fixed seed; and what many files share."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before transformers and torch are imported: they read these once.
@@ -60,3 +62,33 @@ def _refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _fix_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The data set, model and stores of `aligning`, which no test may change."""
+    from aligning import prepare  # here, since most tests need no model
+
+    return prepare(tmp_path_factory.mktemp("aligning"))
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One exported tiny checkpoint with an instruction; tests break copies of it."""
+    from tiny import tiny_model
+
+    from modeling_llm2clip.hub.card_facts import CardFacts
+    from modeling_llm2clip.hub.export import export_model
+
+    model, processor = tiny_model("clip", "llama")
+    folder = tmp_path_factory.mktemp("exported") / "good"
+    facts = CardFacts(license_id="mit")
+    return export_model(
+        model, processor, folder, prompts={"query": "Find a picture: "}, facts=facts
+    )
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    """A copy of the good checkpoint, to be broken."""
+    return Path(shutil.copytree(good, tmp_path / "copy"))

@@ -1,0 +1,178 @@
+"""Stage 1, what is learned from: pairs of captions, and batches without false negatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import ConcatDataset
+from tuning import GROUPS
+
+from modeling_llm2clip.data.caption_groups import (
+    CaptionGroup,
+    TextPair,
+    draw_pairs,
+    group_captions,
+    hold_out_groups,
+    read_text_pairs,
+)
+from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.training import alike_pictures
+from modeling_llm2clip.training.pair_batches import (
+    KeyedBatchSampler,
+    WeightedBatchSampler,
+    count_steps,
+    make_pair_table,
+)
+
+
+def make_table(num_keys: int = 10, *, shared: str | None = None):
+    pairs = draw_pairs(GROUPS[:num_keys], seed=0)
+    if shared:
+        pairs = [replace(p, positive=shared) if n % 4 == 0 else p for n, p in enumerate(pairs)]
+    return make_pair_table(pairs)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_no_batch_of_all_processes_repeats_a_picture_or_a_text(num_processes, epoch):
+    table = make_table(shared="the same words")
+    sampler = KeyedBatchSampler(table, 3, drop_last=True, seed=1)
+    sampler.num_processes, sampler.window_size = num_processes, 3 * num_processes
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == len(table) // (3 * num_processes) * num_processes
+    for start in range(0, len(batches), num_processes):
+        rows = [row for batch in batches[start : start + num_processes] for row in batch]
+        assert len({table[row]["key"] for row in rows}) == len(rows)
+        texts = [text for row in rows for text in (table[row]["anchor"], table[row]["positive"])]
+        assert len(set(texts)) == len(texts)
+
+
+def test_epochs_differ_and_repeat_with_the_seed():
+    def draw(epoch):
+        sampler = KeyedBatchSampler(make_table(), 5, drop_last=True, seed=3)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_hard_batches_bring_alike_pictures_together_and_each_pair_once_an_epoch():
+    table = make_table(12)  # two or three pairs of each picture
+    keys = table["key"][:]
+    names = list(dict.fromkeys(keys))
+    alike = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
+    alike = {name: [other for other in near if other != name] for name, near in alike.items()}
+    sampler = KeyedBatchSampler(table, 6, drop_last=True, seed=2, alike=alike, num_alike=2)
+    batches = list(sampler)
+    rows = [row for batch in batches for row in batch]
+    assert len(rows) == len(set(rows)) == len(table)
+
+    def count_met(batches):
+        return sum(
+            any(keys[other] in alike[keys[row]] for other in batch)
+            for batch in batches
+            for row in batch
+        )
+
+    by_chance = count_met(KeyedBatchSampler(table, 6, drop_last=True, seed=2))
+    assert count_met(batches) > 0.9 * len(rows) > by_chance
+
+
+def test_the_most_alike_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch):
+    monkeypatch.setattr(alike_pictures, "_ROWS_A_TILE", 3)
+    vectors = torch.randn(8, 5)
+    cosines = torch.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    cosines.fill_diagonal_(-2)
+    assert torch.equal(alike_pictures.find_alike(vectors, 4), cosines.topk(4, dim=1).indices)
+
+
+def test_a_pictures_vector_is_the_mean_of_its_captions_unit_vectors():
+    vectors = {"a": [3.0, 0], "b": [0, 0.5], "c": [-2.0, 0], "d": [-1.0, 0]}
+    encode = lambda texts: torch.tensor([vectors[text] for text in texts])  # noqa: E731
+    groups = [CaptionGroup("x", ("a", "b")), CaptionGroup("y", ("c", "d", "d"))]
+    found = alike_pictures.encode_groups(encode, groups)
+    assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
+
+
+def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever():
+    pairs = [TextPair(f"q{n}", f"q{n}", "the same positive") for n in range(9)]
+    sampler = KeyedBatchSampler(make_pair_table(pairs), 2, drop_last=True)
+    with pytest.raises(ValueError, match="only 1 fit"):
+        next(iter(sampler))
+
+
+def test_a_run_of_several_epochs_mixes_tables_by_weight():
+    tables = [make_table(8), make_pair_table([TextPair(f"q{n}", f"q{n}", f"p{n}") for n in "abcd"])]
+    samplers = [KeyedBatchSampler(table, 2, drop_last=True) for table in tables]
+    weights = [1.0, 0.25]
+    assert count_steps([24, 4], weights, 2) == [12, 3]
+    sampler = WeightedBatchSampler(
+        ConcatDataset(tables), samplers, weights=weights, num_steps=30, seed=5
+    )
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 30
+    for epoch in (batches[:15], batches[15:]):
+        assert sum(row >= 24 for batch in epoch for row in batch) == 6
+    assert batches[:15] != batches[15:]
+
+
+def test_pairs_use_each_caption_once_and_an_odd_one_twice_at_most():
+    pairs = draw_pairs([CaptionGroup("k", ("a", "b", "c"))], seed=0)
+    used = [text for pair in pairs for text in (pair.anchor, pair.positive)]
+    assert sorted(set(used)) == ["a", "b", "c"] and len(used) == 4
+    assert all(pair.anchor != pair.positive for pair in pairs)
+
+
+def test_held_out_captions_are_never_trained_on():
+    groups = [CaptionGroup(str(n), ("shared", f"{n} one", f"{n} two")) for n in range(10)]
+    trained, held_out, num_lost = hold_out_groups(groups, 4, seed=0)
+    seen = {caption for group in held_out for caption in group.captions}
+    assert len(held_out) == 4 and num_lost == 6
+    assert not any(seen & set(group.captions) for group in trained)
+
+
+def test_pictures_with_one_caption_are_counted_and_named():
+    from modeling_llm2clip.data.captioned_images import CaptionedImage
+
+    records = [
+        CaptionedImage(
+            picture=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=("one",) * (n + 1),
+            long_captions=(), keywords=(), lang="en", place=f"captions.jsonl line {n + 1}",
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
+    ):
+        group_captions(records)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{", "not JSON"),
+        ('{"query": "a", "positive": " "}', "non-blank"),
+        ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
+        ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
+        ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
+    ],
+)
+def test_broken_text_pairs_are_named_by_line(tmp_path, line, fault):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=fault):
+        read_text_pairs(file)
+
+
+def test_caption_retrieval_counts_first_captions_that_find_their_second():
+    vectors = {"a": [1.0, 0], "a2": [1.0, 0.1], "b": [0.0, 1], "b2": [1.0, 0.05]}
+    groups = [CaptionGroup("a", ("a", "a2")), CaptionGroup("b", ("b", "b2"))]
+    # "a" is nearer to "b2" than to "a2"; "b" is nearest to "a2": neither finds its own.
+    encode = lambda texts: torch.tensor([vectors[text] for text in texts])  # noqa: E731
+    assert measure_caption_retrieval(encode, groups) == 0.0
+    vectors["b2"] = [0.1, 1.0]
+    assert measure_caption_retrieval(encode, groups) == 1.0

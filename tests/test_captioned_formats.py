@@ -1,0 +1,167 @@
+"""Every format of captioned pictures gives the same records and pictures."""
+
+from __future__ import annotations
+
+import pickle
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from captioned_files import (
+    LINES,
+    RECORDS,
+    add_member,
+    coco_caption,
+    coco_image,
+    encode,
+    make_picture,
+    own_cache,  # noqa: F401
+    write_coco,
+    write_folder,
+    write_image_folder,
+    write_lines,
+    write_parquet,
+    write_parquet_of_bytes,
+    write_parquet_of_paths,
+    write_pictures,
+    write_shard,
+    write_shards,
+)
+from tiny import tiny_model
+
+from modeling_llm2clip.data.captioned_images import read_captioned_folder
+from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.pictures import ParquetPicture, TarPicture, load_picture
+from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.processing_llm2clip import load_pictures
+
+WRITERS = (
+    write_folder,
+    write_image_folder,
+    write_parquet,
+    write_parquet_of_paths,
+    write_parquet_of_bytes,
+    write_shards,
+)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_every_format_gives_the_same_records(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    records = read_captioned(write(tmp_path / "data"), check_pictures=True)
+    assert [replace(record, picture=None) for record in records] == RECORDS
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_pictures_are_read_in_any_order_and_after_pickling(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    records = read_captioned(write(tmp_path / "data"))
+    for record in pickle.loads(pickle.dumps(records[::-1])):
+        loaded = load_pictures(load_picture(record.picture))
+        wanted = np.asarray(make_picture(record.name))
+        assert np.array_equal(np.asarray(loaded), wanted), record
+
+
+def test_all_kinds_of_pictures_have_the_same_vectors(tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    kinds = [write_folder, write_parquet, write_shards]
+    pictures = [read_captioned(w(tmp_path / w.__name__))[2].picture for w in kinds]
+    assert [type(picture) for picture in pictures[1:]] == [ParquetPicture, TarPicture]
+    pictures.append(make_picture("images/blue.png"))
+    vectors = encode_pictures(model, processor, pictures, batch_size=1)
+    assert all(vector.equal(vectors[0]) for vector in vectors)
+
+
+def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    whole = read_captioned(shards)
+    assert read_captioned(f"{shards}/*.tar") == whole
+    assert read_captioned(f"{tmp_path}/sh*/0000?.tar") == whole
+    assert read_captioned(shards / "00001.tar") == whole[2:]
+    folder = write_folder(tmp_path / "folder")
+    assert read_captioned(folder / "captions.jsonl") == read_captioned(folder)
+    assert read_captioned_folder(folder) == read_captioned(folder)
+
+
+def test_pictures_may_lie_in_another_folder(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures")
+    source = write_lines(tmp_path / "captions", LINES)
+    records = read_captioned(source, images=tmp_path / "pictures")
+    assert records[0].path == tmp_path / "pictures" / "images/red.png"
+
+
+def test_a_packed_picture_has_no_path(tmp_path: Path) -> None:
+    record = read_captioned(write_shards(tmp_path / "shards"))[0]
+    with pytest.raises(ValueError, match=r"images/red\.png has a packed picture, .*0000\.png"):
+        _ = record.path
+
+
+def test_packed_pictures_without_a_file_name_are_named_by_shard_and_member(tmp_path: Path) -> None:
+    members = {"a/1.png": encode("images/red.png"), "a/1.txt": b"a red square\n"}
+    write_shard(tmp_path / "one.tar", members)
+    write_shard(tmp_path / "two.tar", {**members, "a/1.json": b'{"url": "x", "key": 7}'})
+    records = read_captioned(tmp_path)
+    assert [(r.name, r.key) for r in records] == [
+        ("one.tar/a/1.png", "one.tar/a/1.png"),
+        ("two.tar/a/1.png", "7"),
+    ]
+    assert {r.captions for r in records} == {("a red square",)}
+
+
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_found_behind_headers_of_any_length(layout: int, tmp_path: Path) -> None:
+    # GNU and PAX put a longer name into headers of its own before the picture.
+    name = "f" * 90 + "/" + ("n" if layout == tarfile.USTAR_FORMAT else "é" * 300)
+    with tarfile.open(tmp_path / "one.tar", "w", format=layout) as archive:
+        add_member(archive, f"{name}.jpg", encode("images/red.png"))
+        add_member(archive, f"{name}.txt", b"a red square")
+    (record,) = read_captioned(tmp_path, check_pictures=True)
+    assert record.name == f"one.tar/{name}.jpg" and record.captions == ("a red square",)
+
+
+def test_a_parquet_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    for caption in ("first", "second"):
+        rows = {"file_name": ["a.png"], "caption": [caption]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(file))
+        assert read_captioned(file, require_pictures=False)[0].captions == (caption,)
+
+
+def test_published_recaptionings_are_short_and_long_captions(tmp_path: Path) -> None:
+    line = {"key": "1", "shortSV_captions": ["short"], "longSV_captions": ["a long one"]}
+    (record,) = read_captioned(write_lines(tmp_path, [line]), require_pictures=False)
+    assert (record.captions, record.long_captions) == (("short",), ("a long one",))
+
+
+def test_line_separators_inside_a_text_do_not_end_its_line(tmp_path: Path) -> None:
+    # JSON allows U+2028 unescaped; Python's splitlines would cut the object there.
+    line = '{"key": "1", "caption": "one\u2028two"}'
+    (record,) = read_captioned(write_lines(tmp_path, [line]), require_pictures=False)
+    assert record.captions == ("one two",)
+
+
+def test_coco_is_read_as_published(tmp_path: Path) -> None:
+    captions = [coco_caption(9, 40 - i, f"caption {40 - i} \n") for i in range(7)]
+    captions.insert(3, coco_caption(4, 1, "A man\nwith a red helmet. "))
+    file = write_coco(
+        tmp_path / "captions_val2017.json",
+        images=[coco_image(9), coco_image(4)],
+        annotations=captions,
+    )
+    # Numbers of one and two digits, so that an order of texts would differ from theirs.
+    nine, four = read_captioned(file, require_pictures=False)
+    assert nine.captions == tuple(f"caption {number}" for number in range(34, 41))
+    assert (nine.name, nine.key, nine.lang) == ("000000000009.jpg", "000000000009.jpg", "en")
+    assert four.captions == ("A man with a red helmet.",) and four.picture is None
+    with pytest.raises(ValueError, match=r"Give images=<folder>, or require_pictures=False"):
+        read_captioned(file)
+    pictures = tmp_path / "val2017"
+    pictures.mkdir()
+    for name in (nine.name, four.name):
+        make_picture("images/red.png").save(pictures / name)
+    found = read_captioned(file, images=pictures, check_pictures=True)
+    assert [record.path for record in found] == [pictures / nine.name, pictures / four.name]

@@ -1,0 +1,111 @@
+"""Stage 3, the losses: the same from stores and towers, from one process and several."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aligning import SHORT_RUN, Prepared, command_of, prepare, read_losses, read_tensorboard_losses
+from gloo_workers import find_free_port
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.training.cross_modal.align import align
+from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    prepared.align(tmp_path / "run")
+    # An event holds a float32, of 24 bits.
+    wanted = pytest.approx(read_losses(tmp_path / "run"), rel=1e-7)
+    assert read_tensorboard_losses(tmp_path / "run") == wanted
+
+
+def test_frozen_online_gives_the_losses_of_stored_captions(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    stored = prepared.align(tmp_path / "stored")
+    online = prepared.align(tmp_path / "online", text_training="frozen-online")
+    assert set(online.trained or ()) == set(stored.trained or ())
+    wanted, found = read_losses(tmp_path / "stored"), read_losses(tmp_path / "online")
+    # The LLM sees other batches, and six steps carry the rounding on.
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_stored_pictures_give_the_losses_of_a_frozen_tower(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    prepared.align(tmp_path / "tower", steps=2)
+    arguments = AlignArguments(**{**SHORT_RUN, "steps": 2})
+    align(
+        prepared.model, prepared.records, tmp_path / "stored", arguments,
+        caption_store=prepared.caption_store, picture_store=prepared.picture_store,
+    )  # fmt: skip
+    found, wanted = read_losses(tmp_path / "stored"), read_losses(tmp_path / "tower")
+    # Small JPEGs are decoded in full, so only the order of sums differs.
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_closed_form_start_works_from_stores(prepared: Prepared, tmp_path: Path) -> None:
+    losses = []
+    for start in ("as-is", "canonical-correlation"):
+        arguments = AlignArguments(**{**SHORT_RUN, "steps": 1, "start": start})
+        result = align(
+            prepared.model, prepared.records, tmp_path / start, arguments,
+            caption_store=prepared.caption_store, picture_store=prepared.picture_store,
+        )  # fmt: skip
+        losses.append(result.final_loss)
+    assert losses[1] < losses[0] / 2  # a linear fit of 24 pictures in 32 dimensions fits well
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_with_the_whole_batch(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    changed = {"steps": 8, "save_every": 4}
+    assert main(command_of(prepared, tmp_path / "one", **changed)) == 0
+    command = command_of(prepared, tmp_path / "two", **changed)
+    launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/ddp.yaml",
+              "--cpu", "--main_process_port", str(find_free_port()), "-m",
+              "modeling_llm2clip"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *command], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote") == 1
+    # Eight steps carry the rounding of sums in another order on.
+    one, two = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
+    assert two == pytest.approx(one, abs=2e-3)
+    assert diagnose(tmp_path / "two" / "model").healthy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vision", "text_training"), [("siglip", "stored"), ("clip", "frozen-online")]
+)
+def test_sharded_processes_train_as_one_does_with_the_whole_batch(
+    vision: str, text_training: str, tmp_path: Path
+) -> None:
+    prepared = prepare(tmp_path / "prepared", vision=vision)
+    changed = {"steps": 4, "save_every": 4, "text_training": text_training}
+    assert main(command_of(prepared, tmp_path / "one", **changed)) == 0
+    launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/fsdp.yaml",
+              "--main_process_port", str(find_free_port()), "tests/fsdp_on_cpu.py"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *command_of(prepared, tmp_path / "two", **changed)],
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote") == 1
+    # Four steps carry the rounding of sums in another order on.
+    one, two = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
+    assert two == pytest.approx(one, abs=1e-3)
+    assert diagnose(tmp_path / "two" / "model").healthy
