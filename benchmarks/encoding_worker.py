@@ -24,6 +24,36 @@ def build_ours(llm: str) -> Callable[[list[str]], Any]:
     return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
 
 
+def build_ours_compiled(llm: str) -> Callable[[list[str]], Any]:
+    """Build the same with the LLM's layers compiled."""
+    from modeling_llm2clip.encoding.captions import encode_captions
+    from modeling_llm2clip.encoding.compilation import compiled_layers
+
+    model, processor = build_model(llm)
+    compiled_layers(model).__enter__()  # for the life of this process
+    return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
+
+
+def build_ours_with_everything_on(llm: str) -> Callable[[list[str]], Any]:
+    """Build the same compiled and in the precision that the probe chooses at the first call."""
+    from modeling_llm2clip.encoding.captions import encode_captions
+    from modeling_llm2clip.encoding.compilation import compiled_layers
+    from modeling_llm2clip.encoding.precision_probe import choose_precision, pick_probe_captions
+
+    model, processor = build_model(llm)
+    precisions: list[Any] = []
+
+    def encode(captions: list[str]) -> Any:
+        if not precisions:
+            precisions.append(choose_precision(model, processor, pick_probe_captions(captions)))
+            print(f"chosen: {precisions[0]}", file=sys.stderr, flush=True)
+            compiled_layers(model).__enter__()  # for the life of this process
+        vectors = encode_captions(model, processor, captions, precision=precisions[0])
+        return vectors.caption_embeds.numpy()
+
+    return encode
+
+
 def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
     """Build sentence-transformers on an exported folder of ours; returns projected vectors."""
     import tempfile
@@ -76,6 +106,8 @@ def build_llm2vec(llm: str) -> Callable[[list[str]], Any]:
 
 BUILDERS = {
     "ours": build_ours,
+    "ours, compiled": build_ours_compiled,
+    "ours, everything on": build_ours_with_everything_on,
     "ours through sentence-transformers": build_ours_sentence_transformers,
     "sentence-transformers": build_sentence_transformers,
     "sentence-transformers, same ids": build_sentence_transformers_without_template,
@@ -118,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     captions = json.loads(Path(captions_file).read_text(encoding="utf-8"))
     encode = BUILDERS[name](llm)
-    encode(captions[:8])
+    encode(captions[:64])  # warms up: compiles and probes where the encoder does so
     print("ready", flush=True)
     for _ in sys.stdin:
         used = time.process_time()

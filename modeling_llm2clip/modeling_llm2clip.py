@@ -26,7 +26,7 @@ from .pooling_llm2clip import build_pooling_mask, build_position_ids, check_toke
 from .vision_llm2clip import choose_interpolation, find_width, has_class_token, pool_pictures
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
-CPU_TOKEN_BUDGET = 1024
+CPU_TOKEN_BUDGET = 2048
 _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
     "AutoProcessor": "processing_llm2clip.LLM2CLIPProcessor",

@@ -102,6 +102,7 @@ def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bo
     return bool(difference < _MOST_DIFFERENCE)
 
 
+@torch.compiler.disable  # a compiled layer would be compiled anew for other lengths
 def attend_packed(
     module: nn.Module,
     query: Tensor,
