@@ -22,7 +22,10 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("llm", LLM_FAMILIES)
+@pytest.mark.parametrize(
+    "llm",
+    [llm if llm == "llama" else pytest.param(llm, marks=pytest.mark.slow) for llm in LLM_FAMILIES],
+)
 def test_compiled_equals_plain(llm: str) -> None:
     model, processor = shared_model("clip", llm)
     wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
