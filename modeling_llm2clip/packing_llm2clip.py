@@ -104,7 +104,8 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     return bool(difference < _MOST_DIFFERENCE)
 
 
-@torch.compiler.disable  # a compiled layer would be compiled anew for other lengths
+# A compiled layer would be compiled anew for every other set of lengths.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_packed(
     module: nn.Module,
     query: Tensor,
