@@ -125,8 +125,8 @@ def _vectors_file(temporary: Path, name: str) -> Path:
 
 def _take_turns(
     workers: dict[str, subprocess.Popen[str]], rounds: int
-) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     peaks = []
     for number in range(rounds):
         for name, process in workers.items():
@@ -168,7 +168,7 @@ def _count_flops(llm: Path, captions: list[str]) -> float:
 
 def _summarise(
     name: str,
-    turns: list[dict[str, float]],
+    turns: list[dict[str, Any]],
     flops: float,
     captions: list[str],
     vectors: dict[str, Any],
@@ -184,6 +184,8 @@ def _summarise(
         ),
         "peak_rss_gb": max(t["peak_rss_gb"] for t in turns),
     }
+    if turns[-1]["setting"]:
+        row["setting"] = turns[-1]["setting"]
     reference = vectors.get("LLM2Vec", vectors["sentence-transformers, same ids"])
     if vectors[name].shape == reference.shape and "through" not in name:
         cosines = _cosines(vectors[name], reference)

@@ -17,14 +17,14 @@ from encoding_worker import build_model
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
-from modeling_llm2clip.encoding.precision import pick_probe_captions, probe_precisions
+from modeling_llm2clip.encoding.precision_probe import pick_probe_captions, probe_precisions
 
 
 def main() -> None:
     """Probe, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=Path, nargs="+", required=True)
-    parser.add_argument("--count", type=int, default=12, help="captions of the probe")
+    parser.add_argument("--count", type=int, default=64, help="captions of the probe")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "precision_probe.json")
     arguments = parser.parse_args()
@@ -40,9 +40,10 @@ def main() -> None:
         "captions": len(captions),
         "trials": [
             {
-                "dtype": str(trial.dtype).removeprefix("torch."),
+                "dtype": str(trial.precision.dtype).removeprefix("torch."),
+                "first_layer": trial.precision.first_layer,
                 "speedup": round(trial.speedup, 3),
-                "min_cosine": round(trial.min_cosine, 5),
+                "min_cosine": round(trial.min_cosine, 6),
                 "pays": trial.pays,
             }
             for trial in trials

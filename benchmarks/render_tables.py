@@ -90,11 +90,12 @@ def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _render_encoding_speed(report: dict[str, Any]) -> str:
-    heads = ("way", "captions a second", "peak memory, GB", "smallest cosine")
+    heads = ("way", "captions a second", "of the fp32 peak", "peak memory, GB", "smallest cosine")
     rows = [
         [
             row["name"],
             f"{row['captions_per_second']:.1f}",
+            f"{row['share_of_peak']:.0%}",
             f"{row['peak_rss_gb']:.2f}",
             f"{row['min_cosine']:.4f}" if "min_cosine" in row else "",
         ]
@@ -109,6 +110,7 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
         )
         if name in report
     ]
+    notes += [f"{row['name']}: {row['setting']}." for row in report["rows"] if "setting" in row]
     return _draw(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
 
 

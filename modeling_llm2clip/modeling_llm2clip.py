@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from .batching_llm2clip import plan_token_batches
 from .configuration_llm2clip import LLM2CLIPConfig
-from .packing_llm2clip import can_pack, keep_freed_memory, plan_packs, run_packed
+from .packing_llm2clip import can_pack, keep_freed_memory, plain_attention, plan_packs, run_packed
 from .pooling_llm2clip import build_pooling_mask, build_position_ids, check_token_rows, pool_tokens
 from .vision_llm2clip import choose_interpolation, find_width, has_class_token, pool_pictures
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
-CPU_TOKEN_BUDGET = 1024
+CPU_TOKEN_BUDGET = 2048
 _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
     "AutoProcessor": "processing_llm2clip.LLM2CLIPProcessor",
@@ -298,9 +299,10 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
     def _pool_batch(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: int) -> Tensor:
         position_ids = build_position_ids(attention_mask)
         inputs = {"position_ids": position_ids} if self._takes_position_ids else {}
-        hidden_states = self.text_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
-        ).last_hidden_state  # (B, L, D)
+        with nullcontext() if torch.compiler.is_compiling() else plain_attention():
+            hidden_states = self.text_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
+            ).last_hidden_state  # (B, L, D)
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
         return pool_tokens(
             hidden_states, mask.to(hidden_states.device), pooling=self.config.text_pooling
@@ -336,15 +338,11 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         if window is not None and longest > window:
             return False
         if self._can_pack is None:
-            self._can_pack = can_pack(
-                self.text_model, device, is_causal=not self.config.bidirectional
-            )
+            self._can_pack = can_pack(self.text_model, device)
         return self._can_pack
 
     def _pool_pack(self, texts: list[Tensor], num_unpooled: int) -> Tensor:
-        hidden_states = run_packed(
-            self.text_model, texts, is_causal=not self.config.bidirectional
-        )  # (sum of lengths, D)
+        hidden_states = run_packed(self.text_model, texts)  # (sum of lengths, D)
         of_texts = hidden_states.split([len(text) for text in texts])
         if self.config.text_pooling == "mean":
             return torch.stack([states[num_unpooled:].float().mean(dim=0) for states in of_texts])

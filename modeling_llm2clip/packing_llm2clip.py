@@ -23,7 +23,8 @@ _NAME = "llm2clip_packed"
 # Two ways to the same numbers, which differ by the order of sums; a mask forgotten differs by more
 # than a tenth.
 _MOST_DIFFERENCE = 1e-3
-# The implementation is a setting of the shared configuration, so one thread at a time.
+# The implementation is a setting of the shared configuration, so one pass at a time, of any kind:
+# a plain pass that met the packed setting midway would attend without its mask.
 _switch = threading.RLock()
 
 
@@ -53,8 +54,8 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     return packs
 
 
-def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor], *, is_causal: bool) -> Tensor:
-    """Run one row of texts through the LLM.
+def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
+    """Run one row of texts through the LLM, in the direction that its configuration states.
 
     Args:
         texts: token ids of each text, (L_i,) int64, equal lengths together.
@@ -62,6 +63,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor], *, is_causa
     Raises: ValueError when the attention of this family asks for more than packing offers.
     """
     lengths = [len(text) for text in texts]
+    is_causal = getattr(text_model.config, "is_causal", True)  # as transformers' masks read it
     position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
     with _packed_attention(text_model):
         output = text_model(
@@ -74,7 +76,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor], *, is_causa
 
 
 @torch.no_grad()  # FSDP keeps what it gathers here, for passes with gradients
-def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bool) -> bool:
+def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """Compare three short texts in one row with each of them alone.
 
     Args:
@@ -87,8 +89,8 @@ def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bo
     was_training = text_model.training
     text_model.eval()  # dropout would make any two passes differ
     try:
-        with torch.autocast(device.type, enabled=False):
-            packed = run_packed(text_model, texts, is_causal=is_causal)
+        with torch.autocast(device.type, enabled=False), plain_attention():
+            packed = run_packed(text_model, texts)
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
                 for text in texts
@@ -102,6 +104,8 @@ def can_pack(text_model: PreTrainedModel, device: torch.device, *, is_causal: bo
     return bool(difference < _MOST_DIFFERENCE)
 
 
+# A compiled layer would be compiled anew for every other set of lengths.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_packed(
     module: nn.Module,
     query: Tensor,
@@ -174,6 +178,13 @@ def _group(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
         else:
             groups.append((1, length))
     return tuple(groups)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep the packed passes of other threads off the LLM for one plain pass."""
+    with _switch:
+        yield
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_llm, tiny_model
 
+from modeling_llm2clip.modeling_llm2clip import set_attention_direction
 from modeling_llm2clip.packing_llm2clip import (
     PackedTexts,
     attend_packed,
@@ -50,26 +53,52 @@ def test_the_last_token_is_pooled_the_same_way_packed_and_padded():
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)  # order of sums in float32
 
 
+def test_a_direction_that_is_set_later_holds_packed_and_padded():
+    model, processor = tiny_model(bidirectional=True)
+    inputs = processor(text=TEXTS)
+    bidirectional = model.get_caption_embeds(**inputs).detach()
+    set_attention_direction(model.text_model, bidirectional=False)
+    padded = model.get_caption_embeds(**inputs).detach()
+    with torch.inference_mode():
+        packed = model.get_caption_embeds(**inputs)
+    torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)  # order of sums in float32
+    assert (packed - bidirectional).abs().max() > 0.01
+
+
+def test_threads_of_packed_and_plain_passes_disturb_each_other_nowhere():
+    model, processor = tiny_model()
+    inputs = processor(text=TEXTS)
+    wanted = model.get_caption_embeds(**inputs).detach()
+
+    def encode(number):
+        with torch.set_grad_enabled(number % 2 == 0):
+            return model.get_caption_embeds(**inputs).detach()
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(encode, range(40)):
+            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)  # order of sums
+
+
 def test_a_family_whose_attention_does_more_is_run_with_padding():
     # Gemma 2 caps its attention scores, which plain scaled dot products do not.
-    assert not can_pack(tiny_llm("gemma2"), CPU, is_causal=False)
+    assert not can_pack(tiny_llm("gemma2"), CPU)
 
 
 def test_the_check_leaves_nothing_that_no_gradient_can_pass():
     # FSDP gathers a layer's weights when it first runs, and keeps their storage.
     text_model, kept = tiny_llm("llama"), []
     text_model.layers[0].register_forward_hook(lambda _, __, out: kept.append(out))
-    assert can_pack(text_model, CPU, is_causal=True)
+    assert can_pack(text_model, CPU)
     assert kept and not any(out.is_inference() or out.requires_grad for out in kept)
 
 
 def test_the_attention_implementation_is_what_it_was_after_a_pack_and_after_an_error():
     text_model = tiny_llm("llama")
     before = text_model.config._attn_implementation
-    run_packed(text_model, [torch.tensor([1, 2, 3])], is_causal=False)
+    run_packed(text_model, [torch.tensor([1, 2, 3])])
     assert text_model.config._attn_implementation == before
     with pytest.raises(IndexError):
-        run_packed(text_model, [torch.tensor([10**6])], is_causal=False)
+        run_packed(text_model, [torch.tensor([10**6])])
     assert text_model.config._attn_implementation == before
 
 

@@ -5,40 +5,105 @@ from __future__ import annotations
 import pytest
 import torch
 from shared_models import CAPTIONS, shared_model
+from tiny import LLM_FAMILIES
 
 from modeling_llm2clip.encoding.captions import encode_captions
-from modeling_llm2clip.encoding.precision import (
+from modeling_llm2clip.encoding.precision import LowerPrecision, lowered_precision
+from modeling_llm2clip.encoding.precision_probe import (
     PrecisionTrial,
+    choose_precision,
     pick_probe_captions,
     probe_precisions,
 )
 
+BFLOAT16 = LowerPrecision(torch.bfloat16)
 
-def test_the_default_is_the_models_own_precision():
+
+def test_the_default_is_the_models_own_precision() -> None:
     model, processor = shared_model()
     own = encode_captions(model, processor, CAPTIONS).caption_embeds
-    lowered = encode_captions(model, processor, CAPTIONS, precision=torch.bfloat16).caption_embeds
+    lowered = encode_captions(model, processor, CAPTIONS, precision=BFLOAT16).caption_embeds
     assert torch.equal(own, encode_captions(model, processor, CAPTIONS).caption_embeds)
     assert not torch.equal(own, lowered)
     assert own.dtype == lowered.dtype == torch.float32
 
 
-def test_the_probe_measures_every_candidate_on_the_model_itself():
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_only_the_later_layers_compute_in_it(llm: str, first_layer: int) -> None:
+    model, processor = shared_model("clip", llm)
+    found = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: found.update({name: output}))
+        for name, module in model.text_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    encode_captions(
+        model, processor, CAPTIONS, precision=LowerPrecision(torch.bfloat16, first_layer)
+    )
+    for hook in hooks:
+        hook.remove()
+    dtypes = {int(name.split("layers.")[1].split(".")[0]): found[name].dtype for name in found}
+    assert dtypes == {
+        layer: torch.bfloat16 if layer >= first_layer else torch.float32 for layer in range(2)
+    }
+
+
+def test_the_model_is_as_before_afterwards_even_after_an_error() -> None:
+    model, processor = shared_model()
+    own = encode_captions(model, processor, CAPTIONS).caption_embeds
+    with pytest.raises(KeyError), lowered_precision(model, BFLOAT16):
+        raise KeyError
+    assert torch.equal(own, encode_captions(model, processor, CAPTIONS).caption_embeds)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_precision_that_would_change_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32 is no lower precision: give bfloat16"):
+        LowerPrecision(torch.float32)
+    with pytest.raises(ValueError, match="counts from 0"):
+        LowerPrecision(torch.bfloat16, -1)
+    with pytest.raises(ValueError, match="first_layer=2, and the LLM has 2 layers"):
+        encode_captions(
+            *shared_model(), CAPTIONS, precision=LowerPrecision(torch.bfloat16, first_layer=2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("bar", "first_layer"), [(0.5, 0), (0.99999, 1)], ids=["loose: all", "tight: the last alone"]
+)
+def test_the_probe_lowers_as_many_layers_as_stay_true(
+    bar: float, first_layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_llm2clip.encoding.precision_probe.LEAST_COSINE_OF_PROBE", bar)
+    monkeypatch.setattr("modeling_llm2clip.encoding.precision_probe.LEAST_SPEEDUP", 0)
     trials = probe_precisions(*shared_model(), CAPTIONS)
-    assert [trial.dtype for trial in trials] == [torch.bfloat16, torch.float16]
+    assert [trial.precision.dtype for trial in trials] == [torch.bfloat16, torch.float16]
+    assert trials[0].precision.first_layer == first_layer
     # bfloat16 keeps 8 bits: vectors move, but not out of recognition, in two layers.
     assert all(trial.speedup > 0 and 0.9 < trial.min_cosine < 1 for trial in trials)
 
 
+def test_what_is_chosen_stays_within_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_llm2clip.encoding.precision_probe.LEAST_SPEEDUP", 0)
+    monkeypatch.setattr("modeling_llm2clip.encoding.precision_probe.LEAST_COSINE_OF_PROBE", 0.99)
+    model, processor = shared_model()
+    chosen = choose_precision(model, processor, CAPTIONS)
+    assert chosen is not None
+    own = encode_captions(model, processor, CAPTIONS).caption_embeds.double()
+    found = encode_captions(model, processor, CAPTIONS, precision=chosen).caption_embeds.double()
+    assert torch.cosine_similarity(own, found).min() >= 0.99
+
+
 @pytest.mark.parametrize(
     ("speedup", "min_cosine", "pays"),
-    [(2.0, 0.9995, True), (1.05, 1.0, False), (3.0, 0.99, False), (3.0, float("nan"), False)],
+    [(2.0, 0.9999, True), (1.05, 1.0, False), (3.0, 0.9995, False), (3.0, float("nan"), False)],
 )
-def test_only_faster_and_true_pays(speedup, min_cosine, pays):
-    assert PrecisionTrial(torch.bfloat16, speedup, min_cosine).pays is pays
+def test_only_faster_and_true_pays(speedup: float, min_cosine: float, pays: bool) -> None:
+    assert PrecisionTrial(BFLOAT16, speedup, min_cosine).pays is pays
 
 
-def test_probe_captions_span_all_lengths():
+def test_probe_captions_span_all_lengths() -> None:
     captions = ["x" * n for n in range(1, 101)] * 2
     picked = pick_probe_captions(captions, count=5)
     assert [len(caption) for caption in picked] == [1, 26, 51, 75, 100]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..batching_llm2clip import plan_token_batches
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
+from .precision import LowerPrecision, lowered_precision
 
 # The model itself cuts a batch into smaller pieces on a processor.
 TOKEN_BUDGETS = {"cpu": 4096}
@@ -42,7 +43,7 @@ def encode_captions(
     captions: Sequence[str],
     *,
     token_budget: int | None = None,
-    precision: torch.dtype | None = None,
+    precision: LowerPrecision | None = None,
     show_progress: bool = False,
 ) -> EncodedCaptions:
     """Compute the caption vectors that `project_caption_embeds` takes.
@@ -50,8 +51,8 @@ def encode_captions(
     Args:
         captions: any number of non-blank texts.
         token_budget: most tokens in a batch, padding included; default by device.
-        precision: run the LLM's products in this dtype (autocast); None for the dtype of its
-            weights. `precision.choose_precision` finds one that is faster and true, if any is.
+        precision: run the LLM's later layers in it; None for the dtype of the weights.
+            `precision_probe.choose_precision` finds one that is faster and true, if any is.
     Raises: ValueError naming every blank or non-text caption.
     """
     check_texts(list(captions))
@@ -95,7 +96,7 @@ def encode_token_ids(
     ids: Sequence[Sequence[int]],
     *,
     token_budget: int | None = None,
-    precision: torch.dtype | None = None,
+    precision: LowerPrecision | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, int]:
     """Compute the vectors of tokenized captions, longest first.
@@ -112,7 +113,7 @@ def encode_token_ids(
     for rows in plan_token_batches([len(row) for row in ids], token_budget=budget):
         input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
         num_tokens += input_ids.numel()
-        with torch.autocast(model.device.type, dtype=precision, enabled=precision is not None):
+        with lowered_precision(model, precision):
             embeds = model.get_caption_embeds(
                 input_ids.to(model.device), attention_mask.to(model.device)
             )

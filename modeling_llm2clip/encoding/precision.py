@@ -1,94 +1,68 @@
-"""Finds out, on the model at hand, whether a lower precision is both faster and true."""
+"""Runs an LLM's later layers in a lower precision, its early ones in their own.
+
+A few early layers decide which token takes the massive activations that later layers rest on
+(Sun et al., 2024, arXiv 2402.17762). A small error there can hand them to another token, and the
+caption's vector is another one. After that decision the same error is only noise.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from ..processing_llm2clip import LLM2CLIPProcessor
-from .captions import encode_captions
-
-CANDIDATES = (torch.bfloat16, torch.float16)
-LEAST_COSINE = 0.999
-LEAST_SPEEDUP = 1.1
-_ROUNDS = 3
+from .layers import Forward, find_layers, wrapped_forwards
 
 
 @dataclass(frozen=True)
-class PrecisionTrial:
-    """What one dtype did, by autocast, to the vectors of a sample of captions.
+class LowerPrecision:
+    """Autocast of an LLM's layers, from one of them on.
 
     Attributes:
-        speedup: times as fast as the model's own precision, median of three rounds.
-        min_cosine: of the caption that suffered most; NaN when a vector is not finite.
+        dtype: what products are computed in; weights and the residual stream stay what they are.
+        first_layer: the first layer that it concerns; 0 for the whole LLM.
     """
 
     dtype: torch.dtype
-    speedup: float
-    min_cosine: float
+    first_layer: int = 0
 
-    @property
-    def pays(self) -> bool:
-        """Faster by a tenth at least, and no caption below a cosine of 0.999."""
-        return self.speedup >= LEAST_SPEEDUP and self.min_cosine >= LEAST_COSINE
+    def __post_init__(self) -> None:
+        """Refuse what autocast would ignore or count from the end."""
+        if not self.dtype.is_floating_point or self.dtype.itemsize != 2:
+            raise ValueError(f"dtype={self.dtype} is no lower precision: give bfloat16 or float16.")
+        if self.first_layer < 0:
+            raise ValueError(f"first_layer={self.first_layer} counts from 0, the lowest layer.")
 
 
-def probe_precisions(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    captions: Sequence[str],
-) -> list[PrecisionTrial]:
-    """Try every candidate on some captions, in turns with the model's own precision.
+@contextmanager
+def lowered_precision(
+    model: LLM2CLIPModel | LLM2CLIPTextModel, precision: LowerPrecision | None
+) -> Iterator[None]:
+    """Encode in a lower precision inside; None changes nothing.
 
-    Args:
-        captions: a few dozen like those to be encoded, the longest among them: massive
-            activations, which lower precision breaks, show in some captions and not in others.
+    Raises: ValueError when the LLM has no such layer.
     """
-    reference, own_time = _encode_timed(model, processor, captions, None)
-    trials = []
-    for dtype in CANDIDATES:
-        vectors, seconds = _encode_timed(model, processor, captions, dtype)
-        cosines = F.cosine_similarity(vectors.double(), reference.double())
-        trials.append(PrecisionTrial(dtype, own_time / seconds, float(cosines.min())))
-    return trials
+    if precision is None:
+        yield
+        return
+    layers = list(find_layers(model.text_model)[1].children())
+    if precision.first_layer >= len(layers):
+        raise ValueError(
+            f"first_layer={precision.first_layer}, and the LLM has {len(layers)} layers, counted "
+            "from 0. Pass precision=None to keep all of them as they are."
+        )
+    device_type, dtype = model.device.type, precision.dtype
 
+    def autocast(forward: Forward) -> Forward:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            with torch.autocast(device_type, dtype=dtype):
+                return forward(*arguments, **settings)
 
-def choose_precision(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    captions: Sequence[str],
-) -> torch.dtype | None:
-    """Return the fastest precision that pays, or None to stay with the model's own."""
-    paying = [t for t in probe_precisions(model, processor, captions) if t.pays]
-    return max(paying, key=lambda trial: trial.speedup).dtype if paying else None
+        return run
 
-
-def pick_probe_captions(captions: Sequence[str], *, count: int = 32) -> list[str]:
-    """Pick captions of every length, the shortest and the longest among them."""
-    ordered = sorted(set(captions), key=len)
-    if len(ordered) <= count:
-        return ordered
-    return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
-
-
-def _encode_timed(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    captions: Sequence[str],
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, float]:
-    encode_captions(model, processor, captions[:2], precision=dtype)  # warms up
-    seconds = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        # The vectors come back to the CPU, so the work is done when this returns.
-        vectors = encode_captions(model, processor, captions, precision=dtype).caption_embeds
-        seconds.append(time.perf_counter() - started)
-    return vectors, statistics.median(seconds)
+    with wrapped_forwards(layers[precision.first_layer :], autocast):
+        yield

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...encoding.layers import find_layers
 from ..checkpoints import find_trained
 from .arguments import AlignArguments
 from .model import AlignmentModel
 
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
-_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 
 
 def choose_trained_parts(model: AlignmentModel, arguments: AlignArguments) -> dict[str, Any]:
@@ -82,26 +82,6 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
             "Choose vision_training 'frozen' or 'full'."
         )
     return names
-
-
-def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find the list of a tower's layers: its name, and the list.
-
-    Raises: ValueError where there is none.
-    """
-    found = [
-        (name, module)
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and name.split(".")[-1] in _LAYER_LISTS
-        and len(module) > 1
-    ]
-    if not found:
-        raise ValueError(
-            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
-            "its layers cannot learn at different rates. Set layer_decay to 1."
-        )
-    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:

@@ -1,0 +1,54 @@
+"""Finds the layers of a tower, and runs them in other surroundings for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
+
+
+def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
+    """Find the list of a tower's layers: its name, and the list.
+
+    Raises: ValueError where there is none.
+    """
+    found = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and name.split(".")[-1] in _LAYER_LISTS
+        and len(module) > 1
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
+            "its layers cannot be treated one by one. Set layer_decay to 1, and encode in the "
+            "model's own precision, uncompiled."
+        )
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+@contextmanager
+def wrapped_forwards(
+    layers: Iterable[nn.Module], wrap: Callable[[Forward], Forward]
+) -> Iterator[None]:
+    """Replace each layer's forward by a wrapped one, and put it back at the end.
+
+    Wrapping the forward, not hooking the module, keeps the surroundings out of what is compiled.
+    """
+    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer.forward = wrap(layer.forward)
+        yield
+    finally:
+        for layer, own in before:
+            if own is None:
+                layer.__dict__.pop("forward", None)  # the class's own shows again
+            else:
+                layer.forward = own

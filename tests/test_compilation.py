@@ -1,0 +1,61 @@
+"""Compiled layers give the vectors of plain ones, and are compiled once for all lengths."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from shared_models import ROUNDING, shared_model
+from tiny import LLM_FAMILIES
+from torch._dynamo.utils import counters
+
+from modeling_llm2clip.encoding.captions import encode_captions
+from modeling_llm2clip.encoding.compilation import compiled_layers
+from modeling_llm2clip.encoding.precision import LowerPrecision
+
+_CAPTIONS = ["a dog " * count for count in (1, 2, 2, 3, 5, 8)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "llm",
+    [llm if llm == "llama" else pytest.param(llm, marks=pytest.mark.slow) for llm in LLM_FAMILIES],
+)
+def test_compiled_equals_plain(llm: str) -> None:
+    model, processor = shared_model("clip", llm)
+    wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    with compiled_layers(model, backend="aot_eager"):
+        found = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_other_lengths_compile_nothing_anew() -> None:
+    model, processor = shared_model()
+    with compiled_layers(model, backend="aot_eager"):
+        encode_captions(model, processor, _CAPTIONS[:4])
+        before = counters["stats"]["unique_graphs"]
+        assert before > 0
+        for some in (_CAPTIONS[1:], _CAPTIONS[4:], [c + "and a cat" for c in _CAPTIONS]):
+            encode_captions(model, processor, some)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a processor need a compiler")
+def test_kernels_equal_plain_in_a_lower_precision_too() -> None:
+    model, processor = shared_model()
+    precision = LowerPrecision(torch.bfloat16, first_layer=1)
+    plain = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    lowered = encode_captions(model, processor, _CAPTIONS, precision=precision).caption_embeds
+    with compiled_layers(model):
+        found = encode_captions(model, processor, _CAPTIONS).caption_embeds
+        both = encode_captions(model, processor, _CAPTIONS, precision=precision).caption_embeds
+    torch.testing.assert_close(found, plain, rtol=ROUNDING, atol=ROUNDING)
+    # Kernels skip roundings between operations, so they lie nearer to float32 than plain bfloat16.
+    assert (both - plain).norm() < 2 * (lowered - plain).norm()
