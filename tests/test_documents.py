@@ -199,7 +199,7 @@ def test_the_readmes_snippets_run(tmp_path: Path) -> None:
     save_tiny_vision(tmp_path / VISION_ID)
     save_tiny_llm(tmp_path / LLM_ID)
     snippets = find_blocks(README, "python")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     titled = [(f"README.md, snippet {number}", code) for number, code in enumerate(snippets, 1)]
     done = subprocess.run(
         [sys.executable, "-c", RUN_SNIPPETS], cwd=tmp_path, input=json.dumps(titled),
@@ -230,8 +230,19 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     }  # fmt: skip
     other = {**report, "seed": 1, "unseen_text_to_image_r1": 0.75}
     (tmp_path / "demo.json").write_text(json.dumps([report, other]), encoding="utf-8")
-    row = {"name": "plain", "captions_per_second": 10.0, "peak_rss_gb": 1.0, "min_cosine": 1.0}
-    other_row = {"name": "other", "captions_per_second": 5.0, "peak_rss_gb": 1.0}
+    row = {
+        "name": "plain",
+        "captions_per_second": 10.0,
+        "share_of_peak": 0.5,
+        "peak_rss_gb": 1.0,
+        "min_cosine": 1.0,
+    }
+    other_row = {
+        "name": "other",
+        "captions_per_second": 5.0,
+        "share_of_peak": 0.25,
+        "peak_rss_gb": 1.0,
+    }
     speed = json.dumps({"rows": [row, other_row], "hardware": "two threads"})
     (tmp_path / "encoding_speed.json").write_text(speed, encoding="utf-8")
     tables = "".join(
@@ -240,7 +251,7 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     rendered = render_document(tables, tmp_path)
     assert "| 0 | 25.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
     assert "| mean | 50.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
-    assert "| plain | 10.0 | 1.00 | 1.0000 |\n| other | 5.0 | 1.00 |  |\n" in rendered
+    assert "| plain | 10.0 | 50% | 1.00 | 1.0000 |\n| other | 5.0 | 25% | 1.00 |  |\n" in rendered
     assert "Machine: two threads." in rendered
     assert NOT_RECORDED not in rendered
     assert render_document(rendered, tmp_path) == rendered
