@@ -122,6 +122,16 @@ def test_batch_sizes_and_order_of_tasks_move_no_score(
     assert found[0] == found[1] == found[2]
 
 
+def test_a_result_says_how_many_vectors_its_seconds_were_spent_on(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    found = evaluate(arguments(tmp_path, data, models("clip"), tasks=("cra", "retrieval")))
+    assert [result.run["encoded"] for result in found] == [
+        {"texts": 16, "pictures": 0},
+        {"texts": 0, "pictures": 8},
+    ]
+
+
 def test_a_finished_task_is_not_computed_again(
     models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

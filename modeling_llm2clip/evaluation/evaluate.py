@@ -98,10 +98,14 @@ def _find_all_finished(
     return found
 
 
-def _run(encoder: Encoder, model: str, job: Job, protocol: dict[str, Any], output: Path) -> Result:
+def _run(
+    encoder: RememberingEncoder, model: str, job: Job, protocol: dict[str, Any], output: Path
+) -> Result:
+    before = dict(encoder.encoded)
     started = time.monotonic()
     found = job.task.run(encoder, job.sets)
     seconds = time.monotonic() - started
+    encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
     file = result_file(output, model=model, set_name=job.set_name, task=job.task.name)
     description = encoder.describe()
     result = Result(
@@ -112,7 +116,7 @@ def _run(encoder: Encoder, model: str, job: Job, protocol: dict[str, Any], outpu
         protocol=protocol,
         counts=dict(found.counts),
         fingerprint=description.fingerprint,
-        run={**description.run, "model": description.source},
+        run={**description.run, "model": description.source, "encoded": encoded},
         versions=list_versions(),
         seconds=round(seconds, 2),
     )

@@ -44,8 +44,10 @@ class Result:
             tokens, resolution, preprocessing, dtype) and of the `task`.
         counts: what there was, and how many texts were cut.
         fingerprint: which model.
-        run: device, batch size, where model and data lay: moves no score.
-        versions, seconds: of the packages; for each part of the work.
+        run: moves no score: device, batch size, where the model lay, and how many texts and
+            pictures were `encoded`; vectors of an earlier task are not made again.
+        versions: of the packages.
+        seconds: of what was done: `encoded` vectors and their scores.
     """
 
     model: str
