@@ -21,6 +21,7 @@ from ..metrics.ranking import TIE_RULE, Ranking, rank_both_ways
 from ..metrics.scores import hits_at
 from ..sets.schema import EvaluationSet, RetrievalSet
 from .clip_tokens import CLIP_TEXT_TOKENS, count_clip_tokens, share_beyond_clip
+from .retrieval import chance_of
 from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
 
 # Upper ends of the buckets, in CLIP's tokens; the third is what a 77-token encoder sees.
@@ -111,7 +112,7 @@ def score_lengths(
     return {
         "all": _score_bucket(hits, tokens, is_cut, everything),
         "buckets": buckets,
-        "chance": float((ranking.num_positives / ranking.num_candidates).mean()),
+        "chance": chance_of(ranking),
     }
 
 
