@@ -132,6 +132,21 @@ def test_a_result_says_how_many_vectors_its_seconds_were_spent_on(
     ]
 
 
+def test_a_result_says_whether_a_caption_looked_for_a_picture_or_for_its_half(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path / "with", data, models("clip"), tasks=("length",))
+    (shown,) = evaluate(chosen)
+    (alone,) = evaluate(replace(chosen, output=tmp_path / "without", captions_only=True))
+    asked = [result.protocol["task"] for result in (shown, alone)]
+    assert [task["candidates"] for task in asked] == [
+        "all pictures",
+        "second halves of the same captions",
+    ]
+    assert asked[0]["queries"] == "every caption" and "first half" in asked[1]["queries"]
+    assert [r.protocol["data"]["with_pictures"] for r in (shown, alone)] == [True, False]
+
+
 def test_a_finished_task_is_not_computed_again(
     models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

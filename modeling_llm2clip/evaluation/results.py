@@ -78,7 +78,7 @@ def build_protocol(
     protocol = {
         "data": data,
         "model": {name: described[name] for name in ("kind", "text", "pictures", "dtype")},
-        "task": dict(task.protocol),
+        "task": {**task.protocol, **task.protocol_of(tuple(sets))},
     }
     # As it will be read again: tuples are lists then.
     return json.loads(json.dumps(protocol, ensure_ascii=False))  # type: ignore[no-any-return]

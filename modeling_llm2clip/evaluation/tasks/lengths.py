@@ -55,6 +55,18 @@ def run_lengths(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores
     return TaskScores(score_lengths(ranking, lengths, _cut_queries(texts, len(queries))), counts)
 
 
+def _say_what_is_asked(sets: tuple[EvaluationSet, ...]) -> dict[str, str]:
+    (data,) = sets
+    assert isinstance(data, RetrievalSet)
+    if data.pictures:
+        return {"queries": "every caption", "candidates": "all pictures"}
+    return {
+        "queries": "first half of every caption that can be cut",
+        "candidates": "second halves of the same captions",
+        "cut": "at the end of a sentence, else of a word, that is nearest to the middle",
+    }
+
+
 def _check_lengths(sets: tuple[EvaluationSet, ...]) -> None:
     (data,) = sets
     assert isinstance(data, RetrievalSet)
@@ -142,7 +154,7 @@ def _cut_queries(texts: EncodedTexts, number: int) -> Tensor | None:
 
 LENGTHS = Task(
     name="length",
-    title="text to picture R@1 against the length of the text; without pictures, half to half",
+    title="R@1 against the length of the text",
     kinds=("retrieval", "captions"),
     needs_pictures=None,
     languages=False,
@@ -152,7 +164,6 @@ LENGTHS = Task(
         "length": "tokens of CLIP's vocabulary without begin and end",
         "buckets": list(EDGES),
         "beyond_clip": f"behind the {CLIP_TEXT_TOKENS}th token of a query",
-        "without_pictures": "first half of a caption looks for its second among all second halves",
         "interval": INTERVAL_PROTOCOL.replace("pictures", "queries"),
     },
     headline={
@@ -162,4 +173,5 @@ LENGTHS = Task(
     },
     run=run_lengths,
     check=_check_lengths,
+    protocol_of=_say_what_is_asked,
 )
