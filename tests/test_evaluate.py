@@ -32,6 +32,7 @@ from modeling_llm2clip.evaluation.results import (
     hash_set,
     read_result,
     read_results,
+    write_result,
 )
 from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
 from modeling_llm2clip.evaluation.tables import render_results
@@ -248,11 +249,67 @@ def test_a_moved_folder_is_the_same_run(models: Any, tmp_path: Path) -> None:
     assert evaluate(moved) == first
 
 
+@pytest.mark.usefixtures("_refuse_models")
+def test_one_name_is_one_model_whatever_its_tasks(
+    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    evaluate(arguments(tmp_path, data, models("clip"), tasks=("cra",)))
+    monkeypatch.setattr(evaluation, "_run", no_model)
+    other = ModelChoice(models("siglip"), name="clip")
+    message = r"folder\.cra\.json is of another model: .*fingerprint\.weights was .* and is "
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(tmp_path, data, models("clip"), models=(other,), tasks=("length",)))
+
+
+def test_a_result_of_another_version_of_the_package_is_another_run(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    (result,) = evaluate(chosen)
+    file = tmp_path / "clip" / "folder.cra.json"
+    older = {**result.versions, "modeling_llm2clip": "0.0.1"}
+    write_result(file, replace(result, versions=older))
+    with pytest.raises(ValueError, match=r"versions\.modeling_llm2clip was '0\.0\.1' and is"):
+        evaluate(chosen)
+
+
+def test_a_result_of_another_version_of_a_package_that_is_called_is_warned_of(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    (result,) = evaluate(chosen)
+    older = replace(result, versions={**result.versions, "transformers": "4.0"})
+    write_result(tmp_path / "clip" / "folder.cra.json", older)
+    with pytest.warns(UserWarning, match=r"folder\.cra\.json .*transformers was '4\.0' and is"):
+        assert evaluate(chosen) == [older]
+
+
+def test_a_result_with_another_score_than_was_written_is_refused(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    evaluate(chosen)
+    file = tmp_path / "clip" / "folder.cra.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["scores"]["cra"]["value"] = 0.99
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"folder\.cra\.json was changed after it was written"):
+        evaluate(chosen)
+
+
+def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text('{"format_version": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"format_version 1, this code reads 2.*another folder"):
+        read_result(file)
+
+
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"result\.json is damaged"):
-        find_finished(file, protocol={}, fingerprint={})
+        find_finished(file, protocol={})
     file.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"no result of an evaluation"):
         read_result(file)

@@ -22,6 +22,7 @@ from .results import (
     build_protocol,
     find_finished,
     list_versions,
+    require_one_model,
     result_file,
     write_result,
 )
@@ -85,12 +86,12 @@ def _find_all_finished(
 ) -> dict[tuple[str, str, str], Result | None]:
     found: dict[tuple[str, str, str], Result | None] = {}
     faults = []
+    for name, description in descriptions.items():
+        require_one_model(output / name, fingerprint=description.fingerprint)
     for (model, task, set_name), protocol in protocols.items():
         file = result_file(output, model=model, set_name=set_name, task=task)
         try:
-            found[model, task, set_name] = find_finished(
-                file, protocol=protocol, fingerprint=descriptions[model].fingerprint
-            )
+            found[model, task, set_name] = find_finished(file, protocol=protocol)
         except ValueError as error:
             faults.append(str(error))
     if faults:
