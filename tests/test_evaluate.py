@@ -13,8 +13,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from evaluating import TASKS, arguments, read_table, write_data
 from PIL import Image
-from tiny_encoders import TEXTS, save_named_vectors, save_tiny_encoder, save_tiny_pictures
+from tiny_encoders import save_named_vectors, save_tiny_encoder, save_tiny_pictures
 
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.commands.evaluate import _build_arguments
@@ -37,8 +38,6 @@ from modeling_llm2clip.evaluation.results import (
 from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
 from modeling_llm2clip.evaluation.tables import render_results
 
-TASKS = ("retrieval", "cra", "length")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -51,27 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Eight pictures with two captions each, in English and, as far as this goes, in German."""
     folder = tmp_path_factory.mktemp("data")
     return str(write_data(folder))
-
-
-def write_data(folder: Path) -> Path:
-    lines = [
-        {"image": path.name, "captions": [f"{text} {lang}", f"again {text}"], "lang": lang}
-        for lang in ("en", "de")
-        for path, text in zip(save_tiny_pictures(folder, len(TEXTS)), TEXTS, strict=True)
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return folder
-
-
-def arguments(output: Path, data: str, *sources: str, **changes: Any) -> EvaluationArguments:
-    chosen = EvaluationArguments(
-        models=tuple(map(ModelChoice, sources)),
-        data=(DataChoice("folder", data),),
-        tasks=TASKS,
-        languages=("en",),
-        output=output,
-    )
-    return replace(chosen, **changes)
 
 
 def no_model(*_: object) -> Any:
@@ -346,8 +324,8 @@ def test_faults_are_left_out_and_counted_where_that_is_asked_for(
     (result,) = evaluate(chosen)
     assert result.counts["pictures"] == 7
     assert sum(result.protocol["data"]["excluded"].values()) == 1
-    table = render_results([result], style="markdown")
-    assert table.rstrip().splitlines()[-1].endswith("| float32 | 1 |")
+    (row,) = read_table(render_results([result], style="markdown"), "the data")
+    assert (row["samples"], row["excluded"]) == ("7 pictures, 14 captions", "1")
 
 
 def break_data(folder: Path, fault: str) -> Path:
@@ -561,5 +539,8 @@ def test_classification_saves_its_confusion(models: Any, tmp_path: Path) -> None
     assert result.counts == {"pictures": 6, "classes": 2, "texts": 4, "texts_cut": 0}
     assert set(result.scores["top_1_of_class"]) == {"Katze", "Hund"}
     Image.open(tmp_path / "out" / "clip" / "image-folder.classification.confusion.png").load()
+    assert result.protocol["data"]["templates"] == ["a photo of a {}", "{}"]
+    (row,) = read_table(render_results([result], style="markdown"), "what the scores hang on")
+    assert row["prompt"] == "2 templates, 'a photo of a {}' …"
     with pytest.raises(DataFaults, match=r"class name repeated: 2"):
         evaluate(replace(chosen, class_names=("Tier", "Tier")))

@@ -111,13 +111,6 @@ def hash_set(data: EvaluationSet) -> str:
     return digest.hexdigest()
 
 
-def list_digests(result: Result) -> tuple[str, ...]:
-    """Digests of the data of a result: one, or one a language, in the order of the languages."""
-    data = result.protocol["data"]
-    parts = data["languages"] if "languages" in data else {"": data}
-    return tuple(str(parts[lang]["digest"]) for lang in sorted(parts))
-
-
 def read_result(file: Path) -> Result:
     """Read one result.
 
