@@ -87,7 +87,10 @@ def _find_all_finished(
     found: dict[tuple[str, str, str], Result | None] = {}
     faults = []
     for name, description in descriptions.items():
-        require_one_model(output / name, fingerprint=description.fingerprint)
+        try:
+            require_one_model(output / name, fingerprint=description.fingerprint)
+        except ValueError as error:
+            faults.append(str(error))
     for (model, task, set_name), protocol in protocols.items():
         file = result_file(output, model=model, set_name=set_name, task=task)
         try:
