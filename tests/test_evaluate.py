@@ -13,8 +13,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from evaluating import TASKS, arguments, read_table, write_data
 from PIL import Image
-from tiny_encoders import TEXTS, save_named_vectors, save_tiny_encoder, save_tiny_pictures
+from tiny_encoders import save_named_vectors, save_tiny_encoder, save_tiny_pictures
 
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.commands.evaluate import _build_arguments
@@ -32,11 +33,10 @@ from modeling_llm2clip.evaluation.results import (
     hash_set,
     read_result,
     read_results,
+    write_result,
 )
 from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
 from modeling_llm2clip.evaluation.tables import render_results
-
-TASKS = ("retrieval", "cra", "length")
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Eight pictures with two captions each, in English and, as far as this goes, in German."""
     folder = tmp_path_factory.mktemp("data")
     return str(write_data(folder))
-
-
-def write_data(folder: Path) -> Path:
-    lines = [
-        {"image": path.name, "captions": [f"{text} {lang}", f"again {text}"], "lang": lang}
-        for lang in ("en", "de")
-        for path, text in zip(save_tiny_pictures(folder, len(TEXTS)), TEXTS, strict=True)
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return folder
-
-
-def arguments(output: Path, data: str, *sources: str, **changes: Any) -> EvaluationArguments:
-    chosen = EvaluationArguments(
-        models=tuple(map(ModelChoice, sources)),
-        data=(DataChoice("folder", data),),
-        tasks=TASKS,
-        languages=("en",),
-        output=output,
-    )
-    return replace(chosen, **changes)
 
 
 def no_model(*_: object) -> Any:
@@ -120,6 +99,31 @@ def test_batch_sizes_and_order_of_tasks_move_no_score(
         )  # fmt: skip
         found.append({(r.model, r.task): r.scores for r in results})
     assert found[0] == found[1] == found[2]
+
+
+def test_a_result_says_how_many_vectors_its_seconds_were_spent_on(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    found = evaluate(arguments(tmp_path, data, models("clip"), tasks=("cra", "retrieval")))
+    assert [result.run["encoded"] for result in found] == [
+        {"texts": 16, "pictures": 0},
+        {"texts": 0, "pictures": 8},
+    ]
+
+
+def test_a_result_says_whether_a_caption_looked_for_a_picture_or_for_its_half(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path / "with", data, models("clip"), tasks=("length",))
+    (shown,) = evaluate(chosen)
+    (alone,) = evaluate(replace(chosen, output=tmp_path / "without", captions_only=True))
+    asked = [result.protocol["task"] for result in (shown, alone)]
+    assert [task["candidates"] for task in asked] == [
+        "all pictures",
+        "second halves of the same captions",
+    ]
+    assert asked[0]["queries"] == "every caption" and "first half" in asked[1]["queries"]
+    assert [r.protocol["data"]["with_pictures"] for r in (shown, alone)] == [True, False]
 
 
 def test_a_finished_task_is_not_computed_again(
@@ -223,11 +227,67 @@ def test_a_moved_folder_is_the_same_run(models: Any, tmp_path: Path) -> None:
     assert evaluate(moved) == first
 
 
+@pytest.mark.usefixtures("_refuse_models")
+def test_one_name_is_one_model_whatever_its_tasks(
+    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    evaluate(arguments(tmp_path, data, models("clip"), tasks=("cra",)))
+    monkeypatch.setattr(evaluation, "_run", no_model)
+    other = ModelChoice(models("siglip"), name="clip")
+    message = r"folder\.cra\.json is of another model: .*fingerprint\.weights was .* and is "
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(tmp_path, data, models("clip"), models=(other,), tasks=("length",)))
+
+
+def test_a_result_of_another_version_of_the_package_is_another_run(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    (result,) = evaluate(chosen)
+    file = tmp_path / "clip" / "folder.cra.json"
+    older = {**result.versions, "modeling_llm2clip": "0.0.1"}
+    write_result(file, replace(result, versions=older))
+    with pytest.raises(ValueError, match=r"versions\.modeling_llm2clip was '0\.0\.1' and is"):
+        evaluate(chosen)
+
+
+def test_a_result_of_another_version_of_a_package_that_is_called_is_warned_of(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    (result,) = evaluate(chosen)
+    older = replace(result, versions={**result.versions, "transformers": "4.0"})
+    write_result(tmp_path / "clip" / "folder.cra.json", older)
+    with pytest.warns(UserWarning, match=r"folder\.cra\.json .*transformers was '4\.0' and is"):
+        assert evaluate(chosen) == [older]
+
+
+def test_a_result_with_another_score_than_was_written_is_refused(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    evaluate(chosen)
+    file = tmp_path / "clip" / "folder.cra.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["scores"]["cra"]["value"] = 0.99
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"folder\.cra\.json was changed after it was written"):
+        evaluate(chosen)
+
+
+def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text('{"format_version": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"format_version 1, this code reads 2.*another folder"):
+        read_result(file)
+
+
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"result\.json is damaged"):
-        find_finished(file, protocol={}, fingerprint={})
+        find_finished(file, protocol={})
     file.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"no result of an evaluation"):
         read_result(file)
@@ -264,8 +324,8 @@ def test_faults_are_left_out_and_counted_where_that_is_asked_for(
     (result,) = evaluate(chosen)
     assert result.counts["pictures"] == 7
     assert sum(result.protocol["data"]["excluded"].values()) == 1
-    table = render_results([result], style="markdown")
-    assert table.rstrip().splitlines()[-1].endswith("| float32 | 1 |")
+    (row,) = read_table(render_results([result], style="markdown"), "the data")
+    assert (row["samples"], row["excluded"]) == ("7 pictures, 14 captions", "1")
 
 
 def break_data(folder: Path, fault: str) -> Path:
@@ -479,5 +539,8 @@ def test_classification_saves_its_confusion(models: Any, tmp_path: Path) -> None
     assert result.counts == {"pictures": 6, "classes": 2, "texts": 4, "texts_cut": 0}
     assert set(result.scores["top_1_of_class"]) == {"Katze", "Hund"}
     Image.open(tmp_path / "out" / "clip" / "image-folder.classification.confusion.png").load()
+    assert result.protocol["data"]["templates"] == ["a photo of a {}", "{}"]
+    (row,) = read_table(render_results([result], style="markdown"), "what the scores hang on")
+    assert row["prompt"] == "2 templates, 'a photo of a {}' …"
     with pytest.raises(DataFaults, match=r"class name repeated: 2"):
         evaluate(replace(chosen, class_names=("Tier", "Tier")))

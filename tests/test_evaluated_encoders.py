@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny_encoders import MODEL_KINDS, TEXTS, save_tiny_encoder, save_tiny_pictures
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
@@ -293,6 +294,26 @@ def test_a_description_needs_no_weights_in_memory(
     assert json.loads(json.dumps(described)) == json.loads(json.dumps(described, allow_nan=False))
     assert len(described["fingerprint"]["weights"]) == 64
     assert {"resize", "crop", "interpolation", "mean", "std"} <= set(described["pictures"])
+
+
+@every_dual_kind
+def test_how_a_picture_is_opened_is_described_and_done(
+    kind: str, models: Any, tmp_path: Path
+) -> None:
+    encoder = open_encoder(models(kind))
+    described = encoder.describe().pictures or {}
+    assert described["orientation"] == "EXIF applied" and described["transparency"] == "on white"
+    upright = Image.new("RGBA", (40, 24), (0, 0, 0, 0))
+    upright.paste((200, 30, 30, 255), (0, 0, 20, 24))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side; to be turned right by a quarter
+    upright.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    wanted = Image.new("RGB", upright.size, "white")
+    wanted.paste(upright, mask=upright)
+    wanted.save(tmp_path / "upright.png")
+    paths = [tmp_path / "lying.png", tmp_path / "upright.png"]
+    lying, other = encoder.encode_pictures(paths, names=["lying.png", "upright.png"])
+    assert torch.equal(lying, other)
 
 
 def test_the_fingerprint_changes_with_one_weight(models: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_encoders import save_named_vectors, save_tiny_encoder, save_tiny_pictures
 from transformers import CLIPModel
 
@@ -25,7 +26,7 @@ from modeling_llm2clip.evaluation.sets.schema import (
     RetrievalSet,
 )
 from modeling_llm2clip.evaluation.tasks.choices import CHANCES, run_choices
-from modeling_llm2clip.evaluation.tasks.classification import run_classification
+from modeling_llm2clip.evaluation.tasks.classification import rank_classes, run_classification
 from modeling_llm2clip.evaluation.tasks.clip_tokens import count_clip_tokens, share_beyond_clip
 from modeling_llm2clip.evaluation.tasks.confusion import draw_confusion
 from modeling_llm2clip.evaluation.tasks.cra import run_cra
@@ -70,6 +71,17 @@ def test_directions_are_not_swapped(tmp_path: Path) -> None:
     assert found["text_to_image"]["hit_rate_at_1"] == 0.5
     assert found["image_to_text"]["hit_rate_at_1"] == 1.0
     assert found["text_to_image"]["chance_hit_rate_at_1"] == 0.5
+
+
+def test_chance_among_n_pictures_is_one_in_n_to_the_last_bit(tmp_path: Path) -> None:
+    names = [str(number) for number in range(3)]  # 1 / 3 has no end in binary
+    vectors = {name: torch.eye(3)[row].tolist() for row, name in enumerate(names)}
+    pictures = {f"p{name}": vector for name, vector in vectors.items()}
+    encoder = open_vectors(tmp_path, vectors, pictures)
+    data = retrieval_set(names, [0, 1, 2])
+    found = run_retrieval(encoder, (data,)).scores
+    assert found["text_to_image"]["chance_hit_rate_at_1"] == 1 / 3
+    assert run_lengths(encoder, (data,)).scores["chance"] == 1 / 3
 
 
 def test_several_captions_of_a_picture_are_one_hit_and_half_a_recall(tmp_path: Path) -> None:
@@ -160,7 +172,19 @@ def test_classes_that_tie_are_a_wrong_answer(tmp_path: Path) -> None:
     texts = {"A": EAST, "B": EAST, "C": NORTH}
     data = classification_set([0, 2], ["A", "B", "C"])
     encoder = open_vectors(tmp_path, texts, {"p0": EAST, "p1": NORTH})
-    assert run_classification(encoder, (data,)).scores["top_1"]["value"] == 0.5
+    found = run_classification(encoder, (data,)).scores
+    assert found["top_1"]["value"] == 0.5
+    assert found["most_confused"] == [{"class": "A", "taken_for": "B", "count": 1}]
+
+
+def test_the_diagonal_of_the_confusion_is_what_top_1_counts() -> None:
+    # Pictures of class 0: nearest to it, in a tie with class 1, nearest to class 2.
+    classes = F.normalize(torch.tensor([[1.0, 0, 0], [1, 0, 0.5], [0, 1, 0]]), dim=-1)
+    images = F.normalize(torch.tensor([[1.0, 0, -1], [0, 0, 0], [0, 1, 0]]), dim=-1)
+    labels = torch.zeros(3, dtype=torch.long)
+    ranks, taken_for = rank_classes(images, classes, labels)
+    assert (ranks == 1).tolist() == (taken_for == labels).tolist() == [True, False, False]
+    assert taken_for.tolist() == [0, 1, 2]
 
 
 def test_top_5_finds_what_top_1_misses(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -324,7 +325,29 @@ def test_imagenet_labels_are_places_in_the_sorted_list_of_synsets(
     assert isinstance(found, ClassificationSet)
     assert found.class_names == ("tench", "goldfish", "great white")
     assert found.labels == ((0, 0, 1, 1, 2, 2) if write is write_imagenet else (0, 2))
-    assert len(found.templates) == found.protocol["templates"] == 80
+    assert found.protocol["templates"] == list(found.templates) and len(found.templates) == 80
+
+
+def test_a_protocol_says_which_class_names_stood_in_the_prompts(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    card = tiny_card("imagenet", pictures=6, classes=3)
+    names = ["tench", "goldfish", "great white"]
+    stated = [read_set(card, folder).protocol, read_set(card, folder, class_names=names).protocol]
+    (folder / "class_names.txt").write_text(
+        "n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\n", encoding="utf-8"
+    )
+    stated.append(read_set(card, folder).protocol)
+    stated.append(read_set("image-folder", folder / "val").protocol)
+    described = [protocol["class_names"] for protocol in stated]
+    assert [names["from"] for names in described] == [
+        "LOC_synset_mapping.txt", "given", "class_names.txt", "names of the folders",
+    ]  # fmt: skip
+    used = [names["names_sha256"] for names in described]
+    assert used[0] == used[1] == hashlib.sha256("\n".join(names).encode()).hexdigest()
+    assert len(set(used)) == 3
+    content = (folder / "class_names.txt").read_bytes()
+    assert described[2]["file_sha256"] == hashlib.sha256(content).hexdigest()
+    assert stated[3]["templates"] == ["a photo of a {}."]
 
 
 def test_class_folders_may_be_named_in_any_language(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from .results import (
     build_protocol,
     find_finished,
     list_versions,
+    require_one_model,
     result_file,
     write_result,
 )
@@ -85,12 +86,15 @@ def _find_all_finished(
 ) -> dict[tuple[str, str, str], Result | None]:
     found: dict[tuple[str, str, str], Result | None] = {}
     faults = []
+    for name, description in descriptions.items():
+        try:
+            require_one_model(output / name, fingerprint=description.fingerprint)
+        except ValueError as error:
+            faults.append(str(error))
     for (model, task, set_name), protocol in protocols.items():
         file = result_file(output, model=model, set_name=set_name, task=task)
         try:
-            found[model, task, set_name] = find_finished(
-                file, protocol=protocol, fingerprint=descriptions[model].fingerprint
-            )
+            found[model, task, set_name] = find_finished(file, protocol=protocol)
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -98,10 +102,14 @@ def _find_all_finished(
     return found
 
 
-def _run(encoder: Encoder, model: str, job: Job, protocol: dict[str, Any], output: Path) -> Result:
+def _run(
+    encoder: RememberingEncoder, model: str, job: Job, protocol: dict[str, Any], output: Path
+) -> Result:
+    before = dict(encoder.encoded)
     started = time.monotonic()
     found = job.task.run(encoder, job.sets)
     seconds = time.monotonic() - started
+    encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
     file = result_file(output, model=model, set_name=job.set_name, task=job.task.name)
     description = encoder.describe()
     result = Result(
@@ -112,7 +120,7 @@ def _run(encoder: Encoder, model: str, job: Job, protocol: dict[str, Any], outpu
         protocol=protocol,
         counts=dict(found.counts),
         fingerprint=description.fingerprint,
-        run={**description.run, "model": description.source},
+        run={**description.run, "model": description.source, "encoded": encoded},
         versions=list_versions(),
         seconds=round(seconds, 2),
     )

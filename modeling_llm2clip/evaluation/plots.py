@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Result, list_digests
+from .labels import list_digests, list_sides, tell_apart
+from .results import Result, find_differences
 from .tasks.clip_tokens import CLIP_TEXT_TOKENS
 
 
@@ -16,12 +17,13 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     Args:
         results: of the task `length`, all on one set.
         file: PNG, SVG or PDF, by its ending.
-    Raises: ValueError for other results, results on different data, or when
-        matplotlib is not installed.
+    Raises: ValueError for other results, results on different data or under different protocols
+        of the task, or when matplotlib is not installed.
     """
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")
-    _require_one_data_set(results)
+    _require_one_protocol(results)
+    results = tell_apart(results)
     plt = import_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for result in results:
@@ -39,13 +41,13 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     axes.set_xlabel("length of the text, tokens of CLIP's vocabulary")
     axes.set_ylabel("R@1, %")
     axes.set_ylim(bottom=0)
-    axes.set_title(results[0].set)
+    axes.set_title("\n".join([results[0].set, *list_sides(results[0])]))
     axes.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-def _require_one_data_set(results: Sequence[Result]) -> None:
+def _require_one_protocol(results: Sequence[Result]) -> None:
     if len(sets := {result.set for result in results}) > 1:
         raise ValueError(f"The results are of different sets, {sorted(sets)}; plot each by itself.")
     models_of: dict[tuple[str, ...], list[str]] = {}
@@ -57,6 +59,13 @@ def _require_one_data_set(results: Sequence[Result]) -> None:
             f"{' and '.join(map(str, models_of.values()))} were shown other languages, captions or "
             "pictures. Evaluate all of them on the same data."
         )
+    first = results[0].protocol["task"]
+    for result in results:
+        if differences := list(find_differences(first, result.protocol["task"])):
+            raise ValueError(
+                f"{results[0].model} and {result.model} were scored in different ways: "
+                f"{'; '.join(differences)}. Evaluate both again in the same way."
+            )
 
 
 def import_matplotlib() -> Any:

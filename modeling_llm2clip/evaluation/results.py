@@ -1,7 +1,8 @@
 """One JSON file a task: scores, every choice that moved them, the model's fingerprint.
 
-The file is written whole or not at all. A later run with the same model, data and protocol finds
-it and computes nothing; a file of another run is never overwritten.
+The file is written whole or not at all, with a digest that a damaged or edited one no longer has.
+A later run with the same model, data, protocol and version of this package finds it and computes
+nothing; a file of another run is never overwritten. The results of one name are of one model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import platform
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -23,11 +25,13 @@ from .encoders.encoder import Description
 from .sets.schema import ChoiceSet, ClassificationSet, EvaluationSet
 from .tasks.task import Task
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_DIGEST = "digest"
 # Where a set or a model lies moves no score: the digests say what it is.
 _MAY_DIFFER = re.compile(r"protocol\.data\.(.*\.)?(source|revision)")
+_OWN = "modeling_llm2clip"
 _PACKAGES = (
-    "modeling_llm2clip", "torch", "torchvision", "transformers", "tokenizers",
+    _OWN, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
 _SHOWN = 8
@@ -44,8 +48,10 @@ class Result:
             tokens, resolution, preprocessing, dtype) and of the `task`.
         counts: what there was, and how many texts were cut.
         fingerprint: which model.
-        run: device, batch size, where model and data lay: moves no score.
-        versions, seconds: of the packages; for each part of the work.
+        run: moves no score: device, batch size, where the model lay, and how many texts and
+            pictures were `encoded`; vectors of an earlier task are not made again.
+        versions: of the packages.
+        seconds: of what was done: `encoded` vectors and their scores.
     """
 
     model: str
@@ -76,7 +82,7 @@ def build_protocol(
     protocol = {
         "data": data,
         "model": {name: described[name] for name in ("kind", "text", "pictures", "dtype")},
-        "task": dict(task.protocol),
+        "task": {**task.protocol, **task.protocol_of(tuple(sets))},
     }
     # As it will be read again: tuples are lists then.
     return json.loads(json.dumps(protocol, ensure_ascii=False))  # type: ignore[no-any-return]
@@ -105,30 +111,26 @@ def hash_set(data: EvaluationSet) -> str:
     return digest.hexdigest()
 
 
-def list_digests(result: Result) -> tuple[str, ...]:
-    """Digests of the data of a result: one, or one a language, in the order of the languages."""
-    data = result.protocol["data"]
-    parts = data["languages"] if "languages" in data else {"": data}
-    return tuple(str(parts[lang]["digest"]) for lang in sorted(parts))
-
-
 def read_result(file: Path) -> Result:
     """Read one result.
 
-    Raises: ValueError when the file is damaged, or written by another version of the format.
+    Raises: ValueError when the file is damaged or changed, or written by another version of the
+        format.
     """
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
-    wanted = {field.name for field in fields(Result)}
-    if not isinstance(content, dict) or set(content) != wanted:
+    if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is no result of an evaluation. Name another folder.")
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{file} has format_version {content['format_version']!r}, this code reads "
             f"{FORMAT_VERSION}. Evaluate again into another folder."
         )
+    digest = content.pop(_DIGEST, None)
+    if set(content) != {field.name for field in fields(Result)} or digest != hash_json(content):
+        raise ValueError(f"{file} was changed after it was written. Delete it and evaluate again.")
     return Result(**content)
 
 
@@ -143,33 +145,65 @@ def read_results(folder: Path) -> list[Result]:
     return [read_result(file) for file in files]
 
 
-def find_finished(
-    file: Path, *, protocol: Mapping[str, Any], fingerprint: Mapping[str, str]
-) -> Result | None:
+def require_one_model(folder: Path, *, fingerprint: Mapping[str, str]) -> None:
+    """Raise ValueError when the results of one name are of another model than this one.
+
+    Args:
+        folder: of all results of the name; need not be there.
+    """
+    for file in sorted(folder.glob("*.json")):
+        then = {"fingerprint": read_result(file).fingerprint}
+        _require_no_difference(file, "model", then, {"fingerprint": fingerprint})
+
+
+def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
     """Return the result that is there already, or None.
+
+    Another version of this package may score otherwise, and is another run. Another version of a
+    package that it calls is warned of.
 
     Raises: ValueError naming every choice in which the file's run differs from this one.
     """
     if not file.is_file():
         return None
     found = read_result(file)
-    now = {"protocol": protocol, "fingerprint": fingerprint}
-    then = {"protocol": found.protocol, "fingerprint": found.fingerprint}
-    differences = list(_find_differences(then, now))
+    versions = list_versions()
+    _require_no_difference(
+        file,
+        "run",
+        {"protocol": found.protocol, "versions": {_OWN: found.versions.get(_OWN)}},
+        {"protocol": protocol, "versions": {_OWN: versions[_OWN]}},
+    )
+    if differences := list(find_differences(found.versions, versions)):
+        warnings.warn(
+            f"{file} is taken as it is, though it was computed with other packages: "
+            f"{'; '.join(differences)}. Remove it to have it computed again.",
+            stacklevel=2,
+        )
+    return found
+
+
+def _require_no_difference(file: Path, what: str, then: Any, now: Any) -> None:
+    differences = list(find_differences(then, now))
     if differences:
         more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ValueError(
-            f"{file} is of another run: {'; '.join(differences[:_SHOWN])}{more}. Name another "
+            f"{file} is of another {what}: {'; '.join(differences[:_SHOWN])}{more}. Name another "
             "output folder or another name for the model, or remove the file."
         )
-    return found
 
 
 def write_result(file: Path, result: Result) -> None:
     """Write one result, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_durably(file, text.encode())
+
+
+def hash_json(content: Any) -> str:
+    """SHA-256 of a value that JSON can hold, in whatever order its names stand."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def list_versions() -> dict[str, str]:
@@ -183,11 +217,12 @@ def list_versions() -> dict[str, str]:
     return found
 
 
-def _find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Say of every value in which two protocols differ what it was and what it is."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted(set(then) | set(now)):
             below = f"{path}.{name}" if path else name
-            yield from _find_differences(then.get(name), now.get(name), below)
+            yield from find_differences(then.get(name), now.get(name), below)
     elif then != now and not _MAY_DIFFER.fullmatch(path):
         yield f"{path} was {_shorten(then)} and is {_shorten(now)}"
 

@@ -1,82 +1,50 @@
 """Several results side by side, as text or Markdown.
 
-A column holds the scores of one data set as it was read, told by its digest: two languages of one
-set, or two counts of excluded samples, are two columns, and their headings say in what they differ.
+A column holds the scores of one data set as it was read, told by its digest, under one protocol of
+the task: two languages of one set, two counts of excluded samples or two rules for ties are two
+columns, and their headings say in what they differ. A row is one model, told by its fingerprint.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from .results import Result, list_digests
+from .labels import find_question, tell_apart
+from .protocol_tables import ABSENT, list_protocol_tables
+from .results import Result
 from .tasks.registry import find_task
 
 STYLES = ("text", "markdown")
-_ABSENT = "–"
-_SHOWN_OF_DIGEST = 8
-_SHOWN_LANGUAGES = 3
 
 
 def render_results(results: Sequence[Result], *, style: str = "text") -> str:
-    """Draw a table a task, a table of languages, and what each model's scores hang on.
+    """Draw a table a question, tables of languages and lengths, and what the scores hang on.
 
     Args:
         results: of any models, sets and tasks.
         style: `"text"` for a terminal, `"markdown"` for a document.
+    Raises: ValueError when two differ that ask one question of one model on the same data.
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} is none of {STYLES}.")
-    results = _tell_data_apart(results)
+    results = tell_apart(results)
     parts = []
-    for task in dict.fromkeys(result.task for result in results):
-        of_task = [result for result in results if result.task == task]
-        parts.append(_title(find_task(task).title, style) + _draw_task(task, of_task, style))
-        for name in dict.fromkeys(result.set for result in of_task):
-            chosen = [result for result in of_task if result.set == name]
+    for question in dict.fromkeys(map(find_question, results)):
+        asked = [result for result in results if find_question(result) == question]
+        task, title = question
+        parts.append(_title(title, style) + _draw_task(task, asked, style))
+        for name in dict.fromkeys(result.set for result in asked):
+            chosen = [result for result in asked if result.set == name]
             if "languages" in chosen[0].scores:
                 title = f"{name}, text to picture R@1 by language"
                 parts.append(_title(title, style) + _draw_languages(chosen, style))
             if "buckets" in chosen[0].scores:
                 title = f"{name}, R@1 by length in CLIP's tokens"
                 parts.append(_title(title, style) + _draw_lengths(chosen, style))
-    parts.append(_title("what the scores hang on", style) + _draw_protocols(results, style))
+    for table in list_protocol_tables(results):
+        parts.append(_title(table.title, style) + _draw(table.heads, table.rows, style))
     return "\n".join(parts)
-
-
-def _tell_data_apart(results: Sequence[Result]) -> list[Result]:
-    """The results, `set` longer where one task has results on several data of one set."""
-    data_of: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
-    for result in results:
-        data_of.setdefault((result.task, result.set), {})[list_digests(result)] = _describe_data(
-            result
-        )
-    told = []
-    for result in results:
-        known = data_of[result.task, result.set]
-        digests = list_digests(result)
-        parts = [known[digests]]
-        if Counter(known.values())[known[digests]] > 1:
-            parts.append("+".join(digest[:_SHOWN_OF_DIGEST] for digest in digests))
-        is_alone = len(known) == 1
-        told.append(
-            result if is_alone else replace(result, set=f"{result.set} ({', '.join(parts)})")
-        )
-    return told
-
-
-def _describe_data(result: Result) -> str:
-    """Languages or how many there are, and how much there is, as in `en, 1000 pictures`."""
-    data = result.protocol["data"]
-    languages = data.get("languages")
-    lang = data.get("lang") if languages is None else "+".join(sorted(languages)[:_SHOWN_LANGUAGES])
-    if languages is not None and len(languages) > _SHOWN_LANGUAGES:
-        lang = f"{len(languages)} languages"
-    first = data if languages is None else next(iter(languages.values()))
-    unit = next((name for name in ("pictures", "items", "captions") if first.get(name)), None)
-    return ", ".join(filter(None, [lang, unit and f"{first[unit]} {unit}"])) or "other data"
 
 
 def _draw_task(task: str, results: Sequence[Result], style: str) -> str:
@@ -103,7 +71,7 @@ def _draw_languages(results: Sequence[Result], style: str) -> str:
          _percent(_chance_of(results, lang))]
         for lang in languages
     ]  # fmt: skip
-    rows.append(["mean", *(_percent(_find(r.scores["mean"], path)) for r in results), _ABSENT])
+    rows.append(["mean", *(_percent(_find(r.scores["mean"], path)) for r in results), ABSENT])
     return _draw(["language", *(result.model for result in results), "chance"], rows, style)
 
 
@@ -139,57 +107,6 @@ def _find_bucket(result: Result, low: int) -> Mapping[str, Any]:
     return next((b for b in result.scores["buckets"] if b["from_clip_tokens"] == low), {})
 
 
-def _draw_protocols(results: Sequence[Result], style: str) -> str:
-    heads = ["model", "set", "tasks", "kind", "prompt", "max tokens", "texts cut", "pictures",
-             "dtype", "excluded"]  # fmt: skip
-    tasks_of: dict[tuple[str, ...], list[str]] = {}
-    for result in results:
-        key = (result.model, result.set, *_describe(result))
-        tasks_of.setdefault(key, []).append(result.task)
-    rows = [
-        [model, name, ", ".join(tasks), *described]
-        for (model, name, *described), tasks in tasks_of.items()
-    ]
-    return _draw(heads, rows, style)
-
-
-def _describe(result: Result) -> list[str]:
-    model = result.protocol["model"]
-    text, pictures = model["text"] or {}, model["pictures"] or {}
-    data = result.protocol["data"]
-    parts = data.get("languages", {"": data}).values()
-    excluded = sum(sum((part.get("excluded") or {}).values()) for part in parts)
-    counts = result.counts.get("languages", {"": result.counts}).values()
-    cut = [count.get("texts_cut") for count in counts]
-    return [
-        model["kind"],
-        _write_prompt(text.get("prompt")),
-        str(text.get("max_tokens", _ABSENT)),
-        _ABSENT if None in cut else f"{sum(cut)} of {sum(c['texts'] for c in counts)}",
-        _write_pictures(pictures),
-        model["dtype"],
-        str(excluded),
-    ]
-
-
-def _write_prompt(prompt: Any) -> str:
-    if isinstance(prompt, Mapping):
-        return f"{prompt['before']!r} … {prompt['after']!r}"
-    return "none" if prompt is None else repr(prompt)
-
-
-def _write_pictures(pictures: Mapping[str, Any]) -> str:
-    size = pictures.get("crop") or pictures.get("resize")
-    if isinstance(size, Mapping):
-        numbers = [value for value in size.values() if isinstance(value, int)]
-        size = "x".join(map(str, numbers)) or size.get("size")
-    if size is None and "max_num_patches" in pictures:
-        size = f"{pictures['max_num_patches']} patches"
-    parts = [size, pictures.get("interpolation"), pictures.get("mean") and
-             f"mean {pictures['mean'][0]:.3g}"]  # fmt: skip
-    return " ".join(str(part) for part in parts if part) or _ABSENT
-
-
 def _find(scores: Mapping[str, Any], path: Iterable[str]) -> float | None:
     value: Any = scores
     for name in path:
@@ -200,7 +117,7 @@ def _find(scores: Mapping[str, Any], path: Iterable[str]) -> float | None:
 
 
 def _percent(share: float | None) -> str:
-    return _ABSENT if share is None else f"{100 * share:.1f} %"
+    return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
 def _title(text: str, style: str) -> str:

@@ -27,6 +27,7 @@ from .encoder import (
     require_pictures,
 )
 from .files import hash_files
+from .preprocessing import OPENING
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
@@ -180,6 +181,7 @@ class OpenClipEncoder:
                 "tokenizer": type(self._tokenizer).__name__,
             },
             pictures={
+                **OPENING,
                 "processor": "open_clip",
                 "resize": {"size": chosen.size, "mode": chosen.resize_mode},
                 "crop": chosen.size if chosen.resize_mode == "shortest" else None,

@@ -8,18 +8,23 @@ from PIL.Image import Resampling
 
 # transformers' families name the same things differently; what is absent is told as null.
 _PATCH_SETTINGS = ("patch_size", "max_num_patches")
+# How `encoder.load_rgb` opens a picture, for every kind of model. The plain `convert("RGB")` of the
+# papers' code turns nothing, and drops the transparency.
+OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
 
 
 def describe_image_processor(image_processor: Any) -> dict[str, Any]:
     """Say how a transformers image processor makes pixel values.
 
-    Returns: `processor`, `resize`, `crop`, `interpolation`, `mean`, `std`, `scale` and, where the
-        number of patches is fixed instead of the size, `patch_size` and `max_num_patches`.
+    Returns: what `OPENING` says, `processor`, `resize`, `crop`, `interpolation`, `mean`, `std`,
+        `scale` and, where the number of patches is fixed instead of the size, `patch_size` and
+        `max_num_patches`.
     """
     settings: dict[str, Any] = image_processor.to_dict()
     resample = settings.get("resample")
     normalizes = settings.get("do_normalize", True)
     described = {
+        **OPENING,
         "processor": type(image_processor).__name__,
         "resize": settings.get("size") if settings.get("do_resize", True) else None,
         "crop": settings.get("crop_size") if settings.get("do_center_crop") else None,

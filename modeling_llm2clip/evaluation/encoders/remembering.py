@@ -18,9 +18,14 @@ _SHOWN = 5
 
 
 class RememberingEncoder:
-    """Asks another encoder for each text and each picture once."""
+    """Asks another encoder for each text and each picture once.
+
+    Attributes:
+        encoded: how many texts and pictures it has asked for so far.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
+        self.encoded = {"texts": 0, "pictures": 0}
         self._encoder = encoder
         self._texts: dict[Hashable, Tensor] = {}
         self._is_cut: dict[str, bool] = {}
@@ -37,6 +42,7 @@ class RememberingEncoder:
             encoded = self._encoder.encode_texts(new)
             self._check_finite(encoded.embeds, new, unit="texts")
             self._texts.update(zip(new, encoded.embeds, strict=True))
+            self.encoded["texts"] += len(new)
             if encoded.is_cut is not None:
                 self._is_cut.update(zip(new, encoded.is_cut.tolist(), strict=True))
         is_cut = [self._is_cut.get(text) for text in texts]
@@ -56,6 +62,7 @@ class RememberingEncoder:
             )
             self._check_finite(embeds, [name for _, name in new], unit="pictures")
             self._pictures.update(zip(new, embeds, strict=True))
+            self.encoded["pictures"] += len(new)
         return torch.stack([self._pictures[pair] for pair in wanted])
 
     def _check_finite(self, embeds: Tensor, names: Sequence[str], *, unit: str) -> None:

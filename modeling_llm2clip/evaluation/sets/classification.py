@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .card import ReadRequest, SetCard
-from .intake import Intake
+from .intake import Intake, hash_file
 from .schema import ClassificationSet, find_repeated
 
 
@@ -21,11 +22,13 @@ class LabelledPictures:
         class_keys: what the publisher calls the classes, in the order of their labels.
         names: the publisher's names of some or all of them, for prompts.
         pictures: name, file and class of each picture.
+        names_file: where the names are written; None where they are those of the folders.
     """
 
     class_keys: tuple[str, ...]
     names: Mapping[str, str]
     pictures: tuple[tuple[str, Path, str], ...]
+    names_file: Path | None = None
 
 
 LabelledReader: TypeAlias = Callable[[ReadRequest, Intake], LabelledPictures]
@@ -70,6 +73,7 @@ def build_classification_set(
     excluded = intake.finish()
     if not kept:
         raise ValueError(f"{intake.source}: no picture is left: {excluded}")
+    class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
     chosen = templates if request.templates is None else request.templates
     protocol = {
@@ -79,13 +83,12 @@ def build_classification_set(
         "pictures": len(kept),
         "classes": len(in_use),
         "published": card.published_counts(request.lang),
-        "class_names": "of the files" if request.class_names is None else "given",
-        "templates": len(chosen),
+        "class_names": _describe_names(found, request, class_names),
+        "templates": list(chosen),
         "templates_from": "card" if request.templates is None else "given",
         "excluded": excluded,
         **intake.notes,
     }
-    class_names = tuple(names[key] for key in in_use)
     if repeated := find_repeated(class_names):
         protocol["repeated_class_names"] = repeated
     return ClassificationSet(
@@ -98,6 +101,19 @@ def build_classification_set(
         lang=request.lang,
         protocol=protocol,
     )
+
+
+def _describe_names(
+    found: LabelledPictures, request: ReadRequest, names: tuple[str, ...]
+) -> dict[str, str]:
+    """Where class names are from, and the SHA-256 of those in use, one a line, by their labels."""
+    used = {"names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    if request.class_names is not None:
+        return {"from": "given", **used}
+    if found.names_file is None:
+        return {"from": "names of the folders", **used}
+    file_sha256 = hash_file(found.names_file, "sha256")
+    return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
 
 
 def _check_request(card: SetCard, request: ReadRequest) -> None:

@@ -137,6 +137,7 @@ def _assemble(
         "lang": request.lang,
         **card.protocol,
         "pictures": len(entries),
+        "with_pictures": bool(pictures),
         "captions": len(captions),
         "published": card.published_counts(request.lang),
         "captions_per_picture": card.captions_per_picture or "all",

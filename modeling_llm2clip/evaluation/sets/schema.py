@@ -9,6 +9,7 @@ that every protocol has:
 | `set`, `split`, `lang` | which part of which data set |
 | `source` | `files`, `package`, or `hub:owner/name@commit` |
 | `pictures`, `captions` (or `items`, `classes`) | counts of what is in the set |
+| `with_pictures` | of a retrieval set: False where its captions alone were read |
 | `published` | the counts that the publisher gives; empty where none are known |
 | `excluded` | kind of fault to how many were left out; empty unless that was asked for |
 

@@ -45,17 +45,19 @@ def run_classification(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> Tas
 
 
 def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of each picture's own class, and the class that is nearest.
+    """Rank of each picture's own class, and the class that it is taken for.
 
     Args:
         images, classes: (N, D), (C, D) of unit length.
         labels: (N,) int64.
-    Returns: (N,) int64 each; ranks begin at 1, and ties count against the model.
+    Returns: (N,) int64 each; ranks begin at 1, and ties count against the model: a picture whose
+        own class ties with others is taken for the nearest of these.
     """
     scores = images.double() @ classes.double().T  # (N, C)
     own = scores.gather(1, labels[:, None])
     others = scores.scatter(1, labels[:, None], -torch.inf)
-    return 1 + (others >= own - TIE_TOLERANCE).sum(dim=1), scores.argmax(dim=1)
+    ranks = 1 + (others >= own - TIE_TOLERANCE).sum(dim=1)
+    return ranks, torch.where(ranks == 1, labels, others.argmax(dim=1))
 
 
 def count_confusion(labels: Tensor, predicted: Tensor, *, num_classes: int) -> Tensor:

@@ -21,6 +21,7 @@ from ..metrics.ranking import TIE_RULE, Ranking, rank_both_ways
 from ..metrics.scores import hits_at
 from ..sets.schema import EvaluationSet, RetrievalSet
 from .clip_tokens import CLIP_TEXT_TOKENS, count_clip_tokens, share_beyond_clip
+from .retrieval import chance_of
 from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
 
 # Upper ends of the buckets, in CLIP's tokens; the third is what a 77-token encoder sees.
@@ -52,6 +53,18 @@ def run_lengths(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores
         **count_texts(texts),
     }
     return TaskScores(score_lengths(ranking, lengths, _cut_queries(texts, len(queries))), counts)
+
+
+def _say_what_is_asked(sets: tuple[EvaluationSet, ...]) -> dict[str, str]:
+    (data,) = sets
+    assert isinstance(data, RetrievalSet)
+    if data.pictures:
+        return {"queries": "every caption", "candidates": "all pictures"}
+    return {
+        "queries": "first half of every caption that can be cut",
+        "candidates": "second halves of the same captions",
+        "cut": "at the end of a sentence, else of a word, that is nearest to the middle",
+    }
 
 
 def _check_lengths(sets: tuple[EvaluationSet, ...]) -> None:
@@ -111,7 +124,7 @@ def score_lengths(
     return {
         "all": _score_bucket(hits, tokens, is_cut, everything),
         "buckets": buckets,
-        "chance": float((ranking.num_positives / ranking.num_candidates).mean()),
+        "chance": chance_of(ranking),
     }
 
 
@@ -141,7 +154,7 @@ def _cut_queries(texts: EncodedTexts, number: int) -> Tensor | None:
 
 LENGTHS = Task(
     name="length",
-    title="text to picture R@1 against the length of the text; without pictures, half to half",
+    title="R@1 against the length of the text",
     kinds=("retrieval", "captions"),
     needs_pictures=None,
     languages=False,
@@ -151,7 +164,6 @@ LENGTHS = Task(
         "length": "tokens of CLIP's vocabulary without begin and end",
         "buckets": list(EDGES),
         "beyond_clip": f"behind the {CLIP_TEXT_TOKENS}th token of a query",
-        "without_pictures": "first half of a caption looks for its second among all second halves",
         "interval": INTERVAL_PROTOCOL.replace("pictures", "queries"),
     },
     headline={
@@ -161,4 +173,5 @@ LENGTHS = Task(
     },
     run=run_lengths,
     check=_check_lengths,
+    protocol_of=_say_what_is_asked,
 )

@@ -59,7 +59,7 @@ def score_both_ways(
     )
     scores: dict[str, Any] = {}
     for name, ranking, pictures in directions:
-        scores[name] = {**summarize(ranking, ks=KS), "chance_hit_rate_at_1": _chance(ranking)}
+        scores[name] = {**summarize(ranking, ks=KS), "chance_hit_rate_at_1": chance_of(ranking)}
         if intervals:
             scores[name]["intervals"] = {
                 f"hit_rate_at_{k}": mean_with_interval(hits_at(ranking, k=k), clusters=pictures)
@@ -68,8 +68,9 @@ def score_both_ways(
     return scores
 
 
-def _chance(ranking: Ranking) -> float:
-    return float((ranking.num_positives / ranking.num_candidates).mean())
+def chance_of(ranking: Ranking) -> float:
+    """Hit rate at 1 that vectors without meaning would reach."""
+    return float((ranking.num_positives.double() / ranking.num_candidates).mean())
 
 
 RETRIEVAL = Task(

@@ -49,6 +49,7 @@ class Task:
         needs_pictures: whether the encoder must take pictures; None when it depends on the set.
         languages: whether all languages of a set are taken together, or one alone.
         protocol: choices of the task that move a score.
+        protocol_of: further choices, which hang on the sets.
         headline: which scores a table shows: a column's title to the path in `scores`.
         run: the task itself; takes one set a language.
         check: raises ValueError for sets on which the task cannot be run, before any model is
@@ -64,6 +65,7 @@ class Task:
     headline: Mapping[str, tuple[str, ...]]
     run: RunTask
     check: Callable[[tuple[EvaluationSet, ...]], object] = lambda sets: None  # noqa: ARG005
+    protocol_of: Callable[[tuple[EvaluationSet, ...]], Mapping[str, Any]] = lambda sets: {}  # noqa: ARG005
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:

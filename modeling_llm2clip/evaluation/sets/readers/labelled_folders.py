@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ....data.pictures import PICTURE_SUFFIXES
@@ -26,15 +27,15 @@ def read_image_folder(request: ReadRequest, intake: Intake) -> LabelledPictures:
     """Read a folder of class folders; without a file of names a folder's name is the class name."""
     root = request.images or request.folder
     pictures, keys = _walk_class_folders(root, intake)
-    names = {key: key.replace("_", " ") for key in keys}
-    if (request.folder / NAMES).is_file():
-        names = _read_names(intake.note_file(request.folder / NAMES), intake)
-    return LabelledPictures(keys, names, pictures)
+    if not (request.folder / NAMES).is_file():
+        return LabelledPictures(keys, {key: key.replace("_", " ") for key in keys}, pictures)
+    file = intake.note_file(request.folder / NAMES)
+    return LabelledPictures(keys, _read_names(file, intake), pictures, file)
 
 
 def read_imagenet(request: ReadRequest, intake: Intake) -> LabelledPictures:
     """Read ImageNet's validation pictures, in class folders or flat with Kaggle's solution."""
-    names = {}
+    names, file = {}, None
     if request.class_names is None:
         file = intake.find_file(
             request.folder,
@@ -45,10 +46,10 @@ def read_imagenet(request: ReadRequest, intake: Intake) -> LabelledPictures:
         )
         names = _read_names(file, intake)
     if (request.folder / SOLUTION).is_file():
-        return _read_solution(request, intake, names)
+        return replace(_read_solution(request, intake, names), names_file=file)
     root = request.images or request.folder / "val"
     pictures, keys = _walk_class_folders(root, intake)
-    return LabelledPictures(keys, names, pictures)
+    return LabelledPictures(keys, names, pictures, file)
 
 
 def _walk_class_folders(

@@ -1,0 +1,125 @@
+"""What stands side by side in a table, and what it says of the models, the data and the scoring."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluating import arguments, read_table, write_data
+from published_sets import write_coco_test
+from tiny_encoders import save_tiny_encoder
+
+from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.plots import plot_lengths
+from modeling_llm2clip.evaluation.results import read_results
+from modeling_llm2clip.evaluation.tables import render_results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda kind: str(save_tiny_encoder(kind, root / kind)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_data(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def results(models: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("results")
+    evaluate(arguments(output, data, models("clip"), models("siglip")))
+    return output
+
+
+def test_two_models_of_one_name_are_two_rows(results: Path) -> None:
+    found = {(r.model, r.task): replace(r, model="model") for r in read_results(results)}
+    mixed = [found["clip", "retrieval"], found["siglip", "retrieval"], found["clip", "cra"]]
+    table = render_results(mixed, style="markdown")
+    rows = read_table(table, "what the scores hang on")
+    fingerprint = {row["kind"]: row["fingerprint"] for row in rows}
+    scored = read_table(table, "pictures by caption, and captions by picture")
+    assert [row["model"] for row in scored] == [
+        f"model ({fingerprint[kind]})" for kind in ("clip", "siglip")
+    ]
+    assert len(set(fingerprint.values())) == 2 and len(fingerprint["clip"]) == 8
+
+
+def test_two_scores_that_nothing_tells_apart_make_no_table(results: Path) -> None:
+    (found,) = (r for r in read_results(results) if (r.model, r.task) == ("clip", "cra"))
+    assert render_results([found, found]) == render_results([found])
+    protocol = {**found.protocol, "model": {**found.protocol["model"], "dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match=r"Two results of clip for cra .*dtype was 'float32' and"):
+        render_results([found, replace(found, protocol=protocol)])
+
+
+def test_another_rule_for_ties_shares_no_column_and_no_plot(results: Path, tmp_path: Path) -> None:
+    clip, siglip = (r for r in read_results(results) if r.task == "length")
+    table = render_results([clip, siglip], style="markdown")
+    (ties,) = (row for row in read_table(table, "how they were scored") if row["choice"] == "ties")
+    assert ties["tasks"] == "length" and "ties count against the model" in ties["taken"]
+    task = {**siglip.protocol["task"], "ties": "ties count for the model"}
+    other = replace(siglip, protocol={**siglip.protocol, "task": task})
+    table = render_results([clip, other], style="markdown")
+    (title,) = (line.strip("*") for line in table.splitlines() if "queries: every caption" in line)
+    first, second = read_table(table, title)
+    heads = [head for head in first if head.endswith(": R@1")]
+    assert all(re.fullmatch(r"folder \(ties [0-9a-f]{8}\): R@1", head) for head in heads)
+    assert [first[head] == "–" for head in heads] == [False, True]
+    assert [second[head] == "–" for head in heads] == [True, False]
+    with pytest.raises(
+        ValueError, match=r"clip and siglip were scored in .*ties was 'ties count a"
+    ):
+        plot_lengths([clip, other], tmp_path / "lengths.png")
+
+
+def test_captions_that_look_for_pictures_and_for_halves_are_two_tables(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), tasks=("length",))
+    for name, captions_only in (("shown", False), ("alone", True)):
+        model = ModelChoice(models("clip"), name)
+        evaluate(replace(chosen, models=(model,), captions_only=captions_only))
+    table = render_results(read_results(tmp_path), style="markdown")
+    titles = [line.strip("*") for line in table.splitlines() if "; queries: " in line]
+    assert [title.split("; ")[1:] for title in titles] == [
+        [
+            "queries: first half of every caption that can be cut",
+            "candidates: second halves of the same captions",
+        ],
+        ["queries: every caption", "candidates: all pictures"],
+    ]
+    for title, name in zip(titles, ("alone", "shown"), strict=True):
+        (row,) = read_table(table, title)
+        assert row["model"] == name and "folder: R@1" in row
+    samples = [row["samples"] for row in read_table(table, "the data")]
+    assert samples == [
+        "8 pictures, 16 captions; captions alone were read",
+        "8 pictures, 16 captions",
+    ]
+    with pytest.raises(ValueError, match=r"\['alone'\] and \['shown'\] were shown other"):
+        plot_lengths(read_results(tmp_path), tmp_path / "lengths.png")
+
+
+def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
+    models: Any, tmp_path: Path
+) -> None:
+    chosen = EvaluationArguments(
+        models=(ModelChoice(models("clip")),),
+        data=(DataChoice("coco", str(write_coco_test(tmp_path / "coco"))),),
+        output=tmp_path / "out",
+        exclude_faults=True,
+    )
+    table = render_results(evaluate(chosen), style="markdown")
+    (scored,) = read_table(table, "pictures by caption, and captions by picture")
+    assert list(scored)[1] == "coco (3 of 5,000 pictures, files differ): text to picture R@1"
+    (row,) = read_table(table, "the data")
+    assert row["samples"] == "3 of 5,000 pictures, 15 of 25,000 captions"
+    assert row["files"] == "coco_karpathy_test.json: not as published"
+    assert row["split"] == "test (Karpathy)" and row["excluded"] == "0"
