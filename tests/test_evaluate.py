@@ -454,6 +454,34 @@ def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) ->
     assert [model.revision for model in chosen] == [None, None, "main"]
 
 
+def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Path) -> None:
+    first, second = tmp_path / "one.pt", tmp_path / "two.pt"
+    first.touch()
+    second.touch()
+    words = ["evaluate", str(first), "owner/hub-model", str(second), "--data", "emoji"]
+    words += ["--architecture", "EVA02-B-16", "RN50", "--activation", "quick_gelu"]
+    chosen = _build_arguments(_build_parser().parse_args(words)).models
+    assert [model.architecture for model in chosen] == ["EVA02-B-16", None, "RN50"]
+    assert [model.activation for model in chosen] == ["quick_gelu", None, "quick_gelu"]
+    words[words.index("RN50") + 1 : words.index("RN50") + 1] = ["RN101"]
+    with pytest.raises(ValueError, match="--architecture has 3 values for 2 weights files"):
+        _build_arguments(_build_parser().parse_args(words))
+
+
+def test_the_table_tells_every_activation(models: Any, data: str, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), models("siglip"), tasks=("retrieval",))
+    table = render_results(evaluate(chosen), style="markdown").splitlines()
+    heads = next(line for line in table if line.startswith("| model | set |")).split("|")
+    column = [head.strip() for head in heads].index("activation")
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[column].strip()
+        for line in table
+        if line.count("|") == len(heads) - 1
+    }
+    assert cells["clip"] == "quick_gelu"
+    assert cells["siglip"] == "gelu_pytorch_tanh"
+
+
 def test_the_name_of_a_set_is_never_a_folder_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ class ModelChoice:
     Attributes:
         source: folder, Hub id, or weights file.
         name: in tables and as the folder of its results; default: the last part of the source.
-        kind, revision, architecture, head: as `open_encoder` takes them.
+        kind, revision, architecture, activation, head: as `open_encoder` takes them.
         extracted_from: the captioned data that stores were extracted from.
     """
 
@@ -28,6 +28,7 @@ class ModelChoice:
     kind: str | None = None
     revision: str | None = None
     architecture: str | None = None
+    activation: str | None = None
     head: str | None = None
     extracted_from: str | None = None
 

@@ -141,7 +141,7 @@ def _find_bucket(result: Result, low: int) -> Mapping[str, Any]:
 
 def _draw_protocols(results: Sequence[Result], style: str) -> str:
     heads = ["model", "set", "tasks", "kind", "prompt", "max tokens", "texts cut", "pictures",
-             "dtype", "excluded"]  # fmt: skip
+             "activation", "dtype", "excluded"]  # fmt: skip
     tasks_of: dict[tuple[str, ...], list[str]] = {}
     for result in results:
         key = (result.model, result.set, *_describe(result))
@@ -167,6 +167,7 @@ def _describe(result: Result) -> list[str]:
         str(text.get("max_tokens", _ABSENT)),
         _ABSENT if None in cut else f"{sum(cut)} of {sum(c['texts'] for c in counts)}",
         _write_pictures(pictures),
+        _write_activations(text, pictures),
         model["dtype"],
         str(excluded),
     ]
@@ -188,6 +189,12 @@ def _write_pictures(pictures: Mapping[str, Any]) -> str:
     parts = [size, pictures.get("interpolation"), pictures.get("mean") and
              f"mean {pictures['mean'][0]:.3g}"]  # fmt: skip
     return " ".join(str(part) for part in parts if part) or _ABSENT
+
+
+def _write_activations(*sides: Mapping[str, Any]) -> str:
+    """Those of texts and pictures, once where they are the same."""
+    found = dict.fromkeys(side["activation"] for side in sides if side.get("activation"))
+    return ", ".join(found) or _ABSENT
 
 
 def _find(scores: Mapping[str, Any], path: Iterable[str]) -> float | None:
