@@ -158,7 +158,7 @@ def _describe(result: Result) -> list[str]:
     text, pictures = model["text"] or {}, model["pictures"] or {}
     data = result.protocol["data"]
     parts = data.get("languages", {"": data}).values()
-    excluded = sum(sum((part.get("excluded") or {}).values()) for part in parts)
+    excluded = sum(map(_count_excluded, parts))
     counts = result.counts.get("languages", {"": result.counts}).values()
     cut = [count.get("texts_cut") for count in counts]
     return [
@@ -171,6 +171,12 @@ def _describe(result: Result) -> list[str]:
         model["dtype"],
         str(excluded),
     ]
+
+
+def _count_excluded(data: Mapping[str, Any]) -> int:
+    """Samples that were left out; earlier results have only the faults."""
+    faults: Mapping[str, int] = data.get("excluded") or {}
+    return int(data.get("excluded_samples", sum(faults.values())))
 
 
 def _write_prompt(prompt: Any) -> str:
