@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from .card import ReadRequest, SetCard
 from .intake import Intake
-from .schema import ClassificationSet, find_repeated
+from .schema import ClassificationSet, find_repeated, fold_class_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class LabelledPictures:
     pictures: tuple[tuple[str, Path, str], ...]
 
 
+# Faults of no picture: what they cost is the pictures of the classes.
+_FAULTS_OF_CLASSES = (
+    "class without a name",
+    "class name repeated",
+    "class name for a class that is not there",
+    "class folder without pictures",
+    "class named twice",
+    "line without a class and its name",
+)
+
 LabelledReader: TypeAlias = Callable[[ReadRequest, Intake], LabelledPictures]
 
 
@@ -41,18 +51,20 @@ def build_classification_set(
 ) -> ClassificationSet:
     """Read the pictures, name the classes, and keep what has no fault.
 
-    A class whose name another class has too is a fault, as no prompt can tell them apart, unless
-    the request allows it: its pictures tie then, and count as wrong.
+    A class whose name another class has too, in other capitals perhaps, is a fault, as no prompt
+    can tell them apart, unless the request allows it: its pictures tie then, and count as wrong.
 
     Args:
         templates: of the card, for a request that brings none.
     Raises:
         DataFaults: every fault, unless they are excluded.
-        ValueError: nothing is left, or pictures are not wanted.
+        ValueError: nothing or a single class is left, or pictures are not wanted.
     """
     _check_request(card, request)
     found = read(request, intake)
     names = _name_classes(found, request, intake)
+    of_classes = sum(intake.faults.counts.get(kind, 0) for kind in _FAULTS_OF_CLASSES)
+    num_lost = intake.faults.total - of_classes
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.pictures if item[2] in names]
     if len(kept) < len(found.pictures):
@@ -68,8 +80,11 @@ def build_classification_set(
     }
     intake.compare_counts(counts, card.published_counts(request.lang))
     excluded = intake.finish()
-    if not kept:
-        raise ValueError(f"{intake.source}: no picture is left: {excluded}")
+    if not kept or len(in_use) < 2:
+        raise ValueError(
+            f"{intake.source}: {len(kept)} pictures and {len(in_use)} classes are left: "
+            f"{excluded}. Give at least two classes, as one alone is always right, and a picture."
+        )
     label_of = {key: label for label, key in enumerate(in_use)}
     chosen = templates if request.templates is None else request.templates
     protocol = {
@@ -83,10 +98,11 @@ def build_classification_set(
         "templates": len(chosen),
         "templates_from": "card" if request.templates is None else "given",
         "excluded": excluded,
+        "excluded_samples": num_lost + len(found.pictures) - len(kept),
         **intake.notes,
     }
     class_names = tuple(names[key] for key in in_use)
-    if repeated := find_repeated(class_names):
+    if repeated := find_repeated(class_names, same=fold_class_name):
         protocol["repeated_class_names"] = repeated
     return ClassificationSet(
         name=card.name,
@@ -115,7 +131,8 @@ def _name_classes(found: LabelledPictures, request: ReadRequest, intake: Intake)
     """Class to name, without classes that have none or share theirs, which are faults."""
     given = _names_by_class(found, request, intake)
     names = {key: given.get(key, "").strip() for key in found.class_keys}
-    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    counts = Counter(map(fold_class_name, names.values()))
+    shared = {name for name in names.values() if counts[fold_class_name(name)] > 1}
     for key, name in names.items():
         if not name:
             intake.faults.add("class without a name", key)
