@@ -435,6 +435,14 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
         ),
         (["o/m", "--data", "emoji", "--templates", __file__], "['templates'] is for a classif"),
         (["o/m", "--data", "emoji", "--plot", "x.png"], "there would be results on none"),
+        (["o/m", "--data", "emoji", "--templates", "gone.txt"], "--templates gone.txt is no text"),
+        (["o/m", "--data", "emoji", "--languages", "en", "en"], "languages has a name twice"),
+        (["o/m", "--data", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
+        (["o/m", "--data", "emoji", "--device", "abacus"], "device='abacus' is not there"),
+        (
+            ["o/m", "--data", "emoji", "--exclude-faults", "--no-picture-check"],
+            "--exclude-faults) needs check_pictures",
+        ),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(
@@ -442,6 +450,12 @@ def test_a_wrong_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "o/m", "--data", "emoji", "--device", "cuda"]) == 2
+    assert "device='cuda' is not there" in capsys.readouterr().err
 
 
 def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) -> None:

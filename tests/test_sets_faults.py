@@ -493,6 +493,13 @@ def test_of_a_folder_the_faults_of_another_language_are_no_exclusions_of_this_on
     assert german.captions == ("eine Katze", "ein Hund")
 
 
+def test_a_folder_of_broken_lines_alone_is_told_with_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text("{no JSON\n", encoding="utf-8")
+    for options in ({}, {"exclude_faults": True}, {"lang": "en"}):
+        with pytest.raises(DataFaults, match=r"not JSON: 1 \(captions\.jsonl line 1\)"):
+            read_set("folder", tmp_path, **options)
+
+
 def test_a_record_without_a_long_caption_is_told_where_long_ones_are_asked_for(
     tmp_path: Path,
 ) -> None:

@@ -194,8 +194,8 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         captions_only=arguments.captions_only,
         exclude_faults=arguments.exclude_faults,
         check_pictures=arguments.check_pictures,
-        class_names=_read_lines(arguments.class_names),
-        templates=_read_lines(arguments.templates),
+        class_names=_read_lines(arguments.class_names, flag="--class-names"),
+        templates=_read_lines(arguments.templates, flag="--templates"),
         allow_repeated_class_names=arguments.allow_repeated_class_names,
         ignored_fields=tuple(arguments.ignore_fields),
         encoder=settings,
@@ -272,10 +272,15 @@ def _split(text: str, *, flag: str) -> tuple[str, str]:
     return name, value
 
 
-def _read_lines(file: Path | None) -> tuple[str, ...] | None:
+def _read_lines(file: Path | None, *, flag: str) -> tuple[str, ...] | None:
     if file is None:
         return None
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{flag} {file} is no text file in UTF-8: {error}."
+        ) from error
     return tuple(line.strip() for line in lines if line.strip())
 
 

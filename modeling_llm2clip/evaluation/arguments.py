@@ -106,5 +106,13 @@ class EvaluationArguments:
                     f"Two {what} have one name, and their results would be one: {names}. Name "
                     "models as NAME=SOURCE; evaluate two folders of one set in two runs."
                 )
+        for what, chosen in (("tasks", self.tasks), ("languages", self.languages)):
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{what} has a name twice: {list(chosen)}. Give each once.")
+        if self.exclude_faults and not (self.check_pictures or self.captions_only):
+            raise ValueError(
+                "exclude_faults (--exclude-faults) needs check_pictures (no --no-picture-check): a "
+                "broken picture would be found when a model waits for it, too late to leave it out."
+            )
         for task in self.tasks:
             find_task(task)
