@@ -495,6 +495,14 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
         ),
         (["o/m", "--data", "emoji", "--templates", __file__], "['templates'] is for a classif"),
         (["o/m", "--data", "emoji", "--plot", "x.png"], "there would be results on none"),
+        (["o/m", "--data", "emoji", "--templates", "gone.txt"], "--templates gone.txt is no text"),
+        (["o/m", "--data", "emoji", "--languages", "en", "en"], "languages has a name twice"),
+        (["o/m", "--data", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
+        (["o/m", "--data", "emoji", "--device", "abacus"], "device='abacus' is not there"),
+        (
+            ["o/m", "--data", "emoji", "--exclude-faults", "--no-picture-check"],
+            "--exclude-faults) needs check_pictures",
+        ),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(
@@ -502,6 +510,12 @@ def test_a_wrong_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "o/m", "--data", "emoji", "--device", "cuda"]) == 2
+    assert "device='cuda' is not there" in capsys.readouterr().err
 
 
 def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) -> None:
@@ -512,6 +526,34 @@ def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) ->
     chosen = _build_arguments(_build_parser().parse_args(words)).models
     assert [model.architecture for model in chosen] == [None, "EVA02-B-16", None]
     assert [model.revision for model in chosen] == [None, None, "main"]
+
+
+def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Path) -> None:
+    first, second = tmp_path / "one.pt", tmp_path / "two.pt"
+    first.touch()
+    second.touch()
+    words = ["evaluate", str(first), "owner/hub-model", str(second), "--data", "emoji"]
+    words += ["--architecture", "EVA02-B-16", "RN50", "--activation", "quick_gelu"]
+    chosen = _build_arguments(_build_parser().parse_args(words)).models
+    assert [model.architecture for model in chosen] == ["EVA02-B-16", None, "RN50"]
+    assert [model.activation for model in chosen] == ["quick_gelu", None, "quick_gelu"]
+    words[words.index("RN50") + 1 : words.index("RN50") + 1] = ["RN101"]
+    with pytest.raises(ValueError, match="--architecture has 3 values for 2 weights files"):
+        _build_arguments(_build_parser().parse_args(words))
+
+
+def test_the_table_tells_every_activation(models: Any, data: str, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path, data, models("clip"), models("siglip"), tasks=("retrieval",))
+    table = render_results(evaluate(chosen), style="markdown").splitlines()
+    heads = next(line for line in table if line.startswith("| model | set |")).split("|")
+    column = [head.strip() for head in heads].index("activation")
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[column].strip()
+        for line in table
+        if line.count("|") == len(heads) - 1
+    }
+    assert cells["clip"] == "quick_gelu"
+    assert cells["siglip"] == "gelu_pytorch_tanh"
 
 
 def test_the_name_of_a_set_is_never_a_folder_of_that_name(

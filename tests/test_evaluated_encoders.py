@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny_encoders import MODEL_KINDS, TEXTS, save_tiny_encoder, save_tiny_pictures
+from tokenizers import normalizers
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip.evaluation.encoders.encoder import Encoder, EncoderSettings
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
-from modeling_llm2clip.evaluation.encoders.open_clip_towers import find_preprocessing
+from modeling_llm2clip.evaluation.encoders.open_clip_published import (
+    find_activation,
+    find_preprocessing,
+    refuse_torchscript,
+)
+from modeling_llm2clip.evaluation.encoders.sentence_files import read_sentence_files
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
 from modeling_llm2clip.processing_llm2clip import load_pictures
@@ -251,6 +258,106 @@ def test_pictures_of_a_weights_file_are_prepared_as_all_of_its_architecture_agre
         find_preprocessing("ViT-L-14", source="w.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("RN50", r"RN50 stands for gelu.*all of quick_gelu.*openai.*Name RN50-quickgelu"),
+        ("ViT-L-14-336", r"all of quick_gelu.*Name ViT-L-14-336-quickgelu"),
+        ("ViT-B-32", r"differ in it \(gelu: laion2b.*; quick_gelu: openai.*--activation gelu"),
+    ],
+)
+def test_a_plain_name_whose_published_models_have_quick_gelu_tells_no_activation(
+    architecture: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_activation(architecture, given=None, source="w.pt")
+    for given in ("gelu", "quick_gelu"):
+        assert find_activation(architecture, given=given, source="w.pt") == given
+
+
+def test_names_that_tell_their_activation_need_no_other_word() -> None:
+    assert find_activation("RN50-quickgelu", given=None, source="w.pt") == "quick_gelu"
+    assert find_activation("roberta-ViT-B-32", given=None, source="w.pt") == "quick_gelu"
+    assert find_activation("EVA02-B-16", given=None, source="w.pt") == "gelu"
+    with pytest.raises(ValueError, match=r"has quick_gelu, and activation is 'gelu'.*: RN50\."):
+        find_activation("RN50-quickgelu", given="gelu", source="w.pt")
+    with pytest.raises(ValueError, match=r"activation='relu' is none of"):
+        find_activation("RN50", given="relu", source="w.pt")
+
+
+def test_a_weights_file_is_run_with_the_activation_that_its_description_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8,
+        },
+        "text_cfg": {
+            "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2,
+        },
+    }  # fmt: skip
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(config), encoding="utf-8")
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    published = {"tiny-clip": {"one": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}}
+    monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", published)
+    torch.manual_seed(0)
+    model = CLIP(**config, quick_gelu=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    model.eval()
+    found = {}
+    for activation in (None, "quick_gelu"):
+        encoder = open_encoder(
+            tmp_path / "w.safetensors", architecture="tiny-clip", activation=activation
+        )
+        described = encoder.describe()
+        assert described.text and described.text["activation"] == (activation or "gelu")
+        assert described.pictures and described.pictures["activation"] == (activation or "gelu")
+        found[activation] = unit(encoder.encode_texts(TEXTS).embeds)
+    with torch.no_grad():
+        own = unit(model.encode_text(open_clip.get_tokenizer("tiny-clip")(list(TEXTS))))
+    torch.testing.assert_close(found["quick_gelu"], own, rtol=0, atol=ROUNDING)
+    # The same weights with the other activation are another model.
+    assert (found[None] - own).abs().max() > 100 * ROUNDING
+
+
+def test_a_torchscript_archive_is_refused_before_its_code_could_run(tmp_path: Path) -> None:
+    scripted = torch.jit.script(torch.nn.Linear(2, 2))
+    scripted.save(str(tmp_path / "archive.pt"))
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    refuse_torchscript(tmp_path / "weights.pt", source="weights.pt")
+    with pytest.raises(ValueError, match=r"archive\.pt is a TorchScript archive.*never run"):
+        open_encoder(tmp_path / "archive.pt", architecture="RN50-quickgelu")
+
+
+@every_kind
+def test_every_description_tells_the_activation(kind: str, models: Any) -> None:
+    described = open_encoder(models(kind)).describe()
+    wanted = {
+        "llm2clip": "silu", "clip": "quick_gelu", "siglip": "gelu_pytorch_tanh",
+        "siglip2": "gelu_pytorch_tanh", "open_clip": "gelu", "sentence-transformers": "silu",
+    }  # fmt: skip
+    assert described.text and described.text["activation"] == wanted[kind]
+    assert described.pictures is None or described.pictures["activation"]
+
+
+def test_clips_lower_case_is_told_from_its_tokenizer(models: Any, tmp_path: Path) -> None:
+    described = open_encoder(models("clip")).describe().text
+    assert described and described["lower_case"] is False  # the tiny one keeps capitals
+    processor = AutoProcessor.from_pretrained(models("clip"))
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    AutoModel.from_pretrained(models("clip")).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    described = open_encoder(tmp_path).describe().text
+    assert described and described["lower_case"] is True
+
+
 def test_open_clip_without_weights_is_not_random(models: Any, tmp_path: Path) -> None:
     config = (models("open_clip") / "open_clip_config.json").read_text(encoding="utf-8")
     (tmp_path / "open_clip_config.json").write_text(config, encoding="utf-8")
@@ -284,7 +391,7 @@ def test_an_argument_for_another_kind_is_refused(models: Any) -> None:
         open_encoder(models("clip"), kind="CLIP")
 
 
-@pytest.mark.parametrize("kind", DUAL_KINDS)
+@every_kind
 def test_a_description_needs_no_weights_in_memory(
     kind: str, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +400,69 @@ def test_a_description_needs_no_weights_in_memory(
     described = encoder.describe().to_json()
     assert json.loads(json.dumps(described)) == json.loads(json.dumps(described, allow_nan=False))
     assert len(described["fingerprint"]["weights"]) == 64
-    assert {"resize", "crop", "interpolation", "mean", "std"} <= set(described["pictures"])
+    if kind != "sentence-transformers":
+        assert {"resize", "crop", "interpolation", "mean", "std"} <= set(described["pictures"])
+
+
+@pytest.mark.parametrize("kind", ["sentence-transformers", "llm2clip"])
+def test_files_say_of_a_sentence_transformer_what_it_says_itself(kind: str, models: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(str(models(kind)), device="cpu")
+    found = read_sentence_files(models(kind))
+    assert found.modules == tuple(type(module).__name__ for module in loaded)
+    assert found.modalities == tuple(loaded.modalities)
+    assert found.max_tokens == loaded.max_seq_length
+    assert found.default_prompt == loaded.prompts.get(loaded.default_prompt_name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_tokens"),
+    [
+        ({"max_seq_length": 12, "do_lower_case": True}, 12),  # as old releases wrote it
+        ({"max_seq_length": None, "do_lower_case": False}, 24),
+        ({}, 24),
+    ],
+)
+def test_older_settings_of_a_sentence_transformer_are_read_as_it_reads_them(
+    settings: dict[str, Any], max_tokens: int, models: Any, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "old"
+    shutil.copytree(models("sentence-transformers"), folder)
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"query": "find: "}, "default_prompt_name": "query"}', encoding="utf-8"
+    )
+    found = read_sentence_files(folder)
+    loaded = SentenceTransformer(str(folder), device="cpu")
+    assert found.max_tokens == loaded.max_seq_length == max_tokens
+    assert found.modalities == tuple(loaded.modalities) == ("text",)
+    assert found.default_prompt == "find: "
+    assert found.lower_case is bool(settings.get("do_lower_case"))
+
+
+def test_a_sentence_transformer_of_static_vectors_has_no_limit_and_cuts_nothing(
+    models: Any, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    tokenizer = AutoProcessor.from_pretrained(models("sentence-transformers")).backend_tokenizer
+    module = StaticEmbedding(tokenizer, embedding_dim=8)
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path))
+    encoder = open_encoder(tmp_path)
+    described = encoder.describe().text
+    assert described and described["modules"] == ["StaticEmbedding"]
+    assert described["max_tokens"] is None
+    assert encoder.encode_texts([LONG_TEXT]).is_cut is None
+
+
+def test_a_damaged_list_of_modules_is_told(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"modules\.json is missing or damaged"):
+        open_encoder(tmp_path)
 
 
 @every_dual_kind

@@ -19,6 +19,7 @@ from modeling_llm2clip.evaluation.encoders.encoder import Encoder
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder
 from modeling_llm2clip.evaluation.encoders.remembering import RememberingEncoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import TIE_TOLERANCE
 from modeling_llm2clip.evaluation.sets.schema import (
     ChoiceItem,
     ChoiceSet,
@@ -26,7 +27,11 @@ from modeling_llm2clip.evaluation.sets.schema import (
     RetrievalSet,
 )
 from modeling_llm2clip.evaluation.tasks.choices import CHANCES, run_choices
-from modeling_llm2clip.evaluation.tasks.classification import rank_classes, run_classification
+from modeling_llm2clip.evaluation.tasks.classification import (
+    find_tied,
+    rank_classes,
+    run_classification,
+)
 from modeling_llm2clip.evaluation.tasks.clip_tokens import count_clip_tokens, share_beyond_clip
 from modeling_llm2clip.evaluation.tasks.confusion import draw_confusion
 from modeling_llm2clip.evaluation.tasks.cra import run_cra
@@ -174,6 +179,7 @@ def test_classes_that_tie_are_a_wrong_answer(tmp_path: Path) -> None:
     encoder = open_vectors(tmp_path, texts, {"p0": EAST, "p1": NORTH})
     found = run_classification(encoder, (data,)).scores
     assert found["top_1"]["value"] == 0.5
+    assert found["classes_with_tied_vectors"] == ["A", "B"]
     assert found["most_confused"] == [{"class": "A", "taken_for": "B", "count": 1}]
 
 
@@ -185,6 +191,17 @@ def test_the_diagonal_of_the_confusion_is_what_top_1_counts() -> None:
     ranks, taken_for = rank_classes(images, classes, labels)
     assert (ranks == 1).tolist() == (taken_for == labels).tolist() == [True, False, False]
     assert taken_for.tolist() == [0, 1, 2]
+
+
+def test_classes_whose_vectors_tie_are_found_among_near_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.nn.functional.normalize(torch.randn(1500, 16, generator=generator), dim=-1)
+    classes[1400] = classes[3]
+    # Ten times the width of a tie away: near in a cosine of float32, and yet another class.
+    shifted = classes[7].double() + 10 * TIE_TOLERANCE * torch.eye(16, dtype=torch.float64)[0]
+    assert find_tied(classes) == [3, 1400]
+    near = torch.cat([classes.double(), shifted[None]])
+    assert find_tied(near) == [3, 1400]
 
 
 def test_top_5_finds_what_top_1_misses(tmp_path: Path) -> None:

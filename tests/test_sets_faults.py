@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from published_sets import (
     write_coco_official,
     write_coco_test,
     write_docci,
+    write_flickr30k_cn,
     write_iiw,
     write_imagenet,
     write_imagenet_of_kaggle,
@@ -121,6 +123,7 @@ def test_faults_that_are_excluded_are_counted_and_leave_the_others_in_place(
     found = read_set(COCO, folder, exclude_faults=True)
     assert isinstance(found, RetrievalSet)
     assert found.protocol["excluded"] == SPOILT
+    assert found.protocol["excluded_samples"] == 7
     assert found.picture_names == (COCO_NAMES[0], COCO_NAMES[2])
     assert found.captions == (*captions_of(0), *captions_of(2))
     assert found.correspondence.image_of_pair.tolist() == [0] * 5 + [1] * 5
@@ -240,15 +243,129 @@ def test_class_names_that_repeat_are_told_or_their_classes_left_out(tmp_path: Pa
     )
     card = tiny_card("imagenet", pictures=6, classes=3)
     assert faults_of(card, folder) == {"class name repeated": 2}
-    found = read_set(card, folder, exclude_faults=True)
+    # The one class that is left would be right whatever a model says.
+    with pytest.raises(ValueError, match=r"2 pictures and 1 classes are left.*at least two"):
+        read_set(card, folder, exclude_faults=True)
+    write_pictures(folder / "val" / "n99", ["a.JPEG"])
+    with (folder / "LOC_synset_mapping.txt").open("a", encoding="utf-8") as lines:
+        lines.write("n99 goldfish\n")
+    (folder / "val" / "n99" / "notes.txt").touch()
+    larger = tiny_card("imagenet", pictures=7, classes=4)
+    found = read_set(larger, folder, exclude_faults=True)
     assert isinstance(found, ClassificationSet)
-    assert (found.class_names, found.labels) == (("tench",), (0, 0))
-    assert found.protocol["excluded"] == {"class name repeated": 2}
+    assert (found.class_names, found.labels) == (("tench", "goldfish"), (0, 0, 1))
+    assert found.protocol["excluded"] == {"class name repeated": 2, "not a picture": 1}
     assert found.protocol["pictures_of_excluded_classes"] == 4
+    assert found.protocol["excluded_samples"] == 5  # those four, and what is no picture
+    shutil.rmtree(folder / "val" / "n99")
+    mapping = (folder / "LOC_synset_mapping.txt").read_text(encoding="utf-8")
+    (folder / "LOC_synset_mapping.txt").write_text(mapping.replace("n99 goldfish\n", ""), "utf-8")
     names = {"n01440764": "crane (bird)", "n01443537": "crane (machine)", "n01484850": "tench"}
     named = read_set(card, folder, class_names=names)
     assert isinstance(named, ClassificationSet)
     assert named.labels == (0, 0, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Cat", "dog", "cat"],
+        ["caf\u00e9", "dog", "cafe\u0301"],  # one letter, or a letter and its accent
+        ["red  fox", "dog", "red fox"],
+    ],
+)
+def test_class_names_that_no_model_tells_apart_are_repeats(
+    names: list[str], tmp_path: Path
+) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    card = tiny_card("imagenet", pictures=6, classes=3)
+    assert faults_of(card, folder, class_names=names) == {"class name repeated": 2}
+    found = read_set(card, folder, class_names=names, allow_repeated_class_names=True)
+    assert isinstance(found, ClassificationSet)
+    assert found.class_names == tuple(names)
+    assert found.protocol["repeated_class_names"] == [names[2]]
+    # Other words: a model that lower-cases tells them apart.
+    assert read_set(card, folder, class_names=["Maße", "dog", "Masse"])
+
+
+def test_a_picture_beside_the_class_folders_is_told(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    write_pictures(folder / "val", ["loose.png"])
+    names = {"n01440764": "a", "n01443537": "b", "n01484850": "c"}
+    told = {"picture in no class folder": 1}
+    assert faults_of("image-folder", folder / "val", class_names=names) == told
+    found = read_set("image-folder", folder / "val", class_names=names, exclude_faults=True)
+    assert found.protocol["excluded_samples"] == 1
+
+
+def test_a_sample_with_several_faults_is_excluded_once(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    before = read_set("folder", folder, lang="en").protocol
+    assert before["excluded_samples"] == 0
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"image": "gone.jpg", "captions": [" "], "lang": "en", "surprise": 1}\n')
+        lines.write('{"image": 7, "captions": "none", "surprise": 1}\nno JSON\n')
+        lines.write('{"image": "broken.jpg", "captions": [""], "lang": "en"}\n')
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    found = read_set("folder", folder, lang="en", exclude_faults=True).protocol
+    assert sum(found["excluded"].values()) > 4
+    assert found["excluded_samples"] == 4
+    assert found["pictures"] == before["pictures"]
+
+
+def test_a_repeated_picture_is_told_with_its_line(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "captions.jsonl").write_text("\n".join([*lines, lines[0]]), encoding="utf-8")
+    with pytest.raises(DataFaults) as error:
+        read_set("folder", folder, lang="en")
+    assert error.value.places["picture repeated"][0].startswith(
+        f"captions.jsonl line {len(lines) + 1}: "
+    )
+    found = read_set("folder", folder, lang="en", exclude_faults=True).protocol
+    assert found["excluded_samples"] == 1
+
+
+def test_pictures_of_a_folder_that_no_record_names_are_counted(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    assert "pictures_without_a_record" not in read_set("folder", folder, lang="en").protocol
+    write_pictures(folder / "more", ["extra.jpg", "another.jpg"])
+    for lang in ("en", "de"):
+        protocol = read_set("folder", folder, lang=lang).protocol
+        assert protocol["pictures_without_a_record"] == 2
+
+
+def test_two_urban1k_pictures_of_one_name_are_told(tmp_path: Path) -> None:
+    folder = write_urban1k(tmp_path / "Urban1k")
+    write_pictures(folder / "image", ["3.png"])
+    card = tiny_card("urban1k", pictures=10, captions=10)
+    assert faults_of(card, folder) == {"several pictures of one name": 1}
+    (folder / "caption" / "3.txt").write_bytes("Straße".encode("latin-1"))
+    found = read_set(card, folder, exclude_faults=True)
+    assert isinstance(found, RetrievalSet)
+    assert "3.jpg" not in found.picture_names
+    assert found.protocol["excluded_samples"] == 1
+
+
+def test_the_first_captions_of_flickr30k_cn_are_those_of_the_lowest_numbers(
+    tmp_path: Path,
+) -> None:
+    folder = write_flickr30k_cn(tmp_path / "cn")
+    file = folder / "flickr30k_cn_test.txt"
+    card = tiny_card("flickr30k-cn", pictures=2, captions=10)
+    options = {"images": folder / "flickr30k-images"}
+    whole = read_set(card, folder, **options)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    sixth = "1007129816#zhm#5 第六"
+    file.write_text("\n".join([sixth, *lines[::-1]]), encoding="utf-8")
+    shuffled = read_set(card, folder, **options)
+    assert isinstance(whole, RetrievalSet) and isinstance(shuffled, RetrievalSet)
+    assert set(shuffled.captions) == set(whole.captions)
+    file.write_text("\n".join([lines[1], *lines, "1009434119#zhm#x 无"]), encoding="utf-8")
+    assert faults_of(card, folder, **options) == {
+        "number of a caption repeated": 1,
+        "no number of the caption": 1,
+    }
 
 
 def test_classes_of_one_name_stay_and_are_listed_where_that_is_allowed(tmp_path: Path) -> None:
@@ -332,6 +449,7 @@ def test_faults_of_choices_are_told_at_once_or_left_out(tmp_path: Path) -> None:
     found = read_set(card, folder, exclude_faults=True, **options)
     assert isinstance(found, ChoiceSet)
     assert (len(found.items), found.protocol["excluded"]) == (6, told)
+    assert found.protocol["excluded_samples"] == 3
 
 
 def test_a_winoground_item_needs_both_its_pictures(tmp_path: Path) -> None:
@@ -373,6 +491,13 @@ def test_of_a_folder_the_faults_of_another_language_are_no_exclusions_of_this_on
     assert german.protocol["excluded"] == {"not JSON": 1, "picture missing": 1}
     assert isinstance(german, RetrievalSet)
     assert german.captions == ("eine Katze", "ein Hund")
+
+
+def test_a_folder_of_broken_lines_alone_is_told_with_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text("{no JSON\n", encoding="utf-8")
+    for options in ({}, {"exclude_faults": True}, {"lang": "en"}):
+        with pytest.raises(DataFaults, match=r"not JSON: 1 \(captions\.jsonl line 1\)"):
+            read_set("folder", tmp_path, **options)
 
 
 def test_a_record_without_a_long_caption_is_told_where_long_ones_are_asked_for(

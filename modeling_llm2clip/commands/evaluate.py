@@ -21,6 +21,7 @@ examples:
   llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length
   llm2clip evaluate --table --output evaluation
 """
+_FLAGS_OF_FILES = ("architecture", "activation")
 
 
 def add_parser(commands: Any) -> None:
@@ -83,7 +84,14 @@ def _add_data_flags(group: Any) -> None:
 def _add_model_flags(group: Any) -> None:
     group.add_argument("--kind", nargs="+", default=[], help="of all models, or one for each")
     group.add_argument("--revision", help="of every model on the Hub")
-    group.add_argument("--architecture", help="open_clip's name of what a weights file holds")
+    group.add_argument(
+        "--architecture", nargs="+",
+        help="open_clip's name of what a weights file holds; of all such files, or one for each",
+    )  # fmt: skip
+    group.add_argument(
+        "--activation", nargs="+", metavar="{gelu,quick_gelu}",
+        help="of a weights file whose architecture is published with both; as --architecture",
+    )  # fmt: skip
     group.add_argument("--head", help="model whose projections stored vectors go through")
     group.add_argument("--extracted-from", metavar="DATA", help="captioned data of the stores")
     group.add_argument("--device", default="auto")
@@ -162,9 +170,18 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
             "for each."
         )
     kinds = kinds * len(arguments.models) if len(kinds) == 1 else kinds
+    named = [_read_model(text) for text in arguments.models]
+    sources = [source for _, source in named]
+    of_files = {flag: _spread(arguments, flag, sources) for flag in _FLAGS_OF_FILES}
     models = tuple(
-        ModelChoice(source, name, kind, **_choose_flags(arguments, source, kind))
-        for (name, source), kind in zip(map(_read_model, arguments.models), kinds, strict=True)
+        ModelChoice(
+            source,
+            name,
+            kind,
+            **_choose_flags(arguments, source, kind),
+            **{flag: values[number] for flag, values in of_files.items()},
+        )
+        for number, ((name, source), kind) in enumerate(zip(named, kinds, strict=True))
     )
     _refuse_unused_flags(arguments, models)
     settings = pick(EncoderSettings, argparse.Namespace(**vars(arguments), show_progress=True))
@@ -177,8 +194,8 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         captions_only=arguments.captions_only,
         exclude_faults=arguments.exclude_faults,
         check_pictures=arguments.check_pictures,
-        class_names=_read_lines(arguments.class_names),
-        templates=_read_lines(arguments.templates),
+        class_names=_read_lines(arguments.class_names, flag="--class-names"),
+        templates=_read_lines(arguments.templates, flag="--templates"),
         allow_repeated_class_names=arguments.allow_repeated_class_names,
         ignored_fields=tuple(arguments.ignore_fields),
         encoder=settings,
@@ -196,17 +213,30 @@ def _choose_flags(
         kind = tell_kind(path)
     suits = {
         "revision": not path.exists(),
-        "architecture": path.is_file(),
         "head": kind == "vectors",
         "extracted_from": kind == "vectors",
     }
     return {flag: getattr(arguments, flag) for flag, is_for_it in suits.items() if is_for_it}
 
 
+def _spread(arguments: argparse.Namespace, flag: str, sources: Sequence[str]) -> list[str | None]:
+    """The value of a flag of weights files for each source: one for all files, or one for each."""
+    values = getattr(arguments, flag) or []
+    files = [number for number, source in enumerate(sources) if Path(source).is_file()]
+    if len(values) not in (0, 1) and len(values) != len(files):
+        raise ValueError(
+            f"--{flag} has {len(values)} values for {len(files)} weights files; give one, or one "
+            "for each, in their order."
+        )
+    of_file = dict(zip(files, values * len(files) if len(values) == 1 else values, strict=False))
+    return [of_file.get(number) for number in range(len(sources))]
+
+
 def _refuse_unused_flags(arguments: argparse.Namespace, models: Sequence[ModelChoice]) -> None:
     wanted = {
         "revision": "a model on the Hub",
         "architecture": "a weights file",
+        "activation": "a weights file",
         "head": "a folder of vectors",
         "extracted_from": "a folder of vectors",
     }
@@ -242,10 +272,13 @@ def _split(text: str, *, flag: str) -> tuple[str, str]:
     return name, value
 
 
-def _read_lines(file: Path | None) -> tuple[str, ...] | None:
+def _read_lines(file: Path | None, *, flag: str) -> tuple[str, ...] | None:
     if file is None:
         return None
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {file} is no text file in UTF-8: {error}.") from error
     return tuple(line.strip() for line in lines if line.strip())
 
 

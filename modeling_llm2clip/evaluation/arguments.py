@@ -19,7 +19,7 @@ class ModelChoice:
     Attributes:
         source: folder, Hub id, or weights file.
         name: in tables and as the folder of its results; default: the last part of the source.
-        kind, revision, architecture, head: as `open_encoder` takes them.
+        kind, revision, architecture, activation, head: as `open_encoder` takes them.
         extracted_from: the captioned data that stores were extracted from.
     """
 
@@ -28,6 +28,7 @@ class ModelChoice:
     kind: str | None = None
     revision: str | None = None
     architecture: str | None = None
+    activation: str | None = None
     head: str | None = None
     extracted_from: str | None = None
 
@@ -105,5 +106,13 @@ class EvaluationArguments:
                     f"Two {what} have one name, and their results would be one: {names}. Name "
                     "models as NAME=SOURCE; evaluate two folders of one set in two runs."
                 )
+        for what, chosen in (("tasks", self.tasks), ("languages", self.languages)):
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{what} has a name twice: {list(chosen)}. Give each once.")
+        if self.exclude_faults and not (self.check_pictures or self.captions_only):
+            raise ValueError(
+                "exclude_faults (--exclude-faults) needs check_pictures (no --no-picture-check): a "
+                "broken picture would be found when a model waits for it, too late to leave it out."
+            )
         for task in self.tasks:
             find_task(task)

@@ -74,6 +74,7 @@ def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:
         kind=choice.kind,
         revision=choice.revision,
         architecture=choice.architecture,
+        activation=choice.activation,
         records=records,
         head=choice.head,
     )

@@ -38,6 +38,7 @@ def open_encoder(
     kind: str | None = None,
     revision: str | None = None,
     architecture: str | None = None,
+    activation: str | None = None,
     records: Sequence[CaptionedImage] | None = None,
     head: str | Path | None = None,
 ) -> Encoder:
@@ -48,6 +49,7 @@ def open_encoder(
         kind: one of `KINDS`; None to tell it from the files.
         revision: of a Hub repository.
         architecture: open_clip's name of what a weights file holds.
+        activation: of a weights file, where its architecture leaves it open.
         records, head: for stores of `llm2clip extract`; see `StoredEncoder`.
     Raises: ValueError when there is no such model, its kind cannot be told, or an argument is for
         another kind.
@@ -60,7 +62,7 @@ def open_encoder(
     kind = kind or ("open_clip" if is_file else tell_kind(path))
     if is_file and kind != "open_clip":
         raise ValueError(f"{source} is a file; {kind} takes a folder or a Hub id.")
-    _refuse_foreign(kind, open_clip={"architecture": architecture},
+    _refuse_foreign(kind, open_clip={"architecture": architecture, "activation": activation},
                     vectors={"records": records, "head": head})  # fmt: skip
     name = str(source)
     if kind == "llm2clip":
@@ -70,7 +72,9 @@ def open_encoder(
     if kind == "transformers":
         return TransformersEncoder(path, settings, source=name)
     if kind == "open_clip":
-        return OpenClipEncoder(path, settings, source=name, architecture=architecture)
+        return OpenClipEncoder(
+            path, settings, source=name, architecture=architecture, activation=activation
+        )
     head_folder = None if head is None else find_model_folder(head)
     return StoredEncoder(path, settings, source=name, records=records, head=head_folder)
 

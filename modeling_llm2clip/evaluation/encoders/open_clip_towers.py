@@ -18,6 +18,7 @@ from torch import Tensor
 from ...data.vector_store_layout import hash_file
 from ...encoding.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
+from .activations import describe_open_clip_activations
 from .encoder import (
     Description,
     EncodedTexts,
@@ -27,6 +28,12 @@ from .encoder import (
     require_pictures,
 )
 from .files import hash_files
+from .open_clip_published import (
+    find_activation,
+    find_preprocessing,
+    import_open_clip,
+    refuse_torchscript,
+)
 from .preprocessing import OPENING
 
 CONFIG_FILE = "open_clip_config.json"
@@ -36,7 +43,6 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
 _WEIGHT_SUFFIXES = {Path(name).suffix for name in _WEIGHT_FILES} | {".pt"}
-_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -46,8 +52,10 @@ class OpenClipEncoder:
     Args:
         path: folder with `open_clip_config.json`, or a weights file.
         architecture: for a weights file, open_clip's name of what it holds, e.g. `EVA02-B-16`.
+        activation: for a weights file, `gelu` or `quick_gelu`, where the architecture leaves it
+            open; see `find_activation`.
     Raises: ValueError when open_clip is not installed, weights are missing, a name is unknown, or
-        nothing says how the pictures of a weights file are prepared.
+        nothing says what a weights file is run with: how its pictures are prepared, its activation.
     """
 
     def __init__(
@@ -57,23 +65,26 @@ class OpenClipEncoder:
         *,
         source: str,
         architecture: str | None = None,
+        activation: str | None = None,
     ) -> None:
         self._open_clip = import_open_clip()
         self._settings = settings
         self._source = source
         self._path = path
-        if path.is_dir() and architecture is not None:
-            raise ValueError(
-                f"{source} is a folder, whose {CONFIG_FILE} says what it holds; leave "
-                f"architecture={architecture!r} out."
-            )
+        given = {"architecture": architecture, "activation": activation}
+        for argument, value in given.items():
+            if path.is_dir() and value is not None:
+                raise ValueError(
+                    f"{source} is a folder, whose {CONFIG_FILE} says what it holds; leave "
+                    f"{argument}={value!r} out."
+                )
         self._weights = path if path.is_file() else _find_weights(path)
         self._name = f"local-dir:{path}"
         self._pretrained: str | None = None
         if path.is_file():
             self._name = self._check_architecture(architecture)
             self._pretrained = str(path)
-        self._written = _read_config(path) if path.is_dir() else self._built_in()
+        self._written = _read_config(path) if path.is_dir() else self._built_in(activation)
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
         self._max_tokens = int(self._tokenizer.context_length)
 
@@ -123,6 +134,7 @@ class OpenClipEncoder:
     def _check_architecture(self, architecture: str | None) -> str:
         if self._path.suffix not in _WEIGHT_SUFFIXES:
             raise ValueError(f"{self._source} is none of {sorted(_WEIGHT_SUFFIXES)}.")
+        refuse_torchscript(self._path, source=self._source)
         known = self._open_clip.list_models()
         if architecture is None or architecture not in known:
             raise ValueError(
@@ -131,11 +143,14 @@ class OpenClipEncoder:
             )
         return architecture
 
-    def _built_in(self) -> dict[str, Any]:
+    def _built_in(self, given: str | None) -> dict[str, Any]:
         """What open_clip knows of an architecture, as a folder would have it written."""
+        preprocessing = find_preprocessing(self._name, source=self._source)
+        activation = find_activation(self._name, given=given, source=self._source)
+        model_config = self._open_clip.get_model_config(self._name)
         return {
-            "model_cfg": self._open_clip.get_model_config(self._name),
-            "preprocess_cfg": find_preprocessing(self._name, source=self._source),
+            "model_cfg": {**model_config, "quick_gelu": activation == "quick_gelu"},
+            "preprocess_cfg": preprocessing,
         }
 
     @cached_property
@@ -143,6 +158,7 @@ class OpenClipEncoder:
         model = self._open_clip.create_model(
             self._name,
             pretrained=self._pretrained,
+            force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
             precision=_PRECISIONS[self._description.dtype],
             device=self._settings.find_device(),
             require_pretrained=True,
@@ -169,6 +185,7 @@ class OpenClipEncoder:
     def _description(self) -> Description:
         fingerprint, saved = self._fingerprint()
         chosen = self._preprocessing
+        activations = describe_open_clip_activations(self._written["model_cfg"])
         return Description(
             kind="open_clip",
             source=self._source,
@@ -179,6 +196,7 @@ class OpenClipEncoder:
                 "padding": "max_length",
                 "lower_case": True if self._is_clips_own else "as its tokenizer does",
                 "tokenizer": type(self._tokenizer).__name__,
+                "activation": activations["text"],
             },
             pictures={
                 **OPENING,
@@ -189,6 +207,7 @@ class OpenClipEncoder:
                 "mean": list(chosen.mean),
                 "std": list(chosen.std),
                 "scale": 1 / 255,
+                "activation": activations["pictures"],
             },
             # What open_clip saves in half precision it still runs in float32, unless told.
             dtype="float32" if self._settings.dtype == "saved" else self._settings.dtype,
@@ -218,43 +237,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "repository."
         ) from error
     return content
-
-
-def find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
-    """How pictures are prepared for every published model of an architecture of open_clip.
-
-    A weights file does not say it, and the wrong mean costs a score without a word.
-
-    Returns: mean, std, interpolation and resize mode, as `open_clip_config.json` has them.
-    Raises: ValueError when no model of it is published, or they differ.
-    """
-    open_clip = import_open_clip()
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
-    settings = [{key: cfg[key] for key in _PREPROCESSING if key in cfg} for cfg in known]
-    if not settings or any(other != settings[0] for other in settings):
-        raise ValueError(
-            f"{source} is a weights file, which does not say how its pictures are prepared, and "
-            f"open_clip's {len(tags)} published models of {architecture} do not "
-            f"{'agree on it' if tags else 'say it either'}. Get the repository's folder, with "
-            f"{CONFIG_FILE}."
-        )
-    return settings[0]
-
-
-def import_open_clip() -> Any:
-    """Import open_clip.
-
-    Raises: ValueError saying how to install it.
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError(
-            "This needs open_clip, which is not installed. Run "
-            '`pip install "modeling_llm2clip[baselines]"`.'
-        ) from error
-    return open_clip
 
 
 def _find_weights(folder: Path) -> Path:

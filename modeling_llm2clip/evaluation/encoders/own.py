@@ -16,7 +16,9 @@ from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, finger
 from ...encoding.pictures import encode_pictures
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
+from .activations import describe_activation
 from .encoder import Description, EncodedTexts, EncoderSettings
+from .letter_case import loses_capitals
 from .preprocessing import describe_image_processor
 
 # A batch of texts is given to the model as so many tokens a text.
@@ -101,13 +103,15 @@ class OwnEncoder:
                 },
                 "max_tokens": self._processor.max_text_length,
                 "padding": "none that is pooled",
-                "lower_case": False,
+                "lower_case": loses_capitals(tokenizer),
                 "pooling": text["pooling"],
                 "direction": text["direction"],
+                "activation": describe_activation(config.text_config),
             },
             pictures={
                 **describe_image_processor(self._processor.image_processor),
                 "pooling": vision["pooling"],
+                "activation": describe_activation(config.vision_config),
             },
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,

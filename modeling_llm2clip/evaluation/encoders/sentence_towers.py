@@ -21,7 +21,12 @@ from .encoder import (
     require_pictures,
 )
 from .files import hash_files
-from .preprocessing import describe_image_processor
+from .sentence_files import (
+    SentenceFacts,
+    ask_loaded_model,
+    list_modules,
+    read_sentence_files,
+)
 
 
 class SentenceEncoder:
@@ -30,7 +35,7 @@ class SentenceEncoder:
     No prompt is added but the model's own default one. Only modules of sentence-transformers
     itself are loaded; code from the folder is never run.
 
-    Raises: ValueError when sentence-transformers is not installed.
+    Raises: ValueError when sentence-transformers is not installed or `modules.json` is damaged.
     """
 
     def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
@@ -38,6 +43,8 @@ class SentenceEncoder:
         self._settings = settings
         self._source = source
         _import_sentence_transformers()
+        first = list_modules(folder)[:1]
+        self._is_told_by_files = [module["class"] for module in first] == ["Transformer"]
 
     def describe(self) -> Description:
         """Say what decides the vectors."""
@@ -54,10 +61,10 @@ class SentenceEncoder:
     def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode pictures with `encode`, where the model takes them."""
         require_pictures(pictures)
-        if not self._model.supports("image"):
+        if self._facts.pictures is None:
             raise ValueError(
                 f"{self._source} is a sentence-transformers model for "
-                f"{list(self._model.modalities)}; it takes no pictures. Give it text tasks."
+                f"{list(self._facts.modalities)}; it takes no pictures. Give it text tasks."
             )
         return encode_distinct(pictures, load_rgb, self._encode, self._settings, unit="pictures")
 
@@ -71,19 +78,20 @@ class SentenceEncoder:
         return vectors
 
     def _find_cut(self, texts: Sequence[str]) -> Tensor | None:
-        longest = self._model.max_seq_length
+        longest = self._facts.max_tokens
         if longest is None:
             return None
-        prompt = self._default_prompt or ""
-        ids = self._model.tokenizer(
+        prompt = self._facts.default_prompt or ""
+        ids = self._facts.tokenizer(
             [prompt + text for text in texts], truncation=False, verbose=False
         )["input_ids"]
         return torch.tensor([len(row) > longest for row in ids])
 
-    @property
-    def _default_prompt(self) -> str | None:
-        prompt: str | None = self._model.prompts.get(self._model.default_prompt_name)
-        return prompt
+    @cached_property
+    def _facts(self) -> SentenceFacts:
+        if self._is_told_by_files:
+            return read_sentence_files(self._folder)
+        return ask_loaded_model(self._model)
 
     @cached_property
     def _model(self) -> Any:
@@ -101,27 +109,23 @@ class SentenceEncoder:
     def _description(self) -> Description:
         weights = fingerprint_weights(self._folder, pattern="**/*.safetensors")
         files = hash_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
-        model = self._model  # its modules alone know what they do to a text
+        facts = self._facts
         return Description(
             kind="sentence-transformers",
             source=self._source,
             fingerprint={"weights": weights["weights"], "files": files},
             text={
-                "prompt": self._default_prompt,
-                "max_tokens": model.max_seq_length,
+                "prompt": facts.default_prompt,
+                "max_tokens": facts.max_tokens,
                 "padding": "longest, masked",
-                "lower_case": bool(getattr(model[0], "do_lower_case", False)),
-                "modules": [type(module).__name__ for module in model],
+                "lower_case": facts.lower_case,
+                "modules": list(facts.modules),
+                "activation": facts.activation,
             },
-            pictures=self._describe_pictures() if model.supports("image") else None,
+            pictures=facts.pictures,
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
         )
-
-    def _describe_pictures(self) -> dict[str, Any]:
-        processor = self._model.processor
-        image_processor = getattr(processor, "image_processor", processor)
-        return describe_image_processor(image_processor)
 
 
 def _import_sentence_transformers() -> Any:

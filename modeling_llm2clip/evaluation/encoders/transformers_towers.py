@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ...encoding.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
+from .activations import describe_activation
 from .encoder import (
     Description,
     EncodedTexts,
@@ -31,12 +32,13 @@ from .encoder import (
     require_pictures,
 )
 from .files import hash_files
+from .letter_case import loses_capitals
 from .preprocessing import describe_image_processor
 
 
 @dataclass(frozen=True)
 class _TextRules:
-    """How a family wants its texts."""
+    """How a family wants its texts, beyond what its tokenizer does."""
 
     lower_case: bool
     padding: str
@@ -157,9 +159,13 @@ class TransformersEncoder:
                 "prompt": None,
                 "max_tokens": self._max_tokens,
                 "padding": self._rules.padding + (", masked" if self._rules.masked else ", seen"),
-                "lower_case": self._rules.lower_case,
+                "lower_case": self._rules.lower_case or loses_capitals(self._processor.tokenizer),
+                "activation": describe_activation(self._config.text_config),
             },
-            pictures=describe_image_processor(self._processor.image_processor),
+            pictures={
+                **describe_image_processor(self._processor.image_processor),
+                "activation": describe_activation(self._config.vision_config),
+            },
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
         )

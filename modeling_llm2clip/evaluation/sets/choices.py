@@ -54,6 +54,7 @@ def build_choice_set(
             "sugarcrepe-text."
         )
     entries = list(read(request, intake))
+    num_lost = intake.count_lost()
     items = [_check_entry(entry, form, request, intake) for entry in entries]
     if request.check_pictures:
         pictures = (picture for item in items if item for picture in item.pictures)
@@ -73,6 +74,7 @@ def build_choice_set(
         "items": len(kept),
         "published": card.published_counts(request.lang),
         "excluded": excluded,
+        "excluded_samples": num_lost + len(items) - len(kept),
         **intake.notes,
     }
     return ChoiceSet(card.name, form, kept, request.lang, protocol)

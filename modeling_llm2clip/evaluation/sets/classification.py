@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from .card import ReadRequest, SetCard
 from .intake import Intake, hash_file
-from .schema import ClassificationSet, find_repeated
+from .schema import ClassificationSet, find_repeated, fold_class_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class LabelledPictures:
     names_file: Path | None = None
 
 
+# Faults of no picture: what they cost is the pictures of the classes.
+_FAULTS_OF_CLASSES = (
+    "class without a name",
+    "class name repeated",
+    "class name for a class that is not there",
+    "class folder without pictures",
+    "class named twice",
+    "line without a class and its name",
+)
+
 LabelledReader: TypeAlias = Callable[[ReadRequest, Intake], LabelledPictures]
 
 
@@ -44,35 +54,34 @@ def build_classification_set(
 ) -> ClassificationSet:
     """Read the pictures, name the classes, and keep what has no fault.
 
-    A class whose name another class has too is a fault, as no prompt can tell them apart, unless
-    the request allows it: its pictures tie then, and count as wrong.
+    A class whose name another class has too, in other capitals perhaps, is a fault, as no prompt
+    can tell them apart, unless the request allows it: its pictures tie then, and count as wrong.
 
     Args:
         templates: of the card, for a request that brings none.
     Raises:
         DataFaults: every fault, unless they are excluded.
-        ValueError: nothing is left, or pictures are not wanted.
+        ValueError: nothing or a single class is left, or pictures are not wanted.
     """
     _check_request(card, request)
     found = read(request, intake)
     names = _name_classes(found, request, intake)
+    of_classes = sum(intake.faults.counts.get(kind, 0) for kind in _FAULTS_OF_CLASSES)
+    num_lost = intake.faults.total - of_classes
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.pictures if item[2] in names]
     if len(kept) < len(found.pictures):
         intake.notes["pictures_of_excluded_classes"] = len(found.pictures) - len(kept)
-    if request.check_pictures:
-        unreadable = intake.find_unreadable(
-            (file for _, file, _ in kept), show_progress=request.show_progress
-        )
-        kept = [item for item in kept if item[1] not in unreadable]
-    counts = {
-        "pictures": len(found.pictures) + intake.faults.counts.get("picture missing", 0),
-        "classes": len(found.class_keys),
-    }
+    kept = _leave_out_unreadable(kept, request, intake)
+    num_pictures = len(found.pictures) + intake.faults.counts.get("picture missing", 0)
+    counts = {"pictures": num_pictures, "classes": len(found.class_keys)}
     intake.compare_counts(counts, card.published_counts(request.lang))
     excluded = intake.finish()
-    if not kept:
-        raise ValueError(f"{intake.source}: no picture is left: {excluded}")
+    if not kept or len(in_use) < 2:
+        raise ValueError(
+            f"{intake.source}: {len(kept)} pictures and {len(in_use)} classes are left: "
+            f"{excluded}. Give at least two classes, as one alone is always right, and a picture."
+        )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
     chosen = templates if request.templates is None else request.templates
@@ -87,9 +96,10 @@ def build_classification_set(
         "templates": list(chosen),
         "templates_from": "card" if request.templates is None else "given",
         "excluded": excluded,
+        "excluded_samples": num_lost + len(found.pictures) - len(kept),
         **intake.notes,
     }
-    if repeated := find_repeated(class_names):
+    if repeated := find_repeated(class_names, same=fold_class_name):
         protocol["repeated_class_names"] = repeated
     return ClassificationSet(
         name=card.name,
@@ -101,6 +111,17 @@ def build_classification_set(
         lang=request.lang,
         protocol=protocol,
     )
+
+
+def _leave_out_unreadable(
+    pictures: list[tuple[str, Path, str]], request: ReadRequest, intake: Intake
+) -> list[tuple[str, Path, str]]:
+    if not request.check_pictures:
+        return pictures
+    unreadable = intake.find_unreadable(
+        (file for _, file, _ in pictures), show_progress=request.show_progress
+    )
+    return [item for item in pictures if item[1] not in unreadable]
 
 
 def _describe_names(
@@ -131,7 +152,8 @@ def _name_classes(found: LabelledPictures, request: ReadRequest, intake: Intake)
     """Class to name, without classes that have none or share theirs, which are faults."""
     given = _names_by_class(found, request, intake)
     names = {key: given.get(key, "").strip() for key in found.class_keys}
-    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    counts = Counter(map(fold_class_name, names.values()))
+    shared = {name for name in names.values() if counts[fold_class_name(name)] > 1}
     for key, name in names.items():
         if not name:
             intake.faults.add("class without a name", key)

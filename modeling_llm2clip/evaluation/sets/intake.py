@@ -41,6 +41,9 @@ class Intake:
         faults: what readers add to.
         notes: further choices and counts for the protocol.
         cache: what other readings of the same folder may use.
+        faults_of_samples: how many of the faults are of samples that a reader has yielded all the
+            same, or are further ones of a sample that it has not. Each of the others is a sample
+            that is lost, so that samples can be counted once, whatever is wrong with them.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Intake:
         self.faults = FaultCollector()
         self.notes: dict[str, Any] = {}
         self.cache = cache or ReadingCache()
+        self.faults_of_samples = 0
         self._files: list[Path] = []
 
     def find_file(self, folder: Path, *names: str, advice: str) -> Path:
@@ -117,8 +121,12 @@ class Intake:
             if not (is_same or self.exclude):
                 self.faults.add("file is not the published one", f"{name}: {algorithm} differs")
 
+    def count_lost(self) -> int:
+        """How many samples were lost in reading, before any that was yielded is checked."""
+        return self.faults.total - self.faults_of_samples
+
     def finish(self) -> dict[str, int]:
-        """Raise the faults, or return how many samples were left out for which of them.
+        """Raise the faults, or return how many there are of each kind.
 
         Raises: DataFaults with every fault, unless they are excluded.
         """

@@ -49,12 +49,14 @@ def build_retrieval_set(
         ValueError: nothing is left.
     """
     has_pictures = request.require_pictures and card.kind == "retrieval"
+    read_entries = list(read(request, intake))
+    num_lost = intake.count_lost()
     entries: list[Entry] = []
     names: set[str] = set()
-    for entry in read(request, intake):
+    for entry in read_entries:
         checked = _check_entry(card, entry, intake, request if has_pictures else None)
         if checked.name in names:
-            intake.faults.add("picture repeated", entry.place)
+            intake.faults.add("picture repeated", f"{entry.place}: {entry.name}")
             checked = replace(checked, is_sound=False)
         names.add(checked.name)
         entries.append(checked)
@@ -70,9 +72,9 @@ def build_retrieval_set(
     intake.compare_counts(found, card.published_counts(request.lang))
     intake.compare_checksums(card.checksums)
     excluded = intake.finish()
-    return _assemble(
-        card, request, intake, [entry for entry in entries if entry.is_sound], excluded
-    )
+    sound = [entry for entry in entries if entry.is_sound]
+    intake.notes["excluded_samples"] = num_lost + len(entries) - len(sound)
+    return _assemble(card, request, intake, sound, excluded)
 
 
 def find_picture(images: Path, name: str) -> Path | None:

@@ -11,16 +11,19 @@ that every protocol has:
 | `pictures`, `captions` (or `items`, `classes`) | counts of what is in the set |
 | `with_pictures` | of a retrieval set: False where its captions alone were read |
 | `published` | the counts that the publisher gives; empty where none are known |
-| `excluded` | kind of fault to how many were left out; empty unless that was asked for |
+| `excluded` | kind of fault to how many there were; empty unless exclusion was asked for |
+| `excluded_samples` | how many pictures, items or lines were left out for them, each once |
 
 Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
 the files are those that were published; `differences_from_published`, counts that were taken as
-they are because faults were to be excluded.
+they are because faults were to be excluded; `pictures_without_a_record`, files that lie in a folder
+of one's own and are not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -86,8 +89,9 @@ class ClassificationSet:
         pictures: where they lie; at least one.
         picture_names: one a picture, all different.
         labels: one a picture: the row of its class in `class_names`.
-        class_names: as they stand in a prompt; all different, unless `protocol` names those that
-            are not in `repeated_class_names`: pictures of these tie, and a tie is a wrong answer.
+        class_names: as they stand in a prompt; all different, in more than capitals, unless
+            `protocol` names those that are not in `repeated_class_names`: pictures of these tie,
+            and a tie is a wrong answer.
         templates: prompts with one `{}` where the class name goes.
         lang: language of class names and templates, BCP 47.
         protocol: every choice that was made; see the top of this file.
@@ -114,7 +118,7 @@ class ClassificationSet:
                 f"{self.name}: labels from {min(self.labels)} to {max(self.labels)} do not fit "
                 f"{len(self.class_names)} classes, counted from 0."
             )
-        repeated = find_repeated(self.class_names)
+        repeated = find_repeated(self.class_names, same=fold_class_name)
         if repeated != self.protocol.get("repeated_class_names", []):
             raise ValueError(
                 f"{self.name}: class names repeat: {repeated[:5]}. A picture of one could not be "
@@ -188,15 +192,28 @@ class ChoiceSet:
 EvaluationSet: TypeAlias = RetrievalSet | ClassificationSet | ChoiceSet
 
 
-def find_repeated(names: tuple[str, ...]) -> list[str]:
-    """The names that stand there more than once, each once, in their order."""
+def find_repeated(names: tuple[str, ...], *, same: Callable[[str], str] = str) -> list[str]:
+    """The names that stand there more than once, each once, in their order.
+
+    Args:
+        same: names of which it makes the same are one name.
+    """
     seen: set[str] = set()
-    repeated: dict[str, None] = {}
+    repeated: dict[str, str] = {}
     for name in names:
-        if name in seen:
-            repeated[name] = None
-        seen.add(name)
-    return list(repeated)
+        folded = same(name)
+        if folded in seen:
+            repeated.setdefault(folded, name)
+        seen.add(folded)
+    return list(repeated.values())
+
+
+def fold_class_name(name: str) -> str:
+    """The name as the most forgetful of the models reads it: NFC, lower case, single blanks.
+
+    CLIP and SigLIP know no capitals, so `Cat` and `cat` are one class to them.
+    """
+    return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
 
 def _check_pictures(

@@ -16,6 +16,8 @@ from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_in
 
 KS = (1, 5)
 _MOST_CONFUSED = 20
+_ROWS_AT_ONCE = 1024
+_NEAR = 1e-4  # of a cosine in float32, far above its rounding
 
 
 def run_classification(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
@@ -37,8 +39,10 @@ def run_classification(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> Tas
     labels = torch.tensor(data.labels)
     ranks, predicted = rank_classes(images, classes, labels)
     confusion = count_confusion(labels, predicted, num_classes=len(classes))
+    scores = _score(ranks, labels, confusion, data.class_names)
+    tied = [data.class_names[row] for row in find_tied(classes)]
     return TaskScores(
-        scores=_score(ranks, labels, confusion, data.class_names),
+        scores={**scores, "classes_with_tied_vectors": tied},
         counts={"pictures": len(images), "classes": len(classes), **count_texts(texts)},
         pictures={"confusion": draw_confusion(confusion, data.class_names)},
     )
@@ -58,6 +62,25 @@ def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tenso
     others = scores.scatter(1, labels[:, None], -torch.inf)
     ranks = 1 + (others >= own - TIE_TOLERANCE).sum(dim=1)
     return ranks, torch.where(ranks == 1, labels, others.argmax(dim=1))
+
+
+def find_tied(classes: Tensor) -> list[int]:
+    """Rows that lie as near to another row as a tie: pictures of them can only be wrong.
+
+    Names that differ to a reader may be one to a model: in capitals, or cut at its last token.
+
+    Args:
+        classes: (C, D) of unit length.
+    """
+    tied: set[int] = set()
+    for start in range(0, len(classes), _ROWS_AT_ONCE):
+        # A product finds candidates among all pairs; only their difference is exact enough.
+        near = classes[start : start + _ROWS_AT_ONCE] @ classes.T > 1 - _NEAR
+        first, second = near.nonzero().T
+        first = first + start
+        distances = (classes[first].double() - classes[second].double()).norm(dim=1)
+        tied.update(first[(first != second) & (distances <= TIE_TOLERANCE)].tolist())
+    return sorted(tied)
 
 
 def count_confusion(labels: Tensor, predicted: Tensor, *, num_classes: int) -> Tensor:

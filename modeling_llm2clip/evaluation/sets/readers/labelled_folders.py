@@ -61,18 +61,25 @@ def _walk_class_folders(
     folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     if not folders:
         raise ValueError(f"{intake.source}: {root} has no class folders. Put each class into one.")
+    for file in sorted(path for path in root.iterdir() if path.is_file()):
+        if _is_picture(file):
+            intake.faults.add("picture in no class folder", file.name)
     pictures: list[tuple[str, Path, str]] = []
     for folder in folders:
         before = len(pictures)
         for file in _list_files(folder):
             name = file.relative_to(root).as_posix()
-            if file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES:
+            if _is_picture(file):
                 pictures.append((name, file, folder.name))
             else:
                 intake.faults.add("not a picture", name)
         if len(pictures) == before:
             intake.faults.add("class folder without pictures", folder.name)
     return tuple(pictures), tuple(folder.name for folder in folders)
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES and file.name[0] != "."
 
 
 def _list_files(folder: Path) -> Iterator[Path]:

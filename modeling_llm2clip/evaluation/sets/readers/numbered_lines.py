@@ -1,18 +1,29 @@
 """Reads lines `picture#kind#number caption`: Flickr30k-CN and COCO-CN.
 
 `1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`. Any white space ends the
-first part.
+first part. Where only some captions of a picture count, the numbers say which, not the order of
+the lines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..card import ReadRequest
 from ..intake import Intake
 from ..retrieval import Entry
 from .text_files import read_lines
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A caption as it stands in the file, with its number as it is written."""
+
+    place: str
+    number: str
+    text: str
 
 
 def read_flickr30k_cn(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
@@ -23,8 +34,12 @@ def read_flickr30k_cn(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
         "test/flickr30k_cn_test.txt",
         advice="It is the human-translated test file of Flickr30k-CN, also in Flickr30k-CNA.",
     )
-    for place, name, captions in _group_lines(file, intake):
-        yield Entry(place, name, captions)
+    for stem, lines in _group_lines(file, intake).items():
+        faults = _check_numbers(lines, intake)
+        intake.faults_of_samples += faults
+        ordered = lines if faults else sorted(lines, key=lambda line: int(line.number))
+        captions = tuple(line.text for line in ordered)
+        yield Entry(lines[0].place, f"{stem}.jpg", captions, is_sound=not faults)
 
 
 def read_coco_cn(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
@@ -40,33 +55,46 @@ def read_coco_cn(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
         advice=advice,
     )
     wanted = [line.strip() for line in read_lines(split) if line.strip()]
-    grouped = {
-        Path(name).stem: captions
-        for _, name, captions in _group_lines(file, intake, wanted=frozenset(wanted))
-    }
+    grouped = _group_lines(file, intake, wanted=frozenset(wanted))
     for number, stem in enumerate(wanted, start=1):
         part = "train2014" if "train2014" in stem else "val2014"
-        yield Entry(f"{split.name} line {number}", f"{part}/{stem}.jpg", grouped.get(stem, ()))
+        captions = tuple(line.text for line in grouped.get(stem, ()))
+        yield Entry(f"{split.name} line {number}", f"{part}/{stem}.jpg", captions)
 
 
 def _group_lines(
     file: Path, intake: Intake, *, wanted: Collection[str] | None = None
-) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Place, picture and captions of each picture; of the wanted ones alone where they are given.
+) -> dict[str, list[_Line]]:
+    """The lines of each picture; of the wanted ones alone where they are given.
 
     A line that cannot be read is a fault.
     """
-    captions: dict[str, list[str]] = {}
-    places: dict[str, str] = {}
-    for number, line in enumerate(read_lines(file), start=1):
-        place = f"{file.name} line {number}"
+    lines: dict[str, list[_Line]] = {}
+    for row, line in enumerate(read_lines(file), start=1):
+        place = f"{file.name} line {row}"
         label, *text = line.split(maxsplit=1)
-        stem, mark, _ = label.partition("#")
+        stem, mark, rest = label.partition("#")
         if not mark or not stem:
             intake.faults.add("no 'picture#number' at the start of the line", place)
             continue
         stem = stem.removesuffix(".jpg")
         if wanted is None or stem in wanted:
-            captions.setdefault(stem, []).append(text[0] if text else "")
-            places.setdefault(stem, place)
-    return [(places[stem], f"{stem}.jpg", tuple(texts)) for stem, texts in captions.items()]
+            number = rest.rpartition("#")[2]
+            lines.setdefault(stem, []).append(_Line(place, number, text[0] if text else ""))
+    return lines
+
+
+def _check_numbers(lines: Sequence[_Line], intake: Intake) -> int:
+    """Tell numbers of one picture that are none, or that stand there twice; returns how many."""
+    seen: set[int] = set()
+    faults = 0
+    for line in lines:
+        if not line.number.isdecimal():
+            intake.faults.add("no number of the caption", line.place)
+        elif int(line.number) in seen:
+            intake.faults.add("number of a caption repeated", line.place)
+        else:
+            seen.add(int(line.number))
+            continue
+        faults += 1
+    return faults

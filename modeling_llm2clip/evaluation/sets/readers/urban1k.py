@@ -25,35 +25,41 @@ def read_urban1k(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
         )
     captions = {file.stem: file for file in (root / "caption").glob("*.txt")}
     images = request.images or root / "image"
-    pictures = _list_pictures(images)
+    found = _list_pictures(images)
+    pictures = {name: files[0] for name, files in found.items()}
     num_longer = 0
     for name in sorted(captions.keys() | pictures.keys(), key=_number_first):
-        place, lines, is_text = f"caption/{name}.txt", [], True
+        place, lines, is_sound = f"caption/{name}.txt", [], True
         if name in captions:
             try:
                 lines = read_lines(captions[name])
             except ValueError:
                 intake.faults.add("not UTF-8", place)
-                is_text = False
+                intake.faults_of_samples += 1
+                is_sound = False
+        if len(found.get(name, ())) > 1:
+            shown = ", ".join(file.name for file in found[name])
+            intake.faults.add("several pictures of one name", f"{place}: {shown}")
+            intake.faults_of_samples += 1
+            is_sound = False
         num_longer += any(line.strip() for line in lines[1:])
         yield Entry(
             place,
             f"{name}.jpg",
             tuple(lines[:1]),
             picture=pictures.get(name),
-            is_sound=is_text,
+            is_sound=is_sound,
         )
     intake.notes["captions_cut_to_their_first_line"] = num_longer
 
 
-def _list_pictures(images: Path) -> dict[str, Path]:
-    if not images.is_dir():
-        return {}
-    return {
-        file.stem: file
-        for file in images.iterdir()
-        if file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES
-    }
+def _list_pictures(images: Path) -> dict[str, list[Path]]:
+    """The files of each name without its ending, in order."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(images.iterdir()) if images.is_dir() else []:
+        if file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES:
+            found.setdefault(file.stem, []).append(file)
+    return found
 
 
 def _number_first(name: str) -> tuple[bool, int, str]:
