@@ -150,15 +150,6 @@ def require_own_tokenizer(
         )
 
 
-def merge_adapter(text_model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
-    """Merge a LoRA into an LLM without its head, and return a plain LLM."""
-    from peft import PeftModel  # a dependency of few
-
-    merged: PreTrainedModel = PeftModel.from_pretrained(text_model, str(adapter)).merge_and_unload()
-    merged.eval()
-    return merged
-
-
 def _sees_pictures(config: PreTrainedConfig) -> bool:
     fields = ("image_size", "num_channels", "patch_size", "architecture")
     return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
