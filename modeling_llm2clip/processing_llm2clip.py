@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import urllib.request
+from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Prepare pictures, texts, or both.
 
         Args:
-            images: a picture or a list of them: PIL, path, URL, or arrays and tensors as the
-                image processor takes them. Transparency becomes white, EXIF rotation is applied,
-                of an animation the first frame counts.
+            images: a picture or a list of them: PIL, path, URL, or RGB arrays and tensors,
+                (H, W, 3) or (3, H, W): uint8, uint16 (scaled), or floats in [0, 1] together with
+                `do_rescale=False`; a batch of them as one. Transparency becomes white, EXIF
+                rotation is applied, of an animation the first frame counts.
             text: a caption or a list of them. Defaults: padding, truncation before the prompt's
                 suffix, PyTorch tensors.
             on_long_text: `"truncate"` and count in `num_truncated_texts`, or `"error"`.
@@ -78,7 +80,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
             text = text if isinstance(text, str) else list(text)
             check_texts(text)
         if images is not None:
-            images = load_pictures(images)
+            images = load_pictures(images, rescales=self._rescales(kwargs))
         filled = self._fill_defaults(kwargs)
         limits = {**filled["text_kwargs"], **filled["common_kwargs"], **filled}
         batch: BatchFeature = super().__call__(images=images, text=text, **filled)
@@ -86,6 +88,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
             limit = min(limits["max_length"], self.tokenizer.model_max_length)
             self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
+
+    def _rescales(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the image processor will divide pixels by 255."""
+        nested = (kwargs.get(name) or {} for name in ("common_kwargs", "images_kwargs"))
+        own = getattr(self.image_processor, "do_rescale", True)
+        return bool(ChainMap(kwargs, *nested).get("do_rescale", own))
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sort the tokenizer's settings, wherever they were given, and add our defaults.
@@ -147,19 +155,24 @@ def check_texts(text: str | list[str]) -> None:
         )
 
 
-def load_pictures(images: Any) -> Any:
-    """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors pass.
+def load_pictures(images: Any, *, rescales: bool = True) -> Any:
+    """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors stay such.
 
-    Raises: ValueError naming every picture that is missing, broken, or too large.
+    Args:
+        rescales: whether pixels will be divided by 255; if not, arrays may hold floats in [0, 1].
+    Raises: ValueError naming every picture that is missing, broken, too large or of an unknown
+        range.
     """
+    if len(getattr(images, "shape", ())) == 4:
+        images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_picture(images, 0)
+        return _load_picture(images, 0, rescales=rescales)
     if not images:
         raise ValueError("images is an empty list; give at least one picture.")
     loaded, faults = [], []
     for number, image in enumerate(images):
         try:
-            loaded.append(_load_picture(image, number))
+            loaded.append(_load_picture(image, number, rescales=rescales))
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -168,18 +181,50 @@ def load_pictures(images: Any) -> Any:
     return loaded
 
 
-def _load_picture(image: Any, number: int) -> Any:
+def _load_picture(image: Any, number: int, *, rescales: bool) -> Any:
     if isinstance(image, str | os.PathLike):
         return _open_picture(os.fspath(image))
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or f"picture number {number}"
         return _decode(image, name)
     if hasattr(image, "shape"):
-        return image
+        return _check_array(image, f"picture number {number}", rescales=rescales)
     raise ValueError(
         f"Picture number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
         "array or a tensor."
     )
+
+
+def _check_array(image: Any, name: str, *, rescales: bool) -> Any:
+    """Refuse pixels whose place or range is not known, and make 16 bit 8 bit.
+
+    A float's range cannot be told from its values: a dark picture in 0 to 255 is a bright one in
+    0 to 1.
+    """
+    shape = tuple(image.shape)
+    if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
+        raise ValueError(
+            f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Of another "
+            "array, Image.fromarray makes a picture that is taken, grey or with transparency too."
+        )
+    dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
+    if dtype == "uint8":
+        return image
+    if dtype == "uint16":
+        pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
+        return (pixels // 257).astype(np.uint8)
+    if "float" not in dtype or rescales:
+        raise ValueError(
+            f"{name} has {dtype} pixels, whose range is not known. Give uint8 (0 to 255), uint16 "
+            "(0 to 65535), or floats in [0, 1] together with do_rescale=False."
+        )
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise ValueError(
+            f"{name} has pixels from {low:g} to {high:g}; with do_rescale=False they must be in "
+            "[0, 1]."
+        )
+    return image
 
 
 def _open_picture(path: str) -> Image.Image:
@@ -221,6 +266,8 @@ def _fetch(address: str) -> io.BytesIO:
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Decode fully, turn upright, and make it RGB on white."""
+    if 0 in image.size:
+        raise ValueError(f"{name}: the picture has no pixels ({image.size}).")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)

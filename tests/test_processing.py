@@ -410,6 +410,80 @@ def test_arrays_and_pictures_give_equal_pixels(processor: LLM2CLIPProcessor) -> 
     assert torch.equal(from_picture, processor(images=np.asarray(picture))["pixel_values"])
 
 
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
+def test_sixteen_bit_arrays_are_scaled_as_sixteen_bit_pictures_are(
+    processor: LLM2CLIPProcessor, make: Any
+) -> None:
+    eight = np.asarray(draw_noise())
+    wanted = processor(images=make(eight))["pixel_values"]
+    # 257 times 0 … 255 is 0 … 65535; anything short of the next step is the same step.
+    sixteen = eight.astype(np.uint16) * 257
+    sixteen[sixteen < 65535] += 256
+    assert torch.equal(processor(images=make(sixteen))["pixel_values"], wanted)
+
+
+@pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
+@pytest.mark.parametrize(
+    "settings", [{"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}]
+)
+def test_floats_are_taken_when_said_to_be_from_0_to_1(
+    processor: LLM2CLIPProcessor, settings: Any, make: Any
+) -> None:
+    flat = np.full((32, 32, 3), 102, dtype=np.uint8)  # no resampling: size and colour stay
+    wanted = processor(images=flat)["pixel_values"]
+    found = processor(images=make(flat.astype(np.float32) / 255), **settings)["pixel_values"]
+    # The same numbers, divided by 255 here or there, around one.
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+FLOAT_RANGE = r"whose range is not known\. Give uint8.*do_rescale=False"
+ODD_ARRAYS: dict[str, tuple[Any, str]] = {
+    "float in 0 to 1": (np.full((8, 8, 3), 0.5, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
+    "float in 0 to 255": (np.full((8, 8, 3), 128.0), f"float64.*{FLOAT_RANGE}"),
+    "half tensor": (torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16), f"bfloat16.*{FLOAT_RANGE}"),
+    "NaN": (np.full((8, 8, 3), np.nan, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
+    "whole numbers": (np.full((8, 8, 3), 128), f"int64.*{FLOAT_RANGE}"),
+    "empty": (np.zeros((0, 0, 3), dtype=np.uint8), r"shape \(0, 0, 3\)"),
+    "grey": (np.zeros((8, 9), dtype=np.uint8), r"shape \(8, 9\); .*Image\.fromarray"),
+    "transparency": (np.zeros((8, 9, 4), dtype=np.uint8), r"shape \(8, 9, 4\)"),
+    "colours first or last": (np.zeros((3, 9, 3), dtype=np.uint8), r"shape \(3, 9, 3\)"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ARRAYS)
+def test_an_array_of_unknown_range_or_place_is_refused_by_its_number(
+    processor: LLM2CLIPProcessor, kind: str
+) -> None:
+    array, fault = ODD_ARRAYS[kind]
+    with pytest.raises(ValueError, match=rf"picture number 1 .*{fault}"):
+        processor(images=[np.zeros((8, 9, 3), dtype=np.uint8), array])
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.1, 1.5, 128.0])
+def test_floats_outside_0_to_1_are_refused_where_nothing_rescales(
+    processor: LLM2CLIPProcessor, value: float
+) -> None:
+    with pytest.raises(ValueError, match=r"picture number 0 has pixels from .*must be in \[0, 1\]"):
+        processor(images=np.full((8, 8, 3), value), do_rescale=False)
+
+
+def test_a_batch_in_one_array_is_its_pictures(processor: LLM2CLIPProcessor) -> None:
+    pictures = np.stack([np.asarray(draw_noise()), np.asarray(draw_noise())[::-1]])
+    wanted = processor(images=list(pictures))["pixel_values"]
+    assert torch.equal(processor(images=pictures)["pixel_values"], wanted)
+    with pytest.raises(ValueError, match="picture number 0 has float64"):
+        processor(images=pictures / 255)
+
+
+def test_a_picture_without_pixels_is_refused(processor: LLM2CLIPProcessor) -> None:
+    with pytest.raises(ValueError, match="picture number 0: the picture has no pixels"):
+        processor(images=Image.new("RGB", (0, 4)))
+
+
 # Saving and loading
 
 
