@@ -76,11 +76,6 @@ def test_what_is_not_a_caption_is_named(
         processor(text=text)
 
 
-def test_bytes_are_refused_whole(processor: LLM2CLIPProcessor) -> None:
-    with pytest.raises(ValueError, match="non-blank string"):
-        processor(text=b"a dog")  # type: ignore[arg-type]
-
-
 def test_all_bad_captions_are_counted_and_the_first_ones_named(
     processor: LLM2CLIPProcessor,
 ) -> None:
@@ -169,6 +164,89 @@ def test_settings_may_be_flat_or_nested(processor: LLM2CLIPProcessor) -> None:
         assert type(batch["input_ids"]) is np.ndarray
         assert batch["input_ids"].shape == (2, 32)
     assert (flat["input_ids"] == nested["input_ids"]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"on_long_texts": "error"}, "on_long_texts"),
+        ({"max_lenght": 20}, "max_lenght"),
+        ({"text_kwargs": {"max_lenght": 20}}, "max_lenght"),
+        ({"txt_kwargs": {"max_length": 20}}, "txt_kwargs"),
+        ({"images_kwargs": {"do_resise": False}}, "do_resise"),
+        ({"images_kwargs": {"truncation": False}}, "truncation"),  # right, in the wrong place
+        ({"common_kwargs": {"return_tensor": "np"}}, "return_tensor"),
+        ({"pad": None}, "pad"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_known_ones(
+    processor: LLM2CLIPProcessor, settings: Any, named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"know \['{named}'\].*Known: .*'max_length', .*'on_long"):
+        processor(text="a dog", images=draw_noise(), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text_pair": "a cat"},
+        {"text_kwargs": {"is_split_into_words": True}},
+        {"return_overflowing_tokens": True},
+        {"videos": [draw_noise()]},
+    ],
+)
+def test_what_makes_no_row_of_one_caption_is_refused(
+    processor: LLM2CLIPProcessor, settings: Any
+) -> None:
+    with pytest.raises(ValueError, match="a row is one caption or one picture"):
+        processor(text="a dog", **settings)
+
+
+def test_what_callers_of_every_kind_of_processor_say_changes_nothing(
+    processor: LLM2CLIPProcessor,
+) -> None:
+    wanted = processor(text=["a dog", "a cat on a mat"], images=[draw_noise()] * 2)
+    found = processor(
+        text=["a dog", "a cat on a mat"],
+        images=[draw_noise()] * 2,
+        videos=None,
+        audio=None,
+        text_pair=None,
+        text_kwargs={"padding": True, "truncation": "longest_first", "max_length": None},
+        images_kwargs={"do_resize": True},
+        audio_kwargs={"padding": True, "sampling_rate": 16000},
+        videos_kwargs={"fps": 2},
+        common_kwargs={"return_tensors": "pt"},
+        add_special_tokens=True,
+        padding_side="right",
+        return_attention_mask=True,
+    )
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_an_image_processors_own_options_are_taken() -> None:
+    processor = tiny_model("siglip2")[1]
+    patches = processor(images=draw_noise(), max_num_patches=4)["pixel_values"]
+    assert patches.shape[1] == 4 < processor(images=draw_noise())["pixel_values"].shape[1]
+
+
+@pytest.mark.parametrize("text", [5, {"a": 1}, 1.5, b"a dog", object()])
+def test_what_is_neither_a_caption_nor_a_list_is_refused_by_its_kind(
+    processor: LLM2CLIPProcessor, text: Any
+) -> None:
+    kind = type(text).__name__
+    with pytest.raises(ValueError, match=f"text is {kind}; give one non-blank string or a list"):
+        processor(text=text)
+
+
+def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProcessor) -> None:
+    prefix, suffix = prompt()
+    least = len(prefix) + len(suffix) + 1
+    for length in (2, least - 1):
+        with pytest.raises(ValueError, match=rf"max_length={length} leaves no room.* {least}\."):
+            processor(text=LONG_TEXT, max_length=length)
+    assert processor(text=LONG_TEXT, max_length=least)["input_ids"].shape == (1, least)
 
 
 def test_without_padding_rows_keep_their_lengths(processor: LLM2CLIPProcessor) -> None:
@@ -397,6 +475,12 @@ def test_what_is_not_a_picture_is_refused_with_its_number(picture: Any) -> None:
     name = type(picture).__name__
     with pytest.raises(ValueError, match=rf"Picture number 1 is {name}; give a PIL image"):
         load_pictures([draw_noise(), picture])
+
+
+@pytest.mark.parametrize("picture", [b"bytes", io.BytesIO(b"bytes"), "data:image/png;base64,AA"])
+def test_a_picture_in_memory_is_refused_with_the_way_to_open_it(picture: Any) -> None:
+    with pytest.raises(ValueError, match=r"PIL\.Image\.open.*BytesIO"):
+        load_pictures([picture])
 
 
 def test_an_empty_list_of_pictures_is_refused(processor: LLM2CLIPProcessor) -> None:
