@@ -103,8 +103,7 @@ def configure_model(
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
-    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, or
-        the prompt does not fit it.
+    Raises: ValueError when the tokenizer is another model's, or the prompt does not fit it.
     """
     require_own_tokenizer(text_config, tokenizer, "The LLM")
     template = resolve_template(
@@ -144,9 +143,9 @@ def build_model(
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build a model and its processor from loaded towers; adapter and projections are random.
 
-    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, the
-        prompt does not fit the tokenizer, the vision tower cannot take the picture size, or the
-        LLM's family cannot be made bidirectional.
+    Raises: ValueError when the tokenizer is another model's, the prompt does not fit it, the
+        vision tower cannot take the picture size, or the LLM's family cannot be made
+        bidirectional.
     """
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:
