@@ -22,7 +22,7 @@ from provenance import describe_processor, read_commit
 from torch import Tensor
 
 from modeling_llm2clip.data.splits import hold_out
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
+from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
 from modeling_llm2clip.demo.run import DemoArguments, read_pictures
 from modeling_llm2clip.demo.stages import align, encode_records, evaluate
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
@@ -76,7 +76,9 @@ def _run(
         chosen = BuildArguments(
             prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional, seed=seed
         )
-        model, processor = build_from_sources(*towers, chosen, caption_adapter=adapter)
+        model, processor = build_from_sources(
+            *towers, chosen, caption_adapter=adapter, accept_adapter_base=SMOLLM2_BASE
+        )
         # Neither tower depends on the seed.
         encoded = encoded or encode_records(model, processor, records, vision_embeds=vision_embeds)
         held_out = hold_out(records, seed=seed)

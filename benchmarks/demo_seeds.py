@@ -17,7 +17,7 @@ from typing import Any
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.data.splits import hold_out
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
+from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
 from modeling_llm2clip.demo.run import DemoArguments, read_pictures
 from modeling_llm2clip.demo.stages import align, encode_records, evaluate
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
@@ -50,7 +50,9 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
     for seed in seeds:
         chosen = BuildArguments(prompt="chatml", visual_projection_bias=True, seed=seed)
         adapter = DemoArguments(output=nothing_written).find_adapter()
-        model, processor = build_from_sources(*towers, chosen, caption_adapter=adapter)
+        model, processor = build_from_sources(
+            *towers, chosen, caption_adapter=adapter, accept_adapter_base=SMOLLM2_BASE
+        )
         pictures = pictures or encode_records(model, processor, records)
         held_out = hold_out(records, seed=seed)
         chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment

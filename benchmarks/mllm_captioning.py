@@ -42,16 +42,17 @@ from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.example_data import find_example_data
 from modeling_llm2clip.data.splits import hold_out
 from modeling_llm2clip.data.vector_store import VectorStore
-from modeling_llm2clip.demo.real_parts import DINOV2, SMOLLM2, fetch_real_part
+from modeling_llm2clip.demo.real_parts import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_real_part
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.encoding.pictures import encode_pictures
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
+from modeling_llm2clip.hub.adapters import merge_adapter
 from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.hub.towers import load_text_tower, load_vision_tower, merge_adapter
+from modeling_llm2clip.hub.towers import load_text_tower, load_vision_tower
 from modeling_llm2clip.hub.vision_tower import export_vision_tower
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -169,7 +170,9 @@ def _make_towers(
         image_mean=image_processor.image_mean, image_std=image_processor.image_std,
     )  # fmt: skip
     text_model, tokenizer = load_text_tower(fetch_real_part(SMOLLM2))
-    text_model = merge_adapter(text_model, find_example_data() / "caption_adapter")
+    text_model = merge_adapter(
+        text_model, find_example_data() / "caption_adapter", accepted_base=SMOLLM2_BASE
+    )
     chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
     built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
     export_model(*built, work / "built")

@@ -6,7 +6,10 @@ Travels to the Hub beside the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from inspect import signature
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -51,8 +54,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         format_version: layout of weights and settings; checked on loading.
 
     Raises:
-        ValueError: a field is unknown, missing in a saved file, contradictory, or written by
-            another format.
+        ValueError: a field is unknown, missing in a saved file, of another type, contradictory,
+            or written by another format.
     """
 
     model_type = "llm2clip"
@@ -83,6 +86,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
+        given = locals()
+        _check_types({name: given[name] for name in _TYPES})
         # The base class sets the attention implementation of the towers it finds, so it comes
         # before them, and a wish for another implementation after them.
         attn_implementation = kwargs.pop("attn_implementation", None)
@@ -158,7 +163,53 @@ _SAVED_FIELDS = {
 }  # fmt: skip
 
 
-def _check_format(found: int) -> None:
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_integer(i) and i >= 0 for i in value)
+
+
+# "false" is true in Python, and "32" sorts before 4: a type is never guessed.
+_WHOLE = ("a whole number", _is_integer)
+_TRUTH = ("true or false", lambda value: isinstance(value, bool))
+_IDS = ("a list of token ids", _is_list_of_ids)
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "projection_dim": _WHOLE,
+    "bidirectional": _TRUTH,
+    "prompt_prefix_ids": _IDS,
+    "prompt_suffix_ids": _IDS,
+    "prompt_suffix_ends_special": _TRUTH,
+    "max_text_length": _WHOLE,
+    "normalize_text_before_adapter": _TRUTH,
+    "text_adapter_layers": _WHOLE,
+    "text_adapter_expansion": _WHOLE,
+    "visual_projection_bias": _TRUTH,
+    "logit_scale_init_value": ("a finite number", _is_number),
+}
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    faults = [
+        f"{name}={value!r} must be {_TYPES[name][0]}"
+        for name, value in values.items()
+        if not _TYPES[name][1](value)
+    ]
+    if faults:
+        raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
+
+
+def _check_format(found: Any) -> None:
+    if not _is_integer(found):
+        raise ValueError(
+            f"format_version={found!r} must be a whole number: this code reads format "
+            f"{FORMAT_VERSION}. Restore config.json from the original checkpoint."
+        )
     if found == FORMAT_VERSION:
         return
     way_out = (
@@ -197,7 +248,24 @@ def _tower_config(
             f"{name} has model_type={config['model_type']!r}, which this transformers does not "
             "know. Upgrade transformers, or take a tower that it has."
         )
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    tower_class = CONFIG_MAPPING[config["model_type"]]
+    _refuse_misspelt_fields(config, set(signature(tower_class).parameters), name=name)
+    return tower_class.from_dict(config)
+
+
+def _refuse_misspelt_fields(config: dict[str, Any], known: set[str], *, name: str) -> None:
+    """Raise ValueError for an unknown field that stands where a known one is lost.
+
+    Other unknown fields pass: published LLMs carry some of their own.
+    """
+    lost = sorted(known - set(config))
+    near = {field: get_close_matches(field, lost, 1, 0.9) for field in set(config) - known}
+    misspelt = sorted(f"{field} for {like[0]}" for field, like in near.items() if like)
+    if misspelt:
+        raise ValueError(
+            f"{name} seems to have {misspelt}; the default would be taken instead. Correct the "
+            "spelling."
+        )
 
 
 def _write_attention_direction(text_config: PreTrainedConfig, *, bidirectional: bool) -> None:

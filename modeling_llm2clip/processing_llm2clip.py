@@ -9,17 +9,25 @@ from __future__ import annotations
 import io
 import os
 import urllib.request
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import TextKwargs
+from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 # What Pillow's decoders raise, each in its own way.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
+# Options of any processor that make something else of a row than one caption or one picture; a
+# caller of many kinds of processors may name them, but not use them.
+_NOT_TAKEN = {
+    "text_pair", "text_target", "text_pair_target", "is_split_into_words",
+    "return_overflowing_tokens", "audio", "videos",
+}  # fmt: skip
+_NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers gives all kinds, always
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -59,33 +67,43 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Prepare pictures, texts, or both.
 
         Args:
-            images: a picture or a list of them: PIL, path, URL, or arrays and tensors as the
-                image processor takes them. Transparency becomes white, EXIF rotation is applied,
-                of an animation the first frame counts.
+            images: a picture or a list of them: PIL, path, URL, or RGB arrays and tensors,
+                (H, W, 3) or (3, H, W): uint8, uint16 (scaled), or floats in [0, 1] together with
+                `do_rescale=False`; a batch of them as one. Transparency becomes white, EXIF
+                rotation is applied, of an animation the first frame counts.
             text: a caption or a list of them. Defaults: padding, truncation before the prompt's
                 suffix, PyTorch tensors.
             on_long_text: `"truncate"` and count in `num_truncated_texts`, or `"error"`.
             **kwargs: for the tokenizer and the image processor, flat or as `text_kwargs`,
                 `images_kwargs`, `common_kwargs`.
         Returns: `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L).
-        Raises: ValueError naming every blank or non-text caption, or the picture that is broken.
+        Raises: ValueError naming every blank or non-text caption, the picture that is broken, or
+            the option that is not known.
         """
         if on_long_text not in ("truncate", "error"):
             raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
         if images is None and text is None:
             raise ValueError("Got neither images nor text; give one of them, or both.")
+        _refuse_options(kwargs, self.image_processor)
         if text is not None:
-            text = text if isinstance(text, str) else list(text)
+            text = _list_texts(text)
             check_texts(text)
         if images is not None:
-            images = load_pictures(images)
+            images = load_pictures(images, rescales=self._rescales(kwargs))
         filled = self._fill_defaults(kwargs)
+        self._require_room(filled["text_kwargs"])
         limits = {**filled["text_kwargs"], **filled["common_kwargs"], **filled}
         batch: BatchFeature = super().__call__(images=images, text=text, **filled)
         if text is not None:
             limit = min(limits["max_length"], self.tokenizer.model_max_length)
             self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
+
+    def _rescales(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the image processor will divide pixels by 255."""
+        nested = (kwargs.get(name) or {} for name in ("common_kwargs", "images_kwargs"))
+        own = getattr(self.image_processor, "do_rescale", True)
+        return bool(ChainMap(kwargs, *nested).get("do_rescale", own))
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sort the tokenizer's settings, wherever they were given, and add our defaults.
@@ -100,11 +118,22 @@ class LLM2CLIPProcessor(ProcessorMixin):
             raise ValueError(f"Given twice, flat and in text_kwargs: {twice}. Give each once.")
         given = {**common, **nested, **flat}
         tensors = given.pop("return_tensors", "pt")
+        if given.get("max_length", 0) is None:  # as in tokenizers: none of one's own
+            del given["max_length"]
         defaults = {"padding": True, "truncation": True, "max_length": self.max_text_length}
         text_kwargs = {k: v for k, v in {**defaults, **given}.items() if k in known}
         common = {k: v for k, v in common.items() if k not in text_kwargs}
         common["return_tensors"] = tensors
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
+
+    def _require_room(self, text_kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for a length that leaves a caption no token, which would cut nothing."""
+        length, num_prompt = text_kwargs["max_length"], self.tokenizer.num_special_tokens_to_add()
+        if text_kwargs["truncation"] and length <= num_prompt:
+            raise ValueError(
+                f"max_length={length} leaves no room for a caption: the prompt alone has "
+                f"{num_prompt} tokens. Give at least {num_prompt + 1}."
+            )
 
     def _count_truncated(
         self, text: str | list[str], batch: BatchFeature, *, limit: int, on_long_text: str
@@ -129,6 +158,46 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.num_truncated_texts += len(cut)
 
 
+def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
+    """Raise ValueError for options that nothing would read: transformers drops them."""
+    own = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ())
+    of_texts, of_images = set(TextKwargs.__annotations__), {*ImagesKwargs.__annotations__, *own}
+    either = of_texts | of_images
+    known = {"text_kwargs": of_texts, "images_kwargs": of_images, "common_kwargs": either}
+    places: dict[str, Mapping[str, Any]] = {place: kwargs.get(place) or {} for place in known}
+    places["flat"] = {k: v for k, v in kwargs.items() if k not in {*known, *_NOT_READ}}
+    unknown = sorted(
+        option
+        for place, options in places.items()
+        for option in options
+        if option not in known.get(place, either) | _NOT_TAKEN
+    )
+    refused = sorted(
+        option
+        for options in places.values()
+        for option in _NOT_TAKEN & set(options)
+        if options[option] not in (None, False)
+    )
+    if unknown:
+        taken = sorted({"on_long_text", *known, *either} - _NOT_TAKEN)
+        raise ValueError(
+            f"LLM2CLIPProcessor does not know {unknown}, at least not there. Known: {taken}. "
+            "Correct the spelling, or leave them out."
+        )
+    if refused:
+        raise ValueError(f"{refused}: a row is one caption or one picture. Leave them out.")
+
+
+def _list_texts(text: Any) -> str | list[Any]:
+    if isinstance(text, str):
+        return text
+    if isinstance(text, bytes | Mapping) or not isinstance(text, Iterable):
+        raise ValueError(
+            f"text is {type(text).__name__}; give one non-blank string or a list of them."
+        )
+    return list(text)
+
+
 def check_texts(text: str | list[str]) -> None:
     """Raise ValueError naming every caption that is not text or is blank."""
     faults = []
@@ -147,19 +216,24 @@ def check_texts(text: str | list[str]) -> None:
         )
 
 
-def load_pictures(images: Any) -> Any:
-    """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors pass.
+def load_pictures(images: Any, *, rescales: bool = True) -> Any:
+    """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors stay such.
 
-    Raises: ValueError naming every picture that is missing, broken, or too large.
+    Args:
+        rescales: whether pixels will be divided by 255; if not, arrays may hold floats in [0, 1].
+    Raises: ValueError naming every picture that is missing, broken, too large or of an unknown
+        range.
     """
+    if len(getattr(images, "shape", ())) == 4:
+        images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_picture(images, 0)
+        return _load_picture(images, 0, rescales=rescales)
     if not images:
         raise ValueError("images is an empty list; give at least one picture.")
     loaded, faults = [], []
     for number, image in enumerate(images):
         try:
-            loaded.append(_load_picture(image, number))
+            loaded.append(_load_picture(image, number, rescales=rescales))
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -168,21 +242,60 @@ def load_pictures(images: Any) -> Any:
     return loaded
 
 
-def _load_picture(image: Any, number: int) -> Any:
+def _load_picture(image: Any, number: int, *, rescales: bool) -> Any:
     if isinstance(image, str | os.PathLike):
         return _open_picture(os.fspath(image))
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or f"picture number {number}"
         return _decode(image, name)
     if hasattr(image, "shape"):
-        return image
+        return _check_array(image, f"picture number {number}", rescales=rescales)
+    held = isinstance(image, bytes | io.IOBase)
+    way_out = " Open it with PIL.Image.open, bytes as io.BytesIO." if held else ""
     raise ValueError(
         f"Picture number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
-        "array or a tensor."
+        f"array or a tensor.{way_out}"
     )
 
 
+def _check_array(image: Any, name: str, *, rescales: bool) -> Any:
+    """Refuse pixels whose place or range is not known, and make 16 bit 8 bit.
+
+    A float's range cannot be told from its values: a dark picture in 0 to 255 is a bright one in
+    0 to 1.
+    """
+    shape = tuple(image.shape)
+    if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
+        raise ValueError(
+            f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Of another "
+            "array, Image.fromarray makes a picture that is taken, grey or with transparency too."
+        )
+    dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
+    if dtype == "uint8":
+        return image
+    if dtype == "uint16":
+        pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
+        return (pixels // 257).astype(np.uint8)
+    if "float" not in dtype or rescales:
+        raise ValueError(
+            f"{name} has {dtype} pixels, whose range is not known. Give uint8 (0 to 255), uint16 "
+            "(0 to 65535), or floats in [0, 1] together with do_rescale=False."
+        )
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise ValueError(
+            f"{name} has pixels from {low:g} to {high:g}; with do_rescale=False they must be in "
+            "[0, 1]."
+        )
+    return image
+
+
 def _open_picture(path: str) -> Image.Image:
+    if path.startswith("data:"):
+        raise ValueError(
+            f"{path[:40]}…: data URIs are not read. Decode it (base64.b64decode), and open "
+            "the bytes with PIL.Image.open(io.BytesIO(…))."
+        )
     # Not transformers' load_image, which turns transparency black and clips 16 bit.
     source = _fetch(path) if path.startswith(("http://", "https://")) else path
     if source is path and not Path(path).is_file():
@@ -221,6 +334,8 @@ def _fetch(address: str) -> io.BytesIO:
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Decode fully, turn upright, and make it RGB on white."""
+    if 0 in image.size:
+        raise ValueError(f"{name}: the picture has no pixels ({image.size}).")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
@@ -179,6 +181,63 @@ def test_all_bad_values_are_named_at_once() -> None:
         "max_text_length=4 leaves no room for a caption: the prompt alone has 4 tokens",
     ):
         assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("projection_dim", "24", "a whole number"),
+        ("projection_dim", 24.0, "a whole number"),
+        ("max_text_length", None, "a whole number"),
+        ("text_adapter_layers", True, "a whole number"),
+        ("bidirectional", "false", "true or false"),
+        ("normalize_text_before_adapter", 0, "true or false"),
+        ("visual_projection_bias", None, "true or false"),
+        ("prompt_prefix_ids", None, "a list of token ids"),
+        ("prompt_suffix_ids", "72", "a list of token ids"),
+        ("prompt_suffix_ids", [7, "2"], "a list of token ids"),
+        ("prompt_suffix_ids", [-1], "a list of token ids"),
+        ("logit_scale_init_value", "1.5", "a finite number"),
+        ("logit_scale_init_value", float("nan"), "a finite number"),
+        ("text_pooling", None, "one of"),
+        ("vision_pooling", 1, "one of"),
+        ("format_version", "1", "a whole number"),
+        ("format_version", None, "a whole number"),
+        ("format_version", True, "a whole number"),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_value(
+    saved: dict[str, Any], field: str, value: Any, wanted: str
+) -> None:
+    saved[field] = value
+    with pytest.raises(ValueError, match=rf"{field}={re.escape(repr(value))} must be {wanted}"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+def test_numpys_whole_numbers_are_ids() -> None:
+    config = build(prompt_prefix_ids=np.array([1, 5]).tolist(), prompt_suffix_ids=[np.int64(2)])
+    assert json.loads(config.to_json_string())["prompt_suffix_ids"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("tower", "right", "wrong"),
+    [
+        ("text_config", "rms_norm_eps", "rms_norm_epsi"),
+        ("vision_config", "hidden_size", "hidden_sizee"),
+    ],
+)
+def test_a_misspelt_field_of_a_tower_is_refused(
+    saved: dict[str, Any], tower: str, right: str, wrong: str
+) -> None:
+    saved[tower][wrong] = saved[tower].pop(right)
+    with pytest.raises(ValueError, match=rf"{tower} seems to have \['{wrong} for {right}'\]"):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+def test_fields_that_a_published_llm_carries_beside_its_own_are_kept(saved: dict[str, Any]) -> None:
+    saved["text_config"]["transformers.js_config"] = {"dtype": "q4"}
+    config = LLM2CLIPConfig.from_dict(saved)
+    assert config.text_config.to_dict()["transformers.js_config"] == {"dtype": "q4"}
 
 
 @pytest.mark.parametrize("tower", ["vision_config", "text_config"])

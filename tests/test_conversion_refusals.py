@@ -425,7 +425,6 @@ def test_what_cannot_be_published_is_refused_before_a_source_is_opened(
         ["--file", "a.pt"],
         ["--llm-revision", "main"],
         ["--llm-adapter", "a/lora"],
-        ["--accept-adapter-base", "llama"],
         ["--activation", "gelu"],
         ["--head-width", "64"],
         ["--rope-reference-size", "16"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,58 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_table_is_refused(tmp_path:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"ids up to {rows}, the embedding table only {rows} rows"):
         load_text_tower(tmp_path)
+
+
+def save_llm_with_marks(folder: Path, **marks: Any) -> Path:
+    """Save a decoder of 5,000 rows, and a tokenizer of 320 ids."""
+    model = tiny_llm(vocabulary_size=5000)
+    for name, value in marks.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("marks", "named"),
+    [
+        ({"eos_token_id": 4999}, r"'eos_token_id': \[4999\]"),
+        ({"bos_token_id": 4998}, r"'bos_token_id': \[4998\]"),
+        ({"eos_token_id": [2, 320]}, r"'eos_token_id': \[2, 320\]"),
+    ],
+)
+def test_a_tokenizer_without_the_ids_that_end_the_llms_texts_is_refused(
+    marks: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"{named}.*, which the tokenizer \(ids up to 319\) lacks.*different models",
+    ):
+        load_text_tower(save_llm_with_marks(tmp_path, **marks))
+
+
+def test_an_llm_whose_texts_end_at_a_plain_token_gets_a_warning(tmp_path: Path) -> None:
+    folder = save_llm_with_marks(tmp_path, bos_token_id=300, eos_token_id=[2, 301])
+    with pytest.warns(UserWarning, match=r"texts at \[300, 301\], which are the plain tokens \["):
+        load_text_tower(folder)
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"bos_token_id": None, "eos_token_id": None},
+        {"bos_token_id": 1, "eos_token_id": 7},  # a chat variant: the tokenizer's own end is 2
+        {"bos_token_id": 0, "eos_token_id": [2, 4, 7]},
+        {"bos_token_id": -1, "eos_token_id": 2},
+    ],
+)
+def test_an_llm_may_state_no_end_another_special_token_or_several(
+    marks: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_llm_with_marks(tmp_path, **marks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*came with the LLM")
+        load_text_tower(folder)
 
 
 # Vision towers

@@ -76,11 +76,6 @@ def test_what_is_not_a_caption_is_named(
         processor(text=text)
 
 
-def test_bytes_are_refused_whole(processor: LLM2CLIPProcessor) -> None:
-    with pytest.raises(ValueError, match="non-blank string"):
-        processor(text=b"a dog")  # type: ignore[arg-type]
-
-
 def test_all_bad_captions_are_counted_and_the_first_ones_named(
     processor: LLM2CLIPProcessor,
 ) -> None:
@@ -169,6 +164,89 @@ def test_settings_may_be_flat_or_nested(processor: LLM2CLIPProcessor) -> None:
         assert type(batch["input_ids"]) is np.ndarray
         assert batch["input_ids"].shape == (2, 32)
     assert (flat["input_ids"] == nested["input_ids"]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"on_long_texts": "error"}, "on_long_texts"),
+        ({"max_lenght": 20}, "max_lenght"),
+        ({"text_kwargs": {"max_lenght": 20}}, "max_lenght"),
+        ({"txt_kwargs": {"max_length": 20}}, "txt_kwargs"),
+        ({"images_kwargs": {"do_resise": False}}, "do_resise"),
+        ({"images_kwargs": {"truncation": False}}, "truncation"),  # right, in the wrong place
+        ({"common_kwargs": {"return_tensor": "np"}}, "return_tensor"),
+        ({"pad": None}, "pad"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_known_ones(
+    processor: LLM2CLIPProcessor, settings: Any, named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"know \['{named}'\].*Known: .*'max_length', .*'on_long"):
+        processor(text="a dog", images=draw_noise(), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text_pair": "a cat"},
+        {"text_kwargs": {"is_split_into_words": True}},
+        {"return_overflowing_tokens": True},
+        {"videos": [draw_noise()]},
+    ],
+)
+def test_what_makes_no_row_of_one_caption_is_refused(
+    processor: LLM2CLIPProcessor, settings: Any
+) -> None:
+    with pytest.raises(ValueError, match="a row is one caption or one picture"):
+        processor(text="a dog", **settings)
+
+
+def test_what_callers_of_every_kind_of_processor_say_changes_nothing(
+    processor: LLM2CLIPProcessor,
+) -> None:
+    wanted = processor(text=["a dog", "a cat on a mat"], images=[draw_noise()] * 2)
+    found = processor(
+        text=["a dog", "a cat on a mat"],
+        images=[draw_noise()] * 2,
+        videos=None,
+        audio=None,
+        text_pair=None,
+        text_kwargs={"padding": True, "truncation": "longest_first", "max_length": None},
+        images_kwargs={"do_resize": True},
+        audio_kwargs={"padding": True, "sampling_rate": 16000},
+        videos_kwargs={"fps": 2},
+        common_kwargs={"return_tensors": "pt"},
+        add_special_tokens=True,
+        padding_side="right",
+        return_attention_mask=True,
+    )
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_an_image_processors_own_options_are_taken() -> None:
+    processor = tiny_model("siglip2")[1]
+    patches = processor(images=draw_noise(), max_num_patches=4)["pixel_values"]
+    assert patches.shape[1] == 4 < processor(images=draw_noise())["pixel_values"].shape[1]
+
+
+@pytest.mark.parametrize("text", [5, {"a": 1}, 1.5, b"a dog", object()])
+def test_what_is_neither_a_caption_nor_a_list_is_refused_by_its_kind(
+    processor: LLM2CLIPProcessor, text: Any
+) -> None:
+    kind = type(text).__name__
+    with pytest.raises(ValueError, match=f"text is {kind}; give one non-blank string or a list"):
+        processor(text=text)
+
+
+def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProcessor) -> None:
+    prefix, suffix = prompt()
+    least = len(prefix) + len(suffix) + 1
+    for length in (2, least - 1):
+        with pytest.raises(ValueError, match=rf"max_length={length} leaves no room.* {least}\."):
+            processor(text=LONG_TEXT, max_length=length)
+    assert processor(text=LONG_TEXT, max_length=least)["input_ids"].shape == (1, least)
 
 
 def test_without_padding_rows_keep_their_lengths(processor: LLM2CLIPProcessor) -> None:
@@ -399,6 +477,12 @@ def test_what_is_not_a_picture_is_refused_with_its_number(picture: Any) -> None:
         load_pictures([draw_noise(), picture])
 
 
+@pytest.mark.parametrize("picture", [b"bytes", io.BytesIO(b"bytes"), "data:image/png;base64,AA"])
+def test_a_picture_in_memory_is_refused_with_the_way_to_open_it(picture: Any) -> None:
+    with pytest.raises(ValueError, match=r"PIL\.Image\.open.*BytesIO"):
+        load_pictures([picture])
+
+
 def test_an_empty_list_of_pictures_is_refused(processor: LLM2CLIPProcessor) -> None:
     with pytest.raises(ValueError, match="images is an empty list"):
         processor(images=[])
@@ -408,6 +492,80 @@ def test_arrays_and_pictures_give_equal_pixels(processor: LLM2CLIPProcessor) -> 
     picture = draw_noise()
     from_picture = processor(images=picture)["pixel_values"]
     assert torch.equal(from_picture, processor(images=np.asarray(picture))["pixel_values"])
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
+def test_sixteen_bit_arrays_are_scaled_as_sixteen_bit_pictures_are(
+    processor: LLM2CLIPProcessor, make: Any
+) -> None:
+    eight = np.asarray(draw_noise())
+    wanted = processor(images=make(eight))["pixel_values"]
+    # 257 times 0 … 255 is 0 … 65535; anything short of the next step is the same step.
+    sixteen = eight.astype(np.uint16) * 257
+    sixteen[sixteen < 65535] += 256
+    assert torch.equal(processor(images=make(sixteen))["pixel_values"], wanted)
+
+
+@pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
+@pytest.mark.parametrize(
+    "settings", [{"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}]
+)
+def test_floats_are_taken_when_said_to_be_from_0_to_1(
+    processor: LLM2CLIPProcessor, settings: Any, make: Any
+) -> None:
+    flat = np.full((32, 32, 3), 102, dtype=np.uint8)  # no resampling: size and colour stay
+    wanted = processor(images=flat)["pixel_values"]
+    found = processor(images=make(flat.astype(np.float32) / 255), **settings)["pixel_values"]
+    # The same numbers, divided by 255 here or there, around one.
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+FLOAT_RANGE = r"whose range is not known\. Give uint8.*do_rescale=False"
+ODD_ARRAYS: dict[str, tuple[Any, str]] = {
+    "float in 0 to 1": (np.full((8, 8, 3), 0.5, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
+    "float in 0 to 255": (np.full((8, 8, 3), 128.0), f"float64.*{FLOAT_RANGE}"),
+    "half tensor": (torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16), f"bfloat16.*{FLOAT_RANGE}"),
+    "NaN": (np.full((8, 8, 3), np.nan, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
+    "whole numbers": (np.full((8, 8, 3), 128), f"int64.*{FLOAT_RANGE}"),
+    "empty": (np.zeros((0, 0, 3), dtype=np.uint8), r"shape \(0, 0, 3\)"),
+    "grey": (np.zeros((8, 9), dtype=np.uint8), r"shape \(8, 9\); .*Image\.fromarray"),
+    "transparency": (np.zeros((8, 9, 4), dtype=np.uint8), r"shape \(8, 9, 4\)"),
+    "colours first or last": (np.zeros((3, 9, 3), dtype=np.uint8), r"shape \(3, 9, 3\)"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ARRAYS)
+def test_an_array_of_unknown_range_or_place_is_refused_by_its_number(
+    processor: LLM2CLIPProcessor, kind: str
+) -> None:
+    array, fault = ODD_ARRAYS[kind]
+    with pytest.raises(ValueError, match=rf"picture number 1 .*{fault}"):
+        processor(images=[np.zeros((8, 9, 3), dtype=np.uint8), array])
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.1, 1.5, 128.0])
+def test_floats_outside_0_to_1_are_refused_where_nothing_rescales(
+    processor: LLM2CLIPProcessor, value: float
+) -> None:
+    with pytest.raises(ValueError, match=r"picture number 0 has pixels from .*must be in \[0, 1\]"):
+        processor(images=np.full((8, 8, 3), value), do_rescale=False)
+
+
+def test_a_batch_in_one_array_is_its_pictures(processor: LLM2CLIPProcessor) -> None:
+    pictures = np.stack([np.asarray(draw_noise()), np.asarray(draw_noise())[::-1]])
+    wanted = processor(images=list(pictures))["pixel_values"]
+    assert torch.equal(processor(images=pictures)["pixel_values"], wanted)
+    with pytest.raises(ValueError, match="picture number 0 has float64"):
+        processor(images=pictures / 255)
+
+
+def test_a_picture_without_pixels_is_refused(processor: LLM2CLIPProcessor) -> None:
+    with pytest.raises(ValueError, match="picture number 0: the picture has no pixels"):
+        processor(images=Image.new("RGB", (0, 4)))
 
 
 # Saving and loading

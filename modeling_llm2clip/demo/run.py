@@ -25,7 +25,7 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.feature_alignment import AlignmentArguments
 from .contact_sheet import SearchResult, write_contact_sheet, write_page
-from .real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
+from .real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
 from .stages import align, encode_records, evaluate, search
 from .verify import verify_in_clean_process
 
@@ -54,6 +54,7 @@ class DemoArguments:
         caption_adapter: folder of a LoRA that taught the LLM to tell captions apart, merged into
             it before anything is encoded; "embedded" for that of the embedded LLM, which is also
             the default for it; "none" for the LLM as it is, which is the default for another.
+        accept_adapter_base: what the LoRA calls its base, where that is `llm` under another name.
         steps, batch_size, seed: of the alignment, and the seed of the split.
     """
 
@@ -63,6 +64,7 @@ class DemoArguments:
     pictures: Path | None = None
     prompt: str | None = None
     caption_adapter: str | Path | None = None
+    accept_adapter_base: str | None = None
     steps: int = 100
     batch_size: int = 512
     seed: int = 0
@@ -73,6 +75,11 @@ class DemoArguments:
         if chosen == "none":
             return None
         return find_example_data() / "caption_adapter" if chosen == "embedded" else Path(chosen)
+
+    @property
+    def accepted_base(self) -> str | None:
+        """What the LoRA may call its base; the embedded LLM lies under a name of the cache."""
+        return self.accept_adapter_base or (SMOLLM2_BASE if self.llm is None else None)
 
     @property
     def alignment(self) -> AlignmentArguments:
@@ -111,6 +118,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
             prompt=arguments.prompt or "chatml", visual_projection_bias=True, seed=arguments.seed
         ),
         caption_adapter=arguments.find_adapter(),
+        accept_adapter_base=arguments.accepted_base,
     )
     pictures = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)

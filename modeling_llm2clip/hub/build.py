@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .adapters import merge_adapter
 from .attention_probe import require_bidirectional
 from .picture_choices import NORMALIZATIONS
 from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
-from .towers import load_text_tower, load_vision_tower, merge_adapter, require_own_tokenizer
+from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,23 @@ def build_from_sources(
     *,
     dtype: torch.dtype = torch.float32,
     caption_adapter: str | Path | None = None,
+    accept_adapter_base: str | None = None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
 
     Args:
         caption_adapter: Hub id or folder of a LoRA for the LLM, merged into it.
-    Raises: ValueError when a tower does not fit its place; see `towers` and `build_model`.
+        accept_adapter_base: what the LoRA calls its base, where that is this LLM under another
+            name.
+    Raises: ValueError when a tower does not fit its place; see `towers`, `adapters` and
+        `build_model`.
     """
     vision_model, image_processor = load_vision_tower(
         vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
     )
     text_model, tokenizer = load_text_tower(llm, dtype=dtype)
     if caption_adapter is not None:
-        text_model = merge_adapter(text_model, caption_adapter)
+        text_model = merge_adapter(text_model, caption_adapter, accepted_base=accept_adapter_base)
     return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
 
 
@@ -98,8 +103,7 @@ def configure_model(
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
-    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, or
-        the prompt does not fit it.
+    Raises: ValueError when the tokenizer is another model's, or the prompt does not fit it.
     """
     require_own_tokenizer(text_config, tokenizer, "The LLM")
     template = resolve_template(
@@ -139,9 +143,9 @@ def build_model(
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build a model and its processor from loaded towers; adapter and projections are random.
 
-    Raises: ValueError when the tokenizer has more ids than the LLM's embedding table has rows, the
-        prompt does not fit the tokenizer, the vision tower cannot take the picture size, or the
-        LLM's family cannot be made bidirectional.
+    Raises: ValueError when the tokenizer is another model's, the prompt does not fit it, the
+        vision tower cannot take the picture size, or the LLM's family cannot be made
+        bidirectional.
     """
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:

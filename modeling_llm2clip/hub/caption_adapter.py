@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .adapters import merge_adapter
 from .card_facts import read_card_facts
 from .doctor.patient import find_folder
 from .export import export_model
 from .new_folder import require_new_folder
-from .towers import merge_adapter
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
@@ -23,7 +23,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         model: Hub id or folder the adapter was trained on.
         adapter: Hub id or folder of the LoRA.
         output: folder to write.
-    Raises: FileExistsError when `output` is not empty.
+    Raises: FileExistsError when `output` is not empty; ValueError as `adapters.merge_adapter`.
     """
     require_new_folder(output)
     loaded = LLM2CLIPModel.from_pretrained(model)

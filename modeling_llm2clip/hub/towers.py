@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.image_utils import PILImageResampling
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
+_MARKS = ("bos_token_id", "eos_token_id")
 # Model types that carry a text encoder of their own, which cannot take the place of an LLM.
 _NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model", "bert", "roberta"}
 
@@ -103,8 +105,8 @@ def load_text_tower(
 
     Args:
         source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised.
-    Raises: ValueError when it is not a decoder, weights are missing, or the tokenizer has more
-        ids than the embedding table has rows.
+    Raises: ValueError when it is not a decoder, weights are missing, or the tokenizer is another
+        model's.
     """
     path = Path(source)
     where: dict[str, Any] = {"revision": revision}
@@ -140,23 +142,43 @@ def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
 def require_own_tokenizer(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str | Path
 ) -> None:
-    """Raise ValueError when a tokenizer has more ids than the LLM's embedding table has rows."""
+    """Raise ValueError when an LLM and a tokenizer are plainly of different models.
+
+    That is when the tokenizer has more ids than the embedding table has rows, or lacks an id at
+    which the LLM begins or ends texts. Where that id is there and stands for an ordinary piece of
+    text, it warns: an LLM's configuration may have kept its class's defaults.
+    """
     rows = config.vocab_size
-    largest = max(tokenizer.get_vocab().values())
+    ids = set(tokenizer.get_vocab().values())
+    largest = max(ids)
     if largest >= rows:
         raise ValueError(
             f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
             "rows. They belong to different models; take the tokenizer that came with the LLM."
         )
+    marks = {name: _list_ids(getattr(config, name, None)) for name in _MARKS}
+    lost = {name: found for name, found in marks.items() if set(found) - ids}
+    if lost:
+        raise ValueError(
+            f"{source}: the LLM's configuration has {lost}, which the tokenizer (ids up to "
+            f"{largest}) lacks. They belong to different models; take the tokenizer that came with "
+            "the LLM."
+        )
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    plain = [i for found in marks.values() for i in found if i not in special]
+    if plain:
+        pieces = tokenizer.convert_ids_to_tokens(plain)
+        warnings.warn(
+            f"{source}: by its configuration the LLM begins or ends texts at {plain}, which are "
+            f"the plain tokens {pieces} of this tokenizer. Make sure that it came with the LLM.",
+            stacklevel=2,
+        )
 
 
-def merge_adapter(text_model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
-    """Merge a LoRA into an LLM without its head, and return a plain LLM."""
-    from peft import PeftModel  # a dependency of few
-
-    merged: PreTrainedModel = PeftModel.from_pretrained(text_model, str(adapter)).merge_and_unload()
-    merged.eval()
-    return merged
+def _list_ids(stated: Any) -> list[int]:
+    """The ids that a configuration states: none, one, or several ends of a turn."""
+    listed = stated if isinstance(stated, list | tuple) else [stated]
+    return [i for i in listed if i is not None and i >= 0]
 
 
 def _sees_pictures(config: PreTrainedConfig) -> bool:

@@ -55,6 +55,7 @@ def build_from_llm2vec(
     arguments: BuildArguments,
     *,
     base: str | Path | None = None,
+    accept_adapter_base: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build an untrained model whose text tower gives the vectors that LLM2Vec gives.
@@ -64,6 +65,7 @@ def build_from_llm2vec(
         folder: what `LLM2Vec.save` wrote, merged or a LoRA.
         arguments: pooling and length in it give way to the folder's.
         base: LLM that a LoRA is for; None for a merged folder.
+        accept_adapter_base: what the LoRA calls its base, where that is `base` under another name.
     Raises: ValueError as `read_llm2vec_settings` and `build_from_sources`, and when a base is
         given to a merged folder or missing for a LoRA.
     """
@@ -81,4 +83,5 @@ def build_from_llm2vec(
         arguments,
         dtype=dtype,
         caption_adapter=folder if is_lora else None,
+        accept_adapter_base=accept_adapter_base,
     )

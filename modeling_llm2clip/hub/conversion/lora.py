@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters import read_adapter_settings, require_base
 from .tensors import LazyTensor, open_weights
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -49,9 +49,9 @@ def merge_lora(
         accepted_base: what the adapter calls its base, where you know that both are the same.
     Raises: ValueError when the LoRA is for another base, or is more than a plain LoRA.
     """
-    settings = _read_settings(adapter)
+    settings = read_adapter_settings(adapter)
     _require_plain(settings, adapter)
-    _require_base(str(settings.get("base_model_name_or_path")), base, accepted_base, adapter)
+    require_base(settings, base, adapter=adapter, accepted_base=accepted_base)
     pairs = _pair_factors(open_weights(adapter), adapter)
     _require_places(pairs, weights, adapter, base)
     rank_power = 0.5 if settings.get("use_rslora") else 1.0
@@ -69,14 +69,6 @@ def _add(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float) -> 
     return weight.read().float() + scale * (up.read().float() @ down.read().float())
 
 
-def _read_settings(adapter: Path) -> dict[str, Any]:
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"{adapter} has no adapter_config.json; it is not a LoRA that peft saved.")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
-
-
 def _require_plain(settings: Mapping[str, Any], adapter: Path) -> None:
     others = {
         name: settings[name]
@@ -87,17 +79,6 @@ def _require_plain(settings: Mapping[str, Any], adapter: Path) -> None:
         raise ValueError(
             f"{adapter} is more than a plain LoRA ({others}), which is not merged here. Merge it "
             "with peft (merge_and_unload), save the LLM, and give that folder."
-        )
-
-
-def _require_base(stated: str, base: str, accepted: str | None, adapter: Path) -> None:
-    if accepted is not None and stated == accepted:
-        return
-    if stated.rstrip("/").rsplit("/", 1)[-1] != base.rstrip("/").rsplit("/", 1)[-1]:
-        raise ValueError(
-            f"The LoRA {adapter} is for the base {stated!r}, but the LLM is {base!r}. Give that "
-            "base; if they are the same weights under two names, say so with "
-            f"accept_adapter_base={stated!r}."
         )
 
 
