@@ -13,13 +13,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
-    CLIPImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.image_utils import PILImageResampling
+
+from .timm_pictures import image_processor_from_timm
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
@@ -79,21 +79,6 @@ def load_image_processor(
     if config.model_type != "timm_wrapper":
         return AutoImageProcessor.from_pretrained(source, revision=revision)
     return image_processor_from_timm(config.pretrained_cfg)
-
-
-def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """Build an image processor from timm's input size, mean, std, crop share and interpolation."""
-    _, height, width = pretrained_cfg["input_size"]
-    resized = round(min(height, width) / float(pretrained_cfg.get("crop_pct") or 1.0))
-    interpolation = str(pretrained_cfg.get("interpolation") or "bicubic").upper()
-    return CLIPImageProcessor(
-        size={"shortest_edge": resized},
-        crop_size={"height": height, "width": width},
-        resample=getattr(PILImageResampling, interpolation),
-        image_mean=list(pretrained_cfg["mean"]),
-        image_std=list(pretrained_cfg["std"]),
-        do_convert_rgb=True,
-    )
 
 
 def load_text_tower(
