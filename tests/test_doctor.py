@@ -21,7 +21,11 @@ from torch import Tensor
 from modeling_llm2clip.hub.card_facts import CardFacts
 from modeling_llm2clip.hub.doctor import Check, Diagnosis, diagnose
 from modeling_llm2clip.hub.doctor.examination import _PLANS
-from modeling_llm2clip.hub.doctor.file_checks import check_config, list_travelling_files
+from modeling_llm2clip.hub.doctor.file_checks import (
+    check_config,
+    check_remote_code,
+    list_travelling_files,
+)
 from modeling_llm2clip.hub.doctor.model_checks import (
     check_attention_direction,
     check_batch_invariance,
@@ -158,6 +162,7 @@ class Case(NamedTuple):
 
 
 EMBEDDINGS = "text_model.embed_tokens.weight"
+HALF = "modeling_llm2clip.LLM2CLIPTextModel"
 VISION_WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
 CASES = {
     "causal flag lost": Case(set_causal(None), "config", r"lacks \['text_config.is_causal'\]"),
@@ -286,7 +291,8 @@ CASES = {
     ),
     "remote code elsewhere": Case(
         edit_json("config.json", lambda c: c["auto_map"].update(AutoModel="o/n--m.LLM2CLIPModel")),
-        "remote code", r"auto_map names other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]",
+        "remote code", r"config.json names other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]",
+        alone=True,
     ),
     "sentence-transformers truncates earlier": Case(
         edit_json(
@@ -329,6 +335,49 @@ def test_a_broken_checkpoint_fails_the_check_that_names_the_fault(name: str, cop
     assert len(diagnosis.failed) == 1 or not case.alone, diagnosis.report()
     assert len(diagnosis.checks) == len(_PLANS) + 1  # nothing is silently left out
     assert all(check.message for check in diagnosis.checks)
+
+
+PROCESSOR, TOKENIZER = "processor_config.json", "tokenizer_config.json"
+MAP_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
+    "half a model": (
+        "config.json", lambda c: c["auto_map"].update(AutoModel=HALF),
+        rf"config.json names other code: \['AutoModel: {HALF}'\]",
+    ),
+    "no model": (
+        "config.json", lambda c: c["auto_map"].pop("AutoModel"), r"config.json lacks \['AutoModel'\]"
+    ),
+    "no config": (
+        "config.json", lambda c: c["auto_map"].pop("AutoConfig"),
+        r"config.json lacks \['AutoConfig'\]",
+    ),
+    "nothing": (
+        "config.json", lambda c: c.pop("auto_map"), r"config.json lacks \['AutoConfig', 'AutoModel'"
+    ),
+    "the processor of another repository": (
+        PROCESSOR, lambda p: p["auto_map"].update(AutoProcessor="o/n--p.P"),
+        r"processor_config.json names other code: \['AutoProcessor: o/n--p.P'\]",
+    ),
+    "no processor": (
+        PROCESSOR, lambda p: p.pop("auto_map"),
+        r"processor_config.json lacks \['AutoProcessor'\]",
+    ),
+    "a tokenizer of another repository": (
+        TOKENIZER, lambda t: t.update(auto_map={"AutoTokenizer": ["o/n--t.T", None]}),
+        r"tokenizer_config.json names other code: \[\"AutoTokenizer: \['o/n--t.T', None\]",
+    ),
+    "no object": (
+        TOKENIZER, lambda t: t.update(auto_map="o/n"), r"of tokenizer_config.json is 'o/n', wanted"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAP_FAULTS)
+def test_every_file_that_sends_a_loader_to_other_code_is_named(name: str, copy: Path) -> None:
+    file, change, message = MAP_FAULTS[name]
+    check_remote_code(Patient(copy, "cpu"))
+    edit_json(file, change)(copy)
+    with pytest.raises(ValueError, match=message):
+        check_remote_code(Patient(copy, "cpu"))
 
 
 def test_what_cannot_run_is_skipped_with_the_check_it_needs(copy: Path) -> None:
