@@ -344,7 +344,8 @@ MAP_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         rf"config.json names other code: \['AutoModel: {HALF}'\]",
     ),
     "no model": (
-        "config.json", lambda c: c["auto_map"].pop("AutoModel"), r"config.json lacks \['AutoModel'\]"
+        "config.json", lambda c: c["auto_map"].pop("AutoModel"),
+        r"config.json lacks \['AutoModel'\]",
     ),
     "no config": (
         "config.json", lambda c: c["auto_map"].pop("AutoConfig"),

@@ -44,7 +44,7 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
         size={"shortest_edge": resized["height"]} if crop_mode == "center" else resized,
         do_center_crop=crop_mode == "center" or share != 1.0,
         crop_size={"height": height, "width": width},
-        resample=PILImageResampling[interpolation],
+        resample=getattr(PILImageResampling, interpolation),
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         do_convert_rgb=True,
