@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .timm_pictures import image_processor_from_timm
+from .tower_weights import load_decoder, load_with_account
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
@@ -54,8 +55,8 @@ def load_vision_tower(
         )
     # AutoModel would choose the whole composite for a CLIP folder; the tower's class does not.
     tower_class = type(AutoModel.from_config(config)) if part else AutoModel
-    model, info = tower_class.from_pretrained(
-        source, config=config, dtype=dtype, revision=revision, output_loading_info=True
+    model, info = load_with_account(
+        tower_class, source, config=config, dtype=dtype, revision=revision
     )
     missing = sorted(
         k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k)
@@ -87,9 +88,10 @@ def load_text_tower(
     """Load an LLM without its head, and its tokenizer.
 
     Args:
-        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised.
-    Raises: ValueError when it is not a decoder, weights are missing, or the tokenizer has more
-        ids than the embedding table has rows.
+        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised. Of a model
+            that also sees (Gemma 3 from 4B on) the LLM is taken.
+    Raises: ValueError when it is not a decoder, weights are missing or not read, or the tokenizer
+        has more ids than the embedding table has rows.
     """
     path = Path(source)
     where: dict[str, Any] = {"revision": revision}
@@ -100,13 +102,8 @@ def load_text_tower(
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     config = AutoConfig.from_pretrained(name, **where)
-    config = config.get_text_config(decoder=True)
-    require_decoder(config, source)
-    model, info = AutoModel.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True, **where
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"{source} lacks weights of its LLM: {sorted(info['missing_keys'])[:8]}.")
+    require_decoder(config.get_text_config(decoder=True), source)
+    model = load_decoder(name, config, source, dtype=dtype, **where)
     _forget_quantization(model)
     require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)
