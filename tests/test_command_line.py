@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +162,58 @@ def test_build_refuses_bad_input_before_it_loads_a_tower(
     assert main(["build", *towers, str(output), *options]) == 2
     assert re.search(f"^llm2clip build: .*{message}", capsys.readouterr().err)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+
+
+def copy_with_cut_weights(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return target
+
+
+@pytest.mark.parametrize("place", ["vision", "llm", "model"])
+def test_cut_weights_are_told_in_one_line_with_their_folder(
+    place: str,
+    towers: tuple[str, str],
+    built: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = {"vision": Path(towers[0]), "llm": Path(towers[1]), "model": built}
+    cut = str(copy_with_cut_weights(whole[place], tmp_path / "cut"))
+    output = str(tmp_path / "new")
+    if place == "model":
+        command = ["export", cut, output]
+    else:
+        pair = (cut, towers[1]) if place == "vision" else (towers[0], cut)
+        command = ["build", *pair, output, "--prompt", "llama-3"]
+    assert main(command) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llm2clip")]
+    assert len(told) == 1
+    assert f"{cut}: a weight file is truncated or damaged" in told[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+def test_weights_that_cannot_be_written_are_told_in_one_line(
+    towers: tuple[str, str], tmp_path: Path
+) -> None:
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "from modeling_llm2clip.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["build", *towers, str(tmp_path / "new"), "--prompt", "llama-3"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "a weight file could not be read or written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_refuses_a_language_model_without_a_prompt(

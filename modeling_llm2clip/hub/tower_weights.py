@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 _MOST_NAMED = 8
@@ -20,11 +21,17 @@ def load_with_account(
     """Load as `from_pretrained` does, without its table of keys, which the caller judges.
 
     Returns: the model, and `missing_keys` and `unexpected_keys` among others.
+    Raises: ValueError when a weight file is cut.
     """
-    with _without_table_of_keys():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
-            name, output_loading_info=True, **settings
-        )
+    try:
+        with _without_table_of_keys():
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
+                name, output_loading_info=True, **settings
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: a weight file is truncated or damaged ({error}). Download or save it again."
+        ) from error
     return loaded
 
 
