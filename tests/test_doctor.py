@@ -20,6 +20,8 @@ from torch import Tensor
 
 from modeling_llm2clip.hub.card_facts import CardFacts
 from modeling_llm2clip.hub.doctor import Check, Diagnosis, diagnose
+from modeling_llm2clip.hub.doctor.comparisons import check_sentence_transformers
+from modeling_llm2clip.hub.doctor.diagnosis import NotApplicableError
 from modeling_llm2clip.hub.doctor.examination import _PLANS
 from modeling_llm2clip.hub.doctor.file_checks import (
     check_config,
@@ -245,6 +247,10 @@ CASES = {
     "dtype misstated": Case(
         set_config(dtype="bfloat16"), "weight dtype", r"states torch.bfloat16, the weights are F32"
     ),
+    "temperature altered": Case(
+        set_weight("logit_scale.log_scale", lambda w: w + 1),
+        "golden vectors", r"logit_scale is 3\.65\d\d, recorded was 2\.65\d\d", alone=True,
+    ),
     "temperature too high": Case(
         set_row("logit_scale.log_scale", 0, 10.0), "temperature", r"wanted one within \[1, 100\]"
     ),
@@ -308,6 +314,18 @@ CASES = {
             "config_sentence_transformers.json", lambda s: s["prompts"].update(query="Search:\n")
         ),
         "sentence-transformers", r"'query': 'Search:\\n' before", alone=True,
+    ),
+    "instruction by default": Case(
+        edit_json(
+            "config_sentence_transformers.json", lambda s: s.update(default_prompt_name="query")
+        ),
+        "sentence-transformers", r"default_prompt_name='query' puts an instruction", alone=True,
+    ),
+    "another similarity": Case(
+        edit_json(
+            "config_sentence_transformers.json", lambda s: s.update(similarity_fn_name="euclidean")
+        ),
+        "sentence-transformers", r"similarity_fn_name='euclidean' is not the cosine", alone=True,
     ),
     "sentence-transformers does not normalise": Case(
         lambda folder: (folder / "modules.json").write_text(
@@ -400,6 +418,16 @@ def test_a_checkpoint_without_golden_vectors_is_told_so(copy: Path) -> None:
     assert find(diagnosis, "golden vectors") == Check(
         "golden vectors", False, f"the folder has no {GOLDEN_FILE} to compare with", skipped=True
     )
+
+
+def test_a_folder_that_was_saved_and_not_exported_is_told_what_it_lacks(
+    good: Path, tmp_path: Path
+) -> None:
+    patient = load_patient(good)
+    patient.model.save_pretrained(tmp_path)
+    patient.processor.save_pretrained(tmp_path)
+    with pytest.raises(NotApplicableError, match=r"modules.json: .* unit length; llm2clip export"):
+        check_sentence_transformers(load_patient(tmp_path))
 
 
 def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
