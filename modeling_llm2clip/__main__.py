@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from . import __version__
 from .commands import align, build, convert, demo, doctor, evaluate, export, extract, tune_captions
 
@@ -25,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"llm2clip {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except SafetensorError as error:  # whose only base is Exception
+        print(
+            f"llm2clip {arguments.command}: a weight file could not be read or written ({error}). "
+            "Look for room on the disk; download or save again what is truncated.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(

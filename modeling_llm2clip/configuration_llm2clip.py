@@ -256,9 +256,10 @@ def _tower_config(
 def _refuse_misspelt_fields(config: dict[str, Any], known: set[str], *, name: str) -> None:
     """Raise ValueError for an unknown field that stands where a known one is lost.
 
-    Other unknown fields pass: published LLMs carry some of their own.
+    Other unknown fields pass: published LLMs carry some of their own, and the configurations of
+    backbones save `out_features` for their `_out_features`.
     """
-    lost = sorted(known - set(config))
+    lost = sorted(field for field in known - set(config) if not field.startswith("_"))
     near = {field: get_close_matches(field, lost, 1, 0.9) for field in set(config) - known}
     misspelt = sorted(f"{field} for {like[0]}" for field, like in near.items() if like)
     if misspelt:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -143,14 +144,21 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """Load as transformers does, but strictly.
 
         Raises:
-            ValueError: a weight is missing, unexpected or of another shape. transformers would
-                only warn, and leave the missing ones random.
+            ValueError: a weight is missing, unexpected or of another shape, or a weight file is
+                cut. transformers would only warn, and leave the missing ones random.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise ValueError(
+                f"{source}: a weight file is truncated or damaged ({error}). Download or save it "
+                "again."
+            ) from error
         model, info = loaded
         _refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
         return (model, info) if wants_info else model

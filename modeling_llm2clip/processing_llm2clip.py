@@ -120,7 +120,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
         tensors = given.pop("return_tensors", "pt")
         if given.get("max_length", 0) is None:  # as in tokenizers: none of one's own
             del given["max_length"]
-        defaults = {"padding": True, "truncation": True, "max_length": self.max_text_length}
+        # The tokenizer's own length is what sentence-transformers' max_seq_length sets.
+        longest = min(self.max_text_length, self.tokenizer.model_max_length)
+        defaults = {"padding": True, "truncation": True, "max_length": longest}
         text_kwargs = {k: v for k, v in {**defaults, **given}.items() if k in known}
         common = {k: v for k, v in common.items() if k not in text_kwargs}
         common["return_tensors"] = tensors

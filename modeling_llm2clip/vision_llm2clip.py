@@ -15,12 +15,24 @@ _CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
 def find_width(vision_model: nn.Module) -> int:
-    """Width of a tower's picture vector; timm networks know it themselves."""
+    """Width of a tower's picture vector; timm networks know it themselves.
+
+    Raises: ValueError for a family whose configuration does not state it.
+    """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
     config: Any = vision_model.config
-    return int(config.hidden_size)
+    width = getattr(config, "hidden_size", None)
+    if width is None and getattr(config, "hidden_sizes", None):
+        width = config.hidden_sizes[-1]  # convolutional towers: one a stage, the last is pooled
+    if width is None:
+        raise ValueError(
+            f"A {config.model_type!r} tower states neither hidden_size nor hidden_sizes, so the "
+            "width of its picture vector is not known. Take the same network from timm, or "
+            "another tower."
+        )
+    return int(width)
 
 
 def has_class_token(vision_model: nn.Module) -> bool:

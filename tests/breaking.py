@@ -12,6 +12,10 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from modeling_llm2clip.hub.doctor import Check, Diagnosis
+from modeling_llm2clip.hub.doctor.file_checks import check_config
+from modeling_llm2clip.hub.doctor.model_checks import load_model
+from modeling_llm2clip.hub.doctor.patient import Patient
+from modeling_llm2clip.hub.doctor.tokenizer_checks import load_processor, load_tokenizer
 from modeling_llm2clip.hub.prompts import Prompt, write_prompt
 
 Break = Callable[[Path], None]
@@ -100,3 +104,10 @@ def cut_in_half(name: str) -> Break:
         (folder / name).write_bytes(content[: len(content) // 2])
 
     return apply
+
+
+def load_patient(folder: Path) -> Patient:
+    patient = Patient(folder, "cpu")
+    for load in (check_config, load_model, load_tokenizer, load_processor):
+        load(patient)
+    return patient

@@ -94,22 +94,80 @@ def test_building_refuses_a_decoder_that_stays_causal(family: str) -> None:
         build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
 
 
+# Families with causal layers among others: each passes where the first token alone is watched.
+# Convolutions, recurrent attention, state spaces.
+GATED_DELTA = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+RECURRENT = [*["linear_attention"] * 3, "full_attention"]
+MIXED: dict[str, tuple[int, dict[str, Any]]] = {
+    "lfm2": (3, {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "qwen3_5_text": (3, {**GATED_DELTA, "layer_types": RECURRENT, "head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None:
+    num_causal, extras = MIXED[family]
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
+    model = build_decoder(family, {"num_hidden_layers": 4, "num_key_value_heads": 2, **extras})
+    set_attention_direction(model, bidirectional=True)
+    with pytest.raises(
+        ValueError, match=f"{num_causal} of its 4 layers do not look ahead .*: numb"
+    ):
+        require_bidirectional(model)
+    faults = find_attention_faults(model)
+    assert [fault.split(",")[0] for fault in faults] == ["without padding", "with padding"]
+
+
+def test_one_layer_that_turned_causal_is_found_by_its_number() -> None:
+    model = tiny_llm()
+    set_attention_direction(model, bidirectional=True)
+    model.layers[1].self_attn.register_forward_pre_hook(mask_the_future, with_kwargs=True)
+    faults = find_attention_faults(model)
+    assert len(faults) == 2
+    assert all("1 of its 2 layers do not look ahead (the first: number 1)" in f for f in faults)
+
+
+def mask_the_future(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    length = kwargs["hidden_states"].shape[1]
+    allowed = torch.ones(length, length).tril()[None, None]
+    return args, {**kwargs, "attention_mask": (1 - allowed) * torch.finfo(torch.float32).min}
+
+
+class Mixing(torch.nn.Module):
+    """A layer that adds the mean of all positions, padding included."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + hidden.mean(dim=1, keepdim=True)
+
+
 class LeakyPadding(torch.nn.Module):
     """Sees both ways, padding included."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int = 1) -> None:
         super().__init__()
-        self.config = AutoConfig.for_model("llama", vocab_size=100)
+        self.config = AutoConfig.for_model("llama", vocab_size=100, num_hidden_layers=1)
         self.embeddings = torch.nn.Embedding(100, 8)
+        self.layers = torch.nn.ModuleList(Mixing() for _ in range(num_layers))
         self.device = torch.device("cpu")
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         hidden = self.embeddings(input_ids)
-        mixed = hidden + hidden.mean(dim=1, keepdim=True)
-        return type("Output", (), {"last_hidden_state": mixed})
+        for layer in self.layers or [Mixing()]:
+            hidden = layer(hidden)
+        return type("Output", (), {"last_hidden_state": hidden})
 
 
 def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
     faults = find_attention_faults(LeakyPadding())  # type: ignore[arg-type]
     assert len(faults) == 1
     assert faults[0].startswith("with padding, the hidden states differ by")
+
+
+def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:
+    faults = find_attention_faults(LeakyPadding(num_layers=0))  # type: ignore[arg-type]
+    assert faults[-1].startswith("its layers are in no list of modules")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +162,111 @@ def test_build_refuses_bad_input_before_it_loads_a_tower(
     assert main(["build", *towers, str(output), *options]) == 2
     assert re.search(f"^llm2clip build: .*{message}", capsys.readouterr().err)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+
+
+ABSENT = "/nowhere"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["build", ABSENT, "LLM", "--prompt", "llama-3"], f"{ABSENT}: no such vision tower: no fo"),
+        (["build", "VISION", "a/b/c", "--prompt", "llama-3"], "a/b/c: no such language model"),
+        (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
+        (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
+        (["build", "VISION", "/no.gguf", "--prompt", "none"], r"/no.gguf: no such .gguf file"),
+        (["build", "VISION", "LLM", "--prompt", "llama-3", "--caption-adapter", ABSENT],
+         f"{ABSENT}: no such caption adapter"),
+        (["build", "VISION", "LLM", "--prompt", "none", "--projection-dim", "0"],
+         "projection_dim=0 must be at least 1"),
+        (["build", "VISION", "LLM", "--prompt", "none", "--text-adapter-layers", "-1"],
+         "text_adapter_layers=-1 must be at least 0"),
+        (["build", "VISION", "LLM", "--prompt", "none", "--prefix", "x"], "excludes a prefix"),
+        (["demo", "--llm", "LLM", "--prompt", "bogus"], "prompt='bogus' must be one of"),
+        (["demo", "--vision", ABSENT], f"{ABSENT}: no such vision tower"),
+        (["demo", "--caption-adapter", ABSENT], f"{ABSENT}: no such caption adapter"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_cannot_be_built_is_told_before_anything_is_loaded(
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from modeling_llm2clip.demo import run
+    from modeling_llm2clip.hub import build
+
+    for module, name in ((build, "load_vision_tower"), (build, "load_text_tower"),
+                         (run, "fetch_real_part"), (run, "read_pictures")):  # fmt: skip
+        monkeypatch.setattr(module, name, None)  # calling it would show another message
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    places = {
+        "VISION": "owner/vision",  # as on the Hub, so that only the other one is at fault
+        "LLM": "owner/llm",
+        "EMPTY": str(tmp_path / "empty"),
+        "FILE": str(tmp_path / "file"),
+    }
+    output = str(tmp_path / "new")
+    arguments = [places.get(part, part) for part in command]
+    arguments += ["--output", output] if command[0] == "demo" else [output]
+    assert main(arguments) == 2
+    assert re.search(f"^llm2clip {command[0]}: .*{message}", capsys.readouterr().err)
+    assert not Path(output).exists()
+
+
+def copy_with_cut_weights(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return target
+
+
+@pytest.mark.parametrize("place", ["vision", "llm", "model"])
+def test_cut_weights_are_told_in_one_line_with_their_folder(
+    place: str,
+    towers: tuple[str, str],
+    built: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = {"vision": Path(towers[0]), "llm": Path(towers[1]), "model": built}
+    cut = str(copy_with_cut_weights(whole[place], tmp_path / "cut"))
+    output = str(tmp_path / "new")
+    if place == "model":
+        command = ["export", cut, output]
+    else:
+        pair = (cut, towers[1]) if place == "vision" else (towers[0], cut)
+        command = ["build", *pair, output, "--prompt", "llama-3"]
+    assert main(command) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llm2clip")]
+    assert len(told) == 1
+    assert f"{cut}: a weight file is truncated or damaged" in told[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+def test_weights_that_cannot_be_written_are_told_in_one_line(
+    towers: tuple[str, str], tmp_path: Path
+) -> None:
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "from modeling_llm2clip.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["build", *towers, str(tmp_path / "new"), "--prompt", "llama-3"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "a weight file could not be read or written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_refuses_a_language_model_without_a_prompt(

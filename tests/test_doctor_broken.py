@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from breaking import (
     edit_json,
     edit_weights,
     find,
+    load_patient,
     remove,
     rename_adapter_key,
     set_causal,
@@ -26,7 +28,11 @@ from breaking import (
 )
 
 from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.hub.doctor.comparisons import check_sentence_transformers
+from modeling_llm2clip.hub.doctor.diagnosis import NotApplicableError
 from modeling_llm2clip.hub.doctor.examination import _PLANS
+from modeling_llm2clip.hub.doctor.file_checks import check_remote_code
+from modeling_llm2clip.hub.doctor.patient import Patient
 
 
 class Case(NamedTuple):
@@ -43,6 +49,7 @@ class Case(NamedTuple):
 
 
 EMBEDDINGS = "text_model.embed_tokens.weight"
+HALF = "modeling_llm2clip.LLM2CLIPTextModel"
 VISION_WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
 CASES = {
     "causal flag lost": Case(set_causal(None), "config", r"lacks \['text_config.is_causal'\]"),
@@ -90,7 +97,9 @@ CASES = {
         set_weight("visual_projection.weight", lambda w: w[:-1]),
         "weights", r"shape \(1; saved, wanted\).*visual_projection.weight",
     ),
-    "weight file cut": Case(cut_in_half("model.safetensors"), "weights", r"SafetensorError"),
+    "weight file cut": Case(
+        cut_in_half("model.safetensors"), "weights", r"copy: a weight file is truncated"
+    ),
     "weight file lost": Case(
         remove("model.safetensors"), "finite weights", r"lacks the weight files"
     ),
@@ -122,6 +131,10 @@ CASES = {
     ),
     "dtype misstated": Case(
         set_config(dtype="bfloat16"), "weight dtype", r"states torch.bfloat16, the weights are F32"
+    ),
+    "temperature altered": Case(
+        set_weight("logit_scale.log_scale", lambda w: w + 1),
+        "golden vectors", r"logit_scale is 3\.65\d\d, recorded was 2\.65\d\d", alone=True,
     ),
     "temperature too high": Case(
         set_row("logit_scale.log_scale", 0, 10.0), "temperature", r"wanted one within \[1, 100\]"
@@ -171,7 +184,8 @@ CASES = {
     ),
     "remote code elsewhere": Case(
         edit_json("config.json", lambda c: c["auto_map"].update(AutoModel="o/n--m.LLM2CLIPModel")),
-        "remote code", r"auto_map names other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]",
+        "remote code", r"config.json names other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]",
+        alone=True,
     ),
     "sentence-transformers truncates earlier": Case(
         edit_json(
@@ -185,6 +199,18 @@ CASES = {
             "config_sentence_transformers.json", lambda s: s["prompts"].update(query="Search:\n")
         ),
         "sentence-transformers", r"'query': 'Search:\\n' before", alone=True,
+    ),
+    "instruction by default": Case(
+        edit_json(
+            "config_sentence_transformers.json", lambda s: s.update(default_prompt_name="query")
+        ),
+        "sentence-transformers", r"default_prompt_name='query' puts an instruction", alone=True,
+    ),
+    "another similarity": Case(
+        edit_json(
+            "config_sentence_transformers.json", lambda s: s.update(similarity_fn_name="euclidean")
+        ),
+        "sentence-transformers", r"similarity_fn_name='euclidean' is not the cosine", alone=True,
     ),
     "sentence-transformers does not normalise": Case(
         lambda folder: (folder / "modules.json").write_text(
@@ -209,6 +235,50 @@ def test_a_broken_checkpoint_fails_the_check_that_names_the_fault(name: str, cop
     assert all(check.message for check in diagnosis.checks)
 
 
+PROCESSOR, TOKENIZER = "processor_config.json", "tokenizer_config.json"
+MAP_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
+    "half a model": (
+        "config.json", lambda c: c["auto_map"].update(AutoModel=HALF),
+        rf"config.json names other code: \['AutoModel: {HALF}'\]",
+    ),
+    "no model": (
+        "config.json", lambda c: c["auto_map"].pop("AutoModel"),
+        r"config.json lacks \['AutoModel'\]",
+    ),
+    "no config": (
+        "config.json", lambda c: c["auto_map"].pop("AutoConfig"),
+        r"config.json lacks \['AutoConfig'\]",
+    ),
+    "nothing": (
+        "config.json", lambda c: c.pop("auto_map"), r"config.json lacks \['AutoConfig', 'AutoModel'"
+    ),
+    "the processor of another repository": (
+        PROCESSOR, lambda p: p["auto_map"].update(AutoProcessor="o/n--p.P"),
+        r"processor_config.json names other code: \['AutoProcessor: o/n--p.P'\]",
+    ),
+    "no processor": (
+        PROCESSOR, lambda p: p.pop("auto_map"),
+        r"processor_config.json lacks \['AutoProcessor'\]",
+    ),
+    "a tokenizer of another repository": (
+        TOKENIZER, lambda t: t.update(auto_map={"AutoTokenizer": ["o/n--t.T", None]}),
+        r"tokenizer_config.json names other code: \[\"AutoTokenizer: \['o/n--t.T', None\]",
+    ),
+    "no object": (
+        TOKENIZER, lambda t: t.update(auto_map="o/n"), r"of tokenizer_config.json is 'o/n', wanted"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAP_FAULTS)
+def test_every_file_that_sends_a_loader_to_other_code_is_named(name: str, copy: Path) -> None:
+    file, change, message = MAP_FAULTS[name]
+    check_remote_code(Patient(copy, "cpu"))
+    edit_json(file, change)(copy)
+    with pytest.raises(ValueError, match=message):
+        check_remote_code(Patient(copy, "cpu"))
+
+
 def test_what_cannot_run_is_skipped_with_the_check_it_needs(copy: Path) -> None:
     CASES["adapter key renamed"].break_it(copy)
     diagnosis = diagnose(copy)
@@ -226,6 +296,16 @@ def test_a_source_that_is_nowhere_fails_and_skips_the_rest(source: str | Path) -
     assert "no such folder" in diagnosis.checks[0].message
     assert all(check.skipped for check in diagnosis.checks[1:])
     assert len(diagnosis.checks) == len(_PLANS) + 1
+
+
+def test_a_folder_that_was_saved_and_not_exported_is_told_what_it_lacks(
+    good: Path, tmp_path: Path
+) -> None:
+    patient = load_patient(good)
+    patient.model.save_pretrained(tmp_path)
+    patient.processor.save_pretrained(tmp_path)
+    with pytest.raises(NotApplicableError, match=r"modules.json: .* unit length; llm2clip export"):
+        check_sentence_transformers(load_patient(tmp_path))
 
 
 def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:

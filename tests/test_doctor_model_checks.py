@@ -6,25 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from breaking import load_patient
 
-from modeling_llm2clip.hub.doctor.file_checks import check_config
 from modeling_llm2clip.hub.doctor.model_checks import (
     check_attention_direction,
     check_batch_invariance,
     check_padding_invariance,
     check_pooled_span,
-    load_model,
 )
-from modeling_llm2clip.hub.doctor.patient import Patient
-from modeling_llm2clip.hub.doctor.tokenizer_checks import load_processor, load_tokenizer
 from modeling_llm2clip.modeling_llm2clip import set_attention_direction
-
-
-def load_patient(folder: Path) -> Patient:
-    patient = Patient(folder, "cpu")
-    for load in (check_config, load_model, load_tokenizer, load_processor):
-        load(patient)
-    return patient
 
 
 def test_a_loaded_model_that_turned_causal_is_found(good: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from shared_models import CAPTIONS, shared_batch, shared_model
-from tiny import tiny_pictures
+from tiny import tiny_model, tiny_pictures
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
@@ -175,6 +175,15 @@ def test_unknown_settings_are_refused_with_the_known_ones(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ExportArguments(**settings)
+
+
+@pytest.mark.parametrize("part", ["text_projection", "visual_projection"])
+def test_a_model_that_gives_nan_is_not_written(part: str, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    getattr(model, part).weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"gives NaN or infinity in \['(text|image)_embeds'\]"):
+        export_model(model, processor, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_half_has_no_other_half_to_export(half: tuple[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,13 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 # What stands at the package's root without an underscore is copied beside the weights.
 TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
 # Installed wherever transformers, torch and a picture library are, or Python's own.
-PRESENT_EVERYWHERE = {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_names
+PRESENT_EVERYWHERE = {
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "PIL",
+} | sys.stdlib_module_names
 
 MOST_LINES = 500
 MOST_LINES_OF = {"modeling_llm2clip.py": 700}

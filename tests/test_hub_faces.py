@@ -27,6 +27,8 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_llm2clip
 from modeling_llm2clip.hub.card_facts import CardFacts
+from modeling_llm2clip.hub.doctor.file_checks import check_remote_code
+from modeling_llm2clip.hub.doctor.patient import Patient
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.hub.golden import read_golden_vectors
 from modeling_llm2clip.hub.sentence_transformers_files import write_sentence_transformers_files
@@ -371,7 +373,19 @@ def test_saved_by_sentence_transformers_it_loads_everywhere(
         output = model(**processor(text=CAPTIONS, images=tiny_pictures(3)))
     assert torch.equal(output.text_embeds, auto_vectors["text"])
     assert torch.equal(output.image_embeds, auto_vectors["image"])
-    assert (tmp_path / "modeling_llm2clip.py").is_file()
+    assert "equal the installed package" in check_remote_code(Patient(tmp_path, "cpu"))
+
+
+def test_a_shorter_max_seq_length_is_obeyed_and_a_longer_one_is_not(folder: Path) -> None:
+    model, processor = SentenceTransformer(str(folder)), AutoProcessor.from_pretrained(folder)
+    text = "a dog on a mat " * 300
+    longest = processor.max_text_length
+    for length, wanted in ((12, 12), (longest + 100, longest)):
+        model.max_seq_length = length
+        ids = model.preprocess([text])["input_ids"]
+        assert ids.shape == (1, wanted)
+        assert ids.tolist() == processor(text=[text], max_length=wanted)["input_ids"].tolist()
+        assert model.encode([text]).shape == (1, 32)  # the prompt is whole, which the model checks
 
 
 def test_the_text_only_form_encodes_texts_alike_and_refuses_pictures(

@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm, save_tiny_vision
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from modeling_llm2clip.hub.build import BuildArguments, build_model
+from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.hub.towers import load_text_tower, load_vision_tower
 
 # Names of a llama's weights in a GGUF file; its specification is ggml/docs/gguf.md.
@@ -162,6 +171,65 @@ def test_weights_that_an_llm_lacks_are_named(tmp_path: Path) -> None:
     save_tiny_llm(tmp_path)
     drop_weights(tmp_path, "layers.1.mlp.up_proj")
     with pytest.raises(ValueError, match=r"lacks weights of its LLM: \['layers.1.mlp.up_proj"):
+        load_text_tower(tmp_path)
+
+
+def save_gemma3(folder: Path) -> PreTrainedModel:
+    """Save a tiny Gemma 3 that sees, as those from 4B on are published."""
+    text = tiny_llm("gemma3_text", vocabulary_size=len(tiny_tokenizer())).config.to_dict()
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config=tiny_vision("siglip")[0].config.to_dict(),
+        mm_tokens_per_image=4,
+        boi_token_index=5,
+        eoi_token_index=6,
+        image_token_index=7,
+    )
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_of_a_model_that_also_sees_the_language_model_is_taken(tmp_path: Path) -> None:
+    whole = save_gemma3(tmp_path).model.language_model
+    loaded, tokenizer = load_text_tower(tmp_path)
+    assert loaded.config.model_type == "gemma3_text"
+    wanted = whole.state_dict()
+    assert set(loaded.state_dict()) == set(wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    arguments = BuildArguments(prompt="llama-3", text_adapter_layers=0)
+    built, processor = build_model(*tiny_vision(), loaded, tokenizer, arguments)
+    export_model(built, processor, tmp_path / "model")
+    again = AutoModel.from_pretrained(tmp_path / "model")
+    assert type(again.text_model) is type(whole)
+    assert torch.equal(again.text_model.embed_tokens.weight, whole.embed_tokens.weight)
+
+
+def test_weights_that_the_language_model_of_a_larger_one_lacks_are_named(tmp_path: Path) -> None:
+    save_gemma3(tmp_path)
+    drop_weights(tmp_path, "layers.1.mlp.up_proj")
+    with pytest.raises(
+        ValueError, match=r"lacks weights of its LLM: \['language_model.layers.1.mlp"
+    ):
+        load_text_tower(tmp_path)
+
+
+def test_weights_within_an_llm_that_nobody_reads_are_named_and_a_head_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_llm(vocabulary_size=len(tiny_tokenizer())).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    load_text_tower(tmp_path)  # its head is left out, and nobody is alarmed
+    assert "lm_head" not in caplog.text
+    file = tmp_path / "model.safetensors"
+    AutoModel.from_pretrained(tmp_path)
+    assert "lm_head" in caplog.text  # which transformers would have told
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file({**load_file(file), **bias}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights within its LLM that LlamaModel does not read"):
         load_text_tower(tmp_path)
 
 

@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 import torch
 from shared_models import ROUNDING, pictures_of, shared_batch, shared_model
-from tiny import VISION_FAMILIES, tiny_model, tiny_pictures, tiny_vision
+from tiny import (
+    VISION_FAMILIES,
+    tiny_llm,
+    tiny_model,
+    tiny_pictures,
+    tiny_tokenizer,
+    tiny_vision,
+)
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.hub.build import BuildArguments
+from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.pictures import set_normalization, set_picture_size
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_pictures
 
@@ -331,3 +338,30 @@ def test_build_writes_size_and_mean_into_the_checkpoint(tmp_path: Path) -> None:
     assert config["vision_config"]["image_size"] == LARGER
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "48 × 48 pixels, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in card
+
+
+# Families that state their width otherwise
+
+CONVOLUTIONAL: dict[str, dict[str, Any]] = {
+    "convnext": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
+    "resnet": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "embedding_size": 8},
+}
+
+
+@pytest.mark.parametrize("family", CONVOLUTIONAL)
+def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> None:
+    tower = AutoModel.from_config(AutoConfig.for_model(family, **CONVOLUTIONAL[family])).eval()
+    llm, tokenizer = tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
+    arguments = BuildArguments(prompt="llama-3", projection_dim=24, text_adapter_layers=0)
+    model, processor = build_model(tower, CLIPImageProcessorPil(), llm, tokenizer, arguments)
+    assert model.visual_projection.in_features == 20
+    pictures = processor(images=tiny_pictures(2))
+    with torch.no_grad():
+        assert model.get_image_features(**pictures).pooler_output.shape == (2, 24)
+
+
+def test_a_tower_of_unknown_width_is_refused_by_its_family() -> None:
+    tower = torch.nn.Module()
+    tower.config = AutoConfig.for_model("efficientnet")
+    with pytest.raises(ValueError, match="'efficientnet' tower states neither hidden_size nor"):
+        find_width(tower)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.hub.build import BuildArguments, build_model
-from modeling_llm2clip.hub.towers import image_processor_from_timm
+from modeling_llm2clip.hub.timm_pictures import image_processor_from_timm
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 

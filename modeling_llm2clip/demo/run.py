@@ -21,6 +21,7 @@ from ..data.splits import hold_out
 from ..hub.build import BuildArguments, build_from_sources
 from ..hub.card_facts import CardFacts, RecordedResult, find_license
 from ..hub.export import export_model
+from ..hub.tower_sources import require_sources
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.feature_alignment import AlignmentArguments
@@ -88,8 +89,15 @@ class DemoArguments:
             steps=self.steps, batch_size=self.batch_size, lr=1e-4, seed=self.seed
         )
 
+    @property
+    def building(self) -> BuildArguments:
+        """Settings of the model that is put together."""
+        return BuildArguments(
+            prompt=self.prompt or "chatml", visual_projection_bias=True, seed=self.seed
+        )
+
     def __post_init__(self) -> None:
-        _ = self.alignment  # bad settings are refused now, not after the encoding
+        _ = self.alignment, self.building  # bad settings are refused now, not after the encoding
         if self.llm is not None and self.prompt is None:
             raise ValueError(
                 "--llm needs --prompt, because the vectors depend on it and it is never guessed. "
@@ -97,6 +105,7 @@ class DemoArguments:
             )
         if self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty. Remove it, or name another --output.")
+        require_sources(vision=self.vision, llm=self.llm, caption_adapter=self.find_adapter())
 
 
 def run_demo(arguments: DemoArguments) -> dict[str, Any]:
@@ -114,9 +123,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     model, processor = build_from_sources(
         vision,
         llm,
-        BuildArguments(
-            prompt=arguments.prompt or "chatml", visual_projection_bias=True, seed=arguments.seed
-        ),
+        arguments.building,
         caption_adapter=arguments.find_adapter(),
         accept_adapter_base=arguments.accepted_base,
     )

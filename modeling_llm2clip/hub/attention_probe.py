@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _LENGTH = 6
 # A causal position does not move at all. A bidirectional one moves by far more than rounding.
 _LEAST_MOVE = 1e-4
+# One layer alone, by what it adds to its input: causal 0, exactly; SmolLM2-135M at least 1e-4.
+_LEAST_MOVE_OF_A_LAYER = 1e-6
 # Padded and unpadded runs differ by the order of sums only.
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 
 
 @torch.no_grad()
 def find_attention_faults(text_model: PreTrainedModel) -> list[str]:
-    """Change the last token and watch the first position, with and without padding.
+    """Change the last token and watch those before it, with and without padding.
+
+    Of the whole the first position is watched. One layer that looks both ways is enough to move
+    it, so each layer is also tried alone.
 
     Returns: what is wrong, in words; empty for a tower that is bidirectional on every path.
     """
@@ -23,17 +30,27 @@ def find_attention_faults(text_model: PreTrainedModel) -> list[str]:
     ids = ids % text_model.config.vocab_size
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 7) % text_model.config.vocab_size
+    layers = _list_layers(text_model)
     faults = []
-    plain = _run(text_model, ids, num_pads=0)
+    plain: Tensor | None = None
     for num_pads, name in ((0, "without padding"), (3, "with padding")):
-        before = _run(text_model, ids, num_pads=num_pads)
+        with _LayerProbe(layers) as probe:
+            before = _run(text_model, ids, num_pads=num_pads)
+        plain = before if plain is None else plain
         after = _run(text_model, changed, num_pads=num_pads)
         moved = _relative(before[0, 0], after[0, 0])
         if not moved > _LEAST_MOVE:
             faults.append(f"{name}, the first token does not see the last (moved by {moved:.1e})")
+        elif causal := probe.list_causal():
+            faults.append(
+                f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
+                f"number {causal[0]})"
+            )
         effect = _relative(plain[0], before[0])
         if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
             faults.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
+    if not layers:
+        faults.append("its layers are in no list of modules, so that each could be tried alone")
     return faults
 
 
@@ -46,6 +63,63 @@ def require_bidirectional(text_model: PreTrainedModel) -> None:
             f"{'; '.join(faults)}. Take another LLM, another attention implementation, or build "
             "with bidirectional=False."
         )
+
+
+class _LayerProbe:
+    """Runs every layer a second time, with another last token before it, while it is open."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._layers = layers
+        self._moves: dict[int, float] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _LayerProbe:
+        for number, layer in enumerate(self._layers):
+            hook = self._make_hook(number)
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def list_causal(self) -> list[int]:
+        """Numbers of the layers in which no token before the last one moved."""
+        moves = (self._moves.get(number, 0.0) for number in range(len(self._layers)))
+        return [number for number, move in enumerate(moves) if not move > _LEAST_MOVE_OF_A_LAYER]
+
+    def _make_hook(self, number: int) -> Any:
+        def compare(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            own = args[0] if args else kwargs["hidden_states"]  # (…, L, D)
+            hidden = own.clone()
+            hidden[..., _LENGTH - 1, :] = -hidden[..., _LENGTH - 1, :].flip(-1)
+            if args:
+                again = layer.forward(hidden, *args[1:], **kwargs)
+            else:
+                again = layer.forward(**{**kwargs, "hidden_states": hidden})
+            # What the layer adds to its input, in which large numbers would hide a change; of all
+            # positions, because the first often has far larger ones than the rest.
+            earlier = slice(0, _LENGTH - 1)
+            before, after = (
+                (_first(o).float() - own.float())[..., earlier, :].unbind(-2)
+                for o in (output, again)
+            )
+            self._moves[number] = max(map(_relative, before, after))
+
+        return compare
+
+
+def _list_layers(text_model: nn.Module) -> nn.ModuleList:
+    """Find the decoder's layers, under whatever name; empty where there is no such list."""
+    config: Any = text_model.config
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
+    return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
+
+
+def _first(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _run(text_model: PreTrainedModel, ids: Tensor, *, num_pads: int) -> Tensor:

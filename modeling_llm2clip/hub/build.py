@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_llm2clip import LLM2CLIPConfig
+from ..configuration_llm2clip import TEXT_POOLINGS, VISION_POOLINGS, LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapters import merge_adapter
@@ -18,6 +18,7 @@ from .picture_choices import NORMALIZATIONS
 from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
+from .tower_sources import require_sources
 from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
 
 
@@ -60,12 +61,36 @@ class BuildArguments:
                 f"Choose a prompt: one of {PROMPT_NAMES}, or a prefix and suffix of your own. It "
                 "is never guessed, because the vectors depend on it."
             )
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel.")
-        if self.normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization={self.normalization!r} must be one of {NORMALIZATIONS}."
-            )
+        faults = []
+        if self.prompt is not None:
+            if self.prefix is not None or self.suffix is not None:
+                faults.append(
+                    f"prompt={self.prompt!r} excludes a prefix or suffix; give one choice"
+                )
+            if self.prompt not in PROMPT_NAMES:
+                faults.append(f"prompt={self.prompt!r} must be one of {PROMPT_NAMES}")
+        for name, least in _LEAST_VALUES.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                faults.append(f"{name}={value} must be at least {least}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                faults.append(f"{name}={getattr(self, name)!r} must be one of {known}")
+        if faults:
+            raise ValueError(f"{'; '.join(faults)}.")
+
+
+_LEAST_VALUES = {
+    "projection_dim": 1,
+    "max_text_length": 1,
+    "text_adapter_layers": 0,
+    "image_size": 1,
+}
+_CHOICES = {
+    "text_pooling": TEXT_POOLINGS,
+    "vision_pooling": VISION_POOLINGS,
+    "normalization": NORMALIZATIONS,
+}
 
 
 def build_from_sources(
@@ -83,9 +108,10 @@ def build_from_sources(
         caption_adapter: Hub id or folder of a LoRA for the LLM, merged into it.
         accept_adapter_base: what the LoRA calls its base, where that is this LLM under another
             name.
-    Raises: ValueError when a tower does not fit its place; see `towers`, `adapters` and
-        `build_model`.
+    Raises: ValueError when a source is nowhere, which is told before any is loaded, or a tower does
+        not fit its place; see `towers`, `adapters` and `build_model`.
     """
+    require_sources(vision=vision, llm=llm, caption_adapter=caption_adapter)
     vision_model, image_processor = load_vision_tower(
         vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
     )

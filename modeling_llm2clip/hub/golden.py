@@ -63,13 +63,15 @@ def write_golden_vectors(folder: Path, model: Any, processor: LLM2CLIPProcessor)
     """Record what this model, or half of one, gives now, beside its weights.
 
     Also `caption_embeds` (T, D), the LLM's part of it, so that another adapter's vectors can be
-    recorded without the LLM.
+    recorded without the LLM, and of a whole model `logit_scale` (1,), which no vector shows.
+
+    Raises: ValueError when a vector has NaN or infinity.
     """
     vectors = compute_golden_vectors(model, processor)
     if hasattr(model, "text_model"):
         inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
         vectors["caption_embeds"] = model.get_caption_embeds(**inputs)
-    _save(folder, vectors, list(GOLDEN_TEXTS), model.dtype)
+    _save(folder, {**vectors, **read_temperature(model)}, list(GOLDEN_TEXTS), model.dtype)
 
 
 @torch.inference_mode()
@@ -83,6 +85,7 @@ def renew_golden_vectors(
         folder: where to record.
         model: its adapter, projections and vision tower are used.
     Returns: False, and nothing recorded, where the source has no caption vectors.
+    Raises: ValueError when a vector has NaN or infinity.
     """
     golden = read_golden_vectors(source)
     if golden is None or "caption_embeds" not in golden[1]:
@@ -97,9 +100,16 @@ def renew_golden_vectors(
         "text_embeds": F.normalize(text_features, dim=-1),
         "image_embeds": F.normalize(image_features, dim=-1),
         "caption_embeds": caption_embeds,
+        **read_temperature(model),
     }
     _save(folder, vectors, texts, model.dtype)
     return True
+
+
+def read_temperature(model: Any) -> dict[str, Tensor]:
+    """`logit_scale` (1,) float32, the logarithm as it is saved; nothing of half a model."""
+    scale = getattr(model, "logit_scale", None)
+    return {} if scale is None else {"logit_scale": scale.log_scale.detach().float().cpu()}
 
 
 def read_golden_vectors(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
@@ -113,6 +123,13 @@ def read_golden_vectors(folder: Path) -> tuple[list[str], dict[str, Tensor]] | N
 
 
 def _save(folder: Path, vectors: dict[str, Tensor], texts: list[str], dtype: torch.dtype) -> None:
+    faults = [name for name, vector in vectors.items() if not vector.isfinite().all()]
+    if faults:
+        raise ValueError(
+            f"The model gives NaN or infinity in {faults}, computed in {dtype}, so it is not "
+            "saved. Take the last weights without them; if these are finite, the dtype is too "
+            "narrow: use bfloat16 or float32."
+        )
     save_file(
         {name: vector.cpu().contiguous() for name, vector in vectors.items()},
         folder / GOLDEN_FILE,

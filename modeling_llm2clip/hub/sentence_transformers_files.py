@@ -59,13 +59,8 @@ def write_sentence_transformers_files(
             "transformer_task": "feature-extraction",
             "module_output_name": "sentence_embedding",
             "modality_config": {modality: _MODALITIES[modality] for modality in modalities},
-            "processing_kwargs": {
-                "text": {
-                    "max_length": config.max_text_length,
-                    "truncation": True,
-                    "padding": True,
-                }
-            },
+            # Not max_length, which would win over the max_seq_length that a user sets.
+            "processing_kwargs": {"text": {"truncation": True, "padding": True}},
         },
     )
     _write(

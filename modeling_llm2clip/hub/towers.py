@@ -14,13 +14,14 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
-    CLIPImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.image_utils import PILImageResampling
+
+from .timm_pictures import image_processor_from_timm
+from .tower_weights import load_decoder, load_with_account
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
@@ -56,8 +57,8 @@ def load_vision_tower(
         )
     # AutoModel would choose the whole composite for a CLIP folder; the tower's class does not.
     tower_class = type(AutoModel.from_config(config)) if part else AutoModel
-    model, info = tower_class.from_pretrained(
-        source, config=config, dtype=dtype, revision=revision, output_loading_info=True
+    model, info = load_with_account(
+        tower_class, source, config=config, dtype=dtype, revision=revision
     )
     missing = sorted(
         k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k)
@@ -83,30 +84,16 @@ def load_image_processor(
     return image_processor_from_timm(config.pretrained_cfg)
 
 
-def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """Build an image processor from timm's input size, mean, std, crop share and interpolation."""
-    _, height, width = pretrained_cfg["input_size"]
-    resized = round(min(height, width) / float(pretrained_cfg.get("crop_pct") or 1.0))
-    interpolation = str(pretrained_cfg.get("interpolation") or "bicubic").upper()
-    return CLIPImageProcessor(
-        size={"shortest_edge": resized},
-        crop_size={"height": height, "width": width},
-        resample=getattr(PILImageResampling, interpolation),
-        image_mean=list(pretrained_cfg["mean"]),
-        image_std=list(pretrained_cfg["std"]),
-        do_convert_rgb=True,
-    )
-
-
 def load_text_tower(
     source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, and its tokenizer.
 
     Args:
-        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised.
-    Raises: ValueError when it is not a decoder, weights are missing, or the tokenizer is another
-        model's.
+        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised. Of a model
+            that also sees (Gemma 3 from 4B on) the LLM is taken.
+    Raises: ValueError when it is not a decoder, weights are missing or not read, or the tokenizer
+        is another model's.
     """
     path = Path(source)
     where: dict[str, Any] = {"revision": revision}
@@ -117,13 +104,8 @@ def load_text_tower(
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     config = AutoConfig.from_pretrained(name, **where)
-    config = config.get_text_config(decoder=True)
-    require_decoder(config, source)
-    model, info = AutoModel.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True, **where
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"{source} lacks weights of its LLM: {sorted(info['missing_keys'])[:8]}.")
+    require_decoder(config.get_text_config(decoder=True), source)
+    model = load_decoder(name, config, source, dtype=dtype, **where)
     _forget_quantization(model)
     require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)

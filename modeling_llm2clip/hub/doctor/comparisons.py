@@ -11,12 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..golden import GOLDEN_FILE, compute_golden_vectors, draw_golden_pictures, read_golden_vectors
-from ..sentence_transformers_files import check_instructions
+from ..golden import (
+    GOLDEN_FILE,
+    compute_golden_vectors,
+    draw_golden_pictures,
+    read_golden_vectors,
+    read_temperature,
+)
+from ..sentence_transformers_files import SETTINGS_FILE, check_instructions
 from .diagnosis import NotApplicableError
 from .patient import SHORT_TEXTS, Patient
 from .tolerances import find_tolerance, measure_distances
 
+# Of unit vectors; without a setting sentence-transformers takes the cosine.
+_COSINES = ("cosine", "dot", None)
 _HALVES = {
     "text_embeds": "tokenizer, LLM, adapter or text projection",
     "image_embeds": "image processor, vision tower or visual projection",
@@ -43,6 +51,7 @@ def check_golden_vectors(patient: Patient) -> str:
         largest = max(largest, furthest)
         if not furthest <= tolerance:
             faults.append(f"{name} moved by {furthest:.1e} in row {row} ({_HALVES[name]})")
+    faults += _compare_temperatures(read_temperature(patient.model), recorded)
     if faults:
         raise ValueError(
             f"{'; '.join(faults)}; allowed in {patient.model.dtype}: {tolerance:.0e}. Weights, "
@@ -52,6 +61,15 @@ def check_golden_vectors(patient: Patient) -> str:
     return f"{count} vectors at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
 
 
+def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
+    # A folder of an earlier version has none recorded. It is saved and loaded as it is, in float32.
+    return [
+        f"{name} is {float(found[name]):.4f}, recorded was {float(recorded[name]):.4f}"
+        for name in set(found) & set(recorded)
+        if not torch.allclose(found[name], recorded[name].float(), atol=1e-6, rtol=0)
+    ]
+
+
 def check_sentence_transformers(patient: Patient) -> str:
     """sentence-transformers must give the model's own vectors; frees the model, so comes last."""
     if find_spec("sentence_transformers") is None:
@@ -59,9 +77,14 @@ def check_sentence_transformers(patient: Patient) -> str:
             "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"
         )
     if not (patient.folder / "modules.json").is_file():
-        raise NotApplicableError("the folder has no modules.json, so it offers no such model")
+        raise NotApplicableError(
+            "the folder has no modules.json: sentence-transformers would load it, but not bring "
+            "its vectors to unit length; llm2clip export writes such a folder"
+        )
     tolerance, dtype = find_tolerance(patient.model.dtype), patient.model.dtype
-    prompts = _read_instructions(patient) if patient.encodes_texts else {}
+    settings = _read_settings(patient)
+    _require_plain_settings(settings)
+    prompts = _list_instructions(settings) if patient.encodes_texts else {}
     if prompts:
         check_instructions(patient.tokenizer, patient.config, prompts)
     wanted = _encode_with_model(patient, prompts)
@@ -91,10 +114,30 @@ def check_sentence_transformers(patient: Patient) -> str:
     return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
 
 
-def _read_instructions(patient: Patient) -> dict[str, str]:
-    path = patient.folder / "config_sentence_transformers.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read_settings(patient: Patient) -> dict[str, Any]:
+    path = patient.folder / SETTINGS_FILE
+    settings: dict[str, Any] = {}
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _list_instructions(settings: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in (settings.get("prompts") or {}).items() if text.strip()}
+
+
+def _require_plain_settings(settings: dict[str, Any]) -> None:
+    faults = []
+    default = settings.get("default_prompt_name")
+    if default in _list_instructions(settings):
+        faults.append(
+            f"default_prompt_name={default!r} puts an instruction before every text, which "
+            "AutoModel and pipelines do not"
+        )
+    if settings.get("similarity_fn_name") not in _COSINES:
+        faults.append(f"similarity_fn_name={settings['similarity_fn_name']!r} is not the cosine")
+    if faults:
+        raise ValueError(f"{SETTINGS_FILE}: {'; '.join(faults)}. Set null and 'cosine'.")
 
 
 @torch.no_grad()
@@ -135,7 +178,7 @@ def _encode_with_sentence_transformers(
 
     found = {}
     if "texts" in kinds:
-        found["texts"] = encode(list(SHORT_TEXTS), prompt="")
+        found["texts"] = encode(list(SHORT_TEXTS))
     if "pictures" in kinds and "image" in encoder.modalities:
         found["pictures"] = encode(list(draw_golden_pictures()))
     for name in prompts:

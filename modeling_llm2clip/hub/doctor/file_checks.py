@@ -14,7 +14,12 @@ from torch import Tensor
 
 from ... import configuration_llm2clip
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ...modeling_llm2clip import (
+    _CODE_OF_EVERY_FOLDER,
+    LLM2CLIPModel,
+    LLM2CLIPTextModel,
+    LLM2CLIPVisionModel,
+)
 from .diagnosis import NotApplicableError
 from .patient import Patient
 
@@ -27,6 +32,10 @@ _FLOAT_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Files in which AutoProcessor looks for code before it asks config.json. The first decides; what
+# another program saved again may lack it in the others.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_MAY_NAME_NO_CODE = _PROCESSOR_FILES[1:]
 _MOST_NAMED = 8
 
 
@@ -103,45 +112,64 @@ def check_finite_weights(patient: Patient) -> str:
 
 
 def check_remote_code(patient: Patient) -> str:
-    """Compare the folder's code with the installed package, byte for byte."""
-    ours = {path.name: path for path in list_travelling_files()}
+    """Compare the folder's code with the installed package, and where its files send a loader."""
+    folder = patient.folder
     wanted = {
-        name: path
-        for name, path in ours.items()
-        if patient.has_processor_files or name != "processing_llm2clip.py"
+        path.name: path
+        for path in list_travelling_files()
+        if patient.has_processor_files or path.name != "processing_llm2clip.py"
     }
-    mapped = _read_json(patient.folder / "config.json").get("auto_map") or {}
-    if not mapped and not any((patient.folder / name).exists() for name in wanted):
+    config = _read_json(folder / "config.json")
+    if not config.get("auto_map") and not any((folder / name).exists() for name in wanted):
         raise NotApplicableError("the folder brings no code; it needs the installed package")
-    missing = sorted(name for name in wanted if not (patient.folder / name).is_file())
+    missing = sorted(name for name in wanted if not (folder / name).is_file())
     altered = sorted(
         name
         for name, path in wanted.items()
-        if name not in missing and (patient.folder / name).read_bytes() != path.read_bytes()
-    )
-    strange = sorted(
-        f"{auto_class}: {where}"
-        for auto_class, where in mapped.items()
-        if f"{str(where).rpartition('.')[0]}.py" not in ours
+        if name not in missing and (folder / name).read_bytes() != path.read_bytes()
     )
     faults = [
-        f"{what}: {names}"
-        for what, names in (
-            ("altered", altered),
-            ("missing", missing),
-            ("auto_map names other code", strange),
-        )
-        if names
+        f"{what}: {names}" for what, names in (("altered", altered), ("missing", missing)) if names
     ]
-    if not mapped:
-        faults.append("config.json has no auto_map, so the code beside it is not used")
+    faults += [
+        fault
+        for name, entries in _list_code_entries(folder, config).items()
+        for fault in _find_map_faults(name, _read_json(folder / name).get("auto_map"), entries)
+    ]
     if faults:
         raise ValueError(
             f"The folder's code is not the installed package's ({'; '.join(faults)}). Others would "
             "get vectors from other code than you: save the model again with this package, or "
             "install the version that wrote the folder."
         )
-    return f"{len(wanted)} files equal the installed package"
+    return f"{len(wanted)} files equal the installed package, and its classes are named"
+
+
+def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What saving writes as `auto_map` into each file of the folder that a loader looks at."""
+    architecture = (config.get("architectures") or [""])[0]
+    model_class = _MODEL_CLASSES.get(architecture, LLM2CLIPModel)
+    of_processor = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
+    return {
+        "config.json": {**_CODE_OF_EVERY_FOLDER, **model_class._auto_classes},
+        **{name: of_processor for name in _PROCESSOR_FILES if (folder / name).is_file()},
+    }
+
+
+def _find_map_faults(name: str, found: Any, wanted: dict[str, str]) -> list[str]:
+    if found is not None and not isinstance(found, dict):
+        return [f"auto_map of {name} is {found!r}, wanted an object"]
+    found = found or {}
+    strange = sorted(
+        f"{auto_class}: {where}"
+        for auto_class, where in found.items()
+        if wanted.get(auto_class) != where
+    )
+    lost = sorted(set(wanted) - set(found)) if name not in _MAY_NAME_NO_CODE else []
+    return [
+        *([f"auto_map of {name} names other code: {strange}"] if strange else []),
+        *([f"auto_map of {name} lacks {lost}"] if lost else []),
+    ]
 
 
 def list_travelling_files() -> list[Path]:

@@ -1,0 +1,53 @@
+"""Tells before anything is loaded where a tower or adapter is named that cannot be there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# Older Hub repositories have no owner ("gpt2").
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def require_sources(
+    *,
+    vision: str | Path | None = None,
+    llm: str | Path | None = None,
+    caption_adapter: str | Path | None = None,
+) -> None:
+    """Raise ValueError that names every source which is neither there nor named as on the Hub.
+
+    Args:
+        vision: Hub id or folder.
+        llm: Hub id, folder, or a `.gguf` file, also of a Hub repository (`owner/name/FILE.gguf`).
+        caption_adapter: Hub id or folder of a LoRA.
+    """
+    faults = []
+    if vision is not None:
+        faults.append(_find_fault("vision tower", Path(vision), file="config.json"))
+    if llm is not None and Path(llm).suffix == ".gguf":
+        faults.append(_find_fault_of_gguf(Path(llm)))
+    elif llm is not None:
+        faults.append(_find_fault("language model", Path(llm), file="config.json"))
+    if caption_adapter is not None:
+        adapter = Path(caption_adapter)
+        faults.append(_find_fault("caption adapter", adapter, file="adapter_config.json"))
+    if found := [fault for fault in faults if fault]:
+        raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
+
+
+def _find_fault(what: str, source: Path, *, file: str) -> str | None:
+    if source.is_dir():
+        there = (source / file).is_file()
+        return None if there else f"{source}: the folder has no {file}, so it holds no {what}"
+    if source.exists():
+        return f"{source}: a file; the {what} must be a folder or a Hub id"
+    if _HUB_ID.fullmatch(str(source)):
+        return None
+    return f"{source}: no such {what}: no folder of this name, and no Hub id like 'owner/name'"
+
+
+def _find_fault_of_gguf(source: Path) -> str | None:
+    if source.is_file() or (_HUB_ID.fullmatch(str(source.parent)) and "/" in str(source.parent)):
+        return None
+    return f"{source}: no such .gguf file, and no file of a Hub repository like 'owner/name/FILE'"

@@ -1,0 +1,115 @@
+"""Loads a tower's weights with an account of every key: what is missing, and what nobody read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+_MOST_NAMED = 8
+
+
+def load_with_account(
+    model_class: Any, name: str | Path, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load as `from_pretrained` does, without its table of keys, which the caller judges.
+
+    Returns: the model, and `missing_keys` and `unexpected_keys` among others.
+    Raises: ValueError when a weight file is cut.
+    """
+    try:
+        with _without_table_of_keys():
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
+                name, output_loading_info=True, **settings
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: a weight file is truncated or damaged ({error}). Download or save it again."
+        ) from error
+    return loaded
+
+
+def load_decoder(
+    name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
+) -> PreTrainedModel:
+    """Load an LLM without its head; of a model that also sees or hears, its LLM alone.
+
+    Args:
+        config: what the checkpoint has as its configuration, maybe with an LLM's inside.
+        source: how errors call the checkpoint.
+    Raises: ValueError when weights of the LLM are missing, or it has some that its class does not
+        read and would compute without.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if text_config is config:
+        whole, info = load_with_account(AutoModel, name, config=config, **settings)
+        decoder, prefix = whole, ""
+    else:
+        with torch.device("meta"):  # costs nothing, and the saved model will be of this class
+            wanted = type(AutoModel.from_config(text_config))
+        whole, info = load_with_account(AutoModel, name, config=config, **settings)
+        prefix, decoder = _find_part(whole, wanted, source)
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    if missing:
+        raise ValueError(f"{source} lacks weights of its LLM: {missing[:_MOST_NAMED]}.")
+    unread = _list_unread(whole, decoder, info)
+    if unread:
+        raise ValueError(
+            f"{source} has {len(unread)} weights within its LLM that {type(decoder).__name__} does "
+            f"not read, so it would give other hidden states: {unread[:_MOST_NAMED]}. Correct "
+            "config.json, or take the transformers version that the checkpoint names."
+        )
+    return decoder
+
+
+def _find_part(
+    whole: PreTrainedModel, wanted: type, source: str | Path
+) -> tuple[str, PreTrainedModel]:
+    for name, module in whole.named_modules():
+        if type(module) is wanted and isinstance(module, PreTrainedModel):
+            return f"{name}.", module
+    raise ValueError(
+        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
+        "configuration promises. Give the language model alone."
+    )
+
+
+def _list_unread(
+    whole: PreTrainedModel, decoder: PreTrainedModel, info: dict[str, Any]
+) -> list[str]:
+    """Keys that lie in a module of the LLM; heads and other parts lie elsewhere."""
+    modules = {module: name for name, module in whole.named_modules()}
+    inside = {modules[module] for module in decoder.modules() if module is not whole} - {""}
+    base = f"{whole.base_model_prefix}."
+    return sorted(
+        key
+        for key in info["unexpected_keys"]
+        if any(parent in inside for parent in _list_parents(key.removeprefix(base)))
+    )
+
+
+def _list_parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@contextmanager
+def _without_table_of_keys() -> Iterator[None]:
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_needed)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_needed)
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Whether it is no table of keys, or one that an error of transformers points to."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
