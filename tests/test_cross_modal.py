@@ -40,6 +40,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.trained_emoji import TrainedEmoji, read_trained_emoji
 from modeling_llm2clip.data.vector_store import VectorStore
 from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
 from modeling_llm2clip.hub.assemble import assemble_folder
@@ -487,6 +488,8 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
     assert read_losses(killed) == read_losses(tmp_path / "whole")
     assert len(read_losses(killed)) == LONG_RUN["steps"]
     assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
+    # No emoji are in the data; the model that was trained does not say what it had seen.
+    assert read_trained_emoji(killed / "model") == TrainedEmoji(is_complete=False)
 
 
 # When a kill could hurt most: the record and the first checkpoint are being written, the steps are

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data.captioned_sources import read_captioned
 from .arguments import EvaluationArguments, ModelChoice
+from .contamination import state_training, warn_of_training
 from .encoders.encoder import Description, Encoder, EncoderSettings
 from .encoders.kinds import open_encoder
 from .encoders.remembering import RememberingEncoder
@@ -49,6 +50,11 @@ def evaluate(
         for name, description in descriptions.items()
         for job in jobs
     }
+    for (name, task, set_name), protocol in protocols.items():
+        (job,) = (j for j in jobs if (j.task.name, j.set_name) == (task, set_name))
+        state_training(protocol, job.sets, descriptions[name].trained_emoji)
+    for (name, set_name), protocol in {(n, s): p for (n, _, s), p in protocols.items()}.items():
+        warn_of_training(name, set_name, protocol)
     finished = _find_all_finished(arguments.output, protocols, descriptions)
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored vectors first: one that is missing is told before any model is loaded.

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .contamination import FIELD as TRAINED_ON
+from .contamination import write_trained
 from .results import Result, list_digests
 from .tasks.registry import find_task
 
@@ -141,7 +143,7 @@ def _find_bucket(result: Result, low: int) -> Mapping[str, Any]:
 
 def _draw_protocols(results: Sequence[Result], style: str) -> str:
     heads = ["model", "set", "tasks", "kind", "prompt", "max tokens", "texts cut", "pictures",
-             "activation", "dtype", "excluded"]  # fmt: skip
+             "activation", "dtype", "excluded", "trained on"]  # fmt: skip
     tasks_of: dict[tuple[str, ...], list[str]] = {}
     for result in results:
         key = (result.model, result.set, *_describe(result))
@@ -170,6 +172,7 @@ def _describe(result: Result) -> list[str]:
         _write_activations(text, pictures),
         model["dtype"],
         str(excluded),
+        ", ".join(dict.fromkeys(write_trained(part.get(TRAINED_ON)) for part in parts)),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.trained_emoji import read_trained_emoji
 from ...encoding.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
 from .encoder import (
@@ -125,6 +126,7 @@ class SentenceEncoder:
             pictures=facts.pictures,
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
+            trained_emoji=read_trained_emoji(self._folder),
         )
 
 
