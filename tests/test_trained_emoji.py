@@ -70,16 +70,16 @@ def three_emoji(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("seed", "num_trained"), [(0, 0), (1, 249)])
+@pytest.mark.parametrize(("seed", "num_trained", "lang"), [(0, 0, "en"), (1, 249, "ja")])
 def test_the_demos_split_of_another_seed_trains_on_what_the_set_tests(
-    seed: int, num_trained: int, records: list[CaptionedImage]
+    seed: int, num_trained: int, lang: str, records: list[CaptionedImage]
 ) -> None:
     held_out = hold_out(records, seed=seed)
     trained = find_trained_emoji(r for r in records if r.key not in held_out)
     assert trained.is_complete and trained.keys.isdisjoint(held_out)
-    for lang in ("en", "ja"):
-        counted = count_trained(read_set("emoji", lang=lang), trained)
-        assert counted == {"pictures": num_trained, "of": 300, "is_complete": True}
+    # Trained on English names, a thing is no test in Japanese either.
+    counted = count_trained(read_set("emoji", lang=lang), trained)
+    assert counted == {"pictures": num_trained, "of": 300, "is_complete": True}
 
 
 def test_a_numbered_picture_of_something_else_is_no_emoji() -> None:
