@@ -58,7 +58,7 @@ def warn_of_training(model: str, set_name: str, protocol: dict[str, Any]) -> Non
             warnings.warn(
                 f"{model} was trained on {write_trained(counted)} pictures of {set_name}: its "
                 "scores there are no test of what it has not seen.",
-                stacklevel=3,
+                stacklevel=4,  # where `evaluate` is called
             )
             return
 
