@@ -491,6 +491,14 @@ def test_a_sentence_transformer_of_static_vectors_has_no_limit_and_cuts_nothing(
     assert encoder.encode_texts([LONG_TEXT]).is_cut is None
 
 
+def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "blind"
+    shutil.copytree(models("sentence-transformers"), folder)
+    (folder / "sentence_bert_config.json").write_text('{"modality_config": {"audio": {}}}', "utf-8")
+    with pytest.raises(ValueError, match=r"\('audio',\) and no texts"):
+        open_encoder(folder).describe()
+
+
 def test_a_damaged_list_of_modules_is_told(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"modules\.json is missing or damaged"):

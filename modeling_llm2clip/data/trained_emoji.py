@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -98,12 +98,6 @@ def read_trained_emoji(folder: Path) -> TrainedEmoji | None:
 @cache
 def _captions_of_emoji() -> dict[str, set[str]]:
     captions: dict[str, set[str]] = {}
-    for key, text in _iterate_captions():
-        captions.setdefault(key, set()).add(text)
-    return captions
-
-
-def _iterate_captions() -> Iterator[tuple[str, str]]:
     for record in read_captioned(find_example_data() / "emoji", require_pictures=False):
-        for text in record.captions:
-            yield record.key, text
+        captions.setdefault(record.key, set()).update(record.captions)
+    return captions

@@ -83,9 +83,10 @@ class SentenceEncoder:
         if longest is None:
             return None
         prompt = self._facts.default_prompt or ""
-        ids = self._facts.tokenizer(
-            [prompt + text for text in texts], truncation=False, verbose=False
-        )["input_ids"]
+        whole = [prompt + text for text in texts]
+        if self._facts.lower_case:
+            whole = [text.lower() for text in whole]
+        ids = self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
         return torch.tensor([len(row) > longest for row in ids])
 
     @cached_property
