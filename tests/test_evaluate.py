@@ -542,18 +542,19 @@ def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Pat
         _build_arguments(_build_parser().parse_args(words))
 
 
-def test_the_table_tells_every_activation(models: Any, data: str, tmp_path: Path) -> None:
+def test_the_table_tells_activations_and_excluded_samples(
+    models: Any, data: str, tmp_path: Path
+) -> None:
     chosen = arguments(tmp_path, data, models("clip"), models("siglip"), tasks=("retrieval",))
-    table = render_results(evaluate(chosen), style="markdown").splitlines()
-    heads = next(line for line in table if line.startswith("| model | set |")).split("|")
-    column = [head.strip() for head in heads].index("activation")
-    cells = {
-        line.split("|")[1].strip(): line.split("|")[column].strip()
-        for line in table
-        if line.count("|") == len(heads) - 1
-    }
-    assert cells["clip"] == "quick_gelu"
-    assert cells["siglip"] == "gelu_pytorch_tanh"
+    results = evaluate(chosen)
+    wanted = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
+    models = read_table(render_results(results, style="markdown"), "what the scores hang on")
+    assert {row["model"]: row["activation"] for row in models} == wanted
+    faults = {"blank caption": 2, "picture missing": 1}  # of two pictures
+    for result in results:
+        result.protocol["data"] |= {"excluded": faults, "excluded_samples": 2}
+    (row,) = read_table(render_results(results, style="markdown"), "the data")
+    assert row["excluded"] == "2"
 
 
 def test_the_name_of_a_set_is_never_a_folder_of_that_name(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -358,6 +360,37 @@ def test_clips_lower_case_is_told_from_its_tokenizer(models: Any, tmp_path: Path
     assert described and described["lower_case"] is True
 
 
+@pytest.mark.slow
+def test_an_open_clip_repository_of_bin_weights_alone_is_fetched_with_them(
+    models: Any, tmp_path: Path
+) -> None:
+    from hub_server import HubFile, HubServer
+    from safetensors.torch import load_file
+
+    folder = models("open_clip")
+    torch.save(load_file(folder / "open_clip_model.safetensors"), tmp_path / "weights.bin")
+    files = {
+        "open_clip_config.json": (folder / "open_clip_config.json").read_bytes(),
+        "open_clip_pytorch_model.bin": (tmp_path / "weights.bin").read_bytes(),
+        "pytorch_model.bin": b"of another library",
+    }
+    code = (
+        "from modeling_llm2clip.evaluation.encoders.kinds import open_encoder\n"
+        "encoder = open_encoder('owner/model')\n"
+        "print(encoder.describe().kind, tuple(encoder.encode_texts(['a dog']).embeds.shape))\n"
+    )
+    with HubServer() as hub:
+        repository = hub.create_repository("owner/model")
+        repository.add_commit("main", "add", {name: HubFile(f) for name, f in files.items()})
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=200,
+            cwd=Path(__file__).parents[1], env=hub.environment(tmp_path / "cache"),
+        )  # fmt: skip
+        asked = [request for request in hub.requests if request.endswith("/pytorch_model.bin")]
+    assert done.stdout.strip() == "open_clip (1, 16)", done.stderr[-2000:]
+    assert asked == []
+
+
 def test_open_clip_without_weights_is_not_random(models: Any, tmp_path: Path) -> None:
     config = (models("open_clip") / "open_clip_config.json").read_text(encoding="utf-8")
     (tmp_path / "open_clip_config.json").write_text(config, encoding="utf-8")
@@ -457,6 +490,14 @@ def test_a_sentence_transformer_of_static_vectors_has_no_limit_and_cuts_nothing(
     assert described and described["modules"] == ["StaticEmbedding"]
     assert described["max_tokens"] is None
     assert encoder.encode_texts([LONG_TEXT]).is_cut is None
+
+
+def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "blind"
+    shutil.copytree(models("sentence-transformers"), folder)
+    (folder / "sentence_bert_config.json").write_text('{"modality_config": {"audio": {}}}', "utf-8")
+    with pytest.raises(ValueError, match=r"\('audio',\) and no texts"):
+        open_encoder(folder).describe()
 
 
 def test_a_damaged_list_of_modules_is_told(tmp_path: Path) -> None:

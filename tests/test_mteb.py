@@ -162,7 +162,16 @@ def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):
 
 @pytest.mark.parametrize(
     ("lang", "wanted"),
-    [("en", "eng-Latn"), ("zh", "zho-Hans"), ("zh-Hant", "zho-Hant"), ("pt-BR", "por-Latn")],
+    [
+        ("en", "eng-Latn"),
+        ("zh", "zho-Hans"),
+        ("zh-Hant", "zho-Hant"),
+        ("zh-TW", "zho-Hant"),
+        ("zh-hk", "zho-Hant"),
+        ("zh-CN", "zho-Hans"),
+        ("zh-Hans-TW", "zho-Hans"),
+        ("pt-BR", "por-Latn"),
+    ],
 )
 def test_languages_are_told_in_mtebs_way(retrieval_set, lang, wanted):
     data = RetrievalSet(**{**vars(retrieval_set), "lang": lang})

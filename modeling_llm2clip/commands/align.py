@@ -66,6 +66,7 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..data.trained_emoji import find_trained_emoji
     from ..data.vector_store import VectorStore
     from ..hub.assemble import assemble_folder
     from ..hub.doctor.patient import find_folder
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_settings(settings, **stores)  # reading the data may take long
     require_fresh_or_resumed(arguments.output, resume=arguments.resume)
     records = read_data(arguments, require_pictures=stores["picture_store"] is None)
+    trained_emoji = find_trained_emoji(records)
     result = align(model, records, arguments.output, settings, resume=arguments.resume, **stores)
     if not result.is_main_process:
         return result.exit_code
@@ -99,7 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return result.exit_code
     has_golden = assemble_folder(
-        model, result.trained, folder, training_data=[Path(arguments.data).name]
+        model,
+        result.trained,
+        folder,
+        training_data=[Path(arguments.data).name],
+        trained_emoji=trained_emoji,
     )
     print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")
     if not has_golden:

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     import torch
 
+    from ..data.trained_emoji import TrainedEmoji
     from ..hub.build import BuildArguments, build_from_sources
     from ..hub.card_facts import CardFacts, find_license
     from ..hub.export import export_model
@@ -63,6 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     facts = CardFacts(
         vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)
     )
-    folder = export_model(model, processor, arguments.output, facts=facts)
+    # An adapter does not say which captions it has seen; nothing else was trained.
+    trained_emoji = TrainedEmoji(is_complete=arguments.caption_adapter is None)
+    folder = export_model(
+        model, processor, arguments.output, facts=facts, trained_emoji=trained_emoji
+    )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0

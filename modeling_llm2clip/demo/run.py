@@ -18,6 +18,7 @@ from ..data.captioned_images import CaptionedImage
 from ..data.captioned_sources import read_captioned
 from ..data.example_data import find_example_data
 from ..data.splits import hold_out
+from ..data.trained_emoji import TrainedEmoji, find_trained_emoji
 from ..hub.build import BuildArguments, build_from_sources
 from ..hub.card_facts import CardFacts, RecordedResult, find_license
 from ..hub.export import export_model
@@ -116,6 +117,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     """
     records, gallery = read_pictures(arguments)
     held_out = hold_out(records, seed=arguments.seed)
+    trained_emoji = _list_trained_emoji(arguments, records, held_out)
     vision = arguments.vision or fetch_real_part(EFFICIENTNET)
     llm = arguments.llm or fetch_real_part(SMOLLM2)
     started = time.monotonic()
@@ -138,6 +140,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         processor,
         arguments.output / "model",
         facts=_state_facts(arguments, scores),
+        trained_emoji=trained_emoji,
     )
     found = search(model, processor, pictures, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
@@ -165,6 +168,15 @@ def read_pictures(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[
     data = find_example_data()
     emoji = [r for r in read_captioned(data / "emoji") if r.lang == "en"]
     return emoji, read_captioned(data / "photographs")
+
+
+def _list_trained_emoji(
+    arguments: DemoArguments, records: list[CaptionedImage], held_out: set[str]
+) -> TrainedEmoji:
+    trained = find_trained_emoji(record for record in records if record.key not in held_out)
+    # The embedded adapter was trained on COCO; another one does not say which captions it has seen.
+    is_known = arguments.find_adapter() in (None, find_example_data() / "caption_adapter")
+    return trained.add(TrainedEmoji(is_complete=is_known))
 
 
 @torch.inference_mode()

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-# Other formats of the same weights, which nothing here reads.
+# Other formats of the same weights, which are read only where they are asked for by name.
 _NOT_DOWNLOADED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
     "openvino/*",
 ]  # fmt: skip
 
 
-def find_model_folder(source: str | Path, *, revision: str | None = None) -> Path:
+def find_model_folder(
+    source: str | Path, *, revision: str | None = None, only: Sequence[str] | None = None
+) -> Path:
     """Return a local folder, or download a Hub repository and return where it lies.
 
+    Args:
+        only: names of files; nothing else is downloaded, and these in whatever format.
     Raises: ValueError when the source is neither; what huggingface_hub raises on downloading.
     """
     if Path(source).is_dir():
@@ -27,4 +32,6 @@ def find_model_folder(source: str | Path, *, revision: str | None = None) -> Pat
         return Path(source)
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
+    if only is not None:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(only)))
     return Path(snapshot_download(source, revision=revision, ignore_patterns=_NOT_DOWNLOADED))

@@ -7,12 +7,13 @@ are there already; only then weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.captioned_sources import read_captioned
 from .arguments import EvaluationArguments, ModelChoice
+from .contamination import state_training, warn_of_training
 from .encoders.encoder import Description, Encoder, EncoderSettings
 from .encoders.kinds import open_encoder
 from .encoders.remembering import RememberingEncoder
@@ -45,11 +46,7 @@ def evaluate(
     for job in jobs:
         for description in descriptions.values():
             require_abilities(description, job)
-    protocols = {
-        (name, job.task.name, job.set_name): build_protocol(job.task, job.sets, description)
-        for name, description in descriptions.items()
-        for job in jobs
-    }
+    protocols = _build_protocols(jobs, descriptions)
     finished = _find_all_finished(arguments.output, protocols, descriptions)
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored vectors first: one that is missing is told before any model is loaded.
@@ -62,6 +59,23 @@ def evaluate(
             if on_result is not None:
                 on_result(result)
     return [result for of_model in results.values() for result in of_model]
+
+
+def _build_protocols(
+    jobs: Sequence[Job], descriptions: Mapping[str, Description]
+) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The protocol of every model, task and set; warns of models that were trained on a set."""
+    protocols: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for name, description in descriptions.items():
+        trained_on: dict[str, dict[str, Any]] = {}
+        for job in jobs:
+            protocol = build_protocol(job.task, job.sets, description)
+            state_training(protocol, job.sets, description.trained_emoji)
+            protocols[name, job.task.name, job.set_name] = protocol
+            trained_on[job.set_name] = protocol
+        for set_name, protocol in trained_on.items():
+            warn_of_training(name, set_name, protocol)
+    return protocols
 
 
 def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:

@@ -21,6 +21,12 @@ _SPLIT = "test"
 _SHOWN_OF_DIGEST = 8
 # R@1 as the CLIP papers count it.
 _MAIN_SCORE = "hit_rate_at_1"
+# Regions that write a language in another script than most of its readers (CLDR, likely subtags).
+_SCRIPT_OF_REGION = {
+    ("zh", "TW"): "Hant", ("zh", "HK"): "Hant", ("zh", "MO"): "Hant", ("yue", "CN"): "Hans",
+    ("pa", "PK"): "Arab", ("uz", "AF"): "Arab", ("az", "IR"): "Arab", ("kk", "CN"): "Arab",
+    ("mn", "CN"): "Mong", ("sr", "ME"): "Latn",
+}  # fmt: skip
 
 
 class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
@@ -94,7 +100,7 @@ def _describe(data: RetrievalSet, *, from_images: bool) -> TaskMetadata:
 
 
 def _find_language(lang: str) -> str:
-    """BCP 47 (`zh`, `zh-Hant`, `pt-BR`) to mteb's language and script (`zho-Hans`)."""
+    """BCP 47 (`zh`, `zh-Hant`, `zh-TW`, `pt-BR`) to mteb's language and script (`zho-Hans`)."""
     language, *subtags = lang.split("-")
     found = _hf_langs_to_iso_lang_scripts(language)
     if not found:
@@ -102,6 +108,8 @@ def _find_language(lang: str) -> str:
             f"mteb knows no language {language!r} (of {lang!r}). Languages are BCP 47, such as en."
         )
     scripts = [tag.capitalize() for tag in subtags if len(tag) == 4]
+    scripts += [_SCRIPT_OF_REGION.get((language, tag.upper()), "") for tag in subtags]
+    scripts = [script for script in scripts if script]
     return f"{found[0].split('-')[0]}-{scripts[0]}" if scripts else str(found[0])
 
 

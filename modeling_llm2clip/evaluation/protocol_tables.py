@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .contamination import FIELD as TRAINED_ON
+from .contamination import write_trained
 from .labels import (
     SIDES,
     describe_amount,
@@ -34,7 +36,7 @@ def list_protocol_tables(results: Sequence[Result]) -> list[Table]:
 
 def _list_models(results: Sequence[Result]) -> Table:
     heads = ["kind", "prompt", "max tokens", "padding", "letter case", "texts cut", "pictures",
-             "activation", "dtype", "run on", "fingerprint"]  # fmt: skip
+             "activation", "dtype", "trained on", "run on", "fingerprint"]  # fmt: skip
     rows = _gather_tasks(results, lambda result: [result.model, result.set], _describe_model)
     return Table("what the scores hang on", ["model", "set", "tasks", *heads], rows)
 
@@ -74,6 +76,9 @@ def _describe_model(result: Result) -> list[str]:
         _write_pictures(pictures),
         _write_activations(text, pictures),
         model["dtype"],
+        ", ".join(
+            dict.fromkeys(write_trained(d.get(TRAINED_ON)) for d in list_data(result).values())
+        ),
         f"{result.run['device']}, {batch} at a time" if batch else ABSENT,
         shorten_fingerprint(result),
     ]

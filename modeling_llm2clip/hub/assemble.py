@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.cross_modal.model import AlignmentModel
@@ -35,6 +36,7 @@ def assemble_folder(
     folder: Path,
     *,
     training_data: Sequence[str] = (),
+    trained_emoji: TrainedEmoji | None = None,
 ) -> bool:
     """Write a model's folder with some of its weights replaced.
 
@@ -48,6 +50,8 @@ def assemble_folder(
         trained: weights by their names there; each takes the dtype it had there.
         folder: folder to write.
         training_data: what was trained on, for the card, beside what the source states.
+        trained_emoji: what the training has seen of the package's emoji, beside what the source
+            states; None where that is not known.
     Returns: whether golden vectors were recorded; not, where the source has none of its LLM.
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -69,6 +73,7 @@ def assemble_folder(
             shutil.copy2(path, unfinished / path.name)
         for path in _list_weights(source):
             _copy_weights(path, unfinished / path.name, trained)
+        _record_trained_emoji(source, unfinished, trained_emoji)
         has_golden = _record_golden_vectors(source, unfinished, trained)
         facts = replace(facts, results=(), training_data=tuple(data))
         write_model_card(unfinished, facts, name=folder.name)
@@ -105,6 +110,13 @@ def _copy_weights(source: Path, target: Path, trained: Mapping[str, Tensor]) -> 
     for name in set(tensors) & set(trained):
         tensors[name] = trained[name].to(tensors[name].dtype).contiguous()
     save_file(tensors, target, metadata=metadata)
+
+
+def _record_trained_emoji(source: Path, folder: Path, trained: TrainedEmoji | None) -> None:
+    unknown = TrainedEmoji(is_complete=False)
+    before = read_trained_emoji(source)
+    if before is not None or trained is not None:
+        write_trained_emoji(folder, (before or unknown).add(trained or unknown))
 
 
 def _record_golden_vectors(source: Path, folder: Path, trained: Mapping[str, Tensor]) -> bool:

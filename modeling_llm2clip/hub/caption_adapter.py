@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..data.trained_emoji import read_trained_emoji
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapters import merge_adapter
@@ -28,5 +29,13 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
     require_new_folder(output)
     loaded = LLM2CLIPModel.from_pretrained(model)
     loaded.text_model = merge_adapter(loaded.text_model, adapter)
-    facts = replace(read_card_facts(find_folder(model)), results=())  # of other weights
-    return export_model(loaded, LLM2CLIPProcessor.from_pretrained(model), output, facts=facts)
+    folder = find_folder(model)
+    before = read_trained_emoji(folder)
+    return export_model(
+        loaded,
+        LLM2CLIPProcessor.from_pretrained(model),
+        output,
+        facts=replace(read_card_facts(folder), results=()),  # of other weights
+        # An adapter does not say which captions it has seen.
+        trained_emoji=before and replace(before, is_complete=False),
+    )

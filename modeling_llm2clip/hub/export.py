@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .card_facts import CardFacts, read_card_facts, require_license, require_own_results
@@ -113,6 +114,7 @@ def export_checkpoint(
         name=arguments.name,
         max_shard_size=arguments.max_shard_size,
         records=[path for path in (source / RECORD_FILE,) if path.is_file()],
+        trained_emoji=read_trained_emoji(source),
     )
 
 
@@ -126,6 +128,7 @@ def export_model(
     name: str | None = None,
     max_shard_size: str = SHARD_SIZE,
     records: Sequence[Path] = (),
+    trained_emoji: TrainedEmoji | None = None,
 ) -> Path:
     """Write weights, code, processor, sentence-transformers files, golden vectors and a card.
 
@@ -139,6 +142,8 @@ def export_model(
         name: what the card calls the model; None for the folder's last name.
         max_shard_size: of a weight file.
         records: files of the model's history, copied as they are.
+        trained_emoji: what the weights have seen of the package's emoji; None where that is not
+            known, which the folder then leaves open.
     Returns: the folder.
     Raises: FileExistsError when the folder exists and is not empty.
     """
@@ -146,6 +151,8 @@ def export_model(
     with writing_folder(folder) as unfinished:
         model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         processor.save_pretrained(unfinished)
+        if trained_emoji is not None:
+            write_trained_emoji(unfinished, trained_emoji)
         write_sentence_transformers_files(
             unfinished,
             model.config,

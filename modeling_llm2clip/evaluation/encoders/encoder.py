@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...data.pictures import load_picture
+from ...data.trained_emoji import TrainedEmoji
 from ...processing_llm2clip import load_pictures
 
 DTYPES = ("saved", "float32", "bfloat16", "float16")
@@ -107,6 +108,7 @@ class Description:
         pictures: resolution, mean, std, resizing, cropping; None for texts alone.
         dtype: of the weights as they are run.
         run: device and batch size, which do not move a score in float32.
+        trained_emoji: what the model's folder says of it; None where it says nothing.
     """
 
     kind: str
@@ -116,10 +118,11 @@ class Description:
     pictures: dict[str, Any] | None
     dtype: str
     run: dict[str, Any] = field(default_factory=dict)
+    trained_emoji: TrainedEmoji | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
-        return asdict(self)
+        """As values that JSON can hold, what it was trained on left out."""
+        return {name: value for name, value in asdict(self).items() if name != "trained_emoji"}
 
 
 class Encoder(Protocol):

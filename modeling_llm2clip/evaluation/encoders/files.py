@@ -7,10 +7,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...data.trained_emoji import TRAINED_FILE
+
 # Where a model was saved by whom changes no vector.
 _IGNORED_FIELDS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 # Of this package's and of downloads: says nothing of how a text or a picture is read.
-_IGNORED_FILES = ("model.safetensors.index.json", "README.md")
+_IGNORED_FILES = ("model.safetensors.index.json", "README.md", TRAINED_FILE)
 
 
 def hash_files(folder: Path, patterns: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from ...data.captioned_images import CaptionedImage
 from ...encoding.folders import find_model_folder
 from .encoder import Encoder, EncoderSettings
 from .open_clip_towers import CONFIG_FILE as OPEN_CLIP_CONFIG
-from .open_clip_towers import OpenClipEncoder
+from .open_clip_towers import WEIGHT_FILES, OpenClipEncoder, has_weights
 from .own import OwnEncoder
 from .sentence_towers import SentenceEncoder
 from .stored import StoredEncoder, holds_vectors
@@ -60,6 +60,10 @@ def open_encoder(
     is_file = Path(source).is_file()
     path = Path(source) if is_file else find_model_folder(source, revision=revision)
     kind = kind or ("open_clip" if is_file else tell_kind(path))
+    if kind == "open_clip" and not (is_file or Path(source).is_dir() or has_weights(path)):
+        # Older repositories hold them in another format alone, which nothing else reads. A snapshot
+        # is called by its commit, so that configuration and weights are of one.
+        path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
     if is_file and kind != "open_clip":
         raise ValueError(f"{source} is a file; {kind} takes a folder or a Hub id.")
     _refuse_foreign(kind, open_clip={"architecture": architecture, "activation": activation},

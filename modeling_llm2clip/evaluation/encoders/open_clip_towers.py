@@ -38,11 +38,11 @@ from .preprocessing import OPENING
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
-_WEIGHT_SUFFIXES = {Path(name).suffix for name in _WEIGHT_FILES} | {".pt"}
+_WEIGHT_SUFFIXES = {Path(name).suffix for name in WEIGHT_FILES} | {".pt"}
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -239,11 +239,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has any of the files that open_clip looks for."""
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
 def _find_weights(folder: Path) -> Path:
-    for name in _WEIGHT_FILES:
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(
-        f"{folder} has {CONFIG_FILE} but none of {list(_WEIGHT_FILES)}; the model would be random. "
+        f"{folder} has {CONFIG_FILE} but none of {list(WEIGHT_FILES)}; the model would be random. "
         "Get the weights."
     )

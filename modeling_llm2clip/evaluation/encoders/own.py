@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...data.trained_emoji import read_trained_emoji
 from ...encoding.captions import encode_captions
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, fingerprint_weights
 from ...encoding.pictures import encode_pictures
@@ -115,4 +116,5 @@ class OwnEncoder:
             },
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
+            trained_emoji=read_trained_emoji(self._folder),
         )

@@ -36,7 +36,7 @@ class SentenceFacts:
         activation: of the text tower.
         modalities: what is encoded: `text`, `image` and others.
         pictures: how they are prepared; None where they are not encoded.
-        tokenizer: of transformers, for counting tokens; None where there is no limit.
+        tokenizer: for counting tokens, where there is a limit.
     """
 
     modules: tuple[str, ...]
@@ -61,17 +61,19 @@ def list_modules(folder: Path) -> list[dict[str, Any]]:
 def read_sentence_files(folder: Path) -> SentenceFacts:
     """Read the files of a model that begins with `Transformer`, as sentence-transformers does.
 
-    Raises: ValueError when a file is damaged.
+    Raises: ValueError when a file is damaged, or the model takes no texts.
     """
     modules = list_modules(folder)
     inside = folder / modules[0]["path"]
     found = sorted(inside.glob(_SETTINGS_FILES))
     settings = _read_json(found[0]) if found else {}
+    # Saved before there were other modalities, a model has texts alone.
+    modalities = tuple(settings.get("modality_config", ("text",)))
+    if "text" not in modalities:
+        raise ValueError(f"{folder} encodes {modalities} and no texts, which every task needs.")
     processor = AutoProcessor.from_pretrained(inside, trust_remote_code=False)
     config = AutoConfig.from_pretrained(inside, trust_remote_code=False)
     tokenizer = getattr(processor, "tokenizer", processor)
-    # Saved before there were other modalities, a model has texts alone.
-    modalities = tuple(settings.get("modality_config", ("text",)))
     pictures = None
     if "image" in modalities:
         pictures = {

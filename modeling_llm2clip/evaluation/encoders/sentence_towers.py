@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.trained_emoji import read_trained_emoji
 from ...encoding.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
 from .encoder import (
@@ -82,9 +83,10 @@ class SentenceEncoder:
         if longest is None:
             return None
         prompt = self._facts.default_prompt or ""
-        ids = self._facts.tokenizer(
-            [prompt + text for text in texts], truncation=False, verbose=False
-        )["input_ids"]
+        whole = [prompt + text for text in texts]
+        if self._facts.lower_case:
+            whole = [text.lower() for text in whole]
+        ids = self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
         return torch.tensor([len(row) > longest for row in ids])
 
     @cached_property
@@ -125,6 +127,7 @@ class SentenceEncoder:
             pictures=facts.pictures,
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
+            trained_emoji=read_trained_emoji(self._folder),
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.named_vectors import SIDES, read_named_vectors, side_file
+from ...data.trained_emoji import read_trained_emoji
 from ...data.vector_store import VectorStore
 from ...data.vector_store_layout import MANIFEST_FILE
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, fingerprint_weights
@@ -152,8 +153,9 @@ class StoredEncoder:
             for side, found in self._sides.items()
             for name, value in found.made_by.items()
         }
-        if self._head_folder is not None:
-            fingerprint["head"] = fingerprint_weights(self._head_folder)["weights"]
+        head = self._head_folder
+        if head is not None:
+            fingerprint["head"] = fingerprint_weights(head)["weights"]
         kind = "stores" if self._is_store else "named vectors"
         sides = {
             name: {"stored_as": kind, "dtype": side.dtype, "width": side.width}
@@ -166,6 +168,7 @@ class StoredEncoder:
             text=sides.get("texts"),
             pictures=sides.get("pictures"),
             dtype="+".join(sorted({side.dtype for side in self._sides.values()})),
+            trained_emoji=None if head is None else read_trained_emoji(head),
         )
 
 

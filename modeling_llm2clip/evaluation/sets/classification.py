@@ -66,8 +66,7 @@ def build_classification_set(
     _check_request(card, request)
     found = read(request, intake)
     names = _name_classes(found, request, intake)
-    of_classes = sum(intake.faults.counts.get(kind, 0) for kind in _FAULTS_OF_CLASSES)
-    num_lost = intake.faults.total - of_classes
+    num_lost = _count_lost(intake)
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.pictures if item[2] in names]
     if len(kept) < len(found.pictures):
@@ -77,11 +76,7 @@ def build_classification_set(
     counts = {"pictures": num_pictures, "classes": len(found.class_keys)}
     intake.compare_counts(counts, card.published_counts(request.lang))
     excluded = intake.finish()
-    if not kept or len(in_use) < 2:
-        raise ValueError(
-            f"{intake.source}: {len(kept)} pictures and {len(in_use)} classes are left: "
-            f"{excluded}. Give at least two classes, as one alone is always right, and a picture."
-        )
+    _require_a_choice(intake, pictures=len(kept), classes=len(in_use))
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
     chosen = templates if request.templates is None else request.templates
@@ -145,6 +140,21 @@ def _check_request(card: SetCard, request: ReadRequest) -> None:
         raise ValueError(
             f"{card.name}: the templates of the card are English, lang is {request.lang!r}. Give "
             "templates in that language too."
+        )
+
+
+def _count_lost(intake: Intake) -> int:
+    """How many pictures were lost in reading, before any is checked."""
+    counts = intake.faults.counts
+    return intake.faults.total - sum(counts.get(kind, 0) for kind in _FAULTS_OF_CLASSES)
+
+
+def _require_a_choice(intake: Intake, *, pictures: int, classes: int) -> None:
+    if not pictures or classes < 2:
+        raise ValueError(
+            f"{intake.source}: {pictures} pictures and {classes} classes are left: "
+            f"{intake.faults.counts}. Give at least two classes, as one alone is always right, "
+            "and a picture."
         )
 
 

@@ -86,8 +86,8 @@ def _group_lines(
 
 def _check_numbers(lines: Sequence[_Line], intake: Intake) -> int:
     """Tell numbers of one picture that are none, or that stand there twice; returns how many."""
+    before = intake.faults.total
     seen: set[int] = set()
-    faults = 0
     for line in lines:
         if not line.number.isdecimal():
             intake.faults.add("no number of the caption", line.place)
@@ -95,6 +95,4 @@ def _check_numbers(lines: Sequence[_Line], intake: Intake) -> int:
             intake.faults.add("number of a caption repeated", line.place)
         else:
             seen.add(int(line.number))
-            continue
-        faults += 1
-    return faults
+    return intake.faults.total - before

@@ -1,0 +1,73 @@
+"""How much of a test a model was trained on: of the package's own emoji, where it is known."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.trained_emoji import TrainedEmoji, match_emoji
+from .sets.schema import EvaluationSet, RetrievalSet
+
+FIELD = "trained_on"
+
+
+def state_training(
+    protocol: dict[str, Any], sets: Sequence[EvaluationSet], trained: TrainedEmoji | None
+) -> None:
+    """Write into the protocol of each set of emoji how many of its pictures the model has seen.
+
+    Args:
+        protocol: as `results.build_protocol` makes it; its `data` is added to.
+        trained: what the model's folder says; None where it says nothing.
+    """
+    for data in sets:
+        counted = count_trained(data, trained)
+        if counted is not None:
+            of_data = protocol["data"]
+            of_data = of_data["languages"][data.lang] if "languages" in of_data else of_data
+            of_data[FIELD] = counted
+
+
+def count_trained(data: EvaluationSet, trained: TrainedEmoji | None) -> dict[str, Any] | None:
+    """How many pictures of a set show what was trained on; None for a set without emoji.
+
+    Returns: `pictures`, null where nothing is known; `of`, all pictures of the set; `is_complete`,
+        whether the training may have seen more.
+    """
+    if not isinstance(data, RetrievalSet):
+        return None
+    texts = data.correspondence.texts_of_images()
+    keys = [
+        match_emoji([name], [data.captions[row] for row in texts.of(image).tolist()])
+        for image, name in enumerate(data.picture_names)
+    ]
+    if not any(keys):
+        return None
+    seen = None if trained is None else sum(key in trained.keys for key in keys)
+    is_complete = trained is not None and trained.is_complete
+    return {"pictures": seen, "of": len(keys), "is_complete": is_complete}
+
+
+def warn_of_training(model: str, set_name: str, protocol: dict[str, Any]) -> None:
+    """Warn when a model was trained on a part of a set."""
+    data = protocol["data"]
+    for part in data.get("languages", {"": data}).values():
+        counted = part.get(FIELD)
+        if counted and counted["pictures"]:
+            warnings.warn(
+                f"{model} was trained on {write_trained(counted)} pictures of {set_name}: its "
+                "scores there are no test of what it has not seen.",
+                stacklevel=4,  # where `evaluate` is called
+            )
+            return
+
+
+def write_trained(counted: dict[str, Any] | None) -> str:
+    """In words, as in `249 of 300`."""
+    if counted is None:
+        return "–"
+    if counted["pictures"] is None:
+        return "unknown"
+    least = "" if counted["is_complete"] else "at least "
+    return f"{least}{counted['pictures']} of {counted['of']}"

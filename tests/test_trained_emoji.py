@@ -1,0 +1,139 @@
+"""What a model was trained on of the package's emoji is in its folder, and beside its scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from published_sets import write_own_folder
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.data.captioned_images import CaptionedImage
+from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.example_data import find_example_data
+from modeling_llm2clip.data.splits import hold_out
+from modeling_llm2clip.data.trained_emoji import (
+    TRAINED_FILE,
+    TrainedEmoji,
+    find_trained_emoji,
+    match_emoji,
+    read_trained_emoji,
+    write_trained_emoji,
+)
+from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+from modeling_llm2clip.evaluation.contamination import count_trained
+from modeling_llm2clip.evaluation.encoders.kinds import open_encoder
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.sets.registry import read_set
+from modeling_llm2clip.evaluation.tables import render_results
+from modeling_llm2clip.hub.assemble import assemble_folder
+from modeling_llm2clip.hub.export import export_checkpoint
+
+EMOJI = find_example_data() / "emoji"
+KEYS = ("1f34e", "1f355", "1f3bb")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[CaptionedImage]:
+    """The English ones, as the demo reads them."""
+    return [r for r in read_captioned(EMOJI, require_pictures=False) if r.lang == "en"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("model") / "plain")
+
+
+@pytest.fixture()
+def seen(model: Path, tmp_path: Path) -> Path:
+    """The model, which says that it has seen the first two of three things."""
+    folder = tmp_path / "seen"
+    shutil.copytree(model, folder)
+    write_trained_emoji(folder, TrainedEmoji(frozenset(KEYS[:2])))
+    return folder
+
+
+@pytest.fixture()
+def three_emoji(tmp_path: Path) -> Path:
+    folder = tmp_path / "three"
+    (folder / "images" / "noto").mkdir(parents=True)
+    lines = []
+    for line in (EMOJI / "captions.jsonl").read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        if fields["key"] in KEYS and fields["lang"] == "en" and "noto" in fields["image"]:
+            lines.append({"image": fields["image"], "captions": fields["captions"]})
+            shutil.copy(EMOJI / fields["image"], folder / fields["image"])
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("seed", "num_trained", "lang"), [(0, 0, "en"), (1, 249, "ja")])
+def test_the_demos_split_of_another_seed_trains_on_what_the_set_tests(
+    seed: int, num_trained: int, lang: str, records: list[CaptionedImage]
+) -> None:
+    held_out = hold_out(records, seed=seed)
+    trained = find_trained_emoji(r for r in records if r.key not in held_out)
+    assert trained.is_complete and trained.keys.isdisjoint(held_out)
+    # Trained on English names, a thing is no test in Japanese either.
+    counted = count_trained(read_set("emoji", lang=lang), trained)
+    assert counted == {"pictures": num_trained, "of": 300, "is_complete": True}
+
+
+def test_a_numbered_picture_of_something_else_is_no_emoji() -> None:
+    assert match_emoji(["1f34e"], ["red apple"]) == "1f34e"
+    assert match_emoji(["mine", "images/noto/1f34e.png"], ["roter Apfel"]) == "1f34e"
+    assert match_emoji(["2615.jpg"], ["a street in Rome"]) is None
+    assert match_emoji(["apple.png"], ["red apple"]) is None
+
+
+def test_a_set_without_emoji_says_nothing_of_them(tmp_path: Path) -> None:
+    data = read_set("folder", write_own_folder(tmp_path), lang="en")
+    assert count_trained(data, TrainedEmoji(frozenset(KEYS))) is None
+
+
+def test_a_folder_written_anew_has_seen_what_its_source_has(seen: Path, tmp_path: Path) -> None:
+    again = export_checkpoint(seen, tmp_path / "again")
+    assert read_trained_emoji(again) == TrainedEmoji(frozenset(KEYS[:2]))
+
+
+def test_a_further_training_adds_to_what_was_seen(seen: Path, model: Path, tmp_path: Path) -> None:
+    more = TrainedEmoji(frozenset(KEYS[2:]))
+    assemble_folder(seen, {}, tmp_path / "more", trained_emoji=more)
+    assert read_trained_emoji(tmp_path / "more") == TrainedEmoji(frozenset(KEYS))
+    # What is not known is never told as nothing.
+    assemble_folder(seen, {}, tmp_path / "unsaid")
+    assert read_trained_emoji(tmp_path / "unsaid") == TrainedEmoji(frozenset(KEYS[:2]), False)
+    assert not (model / TRAINED_FILE).exists()
+    assemble_folder(model, {}, tmp_path / "old", trained_emoji=more)
+    assert read_trained_emoji(tmp_path / "old") == replace(more, is_complete=False)
+    assemble_folder(model, {}, tmp_path / "unknown")
+    assert read_trained_emoji(tmp_path / "unknown") is None
+
+
+def test_a_damaged_record_of_what_was_seen_is_refused(seen: Path) -> None:
+    (seen / TRAINED_FILE).write_text('{"keys": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"trained_emoji\.json is damaged"):
+        open_encoder(seen).describe()
+
+
+def test_scores_on_what_was_trained_on_are_warned_of_and_marked(
+    seen: Path, model: Path, three_emoji: Path, tmp_path: Path
+) -> None:
+    chosen = EvaluationArguments(
+        models=(ModelChoice(str(seen), "seen"), ModelChoice(str(model), "unsaid")),
+        data=(DataChoice("folder", str(three_emoji)),),
+        tasks=("retrieval", "cross-lingual"),
+        output=tmp_path / "out",
+    )
+    with pytest.warns(UserWarning, match=r"^seen was trained on 2 of 3 pictures of folder"):
+        results = evaluate(chosen)
+    told = {(r.model, r.task): r.protocol["data"] for r in results}
+    two = {"pictures": 2, "of": 3, "is_complete": True}
+    assert told["seen", "retrieval"]["trained_on"] == two
+    assert told["seen", "cross-lingual"]["languages"]["en"]["trained_on"] == two
+    assert told["unsaid", "retrieval"]["trained_on"]["pictures"] is None
+    table = render_results(results, style="markdown")
+    assert "| 2 of 3 |" in table and "| unknown |" in table
