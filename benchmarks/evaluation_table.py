@@ -1,12 +1,17 @@
-"""Ours beside an ordinary CLIP with a small text transformer, on the embedded emoji.
+"""Ours, an ordinary CLIP, and every other kind of encoder in one table.
 
     llm2clip demo && python benchmarks/evaluation_table.py llm2clip-demo/model
 
-Both have the same frozen vision tower, see the same pictures and texts in the same number of steps
-and batch size, and are measured by `llm2clip evaluate`: retrieval on the emoji that neither saw,
-in English and in the languages that neither was trained on. As the ordinary CLIP begins from
-nothing, it is also trained for more steps. `--long-captions` adds a question to the text encoders
-alone: the first half of a long caption looks for its second half, by length.
+- Ours and an ordinary CLIP with a small text transformer have the same frozen vision tower, see the
+  same pictures and texts in the same batches, and are measured on the emoji that neither saw. As
+  the ordinary CLIP begins from nothing, it is also trained for more steps (`--steps`).
+- `--long-captions` asks the text encoders alone, without pictures: the first half of a caption
+  looks for its second half, by length, and (`cra`) one caption of a picture for its other one. Ours
+  is there twice: as it is, and with every text cut where a 77-token encoder would cut it.
+- CLIP, SigLIP2, the layout of EVA02-CLIP and sentence-transformers go through the same code with
+  tiny random weights: such a row shows the path, not a score.
+
+With `--work` a stopped run goes on: what is trained or measured there is not done again.
 """
 
 from __future__ import annotations
@@ -15,8 +20,11 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
@@ -34,17 +42,29 @@ from ordinary_clip import (
 from provenance import describe_processor, read_commit
 from transformers import AutoModel
 
+from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.data.splits import hold_out
 from modeling_llm2clip.demo.real_parts import EFFICIENTNET, fetch_real_part
 from modeling_llm2clip.demo.run import DemoArguments, read_pictures
 from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.evaluation.plots import plot_lengths
 from modeling_llm2clip.evaluation.results import Result
 from modeling_llm2clip.evaluation.tables import render_results
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
-OURS = "ours"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from tiny_encoders import save_tiny_encoder
+
+OURS, OURS_CUT = "ours", "ours, cut at 77 tokens"
+TINY_LABEL = "tiny random weights: shows the path, not a score"
+_TINY_DUAL = {
+    "clip": "CLIP, tiny and random",
+    "siglip2": "SigLIP2, tiny and random",
+    "open_clip": "EVA02-CLIP's layout in open_clip and timm, tiny and random",
+}
+_TINY_TEXT = {"sentence-transformers": "sentence-transformers, tiny and random"}
+TEXT_ONLY = "texts alone: no picture is used"
 
 
 def main() -> None:
@@ -52,38 +72,25 @@ def main() -> None:
     arguments = _parse()
     started = time.monotonic()
     work = arguments.work or Path(tempfile.mkdtemp())
-    long_data = None
+    captions = None
     if arguments.long_captions is not None:
-        long_data = _shorten(arguments.long_captions, work / "long", arguments.most_captions)
-    models = [ModelChoice(str(arguments.model), OURS)]
+        captions = _read_captions(arguments.long_captions)[: arguments.most_captions]
     training: dict[str, Any] = {}
+    models = [ModelChoice(str(arguments.model), OURS)]
     for name, folder, trained in _train_baselines(arguments, work):
         models.append(ModelChoice(str(folder), name))
         training[name] = trained
-    settings = EncoderSettings(show_progress=True)
-    results = evaluate(
-        EvaluationArguments(
-            models=tuple(models),
-            data=(DataChoice("emoji"),),
-            tasks=("cross-lingual",),
-            languages=tuple(arguments.languages),
-            output=work / "emoji",
-            encoder=settings,
-        )
+    tiny_dual, tiny_text = (_save_tiny(kinds, work) for kinds in (_TINY_DUAL, _TINY_TEXT))
+    rows = _evaluate(
+        [*models, *tiny_dual],
+        DataChoice("emoji"),
+        task="cross-lingual",
+        work=work / "emoji",
+        languages=tuple(arguments.languages),
     )
-    if long_data is not None:
-        results += evaluate(
-            EvaluationArguments(
-                models=tuple(models),
-                data=(DataChoice("folder", str(long_data)),),
-                tasks=("length",),
-                captions_only=True,
-                output=work / "length",
-                encoder=settings,
-            )
-        )
-        plot_lengths([r for r in results if r.task == "length"], work / "lengths.png")
-    print(render_results(results, style="markdown"))
+    if captions is not None:
+        models.insert(1, ModelChoice(str(_cut(arguments.model, work / "ours-cut")), OURS_CUT))
+        rows += _evaluate_texts(arguments, models, [*tiny_dual, *tiny_text], captions, work)
     record = {
         "command": _command(arguments),
         "commit": read_commit(),
@@ -94,13 +101,69 @@ def main() -> None:
         },
         "seconds": round(time.monotonic() - started),
         "long_captions": None
-        if long_data is None
-        else f"the first {arguments.most_captions} captions of {arguments.long_name}",
+        if captions is None
+        else f"{sum(map(len, captions)):,} captions of {arguments.long_name}",
         "training": training,
-        "results": [_summarize(result) for result in results],
+        "tiny": {"models": [m.name for m in (*tiny_dual, *tiny_text)], "label": TINY_LABEL},
+        "results": rows,
     }
     arguments.output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(f"Wrote {arguments.output} after {record['seconds']} s; details are in {work}.")
+
+
+def _evaluate(
+    models: Sequence[ModelChoice],
+    data: DataChoice,
+    *,
+    task: str,
+    work: Path,
+    **choices: Any,
+) -> list[dict[str, Any]]:
+    """Run one task as `llm2clip evaluate` does; returns the rows of the record."""
+    started = time.monotonic()
+    chosen = EvaluationArguments(
+        models=tuple(models),
+        data=(data,),
+        tasks=(task,),
+        output=work,
+        encoder=EncoderSettings(show_progress=True),
+        **choices,
+    )
+
+    def tell(result: Result) -> None:
+        print(
+            f"[{time.monotonic() - started:.0f} s] {result.task}: {result.model}, "
+            f"{result.seconds:.0f} s",
+            file=sys.stderr,
+        )
+
+    results = evaluate(chosen, on_result=tell)
+    print(render_results(results, style="markdown"))
+    return [_summarize(result) for result in results]
+
+
+def _evaluate_texts(
+    arguments: argparse.Namespace,
+    models: Sequence[ModelChoice],
+    tiny: Sequence[ModelChoice],
+    captions: Sequence[Sequence[str]],
+    work: Path,
+) -> list[dict[str, Any]]:
+    """Ask the text encoders alone: half to half by length, and caption to caption."""
+    singles = [[caption] for of_picture in captions for caption in of_picture]
+    pairs = [of_picture for of_picture in captions if len(of_picture) > 1]
+    rows = _evaluate(
+        models, _write_data(singles, work / "singles"),
+        task="length", work=work / "length", captions_only=True,
+    )  # fmt: skip
+    if len(pairs) > 1:
+        rows += _evaluate(
+            [*models, *tiny], _write_data(pairs, work / "pairs"),
+            task="cra", work=work / "cra", captions_only=True,
+        )  # fmt: skip
+    else:
+        print(f"{len(pairs)} pictures have two captions: there is nothing to ask cra.")
+    return [{**row, "set": arguments.long_name, "shown": TEXT_ONLY} for row in rows]
 
 
 def _parse() -> argparse.Namespace:
@@ -110,7 +173,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
     parser.add_argument("--long-name", default="the long captions given", help="public name")
-    parser.add_argument("--most-captions", type=int, default=400, help="of the long ones")
+    parser.add_argument(
+        "--most-captions", type=int, help="of pictures with long captions, the first; default: all"
+    )
     parser.add_argument("--most-pictures", type=int, help="to train on; for a quick try")
     parser.add_argument("--languages", nargs="+", default=[], help="for a quick try; default: all")
     parser.add_argument("--work", type=Path, help="folder of models and results; kept")
@@ -129,36 +194,80 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     features = None
     for steps in arguments.steps:
         settings = OrdinaryClipArguments(steps=steps, batch_size=arguments.batch_size)
-        name = f"ordinary CLIP, {steps} steps"
+        name, folder = f"ordinary CLIP, {steps} steps", work / f"ordinary-clip-{steps}"
+        told, wanted = folder / "training.json", {**asdict(settings), "pictures": len(chosen)}
+        if told.is_file():
+            trained = json.loads(told.read_text("utf-8"))
+            if {key: trained[key] for key in wanted} != wanted:
+                raise ValueError(f"{folder} was trained otherwise. Name another --work.")
+            yield name, folder, trained
+            continue
         model = build_ordinary_clip(tower, settings)
         features = encode_tower(model, chosen) if features is None else features
         started = time.monotonic()
         losses = train_ordinary_clip(model, chosen, features, settings)
         trained = {
-            **asdict(settings),
-            "pictures": len(chosen),
+            **wanted,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "final_loss": round(losses[-1], 4),
             "seconds": round(time.monotonic() - started),
         }
-        yield name, save_ordinary_clip(model, work / f"ordinary-clip-{steps}", settings), trained
+        save_ordinary_clip(model, folder, settings)
+        told.write_text(json.dumps(trained, indent=2), "utf-8")
+        yield name, folder, trained
 
 
-def _shorten(source: Path, folder: Path, most: int) -> Path:
-    """Write the first captions as data of their own: encoding all may take an hour."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    texts = [text for line in lines for text in json.loads(line)["captions"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = [
-        json.dumps({"image": f"{number}.png", "captions": [text]}, ensure_ascii=False)
-        for number, text in enumerate(texts[:most])
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+def _save_tiny(kinds: dict[str, str], work: Path) -> list[ModelChoice]:
+    choices = []
+    for kind, name in kinds.items():
+        folder = work / "tiny" / kind
+        shutil.rmtree(folder, ignore_errors=True)  # the same weights every time
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        choices.append(ModelChoice(str(save_tiny_encoder(kind, folder)), name))
+    return choices
+
+
+def _cut(model: Path, folder: Path) -> Path:
+    """Link the model once more, with texts cut where a 77-token encoder cuts them.
+
+    That sees 75 tokens of a text; the prompt, which a CLIP has not, is not charged for.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = LLM2CLIPConfig.from_pretrained(model)
+    prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+    changed = {}
+    for file in sorted(path for path in model.iterdir() if path.is_file()):
+        if file.suffix == ".json" and '"max_text_length"' in file.read_text("utf-8"):
+            content = {**json.loads(file.read_text("utf-8")), "max_text_length": prompt + 75}
+            (folder / file.name).write_text(json.dumps(content, indent=2), "utf-8")
+            changed[file.name] = content
+        else:
+            (folder / file.name).symlink_to(file.resolve())
+    if LLM2CLIPProcessor.from_pretrained(folder).max_text_length != prompt + 75:
+        raise ValueError(f"Texts are not cut: max_text_length was changed in {sorted(changed)}.")
     return folder
 
 
+def _read_captions(file: Path) -> list[list[str]]:
+    """The captions of each picture of a file of JSON lines."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["captions"] for line in lines]
+
+
+def _write_data(captions: Sequence[Sequence[str]], folder: Path) -> DataChoice:
+    """Write captions as data of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"image": f"{number}.png", "captions": list(texts)}, ensure_ascii=False)
+        for number, texts in enumerate(captions)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return DataChoice("folder", str(folder))
+
+
 def _summarize(result: Result) -> dict[str, Any]:
-    """What a table needs, and the protocol, without the intervals of every language."""
+    """The result but for the intervals of every language and where the model lay."""
     scores: dict[str, Any] = dict(result.scores)
     if "languages" in scores:
         scores["languages"] = {
@@ -168,15 +277,8 @@ def _summarize(result: Result) -> dict[str, Any]:
             }
             for lang, of_language in scores["languages"].items()
         }
-    return {
-        "model": result.model,
-        "task": result.task,
-        "set": result.set,
-        "scores": scores,
-        "protocol": {name: result.protocol[name] for name in ("model", "task")},
-        "counts": result.counts,
-        "seconds": result.seconds,
-    }
+    kept = {name: value for name, value in asdict(result).items() if name != "run"}
+    return {**kept, "scores": scores}
 
 
 def _command(arguments: argparse.Namespace) -> str:
@@ -184,7 +286,8 @@ def _command(arguments: argparse.Namespace) -> str:
     long = ""
     if arguments.long_captions is not None:
         long = f" --long-captions … --long-name {arguments.long_name!r}"
-        long += f" --most-captions {arguments.most_captions}"
+        if arguments.most_captions is not None:
+            long += f" --most-captions {arguments.most_captions}"
     return f"python benchmarks/evaluation_table.py … --steps {steps}{long}"
 
 

@@ -184,8 +184,10 @@ def _render_retrieval_ranking(report: dict[str, Any]) -> str:
     cases = {
         "large": "related",
         "all_positives": "related, ranks of all positives",
+        "all_positives_small": "related, ranks of all positives",
         "unrelated": "unrelated",
     }
+    cases = {case: label for case, label in cases.items() if case in report}
     rows = [
         [
             label,
@@ -198,14 +200,21 @@ def _render_retrieval_ranking(report: dict[str, Any]) -> str:
     ]
     note = (
         f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
-        f"{report['large']['highest_resident_mb'] / 1000:.1f} GB resident in all. "
+        f"{_highest_resident_mb(report) / 1000:.1f} GB resident in all. "
         f"{report['hardware']}."
     )
     return _draw(heads, rows) + f"\n{note}\n"
 
 
+def _highest_resident_mb(report: dict[str, Any]) -> float:
+    cases = [case for case in report.values() if isinstance(case, dict)]
+    return max(case["highest_resident_mb"] for case in cases if "highest_resident_mb" in case)
+
+
 def _render_evaluation(report: dict[str, Any]) -> str:
-    emoji = [result for result in report["results"] if result["task"] == "cross-lingual"]
+    tiny = report.get("tiny", {"models": []})["models"]
+    real = [result for result in report["results"] if result["model"] not in tiny]
+    emoji = [result for result in real if result["task"] == "cross-lingual"]
     models = [result["model"] for result in emoji]
     languages = [result["scores"]["languages"] for result in emoji]
     path = ("text_to_image", "hit_rate_at_1")
@@ -218,11 +227,12 @@ def _render_evaluation(report: dict[str, Any]) -> str:
     table = _draw(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
     pictures = next(iter(emoji[0]["counts"]["languages"].values()))["pictures"]
     note = f"Text to picture R@1 among {pictures} emoji unseen in training, which was in English."
-    return f"{table}\n{note} {report['hardware']}.\n{_draw_lengths(report)}"
+    parts = [f"{table}\n{note} {report['hardware']}.\n", _draw_lengths(report), _draw_cra(report)]
+    return "".join([*parts, _draw_tiny(report)])
 
 
 def _draw_lengths(report: dict[str, Any]) -> str:
-    results = [result for result in report["results"] if result["task"] == "length"]
+    results = [result for result in report["results"] if result["task"].startswith("length")]
     if not results:
         return ""
     rows = [
@@ -240,9 +250,46 @@ def _draw_lengths(report: dict[str, Any]) -> str:
     heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
     note = (
         f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
-        f"chance {_percent(results[0]['scores']['chance'])}. Lengths are in CLIP's tokens."
+        f"texts alone, no picture is used; chance {_percent(results[0]['scores']['chance'])}. "
+        "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder would cut."
     )
     return f"\n{_draw(heads, rows)}\n{note}\n"
+
+
+def _draw_cra(report: dict[str, Any]) -> str:
+    tiny = report.get("tiny", {"models": []})["models"]
+    results = [r for r in report["results"] if r["task"] == "cra" and r["model"] not in tiny]
+    if not results:
+        return ""
+    rows = [
+        [result["model"], _percent(result["scores"]["cra"]["value"]),
+         f"{result['counts']['texts_cut']} of {result['counts']['texts']}"]
+        for result in results
+    ]  # fmt: skip
+    pictures = results[0]["counts"]["pictures"]
+    note = (
+        f"A long caption finds the other one of its picture among {pictures} "
+        f"({results[0]['set']}); texts alone, no picture is used; chance "
+        f"{_percent(results[0]['scores']['chance'])}."
+    )
+    return f"\n{_draw(('text encoder', 'CRA', 'texts it cut'), rows)}\n{note}\n"
+
+
+def _draw_tiny(report: dict[str, Any]) -> str:
+    if "tiny" not in report:
+        return ""
+    paths = {
+        "cross-lingual": ("mean", "text_to_image", "hit_rate_at_1"),
+        "cra": ("cra", "value"),
+    }
+    rows = [
+        [result["model"], result["task"], result["set"],
+         _percent(_follow(result["scores"], paths[result["task"]]))]
+        for result in report["results"]
+        if result["model"] in report["tiny"]["models"]
+    ]  # fmt: skip
+    table = _draw(("model", "task", "set", "R@1"), rows)
+    return f"\nThe same command on other kinds of models, {report['tiny']['label']}:\n\n{table}"
 
 
 def _follow(scores: Any, path: Sequence[str]) -> float:

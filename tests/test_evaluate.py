@@ -126,6 +126,23 @@ def test_a_result_says_whether_a_caption_looked_for_a_picture_or_for_its_half(
     assert [r.protocol["data"]["with_pictures"] for r in (shown, alone)] == [True, False]
 
 
+def test_memory_of_the_ranks_is_settable_and_moves_no_score(
+    models: Any, data: str, tmp_path: Path
+) -> None:
+    scores = []
+    for memory in ("256", "0.01"):  # one tile, and tiles of a few rows
+        output = tmp_path / memory
+        command = ["evaluate", models("clip"), "--data", data, "--languages", "en", "--tasks"]
+        command += [*TASKS, "--max-memory-mb", memory, "--output", str(output)]
+        assert main(command) == 0
+        scores.append([result.scores for result in read_results(output)])
+    assert scores[0] == scores[1]
+    with pytest.raises(ValueError, match=r"max_memory_mb=1e-06 does not hold a tile"):
+        evaluate(arguments(tmp_path / "none", data, models("clip"), max_memory_mb=1e-6))
+    with pytest.raises(ValueError, match=r"max_memory_mb=0 must be above 0"):
+        arguments(tmp_path / "none", data, models("clip"), max_memory_mb=0)
+
+
 def test_a_finished_task_is_not_computed_again(
     models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

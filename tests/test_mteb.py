@@ -14,6 +14,7 @@ import torch
 from mteb.mocks import mock_tasks
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
+from published_sets import write_docci
 from shared_models import shared_model
 
 import modeling_llm2clip
@@ -22,7 +23,7 @@ from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 from modeling_llm2clip.evaluation.mteb_model import open_for_mteb
-from modeling_llm2clip.evaluation.mteb_tasks import make_mteb_tasks
+from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_sets, make_mteb_tasks
 from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
 from modeling_llm2clip.hub.export import export_model
 
@@ -147,6 +148,28 @@ def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_set):
             for k in (1, 3, 5):
                 # mteb rounds to five digits.
                 assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
+
+
+def test_a_set_of_the_registry_is_found_by_its_name(model, tmp_path):
+    docci = write_docci(tmp_path / "docci")
+    # A few of its pictures, which that says.
+    image_to_text, text_to_image = make_mteb_tasks("docci", docci, exclude_faults=True)
+    assert image_to_text.metadata.name.startswith("docci-en-")
+    assert 0 <= evaluate(model, text_to_image).get_score() <= 1
+    german = make_mteb_tasks("emoji", lang="de")[0].metadata
+    assert german.name.startswith("emoji-de-") and german.eval_langs == ["deu-Latn"]
+    assert {"docci", "urban1k", "xm3600", "emoji"} <= set(list_mteb_sets())
+
+
+def test_a_name_that_makes_no_task_is_refused_with_those_that_do(retrieval_set, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no set 'doci'\. Known: .*docci"):
+        make_mteb_tasks("doci", tmp_path)
+    with pytest.raises(ValueError, match=r"imagenet.* is of kind classification; .* docci"):
+        make_mteb_tasks("imagenet", tmp_path)
+    with pytest.raises(ValueError, match=r"docci needs a folder with"):
+        make_mteb_tasks("docci")
+    with pytest.raises(ValueError, match=r"tiny was read already and takes .* no \['lang'\]"):
+        make_mteb_tasks(retrieval_set, lang="de")
 
 
 def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):

@@ -99,6 +99,12 @@ def _add_model_flags(group: Any) -> None:
         "--dtype", choices=("saved", "float32", "bfloat16", "float16"), default="saved"
     )
     group.add_argument("--batch-size", type=int)
+    group.add_argument(
+        "--max-memory-mb", type=float, default=256, metavar="MB",
+        help="working memory of the ranks beyond the vectors, 10^6 bytes; moves no score. The "
+        "command runs in one process, not under torchrun: rank_both_ways(…, over_processes=True) "
+        "shares the ranks of vectors that lie there",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -199,6 +205,7 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         allow_repeated_class_names=arguments.allow_repeated_class_names,
         ignored_fields=tuple(arguments.ignore_fields),
         encoder=settings,
+        max_memory_mb=arguments.max_memory_mb,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .encoders.encoder import EncoderSettings
 from .encoders.kinds import KINDS
+from .metrics.ranking import DEFAULT_MEMORY_MB
 from .sets.registry import find_set
 from .tasks.registry import find_task
 
@@ -78,6 +79,7 @@ class EvaluationArguments:
         class_names, templates, allow_repeated_class_names: of a classification; see `read_set`.
         ignored_fields: of one's own data.
         encoder: how models are run.
+        max_memory_mb: of the ranks, beyond the vectors, in 10^6 bytes; moves no score.
     """
 
     models: tuple[ModelChoice, ...]
@@ -93,6 +95,7 @@ class EvaluationArguments:
     allow_repeated_class_names: bool = False
     ignored_fields: tuple[str, ...] = ()
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    max_memory_mb: float = DEFAULT_MEMORY_MB
 
     def __post_init__(self) -> None:
         if not self.models or not self.data:
@@ -106,6 +109,8 @@ class EvaluationArguments:
                     f"Two {what} have one name, and their results would be one: {names}. Name "
                     "models as NAME=SOURCE; evaluate two folders of one set in two runs."
                 )
+        if not self.max_memory_mb > 0:
+            raise ValueError(f"max_memory_mb={self.max_memory_mb:g} must be above 0.")
         for what, chosen in (("tasks", self.tasks), ("languages", self.languages)):
             if len(set(chosen)) < len(chosen):
                 raise ValueError(f"{what} has a name twice: {list(chosen)}. Give each once.")

@@ -18,6 +18,7 @@ from .encoders.encoder import Description, Encoder, EncoderSettings
 from .encoders.kinds import open_encoder
 from .encoders.remembering import RememberingEncoder
 from .jobs import Job, read_jobs, require_abilities
+from .metrics.ranking import ranking_memory
 from .results import (
     Result,
     build_protocol,
@@ -54,7 +55,8 @@ def evaluate(
         encoder = RememberingEncoder(encoders.pop(name))  # so that a model goes with its turn
         for job in jobs:
             key = (name, job.task.name, job.set_name)
-            result = finished[key] or _run(encoder, name, job, protocols[key], arguments.output)
+            with ranking_memory(arguments.max_memory_mb):
+                result = finished[key] or _run(encoder, name, job, protocols[key], arguments.output)
             results[name].append(result)
             if on_result is not None:
                 on_result(result)

@@ -1,4 +1,7 @@
-"""A retrieval set as two tasks of mteb: images that look for texts, and texts for images."""
+"""A retrieval set as two tasks of mteb: images that look for texts, and texts for images.
+
+Sets are found by name in the registry of `sets/registry.py`, the same as `llm2clip evaluate` has.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
 from ..data.pictures import Picture
 from .metrics.correspondence import PositiveLists
 from .results import hash_set
+from .sets.registry import find_set, list_sets, read_set
 from .sets.schema import RetrievalSet
 
 _SPLIT = "test"
@@ -69,16 +73,49 @@ class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
         self.data_loaded = True
 
 
-def make_mteb_tasks(data: RetrievalSet) -> tuple[SetRetrievalTask, SetRetrievalTask]:
+def make_mteb_tasks(
+    data: RetrievalSet | str, folder: str | Path | None = None, **how: Any
+) -> tuple[SetRetrievalTask, SetRetrievalTask]:
     """Make the tasks of both directions, for `mteb.evaluate`: image to text, text to image.
+
+        mteb.evaluate(model, make_mteb_tasks("docci", "my-docci"))
+        mteb.evaluate(model, make_mteb_tasks("xm3600", "my-xm3600", lang="de"))
 
     Name and revision have a digest of the data, so that mteb's store of results cannot give the
     scores of other data for them.
 
     mteb's `hit_rate_at_k` and `recall_at_k` are those of `metrics.scores`, except where candidates
     tie: it then prefers the one with the greater id, right or wrong.
+
+    Args:
+        data: a set that was read, or the name of one in the registry (`list_mteb_sets`).
+        folder, how: where the named set lies, and how it is read, as `read_set` takes them.
+    Raises: ValueError for an unknown name, a set of another kind, or what `read_set` refuses.
     """
+    if isinstance(data, str):
+        data = _read_named_set(data, folder, how)
+    elif folder is not None or how:
+        raise ValueError(
+            f"{data.name} was read already and takes no folder={folder!r} and no {sorted(how)}. "
+            "Give the name of a set to have it read."
+        )
     return SetRetrievalTask(data, from_images=True), SetRetrievalTask(data, from_images=False)
+
+
+def list_mteb_sets() -> list[str]:
+    """Names of the registry's sets that `make_mteb_tasks` reads: those for retrieval."""
+    return [card.name for card in list_sets() if card.kind == "retrieval"]
+
+
+def _read_named_set(name: str, folder: str | Path | None, how: dict[str, Any]) -> RetrievalSet:
+    kind = find_set(name).kind
+    if kind != "retrieval":
+        raise ValueError(
+            f"{name} is of kind {kind}; mteb tasks are made of {', '.join(list_mteb_sets())}."
+        )
+    data = read_set(name, folder, **how)
+    assert isinstance(data, RetrievalSet)
+    return data
 
 
 def _describe(data: RetrievalSet, *, from_images: bool) -> TaskMetadata:

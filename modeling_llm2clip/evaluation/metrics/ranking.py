@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,8 @@ TIE_RULE = (
     "ties count against the model: a wrong candidate whose cosine is no more than "
     f"{TIE_TOLERANCE:g} below that of the right one stands before it"
 )
+DEFAULT_MEMORY_MB = 256.0
+_memory_mb = ContextVar("_memory_mb", default=DEFAULT_MEMORY_MB)
 # Their float64 rows should stay in a processor's cache.
 _PAIRS_AT_A_TIME = 64
 
@@ -55,6 +60,21 @@ class TwoWayRanking:
     text_to_image: Ranking
 
 
+@contextmanager
+def ranking_memory(max_memory_mb: float) -> Iterator[None]:
+    """Let every ranking inside that names no memory have this one; it moves no rank.
+
+    Raises: ValueError unless it is above 0.
+    """
+    if not max_memory_mb > 0:
+        raise ValueError(f"max_memory_mb={max_memory_mb:g} must be above 0.")
+    token = _memory_mb.set(max_memory_mb)
+    try:
+        yield
+    finally:
+        _memory_mb.reset(token)
+
+
 @torch.no_grad()
 def rank_both_ways(
     image_embeds: Tensor,
@@ -62,7 +82,7 @@ def rank_both_ways(
     correspondence: Correspondence,
     *,
     all_positives: bool = False,
-    max_memory_mb: float = 256,
+    max_memory_mb: float | None = None,
     device: torch.device | str | None = None,
     over_processes: bool = False,
 ) -> TwoWayRanking:
@@ -85,7 +105,7 @@ def rank_both_ways(
         all_positives: rank all positives of a query, not its best alone. Costs one more comparison
             of the scores for each further positive.
         max_memory_mb: working memory in 10^6 bytes, beyond the vectors and some numbers for each
-            image, text and pair.
+            image, text and pair; None for that of `ranking_memory`, or else 256.
         device: where tiles are computed; where the images' vectors are unless given.
         over_processes: share the tiles among the processes of the default group; each must come
             with the same vectors and gets all ranks. NCCL needs a GPU as device.
@@ -94,6 +114,7 @@ def rank_both_ways(
     """
     _check(image_embeds, text_embeds, correspondence)
     device = torch.device(device) if device is not None else image_embeds.device
+    max_memory_mb = _memory_mb.get() if max_memory_mb is None else max_memory_mb
     shape = choose_tile_shape(
         image_embeds.shape[1], max_memory_mb=max_memory_mb, device_type=device.type
     )
