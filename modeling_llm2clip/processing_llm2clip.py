@@ -88,6 +88,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = _list_texts(text)
             check_texts(text)
+            # The tokenizer strips too, but not blanks that are tokens of their own in some.
+            text = text.strip() if isinstance(text, str) else [caption.strip() for caption in text]
         if images is not None:
             images = load_pictures(images, rescales=self._rescales(kwargs))
         filled = self._fill_defaults(kwargs)
