@@ -6,6 +6,7 @@ Travels to the Hub beside the weights.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from inspect import signature
@@ -249,22 +250,25 @@ def _tower_config(
             "know. Upgrade transformers, or take a tower that it has."
         )
     tower_class = CONFIG_MAPPING[config["model_type"]]
-    _refuse_misspelt_fields(config, set(signature(tower_class).parameters), name=name)
+    _warn_of_misspelt_fields(config, tower_class, name=name)
     return tower_class.from_dict(config)
 
 
-def _refuse_misspelt_fields(config: dict[str, Any], known: set[str], *, name: str) -> None:
-    """Raise ValueError for an unknown field that stands where a known one is lost.
+def _warn_of_misspelt_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:
+    """Warn of an unknown field where one of nearly its name is lost.
 
-    Other unknown fields pass: published LLMs carry some of their own.
+    Other unknown fields pass: published towers carry some of their own. It only warns, because a
+    later transformers may know a field by another name and still read this one.
     """
+    known = {field for field in signature(tower_class).parameters if not field.startswith("_")}
     lost = sorted(known - set(config))
-    near = {field: get_close_matches(field, lost, 1, 0.9) for field in set(config) - known}
-    misspelt = sorted(f"{field} for {like[0]}" for field, like in near.items() if like)
+    unknown = [f for f in sorted(set(config) - known) if not hasattr(tower_class, f)]
+    near = {field: get_close_matches(field, lost, 1, 0.9) for field in unknown}
+    misspelt = [f"{field} for {like[0]}" for field, like in near.items() if like]
     if misspelt:
-        raise ValueError(
-            f"{name} seems to have {misspelt}; the default would be taken instead. Correct the "
-            "spelling."
+        warnings.warn(
+            f"{name} seems to misspell {misspelt}, so defaults are taken. Correct config.json.",
+            stacklevel=2,
         )
 
 
