@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import torch
 from shared_models import ROUNDING, pictures_of, shared_batch, shared_model
-from tiny import VISION_FAMILIES, tiny_model, tiny_pictures, tiny_vision
+from tiny import (
+    PICTURE_SIZE,
+    VISION_FAMILIES,
+    tiny_llm,
+    tiny_model,
+    tiny_pictures,
+    tiny_tokenizer,
+    tiny_vision,
+)
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.hub.build import BuildArguments
+from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.pictures import set_normalization, set_picture_size
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_pictures
 
@@ -331,3 +339,16 @@ def test_build_writes_size_and_mean_into_the_checkpoint(tmp_path: Path) -> None:
     assert config["vision_config"]["image_size"] == LARGER
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "48 × 48 pixels, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in card
+
+
+def test_a_tower_that_draws_at_random_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "vit_mae", hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, image_size=PICTURE_SIZE, patch_size=8,
+    )  # fmt: skip
+    tower = AutoModel.from_config(config).eval()
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    arguments = BuildArguments(prompt="llama-3", vision_pooling="mean")
+    with pytest.raises(ValueError, match=r"'vit_mae' tower gives one picture another vector"):
+        build_model(tower, tiny_vision()[1], llm, tokenizer, arguments)
