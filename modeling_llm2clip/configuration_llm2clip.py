@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral, Real
@@ -87,8 +87,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
-        given = locals()
-        _check_types({name: given[name] for name in _TYPES})
+        _check_types(locals())
         # The base class sets the attention implementation of the towers it finds, so it comes
         # before them, and a wish for another implementation after them.
         attn_implementation = kwargs.pop("attn_implementation", None)
@@ -195,11 +194,11 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _check_types(values: dict[str, Any]) -> None:
+def _check_types(values: Mapping[str, Any]) -> None:
     faults = [
-        f"{name}={value!r} must be {_TYPES[name][0]}"
-        for name, value in values.items()
-        if not _TYPES[name][1](value)
+        f"{name}={values[name]!r} must be {wanted}"
+        for name, (wanted, fits) in _TYPES.items()
+        if not fits(values[name])
     ]
     if faults:
         raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
