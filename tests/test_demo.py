@@ -138,13 +138,3 @@ def test_the_wheel_holds_what_the_package_has(installed: Path) -> None:
     embedded = list_files(ROOT / "examples" / "data")
     wanted = list_files(ROOT / "modeling_llm2clip") | {f"example_data/{n}" for n in embedded}
     assert list_files(installed / "modeling_llm2clip") == wanted
-
-
-def test_the_embedded_adapter_is_accepted_for_the_embedded_llm_alone(tmp_path: Path) -> None:
-    arguments = DemoArguments(output=tmp_path / "demo")
-    adapter = arguments.find_adapter()
-    assert adapter is not None
-    stated = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    assert arguments.accepted_base == stated["base_model_name_or_path"]
-    other = DemoArguments(output=tmp_path / "demo", llm="owner/other", prompt="none")
-    assert other.accepted_base is None
