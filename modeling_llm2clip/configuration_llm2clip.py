@@ -6,7 +6,8 @@ Travels to the Hub beside the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral, Real
@@ -86,8 +87,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
-        given = locals()
-        _check_types({name: given[name] for name in _TYPES})
+        _check_types(locals())
         # The base class sets the attention implementation of the towers it finds, so it comes
         # before them, and a wish for another implementation after them.
         attn_implementation = kwargs.pop("attn_implementation", None)
@@ -194,11 +194,11 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _check_types(values: dict[str, Any]) -> None:
+def _check_types(values: Mapping[str, Any]) -> None:
     faults = [
-        f"{name}={value!r} must be {_TYPES[name][0]}"
-        for name, value in values.items()
-        if not _TYPES[name][1](value)
+        f"{name}={values[name]!r} must be {wanted}"
+        for name, (wanted, fits) in _TYPES.items()
+        if not fits(values[name])
     ]
     if faults:
         raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
@@ -249,23 +249,25 @@ def _tower_config(
             "know. Upgrade transformers, or take a tower that it has."
         )
     tower_class = CONFIG_MAPPING[config["model_type"]]
-    _refuse_misspelt_fields(config, set(signature(tower_class).parameters), name=name)
+    _warn_of_misspelt_fields(config, tower_class, name=name)
     return tower_class.from_dict(config)
 
 
-def _refuse_misspelt_fields(config: dict[str, Any], known: set[str], *, name: str) -> None:
-    """Raise ValueError for an unknown field that stands where a known one is lost.
+def _warn_of_misspelt_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:
+    """Warn of an unknown field where one of nearly its name is lost.
 
-    Other unknown fields pass: published LLMs carry some of their own, and the configurations of
-    backbones save `out_features` for their `_out_features`.
+    Other unknown fields pass: published towers carry some of their own. It only warns, because a
+    later transformers may know a field by another name and still read this one.
     """
-    lost = sorted(field for field in known - set(config) if not field.startswith("_"))
-    near = {field: get_close_matches(field, lost, 1, 0.9) for field in set(config) - known}
-    misspelt = sorted(f"{field} for {like[0]}" for field, like in near.items() if like)
+    known = {field for field in signature(tower_class).parameters if not field.startswith("_")}
+    lost = sorted(known - set(config))
+    unknown = [f for f in sorted(set(config) - known) if not hasattr(tower_class, f)]
+    near = {field: get_close_matches(field, lost, 1, 0.9) for field in unknown}
+    misspelt = [f"{field} for {like[0]}" for field, like in near.items() if like]
     if misspelt:
-        raise ValueError(
-            f"{name} seems to have {misspelt}; the default would be taken instead. Correct the "
-            "spelling."
+        warnings.warn(
+            f"{name} seems to misspell {misspelt}, so defaults are taken. Correct config.json.",
+            stacklevel=2,
         )
 
 

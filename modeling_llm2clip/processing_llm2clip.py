@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import urllib.request
-from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,10 +87,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = _list_texts(text)
             check_texts(text)
+            # The tokenizer strips too, but not blanks that are tokens of their own in some.
+            text = text.strip() if isinstance(text, str) else [caption.strip() for caption in text]
         if images is not None:
             images = load_pictures(images, rescales=self._rescales(kwargs))
         filled = self._fill_defaults(kwargs)
-        self._require_room(filled["text_kwargs"])
+        if text is not None:
+            self._require_room(filled["text_kwargs"])
         limits = {**filled["text_kwargs"], **filled["common_kwargs"], **filled}
         batch: BatchFeature = super().__call__(images=images, text=text, **filled)
         if text is not None:
@@ -101,9 +103,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     def _rescales(self, kwargs: dict[str, Any]) -> bool:
         """Whether the image processor will divide pixels by 255."""
-        nested = (kwargs.get(name) or {} for name in ("common_kwargs", "images_kwargs"))
+        nested = [kwargs.get(name) or {} for name in ("images_kwargs", "common_kwargs")]
+        given = next((p["do_rescale"] for p in (kwargs, *nested) if "do_rescale" in p), None)
         own = getattr(self.image_processor, "do_rescale", True)
-        return bool(ChainMap(kwargs, *nested).get("do_rescale", own))
+        return bool(own if given is None else given)
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sort the tokenizer's settings, wherever they were given, and add our defaults.

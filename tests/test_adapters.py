@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.demo.run import DemoArguments
 from modeling_llm2clip.hub.adapters import merge_adapter
 
 NUM_MATRICES = 2 * 7  # two layers of seven linear ones
@@ -146,3 +147,13 @@ def test_the_command_refuses_a_lora_of_another_base_unless_told(
 def named(model: PreTrainedModel, name: str) -> PreTrainedModel:
     model.config._name_or_path = name
     return model
+
+
+def test_the_embedded_adapter_is_accepted_for_the_embedded_llm_alone(tmp_path: Path) -> None:
+    arguments = DemoArguments(output=tmp_path / "demo")
+    adapter = arguments.find_adapter()
+    assert adapter is not None
+    stated = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert arguments.accepted_base == stated["base_model_name_or_path"]
+    other = DemoArguments(output=tmp_path / "demo", llm="owner/other", prompt="none")
+    assert other.accepted_base is None

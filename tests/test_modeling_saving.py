@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,29 @@ def test_bfloat16_gives_float32_vectors_close_to_those_of_float32(
         # bfloat16 keeps 8 bits, 0.4 % a step; two layers and an adapter pile up a few per cent.
         cosines = (found[name].cpu() * wanted[name]).sum(dim=1)
         assert cosines.min() > 0.998
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_casting_a_model_leaves_its_temperature_as_it_was(cast: str, tmp_path: Path) -> None:
+    model, _ = tiny_model()
+    before = model.logit_scale.log_scale.detach().clone()
+    getattr(model, cast)().save_pretrained(tmp_path)
+    assert model.text_projection.weight.dtype != torch.float32
+    assert model.logit_scale.log_scale.dtype == torch.float32
+    assert torch.equal(AutoModel.from_pretrained(tmp_path).logit_scale.log_scale, before)
+    assert model.to("meta").logit_scale.log_scale.device.type == "meta"
+
+
+def test_saving_towers_of_different_dtypes_warns(tmp_path: Path) -> None:
+    model, _ = tiny_model()
+    model.text_model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"'text_model': torch.bfloat16.*loaded as torch.float32"):
+        model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.text_model.dtype == torch.float32
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*different dtypes")
+        loaded.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("way", ["built", "loaded"])

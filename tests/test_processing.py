@@ -512,7 +512,13 @@ def test_sixteen_bit_arrays_are_scaled_as_sixteen_bit_pictures_are(
 
 @pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
 @pytest.mark.parametrize(
-    "settings", [{"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}]
+    "settings",
+    [
+        {"do_rescale": False},
+        {"images_kwargs": {"do_rescale": False}},
+        {"common_kwargs": {"do_rescale": False}},
+        {"images_kwargs": {"do_rescale": False}, "common_kwargs": {"do_rescale": True}},
+    ],
 )
 def test_floats_are_taken_when_said_to_be_from_0_to_1(
     processor: LLM2CLIPProcessor, settings: Any, make: Any

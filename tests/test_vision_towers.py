@@ -11,6 +11,7 @@ import pytest
 import torch
 from shared_models import ROUNDING, pictures_of, shared_batch, shared_model
 from tiny import (
+    PICTURE_SIZE,
     VISION_FAMILIES,
     tiny_llm,
     tiny_model,
@@ -365,3 +366,16 @@ def test_a_tower_of_unknown_width_is_refused_by_its_family() -> None:
     tower.config = AutoConfig.for_model("efficientnet")
     with pytest.raises(ValueError, match="'efficientnet' tower states neither hidden_size nor"):
         find_width(tower)
+
+
+def test_a_tower_that_draws_at_random_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "vit_mae", hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, image_size=PICTURE_SIZE, patch_size=8,
+    )  # fmt: skip
+    tower = AutoModel.from_config(config).eval()
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    arguments = BuildArguments(prompt="llama-3", vision_pooling="mean")
+    with pytest.raises(ValueError, match=r"'vit_mae' tower gives one picture another vector"):
+        build_model(tower, tiny_vision()[1], llm, tokenizer, arguments)

@@ -65,7 +65,6 @@ def _describe_model(result: Result) -> list[str]:
     text, pictures = model["text"] or {}, model["pictures"] or {}
     counts = result.counts.get("languages", {"": result.counts}).values()
     cut = [count.get("texts_cut") for count in counts]
-    parts = list_data(result).values()
     batch = result.run.get("batch_size")
     return [
         model["kind"],

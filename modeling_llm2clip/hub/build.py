@@ -20,6 +20,7 @@ from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
 from .tower_sources import require_sources
 from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
+from .vision_probe import require_repeatable
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def build_model(
     """Build a model and its processor from loaded towers; adapter and projections are random.
 
     Raises: ValueError when the tokenizer is another model's, the prompt does not fit it, the
-        vision tower cannot take the picture size, or the LLM's family cannot be made
-        bidirectional.
+        vision tower cannot take the picture size or draws at random, or the LLM's family cannot
+        be made bidirectional.
     """
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:
@@ -190,4 +191,5 @@ def build_model(
     if arguments.bidirectional:
         require_bidirectional(model.text_model)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, arguments.max_text_length)
+    require_repeatable(model, processor)
     return model, processor

@@ -6,6 +6,7 @@ checkpoint's path, and a renamed folder gave other vectors.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -84,8 +85,13 @@ def write_prompt(
 
     The generic fast class is returned, because the classes of some families rebuild their
     post-processor on loading and would lose the prompt.
+
+    A tokenizer strips each piece between added tokens, not the text alone: blanks beside an added
+    token inside a caption are lost, and blanks that are added tokens stay at its ends, where they
+    stay such. So tokens of blanks are made ordinary where that changes nothing else.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = _without_added_blanks(backend)
     stripped = [normalizers.Strip()]
     if backend.normalizer is not None:
         stripped.append(backend.normalizer)
@@ -104,6 +110,27 @@ def write_prompt(
     )
     result.model_input_names = ["input_ids", "attention_mask"]
     return result
+
+
+def _without_added_blanks(backend: Tokenizer) -> Tokenizer:
+    """Leave added tokens of blanks, as Gemma's line breaks, to the model if it makes the same."""
+    content = json.loads(backend.to_str())
+    added = content["added_tokens"]
+    blanks = [t["content"] for t in added if t["content"].isspace() and not t["special"]]
+    if not blanks:
+        return backend
+    content["added_tokens"] = [t for t in added if t["content"] not in blanks]
+    plain = Tokenizer.from_str(json.dumps(content))
+    signs = set("".join(blanks))
+    # A piece of blanks and letters would be made of some texts, which no probe finds.
+    is_mixed = any(signs & set(p) and not p.isspace() for p in plain.get_vocab())
+    probes = [f"A dog.{one}{other}two" for one in blanks for other in ("", *blanks)]
+    same = all(
+        plain.encode(probe, add_special_tokens=False).ids
+        == backend.encode(probe, add_special_tokens=False).ids
+        for probe in probes
+    )
+    return plain if same and not is_mixed else backend
 
 
 def _enclose(backend: Tokenizer, prompt: Prompt) -> TemplateProcessing:
