@@ -46,6 +46,16 @@ def test_other_lengths_compile_nothing_anew() -> None:
     assert counters["stats"]["unique_graphs"] == before
 
 
+def test_a_graph_of_the_whole_checks_no_ids_but_compiled_layers_do() -> None:
+    model, _ = shared_model()
+    ids = torch.arange(20, 50)[None]  # without the prompt
+    with compiled_layers(model, backend="eager"), pytest.raises(ValueError, match="prompt"):
+        model.get_caption_embeds(ids)
+    compiled = torch.compile(model.get_caption_embeds, backend="eager")
+    with torch.no_grad():
+        assert compiled(ids).shape == (1, model.config.text_config.hidden_size)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a processor need a compiler")
 def test_kernels_equal_plain_in_a_lower_precision_too() -> None:

@@ -229,7 +229,7 @@ def test_weights_within_an_llm_that_nobody_reads_are_named_and_a_head_is_not(
     assert "lm_head" in caplog.text  # which transformers would have told
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
     save_file({**load_file(file), **bias}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 weights within its LLM that LlamaModel does not read"):
+    with pytest.raises(ValueError, match=r"has 1 weights that LlamaModel does not read"):
         load_text_tower(tmp_path)
 
 
@@ -341,6 +341,21 @@ def test_weights_that_a_vision_tower_lacks_are_named(tmp_path: Path) -> None:
     drop_weights(tmp_path, "layers.0.mlp.fc1")
     with pytest.raises(ValueError, match=r"lacks 2 weights .*'encoder.layers.0.mlp.fc1.bias'"):
         load_vision_tower(tmp_path, allow_missing_pooler=True)
+
+
+def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    save_tiny_vision(tmp_path)
+    file = tmp_path / "model.safetensors"
+    buffers = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    head = {"classifier.weight": torch.ones(3, 32)}
+    save_file({**load_file(file), **buffers, **head}, file, metadata={"format": "pt"})
+    load_vision_tower(tmp_path)
+    norm = {"vision_model.encoder.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+    save_file({**load_file(file), **norm}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"has 1 weights that CLIPVisionModel does not read.*q_norm"
+    ):
+        load_vision_tower(tmp_path)
 
 
 def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+# Causal masks, which older checkpoints hold beside the weights.
+_MASKS = ("attn.bias", "attention.bias")
 _MOST_NAMED = 8
 
 
@@ -58,14 +61,42 @@ def load_decoder(
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_MOST_NAMED]}.")
-    unread = _list_unread(whole, decoder, info)
+    refuse_unread_weights(whole, decoder, info, source)
+    decoder.config._name_or_path = whole.config._name_or_path
+    return decoder
+
+
+def refuse_unread_weights(
+    whole: PreTrainedModel, tower: PreTrainedModel, info: dict[str, Any], source: str | Path
+) -> None:
+    """Raise ValueError for weights that lie in a module of the tower and that it does not read.
+
+    Heads and other parts of the checkpoint lie elsewhere; buffers are no weights.
+
+    Args:
+        whole: what was loaded, the tower itself or a model around it.
+        info: what `load_with_account` returned with it.
+    """
+    parts = set(tower.modules())
+    inside = {
+        name
+        for name, module in whole.named_modules()
+        if name and not isinstance(module, nn.ModuleList) and module in parts
+    }
+    base = f"{whole.base_model_prefix}."
+    unread = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if key.endswith((".weight", ".bias"))
+        and not key.endswith(_MASKS)
+        and not inside.isdisjoint(_list_parents(key.removeprefix(base)))
+    )
     if unread:
         raise ValueError(
-            f"{source} has {len(unread)} weights within its LLM that {type(decoder).__name__} does "
-            f"not read, so it would give other hidden states: {unread[:_MOST_NAMED]}. Correct "
-            "config.json, or take the transformers version that the checkpoint names."
+            f"{source} has {len(unread)} weights that {type(tower).__name__} does not read, so it "
+            f"would give other hidden states: {unread[:_MOST_NAMED]}. Correct config.json, or take "
+            "the transformers version that the checkpoint names."
         )
-    return decoder
 
 
 def _find_part(
@@ -77,20 +108,6 @@ def _find_part(
     raise ValueError(
         f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
         "configuration promises. Give the language model alone."
-    )
-
-
-def _list_unread(
-    whole: PreTrainedModel, decoder: PreTrainedModel, info: dict[str, Any]
-) -> list[str]:
-    """Keys that lie in a module of the LLM; heads and other parts lie elsewhere."""
-    modules = {module: name for name, module in whole.named_modules()}
-    inside = {modules[module] for module in decoder.modules() if module is not whole} - {""}
-    base = f"{whole.base_model_prefix}."
-    return sorted(
-        key
-        for key in info["unexpected_keys"]
-        if any(parent in inside for parent in _list_parents(key.removeprefix(base)))
     )
 
 

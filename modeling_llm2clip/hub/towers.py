@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from .timm_pictures import image_processor_from_timm
-from .tower_weights import load_decoder, load_with_account
+from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
@@ -44,7 +44,7 @@ def load_vision_tower(
             in transformers' wrapper. Of a whole CLIP or SigLIP the vision part is taken.
         allow_missing_pooler: accept a tower saved without pooler weights (they stay random),
             because its pooler will not be used.
-    Raises: ValueError when weights are missing or it is not a vision tower.
+    Raises: ValueError when weights are missing or not read, or it is not a vision tower.
     """
     config = AutoConfig.from_pretrained(source, revision=revision)
     part = _VISION_PART.get(config.model_type)
@@ -68,6 +68,8 @@ def load_vision_tower(
             f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
             f"{missing[:8]}. If only the pooler is missing, choose vision_pooling 'cls' or 'mean'."
         )
+    if config.model_type != "timm_wrapper":  # in which a head left out is still a module
+        refuse_unread_weights(model, model, info, source)
     _name_without_path(model, source)
     return model.eval(), load_image_processor(source, model.config, revision=revision)
 
