@@ -71,17 +71,18 @@ def refuse_unread_weights(
 ) -> None:
     """Raise ValueError for weights that lie in a module of the tower and that it does not read.
 
-    Heads and other parts of the checkpoint lie elsewhere; buffers are no weights.
+    Other parts of the checkpoint lie elsewhere, a head beside the tower's modules; buffers are no
+    weights.
 
     Args:
         whole: what was loaded, the tower itself or a model around it.
         info: what `load_with_account` returned with it.
     """
-    parts = set(tower.modules())
+    parts = set(tower.modules()) - {tower}
     inside = {
         name
         for name, module in whole.named_modules()
-        if name and not isinstance(module, nn.ModuleList) and module in parts
+        if not isinstance(module, nn.ModuleList) and module in parts
     }
     base = f"{whole.base_model_prefix}."
     unread = sorted(
