@@ -205,10 +205,10 @@ def write_coco_cn(folder: Path) -> Path:
     """Two pictures of the test split, one from each part of COCO 2014, and one of another split."""
     stems = ["COCO_val2014_000000000042", "COCO_train2014_000000000009"]
     lines = [
-        f"{stems[1]}#zhm#0\t火车站。",
-        "COCO_train2014_000000000030#zhm#0\t别的图片。",
-        f"{stems[0]}#zhm#0\t一只狗。",
-        f"{stems[0]}#zhm#1\t狗在睡觉。",
+        f"{stems[1]}#0\t火车站。",
+        "COCO_train2014_000000000030#0\t别的图片。",
+        f"{stems[0]}#0\t一只狗。",
+        f"{stems[0]}#1\t狗在睡觉。",
     ]
     root = folder / "coco-cn-version1805v1.1"
     root.mkdir(parents=True)

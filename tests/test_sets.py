@@ -167,7 +167,7 @@ def test_lines_of_multi30k_end_at_line_feeds_only(tmp_path: Path) -> None:
     }
 
 
-def test_flickr30k_and_its_chinese_captions_name_the_same_pictures(tmp_path: Path) -> None:
+def test_chinese_captions_name_pictures_as_flickr30k_does(tmp_path: Path) -> None:
     english = read_retrieval(
         "flickr30k", write_flickr30k(tmp_path / "en"), {"pictures": 2, "captions": 10}
     )

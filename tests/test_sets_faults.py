@@ -368,6 +368,21 @@ def test_the_first_captions_of_flickr30k_cn_are_those_of_the_lowest_numbers(
     }
 
 
+def test_captions_of_flickr30k_cn_that_are_cut_into_words_are_faults(tmp_path: Path) -> None:
+    folder = write_flickr30k_cn(tmp_path / "cn")
+    file = folder / "flickr30k_cn_test.txt"
+    options = {"images": folder / "flickr30k-images"}
+    card = tiny_card("flickr30k-cn", pictures=2, captions=10)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    lines[0] = "1007129816#zhm#0 一个:m 男人:n ，:wd 戴:v 帽子:n "
+    lines[1] = "1007129816#zhm#1 时间 12:30 的:钟"  # a caption with colons
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert faults_of(card, folder, **options) == {"caption cut into words with parts of speech": 1}
+    found = read_set(card, folder, exclude_faults=True, **options)
+    assert isinstance(found, RetrievalSet)
+    assert found.protocol["excluded_samples"] == 1
+
+
 def test_classes_of_one_name_stay_and_are_listed_where_that_is_allowed(tmp_path: Path) -> None:
     folder = write_imagenet(tmp_path / "imagenet")
     (folder / "LOC_synset_mapping.txt").write_text(
@@ -515,7 +530,7 @@ def test_a_record_without_a_long_caption_is_told_where_long_ones_are_asked_for(
         ("docci", "google.github.io/docci"),
         ("xm3600", "google.github.io/crossmodal-3600"),
         ("multi30k", "github.com/multi30k/dataset"),
-        ("flickr30k-cn", "flickr30k_cn_test.txt"),
+        ("flickr30k-cn", r"flickr30k_cn_test\.txt.*Flickr30k-CNA"),
         ("coco-cn", "AIMClab/COCO-CN"),
         ("iiw", "github.com/google/imageinwords"),
         ("sugarcrepe", "github.com/RAIVNLab/sugar-crepe"),

@@ -52,11 +52,14 @@ CARDS = (
         kind="retrieval",
         languages=("zh",),
         counts={"pictures": 1000, "captions": 5000},
-        licence="captions MIT (their repository); pictures: Flickr terms of use, research only",
+        licence="captions MIT (repository of Flickr30k-CN), research only (Flickr30k-CNA); "
+        "pictures: Flickr terms of use, research only",
         citation="Lan, Li, Dong, Fluency-Guided Cross-Lingual Image Captioning, ACM MM 2017",
-        source="github.com/li-xirong/cross-lingual-cap; pictures: as flickr30k",
+        source="Flickr30k-CNA of zero.so.com/download.html, folder test (the captions of "
+        "github.com/li-xirong/cross-lingual-cap, not cut into words); pictures: as flickr30k",
         files="flickr30k_cn_test.txt; give flickr30k-images as the folder of pictures",
-        protocol={"split": "test", **_WHOLE},
+        # 29,783 pictures to train on, where Karpathy's split has 29,000.
+        protocol={"split": "test (its own, not Karpathy's)", **_WHOLE},
         captions_per_picture=5,
         build=partial(build_retrieval_set, read=read_flickr30k_cn),
     ),

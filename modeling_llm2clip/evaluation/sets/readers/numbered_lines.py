@@ -1,12 +1,17 @@
-"""Reads lines `picture#kind#number caption`: Flickr30k-CN and COCO-CN.
+"""Reads lines `picture#number caption`, with or without a kind: Flickr30k-CN and COCO-CN.
 
-`1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`. Any white space ends the
+`1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`, and
+`COCO_val2014_000000000042#0 一只狗` of `COCO_val2014_000000000042.jpg`. Any white space ends the
 first part. Where only some captions of a picture count, the numbers say which, not the order of
 the lines.
+
+Of Flickr30k-CN two packages go round: that of `cross-lingual-cap` has the captions cut into words
+with their parts of speech (`一个:m 男人:n`), for another task; Flickr30k-CNA has them whole.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +20,9 @@ from ..card import ReadRequest
 from ..intake import Intake
 from ..retrieval import Entry
 from .text_files import read_lines
+
+# Every word has its part of speech: no caption that people read.
+_CUT_INTO_WORDS = re.compile(r"\S+:[a-z]+\d*(\s+\S+:[a-z]+\d*)*\s*")
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,10 @@ def read_flickr30k_cn(request: ReadRequest, intake: Intake) -> Iterator[Entry]:
         request.folder,
         "flickr30k_cn_test.txt",
         "test/flickr30k_cn_test.txt",
-        advice="It is the human-translated test file of Flickr30k-CN, also in Flickr30k-CNA.",
+        advice="Get it from the folder `test` of Flickr30k-CNA, zero.so.com/download.html.",
     )
     for stem, lines in _group_lines(file, intake).items():
-        faults = _check_numbers(lines, intake)
+        faults = _check_numbers(lines, intake) + _check_whole(lines, intake)
         intake.faults_of_samples += faults
         ordered = lines if faults else sorted(lines, key=lambda line: int(line.number))
         captions = tuple(line.text for line in ordered)
@@ -82,6 +90,14 @@ def _group_lines(
             number = rest.rpartition("#")[2]
             lines.setdefault(stem, []).append(_Line(place, number, text[0] if text else ""))
     return lines
+
+
+def _check_whole(lines: Sequence[_Line], intake: Intake) -> int:
+    """Tell captions that are cut into words; returns how many."""
+    cut = [line for line in lines if _CUT_INTO_WORDS.fullmatch(line.text)]
+    for line in cut:
+        intake.faults.add("caption cut into words with parts of speech", line.place)
+    return len(cut)
 
 
 def _check_numbers(lines: Sequence[_Line], intake: Intake) -> int:
