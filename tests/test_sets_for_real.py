@@ -36,6 +36,7 @@ def test_a_published_set_has_the_counts_and_the_checksums_of_its_card(card: SetC
             images=images,
             lang=lang,
             require_pictures=not has_texts_alone,
+            allow_repeated_class_names=True,  # ImageNet's own: crane, maillot, cardigan
             cache=cache,
         )
         assert found.protocol["excluded"] == {}
