@@ -5,7 +5,8 @@
         --set folder FOLDER "a public data set's name"
 
 Every language is read and every picture decoded. A set whose pictures are not there is read for its
-captions with `--captions-only`.
+captions with `--captions-only`; one that cannot be read without them, such as ImageNet or
+Winoground, with blank pictures under their names and `--pictures-by-name`, which decodes none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from provenance import describe_processor, read_commit
 from modeling_llm2clip.evaluation.sets.intake import ReadingCache
 from modeling_llm2clip.evaluation.sets.registry import find_languages, find_set, read_set
 
-_COUNTED = ("pictures", "captions", "items", "captions_of_several_pictures")
+_COUNTED = ("pictures", "classes", "captions", "items", "captions_of_several_pictures")
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
         "--set", nargs=3, action="append", required=True, metavar=("NAME", "FOLDER", "TITLE")
     )
     parser.add_argument("--captions-only", action="store_true")
+    parser.add_argument("--pictures-by-name", action="store_true")
     parser.add_argument("--ignore-fields", nargs="*", default=[])
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "sets_read.json")
@@ -62,7 +64,14 @@ def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, A
     counts: Counter[str] = Counter()
     languages = find_languages(name, folder, **shared)
     for lang in languages:
-        protocol = read_set(name, folder, lang=lang, **shared).protocol
+        protocol = read_set(
+            name,
+            folder,
+            lang=lang,
+            check_pictures=not arguments.pictures_by_name,
+            allow_repeated_class_names=True,  # ImageNet's own
+            **shared,
+        ).protocol
         counts.update({what: protocol[what] for what in _COUNTED if what in protocol})
     return {
         "set": name,
