@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
+    RESULTS / "README.md",
     ROOT / "conversion" / "README.md",
     ROOT / "examples" / "data" / "caption_adapter" / "README.md",
     ROOT / "examples" / "recipes" / "README.md",
@@ -26,6 +27,7 @@ DOCUMENTS = (
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_COUNTED_OF_SETS = ("pictures", "classes", "captions", "items")
 _SCORES = (
     "unseen_text_to_image_r1",
     "unseen_text_to_image_r10",
@@ -352,6 +354,28 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
 
 
+def _render_sets_read(rows: Sequence[dict[str, Any]]) -> str:
+    published = [row for row in rows if row["set"] != "folder"]
+    heads = ("files", "set", "languages", "read, all languages together", "checksums")
+    counts = [
+        {what: row["summed_over_languages"].get(what) for what in _COUNTED_OF_SETS}
+        for row in published
+    ]
+    return _draw(
+        heads,
+        [
+            [
+                row["title"],
+                f"`{row['set']}`",
+                str(row["languages"]),
+                ", ".join(f"{number:,} {what}" for what, number in counted.items() if number),
+                " and ".join(sorted(set(row["checksums"].values()))) or "none known",
+            ]
+            for row, counted in zip(published, counts, strict=True)
+        ],
+    )
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -373,6 +397,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "mllm_captioning": _render_mllm_captioning,
     "conversion": _render_conversion,
     "llm2vec_parity": _render_llm2vec_parity,
+    "sets_read": _render_sets_read,
 }
 
 
