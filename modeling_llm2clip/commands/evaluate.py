@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
         plot_lengths([result for result in results if result.task == "length"], arguments.plot)
         print(f"Wrote {arguments.plot}.", file=sys.stderr)
     print()
-    print(render_results(results, style=arguments.table or "text"))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(render_results(results, style=arguments.table or "text", width=width))
     return 0
 
 
