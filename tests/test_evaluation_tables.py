@@ -54,6 +54,18 @@ def test_two_models_of_one_name_are_two_rows(results: Path) -> None:
     assert len(set(fingerprint.values())) == 2 and len(fingerprint["clip"]) == 8
 
 
+def test_scores_of_two_versions_of_the_package_are_told_apart(results: Path) -> None:
+    first, second = (r for r in read_results(results) if r.task == "cra")
+    older = replace(second, versions={**second.versions, "modeling_llm2clip": "0.0.1"})
+    title = "what the scores hang on"
+    rows = read_table(render_results([first, older], style="markdown"), title)
+    assert [row["scored by version"] for row in rows] == [
+        first.versions["modeling_llm2clip"], "0.0.1",
+    ]  # fmt: skip
+    alike = read_table(render_results([first, second], style="markdown"), title)
+    assert "scored by version" not in alike[0]
+
+
 def test_two_scores_that_nothing_tells_apart_make_no_table(results: Path) -> None:
     (found,) = (r for r in read_results(results) if (r.model, r.task) == ("clip", "cra"))
     assert render_results([found, found]) == render_results([found])
