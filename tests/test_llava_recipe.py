@@ -499,7 +499,8 @@ def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path
     assert not (parts / "none").exists()
 
 
-def run_script(name: str, *arguments: object, processes: int = 1) -> None:
+def run_script(name: str, *arguments: object, processes: int = 1) -> str:
+    """Run a step as its users do; returns what it printed."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(RECIPE / name),
@@ -508,6 +509,7 @@ def run_script(name: str, *arguments: object, processes: int = 1) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -515,11 +517,12 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     parts: Path, tmp_path: Path
 ) -> None:
     for name, processes in (("one", 1), ("two", 2)):
-        run_script(
+        printed = run_script(
             "pretrain_projector.py", parts / "tower", parts / "llm", parts / "data",
             tmp_path / name, "--steps", 3, "--batch-size", 4,
             "--chat-template", RECIPE / "vicuna.jinja", processes=processes,
         )  # fmt: skip
+        assert printed.count("Wrote ") == 1
     ours, theirs = (list(read_losses(tmp_path / name).values()) for name in ("one", "two"))
     assert len(ours) == 3
     # The same answers, shared in another way: float32 sums in another order.
