@@ -15,6 +15,7 @@ from shared_models import every_vision
 from tiny import tiny_model, tiny_pictures
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.encoding.layers import find_layers
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
@@ -23,7 +24,6 @@ from modeling_llm2clip.training.cross_modal.model import AlignmentModel
 from modeling_llm2clip.training.cross_modal.towers import (
     choose_trained_parts,
     find_attention_linears,
-    find_layers,
     merge_loras,
     scale_by_layer,
 )

@@ -29,6 +29,7 @@ from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.plots import plot_lengths
 from modeling_llm2clip.evaluation.results import (
     Result,
+    find_differences,
     find_finished,
     hash_set,
     read_result,
@@ -196,6 +197,14 @@ def test_a_file_of_another_run_is_refused_with_what_differs(
         evaluate(replace(chosen, languages=("de",)))
     with pytest.raises(ValueError, match=r"fingerprint\.weights was .* and is "):
         evaluate(replace(chosen, models=(ModelChoice(models("siglip"), name="clip"),)))
+
+
+def test_of_two_long_values_the_first_difference_is_shown() -> None:
+    names = [f"class {number}" for number in range(1000)]
+    (told,) = find_differences({"names": names}, {"names": [*names[:500], "other", *names[501:]]})
+    was, now_is = told.removeprefix("names was ").split(" and is ")
+    assert was.startswith("…") and "'class 500'" in was and was.endswith("…")
+    assert "'other'" in now_is and len(told) < 160
 
 
 def test_other_captions_in_as_many_lines_are_another_run(models: Any, tmp_path: Path) -> None:
@@ -511,6 +520,8 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
             "is for a weights file, and none",
         ),
         (["o/m", "--data", "emoji", "--templates", __file__], "['templates'] is for a classif"),
+        (["o/m", "--data", "emoji", "--plot", "x.txt"], "x.txt ends in none of ('.png', "),
+        (["o/m", "--data", "emoji", "--plot", "gone/x.png"], "gone is no folder. Make it"),
         (["o/m", "--data", "emoji", "--plot", "x.png"], "there would be results on none"),
         (["o/m", "--data", "emoji", "--templates", "gone.txt"], "--templates gone.txt is no text"),
         (["o/m", "--data", "emoji", "--languages", "en", "en"], "languages has a name twice"),

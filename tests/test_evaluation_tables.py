@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from evaluating import arguments, read_table, write_data
 from published_sets import write_coco_test
 from tiny_encoders import save_tiny_encoder
 
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.plots import plot_lengths
@@ -49,6 +52,18 @@ def test_two_models_of_one_name_are_two_rows(results: Path) -> None:
         f"model ({fingerprint[kind]})" for kind in ("clip", "siglip")
     ]
     assert len(set(fingerprint.values())) == 2 and len(fingerprint["clip"]) == 8
+
+
+def test_scores_of_two_versions_of_the_package_are_told_apart(results: Path) -> None:
+    first, second = (r for r in read_results(results) if r.task == "cra")
+    older = replace(second, versions={**second.versions, "modeling_llm2clip": "0.0.1"})
+    title = "what the scores hang on"
+    rows = read_table(render_results([first, older], style="markdown"), title)
+    assert [row["scored by version"] for row in rows] == [
+        first.versions["modeling_llm2clip"], "0.0.1",
+    ]  # fmt: skip
+    alike = read_table(render_results([first, second], style="markdown"), title)
+    assert "scored by version" not in alike[0]
 
 
 def test_two_scores_that_nothing_tells_apart_make_no_table(results: Path) -> None:
@@ -123,3 +138,41 @@ def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
     assert row["samples"] == "3 of 5,000 pictures, 15 of 25,000 captions"
     assert row["files"] == "coco_karpathy_test.json: not as published"
     assert row["split"] == "test (Karpathy)" and row["excluded"] == "0"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
+    results: Path, width: int
+) -> None:
+    found = read_results(results)
+    whole, fitted = render_results(found), render_results(found, width=width)
+    assert max(map(len, whole.splitlines())) > 120
+    assert max(map(len, fitted.splitlines())) <= width
+    left_out = Counter(re.findall(r"\w", whole)) - Counter(re.findall(r"\w", fitted))
+    assert not left_out  # what stands before each block is there more than once
+
+
+def test_a_table_that_is_too_wide_has_a_column_a_model(results: Path) -> None:
+    found = [result for result in read_results(results) if result.task == "retrieval"]
+    scores = {result.model: result.scores for result in found}
+    lines = render_results(found, width=50).splitlines()
+    heads = lines.index("model                        clip    siglip")
+    assert lines[heads + 2].split() == [
+        *"folder: text to picture R@1".split(),
+        *(
+            part
+            for model in ("clip", "siglip")
+            for part in (f"{100 * scores[model]['text_to_image']['hit_rate_at_1']:.1f}", "%")
+        ),
+    ]
+
+
+def test_the_command_fits_its_tables_to_a_terminal_and_not_to_a_file(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    found = read_results(results)
+    for is_terminal, wanted in ((True, 70), (False, None)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert main(["evaluate", "--table", "--output", str(results)]) == 0
+        assert render_results(found, width=wanted) in capsys.readouterr().out

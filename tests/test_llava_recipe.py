@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,12 @@ import torch
 from aligning import read_losses, write_data
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.faults import DataFaults
@@ -241,6 +247,25 @@ def test_every_fault_of_the_instructions_is_told_at_once(tmp_path: Path) -> None
     assert left_out == counts
 
 
+def test_every_conversation_about_a_broken_picture_is_counted(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "data", tmp_path / "data")
+    (tmp_path / "data" / "01.jpg").write_bytes(b"no picture")
+    entries = [make_entry(0), *(make_entry(1, id=str(number)) for number in (1, 2))]
+    file = tmp_path / "instructions.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    kept, left_out = read_conversations(
+        file, tmp_path / "data", check_pictures=True, leave_out_faulty=True
+    )
+    assert len(kept) == 1 and left_out == {"picture unreadable": 2}
+
+
+def test_captions_of_a_language_that_is_not_there_are_told_with_those_that_are(
+    parts: Path,
+) -> None:
+    with pytest.raises(ValueError, match=r"in the language 'fr'; there are \['en'\]"):
+        conversations_of_captions(read_captioned(parts / "data"), lang="fr")
+
+
 def test_a_file_that_is_no_list_or_a_missing_folder_is_named(tmp_path: Path) -> None:
     file = tmp_path / "instructions.json"
     file.write_text("{", encoding="utf-8")
@@ -348,6 +373,47 @@ def test_killed_and_resumed_equals_never_killed(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_run_killed_while_it_writes_its_model_leaves_none_and_writes_it_when_resumed(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise RuntimeError("killed")
+
+    whole = run_step(parts, tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(LlavaProcessor, "save_pretrained", die)  # after the weights
+        run_step(parts, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "model").exists()
+    left = tmp_path / "cut" / ".model-12345678"  # as a kill leaves it, when nothing is caught
+    left.mkdir()
+    (left / ".llm2clip-is-writing").write_text("model", encoding="utf-8")
+    resumed = run_step(parts, tmp_path / "cut", resume=True)
+    assert not left.exists()
+    assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
+    ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = LlavaTrainer.training_step
+
+    def break_third_gradient(self: LlavaTrainer, *arguments: Any, **settings: Any) -> Tensor:
+        loss = step(self, *arguments, **settings)
+        if self.state.global_step == 2:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            trained[0].grad[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", break_third_gradient)
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 2"):
+        run_step(parts, tmp_path / "run")
+    last = find_last_checkpoint(tmp_path / "run")
+    assert last is not None and last.name == "checkpoint-2"
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_weights_that_are_not_finite_are_in_no_checkpoint(parts: Path, tmp_path: Path) -> None:
     # A finite gradient, times a rate that float32 cannot hold in Adam's second step.
     with pytest.raises(FloatingPointError, match="weights are not finite after step 2"):
@@ -362,6 +428,36 @@ def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path)
     # Answers of unequal length weigh by their tokens; float32 sums in another order.
     assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
     assert whole.is_dir()
+
+
+def test_an_epoch_has_as_many_steps_however_many_a_device_takes_at_a_time(
+    parts: Path, tmp_path: Path
+) -> None:
+    # 35 captions: a batch of 16 twice, and 3 that fill none.
+    twice = replace(SHORT, steps=None, epochs=2, batch_size=16)
+    run_step(parts, tmp_path / "whole", arguments=twice)
+    run_step(parts, tmp_path / "parts", arguments=replace(twice, device_batch_size=1))
+    ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
+    assert len(ours) == 4
+    # Answers of unequal length weigh by their tokens; float32 sums in another order.
+    assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
+
+
+def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: Path) -> None:
+    def run(answer: str, *, resume: bool) -> int:
+        words = [Conversation(str(n), None, (("Hi", answer),)) for n in range(4)]
+
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, words, tmp_path, SHORT, wording="chat", record={}, resume=resume
+        )
+
+    assert run("yes", resume=False) == 0
+    with pytest.raises(ValueError, match="holds another run: conversations: "):
+        run("no", resume=True)
 
 
 def test_conversations_without_pictures_train_too_but_not_sharded(
@@ -403,7 +499,8 @@ def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path
     assert not (parts / "none").exists()
 
 
-def run_script(name: str, *arguments: object, processes: int = 1) -> None:
+def run_script(name: str, *arguments: object, processes: int = 1) -> str:
+    """Run a step as its users do; returns what it printed."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(RECIPE / name),
@@ -412,6 +509,7 @@ def run_script(name: str, *arguments: object, processes: int = 1) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -419,11 +517,12 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     parts: Path, tmp_path: Path
 ) -> None:
     for name, processes in (("one", 1), ("two", 2)):
-        run_script(
+        printed = run_script(
             "pretrain_projector.py", parts / "tower", parts / "llm", parts / "data",
             tmp_path / name, "--steps", 3, "--batch-size", 4,
             "--chat-template", RECIPE / "vicuna.jinja", processes=processes,
         )  # fmt: skip
+        assert printed.count("Wrote ") == 1
     ours, theirs = (list(read_losses(tmp_path / name).values()) for name in ("one", "two"))
     assert len(ours) == 3
     # The same answers, shared in another way: float32 sums in another order.

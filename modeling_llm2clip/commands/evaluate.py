@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,9 @@ def add_parser(commands: Any) -> None:
         "--table", nargs="?", const="text", choices=("text", "markdown"),
         help="draw the results in --output; without MODEL nothing is computed",
     )  # fmt: skip
-    evaluate.add_argument("--plot", type=Path, metavar="FILE", help="R@1 against length (PNG, SVG)")
+    evaluate.add_argument(
+        "--plot", type=Path, metavar="FILE", help="R@1 against length (PNG, SVG, PDF)"
+    )
     _add_data_flags(evaluate.add_argument_group("data"))
     _add_model_flags(evaluate.add_argument_group("models"))
     evaluate.set_defaults(run=run)
@@ -113,9 +116,10 @@ def run(arguments: argparse.Namespace) -> int:
         _print_lists()
         return 0
     if arguments.plot is not None:
-        from ..evaluation.plots import import_matplotlib
+        from ..evaluation.plots import import_matplotlib, require_plot_file
 
         import_matplotlib()
+        require_plot_file(arguments.plot)
     if arguments.models:
         from ..evaluation.evaluate import evaluate
 
@@ -135,7 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
         plot_lengths([result for result in results if result.task == "length"], arguments.plot)
         print(f"Wrote {arguments.plot}.", file=sys.stderr)
     print()
-    print(render_results(results, style=arguments.table or "text"))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(render_results(results, style=arguments.table or "text", width=width))
     return 0
 
 

@@ -10,6 +10,8 @@ from .labels import list_digests, list_sides, tell_apart
 from .results import Result, find_differences
 from .tasks.clip_tokens import CLIP_TEXT_TOKENS
 
+_ENDINGS = (".png", ".svg", ".pdf")
+
 
 def plot_lengths(results: Sequence[Result], file: Path) -> None:
     """Draw the R@1 of every bucket with its interval, one line a model.
@@ -18,12 +20,13 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
         results: of the task `length`, all on one set.
         file: PNG, SVG or PDF, by its ending.
     Raises: ValueError for other results, results on different data or under different protocols
-        of the task, or when matplotlib is not installed.
+        of the task, another ending, a missing folder, or when matplotlib is not installed.
     """
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")
     _require_one_protocol(results)
     results = tell_apart(results)
+    require_plot_file(file)
     plt = import_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for result in results:
@@ -66,6 +69,14 @@ def _require_one_protocol(results: Sequence[Result]) -> None:
                 f"{results[0].model} and {result.model} were scored in different ways: "
                 f"{'; '.join(differences)}. Evaluate both again in the same way."
             )
+
+
+def require_plot_file(file: Path) -> None:
+    """Raise ValueError for a file that no plot can be written into."""
+    if file.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"{file} ends in none of {_ENDINGS}. Name a picture of one of them.")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file.parent} is no folder. Make it, or name the plot elsewhere.")
 
 
 def import_matplotlib() -> Any:

@@ -16,7 +16,7 @@ from .labels import (
     shorten_digests,
     shorten_fingerprint,
 )
-from .results import Result
+from .results import OWN_PACKAGE, Result
 
 ABSENT = "–"
 
@@ -37,7 +37,15 @@ def list_protocol_tables(results: Sequence[Result]) -> list[Table]:
 def _list_models(results: Sequence[Result]) -> Table:
     heads = ["kind", "prompt", "max tokens", "padding", "letter case", "texts cut", "pictures",
              "activation", "dtype", "trained on", "run on", "fingerprint"]  # fmt: skip
-    rows = _gather_tasks(results, lambda result: [result.model, result.set], _describe_model)
+    is_mixed = len({result.versions.get(OWN_PACKAGE) for result in results}) > 1
+
+    def describe(result: Result) -> list[str]:
+        version = [str(result.versions.get(OWN_PACKAGE))] if is_mixed else []
+        return [*_describe_model(result), *version]
+
+    rows = _gather_tasks(results, lambda result: [result.model, result.set], describe)
+    # Another version may score otherwise; one version of all needs no column.
+    heads += ["scored by version"] if is_mixed else []
     return Table("what the scores hang on", ["model", "set", "tasks", *heads], rows)
 
 

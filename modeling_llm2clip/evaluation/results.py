@@ -29,12 +29,14 @@ FORMAT_VERSION = 2
 _DIGEST = "digest"
 # Where a set or a model lies moves no score: the digests say what it is.
 _MAY_DIFFER = re.compile(r"protocol\.data\.(.*\.)?(source|revision)")
-_OWN = "modeling_llm2clip"
+OWN_PACKAGE = "modeling_llm2clip"
 _PACKAGES = (
-    _OWN, "torch", "torchvision", "transformers", "tokenizers",
+    OWN_PACKAGE, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
 _SHOWN = 8
+_SHOWN_OF_VALUE = 60  # characters
+_SHOWN_BEFORE = 15  # of what two values have in common
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
     _require_no_difference(
         file,
         "run",
-        {"protocol": found.protocol, "versions": {_OWN: found.versions.get(_OWN)}},
-        {"protocol": protocol, "versions": {_OWN: versions[_OWN]}},
+        {"protocol": found.protocol, "versions": {OWN_PACKAGE: found.versions.get(OWN_PACKAGE)}},
+        {"protocol": protocol, "versions": {OWN_PACKAGE: versions[OWN_PACKAGE]}},
     )
     if differences := list(find_differences(found.versions, versions)):
         warnings.warn(
@@ -224,12 +226,23 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
             below = f"{path}.{name}" if path else name
             yield from find_differences(then.get(name), now.get(name), below)
     elif then != now and not _MAY_DIFFER.fullmatch(path):
-        yield f"{path} was {_shorten(then)} and is {_shorten(now)}"
+        was, now_is = _shorten(repr(then), repr(now))
+        yield f"{path} was {was} and is {now_is}"
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _shorten(*texts: str) -> list[str]:
+    """Cut long texts so that the first place where they differ is seen."""
+    differ = (i for i, signs in enumerate(zip(*texts, strict=False)) if len(set(signs)) > 1)
+    same = next(differ, min(map(len, texts)))
+    start = same - _SHOWN_BEFORE if same > _SHOWN_OF_VALUE // 2 else 0
+    if max(map(len, texts)) <= _SHOWN_OF_VALUE:
+        return list(texts)
+    return [
+        "…" * (start > 0)
+        + text[start : start + _SHOWN_OF_VALUE]
+        + "…" * (len(text) > start + _SHOWN_OF_VALUE)
+        for text in texts
+    ]
 
 
 def _hash_picture(picture: Picture) -> str:

@@ -7,63 +7,71 @@ columns, and their headings say in what they differ. A row is one model, told by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from .labels import find_question, tell_apart
-from .protocol_tables import ABSENT, list_protocol_tables
+from .protocol_tables import ABSENT, Table, list_protocol_tables
 from .results import Result
 from .tasks.registry import find_task
 
 STYLES = ("text", "markdown")
+_GAP = "  "
+_LEAST_CELL = 20  # characters; a cell is wrapped at a third of the width, not below
 
 
-def render_results(results: Sequence[Result], *, style: str = "text") -> str:
+def render_results(
+    results: Sequence[Result], *, style: str = "text", width: int | None = None
+) -> str:
     """Draw a table a question, tables of languages and lengths, and what the scores hang on.
 
     Args:
         results: of any models, sets and tasks.
         style: `"text"` for a terminal, `"markdown"` for a document.
+        width: characters that a line of text may have; None for any number. A table that is wider
+            has its rows as columns, or its long cells wrapped, or both and blocks of columns.
     Raises: ValueError when two differ that ask one question of one model on the same data.
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} is none of {STYLES}.")
     results = tell_apart(results)
-    parts = []
+    tables = [*_list_scores(results), *list_protocol_tables(results)]
+    if style == "markdown":
+        return "\n".join(map(_draw_markdown, tables))
+    return "\n".join(_draw_text(table, width) for table in tables)
+
+
+def _list_scores(results: Sequence[Result]) -> Iterator[Table]:
     for question in dict.fromkeys(map(find_question, results)):
         asked = [result for result in results if find_question(result) == question]
-        task, title = question
-        parts.append(_title(title, style) + _draw_task(task, asked, style))
+        yield _compare(*question, asked)
         for name in dict.fromkeys(result.set for result in asked):
             chosen = [result for result in asked if result.set == name]
             if "languages" in chosen[0].scores:
-                title = f"{name}, text to picture R@1 by language"
-                parts.append(_title(title, style) + _draw_languages(chosen, style))
+                yield _compare_languages(name, chosen)
             if "buckets" in chosen[0].scores:
-                title = f"{name}, R@1 by length in CLIP's tokens"
-                parts.append(_title(title, style) + _draw_lengths(chosen, style))
-    for table in list_protocol_tables(results):
-        parts.append(_title(table.title, style) + _draw(table.heads, table.rows, style))
-    return "\n".join(parts)
+                yield _compare_lengths(name, chosen)
 
 
-def _draw_task(task: str, results: Sequence[Result], style: str) -> str:
+def _compare(task: str, title: str, results: Sequence[Result]) -> Table:
     sets = dict.fromkeys(result.set for result in results)
     columns = [
-        (name, title, path)
+        (f"{name}: {score}", name, path)
         for name in sets
-        for title, path in find_task(task).headline.items()
+        for score, path in find_task(task).headline.items()
         if any(_find(r.scores, path) is not None for r in results if r.set == name)
     ]
     rows = []
     for model in dict.fromkeys(result.model for result in results):
         of_model = {result.set: result.scores for result in results if result.model == model}
-        cells = [_percent(_find(of_model.get(name, {}), path)) for name, _, path in columns]
+        cells = [_percent(_find(of_model.get(name, {}), path)) for _, name, path in columns]
         rows.append([model, *cells])
-    return _draw(["model", *(f"{name}: {title}" for name, title, _ in columns)], rows, style)
+    return Table(title, ["model", *(head for head, _, _ in columns)], rows)
 
 
-def _draw_languages(results: Sequence[Result], style: str) -> str:
+def _compare_languages(name: str, results: Sequence[Result]) -> Table:
     languages = dict.fromkeys(lang for r in results for lang in r.scores["languages"])
     path = ("text_to_image", "hit_rate_at_1")
     rows = [
@@ -72,7 +80,8 @@ def _draw_languages(results: Sequence[Result], style: str) -> str:
         for lang in languages
     ]  # fmt: skip
     rows.append(["mean", *(_percent(_find(r.scores["mean"], path)) for r in results), ABSENT])
-    return _draw(["language", *(result.model for result in results), "chance"], rows, style)
+    heads = ["language", *(result.model for result in results), "chance"]
+    return Table(f"{name}, text to picture R@1 by language", heads, rows)
 
 
 def _chance_of(results: Sequence[Result], lang: str) -> float | None:
@@ -81,7 +90,7 @@ def _chance_of(results: Sequence[Result], lang: str) -> float | None:
     return next((value for value in found if value is not None), None)
 
 
-def _draw_lengths(results: Sequence[Result], style: str) -> str:
+def _compare_lengths(name: str, results: Sequence[Result]) -> Table:
     bounds = {
         (bucket["from_clip_tokens"], bucket["to_clip_tokens"])
         for result in results
@@ -100,7 +109,7 @@ def _draw_lengths(results: Sequence[Result], style: str) -> str:
             ]
         )
     heads = ["tokens", "texts", "beyond 77", *(result.model for result in results)]
-    return _draw(heads, rows, style)
+    return Table(f"{name}, R@1 by length in CLIP's tokens", heads, rows)
 
 
 def _find_bucket(result: Result, low: int) -> Mapping[str, Any]:
@@ -120,22 +129,63 @@ def _percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-def _title(text: str, style: str) -> str:
-    heading = text[0].upper() + text[1:]
-    return f"**{heading}**\n\n" if style == "markdown" else f"{heading}\n\n"
+def _capitalize(title: str) -> str:
+    return title[0].upper() + title[1:]
 
 
-def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
-    if style == "markdown":
-        lines: list[Sequence[str]] = [heads, ["---"] * len(heads), *rows]
-        escaped = [
-            [cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines
-        ]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [heads, ["-" * width for width in widths], *rows]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        + "\n"
-        for cells in lines
-    )
+def _draw_markdown(table: Table) -> str:
+    lines: list[Sequence[str]] = [table.heads, ["---"] * len(table.heads), *table.rows]
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines]
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
+    return f"**{_capitalize(table.title)}**\n\n{rows}"
+
+
+def _draw_text(table: Table, width: int | None) -> str:
+    title = _capitalize(table.title)
+    lines: list[Sequence[str]] = [table.heads, *table.rows]
+    if width is None:
+        return f"{title}\n\n{_align(lines)}"
+    cell_width = max(_LEAST_CELL, width // 3)
+    wrapped = [[textwrap.fill(cell, cell_width) for cell in line] for line in lines]
+    shapes = (lines, _turn(lines), wrapped, _turn(wrapped))
+    shape = next((shape for shape in shapes if _measure(shape) <= width), shapes[-1])
+    blocks = "\n".join(map(_align, _cut(shape, width)))
+    return f"{textwrap.fill(title, width)}\n\n{blocks}"
+
+
+def _turn(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    return list(zip(*lines, strict=True))
+
+
+def _find_widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [
+        max(len(part) for cell in column for part in cell.split("\n"))
+        for column in zip(*lines, strict=True)
+    ]
+
+
+def _measure(lines: Sequence[Sequence[str]]) -> int:
+    return len(_GAP.join(" " * width for width in _find_widths(lines)))
+
+
+def _cut(lines: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
+    """Blocks of as many columns as fit, each with the first column before them."""
+    widths = _find_widths(lines)
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        taken = sum(len(_GAP) + widths[other] for other in [*blocks[-1], column])
+        if blocks[-1] and widths[0] + taken > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return [[[line[0], *(line[column] for column in block)] for line in lines] for block in blocks]
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    """The first line, a rule, and the others; a cell may have several lines of its own."""
+    widths = _find_widths(lines)
+    drawn = []
+    for cells in [lines[0], ["-" * width for width in widths], *lines[1:]]:
+        for parts in zip_longest(*(cell.split("\n") for cell in cells), fillvalue=""):
+            padded = (part.ljust(width) for part, width in zip(parts, widths, strict=True))
+            drawn.append(_GAP.join(padded).rstrip())
+    return "\n".join(drawn) + "\n"

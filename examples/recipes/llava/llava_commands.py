@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from llava_conversations import Conversation
 from llava_trainer import LlavaArguments, train_llava
 from transformers import LlavaProcessor
@@ -70,6 +71,8 @@ def train_and_tell(
         settings: the others of `train_llava`.
     """
     exit_code = train_llava(load_model, conversations, output, arguments, **settings)
+    if not PartialState().is_main_process:  # which alone writes
+        return exit_code
     if exit_code:
         print(f"Stopped; continue with --resume. The last checkpoint is in {output}.")
     else:

@@ -12,10 +12,11 @@ cannot be fetched any more), so that what is faulty can be left out, counted by 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,30 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-def conversations_of_captions(records: Iterable[CaptionedImage]) -> list[Conversation]:
-    """Make one conversation of each caption, short or long."""
+def conversations_of_captions(
+    records: Sequence[CaptionedImage], *, lang: str = "en"
+) -> list[Conversation]:
+    """Make one conversation of each caption in a language, short or long.
+
+    Raises: ValueError when no record is in that language.
+    """
+    chosen = [record for record in records if record.lang == lang]
+    if not chosen:
+        known = sorted({record.lang for record in records})
+        raise ValueError(f"No caption is in the language {lang!r}; there are {known}. Set --lang.")
     return [
         Conversation(record.name, record.picture, ((PLACEHOLDER, caption),))
-        for record in records
+        for record in chosen
         for caption in (*record.captions, *record.long_captions)
     ]
+
+
+def hash_conversations(conversations: Sequence[Conversation]) -> str:
+    """SHA-256 of names and turns, in their order; says whether a run goes on with the same data."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(f"{json.dumps([conversation.name, conversation.turns])}\n".encode())
+    return digest.hexdigest()
 
 
 def read_conversations(
@@ -79,8 +97,9 @@ def read_conversations(
         _note(found, f"{file.name} number {number}", faults, counts)
     if check_pictures:
         broken = _find_broken(conversations)
-        for place in broken.values():
-            _note(["picture unreadable"], place, faults, counts)
+        for conversation in conversations:
+            if conversation.picture in broken:  # which several may be about
+                _note(["picture unreadable"], broken[conversation.picture], faults, counts)
         conversations = [c for c in conversations if c.picture not in broken]
     if not leave_out_faulty:
         faults.raise_if_any(str(file))

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from llava_batches import ConversationDataset, PadOnTheRight
-from llava_conversations import Conversation
+from llava_conversations import Conversation, hash_conversations
 from llava_model import find_tokens_of
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
-from modeling_llm2clip.hub.new_folder import require_new_folder
+from modeling_llm2clip.hub.new_folder import clear_leftovers, require_new_folder, writing_folder
 from modeling_llm2clip.training.callbacks import (
     JsonLinesCallback,
     ShareSignal,
@@ -42,7 +43,7 @@ from modeling_llm2clip.training.run_record import (
 )
 from modeling_llm2clip.training.settings import list_faults
 from modeling_llm2clip.training.stopping import stop_on_signals
-from modeling_llm2clip.training.trainer_bases import TrainedCheckpoints
+from modeling_llm2clip.training.trainer_bases import FiniteGradients, TrainedCheckpoints
 
 _WARM_UP_SHARE = 0.03  # as the decay, arXiv:2310.03744, appendix
 _CHECKPOINTING: dict[str, Any] = {
@@ -98,8 +99,11 @@ class LlavaArguments:
             raise ValueError("; ".join(faults) + ".")
 
 
-class LlavaTrainer(TrainedCheckpoints, Trainer):
-    """transformers' Trainer; stops at a non-finite loss, and checkpoints only what is trained."""
+class LlavaTrainer(FiniteGradients, TrainedCheckpoints, Trainer):
+    """transformers' Trainer; stops at a loss or gradient that is not finite.
+
+    Its checkpoints hold only what is trained.
+    """
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **settings: Any
@@ -116,6 +120,23 @@ class LlavaTrainer(TrainedCheckpoints, Trainer):
                 f"rate ({self.args.learning_rate})."
             )
         return computed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Every conversation of an epoch in a new order, without those that fill no batch.
+
+        Else an epoch has one step more, a small one, where a device takes its share in parts.
+        """
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        share = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        batch_size = share * self.args.world_size
+        return RandomSampler(dataset, num_samples=len(dataset) // batch_size * batch_size)
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        """Make no step more where all are made, as in a run resumed from its last checkpoint."""
+        if self.state.global_step >= self.args.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **settings)
 
 
 def train_llava(
@@ -139,10 +160,16 @@ def train_llava(
     Raises:
         ValueError: before the first step: an output folder of another run, a batch that cannot be
             shared, data of which no answer is left, text-only conversations under FSDP.
-        FloatingPointError: at a non-finite loss.
+        FloatingPointError: at a loss, gradient or trained weight that is not finite.
+        FileExistsError: the run has written its model already.
     """
-    record = {**asdict(arguments), **record, "num_conversations": len(conversations)}
+    record = {
+        **asdict(arguments), **record,
+        "num_conversations": len(conversations),
+        "conversations": hash_conversations(conversations),
+    }  # fmt: skip
     require_fresh_or_same_run(output, record, resume=resume)
+    clear_leftovers(output / "model")
     require_new_folder(output / "model")
     settings = make_training_arguments(output, arguments, conversations)
     PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
@@ -258,5 +285,6 @@ def _write_model(trainer: LlavaTrainer, processor: LlavaProcessor, folder: Path)
     model: Any = trainer.model
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.save_pretrained(folder, state_dict=state)
-    processor.save_pretrained(folder)
+    with writing_folder(folder) as unfinished:
+        model.save_pretrained(unfinished, state_dict=state)
+        processor.save_pretrained(unfinished)

@@ -30,7 +30,7 @@ def main() -> int:
     records = read_captioned(
         parsed.data, images=parsed.images, check_pictures=parsed.check_pictures, show_progress=True
     )
-    records = [record for record in records if record.lang == parsed.lang]
+    conversations = conversations_of_captions(records, lang=parsed.lang)
     template = parsed.chat_template and parsed.chat_template.read_text(encoding="utf-8")
 
     def load_model() -> tuple[Any, LlavaProcessor]:
@@ -41,7 +41,7 @@ def main() -> int:
         return model, processor
 
     return train_and_tell(
-        load_model, conversations_of_captions(records), parsed.output, arguments,
+        load_model, conversations, parsed.output, arguments,
         wording="plain",
         record={
             "step": "projector", "tower": parsed.tower, "llm": parsed.llm, "data": parsed.data,
