@@ -236,6 +236,15 @@ def test_a_list_of_sharegpt4v_that_is_cut_off_is_told(tmp_path: Path) -> None:
         read_set("sharegpt4v-1k", write_sharegpt4v(tmp_path, records=3))
 
 
+def test_a_sign_between_class_and_name_is_no_part_of_the_name(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    mapping = folder / "LOC_synset_mapping.txt"
+    lines = mapping.read_text(encoding="utf-8").splitlines()
+    mapping.write_text("\n".join(line.replace(" ", " : ", 1) for line in lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"name that begins with a sign.*mapping\.txt line 1: n0"):
+        read_set(tiny_card("imagenet", pictures=2 * len(lines), classes=len(lines)), folder)
+
+
 def test_class_names_that_repeat_are_told_or_their_classes_left_out(tmp_path: Path) -> None:
     folder = write_imagenet(tmp_path / "imagenet")
     (folder / "LOC_synset_mapping.txt").write_text(

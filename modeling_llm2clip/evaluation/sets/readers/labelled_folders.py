@@ -95,6 +95,8 @@ def _read_names(file: Path, intake: Intake) -> dict[str, str]:
         key, *rest = line.split(maxsplit=1)[:2] if line.strip() else [""]
         if not rest:
             intake.faults.add("line without a class and its name", f"{file.name} line {number}")
+        elif rest[0].startswith((":", "=", ",")):  # copies go round as `<class> : <name>`
+            intake.faults.add("name that begins with a sign", f"{file.name} line {number}: {line}")
         elif key in names:
             intake.faults.add("class named twice", f"{file.name} line {number}: {key}")
         else:
