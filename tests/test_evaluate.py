@@ -81,7 +81,8 @@ def test_a_result_says_everything_that_its_score_hangs_on(
     assert found["counts"] == {"pictures": 8, "texts": 16, "texts_cut": 0}
     assert found["run"]["batch_size"] == 16 and found["run"]["device"] == "cpu"
     assert len(found["fingerprint"]["weights"]) == 64
-    assert found["versions"]["torch"] == torch.__version__
+    # Some builds name their CUDA version in one place and not in the other.
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["seconds"] >= 0
     ours = read_result(tmp_path / "llm2clip" / "folder.retrieval.json")
     assert "<|start_header_id|>" in ours.protocol["model"]["text"]["prompt"]["before"]
