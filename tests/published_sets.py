@@ -13,12 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
+from modeling_llm2clip.data.faults import DataFaults
 from modeling_llm2clip.evaluation.sets.card import SetCard
-from modeling_llm2clip.evaluation.sets.registry import find_set
+from modeling_llm2clip.evaluation.sets.registry import find_set, read_set
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+
+
+def faults_of(card: SetCard | str, folder: Path, **options: Any) -> dict[str, int]:
+    """Read a set that has faults; returns how many of each kind."""
+    with pytest.raises(DataFaults) as error:
+        read_set(card, folder, **options)
+    return error.value.counts
 
 
 def tiny_card(name: str, **counts: int) -> SetCard:
