@@ -27,7 +27,6 @@ DOCUMENTS = (
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-_COUNTED_OF_SETS = ("pictures", "classes", "captions", "items")
 _SCORES = (
     "unseen_text_to_image_r1",
     "unseen_text_to_image_r10",
@@ -355,12 +354,7 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
 
 
 def _render_sets_read(rows: Sequence[dict[str, Any]]) -> str:
-    published = [row for row in rows if row["set"] != "folder"]
     heads = ("files", "set", "languages", "read, all languages together", "checksums")
-    counts = [
-        {what: row["summed_over_languages"].get(what) for what in _COUNTED_OF_SETS}
-        for row in published
-    ]
     return _draw(
         heads,
         [
@@ -368,10 +362,15 @@ def _render_sets_read(rows: Sequence[dict[str, Any]]) -> str:
                 row["title"],
                 f"`{row['set']}`",
                 str(row["languages"]),
-                ", ".join(f"{number:,} {what}" for what, number in counted.items() if number),
+                ", ".join(
+                    f"{number:,} {what}"
+                    for what, number in row["summed_over_languages"].items()
+                    if number and what != "captions_of_several_pictures"
+                ),
                 " and ".join(sorted(set(row["checksums"].values()))) or "none known",
             ]
-            for row, counted in zip(published, counts, strict=True)
+            for row in rows
+            if row["set"] != "folder"
         ],
     )
 

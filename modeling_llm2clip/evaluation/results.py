@@ -232,11 +232,11 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
 
 def _shorten(*texts: str) -> list[str]:
     """Cut long texts so that the first place where they differ is seen."""
+    if max(map(len, texts)) <= _SHOWN_OF_VALUE:
+        return list(texts)
     differ = (i for i, signs in enumerate(zip(*texts, strict=False)) if len(set(signs)) > 1)
     same = next(differ, min(map(len, texts)))
     start = same - _SHOWN_BEFORE if same > _SHOWN_OF_VALUE // 2 else 0
-    if max(map(len, texts)) <= _SHOWN_OF_VALUE:
-        return list(texts)
     return [
         "…" * (start > 0)
         + text[start : start + _SHOWN_OF_VALUE]

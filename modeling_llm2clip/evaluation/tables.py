@@ -148,7 +148,7 @@ def _draw_text(table: Table, width: int | None) -> str:
     cell_width = max(_LEAST_CELL, width // 3)
     wrapped = [[textwrap.fill(cell, cell_width) for cell in line] for line in lines]
     shapes = (lines, _turn(lines), wrapped, _turn(wrapped))
-    shape = next((shape for shape in shapes if _measure(shape) <= width), shapes[-1])
+    shape = next((shape for shape in shapes if _add_up(_find_widths(shape)) <= width), shapes[-1])
     blocks = "\n".join(map(_align, _cut(shape, width)))
     return f"{textwrap.fill(title, width)}\n\n{blocks}"
 
@@ -164,8 +164,9 @@ def _find_widths(lines: Sequence[Sequence[str]]) -> list[int]:
     ]
 
 
-def _measure(lines: Sequence[Sequence[str]]) -> int:
-    return len(_GAP.join(" " * width for width in _find_widths(lines)))
+def _add_up(widths: Sequence[int]) -> int:
+    """Characters of a line that has columns of these widths."""
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 def _cut(lines: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
@@ -173,8 +174,8 @@ def _cut(lines: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
     widths = _find_widths(lines)
     blocks: list[list[int]] = [[]]
     for column in range(1, len(widths)):
-        taken = sum(len(_GAP) + widths[other] for other in [*blocks[-1], column])
-        if blocks[-1] and widths[0] + taken > width:
+        wanted = [widths[other] for other in (0, *blocks[-1], column)]
+        if blocks[-1] and _add_up(wanted) > width:
             blocks.append([])
         blocks[-1].append(column)
     return [[[line[0], *(line[column] for column in block)] for line in lines] for block in blocks]
