@@ -7,6 +7,8 @@ the model itself before the first use.
 
 from __future__ import annotations
 
+import itertools
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 _NAME = "llm2clip_packed"
+_NEEDS_MORE = "needs more than packed attention computes."
+# The package and its copy on the Hub may both be loaded: each has an operator of its own.
+_OPERATOR = re.sub(r"\W", "_", __name__) + "::attend"
 # Two ways to the same numbers, which differ by the order of sums; a mask forgotten differs by more
 # than a tenth.
 _MOST_DIFFERENCE = 1e-3
@@ -30,9 +35,15 @@ _switch = threading.RLock()
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """How the texts lie in the row: groups of (number of texts, tokens of each), in order."""
+    """How the texts lie in the row.
 
-    groups: tuple[tuple[int, int], ...]
+    Attributes:
+        cu_seqlens: where each text begins, and where the last one ends, (N + 1,) int64 on the
+            CPU. A tensor, so that a compiled layer takes other lengths without being compiled anew.
+        is_causal: whether a token sees only those before it.
+    """
+
+    cu_seqlens: Tensor
     is_causal: bool
 
 
@@ -65,12 +76,13 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     lengths = [len(text) for text in texts]
     is_causal = getattr(text_model.config, "is_causal", True)  # as transformers' masks read it
     position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     with _packed_attention(text_model):
         output = text_model(
             input_ids=torch.cat(list(texts)).unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
-            packed_texts=PackedTexts(_group(lengths), is_causal),
+            packed_texts=PackedTexts(cu_seqlens, is_causal),
         )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -104,8 +116,6 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     return bool(difference < _MOST_DIFFERENCE)
 
 
-# A compiled layer would be compiled anew for every other set of lengths.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_packed(
     module: nn.Module,
     query: Tensor,
@@ -125,19 +135,38 @@ def attend_packed(
     Returns: (1, T, heads, d) and no weights, as transformers' attention interface wants it.
     Raises: ValueError for what it does not compute: soft caps, sinks, windows, a mask.
     """
-    longest = max((length for _, length in packed_texts.groups), default=0) if packed_texts else 0
-    windowed = sliding_window is not None and longest > sliding_window
-    if (
-        packed_texts is None
-        or attention_mask is not None
-        or windowed
-        or softcap
-        or s_aux is not None
-    ):
-        raise ValueError(f"{type(module).__name__} needs more than packed attention computes.")
-    mixed = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # (T, heads, d)
+    if packed_texts is None or attention_mask is not None or softcap or s_aux is not None:
+        raise ValueError(f"{type(module).__name__} {_NEEDS_MORE}")
+    # Autocast leaves queries and keys in float32 behind their rotation by position.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    cu_seqlens, is_causal = packed_texts.cu_seqlens, packed_texts.is_causal
+    # The operator knows no gradients, and costs a single short caption some time uncompiled.
+    in_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    attend = _attend_in_graph if in_graph else _attend
+    mixed: Tensor = attend(
+        query, key, value, cu_seqlens, is_causal, scaling, dropout, sliding_window
+    )
+    return mixed.unsqueeze(0), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be traced for these lengths
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    is_causal: bool,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Mix the values of each text: (1, heads, T, d) to (T, heads, d)."""
+    mixed = _empty_mixed(query, value)
     start = 0
-    for count, length in packed_texts.groups:
+    for length, equal in itertools.groupby(cu_seqlens.diff().tolist()):
+        if sliding_window is not None and length > sliding_window:
+            raise ValueError(f"A window of {sliding_window} tokens {_NEEDS_MORE}")
+        count = len(list(equal))
         stop = start + count * length
         q, k, v = (_split(t[0, :, start:stop], count, length) for t in (query, key, value))
         attended = F.scaled_dot_product_attention(
@@ -146,12 +175,27 @@ def attend_packed(
             v,
             scale=scaling,
             dropout_p=dropout,
-            is_causal=packed_texts.is_causal,
+            is_causal=is_causal,
             enable_gqa=key.shape[1] != query.shape[1],
         )  # (count, heads, length, d)
         mixed[start:stop] = attended.transpose(1, 2).flatten(0, 1)
         start = stop
-    return mixed.unsqueeze(0), None
+    return mixed
+
+
+# An operator, so that a layer compiles into one graph whatever the lengths are.
+_attend_in_graph = torch.library.custom_op(
+    _OPERATOR,
+    _attend,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, bool is_causal, "
+    "float? scaling, float dropout, int? sliding_window) -> Tensor",
+)
+_attend_in_graph.register_fake(lambda query, _, value, *__: _empty_mixed(query, value))
+
+
+def _empty_mixed(query: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty(query.shape[2], query.shape[1], value.shape[3])
 
 
 @cache
@@ -168,16 +212,6 @@ def keep_freed_memory() -> None:
 def _split(heads: Tensor, count: int, length: int) -> Tensor:
     """(heads, count * length, d) to (count, heads, length, d)."""
     return heads.view(heads.shape[0], count, length, -1).transpose(0, 1)
-
-
-def _group(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    groups: list[tuple[int, int]] = []
-    for length in lengths:
-        if groups and groups[-1][1] == length:
-            groups[-1] = (groups[-1][0] + 1, length)
-        else:
-            groups.append((1, length))
-    return tuple(groups)
 
 
 @contextmanager

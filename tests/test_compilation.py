@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from shared_models import ROUNDING, shared_model
-from tiny import LLM_FAMILIES
+from tiny import LLM_FAMILIES, tiny_model
 from torch._dynamo.utils import counters
 
 from modeling_llm2clip.encoding.captions import encode_captions
@@ -20,6 +20,7 @@ _CAPTIONS = ["a dog " * count for count in (1, 2, 2, 3, 5, 8)]
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     torch.compiler.reset()
+    counters.clear()
 
 
 @pytest.mark.parametrize(
@@ -41,9 +42,32 @@ def test_other_lengths_compile_nothing_anew() -> None:
         encode_captions(model, processor, _CAPTIONS[:4])
         before = counters["stats"]["unique_graphs"]
         assert before > 0
-        for some in (_CAPTIONS[1:], _CAPTIONS[4:], [c + "and a cat" for c in _CAPTIONS]):
+        for some in (_CAPTIONS[1:], _CAPTIONS[4:5], [c + "and a cat" for c in _CAPTIONS]):
             encode_captions(model, processor, some)
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_layer_is_one_graph() -> None:
+    model, processor = shared_model()
+    with compiled_layers(model, backend="aot_eager"):
+        encode_captions(model, processor, _CAPTIONS)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:
+    model, processor = tiny_model()
+    model.packs_in_training = True
+    inputs = processor(text=_CAPTIONS)
+    weights = [p for p in model.text_model.parameters() if p.requires_grad]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(model.get_caption_embeds(**inputs).square().sum(), weights)
+
+    wanted = gradients()
+    with compiled_layers(model, backend="aot_eager"):
+        found = gradients()
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_a_graph_of_the_whole_checks_no_ids_but_compiled_layers_do() -> None:

@@ -13,6 +13,7 @@ from tiny import tiny_llm, tiny_model
 from modeling_llm2clip.modeling_llm2clip import set_attention_direction
 from modeling_llm2clip.packing_llm2clip import (
     PackedTexts,
+    _attend_in_graph,
     attend_packed,
     can_pack,
     plan_packs,
@@ -109,9 +110,18 @@ def test_the_attention_implementation_is_what_it_was_after_a_pack_and_after_an_e
 )
 def test_attention_that_needs_more_than_dot_products_is_refused(extra):
     heads = torch.ones(1, 2, 4, 8)
-    groups = {"packed_texts": PackedTexts(((1, 4),), is_causal=False)} if extra else {}
+    groups = {"packed_texts": PackedTexts(torch.tensor([0, 4]), is_causal=False)} if extra else {}
     with pytest.raises(ValueError, match="more than packed attention computes"):
         attend_packed(torch.nn.Identity(), heads, heads, heads, None, **groups, **extra)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_operator_tells_a_compiler_the_truth_about_itself(is_causal):
+    query, keys = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
+    cu_seqlens = torch.tensor([0, 4, 8, 9])
+    torch.library.opcheck(
+        _attend_in_graph, (query, keys, keys, cu_seqlens, is_causal, None, 0.0, None)
+    )
 
 
 def test_a_text_has_the_same_vector_alone_and_among_others():
