@@ -143,10 +143,10 @@ def _take_turns(
 
 
 def _measure_peak() -> float:
-    """Median GFLOP/s of a square fp32 product that fits no cache."""
+    """Median GFLOP/s of a square fp32 product, over seconds: the first ones may run in a burst."""
     matrix, product = torch.randn(2048, 2048), torch.empty(2048, 2048)
     speeds = []
-    for _ in range(7):
+    for _ in range(40):
         started = time.perf_counter()
         torch.mm(matrix, matrix, out=product)
         speeds.append(2 * 2048**3 / (time.perf_counter() - started) / 1e9)

@@ -6,6 +6,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
 
 def read_commit() -> str:
     """Short name of the commit that is checked out."""
@@ -14,8 +16,16 @@ def read_commit() -> str:
 
 
 def describe_processor() -> str:
-    """Name of the processor, as Linux or else Python tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+    """Name of the processor, as Linux or else Python tells it, and its units for products.
+
+    The name alone does not tell two processors apart of which one has units for bfloat16.
+    """
+    lines = dict(_split_line(line) for line in Path("/proc/cpuinfo").read_text().splitlines())
+    name = lines.get("model name") or platform.processor() or "unknown"
+    units = [unit for unit in _UNITS if unit in lines.get("flags", "").split()]
+    return f"{name} ({', '.join(units)})" if units else name
+
+
+def _split_line(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
