@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from .batching_llm2clip import plan_token_batches
 from .configuration_llm2clip import LLM2CLIPConfig
-from .packing_llm2clip import can_pack, keep_freed_memory, plain_attention, plan_packs, run_packed
+from .packing_llm2clip import (
+    can_pack,
+    hold_passes,
+    is_traced,
+    keep_freed_memory,
+    plan_packs,
+    run_packed,
+)
 from .pooling_llm2clip import build_pooling_mask, build_position_ids, check_token_rows, pool_tokens
 from .vision_llm2clip import choose_interpolation, find_width, has_class_token, pool_pictures
 
@@ -271,7 +278,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         config = self.config
         num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             check_token_rows(
                 input_ids,
                 attention_mask,
@@ -281,9 +288,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 vocabulary_size=config.text_config.vocab_size,
                 num_unpooled=num_unpooled,
             )
-        is_plain = torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and not self._packs_with_gradients()
-        )
+        is_plain = is_traced() or (torch.is_grad_enabled() and not self._packs_with_gradients())
         if input_ids.device.type != "cpu" or is_plain:
             return self._pool_batch(input_ids, attention_mask, num_unpooled)
         return self._pool_on_processor(input_ids, attention_mask, num_unpooled)
@@ -310,6 +315,10 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         caption_embeds = self.get_caption_embeds(input_ids, attention_mask, prompt_length)
         return BaseModelOutputWithPooling(pooler_output=self.project_caption_embeds(caption_embeds))
 
+    def hold_text_passes(self) -> AbstractContextManager[None]:
+        """Let other threads' passes through the LLM wait, while its layers are not as they were."""
+        return hold_passes()
+
     def _count_instruction(self, prompt_length: int | None) -> int:
         """Tokens of the instruction itself, from the length of the enclosed instruction."""
         if not prompt_length:
@@ -328,7 +337,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
     def _pool_batch(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: int) -> Tensor:
         position_ids = build_position_ids(attention_mask)
         inputs = {"position_ids": position_ids} if self._takes_position_ids else {}
-        with nullcontext() if torch.compiler.is_compiling() else plain_attention():
+        with nullcontext() if is_traced() else hold_passes():
             hidden_states = self.text_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
             ).last_hidden_state  # (B, L, D)

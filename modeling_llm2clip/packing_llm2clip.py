@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-_NAME = "llm2clip_packed"
+# The package and its copy on the Hub may both be loaded: each has names of its own.
+_MODULE = re.sub(r"\W", "_", __name__)
+_NAME = f"{_MODULE}_packed"
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
 _NEEDS_MORE = "needs more than packed attention computes."
-# The package and its copy on the Hub may both be loaded: each has an operator of its own.
-_OPERATOR = re.sub(r"\W", "_", __name__) + "::attend"
 # Two ways to the same numbers, which differ by the order of sums; a mask forgotten differs by more
 # than a tenth.
 _MOST_DIFFERENCE = 1e-3
@@ -101,7 +102,7 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     was_training = text_model.training
     text_model.eval()  # dropout would make any two passes differ
     try:
-        with torch.autocast(device.type, enabled=False), plain_attention():
+        with torch.autocast(device.type, enabled=False), hold_passes():
             packed = run_packed(text_model, texts)
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
@@ -141,7 +142,7 @@ def attend_packed(
     query, key = query.to(value.dtype), key.to(value.dtype)
     cu_seqlens, is_causal = packed_texts.cu_seqlens, packed_texts.is_causal
     # The operator knows no gradients, and costs a single short caption some time uncompiled.
-    in_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    in_graph = is_traced() and not torch.is_grad_enabled()
     attend = _attend_in_graph if in_graph else _attend
     mixed: Tensor = attend(
         query, key, value, cu_seqlens, is_causal, scaling, dropout, sliding_window
@@ -185,7 +186,7 @@ def _attend(
 
 # An operator, so that a layer compiles into one graph whatever the lengths are.
 _attend_in_graph = torch.library.custom_op(
-    _OPERATOR,
+    f"{_MODULE}::attend",
     _attend,
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, bool is_causal, "
@@ -214,9 +215,17 @@ def _split(heads: Tensor, count: int, length: int) -> Tensor:
     return heads.view(heads.shape[0], count, length, -1).transpose(0, 1)
 
 
+def is_traced() -> bool:
+    """Whether a compiler or an export runs this very call.
+
+    `torch.compiler.is_compiling` also says so to other threads of a process that compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or _is_exporting()
+
+
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Keep the packed passes of other threads off the LLM for one plain pass."""
+def hold_passes() -> Iterator[None]:
+    """Let the passes of other threads wait, packed and plain ones, while the LLM is set for one."""
     with _switch:
         yield
 

@@ -10,7 +10,7 @@ import torch
 from tiny import LLM_FAMILIES, VISION_FAMILIES, tiny_model, tiny_pictures
 from torch import Tensor
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 PAIRS = [(vision, "llama") for vision in VISION_FAMILIES] + [
     ("clip", llm) for llm in LLM_FAMILIES if llm != "llama"
@@ -44,6 +44,12 @@ every_llm = pytest.mark.parametrize("llm", LLM_FAMILIES)
 def shared_model(vision: str = "clip", llm: str = "llama") -> tuple[Any, Any]:
     """A model and its processor that no test may change."""
     return tiny_model(vision, llm)
+
+
+def fresh_processor() -> LLM2CLIPProcessor:
+    """The processor of the shared model, whose counts a test may change."""
+    shared = shared_model()[1]
+    return LLM2CLIPProcessor(shared.image_processor, shared.tokenizer, shared.max_text_length)
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -53,6 +55,37 @@ def test_a_layer_is_one_graph() -> None:
         encode_captions(model, processor, _CAPTIONS)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_a_lower_precision_is_compiled_once() -> None:
+    model, processor = shared_model()
+    precision = LowerPrecision(torch.bfloat16)
+    with compiled_layers(model, backend="aot_eager"):
+        for chosen in (precision, None, precision):
+            encode_captions(model, processor, _CAPTIONS, precision=chosen)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
+    model, processor = shared_model()
+    wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    compiles, goes_on = Event(), Event()
+
+    def compile_slowly(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        compiles.set()
+        assert goes_on.wait(60)
+        return graph
+
+    with compiled_layers(model, backend=compile_slowly), ThreadPoolExecutor(2) as pool:
+        first = pool.submit(encode_captions, model, processor, _CAPTIONS)
+        assert compiles.wait(60)
+        with pytest.raises(ValueError, match="prompt"):
+            model.get_caption_embeds(torch.arange(20, 50)[None])
+        second = pool.submit(encode_captions, model, processor, _CAPTIONS)
+        goes_on.set()
+        for one in (first, second):
+            found = one.result().caption_embeds
+            torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:

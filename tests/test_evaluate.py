@@ -1,25 +1,22 @@
-"""The whole evaluation: several models on several sets, resumed, refused, drawn."""
+"""The whole evaluation: several models on several sets, resumed and refused."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-import torch
 from evaluating import TASKS, arguments, read_table, write_data
 from PIL import Image
-from tiny_encoders import save_named_vectors, save_tiny_encoder, save_tiny_pictures
+from tiny_encoders import save_named_vectors, save_tiny_pictures, save_when_asked
 
-from modeling_llm2clip.__main__ import _build_parser, main
-from modeling_llm2clip.commands.evaluate import _build_arguments
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.faults import DataFaults
 from modeling_llm2clip.data.pictures import ParquetPicture
 from modeling_llm2clip.evaluation import evaluate as evaluation
@@ -27,7 +24,6 @@ from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArgumen
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
-from modeling_llm2clip.evaluation.plots import plot_lengths
 from modeling_llm2clip.evaluation.results import (
     Result,
     find_differences,
@@ -43,15 +39,13 @@ from modeling_llm2clip.evaluation.tables import render_results
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("models")
-    return cache(lambda kind: str(save_tiny_encoder(kind, root / kind)))
+    save = save_when_asked(tmp_path_factory.mktemp("models"))
+    return lambda kind: str(save(kind))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Eight pictures with two captions each, in English and, as far as this goes, in German."""
-    folder = tmp_path_factory.mktemp("data")
-    return str(write_data(folder))
+    return str(write_data(tmp_path_factory.mktemp("data")))
 
 
 def no_model(*_: object) -> Any:
@@ -411,190 +405,6 @@ def test_a_missing_vector_is_told_before_a_model_is_loaded(
     with pytest.raises(ValueError, match=r"vectors has no vector for 16 of 16 texts"):
         evaluate(chosen)
     assert not (tmp_path / "out").exists()
-
-
-def test_languages_are_scored_together(models: Any, data: str, tmp_path: Path) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), tasks=("cross-lingual",), languages=())
-    (result,) = evaluate(chosen)
-    assert set(result.scores["languages"]) == {"en", "de"}
-    assert set(result.protocol["data"]["languages"]) == {"en", "de"}
-    starts = [line.split(" ")[0] for line in render_results([result]).splitlines()]
-    first = starts.index("language")
-    assert starts[first + 2 : first + 5] == ["en", "de", "mean"]
-
-
-@pytest.fixture(scope="module")
-def results(models: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("results")
-    evaluate(arguments(output, data, models("clip"), models("siglip")))
-    return output
-
-
-def test_models_stand_side_by_side_in_a_table(results: Path) -> None:
-    found = read_results(results)
-    table = render_results(found, style="markdown")
-    rows = [line for line in table.splitlines() if line.startswith("| clip |")]
-    score = {(r.model, r.task): r.scores for r in found}["clip", "retrieval"]
-    cells = [f"{100 * score[d]['hit_rate_at_1']:.1f} %" for d in ("text_to_image", "image_to_text")]
-    assert f"| clip | {' | '.join(cells)} |" in rows
-    assert "| siglip | folder | cra, length, retrieval | siglip | none | 64 |" in table
-    assert render_results(found).count("siglip") >= 3
-
-
-def test_the_table_of_lengths_shows_what_77_tokens_lose(results: Path) -> None:
-    found = [result for result in read_results(results) if result.task == "length"]
-    assert "tokens   texts  beyond 77" in render_results(found)
-
-
-def test_the_plot_has_a_line_a_model(results: Path, tmp_path: Path) -> None:
-    found = [result for result in read_results(results) if result.task == "length"]
-    plot_lengths(found, tmp_path / "lengths.png")
-    assert Image.open(tmp_path / "lengths.png").size[0] > 400
-    with pytest.raises(ValueError, match=r"takes results of the task 'length'"):
-        plot_lengths(read_results(results), tmp_path / "other.png")
-    other = replace(found[0], set="another")
-    with pytest.raises(ValueError, match=r"different sets, \['another', 'folder'\]"):
-        plot_lengths([found[1], other], tmp_path / "other.png")
-
-
-def test_scores_on_different_data_of_one_set_share_no_column_and_no_plot(
-    models: Any, data: str, tmp_path: Path
-) -> None:
-    for kind, lang in (("clip", "en"), ("siglip", "de")):
-        evaluate(arguments(tmp_path, data, models(kind), languages=(lang,), tasks=("length",)))
-    found = read_results(tmp_path)
-    rows = [line.split("|")[1:-1] for line in render_results(found, style="markdown").splitlines()]
-    heads, _, clip, siglip = (list(map(str.strip, row)) for row in rows[2:6])
-    assert [head.split(":")[0] for head in heads[1:]] == [
-        "folder (en, 8 pictures)" if column < 3 else "folder (de, 8 pictures)"
-        for column in range(6)
-    ]
-    assert clip[4:] == siglip[1:4] == ["–"] * 3 and "–" not in clip[:4] + siglip[4:]
-    with pytest.raises(ValueError, match=r"\['clip'\] and \['siglip'\] were shown other languages"):
-        plot_lengths(found, tmp_path / "lengths.png")
-
-
-def test_means_over_different_languages_share_no_column(
-    models: Any, data: str, tmp_path: Path
-) -> None:
-    for kind, languages in (("clip", ()), ("siglip", ("de",))):
-        chosen = {"tasks": ("cross-lingual",), "languages": languages}
-        evaluate(arguments(tmp_path, data, models(kind), **chosen))
-    table = render_results(read_results(tmp_path), style="markdown")
-    for name in ("folder (de+en, 8 pictures)", "folder (de, 8 pictures)"):
-        assert f"{name}, text to picture R@1 by language" in table.replace("Folder", "folder")
-
-
-def test_the_command_evaluates_and_draws(
-    models: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = str(tmp_path / "out")
-    words = ["evaluate", f"ours={models('llm2clip')}", models("clip"), "--data", f"folder={data}"]
-    words += ["--tasks", "cra", "--languages", "en", "--output", output]
-    assert main(words) == 0
-    shown = capsys.readouterr()
-    assert "ours: cra on folder" in shown.err
-    assert "folder: CRA" in shown.out and "ours" in shown.out
-    assert main(["evaluate", "--table", "markdown", "--output", output]) == 0
-    assert "| ours | " in capsys.readouterr().out
-    record = asdict(read_result(tmp_path / "out" / "ours" / "folder.cra.json"))
-    assert record["run"]["model"] == models("llm2clip")
-
-
-def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--list"]) == 0
-    shown = capsys.readouterr().out
-    assert "coco" in shown and "emoji" in shown and "cross-lingual: " in shown
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "Name a MODEL and --data"),
-        (["some-model"], "at least one model and one set"),
-        (["m", "--data", "folder="], "--data 'folder=' is not NAME=FOLDER"),
-        (["m", "--data", "folder=x", "--images", "coco=y"], "--images names sets that --data"),
-        (["m", "--data", "emoji", "--kind", "clip"], "No kind is called 'clip'"),
-        (["m", "--data", "emoji", "--kind", "vectors", "clip"], "2 values for 1 models"),
-        (
-            ["o/m", "--data", "emoji", "--architecture", "ViT-B-32"],
-            "is for a weights file, and none",
-        ),
-        (["o/m", "--data", "emoji", "--templates", __file__], "['templates'] is for a classif"),
-        (["o/m", "--data", "emoji", "--plot", "x.txt"], "x.txt ends in none of ('.png', "),
-        (["o/m", "--data", "emoji", "--plot", "gone/x.png"], "gone is no folder. Make it"),
-        (["o/m", "--data", "emoji", "--plot", "x.png"], "there would be results on none"),
-        (["o/m", "--data", "emoji", "--templates", "gone.txt"], "--templates gone.txt is no text"),
-        (["o/m", "--data", "emoji", "--languages", "en", "en"], "languages has a name twice"),
-        (["o/m", "--data", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
-        (["o/m", "--data", "emoji", "--device", "abacus"], "device='abacus' is not there"),
-        (
-            ["o/m", "--data", "emoji", "--exclude-faults", "--no-picture-check"],
-            "--exclude-faults) needs check_pictures",
-        ),
-    ],
-)
-def test_a_wrong_command_says_what_is_wrong(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", *words]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "o/m", "--data", "emoji", "--device", "cuda"]) == 2
-    assert "device='cuda' is not there" in capsys.readouterr().err
-
-
-def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) -> None:
-    weights = tmp_path / "eva02.pt"
-    weights.touch()
-    words = ["evaluate", models("clip"), f"eva={weights}", "owner/hub-model", "--data", "emoji"]
-    words += ["--architecture", "EVA02-B-16", "--revision", "main"]
-    chosen = _build_arguments(_build_parser().parse_args(words)).models
-    assert [model.architecture for model in chosen] == [None, "EVA02-B-16", None]
-    assert [model.revision for model in chosen] == [None, None, "main"]
-
-
-def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Path) -> None:
-    first, second = tmp_path / "one.pt", tmp_path / "two.pt"
-    first.touch()
-    second.touch()
-    words = ["evaluate", str(first), "owner/hub-model", str(second), "--data", "emoji"]
-    words += ["--architecture", "EVA02-B-16", "RN50", "--activation", "quick_gelu"]
-    chosen = _build_arguments(_build_parser().parse_args(words)).models
-    assert [model.architecture for model in chosen] == ["EVA02-B-16", None, "RN50"]
-    assert [model.activation for model in chosen] == ["quick_gelu", None, "quick_gelu"]
-    words[words.index("RN50") + 1 : words.index("RN50") + 1] = ["RN101"]
-    with pytest.raises(ValueError, match="--architecture has 3 values for 2 weights files"):
-        _build_arguments(_build_parser().parse_args(words))
-
-
-def test_the_table_tells_activations_and_excluded_samples(
-    models: Any, data: str, tmp_path: Path
-) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), models("siglip"), tasks=("retrieval",))
-    results = evaluate(chosen)
-    wanted = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
-    models = read_table(render_results(results, style="markdown"), "what the scores hang on")
-    assert {row["model"]: row["activation"] for row in models} == wanted
-    faults = {"blank caption": 2, "picture missing": 1}  # of two pictures
-    for result in results:
-        result.protocol["data"] |= {"excluded": faults, "excluded_samples": 2}
-    (row,) = read_table(render_results(results, style="markdown"), "the data")
-    assert row["excluded"] == "2"
-
-
-def test_the_name_of_a_set_is_never_a_folder_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "emoji").mkdir()
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path)
-    words = ["evaluate", "owner/model", "--data", "emoji", "mine"]
-    chosen = _build_arguments(_build_parser().parse_args(words)).data
-    assert chosen == (DataChoice("emoji"), DataChoice("folder", "mine"))
 
 
 def test_classification_saves_its_confusion(models: Any, tmp_path: Path) -> None:

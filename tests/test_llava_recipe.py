@@ -1,10 +1,9 @@
-"""The two steps of the LLaVA recipe on tiny parts: what is learned, what is trained, resuming."""
+"""The two steps of the LLaVA recipe on tiny parts: what is trained, resuming."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import read_losses, write_data
-from tiny_folders import save_tiny_llm, save_tiny_vision
+from aligning import read_losses
+from llava_conversations import Conversation, conversations_of_captions, read_conversations
+from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
+from llava_parts import RECIPE, ROOT, build, save_parts
+from llava_trainer import LlavaArguments, LlavaTrainer, train_llava
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,68 +27,16 @@ from transformers import (
 )
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
-from modeling_llm2clip.data.faults import DataFaults
 from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "examples" / "recipes" / "llava"
-sys.path.insert(0, str(RECIPE))  # scripts, not a package
-
-from llava_batches import ConversationDataset, PadOnTheRight  # noqa: E402
-from llava_conversations import (  # noqa: E402
-    Conversation,
-    conversations_of_captions,
-    read_conversations,
-)
-from llava_model import (  # noqa: E402
-    build_llava,
-    find_tokens_of,
-    load_llava,
-    train_projector_and_llm,
-    train_projector_only,
-)
-from llava_trainer import LlavaArguments, LlavaTrainer, train_llava  # noqa: E402
-
-TEMPLATE = (RECIPE / "vicuna.jinja").read_text(encoding="utf-8")
-NUM_PATCHES = 16  # 32 pixels, patches of 8
 SHORT = LlavaArguments(
     steps=4, batch_size=4, lr=1e-2, log_every=1, save_every=2, device="cpu", max_length=128
 )
-TURNS = (("<image>\nWhat is it?", "a red car"), ("Is it new?", "yes"))
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tower, an LLM with its head, captioned pictures, and instructions about them."""
-    folder = tmp_path_factory.mktemp("parts")
-    save_tiny_vision(folder / "tower")
-    llm = save_tiny_llm(folder / "llm")
-    AutoModelForCausalLM.from_pretrained(llm).save_pretrained(llm)
-    write_data(folder / "data", count=12)
-    entries = [make_entry(number) for number in range(12)]
-    (folder / "instructions.json").write_text(json.dumps(entries), encoding="utf-8")
-    return folder
-
-
-def make_entry(number: int, **changed: Any) -> dict[str, Any]:
-    lines = [
-        {"from": speaker, "value": text}
-        for turn in TURNS
-        for speaker, text in zip(("human", "gpt"), turn, strict=True)
-    ]
-    return {"id": str(number), "image": f"{number:02}.jpg", "conversations": lines, **changed}
-
-
-def build(parts: Path) -> tuple[Any, Any]:
-    return build_llava(parts / "tower", parts / "llm", chat_template=TEMPLATE)
-
-
-def make_dataset(
-    parts: Path, conversations: list[Conversation], **settings: Any
-) -> ConversationDataset:
-    model, processor = build(parts)
-    chosen = {"wording": "chat", "max_length": 128, **settings}
-    return ConversationDataset(conversations, processor, find_tokens_of(model, processor), **chosen)
+    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 def run_step(
@@ -118,164 +68,6 @@ def changed_parts(parts: Path, folder: Path) -> set[str]:
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     return {name.split(".")[1] if name.startswith("model.") else name for name in changed}
-
-
-# What is learned
-
-
-@pytest.mark.parametrize(
-    ("wording", "turns"), [("chat", TURNS), ("plain", (("<image>", "a car"),))]
-)
-def test_only_the_answers_are_learned(parts: Path, wording: str, turns: Any) -> None:
-    picture = parts / "data" / "00.jpg"
-    dataset = make_dataset(parts, [Conversation("c", picture, turns)], wording=wording)
-    item = dataset[0]
-    learned = item["labels"] != -100
-    assert torch.equal(item["labels"][learned], item["input_ids"][learned])
-    # Every answer with the token that ends it, and nothing of questions, template or picture.
-    space = " " if wording == "chat" else ""
-    said = dataset.tokenizer.decode(item["labels"][learned])
-    assert said == "".join(f"{space}{answer}<|end|>" for _, answer in turns)
-    is_picture = item["input_ids"] == dataset.image_token_id
-    assert int(is_picture.sum()) == NUM_PATCHES
-    assert not (learned & is_picture).any()
-
-
-def test_padding_is_not_learned_and_not_looked_at(parts: Path) -> None:
-    picture = parts / "data" / "00.jpg"
-    conversations = [Conversation("a", picture, TURNS), Conversation("b", None, (("Hi", "yes"),))]
-    dataset = make_dataset(parts, conversations)
-    batch = PadOnTheRight(0)([dataset[0], dataset[1]])
-    padding = batch["attention_mask"] == 0
-    assert int(padding.sum()) == len(dataset[0]["input_ids"]) - len(dataset[1]["input_ids"]) > 0
-    assert (batch["labels"][padding] == -100).all()
-    assert batch["pixel_values"].shape == (1, 3, 32, 32)
-
-
-def test_the_ids_are_those_that_the_processor_makes_of_the_same_text(parts: Path) -> None:
-    picture = parts / "data" / "00.jpg"
-    dataset = make_dataset(parts, [Conversation("c", picture, TURNS)])
-    model, processor = build(parts)
-    messages = [
-        {"role": role, "content": text}
-        for turn in TURNS
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    theirs = processor(
-        images=[str(picture)], text=[text], add_special_tokens=False, return_tensors="pt"
-    )
-    assert torch.equal(theirs["input_ids"][0], dataset[0]["input_ids"])
-    with torch.no_grad():
-        assert model(**theirs).logits.isfinite().all()
-
-
-def test_a_conversation_cut_before_its_answer_is_refused_and_a_cut_answer_counted(
-    parts: Path,
-) -> None:
-    conversations = [Conversation("long", None, (("one two three", "four five six"),))]
-    whole = len(make_dataset(parts, conversations).encode(conversations[0])[0])
-    assert make_dataset(parts, conversations, max_length=whole).num_cut == 0
-    assert make_dataset(parts, conversations, max_length=whole - 1).num_cut == 1
-    with pytest.raises(DataFaults, match=r"no answer within 5 tokens: 1 \(long\)"):
-        make_dataset(parts, conversations, max_length=5)
-
-
-def test_an_image_token_in_a_caption_is_refused(parts: Path) -> None:
-    conversations = [Conversation("c", parts / "data" / "00.jpg", (("<image>", "an <image>"),))]
-    with pytest.raises(DataFaults, match=r"<image> in a text: 1 \(c\)"):
-        make_dataset(parts, conversations, wording="plain")
-
-
-def test_a_chat_template_that_rewrites_earlier_turns_is_refused(parts: Path) -> None:
-    model, processor = build_llava(
-        parts / "tower", parts / "llm", chat_template="{{ messages | length }} {{ messages }}"
-    )
-    conversations = [Conversation("c", None, (("Hi", "yes"),))]
-    with pytest.raises(ValueError, match="words earlier turns anew"):
-        ConversationDataset(
-            conversations, processor, find_tokens_of(model, processor), wording="chat"
-        )
-
-
-# The data
-
-
-def test_every_fault_of_the_instructions_is_told_at_once(tmp_path: Path) -> None:
-    write_data(tmp_path / "data", count=12)
-    (tmp_path / "data" / "01.jpg").write_bytes(b"no picture")
-    human, gpt = {"from": "human", "value": "<image> a?"}, {"from": "gpt", "value": "a"}
-    entries: list[Any] = [
-        make_entry(0),
-        make_entry(1),
-        make_entry(2, image="lost.jpg"),
-        make_entry(3, image=" "),
-        make_entry(4, conversations=[human]),
-        make_entry(5, conversations=[gpt, human]),
-        make_entry(6, conversations=[human, {**gpt, "value": " "}]),
-        make_entry(7, conversations=[{**human, "value": "no placeholder"}, gpt]),
-        make_entry(8, conversations=[human, {**gpt, "value": "<image>"}]),
-        make_entry(9, image=None),
-        make_entry(10, conversation=[]),
-        make_entry(11, conversations=[{"from": "human"}]),
-        "text",
-    ]
-    file = tmp_path / "instructions.json"
-    file.write_text(json.dumps(entries), encoding="utf-8")
-    with pytest.raises(DataFaults) as caught:
-        read_conversations(file, tmp_path / "data", check_pictures=True)
-    counts = {
-        "picture missing": 1,
-        "'image' is not a non-blank text": 1,
-        "a question without an answer": 1,
-        "speakers are not 'human' and 'gpt' in turn": 1,
-        "blank turn": 1,
-        "<image> wanted once, in the first question": 1,
-        "<image> in an answer": 1,
-        "<image> wanted nowhere without a picture": 1,
-        "unknown field 'conversation'": 1,
-        "'conversations' is not a list of {'from': …, 'value': …}": 1,
-        "not an object": 1,
-        "no turns": 1,
-        "picture unreadable": 1,
-    }
-    assert caught.value.counts == counts
-    kept, left_out = read_conversations(
-        file, tmp_path / "data", check_pictures=True, leave_out_faulty=True
-    )
-    assert [conversation.name for conversation in kept] == ["0"]
-    assert left_out == counts
-
-
-def test_every_conversation_about_a_broken_picture_is_counted(parts: Path, tmp_path: Path) -> None:
-    shutil.copytree(parts / "data", tmp_path / "data")
-    (tmp_path / "data" / "01.jpg").write_bytes(b"no picture")
-    entries = [make_entry(0), *(make_entry(1, id=str(number)) for number in (1, 2))]
-    file = tmp_path / "instructions.json"
-    file.write_text(json.dumps(entries), encoding="utf-8")
-    kept, left_out = read_conversations(
-        file, tmp_path / "data", check_pictures=True, leave_out_faulty=True
-    )
-    assert len(kept) == 1 and left_out == {"picture unreadable": 2}
-
-
-def test_captions_of_a_language_that_is_not_there_are_told_with_those_that_are(
-    parts: Path,
-) -> None:
-    with pytest.raises(ValueError, match=r"in the language 'fr'; there are \['en'\]"):
-        conversations_of_captions(read_captioned(parts / "data"), lang="fr")
-
-
-def test_a_file_that_is_no_list_or_a_missing_folder_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "instructions.json"
-    file.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no folder"):
-        read_conversations(file, tmp_path / "lost")
-    with pytest.raises(ValueError, match=r"instructions\.json is no JSON"):
-        read_conversations(file, tmp_path)
-    file.write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no list"):
-        read_conversations(file, tmp_path)
 
 
 # The model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from shared_models import CAPTIONS, shared_model
 from tiny import LLM_FAMILIES
 
 from modeling_llm2clip.encoding.captions import encode_captions
-from modeling_llm2clip.encoding.precision import LowerPrecision, lowered_precision
+from modeling_llm2clip.encoding.layers import find_layers, wrapped_forwards
+from modeling_llm2clip.encoding.precision import LoweredLayers, LowerPrecision
 from modeling_llm2clip.encoding.precision_probe import (
     PrecisionTrial,
     choose_precision,
@@ -17,6 +20,7 @@ from modeling_llm2clip.encoding.precision_probe import (
 )
 
 BFLOAT16 = LowerPrecision(torch.bfloat16)
+FLOAT16 = LowerPrecision(torch.float16)
 
 
 def test_the_default_is_the_models_own_precision() -> None:
@@ -52,9 +56,35 @@ def test_only_the_later_layers_compute_in_it(llm: str, first_layer: int) -> None
 def test_the_model_is_as_before_afterwards_even_after_an_error() -> None:
     model, processor = shared_model()
     own = encode_captions(model, processor, CAPTIONS).caption_embeds
-    with pytest.raises(KeyError), lowered_precision(model, BFLOAT16):
+    weights = dict(model.named_parameters())
+    with pytest.raises(KeyError), LoweredLayers(model, BFLOAT16).in_effect():
         raise KeyError
     assert torch.equal(own, encode_captions(model, processor, CAPTIONS).caption_embeds)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(weight is weights[name] for name, weight in model.named_parameters())
+
+
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+def test_weights_rounded_once_are_those_that_autocast_rounds_every_time(llm: str) -> None:
+    model, processor = shared_model("clip", llm)
+    found = encode_captions(model, processor, CAPTIONS, precision=BFLOAT16).caption_embeds
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)  # as a decorator
+    with wrapped_forwards(model, find_layers(model.text_model)[1].children(), autocast):
+        wanted = encode_captions(model, processor, CAPTIONS).caption_embeds
+    assert torch.equal(found, wanted)
+
+
+def test_threads_of_every_precision_disturb_each_other_nowhere() -> None:
+    model, processor = shared_model()
+
+    def encode(precision: LowerPrecision | None) -> torch.Tensor:
+        return encode_captions(model, processor, CAPTIONS, precision=precision).caption_embeds
+
+    wanted = {precision: encode(precision) for precision in (None, BFLOAT16, FLOAT16)}
+    turns = [*wanted] * 20
+    with ThreadPoolExecutor(4) as pool:
+        for precision, found in zip(turns, pool.map(encode, turns), strict=True):
+            assert torch.equal(found, wanted[precision])
     assert not any("forward" in vars(module) for module in model.modules())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -202,6 +203,12 @@ def tiny_pictures(count: int = 2) -> list[Image.Image]:
         Image.new("RGB", (40 + 8 * i, 48), (255 * i // max(count - 1, 1), 60 * i % 256, 90))
         for i in range(count)
     ]
+
+
+def draw_noise(height: int = 40, width: int = 56) -> Image.Image:
+    """A picture of which no two pixels need be alike."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

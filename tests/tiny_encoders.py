@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import PICTURE_SIZE, tiny_tokenizer
 from tiny_folders import export_tiny_model
 from tokenizers import processors
+from torch import Tensor
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -30,6 +34,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.data.named_vectors import side_file, write_named_vectors
+from modeling_llm2clip.evaluation.encoders.encoder import Encoder
 
 MODEL_KINDS = ("llm2clip", "clip", "siglip", "siglip2", "open_clip", "sentence-transformers")
 TEXTS = (
@@ -193,3 +198,18 @@ _SAVERS = {
     "open_clip": _save_open_clip,
     "sentence-transformers": _save_sentence_transformers,
 }
+
+
+def save_when_asked(folder: Path) -> Callable[[str], Path]:
+    """Save a tiny encoder of a kind when that kind is first asked for."""
+    return cache(lambda kind: save_tiny_encoder(kind, folder / kind))
+
+
+def encode(encoder: Encoder, pictures: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    """Vectors of the texts and of as many pictures."""
+    names = [picture.name for picture in pictures]
+    return encoder.encode_texts(TEXTS).embeds, encoder.encode_pictures(pictures, names=names)
+
+
+def unit(vectors: Any) -> Tensor:
+    return F.normalize(torch.as_tensor(vectors).float(), dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from ..batching_llm2clip import plan_token_batches
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
-from .precision import LowerPrecision, lowered_precision
+from .precision import LoweredLayers, LowerPrecision
 
 # The model itself cuts a batch into smaller pieces on a processor.
 TOKEN_BUDGETS = {"cpu": 4096}
@@ -110,10 +111,11 @@ def encode_token_ids(
     budget = token_budget or default_token_budget(model.device)
     vectors = torch.empty(len(ids), model.config.text_config.hidden_size)
     num_tokens = 0
+    lowered = LoweredLayers(model, precision) if precision else None
     for rows in plan_token_batches([len(row) for row in ids], token_budget=budget):
         input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
         num_tokens += input_ids.numel()
-        with lowered_precision(model, precision):
+        with lowered.in_effect() if lowered else nullcontext():
             embeds = model.get_caption_embeds(
                 input_ids.to(model.device), attention_mask.to(model.device)
             )

@@ -19,12 +19,13 @@ def compiled_layers(
 
     Equal layers share what is compiled, so the first batch waits some seconds for one layer, not
     for the depth of the LLM. A lower precision is another compilation. Needs what `torch.compile`
-    needs: on a processor a C++ compiler, on a GPU Triton.
+    needs: on a processor a C++ compiler, on a GPU Triton. Enter it once, around all threads that
+    encode.
     """
     layers = list(find_layers(model.text_model)[1].children())
 
     def compile_forward(forward: Forward) -> Forward:
         return torch.compile(forward, dynamic=True, backend=backend)
 
-    with wrapped_forwards(layers, compile_forward):
+    with wrapped_forwards(model, layers, compile_forward):
         yield

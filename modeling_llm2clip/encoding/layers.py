@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+
 Forward = Callable[..., Any]
 _LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 
@@ -35,20 +37,29 @@ def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
 
 @contextmanager
 def wrapped_forwards(
-    layers: Iterable[nn.Module], wrap: Callable[[Forward], Forward]
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    layers: Iterable[nn.Module],
+    wrap: Callable[[Forward], Forward],
 ) -> Iterator[None]:
-    """Replace each layer's forward by a wrapped one, and put it back at the end.
+    """Replace the forward of each of the LLM's layers, and put it back at the end.
 
     Wrapping the forward, not hooking the module, keeps the surroundings out of what is compiled.
+    No pass of another thread meets some layers wrapped and others not.
     """
-    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    try:
+    with model.hold_text_passes():
+        before = [(layer, layer.__dict__.get("forward")) for layer in layers]
         for layer, _ in before:
             layer.forward = wrap(layer.forward)
+    try:
         yield
     finally:
-        for layer, own in before:
-            if own is None:
-                layer.__dict__.pop("forward", None)  # the class's own shows again
-            else:
-                layer.forward = own
+        with model.hold_text_passes():
+            for layer, own in before:
+                _put_back(layer, own)
+
+
+def _put_back(layer: nn.Module, own: Forward | None) -> None:
+    if own is None:
+        layer.__dict__.pop("forward", None)  # the class's own shows again
+    else:
+        layer.forward = own

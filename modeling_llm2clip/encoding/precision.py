@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from .layers import Forward, find_layers, wrapped_forwards
@@ -23,7 +24,7 @@ class LowerPrecision:
     """Autocast of an LLM's layers, from one of them on.
 
     Attributes:
-        dtype: what products are computed in; weights and the residual stream stay what they are.
+        dtype: what products are computed in; the residual stream stays what it is.
         first_layer: the first layer that it concerns; 0 for the whole LLM.
     """
 
@@ -38,31 +39,80 @@ class LowerPrecision:
             raise ValueError(f"first_layer={self.first_layer} counts from 0, the lowest layer.")
 
 
-@contextmanager
-def lowered_precision(
-    model: LLM2CLIPModel | LLM2CLIPTextModel, precision: LowerPrecision | None
-) -> Iterator[None]:
-    """Encode in a lower precision inside; None changes nothing.
+class LoweredLayers:
+    """The later layers of an LLM in a lower precision: prepared once, in effect for some passes.
+
+    For encoding only. It rounds the weights as they are now, knows no gradients, and while it is in
+    effect the model must not be saved. Not with FSDP's first version, which stores what it is lent.
 
     Raises: ValueError when the LLM has no such layer.
     """
-    if precision is None:
-        yield
-        return
-    layers = list(find_layers(model.text_model)[1].children())
-    if precision.first_layer >= len(layers):
-        raise ValueError(
-            f"first_layer={precision.first_layer}, and the LLM has {len(layers)} layers, counted "
-            "from 0. Pass precision=None to keep all of them as they are."
-        )
-    device_type, dtype = model.device.type, precision.dtype
 
-    def autocast(forward: Forward) -> Forward:
+    def __init__(self, model: LLM2CLIPModel | LLM2CLIPTextModel, precision: LowerPrecision) -> None:
+        """Round the layers' weights; of float32 ones this takes half as much memory once more."""
+        self._model, self._precision = model, precision
+        self._layers = _choose_layers(model, precision)
+        with model.hold_text_passes():  # another thread may have swapped them
+            self._rounded = _round_weights(self._layers, precision.dtype)
+
+    @contextmanager
+    def in_effect(self) -> Iterator[None]:
+        """Compute in the lower precision inside; passes of other threads wait for the end."""
+        with (
+            self._model.hold_text_passes(),
+            wrapped_forwards(self._model, self._layers, self._autocast),
+            _swapped_weights(self._rounded),
+        ):
+            yield
+
+    def _autocast(self, forward: Forward) -> Forward:
+        device_type, dtype = self._model.device.type, self._precision.dtype
+
         def run(*arguments: Any, **settings: Any) -> Any:
             with torch.autocast(device_type, dtype=dtype):
                 return forward(*arguments, **settings)
 
         return run
 
-    with wrapped_forwards(layers[precision.first_layer :], autocast):
+
+def _choose_layers(
+    model: LLM2CLIPModel | LLM2CLIPTextModel, precision: LowerPrecision
+) -> list[nn.Module]:
+    layers = list(find_layers(model.text_model)[1].children())
+    if precision.first_layer >= len(layers):
+        raise ValueError(
+            f"first_layer={precision.first_layer}, and the LLM has {len(layers)} layers, counted "
+            "from 0. Pass precision=None to keep all of them as they are."
+        )
+    return layers[precision.first_layer :]
+
+
+def _round_weights(
+    layers: list[nn.Module], dtype: torch.dtype
+) -> list[tuple[nn.Linear, nn.Parameter]]:
+    """Round what autocast would round anew in every pass.
+
+    Weights that are quantized, sharded or kept elsewhere until they are needed stay as they are.
+    """
+    return [
+        (module, nn.Parameter(module.weight.detach().to(dtype), requires_grad=False))
+        for layer in layers
+        for module in layer.modules()
+        if type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.shape == (module.out_features, module.in_features)
+        and not module.weight.is_meta
+        and module.weight.dtype != dtype
+    ]
+
+
+@contextmanager
+def _swapped_weights(rounded: list[tuple[nn.Linear, nn.Parameter]]) -> Iterator[None]:
+    own = [module.weight for module, _ in rounded]
+    try:
+        for module, weight in rounded:
+            module.weight = weight
         yield
+    finally:
+        for (module, _), before in zip(rounded, own, strict=True):
+            module.weight = before

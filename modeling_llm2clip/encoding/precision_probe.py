@@ -32,7 +32,8 @@ class PrecisionTrial:
 
     Attributes:
         precision: the dtype, from the earliest layer on from which it is true.
-        speedup: times as fast as the model's own precision, median of three rounds.
+        speedup: times as fast as the model's own precision, median of three rounds; the rounding
+            of weights, once for all captions, counts more here than for many captions.
         min_cosine: of the caption that suffered most; NaN when a vector is not finite.
     """
 
