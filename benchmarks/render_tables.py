@@ -387,7 +387,6 @@ def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 _RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
-    "encoding_speed_without_amx": _render_encoding_speed,
     "caption_tuning": _render_caption_tuning,
     "caption_tuning_hard": _render_caption_tuning,
     "alignment": _render_alignment,
