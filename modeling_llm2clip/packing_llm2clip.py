@@ -24,9 +24,8 @@ from transformers import AttentionInterface, PreTrainedModel
 # The package and its copy on the Hub may both be loaded: each has names of its own.
 _MODULE = re.sub(r"\W", "_", __name__)
 _NAME = f"{_MODULE}_packed"
-_is_exporting = getattr(
-    torch.compiler, "is_exporting", torch.compiler.is_compiling
-)  # since torch 2.7
+# Before torch 2.7 only the wider question can be asked.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _NEEDS_MORE = "needs more than packed attention computes."
 # Two ways to the same numbers, which differ by the order of sums; a mask forgotten differs by more
 # than a tenth.
