@@ -10,7 +10,7 @@ from shared_models import CAPTIONS, shared_model
 from tiny import LLM_FAMILIES
 
 from modeling_llm2clip.encoding.captions import encode_captions
-from modeling_llm2clip.encoding.layers import find_layers, wrapped_forwards
+from modeling_llm2clip.encoding.layers import list_text_layers, wrapped_forwards
 from modeling_llm2clip.encoding.precision import LoweredLayers, LowerPrecision
 from modeling_llm2clip.encoding.precision_probe import (
     PrecisionTrial,
@@ -69,7 +69,7 @@ def test_weights_rounded_once_are_those_that_autocast_rounds_every_time(llm: str
     model, processor = shared_model("clip", llm)
     found = encode_captions(model, processor, CAPTIONS, precision=BFLOAT16).caption_embeds
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)  # as a decorator
-    with wrapped_forwards(model, find_layers(model.text_model)[1].children(), autocast):
+    with wrapped_forwards(model, list_text_layers(model), autocast):
         wanted = encode_captions(model, processor, CAPTIONS).caption_embeds
     assert torch.equal(found, wanted)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from .layers import Forward, find_layers, wrapped_forwards
+from .layers import Forward, list_text_layers, wrapped_forwards
 
 
 @contextmanager
@@ -22,10 +22,9 @@ def compiled_layers(
     needs: on a processor a C++ compiler, on a GPU Triton. Enter it once, around all threads that
     encode.
     """
-    layers = list(find_layers(model.text_model)[1].children())
 
     def compile_forward(forward: Forward) -> Forward:
         return torch.compile(forward, dynamic=True, backend=backend)
 
-    with wrapped_forwards(model, layers, compile_forward):
+    with wrapped_forwards(model, list_text_layers(model), compile_forward):
         yield

@@ -35,6 +35,11 @@ def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
     return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
+def list_text_layers(model: LLM2CLIPModel | LLM2CLIPTextModel) -> list[nn.Module]:
+    """List the layers of the LLM, the lowest first; errors as `find_layers`."""
+    return list(find_layers(model.text_model)[1].children())
+
+
 @contextmanager
 def wrapped_forwards(
     model: LLM2CLIPModel | LLM2CLIPTextModel,

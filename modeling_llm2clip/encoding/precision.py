@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from .layers import Forward, find_layers, wrapped_forwards
+from .layers import Forward, list_text_layers, wrapped_forwards
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,14 @@ class LoweredLayers:
             yield
 
     def _autocast(self, forward: Forward) -> Forward:
-        device_type, dtype = self._model.device.type, self._precision.dtype
-
-        def run(*arguments: Any, **settings: Any) -> Any:
-            with torch.autocast(device_type, dtype=dtype):
-                return forward(*arguments, **settings)
-
-        return run
+        autocast = torch.autocast(self._model.device.type, dtype=self._precision.dtype)
+        return autocast(forward)  # type: ignore[no-any-return]
 
 
 def _choose_layers(
     model: LLM2CLIPModel | LLM2CLIPTextModel, precision: LowerPrecision
 ) -> list[nn.Module]:
-    layers = list(find_layers(model.text_model)[1].children())
+    layers = list_text_layers(model)
     if precision.first_layer >= len(layers):
         raise ValueError(
             f"first_layer={precision.first_layer}, and the LLM has {len(layers)} layers, counted "

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .captions import encode_captions
-from .layers import find_layers
+from .layers import list_text_layers
 from .precision import LowerPrecision
 
 CANDIDATES = (torch.bfloat16, torch.float16)
@@ -117,7 +117,7 @@ def _find_first_true_layer(
 ) -> LowerPrecision:
     """Search by halves: the fewer layers run in a lower precision, the less is lost."""
     reference = encode_captions(model, processor, captions).caption_embeds
-    first, last = 0, len(list(find_layers(model.text_model)[1].children())) - 1
+    first, last = 0, len(list_text_layers(model)) - 1
     while first < last:
         tried = (first + last) // 2 if first else 0  # the whole LLM is the likeliest
         precision = LowerPrecision(dtype, tried)
