@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,48 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(good: Path, tmp_path: Path) -> Path:
     """A copy of the good checkpoint, to be broken."""
     return Path(shutil.copytree(good, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by the kind that is evaluated, which no test may change."""
+    from tiny_encoders import save_tiny_encoder
+
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda kind: save_tiny_encoder(kind, root / kind))
+
+
+@pytest.fixture(scope="session")
+def sources(models: Callable[[str], Path]) -> Callable[[str], str]:
+    """The same folders as a user names them."""
+    return lambda kind: str(models(kind))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A picture for each of the texts of `tiny_encoders`."""
+    from tiny_encoders import TEXTS, save_tiny_pictures
+
+    return save_tiny_pictures(tmp_path_factory.mktemp("pictures"), len(TEXTS))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the pictures with captions that `evaluating` writes, which no test may change."""
+    from evaluating import write_data
+
+    return str(write_data(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="session")
+def results(
+    sources: Callable[[str], str], data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What an evaluation of two models wrote, which no test may change."""
+    from evaluating import arguments
+
+    from modeling_llm2clip.evaluation.evaluate import evaluate
+
+    output = tmp_path_factory.mktemp("results")
+    evaluate(arguments(output, data, sources("clip"), sources("siglip")))
+    return output

@@ -44,7 +44,8 @@ def test_other_lengths_compile_nothing_anew() -> None:
         encode_captions(model, processor, _CAPTIONS[:4])
         before = counters["stats"]["unique_graphs"]
         assert before > 0
-        for some in (_CAPTIONS[1:], _CAPTIONS[4:5], [c + "and a cat" for c in _CAPTIONS]):
+        longer = [caption + "and a cat" for caption in _CAPTIONS]
+        for some in (_CAPTIONS[1:], _CAPTIONS[4:], _CAPTIONS[4:5], longer):
             encode_captions(model, processor, some)
     assert counters["stats"]["unique_graphs"] == before
 

@@ -6,13 +6,11 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from aligning import SHORT_RUN, TOWERS, Prepared, skip_where_transformers_renames
-from PIL import Image
 from shared_models import every_vision
-from tiny import tiny_model, tiny_pictures
+from tiny import draw_noise, tiny_model, tiny_pictures
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.encoding.layers import find_layers
@@ -28,11 +26,6 @@ from modeling_llm2clip.training.cross_modal.towers import (
     scale_by_layer,
 )
 from modeling_llm2clip.training.cross_modal.trainer import AlignmentTrainer, make_training_arguments
-
-
-def draw_noise(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, tmp_path: Path) -> None:
@@ -141,7 +134,7 @@ def test_batch_norm_keeps_its_statistics_and_no_picture_sees_its_neighbours(
     choose_trained_parts(trained, AlignArguments(vision_training="full", layer_decay=1.0))
     before = {n: b.clone() for n, b in trained.vision_model.named_buffers()}
     assert any("running_var" in name for name in before)
-    pixels = processor(images=[draw_noise(seed) for seed in range(4)])["pixel_values"]
+    pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
     trained.train()
     captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     whole = trained(pixel_values=pixels, caption_embeds=captions)[0]

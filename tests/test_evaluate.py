@@ -14,7 +14,7 @@ import datasets
 import pytest
 from evaluating import TASKS, arguments, read_table, write_data
 from PIL import Image
-from tiny_encoders import save_named_vectors, save_tiny_pictures, save_when_asked
+from tiny_encoders import save_named_vectors, save_tiny_pictures
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.faults import DataFaults
@@ -37,17 +37,6 @@ from modeling_llm2clip.evaluation.sets.schema import RetrievalSet
 from modeling_llm2clip.evaluation.tables import render_results
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    save = save_when_asked(tmp_path_factory.mktemp("models"))
-    return lambda kind: str(save(kind))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_data(tmp_path_factory.mktemp("data")))
-
-
 def no_model(*_: object) -> Any:
     pytest.fail("a model was loaded")
 
@@ -59,9 +48,9 @@ def _refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_result_says_everything_that_its_score_hangs_on(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    evaluate(arguments(tmp_path, data, models("llm2clip"), models("clip")))
+    evaluate(arguments(tmp_path, data, sources("llm2clip"), sources("clip")))
     found = json.loads((tmp_path / "clip" / "folder.retrieval.json").read_text(encoding="utf-8"))
     protocol = found["protocol"]
     assert protocol["data"]["split"] == "all" and protocol["data"]["lang"] == "en"
@@ -83,13 +72,13 @@ def test_a_result_says_everything_that_its_score_hangs_on(
 
 
 def test_batch_sizes_and_order_of_tasks_move_no_score(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
     found = []
     for batch_size, tasks in ((1, TASKS), (7, TASKS[::-1]), (64, TASKS)):
         results = evaluate(
             arguments(
-                tmp_path / str(batch_size), data, models("llm2clip"), models("siglip"),
+                tmp_path / str(batch_size), data, sources("llm2clip"), sources("siglip"),
                 encoder=EncoderSettings(batch_size=batch_size), tasks=tasks,
             )
         )  # fmt: skip
@@ -98,9 +87,9 @@ def test_batch_sizes_and_order_of_tasks_move_no_score(
 
 
 def test_a_result_says_how_many_vectors_its_seconds_were_spent_on(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    found = evaluate(arguments(tmp_path, data, models("clip"), tasks=("cra", "retrieval")))
+    found = evaluate(arguments(tmp_path, data, sources("clip"), tasks=("cra", "retrieval")))
     assert [result.run["encoded"] for result in found] == [
         {"texts": 16, "pictures": 0},
         {"texts": 0, "pictures": 8},
@@ -108,9 +97,9 @@ def test_a_result_says_how_many_vectors_its_seconds_were_spent_on(
 
 
 def test_a_result_says_whether_a_caption_looked_for_a_picture_or_for_its_half(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path / "with", data, models("clip"), tasks=("length",))
+    chosen = arguments(tmp_path / "with", data, sources("clip"), tasks=("length",))
     (shown,) = evaluate(chosen)
     (alone,) = evaluate(replace(chosen, output=tmp_path / "without", captions_only=True))
     asked = [result.protocol["task"] for result in (shown, alone)]
@@ -123,26 +112,26 @@ def test_a_result_says_whether_a_caption_looked_for_a_picture_or_for_its_half(
 
 
 def test_memory_of_the_ranks_is_settable_and_moves_no_score(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
     scores = []
     for memory in ("256", "0.01"):  # one tile, and tiles of a few rows
         output = tmp_path / memory
-        command = ["evaluate", models("clip"), "--data", data, "--languages", "en", "--tasks"]
+        command = ["evaluate", sources("clip"), "--data", data, "--languages", "en", "--tasks"]
         command += [*TASKS, "--max-memory-mb", memory, "--output", str(output)]
         assert main(command) == 0
         scores.append([result.scores for result in read_results(output)])
     assert scores[0] == scores[1]
     with pytest.raises(ValueError, match=r"max_memory_mb=1e-06 does not hold a tile"):
-        evaluate(arguments(tmp_path / "none", data, models("clip"), max_memory_mb=1e-6))
+        evaluate(arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=1e-6))
     with pytest.raises(ValueError, match=r"max_memory_mb=0 must be above 0"):
-        arguments(tmp_path / "none", data, models("clip"), max_memory_mb=0)
+        arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=0)
 
 
 def test_a_finished_task_is_not_computed_again(
-    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = arguments(tmp_path, data, models("clip"))
+    chosen = arguments(tmp_path, data, sources("clip"))
     first = evaluate(replace(chosen, tasks=("retrieval",)))
     file = tmp_path / "clip" / "folder.retrieval.json"
     before = file.read_bytes(), file.stat().st_mtime_ns
@@ -162,9 +151,9 @@ def test_a_finished_task_is_not_computed_again(
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path / "stopped", data, models("clip"))
+    chosen = arguments(tmp_path / "stopped", data, sources("clip"))
 
     def stop(_: Result) -> None:
         raise KeyboardInterrupt
@@ -180,10 +169,10 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
 
 @pytest.mark.usefixtures("_refuse_models")
 def test_a_file_of_another_run_is_refused_with_what_differs(
-    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    chosen = arguments(tmp_path, data, f"{models('clip')}", tasks=("retrieval",))
+    chosen = arguments(tmp_path, data, f"{sources('clip')}", tasks=("retrieval",))
     evaluate(chosen)
     monkeypatch.setattr(evaluation, "_run", no_model)
     with pytest.raises(ValueError, match=r"another run: .*dtype was 'float32' and is 'bfloat16'"):
@@ -191,7 +180,7 @@ def test_a_file_of_another_run_is_refused_with_what_differs(
     with pytest.raises(ValueError, match=r"another run: .*protocol\.data\.lang was 'en' and is"):
         evaluate(replace(chosen, languages=("de",)))
     with pytest.raises(ValueError, match=r"fingerprint\.weights was .* and is "):
-        evaluate(replace(chosen, models=(ModelChoice(models("siglip"), name="clip"),)))
+        evaluate(replace(chosen, models=(ModelChoice(sources("siglip"), name="clip"),)))
 
 
 def test_of_two_long_values_the_first_difference_is_shown() -> None:
@@ -202,9 +191,9 @@ def test_of_two_long_values_the_first_difference_is_shown() -> None:
     assert "'other'" in now_is and len(told) < 160
 
 
-def test_other_captions_in_as_many_lines_are_another_run(models: Any, tmp_path: Path) -> None:
+def test_other_captions_in_as_many_lines_are_another_run(sources: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
-    chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("cra",))
+    chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("cra",))
     evaluate(chosen)
     lines = (folder / "captions.jsonl").read_text(encoding="utf-8")
     (folder / "captions.jsonl").write_text(lines.replace("a dog en", "a cat en"), encoding="utf-8")
@@ -212,14 +201,14 @@ def test_other_captions_in_as_many_lines_are_another_run(models: Any, tmp_path: 
         evaluate(chosen)
 
 
-def test_another_picture_in_as_many_bytes_is_another_run(models: Any, tmp_path: Path) -> None:
+def test_another_picture_in_as_many_bytes_is_another_run(sources: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
     paths = sorted(folder.glob("*.png"))
     for number, path in enumerate(paths):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(path.with_suffix(".bmp"))
     captions = (folder / "captions.jsonl").read_text(encoding="utf-8").replace(".png", ".bmp")
     (folder / "captions.jsonl").write_text(captions, encoding="utf-8")
-    chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",))
+    chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",))
     evaluate(chosen)
     Image.new("RGB", (32, 32), "white").save(folder / "0.bmp")  # of the same size without packing
     with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
@@ -239,9 +228,9 @@ def test_another_picture_in_a_row_of_a_parquet_file_is_another_set(tmp_path: Pat
     assert hash_set(write("red")) == hash_set(write("red")) != hash_set(write("blue"))
 
 
-def test_a_moved_folder_is_the_same_run(models: Any, tmp_path: Path) -> None:
+def test_a_moved_folder_is_the_same_run(sources: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
-    chosen = arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",))
+    chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",))
     first = evaluate(chosen)
     shutil.move(folder, tmp_path / "elsewhere")
     moved = replace(chosen, data=(DataChoice("folder", str(tmp_path / "elsewhere")),))
@@ -250,21 +239,21 @@ def test_a_moved_folder_is_the_same_run(models: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_refuse_models")
 def test_one_name_is_one_model_whatever_its_tasks(
-    models: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    evaluate(arguments(tmp_path, data, models("clip"), tasks=("cra",)))
+    evaluate(arguments(tmp_path, data, sources("clip"), tasks=("cra",)))
     monkeypatch.setattr(evaluation, "_run", no_model)
-    other = ModelChoice(models("siglip"), name="clip")
+    other = ModelChoice(sources("siglip"), name="clip")
     message = r"folder\.cra\.json is of another model: .*fingerprint\.weights was .* and is "
     with pytest.raises(ValueError, match=message):
-        evaluate(arguments(tmp_path, data, models("clip"), models=(other,), tasks=("length",)))
+        evaluate(arguments(tmp_path, data, sources("clip"), models=(other,), tasks=("length",)))
 
 
 def test_a_result_of_another_version_of_the_package_is_another_run(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
     (result,) = evaluate(chosen)
     file = tmp_path / "clip" / "folder.cra.json"
     older = {**result.versions, "modeling_llm2clip": "0.0.1"}
@@ -274,9 +263,9 @@ def test_a_result_of_another_version_of_the_package_is_another_run(
 
 
 def test_a_result_of_another_version_of_a_package_that_is_called_is_warned_of(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
     (result,) = evaluate(chosen)
     older = replace(result, versions={**result.versions, "transformers": "4.0"})
     write_result(tmp_path / "clip" / "folder.cra.json", older)
@@ -285,9 +274,9 @@ def test_a_result_of_another_version_of_a_package_that_is_called_is_warned_of(
 
 
 def test_a_result_with_another_score_than_was_written_is_refused(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), tasks=("cra",))
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
     evaluate(chosen)
     file = tmp_path / "clip" / "folder.cra.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -326,21 +315,21 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_data_fails_before_a_model_is_loaded(
-    fault: str, message: str, models: Any, tmp_path: Path
+    fault: str, message: str, sources: Any, tmp_path: Path
 ) -> None:
     folder = break_data(write_data(tmp_path / "data"), fault)
     with pytest.raises(DataFaults, match=message):
-        evaluate(arguments(tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",)))
+        evaluate(arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",)))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fault", ["missing", "broken", "blank"])
 def test_faults_are_left_out_and_counted_where_that_is_asked_for(
-    fault: str, models: Any, tmp_path: Path
+    fault: str, sources: Any, tmp_path: Path
 ) -> None:
     folder = break_data(write_data(tmp_path / "data"), fault)
     chosen = arguments(
-        tmp_path / "out", str(folder), models("clip"), tasks=("retrieval",), exclude_faults=True
+        tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",), exclude_faults=True
     )
     (result,) = evaluate(chosen)
     assert result.counts["pictures"] == 7
@@ -363,9 +352,9 @@ def break_data(folder: Path, fault: str) -> Path:
 
 @pytest.mark.usefixtures("_refuse_models")
 def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    clip = models("clip")
+    clip = sources("clip")
     with pytest.raises(ValueError, match=r"No set suits these tasks.*'choices': \('choice',\)"):
         evaluate(arguments(tmp_path, data, clip, tasks=("choices",)))
     with pytest.raises(ValueError, match=r"retrieval takes one language at a time.*'de'"):
@@ -386,7 +375,7 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
     ("task", "message"), [("cra", "8 of 8 have one only"), ("length", "1 of 8 captions can be cut")]
 )
 def test_captions_that_a_task_cannot_use_fail_before_a_model_is_loaded(
-    task: str, message: str, models: Any, tmp_path: Path
+    task: str, message: str, sources: Any, tmp_path: Path
 ) -> None:
     captions = ["two words", *"abcdefg"]
     pairs = zip(save_tiny_pictures(tmp_path, 8), captions, strict=True)
@@ -394,24 +383,24 @@ def test_captions_that_a_task_cannot_use_fail_before_a_model_is_loaded(
     (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     changes = {"languages": (), "captions_only": True, "tasks": (task,)}
     with pytest.raises(ValueError, match=message):
-        evaluate(arguments(tmp_path / "out", str(tmp_path), models("clip"), **changes))
+        evaluate(arguments(tmp_path / "out", str(tmp_path), sources("clip"), **changes))
 
 
 def test_a_missing_vector_is_told_before_a_model_is_loaded(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
     vectors = save_named_vectors(tmp_path / "vectors", {"a": [1.0]}, {"0.png": [1.0]})
-    chosen = arguments(tmp_path / "out", data, models("clip"), str(vectors), tasks=("retrieval",))
+    chosen = arguments(tmp_path / "out", data, sources("clip"), str(vectors), tasks=("retrieval",))
     with pytest.raises(ValueError, match=r"vectors has no vector for 16 of 16 texts"):
         evaluate(chosen)
     assert not (tmp_path / "out").exists()
 
 
-def test_classification_saves_its_confusion(models: Any, tmp_path: Path) -> None:
+def test_classification_saves_its_confusion(sources: Any, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         save_tiny_pictures(tmp_path / "data" / name, 3)
     chosen = EvaluationArguments(
-        models=(ModelChoice(models("clip")),),
+        models=(ModelChoice(sources("clip")),),
         data=(DataChoice("image-folder", str(tmp_path / "data")),),
         output=tmp_path / "out",
         templates=("a photo of a {}", "{}"),

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from evaluating import write_data
-from tiny_encoders import save_when_asked
 
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.commands.evaluate import _build_arguments
@@ -17,22 +15,11 @@ from modeling_llm2clip.evaluation.arguments import DataChoice
 from modeling_llm2clip.evaluation.results import read_result
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    save = save_when_asked(tmp_path_factory.mktemp("models"))
-    return lambda kind: str(save(kind))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_data(tmp_path_factory.mktemp("data")))
-
-
 def test_the_command_evaluates_and_draws(
-    models: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sources: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out")
-    words = ["evaluate", f"ours={models('llm2clip')}", models("clip"), "--data", f"folder={data}"]
+    words = ["evaluate", f"ours={sources('llm2clip')}", sources("clip"), "--data", f"folder={data}"]
     words += ["--tasks", "cra", "--languages", "en", "--output", output]
     assert main(words) == 0
     shown = capsys.readouterr()
@@ -41,7 +28,7 @@ def test_the_command_evaluates_and_draws(
     assert main(["evaluate", "--table", "markdown", "--output", output]) == 0
     assert "| ours | " in capsys.readouterr().out
     record = asdict(read_result(tmp_path / "out" / "ours" / "folder.cra.json"))
-    assert record["run"]["model"] == models("llm2clip")
+    assert record["run"]["model"] == sources("llm2clip")
 
 
 def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,10 +77,10 @@ def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> 
     assert "device='cuda' is not there" in capsys.readouterr().err
 
 
-def test_a_flag_goes_to_the_models_that_it_suits(models: Any, tmp_path: Path) -> None:
+def test_a_flag_goes_to_the_models_that_it_suits(sources: Any, tmp_path: Path) -> None:
     weights = tmp_path / "eva02.pt"
     weights.touch()
-    words = ["evaluate", models("clip"), f"eva={weights}", "owner/hub-model", "--data", "emoji"]
+    words = ["evaluate", sources("clip"), f"eva={weights}", "owner/hub-model", "--data", "emoji"]
     words += ["--architecture", "EVA02-B-16", "--revision", "main"]
     chosen = _build_arguments(_build_parser().parse_args(words)).models
     assert [model.architecture for model in chosen] == [None, "EVA02-B-16", None]

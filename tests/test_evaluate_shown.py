@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import arguments, read_table, write_data
+from evaluating import arguments, read_table
 from PIL import Image
-from tiny_encoders import save_when_asked
 
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.plots import plot_lengths
@@ -17,32 +16,14 @@ from modeling_llm2clip.evaluation.results import read_results
 from modeling_llm2clip.evaluation.tables import render_results
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    save = save_when_asked(tmp_path_factory.mktemp("models"))
-    return lambda kind: str(save(kind))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_data(tmp_path_factory.mktemp("data")))
-
-
-def test_languages_are_scored_together(models: Any, data: str, tmp_path: Path) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), tasks=("cross-lingual",), languages=())
+def test_languages_are_scored_together(sources: Any, data: str, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cross-lingual",), languages=())
     (result,) = evaluate(chosen)
     assert set(result.scores["languages"]) == {"en", "de"}
     assert set(result.protocol["data"]["languages"]) == {"en", "de"}
     starts = [line.split(" ")[0] for line in render_results([result]).splitlines()]
     first = starts.index("language")
     assert starts[first + 2 : first + 5] == ["en", "de", "mean"]
-
-
-@pytest.fixture(scope="module")
-def results(models: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("results")
-    evaluate(arguments(output, data, models("clip"), models("siglip")))
-    return output
 
 
 def test_models_stand_side_by_side_in_a_table(results: Path) -> None:
@@ -73,10 +54,10 @@ def test_the_plot_has_a_line_a_model(results: Path, tmp_path: Path) -> None:
 
 
 def test_scores_on_different_data_of_one_set_share_no_column_and_no_plot(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
     for kind, lang in (("clip", "en"), ("siglip", "de")):
-        evaluate(arguments(tmp_path, data, models(kind), languages=(lang,), tasks=("length",)))
+        evaluate(arguments(tmp_path, data, sources(kind), languages=(lang,), tasks=("length",)))
     found = read_results(tmp_path)
     rows = [line.split("|")[1:-1] for line in render_results(found, style="markdown").splitlines()]
     heads, _, clip, siglip = (list(map(str.strip, row)) for row in rows[2:6])
@@ -90,20 +71,20 @@ def test_scores_on_different_data_of_one_set_share_no_column_and_no_plot(
 
 
 def test_means_over_different_languages_share_no_column(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
     for kind, languages in (("clip", ()), ("siglip", ("de",))):
         chosen = {"tasks": ("cross-lingual",), "languages": languages}
-        evaluate(arguments(tmp_path, data, models(kind), **chosen))
+        evaluate(arguments(tmp_path, data, sources(kind), **chosen))
     table = render_results(read_results(tmp_path), style="markdown")
     for name in ("folder (de+en, 8 pictures)", "folder (de, 8 pictures)"):
         assert f"{name}, text to picture R@1 by language" in table.replace("Folder", "folder")
 
 
 def test_the_table_tells_activations_and_excluded_samples(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), models("siglip"), tasks=("retrieval",))
+    chosen = arguments(tmp_path, data, sources("clip"), sources("siglip"), tasks=("retrieval",))
     results = evaluate(chosen)
     wanted = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
     models = read_table(render_results(results, style="markdown"), "what the scores hang on")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from shared_models import ROUNDING
-from tiny_encoders import MODEL_KINDS, TEXTS, encode, save_tiny_pictures, save_when_asked, unit
+from tiny_encoders import MODEL_KINDS, TEXTS, encode, unit
 from tokenizers import normalizers
 from transformers import AutoModel, AutoProcessor
 
@@ -26,16 +26,6 @@ DUAL_KINDS = tuple(kind for kind in MODEL_KINDS if kind != "sentence-transformer
 
 every_kind = pytest.mark.parametrize("kind", MODEL_KINDS)
 every_dual_kind = pytest.mark.parametrize("kind", DUAL_KINDS)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return save_when_asked(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_tiny_pictures(tmp_path_factory.mktemp("pictures"), len(TEXTS))
 
 
 def test_kinds_are_told_from_files(models: Any) -> None:

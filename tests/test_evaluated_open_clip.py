@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from shared_models import ROUNDING
-from tiny_encoders import TEXTS, encode, save_tiny_pictures, save_when_asked, unit
+from tiny_encoders import TEXTS, encode, unit
 
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder
 from modeling_llm2clip.evaluation.encoders.open_clip_published import (
@@ -20,16 +20,6 @@ from modeling_llm2clip.evaluation.encoders.open_clip_published import (
     refuse_torchscript,
 )
 from modeling_llm2clip.processing_llm2clip import load_pictures
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return save_when_asked(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_tiny_pictures(tmp_path_factory.mktemp("pictures"), len(TEXTS))
 
 
 def test_open_clip_vectors_are_its_own(models: Any, pictures: list[Path]) -> None:

@@ -10,21 +10,11 @@ from typing import Any
 import pytest
 import torch
 from shared_models import ROUNDING
-from tiny_encoders import TEXTS, encode, save_tiny_pictures, save_when_asked, unit
+from tiny_encoders import encode, unit
 from transformers import AutoProcessor
 
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder
 from modeling_llm2clip.evaluation.encoders.sentence_files import read_sentence_files
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return save_when_asked(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_tiny_pictures(tmp_path_factory.mktemp("pictures"), len(TEXTS))
 
 
 def test_a_sentence_transformer_without_pictures_says_so(models: Any, pictures: list[Path]) -> None:

@@ -6,14 +6,12 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import arguments, read_table, write_data
+from evaluating import arguments, read_table
 from published_sets import write_coco_test
-from tiny_encoders import save_tiny_encoder
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
@@ -21,24 +19,6 @@ from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.plots import plot_lengths
 from modeling_llm2clip.evaluation.results import read_results
 from modeling_llm2clip.evaluation.tables import render_results
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("models")
-    return cache(lambda kind: str(save_tiny_encoder(kind, root / kind)))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_data(tmp_path_factory.mktemp("data")))
-
-
-@pytest.fixture(scope="module")
-def results(models: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("results")
-    evaluate(arguments(output, data, models("clip"), models("siglip")))
-    return output
 
 
 def test_two_models_of_one_name_are_two_rows(results: Path) -> None:
@@ -95,11 +75,11 @@ def test_another_rule_for_ties_shares_no_column_and_no_plot(results: Path, tmp_p
 
 
 def test_captions_that_look_for_pictures_and_for_halves_are_two_tables(
-    models: Any, data: str, tmp_path: Path
+    sources: Any, data: str, tmp_path: Path
 ) -> None:
-    chosen = arguments(tmp_path, data, models("clip"), tasks=("length",))
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("length",))
     for name, captions_only in (("shown", False), ("alone", True)):
-        model = ModelChoice(models("clip"), name)
+        model = ModelChoice(sources("clip"), name)
         evaluate(replace(chosen, models=(model,), captions_only=captions_only))
     table = render_results(read_results(tmp_path), style="markdown")
     titles = [line.strip("*") for line in table.splitlines() if "; queries: " in line]
@@ -123,10 +103,10 @@ def test_captions_that_look_for_pictures_and_for_halves_are_two_tables(
 
 
 def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
-    models: Any, tmp_path: Path
+    sources: Any, tmp_path: Path
 ) -> None:
     chosen = EvaluationArguments(
-        models=(ModelChoice(models("clip")),),
+        models=(ModelChoice(sources("clip")),),
         data=(DataChoice("coco", str(write_coco_test(tmp_path / "coco"))),),
         output=tmp_path / "out",
         exclude_faults=True,

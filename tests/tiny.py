@@ -205,9 +205,9 @@ def tiny_pictures(count: int = 2) -> list[Image.Image]:
     ]
 
 
-def draw_noise(height: int = 40, width: int = 56) -> Image.Image:
+def draw_noise(height: int = 40, width: int = 56, *, seed: int = 0) -> Image.Image:
     """A picture of which no two pixels need be alike."""
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 

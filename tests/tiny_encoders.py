@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +197,6 @@ _SAVERS = {
     "open_clip": _save_open_clip,
     "sentence-transformers": _save_sentence_transformers,
 }
-
-
-def save_when_asked(folder: Path) -> Callable[[str], Path]:
-    """Save a tiny encoder of a kind when that kind is first asked for."""
-    return cache(lambda kind: save_tiny_encoder(kind, folder / kind))
 
 
 def encode(encoder: Encoder, pictures: Sequence[Path]) -> tuple[Tensor, Tensor]:
