@@ -6,11 +6,12 @@ tokenizer, so that a bare tokenizer and a pipeline give the same ids as this pro
 
 from __future__ import annotations
 
+import http.client
 import io
 import os
+import threading
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 # What Pillow's decoders raise, each in its own way.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
+# What urllib, http and sockets raise; ValueError for an address that is none.
+_FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 # Options of any processor that make something else of a row than one caption or one picture; a
 # caller of many kinds of processors may name them, but not use them.
 _NOT_TAKEN = {
@@ -28,6 +31,11 @@ _NOT_TAKEN = {
 }  # fmt: skip
 _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers gives all kinds, always
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_UNSCALED = "do_rescale=False is for floats in [0, 1]; leave it out, or give those."
+_MOST_SHOWN = 200  # characters of what was given for a path
+# A tokenizer keeps truncation and padding as its state between being told and reading a text, so
+# threads that share one would get each other's lengths.
+_tokenizing = threading.RLock()
 
 
 class LLM2CLIPProcessor(ProcessorMixin):
@@ -40,6 +48,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     Attributes:
         num_truncated_texts: how many texts were cut so far, ever; set it to 0 at will.
+
+    Threads may share it. Beside them, leave its tokenizer alone: a bare tokenizer is not safe.
+
+    Raises: ValueError when `max_text_length` is no positive integer.
     """
 
     _auto_class = "AutoProcessor"
@@ -51,7 +63,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         max_text_length: int = 512,
         **kwargs: Any,
     ) -> None:
-        self.max_text_length = max_text_length
+        self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -85,28 +97,49 @@ class LLM2CLIPProcessor(ProcessorMixin):
             raise ValueError("Got neither images nor text; give one of them, or both.")
         _refuse_options(kwargs, self.image_processor)
         if text is not None:
-            text = _list_texts(text)
-            check_texts(text)
-            # The tokenizer strips too, but not blanks that are tokens of their own in some.
-            text = text.strip() if isinstance(text, str) else [caption.strip() for caption in text]
+            text = clean_texts(text)
         if images is not None:
             images = load_pictures(images, rescales=self._rescales(kwargs))
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
-        limits = {**filled["text_kwargs"], **filled["common_kwargs"], **filled}
-        batch: BatchFeature = super().__call__(images=images, text=text, **filled)
+        batch = BatchFeature()
+        if images is not None:
+            batch.update(super().__call__(images=images, **filled))
         if text is not None:
-            limit = min(limits["max_length"], self.tokenizer.model_max_length)
-            self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
+            limit = filled["text_kwargs"]["max_length"]
+            with _tokenizing:
+                batch.update(super().__call__(text=text, **filled))
+                self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
 
-    def _rescales(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the image processor will divide pixels by 255."""
+    def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], int]:
+        """Return the token ids of each text as calling would, unpadded, and how many were cut.
+
+        Raises: ValueError naming every blank or non-text caption.
+        """
+        texts = clean_list(texts)
+        with _tokenizing:
+            encoded = self.tokenizer(
+                texts, truncation=True, max_length=self.longest_text, padding=False
+            )
+        return encoded["input_ids"], sum(bool(row.overflowing) for row in encoded.encodings)
+
+    @property
+    def longest_text(self) -> int:
+        """Most tokens of a text: the tokenizer's own length, which sentence-transformers'
+        `max_seq_length` sets, counts too.
+        """
+        return min(self.max_text_length, int(self.tokenizer.model_max_length))
+
+    def _rescales(self, kwargs: dict[str, Any]) -> bool | None:
+        """Whether the image processor will divide pixels by 255; None if it never does."""
         nested = [kwargs.get(name) or {} for name in ("images_kwargs", "common_kwargs")]
         given = next((p["do_rescale"] for p in (kwargs, *nested) if "do_rescale" in p), None)
+        if given:
+            return True
         own = getattr(self.image_processor, "do_rescale", True)
-        return bool(own if given is None else given)
+        return (True if given is None else False) if own else None
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sort the tokenizer's settings, wherever they were given, and add our defaults.
@@ -123,9 +156,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         tensors = given.pop("return_tensors", "pt")
         if given.get("max_length", 0) is None:  # as in tokenizers: none of one's own
             del given["max_length"]
-        # The tokenizer's own length is what sentence-transformers' max_seq_length sets.
-        longest = min(self.max_text_length, self.tokenizer.model_max_length)
-        defaults = {"padding": True, "truncation": True, "max_length": longest}
+        defaults = {"padding": True, "truncation": True, "max_length": self.longest_text}
         text_kwargs = {k: v for k, v in {**defaults, **given}.items() if k in known}
         common = {k: v for k, v in common.items() if k not in text_kwargs}
         common["return_tensors"] = tensors
@@ -133,7 +164,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     def _require_room(self, text_kwargs: dict[str, Any]) -> None:
         """Raise ValueError for a length that leaves a caption no token, which would cut nothing."""
-        length, num_prompt = text_kwargs["max_length"], self.tokenizer.num_special_tokens_to_add()
+        length = _check_length(text_kwargs["max_length"], "max_length")
+        num_prompt = self.tokenizer.num_special_tokens_to_add()
         if text_kwargs["truncation"] and length <= num_prompt:
             raise ValueError(
                 f"max_length={length} leaves no room for a caption: the prompt alone has "
@@ -147,20 +179,20 @@ class LLM2CLIPProcessor(ProcessorMixin):
         mask = batch["attention_mask"]
         rows = [mask] if np.ndim(mask[0]) == 0 else mask  # rows may be unequally long lists
         lengths = [int(sum(row)) for row in rows]
-        # Only a text that fills the batch's longest row can have been cut.
-        longest = max(lengths)
-        candidates = [i for i, length in enumerate(lengths) if length == longest]
-        if longest < limit:
+        # Only a text of the greatest length, or beyond it untruncated, can have been longer.
+        least = min(limit, self.tokenizer.model_max_length)
+        full = [number for number, length in enumerate(lengths) if length >= least]
+        if not full:
             return
-        whole = self.tokenizer([texts[i] for i in candidates], truncation=False, verbose=False)
-        ids_of = zip(candidates, whole["input_ids"], strict=True)
-        cut = [number for number, ids in ids_of if len(ids) > longest]
-        if cut and on_long_text == "error":
+        whole = self.tokenizer([texts[i] for i in full], truncation=False, verbose=False)
+        length_of = {i: len(ids) for i, ids in zip(full, whole["input_ids"], strict=True)}
+        long = [number for number, length in length_of.items() if length > limit]
+        if long and on_long_text == "error":
             raise ValueError(
-                f"{len(cut)} of {len(texts)} texts have more than {longest} tokens (first: number "
-                f"{cut[0]}). Shorten them, or pass on_long_text='truncate'."
+                f"{len(long)} of {len(texts)} texts have more than {limit} tokens (first: number "
+                f"{long[0]}). Shorten them, or pass on_long_text='truncate'."
             )
-        self.num_truncated_texts += len(cut)
+        self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
 
 
 def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
@@ -191,16 +223,42 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         )
     if refused:
         raise ValueError(f"{refused}: a row is one caption or one picture. Leave them out.")
+    if any(options.get("return_attention_mask") is False for options in places.values()):
+        raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
 
 
-def _list_texts(text: Any) -> str | list[Any]:
+def _check_length(length: Any, name: str) -> int:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"{name}={length!r} is no length; give a positive integer of tokens.")
+    return length
+
+
+def clean_texts(text: Any) -> str | list[str]:
+    """Return a caption, or a list of them, as the tokenizer is to get it: no blanks around it.
+
+    The tokenizer strips too, but not blanks that are tokens of their own in some.
+
+    Raises: ValueError for what is neither, or naming every caption that is not text or is blank.
+    """
     if isinstance(text, str):
-        return text
-    if isinstance(text, bytes | Mapping) or not isinstance(text, Iterable):
+        check_texts(text)
+        return text.strip()
+    # An iteration over a table gives the names of its columns, over a set any order.
+    is_table = isinstance(text, Mapping) or len(getattr(text, "shape", (1,))) != 1
+    if is_table or isinstance(text, bytes | Set) or not isinstance(text, Iterable):
         raise ValueError(
             f"text is {type(text).__name__}; give one non-blank string or a list of them."
         )
-    return list(text)
+    texts = list(text)
+    check_texts(texts)
+    return [caption.strip() for caption in texts]
+
+
+def clean_list(texts: Any) -> list[str]:
+    """Do the same where only a list will do: one string would be a list of letters."""
+    if isinstance(texts, str):
+        raise ValueError(f"Got one string ({texts[:40]!r}); give a list of captions.")
+    return list(clean_texts(texts))
 
 
 def check_texts(text: str | list[str]) -> None:
@@ -211,6 +269,8 @@ def check_texts(text: str | list[str]) -> None:
             faults.append(f"number {number} is {type(caption).__name__}, not str")
         elif not caption.strip():
             faults.append(f"number {number} is blank: {caption!r}")
+        elif not _is_unicode(caption):
+            faults.append(f"number {number} has half a surrogate pair: {caption[:40]!r}")
     if not isinstance(text, str) and not text:
         faults.append("the list is empty")
     if faults:
@@ -221,11 +281,21 @@ def check_texts(text: str | list[str]) -> None:
         )
 
 
-def load_pictures(images: Any, *, rescales: bool = True) -> Any:
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8, which tokenizers read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def load_pictures(images: Any, *, rescales: bool | None = True) -> Any:
     """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors stay such.
 
     Args:
-        rescales: whether pixels will be divided by 255; if not, arrays may hold floats in [0, 1].
+        rescales: whether pixels will be divided by 255. If not, only floats in [0, 1] are taken;
+            None: nor would they be for any picture, so floats in [0, 1] are taken too.
     Raises: ValueError naming every picture that is missing, broken, too large or of an unknown
         range.
     """
@@ -247,23 +317,26 @@ def load_pictures(images: Any, *, rescales: bool = True) -> Any:
     return loaded
 
 
-def _load_picture(image: Any, number: int, *, rescales: bool) -> Any:
-    if isinstance(image, str | os.PathLike):
-        return _open_picture(os.fspath(image))
-    if isinstance(image, Image.Image):
-        name = getattr(image, "filename", "") or f"picture number {number}"
-        return _decode(image, name)
-    if hasattr(image, "shape"):
+def _load_picture(image: Any, number: int, *, rescales: bool | None) -> Any:
+    if hasattr(image, "shape") and hasattr(image, "dtype"):
         return _check_array(image, f"picture number {number}", rescales=rescales)
-    held = isinstance(image, bytes | io.IOBase)
-    way_out = " Open it with PIL.Image.open, bytes as io.BytesIO." if held else ""
-    raise ValueError(
-        f"Picture number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
-        f"array or a tensor.{way_out}"
-    )
+    if isinstance(image, str | os.PathLike):
+        loaded = _open_picture(os.fspath(image))
+    elif isinstance(image, Image.Image):
+        loaded = _decode(image, getattr(image, "filename", "") or f"picture number {number}")
+    else:
+        held = isinstance(image, bytes | memoryview | io.IOBase)
+        way_out = " Open it with PIL.Image.open, bytes as io.BytesIO." if held else ""
+        raise ValueError(
+            f"Picture number {number} is {type(image).__name__}; give a PIL image, a path, a URL, "
+            f"an array or a tensor.{way_out}"
+        )
+    if rescales is False:
+        raise ValueError(f"Picture number {number} has 8 bits a colour. {_UNSCALED}")
+    return loaded
 
 
-def _check_array(image: Any, name: str, *, rescales: bool) -> Any:
+def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
     """Refuse pixels whose place or range is not known, and make 16 bit 8 bit.
 
     A float's range cannot be told from its values: a dark picture in 0 to 255 is a bright one in
@@ -276,11 +349,23 @@ def _check_array(image: Any, name: str, *, rescales: bool) -> Any:
             "array, Image.fromarray makes a picture that is taken, grey or with transparency too."
         )
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
-    if dtype == "uint8":
-        return image
+    if dtype in ("uint8", "uint16") and rescales is False:
+        raise ValueError(f"{name} has {dtype} pixels. {_UNSCALED}")
+    if dtype not in ("uint8", "uint16"):
+        _check_floats(image, dtype, name, rescales=rescales)
+    if hasattr(image, "detach"):
+        image = image.detach()
+    if dtype == "bfloat16":  # which NumPy has not
+        image = image.float()
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
-        return (pixels // 257).astype(np.uint8)
+        image = (pixels // 257).astype(np.uint8)
+    if shape[0] == 1:  # one row of pixels would be taken for one channel
+        image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
+    return image
+
+
+def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -> None:
     if "float" not in dtype or rescales:
         raise ValueError(
             f"{name} has {dtype} pixels, whose range is not known. Give uint8 (0 to 255), uint16 "
@@ -292,7 +377,6 @@ def _check_array(image: Any, name: str, *, rescales: bool) -> Any:
             f"{name} has pixels from {low:g} to {high:g}; with do_rescale=False they must be in "
             "[0, 1]."
         )
-    return image
 
 
 def _open_picture(path: str) -> Image.Image:
@@ -302,9 +386,9 @@ def _open_picture(path: str) -> Image.Image:
             "the bytes with PIL.Image.open(io.BytesIO(…))."
         )
     # Not transformers' load_image, which turns transparency black and clips 16 bit.
-    source = _fetch(path) if path.startswith(("http://", "https://")) else path
-    if source is path and not Path(path).is_file():
-        raise ValueError(f"{path}: no such picture. Correct the path.")
+    source = _fetch(path) if path.lower().startswith(("http://", "https://")) else path
+    if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for what is no path
+        raise ValueError(f"{path[:_MOST_SHOWN]}: no such picture. Correct the path.")
     with read_header(source, name=path) as image:
         return _decode(image, path)
 
@@ -333,7 +417,7 @@ def _fetch(address: str) -> io.BytesIO:
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return io.BytesIO(response.read())
-    except OSError as error:  # what urllib and sockets raise
+    except _FETCH_ERRORS as error:
         raise ValueError(f"{address}: the picture cannot be fetched ({error}).") from error
 
 
@@ -346,6 +430,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: the picture is truncated or corrupt ({error}).") from error
+    except AssertionError as error:  # how Pillow says it
+        raise ValueError(f"{name}: the picture's file is closed. Open it anew.") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _SIXTEEN_BIT_MODES:
@@ -353,7 +439,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError(f"{name}: float pixels have no known range. Convert it to 8 or 16 bit.")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
@@ -364,4 +450,5 @@ def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"{name}: pixels outside 0 to 65535. Convert it to 8 or 16 bit.")
+    pixels[pixels == image.info.get("transparency", -1)] = 65535  # the one transparent grey
     return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")

@@ -42,6 +42,16 @@ def test_padding_is_at_most_a_tenth_or_64_tokens(lengths: list[int], token_budge
 
 @given(LENGTHS, BUDGETS)
 @settings(deadline=None)
+def test_all_padding_is_at_most_a_tenth_of_all_tokens(
+    lengths: list[int], token_budget: int
+) -> None:
+    batches = plan_token_batches(lengths, token_budget=token_budget)
+    num_tokens = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    assert num_tokens - sum(lengths) <= MAX_PADDING_SHARE * num_tokens
+
+
+@given(LENGTHS, BUDGETS)
+@settings(deadline=None)
 def test_longest_texts_come_first(lengths: list[int], token_budget: int) -> None:
     batches = plan_token_batches(lengths, token_budget=token_budget)
     planned = [lengths[index] for batch in batches for index in batch]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,11 @@ def prompt() -> tuple[list[int], list[int]]:
     return config.prompt_prefix_ids, config.prompt_suffix_ids
 
 
+def whole_ids(texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = fresh_processor().tokenizer(texts, truncation=False)["input_ids"]
+    return ids
+
+
 # Texts
 
 
@@ -44,6 +52,7 @@ def prompt() -> tuple[list[int], list[int]]:
         ([["a dog"], ["a cat"]], r"2 are not: number 0 is list, not str; number 1 is list"),
         ([1.5], r"number 0 is float, not str"),
         ([], r"the list is empty"),
+        (["a dog", "a \ud800 dog"], r"1 are not: number 1 has half a surrogate pair: 'a \\ud800"),
     ],
 )
 def test_what_is_not_a_caption_is_named(
@@ -208,7 +217,9 @@ def test_an_image_processors_own_options_are_taken() -> None:
     assert patches.shape[1] == 4 < processor(images=draw_noise())["pixel_values"].shape[1]
 
 
-@pytest.mark.parametrize("text", [5, {"a": 1}, 1.5, b"a dog", object()])
+@pytest.mark.parametrize(
+    "text", [5, {"a": 1}, 1.5, b"a dog", object(), {"a dog"}, np.array([["a dog", "a cat"]])]
+)
 def test_what_is_neither_a_caption_nor_a_list_is_refused_by_its_kind(
     processor: LLM2CLIPProcessor, text: Any
 ) -> None:
@@ -224,6 +235,71 @@ def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProce
         with pytest.raises(ValueError, match=rf"max_length={length} leaves no room.* {least}\."):
             processor(text=LONG_TEXT, max_length=length)
     assert processor(text=LONG_TEXT, max_length=least)["input_ids"].shape == (1, least)
+
+
+@pytest.mark.parametrize("length", ["20", 20.0, True, 0, -1])
+def test_what_is_no_length_is_refused(processor: LLM2CLIPProcessor, length: Any) -> None:
+    with pytest.raises(ValueError, match=rf"max_length={length!r} is no length"):
+        processor(text="a dog", max_length=length)
+    with pytest.raises(ValueError, match=rf"max_text_length={length!r} is no length"):
+        LLM2CLIPProcessor(processor.image_processor, processor.tokenizer, length)
+
+
+def test_an_uncut_long_text_is_an_error_where_that_was_asked(
+    processor: LLM2CLIPProcessor,
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"1 of 2 texts have more than 32 tokens \(first: number 1"
+    ):
+        processor(text=["a dog", LONG_TEXT], truncation=False, on_long_text="error")
+    whole = processor(text=["a dog", LONG_TEXT], truncation=False)["input_ids"]
+    assert whole.shape[1] > 32
+    assert processor.num_truncated_texts == 0
+
+
+def test_the_mask_cannot_be_left_out(processor: LLM2CLIPProcessor) -> None:
+    for settings in (
+        {"return_attention_mask": False},
+        {"text_kwargs": {"return_attention_mask": False}},
+    ):
+        with pytest.raises(ValueError, match="return_attention_mask=False: the model needs"):
+            processor(text="a dog", **settings)
+
+
+def test_threads_that_want_other_lengths_share_a_processor(processor: LLM2CLIPProcessor) -> None:
+    texts = ["two red apples on a wooden table", "x", LONG_TEXT]
+    jobs: list[Callable[[], Any]] = [
+        lambda: processor(text=texts)["input_ids"].tolist(),
+        lambda: processor(text=texts, max_length=14)["input_ids"].tolist(),
+        lambda: processor(text=texts[:2], padding="max_length")["input_ids"].tolist(),
+        lambda: processor.list_ids(texts),
+    ]
+    wanted = [job() for job in jobs]
+    processor.num_truncated_texts = 0
+    # Without the lock some of these many turns differ, or raise, in every run that was tried.
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda turn: jobs[turn % 4](), range(800)))
+    assert all(ids == wanted[turn % 4] for turn, ids in enumerate(found))
+    # Of the first kind one of 200 is cut each time; of the second two.
+    assert processor.num_truncated_texts == 200 + 200 * sum(
+        len(ids) > 14 for ids in whole_ids(texts)
+    )
+
+
+def test_listed_ids_are_those_of_a_call() -> None:
+    processor = copy.deepcopy(fresh_processor())
+    texts = ["a dog\n\n", "\x1f a cat ", LONG_TEXT]
+    for longest in (512, 20):  # what sentence-transformers' max_seq_length sets
+        processor.tokenizer.model_max_length = longest
+        called = processor(text=texts)
+        listed, num_cut = processor.list_ids(texts)
+        lengths = called["attention_mask"].sum(dim=1).tolist()
+        assert listed == [
+            row[:length] for row, length in zip(called["input_ids"].tolist(), lengths, strict=True)
+        ]
+        assert num_cut == 1
+    with pytest.raises(ValueError, match=r"Got one string \('a dog'\); give a list"):
+        processor.list_ids("a dog")
 
 
 def test_without_padding_rows_keep_their_lengths(processor: LLM2CLIPProcessor) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import (
+    BaseHTTPRequestHandler,
+    HTTPServer,
+    SimpleHTTPRequestHandler,
+    ThreadingHTTPServer,
+)
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +221,55 @@ def test_a_broken_picture_on_the_web_is_named_by_its_address(
         processor(images=f"{server}/{kind}.jpg")
 
 
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [
+        ("{server}/a b.jpg", "cannot be fetched"),
+        ("{server}/\u00e4.jpg", "cannot be fetched"),
+        ("http://127.0.0.1:port/a.jpg", "cannot be fetched"),
+        ("{SERVER}/missing.jpg", "cannot be fetched .*404"),
+        ("x" * 300, r"^x{200}: no such picture"),
+        ("a\0b.jpg", "no such picture"),
+    ],
+)
+def test_what_is_no_address_is_refused_by_it(address: str, fault: str, server: str) -> None:
+    address = address.format(server=server, SERVER=server.replace("http", "HTTP"))
+    with pytest.raises(ValueError, match=fault):
+        load_pictures([draw_noise(), address])
+
+
+def test_a_picture_cut_on_its_way_is_named_by_its_address() -> None:
+    class Cut(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"abc")
+
+        def log_message(self, *_: Any) -> None:
+            """Stay quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Cut) as cut:
+        threading.Thread(target=cut.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{cut.server_port}/a.jpg"
+        with pytest.raises(ValueError, match=rf"^{address}: .*cannot be fetched \(IncompleteRead"):
+            load_pictures(address)
+
+
+def test_a_closed_picture_is_refused_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "closed.png"
+    draw_noise().save(path)
+    with Image.open(path) as picture:
+        pass
+    with pytest.raises(ValueError, match=r"closed\.png: the picture's file is closed"):
+        load_pictures([picture])
+
+
+def test_premultiplied_grey_is_laid_on_white_too() -> None:
+    picture = Image.new("LA", (1, 1), (100, 0)).convert("La")
+    assert load(picture).getpixel((0, 0)) == WHITE
+
+
 def test_all_broken_pictures_are_named_at_once(
     processor: LLM2CLIPProcessor, tmp_path: Path
 ) -> None:
@@ -253,7 +308,9 @@ def test_what_is_not_a_picture_is_refused_with_its_number(picture: Any) -> None:
         load_pictures([draw_noise(), picture])
 
 
-@pytest.mark.parametrize("picture", [b"bytes", io.BytesIO(b"bytes"), "data:image/png;base64,AA"])
+@pytest.mark.parametrize(
+    "picture", [b"bytes", memoryview(b"bytes"), io.BytesIO(b"bytes"), "data:image/png;base64,AA"]
+)
 def test_a_picture_in_memory_is_refused_with_the_way_to_open_it(picture: Any) -> None:
     with pytest.raises(ValueError, match=r"PIL\.Image\.open.*BytesIO"):
         load_pictures([picture])
@@ -268,6 +325,17 @@ def test_arrays_and_pictures_give_equal_pixels(processor: LLM2CLIPProcessor) -> 
     picture = draw_noise()
     from_picture = processor(images=picture)["pixel_values"]
     assert torch.equal(from_picture, processor(images=np.asarray(picture))["pixel_values"])
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 3), (3, 9, 1), (3, 1, 9), (9, 1, 3), (1, 1, 3)])
+def test_one_row_or_column_of_pixels_is_no_channel(
+    processor: LLM2CLIPProcessor, shape: tuple[int, int, int]
+) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rows = array if shape[2] == 3 else array.transpose(1, 2, 0)
+    wanted = processor(images=Image.fromarray(np.ascontiguousarray(rows)))["pixel_values"]
+    assert torch.equal(processor(images=array)["pixel_values"], wanted)
+    assert torch.equal(processor(images=torch.from_numpy(array))["pixel_values"], wanted)
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
@@ -335,6 +403,48 @@ def test_floats_outside_0_to_1_are_refused_where_nothing_rescales(
 ) -> None:
     with pytest.raises(ValueError, match=r"picture number 0 has pixels from .*must be in \[0, 1\]"):
         processor(images=np.full((8, 8, 3), value), do_rescale=False)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        draw_noise(),
+        np.zeros((8, 9, 3), dtype=np.uint8),
+        np.zeros((8, 9, 3), dtype=np.uint16),
+        torch.zeros((3, 8, 9), dtype=torch.uint8),
+    ],
+    ids=["picture", "uint8", "uint16", "tensor"],
+)
+def test_what_nobody_rescaled_is_refused_where_nothing_rescales(
+    processor: LLM2CLIPProcessor, picture: Any
+) -> None:
+    floats = np.zeros((8, 9, 3), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"icture number 1 has .*do_rescale=False is for floats"):
+        processor(images=[floats, picture], do_rescale=False)
+
+
+def test_a_processor_that_never_rescales_takes_pictures() -> None:
+    image_processor = copy.deepcopy(fresh_processor().image_processor)
+    image_processor.do_rescale, image_processor.image_mean = False, [127.5] * 3
+    processor = LLM2CLIPProcessor(image_processor, fresh_processor().tokenizer)
+    assert processor(images=draw_noise())["pixel_values"].max() > 1
+
+
+def test_tensors_that_numpy_does_not_take_are_taken(processor: LLM2CLIPProcessor) -> None:
+    picture = as_tensor(np.asarray(draw_noise())).float() / 255
+    half = picture.bfloat16()
+    wanted = processor(images=half.float(), do_rescale=False)["pixel_values"]
+    assert torch.equal(processor(images=half, do_rescale=False)["pixel_values"], wanted)
+    wanted = processor(images=picture, do_rescale=False)["pixel_values"]
+    found = processor(images=picture.requires_grad_(), do_rescale=False)["pixel_values"]
+    assert torch.equal(found, wanted)
+
+
+def test_the_transparent_grey_of_sixteen_bits_is_white(tmp_path: Path) -> None:
+    pixels = np.array([[1000, 60000], [30000, 1000]], dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "grey.png", transparency=1000)
+    loaded = np.asarray(load_pictures(tmp_path / "grey.png"))
+    assert loaded[..., 0].tolist() == [[255, 60000 // 257], [30000 // 257, 255]]
 
 
 def test_a_batch_in_one_array_is_its_pictures(processor: LLM2CLIPProcessor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ..batching_llm2clip import plan_token_batches
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
+from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from .modes import evaluating
 from .precision import LoweredLayers, LowerPrecision
 
 # The model itself cuts a batch into smaller pieces on a processor.
@@ -41,24 +42,24 @@ class EncodedCaptions:
 def encode_captions(
     model: LLM2CLIPModel | LLM2CLIPTextModel,
     processor: LLM2CLIPProcessor,
-    captions: Sequence[str],
+    captions: Iterable[str],
     *,
     token_budget: int | None = None,
     precision: LowerPrecision | None = None,
     show_progress: bool = False,
 ) -> EncodedCaptions:
-    """Compute the caption vectors that `project_caption_embeds` takes.
+    """Compute the caption vectors that `project_caption_embeds` takes, without dropout.
 
     Args:
-        captions: any number of non-blank texts.
+        captions: any number of non-blank texts, one at least.
         token_budget: most tokens in a batch, padding included; default by device.
         precision: run the LLM's later layers in it; None for the dtype of the weights.
             `precision_probe.choose_precision` finds one that is faster and true, if any is.
-    Raises: ValueError naming every blank or non-text caption.
+    Raises: ValueError for what is no list of captions, or naming every blank or non-text one.
     """
-    check_texts(list(captions))
+    captions = clean_list(captions)
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    ids, num_truncated = tokenize_captions(processor, list(distinct))
+    ids, num_truncated = processor.list_ids(list(distinct))
     progress = tqdm(total=len(distinct), unit=" captions", disable=not show_progress)
     vectors, num_tokens = encode_token_ids(
         model,
@@ -79,17 +80,6 @@ def encode_captions(
     )
 
 
-def tokenize_captions(
-    processor: LLM2CLIPProcessor, captions: Sequence[str]
-) -> tuple[list[list[int]], int]:
-    """Return the token ids of each caption, prompt included, and how many captions were cut."""
-    encoded = processor.tokenizer(
-        list(captions), truncation=True, max_length=processor.max_text_length, padding=False
-    )
-    num_truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    return encoded["input_ids"], num_truncated
-
-
 @torch.inference_mode()
 def encode_token_ids(
     model: LLM2CLIPModel | LLM2CLIPTextModel,
@@ -103,25 +93,29 @@ def encode_token_ids(
     """Compute the vectors of tokenized captions, longest first.
 
     Args:
-        ids: from `tokenize_captions`.
+        ids: from the processor's `list_ids`.
         token_budget, precision: as `encode_captions`.
         on_batch: told after each batch how many captions it had.
     Returns: (N, D) float32 on the CPU in the order of the ids, and how many tokens were computed.
+    Raises: ValueError for a budget below one token.
     """
-    budget = token_budget or default_token_budget(model.device)
+    budget = default_token_budget(model.device) if token_budget is None else token_budget
+    if budget < 1:
+        raise ValueError(f"token_budget={budget} holds no token; give a positive one, or None.")
     vectors = torch.empty(len(ids), model.config.text_config.hidden_size)
     num_tokens = 0
-    lowered = LoweredLayers(model, precision) if precision else None
-    for rows in plan_token_batches([len(row) for row in ids], token_budget=budget):
-        input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
-        num_tokens += input_ids.numel()
-        with lowered.in_effect() if lowered else nullcontext():
-            embeds = model.get_caption_embeds(
-                input_ids.to(model.device), attention_mask.to(model.device)
-            )
-        vectors[rows] = embeds.cpu()
-        if on_batch is not None:
-            on_batch(len(rows))
+    lowered = None if precision is None else LoweredLayers(model, precision)
+    with evaluating(model):
+        for rows in plan_token_batches([len(row) for row in ids], token_budget=budget):
+            input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
+            num_tokens += input_ids.numel()
+            with nullcontext() if lowered is None else lowered.in_effect():
+                embeds = model.get_caption_embeds(
+                    input_ids.to(model.device), attention_mask.to(model.device)
+                )
+            vectors[rows] = embeds.cpu()
+            if on_batch is not None:
+                on_batch(len(rows))
     return vectors, num_tokens
 
 

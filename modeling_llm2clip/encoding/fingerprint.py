@@ -49,7 +49,7 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
         "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
         "pooling": config.text_pooling,
         "direction": "bidirectional" if config.bidirectional else "causal",
-        "max_text_length": str(processor.max_text_length),
+        "max_text_length": str(processor.longest_text),
     }
 
 

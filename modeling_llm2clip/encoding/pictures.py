@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..data.pictures import load_picture
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .modes import evaluating
 
 
 @torch.inference_mode()
@@ -27,7 +28,7 @@ def encode_pictures(
     show_progress: bool = False,
     on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Compute the picture vectors that `project_vision_embeds` takes.
+    """Compute the picture vectors that `project_vision_embeds` takes, without dropout.
 
     Args:
         pictures: paths, packed pictures of a data set, or PIL images.
@@ -35,14 +36,17 @@ def encode_pictures(
         num_workers: threads that decode ahead of the tower.
         on_batch: told after each batch how many pictures it had.
     Returns: (N, D) float32 on the CPU.
-    Raises: ValueError naming the picture that is missing or broken.
+    Raises: ValueError naming the picture that is missing or broken, for no pictures, or a batch
+        or workers below one.
     """
-    if not len(pictures):
-        raise ValueError("Got no pictures; give at least one.")
-    batch_size = batch_size or default_batch_size(model.device)
+    if isinstance(pictures, str) or not len(pictures):
+        raise ValueError(f"Got {pictures!r} for pictures; give a list of one at least.")
+    batch_size = default_batch_size(model.device) if batch_size is None else batch_size
+    if batch_size < 1 or num_workers < 1:
+        raise ValueError(f"{batch_size=}, {num_workers=}: each must be one at least.")
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     vectors = []
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(num_workers) as pool, evaluating(model):
         prepared = _prepare_ahead(pool, processor, batches, count=num_workers + 1)
         progress = tqdm(total=len(pictures), unit=" pictures", disable=not show_progress)
         for inputs in prepared:

@@ -49,6 +49,8 @@ class LoweredLayers:
 
     def __init__(self, model: LLM2CLIPModel | LLM2CLIPTextModel, precision: LowerPrecision) -> None:
         """Round the layers' weights; of float32 ones this takes half as much memory once more."""
+        if not isinstance(precision, LowerPrecision):
+            raise ValueError(f"precision={precision!r}; give LowerPrecision(torch.bfloat16).")
         self._model, self._precision = model, precision
         self._layers = _choose_layers(model, precision)
         with model.hold_text_passes():  # another thread may have swapped them

@@ -78,7 +78,12 @@ def probe_precisions(
 
 
 def pick_probe_captions(captions: Sequence[str], *, count: int = 64) -> list[str]:
-    """Pick captions of every length, the shortest and the longest among them."""
+    """Pick captions of every length, the shortest and the longest among them.
+
+    Raises: ValueError for a count below 2.
+    """
+    if count < 2:
+        raise ValueError(f"count={count}: the shortest and the longest caption are two already.")
     ordered = sorted(set(captions), key=len)
     if len(ordered) <= count:
         return ordered

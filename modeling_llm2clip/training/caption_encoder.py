@@ -129,11 +129,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     def encode(self, captions: list[str]) -> Tensor:
         """Encode many captions, (N, D) float32, without gradients."""
-        was_training = self.llm2clip.training
-        self.llm2clip.train(False)
-        vectors = encode_captions(self.llm2clip, self.processor, captions).caption_embeds
-        self.llm2clip.train(was_training)
-        return vectors
+        return encode_captions(self.llm2clip, self.processor, captions).caption_embeds
 
 
 def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..data.captioned_images import CaptionedImage, hash_records
 from ..data.vector_store_layout import StoreManifest
 from ..data.vector_store_writing import StoreWriter
-from ..encoding.captions import default_token_budget, encode_token_ids, tokenize_captions
+from ..encoding.captions import default_token_budget, encode_token_ids
 from ..encoding.fingerprint import fingerprint_text
 from ..modeling_llm2clip import LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
@@ -100,7 +100,7 @@ def extract_captions(
     )
 
     def compute(rows: range, tell: Callable[[int], object]) -> Tensor:
-        ids, _ = tokenize_captions(processor, plan.captions[rows.start : rows.stop])
+        ids, _ = processor.list_ids(plan.captions[rows.start : rows.stop])
         return encode_token_ids(model, processor, ids, token_budget=budget, on_batch=tell)[0]
 
     writer = StoreWriter.open(output, manifest, plan.index)
@@ -137,7 +137,7 @@ def _measure(
     num_truncated = 0
     starts = range(0, len(captions), _TOKENIZED_AT_ONCE)
     for start in tqdm(starts, desc="measure", disable=not show_progress):
-        ids, num_cut = tokenize_captions(processor, captions[start : start + _TOKENIZED_AT_ONCE])
+        ids, num_cut = processor.list_ids(captions[start : start + _TOKENIZED_AT_ONCE])
         lengths[start : start + len(ids)] = [len(row) for row in ids]
         num_truncated += num_cut
     return lengths, num_truncated

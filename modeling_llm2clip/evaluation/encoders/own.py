@@ -16,7 +16,7 @@ from ...encoding.captions import encode_captions
 from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, fingerprint_weights
 from ...encoding.pictures import encode_pictures
 from ...modeling_llm2clip import LLM2CLIPModel
-from ...processing_llm2clip import LLM2CLIPProcessor
+from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
 from .activations import describe_activation
 from .encoder import Description, EncodedTexts, EncoderSettings
 from .letter_case import loses_capitals
@@ -50,8 +50,9 @@ class OwnEncoder:
             show_progress=self._settings.show_progress,
         )
         project = self._model.project_caption_embeds
-        ids = self._processor.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        longest = self._processor.max_text_length
+        whole = clean_list(texts)
+        ids = self._processor.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+        longest = self._processor.longest_text
         return EncodedTexts(
             embeds=self._project(project, encoded.caption_embeds),
             is_cut=torch.tensor([len(row) > longest for row in ids]),
@@ -102,7 +103,7 @@ class OwnEncoder:
                     "before": tokenizer.decode(config.prompt_prefix_ids),
                     "after": tokenizer.decode(config.prompt_suffix_ids),
                 },
-                "max_tokens": self._processor.max_text_length,
+                "max_tokens": self._processor.longest_text,
                 "padding": "none that is pooled",
                 "lower_case": loses_capitals(tokenizer),
                 "pooling": text["pooling"],

@@ -1,0 +1,104 @@
+"""Encoding many captions or pictures: as the processor and the model at inference would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise, tiny_model
+from torch import nn
+
+from modeling_llm2clip.encoding.captions import encode_captions
+from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.encoding.precision_probe import pick_probe_captions
+
+CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
+
+
+def test_a_model_in_training_encodes_as_at_inference_and_goes_on_training() -> None:
+    model, processor = tiny_model()
+    model.eval()
+    wanted = encode_captions(model, processor, CAPTIONS).caption_embeds
+    model.text_model.config.attention_dropout = 0.5
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    model.train()
+    model.text_projection.eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(encode_captions(model, processor, CAPTIONS).caption_embeds, wanted)
+    assert modes == [module.training for module in model.modules()]
+
+
+def test_a_tower_in_training_learns_nothing_from_what_it_encodes() -> None:
+    model, processor = tiny_model("timm with batch norm")
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    pictures = [draw_noise(seed=seed) for seed in range(3)]
+    model.eval()
+    wanted = encode_pictures(model, processor, pictures)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    assert torch.equal(encode_pictures(model, processor, pictures), wanted)
+    assert model.training
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def test_captions_are_encoded_as_the_processor_reads_them() -> None:
+    model, processor = shared_model()
+    captions = ["\x1fa dog", " two red apples\n\n", "dog " * 60]
+    with torch.inference_mode():
+        wanted = model.get_caption_embeds(**processor(text=captions)).float()
+    found = encode_captions(model, processor, captions)
+    torch.testing.assert_close(found.caption_embeds, wanted, atol=ROUNDING, rtol=ROUNDING)
+    assert found.num_truncated == 1
+
+
+def test_any_iterable_of_captions_is_taken_and_one_string_refused() -> None:
+    model, processor = shared_model()
+    wanted = encode_captions(model, processor, CAPTIONS).caption_embeds
+    found = encode_captions(model, processor, (caption for caption in CAPTIONS)).caption_embeds
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match=r"Got one string \('a dog'\); give a list of captions"):
+        encode_captions(model, processor, "a dog")
+    with pytest.raises(ValueError, match="text is NoneType"):
+        encode_captions(model, processor, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"token_budget": 0}, "token_budget=0 holds no token"),
+        ({"token_budget": -5}, "token_budget=-5 holds no token"),
+        ({"precision": torch.bfloat16}, r"precision=torch.bfloat16; give LowerPrecision\("),
+    ],
+)
+def test_settings_of_no_meaning_are_refused(settings: Any, fault: str) -> None:
+    model, processor = shared_model()
+    with pytest.raises(ValueError, match=fault):
+        encode_captions(model, processor, CAPTIONS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "settings", "fault"),
+    [
+        ([], {}, r"Got \[\] for pictures"),
+        ("a.png", {}, "Got 'a.png' for pictures"),
+        ([draw_noise()], {"batch_size": 0}, "batch_size=0"),
+        ([draw_noise()], {"batch_size": -1}, "batch_size=-1"),
+        ([draw_noise()], {"num_workers": 0}, "num_workers=0"),
+    ],
+)
+def test_pictures_and_settings_of_no_meaning_are_refused(
+    pictures: Any, settings: Any, fault: str
+) -> None:
+    model, processor = shared_model()
+    with pytest.raises(ValueError, match=fault):
+        encode_pictures(model, processor, pictures, **settings)
+
+
+def test_a_probe_needs_the_shortest_and_the_longest_caption() -> None:
+    assert pick_probe_captions([*CAPTIONS, "a cat"], count=2) == ["x", CAPTIONS[1]]
+    with pytest.raises(ValueError, match="count=1"):
+        pick_probe_captions(CAPTIONS, count=1)
