@@ -130,7 +130,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
                 f"config.json lacks {lost}. Each of them changes the vectors, so none is guessed. "
                 "Restore them from the original checkpoint, or build the model again."
             )
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with what it did not read
+        # transformers sets what a caller overrides behind the checks of `__init__`.
+        _check_format(config.format_version)
+        _check_types(vars(config))
+        config._check_values()
+        config.text_config.is_causal = not config.bidirectional
+        return loaded
 
     def _check_values(self) -> None:
         faults = [

@@ -33,7 +33,13 @@ from .packing_llm2clip import (
     plan_packs,
     run_packed,
 )
-from .pooling_llm2clip import build_pooling_mask, build_position_ids, check_token_rows, pool_tokens
+from .pooling_llm2clip import (
+    build_pooling_mask,
+    build_position_ids,
+    check_token_rows,
+    mask_unpadded,
+    pool_tokens,
+)
 from .vision_llm2clip import choose_interpolation, find_width, has_class_token, pool_pictures
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
@@ -274,9 +280,13 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         Raises: ValueError when the ids do not carry the checkpoint's prompt, are too long or
             empty.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         config = self.config
+        if attention_mask is None:
+            attention_mask = (
+                torch.ones_like(input_ids)
+                if is_traced()
+                else mask_unpadded(input_ids, pad_token_id=self._padding_id)
+            )
         num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
         if not is_traced():
             check_token_rows(
@@ -310,10 +320,18 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         """Encode texts; arguments and errors as `get_caption_embeds`.
 
         Returns: `pooler_output` (B, P) float32, projected and not normalised. Token states are
-            not kept: call `text_model` for them.
+            not kept: call `text_model` for them; inside `hold_text_passes` where other threads
+            encode, which set the LLM for their passes.
         """
         caption_embeds = self.get_caption_embeds(input_ids, attention_mask, prompt_length)
         return BaseModelOutputWithPooling(pooler_output=self.project_caption_embeds(caption_embeds))
+
+    @property
+    def _padding_id(self) -> int | None:
+        """The id of padding, unless a prompt has it too."""
+        config = self.config
+        pad = getattr(config.text_config, "pad_token_id", None)
+        return None if pad in (*config.prompt_prefix_ids, *config.prompt_suffix_ids) else pad
 
     def hold_text_passes(self) -> AbstractContextManager[None]:
         """Let other threads' passes through the LLM wait, while its layers are not as they were."""
@@ -415,8 +433,10 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
             interpolate_pos_encoding: allow another picture size than the tower's own. Towers that
                 take any size by themselves (DINO, convolutional networks) need it not.
         Returns: (B, D) float32, neither projected nor normalised.
-        Raises: ValueError for a picture size that the tower has no positions for.
+        Raises: ValueError for whole numbers, and for a picture size that the tower has no
+            positions for.
         """
+        _check_pixels(pixel_values)
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
@@ -531,7 +551,10 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
                 image_embeds=image_embeds, text_embeds=text_embeds, pooler_output=only
             )
         text_embeds = text_embeds.to(image_embeds.device)
-        logits = self.logit_scale().to(image_embeds.device) * image_embeds @ text_embeds.T
+        # An autocast around it would round cosines times a hundred to eight bits.
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            scaled = self.logit_scale().float().to(image_embeds.device) * image_embeds.float()
+            logits = scaled @ text_embeds.float().T
         return LLM2CLIPOutput(
             loss=contrastive_loss(logits) if return_loss else None,
             logits_per_image=logits,
@@ -647,6 +670,15 @@ def _check_width(embeds: Tensor, width: int, *, name: str) -> None:
             f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "
             f"{tuple(embeds.shape)}. Token ids go into get_text_features, pictures into "
             "get_image_features; vectors of another tower do not fit this checkpoint."
+        )
+
+
+def _check_pixels(pixel_values: Tensor) -> None:
+    if not pixel_values.is_floating_point() or pixel_values.ndim not in (3, 4):
+        raise ValueError(
+            f"pixel_values must be floating point of shape (B, 3, H, W), or (B, patches, values) "
+            f"for SigLIP2; got {pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor "
+            "or image processor that is saved with the checkpoint."
         )
 
 

@@ -46,10 +46,31 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         last = (positions * pooling_mask).argmax(dim=1)  # (B,)
         return hidden_states[torch.arange(len(last), device=last.device), last].float()
+    if pooling != "mean":
+        raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last_token'.")
     weights = pooling_mask.to(torch.float32)
-    # A masked sum as one matrix product a row: no (B, L, D) float32 copy of masked states.
-    summed = torch.bmm(weights.unsqueeze(1), hidden_states.float()).squeeze(1)  # (B, D)
+    # A masked sum as one matrix product a row: no (B, L, D) float32 copy of masked states. Not
+    # in what an autocast around it wants.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        summed = torch.bmm(weights.unsqueeze(1), hidden_states.float()).squeeze(1)  # (B, D)
     return summed / weights.sum(dim=1, keepdim=True)
+
+
+def mask_unpadded(input_ids: Tensor, *, pad_token_id: int | None) -> Tensor:
+    """Make the mask of ids that came without one: every token is real.
+
+    Args:
+        input_ids: (B, L).
+        pad_token_id: None where padding cannot be told from text.
+    Returns: (B, L) int64.
+    Raises: ValueError for rows with padding at an end.
+    """
+    if pad_token_id is not None and input_ids.ndim == 2:
+        ends = input_ids[:, :1], input_ids[:, -1:]
+        padded = torch.cat(ends, dim=1).eq(pad_token_id).any(dim=1)
+        _refuse(padded, input_ids, f"have padding (id {pad_token_id}) and no attention_mask; give "
+                "the one that the tokenizer returned with them")  # fmt: skip
+    return torch.ones_like(input_ids)
 
 
 def check_token_rows(
@@ -77,6 +98,8 @@ def check_token_rows(
             f"input_ids {tuple(input_ids.shape)} and attention_mask "
             f"{tuple(attention_mask.shape)} must both have shape (texts, tokens)."
         )
+    if 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give one text at least.")
     if input_ids.is_floating_point():
         raise ValueError(
             f"input_ids must be integers, got {input_ids.dtype}. Vectors that were computed "
@@ -89,8 +112,13 @@ def check_token_rows(
             "have a hole in their attention_mask: real tokens must be contiguous")  # fmt: skip
     _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
             "tokenize with truncation=True, or raise max_text_length in the config")  # fmt: skip
-    least = max(len(prefix_ids) + len(suffix_ids) - bool(suffix_ids), num_unpooled)
+    least = len(prefix_ids) + len(suffix_ids) - bool(suffix_ids)
     _refuse(lengths <= least, lengths, "have no token to pool: the text is empty")
+    if num_unpooled > len(prefix_ids):
+        _refuse(lengths <= num_unpooled + len(suffix_ids), lengths, "have nothing behind their "
+                f"instruction: the text is blank, or the {num_unpooled} tokens of prompt and "
+                "instruction leave it no room. Shorten the instruction, or raise the most tokens "
+                "of a text (max_text_length, sentence-transformers' max_seq_length)")  # fmt: skip
     _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
             f"have ids outside the vocabulary of {vocabulary_size}; they come from another "
             "tokenizer than the checkpoint's")  # fmt: skip

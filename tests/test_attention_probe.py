@@ -79,6 +79,14 @@ def test_the_configuration_alone_is_found_out_where_a_family_forgets_it(family: 
     require_bidirectional(model)
 
 
+def test_a_decoder_whose_pass_fails_without_its_causal_mask_is_refused_with_the_error() -> None:
+    config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=100)
+    model = AutoModel.from_config(config).eval()
+    set_attention_direction(model, bidirectional=True)
+    with pytest.raises(ValueError, match=r"'mpt' family cannot be .* pass fails \(AttributeError"):
+        require_bidirectional(model)
+
+
 @pytest.mark.parametrize("family", OTHER_POSITIONS)
 def test_decoders_with_other_positions_pass(family: str) -> None:
     model = build_decoder(family, OTHER_POSITIONS[family])

@@ -210,9 +210,21 @@ def test_all_bad_values_are_named_at_once() -> None:
 def test_a_field_of_another_type_is_named_with_its_value(
     saved: dict[str, Any], field: str, value: Any, wanted: str
 ) -> None:
+    fault = rf"{field}={re.escape(repr(value))} must be {wanted}"
+    with pytest.raises(ValueError, match=fault):
+        LLM2CLIPConfig.from_dict(saved, **{field: value})  # as `from_pretrained` overrides it
     saved[field] = value
-    with pytest.raises(ValueError, match=rf"{field}={re.escape(repr(value))} must be {wanted}"):
+    with pytest.raises(ValueError, match=fault):
         LLM2CLIPConfig.from_dict(saved)
+
+
+def test_an_overridden_field_is_in_effect_and_checked(saved: dict[str, Any]) -> None:
+    direction = not saved["bidirectional"]
+    config = LLM2CLIPConfig.from_dict(saved, bidirectional=direction, text_pooling="last_token")
+    assert (config.bidirectional, config.text_pooling) == (direction, "last_token")
+    assert config.text_config.is_causal != direction
+    with pytest.raises(ValueError, match="max_text_length=1 leaves no room"):
+        LLM2CLIPConfig.from_dict(saved, max_text_length=1, return_unused_kwargs=True)
 
 
 def test_numpys_whole_numbers_are_ids() -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from shared_models import CAPTIONS, shared_batch, shared_model
 from tiny import tiny_model, tiny_pictures
 from transformers import AutoModel, AutoProcessor
 
-from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.fingerprint import fingerprint_weights
 from modeling_llm2clip.hub.assemble import assemble_folder
@@ -183,6 +184,22 @@ def test_a_model_that_gives_nan_is_not_written(part: str, tmp_path: Path) -> Non
     getattr(model, part).weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"gives NaN or infinity in \['(text|image)_embeds'\]"):
         export_model(model, processor, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Scaled(LLM2CLIPModel):
+    """Gives other vectors than the code that an export writes."""
+
+
+@pytest.mark.parametrize(("kind", "way_out"), [("Scaled", "code of its own"), ("Peft", "Merge")])
+def test_a_model_of_another_class_is_not_written(kind: str, way_out: str, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    if kind == "Scaled":
+        other: Any = Scaled(model.config, model.vision_model, model.text_model)
+    else:
+        other = get_peft_model(model, LoraConfig(target_modules=r"text_model\..*q_proj"))
+    with pytest.raises(ValueError, match=rf"is a {kind}.*{way_out}"):
+        export_model(other, processor, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 

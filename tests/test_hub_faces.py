@@ -169,7 +169,7 @@ def run_clean(code: str, environment: dict[str, str], folder: Path, *arguments: 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported folder; not to be changed."""
-    model, processor = tiny_model()
+    model, processor = tiny_model(max_text_length=64)  # room for a caption behind the instruction
     return export_model(
         model,
         processor,
@@ -188,7 +188,10 @@ def seen(
     for number, picture in enumerate(tiny_pictures(2)):
         picture.save(here / f"{number}.png")
     other = export_model(
-        *tiny_model(seed=1), here / "other", prompts=PROMPTS, facts=CardFacts(license_id="mit")
+        *tiny_model(seed=1, max_text_length=64),
+        here / "other",
+        prompts=PROMPTS,
+        facts=CardFacts(license_id="mit"),
     )
     with HubServer() as hub:
         environment = hub.environment(here / "publisher")
@@ -353,6 +356,24 @@ def test_an_instruction_is_attended_to_and_not_pooled(
             assert not torch.allclose(found, vector, atol=1e-3), other
 
 
+def test_an_instruction_without_a_caption_behind_it_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    model, processor = shared_model()
+    with pytest.raises(ValueError, match=r"'query' leaves no room .* of 32 tokens\. Shorten"):
+        export_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
+    loaded = SentenceTransformer(str(folder))
+    num_tokens = loaded.preprocess([INSTRUCTION])["input_ids"].shape[1]
+    apart = loaded.encode(["a dog", "a cat"], prompt_name="query")
+    assert not np.allclose(*apart, atol=1e-3)
+    for blank in ("", "  "):
+        with pytest.raises(ValueError, match="nothing behind their instruction: the text is blank"):
+            loaded.encode([blank], prompt_name="query")
+    loaded.max_seq_length = num_tokens
+    with pytest.raises(ValueError, match=r"leave it no room\. Shorten the instruction, or raise"):
+        loaded.encode(["a dog", "a cat"], prompt_name="query")
+
+
 @pytest.mark.parametrize("instruction", ["Find the picture:\n", "Find the picture of\t"])
 def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
     instruction: str, tmp_path: Path
@@ -457,7 +478,7 @@ def test_a_path_that_is_not_there_is_a_caption_to_sentence_transformers(
 def test_the_text_only_form_encodes_texts_alike_and_refuses_pictures(
     folder: Path, auto_vectors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    model, processor = shared_model()
+    model, processor = tiny_model(max_text_length=64)
     copied = Path(shutil.copytree(folder, tmp_path / "text-only"))
     write_sentence_transformers_files(
         copied, model.config, processor.tokenizer, prompts=PROMPTS, modalities=["text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -260,6 +261,50 @@ def test_ids_without_the_checkpoints_prompt_are_refused() -> None:
     )["input_ids"]
     with pytest.raises(ValueError, match="do not begin with its prompt"):
         model(input_ids=ids)
+
+
+def test_padding_without_a_mask_is_refused_where_no_prompt_shows_it() -> None:
+    model, processor = tiny_model(prompt="none")
+    batch = processor(text=CAPTIONS)
+    with pytest.raises(ValueError, match=r"2 of 3 texts have padding \(id \d+\) and no attention"):
+        model(input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="2 of 3 texts have padding"):
+        model(input_ids=batch["input_ids"].flip(1))
+    alone = processor(text=CAPTIONS[1])
+    with torch.no_grad():
+        wanted = model(**alone).text_embeds
+        assert torch.equal(model(input_ids=alone["input_ids"]).text_embeds, wanted)
+
+
+def test_no_texts_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(0, 5\): give one text at least"):
+        shared_model()[0](input_ids=torch.zeros(0, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 1, 3, 32, 32),
+        torch.zeros(32, 32),
+    ],
+)
+def test_what_no_image_processor_gives_is_refused_with_dtype_and_shape(pixels: Tensor) -> None:
+    shown = rf"{pixels.dtype} {re.escape(str(tuple(pixels.shape)))}\. Use the processor"
+    with pytest.raises(ValueError, match=shown):
+        shared_model()[0].get_image_features(pixels)
+
+
+def test_logits_are_float32_under_autocast() -> None:
+    model = shared_model()[0]
+    embeds = F.normalize(torch.randn(2, 3, 32, generator=torch.manual_seed(0)), dim=-1)
+    with torch.no_grad():
+        wanted = model.compare(*embeds, return_loss=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model.compare(*embeds, return_loss=True)
+    assert found.logits_per_image.dtype == torch.float32
+    assert torch.equal(found.logits_per_image, wanted.logits_per_image)
+    assert torch.equal(found.loss, wanted.loss)
 
 
 def test_a_larger_picture_needs_interpolation_to_be_asked_for() -> None:

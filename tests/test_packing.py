@@ -136,5 +136,5 @@ def test_an_instruction_with_nothing_behind_it_is_refused():
     model, processor = tiny_model(prompt="none")
     alone = processor(text=["find a picture"])
     count = alone["input_ids"].shape[1]
-    with pytest.raises(ValueError, match="no token to pool"):
+    with pytest.raises(ValueError, match="nothing behind their instruction"):
         model.get_caption_embeds(**alone, prompt_length=count)

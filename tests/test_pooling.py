@@ -107,6 +107,19 @@ def test_half_precision_is_pooled_in_float32(pooling: str) -> None:
     assert torch.equal(pooled, torch.ones(1, 2))
 
 
+def test_an_autocast_does_not_reach_the_pooling() -> None:
+    hidden = torch.linspace(0, 1, 300).reshape(1, 300, 1)
+    mask = torch.ones(1, 300, dtype=torch.bool)
+    wanted = pool_tokens(hidden, mask, pooling="mean")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pool_tokens(hidden, mask, pooling="mean"), wanted)
+
+
+def test_an_unknown_pooling_is_refused() -> None:
+    with pytest.raises(ValueError, match="pooling='cls' must be 'mean' or 'last_token'"):
+        pool_tokens(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), pooling="cls")
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])
 def test_only_pooled_tokens_receive_gradient(pooling: str) -> None:
     hidden = torch.randn(2, 4, 3, requires_grad=True)

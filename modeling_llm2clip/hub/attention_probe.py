@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _LENGTH = 6
+# What a forward pass raises that does not take to being bidirectional.
+_MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 # A causal position does not move at all. A bidirectional one moves by far more than rounding.
 _LEAST_MOVE = 1e-4
 # One layer alone: how far tokens move with a later one, as a share of how far with an earlier one.
@@ -58,7 +60,10 @@ def find_attention_faults(text_model: PreTrainedModel) -> list[str]:
 
 def require_bidirectional(text_model: PreTrainedModel) -> None:
     """Raise ValueError with the reason when a tower is not bidirectional on every path."""
-    faults = find_attention_faults(text_model)
+    try:
+        faults = find_attention_faults(text_model)
+    except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
+        faults = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if faults:
         raise ValueError(
             f"The {text_model.config.model_type!r} family cannot be made bidirectional here: "

@@ -145,8 +145,10 @@ def export_model(
         trained_emoji: what the weights have seen of the package's emoji; None where that is not
             known, which the folder then leaves open.
     Returns: the folder.
-    Raises: FileExistsError when the folder exists and is not empty.
+    Raises: FileExistsError when the folder exists and is not empty; ValueError for a model of
+        another class, whose code does not travel with it.
     """
+    _require_own_class(model)
     folder = Path(folder)
     with writing_folder(folder) as unfinished:
         model.save_pretrained(unfinished, max_shard_size=max_shard_size)
@@ -166,6 +168,20 @@ def export_model(
         require_own_results(facts.results if facts else (), unfinished)
         write_model_card(unfinished, facts or CardFacts(), name=name or folder.name)
     return folder
+
+
+def _require_own_class(model: Any) -> None:
+    """The folder's code is the package's, so any other class would load as another model."""
+    own = [kind.__name__ for kind in COMPONENTS.values()]
+    found = type(model)
+    if found.__name__ in own and found.__module__.rsplit(".", 1)[-1] == "modeling_llm2clip":
+        return
+    way_out = (
+        "Merge the adapter into it first (merge_and_unload)."
+        if hasattr(model, "merge_and_unload")
+        else "A subclass must be published with code of its own (save_pretrained)."
+    )
+    raise ValueError(f"The model is a {found.__name__}; an export takes {own}. {way_out}")
 
 
 def list_modalities(model: Any) -> list[str]:

@@ -49,7 +49,8 @@ def write_sentence_transformers_files(
     Args:
         prompts: name → instruction put in front of a text: attended to and not pooled.
         modalities: what is offered: `"text"`, `"image"`, or both.
-    Raises: ValueError for an instruction whose own tokens change when a caption follows it.
+    Raises: ValueError for an instruction whose own tokens change when a caption follows it, or
+        that leaves a caption no room.
     """
     check_instructions(tokenizer, config, prompts)
     _write(folder / "modules.json", _MODULES)
@@ -89,6 +90,11 @@ def check_instructions(
         if not instruction.strip():
             continue
         alone = _without_last(tokenizer(instruction, verbose=False)["input_ids"], num_suffix)
+        if len(alone) + num_suffix >= config.max_text_length:
+            raise ValueError(
+                f"The instruction {name!r} leaves no room for a caption: with the prompt it has "
+                f"{len(alone) + num_suffix} of {config.max_text_length} tokens. Shorten it."
+            )
         for caption in ("A cat.", "two cats", "7 cats"):
             whole = _without_last(
                 tokenizer(instruction + caption, verbose=False)["input_ids"], num_suffix

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Older Hub repositories have no owner ("gpt2").
@@ -34,6 +36,15 @@ def require_sources(
         faults.append(_find_fault("caption adapter", adapter, file="adapter_config.json"))
     if found := [fault for fault in faults if fault]:
         raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """Say in transformers' errors about what is not there which source it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{source} cannot be loaded: {error}") from error
 
 
 def _find_fault(what: str, source: Path, *, file: str) -> str | None:

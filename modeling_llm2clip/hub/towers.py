@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .timm_pictures import image_processor_from_timm
+from .tower_sources import naming
 from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
 
 # What a composite checkpoint calls its vision part.
@@ -46,7 +47,8 @@ def load_vision_tower(
             because its pooler will not be used.
     Raises: ValueError when weights are missing or not read, or it is not a vision tower.
     """
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    with naming(source):
+        config = AutoConfig.from_pretrained(source, revision=revision)
     part = _VISION_PART.get(config.model_type)
     if part:
         config = getattr(config, part)
@@ -102,11 +104,13 @@ def load_text_tower(
     name: str | Path = source
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
+    with naming(source):
+        config = AutoConfig.from_pretrained(name, **where)
+    require_decoder(config.get_text_config(decoder=True), source)
+    with naming(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
-    config = AutoConfig.from_pretrained(name, **where)
-    require_decoder(config.get_text_config(decoder=True), source)
     model = load_decoder(name, config, source, dtype=dtype, **where)
     _forget_quantization(model)
     require_own_tokenizer(model.config, tokenizer, source)
