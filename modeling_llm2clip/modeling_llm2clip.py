@@ -30,6 +30,7 @@ from .packing_llm2clip import (
     hold_passes,
     is_traced,
     keep_freed_memory,
+    may_pack,
     plan_packs,
     run_packed,
 )
@@ -391,7 +392,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
 
     def _packs(self, longest: int, device: torch.device) -> bool:
         window = getattr(self.config.text_config, "sliding_window", None)
-        if window is not None and longest > window:
+        if (window is not None and longest > window) or not may_pack(self.text_model):
             return False
         if self._can_pack is None:
             self._can_pack = can_pack(self.text_model, device)

@@ -89,6 +89,12 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
+def may_pack(text_model: PreTrainedModel) -> bool:
+    """Whether packing stands in for what was chosen: for the default, not for another wish."""
+    # Another thread's pass may be under way.
+    return text_model.config._attn_implementation in ("sdpa", _NAME)
+
+
 @torch.no_grad()  # FSDP keeps what it gathers here, for passes with gradients
 def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """Compare three short texts in one row with each of them alone.

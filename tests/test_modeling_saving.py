@@ -27,6 +27,7 @@ from shared_models import (
 from tiny import tiny_model, tiny_pictures
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
+from transformers.models.llama import modeling_llama
 
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -210,14 +211,25 @@ def test_a_causal_build_stays_causal_when_saved_and_loaded(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
-def test_each_tower_can_have_its_own_attention_implementation(load: Any, folder: Path) -> None:
+def test_each_tower_can_have_its_own_attention_implementation(
+    load: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load.from_pretrained(
         folder, attn_implementation={"text_config": "eager", "vision_config": "sdpa"}
     )
     assert loaded.text_model.config._attn_implementation == "eager"
     assert loaded.vision_model.config._attn_implementation == "sdpa"
+    used = []
+    eager = modeling_llama.eager_attention_forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        used.append(None)
+        return eager(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", count)
     with torch.no_grad():
         wanted, found = shared_model()[0](**shared_batch()), loaded(**shared_batch())
+    assert used  # not packed instead
     assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=ROUNDING)
     assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=ROUNDING)
 
