@@ -67,6 +67,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.num_truncated_texts = 0
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def from_args_and_dict(
+        cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
+    ) -> LLM2CLIPProcessor:
+        """Build from the dictionary of a saved `processor_config.json`.
+
+        Raises: ValueError when it has no `max_text_length`, misspelt or lost: a default in its
+            place would cut texts elsewhere than the checkpoint does.
+        """
+        if "max_text_length" not in {*processor_dict, *kwargs}:
+            raise ValueError(
+                f"processor_config.json lacks max_text_length, and nothing is guessed; it has "
+                f"{sorted(processor_dict)}. Restore it from the original checkpoint, or pass "
+                "max_text_length."
+            )
+        return super().from_args_and_dict(args, processor_dict, **kwargs)  # type: ignore[no-any-return]
+
     def __call__(
         self,
         images: Any = None,

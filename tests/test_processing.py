@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -326,6 +327,20 @@ def test_saved_and_loaded_gives_equal_inputs(tmp_path: Path) -> None:
     assert wanted.keys() == found.keys() == {"input_ids", "attention_mask", "pixel_values"}
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert after.num_truncated_texts == 1
+
+
+@pytest.mark.parametrize("load", [LLM2CLIPProcessor.from_pretrained, AutoProcessor.from_pretrained])
+def test_a_lost_length_is_refused_and_may_be_given(
+    load: Any, tmp_path: Path, processor: LLM2CLIPProcessor
+) -> None:
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["max_txt_length"] = content.pop("max_text_length")
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"lacks max_text_length.*'max_txt_length'"):
+        load(tmp_path)
+    assert load(tmp_path, max_text_length=20).max_text_length == 20
 
 
 def test_the_count_of_cut_texts_is_not_saved(tmp_path: Path, processor: LLM2CLIPProcessor) -> None:
