@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from . import __version__
-from .commands import align, build, convert, demo, doctor, evaluate, export, extract, tune_captions
+from .commands import (
+    align,
+    build,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    search,
+    tune_captions,
+)
 
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[demo,train]"'
 
@@ -46,7 +57,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("llm2clip", description="CLIP with an LLM as text encoder")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, build, convert, tune_captions, extract, align, evaluate, export, doctor):
+    for command in (
+        demo, build, convert, tune_captions, extract, align, evaluate, search, export, doctor,
+    ):  # fmt: skip
         command.add_parser(commands)
     return parser
 

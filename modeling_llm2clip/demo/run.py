@@ -25,8 +25,8 @@ from ..hub.export import export_model
 from ..hub.tower_sources import require_sources
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..search.contact_sheet import SearchResult, write_contact_sheet, write_page
 from ..training.feature_alignment import AlignmentArguments
-from .contact_sheet import SearchResult, write_contact_sheet, write_page
 from .real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
 from .stages import align, encode_records, evaluate, search
 from .verify import verify_in_clean_process

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.captioned_images import CaptionedImage
@@ -18,9 +17,10 @@ from ..evaluation.metrics.ranking import rank_both_ways
 from ..evaluation.metrics.scores import hit_rate_at
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..search.contact_sheet import SearchResult
+from ..search.gallery import find_pictures, make_gallery
 from ..training.closed_form_start import start_from_canonical_correlation
 from ..training.feature_alignment import AlignmentArguments, AlignmentPairs, align_features
-from .contact_sheet import SearchResult
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ def evaluate(
     }
 
 
-@torch.inference_mode()
 def search(
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
@@ -131,11 +130,4 @@ def search(
         extra = encode_pictures(model, processor, [record.path for record in gallery])
         vision_embeds = torch.cat([vision_embeds, extra])
         paths += [record.path for record in gallery]
-    image_embeds = F.normalize(model.project_vision_embeds(vision_embeds), dim=-1)
-    captions = encode_captions(model, processor, sentences).caption_embeds
-    text_embeds = F.normalize(model.project_caption_embeds(captions), dim=-1)
-    best = (text_embeds @ image_embeds.T).topk(min(6, len(paths)))
-    return [
-        SearchResult(sentence, [(paths[i], float(s)) for s, i in zip(scores, indices, strict=True)])
-        for sentence, scores, indices in zip(sentences, best.values, best.indices, strict=True)
-    ]
+    return find_pictures(model, processor, make_gallery(model, paths, vision_embeds), sentences)

@@ -1,0 +1,1 @@
+"""Pictures found by sentences."""

@@ -1,0 +1,102 @@
+"""Pictures that are encoded once and searched by any number of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.pictures import PICTURE_SUFFIXES
+from ..encoding.captions import encode_captions
+from ..encoding.pictures import encode_pictures
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .contact_sheet import SearchResult
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures and their vectors.
+
+    Attributes:
+        paths: one a picture.
+        image_embeds: (N, P) float32 on the CPU, of unit length.
+    """
+
+    paths: Sequence[Path]
+    image_embeds: Tensor
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """Return the pictures in a folder and in the folders below it, by their endings, in order.
+
+    Raises: ValueError when there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give one that holds pictures.")
+    endings = {f".{suffix}" for suffix in PICTURE_SUFFIXES}
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    if not paths:
+        raise ValueError(f"{folder}: no picture in it or below it ({', '.join(sorted(endings))}).")
+    return paths
+
+
+def encode_gallery(
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    paths: Sequence[Path],
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 1,
+    show_progress: bool = False,
+) -> Gallery:
+    """Encode pictures for searching; arguments and errors as `encode_pictures`."""
+    vision_embeds = encode_pictures(
+        model,
+        processor,
+        paths,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        show_progress=show_progress,
+    )
+    return make_gallery(model, paths, vision_embeds)
+
+
+@torch.inference_mode()
+def make_gallery(model: LLM2CLIPModel, paths: Sequence[Path], vision_embeds: Tensor) -> Gallery:
+    """Project vectors of the vision tower, (N, D), one a path."""
+    image_embeds = model.project_vision_embeds(vision_embeds.to(model.device))
+    return Gallery(paths, F.normalize(image_embeds, dim=-1).cpu())
+
+
+@torch.inference_mode()
+def find_pictures(
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    gallery: Gallery,
+    sentences: Sequence[str],
+    *,
+    count: int = 6,
+) -> list[SearchResult]:
+    """Find for each sentence the pictures of the greatest cosine, best first.
+
+    Args:
+        count: pictures a sentence; all of them where there are fewer.
+    Raises: ValueError for a count below 1, or naming every sentence that is blank.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} finds nothing; give at least 1.")
+    captions = encode_captions(model, processor, sentences).caption_embeds
+    text_embeds = F.normalize(model.project_caption_embeds(captions.to(model.device)), dim=-1)
+    best = (text_embeds.cpu() @ gallery.image_embeds.T).topk(min(count, len(gallery.paths)))
+    return [
+        SearchResult(
+            sentence, [(gallery.paths[i], float(s)) for s, i in zip(scores, rows, strict=True)]
+        )
+        for sentence, scores, rows in zip(sentences, best.values, best.indices, strict=True)
+    ]

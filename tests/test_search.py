@@ -1,0 +1,116 @@
+"""Pictures found by sentences, in Python and by the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.search.gallery import encode_gallery, find_pictures, list_pictures
+
+SENTENCES = ["a dog", "two red apples on a wooden table"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures, some in a folder below, beside a text."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "below").mkdir()
+    for number in range(10):
+        name = f"{number}.png" if number % 2 else f"below/{number}.JPG"
+        draw_noise(seed=number).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model, processor = shared_model()
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_pictures_are_found_below_the_folder_in_order(pictures: Path) -> None:
+    found = [str(path.relative_to(pictures)) for path in list_pictures(pictures)]
+    assert found == [
+        *(f"{n}.png" for n in (1, 3, 5, 7, 9)),
+        *(f"below/{n}.JPG" for n in (0, 2, 4, 6, 8)),
+    ]
+
+
+def test_the_best_pictures_are_those_of_the_greatest_cosine(pictures: Path) -> None:
+    model, processor = shared_model()
+    paths = list_pictures(pictures)
+    with torch.no_grad():
+        output = model(**processor(text=SENTENCES, images=[str(path) for path in paths]))
+    cosines = output.text_embeds @ output.image_embeds.T
+    gallery = encode_gallery(model, processor, paths, batch_size=3)
+    for count in (1, 4, 50):
+        results = find_pictures(model, processor, gallery, SENTENCES, count=count)
+        for sentence, result, row in zip(SENTENCES, results, cosines, strict=True):
+            assert result.sentence == sentence
+            wanted = row.topk(min(count, len(paths)))
+            assert [path for path, _ in result.found] == [paths[i] for i in wanted.indices]
+            assert [c for _, c in result.found] == pytest.approx(
+                wanted.values.tolist(), abs=ROUNDING
+            )
+    with pytest.raises(ValueError, match="count=0 finds nothing"):
+        find_pictures(model, processor, gallery, SENTENCES, count=0)
+
+
+def test_the_command_prints_and_draws_what_it_found(
+    pictures: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "found"
+    flags = ["--count", "3", "--output", str(output)]
+    assert main(["search", model_folder, str(pictures), *SENTENCES, *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[4]] == SENTENCES
+    cosines = [float(line.split()[0]) for line in lines[1:4]]
+    assert cosines == sorted(cosines, reverse=True)
+    assert all(Path(line.split()[1]).is_file() for line in lines[1:4] + lines[5:8])
+    with Image.open(output / "search.png") as sheet:
+        assert sheet.width > 3 * 96
+    assert (output / "search.html").read_text().count("<figure>") == 6
+    assert main(["search", model_folder, str(pictures), "a dog", *flags]) == 2
+    assert "found" in capsys.readouterr().err
+
+
+def test_broken_pictures_are_named_or_left_out_and_counted(
+    model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_noise().save(tmp_path / "whole.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert main(["search", model_folder, str(tmp_path), "a dog"]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 2 pictures cannot be read" in error
+    assert "broken.png: not a picture" in error
+    assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-faults"]) == 0
+    shown = capsys.readouterr().out
+    assert "Left out 1 of 2 pictures" in shown
+    assert str(tmp_path / "whole.png") in shown
+    (tmp_path / "whole.png").unlink()
+    assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-faults"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence", "fault"),
+    [
+        ("missing", "a dog", "missing: no such folder"),
+        (".", "a dog", "no picture in it or below it"),
+        (".", "  ", "number 0 is blank"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    folder: str, sentence: str, fault: str, model_folder: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["search", model_folder, str(tmp_path / folder), sentence]) == 2
+    assert fault in capsys.readouterr().err
