@@ -144,9 +144,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     @property
     def longest_text(self) -> int:
-        """Most tokens of a text: the tokenizer's own length, which sentence-transformers'
-        `max_seq_length` sets, counts too.
-        """
+        """Most tokens of a text: by `max_text_length`, and by the tokenizer's own length."""
+        # The latter is what sentence-transformers' max_seq_length sets.
         return min(self.max_text_length, int(self.tokenizer.model_max_length))
 
     def _rescales(self, kwargs: dict[str, Any]) -> bool | None:
