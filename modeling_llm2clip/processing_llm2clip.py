@@ -364,13 +364,12 @@ def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
             f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Of another "
             "array, Image.fromarray makes a picture that is taken, grey or with transparency too."
         )
+    image = image.detach() if hasattr(image, "detach") else image
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
     if dtype in ("uint8", "uint16") and rescales is False:
         raise ValueError(f"{name} has {dtype} pixels. {_UNSCALED}")
     if dtype not in ("uint8", "uint16"):
         _check_floats(image, dtype, name, rescales=rescales)
-    if hasattr(image, "detach"):
-        image = image.detach()
     if dtype == "bfloat16":  # which NumPy has not
         image = image.float()
     if dtype == "uint16":
@@ -446,7 +445,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: the picture is truncated or corrupt ({error}).") from error
-    except AssertionError as error:  # how Pillow says it
+    except (AssertionError, AttributeError) as error:  # how Pillow says it
         raise ValueError(f"{name}: the picture's file is closed. Open it anew.") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
