@@ -41,7 +41,13 @@ from .pooling_llm2clip import (
     mask_unpadded,
     pool_tokens,
 )
-from .vision_llm2clip import choose_interpolation, find_width, has_class_token, pool_pictures
+from .vision_llm2clip import (
+    check_pixels,
+    choose_interpolation,
+    find_width,
+    has_class_token,
+    pool_pictures,
+)
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 CPU_TOKEN_BUDGET = 2048
@@ -283,11 +289,8 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         """
         config = self.config
         if attention_mask is None:
-            attention_mask = (
-                torch.ones_like(input_ids)
-                if is_traced()
-                else mask_unpadded(input_ids, pad_token_id=self._padding_id)
-            )
+            pad_token_id = None if is_traced() else self._padding_id
+            attention_mask = mask_unpadded(input_ids, pad_token_id=pad_token_id)
         num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
         if not is_traced():
             check_token_rows(
@@ -437,7 +440,7 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         Raises: ValueError for whole numbers, and for a picture size that the tower has no
             positions for.
         """
-        _check_pixels(pixel_values)
+        check_pixels(pixel_values)
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
@@ -671,15 +674,6 @@ def _check_width(embeds: Tensor, width: int, *, name: str) -> None:
             f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "
             f"{tuple(embeds.shape)}. Token ids go into get_text_features, pictures into "
             "get_image_features; vectors of another tower do not fit this checkpoint."
-        )
-
-
-def _check_pixels(pixel_values: Tensor) -> None:
-    if not pixel_values.is_floating_point() or pixel_values.ndim not in (3, 4):
-        raise ValueError(
-            f"pixel_values must be floating point of shape (B, 3, H, W), or (B, patches, values) "
-            f"for SigLIP2; got {pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor "
-            "or image processor that is saved with the checkpoint."
         )
 
 

@@ -14,6 +14,16 @@ from torch import Tensor, nn
 _CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
+def check_pixels(pixel_values: Tensor) -> None:
+    """Raise ValueError for what no image processor gives, with its dtype and shape."""
+    if not pixel_values.is_floating_point() or pixel_values.ndim not in (3, 4):
+        raise ValueError(
+            "pixel_values must be floating point of shape (B, 3, H, W), or (B, patches, values) "
+            f"for SigLIP2; got {pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor "
+            "or image processor that is saved with the checkpoint."
+        )
+
+
 def find_width(vision_model: nn.Module) -> int:
     """Width of a tower's picture vector; timm networks know it themselves.
 

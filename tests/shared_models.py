@@ -16,6 +16,7 @@ PAIRS = [(vision, "llama") for vision in VISION_FAMILIES] + [
     ("clip", llm) for llm in LLM_FAMILIES if llm != "llama"
 ]
 CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
+INSTRUCTION = "Instruct: find the picture. Query: "
 # Sums of float32 numbers in another order, over two layers, on unit-length vectors.
 ROUNDING = 1e-5
 

@@ -22,7 +22,7 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from shared_models import CAPTIONS, ROUNDING, shared_model
+from shared_models import CAPTIONS, INSTRUCTION, ROUNDING, shared_model
 from tiny import tiny_model, tiny_pictures
 from transformers import AutoModel, AutoProcessor, pipeline
 
@@ -35,7 +35,6 @@ from modeling_llm2clip.hub.golden import read_golden_vectors
 from modeling_llm2clip.hub.sentence_transformers_files import write_sentence_transformers_files
 from modeling_llm2clip.processing_llm2clip import load_pictures
 
-INSTRUCTION = "Instruct: find the picture. Query: "
 PROMPTS = {"query": INSTRUCTION, "document": ""}
 REPOSITORY, RESAVED = "owner/model", "owner/resaved"
 
@@ -307,81 +306,6 @@ def test_truncate_dim_keeps_the_first_numbers(folder: Path) -> None:
     wanted = whole.encode(CAPTIONS)[:, :8]
     assert np.array_equal(short.encode(CAPTIONS), wanted)
     assert np.array_equal(whole.encode(CAPTIONS, truncate_dim=8), wanted)
-
-
-def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.Tensor, str]:
-    """Pool all tokens behind the instruction's last word: their vector, and the caption's text.
-
-    Which tokens these are is read from the characters they cover, not counted.
-    """
-    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    whole = processor.tokenizer(
-        instruction + caption, return_tensors="pt", return_offsets_mapping=True
-    )
-    ids, num_suffix = whole["input_ids"], len(model.config.prompt_suffix_ids)
-    pooled = whole["offset_mapping"][0, :, 1] > len(instruction.rstrip())
-    caption_text = processor.tokenizer.decode(ids[0, pooled])
-    pooled[len(pooled) - num_suffix :] = True
-    with torch.no_grad():
-        hidden = model.text_model(input_ids=ids, use_cache=False).last_hidden_state
-        features = model.project_caption_embeds(hidden[:, pooled].mean(dim=1))
-    return torch.nn.functional.normalize(features, dim=-1)[0], caption_text
-
-
-@pytest.mark.parametrize(
-    ("prefix", "suffix", "ends_special"),
-    [
-        ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", False),
-        ("<|user|>\n", "<|end|>", True),  # sentence-transformers leaves such an end out
-        ("", "", False),
-    ],
-    ids=["ends plain", "ends special", "no prompt"],
-)
-def test_an_instruction_is_attended_to_and_not_pooled(
-    prefix: str, suffix: str, ends_special: bool, tmp_path: Path
-) -> None:
-    chosen = {"prompt": "none"} if not prefix else {"prefix": prefix, "suffix": suffix}
-    model, processor = tiny_model(max_text_length=64, **chosen)
-    assert model.config.prompt_suffix_ends_special == ends_special
-    folder = export_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
-    sentence_model = SentenceTransformer(str(folder))
-    for caption in ("a dog", "7 red cars"):
-        wanted, pooled_text = encode_by_hand(folder, INSTRUCTION, caption)
-        # The instruction's closing space goes with the caption, whose own tokens are all pooled.
-        assert pooled_text == f" {caption}"
-        found = sentence_model.encode(caption, prompt_name="query", convert_to_tensor=True)
-        assert torch.allclose(found, wanted, atol=ROUNDING)
-        for other in (caption, INSTRUCTION + caption):
-            vector = sentence_model.encode(other, convert_to_tensor=True)
-            assert not torch.allclose(found, vector, atol=1e-3), other
-
-
-def test_an_instruction_without_a_caption_behind_it_is_refused(
-    folder: Path, tmp_path: Path
-) -> None:
-    model, processor = shared_model()
-    with pytest.raises(ValueError, match=r"'query' leaves no room .* of 32 tokens\. Shorten"):
-        export_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
-    loaded = SentenceTransformer(str(folder))
-    num_tokens = loaded.preprocess([INSTRUCTION])["input_ids"].shape[1]
-    apart = loaded.encode(["a dog", "a cat"], prompt_name="query")
-    assert not np.allclose(*apart, atol=1e-3)
-    for blank in ("", "  "):
-        with pytest.raises(ValueError, match="nothing behind their instruction: the text is blank"):
-            loaded.encode([blank], prompt_name="query")
-    loaded.max_seq_length = num_tokens
-    with pytest.raises(ValueError, match=r"leave it no room\. Shorten the instruction, or raise"):
-        loaded.encode(["a dog", "a cat"], prompt_name="query")
-
-
-@pytest.mark.parametrize("instruction", ["Find the picture:\n", "Find the picture of\t"])
-def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
-    instruction: str, tmp_path: Path
-) -> None:
-    model, processor = shared_model()
-    with pytest.raises(ValueError, match=r"'query'.*End them with ': '"):
-        export_model(model, processor, tmp_path / "model", prompts={"query": instruction})
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_saved_by_sentence_transformers_it_loads_everywhere(

@@ -11,7 +11,8 @@ from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search.gallery import encode_gallery, find_pictures, list_pictures
+from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.search.gallery import find_pictures, list_pictures, make_gallery
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
@@ -51,7 +52,7 @@ def test_the_best_pictures_are_those_of_the_greatest_cosine(pictures: Path) -> N
     with torch.no_grad():
         output = model(**processor(text=SENTENCES, images=[str(path) for path in paths]))
     cosines = output.text_embeds @ output.image_embeds.T
-    gallery = encode_gallery(model, processor, paths, batch_size=3)
+    gallery = make_gallery(model, paths, encode_pictures(model, processor, paths, batch_size=3))
     for count in (1, 4, 50):
         results = find_pictures(model, processor, gallery, SENTENCES, count=count)
         for sentence, result, row in zip(SENTENCES, results, cosines, strict=True):

@@ -28,11 +28,12 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..encoding.pictures import encode_pictures
     from ..hub.doctor.patient import find_folder
     from ..hub.new_folder import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPModel
     from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
-    from ..search.gallery import encode_gallery, find_pictures
+    from ..search.gallery import find_pictures, make_gallery
 
     clean_list(arguments.sentences)  # before what takes long
     if arguments.output is not None:
@@ -40,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = find_folder(arguments.model)
     paths = _read_pictures(arguments.pictures, exclude_faults=arguments.exclude_faults)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    model = LLM2CLIPModel.from_pretrained(folder).eval().to(arguments.device)
-    gallery = encode_gallery(
+    model = LLM2CLIPModel.from_pretrained(folder).to(arguments.device)
+    vision_embeds = encode_pictures(
         model,
         processor,
         paths,
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_workers=arguments.num_workers,
         show_progress=True,
     )
+    gallery = make_gallery(model, paths, vision_embeds)
     found = find_pictures(model, processor, gallery, arguments.sentences, count=arguments.count)
     for result in found:
         print(result.sentence)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..data.pictures import PICTURE_SUFFIXES
 from ..encoding.captions import encode_captions
-from ..encoding.pictures import encode_pictures
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .contact_sheet import SearchResult
@@ -46,30 +45,9 @@ def list_pictures(folder: str | Path) -> list[Path]:
     return paths
 
 
-def encode_gallery(
-    model: LLM2CLIPModel,
-    processor: LLM2CLIPProcessor,
-    paths: Sequence[Path],
-    *,
-    batch_size: int | None = None,
-    num_workers: int = 1,
-    show_progress: bool = False,
-) -> Gallery:
-    """Encode pictures for searching; arguments and errors as `encode_pictures`."""
-    vision_embeds = encode_pictures(
-        model,
-        processor,
-        paths,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        show_progress=show_progress,
-    )
-    return make_gallery(model, paths, vision_embeds)
-
-
 @torch.inference_mode()
 def make_gallery(model: LLM2CLIPModel, paths: Sequence[Path], vision_embeds: Tensor) -> Gallery:
-    """Project vectors of the vision tower, (N, D), one a path."""
+    """Project what `encode_pictures` computed of these paths, (N, D)."""
     image_embeds = model.project_vision_embeds(vision_embeds.to(model.device))
     return Gallery(paths, F.normalize(image_embeds, dim=-1).cpu())
 
@@ -89,14 +67,27 @@ def find_pictures(
         count: pictures a sentence; all of them where there are fewer.
     Raises: ValueError for a count below 1, or naming every sentence that is blank.
     """
-    if count < 1:
-        raise ValueError(f"count={count} finds nothing; give at least 1.")
     captions = encode_captions(model, processor, sentences).caption_embeds
     text_embeds = F.normalize(model.project_caption_embeds(captions.to(model.device)), dim=-1)
-    best = (text_embeds.cpu() @ gallery.image_embeds.T).topk(min(count, len(gallery.paths)))
+    cosines = text_embeds.cpu() @ gallery.image_embeds.T
+    return take_best(sentences, cosines, gallery.paths, count=count)
+
+
+def take_best(
+    sentences: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, count: int
+) -> list[SearchResult]:
+    """Take for each sentence the pictures of the greatest cosine, best first.
+
+    Args:
+        cosines: (sentences, pictures).
+        paths: one a picture.
+        count: pictures a sentence; all of them where there are fewer.
+    Raises: ValueError for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} finds nothing; give at least 1.")
+    best = cosines.topk(min(count, len(paths)))
     return [
-        SearchResult(
-            sentence, [(gallery.paths[i], float(s)) for s, i in zip(scores, rows, strict=True)]
-        )
+        SearchResult(sentence, [(paths[i], float(s)) for s, i in zip(scores, rows, strict=True)])
         for sentence, scores, rows in zip(sentences, best.values, best.indices, strict=True)
     ]
