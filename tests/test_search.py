@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,16 @@ from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.named_vectors import read_named_vectors, write_named_vectors
+from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
 from modeling_llm2clip.encoding.pictures import encode_pictures
-from modeling_llm2clip.search.gallery import find_pictures, list_pictures, make_gallery
+from modeling_llm2clip.search.gallery import (
+    find_pictures,
+    list_pictures,
+    make_gallery,
+    take_best,
+)
+from modeling_llm2clip.search.kept_vectors import KeptVectors
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
@@ -99,6 +109,73 @@ def test_broken_pictures_are_named_or_left_out_and_counted(
     assert str(tmp_path / "whole.png") in shown
     (tmp_path / "whole.png").unlink()
     assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-faults"]) == 2
+
+
+def test_kept_vectors_spare_what_was_encoded_before(
+    pictures: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gallery = Path(shutil.copytree(pictures, tmp_path / "gallery"))
+    kept = tmp_path / "kept" / "vectors.safetensors"
+    command = ["search", model_folder, str(gallery), "a dog", "--count", "20"]
+
+    def search() -> tuple[str, list[str]]:
+        assert main([*command, "--vectors", str(kept)]) == 0
+        first, *rest = capsys.readouterr().out.splitlines()
+        return first, rest
+
+    assert search()[0] == "a dog"  # none is known
+    (gallery / "1.png").rename(gallery / "other name.png")
+    shutil.copy(gallery / "3.png", gallery / "copy of 3.png")
+    (gallery / "5.png").unlink()
+    draw_noise(seed=77).save(gallery / "7.png")
+    known, found = search()
+    assert known == "Known from earlier searches: 9 of 10 pictures."
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == found
+    names, stored = read_named_vectors(kept).names, read_named_vectors(kept).vectors
+    assert len(names) == len(set(names)) == len(stored) == 11  # what is gone stays, copies are one
+
+
+def test_kept_vectors_survive_a_break(pictures: Path, model_folder: str, tmp_path: Path) -> None:
+    model, processor = shared_model()
+    paths, fingerprint = list_pictures(pictures), fingerprint_vision(model_folder)
+    kept = KeptVectors(tmp_path / "kept.safetensors", fingerprint)
+    kept.encode(model, processor, paths[:4])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png: not a picture"):
+        kept.encode(model, processor, [*paths, broken])
+    again = KeptVectors(tmp_path / "kept.safetensors", fingerprint)
+    assert [path for path in paths if path in again] == paths[:4]
+
+
+def test_vectors_of_another_model_or_use_are_refused(
+    pictures: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = shared_model()
+    paths = list_pictures(pictures)
+    fingerprint = fingerprint_vision(model_folder)
+    kept = tmp_path / "kept.safetensors"
+    KeptVectors(kept, {**fingerprint, "pooling": "another"}).encode(model, processor, paths[:1])
+    command = ["search", model_folder, str(pictures), "a dog", "--vectors"]
+    assert main([*command, str(kept)]) == 2
+    assert "vectors of another model: pooling: 'another'" in capsys.readouterr().err
+    write_named_vectors(kept, ["a"], torch.ones(1, 4))
+    assert main([*command, str(kept)]) == 2
+    assert "was not written by a search" in capsys.readouterr().err
+    assert main([*command, str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_broken_vectors_are_never_the_best(pictures: Path) -> None:
+    model, processor = shared_model()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.vision_model.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="10 of 10 pictures a NaN"):
+        KeptVectors().encode(broken, processor, list_pictures(pictures))
+    with pytest.raises(ValueError, match="1 of 4 cosines are NaN"):
+        take_best(SENTENCES, torch.tensor([[0.1, 0.2], [float("nan"), 0.3]]), list("ab"), count=1)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..search.kept_vectors import KeptVectors
 
 _NOTE = "The number under a picture is its cosine with the sentence."
 
@@ -18,6 +21,12 @@ def add_parser(commands: Any) -> None:
     search.add_argument("--count", type=int, default=6, help="pictures a sentence")
     search.add_argument("--output", type=Path, help="new folder for search.png and search.html")
     search.add_argument(
+        "--vectors",
+        type=Path,
+        metavar="FILE",
+        help="keeps the pictures' vectors, so that the next search encodes new ones only",
+    )
+    search.add_argument(
         "--exclude-faults", action="store_true", help="leave broken pictures out, and count them"
     )
     search.add_argument("--batch-size", type=int, help="pictures of a batch")
@@ -28,21 +37,22 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..encoding.pictures import encode_pictures
     from ..hub.doctor.patient import find_folder
     from ..hub.new_folder import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPModel
     from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
-    from ..search.gallery import find_pictures, make_gallery
+    from ..search.gallery import find_pictures, list_pictures, make_gallery
 
     clean_list(arguments.sentences)  # before what takes long
     if arguments.output is not None:
         require_new_folder(arguments.output)
+    paths = list_pictures(arguments.pictures)
     folder = find_folder(arguments.model)
-    paths = _read_pictures(arguments.pictures, exclude_faults=arguments.exclude_faults)
+    kept = _open_vectors(arguments.vectors, folder)
+    paths = _leave_out_faults(paths, kept, allowed=arguments.exclude_faults)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPModel.from_pretrained(folder).to(arguments.device)
-    vision_embeds = encode_pictures(
+    vision_embeds = kept.encode(
         model,
         processor,
         paths,
@@ -61,18 +71,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_pictures(folder: Path, *, exclude_faults: bool) -> list[Path]:
-    from ..data.picture_checks import find_unreadable
-    from ..search.gallery import list_pictures
+def _open_vectors(file: Path | None, model_folder: Path) -> KeptVectors:
+    from ..encoding.fingerprint import fingerprint_vision
+    from ..search.kept_vectors import KeptVectors
 
-    paths = list_pictures(folder)
-    unreadable = find_unreadable(paths, show_progress=True)
+    if file is None:
+        return KeptVectors()
+    return KeptVectors(file, fingerprint_vision(model_folder))
+
+
+def _leave_out_faults(paths: list[Path], kept: KeptVectors, *, allowed: bool) -> list[Path]:
+    from ..data.picture_checks import find_unreadable
+
+    new = [path for path in paths if path not in kept]
+    if len(new) < len(paths):
+        print(f"Known from earlier searches: {len(paths) - len(new):,} of {len(paths):,} pictures.")
+    unreadable = find_unreadable(new, show_progress=True)
     if not unreadable:
         return paths
     faults = list(unreadable.values())
     shown = "\n".join(faults[:8]) + ("\n…" if len(faults) > 8 else "")
     readable = [path for path in paths if path not in unreadable]
-    if not exclude_faults or not readable:
+    if not allowed or not readable:
         raise ValueError(
             f"{len(faults)} of {len(paths)} pictures cannot be read:\n{shown}\nMend or remove "
             "them, or leave them out with --exclude-faults."

@@ -12,8 +12,8 @@ N names, all different.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -31,10 +31,12 @@ class NamedVectors:
     Attributes:
         names: N different names.
         vectors: (N, D) of any float dtype, finite.
+        notes: what else the file says of itself.
     """
 
     names: tuple[str, ...]
     vectors: Tensor
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.names) or not self.names:
@@ -63,6 +65,8 @@ def read_named_vectors(file: Path) -> NamedVectors:
 
     Raises: ValueError saying what is wrong with it.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file. Give a safetensors file of named vectors.")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -71,23 +75,26 @@ def read_named_vectors(file: Path) -> NamedVectors:
                     f"{file} must hold a tensor 'vectors' and, as metadata, 'names': a JSON list. "
                     f"It holds {sorted(opened.keys())} and {sorted(metadata)}."
                 )
-            names = tuple(json.loads(metadata["names"]))
-            return NamedVectors(names, opened.get_tensor("vectors"))
+            names = tuple(json.loads(metadata.pop("names")))
+            return NamedVectors(names, opened.get_tensor("vectors"), metadata)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
-def write_named_vectors(file: Path, names: Sequence[str], vectors: Tensor) -> None:
+def write_named_vectors(
+    file: Path, names: Sequence[str], vectors: Tensor, *, notes: Mapping[str, str] | None = None
+) -> None:
     """Write one file, whole or not at all.
 
     Args:
         vectors: (N, D) of any float dtype, finite, one row a name.
+        notes: more for its metadata.
     """
     checked = NamedVectors(tuple(names), vectors.detach().cpu().contiguous())
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    metadata = {"names": json.dumps(list(names), ensure_ascii=False)}
+    metadata = {**(notes or {}), "names": json.dumps(list(names), ensure_ascii=False)}
     save_file({"vectors": checked.vectors}, temporary, metadata=metadata)
     temporary.replace(file)

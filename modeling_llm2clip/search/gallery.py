@@ -82,10 +82,16 @@ def take_best(
         cosines: (sentences, pictures).
         paths: one a picture.
         count: pictures a sentence; all of them where there are fewer.
-    Raises: ValueError for a count below 1.
+    Raises: ValueError for a count below 1, or a cosine that is not finite.
     """
     if count < 1:
         raise ValueError(f"count={count} finds nothing; give at least 1.")
+    if not cosines.isfinite().all():  # a NaN would come first
+        broken = int((~cosines.isfinite()).sum())
+        raise ValueError(
+            f"{broken} of {cosines.numel()} cosines are NaN or infinite: the model gave broken "
+            "vectors. Examine it with llm2clip doctor."
+        )
     best = cosines.topk(min(count, len(paths)))
     return [
         SearchResult(sentence, [(paths[i], float(s)) for s, i in zip(scores, rows, strict=True)])
