@@ -33,6 +33,7 @@ from modeling_llm2clip.hub.doctor.diagnosis import NotApplicableError
 from modeling_llm2clip.hub.doctor.examination import _PLANS
 from modeling_llm2clip.hub.doctor.file_checks import check_remote_code
 from modeling_llm2clip.hub.doctor.patient import Patient
+from modeling_llm2clip.hub.quantization import text_quantization_config
 
 
 class Case(NamedTuple):
@@ -131,6 +132,10 @@ CASES = {
     ),
     "dtype misstated": Case(
         set_config(dtype="bfloat16"), "weight dtype", r"states torch.bfloat16, the weights are F32"
+    ),
+    "falsely marked as quantised": Case(
+        set_config(quantization_config=text_quantization_config("4bit").to_dict()),
+        "weight dtype", r"says that weights are quantised, the files hold \['F32'\] alone",
     ),
     "temperature altered": Case(
         set_weight("logit_scale.log_scale", lambda w: w + 1),

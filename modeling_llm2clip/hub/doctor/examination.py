@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,4 +124,7 @@ def _examine(plan: _Plan, patient: Patient, unmet: dict[str, str]) -> tuple[Chec
 
 def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if not text:  # a bare assertion: where it stands is all there is to say
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        text = f"raised at {frame.f_code.co_filename}, line {line}"
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

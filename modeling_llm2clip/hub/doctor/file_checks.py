@@ -64,12 +64,15 @@ def check_config(patient: Patient) -> str:
 
 def check_weight_dtypes(patient: Patient) -> str:
     """Find one floating dtype in all weight files, float32 for the temperature alone."""
+    dtypes = _read_dtypes(patient.folder)
     if getattr(patient.config, "quantization_config", None):
+        found = sorted(set(dtypes.values()))
+        if {*found} <= {*_FLOAT_DTYPES, "BOOL"}:
+            raise ValueError(
+                f"config.json says that weights are quantised, the files hold {found} alone."
+                " Take quantization_config out of config.json, or save the model again."
+            )
         raise NotApplicableError("the weights are quantised, so their dtypes differ by design")
-    dtypes = {}
-    for path in _list_weight_files(patient.folder):
-        with safe_open(path, framework="pt") as file:
-            dtypes.update({name: file.get_slice(name).get_dtype() for name in file.keys()})
     dtypes = {name: dtype for name, dtype in dtypes.items() if dtype[0] in "FB" and dtype != "BOOL"}
     temperature = {
         name: dtypes.pop(name) for name in list(dtypes) if name.startswith("logit_scale.")
@@ -88,6 +91,15 @@ def check_weight_dtypes(patient: Patient) -> str:
     if faults:
         raise ValueError("; ".join(faults) + ". Load the model in one dtype and save it again.")
     return f"{len(dtypes)} weights are {common}"
+
+
+def _read_dtypes(folder: Path) -> dict[str, str]:
+    """Dtypes of all weights, as safetensors names them, by the name of the weight."""
+    dtypes = {}
+    for path in _list_weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            dtypes.update({name: file.get_slice(name).get_dtype() for name in file.keys()})
+    return dtypes
 
 
 def check_finite_weights(patient: Patient) -> str:
