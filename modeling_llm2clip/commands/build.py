@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..hub.card_facts import CardFacts, find_license
     from ..hub.export import export_model
     from ..hub.new_folder import require_new_folder
+    from ..hub.tower_sources import add_up_trained_emoji
 
     require_new_folder(arguments.output)  # before the towers are loaded
     model, processor = build_from_sources(
@@ -64,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     facts = CardFacts(
         vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)
     )
-    # An adapter does not say which captions it has seen; nothing else was trained.
-    trained_emoji = TrainedEmoji(is_complete=arguments.caption_adapter is None)
+    # An adapter does not say which captions it has seen.
+    trained_emoji = add_up_trained_emoji(arguments.vision, arguments.llm).add(
+        TrainedEmoji(is_complete=arguments.caption_adapter is None)
+    )
     folder = export_model(
         model, processor, arguments.output, facts=facts, trained_emoji=trained_emoji
     )

@@ -288,7 +288,7 @@ def _read_lines(file: Path | None, *, flag: str) -> tuple[str, ...] | None:
     if file is None:
         return None
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors write the mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag} {file} is no text file in UTF-8: {error}.") from error
     return tuple(line.strip() for line in lines if line.strip())

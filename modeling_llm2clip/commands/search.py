@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..encoding.devices import require_device
     from ..hub.doctor.patient import find_folder
     from ..hub.new_folder import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPModel
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..search.gallery import find_pictures, list_pictures, make_gallery
 
     clean_list(arguments.sentences)  # before what takes long
+    require_device(arguments.device)
     if arguments.output is not None:
         require_new_folder(arguments.output)
     paths = list_pictures(arguments.pictures)

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from .vector_store_layout import write_durably
 
 SIDES = ("texts", "pictures")
 _SHOWN = 5
@@ -75,8 +77,10 @@ def read_named_vectors(file: Path) -> NamedVectors:
                     f"{file} must hold a tensor 'vectors' and, as metadata, 'names': a JSON list. "
                     f"It holds {sorted(opened.keys())} and {sorted(metadata)}."
                 )
-            names = tuple(json.loads(metadata.pop("names")))
-            return NamedVectors(names, opened.get_tensor("vectors"), metadata)
+            names = json.loads(metadata.pop("names"))
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("the names are no JSON list of texts. Write each name as a text.")
+            return NamedVectors(tuple(names), opened.get_tensor("vectors"), metadata)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
     except ValueError as error:
@@ -94,7 +98,5 @@ def write_named_vectors(
     """
     checked = NamedVectors(tuple(names), vectors.detach().cpu().contiguous())
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
     metadata = {**(notes or {}), "names": json.dumps(list(names), ensure_ascii=False)}
-    save_file({"vectors": checked.vectors}, temporary, metadata=metadata)
-    temporary.replace(file)
+    write_durably(file, save({"vectors": checked.vectors}, metadata=metadata))

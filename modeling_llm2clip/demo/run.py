@@ -22,7 +22,7 @@ from ..data.trained_emoji import TrainedEmoji, find_trained_emoji
 from ..hub.build import BuildArguments, build_from_sources
 from ..hub.card_facts import CardFacts, RecordedResult, find_license
 from ..hub.export import export_model
-from ..hub.tower_sources import require_sources
+from ..hub.tower_sources import add_up_trained_emoji, require_sources
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..search.contact_sheet import SearchResult, write_contact_sheet, write_page
@@ -174,9 +174,10 @@ def _list_trained_emoji(
     arguments: DemoArguments, records: list[CaptionedImage], held_out: set[str]
 ) -> TrainedEmoji:
     trained = find_trained_emoji(record for record in records if record.key not in held_out)
+    towers = [tower for tower in (arguments.vision, arguments.llm) if tower is not None]
     # The embedded adapter was trained on COCO; another one does not say which captions it has seen.
     is_known = arguments.find_adapter() in (None, find_example_data() / "caption_adapter")
-    return trained.add(TrainedEmoji(is_complete=is_known))
+    return trained.add(add_up_trained_emoji(*towers)).add(TrainedEmoji(is_complete=is_known))
 
 
 @torch.inference_mode()

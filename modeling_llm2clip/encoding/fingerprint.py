@@ -44,7 +44,7 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
     config, tensors, processor = _open(model, prefix="text_model.")
     return {
         **_describe_weights(tensors),
-        "architecture": _hash_json(_tower_settings(config.text_config)),
+        "architecture": hash_json(_tower_settings(config.text_config)),
         "tokenizer": _hash_tokenizer(processor),
         "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
         "pooling": config.text_pooling,
@@ -62,12 +62,24 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
     settings: dict[str, Any] = processor.image_processor.to_dict()
     return {
         **_describe_weights(tensors),
-        "architecture": _hash_json(_tower_settings(config.vision_config)),
-        "image_processor": _hash_json(
+        "architecture": hash_json(_tower_settings(config.vision_config)),
+        "image_processor": hash_json(
             {k: v for k, v in settings.items() if k not in _NOT_OF_THE_PICTURES and v is not None}
         ),
         "pooling": config.vision_pooling,
     }
+
+
+def fingerprint_model(folder: Path) -> dict[str, str]:
+    """Say which model a folder holds, towers and head.
+
+    Returns: `weights` (SHA-256 of all of them), `dtype`, and the one setting of the head that no
+        weight and neither `fingerprint_text` nor `fingerprint_vision` shows.
+    Raises: ValueError when the folder has no weights.
+    """
+    config = LLM2CLIPConfig.from_pretrained(folder)
+    setting = "normalize_text_before_adapter"
+    return {**fingerprint_weights(folder), setting: str(getattr(config, setting))}
 
 
 def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") -> dict[str, str]:
@@ -148,9 +160,10 @@ def _tower_settings(config: Any) -> dict[str, Any]:
 def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
     written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     # These two are left from the last call.
-    return _hash_json({**written, "truncation": None, "padding": None})
+    return hash_json({**written, "truncation": None, "padding": None})
 
 
-def _hash_json(value: Any) -> str:
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value that JSON can hold, in whatever order its names stand."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

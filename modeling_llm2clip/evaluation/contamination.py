@@ -38,9 +38,10 @@ def count_trained(data: EvaluationSet, trained: TrainedEmoji | None) -> dict[str
     if not isinstance(data, RetrievalSet):
         return None
     texts = data.correspondence.texts_of_images()
+    names = zip(data.picture_keys or data.picture_names, data.picture_names, strict=True)
     keys = [
-        match_emoji([name], [data.captions[row] for row in texts.of(image).tolist()])
-        for image, name in enumerate(data.picture_names)
+        match_emoji(called, [data.captions[row] for row in texts.of(image).tolist()])
+        for image, called in enumerate(names)
     ]
     if not any(keys):
         return None

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .results import Result, find_differences, hash_json
+from ..encoding.fingerprint import hash_json
+from .contamination import FIELD, write_trained
+from .results import Result, find_differences
 from .tasks.registry import find_task
 
 # Choices of a task that stand in its title.
@@ -38,6 +40,18 @@ def tell_apart(results: Sequence[Result]) -> list[Result]:
         label = _label_set(result, of_set[find_question(result), result.set])
         told.append(replace(result, model=model, set=label))
     return _drop_repeated(told)
+
+
+def name_data(result: Result) -> str:
+    """The set as it stands alone: what it lacks, its language, and what was trained on of it."""
+    data = list_data(result)
+    counted = [part[FIELD] for part in data.values() if FIELD in part]
+    notes = [] if set(data) <= {"en", "None"} else [describe_languages(result)]
+    notes += dict.fromkeys(
+        f"trained on {write_trained(count)} pictures" for count in counted if count["pictures"] != 0
+    )
+    label = _label_set(result, [result])
+    return f"{label} [{', '.join(notes)}]" if notes else label
 
 
 def find_question(result: Result) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..data.pictures import ParquetPicture, Picture, TarPicture
 from ..data.vector_store_layout import write_durably
+from ..encoding.fingerprint import hash_json
 from .encoders.encoder import Description
 from .sets.schema import ChoiceSet, ClassificationSet, EvaluationSet
 from .tasks.task import Task
@@ -123,6 +124,16 @@ def read_result(file: Path) -> Result:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
+    return parse_result(content, file)
+
+
+def is_result(content: Any) -> bool:
+    """Whether this is what an evaluation wrote, of whatever version of the format."""
+    return isinstance(content, dict) and {_DIGEST, "format_version"} <= set(content)
+
+
+def parse_result(content: Any, file: Path) -> Result:
+    """Make a result of a file's content; errors as `read_result`."""
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is no result of an evaluation. Name another folder.")
     if content["format_version"] != FORMAT_VERSION:
@@ -130,6 +141,7 @@ def read_result(file: Path) -> Result:
             f"{file} has format_version {content['format_version']!r}, this code reads "
             f"{FORMAT_VERSION}. Evaluate again into another folder."
         )
+    content = {**content}
     digest = content.pop(_DIGEST, None)
     if set(content) != {field.name for field in fields(Result)} or digest != hash_json(content):
         raise ValueError(f"{file} was changed after it was written. Delete it and evaluate again.")
@@ -201,11 +213,6 @@ def write_result(file: Path, result: Result) -> None:
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_durably(file, text.encode())
-
-
-def hash_json(content: Any) -> str:
-    """SHA-256 of a value that JSON can hold, in whatever order its names stand."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def list_versions() -> dict[str, str]:

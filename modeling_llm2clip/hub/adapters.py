@@ -22,6 +22,9 @@ _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "modules_to_save": (None, []),
     "trainable_token_indices": (None, []),
+    # The last two take a part out of the base, the same one every time; others that do draw at
+    # random or need data.
+    "init_lora_weights": (True, False, None, "gaussian", "pissa", "olora"),
 }
 
 

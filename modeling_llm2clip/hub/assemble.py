@@ -20,12 +20,12 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.cross_modal.model import AlignmentModel
 from .card_facts import read_card_facts
 from .doctor.file_checks import list_travelling_files
-from .export import RECORD_FILE
+from .export import RECORD_BEFORE_TRAINING, RECORD_FILE, find_records
 from .golden import GOLDEN_FILE, renew_golden_vectors, write_golden_vectors
 from .model_card import write_model_card
 from .new_folder import require_new_folder, writing_folder
 
-RECORD_BEFORE_TRAINING = "conversion_before_training.json"
+_RECORDS = (RECORD_FILE, RECORD_BEFORE_TRAINING)
 _WEIGHTS = "*.safetensors"
 _NAMES_SHOWN = 5
 
@@ -65,10 +65,10 @@ def assemble_folder(
         for path in source.glob("[!.]*"):  # no .git or .cache
             if path.is_dir():
                 shutil.copytree(path, unfinished / path.name)
-            elif path.name == RECORD_FILE:  # its files' weights are not all those of the folder
-                shutil.copy2(path, unfinished / RECORD_BEFORE_TRAINING)
-            elif path.suffix != ".safetensors":
+            elif path.suffix != ".safetensors" and path.name not in _RECORDS:
                 shutil.copy2(path, unfinished / path.name)
+        for name, path in find_records(source, trained_since=True).items():
+            shutil.copy2(path, unfinished / name)
         for path in list_travelling_files():
             shutil.copy2(path, unfinished / path.name)
         for path in _list_weights(source):

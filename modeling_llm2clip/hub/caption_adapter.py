@@ -11,14 +11,15 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapters import merge_adapter
 from .card_facts import read_card_facts
 from .doctor.patient import find_folder
-from .export import export_model
+from .export import export_model, find_records, read_prompts
 from .new_folder import require_new_folder
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
     """Write a copy of a model whose LLM carries the adapter in its own weights.
 
-    The numbers are those of the unmerged LLM up to the rounding of one sum a weight.
+    The numbers are those of the unmerged LLM up to the rounding of one sum a weight. Instructions,
+    licences and the record of a conversion are taken over.
 
     Args:
         model: Hub id or folder the adapter was trained on.
@@ -35,6 +36,8 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         loaded,
         LLM2CLIPProcessor.from_pretrained(model),
         output,
+        prompts=read_prompts(folder),
+        records=find_records(folder, trained_since=True),
         facts=replace(read_card_facts(folder), results=()),  # of other weights
         # An adapter does not say which captions it has seen.
         trained_emoji=before and replace(before, is_complete=False),

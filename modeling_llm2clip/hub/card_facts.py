@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # what huggingface_hub reads cards with
-from huggingface_hub import EvalResult, ModelCard, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard
 
-from ..encoding.fingerprint import fingerprint_weights
+from ..encoding.fingerprint import fingerprint_model
+from ..evaluation.labels import name_data
+from ..evaluation.results import is_result, parse_result
+from .tower_sources import find_source_file
 
 # What `llm2clip evaluate` tells once a language, class, category or measure: too much for a card.
 _DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
@@ -33,14 +36,15 @@ class RecordedResult:
         task: what was asked, e.g. `"retrieval"`.
         dataset: what it was measured on.
         scores: name of a measure → value.
-        weights: digest of the weights they were measured with, where it is known; a card does not
-            keep it.
+        fingerprint, dtype: of the model they were measured with, where they are known; a card
+            does not keep them.
     """
 
     task: str
     dataset: str
     scores: Mapping[str, float]
-    weights: str | None = field(default=None, compare=False)
+    fingerprint: Mapping[str, str] | None = field(default=None, compare=False)
+    dtype: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -149,15 +153,10 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
         source: Hub id, folder, or a `.gguf` file in one.
     Returns: None where the card states none, or neither folder nor Hub has a card.
     """
-    path = Path(source)
+    card = find_source_file(source, "README.md", revision=revision)
     try:
-        card = (
-            (path if path.is_dir() else path.parent) / "README.md"
-            if path.exists()
-            else Path(hf_hub_download(str(source), "README.md", revision=revision))
-        )
-        return _name_license(_read_metadata(card)) if card.is_file() else None
-    except (OSError, ValueError):  # no card, no Hub, or metadata that is no metadata
+        return None if card is None else _name_license(_read_metadata(card))
+    except (OSError, ValueError):  # metadata that is no metadata
         return None
 
 
@@ -167,7 +166,8 @@ def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
     Each object has `task`, `set` (or `dataset`) and `scores`: numbers by name, nested at will, with
     an interval as `{"value", "low", "high"}`. A nested score is named by its path, e.g.
     `text_to_image.hit_rate_at_1`. What is told once a language, class or category is left to the
-    file, as is everything else in it.
+    file, as is everything else in it. Of what `llm2clip evaluate` wrote, the set's name says its
+    language, what it lacks, and how much of it the model was trained on.
 
     Raises: ValueError naming every file that is none, every score that is no finite number, and
         every task that is given twice on one data set.
@@ -182,7 +182,7 @@ def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
             continue
         for entry in content if isinstance(content, list) else [content]:
             try:
-                result = _read_result(entry)
+                result = _read_result(entry, path)
             except ValueError as error:
                 faults.append(f"{path}: {error}")
                 continue
@@ -199,24 +199,29 @@ def read_results(paths: Sequence[Path]) -> tuple[RecordedResult, ...]:
 
 
 def require_own_results(results: Sequence[RecordedResult], folder: Path) -> None:
-    """Refuse results that were measured with other weights than the folder's.
+    """Refuse results that were not measured with the folder's model.
 
-    Raises: ValueError naming them.
+    Raises: ValueError saying of each in what its model differs.
     """
-    stated = [result for result in results if result.weights is not None]
+    stated = [result for result in results if result.fingerprint is not None]
     if not stated:
         return
-    weights = fingerprint_weights(folder)["weights"]
-    foreign = [f"{r.task} on {r.dataset}" for r in stated if r.weights != weights]
+    wanted = fingerprint_model(folder)
+    foreign = []
+    for result in stated:
+        measured = {"dtype": result.dtype or wanted["dtype"], **(result.fingerprint or {})}
+        differing = [name for name, value in wanted.items() if measured.get(name) != value]
+        if differing:
+            foreign.append(f"{result.task} on {result.dataset} ({', '.join(differing)})")
     if foreign:
         raise ValueError(
-            f"{', '.join(foreign)}: measured with other weights than those to be written. "
-            "Export first (another dtype makes other weights), evaluate the folder that is "
-            "written, and give its results."
+            f"{'; '.join(foreign)}: not measured with the model that is to be written. Export "
+            "first (another dtype makes other weights), evaluate the folder that is written, as "
+            "a model of this package and in its own dtype, and give these results."
         )
 
 
-def _read_result(entry: Any) -> RecordedResult:
+def _read_result(entry: Any, path: Path) -> RecordedResult:
     if not isinstance(entry, dict):
         raise ValueError(f"holds {type(entry).__name__}, wanted an object")
     task, dataset = entry.get("task"), entry.get("set", entry.get("dataset"))
@@ -229,8 +234,11 @@ def _read_result(entry: Any) -> RecordedResult:
     wrong = sorted(name for name, value in found.items() if not _is_number(value))
     if wrong:
         raise ValueError(f"has scores that are no finite numbers: {wrong}")
-    weights = (entry.get("fingerprint") or {}).get("weights")
-    return RecordedResult(str(task), str(dataset), found, weights)
+    if not is_result(entry):
+        return RecordedResult(str(task), str(dataset), found, entry.get("fingerprint"))
+    result = parse_result(entry, path)
+    dtype = result.protocol["model"]["dtype"]
+    return RecordedResult(result.task, name_data(result), found, result.fingerprint, dtype)
 
 
 def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ COMPONENTS: dict[str, Any] = {
 }
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
+# The same, where the weights were trained since: its files' weights are not all the folder's.
+RECORD_BEFORE_TRAINING = "conversion_before_training.json"
 DTYPES = ("float32", "bfloat16", "float16")
 # As transformers has it by default; the Hub takes files up to 50 GB.
 SHARD_SIZE = "50GB"
@@ -109,11 +111,11 @@ def export_checkpoint(
         model.eval(),
         processor,
         folder,
-        prompts=_read_prompts(source),
+        prompts=read_prompts(source),
         facts=card_facts,
         name=arguments.name,
         max_shard_size=arguments.max_shard_size,
-        records=[path for path in (source / RECORD_FILE,) if path.is_file()],
+        records=find_records(source),
         trained_emoji=read_trained_emoji(source),
     )
 
@@ -127,7 +129,7 @@ def export_model(
     facts: CardFacts | None = None,
     name: str | None = None,
     max_shard_size: str = SHARD_SIZE,
-    records: Sequence[Path] = (),
+    records: Mapping[str, Path] | None = None,
     trained_emoji: TrainedEmoji | None = None,
 ) -> Path:
     """Write weights, code, processor, sentence-transformers files, golden vectors and a card.
@@ -141,7 +143,7 @@ def export_model(
         facts: what the card states beside what it reads in the folder.
         name: what the card calls the model; None for the folder's last name.
         max_shard_size: of a weight file.
-        records: files of the model's history, copied as they are.
+        records: files of the model's history, copied under these names; see `find_records`.
         trained_emoji: what the weights have seen of the package's emoji; None where that is not
             known, which the folder then leaves open.
     Returns: the folder.
@@ -163,8 +165,8 @@ def export_model(
             modalities=list_modalities(model),
         )
         write_golden_vectors(unfinished, model, processor)
-        for path in records:
-            shutil.copy2(path, unfinished / path.name)
+        for record, path in (records or {}).items():
+            shutil.copy2(path, unfinished / record)
         require_own_results(facts.results if facts else (), unfinished)
         write_model_card(unfinished, facts or CardFacts(), name=name or folder.name)
     return folder
@@ -190,7 +192,21 @@ def list_modalities(model: Any) -> list[str]:
     return [modality for modality, tower in towers.items() if hasattr(model, tower)]
 
 
-def _read_prompts(folder: Path) -> dict[str, str] | None:
+def find_records(folder: Path, *, trained_since: bool = False) -> dict[str, Path]:
+    """The records of a folder's conversion, by the names they have in a folder made of it.
+
+    Args:
+        trained_since: whether the new weights are others than the folder's.
+    """
+    names = (RECORD_FILE, RECORD_BEFORE_TRAINING)
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    if trained_since and found:
+        return {RECORD_BEFORE_TRAINING: next(iter(found.values()))}
+    return found
+
+
+def read_prompts(folder: Path) -> dict[str, str] | None:
+    """The instructions of an exported folder; None where it was not exported."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Tells before anything is loaded where a tower or adapter is named that cannot be there."""
+"""Tells of towers and adapters before they are loaded: that they cannot be there, what they say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from ..data.trained_emoji import TRAINED_FILE, TrainedEmoji, read_trained_emoji
 
 # Older Hub repositories have no owner ("gpt2").
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -45,6 +49,35 @@ def naming(source: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{source} cannot be loaded: {error}") from error
+
+
+def find_source_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
+    """Find a file of a tower's own: in its folder, beside its `.gguf` file, or on the Hub.
+
+    Returns: None where there is none, or no Hub to ask.
+    """
+    path = Path(source)
+    folder = path.parent if path.suffix == ".gguf" else path
+    if path.exists():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(str(folder), name, revision=revision))
+    except (OSError, ValueError):  # no such file, no Hub, or a name that is no Hub id
+        return None
+
+
+def add_up_trained_emoji(*towers: str | Path) -> TrainedEmoji:
+    """What these towers have seen of the package's emoji: one that says nothing has seen none.
+
+    Towers of models of this package say it where they were trained, and others were not trained
+    by it.
+    """
+    seen = TrainedEmoji()
+    for tower in towers:
+        file = find_source_file(tower, TRAINED_FILE)
+        said = None if file is None else read_trained_emoji(file.parent)
+        seen = seen if said is None else seen.add(said)
+    return seen
 
 
 def _find_fault(what: str, source: Path, *, file: str) -> str | None:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..configuration_llm2clip import LLM2CLIPConfig
 from .timm_pictures import image_processor_from_timm
 from .tower_sources import naming
 from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
@@ -106,7 +107,7 @@ def load_text_tower(
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
         config = AutoConfig.from_pretrained(name, **where)
-    require_decoder(config.get_text_config(decoder=True), source)
+    require_decoder(config, source)
     with naming(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
     if "gguf_file" in where:
@@ -119,7 +120,16 @@ def load_text_tower(
 
 
 def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
-    """Raise ValueError for a text encoder or a tower of pictures in the LLM's place."""
+    """Raise ValueError for a text encoder or a tower of pictures in the LLM's place.
+
+    So for a whole LLM2CLIP, whose tokenizer puts a prompt around every text already.
+    """
+    if config.model_type == LLM2CLIPConfig.model_type:
+        raise ValueError(
+            f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Give the LLM it "
+            "was made of; what its captions taught that LLM comes with --caption-adapter."
+        )
+    config = config.get_text_config(decoder=True)
     if config.model_type in _NOT_LLMS or _sees_pictures(config):
         raise ValueError(
             f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "

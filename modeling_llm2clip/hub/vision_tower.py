@@ -16,7 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
+from .doctor.patient import find_folder
 from .new_folder import require_new_folder, writing_folder
 
 # LLaVA-1.5 reads the layer before the last (arXiv:2304.08485, section 4.1).
@@ -70,9 +72,14 @@ def export_vision_tower(
     Raises: FileExistsError when it exists and is not empty.
     """
     require_new_folder(Path(output))  # before the weights are read
-    model = LLM2CLIPVisionModel.from_pretrained(source, revision=revision)
-    image_processor = AutoImageProcessor.from_pretrained(source, revision=revision)
-    return save_vision_tower(model, image_processor, output, license_id=license_id)
+    folder = find_folder(source, revision=revision)
+    return save_vision_tower(
+        LLM2CLIPVisionModel.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder),
+        output,
+        license_id=license_id,
+        trained_emoji=read_trained_emoji(folder),
+    )
 
 
 def save_vision_tower(
@@ -81,6 +88,7 @@ def save_vision_tower(
     output: str | Path,
     *,
     license_id: str | None = None,
+    trained_emoji: TrainedEmoji | None = None,
 ) -> Path:
     """Write a model's vision tower, its image processor and a card as one folder.
 
@@ -89,6 +97,8 @@ def save_vision_tower(
 
     Args:
         license_id: SPDX or Hub name of the weights' licence, for the card.
+        trained_emoji: what the model's folder says that it has seen, for what is built on the
+            tower.
     Raises: FileExistsError when the folder exists and is not empty.
     """
     folder = Path(output)
@@ -96,6 +106,8 @@ def save_vision_tower(
     with writing_folder(folder) as unfinished:
         tower.save_pretrained(unfinished)
         image_processor.save_pretrained(unfinished)
+        if trained_emoji is not None:
+            write_trained_emoji(unfinished, trained_emoji)
         data = ModelCardData(
             license=license_id,
             library_name="transformers",

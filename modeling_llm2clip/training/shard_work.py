@@ -21,6 +21,7 @@ from ..data.captioned_images import CaptionedImage
 from ..data.vector_store import VectorStore
 from ..data.vector_store_layout import STORED_DTYPES
 from ..data.vector_store_writing import StoreWriter, pack_index
+from ..encoding.devices import require_device
 from .processes import join_processes
 from .stopping import StopRequest
 
@@ -61,6 +62,8 @@ class ExtractionArguments:
                 faults.append(f"{name}={value} must be at least 1")
         if faults:
             raise ValueError("ExtractionArguments: " + "; ".join(faults) + ".")
+        if self.device is not None:
+            require_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ...data.pictures import load_picture
 from ...data.trained_emoji import TrainedEmoji
+from ...encoding.devices import require_device
 from ...processing_llm2clip import load_pictures
 
 DTYPES = ("saved", "float32", "bfloat16", "float16")
@@ -43,7 +44,7 @@ class EncoderSettings:
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
         if self.device != "auto":
-            _require_device(self.device)
+            require_device(self.device)
 
     def find_device(self) -> torch.device:
         """The device that these settings name."""
@@ -68,18 +69,6 @@ class EncoderSettings:
     def run(self) -> dict[str, Any]:
         """What a description says of them."""
         return {"device": str(self.find_device()), "batch_size": self.choose_batch_size()}
-
-
-def _require_device(name: str) -> None:
-    """Raise ValueError for a device that this machine or this torch does not have."""
-    try:
-        torch.empty(1, device=name).cpu()
-    except (AssertionError, RuntimeError) as error:  # the first where torch has no CUDA at all
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device={name!r} is not there ({reason}). Name another one, such as cpu, or auto for "
-            "a GPU where there is one."
-        ) from error
 
 
 @dataclass(frozen=True)

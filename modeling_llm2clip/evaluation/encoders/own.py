@@ -13,7 +13,7 @@ from torch import Tensor
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.trained_emoji import read_trained_emoji
 from ...encoding.captions import encode_captions
-from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, fingerprint_weights
+from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...encoding.pictures import encode_pictures
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
@@ -85,9 +85,10 @@ class OwnEncoder:
     def _description(self) -> Description:
         config = LLM2CLIPConfig.from_pretrained(self._folder)
         text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
-        weights = fingerprint_weights(self._folder)
+        model = fingerprint_model(self._folder)
+        saved = model.pop("dtype")
         fingerprint = {
-            "weights": weights["weights"],
+            **model,
             "tokenizer": text["tokenizer"],
             "text_architecture": text["architecture"],
             "vision_architecture": vision["architecture"],
@@ -115,7 +116,7 @@ class OwnEncoder:
                 "pooling": vision["pooling"],
                 "activation": describe_activation(config.vision_config),
             },
-            dtype=self._settings.choose_dtype(weights["dtype"]),
+            dtype=self._settings.choose_dtype(saved),
             run=self._settings.run,
             trained_emoji=read_trained_emoji(self._folder),
         )

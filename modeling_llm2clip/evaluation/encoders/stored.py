@@ -22,7 +22,13 @@ from ...data.named_vectors import SIDES, read_named_vectors, side_file
 from ...data.trained_emoji import read_trained_emoji
 from ...data.vector_store import VectorStore
 from ...data.vector_store_layout import MANIFEST_FILE
-from ...encoding.fingerprint import fingerprint_text, fingerprint_vision, fingerprint_weights
+from ...encoding.fingerprint import (
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+    fingerprint_weights,
+    hash_json,
+)
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
 from .encoder import Description, EncodedTexts, EncoderSettings
@@ -154,8 +160,11 @@ class StoredEncoder:
             for name, value in found.made_by.items()
         }
         head = self._head_folder
+        dtypes = {side.dtype for side in self._sides.values()}
         if head is not None:
-            fingerprint["head"] = fingerprint_weights(head)["weights"]
+            of_head = fingerprint_model(head)
+            dtypes.add(self._settings.choose_dtype(of_head.pop("dtype")))
+            fingerprint |= {f"head {name}": value for name, value in of_head.items()}
         kind = "stores" if self._is_store else "named vectors"
         sides = {
             name: {"stored_as": kind, "dtype": side.dtype, "width": side.width}
@@ -167,7 +176,7 @@ class StoredEncoder:
             fingerprint=fingerprint,
             text=sides.get("texts"),
             pictures=sides.get("pictures"),
-            dtype="+".join(sorted({side.dtype for side in self._sides.values()})),
+            dtype="+".join(sorted(dtypes)),
             trained_emoji=None if head is None else read_trained_emoji(head),
         )
 
@@ -188,7 +197,10 @@ def _open_named(file: Path) -> _Side:
         read=lambda rows: found.vectors[rows].float(),
         width=found.vectors.shape[1],
         dtype=str(found.vectors.dtype).removeprefix("torch."),
-        made_by=fingerprint_weights(file.parent, pattern=file.name),
+        made_by={
+            **fingerprint_weights(file.parent, pattern=file.name),
+            "names": hash_json(found.names),
+        },
     )
 
 

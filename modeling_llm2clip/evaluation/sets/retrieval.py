@@ -155,6 +155,7 @@ def _assemble(
         correspondence=correspondence,
         lang=request.lang,
         protocol=protocol,
+        picture_keys=tuple(entry.name if entry.key is None else entry.key for entry in entries),
     )
 
 

@@ -46,6 +46,7 @@ class RetrievalSet:
         correspondence: which caption belongs to which picture.
         lang: language of the captions, BCP 47.
         protocol: every choice that was made; see the top of this file.
+        picture_keys: one a picture: what it shows; empty where the names say it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RetrievalSet:
     correspondence: Correspondence
     lang: str
     protocol: Mapping[str, Any]
+    picture_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         found = (self.correspondence.num_images, self.correspondence.num_texts)
@@ -64,18 +66,24 @@ class RetrievalSet:
                 f"{self.name}: the correspondence is of {found[0]} pictures and {found[1]} "
                 f"captions, the set has {wanted[0]} and {wanted[1]}."
             )
+        if self.picture_keys and len(self.picture_keys) != len(self.picture_names):
+            raise ValueError(
+                f"{self.name}: {len(self.picture_keys)} keys and {len(self.picture_names)} names "
+                "of pictures."
+            )
         _check_pictures(self.name, self.pictures, self.picture_names)
 
     def group_captions(self) -> list[CaptionGroup]:
         """The captions of each picture, in the set's order: what a text encoder alone is asked.
 
-        Pictures that share all their captions are one group, called as the first of them.
+        A text that a picture has twice is there once, or it would find itself. Pictures that share
+        all their captions are one group, called as the first of them.
         """
         texts = self.correspondence.texts_of_images()
         groups: dict[tuple[int, ...], CaptionGroup] = {}
         for image, name in enumerate(self.picture_names):
             rows = tuple(texts.of(image).tolist())
-            captions = tuple(self.captions[row] for row in rows)
+            captions = tuple(dict.fromkeys(self.captions[row] for row in rows))
             groups.setdefault(rows, CaptionGroup(name, captions))
         return list(groups.values())
 

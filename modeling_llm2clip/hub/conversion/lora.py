@@ -30,6 +30,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
+    # Others begin by taking a part out of the base.
+    "init_lora_weights": (True, False, None, "gaussian"),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...encoding.devices import require_device
 from .comparisons import check_golden_vectors, check_sentence_transformers
 from .diagnosis import Check, Diagnosis, NotApplicableError
 from .file_checks import (
@@ -83,7 +84,9 @@ def diagnose(source: str | Path, *, revision: str | None = None, device: str = "
         revision: branch, tag or commit of the Hub repository.
         device: where the model runs, e.g. `"cpu"` or `"cuda"`.
     Returns: every check, in order; one that cannot run is marked as skipped with its reason.
+    Raises: ValueError for a device that is not there.
     """
+    require_device(device)
     checks: list[Check] = []
     try:
         folder = find_folder(source, revision=revision)
