@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
 from tiny_folders import save_tiny_llm, save_tiny_vision
@@ -106,6 +106,22 @@ def test_a_sum_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
 def test_what_is_more_than_low_rank_matrices_is_refused(tmp_path: Path) -> None:
     folder = save_lora(tiny_llm(), tmp_path / "lora", modules_to_save=["embed_tokens"])
     with pytest.raises(ValueError, match=r"not a LoRA alone.*embed_tokens.*merge_and_unload"):
+        merge_adapter(tiny_llm(), folder)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "pissa", "olora"])
+def test_a_start_that_changes_the_base_is_merged_as_peft_does(start: Any, tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora", init_lora_weights=start)
+    merged = merge_adapter(tiny_llm(), folder).state_dict()
+    loaded = PeftModel.from_pretrained(tiny_llm(), str(folder)).merge_and_unload().state_dict()
+    for name, value in merged.items():
+        # The same sum of the same numbers; a decomposition may round otherwise.
+        torch.testing.assert_close(value, loaded[name], atol=1e-5, rtol=0)
+
+
+def test_a_start_that_cannot_be_repeated_is_refused(tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora", init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match=r"not a LoRA alone.*pissa_niter_4"):
         merge_adapter(tiny_llm(), folder)
 
 

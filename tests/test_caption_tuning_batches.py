@@ -15,6 +15,7 @@ from modeling_llm2clip.data.caption_groups import (
     draw_pairs,
     group_captions,
     hold_out_groups,
+    leave_out_texts,
     read_text_pairs,
 )
 from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
@@ -157,6 +158,8 @@ def test_pictures_with_one_caption_are_counted_and_named():
         ("{", "not JSON"),
         ('{"query": "a", "positive": " "}', "non-blank"),
         ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
+        ('{"query": "a", "positive": "b", "negatives": [" a "]}', "the query is among its neg"),
+        ('{"query": "a", "positive": "b", "positive": "c"}', "field 'positive' twice"),
         ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
         ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
     ],
@@ -166,6 +169,15 @@ def test_broken_text_pairs_are_named_by_line(tmp_path, line, fault):
     file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=fault):
         read_text_pairs(file)
+
+
+def test_text_pairs_are_read_as_captions_are(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes('\ufeff{"query": " a\u2028dog ", "positive": "on a mat\\n"}\n'.encode())
+    (pair,) = read_text_pairs(file)
+    assert (pair.anchor, pair.positive) == ("a dog", "on a mat")
+    held_out = [CaptionGroup("k", ("a dog", "another"))]
+    assert leave_out_texts([pair], held_out) == ([], 1)
 
 
 def test_caption_retrieval_counts_first_captions_that_find_their_second():

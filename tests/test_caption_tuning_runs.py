@@ -16,7 +16,7 @@ from tuning import GROUPS, SHORT, tune
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
-from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.hub.export import export_checkpoint, export_model, read_prompts
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.caption_contrastive import tune_captions
@@ -117,6 +117,18 @@ def test_merged_equals_unmerged(run, tmp_path):
         # One sum a weight in another order, over two layers, on values of about one.
         assert torch.allclose(merged.get_caption_embeds(**inputs), adapted, atol=1e-4)
     assert not torch.allclose(before, adapted, atol=1e-2)
+
+
+def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
+    instructions = {"query": "Find the picture: ", "document": ""}
+    source = export_model(*tiny_model(), tmp_path / "base", prompts=instructions)
+    (source / "conversion.json").write_text("{}")
+    merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
+    assert read_prompts(merged) == instructions
+    assert (merged / "conversion_before_training.json").read_text() == "{}"
+    assert not (merged / "conversion.json").exists()
+    again = export_checkpoint(merged, tmp_path / "again")
+    assert (again / "conversion_before_training.json").is_file()
 
 
 def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, capsys):

@@ -147,6 +147,43 @@ def test_every_fault_of_shards_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("damage", ["a bit", "a cut header", "a cut end", "another shard behind"])
+def test_a_shard_that_tarfile_would_end_early_is_a_fault(damage: str, tmp_path: Path) -> None:
+    members = {f"{i}.{end}": b for i in range(6) for end, b in (("png", b"-"), ("txt", b"a text"))}
+    shard = write_shard(tmp_path / "0.tar", members)
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as archive:
+        header = archive.getmember("3.png").offset
+    flipped = bytearray(whole)
+    flipped[header + 150] ^= 1  # in the checksum of a header
+    damaged = {
+        "a bit": bytes(flipped),
+        "a cut header": whole[: header + 100],
+        "a cut end": whole[:header],
+        "another shard behind": whole + whole,
+    }
+    shard.write_bytes(damaged[damage])
+    fault = faults_of(tmp_path, check_pictures=False)
+    (place,) = fault.places["not a tar shard, or compressed, or broken"]
+    assert place.startswith("0.tar (the archive is cut off or damaged at byte ")
+    shard.write_bytes(whole)
+    assert len(read_captioned(tmp_path)) == 6
+
+
+def test_a_field_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
+    line = b'{"key": "1", "captions": ["a"], "captions": ["b"]}'
+    fault = faults_of(write_lines(tmp_path, [line]), require_pictures=False)
+    assert list(fault.places) == ["field 'captions' twice in one object"]
+
+
+def test_one_name_written_in_two_ways_is_repeated(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    names = ("images/red.png", "./images//red.png")
+    lines = [{"image": name, "captions": ["a square"], "lang": "en "} for name in names]
+    fault = faults_of(write_lines(tmp_path, lines))
+    assert fault.places == {"picture and language repeated": ["captions.jsonl line 2"]}
+
+
 def test_every_fault_of_parquet_is_told_at_once(tmp_path: Path) -> None:
     red = {"bytes": encode("images/red.png"), "path": None}
     rows = {

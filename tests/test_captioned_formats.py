@@ -123,6 +123,31 @@ def test_members_are_found_behind_headers_of_any_length(layout: int, tmp_path: P
     assert record.name == f"one.tar/{name}.jpg" and record.captions == ("a red square",)
 
 
+@pytest.mark.parametrize("kept", ["bytes", "path"])
+def test_packed_pictures_may_lack_a_field(kept: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    image = {"bytes": encode("images/red.png"), "path": "images/red.png"}
+    rows = {"image": [{kept: image[kept]}], "caption": ["a square"]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "0.parquet"))
+    (record,) = read_captioned(tmp_path, check_pictures=True)
+    assert record.captions == ("a square",) and record.picture is not None
+
+
+def test_files_of_a_folder_are_found_in_capitals_too(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.parquet", "b.PARQUET")):
+        rows = {"file_name": [f"{number}.png"], "caption": ["a square"]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / name))
+    assert len(read_captioned(tmp_path, require_pictures=False)) == 2
+
+
+def test_a_key_is_the_same_with_white_space_around_it(tmp_path: Path) -> None:
+    lines = [
+        {"image": f"{n}.png", "captions": ["a"], "key": key} for n, key in ((1, "k"), (2, " k "))
+    ]
+    first, second = read_captioned(write_lines(tmp_path, lines), require_pictures=False)
+    assert first.key == second.key == "k"
+
+
 def test_a_parquet_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
     file = tmp_path / "data.parquet"
     for caption in ("first", "second"):

@@ -68,6 +68,26 @@ def test_doctor_finds_what_build_writes_healthy(
     assert "FAILED" not in report
 
 
+def test_a_whole_model_is_no_language_model(
+    built: Path, towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", towers[0], str(built), str(tmp_path / "new"), "--prompt", "llama-3"]
+    assert main(command) == 2
+    assert f"{built} is a whole LLM2CLIP model, with a prompt in its tok" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["doctor", "MODEL"], ["search", "MODEL", "nowhere", "a dog"],
+                ["extract", "MODEL", "nowhere", "store"]], ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_told_first(
+    command: list[str], built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(built) if word == "MODEL" else word for word in command]
+    assert main([*words, "--device", "abacus"]) == 2
+    assert "device='abacus' is not there" in capsys.readouterr().err
+
+
 def write_broken_pictures(folder: Path) -> Path:
     folder.mkdir()
     for name in ("a.png", "b.png"):

@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoProcessor
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.commands.convert import choose_recipe
-from modeling_llm2clip.hub.assemble import RECORD_BEFORE_TRAINING, assemble_folder
+from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.conversion.convert import ConversionReport
 from modeling_llm2clip.hub.conversion.language_model import LLMSource
 from modeling_llm2clip.hub.conversion.lora import merge_lora
@@ -45,7 +45,11 @@ from modeling_llm2clip.hub.conversion.plan import Plan, make_image_processor
 from modeling_llm2clip.hub.conversion.recipes import RECIPES
 from modeling_llm2clip.hub.conversion.tensors import open_weights
 from modeling_llm2clip.hub.conversion.writing import write_weights
-from modeling_llm2clip.hub.export import RECORD_FILE, export_checkpoint
+from modeling_llm2clip.hub.export import (
+    RECORD_BEFORE_TRAINING,
+    RECORD_FILE,
+    export_checkpoint,
+)
 from modeling_llm2clip.hub.golden import draw_golden_pictures
 
 FAMILIES = tuple(RECIPE_OF)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -94,8 +95,16 @@ def test_truncated_safetensors(tmp_path, where) -> None:
         plan(source, recipe=RECIPE_OF["hub_clip"], llm=LLMSource(llm))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a file of weights", b"PK\x03\x04 broken zip"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1"])
 def test_a_file_that_is_no_pytorch_file(tmp_path, content) -> None:
+    (tmp_path / "c.pt").write_bytes(content)
+    fault = f"c.pt is not a PyTorch file of weights: it begins with {content[:40]!r}"
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        open_weights(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 broken zip", b"\x80\x02 broken pickle"])
+def test_a_broken_pytorch_file(tmp_path, content) -> None:
     (tmp_path / "c.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"c\.pt (is not a whole|holds more than)"):
         open_weights(tmp_path / "c.pt")
@@ -178,7 +187,13 @@ def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("use_dora", True), ("bias", "all"), ("modules_to_save", ["norm"])]
+    ("setting", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["norm"]),
+        ("init_lora_weights", "pissa"),
+    ],
 )
 def test_a_lora_that_is_more_than_a_lora(tmp_path, setting, value) -> None:
     adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))

@@ -415,3 +415,16 @@ def test_classification_saves_its_confusion(sources: Any, tmp_path: Path) -> Non
     assert row["prompt"] == "2 templates, 'a photo of a {}' …"
     with pytest.raises(DataFaults, match=r"class name repeated: 2"):
         evaluate(replace(chosen, class_names=("Tier", "Tier")))
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_an_output_that_cannot_take_the_results_is_told_first(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match="taken is a file; results need a folder"):
+        evaluate(arguments(tmp_path / "taken", data, sources("clip")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"notes\.json is no result of an evaluation"):
+        evaluate(arguments(tmp_path, data, sources("clip")))

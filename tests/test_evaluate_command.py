@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_llm2clip.__main__ import _build_parser, main
-from modeling_llm2clip.commands.evaluate import _build_arguments
+from modeling_llm2clip.commands.evaluate import _build_arguments, _read_lines
 from modeling_llm2clip.evaluation.arguments import DataChoice
 from modeling_llm2clip.evaluation.results import read_result
 
@@ -69,6 +69,11 @@ def test_a_wrong_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_mark_that_an_editor_wrote_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
+    assert _read_lines(tmp_path / "names.txt", flag="--class-names") == ("cat", "dog")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")

@@ -146,6 +146,15 @@ def test_cra_needs_two_captions_a_picture(tmp_path: Path) -> None:
         run_cra(open_vectors(tmp_path, texts), (data,))
 
 
+def test_cra_asks_no_text_for_itself(tmp_path: Path) -> None:
+    texts = {"a": EAST, "b": NORTH, "c": WEST}
+    twice = retrieval_set(["a", "a", "b", "b"], [0, 0, 1, 1], shown=False)
+    with pytest.raises(ValueError, match=r"2 of 2 have one only: \['p0', 'p1'\]"):
+        run_cra(open_vectors(tmp_path, texts), (twice,))
+    third = retrieval_set(["a", "a", "b", "b", "c"], [0, 0, 0, 1, 1], shown=False)
+    assert [group.captions for group in third.group_captions()] == [("a", "b"), ("b", "c")]
+
+
 def classification_set(labels: Sequence[int], names: Sequence[str], **fields: Any) -> Any:
     pictures = tuple(f"p{i}" for i in range(len(labels)))
     return ClassificationSet(

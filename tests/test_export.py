@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.encoding.fingerprint import fingerprint_weights
+from modeling_llm2clip.encoding.fingerprint import fingerprint_model
 from modeling_llm2clip.hub.assemble import assemble_folder
 from modeling_llm2clip.hub.card_facts import CardFacts, RecordedResult, read_card_facts
 from modeling_llm2clip.hub.doctor import diagnose
@@ -264,11 +264,19 @@ def test_results_of_other_weights_are_refused_and_those_of_these_are_taken(
 ) -> None:
     results = tmp_path / "results.json"
     entry = {"task": "retrieval", "set": "COCO", "scores": {"r1": 0.25}}
-    own = {"weights": fingerprint_weights(source)["weights"]}
-    results.write_text(json.dumps({**entry, "fingerprint": own}))
+    own = fingerprint_model(source)
     command = ["export", str(source), str(tmp_path / "new"), "--results", str(results)]
+    for fingerprint, differs in (
+        ({**own, "normalize_text_before_adapter": "neither"}, "normalize_text_before_adapter"),
+        ({"texts weights": own["weights"]}, "weights, normalize_text_before_adapter"),
+        ({**own, "dtype": "bfloat16"}, "dtype"),
+    ):
+        results.write_text(json.dumps({**entry, "fingerprint": fingerprint}))
+        assert main(command) == 2
+        assert f"retrieval on COCO ({differs}): not measured with" in capsys.readouterr().err
+    results.write_text(json.dumps({**entry, "fingerprint": own}))
     assert main([*command, "--dtype", "bfloat16"]) == 2
-    assert "retrieval on COCO: measured with other weights" in capsys.readouterr().err
+    assert "retrieval on COCO (weights, dtype): not measured" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert main(command) == 0
     assert read_card_facts(tmp_path / "new").results[0].scores == {"r1": 0.25}

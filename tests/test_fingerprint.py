@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.encoding.fingerprint import fingerprint_text, fingerprint_vision
+from modeling_llm2clip.encoding.fingerprint import (
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +128,15 @@ def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> No
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         fingerprint_text(tmp_path)
+
+
+def test_a_setting_of_the_head_that_no_weight_shows_is_another_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["normalize_text_before_adapter"] = not config["normalize_text_before_adapter"]
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    models = fingerprint_model(folder), fingerprint_model(other)
+    assert difference(*models) == {"normalize_text_before_adapter"}
+    assert fingerprint_text(other) == fingerprint_text(folder)  # taken before the head

@@ -6,9 +6,10 @@ import copy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
@@ -16,6 +17,8 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.named_vectors import read_named_vectors, write_named_vectors
 from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
 from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.search import contact_sheet, lettering
+from modeling_llm2clip.search.contact_sheet import SearchResult, write_contact_sheet
 from modeling_llm2clip.search.gallery import (
     find_pictures,
     list_pictures,
@@ -23,6 +26,7 @@ from modeling_llm2clip.search.gallery import (
     take_best,
 )
 from modeling_llm2clip.search.kept_vectors import KeptVectors
+from modeling_llm2clip.search.lettering import find_font
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
@@ -92,6 +96,36 @@ def test_the_command_prints_and_draws_what_it_found(
     assert (output / "search.html").read_text().count("<figure>") == 6
     assert main(["search", model_folder, str(pictures), "a dog", *flags]) == 2
     assert "found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a dog", "a word " * 60, "犬" * 200, "x" * 300])
+def test_a_sentence_keeps_within_its_place_on_the_sheet(
+    text: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contact_sheet, "find_font", lambda *_, size: ImageFont.load_default(size))
+    found = [(path, 0.5) for path in list_pictures(pictures)[:2]]
+    write_contact_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        dark = np.asarray(sheet.convert("L")) < 128
+    words, pictured = dark[:, : contact_sheet._TEXT_WIDTH], dark[:, contact_sheet._TEXT_WIDTH :]
+    height = len(dark) // 2
+    assert words[:height].any() and not words[:, -4:].any()  # none runs into the pictures
+    assert not words[height - 4 : height + 4].any()  # nor into the next row
+    assert pictured.any()
+
+
+def test_letters_that_a_font_lacks_are_not_drawn_as_boxes(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = find_font("a dog, 1862", size=18)
+    assert own is not None and own.getname() == ImageFont.load_default(18).getname()
+    monkeypatch.setattr(lettering, "_SYSTEM_FONTS", ())
+    assert find_font("ネコ", size=18) is None
+    found = [(list_pictures(pictures)[0], 0.5)]
+    for name, sentence in (("a", "ネコ"), ("b", "イヌ")):
+        write_contact_sheet([SearchResult(sentence, found)], tmp_path / f"{name}.png")
+    drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "ab"]
+    assert drawn[0] == drawn[1]  # both are called by their number
 
 
 def test_broken_pictures_are_named_or_left_out_and_counted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from modeling_llm2clip.data.named_vectors import (
     write_named_vectors,
 )
 from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.encoders.kinds import open_encoder, tell_kind
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.caption_extraction import extract_captions
@@ -99,6 +101,20 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
         read_named_vectors(file)
 
 
+def test_other_names_of_the_same_vectors_are_other_vectors(tmp_path: Path) -> None:
+    before = open_encoder(write_sides(tmp_path)).describe().fingerprint
+    names = [f"{(number + 1) % 3}.png" for number in range(3)]
+    write_named_vectors(side_file(tmp_path, "pictures"), names, torch.ones(3, 4))
+    after = open_encoder(tmp_path).describe().fingerprint
+    assert {name for name in before if before[name] != after[name]} == {"pictures names"}
+
+
+def test_a_file_beside_named_vectors_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "texts.tmp").write_text("mine")
+    write_sides(tmp_path)
+    assert (tmp_path / "texts.tmp").read_text() == "mine"
+
+
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, captioned pictures, and both stores of them."""
@@ -130,6 +146,24 @@ def test_stores_through_their_models_head_are_the_models_vectors(extracted: Any)
         torch.testing.assert_close(
             F.normalize(found, dim=-1), F.normalize(wanted, dim=-1), rtol=0, atol=ROUNDING
         )
+
+
+def test_the_head_and_its_dtype_are_of_the_run(extracted: Any, tmp_path: Path) -> None:
+    root, model, records = extracted
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["normalize_text_before_adapter"] = not config["normalize_text_before_adapter"]
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    described = [
+        open_encoder(root / "stores", settings, records=records, head=head).describe()
+        for head, settings in (
+            (model, EncoderSettings()),
+            (other, EncoderSettings()),
+            (model, EncoderSettings(dtype="bfloat16")),
+        )
+    ]
+    assert described[0].fingerprint != described[1].fingerprint
+    assert [found.dtype for found in described] == ["float32", "float32", "bfloat16+float32"]
 
 
 def test_a_caption_store_alone_needs_no_head(extracted: Any) -> None:

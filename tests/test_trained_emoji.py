@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from published_sets import write_own_folder
-from tiny_folders import export_tiny_model
+from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.example_data import find_example_data
@@ -30,7 +31,9 @@ from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.sets.registry import read_set
 from modeling_llm2clip.evaluation.tables import render_results
 from modeling_llm2clip.hub.assemble import assemble_folder
-from modeling_llm2clip.hub.export import export_checkpoint
+from modeling_llm2clip.hub.card_facts import read_card_facts, read_results
+from modeling_llm2clip.hub.export import ExportArguments, export_checkpoint
+from modeling_llm2clip.hub.vision_tower import export_vision_tower
 
 EMOJI = find_example_data() / "emoji"
 KEYS = ("1f34e", "1f355", "1f3bb")
@@ -89,6 +92,32 @@ def test_a_numbered_picture_of_something_else_is_no_emoji() -> None:
     assert match_emoji(["apple.png"], ["red apple"]) is None
 
 
+def test_an_emoji_is_known_by_its_key_too(three_emoji: Path) -> None:
+    lines = (three_emoji / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    renamed = []
+    for number, fields in enumerate(map(json.loads, lines)):
+        key, name = Path(fields["image"]).stem, f"{number}.png"
+        shutil.move(three_emoji / fields["image"], three_emoji / name)
+        renamed.append({**fields, "image": name, "key": key})
+    (three_emoji / "captions.jsonl").write_text("\n".join(map(json.dumps, renamed)), "utf-8")
+    trained = find_trained_emoji(read_captioned(three_emoji))
+    assert trained.keys == set(KEYS)
+    counted = count_trained(read_set("folder", three_emoji, lang="en"), trained)
+    assert counted == {"pictures": 3, "of": 3, "is_complete": True}
+
+
+def test_what_a_tower_has_seen_goes_with_it_into_a_new_model(seen: Path, tmp_path: Path) -> None:
+    tower = export_vision_tower(seen, tmp_path / "tower")
+    assert read_trained_emoji(tower) == TrainedEmoji(frozenset(KEYS[:2]))
+    llm = save_tiny_llm(tmp_path / "llm")
+    command = ["build", str(tower), str(llm), str(tmp_path / "new"), "--prompt", "none"]
+    assert main(command) == 0
+    assert read_trained_emoji(tmp_path / "new") == TrainedEmoji(frozenset(KEYS[:2]))
+    plain = save_tiny_vision(tmp_path / "plain")
+    assert main(["build", str(plain), str(llm), str(tmp_path / "clean"), "--prompt", "none"]) == 0
+    assert read_trained_emoji(tmp_path / "clean") == TrainedEmoji()
+
+
 def test_a_set_without_emoji_says_nothing_of_them(tmp_path: Path) -> None:
     data = read_set("folder", write_own_folder(tmp_path), lang="en")
     assert count_trained(data, TrainedEmoji(frozenset(KEYS))) is None
@@ -137,3 +166,11 @@ def test_scores_on_what_was_trained_on_are_warned_of_and_marked(
     assert told["unsaid", "retrieval"]["trained_on"]["pictures"] is None
     table = render_results(results, style="markdown")
     assert "| 2 of 3 |" in table and "| unknown |" in table
+    (on_card,) = read_results([tmp_path / "out" / "seen" / "folder.retrieval.json"])
+    assert on_card.dataset == "folder [trained on 2 of 3 pictures]"
+    written = export_checkpoint(seen, tmp_path / "new", facts={"results": (on_card,)})
+    assert read_card_facts(written).results == (on_card,)
+    with pytest.raises(ValueError, match=r"\(weights, dtype\): not measured with the model"):
+        export_checkpoint(
+            seen, tmp_path / "half", ExportArguments(dtype="float16"), facts={"results": (on_card,)}
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .captioned_images import CaptionedImage
+from .captioned_images import CaptionedImage, clean_text
+from .json_objects import iterate_lines, parse_object
 
 _FAULTS_SHOWN = 5
 
@@ -124,20 +123,19 @@ def read_text_pairs(file: str | Path) -> list[TextPair]:
     """Read pairs of other texts: JSON lines with `query`, `positive` and, if wanted, `negatives`.
 
     `negatives` is a list of texts, equally long in every line. Lines with the same query share a
-    key.
+    key. Texts are cleaned as captions are, so that the same text is found again.
 
     Raises: ValueError once, with every broken line.
     """
     path = Path(file)
     pairs: list[TextPair] = []
     faults: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            pair = _parse_pair(line)
-            if isinstance(pair, str):
-                faults.append(f"line {number}: {pair}")
-            else:
-                pairs.append(pair)
+    for number, line in iterate_lines(path):
+        pair = _parse_pair(line)
+        if isinstance(pair, str):
+            faults.append(f"line {number}: {pair}")
+        else:
+            pairs.append(pair)
     counts = sorted({len(pair.negatives) for pair in pairs})
     if len(counts) > 1:
         faults.append(f"between {counts[0]} and {counts[-1]} negatives a line; give equally many")
@@ -147,14 +145,11 @@ def read_text_pairs(file: str | Path) -> list[TextPair]:
     return pairs
 
 
-def _parse_pair(line: str) -> TextPair | str:
+def _parse_pair(line: bytes) -> TextPair | str:
     """A pair, or what is wrong with the line."""
-    try:
-        fields: Any = json.loads(line)
-    except json.JSONDecodeError:
-        return "not JSON"
-    if not isinstance(fields, dict):
-        return "not an object"
+    fields = parse_object(line)
+    if isinstance(fields, str):
+        return fields
     if unknown := sorted(set(fields) - {"query", "positive", "negatives"}):
         return f"unknown field {unknown[0]!r}"
     negatives = fields.get("negatives", [])
@@ -163,6 +158,8 @@ def _parse_pair(line: str) -> TextPair | str:
         return "'negatives' is not a list"
     if not all(isinstance(text, str) and text.strip() for text in (*texts, *negatives)):
         return "'query', 'positive' and 'negatives' must be non-blank texts"
-    if fields["positive"] in negatives:
-        return "the positive is among its negatives"
-    return TextPair(fields["query"], fields["query"], fields["positive"], tuple(negatives))
+    query, positive, *others = map(clean_text, (*texts, *negatives))
+    for name, text in (("query", query), ("positive", positive)):
+        if text in others:
+            return f"the {name} is among its negatives"
+    return TextPair(query, query, positive, tuple(others))

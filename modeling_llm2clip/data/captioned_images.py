@@ -26,7 +26,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .faults import FaultCollector
@@ -205,8 +205,10 @@ def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | 
     value = fields.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if value is None or (isinstance(value, str) and value.strip()):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str) and value.strip():
+        return value.strip()
     found.append(f"{name!r} is not a non-blank text")
     return None
 
@@ -216,9 +218,10 @@ def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
     if not all(isinstance(name, str) and name.strip() for name in given):
         found.append("'image' or 'file_name' is not a non-blank text")
         return None
-    if len(set(given)) > 1:
+    names = [PurePosixPath(name).as_posix() for name in given]  # "./a.jpg" is "a.jpg"
+    if len(set(names)) > 1:
         found.append("'image' and 'file_name' differ")
-    return given[0] if given else None
+    return names[0] if names else None
 
 
 def _find_file(

@@ -171,7 +171,8 @@ def _search_folder(folder: Path) -> _Source:
         if (folder / name).is_file()
     ]
     for suffix in _SEVERAL_FILES:
-        if files := sorted(folder.glob(f"*{suffix}")):
+        # As a pattern's files are told: capitals are no other format.
+        if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(_Source(files, folder, suffix))
     if not sources:
         raise ValueError(

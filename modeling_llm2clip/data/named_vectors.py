@@ -12,6 +12,7 @@ N names, all different.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,7 @@ class NamedVectors:
             )
         if not self.vectors.is_floating_point():
             raise ValueError(f"vectors are {self.vectors.dtype}; give floating-point ones.")
-        if len(set(self.names)) != len(self.names):
-            twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
             raise ValueError(f"{len(twice)} names repeat: {twice[:_SHOWN]}. Keep one row of each.")
         broken = (~self.vectors.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:

@@ -23,7 +23,9 @@ from .results import (
     Result,
     build_protocol,
     find_finished,
+    list_files,
     list_versions,
+    read_result,
     require_one_model,
     result_file,
     write_result,
@@ -101,8 +103,10 @@ def _find_all_finished(
     protocols: Mapping[tuple[str, str, str], dict[str, Any]],
     descriptions: Mapping[str, Description],
 ) -> dict[tuple[str, str, str], Result | None]:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; results need a folder. Name another output.")
     found: dict[tuple[str, str, str], Result | None] = {}
-    faults = []
+    faults = _find_broken(output)
     for name, description in descriptions.items():
         try:
             require_one_model(output / name, fingerprint=description.fingerprint)
@@ -117,6 +121,17 @@ def _find_all_finished(
     if faults:
         raise ValueError("\n".join(faults))
     return found
+
+
+def _find_broken(output: Path) -> list[str]:
+    """Files of other runs in the folder that cannot be read, as the table of all results would."""
+    faults = []
+    for file in list_files(output):
+        try:
+            read_result(file)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _run(

@@ -148,12 +148,17 @@ def parse_result(content: Any, file: Path) -> Result:
     return Result(**content)
 
 
+def list_files(folder: Path) -> list[Path]:
+    """The files of all results of a folder, by model, set and task."""
+    return sorted(folder.glob("*/*.json"))
+
+
 def read_results(folder: Path) -> list[Result]:
     """Read all results of a folder, by model, set and task.
 
     Raises: ValueError when there are none.
     """
-    files = sorted(folder.glob("*/*.json"))
+    files = list_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no results. Evaluate something into it first.")
     return [read_result(file) for file in files]

@@ -52,16 +52,17 @@ def naming(source: str | Path) -> Iterator[None]:
 
 
 def find_source_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
-    """Find a file of a tower's own: in its folder, beside its `.gguf` file, or on the Hub.
+    """Find a file of a tower's own: in its folder, beside its file of weights, or on the Hub.
 
     Returns: None where there is none, or no Hub to ask.
     """
     path = Path(source)
-    folder = path.parent if path.suffix == ".gguf" else path
     if path.exists():
-        return folder / name if (folder / name).is_file() else None
+        file = (path if path.is_dir() else path.parent) / name
+        return file if file.is_file() else None
+    repository = path.parent if path.suffix == ".gguf" else path
     try:
-        return Path(hf_hub_download(str(folder), name, revision=revision))
+        return Path(hf_hub_download(str(repository), name, revision=revision))
     except (OSError, ValueError):  # no such file, no Hub, or a name that is no Hub id
         return None
 

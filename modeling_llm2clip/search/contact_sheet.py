@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ..processing_llm2clip import load_pictures
+from .lettering import Font, find_font
 
 _SIDE = 96
 _GAP = 12
@@ -40,24 +41,39 @@ class SearchResult:
 
 
 def write_contact_sheet(results: Sequence[SearchResult], path: Path) -> None:
-    """Draw one row a sentence: the sentence, then its pictures with their cosines."""
+    """Draw one row a sentence: the sentence, then its pictures with their cosines.
+
+    A sentence in letters that no font here has is drawn as its number.
+    """
     columns = max(len(result.found) for result in results)
-    row_height = _SIDE + 2 * _GAP + 14
     width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, row_height * len(results) + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(18), ImageFont.load_default(12)
-    for number, result in enumerate(results):
-        top = number * row_height + _GAP
-        text = _wrap(result.sentence, large, _TEXT_WIDTH - 2 * _GAP)
-        draw.multiline_text((_GAP, top + _SIDE // 3), text, fill="#222222", font=large)
-        for column, (picture, cosine) in enumerate(result.found):
-            left = _TEXT_WIDTH + column * (_SIDE + _GAP)
-            thumbnail = _shrink(picture)
-            offset = ((_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
-            sheet.paste(thumbnail, (left + offset[0], top + offset[1]))
-            draw.text((left + 30, top + _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
+    rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _GAP), "white")
+    top = _GAP
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
     sheet.save(path)
+
+
+def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
+    font, small = find_font(result.sentence, size=18), ImageFont.load_default(12)
+    sentence = result.sentence if font else f"sentence {number}: no font for its letters"
+    font = font or ImageFont.load_default(18)
+    text = _wrap(sentence, font, _TEXT_WIDTH - 2 * _GAP)
+    text_height = 26 * (text.count("\n") + 1)
+    row = Image.new("RGB", (width, max(_SIDE + 14, text_height) + 2 * _GAP), "white")
+    draw = ImageDraw.Draw(row)
+    place = (_GAP, max(0, (_SIDE - text_height) // 2))
+    draw.multiline_text(place, text, fill="#222222", font=font, spacing=8)
+    for column, (picture, cosine) in enumerate(result.found):
+        left = _TEXT_WIDTH + column * (_SIDE + _GAP)
+        thumbnail = _shrink(picture)
+        row.paste(
+            thumbnail, (left + (_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
+        )
+        draw.text((left + 30, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
+    return row
 
 
 def write_page(results: Sequence[SearchResult], path: Path, *, title: str, note: str) -> None:
@@ -86,12 +102,20 @@ def _inline(picture: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _wrap(text: str, font: Font, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+            lines.append("")
+            longer = word
+        while font.getlength(longer) > width and len(longer) > 1:  # no blanks in Japanese
+            fitting = next(n for n in range(len(longer), 0, -1) if _fits(longer[:n], font, width))
+            lines[-1:] = [longer[:fitting], ""]
+            longer = longer[fitting:]
+        lines[-1] = longer
     return "\n".join(lines)
+
+
+def _fits(text: str, font: Font, width: int) -> bool:
+    return len(text) == 1 or font.getlength(text) <= width

@@ -61,8 +61,10 @@ def _describe_images(column: Any) -> list[str | tuple[str | None] | None]:
         kind = str(chunk.type)
         if kind.startswith("struct"):
             # Fields of a struct are read without the others: no picture's bytes are touched.
-            paths = chunk.field("path").to_pylist()
-            packed = chunk.field("bytes").is_valid().to_pylist()
+            names = [chunk.type.field(index).name for index in range(chunk.type.num_fields)]
+            nothing = [None] * len(chunk)
+            paths = chunk.field("path").to_pylist() if "path" in names else nothing
+            packed = chunk.field("bytes").is_valid().to_pylist() if "bytes" in names else nothing
             valid = chunk.is_valid().to_pylist()
             for path, has_bytes, is_there in zip(paths, packed, valid, strict=True):
                 described.append((path,) if has_bytes and is_there else path if is_there else None)

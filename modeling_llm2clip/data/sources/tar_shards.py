@@ -12,7 +12,6 @@ is not read beside one that has, since downloading tools write the same caption 
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 
 from ..captioned_images import CAPTION_FIELDS, RawRecord
 from ..faults import FaultCollector
+from ..json_objects import parse_object
 from ..pictures import PICTURE_SUFFIXES, TarPicture
 
 # What img2dataset writes beside caption and key.
@@ -76,11 +76,29 @@ def _index_shard(shard: Path, name: str, faults: FaultCollector) -> dict[str, _S
                 if fault := _add_member(sample, archive, member, shard, extension):
                     sample.is_broken = True
                     faults.add(fault, f"{name}: {member.name}")
+            _require_end(shard, archive.offset)
     except (tarfile.TarError, OSError) as error:
         faults.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
             sample.is_broken = True  # what it lacks may have been cut off
     return samples
+
+
+def _require_end(shard: Path, offset: int) -> None:
+    """Raise tarfile.ReadError unless nothing but the end of an archive lies behind its members.
+
+    `tarfile` ends at a header that is damaged, cut off or behind another archive's end as if there
+    were no more.
+    """
+    with shard.open("rb") as opened:
+        opened.seek(offset)
+        rest = opened.read(tarfile.BLOCKSIZE)
+        is_whole = len(rest) == tarfile.BLOCKSIZE
+        while is_whole and rest:
+            is_whole = not rest.strip(b"\0")
+            rest = opened.read(2**20)
+    if not is_whole:
+        raise tarfile.ReadError(f"the archive is cut off or damaged at byte {offset}")
 
 
 def _split(member: str) -> tuple[str, str]:
@@ -109,22 +127,16 @@ def _add_member(
     stream = archive.extractfile(member)
     if stream is None:
         return "member is not a plain file"
-    try:
-        text = stream.read().decode("utf-8")
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return _add_fields(sample, text) if extension == "json" else _add_text(sample, text)
+    content = stream.read()
+    return _add_fields(sample, content) if extension == "json" else _add_text(sample, content)
 
 
-def _add_fields(sample: _Sample, text: str) -> str:
+def _add_fields(sample: _Sample, content: bytes) -> str:
     if sample.fields is not None:
         return "several .json in one sample"
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError:
-        return "not JSON"
-    if not isinstance(fields, dict):
-        return "not an object"
+    fields = parse_object(content)
+    if isinstance(fields, str):
+        return fields
     sample.fields = {
         name: value
         for name, value in fields.items()
@@ -133,10 +145,13 @@ def _add_fields(sample: _Sample, text: str) -> str:
     return ""
 
 
-def _add_text(sample: _Sample, text: str) -> str:
+def _add_text(sample: _Sample, content: bytes) -> str:
     if sample.text is not None:
         return "several .txt in one sample"
-    sample.text = text
+    try:
+        sample.text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
     return ""
 
 

@@ -119,8 +119,19 @@ def _itself(value: Tensor) -> Tensor:
     return value.detach()
 
 
+# Of an archive, as torch.save writes them now, and of a pickle, as it did before.
+_BEGINNINGS = (b"PK\x03\x04", b"\x80")
+
+
 def _load_pickle(path: Path) -> Any:
     """Load tensors and plain values; mapped from the disk where the file's format allows it."""
+    with path.open("rb") as opened:
+        beginning = opened.read(40)
+    if not beginning.startswith(_BEGINNINGS):  # a page of an error, a pointer to the file
+        raise ValueError(
+            f"{path} is not a PyTorch file of weights: it begins with {beginning!r}. Download it "
+            "again (with git lfs, where the repository keeps it there) and compare its SHA-256."
+        )
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
