@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import draw_noise, tiny_model
 from torch import nn
 
 from modeling_llm2clip.encoding.captions import encode_captions
+from modeling_llm2clip.encoding.modes import evaluating
 from modeling_llm2clip.encoding.pictures import encode_pictures
 from modeling_llm2clip.encoding.precision_probe import pick_probe_captions
 
@@ -43,6 +45,22 @@ def test_a_tower_in_training_learns_nothing_from_what_it_encodes() -> None:
     assert torch.equal(encode_pictures(model, processor, pictures), wanted)
     assert model.training
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def test_of_two_threads_the_last_one_gives_the_mode_back() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
+    with ExitStack() as first:
+        first.enter_context(evaluating(model))
+        with evaluating(model):  # another thread's, which ends before the first one's
+            pass
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False]
+    other = evaluating(model)
+    with evaluating(model):
+        other.__enter__()
+    assert not model.training  # now the first one has ended first
+    other.__exit__(None, None, None)
+    assert model.training
 
 
 def test_captions_are_encoded_as_the_processor_reads_them() -> None:
