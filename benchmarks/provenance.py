@@ -10,8 +10,8 @@ _UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def read_commit() -> str:
-    """Short name of the commit that is checked out."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """Short name of the commit of the checkout that this file is in."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

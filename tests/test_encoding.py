@@ -103,6 +103,8 @@ def test_settings_of_no_meaning_are_refused(settings: Any, fault: str) -> None:
     [
         ([], {}, r"Got \[\] for pictures"),
         ("a.png", {}, "Got 'a.png' for pictures"),
+        (draw_noise(), {}, "Got <PIL.Image.Image .* for pictures"),
+        (iter([draw_noise()]), {}, "Got <list_iterator .* for pictures"),
         ([draw_noise()], {"batch_size": 0}, "batch_size=0"),
         ([draw_noise()], {"batch_size": -1}, "batch_size=-1"),
         ([draw_noise()], {"num_workers": 0}, "num_workers=0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.named_vectors import read_named_vectors, write_named_vectors
 from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
 from modeling_llm2clip.encoding.pictures import encode_pictures
-from modeling_llm2clip.search import contact_sheet, lettering
+from modeling_llm2clip.search import contact_sheet, kept_vectors, lettering
 from modeling_llm2clip.search.contact_sheet import SearchResult, write_contact_sheet
 from modeling_llm2clip.search.gallery import (
     find_pictures,
@@ -199,6 +200,68 @@ def test_vectors_of_another_model_or_use_are_refused(
     assert "was not written by a search" in capsys.readouterr().err
     assert main([*command, str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_what_another_search_kept_meanwhile_stays(
+    pictures: Path, model_folder: str, tmp_path: Path
+) -> None:
+    model, processor = shared_model()
+    paths, fingerprint = list_pictures(pictures), fingerprint_vision(model_folder)
+    file = tmp_path / "kept.safetensors"
+    first, second = KeptVectors(file, fingerprint), KeptVectors(file, fingerprint)
+    first.encode(model, processor, paths[:3])
+    second.encode(model, processor, paths[3:])
+    again = KeptVectors(file, fingerprint)
+    assert all(path in again for path in paths)
+
+
+def test_a_file_that_cannot_be_kept_in_is_told_first_or_warned_of(
+    pictures: Path, model_folder: str, tmp_path: Path
+) -> None:
+    model, processor = shared_model()
+    paths, fingerprint = list_pictures(pictures), fingerprint_vision(model_folder)
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match=r"kept\.safetensors cannot be written"):
+        KeptVectors(tmp_path / "taken" / "kept.safetensors", fingerprint)
+    kept = KeptVectors(tmp_path / "gone" / "kept.safetensors", fingerprint)
+    (tmp_path / "gone").rmdir()
+    (tmp_path / "gone").write_text("now a file")
+    with pytest.warns(UserWarning, match=r"No vectors were kept in .*kept\.safetensors"):
+        assert len(kept.encode(model, processor, paths)) == 10  # and the search goes on
+
+
+@pytest.mark.parametrize("note", ["{", "null", "[1]"])
+def test_a_kept_file_that_says_nothing_of_its_model_is_refused(
+    note: str, model_folder: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "kept.safetensors"
+    write_named_vectors(file, ["a"], torch.ones(1, 4), notes={"fingerprint": note})
+    with pytest.raises(ValueError, match=r"kept\.safetensors was not written by a search"):
+        KeptVectors(file, fingerprint_vision(model_folder))
+
+
+def test_kept_vectors_of_another_width_are_refused(
+    pictures: Path, model_folder: str, tmp_path: Path
+) -> None:
+    fingerprint, file = fingerprint_vision(model_folder), tmp_path / "kept.safetensors"
+    write_named_vectors(
+        file, ["a"], torch.ones(1, 5), notes={"fingerprint": json.dumps(fingerprint)}
+    )
+    with pytest.raises(ValueError, match=r"of width \[5\], the model's have"):
+        KeptVectors(file, fingerprint).encode(*shared_model(), list_pictures(pictures))
+
+
+def test_a_picture_that_may_not_be_read_is_left_out_like_a_broken_one(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, kept = list_pictures(pictures)[0], KeptVectors()
+    kept.encode(*shared_model(), list_pictures(pictures)[1:])
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(kept_vectors, "hash_file", refuse)
+    assert closed not in kept  # so that the check of pictures names it
 
 
 def test_broken_vectors_are_never_the_best(pictures: Path) -> None:

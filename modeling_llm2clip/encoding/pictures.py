@@ -36,10 +36,10 @@ def encode_pictures(
         num_workers: threads that decode ahead of the tower.
         on_batch: told after each batch how many pictures it had.
     Returns: (N, D) float32 on the CPU.
-    Raises: ValueError naming the picture that is missing or broken, for no pictures, or a batch
-        or workers below one.
+    Raises: ValueError naming the picture that is missing or broken, for no pictures or what is no
+        list of them, or a batch or workers below one.
     """
-    if isinstance(pictures, str) or not len(pictures):
+    if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence) or not pictures:
         raise ValueError(f"Got {pictures!r} for pictures; give a list of one at least.")
     batch_size = default_batch_size(model.device) if batch_size is None else batch_size
     if batch_size < 1 or num_workers < 1:

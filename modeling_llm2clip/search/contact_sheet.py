@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +111,16 @@ def _wrap(text: str, font: Font, width: int) -> str:
             lines.append("")
             longer = word
         while font.getlength(longer) > width and len(longer) > 1:  # no blanks in Japanese
-            fitting = next(n for n in range(len(longer), 0, -1) if _fits(longer[:n], font, width))
+            fitting = _count_fitting(longer, font, width)
             lines[-1:] = [longer[:fitting], ""]
             longer = longer[fitting:]
         lines[-1] = longer
     return "\n".join(lines)
 
 
-def _fits(text: str, font: Font, width: int) -> bool:
-    return len(text) == 1 or font.getlength(text) <= width
+def _count_fitting(word: str, font: Font, width: int) -> int:
+    """How many of a word's letters a line has room for, at least one."""
+    lengths = range(2, len(word) + 1)
+    return 1 + bisect_right(
+        lengths, float(width), key=lambda length: float(font.getlength(word[:length]))
+    )
