@@ -33,6 +33,7 @@ from ..data.caption_groups import (
     leave_out_texts,
 )
 from ..data.vector_store_layout import hash_file, write_durably
+from ..encoding.fingerprint import fingerprint_text
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -60,7 +61,12 @@ from .pair_batches import (
 )
 from .precision import computes_in_bfloat16
 from .processes import join_processes
-from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
+from .run_record import (
+    METRICS_FILE,
+    require_fresh_or_resumed,
+    require_fresh_or_same_run,
+    write_run_record,
+)
 from .settings import list_faults
 from .stopping import stop_on_signals
 from .trainer_bases import FiniteGradients, MarkedCheckpoints
@@ -179,8 +185,9 @@ def tune_captions(
             captions'.
         start: folder of an adapter of the same shape to begin from, instead of from nothing.
         resume: continue from the last checkpoint in `output`.
-    Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
-        before anything is computed; FloatingPointError at a loss, a gradient or a weight that
+    Raises: ValueError for data that cannot fill a batch, or an output folder of another run
+        (settings, data, or the LLM where it was loaded from a folder or the Hub), before anything
+        is computed; FloatingPointError at a loss, a gradient or a weight that
         is not finite, before anything is kept of it.
     """
     plan = plan_tuning(
@@ -231,12 +238,13 @@ def plan_tuning(
     """Check and prepare everything that needs no LLM; arguments and errors as `tune_captions`.
 
     Args:
-        model_name: what the model is loaded from.
+        model_name: what the model is loaded from: folder or Hub id; "" for one built in memory.
     """
     join_processes()
+    require_fresh_or_resumed(output, resume=resume)
+    data = _prepare_data(groups, other_pairs, arguments)
     record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
     require_fresh_or_same_run(output, record, resume=resume)
-    data = _prepare_data(groups, other_pairs, arguments)
     return TuningPlan(output, arguments, start, resume, record, data)
 
 
@@ -321,6 +329,7 @@ def _identify(
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {
         "model": model_name,
+        "fingerprint": fingerprint_text(model_name) if model_name else None,
         "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
