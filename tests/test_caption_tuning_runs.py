@@ -20,7 +20,6 @@ from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.caption_contrastive import tune_captions
-from modeling_llm2clip.training.caption_encoder import LoraArguments
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +82,6 @@ def test_hard_batches_from_an_adapter_begin_where_it_ended_and_resume_bit_for_bi
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(ValueError, match="start: '"):
         tune(again, hard, resume=True)
-
-
-def test_an_adapter_of_another_scale_is_no_start(run, tmp_path):
-    other = replace(SHORT, lora=LoraArguments(alpha=16))
-    with pytest.raises(ValueError, match=r"rank 16 and alpha 32, this run rank 16 and alpha 16"):
-        tune(tmp_path / "run", other, start=run[1].adapter)
 
 
 def test_another_runs_folder_is_refused_with_what_differs(run):

@@ -17,7 +17,6 @@ from captioned_files import (
     write_parquet,
     write_shards,
 )
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
 from tuning import GROUPS, SHORT, tune

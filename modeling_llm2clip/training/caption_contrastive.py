@@ -37,12 +37,15 @@ from ..encoding.fingerprint import fingerprint_text
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .adapter_base import require_base_weights
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
 from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     ADAPTER_WEIGHTS,
     CaptionEncoder,
     LoraArguments,
+    configure_lora,
+    require_same_meaning,
     wrap_encoder,
     write_adapter,
 )
@@ -183,7 +186,8 @@ def tune_captions(
         groups: captions by picture, from `group_captions`.
         other_pairs: other text pairs, and how many of their batches there are for one of the
             captions'.
-        start: folder of an adapter of the same shape to begin from, instead of from nothing.
+        start: folder of an adapter of the same shape, of this very LLM, to begin from, instead of
+            from nothing.
         resume: continue from the last checkpoint in `output`.
     Raises: ValueError for data that cannot fill a batch, or an output folder of another run
         (settings, data, or the LLM where it was loaded from a folder or the Hub), before anything
@@ -243,8 +247,12 @@ def plan_tuning(
     join_processes()
     require_fresh_or_resumed(output, resume=resume)
     data = _prepare_data(groups, other_pairs, arguments)
+    if start is not None:
+        require_same_meaning(start, configure_lora(arguments.lora))
     record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
     require_fresh_or_same_run(output, record, resume=resume)
+    if start is not None and model_name:
+        require_base_weights(start / ADAPTER_WEIGHTS, record["fingerprint"]["weights"])
     return TuningPlan(output, arguments, start, resume, record, data)
 
 
@@ -279,8 +287,12 @@ def run_tuning(
     require_finite(encoder.trained_weights, step=trainer.state.global_step)
     after = measure_caption_retrieval(encoder.encode, data.held_out)
     if state.is_main_process:
-        dtype = getattr(torch, arguments.adapter_dtype)
-        write_adapter(encoder, output / ADAPTER_FOLDER, dtype=dtype)
+        write_adapter(
+            encoder,
+            output / ADAPTER_FOLDER,
+            dtype=getattr(torch, arguments.adapter_dtype),
+            base_weights=(plan.record["fingerprint"] or {}).get("weights"),
+        )
         result = {"cra_before": before, "cra_after": after, **data.counts}
         write_durably(output / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     state.wait_for_everyone()
