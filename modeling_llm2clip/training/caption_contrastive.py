@@ -39,7 +39,7 @@ from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapter_base import require_base_weights
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
-from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
+from .callbacks import JsonLinesCallback, LogLastStep, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     ADAPTER_WEIGHTS,
     CaptionEncoder,
@@ -72,7 +72,7 @@ from .run_record import (
 )
 from .settings import list_faults
 from .stopping import stop_on_signals
-from .trainer_bases import FiniteGradients, MarkedCheckpoints
+from .trainer_bases import FiniteGradients, MarkedCheckpoints, WholeRunFigures
 
 ADAPTER_FOLDER = "adapter"
 RESULT_FILE = "caption_retrieval.json"
@@ -360,7 +360,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
         return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
 
 
-class _Trainer(FiniteGradients, MarkedCheckpoints, SentenceTransformerTrainer):  # type: ignore[misc]
+class _Trainer(FiniteGradients, WholeRunFigures, MarkedCheckpoints, SentenceTransformerTrainer):  # type: ignore[misc]
     """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
 
     To it the whole run is one epoch; see `WeightedBatchSampler`.
@@ -432,7 +432,7 @@ def _make_trainer(
         loss=_make_loss(wrapped, arguments),
         evaluator=_CaptionRetrieval(encoder, data.held_out) if arguments.eval_every else None,
         data_collator=PairCollator(wrapped.preprocess),
-        callbacks=[JsonLinesCallback(output / METRICS_FILE)],
+        callbacks=[LogLastStep(), JsonLinesCallback(output / METRICS_FILE)],
     )
     trainer.encoder, trainer.steps_per_epoch = encoder, steps_per_epoch
     return trainer

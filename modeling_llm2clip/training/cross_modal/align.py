@@ -56,7 +56,8 @@ class AlignResult:
         trained: what differs from the model's folder now, by its name there, on the CPU, LoRAs
             merged; empty in all but the main process; None when a signal stopped the run early.
         steps: steps done, those before a resumption included.
-        final_loss: of the last line of metrics.
+        final_loss: of the last step, with `log_every` above 1 the mean of the steps since the
+            last line of metrics before it.
         exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
         is_main_process: whether this process is the one that writes.
     """
