@@ -130,6 +130,25 @@ def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, ca
     assert "b (captions.jsonl line 2)" in error
 
 
+def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
+    folder = export_model(*tiny_model(max_text_length=32), tmp_path / "base")
+    long = "a text that has more words than a model of so few tokens can take, of which there are "
+    lines = [{"key": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
+    lines += [{"key": str(n), "captions": [f"{n} a", f"{n} b"]} for n in range(8, 24)]
+    data, pairs = tmp_path / "captions.jsonl", tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]
+    pairs.write_text("\n".join(map(json.dumps, [*others, {"query": "q", "positive": long * 2}])))
+    output = tmp_path / "run"
+    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--other-pairs", str(pairs)]
+    command = ["tune-captions", str(folder), str(data), str(output), *flags, "1"]
+    assert main(command) == 0
+    saved = json.loads((output / "caption_retrieval.json").read_text())
+    # Two captions of each of 24 pictures, and five other pairs.
+    assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
+    assert "9 of 58 texts are longer than 32 tokens and cut." in capsys.readouterr().out
+
+
 def test_mixed_in_text_pairs_come_by_weight(tmp_path):
     others = [TextPair(f"q{n}", f"q{n}", f"p{n}", (f"n{n}",)) for n in range(9)]
     result = tune(tmp_path / "run", other_pairs=[(others, 0.5)])

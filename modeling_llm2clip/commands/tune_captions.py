@@ -89,17 +89,19 @@ def run(arguments: argparse.Namespace) -> int:
         start=arguments.start,
         resume=arguments.resume,
     )
-    result = run_tuning(
-        LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device),
-        LLM2CLIPProcessor.from_pretrained(arguments.model),
-        plan,
-    )
+    processor = LLM2CLIPProcessor.from_pretrained(arguments.model)
+    model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device)
+    result = run_tuning(model, processor, plan)
     if not state.is_main_process:
         return result.exit_code
     if result.adapter is None:
         print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
         return result.exit_code
     print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
+    print(
+        f"{result.counts['num_truncated']} of {result.counts['num_texts']} texts are longer than "
+        f"{processor.longest_text} tokens and cut."
+    )
     if arguments.merge:
         merge_caption_adapter(arguments.model, result.adapter, merged)
         print(f"Wrote {merged}. Next: llm2clip extract {merged} DATA STORE")

@@ -56,6 +56,7 @@ from .checkpoints import (
     require_finite,
 )
 from .pair_batches import (
+    KEY_COLUMN,
     KeyedBatchSampler,
     PairCollator,
     WeightedBatchSampler,
@@ -72,6 +73,7 @@ from .run_record import (
 )
 from .settings import list_faults
 from .stopping import stop_on_signals
+from .text_lengths import measure_texts
 from .trainer_bases import FiniteGradients, MarkedCheckpoints, WholeRunFigures
 
 ADAPTER_FOLDER = "adapter"
@@ -157,6 +159,8 @@ class TuneResult:
     Attributes:
         adapter: folder of the LoRA; None when a signal stopped the run before its end.
         cra_before, cra_after: caption retrieval accuracy on the held-out pictures.
+        counts: as in `caption_retrieval.json`: pictures trained on and held out, what was left out
+            for these, different texts of all, and how many of them are cut at the longest text.
         exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
     """
 
@@ -164,6 +168,7 @@ class TuneResult:
     cra_before: float
     cra_after: float | None
     exit_code: int
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def tune_captions(
@@ -261,6 +266,7 @@ def run_tuning(
 ) -> TuneResult:
     """Do what was planned; see `tune_captions`."""
     output, arguments, start, data = plan.output, plan.arguments, plan.start, plan.data
+    counts = {**data.counts, **_count_truncated(processor, data)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         encoder = CaptionEncoder(model, processor, arguments.lora)
@@ -283,7 +289,7 @@ def run_tuning(
         trainer.add_callback(StopOnSignal(stop))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.state.global_step < trainer.args.max_steps:
-        return TuneResult(None, before, None, stop.exit_code)
+        return TuneResult(None, before, None, stop.exit_code, counts)
     require_finite(encoder.trained_weights, step=trainer.state.global_step)
     after = measure_caption_retrieval(encoder.encode, data.held_out)
     if state.is_main_process:
@@ -293,10 +299,19 @@ def run_tuning(
             dtype=getattr(torch, arguments.adapter_dtype),
             base_weights=(plan.record["fingerprint"] or {}).get("weights"),
         )
-        result = {"cra_before": before, "cra_after": after, **data.counts}
+        result = {"cra_before": before, "cra_after": after, **counts}
         write_durably(output / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     state.wait_for_everyone()
-    return TuneResult(output / ADAPTER_FOLDER, before, after, 0)
+    return TuneResult(output / ADAPTER_FOLDER, before, after, 0, counts)
+
+
+def _count_truncated(processor: LLM2CLIPProcessor, data: _Data) -> dict[str, int]:
+    """Count all different texts, trained on and measured on, and those that lose their ends."""
+    texts = {text for group in (*data.to_train, *data.held_out) for text in group.captions}
+    for table in data.tables.values():
+        for name in set(table.column_names) - {KEY_COLUMN}:
+            texts.update(table[name][:])
+    return {"num_texts": len(texts), "num_truncated": measure_texts(processor, [*texts])[1]}
 
 
 def _prepare_data(
