@@ -62,6 +62,7 @@ from .pair_batches import (
     WeightedBatchSampler,
     count_steps,
     make_pair_table,
+    require_weight,
 )
 from .precision import computes_in_bfloat16
 from .processes import join_processes
@@ -250,6 +251,8 @@ def plan_tuning(
         model_name: what the model is loaded from: folder or Hub id; "" for one built in memory.
     """
     join_processes()
+    for number, (_, weight) in enumerate(other_pairs, start=1):
+        require_weight(weight, f"Number {number} of other_pairs")
     require_fresh_or_resumed(output, resume=resume)
     data = _prepare_data(groups, other_pairs, arguments)
     if start is not None:
@@ -328,6 +331,12 @@ def _prepare_data(
     num_pairs_lost = 0
     for number, (others, _) in enumerate(other_pairs, start=1):
         kept, lost = leave_out_texts(others, held_out)
+        if not kept:
+            raise ValueError(
+                f"{lost} of the {len(others)} pairs of number {number} of other_pairs hold a "
+                f"caption of the {len(held_out)} held-out pictures, which leaves none. Hold out "
+                "fewer pictures (--held-out), or leave these pairs out (--other-pairs)."
+            )
         num_pairs_lost += lost
         tables[f"pairs_{number}"] = make_pair_table(kept)
     for table in tables.values():  # what cannot fill a batch shows now

@@ -46,6 +46,7 @@ from .trainer import AlignmentTrainer, make_training_arguments
 
 # As many pairs fix a linear fit of vectors of a few thousand elements, and fit into memory.
 _MOST_PAIRS_OF_START = 50_000
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ def align(
         resume: continue from the last whole checkpoint in `output`, which must be of the same
             settings, weights, stores, captions and pictures (by name and size).
     Raises:
-        ValueError: before any tower is loaded: no data, too little for a batch, a batch that the
-            processes cannot share, an output folder of another run, stores of another model or
-            of other data, settings that contradict each other.
+        ValueError: before any tower is loaded: no data, too little for a batch, keys that leave
+            nothing to tell apart, a batch that the processes cannot share, an output folder of
+            another run, stores of another model or of other data, settings that contradict each
+            other.
         FloatingPointError: at a loss, a gradient or a weight that is not finite, before anything
             is kept of it.
     """
@@ -209,6 +211,26 @@ def _check_data(records: Sequence[CaptionedImage], arguments: AlignArguments) ->
         raise ValueError(
             f"{len(records)} pictures are too few for a batch of {arguments.batch_size}. Set "
             f"batch_size to at most {len(records)}, or give more data."
+        )
+    _check_keys(records)
+
+
+def _check_keys(records: Sequence[CaptionedImage]) -> None:
+    """Raise ValueError where keys leave no negatives, or make a picture its own."""
+    keys_of: dict[str, set[str]] = {}
+    for record in records:
+        keys_of.setdefault(record.name, set()).add(record.key)
+    if len(keys := set().union(*keys_of.values())) < 2:
+        raise ValueError(
+            f"All {len(records)} records have the key {keys.pop()!r}: they show the same thing, so "
+            "that there is nothing to tell apart. Give what differs different keys, or none."
+        )
+    torn = {name: sorted(keys) for name, keys in keys_of.items() if len(keys) > 1}
+    if torn:
+        shown = "; ".join(f"{name} {keys}" for name, keys in [*torn.items()][:_NAMES_SHOWN])
+        raise ValueError(
+            f"{len(torn)} pictures have several keys over their languages, and would be their own "
+            f"negatives: {shown}. Give all records of a picture one key."
         )
 
 
