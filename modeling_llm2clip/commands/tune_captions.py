@@ -130,8 +130,8 @@ def _require_whole_model(model: str) -> None:
     found = LLM2CLIPConfig.from_pretrained(find_folder(model)).architectures
     if found != ["LLM2CLIPModel"]:
         raise ValueError(
-            f"{model} holds {found}, and --merge writes a whole model. Give the folder of the whole, "
-            "or leave --merge out."
+            f"{model} holds {found}, and --merge writes a whole model. Give that of the whole, or "
+            "leave --merge out."
         )
 
 

@@ -177,9 +177,10 @@ def find_needed_size(image_processor: Any) -> int | None:
     """Longest side that an image processor hands on; None where it does not resize to a square."""
     if not getattr(image_processor, "do_resize", True):
         return None
+    crops = getattr(image_processor, "do_center_crop", True)  # a size that is not used may stand
     sides = [
         side
-        for name in ("size", "crop_size")
+        for name in ("size", "crop_size")[: 1 + bool(crops)]
         for side in dict(getattr(image_processor, name, None) or {}).values()
         if isinstance(side, int)
     ]
