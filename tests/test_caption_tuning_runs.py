@@ -14,7 +14,6 @@ from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
 from modeling_llm2clip.hub.export import export_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
@@ -147,9 +146,3 @@ def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
     # Two captions of each of 24 pictures, and five other pairs.
     assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
     assert "9 of 58 texts are longer than 32 tokens and cut." in capsys.readouterr().out
-
-
-def test_mixed_in_text_pairs_come_by_weight(tmp_path):
-    others = [TextPair(f"q{n}", f"q{n}", f"p{n}", (f"n{n}",)) for n in range(9)]
-    result = tune(tmp_path / "run", other_pairs=[(others, 0.5)])
-    assert result.exit_code == 0
