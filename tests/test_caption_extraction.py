@@ -438,6 +438,26 @@ def test_pictures_are_stored_once_and_found_by_every_record(
     store.require_fingerprint(fingerprint_vision(model))
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--batch-size", "3", "--num-workers", "1"],
+            "--batch-size, --num-workers: of the extraction",
+        ),
+        (
+            ["--token-budget", "64", "--pictures"],
+            "--token-budget: of the extraction of captions only",
+        ),
+    ],
+)
+def test_a_flag_of_the_other_extraction_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    assert main(["extract", "no-model", "no-data", str(tmp_path / "store"), *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_broken_picture_is_named_and_whole_shards_stay(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:

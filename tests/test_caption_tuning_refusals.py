@@ -7,9 +7,12 @@ import math
 from dataclasses import replace
 
 import pytest
+from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.caption_groups import TextPair, hold_out_groups
+from modeling_llm2clip.hub.export import ExportArguments, export_checkpoint, export_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.training import caption_contrastive as stage
 from modeling_llm2clip.training.caption_contrastive import NEGATIVES
@@ -77,6 +80,39 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     assert main([*command, str(data.parent), "--batch-size", "4"]) == 2
     assert "is not empty and holds no run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "much"])
+def test_other_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, capsys, weight):
+    flags = ["--other-pairs", "pairs.jsonl", weight]
+    assert main(["tune-captions", "a-model", "no-data", str(tmp_path / "run"), *flags]) == 2
+    assert "--other-pairs pairs.jsonl" in (told := capsys.readouterr().err)
+    assert "the weight is no number" in told if weight == "much" else "above 0" in told
+
+
+def test_other_pairs_of_no_weight_are_refused_by_the_function_too(tmp_path):
+    others = [
+        ([TextPair(f"q{n}", f"q{n}", f"p{n}") for n in range(9)], weight) for weight in (1, 0)
+    ]
+    with pytest.raises(ValueError, match="Number 2 of other_pairs has the weight 0"):
+        tune(tmp_path / "run", other_pairs=others)
+
+
+def test_other_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
+    _, held_out, _ = hold_out_groups(GROUPS, 4, seed=SHORT.seed)
+    others = [TextPair("q", "q", group.captions[0]) for group in held_out]
+    with pytest.raises(ValueError, match=r"4 of the 4 pairs of number 1 .* the 4 held-out"):
+        tune(tmp_path / "run", other_pairs=[(others, 1.0)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_a_model_is_refused_before_it_is_tuned_to_be_merged(tmp_path, capsys, monkeypatch):
+    whole = export_model(*tiny_model(), tmp_path / "whole")
+    half = export_checkpoint(whole, tmp_path / "half", ExportArguments(components="text"))
+    monkeypatch.setattr(stage, "plan_tuning", lambda *_, **__: pytest.fail("the run was planned"))
+    command = ["tune-captions", str(half), "no-data", str(tmp_path / "run"), "--merge"]
+    assert main(command) == 2
+    assert "half holds ['LLM2CLIPTextModel'], and --merge writes a" in capsys.readouterr().err
 
 
 def test_every_choice_of_negatives_is_known():

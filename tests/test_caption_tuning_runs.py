@@ -14,13 +14,11 @@ from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.hub.caption_adapter import merge_caption_adapter
 from modeling_llm2clip.hub.export import export_checkpoint, export_model, read_prompts
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.caption_contrastive import tune_captions
-from modeling_llm2clip.training.caption_encoder import LoraArguments
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +83,6 @@ def test_hard_batches_from_an_adapter_begin_where_it_ended_and_resume_bit_for_bi
         tune(again, hard, resume=True)
 
 
-def test_an_adapter_of_another_scale_is_no_start(run, tmp_path):
-    other = replace(SHORT, lora=LoraArguments(alpha=16))
-    with pytest.raises(ValueError, match=r"rank 16 and alpha 32, this run rank 16 and alpha 16"):
-        tune(tmp_path / "run", other, start=run[1].adapter)
-
-
 def test_another_runs_folder_is_refused_with_what_differs(run):
     with pytest.raises(ValueError, match=r"lr: 0\.01 then, 0\.02 now"):
         tune(run[0], replace(SHORT, lr=2e-2), resume=True)
@@ -149,7 +141,20 @@ def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, ca
     assert "b (captions.jsonl line 2)" in error
 
 
-def test_mixed_in_text_pairs_come_by_weight(tmp_path):
-    others = [TextPair(f"q{n}", f"q{n}", f"p{n}", (f"n{n}",)) for n in range(9)]
-    result = tune(tmp_path / "run", other_pairs=[(others, 0.5)])
-    assert result.exit_code == 0
+def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
+    folder = export_model(*tiny_model(max_text_length=32), tmp_path / "base")
+    long = "a text that has more words than a model of so few tokens can take, of which there are "
+    lines = [{"key": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
+    lines += [{"key": str(n), "captions": [f"{n} a", f"{n} b"]} for n in range(8, 24)]
+    data, pairs = tmp_path / "captions.jsonl", tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]
+    pairs.write_text("\n".join(map(json.dumps, [*others, {"query": "q", "positive": long * 2}])))
+    output = tmp_path / "run"
+    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--other-pairs", str(pairs)]
+    command = ["tune-captions", str(folder), str(data), str(output), *flags, "1"]
+    assert main(command) == 0
+    saved = json.loads((output / "caption_retrieval.json").read_text())
+    # Two captions of each of 24 pictures, and five other pairs.
+    assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
+    assert "9 of 58 texts are longer than 32 tokens and cut." in capsys.readouterr().out

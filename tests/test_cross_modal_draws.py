@@ -10,9 +10,14 @@ import pytest
 import torch
 from aligning import NUM_RECORDS, Prepared
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.training.cross_modal.dataset import AlignmentDataset, open_near_size
+from modeling_llm2clip.training.cross_modal.dataset import (
+    AlignmentDataset,
+    find_needed_size,
+    open_near_size,
+)
 from modeling_llm2clip.training.cross_modal.draws import RunBatches, draw_caption
 
 
@@ -74,3 +79,12 @@ def test_a_jpeg_is_decoded_near_the_needed_size_and_looks_the_same(tmp_path: Pat
     difference = torch.tensor(list(near.resize((64, 64), Image.Resampling.BICUBIC).tobytes()))
     difference = (difference - torch.tensor(list(full.tobytes()))).abs()
     assert difference.max() <= 4  # grey levels of 255
+
+
+@pytest.mark.parametrize(("crops", "size"), [(True, 224), (False, 32)])
+def test_a_crop_that_is_not_made_needs_no_pixels(crops: bool, size: int) -> None:
+    processor = CLIPImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_size={"height": 224, "width": 224},
+        do_center_crop=crops,
+    )  # fmt: skip
+    assert find_needed_size(processor) == size

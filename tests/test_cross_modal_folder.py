@@ -11,6 +11,7 @@ from aligning import (
     SHORT_RUN,
     TOWERS,
     Prepared,
+    command_of,
     names_that_differ,
     prepare,
     read_losses,
@@ -20,8 +21,10 @@ from aligning import (
 from shared_models import every_vision
 
 from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.fingerprint import fingerprint_vision
 from modeling_llm2clip.hub.assemble import assemble_folder
+from modeling_llm2clip.hub.card_facts import read_card_facts
 from modeling_llm2clip.hub.doctor import diagnose
 
 
@@ -122,3 +125,13 @@ def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path)
             prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
         )
     assert not (tmp_path / "model").exists()
+
+
+def test_the_card_names_the_folder_of_the_data_however_it_was_given(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prepared.data)
+    command = command_of(prepared, tmp_path / "run", steps=1, vision_training="frozen")
+    command[2] = "."
+    assert main(command) == 0
+    assert read_card_facts(tmp_path / "run" / "model").training_data == ("data",)

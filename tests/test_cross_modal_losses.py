@@ -27,6 +27,18 @@ def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_pat
     assert read_tensorboard_losses(tmp_path / "run") == wanted
 
 
+def test_the_last_step_is_logged_whatever_lies_between_two_logs(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    prepared.align(tmp_path / "each", steps=3)
+    losses = read_losses(tmp_path / "each")
+    result = prepared.align(tmp_path / "run", steps=3, log_every=10)
+    # Losses are added up in float32.
+    wanted = {1: losses[1], 3: pytest.approx((losses[2] + losses[3]) / 2, rel=1e-6)}
+    assert read_losses(tmp_path / "run") == wanted
+    assert result.final_loss == read_losses(tmp_path / "run")[3]
+
+
 def test_frozen_online_gives_the_losses_of_stored_captions(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -72,6 +72,22 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     refuse(prepared, out, r"2 of its items are not in the data: 22.jpg \(en\)", records=fewer)
 
 
+def test_keys_that_leave_nothing_to_tell_apart_are_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    alike = [dataclasses.replace(record, key="emoji") for record in prepared.records]
+    refuse(prepared, tmp_path / "run", "All 24 records have the key 'emoji'", records=alike)
+
+
+def test_a_picture_that_would_be_its_own_negative_is_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    first = prepared.records[0]
+    both = [*prepared.records, dataclasses.replace(first, lang="de", key=first.name)]
+    message = r"1 pictures have several keys .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
+    refuse(prepared, tmp_path / "run", message, records=both)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "num_processes", "message"),
     [(2, 3, "smaller than the number of processes"), (8, 3, "cannot be shared evenly by 3")],

@@ -150,6 +150,26 @@ def test_a_broken_off_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Pa
     assert read_losses(tmp_path / "run") == wanted
 
 
+def test_only_a_run_of_one_piece_tells_figures_of_the_whole(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    def read_summary(output: Path) -> dict[str, float]:
+        last: dict[str, float] = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
+        return {name: value for name, value in last.items() if name.startswith("train_")}
+
+    prepared.align(tmp_path / "run")
+    whole = read_summary(tmp_path / "run")
+    losses = read_losses(tmp_path / "run").values()
+    # Losses are added up in float32.
+    assert whole["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert whole["train_steps_per_second"] > 0
+    for last in ("checkpoint-6", None):  # resumed in the middle, and where nothing is left
+        if last:
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / last)
+        prepared.align(tmp_path / "run", resume=True)
+        assert set(read_summary(tmp_path / "run")) == {"train_runtime"}
+
+
 def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +19,9 @@ from modeling_llm2clip.training.feature_alignment import (
     AlignmentArguments,
     AlignmentPairs,
     align_features,
+    draw_batches,
 )
+from modeling_llm2clip.training.optimization import descend
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,44 @@ def test_a_loss_that_is_not_finite_stops_the_training(pairs):
     )
     with pytest.raises(FloatingPointError, match=r"nan at step 0"):
         align_features(model, broken, AlignmentArguments(steps=2, batch_size=16))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_last_step_too():
+    weight = torch.nn.Parameter(torch.zeros(2))  # whose root is 0, with an infinite slope
+    losses = (weight.sqrt().sum() for _ in range(1))
+    with pytest.raises(FloatingPointError, match="gradient's norm is inf at step 0"):
+        descend(losses, [weight], steps=1, lr=1e-3, weight_decay=0.0)
+    assert torch.equal(weight, torch.zeros(2))
+
+
+def test_a_weight_that_is_not_finite_at_the_end_is_no_success():
+    weight = torch.nn.Parameter(torch.full((2,), 3.4e38))  # float32 ends just above
+    losses = ((3.4e38 - weight).sum() for _ in range(1))
+    with pytest.raises(FloatingPointError, match="not finite after step 1"):
+        descend(losses, [weight], steps=1, lr=1e37, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        (
+            {"feature_dropout": 1.0, "steps": 0},
+            r"steps=0, wanted at least 1; .*dropout=1\.0, wanted",
+        ),
+        ({"weight_decay": math.nan, "lr": math.inf}, "lr=inf, wanted a finite.*weight_decay=nan"),
+        ({"weight_decay": -0.1, "feature_noise": -1.0}, r"weight_decay=-0\.1, .*noise=-1\.0, want"),
+        ({"batch_size": 1, "lr": 0.0}, "batch_size=1, wanted at least 2; lr=0.0, wanted more"),
+    ],
+)
+def test_impossible_settings_are_all_named(changed, fault):
+    with pytest.raises(ValueError, match=fault):
+        AlignmentArguments(**changed)
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it():
+    generator = torch.Generator().manual_seed(0)
+    draws = draw_batches([["a"], ["b"], ["c"]], steps=2, batch_size=512, generator=generator)
+    assert [sorted(captions) for _, captions in draws] == [["a", "b", "c"]] * 2
 
 
 def test_duplicate_captions_are_computed_once_and_come_back_in_order():

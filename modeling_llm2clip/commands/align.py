@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         result.trained,
         folder,
-        training_data=[Path(arguments.data).name],
+        training_data=[Path(arguments.data).resolve().name],
         trained_emoji=trained_emoji,
     )
     print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")

@@ -9,6 +9,9 @@ from typing import Any
 from .captioned_data import add_data_flags, read_data
 from .pick import pick
 
+# What only the other kind of extraction would read, by whether pictures are extracted.
+_FOREIGN_FLAGS = {True: ("token_budget",), False: ("batch_size", "num_workers")}
+
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
@@ -21,9 +24,12 @@ def add_parser(commands: Any) -> None:
     extract.add_argument("--pictures", action="store_true", help="pictures instead of captions")
     extract.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     extract.add_argument("--rows-per-shard", type=int, default=2048)
-    extract.add_argument("--token-budget", type=int, help="most tokens of a batch of captions")
-    extract.add_argument("--batch-size", type=int, help="pictures of a batch")
-    extract.add_argument("--num-workers", type=int, default=1, help="threads that decode pictures")
+    of_one_kind = {"type": int, "default": argparse.SUPPRESS}  # so that it shows what was given
+    extract.add_argument("--token-budget", help="most tokens of a batch of captions", **of_one_kind)
+    extract.add_argument("--batch-size", help="pictures of a batch", **of_one_kind)
+    extract.add_argument(
+        "--num-workers", help="threads that decode pictures; default: 1", **of_one_kind
+    )
     extract.add_argument("--device", help="default: the best one there is")
     extract.set_defaults(run=run)
 
@@ -32,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     from ..training.stopping import stop_on_signals
 
+    _refuse_foreign_flags(arguments)
     with stop_on_signals() as stop:  # before what takes long to import
         from accelerate import PartialState
 
@@ -52,6 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
             _print_report(report)
         state.destroy_process_group()
         return 0 if report.complete else stop.exit_code
+
+
+def _refuse_foreign_flags(arguments: argparse.Namespace) -> None:
+    given = [name for name in _FOREIGN_FLAGS[arguments.pictures] if name in arguments]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        kind, other = ("captions", "it") if arguments.pictures else ("pictures", "--pictures")
+        remedy = "leave --pictures out" if arguments.pictures else "give --pictures too"
+        raise ValueError(
+            f"{flags}: of the extraction of {kind} only. Leave {other} out, or {remedy}."
+        )
 
 
 def _print_report(report: Any) -> None:

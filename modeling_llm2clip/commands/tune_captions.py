@@ -72,38 +72,67 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
     from ..training.processes import join_processes
 
+    weights = [_read_weight(file, text) for file, text in arguments.other_pairs]
     state = join_processes(cpu=True if arguments.device == "cpu" else None)
     merged = arguments.output / "model"
     if arguments.merge:
         clear_leftovers(merged)
         require_new_folder(merged)
+        _require_whole_model(arguments.model)
     arguments.lora = _pick_lora(arguments)
     settings = pick(TuneArguments, arguments)
     groups = group_captions(read_data(arguments, require_pictures=False))
+    others = [read_text_pairs(file) for file, _ in arguments.other_pairs]
     plan = plan_tuning(
         arguments.model,
         groups,
         arguments.output,
         settings,
-        other_pairs=[(read_text_pairs(file), float(w)) for file, w in arguments.other_pairs],
+        other_pairs=[*zip(others, weights, strict=True)],
         start=arguments.start,
         resume=arguments.resume,
     )
-    result = run_tuning(
-        LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device),
-        LLM2CLIPProcessor.from_pretrained(arguments.model),
-        plan,
-    )
+    processor = LLM2CLIPProcessor.from_pretrained(arguments.model)
+    model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device)
+    result = run_tuning(model, processor, plan)
     if not state.is_main_process:
         return result.exit_code
     if result.adapter is None:
         print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
         return result.exit_code
     print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
+    print(
+        f"{result.counts['num_truncated']} of {result.counts['num_texts']} texts are longer than "
+        f"{processor.longest_text} tokens and cut."
+    )
     if arguments.merge:
         merge_caption_adapter(arguments.model, result.adapter, merged)
         print(f"Wrote {merged}. Next: llm2clip extract {merged} DATA STORE")
     return 0
+
+
+def _read_weight(file: str, text: str) -> float:
+    from ..training.pair_batches import require_weight
+
+    try:
+        weight = float(text)
+    except ValueError:
+        raise ValueError(f"--other-pairs {file} {text}: the weight is no number.") from None
+    require_weight(weight, f"--other-pairs {file}")
+    return weight
+
+
+def _require_whole_model(model: str) -> None:
+    """Raise ValueError for half a model, which cannot be written with the LoRA merged."""
+    from ..configuration_llm2clip import LLM2CLIPConfig
+    from ..hub.doctor.patient import find_folder
+
+    found = LLM2CLIPConfig.from_pretrained(find_folder(model)).architectures
+    if found != ["LLM2CLIPModel"]:
+        raise ValueError(
+            f"{model} holds {found}, and --merge writes a whole model. Give that of the whole, or "
+            "leave --merge out."
+        )
 
 
 def _pick_lora(arguments: argparse.Namespace) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..encoding.folders import find_model_folder
+from ..training.adapter_base import is_same_base
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # peft's wrapper around the LLM, and the LLM's own place inside the class that has its head.
@@ -89,16 +90,12 @@ def require_base(
     stated = str(settings.get("base_model_name_or_path"))
     if accepted_base is not None and stated == accepted_base:
         return
-    if _last_part(stated) != _last_part(base):
+    if not is_same_base(stated, base):
         raise ValueError(
             f"The LoRA {adapter} is for the base {stated!r}, but the LLM is {base!r}. Give that "
             "base; if they are the same weights under two names, say so with "
             f"accept_adapter_base={stated!r}."
         )
-
-
-def _last_part(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
 def _require_low_rank_alone(settings: Mapping[str, Any], adapter: str | Path) -> None:

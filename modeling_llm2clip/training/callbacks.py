@@ -34,6 +34,20 @@ class JsonLinesCallback(TrainerCallback):
                 stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+class LogLastStep(TrainerCallback):
+    """Logs the loss of the steps since the last log, too, when the last step is done."""
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class StopOnSignal(TrainerCallback):
     """After a signal: finish the step, save a checkpoint, stop."""
 

@@ -33,15 +33,19 @@ from ..data.caption_groups import (
     leave_out_texts,
 )
 from ..data.vector_store_layout import hash_file, write_durably
+from ..encoding.fingerprint import fingerprint_text
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .adapter_base import require_base_weights
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
-from .callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, choose_reports
+from .callbacks import JsonLinesCallback, LogLastStep, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     ADAPTER_WEIGHTS,
     CaptionEncoder,
     LoraArguments,
+    configure_lora,
+    require_same_meaning,
     wrap_encoder,
     write_adapter,
 )
@@ -52,18 +56,26 @@ from .checkpoints import (
     require_finite,
 )
 from .pair_batches import (
+    KEY_COLUMN,
     KeyedBatchSampler,
     PairCollator,
     WeightedBatchSampler,
     count_steps,
     make_pair_table,
+    require_weight,
 )
 from .precision import computes_in_bfloat16
 from .processes import join_processes
-from .run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
+from .run_record import (
+    METRICS_FILE,
+    require_fresh_or_resumed,
+    require_fresh_or_same_run,
+    write_run_record,
+)
 from .settings import list_faults
 from .stopping import stop_on_signals
-from .trainer_bases import FiniteGradients, MarkedCheckpoints
+from .text_lengths import measure_texts
+from .trainer_bases import FiniteGradients, MarkedCheckpoints, WholeRunFigures
 
 ADAPTER_FOLDER = "adapter"
 RESULT_FILE = "caption_retrieval.json"
@@ -148,6 +160,8 @@ class TuneResult:
     Attributes:
         adapter: folder of the LoRA; None when a signal stopped the run before its end.
         cra_before, cra_after: caption retrieval accuracy on the held-out pictures.
+        counts: as in `caption_retrieval.json`: pictures trained on and held out, what was left out
+            for these, different texts of all, and how many of them are cut at the longest text.
         exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
     """
 
@@ -155,6 +169,7 @@ class TuneResult:
     cra_before: float
     cra_after: float | None
     exit_code: int
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def tune_captions(
@@ -177,10 +192,12 @@ def tune_captions(
         groups: captions by picture, from `group_captions`.
         other_pairs: other text pairs, and how many of their batches there are for one of the
             captions'.
-        start: folder of an adapter of the same shape to begin from, instead of from nothing.
+        start: folder of an adapter of the same shape, of this very LLM, to begin from, instead of
+            from nothing.
         resume: continue from the last checkpoint in `output`.
-    Raises: ValueError for data that cannot fill a batch, or an output folder of another run,
-        before anything is computed; FloatingPointError at a loss, a gradient or a weight that
+    Raises: ValueError for data that cannot fill a batch, or an output folder of another run
+        (settings, data, or the LLM where it was loaded from a folder or the Hub), before anything
+        is computed; FloatingPointError at a loss, a gradient or a weight that
         is not finite, before anything is kept of it.
     """
     plan = plan_tuning(
@@ -231,12 +248,19 @@ def plan_tuning(
     """Check and prepare everything that needs no LLM; arguments and errors as `tune_captions`.
 
     Args:
-        model_name: what the model is loaded from.
+        model_name: what the model is loaded from: folder or Hub id; "" for one built in memory.
     """
     join_processes()
+    for number, (_, weight) in enumerate(other_pairs, start=1):
+        require_weight(weight, f"Number {number} of other_pairs")
+    require_fresh_or_resumed(output, resume=resume)
+    data = _prepare_data(groups, other_pairs, arguments)
+    if start is not None:
+        require_same_meaning(start, configure_lora(arguments.lora))
     record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
     require_fresh_or_same_run(output, record, resume=resume)
-    data = _prepare_data(groups, other_pairs, arguments)
+    if start is not None and model_name:
+        require_base_weights(start / ADAPTER_WEIGHTS, record["fingerprint"]["weights"])
     return TuningPlan(output, arguments, start, resume, record, data)
 
 
@@ -245,6 +269,7 @@ def run_tuning(
 ) -> TuneResult:
     """Do what was planned; see `tune_captions`."""
     output, arguments, start, data = plan.output, plan.arguments, plan.start, plan.data
+    counts = {**data.counts, **_count_truncated(processor, data)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         encoder = CaptionEncoder(model, processor, arguments.lora)
@@ -267,16 +292,29 @@ def run_tuning(
         trainer.add_callback(StopOnSignal(stop))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.state.global_step < trainer.args.max_steps:
-        return TuneResult(None, before, None, stop.exit_code)
+        return TuneResult(None, before, None, stop.exit_code, counts)
     require_finite(encoder.trained_weights, step=trainer.state.global_step)
     after = measure_caption_retrieval(encoder.encode, data.held_out)
     if state.is_main_process:
-        dtype = getattr(torch, arguments.adapter_dtype)
-        write_adapter(encoder, output / ADAPTER_FOLDER, dtype=dtype)
-        result = {"cra_before": before, "cra_after": after, **data.counts}
+        write_adapter(
+            encoder,
+            output / ADAPTER_FOLDER,
+            dtype=getattr(torch, arguments.adapter_dtype),
+            base_weights=(plan.record["fingerprint"] or {}).get("weights"),
+        )
+        result = {"cra_before": before, "cra_after": after, **counts}
         write_durably(output / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     state.wait_for_everyone()
-    return TuneResult(output / ADAPTER_FOLDER, before, after, 0)
+    return TuneResult(output / ADAPTER_FOLDER, before, after, 0, counts)
+
+
+def _count_truncated(processor: LLM2CLIPProcessor, data: _Data) -> dict[str, int]:
+    """Count all different texts, trained on and measured on, and those that lose their ends."""
+    texts = {text for group in (*data.to_train, *data.held_out) for text in group.captions}
+    for table in data.tables.values():
+        for name in set(table.column_names) - {KEY_COLUMN}:
+            texts.update(table[name][:])
+    return {"num_texts": len(texts), "num_truncated": measure_texts(processor, [*texts])[1]}
 
 
 def _prepare_data(
@@ -293,6 +331,12 @@ def _prepare_data(
     num_pairs_lost = 0
     for number, (others, _) in enumerate(other_pairs, start=1):
         kept, lost = leave_out_texts(others, held_out)
+        if not kept:
+            raise ValueError(
+                f"{lost} of the {len(others)} pairs of number {number} of other_pairs hold a "
+                f"caption of the {len(held_out)} held-out pictures, which leaves none. Hold out "
+                "fewer pictures (--held-out), or leave these pairs out (--other-pairs)."
+            )
         num_pairs_lost += lost
         tables[f"pairs_{number}"] = make_pair_table(kept)
     for table in tables.values():  # what cannot fill a batch shows now
@@ -321,6 +365,7 @@ def _identify(
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {
         "model": model_name,
+        "fingerprint": fingerprint_text(model_name) if model_name else None,
         "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
@@ -339,7 +384,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
         return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
 
 
-class _Trainer(FiniteGradients, MarkedCheckpoints, SentenceTransformerTrainer):  # type: ignore[misc]
+class _Trainer(FiniteGradients, WholeRunFigures, MarkedCheckpoints, SentenceTransformerTrainer):  # type: ignore[misc]
     """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
 
     To it the whole run is one epoch; see `WeightedBatchSampler`.
@@ -411,7 +456,7 @@ def _make_trainer(
         loss=_make_loss(wrapped, arguments),
         evaluator=_CaptionRetrieval(encoder, data.held_out) if arguments.eval_every else None,
         data_collator=PairCollator(wrapped.preprocess),
-        callbacks=[JsonLinesCallback(output / METRICS_FILE)],
+        callbacks=[LogLastStep(), JsonLinesCallback(output / METRICS_FILE)],
     )
     trainer.encoder, trainer.steps_per_epoch = encoder, steps_per_epoch
     return trainer

@@ -21,8 +21,17 @@ from torch import Tensor
 from ..encoding.captions import encode_captions
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
+from .adapter_base import BASE_WEIGHTS, is_same_base
 
+ADAPTER_SETTINGS = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Settings of an adapter that its weights do not show and that change what they do.
+_MEANING = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
+)  # fmt: skip
+# All others take a part out of the base, which was not taken out of ours.
+_BASE_LEFT_AS_IT_IS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -67,16 +76,9 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         self.llm2clip.packs_in_training = True
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            task_type="FEATURE_EXTRACTION",
-        )
         # The wrapper changes the LLM in place; only it knows how an adapter is written, and it
         # must not become a second path to the same parameters.
-        self._adapted: list[PeftModel] = [get_peft_model(model.text_model, config)]
+        self._adapted: list[PeftModel] = [get_peft_model(model.text_model, configure_lora(lora))]
 
     @property
     def adapted(self) -> PeftModel:
@@ -114,10 +116,11 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
     def load_adapter(self, folder: Path) -> None:
         """Put the weights of a saved adapter into the LoRA layers.
 
-        Raises: ValueError when its rank or alpha is another, or a weight of it is missing or has
-            no place.
+        Raises: ValueError when a setting that its weights do not show is another, it names
+            another base, or a weight of it is missing or has no place.
         """
-        _refuse_other_scale(folder, self.adapted.peft_config["default"])
+        require_same_meaning(folder, self.adapted.peft_config["default"])
+        _require_same_base(folder, str(self.llm2clip.text_model.config._name_or_path or ""))
         weights = load_file(folder / ADAPTER_WEIGHTS)
         result = set_peft_model_state_dict(self.adapted, weights)
         missing = [key for key in result.missing_keys if "lora_" in key]
@@ -137,13 +140,31 @@ def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
     return SentenceTransformer(modules=[encoder], device=str(encoder.llm2clip.device))
 
 
-def write_adapter(encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write `adapter_config.json` and the weights, in a dtype of choice."""
+def configure_lora(lora: LoraArguments) -> LoraConfig:
+    """Translate our settings into peft's."""
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="FEATURE_EXTRACTION",
+    )
+
+
+def write_adapter(
+    encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype, base_weights: str | None
+) -> None:
+    """Write `adapter_config.json` and the weights, in a dtype of choice.
+
+    Args:
+        base_weights: SHA-256 of the LLM's weights; see `adapter_base.require_base_weights`.
+    """
     name_base_without_path(encoder.adapted)
     encoder.adapted.save_pretrained(str(folder))
     file = folder / ADAPTER_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
+    known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
+    save_file(weights, file, metadata={"format": "pt", **known})
     file.chmod(0o644)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, not filled in
 
@@ -156,11 +177,34 @@ def name_base_without_path(adapted: PeftModel) -> None:
         config.base_model_name_or_path = base.name
 
 
-def _refuse_other_scale(folder: Path, wanted: LoraConfig) -> None:
-    """Another alpha would load without a word, and make every vector another."""
+def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
+    """Raise ValueError naming each setting that would make other vectors of an adapter's weights.
+
+    They would load without a word.
+    """
+    for name in (ADAPTER_SETTINGS, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}. Give the folder of an adapter.")
     saved = LoraConfig.from_pretrained(str(folder))
-    if (saved.r, saved.lora_alpha) != (wanted.r, wanted.lora_alpha):
+    pairs = {name: (getattr(saved, name, None), getattr(wanted, name, None)) for name in _MEANING}
+    faults = [
+        f"{name}={found!r}, in this run {here!r}"
+        for name, (found, here) in pairs.items()
+        if (found or None) != (here or None)  # whatever stands for nothing
+    ]
+    if saved.init_lora_weights not in _BASE_LEFT_AS_IT_IS:
+        faults.append(f"init_lora_weights={saved.init_lora_weights!r}, which changes its base")
+    if faults:
         raise ValueError(
-            f"{folder} has rank {saved.r} and alpha {saved.lora_alpha}, this run rank {wanted.r} "
-            f"and alpha {wanted.lora_alpha}. Give this run the same (--rank, --alpha)."
+            f"{folder} has {'; '.join(faults)}. Give this run the same rank and alpha (--rank, "
+            "--alpha); what else differs, this training does not do."
+        )
+
+
+def _require_same_base(folder: Path, base: str) -> None:
+    stated = str(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
+    if stated and base and not is_same_base(stated, base):  # both have a name to compare
+        raise ValueError(
+            f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Begin from an adapter "
+            "of this LLM, or name none."
         )

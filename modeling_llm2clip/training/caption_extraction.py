@@ -12,11 +12,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.captioned_images import CaptionedImage, hash_records
 from ..data.vector_store_layout import StoreManifest
@@ -33,9 +31,7 @@ from .shard_work import (
     pack_records,
 )
 from .stopping import StopRequest
-
-# Ids of this many captions are in memory at a time.
-_TOKENIZED_AT_ONCE = 4096
+from .text_lengths import measure_texts
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def plan_captions(
     captions = [text for r in records for text in (*r.captions, *r.long_captions)]
     distinct = list(dict.fromkeys(captions))
     check_texts(distinct)
-    lengths, num_truncated = _measure(processor, distinct, show_progress=show_progress)
+    lengths, num_truncated = measure_texts(processor, distinct, show_progress=show_progress)
     ordered = [distinct[i] for i in np.argsort(-lengths, kind="stable").tolist()]
     row_of = {caption: row for row, caption in enumerate(ordered)}
     index = pack_records(
@@ -127,17 +123,3 @@ def plan_captions(
     )
     counts = {"captions": len(captions), "distinct": len(distinct), "truncated": num_truncated}
     return CaptionPlan(ordered, index, hash_records(records), counts)
-
-
-def _measure(
-    processor: LLM2CLIPProcessor, captions: Sequence[str], *, show_progress: bool
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
-    """Token count of each caption, and how many captions are cut; the ids are not kept."""
-    lengths = np.zeros(len(captions), dtype=np.int64)
-    num_truncated = 0
-    starts = range(0, len(captions), _TOKENIZED_AT_ONCE)
-    for start in tqdm(starts, desc="measure", disable=not show_progress):
-        ids, num_cut = processor.list_ids(captions[start : start + _TOKENIZED_AT_ONCE])
-        lengths[start : start + len(ids)] = [len(row) for row in ids]
-        num_truncated += num_cut
-    return lengths, num_truncated

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..modeling_llm2clip import LLM2CLIPModel
 from .losses import keyed_contrastive_loss
 from .optimization import descend
+from .settings import list_faults
 
 _Caption = TypeVar("_Caption")
 
@@ -61,7 +62,8 @@ class AlignmentArguments:
     """Settings of the alignment.
 
     Attributes:
-        steps, batch_size: how many draws of how many pictures.
+        steps, batch_size: how many draws of how many pictures; where there are fewer, each draw is
+            all of them.
         lr: peak learning rate, after a tenth of the steps; falls as a cosine.
         feature_dropout: share of the caption vector's elements left out at each step.
         feature_noise: standard deviation of the noise on unit-length picture vectors, times
@@ -77,11 +79,18 @@ class AlignmentArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 2 or not self.lr > 0:
-            raise ValueError(
-                f"steps={self.steps} must be at least 1, batch_size={self.batch_size} at least 2, "
-                f"lr={self.lr} positive."
-            )
+        faults = list_faults(
+            self, least={"steps": 1, "batch_size": 2}, positive=("lr",), choices={}
+        )
+        faults += [
+            f"{name}={getattr(self, name)}, wanted 0 or more"
+            for name in ("weight_decay", "feature_dropout", "feature_noise")
+            if getattr(self, name) < 0
+        ]
+        if self.feature_dropout >= 1:
+            faults.append(f"feature_dropout={self.feature_dropout}, wanted less than 1")
+        if faults:
+            raise ValueError("; ".join(faults) + ".")
 
 
 def align_features(
@@ -94,7 +103,7 @@ def align_features(
     """Train adapter, both projections and the temperature in place; the towers stay as they are.
 
     Returns: the loss of every step.
-    Raises: FloatingPointError at the first non-finite loss, naming the step.
+    Raises: FloatingPointError where a loss, a gradient or a weight is not finite; see `descend`.
     """
     head = [model.text_adapter, model.text_projection, model.visual_projection, model.logit_scale]
     parameters = [p for module in head for p in module.parameters()]

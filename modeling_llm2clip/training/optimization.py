@@ -55,7 +55,8 @@ def descend(
         losses: () each, as many as `steps`; the next is asked for when the step before is done.
         lr: peak learning rate; see `warm_up_then_cosine`.
     Returns: the loss of every step.
-    Raises: FloatingPointError at the first non-finite loss, naming the step.
+    Raises: FloatingPointError at the first loss or gradient that is not finite, before its step,
+        and when a weight is not finite at the end; naming the step.
     """
     optimizer = torch.optim.AdamW(
         split_by_decay(parameters, weight_decay), lr=lr, betas=(0.9, 0.98)
@@ -70,8 +71,17 @@ def descend(
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"The gradient's norm is {norm.item()} at step {len(done)}, although the loss is "
+                f"finite. Lower the learning rate ({lr})."
+            )
         optimizer.step()
         schedule.step()
         done.append(loss.item())
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise FloatingPointError(
+            f"A weight is not finite after step {len(done)}. Lower the learning rate ({lr})."
+        )
     return done

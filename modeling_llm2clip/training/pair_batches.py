@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -183,7 +184,19 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
             yield from sampler
 
 
+def require_weight(weight: float, of: str) -> None:
+    """Raise ValueError for a weight that no share of the batches can have; `of` names its table."""
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(
+            f"{of} has the weight {weight}, wanted a finite number above 0. Leave out what is not "
+            "to be mixed in."
+        )
+
+
 def count_steps(lengths: Sequence[int], weights: Sequence[float], window_size: int) -> list[int]:
-    """Count the whole batches of each table in an epoch: all of the first, others by weight."""
+    """Count the whole batches of each table in an epoch: all of the first, others by weight.
+
+    However little it weighs, each has one.
+    """
     first = lengths[0] // window_size
     return [max(1, round(first * weight)) for weight in weights]

@@ -9,12 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..data.captioned_images import CaptionedImage, hash_records
+from ..data.pictures import Picture
 from ..data.vector_store_layout import StoreManifest
 from ..data.vector_store_writing import StoreWriter
 from ..encoding.fingerprint import fingerprint_vision
 from ..encoding.pictures import default_batch_size, encode_pictures
 from ..modeling_llm2clip import LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .picture_files import count_bytes, hash_picture_sizes
 from .shard_work import (
     ExtractionArguments,
     ExtractionReport,
@@ -39,8 +41,8 @@ def extract_pictures(
 
     Only the picture half of the model is loaded. Records in several languages share the row of
     their picture. Arguments and errors as `extract_captions`; a picture that is missing or broken
-    raises ValueError, and whole shards stay. That a file still holds the same picture as in an
-    earlier run is not looked at.
+    raises ValueError, and whole shards stay. So does one of another size in bytes than in an
+    earlier run, and a name that stands for two pictures.
     """
     arguments = arguments or ExtractionArguments()
     device = choose_device(arguments)
@@ -62,7 +64,11 @@ def extract_pictures(
         num_rows=len(pictures),
         num_items=len(records),
         rows_per_shard=arguments.rows_per_shard,
-        plan={"data": hash_records(records), "batch_size": str(batch_size)},
+        plan={
+            "data": hash_records(records),
+            "pictures": hash_picture_sizes(records),
+            "batch_size": str(batch_size),
+        },
         counts={"pictures": len(records), "distinct": len(pictures)},
         index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),
@@ -83,7 +89,7 @@ def extract_pictures(
     return fill_store(writer, compute, stop=stop, show_progress=arguments.show_progress)
 
 
-def _list_pictures(records: Sequence[CaptionedImage]) -> dict[str, object]:
+def _list_pictures(records: Sequence[CaptionedImage]) -> dict[str, Picture]:
     """Pictures by name, each once, in the order of the records."""
     if not records:
         raise ValueError("There are no pictures. Give a data set with at least one.")
@@ -92,4 +98,23 @@ def _list_pictures(records: Sequence[CaptionedImage]) -> dict[str, object]:
             f"{len(without)} records have no picture: {without[:_FAULTS_SHOWN]}. Read the data set "
             "with its pictures."
         )
-    return {record.name: record.picture for record in records}
+    pictures: dict[str, Picture] = {}
+    unlike: dict[str, None] = {}
+    for record in records:
+        assert record.picture is not None
+        first = pictures.setdefault(record.name, record.picture)
+        if first != record.picture and not _hold_the_same(first, record.picture):
+            unlike[record.name] = None
+    if unlike:
+        raise ValueError(
+            f"{len(unlike)} names stand for several pictures: {list(unlike)[:_FAULTS_SHOWN]}. Give "
+            "every picture a name of its own; several languages may share one."
+        )
+    return pictures
+
+
+def _hold_the_same(one: Picture, other: Picture) -> bool:
+    """Whether two places hold the same bytes, as they do in shards with a member a language."""
+    if count_bytes(one) != count_bytes(other):
+        return False
+    return one.read_bytes() == other.read_bytes()

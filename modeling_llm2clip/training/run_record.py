@@ -18,8 +18,8 @@ from ..data.vector_store_layout import is_unfinished, write_durably
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-# Nothing but where and how long: another value continues the same run.
-_MAY_DIFFER = {"resume", "output", "num_workers", "show_progress"}
+# How the work is shared out, and nothing of what it comes to: another value continues the same run.
+_MAY_DIFFER = {"num_workers"}
 _PACKAGES = (
     "modeling_llm2clip", "torch", "transformers", "sentence-transformers", "accelerate", "peft",
     "datasets", "timm", "safetensors", "numpy",
@@ -65,13 +65,20 @@ def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
 def require_fresh_or_same_run(folder: Path, arguments: Mapping[str, Any], *, resume: bool) -> None:
     """Refuse an output folder that holds another run's files, or any without `resume`.
 
-    Raises: ValueError naming every argument that differs, with both values.
+    Raises: ValueError naming every argument that differs, with both values; or those that the
+        run's record, of another version of this package, has no value of.
     """
     require_fresh_or_resumed(folder, resume=resume)
     file = folder / RUN_FILE
     if not file.is_file():
         return
-    earlier, now = json.loads(file.read_text(encoding="utf-8"))["arguments"], _to_json(arguments)
+    earlier, now = _read_arguments(file), _to_json(arguments)
+    if unknown := sorted(set(now) - set(earlier) - _MAY_DIFFER):
+        raise ValueError(
+            f"{file} does not say {', '.join(unknown)}: another version of this package began this "
+            "run, and whether it would go on as it began cannot be told. Name a new folder."
+        )
+    earlier, now = _flatten(earlier), _flatten(now)
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))
@@ -90,6 +97,30 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
             row["total"] += parameter.numel()
             row["trainable"] += parameter.numel() * parameter.requires_grad
     return table
+
+
+def _read_arguments(file: Path) -> dict[str, Any]:
+    """What a run was given, from its record; ValueError where the file is none of ours."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{file} cannot be read ({error}). Name a new folder.") from error
+    arguments = record.get("arguments") if isinstance(record, dict) else None
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"{file} has no arguments: it is not the record of a run of this package. Name a new "
+            "folder."
+        )
+    return arguments
+
+
+def _flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give what stands in nested tables a name of its own, so that it is told alone."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        nested = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat.update(nested if nested is not None else {prefix + name: value})
+    return flat
 
 
 def _to_json(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,32 @@ class FiniteGradients:
         return norm
 
 
+class WholeRunFigures:
+    """Makes a Trainer leave figures of the whole run out of its log where it did a part of it.
+
+    Mean loss and speed of a run that was stopped or resumed: some versions of transformers divide
+    the sums of the part by the steps of the whole.
+    """
+
+    state: Any
+    _is_resumed = False
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, and note whether from the beginning."""
+        self._is_resumed = resume_from_checkpoint is not None
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what holds."""
+        if self._is_resumed or self.state.global_step < self.state.max_steps:
+            logs = {name: value for name, value in logs.items() if not _is_of_whole_run(name)}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _is_of_whole_run(name: str) -> bool:
+    return name == "train_loss" or (name.startswith("train_") and name.endswith("_per_second"))
+
+
 class MarkedCheckpoints:
     """Makes a Trainer mark a checkpoint when all of it is written."""
 

@@ -19,7 +19,8 @@ from transformers import TrainingArguments, set_seed
 
 from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.vector_store import VectorStore
-from ...encoding.fingerprint import fingerprint_text, fingerprint_vision
+from ...data.vector_store_layout import MANIFEST_FILE, hash_file
+from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
 from ..checkpoints import (
@@ -29,7 +30,13 @@ from ..checkpoints import (
     require_finite,
 )
 from ..closed_form_start import start_from_canonical_correlation
-from ..run_record import METRICS_FILE, require_fresh_or_same_run, write_run_record
+from ..picture_files import describe_pictures
+from ..run_record import (
+    METRICS_FILE,
+    require_fresh_or_resumed,
+    require_fresh_or_same_run,
+    write_run_record,
+)
 from ..stopping import StopRequest, stop_on_signals
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset
@@ -39,6 +46,7 @@ from .trainer import AlignmentTrainer, make_training_arguments
 
 # As many pairs fix a linear fit of vectors of a few thousand elements, and fit into memory.
 _MOST_PAIRS_OF_START = 50_000
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class AlignResult:
         trained: what differs from the model's folder now, by its name there, on the CPU, LoRAs
             merged; empty in all but the main process; None when a signal stopped the run early.
         steps: steps done, those before a resumption included.
-        final_loss: of the last line of metrics.
+        final_loss: of the last step, with `log_every` above 1 the mean of the steps since the
+            last line of metrics before it.
         exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
         is_main_process: whether this process is the one that writes.
     """
@@ -80,35 +89,31 @@ def align(
         caption_store: caption vectors of these records by this model's LLM; needed for
             `text_training="stored"`, and only for it.
         picture_store: picture vectors by this model's frozen tower.
-        resume: continue from the last whole checkpoint in `output`.
+        resume: continue from the last whole checkpoint in `output`, which must be of the same
+            settings, weights, stores, captions and pictures (by name and size).
     Raises:
-        ValueError: before any tower is loaded: no data, too little for a batch, a batch that the
-            processes cannot share, an output folder of another run, stores of another model or
-            of other data, settings that contradict each other.
+        ValueError: before any tower is loaded: no data, too little for a batch, keys that leave
+            nothing to tell apart, a batch that the processes cannot share, an output folder of
+            another run, stores of another model or of other data, settings that contradict each
+            other.
         FloatingPointError: at a loss, a gradient or a weight that is not finite, before anything
             is kept of it.
     """
     check_settings(arguments, caption_store=caption_store, picture_store=picture_store)
     _check_data(records, arguments)
-    record = {
-        **asdict(arguments),
-        "model": str(model),
-        "caption_store": caption_store and str(caption_store.folder),
-        "picture_store": picture_store and str(picture_store.folder),
-        "num_records": len(records),
-        "data": hash_records(records),
-    }
-    require_fresh_or_same_run(output, record, resume=resume)
-    _check_stores(model, caption_store, picture_store)
-    processor = LLM2CLIPProcessor.from_pretrained(model)
+    require_fresh_or_resumed(output, resume=resume)  # weights are read next, which takes a while
+    made_by = {"text": fingerprint_text(model), "vision": fingerprint_vision(model)}
+    _check_stores(made_by, caption_store, picture_store)
     dataset = AlignmentDataset(
         records,
-        processor,
+        LLM2CLIPProcessor.from_pretrained(model),
         caption_store=caption_store,
         picture_store=picture_store,
         long_share=arguments.long_share,
         seed=arguments.seed,
     )
+    record = _identify_run(model, dataset, arguments, made_by)
+    require_fresh_or_same_run(output, record, resume=resume)
     training_arguments = make_training_arguments(
         output, arguments, num_steps=arguments.count_steps(len(records))
     )
@@ -207,15 +212,64 @@ def _check_data(records: Sequence[CaptionedImage], arguments: AlignArguments) ->
             f"{len(records)} pictures are too few for a batch of {arguments.batch_size}. Set "
             f"batch_size to at most {len(records)}, or give more data."
         )
+    _check_keys(records)
+
+
+def _check_keys(records: Sequence[CaptionedImage]) -> None:
+    """Raise ValueError where keys leave no negatives, or make a picture its own."""
+    keys_of: dict[str, set[str]] = {}
+    for record in records:
+        keys_of.setdefault(record.name, set()).add(record.key)
+    if len(keys := set().union(*keys_of.values())) < 2:
+        raise ValueError(
+            f"All {len(records)} records have the key {keys.pop()!r}: they show the same thing, so "
+            "that there is nothing to tell apart. Give what differs different keys, or none."
+        )
+    torn = {name: sorted(keys) for name, keys in keys_of.items() if len(keys) > 1}
+    if torn:
+        shown = "; ".join(f"{name} {keys}" for name, keys in [*torn.items()][:_NAMES_SHOWN])
+        raise ValueError(
+            f"{len(torn)} pictures have several keys over their languages, and would be their own "
+            f"negatives: {shown}. Give all records of a picture one key."
+        )
 
 
 def _check_stores(
-    model: Path, caption_store: VectorStore | None, picture_store: VectorStore | None
+    made_by: dict[str, dict[str, str]],
+    caption_store: VectorStore | None,
+    picture_store: VectorStore | None,
 ) -> None:
     if caption_store is not None:
-        caption_store.require_fingerprint(fingerprint_text(model))
+        caption_store.require_fingerprint(made_by["text"])
     if picture_store is not None:
-        picture_store.require_fingerprint(fingerprint_vision(model))
+        picture_store.require_fingerprint(made_by["vision"])
+
+
+def _identify_run(
+    model: Path,
+    dataset: AlignmentDataset,
+    arguments: AlignArguments,
+    made_by: dict[str, dict[str, str]],
+) -> dict[str, Any]:
+    """All that the run's numbers hang on, for its record."""
+    reads_pictures = dataset.picture_store is None
+    return {
+        **asdict(arguments),
+        "model": str(model),
+        "fingerprint": {**made_by, "all": fingerprint_model(model)},
+        "caption_store": _identify_store(dataset.caption_store),
+        "picture_store": _identify_store(dataset.picture_store),
+        "num_records": len(dataset.records),
+        "data": hash_records(dataset.records),
+        "pictures": describe_pictures(dataset.records) if reads_pictures else None,
+    }
+
+
+def _identify_store(store: VectorStore | None) -> dict[str, str] | None:
+    """Where a store lies, and what its vectors are: the manifest has the hash of every file."""
+    if store is None:
+        return None
+    return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}
 
 
 def check_processes(arguments: AlignArguments, num_processes: int) -> None:

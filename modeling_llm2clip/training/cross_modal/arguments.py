@@ -35,7 +35,8 @@ class AlignArguments:
         num_workers: processes that decode pictures or tokenize captions.
         precision: `"auto"` computes in bfloat16 on GPUs that can; weights stay float32.
         device: `"auto"`, or `"cpu"` even where there is a GPU.
-        log_every, save_every: steps between two lines of metrics, two checkpoints.
+        log_every, save_every: steps between two lines of metrics, two checkpoints; the last step
+            has both.
     """
 
     vision_training: str = "frozen"

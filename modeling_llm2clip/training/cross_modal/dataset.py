@@ -16,6 +16,7 @@ from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.pictures import load_picture
 from ...data.vector_store import VectorStore
 from ...processing_llm2clip import LLM2CLIPProcessor, read_header
+from ..picture_files import hash_picture_sizes
 from .draws import draw_caption
 
 _NAMES_SHOWN = 5
@@ -32,8 +33,8 @@ class AlignmentDataset(Dataset[Any]):
         caption_store: caption vectors; None to hand out tokens.
         picture_store: picture vectors; None to hand out pixels.
         long_share, seed: see `draws.draw_caption`.
-    Raises: ValueError when a store has other records, or was made from other captions; or a
-        picture is missing; with counts and the first names.
+    Raises: ValueError when a store has other records, or was made from other captions or other
+        pictures; or a picture is missing; with counts and the first names.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class AlignmentDataset(Dataset[Any]):
             _require_same_texts(records, caption_store, self._caption_items)
         if picture_store is None:
             _require_pictures(records)
+        elif self._picture_items is not None:
+            _require_same_pictures(records, picture_store, self._picture_items)
         self._needed_size = None if picture_store else find_needed_size(processor.image_processor)
 
     def __len__(self) -> int:
@@ -174,9 +177,10 @@ def find_needed_size(image_processor: Any) -> int | None:
     """Longest side that an image processor hands on; None where it does not resize to a square."""
     if not getattr(image_processor, "do_resize", True):
         return None
+    crops = getattr(image_processor, "do_center_crop", True)  # a size that is not used may stand
     sides = [
         side
-        for name in ("size", "crop_size")
+        for name in ("size", "crop_size")[: 1 + bool(crops)]
         for side in dict(getattr(image_processor, name, None) or {}).values()
         if isinstance(side, int)
     ]
@@ -211,15 +215,43 @@ def _require_same_counts(
 def _require_same_texts(
     records: Sequence[CaptionedImage], store: VectorStore, items: Sequence[int]
 ) -> None:
-    """Compare hashes, which cannot tell what differs; in the store's order and with its keys."""
-    of_item = dict(zip(items, records, strict=True))
-    texts = hash_records([replace(of_item[i], key=key) for i, key in enumerate(store.keys)])
-    stored = store.manifest.plan.get("data")
-    if stored != texts:
+    """Compare hashes, which cannot tell what differs."""
+    stored, now = store.manifest.plan.get("data"), _hash_as_stored(records, store, items)
+    if stored != now:
         raise ValueError(
             f"{store.folder} was made from other captions of these pictures (data {stored} then, "
-            f"{texts} now). Extract these again, or give the captions that the store was made from."
+            f"{now} now). Extract these again, or give the captions that the store was made from."
         )
+
+
+def _require_same_pictures(
+    records: Sequence[CaptionedImage], store: VectorStore, items: Sequence[int]
+) -> None:
+    """Compare the pictures themselves, by name and size, whatever is said of them now.
+
+    Where they are not at hand, or the store is of a version that did not look at them, only the
+    whole data can tell, captions and all.
+    """
+    stored = store.manifest.plan.get("pictures")
+    if stored is not None and all(record.picture is not None for record in records):
+        kind, now = "pictures", hash_picture_sizes(records)
+    else:
+        kind, stored = "data", store.manifest.plan.get("data")
+        now = _hash_as_stored(records, store, items)
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other pictures of these names ({kind} {stored} then, "
+            f"{now} now). Extract these again (extract --pictures), or give the data that the "
+            "store was made from."
+        )
+
+
+def _hash_as_stored(
+    records: Sequence[CaptionedImage], store: VectorStore, items: Sequence[int]
+) -> str:
+    """`hash_records` in the store's order and with its keys."""
+    of_item = dict(zip(items, records, strict=True))
+    return hash_records([replace(of_item[i], key=key) for i, key in enumerate(store.keys)])
 
 
 def _show(pairs: Sequence[tuple[str, str]]) -> str:

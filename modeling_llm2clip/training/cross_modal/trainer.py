@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from ...modeling_llm2clip import MAX_LOG_SCALE
-from ..callbacks import choose_reports
+from ..callbacks import LogLastStep, choose_reports
 from ..checkpoints import CHECKPOINTS
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
-from ..trainer_bases import FiniteGradients, TrainedCheckpoints
+from ..trainer_bases import FiniteGradients, TrainedCheckpoints, WholeRunFigures
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
@@ -67,7 +67,7 @@ def make_training_arguments(
     return found
 
 
-class AlignmentTrainer(FiniteGradients, TrainedCheckpoints, Trainer):
+class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Trainer):
     """Trains an `AlignmentModel` on an `AlignmentDataset`.
 
     To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
@@ -103,7 +103,7 @@ class AlignmentTrainer(FiniteGradients, TrainedCheckpoints, Trainer):
             model=model,
             args=training_arguments,
             train_dataset=dataset,
-            callbacks=[ClampTemperature(), *callbacks],
+            callbacks=[ClampTemperature(), LogLastStep(), *callbacks],
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
