@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from llava_conversations import Conversation, conversations_of_captions, read_co
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
 from llava_parts import RECIPE, ROOT, build, save_parts
 from llava_trainer import LlavaArguments, LlavaTrainer, train_llava
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -250,6 +252,30 @@ def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: 
     assert run("yes", resume=False) == 0
     with pytest.raises(ValueError, match="holds another run: conversations: "):
         run("no", resume=True)
+
+
+def test_a_run_is_not_continued_with_other_pictures_but_with_a_moved_folder(
+    parts: Path, tmp_path: Path
+) -> None:
+    def run(images: Path, *, resume: bool) -> int:
+        conversations, _ = read_conversations(parts / "instructions.json", images)
+
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, conversations, tmp_path / "run", replace(SHORT, steps=1), wording="chat",
+            record={}, resume=resume,
+        )  # fmt: skip
+
+    assert run(parts / "data", resume=False) == 0
+    (tmp_path / "run" / "model").rename(tmp_path / "first")
+    moved = shutil.copytree(parts / "data", tmp_path / "moved")
+    assert run(moved, resume=True) == 0
+    Image.new("RGB", (64, 64)).save(moved / "03.jpg")
+    with pytest.raises(ValueError, match="holds another run: conversations: "):
+        run(moved, resume=True)
 
 
 def test_conversations_without_pictures_train_too_but_not_sharded(
