@@ -101,6 +101,20 @@ def test_a_conversation_cut_before_its_answer_is_refused_and_a_cut_answer_counte
         make_dataset(parts, conversations, max_length=5)
 
 
+def test_what_only_tokens_show_can_be_left_out_and_is_counted(parts: Path) -> None:
+    picture = parts / "data" / "00.jpg"
+    conversations = [
+        Conversation("long", None, (("one two three " * 40, "yes"),)),
+        Conversation("kept", picture, TURNS),
+        Conversation("token", picture, (("<image>", "an <image>"),)),
+    ]
+    dataset = make_dataset(parts, conversations, leave_out_faulty=True)
+    assert dataset.left_out == {"no answer within 128 tokens": 1, "<image> in a text": 1}
+    assert [conversation.name for conversation in dataset.conversations] == ["kept"]
+    assert len(dataset) == 1 and dataset[0]["pixel_values"].shape == (3, 32, 32)
+    assert dataset.num_cut == 0  # of what is kept
+
+
 def test_an_image_token_in_a_caption_is_refused(parts: Path) -> None:
     conversations = [Conversation("c", parts / "data" / "00.jpg", (("<image>", "an <image>"),))]
     with pytest.raises(DataFaults, match=r"<image> in a text: 1 \(c\)"):

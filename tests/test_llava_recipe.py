@@ -17,7 +17,7 @@ import torch
 from aligning import read_losses
 from llava_conversations import Conversation, conversations_of_captions, read_conversations
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
-from llava_parts import RECIPE, ROOT, build, save_parts
+from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
 from llava_trainer import LlavaArguments, LlavaTrainer, train_llava
 from PIL import Image
 from torch import Tensor
@@ -278,6 +278,34 @@ def test_a_run_is_not_continued_with_other_pictures_but_with_a_moved_folder(
         run(moved, resume=True)
 
 
+def test_a_question_that_is_too_long_is_left_out_told_and_recorded(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(11)]
+    words.append(Conversation("long", None, (("Hi " * 200, "yes"),)))
+
+    def run(output: Path, *, resume: bool = False, **changed: Any) -> int:
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, words, output, replace(SHORT, steps=None, **changed), wording="chat",
+            record={}, leave_out_faulty=True, resume=resume,
+        )  # fmt: skip
+
+    assert run(tmp_path / "run") == 0
+    left_out = {"no answer within 128 tokens": 1}
+    assert f"what its tokens showed: {left_out}." in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["left_out_by_tokens"] == left_out
+    assert len(read_losses(tmp_path / "run")) == 2  # batches of 4 in the 11 that are left
+    (tmp_path / "run" / "model").rename(tmp_path / "first")
+    assert run(tmp_path / "run", resume=True) == 0
+    with pytest.raises(ValueError, match="11 conversations are too few for a batch of 12"):
+        run(tmp_path / "few", batch_size=12)
+
+
 def test_conversations_without_pictures_train_too_but_not_sharded(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,9 +373,15 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     assert len(ours) == 3
     # The same answers, shared in another way: float32 sums in another order.
     assert theirs == pytest.approx(ours, rel=1e-4)
-    run_script(
-        "tune_instructions.py", tmp_path / "one" / "model", parts / "instructions.json",
-        parts / "data", tmp_path / "tuned", "--steps", 2, "--batch-size", 4,
-        "--leave-out-pictureless",
+    long = make_entry(0)
+    long["conversations"][0]["value"] += "word " * 3000
+    entries = [make_entry(number) for number in range(12)]
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps([*entries, long]), encoding="utf-8")
+    printed = run_script(
+        "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
+        tmp_path / "tuned", "--steps", 2, "--batch-size", 4, "--leave-out-pictureless",
+        "--leave-out-faulty", processes=2,
     )  # fmt: skip
+    assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
     assert (tmp_path / "tuned" / "model" / "config.json").is_file()

@@ -51,6 +51,7 @@ def main() -> int:
             "step": "instructions", "model": parsed.model, "data": parsed.data,
             "left_out": left_out, "lora_rank": parsed.lora_rank, "lora_alpha": parsed.lora_alpha,
         },
+        leave_out_faulty=parsed.leave_out_faulty,
         resume=parsed.resume,
         wrote=": LlavaForConditionalGeneration, AutoProcessor.",
     )  # fmt: skip
