@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import tune_instructions
 from aligning import read_losses
 from llava_conversations import Conversation, conversations_of_captions, read_conversations
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
 from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
-from llava_trainer import LlavaArguments, LlavaTrainer, train_llava
+from llava_trainer import LlavaArguments, LlavaTrainer, make_training_arguments, train_llava
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -118,6 +119,20 @@ def test_step_one_changes_the_projector_alone_and_learns(parts: Path, tmp_path: 
         images=[str(parts / "data" / "00.jpg")], text=["<image>"], return_tensors="pt"
     )
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_run_of_one_step_learns(parts: Path, tmp_path: Path) -> None:
+    folder = run_step(parts, tmp_path, arguments=replace(SHORT, steps=1))
+    assert changed_parts(parts, folder) == {"multi_modal_projector"}
+
+
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (33, 1), (34, 2), (100, 3)])
+def test_the_rate_rises_for_three_percent_of_the_steps_but_not_for_all(
+    tmp_path: Path, steps: int, warm_up: int
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
+    settings = make_training_arguments(tmp_path, replace(SHORT, steps=steps), words)
+    assert (settings.max_steps, settings.warmup_steps) == (steps, warm_up)
 
 
 def test_step_two_changes_projector_and_llm_but_not_the_tower(parts: Path, tmp_path: Path) -> None:
@@ -343,6 +358,22 @@ def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path
                 record={},
             )  # fmt: skip
     assert not (parts / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "told"),
+    [(0, 16, "rank=0"), (4, 0, "alpha=0"), (4, -3, "alpha=-3"), (-1, 0, "rank=-1 and alpha=0")],
+)
+def test_a_lora_without_rank_or_scale_is_refused_before_anything_is_read(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, rank: int, alpha: int, told: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+        train_projector_and_llm(build(parts)[0], rank=rank, alpha=alpha)
+    flags = ["--lora-rank", str(rank), "--lora-alpha", str(alpha)]
+    absent = [str(parts / name) for name in ("no-model", "no-data", "no-pictures", "run")]
+    monkeypatch.setattr(sys, "argv", ["tune_instructions.py", *absent, *flags])
+    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+        tune_instructions.main()
 
 
 def run_script(name: str, *arguments: object, processes: int = 1) -> str:

@@ -111,7 +111,9 @@ def train_projector_and_llm(
     """Freeze the tower; train the projector, and the LLM wholly or by a LoRA of this rank.
 
     Returns: the model, or peft's wrapper around it.
+    Raises: ValueError for a rank or alpha below 1.
     """
+    require_possible_lora(rank, alpha)
     model.requires_grad_(False)
     wrapped: Any = model
     if rank is None:
@@ -128,6 +130,17 @@ def train_projector_and_llm(
     model.model.multi_modal_projector.requires_grad_(True)
     _keep_evaluating(model.model.vision_tower)
     return wrapped
+
+
+def require_possible_lora(rank: int | None, alpha: int) -> None:
+    """Raise ValueError unless rank and alpha are at least 1; without a rank there is no LoRA."""
+    given = {} if rank is None else {"rank": rank, "alpha": alpha}
+    faults = [f"{name}={number}" for name, number in given.items() if number < 1]
+    if faults:
+        raise ValueError(
+            f"A LoRA of {' and '.join(faults)}, wanted at least 1. Set --lora-rank and "
+            "--lora-alpha higher, or leave both out to train the whole LLM."
+        )
 
 
 def _keep_evaluating(tower: nn.Module) -> None:

@@ -63,7 +63,7 @@ class LlavaArguments:
         batch_size: conversations in a batch, over all processes together.
         device_batch_size: how many a device takes at a time; the rest of its share follows before
             the step is made.
-        lr: peak rate; up for 3 % of the steps, down as a cosine.
+        lr: peak rate; up from 0 for 3 % of the steps, down as a cosine. A single step has all.
         max_length: most tokens of a conversation, its picture included.
         precision: `"auto"` computes in bfloat16 on GPUs that can; weights stay float32.
         device: `"auto"`, or `"cpu"` even where there is a GPU.
@@ -279,7 +279,9 @@ def _fit_to_data(settings: TrainingArguments, arguments: LlavaArguments, num_ite
     """
     batches = arguments.epochs * (num_items // arguments.batch_size)
     settings.max_steps = arguments.steps or max(1, round(batches))
-    settings.warmup_steps = math.ceil(_WARM_UP_SHARE * settings.max_steps)
+    # A warm-up begins at 0: of a run of one step it would leave nothing.
+    warm_up = math.ceil(_WARM_UP_SHARE * settings.max_steps)
+    settings.warmup_steps = min(warm_up, settings.max_steps - 1)
     share, rest = divmod(arguments.batch_size, settings.world_size)
     at_once = arguments.device_batch_size or share
     if rest or not share or share % at_once:
