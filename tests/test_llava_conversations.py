@@ -11,12 +11,18 @@ import pytest
 import torch
 from aligning import write_data
 from llava_batches import ConversationDataset, PadOnTheRight
-from llava_conversations import Conversation, conversations_of_captions, read_conversations
+from llava_conversations import (
+    Conversation,
+    conversations_of_captions,
+    hash_conversations,
+    read_conversations,
+)
 from llava_model import build_llava, find_tokens_of
 from llava_parts import TURNS, build, make_entry, save_parts
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.faults import DataFaults
+from modeling_llm2clip.data.pictures import ParquetPicture, Picture, TarPicture
 
 NUM_PATCHES = 16  # 32 pixels, patches of 8
 
@@ -95,6 +101,20 @@ def test_a_conversation_cut_before_its_answer_is_refused_and_a_cut_answer_counte
         make_dataset(parts, conversations, max_length=5)
 
 
+def test_what_only_tokens_show_can_be_left_out_and_is_counted(parts: Path) -> None:
+    picture = parts / "data" / "00.jpg"
+    conversations = [
+        Conversation("long", None, (("one two three " * 40, "yes"),)),
+        Conversation("kept", picture, TURNS),
+        Conversation("token", picture, (("<image>", "an <image>"),)),
+    ]
+    dataset = make_dataset(parts, conversations, leave_out_faulty=True)
+    assert dataset.left_out == {"no answer within 128 tokens": 1, "<image> in a text": 1}
+    assert [conversation.name for conversation in dataset.conversations] == ["kept"]
+    assert len(dataset) == 1 and dataset[0]["pixel_values"].shape == (3, 32, 32)
+    assert dataset.num_cut == 0  # of what is kept
+
+
 def test_an_image_token_in_a_caption_is_refused(parts: Path) -> None:
     conversations = [Conversation("c", parts / "data" / "00.jpg", (("<image>", "an <image>"),))]
     with pytest.raises(DataFaults, match=r"<image> in a text: 1 \(c\)"):
@@ -171,6 +191,40 @@ def test_every_conversation_about_a_broken_picture_is_counted(parts: Path, tmp_p
         file, tmp_path / "data", check_pictures=True, leave_out_faulty=True
     )
     assert len(kept) == 1 and left_out == {"picture unreadable": 2}
+
+
+def hash_pictures(*pictures: Picture) -> str:
+    turns = (("<image>", "a car"),)
+    return hash_conversations([Conversation("c", picture, turns) for picture in pictures])
+
+
+def test_the_hash_of_conversations_tells_pictures_apart_and_knows_a_moved_folder(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("old/coco", "old/gqa"):
+        shutil.copytree(parts / "data", tmp_path / folder)
+    old, new = tmp_path / "old", tmp_path / "new"
+    names = [Path("coco/00.jpg"), Path("gqa/01.jpg")]
+    before = hash_pictures(*(old / name for name in names))
+    assert before != hash_pictures(*(old / name for name in reversed(names)))
+    assert before != hash_pictures(old / "gqa" / "00.jpg", old / "coco" / "01.jpg")
+    assert before != hash_pictures(old / names[0])
+    monkeypatch.chdir(tmp_path)
+    assert before == hash_pictures(*(Path("old") / name for name in names))
+    shutil.move(old, new)
+    assert before == hash_pictures(*(new / name for name in names))
+    (new / names[0]).write_bytes(b"another")
+    assert before != hash_pictures(*(new / name for name in names))
+
+
+def test_the_hash_of_conversations_tells_packed_pictures_apart(tmp_path: Path) -> None:
+    file = tmp_path / "packed"
+    file.write_bytes(b"pictures")
+    pictures = [
+        TarPicture(file, "a.jpg", 0, 4), TarPicture(file, "b.jpg", 4, 4),
+        ParquetPicture(file, "image", 0), ParquetPicture(file, "image", 1), file,
+    ]  # fmt: skip
+    assert len({hash_pictures(picture) for picture in pictures}) == len(pictures)
 
 
 def test_captions_of_a_language_that_is_not_there_are_told_with_those_that_are(

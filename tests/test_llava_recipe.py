@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import tune_instructions
 from aligning import read_losses
 from llava_conversations import Conversation, conversations_of_captions, read_conversations
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
-from llava_parts import RECIPE, ROOT, build, save_parts
-from llava_trainer import LlavaArguments, LlavaTrainer, train_llava
+from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
+from llava_trainer import LlavaArguments, LlavaTrainer, make_training_arguments, train_llava
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -116,6 +119,20 @@ def test_step_one_changes_the_projector_alone_and_learns(parts: Path, tmp_path: 
         images=[str(parts / "data" / "00.jpg")], text=["<image>"], return_tensors="pt"
     )
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_run_of_one_step_learns(parts: Path, tmp_path: Path) -> None:
+    folder = run_step(parts, tmp_path, arguments=replace(SHORT, steps=1))
+    assert changed_parts(parts, folder) == {"multi_modal_projector"}
+
+
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (33, 1), (34, 2), (100, 3)])
+def test_the_rate_rises_for_three_percent_of_the_steps_but_not_for_all(
+    tmp_path: Path, steps: int, warm_up: int
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
+    settings = make_training_arguments(tmp_path, replace(SHORT, steps=steps), words)
+    assert (settings.max_steps, settings.warmup_steps) == (steps, warm_up)
 
 
 def test_step_two_changes_projector_and_llm_but_not_the_tower(parts: Path, tmp_path: Path) -> None:
@@ -252,6 +269,58 @@ def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: 
         run("no", resume=True)
 
 
+def test_a_run_is_not_continued_with_other_pictures_but_with_a_moved_folder(
+    parts: Path, tmp_path: Path
+) -> None:
+    def run(images: Path, *, resume: bool) -> int:
+        conversations, _ = read_conversations(parts / "instructions.json", images)
+
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, conversations, tmp_path / "run", replace(SHORT, steps=1), wording="chat",
+            record={}, resume=resume,
+        )  # fmt: skip
+
+    assert run(parts / "data", resume=False) == 0
+    (tmp_path / "run" / "model").rename(tmp_path / "first")
+    moved = shutil.copytree(parts / "data", tmp_path / "moved")
+    assert run(moved, resume=True) == 0
+    Image.new("RGB", (64, 64)).save(moved / "03.jpg")
+    with pytest.raises(ValueError, match="holds another run: conversations: "):
+        run(moved, resume=True)
+
+
+def test_a_question_that_is_too_long_is_left_out_told_and_recorded(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(11)]
+    words.append(Conversation("long", None, (("Hi " * 200, "yes"),)))
+
+    def run(output: Path, *, resume: bool = False, **changed: Any) -> int:
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, words, output, replace(SHORT, steps=None, **changed), wording="chat",
+            record={}, leave_out_faulty=True, resume=resume,
+        )  # fmt: skip
+
+    assert run(tmp_path / "run") == 0
+    left_out = {"no answer within 128 tokens": 1}
+    assert f"what its tokens showed: {left_out}." in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["left_out_by_tokens"] == left_out
+    assert len(read_losses(tmp_path / "run")) == 2  # batches of 4 in the 11 that are left
+    (tmp_path / "run" / "model").rename(tmp_path / "first")
+    assert run(tmp_path / "run", resume=True) == 0
+    with pytest.raises(ValueError, match="11 conversations are too few for a batch of 12"):
+        run(tmp_path / "few", batch_size=12)
+
+
 def test_conversations_without_pictures_train_too_but_not_sharded(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +360,22 @@ def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path
     assert not (parts / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("rank", "alpha", "told"),
+    [(0, 16, "rank=0"), (4, 0, "alpha=0"), (4, -3, "alpha=-3"), (-1, 0, "rank=-1 and alpha=0")],
+)
+def test_a_lora_without_rank_or_scale_is_refused_before_anything_is_read(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, rank: int, alpha: int, told: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+        train_projector_and_llm(build(parts)[0], rank=rank, alpha=alpha)
+    flags = ["--lora-rank", str(rank), "--lora-alpha", str(alpha)]
+    absent = [str(parts / name) for name in ("no-model", "no-data", "no-pictures", "run")]
+    monkeypatch.setattr(sys, "argv", ["tune_instructions.py", *absent, *flags])
+    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+        tune_instructions.main()
+
+
 def run_script(name: str, *arguments: object, processes: int = 1) -> str:
     """Run a step as its users do; returns what it printed."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -319,9 +404,15 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     assert len(ours) == 3
     # The same answers, shared in another way: float32 sums in another order.
     assert theirs == pytest.approx(ours, rel=1e-4)
-    run_script(
-        "tune_instructions.py", tmp_path / "one" / "model", parts / "instructions.json",
-        parts / "data", tmp_path / "tuned", "--steps", 2, "--batch-size", 4,
-        "--leave-out-pictureless",
+    long = make_entry(0)
+    long["conversations"][0]["value"] += "word " * 3000
+    entries = [make_entry(number) for number in range(12)]
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps([*entries, long]), encoding="utf-8")
+    printed = run_script(
+        "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
+        tmp_path / "tuned", "--steps", 2, "--batch-size", 4, "--leave-out-pictureless",
+        "--leave-out-faulty", processes=2,
     )  # fmt: skip
+    assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
     assert (tmp_path / "tuned" / "model" / "config.json").is_file()

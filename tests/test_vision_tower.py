@@ -123,6 +123,28 @@ def test_llava_gets_as_many_tokens_as_are_found(vision: str) -> None:
     assert tokens.num_tokens == 16 + max(prefix - 1, 0)
 
 
+@pytest.mark.parametrize("layer", [-9, -3, 0, 3])
+def test_a_layer_that_is_not_there_is_refused_with_those_that_are(layer: int) -> None:
+    tower, image_processor = tiny_vision("clip")
+    wanted = rf"layer={layer}, and CLIPVisionModel has 2 layers\. Give 1 to 2, or -2 to -1"
+    with pytest.raises(ValueError, match=wanted):
+        find_visual_tokens(tower, image_processor, layer=layer)
+
+
+@pytest.mark.parametrize("layer", [-2, -1, 1, 2])
+def test_llava_reads_every_layer_that_is_accepted(layer: int) -> None:
+    tower, image_processor = tiny_vision("clip")
+    tokens = find_visual_tokens(tower, image_processor, layer=layer)
+    config = LlavaConfig(
+        vision_config=tower.config, text_config=tiny_llm().config, vision_feature_layer=layer
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    pixels = image_processor(images=tiny_pictures(1), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = llava.get_image_features(pixel_values=pixels).pooler_output
+    assert [len(feature) for feature in features] == [tokens.num_tokens]
+
+
 def test_a_tower_without_a_sequence_of_states_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"TimmWrapperModel gives hidden states of shape \(1, 64"):
         find_visual_tokens(*tiny_vision("timm"))

@@ -131,10 +131,11 @@ def find_visual_tokens(
     """Run a blank picture through a tower, and see what LLaVA's classes would make of it.
 
     Args:
-        layer: of the hidden states, counted as `vision_feature_layer` is.
+        layer: of the hidden states, counted as `vision_feature_layer` is: from 1, or from the last,
+            which is -1.
     Raises: ValueError for a tower that these classes cannot use: one without a sequence of hidden
         states (convolutional networks, everything in timm's wrapper), one that wants more than
-        `pixel_values`, or one whose tokens are not its patches.
+        `pixel_values`, or one whose tokens are not its patches; and for a layer that is not there.
     """
     name = type(tower).__name__
     extra = [
@@ -151,20 +152,31 @@ def find_visual_tokens(
     pixels = image_processor(images=[blank], return_tensors="pt")["pixel_values"]
     pixels = pixels.to(device=tower.device, dtype=tower.dtype)
     states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-    shape = None if states is None else tuple(states[layer].shape)
+    shape = tuple(states[-1].shape) if states else None
     if shape is None or len(shape) != 3:
         raise ValueError(
             f"{name} gives hidden states of shape {shape}, and LLaVA's classes need tokens "
             "(B, L, D). A convolutional network or a tower in timm's wrapper has none: take CLIP, "
             "SigLIP, DINOv2, DINOv3 or ViT. timm's transformers fit PerceptionLM's classes."
         )
+    _require_layer(name, layer, num_layers=len(states) - 1)  # the first of them are the embeddings
+    _, num_tokens, width = states[layer].shape
     patch_size = tower.config.patch_size
     patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
     num_patches = (pixels.shape[-2] // patch_size) * (pixels.shape[-1] // patch_size)
-    if shape[1] < num_patches or shape[2] != tower.config.hidden_size:
+    if num_tokens < num_patches or width != tower.config.hidden_size:
         raise ValueError(
-            f"{name} gives {shape[1]} tokens of width {shape[2]} for {num_patches} patches and a "
+            f"{name} gives {num_tokens} tokens of width {width} for {num_patches} patches and a "
             f"hidden_size of {tower.config.hidden_size}; LLaVA's classes need a token a patch, of "
             "that width. Take CLIP, SigLIP, DINOv2, DINOv3 or ViT."
         )
-    return VisualTokens(patch_size, num_patches, shape[1] - num_patches, shape[2])
+    return VisualTokens(patch_size, num_patches, num_tokens - num_patches, width)
+
+
+def _require_layer(name: str, layer: int, *, num_layers: int) -> None:
+    # transformers takes 0 for "no hidden states" and fails at the first picture.
+    if layer not in (*range(-num_layers, 0), *range(1, num_layers + 1)):
+        raise ValueError(
+            f"layer={layer}, and {name} has {num_layers} layers. Give 1 to {num_layers}, or "
+            f"-{num_layers} to -1, counted from the last."
+        )

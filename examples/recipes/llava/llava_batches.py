@@ -34,9 +34,12 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         wording: `"plain"` puts an answer right behind the picture, as step 1 of LLaVA does;
             `"chat"` words the turns as the tokenizer's chat template does.
         max_length: most tokens, those of the picture included; the rest of an answer is cut.
+        leave_out_faulty: leave faulty conversations out and count their faults, instead of raising.
 
     Attributes:
-        num_cut: conversations longer than that.
+        conversations: those that are kept.
+        num_cut: of these, conversations longer than `max_length`.
+        left_out: faults of the others by kind.
 
     Raises:
         DataFaults: conversations of which no word of an answer is left, or whose texts hold the
@@ -52,20 +55,27 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         *,
         wording: str,
         max_length: int = 2048,
+        leave_out_faulty: bool = False,
         show_progress: bool = False,
     ) -> None:
         if wording not in WORDINGS:
             raise ValueError(f"wording={wording!r}, wanted one of {WORDINGS}.")
         if wording == "chat" and not processor.tokenizer.chat_template:
             raise ValueError("The tokenizer has no chat template. Give one: --chat-template FILE.")
-        self.conversations = conversations
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.image_token_id = processor.image_token_id
         self.num_image_tokens = tokens.num_tokens
         self.wording = wording
         self.max_length = max_length
-        self.num_cut = self._check(show_progress)
+        self.conversations: list[Conversation] = []
+        self.num_cut = 0
+        faults = FaultCollector()
+        for conversation in tqdm(conversations, unit=" conversations", disable=not show_progress):
+            self._take(conversation, faults)
+        if not leave_out_faulty:
+            faults.raise_if_any("The data")
+        self.left_out = faults.counts
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -139,21 +149,20 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _render(self, messages: list[dict[str, str]], **settings: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **settings)
 
-    def _check(self, show_progress: bool) -> int:
-        """Tokenize everything once; returns how many conversations will be cut."""
-        faults, num_cut = FaultCollector(), 0
-        for conversation in tqdm(
-            self.conversations, unit=" conversations", disable=not show_progress
-        ):
-            ids, labels = self.encode(conversation)
-            num_pictures = int(conversation.picture is not None)
-            if ids.count(self.image_token_id) != num_pictures * self.num_image_tokens:
-                faults.add(f"{PLACEHOLDER} in a text", conversation.name)
-            if all(label == NOT_LEARNED for label in labels[1 : self.max_length]):
-                faults.add(f"no answer within {self.max_length} tokens", conversation.name)
-            num_cut += len(ids) > self.max_length
-        faults.raise_if_any("The data")
-        return num_cut
+    def _take(self, conversation: Conversation, faults: FaultCollector) -> None:
+        """Tokenize a conversation once, and keep it or note its faults."""
+        ids, labels = self.encode(conversation)
+        num_pictures = int(conversation.picture is not None)
+        found = []
+        if ids.count(self.image_token_id) != num_pictures * self.num_image_tokens:
+            found.append(f"{PLACEHOLDER} in a text")
+        if all(label == NOT_LEARNED for label in labels[1 : self.max_length]):
+            found.append(f"no answer within {self.max_length} tokens")
+        for kind in found:
+            faults.add(kind, conversation.name)
+        if not found:
+            self.conversations.append(conversation)
+            self.num_cut += len(ids) > self.max_length
 
 
 class PadOnTheRight:

@@ -71,7 +71,11 @@ def train_and_tell(
         settings: the others of `train_llava`.
     """
     exit_code = train_llava(load_model, conversations, output, arguments, **settings)
-    if not PartialState().is_main_process:  # which alone writes
+    state = PartialState()
+    # One that ends before the others may abort, and the launcher stops the writer of the model.
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    if not state.is_main_process:  # which alone writes
         return exit_code
     if exit_code:
         print(f"Stopped; continue with --resume. The last checkpoint is in {output}.")

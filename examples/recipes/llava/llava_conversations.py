@@ -16,9 +16,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,33 @@ def conversations_of_captions(
 
 
 def hash_conversations(conversations: Sequence[Conversation]) -> str:
-    """SHA-256 of names and turns, in their order; says whether a run goes on with the same data."""
+    """SHA-256 of names, turns and pictures, in their order; says whether a run has the same data.
+
+    A picture counts by its place below the folder that holds all of them, which may have been
+    moved, and by the size of its file; its pixels are not read.
+    """
+    pictures = _describe_pictures([c.picture for c in conversations if c.picture is not None])
     digest = hashlib.sha256()
     for conversation in conversations:
-        digest.update(f"{json.dumps([conversation.name, conversation.turns])}\n".encode())
+        picture = None if conversation.picture is None else pictures[conversation.picture]
+        line = json.dumps([conversation.name, conversation.turns, picture])
+        digest.update(f"{line}\n".encode())
     return digest.hexdigest()
+
+
+def _describe_pictures(pictures: Collection[Picture]) -> dict[Picture, list[str | int]]:
+    """Place below the folder of all, bytes, and where in the file a packed picture is."""
+    inside: dict[Picture, tuple[Path, list[str | int]]] = {}
+    for picture in dict.fromkeys(pictures):
+        file, *where = (picture,) if isinstance(picture, Path) else astuple(picture)
+        inside[picture] = file.absolute(), where
+    files = {file for file, _ in inside.values()}
+    sizes = {file: file.stat().st_size for file in files}
+    folder = os.path.commonpath([file.parent for file in files]) if files else ""
+    return {
+        picture: [file.relative_to(folder).as_posix(), sizes[file], *where]
+        for picture, (file, where) in inside.items()
+    }
 
 
 def read_conversations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from transformers import (
 from modeling_llm2clip.hub.towers import load_vision_tower
 from modeling_llm2clip.hub.vision_tower import LLAVA_LAYER, VisualTokens, find_visual_tokens
 
+_PROBE = "What does the picture show? A red car in front of a house."
+_FAMILIES = "Take Llama, Mistral, Qwen2, Qwen3, OLMo 2, or another whose logits are its head's own."
+_KEYS_SHOWN = 8
+
 
 def build_llava(
     tower: str | Path,
@@ -34,8 +39,8 @@ def build_llava(
     Args:
         layer: of the tower's hidden states, whose patches the LLM sees.
         chat_template: for a tokenizer that has none, or instead of its own.
-    Raises: ValueError when a weight is missing, the tower has no tokens to give, or the LLM is
-        one that sees both ways.
+    Raises: ValueError when a weight is missing or has no place, the tower has no tokens to give, or
+        the LLM is one that sees both ways, or would be another one inside these classes.
     """
     vision_tower, image_processor = load_vision_tower(tower, allow_missing_pooler=True)
     tokens = find_visual_tokens(vision_tower, image_processor, layer=layer)
@@ -53,11 +58,14 @@ def build_llava(
     )
     with torch.device("meta"):  # no memory: every part but the projector is at hand
         model = LlavaForConditionalGeneration(config)
+    places = model.state_dict().keys()
     model.model.vision_tower = vision_tower
     model.model.language_model = causal_lm.model
     model.lm_head = causal_lm.lm_head
     model.model.multi_modal_projector = type(model.model.multi_modal_projector)(config)
     model.generation_config = causal_lm.generation_config
+    _refuse_homeless(llm, model.state_dict().keys() - places)
+    _refuse_another_llm(llm, causal_lm, model, tokenizer)
     processor = LlavaProcessor(
         image_processor,
         tokenizer,
@@ -73,12 +81,12 @@ def build_llava(
 def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load what a step wrote, float32.
 
-    Raises: ValueError when a weight is missing.
+    Raises: ValueError when a weight is missing, or has no place.
     """
     model, info = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
-    _refuse_missing(folder, info)
+    _require_all_weights(folder, info)
     return model, AutoProcessor.from_pretrained(folder)
 
 
@@ -103,7 +111,9 @@ def train_projector_and_llm(
     """Freeze the tower; train the projector, and the LLM wholly or by a LoRA of this rank.
 
     Returns: the model, or peft's wrapper around it.
+    Raises: ValueError for a rank or alpha below 1.
     """
+    require_possible_lora(rank, alpha)
     model.requires_grad_(False)
     wrapped: Any = model
     if rank is None:
@@ -122,6 +132,17 @@ def train_projector_and_llm(
     return wrapped
 
 
+def require_possible_lora(rank: int | None, alpha: int) -> None:
+    """Raise ValueError unless rank and alpha are at least 1; without a rank there is no LoRA."""
+    given = {} if rank is None else {"rank": rank, "alpha": alpha}
+    faults = [f"{name}={number}" for name, number in given.items() if number < 1]
+    if faults:
+        raise ValueError(
+            f"A LoRA of {' and '.join(faults)}, wanted at least 1. Set --lora-rank and "
+            "--lora-alpha higher, or leave both out to train the whole LLM."
+        )
+
+
 def _keep_evaluating(tower: nn.Module) -> None:
     """However often a Trainer says `train()`, a frozen tower drops nothing out."""
 
@@ -136,7 +157,13 @@ def _load_llm(source: str | Path) -> tuple[Any, Any]:
     model, info = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, output_loading_info=True
     )
-    _refuse_missing(source, info)
+    _require_all_weights(source, info)
+    absent = [name for name in ("model", "lm_head") if not hasattr(model, name)]
+    if absent:
+        raise ValueError(
+            f"{source}, of the family {model.config.model_type!r}, has no "
+            f"{' and no '.join(absent)} to put into transformers' LLaVA classes. {_FAMILIES}"
+        )
     if getattr(model.config, "is_causal", True) is False:
         raise ValueError(
             f"{source} is an LLM that sees both ways, an encoder of captions. Give the LLM that "
@@ -162,9 +189,38 @@ def _add_image_token(causal_lm: Any, tokenizer: Any) -> int:
     return int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))
 
 
-def _refuse_missing(source: str | Path, info: dict[str, Any]) -> None:
+def _require_all_weights(source: str | Path, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         raise ValueError(
-            f"{source} lacks {sorted(info['missing_keys'])[:8]}, which would stay random. Give the "
-            "whole model, with the head that predicts tokens."
+            f"{source} lacks {sorted(info['missing_keys'])[:_KEYS_SHOWN]}, which would stay "
+            "random. Give the whole model, with the head that predicts tokens."
+        )
+    _refuse_homeless(source, info["unexpected_keys"])
+
+
+def _refuse_homeless(source: str | Path, keys: Collection[str]) -> None:
+    """Refuse weights that loading would leave behind, such as the bias of a head."""
+    if keys:
+        raise ValueError(
+            f"{source} has {sorted(keys)[:_KEYS_SHOWN]}, for which its class in transformers, or "
+            f"LLaVA's, has no place: without them it is another model. {_FAMILIES}"
+        )
+
+
+@torch.inference_mode()
+def _refuse_another_llm(
+    source: str | Path, causal_lm: Any, model: LlavaForConditionalGeneration, tokenizer: Any
+) -> None:
+    """Refuse an LLM that does more behind its head, which LLaVA's classes do not know of."""
+    ids = tokenizer(_PROBE, return_tensors="pt")["input_ids"]
+    own = causal_lm(input_ids=ids).logits
+    joined = model(input_ids=ids).logits
+    difference, largest = (own - joined).abs().max().item(), own.abs().max().item()
+    # The same modules in float32, whose sums may be in another order from call to call.
+    if not difference <= 1e-4 * largest:
+        raise ValueError(
+            f"{source}, of the family {causal_lm.config.model_type!r}, would be another LLM: its "
+            f"logits differ by up to {difference:.3g} (the largest is {largest:.3g}) from those "
+            "inside transformers' LLaVA classes, which do nothing behind the head, such as scaling "
+            f"or capping. {_FAMILIES}"
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
+from modeling_llm2clip.data.vector_store_layout import write_durably
 from modeling_llm2clip.hub.new_folder import clear_leftovers, require_new_folder, writing_folder
 from modeling_llm2clip.training.callbacks import (
     JsonLinesCallback,
@@ -38,6 +39,7 @@ from modeling_llm2clip.training.checkpoints import (
 from modeling_llm2clip.training.precision import computes_in_bfloat16
 from modeling_llm2clip.training.run_record import (
     METRICS_FILE,
+    RUN_FILE,
     require_fresh_or_same_run,
     write_run_record,
 )
@@ -61,7 +63,7 @@ class LlavaArguments:
         batch_size: conversations in a batch, over all processes together.
         device_batch_size: how many a device takes at a time; the rest of its share follows before
             the step is made.
-        lr: peak rate; up for 3 % of the steps, down as a cosine.
+        lr: peak rate; up from 0 for 3 % of the steps, down as a cosine. A single step has all.
         max_length: most tokens of a conversation, its picture included.
         precision: `"auto"` computes in bfloat16 on GPUs that can; weights stay float32.
         device: `"auto"`, or `"cpu"` even where there is a GPU.
@@ -147,6 +149,7 @@ def train_llava(
     *,
     wording: str,
     record: dict[str, Any],
+    leave_out_faulty: bool = False,
     resume: bool = False,
 ) -> int:
     """Train the thawed parts of a model, and write the whole of it.
@@ -155,6 +158,8 @@ def train_llava(
         load_model: gives a LLaVA, or peft's wrapper around one, whose LoRA is merged at the end,
             with the processor; called after all that can be checked without it.
         record: what else makes this run the same one when it is resumed.
+        leave_out_faulty: go on without conversations whose faults only their tokens show; how many
+            is printed, and recorded in `run.json`.
         resume: continue from the last whole checkpoint in `output`.
     Returns: exit code: 0, or 130 and 143 after SIGINT and SIGTERM.
     Raises:
@@ -177,12 +182,15 @@ def train_llava(
     model, processor = load_model()
     dataset = ConversationDataset(
         conversations, processor, find_tokens_of(model, processor), wording=wording,
-        max_length=arguments.max_length, show_progress=settings.should_save,
+        max_length=arguments.max_length, leave_out_faulty=leave_out_faulty,
+        show_progress=settings.should_save,
     )  # fmt: skip
+    _fit_to_data(settings, arguments, len(dataset))
     last = find_last_checkpoint(output) if resume else None
     if settings.should_save:
         write_run_record(output, arguments=record, seed=arguments.seed, model=model)
         forget_what_came_after(output, last)
+        _note_left_out(output / RUN_FILE, dataset)
         _note_cut(output / METRICS_FILE, dataset)
     PartialState().wait_for_everyone()
     with stop_on_signals() as stop:
@@ -200,6 +208,15 @@ def train_llava(
         return stop.exit_code
     _write_model(trainer, processor, output / "model")
     return 0
+
+
+def _note_left_out(run_file: Path, dataset: ConversationDataset) -> None:
+    """Record and tell what is left out; no argument, by which a resumed run would be known."""
+    record = json.loads(run_file.read_text(encoding="utf-8"))
+    record["left_out_by_tokens"] = dataset.left_out
+    write_durably(run_file, (json.dumps(record, indent=2) + "\n").encode())
+    if dataset.left_out:
+        print(f"Left out, by what its tokens showed: {dataset.left_out}.")
 
 
 def _note_cut(metrics: Path, dataset: ConversationDataset) -> None:
@@ -231,9 +248,6 @@ def make_training_arguments(
         )
     settings = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
-        max_steps=arguments.steps
-        or max(1, round(arguments.epochs * (len(conversations) // arguments.batch_size))),
-        per_device_train_batch_size=1,  # corrected below
         learning_rate=arguments.lr,
         lr_scheduler_type="cosine",
         weight_decay=0.0,
@@ -253,13 +267,21 @@ def make_training_arguments(
         seed=arguments.seed,
         **_CHECKPOINTING if arguments.gradient_checkpointing else {},
     )
-    settings.warmup_steps = math.ceil(_WARM_UP_SHARE * settings.max_steps)
     settings._n_gpu = min(1, settings.n_gpu)  # one process a GPU; never torch's DataParallel
-    _share_batch(settings, arguments, len(conversations))
+    _fit_to_data(settings, arguments, len(conversations))
     return settings
 
 
-def _share_batch(settings: TrainingArguments, arguments: LlavaArguments, num_items: int) -> None:
+def _fit_to_data(settings: TrainingArguments, arguments: LlavaArguments, num_items: int) -> None:
+    """Set the steps, and what a device takes at a time, for so many conversations.
+
+    Raises: ValueError when the processes cannot share a batch, or there is none.
+    """
+    batches = arguments.epochs * (num_items // arguments.batch_size)
+    settings.max_steps = arguments.steps or max(1, round(batches))
+    # A warm-up begins at 0: of a run of one step it would leave nothing.
+    warm_up = math.ceil(_WARM_UP_SHARE * settings.max_steps)
+    settings.warmup_steps = min(warm_up, settings.max_steps - 1)
     share, rest = divmod(arguments.batch_size, settings.world_size)
     at_once = arguments.device_batch_size or share
     if rest or not share or share % at_once:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_commands import parse, train_and_tell
 from llava_conversations import read_conversations
-from llava_model import load_llava, train_projector_and_llm
+from llava_model import load_llava, require_possible_lora, train_projector_and_llm
 from llava_trainer import LlavaArguments, is_sharded
 from transformers import LlavaProcessor
 
@@ -25,6 +25,7 @@ from transformers import LlavaProcessor
 def main() -> int:
     """Train on the conversations and write the model."""
     parsed, arguments = _parse()
+    require_possible_lora(parsed.lora_rank, parsed.lora_alpha)
     if parsed.lora_rank is not None and is_sharded():
         # Its merging needs whole matrices, which no process has there.
         raise SystemExit("A LoRA is not trained under FSDP. Use the configuration for DDP.")
@@ -51,6 +52,7 @@ def main() -> int:
             "step": "instructions", "model": parsed.model, "data": parsed.data,
             "left_out": left_out, "lora_rank": parsed.lora_rank, "lora_alpha": parsed.lora_alpha,
         },
+        leave_out_faulty=parsed.leave_out_faulty,
         resume=parsed.resume,
         wrote=": LlavaForConditionalGeneration, AutoProcessor.",
     )  # fmt: skip
