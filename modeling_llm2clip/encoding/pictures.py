@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..data.pictures import load_picture
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .memory import keep_large_blocks
 from .modes import evaluating
 
 
@@ -44,6 +45,8 @@ def encode_pictures(
     batch_size = default_batch_size(model.device) if batch_size is None else batch_size
     if batch_size < 1 or num_workers < 1:
         raise ValueError(f"{batch_size=}, {num_workers=}: each must be one at least.")
+    if model.device.type == "cpu":
+        keep_large_blocks()
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     vectors = []
     with ThreadPoolExecutor(num_workers) as pool, evaluating(model):
