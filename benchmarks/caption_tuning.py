@@ -35,8 +35,8 @@ from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
+from modeling_llm2clip.training.adapter_base import ADAPTER_WEIGHTS
 from modeling_llm2clip.training.caption_contrastive import TuneArguments, tune_captions
-from modeling_llm2clip.training.caption_encoder import ADAPTER_WEIGHTS
 
 RECIPE = TuneArguments(
     steps=300,

@@ -119,7 +119,7 @@ def _find_all_finished(
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ValueError("\n".join(dict.fromkeys(faults)))  # one file may fail in several ways
     return found
 
 

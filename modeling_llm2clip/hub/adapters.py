@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..encoding.folders import find_model_folder
-from ..training.adapter_base import is_same_base
+from ..training.adapter_base import (
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    PLAIN_STARTS,
+    is_same_base,
+)
 
-_SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # peft's wrapper around the LLM, and the LLM's own place inside the class that has its head.
 _WRAPPED, _INSIDE_HEADED = "base_model.model.", "model."
 # What peft can train beside the low-rank matrices; their neutral values.
@@ -25,7 +29,7 @@ _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, []),
     # The last two take a part out of the base, the same one every time; others that do draw at
     # random or need data.
-    "init_lora_weights": (True, False, None, "gaussian", "pissa", "olora"),
+    "init_lora_weights": (*PLAIN_STARTS, "pissa", "olora"),
 }
 
 
@@ -72,9 +76,9 @@ def merge_adapter(
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json`; ValueError where there is none."""
-    path = folder / _SETTINGS
+    path = folder / ADAPTER_SETTINGS
     if not path.is_file():
-        raise ValueError(f"{folder} has no {_SETTINGS}; it is not a LoRA that peft saved.")
+        raise ValueError(f"{folder} has no {ADAPTER_SETTINGS}; it is not a LoRA that peft saved.")
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return settings
 
@@ -121,9 +125,11 @@ def _load_weights(adapted: Any, folder: Path) -> None:
     """Put a saved adapter into LoRA layers; every key must have its place, every place its key."""
     from peft import set_peft_model_state_dict
 
-    if not (folder / _WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {_WEIGHTS}. Save the adapter again, with safetensors.")
-    weights = load_file(folder / _WEIGHTS)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder} has no {ADAPTER_WEIGHTS}. Save the adapter again, with safetensors."
+        )
+    weights = load_file(folder / ADAPTER_WEIGHTS)
     text_model = adapted.get_base_model()
     weights = {
         _WRAPPED + _strip_head(key.removeprefix(_WRAPPED), text_model): value

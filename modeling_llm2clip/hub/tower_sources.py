@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from ..data.trained_emoji import TRAINED_FILE, TrainedEmoji, read_trained_emoji
+from ..training.adapter_base import ADAPTER_SETTINGS
 
 # Older Hub repositories have no owner ("gpt2").
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -37,7 +38,7 @@ def require_sources(
         faults.append(_find_fault("language model", Path(llm), file="config.json"))
     if caption_adapter is not None:
         adapter = Path(caption_adapter)
-        faults.append(_find_fault("caption adapter", adapter, file="adapter_config.json"))
+        faults.append(_find_fault("caption adapter", adapter, file=ADAPTER_SETTINGS))
     if found := [fault for fault in faults if fault]:
         raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
 

@@ -1,4 +1,4 @@
-"""Whether an adapter was trained on this LLM: by the name it gives its base, or by its weights."""
+"""What an adapter's folder holds and says of its base, by name, by weights, or by how it began."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+ADAPTER_SETTINGS = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Values of peft's `init_lora_weights` that leave the base as it is; others take a part out of it.
+PLAIN_STARTS = (True, False, None, "gaussian")
 # In the metadata of an adapter's weights: SHA-256 of the LLM's that it was trained on.
 BASE_WEIGHTS = "base_weights"
 

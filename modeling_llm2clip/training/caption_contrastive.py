@@ -37,11 +37,10 @@ from ..encoding.fingerprint import fingerprint_text
 from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .adapter_base import require_base_weights
+from .adapter_base import ADAPTER_WEIGHTS, require_base_weights
 from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
 from .callbacks import JsonLinesCallback, LogLastStep, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
-    ADAPTER_WEIGHTS,
     CaptionEncoder,
     LoraArguments,
     configure_lora,

@@ -21,17 +21,21 @@ from torch import Tensor
 from ..encoding.captions import encode_captions
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
-from .adapter_base import BASE_WEIGHTS, is_same_base
+from .adapter_base import (
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    BASE_WEIGHTS,
+    PLAIN_STARTS,
+    is_same_base,
+)
 
-ADAPTER_SETTINGS = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Settings of an adapter that its weights do not show and that change what they do.
 _MEANING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
     "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
 )  # fmt: skip
-# All others take a part out of the base, which was not taken out of ours.
-_BASE_LEFT_AS_IT_IS = (True, False, None, "gaussian", "orthogonal", "eva")
+# What others take out of their base was not taken out of ours.
+_BASE_LEFT_AS_IT_IS = (*PLAIN_STARTS, "orthogonal", "eva")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
+from ...training.adapter_base import ADAPTER_SETTINGS
 from ..build import BuildArguments, build_from_sources
 
 SETTINGS_FILE = "llm2vec_config.json"
@@ -70,7 +71,7 @@ def build_from_llm2vec(
         given to a merged folder or missing for a LoRA.
     """
     arguments = replace(arguments, **read_llm2vec_settings(folder))
-    is_lora = (folder / "adapter_config.json").is_file()
+    is_lora = (folder / ADAPTER_SETTINGS).is_file()
     if is_lora != (base is not None):
         raise ValueError(
             f"{folder} is a LoRA, so it needs its base LLM (llm)."

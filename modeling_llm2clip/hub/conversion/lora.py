@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...training.adapter_base import PLAIN_STARTS
 from ..adapters import read_adapter_settings, require_base
 from .tensors import LazyTensor, open_weights
 
@@ -30,8 +31,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
-    # Others begin by taking a part out of the base.
-    "init_lora_weights": (True, False, None, "gaussian"),
+    "init_lora_weights": PLAIN_STARTS,
 }
 
 
