@@ -1,4 +1,4 @@
-"""Everything about an LLM2CLIP model that changes a number it returns.
+"""Everything about an LLM2CLIP model that changes a number it returns, or says what it is worth.
 
 Travels to the Hub beside the weights.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 TEXT_POOLINGS = ("mean", "last_token")
 VISION_POOLINGS = ("pooler", "cls", "mean")
@@ -52,6 +52,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
             token, or the `"mean"` of its tokens.
         visual_projection_bias: whether the picture projection has a bias.
         logit_scale_init_value: logarithm of the initial inverse temperature.
+        text_adapter_trained, projections_trained: whether the text adapter and both projections
+            were trained, or still have the random weights they start with. `LLM2CLIPModel.forward`
+            sets both when it computes a loss for training; a training loop that computes its loss
+            elsewhere sets them itself.
         format_version: layout of weights and settings; checked on loading.
 
     Raises:
@@ -82,6 +86,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         vision_pooling: str = "pooler",
         visual_projection_bias: bool = False,
         logit_scale_init_value: float = LOGIT_SCALE_INIT,
+        text_adapter_trained: bool = False,
+        projections_trained: bool = False,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -109,6 +115,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.vision_pooling = vision_pooling
         self.visual_projection_bias = visual_projection_bias
         self.logit_scale_init_value = logit_scale_init_value
+        self.text_adapter_trained = text_adapter_trained
+        self.projections_trained = projections_trained
         self.format_version = format_version
         _write_attention_direction(self.text_config, bidirectional=bidirectional)
         self._check_values()
@@ -127,8 +135,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
             lost += [] if "is_causal" in config_dict["text_config"] else ["text_config.is_causal"]
         if lost:
             raise ValueError(
-                f"config.json lacks {lost}. Each of them changes the vectors, so none is guessed. "
-                "Restore them from the original checkpoint, or build the model again."
+                f"config.json lacks {lost}. Each of them changes the embeddings or says what "
+                "they are worth, so none is guessed. Restore them from the original "
+                "checkpoint, or build the model again."
             )
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with what it did not read
@@ -166,7 +175,8 @@ _SAVED_FIELDS = {
     "vision_config", "text_config", "projection_dim", "bidirectional", "text_pooling",
     "prompt_prefix_ids", "prompt_suffix_ids", "prompt_suffix_ends_special", "max_text_length",
     "normalize_text_before_adapter", "text_adapter_layers", "text_adapter_expansion",
-    "vision_pooling", "visual_projection_bias", "logit_scale_init_value", "format_version",
+    "vision_pooling", "visual_projection_bias", "logit_scale_init_value",
+    "text_adapter_trained", "projections_trained", "format_version",
 }  # fmt: skip
 
 
@@ -198,6 +208,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text_adapter_expansion": _WHOLE,
     "visual_projection_bias": _TRUTH,
     "logit_scale_init_value": ("a finite number", _is_number),
+    "text_adapter_trained": _TRUTH,
+    "projections_trained": _TRUTH,
 }
 
 

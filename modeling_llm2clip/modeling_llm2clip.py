@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .batching_llm2clip import plan_token_batches
 from .configuration_llm2clip import LLM2CLIPConfig
+from .loading_llm2clip import build_tower, refuse_unaccounted_keys
 from .packing_llm2clip import (
     can_pack,
     hold_passes,
@@ -171,6 +172,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)  # type: ignore[no-untyped-call]
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Say no to vLLM, which would run the LLM causally and pool other tokens."""
+        return False
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but strictly.
 
@@ -191,7 +197,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 "again."
             ) from error
         model, info = loaded
-        _refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
+        refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
         return (model, info) if wants_info else model
 
     def save_pretrained(  # type: ignore[override]
@@ -235,7 +241,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def _add_text_half(self, text_model: PreTrainedModel | None) -> None:
         config = self.config
         width = config.text_config.hidden_size
-        self.text_model = text_model or AutoModel.from_config(config.text_config)
+        self.text_model = text_model or build_tower(config.text_config)
         self.text_model.config = config.text_config  # one object, so that settings reach both
         set_attention_direction(self.text_model, bidirectional=config.bidirectional)
         self.text_adapter = TextAdapter(
@@ -248,7 +254,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     def _add_vision_half(self, vision_model: PreTrainedModel | None) -> None:
         config = self.config
-        self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model or build_tower(config.vision_config)
         self.vision_model.config = config.vision_config
         if config.vision_pooling == "cls" and not has_class_token(self.vision_model):
             raise ValueError(
@@ -524,11 +530,15 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
 
         Args: as `get_text_features` and `get_image_features`.
             return_loss: add the symmetric contrastive loss; row i of the pictures belongs to
-                row i of the texts.
+                row i of the texts. In training mode with gradients this also notes in the config
+                that adapter and projections are trained; see `LLM2CLIPConfig`.
             return_dict: False for a tuple of the fields that are not None.
         Raises: ValueError when there is no input, or `return_loss` without equally many
             pictures and texts.
         """
+        if return_loss and self.training and torch.is_grad_enabled():
+            # A step of training; without a read, so that a compiled graph has no guard on it.
+            self.config.text_adapter_trained = self.config.projections_trained = True
         image_embeds = text_embeds = None
         if pixel_values is not None:
             features = self.get_image_features(
@@ -675,19 +685,3 @@ def _check_width(embeds: Tensor, width: int, *, name: str) -> None:
             f"{tuple(embeds.shape)}. Token ids go into get_text_features, pictures into "
             "get_image_features; vectors of another tower do not fit this checkpoint."
         )
-
-
-def _refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:
-    mismatched = {} if allow_misshapen else {key[0]: key[1:] for key in info["mismatched_keys"]}
-    missing = sorted(set(info["missing_keys"]) - {key[0] for key in info["mismatched_keys"]})
-    unexpected = sorted(info["unexpected_keys"])
-    if not (mismatched or missing or unexpected):
-        return
-    raise ValueError(
-        f"{cls.__name__}: the weights do not fit the configuration, and nothing is guessed. "
-        f"Missing ({len(missing)}): {missing[:8]}. Unexpected ({len(unexpected)}): "
-        f"{unexpected[:8]}. Of another shape ({len(mismatched)}; saved, wanted): "
-        f"{dict(list(mismatched.items())[:8])}. Use the class that saved the folder (text-only: "
-        "LLM2CLIPTextModel, picture-only: LLM2CLIPVisionModel), the transformers version it names, "
-        "or convert the checkpoint again."
-    )

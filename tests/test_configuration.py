@@ -30,6 +30,8 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "vision_pooling": "cls",
     "visual_projection_bias": True,
     "logit_scale_init_value": 1.5,
+    "text_adapter_trained": True,
+    "projections_trained": True,
 }
 
 

@@ -169,11 +169,13 @@ def tiny_model(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     dtype: torch.dtype = torch.float32,
+    trained: bool = True,
     **arguments: Any,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build a whole model and its processor from two tiny towers.
 
     Args:
+        trained: whether its config says so, as if its weights came of a training.
         arguments: of `BuildArguments`; by default the llama-3 prompt, at most 32 tokens, a
             shared space as wide as the LLM (so that `text_projection` is square), two adapter
             blocks.
@@ -188,13 +190,15 @@ def tiny_model(
     vision_model, image_processor = tiny_vision(vision)
     tokenizer = tokenizer or tiny_tokenizer()
     text_model = tiny_llm(llm, vocabulary_size=len(tokenizer))
-    return build_model(
+    model, processor = build_model(
         _cast_parameters(vision_model, dtype),
         image_processor,
         _cast_parameters(text_model, dtype),
         tokenizer,
         BuildArguments(**chosen),
     )
+    model.config.text_adapter_trained = model.config.projections_trained = trained
+    return model, processor
 
 
 def tiny_pictures(count: int = 2) -> list[Image.Image]:

@@ -166,7 +166,6 @@ def _build(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..hub.build import BuildArguments
-    from ..hub.card_facts import require_license
     from ..hub.conversion.llm2vec import build_from_llm2vec
     from ..hub.export import export_model
     from ..hub.new_folder import require_new_folder
@@ -176,7 +175,10 @@ def _build(arguments: argparse.Namespace) -> int:
     destination = _read_destination(arguments)
     facts = _gather_facts(arguments)
     if destination is not None:
-        require_license(facts, arguments.source)
+        raise ValueError(
+            f"--push: the recipe {_LLM2VEC!r} makes an untrained model, and none is published. "
+            "Leave --push out, align the model (llm2clip align), and export that with --push."
+        )
     normalizes = arguments.normalize_text_before_adapter
     model, processor = build_from_llm2vec(
         arguments.vision,
@@ -200,11 +202,9 @@ def _build(arguments: argparse.Namespace) -> int:
         processor,
         arguments.output,
         facts=facts,
-        name=arguments.push,
         max_shard_size=f"{arguments.shard_size_mb}MB",
     )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
-    _push(arguments.output, destination)
     return 0
 
 

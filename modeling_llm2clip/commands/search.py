@@ -37,7 +37,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..configuration_llm2clip import LLM2CLIPConfig
     from ..encoding.devices import require_device
+    from ..encoding.training_state import require_trained
     from ..hub.doctor.patient import find_folder
     from ..hub.new_folder import require_new_folder
     from ..modeling_llm2clip import LLM2CLIPModel
@@ -50,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         require_new_folder(arguments.output)
     paths = list_pictures(arguments.pictures)
     folder = find_folder(arguments.model)
+    config = LLM2CLIPConfig.from_pretrained(folder)
+    require_trained(config, purpose="search", source=arguments.model)
     kept = _open_vectors(arguments.vectors, folder)
     paths = _leave_out_faults(paths, kept, allowed=arguments.exclude_faults)
     processor = LLM2CLIPProcessor.from_pretrained(folder)

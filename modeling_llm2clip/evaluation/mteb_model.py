@@ -12,7 +12,9 @@ from pathlib import Path
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
+from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.fingerprint import fingerprint_weights
+from ..encoding.training_state import warn_of_untrained
 from .encoders.files import hash_files
 
 
@@ -39,7 +41,10 @@ def open_for_mteb(
     name = f"local/{folder.resolve().name}" if name is None else name
     if name.count("/") != 1:
         raise ValueError(f"name={name!r} must be `organization/model`: mteb files results by it.")
-    model = SentenceTransformer(str(folder), device=device)
+    warn_of_untrained(LLM2CLIPConfig.from_pretrained(folder), folder)
+    model = SentenceTransformer(
+        str(folder), device=device, trust_remote_code=False, local_files_only=True
+    )
     wrapper = SentenceTransformerEncoderWrapper(model)
     wrapper.mteb_model_meta = _describe(wrapper.mteb_model_meta, model, folder, name=name)
     return wrapper

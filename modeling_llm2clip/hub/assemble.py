@@ -5,6 +5,7 @@ Weights are copied file by file: memory holds one file at most, and the LLM is n
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..modeling_llm2clip import LLM2CLIPModel
@@ -37,6 +39,8 @@ def assemble_folder(
     *,
     training_data: Sequence[str] = (),
     trained_emoji: TrainedEmoji | None = None,
+    text_adapter_trained: bool = True,
+    projections_trained: bool = True,
 ) -> bool:
     """Write a model's folder with some of its weights replaced.
 
@@ -52,6 +56,7 @@ def assemble_folder(
         training_data: what was trained on, for the card, beside what the source states.
         trained_emoji: what the training has seen of the package's emoji, beside what the source
             states; None where that is not known.
+        text_adapter_trained, projections_trained: what the new config.json says of these parts.
     Returns: whether golden vectors were recorded; not, where the source has none of its LLM.
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -71,6 +76,11 @@ def assemble_folder(
             shutil.copy2(path, unfinished / name)
         for path in list_travelling_files():
             shutil.copy2(path, unfinished / path.name)
+        _write_training_state(
+            unfinished,
+            text_adapter_trained=text_adapter_trained,
+            projections_trained=projections_trained,
+        )
         for path in _list_weights(source):
             _copy_weights(path, unfinished / path.name, trained)
         _record_trained_emoji(source, unfinished, trained_emoji)
@@ -110,6 +120,13 @@ def _copy_weights(source: Path, target: Path, trained: Mapping[str, Tensor]) -> 
     for name in set(tensors) & set(trained):
         tensors[name] = trained[name].to(tensors[name].dtype).contiguous()
     save_file(tensors, target, metadata=metadata)
+
+
+def _write_training_state(folder: Path, **state: bool) -> None:
+    path = folder / CONFIG_NAME
+    content = json.loads(path.read_text(encoding="utf-8")) | state
+    # As `save_pretrained` writes it.
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _record_trained_emoji(source: Path, folder: Path, trained: TrainedEmoji | None) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
+from ..encoding.training_state import require_trained
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .card_facts import CardFacts, read_card_facts, require_license, require_own_results
@@ -48,7 +49,8 @@ class ExportArguments:
         base_models: Hub ids of the vision tower and of the language model, for the card; None
             keeps the names that the configuration has.
         name: what the card calls the model; None for the folder's last name.
-        requires_license: refuse, before anything is loaded, what could not be published.
+        requires_license: refuse, before anything is loaded, what could not be published: a model
+            without a license, or an untrained one.
     """
 
     components: str = "full"
@@ -93,13 +95,14 @@ def export_checkpoint(
     require_new_folder(Path(folder))
     source = find_folder(source, revision=revision)
     card_facts = replace(read_card_facts(source), **(facts or {}))
+    before = LLM2CLIPConfig.from_pretrained(source)
     if arguments.requires_license:
         require_license(card_facts, source)
+        require_trained(before, purpose="publishing", source=source)
     processor = LLM2CLIPProcessor.from_pretrained(source)
     model = COMPONENTS[arguments.components].from_pretrained(
         source, dtype=getattr(torch, arguments.dtype) if arguments.dtype else "auto"
     )
-    before = LLM2CLIPConfig.from_pretrained(source)
     is_same = model.dtype == before.dtype and before.architectures == [type(model).__name__]
     if not is_same and "results" not in (facts or {}):
         card_facts = replace(card_facts, results=())

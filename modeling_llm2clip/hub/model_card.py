@@ -14,11 +14,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.training_state import describe_untrained
 from .card_facts import CardFacts
 from .golden import GOLDEN_FILE
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TASK_TAG = "image-text-retrieval"
+_UNTRAINED_TAG = "untrained"
 _TOWERS = {"vision": "vision_model", "text": "text_model"}
 _SUMMARIES = {
     ("vision", "text"): (
@@ -33,6 +36,15 @@ _PIPELINES = {
     ("vision",): "image-feature-extraction",
     ("text",): "feature-extraction",
 }
+_PURPOSE = re.compile(r"## Intended use\n.*?(?=## )", re.DOTALL)
+_UNTRAINED = """## Untrained: not for use yet
+
+This model was put together and not trained. It is {state}.
+
+Until then its similarities are random numbers. It must be aligned first; what comes of that has a
+card of its own, and this one is not for publication.
+
+"""
 _SNIPPETS = {
     "vision": 'pictures = model.encode(["path/to/picture.png"])',
     "text": 'captions = model.encode(["a red apple", "a sleeping cat"])',
@@ -50,17 +62,18 @@ def write_model_card(folder: Path, facts: CardFacts, *, name: str) -> None:
     counts = _count_parameters(folder)
     halves = tuple(half for half, tower in _TOWERS.items() if tower in counts)
     origins = {half: _name_origin(config, half) for half in halves}
+    trained = config.projections_trained
     data = ModelCardData(
         **facts.metadata,
         library_name="sentence-transformers",
-        pipeline_tag=_PIPELINES[halves],
-        tags=["llm2clip", "sentence-transformers", "image-text-retrieval"],
+        pipeline_tag=_PIPELINES[halves] if trained else None,
+        tags=["llm2clip", "sentence-transformers", _TASK_TAG if trained else _UNTRAINED_TAG],
         base_model=[origin for origin in origins.values() if _HUB_ID.fullmatch(origin)] or None,
         datasets=[data for data in facts.training_data if _HUB_ID.fullmatch(data)] or None,
         model_name=name if facts.results else None,
         eval_results=facts.eval_results or None,
     )
-    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    body = Template(_choose_template(config)).substitute(
         name=name,
         summary=f"An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)). "
         f"{Template(_SUMMARIES[halves]).substitute(dim=config.projection_dim)}",
@@ -78,6 +91,18 @@ def write_model_card(folder: Path, facts: CardFacts, *, name: str) -> None:
         origins=_draw(_describe_origins(origins, facts)),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _choose_template(config: LLM2CLIPConfig) -> str:
+    """The template; of an untrained model, what it lacks in place of its intended use."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    state = describe_untrained(config)
+    if state is None:
+        return text
+    note = f"The model is in part {state}.\n\n"
+    if config.projections_trained:
+        return _PURPOSE.sub(lambda purpose: purpose[0] + note, text)
+    return _PURPOSE.sub(_UNTRAINED.format(state=state), text)
 
 
 def _describe_parts(

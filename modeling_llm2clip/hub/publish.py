@@ -14,6 +14,8 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.training_state import require_trained
 from .card_facts import read_card_facts, require_license
 from .doctor import diagnose
 
@@ -70,14 +72,16 @@ def check_publishable(folder: str | Path) -> list[PlannedFile]:
     """Refuse a folder that others should not get; nothing is sent.
 
     Returns: what would be uploaded.
-    Raises: ValueError when it is no folder, states no licence, holds files that can carry code, or
-        `doctor` finds a fault. There is no way around `doctor`: a folder that gives wrong vectors
-        here gives wrong vectors everywhere.
+    Raises: ValueError when it is no folder, states no licence, is untrained, holds files that can
+        carry code, or `doctor` finds a fault. There is no way around `doctor`: a folder
+        that gives wrong vectors here gives wrong vectors everywhere.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json. Export one first.")
     require_license(read_card_facts(folder), folder)
+    config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
+    require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)
     pickles = [file.path for file in files if Path(file.path).suffix in _PICKLES]
     if pickles:

@@ -98,6 +98,7 @@ class Description:
         dtype: of the weights as they are run.
         run: device and batch size, which do not move a score in float32.
         trained_emoji: what the model's folder says of it; None where it says nothing.
+        untrained_parts: of a model of this package, those with random weights.
     """
 
     kind: str
@@ -108,10 +109,14 @@ class Description:
     dtype: str
     run: dict[str, Any] = field(default_factory=dict)
     trained_emoji: TrainedEmoji | None = None
+    untrained_parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As values that JSON can hold, what it was trained on left out."""
-        return {name: value for name, value in asdict(self).items() if name != "trained_emoji"}
+        told = asdict(self)
+        del told["trained_emoji"]
+        untrained = list(told.pop("untrained_parts"))
+        return told | ({"untrained_parts": untrained} if untrained else {})
 
 
 class Encoder(Protocol):

@@ -15,6 +15,7 @@ from ...data.trained_emoji import read_trained_emoji
 from ...encoding.captions import encode_captions
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...encoding.pictures import encode_pictures
+from ...encoding.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
 from .activations import describe_activation
@@ -34,6 +35,8 @@ class OwnEncoder:
         self._settings = settings
         self._source = source
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
+        self._config = LLM2CLIPConfig.from_pretrained(folder)
+        warn_of_untrained(self._config, source)
 
     def describe(self) -> Description:
         """Say what decides the vectors."""
@@ -83,7 +86,7 @@ class OwnEncoder:
 
     @cached_property
     def _description(self) -> Description:
-        config = LLM2CLIPConfig.from_pretrained(self._folder)
+        config = self._config
         text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
         model = fingerprint_model(self._folder)
         saved = model.pop("dtype")
@@ -119,4 +122,5 @@ class OwnEncoder:
             dtype=self._settings.choose_dtype(saved),
             run=self._settings.run,
             trained_emoji=read_trained_emoji(self._folder),
+            untrained_parts=find_untrained_parts(config),
         )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.named_vectors import SIDES, read_named_vectors, side_file
 from ...data.trained_emoji import read_trained_emoji
@@ -29,6 +30,7 @@ from ...encoding.fingerprint import (
     fingerprint_weights,
     hash_json,
 )
+from ...encoding.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
 from .encoder import Description, EncodedTexts, EncoderSettings
@@ -81,6 +83,11 @@ class StoredEncoder:
         self._settings = settings
         self._source = source
         self._head_folder = head
+        self._untrained_parts: tuple[str, ...] = ()
+        if head is not None:
+            config = LLM2CLIPConfig.from_pretrained(head)
+            self._untrained_parts = find_untrained_parts(config)
+            warn_of_untrained(config, head)
         named = {side: side_file(folder, side) for side in SIDES}
         self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
         self._is_store = not self._sides
@@ -178,6 +185,7 @@ class StoredEncoder:
             pictures=sides.get("pictures"),
             dtype="+".join(sorted(dtypes)),
             trained_emoji=None if head is None else read_trained_emoji(head),
+            untrained_parts=self._untrained_parts,
         )
 
 

@@ -9,6 +9,10 @@ class NotApplicableError(Exception):
     """A check has nothing to look at in this checkpoint or on this machine; the text says why."""
 
 
+class ConcernError(Exception):
+    """A check found no fault in the folder, but what its user must know; the text says what."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One question to a checkpoint and its answer.
@@ -18,16 +22,20 @@ class Check:
         passed: False also where it was skipped.
         message: what was seen; for a fault, what was wanted and what to do.
         skipped: it could not be asked; `message` says why.
+        concern: it passed, and `message` says what the user must know; the summary repeats it.
     """
 
     name: str
     passed: bool
     message: str
     skipped: bool = False
+    concern: bool = False
 
     @property
     def verdict(self) -> str:
-        """`"ok"`, `"skipped"` or `"FAILED"`."""
+        """`"ok"`, `"warning"`, `"skipped"` or `"FAILED"`."""
+        if self.concern:
+            return "warning"
         return "ok" if self.passed else "skipped" if self.skipped else "FAILED"
 
 
@@ -54,6 +62,7 @@ class Diagnosis:
         lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
         num_skipped = sum(check.skipped for check in self.checks)
         verdict = "healthy" if self.healthy else f"{len(self.failed)} of {len(self.checks)} FAILED"
+        verdict += "".join(f", but {check.message}" for check in self.checks if check.concern)
         skipped = f", {num_skipped} skipped" if num_skipped else ""
         return "\n".join([*lines, f"{self.source}: {verdict}{skipped}"])
 

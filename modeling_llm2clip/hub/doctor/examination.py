@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ...encoding.devices import require_device
 from .comparisons import check_golden_vectors, check_sentence_transformers
-from .diagnosis import Check, Diagnosis, NotApplicableError
+from .diagnosis import Check, ConcernError, Diagnosis, NotApplicableError
 from .file_checks import (
     check_config,
     check_finite_weights,
     check_remote_code,
+    check_training,
     check_weight_dtypes,
 )
 from .model_checks import (
@@ -49,6 +50,7 @@ class _Plan:
 _TEXT, _BOTH = "text", "both"
 _PLANS = (
     _Plan("config", check_config),
+    _Plan("training", check_training, ("config",)),
     _Plan("remote code", check_remote_code),
     _Plan("finite weights", check_finite_weights),
     _Plan("weight dtype", check_weight_dtypes, ("config",)),
@@ -120,6 +122,8 @@ def _examine(plan: _Plan, patient: Patient, unmet: dict[str, str]) -> tuple[Chec
         return Check(plan.name, True, plan.examine(patient)), False
     except NotApplicableError as reason:
         return Check(plan.name, False, str(reason), skipped=True), False
+    except ConcernError as concern:
+        return Check(plan.name, True, str(concern), concern=True), False
     # A broken checkpoint can raise anything anywhere; here all of it becomes a failed check.
     except Exception as error:
         return Check(plan.name, False, _describe(error)), True

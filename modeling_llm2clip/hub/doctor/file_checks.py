@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ... import configuration_llm2clip
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...encoding.training_state import describe_untrained
 from ...modeling_llm2clip import (
     _CODE_OF_EVERY_FOLDER,
     LLM2CLIPModel,
     LLM2CLIPTextModel,
     LLM2CLIPVisionModel,
 )
-from .diagnosis import NotApplicableError
+from .diagnosis import ConcernError, NotApplicableError
 from .patient import Patient
 
 _MODEL_CLASSES = {
@@ -60,6 +61,13 @@ def check_config(patient: Patient) -> str:
         f"{architecture}, format {config.format_version}, {direction}, "
         f"{config.projection_dim} dimensions"
     )
+
+
+def check_training(patient: Patient) -> str:
+    """Say which parts are random: no fault of a folder, but of no use before they are trained."""
+    if state := describe_untrained(patient.config):
+        raise ConcernError(state)
+    return "text adapter and projections are stated to be trained"
 
 
 def check_weight_dtypes(patient: Patient) -> str:

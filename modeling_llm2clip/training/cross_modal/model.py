@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoModel
 
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...loading_llm2clip import build_tower
 from ...modeling_llm2clip import LLM2CLIPModel
 
 _ALWAYS_TRAINED = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
@@ -59,7 +59,7 @@ class AlignmentModel(LLM2CLIPModel):
         if not with_vision_tower:
             # Built without memory, because only the network knows how wide its vectors are.
             with torch.device("meta"):
-                vision_model = AutoModel.from_config(config.vision_config)
+                vision_model = build_tower(config.vision_config)
         text_model: Any = None if with_llm else _AbsentTower()
         super().__init__(config, vision_model, text_model)
         if not with_vision_tower:
