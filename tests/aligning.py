@@ -30,11 +30,12 @@ from modeling_llm2clip.training.shard_work import ExtractionArguments
 NUM_RECORDS = 24
 SHORT_RUN: dict[str, Any] = {
     "steps": 6, "batch_size": 8, "lr": 1e-3, "log_every": 1, "save_every": 2, "device": "cpu",
+    "held_out_share": 0.0,
 }  # fmt: skip
 # Long enough to be killed in the middle.
 LONG_RUN: dict[str, Any] = {
     "steps": 120, "batch_size": 8, "log_every": 1, "save_every": 7, "device": "cpu",
-    "vision_training": "full", "layer_decay": 0.9, "lr": 1e-4,
+    "vision_training": "full", "layer_decay": 0.9, "lr": 1e-4, "patience": 100,
 }  # fmt: skip
 TOWERS = ("text_model.", "vision_model.")
 

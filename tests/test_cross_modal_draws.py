@@ -42,7 +42,7 @@ def test_the_only_kind_there_is_is_drawn(num_short: int, num_long: int, is_long:
 
 
 def test_every_epoch_shows_every_picture_once_in_another_order() -> None:
-    batches = list(RunBatches(12, batch_size=4, num_steps=6, seed=0))
+    batches = list(RunBatches(range(12), batch_size=4, num_steps=6, seed=0))
     epochs = [[pair for batch in half for pair in batch] for half in (batches[:3], batches[3:])]
     for number, pairs in enumerate(epochs):
         assert {epoch for epoch, _ in pairs} == {number}
@@ -52,8 +52,8 @@ def test_every_epoch_shows_every_picture_once_in_another_order() -> None:
 
 def test_processes_share_the_batches_of_one() -> None:
     settings: dict[str, Any] = {"batch_size": 4, "num_steps": 5, "seed": 0}
-    halves = [RunBatches(10, rank=rank, num_processes=2, **settings) for rank in range(2)]
-    for whole, *parts in zip(RunBatches(10, **settings), *halves, strict=True):
+    halves = [RunBatches(range(10), rank=rank, num_processes=2, **settings) for rank in range(2)]
+    for whole, *parts in zip(RunBatches(range(10), **settings), *halves, strict=True):
         assert whole == parts[0] + parts[1]
 
 

@@ -47,7 +47,7 @@ def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
 
     store = prepared.caption_store
     store.__class__ = Broken
-    first = next(iter(RunBatches(NUM_RECORDS, batch_size=8, num_steps=1, seed=0)))
+    first = next(iter(RunBatches(range(NUM_RECORDS), batch_size=8, num_steps=1, seed=0)))
     keys = [prepared.records[first[row][1]].key for row in (2, 5)]
     message = f"2 of 8 pairs have vectors that are not finite, with the keys {keys}."
     with pytest.raises(FloatingPointError, match=re.escape(message)):

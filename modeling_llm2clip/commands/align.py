@@ -34,16 +34,44 @@ def _add_parts(group: Any) -> None:
     group.add_argument("--text-rank", type=int, default=16, help="of the LoRA")
     group.add_argument("--text-alpha", type=int, default=32)
     group.add_argument(
-        "--start", choices=("as-is", "canonical-correlation"), default="as-is",
-        help="of both projections; the second needs both stores",
+        "--start", choices=("auto", "as-is", "canonical-correlation"), default="auto",
+        help="where both projections start; auto: the canonical correlation of the stored "
+        "embeddings where both stores are given, and for a trained model the better one",
     )  # fmt: skip
 
 
 def _add_settings(group: Any) -> None:
-    group.add_argument("--epochs", type=float, default=1.0)
-    group.add_argument("--steps", type=int, help="instead of epochs")
-    group.add_argument("--batch-size", type=int, default=512, help="over all processes together")
-    group.add_argument("--lr", type=float, default=1e-3)
+    group.add_argument(
+        "--epochs", type=float, help="passes over the data; default: 10, and at least 300 steps"
+    )
+    group.add_argument("--steps", type=int, help="number of steps, instead of epochs")
+    group.add_argument(
+        "--batch-size", type=int,
+        help="images of a batch, over all processes together; default: 512, or all there are",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr", type=float,
+        help="peak learning rate; default: 1e-4, and 1e-3 where the projections start at random",
+    )  # fmt: skip
+    group.add_argument(
+        "--image-noise", type=float, default=1.0,
+        help="noise on stored image embeddings, as a share of their length",
+    )  # fmt: skip
+    group.add_argument(
+        "--caption-noise", type=float, default=0.5, help="the same on stored caption embeddings"
+    )
+    group.add_argument(
+        "--held-out-share", type=float, default=0.1,
+        help="share of the images that is never trained on and tells the best weights; 0 for none",
+    )  # fmt: skip
+    group.add_argument(
+        "--evaluate-every", type=int,
+        help="steps between two looks at the held-out images; default: a twentieth of the run",
+    )  # fmt: skip
+    group.add_argument(
+        "--patience", type=int, default=6,
+        help="stop after so many looks in a row without a lower held-out loss",
+    )  # fmt: skip
     group.add_argument("--vision-lr", type=float, help="of a wholly trained tower; default: lr")
     group.add_argument("--layer-decay", type=float, default=0.85, help="of its lower layers")
     group.add_argument("--weight-decay", type=float, default=0.05)
@@ -68,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     from ..data.trained_emoji import find_trained_emoji
     from ..data.vector_store import VectorStore
+    from ..hub.alignment_report import NEAR_CHANCE, describe_result, find_caution, list_results
     from ..hub.assemble import assemble_folder
     from ..hub.doctor.patient import find_folder
     from ..hub.new_folder import clear_leftovers, require_new_folder
@@ -100,13 +129,20 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.output}."
         )
         return result.exit_code
+    data = Path(arguments.data).resolve().name
     has_golden = assemble_folder(
         model,
         result.trained,
         folder,
-        training_data=[Path(arguments.data).resolve().name],
+        training_data=[data],
         trained_emoji=trained_emoji,
+        results=list_results(result, data),
+        caution=find_caution(result),
+        projections_trained=result.has_trained_projections,
+        text_adapter_trained=result.has_trained_adapter,
     )
+    for line in describe_result(result):
+        print(line)
     print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")
     if not has_golden:
         print(
@@ -114,4 +150,6 @@ def run(arguments: argparse.Namespace) -> int:
             "`llm2clip build` records them now."
         )
     print(f"Next: llm2clip doctor {folder}")
+    if find_caution(result):
+        print(NEAR_CHANCE)
     return 0

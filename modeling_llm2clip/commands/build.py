@@ -33,7 +33,10 @@ def add_parser(commands: Any) -> None:
         help="mean and std of the pictures: the tower's own, CLIP's, 0.5, or ImageNet's",
     )
     build.add_argument("--text-adapter-layers", type=int, default=4)
-    build.add_argument("--visual-projection-bias", action="store_true")
+    build.add_argument(
+        "--visual-projection-bias", action=argparse.BooleanOptionalAction, default=True,
+        help="bias of the image projection; the closed-form start of align needs it",
+    )  # fmt: skip
     build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
     build.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
     build.add_argument("--causal", dest="bidirectional", action="store_false")

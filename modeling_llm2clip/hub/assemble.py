@@ -20,7 +20,7 @@ from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.cross_modal.model import AlignmentModel
-from .card_facts import read_card_facts
+from .card_facts import RecordedResult, read_card_facts
 from .doctor.file_checks import list_travelling_files
 from .export import RECORD_BEFORE_TRAINING, RECORD_FILE, find_records
 from .golden import GOLDEN_FILE, renew_golden_vectors, write_golden_vectors
@@ -41,6 +41,8 @@ def assemble_folder(
     trained_emoji: TrainedEmoji | None = None,
     text_adapter_trained: bool = True,
     projections_trained: bool = True,
+    results: Sequence[RecordedResult] = (),
+    caution: str | None = None,
 ) -> bool:
     """Write a model's folder with some of its weights replaced.
 
@@ -57,6 +59,8 @@ def assemble_folder(
         trained_emoji: what the training has seen of the package's emoji, beside what the source
             states; None where that is not known.
         text_adapter_trained, projections_trained: what the new config.json says of these parts.
+        results: measured with the trained weights.
+        caution: what the card must warn of.
     Returns: whether golden vectors were recorded; not, where the source has none of its LLM.
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -85,7 +89,7 @@ def assemble_folder(
             _copy_weights(path, unfinished / path.name, trained)
         _record_trained_emoji(source, unfinished, trained_emoji)
         has_golden = _record_golden_vectors(source, unfinished, trained)
-        facts = replace(facts, results=(), training_data=tuple(data))
+        facts = replace(facts, results=tuple(results), caution=caution, training_data=tuple(data))
         write_model_card(unfinished, facts, name=folder.name)
     return has_golden
 

@@ -51,7 +51,7 @@ class BuildArguments:
     vision_pooling: str = "pooler"
     text_adapter_layers: int = 4
     normalize_text_before_adapter: bool = True
-    visual_projection_bias: bool = False
+    visual_projection_bias: bool = True
     image_size: int | None = None
     normalization: str = "own"
     seed: int = 0

@@ -58,6 +58,7 @@ class CardFacts:
             cards say it.
         training_data: names or Hub ids of the data sets of the alignment.
         results: measured with these very weights.
+        caution: what a user must know before all else, e.g. that the model is near chance.
 
     Raises: ValueError for a `license_id` that is none, or an `"other"` without name and link.
     """
@@ -69,6 +70,7 @@ class CardFacts:
     text_license: str | None = None
     training_data: tuple[str, ...] = ()
     results: tuple[RecordedResult, ...] = ()
+    caution: str | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -92,6 +94,7 @@ class CardFacts:
             "vision_license": self.vision_license,
             "text_license": self.text_license,
             "training_data": list(self.training_data) or None,
+            "caution": self.caution,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -132,6 +135,7 @@ def read_card_facts(folder: Path) -> CardFacts:
         text_license=data.get("text_license"),
         training_data=tuple(data.get("training_data") or ()),
         results=tuple(RecordedResult(*key, found) for key, found in scores.items()),
+        caution=data.get("caution"),
     )
 
 

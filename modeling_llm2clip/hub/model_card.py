@@ -76,7 +76,8 @@ def write_model_card(folder: Path, facts: CardFacts, *, name: str) -> None:
     body = Template(_choose_template(config)).substitute(
         name=name,
         summary=f"An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)). "
-        f"{Template(_SUMMARIES[halves]).substitute(dim=config.projection_dim)}",
+        f"{Template(_SUMMARIES[halves]).substitute(dim=config.projection_dim)}"
+        + (f"\n\n**{facts.caution}**" if facts.caution else ""),
         parts=_draw(_describe_parts(folder, config, counts)),
         snippet="\n".join(
             [_SNIPPETS[half] for half in halves]

@@ -50,11 +50,20 @@ class AlignmentPairs:
         if bad:
             raise ValueError(f"{len(bad)} pictures have no caption; the first is number {bad[0]}.")
 
-    def pair_rows(self) -> tuple[Tensor, Tensor]:
-        """Return every caption beside its picture: (N, D) and (N, D') float32."""
+    def pair_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return every caption beside its image: (N, D), (N, D') float32, and groups, (N,)."""
         pictures = [i for i, rows in enumerate(self.captions_of_picture) for _ in rows]
         captions = [row for rows in self.captions_of_picture for row in rows]
-        return self.caption_embeds[captions], self.vision_embeds[pictures]
+        return (
+            self.caption_embeds[captions],
+            self.vision_embeds[pictures],
+            self.number_keys()[pictures],
+        )
+
+    def number_keys(self) -> Tensor:
+        """(V,) int64, equal for images of one key."""
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(self.keys))}
+        return torch.tensor([numbers[key] for key in self.keys])
 
 
 @dataclass(frozen=True)
@@ -107,8 +116,7 @@ def align_features(
     """
     head = [model.text_adapter, model.text_projection, model.visual_projection, model.logit_scale]
     parameters = [p for module in head for p in module.parameters()]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(pairs.keys))}
-    keys = torch.tensor([numbers[key] for key in pairs.keys])
+    keys = pairs.number_keys()
     generator = torch.Generator().manual_seed(arguments.seed)
     draws = draw_batches(
         pairs.captions_of_picture,

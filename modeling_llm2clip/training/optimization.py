@@ -28,14 +28,21 @@ def split_by_decay(
     return [group for group in groups if group["params"]]
 
 
-def warm_up_then_cosine(steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at each step: up for a tenth of the steps, down as a cosine."""
-    warm_up = max(1, steps // 10)
+def warm_up_then_cosine(steps: int, *, begin: int = 0) -> Callable[[int], float]:
+    """Factor of the learning rate at each step: up for a tenth of the steps, down as a cosine.
+
+    Args:
+        begin: steps at the start during which it is 0.
+    """
+    warm_up = max(1, (steps - begin) // 10)
 
     def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+        if step < begin:
+            return 0.0
+        if step - begin < warm_up:
+            return (step - begin + 1) / warm_up
+        done = (step - begin - warm_up) / max(1, steps - begin - warm_up)
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
 

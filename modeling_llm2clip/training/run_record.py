@@ -45,6 +45,26 @@ def write_run_record(
         "hardware": _describe_hardware(),
         "parameters": count_parameters(model),
     }
+    _write(folder, {**_read_record(folder), **record})
+
+
+def write_run_entry(folder: Path, name: str, value: Any) -> None:
+    """Add what came of a run, or was decided in it, to its record."""
+    _write(folder, {**_read_record(folder), name: value})
+
+
+def read_run_entry(folder: Path, name: str) -> Any:
+    """Return what `write_run_entry` added; None where it is not there."""
+    return _read_record(folder).get(name)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    file = folder / RUN_FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
     # Whole or not there: a run that is killed here must still be known when it is resumed.
     write_durably(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 

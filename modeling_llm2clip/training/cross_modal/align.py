@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.vector_store import VectorStore
@@ -25,28 +24,32 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
 from ..checkpoints import (
     find_last_checkpoint,
-    find_trained,
     forget_what_came_after,
     require_finite,
 )
-from ..closed_form_start import start_from_canonical_correlation
 from ..picture_files import describe_pictures
 from ..run_record import (
     METRICS_FILE,
+    read_run_entry,
     require_fresh_or_resumed,
     require_fresh_or_same_run,
+    write_run_entry,
     write_run_record,
 )
 from ..stopping import StopRequest, stop_on_signals
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset
+from .held_out import HeldOutImages, HeldOutScores, choose_held_out
 from .model import AlignmentModel
+from .selection import KeepBest, restore
+from .start import Start, make_start
 from .towers import choose_trained_parts, merge_loras
-from .trainer import AlignmentTrainer, make_training_arguments
+from .trainer import AlignmentTrainer, RunLength, make_training_arguments
 
-# As many pairs fix a linear fit of vectors of a few thousand elements, and fit into memory.
-_MOST_PAIRS_OF_START = 50_000
 _NAMES_SHOWN = 5
+# What is decided or found while a run goes on, in its record.
+_START, _HELD_OUT = "start", "held_out"
+_SHARE_BEFORE_ADAPTER = 0.25
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,17 @@ class AlignResult:
     Attributes:
         trained: what differs from the model's folder now, by its name there, on the CPU, LoRAs
             merged; empty in all but the main process; None when a signal stopped the run early.
+            With held-out images, the best weights that the run has seen.
         steps: steps done, those before a resumption included.
         final_loss: of the last step, with `log_every` above 1 the mean of the steps since the
             last line of metrics before it.
         exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
         is_main_process: whether this process is the one that writes.
+        start: where it started.
+        before, after: scores on the held-out images at the start, and of `trained`; None without
+            held-out images.
+        best_step: the step whose weights `trained` holds.
+        has_trained_adapter: whether its text adapter has no random weights left.
     """
 
     trained: dict[str, Tensor] | None
@@ -68,6 +77,16 @@ class AlignResult:
     final_loss: float
     exit_code: int
     is_main_process: bool
+    start: Start
+    before: HeldOutScores | None = None
+    after: HeldOutScores | None = None
+    best_step: int | None = None
+    has_trained_adapter: bool = False
+
+    @property
+    def has_trained_projections(self) -> bool:
+        """Whether `trained` holds projections that were fitted or trained, now or before."""
+        return self.start.is_trained or bool(self.best_step)
 
 
 def align(
@@ -110,14 +129,17 @@ def align(
         caption_store=caption_store,
         picture_store=picture_store,
         long_share=arguments.long_share,
+        image_noise=arguments.image_noise,
+        caption_noise=arguments.caption_noise,
         seed=arguments.seed,
     )
     record = _identify_run(model, dataset, arguments, made_by)
     require_fresh_or_same_run(output, record, resume=resume)
-    training_arguments = make_training_arguments(
-        output, arguments, num_steps=arguments.count_steps(len(records))
-    )
-    check_processes(arguments, training_arguments.world_size)
+    training_arguments = make_training_arguments(output, arguments)
+    items, held_items = choose_held_out(dataset, arguments.held_out_share, seed=arguments.seed)
+    batch_size = arguments.choose_batch_size(len(items), training_arguments.world_size)
+    check_processes(arguments, batch_size, training_arguments.world_size)
+    _check_batch(batch_size, len(items), len(held_items))
     PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
     set_seed(arguments.seed)
     aligned = AlignmentModel.from_pretrained(
@@ -125,50 +147,89 @@ def align(
     )
     adapted = choose_trained_parts(aligned, arguments)
     last = find_last_checkpoint(output) if resume else None
-    if last is None and arguments.start == "canonical-correlation":
-        start_from_canonical_correlation(aligned, *_pair_vectors(dataset, arguments.seed))
+    held_out = HeldOutImages(dataset, held_items) if held_items else None
+    if last is None:
+        start = make_start(aligned, dataset, items, held_out, arguments)
+    else:
+        start = Start(**read_run_entry(output, _START))
     if training_arguments.should_save:
         write_run_record(output, arguments=record, seed=arguments.seed, model=aligned)
+        write_run_entry(output, _START, asdict(start))
         forget_what_came_after(output, last)
     PartialState().wait_for_everyone()
+    num_steps = arguments.count_steps(len(items), batch_size)
+    length = RunLength(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        lr=start.default_lr if arguments.lr is None else arguments.lr,
+        # A new adapter is the identity, and joins when the projections have settled.
+        adapter_begin=round(_SHARE_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
+    )
+    keep_best = None
+    if held_out is not None:
+        keep_best = KeepBest(
+            held_out,
+            output,
+            every=arguments.space_evaluations(num_steps),
+            patience=arguments.patience,
+            patient_until=length.adapter_begin,
+        )
     with stop_on_signals() as stop:
-        trainer = _make_trainer(aligned, dataset, output, arguments, training_arguments, stop)
+        trainer = AlignmentTrainer(
+            aligned,
+            dataset,
+            items=items,
+            arguments=arguments,
+            length=length,
+            training_arguments=training_arguments,
+            callbacks=[
+                JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop),
+            ],
+            keep_best=keep_best,
+        )  # fmt: skip
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return _conclude(trainer, adapted, output, start, stop)
+
+
+def _conclude(
+    trainer: AlignmentTrainer,
+    adapted: dict[str, Any],
+    output: Path,
+    start: Start,
+    stop: StopRequest,
+) -> AlignResult:
+    """Take the weights that the run ends with, and record how they do."""
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    finished = trainer.state.global_step >= training_arguments.max_steps
+    keep_best = trainer.keep_best
+    finished = trainer.state.global_step >= trainer.state.max_steps
+    finished = finished or (keep_best is not None and keep_best.has_stopped_early)
+    if finished and keep_best is not None and trainer.args.should_save:
+        write_run_entry(output, _HELD_OUT, keep_best.as_record())
+    best_step = trainer.state.global_step if keep_best is None else keep_best.best_step
+    was_trained = trainer.alignment_model.config.text_adapter_trained
     return AlignResult(
         trained=_collect(trainer, adapted, output) if finished else None,
         steps=trainer.state.global_step,
         final_loss=losses[-1] if losses else float("nan"),
         exit_code=0 if finished else stop.exit_code,
-        is_main_process=training_arguments.should_save,
-    )
-
-
-def _make_trainer(
-    model: AlignmentModel,
-    dataset: AlignmentDataset,
-    output: Path,
-    arguments: AlignArguments,
-    training_arguments: TrainingArguments,
-    stop: StopRequest,
-) -> AlignmentTrainer:
-    return AlignmentTrainer(
-        model,
-        dataset,
-        arguments=arguments,
-        training_arguments=training_arguments,
-        callbacks=[JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop)],
+        is_main_process=trainer.args.should_save,
+        start=start,
+        before=None if keep_best is None else keep_best.before,
+        after=None if keep_best is None else keep_best.best,
+        best_step=best_step,
+        # The identity, which the closed form starts from, is not random either.
+        has_trained_adapter=was_trained or start.has_new_adapter or best_step > 0,
     )
 
 
 def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -> dict[str, Tensor]:
     model = trainer.alignment_model
+    best = trainer.keep_best and trainer.keep_best.load_best()
     if trainer.is_fsdp_enabled:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        names = find_trained(model)
-        state = {name: value for name, value in state.items() if name in names}
+        state = best or trainer.collect_trained()
     else:
+        if best:
+            restore(trainer, best)
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
     if not trainer.args.should_save:
@@ -195,7 +256,9 @@ def check_settings(
             f"vision_training={arguments.vision_training!r} changes the picture vectors, so that a "
             "picture store is of no use"
         )
-    if arguments.start != "as-is" and (caption_store is None or picture_store is None):
+    if arguments.start == "canonical-correlation" and (
+        caption_store is None or picture_store is None
+    ):
         faults.append(f"start={arguments.start!r} needs a caption store and a picture store")
     for store, kind in ((caption_store, "caption_embeds"), (picture_store, "vision_embeds")):
         if store is not None and store.manifest.kind != kind:
@@ -207,12 +270,17 @@ def check_settings(
 def _check_data(records: Sequence[CaptionedImage], arguments: AlignArguments) -> None:
     if not records:
         raise ValueError("Got no pictures to align with; give at least a batch of them.")
-    if len(records) < arguments.batch_size:
-        raise ValueError(
-            f"{len(records)} pictures are too few for a batch of {arguments.batch_size}. Set "
-            f"batch_size to at most {len(records)}, or give more data."
-        )
+    _check_batch(arguments.batch_size or 1, len(records), 0)
     _check_keys(records)
+
+
+def _check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
+    if num_images < batch_size:
+        raise ValueError(
+            f"{num_images} images to train on ({num_held_out} are held out) are too few for a "
+            f"batch of {batch_size}. Set batch_size to at most {num_images}, leave it out, or give "
+            "more data."
+        )
 
 
 def _check_keys(records: Sequence[CaptionedImage]) -> None:
@@ -272,34 +340,19 @@ def _identify_store(store: VectorStore | None) -> dict[str, str] | None:
     return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}
 
 
-def check_processes(arguments: AlignArguments, num_processes: int) -> None:
+def check_processes(arguments: AlignArguments, batch_size: int, num_processes: int) -> None:
     """Raise ValueError when so many processes cannot share a batch, or the work."""
-    if arguments.batch_size < num_processes:
+    if batch_size < num_processes:
         raise ValueError(
-            f"batch_size={arguments.batch_size} is smaller than the number of processes "
+            f"batch_size={batch_size} is smaller than the number of processes "
             f"({num_processes}). It counts the pictures of all processes together."
         )
-    if arguments.batch_size % num_processes:
+    if batch_size % num_processes:
         raise ValueError(
-            f"batch_size={arguments.batch_size} cannot be shared evenly by {num_processes} "
+            f"batch_size={batch_size} cannot be shared evenly by {num_processes} "
             "processes. Choose a multiple of their number."
         )
     # Set by accelerate launch. A LoRA's merging needs whole matrices, which no process has there.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if is_sharded and "lora" in (arguments.vision_training, arguments.text_training):
         raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
-
-
-def _pair_vectors(dataset: AlignmentDataset, seed: int) -> tuple[Tensor, Tensor]:
-    """Captions beside their pictures from the stores, evenly drawn where there are very many."""
-    generator = torch.Generator().manual_seed(seed)
-    captions: list[int] = []
-    pictures: list[int] = []
-    for item in torch.randperm(len(dataset), generator=generator).tolist():
-        rows = dataset.caption_rows(item).tolist()
-        captions += rows
-        pictures += [dataset.picture_row(item)] * len(rows)
-        if len(captions) >= _MOST_PAIRS_OF_START:
-            break
-    assert dataset.caption_store is not None and dataset.picture_store is not None
-    return dataset.caption_store.read(captions), dataset.picture_store.read(pictures)

@@ -17,7 +17,7 @@ from ...data.pictures import load_picture
 from ...data.vector_store import VectorStore
 from ...processing_llm2clip import LLM2CLIPProcessor, read_header
 from ..picture_files import hash_picture_sizes
-from .draws import draw_caption
+from .draws import draw_caption, draw_normal
 
 _NAMES_SHOWN = 5
 # JPEG is decoded at least this much larger than the tower sees, so that resizing still smooths.
@@ -33,6 +33,8 @@ class AlignmentDataset(Dataset[Any]):
         caption_store: caption vectors; None to hand out tokens.
         picture_store: picture vectors; None to hand out pixels.
         long_share, seed: see `draws.draw_caption`.
+        image_noise, caption_noise: standard deviation of the noise on stored embeddings of
+            training batches, as a share of their length.
     Raises: ValueError when a store has other records, or was made from other captions or other
         pictures; or a picture is missing; with counts and the first names.
     """
@@ -45,8 +47,12 @@ class AlignmentDataset(Dataset[Any]):
         caption_store: VectorStore | None = None,
         picture_store: VectorStore | None = None,
         long_share: float = 0.5,
+        image_noise: float = 0.0,
+        caption_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
+        self.image_noise = image_noise
+        self.caption_noise = caption_noise
         self.records = records
         self.processor = processor
         self.caption_store = caption_store
@@ -73,10 +79,31 @@ class AlignmentDataset(Dataset[Any]):
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Return a batch for (epoch, item) pairs: the arguments of `AlignmentModel`, and `keys`."""
         items = [item for _, item in draws]
-        captions = [self._draw(epoch, item) for epoch, item in draws]
+        batch = self.read_pairs([(item, self._draw(epoch, item)) for epoch, item in draws])
+        for name, share, side in (
+            ("vision_embeds", self.image_noise, 2),
+            ("caption_embeds", self.caption_noise, 3),
+        ):
+            if share and name in batch:
+                batch[name] = _add_noise(batch[name], share, draws, seed=self.seed, side=side)
+        return {"keys": self.keys[items], **batch}
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether no tower runs: both embeddings are read."""
+        return self.caption_store is not None and self.picture_store is not None
+
+    def list_captions(self, item: int) -> list[tuple[bool, int]]:
+        """All captions of an item: whether a long one, and its number among its kind."""
+        record = self.records[item]
+        short = [(False, number) for number in range(len(record.captions))]
+        return short + [(True, number) for number in range(len(record.long_captions))]
+
+    def read_pairs(self, pairs: Sequence[tuple[int, tuple[bool, int]]]) -> dict[str, Tensor]:
+        """Read items, each with one of its captions: the arguments of `AlignmentModel`."""
+        items = [item for item, _ in pairs]
         return {
-            "keys": self.keys[items],
-            **self._read_captions(items, captions),
+            **self._read_captions(items, [caption for _, caption in pairs]),
             **self._read_pictures(items),
         }
 
@@ -125,6 +152,17 @@ class AlignmentDataset(Dataset[Any]):
             return {"vision_embeds": self.picture_store.read(rows)}
         pictures = [open_near_size(self.records[item].picture, self._needed_size) for item in items]
         return dict(self.processor(images=pictures))
+
+
+def _add_noise(
+    embeds: Tensor, share: float, draws: Sequence[tuple[int, int]], *, seed: int, side: int
+) -> Tensor:
+    """Move stored embeddings, (B, D), by a random vector of about this share of their length."""
+    width = embeds.shape[1]
+    noise = draw_normal([(seed, epoch, item, side) for epoch, item in draws], width)
+    length = embeds.norm(dim=1, keepdim=True)
+    moved: Tensor = embeds + share * width**-0.5 * length * noise
+    return moved
 
 
 def keep_batch(batch: Any) -> Any:

@@ -6,9 +6,11 @@ another number of workers or processes, draws the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 _WORD = (1 << 64) - 1
@@ -20,13 +22,14 @@ class RunBatches(Sampler[list[tuple[int, int]]]):
     Every epoch has its own order of all items, and leaves out those that do not fill a batch.
 
     Args:
+        items: what is drawn from.
         batch_size: over all processes; divisible by their number.
         num_steps: batches of the run.
     """
 
     def __init__(
         self,
-        num_items: int,
+        items: Sequence[int],
         *,
         batch_size: int,
         num_steps: int,
@@ -34,7 +37,7 @@ class RunBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.num_items = num_items
+        self.items = items
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed = seed
@@ -44,21 +47,22 @@ class RunBatches(Sampler[list[tuple[int, int]]]):
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in one pass over the items."""
-        return self.num_items // self.batch_size
+        return len(self.items) // self.batch_size
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         own_size = self.batch_size // self.num_processes
-        order = torch.empty(0)
+        order = torch.empty(0, dtype=torch.long)
         for step in range(self.num_steps):
             epoch, number = divmod(step, self.steps_per_epoch)
             if number == 0:
                 generator = torch.Generator().manual_seed(mix(self.seed, epoch) >> 1)
-                order = torch.randperm(self.num_items, generator=generator)
+                order = torch.randperm(len(self.items), generator=generator)
             start = number * self.batch_size + self.rank * own_size
-            yield [(epoch, int(item)) for item in order[start : start + own_size]]
+            drawn = order[start : start + own_size].tolist()
+            yield [(epoch, self.items[number]) for number in drawn]
 
 
 def draw_caption(
@@ -87,3 +91,23 @@ def mix(*numbers: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
         state ^= state >> 31
     return state
+
+
+def draw_normal(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
+    """Standard normal numbers, (len(rows), width) float32; each row by its own numbers alone.
+
+    splitmix64 counts through a row, and Box and Muller's method makes two numbers of each word.
+    """
+    states = np.array([mix(*numbers) for numbers in rows], dtype=np.uint64)
+    counts = np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    words = states[:, None] + counts  # wraps around, as it should
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    upper = (words >> np.uint64(32)).astype(np.float32)
+    lower = (words & np.uint64(0xFFFFFFFF)).astype(np.float32)
+    # Above 0, so that the logarithm is finite.
+    radius = np.sqrt(-2 * np.log((upper + 1) / np.float32(2**32 + 1)).clip(max=0))
+    angle = lower * np.float32(2 * np.pi / 2**32)
+    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return torch.from_numpy(both[:, :width].copy())

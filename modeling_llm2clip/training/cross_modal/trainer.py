@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import (
 
 from ...modeling_llm2clip import MAX_LOG_SCALE
 from ..callbacks import LogLastStep, choose_reports
-from ..checkpoints import CHECKPOINTS
+from ..checkpoints import CHECKPOINTS, find_trained
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
@@ -27,24 +29,24 @@ from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
 from .model import AlignmentModel
+from .selection import KeepBest
 from .towers import scale_by_layer
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _KEYS_SHOWN = 8
+_ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
 
 
-def make_training_arguments(
-    output: Path, arguments: AlignArguments, *, num_steps: int
-) -> TrainingArguments:
-    """Translate our settings; also joins the process group where there is one."""
+def make_training_arguments(output: Path, arguments: AlignArguments) -> TrainingArguments:
+    """Translate our settings; also joins the process group where there is one.
+
+    Batch size, number of steps and learning rate follow from data and start: see `set_run_length`.
+    """
     on_gpu = arguments.device == "auto" and torch.cuda.is_available()
     found = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
-        max_steps=num_steps,
-        per_device_train_batch_size=arguments.batch_size,  # corrected below
-        learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.clip_norm,
         bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
@@ -63,8 +65,24 @@ def make_training_arguments(
         seed=arguments.seed,
     )
     found._n_gpu = min(1, found.n_gpu)  # one process a GPU; never torch's DataParallel
-    found.per_device_train_batch_size = max(1, arguments.batch_size // found.world_size)
     return found
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a run comes to with the data that it got.
+
+    Attributes:
+        num_steps: of the whole run.
+        batch_size: over all processes together.
+        lr: peak rate of adapter, projections and LoRAs.
+        adapter_begin: steps before the text adapter is trained too.
+    """
+
+    num_steps: int
+    batch_size: int
+    lr: float
+    adapter_begin: int = 0
 
 
 class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Trainer):
@@ -75,7 +93,10 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
 
     Args:
         model: with its trained parts chosen.
+        items: of the dataset, those that are trained on.
+        length: what the run comes to.
         training_arguments: from `make_training_arguments`.
+        keep_best: what looks at held-out images; None without any.
     """
 
     def __init__(
@@ -83,21 +104,31 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
         model: AlignmentModel,
         dataset: AlignmentDataset,
         *,
+        items: Sequence[int],
         arguments: AlignArguments,
+        length: RunLength,
         training_arguments: TrainingArguments,
         callbacks: list[TrainerCallback],
+        keep_best: KeepBest | None = None,
     ) -> None:
         self.settings = arguments
         self.alignment_model = model
+        self.keep_best = keep_best
+        self.length = length
+        training_arguments.max_steps = length.num_steps
+        training_arguments.learning_rate = length.lr
+        training_arguments.per_device_train_batch_size = max(
+            1, length.batch_size // training_arguments.world_size
+        )
         self.batches = RunBatches(
-            len(dataset),
-            batch_size=arguments.batch_size,
-            num_steps=training_arguments.max_steps,
+            items,
+            batch_size=length.batch_size,
+            num_steps=length.num_steps,
             seed=arguments.seed,
             rank=training_arguments.process_index,
             num_processes=training_arguments.world_size,
         )
-        self._rates = find_learning_rates(model, arguments)
+        self._rates = find_learning_rates(model, arguments, lr=length.lr)
         self._inverse_temperature = model.logit_scale().detach()
         super().__init__(
             model=model,
@@ -105,6 +136,9 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
             train_dataset=dataset,
             callbacks=[ClampTemperature(), LogLastStep(), *callbacks],
         )
+        if keep_best is not None:
+            keep_best.trainer = self
+            self.add_callback(keep_best)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's batches of the whole run."""
@@ -119,18 +153,22 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by learning rate, and by whether they decay; fastest first."""
+        """Group parameters by when they begin, by learning rate, and by whether they decay."""
         if self.optimizer is None:
-            of_rate: dict[float, list[nn.Parameter]] = {}
+            of_kind: dict[tuple[int, float], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
                 if parameter.requires_grad:
-                    of_rate.setdefault(self._rates[_unwrap(name)], []).append(parameter)
+                    name = _unwrap(name)
+                    begin = self.length.adapter_begin if name.startswith(_ADAPTER) else 0
+                    of_kind.setdefault((begin, self._rates[name]), []).append(parameter)
             groups = [
                 group
-                for rate in sorted(of_rate, reverse=True)
-                for group in split_by_decay(of_rate[rate], self.settings.weight_decay, lr=rate)
+                for begin, rate in sorted(of_kind, key=lambda kind: (kind[0], -kind[1]))
+                for group in split_by_decay(
+                    of_kind[begin, rate], self.settings.weight_decay, lr=rate, begin=begin
+                )
             ]
-            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=_BETAS)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.length.lr, betas=_BETAS)
         return self.optimizer
 
     def create_scheduler(
@@ -141,10 +179,26 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                chosen, warm_up_then_cosine(num_training_steps)
+                chosen,
+                [
+                    warm_up_then_cosine(num_training_steps, begin=group["begin"])
+                    for group in chosen.param_groups
+                ],
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def collect_trained(self) -> dict[str, Tensor]:
+        """Everything that training changes, whole, by its name while training.
+
+        Under FSDP all processes must call it together.
+        """
+        names = find_trained(self.alignment_model)
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        else:
+            state = dict(self.alignment_model.named_parameters())
+        return {name: value for name, value in state.items() if name in names}
 
     def compute_loss(
         self,
@@ -174,7 +228,7 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
                 f"{self._describe_broken(keys, broken)} or lower the learning rate "
-                f"({self.settings.lr})."
+                f"({self.length.lr})."
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -216,12 +270,18 @@ class ClampTemperature(TrainerCallback):
             model.logit_scale.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
 
-def find_learning_rates(model: AlignmentModel, arguments: AlignArguments) -> dict[str, float]:
-    """Peak learning rate of each trained parameter, by name."""
-    rates = {name: arguments.lr for name, p in model.named_parameters() if p.requires_grad}
+def find_learning_rates(
+    model: AlignmentModel, arguments: AlignArguments, *, lr: float
+) -> dict[str, float]:
+    """Peak learning rate of each trained parameter, by name.
+
+    Args:
+        lr: of all but a wholly trained vision tower with a rate of its own.
+    """
+    rates = {name: lr for name, p in model.named_parameters() if p.requires_grad}
     if arguments.vision_training == "full":
         factors = scale_by_layer(model.vision_model, arguments.layer_decay)
-        rate = arguments.vision_lr or arguments.lr
+        rate = arguments.vision_lr or lr
         rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
     return rates
 
