@@ -89,6 +89,13 @@ def test_a_rate_that_would_never_reach_its_peak_is_refused_before_anything_runs(
     assert not (tmp_path / "run").exists()
 
 
+def test_fsdp_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
+        tune(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "much"])
 def test_other_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, capsys, weight):
     flags = ["--other-pairs", "pairs.jsonl", weight]

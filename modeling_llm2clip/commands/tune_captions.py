@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
     from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
-    from ..training.processes import join_processes
+    from ..training.processes import join_processes, stays_on_cpu
 
     weights = [_read_weight(file, text) for file, text in arguments.other_pairs]
-    state = join_processes(cpu=True if arguments.device == "cpu" else None)
+    state = join_processes(cpu=stays_on_cpu(arguments.device))
     merged = arguments.output / "model"
     if arguments.merge:
         clear_leftovers(merged)

@@ -38,7 +38,7 @@ from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapter_base import ADAPTER_WEIGHTS, require_base_weights
-from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
+from .alike_pictures import encode_groups_together, find_alike, read_alike, write_alike
 from .callbacks import JsonLinesCallback, LogLastStep, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     CaptionEncoder,
@@ -65,7 +65,7 @@ from .pair_batches import (
     require_weight,
 )
 from .precision import computes_in_bfloat16
-from .processes import join_processes
+from .processes import join_processes, keep_to_one_gpu, refuse_fsdp_for_lora
 from .run_record import (
     METRICS_FILE,
     require_fresh_or_resumed,
@@ -260,6 +260,7 @@ def plan_tuning(
     Args:
         model_name: what the model is loaded from: folder or Hub id; "" for one built in memory.
     """
+    refuse_fsdp_for_lora()
     join_processes()
     for number, (_, weight) in enumerate(other_pairs, start=1):
         require_weight(weight, f"Number {number} of other_pairs")
@@ -448,32 +449,34 @@ def _make_trainer(
 ) -> _Trainer:
     wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
     num_steps, steps_per_epoch = _count_steps(data, arguments)
+    training_arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=num_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        warmup_steps=count_warmup_steps(arguments.warmup_steps, num_steps),
+        lr_scheduler_type="cosine",
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
+        use_cpu=device.type == "cpu",
+        batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
+        multi_dataset_batch_sampler=partial(
+            WeightedBatchSampler, weights=data.weights, num_steps=num_steps
+        ),
+        eval_strategy="steps" if arguments.eval_every else "no",
+        eval_steps=arguments.eval_every or None,
+        save_strategy="steps",
+        save_steps=arguments.save_every,
+        save_total_limit=2,
+        logging_steps=1 if num_steps < _FEW_STEPS else 10,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
+        report_to=choose_reports(),
+        seed=arguments.seed,
+    )
+    keep_to_one_gpu(training_arguments)
     trainer = _Trainer(
         model=wrapped,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(output / CHECKPOINTS),
-            max_steps=num_steps,
-            per_device_train_batch_size=arguments.batch_size,
-            learning_rate=arguments.lr,
-            warmup_steps=count_warmup_steps(arguments.warmup_steps, num_steps),
-            lr_scheduler_type="cosine",
-            bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-            use_cpu=device.type == "cpu",
-            batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
-            multi_dataset_batch_sampler=partial(
-                WeightedBatchSampler, weights=data.weights, num_steps=num_steps
-            ),
-            eval_strategy="steps" if arguments.eval_every else "no",
-            eval_steps=arguments.eval_every or None,
-            save_strategy="steps",
-            save_steps=arguments.save_every,
-            save_total_limit=2,
-            logging_steps=1 if num_steps < _FEW_STEPS else 10,
-            dataloader_drop_last=True,
-            ddp_find_unused_parameters=False,
-            report_to=choose_reports(),
-            seed=arguments.seed,
-        ),
+        args=training_arguments,
         train_dataset=data.tables,
         loss=_make_loss(wrapped, arguments),
         evaluator=_CaptionRetrieval(encoder, data.held_out) if arguments.eval_every else None,
@@ -520,12 +523,14 @@ def _find_alike(
     *,
     resumed: bool,
 ) -> dict[str, list[str]]:
-    """The most alike pictures of each, found by one process and once a run."""
+    """The most alike pictures of each, once a run: all processes encode, one compares."""
     if not arguments.num_alike:
         return {}
     file, state = output / ALIKE_FILE, PartialState()
-    if state.is_main_process and not resumed:
-        count = min(_ALIKE_TO_DRAW_FROM * arguments.num_alike, len(groups) - 1)
-        write_alike(find_alike(encode_groups(encoder.encode, groups), count), file)
+    if not resumed:
+        vectors = encode_groups_together(encoder.encode, groups)
+        if state.is_main_process:
+            count = min(_ALIKE_TO_DRAW_FROM * arguments.num_alike, len(groups) - 1)
+            write_alike(find_alike(vectors, count).cpu(), file)
     state.wait_for_everyone()
     return read_alike(file, groups)

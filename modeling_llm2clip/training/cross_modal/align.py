@@ -6,7 +6,6 @@ made of the result by `hub.assemble`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from ..checkpoints import (
 )
 from ..closed_form_start import start_from_canonical_correlation
 from ..picture_files import describe_pictures
+from ..processes import refuse_fsdp_for_lora
 from ..run_record import (
     METRICS_FILE,
     require_fresh_or_resumed,
@@ -284,10 +284,8 @@ def check_processes(arguments: AlignArguments, num_processes: int) -> None:
             f"batch_size={arguments.batch_size} cannot be shared evenly by {num_processes} "
             "processes. Choose a multiple of their number."
         )
-    # Set by accelerate launch. A LoRA's merging needs whole matrices, which no process has there.
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    if is_sharded and "lora" in (arguments.vision_training, arguments.text_training):
-        raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+    if "lora" in (arguments.vision_training, arguments.text_training):
+        refuse_fsdp_for_lora()
 
 
 def _pair_vectors(dataset: AlignmentDataset, seed: int) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,13 @@ from ..checkpoints import CHECKPOINTS
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
+from ..processes import join_processes, keep_to_one_gpu, require_all_processes, stays_on_cpu
 from ..trainer_bases import FiniteGradients, TrainedCheckpoints, WholeRunFigures
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
 from .model import AlignmentModel
+from .sharding import keep_scores_in_float32
 from .towers import scale_by_layer
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -39,7 +41,7 @@ def make_training_arguments(
     output: Path, arguments: AlignArguments, *, num_steps: int
 ) -> TrainingArguments:
     """Translate our settings; also joins the process group where there is one."""
-    on_gpu = arguments.device == "auto" and torch.cuda.is_available()
+    device = join_processes(cpu=stays_on_cpu(arguments.device)).device
     found = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=num_steps,
@@ -47,8 +49,8 @@ def make_training_arguments(
         learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.clip_norm,
-        bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
-        use_cpu=arguments.device == "cpu",
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
+        use_cpu=device.type == "cpu",
         logging_steps=arguments.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # such a loss stops the run
@@ -62,7 +64,8 @@ def make_training_arguments(
         report_to=choose_reports(),
         seed=arguments.seed,
     )
-    found._n_gpu = min(1, found.n_gpu)  # one process a GPU; never torch's DataParallel
+    keep_to_one_gpu(found)
+    require_all_processes(found.world_size)
     found.per_device_train_batch_size = max(1, arguments.batch_size // found.world_size)
     return found
 
@@ -105,6 +108,11 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
             train_dataset=dataset,
             callbacks=[ClampTemperature(), LogLastStep(), *callbacks],
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create it, and have FSDP leave scores and temperature in float32."""
+        super().create_accelerator_and_postprocess()
+        keep_scores_in_float32(self.accelerator, self.alignment_model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's batches of the whole run."""
