@@ -14,6 +14,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.trained_emoji import read_trained_emoji
 from ...encoding.captions import encode_captions
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...encoding.float32 import float32_as_such
 from ...encoding.pictures import encode_pictures
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
@@ -73,7 +74,8 @@ class OwnEncoder:
 
     @torch.inference_mode()
     def _project(self, project: Any, embeds: Tensor) -> Tensor:
-        projected: Tensor = project(embeds.to(self._model.device)).cpu()
+        with float32_as_such():
+            projected: Tensor = project(embeds.to(self._model.device)).cpu()
         return projected
 
     @cached_property

@@ -20,6 +20,7 @@ from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.vector_store import VectorStore
 from ...data.vector_store_layout import MANIFEST_FILE, hash_file
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...encoding.float32 import float32_as_such
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
 from ..checkpoints import (
@@ -131,7 +132,7 @@ def align(
         write_run_record(output, arguments=record, seed=arguments.seed, model=aligned)
         forget_what_came_after(output, last)
     PartialState().wait_for_everyone()
-    with stop_on_signals() as stop:
+    with float32_as_such(), stop_on_signals() as stop:
         trainer = _make_trainer(aligned, dataset, output, arguments, training_arguments, stop)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
