@@ -56,10 +56,15 @@ class EverythingOn:
 
     def _choose(self, captions: list[str]) -> None:
         from modeling_llm2clip.encoding.compilation import compiled_layers
-        from modeling_llm2clip.encoding.precision_probe import choose_precision, pick_probe_captions
+        from modeling_llm2clip.encoding.precision_probe import (
+            pick_fastest,
+            pick_probe_captions,
+            probe_precisions,
+        )
 
         sample = pick_probe_captions(captions)
-        self._precision = choose_precision(self._model, self._processor, sample)
+        trials = probe_precisions(self._model, self._processor, sample)
+        self._precision = pick_fastest(trials)
         _KEPT.enter_context(compiled_layers(self._model))
         self.setting = f"compiled, {self._precision or 'float32: nothing lower pays'}"
 

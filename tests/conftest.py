@@ -24,8 +24,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# On CUDA, convolutions of float32 numbers keep 10 bits unless told otherwise.
-torch.backends.cudnn.allow_tf32 = False
 
 
 def is_local(address: Any) -> bool:

@@ -17,7 +17,9 @@ from modeling_llm2clip.data.caption_groups import (
     hold_out_groups,
     leave_out_texts,
     read_text_pairs,
+    skip_single_captions,
 )
+from modeling_llm2clip.data.captioned_images import CaptionedImage
 from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.training import alike_pictures
 from modeling_llm2clip.training.pair_batches import (
@@ -136,20 +138,34 @@ def test_held_out_captions_are_never_trained_on():
     assert not any(seen & set(group.captions) for group in trained)
 
 
-def test_pictures_with_one_caption_are_counted_and_named():
-    from modeling_llm2clip.data.captioned_images import CaptionedImage
-
-    records = [
+def make_records(captions):
+    return [
         CaptionedImage(
-            picture=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=("one",) * (n + 1),
-            long_captions=(), keywords=(), lang="en", place=f"captions.jsonl line {n + 1}",
+            picture=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=texts,
+            place=f"captions.jsonl line {n + 1}",
         )
-        for n in range(2)
+        for n, texts in enumerate(captions)
     ]  # fmt: skip
+
+
+def test_images_with_one_caption_are_counted_and_named_with_both_ways_around_them():
     with pytest.raises(
         ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
-    ):
-        group_captions(records)
+    ) as refused:
+        group_captions(make_records([("one",), ("one", "one")]))
+    ways = ("--skip-single-captions", "build --caption-adapter", "llm2clip extract")
+    assert all(way in str(refused.value) for way in ways)
+
+
+def test_images_with_one_caption_are_skipped_by_key_and_counted():
+    records = make_records([("a",), ("b", "c"), ("d", "d")])
+    # Another record of the first key gives it a second caption.
+    records.append(replace(records[0], captions=("e",), lang="de"))
+    kept, num_skipped = skip_single_captions(records)
+    assert num_skipped == 1
+    assert [group.captions for group in group_captions(kept)] == [("a", "e"), ("b", "c")]
+    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-adapter"):
+        skip_single_captions(records[2:3])
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_too_few_pictures_for_a_batch_are_refused_before_anything_runs(tmp_path)
         ),
         ({"adapter_dtype": "fp16"}, "adapter_dtype='fp16', wanted one of"),
         ({"lr": 0.0}, "lr=0.0, wanted more than 0"),
+        ({"warmup_steps": 2.5}, "warmup_steps=2.5, wanted a share below 1 or whole steps"),
         ({"lr": math.inf, "scale": math.nan}, "lr=inf, wanted a finite number; scale=nan"),
     ],
 )
@@ -80,6 +81,19 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     assert main([*command, str(data.parent), "--batch-size", "4"]) == 2
     assert "is not empty and holds no run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_rate_that_would_never_reach_its_peak_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"warmup_steps=6 of a run of 6 steps.*--warmup-steps"):
+        tune(tmp_path / "run", replace(SHORT, warmup_steps=6))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
+        tune(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "much"])

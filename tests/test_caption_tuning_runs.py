@@ -123,6 +123,23 @@ def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path
     assert (again / "conversion_before_training.json").is_file()
 
 
+def test_skipped_images_with_one_caption_are_told_and_recorded(tmp_path, capsys):
+    folder = export_model(*tiny_model(), tmp_path / "base")
+    data = tmp_path / "captions.jsonl"
+    lines = [json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS]
+    lines += [json.dumps({"key": name, "captions": [name]}) for name in ("lone", "lonely")]
+    data.write_text("\n".join(lines))
+    output = tmp_path / "tuned"
+    command = ["tune-captions", str(folder), str(data), str(output), "--steps", "1"]
+    command += ["--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    assert main(command) == 2
+    assert "2 of 26 images" in (told := capsys.readouterr().err) and "--skip-single" in told
+    assert main([*command, "--skip-single-captions"]) == 0
+    assert "Skipped 2 images with one caption only." in capsys.readouterr().out
+    record = json.loads((output / "run.json").read_text())["arguments"]
+    assert record["num_single_captions_skipped"] == 2
+
+
 def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, capsys):
     folder = export_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "data" / "captions.jsonl"
@@ -137,7 +154,7 @@ def test_the_command_tunes_merges_and_refuses_one_caption_a_picture(tmp_path, ca
     data.write_text('{"key": "a", "captions": ["one"]}\n{"key": "b", "captions": ["two"]}')
     assert main(["tune-captions", str(folder), str(data), str(tmp_path / "other"), *flags]) == 2
     error = capsys.readouterr().err
-    assert "2 of 2 pictures have one caption only" in error
+    assert "2 of 2 images have one caption only" in error
     assert "b (captions.jsonl line 2)" in error
 
 

@@ -88,7 +88,6 @@ def test_a_model_that_an_adapter_is_merged_into_is_not_tuned_from_it_again(
     data = tmp_path / "captions.jsonl"
     data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
     flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
-    flags += ["--warmup-steps", "0"]  # else the first step has a rate of zero
     first = tmp_path / "first"
     assert main(["tune-captions", str(folder), str(data), str(first), *flags, "--merge"]) == 0
     with safe_open(first / "adapter" / "adapter_model.safetensors", framework="pt") as opened:

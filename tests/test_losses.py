@@ -46,6 +46,17 @@ def test_rows_with_the_same_key_do_not_repel_each_other() -> None:
     assert loss.item() == 0.0
 
 
+def test_rounded_vectors_are_compared_in_float32() -> None:
+    rounded = [
+        part.bfloat16()
+        for part in (*(F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2)), torch.ones(1))
+    ]
+    keys = torch.arange(6)
+    found = keyed_contrastive_loss(*rounded, keys)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, keyed_contrastive_loss(*(part.float() for part in rounded), keys))
+
+
 @pytest.mark.parametrize("chunk_size", [1, CHUNK, NUM_ROWS, 100])
 def test_the_chunked_loss_is_the_plain_one_with_the_same_gradients(chunk_size: int) -> None:
     plain, chunked = loss_and_gradients(WHOLE), loss_and_gradients(WHOLE, chunk_size=chunk_size)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from shared_models import CAPTIONS, shared_model
 from tiny import LLM_FAMILIES
 
+from modeling_llm2clip.encoding import precision_probe as probe
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.encoding.layers import list_text_layers, wrapped_forwards
 from modeling_llm2clip.encoding.precision import LoweredLayers, LowerPrecision
 from modeling_llm2clip.encoding.precision_probe import (
     PrecisionTrial,
     choose_precision,
+    find_true_layers,
     pick_probe_captions,
     probe_precisions,
 )
+from modeling_llm2clip.encoding.recorded_precision import (
+    PRECISION_FILE,
+    read_precision,
+    write_precision,
+)
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 BFLOAT16 = LowerPrecision(torch.bfloat16)
 FLOAT16 = LowerPrecision(torch.float16)
@@ -114,15 +125,62 @@ def test_the_probe_lowers_as_many_layers_as_stay_true(
     assert all(trial.speedup > 0 and 0.9 < trial.min_cosine < 1 for trial in trials)
 
 
-def test_what_is_chosen_stays_within_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_llm2clip.encoding.precision_probe.LEAST_SPEEDUP", 0)
-    monkeypatch.setattr("modeling_llm2clip.encoding.precision_probe.LEAST_COSINE_OF_PROBE", 0.99)
-    model, processor = shared_model()
+def load(folder: Path) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    return LLM2CLIPModel.from_pretrained(folder), LLM2CLIPProcessor.from_pretrained(folder)
+
+
+def test_what_is_chosen_stays_within_the_bar(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "LEAST_SPEEDUP", 0)
+    monkeypatch.setattr(probe, "LEAST_COSINE_OF_PROBE", 0.99)
+    model, processor = load(copy)
     chosen = choose_precision(model, processor, CAPTIONS)
     assert chosen is not None
     own = encode_captions(model, processor, CAPTIONS).caption_embeds.double()
     found = encode_captions(model, processor, CAPTIONS, precision=chosen).caption_embeds.double()
     assert torch.cosine_similarity(own, found).min() >= 0.99
+
+
+@pytest.mark.parametrize("least_speedup", [0.0, 1e9], ids=["one pays", "none pays"])
+def test_a_choice_is_made_once_and_read_ever_after(
+    least_speedup: float, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clock of a later run would say."""
+    monkeypatch.setattr(probe, "LEAST_SPEEDUP", least_speedup)
+    monkeypatch.setattr(probe, "LEAST_COSINE_OF_PROBE", 0.99)
+    assert read_precision(copy) is None
+    chosen = choose_precision(*load(copy), CAPTIONS)
+    assert (chosen is None) == bool(least_speedup)
+    monkeypatch.setattr(probe, "LEAST_SPEEDUP", 1e9 - least_speedup)
+    monkeypatch.setattr(probe, "_encode_timed", lambda *_: pytest.fail("measured again"))
+    assert choose_precision(*load(copy), CAPTIONS) == chosen == read_precision(copy)
+
+
+def test_a_choice_needs_a_folder_to_be_recorded_in() -> None:
+    with pytest.raises(ValueError, match="no folder that the choice"):
+        choose_precision(*shared_model(), CAPTIONS)
+
+
+def test_a_choice_for_another_model_or_a_broken_one_is_refused(good: Path, copy: Path) -> None:
+    write_precision(copy, FLOAT16, {})
+    assert read_precision(copy) == FLOAT16
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.startswith("text_model."))
+    save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"another weights\. Delete it"):
+        read_precision(copy)
+    (copy / PRECISION_FILE).write_text('{"chosen": {"dtype": "float32", "first_layer": 0}}')
+    with pytest.raises(ValueError, match=r"cannot be read.*Delete it"):
+        read_precision(copy)
+    assert not (good / PRECISION_FILE).exists()
+
+
+@pytest.mark.parametrize(("bar", "wanted"), [(0.5, BFLOAT16), (1.0, None)])
+def test_which_layers_are_true_asks_no_clock(
+    bar: float, wanted: LowerPrecision | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "LEAST_COSINE_OF_PROBE", bar)
+    monkeypatch.setattr(probe, "_encode_timed", lambda *_: pytest.fail("a clock was asked"))
+    assert find_true_layers(*shared_model(), CAPTIONS, torch.bfloat16) == wanted
 
 
 @pytest.mark.parametrize(

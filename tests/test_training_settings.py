@@ -18,11 +18,16 @@ from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.data.caption_groups import TextPair, hold_out_groups
 from modeling_llm2clip.training import caption_contrastive as stage
-from modeling_llm2clip.training.caption_contrastive import plan_tuning, tune_captions
+from modeling_llm2clip.training.caption_contrastive import (
+    TuneArguments,
+    plan_tuning,
+    tune_captions,
+)
 from modeling_llm2clip.training.cross_modal.align import align
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.cross_modal.model import AlignmentModel
 from modeling_llm2clip.training.cross_modal.towers import choose_trained_parts
+from modeling_llm2clip.training.optimization import count_warmup_steps
 
 # Of 20 pictures trained on, each with three pairs, in batches of 8.
 STEPS_AN_EPOCH = 7
@@ -130,6 +135,20 @@ def test_the_learning_rate_rises_for_the_steps_of_the_warm_up(tmp_path: Path) ->
         assert rates[peaks[warmup_steps]] == SHORT.lr
     # Versions of transformers log a step's own rate, or that of the next.
     assert peaks[4] - peaks[1] == 3
+
+
+def test_a_run_of_any_length_warms_up_for_a_tenth_of_it_at_most_and_reaches_its_peak(
+    tmp_path: Path,
+) -> None:
+    """By default; recorded schedules, all given as numbers of steps, stay what they were."""
+    usual = TuneArguments().warmup_steps
+    for num_steps in (1, 9, 10, 20, 300, 3000):
+        assert count_warmup_steps(usual, num_steps) <= num_steps / 10
+    assert count_warmup_steps(20, 300) == 20
+    tune(tmp_path / "run", replace(SHORT, warmup_steps=usual, steps=20))
+    assert max(read_metrics(tmp_path / "run", "learning_rate").values()) == SHORT.lr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert record["schedule"] == {"steps": 20, "warmup_steps": 2}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -16,8 +16,9 @@ GROUPS = [
 ]
 # Long enough for two checkpoints, short enough for a test.
 SHORT = TuneArguments(
-    steps=6, batch_size=8, lr=1e-2, warmup_steps=2, held_out=4, save_every=3, precision="float32"
-)
+    steps=6, batch_size=8, lr=1e-2, warmup_steps=1 / 3, held_out=4, save_every=3,
+    precision="float32",
+)  # fmt: skip
 
 
 def tune(output: Path, arguments: TuneArguments = SHORT, **settings: Any) -> TuneResult:

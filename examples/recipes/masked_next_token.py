@@ -30,6 +30,7 @@ from transformers import (
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.modeling_llm2clip import set_attention_direction
 from modeling_llm2clip.training.caption_encoder import name_base_without_path
+from modeling_llm2clip.training.processes import keep_to_one_gpu
 
 
 class MaskedNextTokenTrainer(Trainer):
@@ -69,19 +70,21 @@ def main() -> None:
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     model.requires_grad_(False)
     adapted = get_peft_model(model.base_model, config)
+    training_arguments = TrainingArguments(
+        output_dir=str(arguments.output / "checkpoints"),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        seed=arguments.seed,
+    )
+    keep_to_one_gpu(training_arguments)
     trainer = MaskedNextTokenTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(arguments.output / "checkpoints"),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=arguments.batch_size,
-            learning_rate=arguments.lr,
-            logging_steps=10,
-            save_strategy="no",
-            report_to=[],
-            remove_unused_columns=False,
-            seed=arguments.seed,
-        ),
+        args=training_arguments,
         train_dataset=_tokenize(tokenizer, arguments),
         # Every chosen token becomes the mask: random and kept ones teach a causal model nothing.
         data_collator=DataCollatorForLanguageModeling(

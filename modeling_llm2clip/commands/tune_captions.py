@@ -16,6 +16,10 @@ def add_parser(commands: Any) -> None:
     tune.add_argument("model", help="folder or Hub id, from llm2clip build")
     add_data_flags(tune)  # the pictures themselves are not needed
     tune.add_argument("output", type=Path, help="folder to write")
+    tune.add_argument(
+        "--skip-single-captions", action="store_true",
+        help="leave out images with one caption only, and say how many",
+    )  # fmt: skip
     tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
     tune.add_argument("--start", type=Path, help="adapter to begin from, of an earlier tuning")
     tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
@@ -35,7 +39,9 @@ def _add_settings(group: Any) -> None:
     group.add_argument("--batch-size", type=int, default=64, help="pairs a process and step")
     group.add_argument("--mini-batch-size", type=int, help="pairs at a time, cached gradients")
     group.add_argument("--lr", type=float, default=2e-4)
-    group.add_argument("--warmup-steps", type=int, default=300)
+    group.add_argument(
+        "--warmup-steps", type=float, default=0.1, help="below 1 a share of the run; default: 0.1"
+    )
     group.add_argument("--scale", type=float, default=50.0, help="inverse temperature")
     group.add_argument(
         "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways"
@@ -64,16 +70,16 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..data.caption_groups import group_captions, read_text_pairs
+    from ..data.caption_groups import group_captions, read_text_pairs, skip_single_captions
     from ..hub.caption_adapter import merge_caption_adapter
     from ..hub.new_folder import clear_leftovers, require_new_folder
     from ..modeling_llm2clip import LLM2CLIPTextModel
     from ..processing_llm2clip import LLM2CLIPProcessor
     from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
-    from ..training.processes import join_processes
+    from ..training.processes import join_processes, stays_on_cpu
 
     weights = [_read_weight(file, text) for file, text in arguments.other_pairs]
-    state = join_processes(cpu=True if arguments.device == "cpu" else None)
+    state = join_processes(cpu=stays_on_cpu(arguments.device))
     merged = arguments.output / "model"
     if arguments.merge:
         clear_leftovers(merged)
@@ -81,7 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
         _require_whole_model(arguments.model)
     arguments.lora = _pick_lora(arguments)
     settings = pick(TuneArguments, arguments)
-    groups = group_captions(read_data(arguments, require_pictures=False))
+    records, num_skipped = read_data(arguments, require_pictures=False), 0
+    if arguments.skip_single_captions:
+        records, num_skipped = skip_single_captions(records)
+        if state.is_main_process:
+            print(f"Skipped {num_skipped} images with one caption only.")
+    groups = group_captions(records)
     others = [read_text_pairs(file) for file, _ in arguments.other_pairs]
     plan = plan_tuning(
         arguments.model,
@@ -91,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         other_pairs=[*zip(others, weights, strict=True)],
         start=arguments.start,
         resume=arguments.resume,
+        num_skipped=num_skipped,
     )
     processor = LLM2CLIPProcessor.from_pretrained(arguments.model)
     model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device)

@@ -11,6 +11,11 @@ from .captioned_images import CaptionedImage, clean_text
 from .json_objects import iterate_lines, parse_object
 
 _FAULTS_SHOWN = 5
+_WITHOUT_PAIRS = (
+    "Data without second captions needs no caption tuning: build the model from a caption-tuned "
+    "LLM (a released one, or the LoRA of one by llm2clip build --caption-adapter), or leave this "
+    "stage out and go on with llm2clip extract."
+)
 
 
 @dataclass(frozen=True)
@@ -42,23 +47,47 @@ def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
     Raises: ValueError when keys have fewer than two captions: how many, the first of them, and
         where they are written.
     """
+    records = list(records)
+    captions = _collect_captions(records)
+    if not captions:
+        raise ValueError("There are no captions. Give a data set with at least two pictures.")
+    single = [key for key, texts in captions.items() if len(texts) < 2]
+    if single:
+        places = {record.key: record.place for record in reversed(records)}
+        shown = "; ".join(f"{key} ({places[key]})" for key in single[:_FAULTS_SHOWN])
+        raise ValueError(
+            f"{len(single)} of {len(captions)} images have one caption only, and a pair needs "
+            f"two: {shown}{'; …' if len(single) > _FAULTS_SHOWN else ''}. Give them a second (or "
+            f"long) caption, or skip them with --skip-single-captions. {_WITHOUT_PAIRS}"
+        )
+    return [CaptionGroup(key, tuple(texts)) for key, texts in captions.items()]
+
+
+def skip_single_captions(
+    records: Sequence[CaptionedImage],
+) -> tuple[list[CaptionedImage], int]:
+    """Leave out the records of each key that has one caption only.
+
+    Returns: the other records, and how many keys were left out.
+    Raises: ValueError when none is left.
+    """
+    captions = _collect_captions(records)
+    kept = [record for record in records if len(captions[record.key]) > 1]
+    if captions and not kept:
+        raise ValueError(
+            f"All {len(captions)} images have one caption only, so that skipping these leaves "
+            f"none. {_WITHOUT_PAIRS}"
+        )
+    return kept, len(captions) - len({record.key for record in kept})
+
+
+def _collect_captions(records: Iterable[CaptionedImage]) -> dict[str, dict[str, None]]:
+    """Texts of each key, every one once, in the order of the records."""
     captions: dict[str, dict[str, None]] = {}
-    places: dict[str, str] = {}
     for record in records:
         texts = captions.setdefault(record.key, {})
         texts.update(dict.fromkeys((*record.captions, *record.long_captions)))
-        places.setdefault(record.key, record.place)
-    lonely = [key for key, texts in captions.items() if len(texts) < 2]
-    if lonely:
-        shown = "; ".join(f"{key} ({places[key]})" for key in lonely[:_FAULTS_SHOWN])
-        raise ValueError(
-            f"{len(lonely)} of {len(captions)} pictures have one caption only, and a pair needs "
-            f"two: {shown}{'; …' if len(lonely) > _FAULTS_SHOWN else ''}. Give them a second (or "
-            "long) caption, or leave them out."
-        )
-    if not captions:
-        raise ValueError("There are no captions. Give a data set with at least two pictures.")
-    return [CaptionGroup(key, tuple(texts)) for key, texts in captions.items()]
+    return captions
 
 
 def hold_out_groups(

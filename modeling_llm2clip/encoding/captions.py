@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..batching_llm2clip import plan_token_batches
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from .float32 import float32_as_such
 from .modes import evaluating
 from .precision import LoweredLayers, LowerPrecision
 
@@ -54,7 +55,8 @@ def encode_captions(
         captions: any number of non-blank texts, one at least.
         token_budget: most tokens in a batch, padding included; default by device.
         precision: run the LLM's later layers in it; None for the dtype of the weights.
-            `precision_probe.choose_precision` finds one that is faster and true, if any is.
+            `recorded_precision.read_precision` gives what was once chosen for the model, if
+            anything was.
     Raises: ValueError for what is no list of captions, or naming every blank or non-text one.
     """
     captions = clean_list(captions)
@@ -90,7 +92,7 @@ def encode_token_ids(
     precision: LowerPrecision | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, int]:
-    """Compute the vectors of tokenized captions, longest first.
+    """Compute the vectors of tokenized captions, longest first, without dropout or TF32.
 
     Args:
         ids: from the processor's `list_ids`.
@@ -105,7 +107,7 @@ def encode_token_ids(
     vectors = torch.empty(len(ids), model.config.text_config.hidden_size)
     num_tokens = 0
     lowered = None if precision is None else LoweredLayers(model, precision)
-    with evaluating(model):
+    with evaluating(model), float32_as_such():
         for rows in plan_token_batches([len(row) for row in ids], token_budget=budget):
             input_ids, attention_mask = _pad([ids[row] for row in rows], processor)
             num_tokens += input_ids.numel()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..data.pictures import load_picture
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .float32 import float32_as_such
 from .memory import keep_large_blocks
 from .modes import evaluating
 
@@ -29,7 +30,7 @@ def encode_pictures(
     show_progress: bool = False,
     on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Compute the picture vectors that `project_vision_embeds` takes, without dropout.
+    """Compute the picture vectors that `project_vision_embeds` takes, without dropout or TF32.
 
     Args:
         pictures: paths, packed pictures of a data set, or PIL images.
@@ -49,7 +50,7 @@ def encode_pictures(
         keep_large_blocks()
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     vectors = []
-    with ThreadPoolExecutor(num_workers) as pool, evaluating(model):
+    with ThreadPoolExecutor(num_workers) as pool, evaluating(model), float32_as_such():
         prepared = _prepare_ahead(pool, processor, batches, count=num_workers + 1)
         progress = tqdm(total=len(pictures), unit=" pictures", disable=not show_progress)
         for inputs in prepared:

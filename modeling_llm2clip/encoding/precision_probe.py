@@ -1,4 +1,8 @@
-"""Finds out, on the model at hand, whether a lower precision is both faster and true."""
+"""Finds out, on the model at hand, whether a lower precision is both faster and true.
+
+Which layers are true is a question of vectors, and has one answer. Whether that pays is a question
+of time, and noisy: it is asked only by `choose_precision` and `probe_precisions`, once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +20,10 @@ from torch import Tensor
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .captions import encode_captions
+from .fingerprint import hash_json
 from .layers import list_text_layers
 from .precision import LowerPrecision
+from .recorded_precision import PRECISION_FILE, read_precision, write_precision
 
 CANDIDATES = (torch.bfloat16, torch.float16)
 LEAST_COSINE = 0.999
@@ -52,13 +60,79 @@ def choose_precision(
     processor: LLM2CLIPProcessor,
     captions: Sequence[str],
 ) -> LowerPrecision | None:
-    """Return the fastest precision that pays, or None to stay with the model's own.
+    """Return what was chosen for this model; if nothing was yet, measure, and record it for good.
+
+    It takes minutes where a candidate is slow, and is written into the model's folder, for
+    `recorded_precision.read_precision` to read at every later load.
+
+    Args:
+        model: loaded from a folder.
+        captions: as `probe_precisions`.
+    Returns: the fastest precision that pays, or None to stay with the model's own.
+    Raises: ValueError when the model is of no folder, or the record in it of another model.
+    """
+    folder = Path(model.name_or_path or "")
+    if not model.name_or_path or not folder.is_dir():
+        raise ValueError(
+            f"The model was loaded from {model.name_or_path!r}, which is no folder that the choice "
+            "could be recorded in. Save it into a folder, and load it from there."
+        )
+    if not (folder / PRECISION_FILE).is_file():
+        trials = probe_precisions(model, processor, captions)
+        write_precision(folder, pick_fastest(trials), _describe(model, captions, trials))
+    return read_precision(folder)
+
+
+def pick_fastest(trials: Sequence[PrecisionTrial]) -> LowerPrecision | None:
+    """Pick the fastest precision that pays, or None where none does."""
+    paying = [trial for trial in trials if trial.pays]
+    return max(paying, key=lambda trial: trial.speedup).precision if paying else None
+
+
+def _describe(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    captions: Sequence[str],
+    trials: Sequence[PrecisionTrial],
+) -> dict[str, Any]:
+    """What a choice rests on, for people."""
+    return {
+        "trials": [
+            {
+                "dtype": str(trial.precision.dtype).removeprefix("torch."),
+                "first_layer": trial.precision.first_layer,
+                "speedup": round(trial.speedup, 3),
+                "min_cosine": round(trial.min_cosine, 6),
+                "pays": trial.pays,
+            }
+            for trial in trials
+        ],
+        "captions": {"count": len(captions), "sha256": hash_json(list(captions))},
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def find_true_layers(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    processor: LLM2CLIPProcessor,
+    captions: Sequence[str],
+    dtype: torch.dtype,
+) -> LowerPrecision | None:
+    """Find the earliest layer from which on a lower precision is true, by vectors alone.
+
+    Nothing is timed: the same model, captions and machine give the same answer.
 
     Args:
         captions: as `probe_precisions`.
+    Returns: None when not even the last layer alone is true.
     """
-    paying = [t for t in probe_precisions(model, processor, captions) if t.pays]
-    return max(paying, key=lambda trial: trial.speedup).precision if paying else None
+    precision = _find_first_true_layer(model, processor, captions, dtype)
+    found, own = (
+        encode_captions(model, processor, captions, precision=chosen).caption_embeds
+        for chosen in (precision, None)
+    )
+    return precision if _min_cosine(found, own) >= LEAST_COSINE_OF_PROBE else None
 
 
 def probe_precisions(
@@ -66,7 +140,7 @@ def probe_precisions(
     processor: LLM2CLIPProcessor,
     captions: Sequence[str],
 ) -> list[PrecisionTrial]:
-    """Try every candidate on some captions, in turns with the model's own precision.
+    """Try and time every candidate on some captions, in turns with the model's own precision.
 
     Args:
         captions: a few dozen like those to be encoded, the longest among them: massive

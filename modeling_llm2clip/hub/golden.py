@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..encoding.float32 import float32_as_such
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -38,6 +39,7 @@ def draw_golden_pictures() -> list[Image.Image]:
 
 
 @torch.inference_mode()
+@float32_as_such()
 def compute_golden_vectors(
     model: Any, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
 ) -> dict[str, Tensor]:
@@ -59,6 +61,7 @@ def compute_golden_vectors(
 
 
 @torch.inference_mode()
+@float32_as_such()
 def write_golden_vectors(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
     """Record what this model, or half of one, gives now, beside its weights.
 
@@ -75,6 +78,7 @@ def write_golden_vectors(folder: Path, model: Any, processor: LLM2CLIPProcessor)
 
 
 @torch.inference_mode()
+@float32_as_such()
 def renew_golden_vectors(
     source: Path, folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
 ) -> bool:

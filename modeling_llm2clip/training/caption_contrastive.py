@@ -38,7 +38,7 @@ from ..evaluation.caption_retrieval import measure_caption_retrieval
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapter_base import ADAPTER_WEIGHTS, require_base_weights
-from .alike_pictures import encode_groups, find_alike, read_alike, write_alike
+from .alike_pictures import encode_groups_together, find_alike, read_alike, write_alike
 from .callbacks import JsonLinesCallback, LogLastStep, ShareSignal, StopOnSignal, choose_reports
 from .caption_encoder import (
     CaptionEncoder,
@@ -54,6 +54,7 @@ from .checkpoints import (
     forget_what_came_after,
     require_finite,
 )
+from .optimization import count_warmup_steps
 from .pair_batches import (
     KEY_COLUMN,
     KeyedBatchSampler,
@@ -64,7 +65,7 @@ from .pair_batches import (
     require_weight,
 )
 from .precision import computes_in_bfloat16
-from .processes import join_processes
+from .processes import join_processes, keep_to_one_gpu, refuse_fsdp_for_lora
 from .run_record import (
     METRICS_FILE,
     require_fresh_or_resumed,
@@ -100,7 +101,8 @@ class TuneArguments:
         batch_size: pairs in a batch of one process; all processes' pairs are negatives.
         mini_batch_size: pairs run at a time, by cached gradients (arXiv:2101.06983): any batch
             fits the memory, for a third more time. None runs the batch at once.
-        lr, warmup_steps, scale: upstream's 2e-4, 300 and 50.
+        lr, scale: upstream's 2e-4 and 50.
+        warmup_steps: below 1 a share of the run, else a number of steps, as in transformers.
         negatives: which other texts of a batch a text is compared with: "one-way", a first
             caption with all second ones, as upstream does; "both-ways", as CLIP does;
             "all-captions", with every other text.
@@ -121,7 +123,7 @@ class TuneArguments:
     batch_size: int = 64
     mini_batch_size: int | None = None
     lr: float = 2e-4
-    warmup_steps: int = 300
+    warmup_steps: float = 0.1
     scale: float = 50.0
     negatives: str = "both-ways"
     num_alike: int = 0
@@ -148,6 +150,10 @@ class TuneArguments:
                 "adapter_dtype": ("float32", "float16", "bfloat16"),
             },
         )  # fmt: skip
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            faults.append(
+                f"warmup_steps={self.warmup_steps}, wanted a share below 1 or whole steps"
+            )
         if faults:
             raise ValueError("; ".join(faults) + ".")
 
@@ -181,6 +187,7 @@ def tune_captions(
     other_pairs: Sequence[tuple[list[TextPair], float]] = (),
     start: Path | None = None,
     resume: bool = False,
+    num_skipped: int = 0,
 ) -> TuneResult:
     """Train a LoRA on the model's LLM and write it to `output/adapter`.
 
@@ -194,7 +201,9 @@ def tune_captions(
         start: folder of an adapter of the same shape, of this very LLM, to begin from, instead of
             from nothing.
         resume: continue from the last checkpoint in `output`.
-    Raises: ValueError for data that cannot fill a batch, or an output folder of another run
+        num_skipped: images that `skip_single_captions` left out of the groups, for the record.
+    Raises: ValueError for data that cannot fill a batch, a warm-up that is as long as the run, or
+        an output folder of another run
         (settings, data, or the LLM where it was loaded from a folder or the Hub), before anything
         is computed; FloatingPointError at a loss, a gradient or a weight that
         is not finite, before anything is kept of it.
@@ -207,6 +216,7 @@ def tune_captions(
         other_pairs=other_pairs,
         start=start,
         resume=resume,
+        num_skipped=num_skipped,
     )
     return run_tuning(model, processor, plan)
 
@@ -243,20 +253,29 @@ def plan_tuning(
     other_pairs: Sequence[tuple[list[TextPair], float]] = (),
     start: Path | None = None,
     resume: bool = False,
+    num_skipped: int = 0,
 ) -> TuningPlan:
     """Check and prepare everything that needs no LLM; arguments and errors as `tune_captions`.
 
     Args:
         model_name: what the model is loaded from: folder or Hub id; "" for one built in memory.
     """
+    refuse_fsdp_for_lora()
     join_processes()
     for number, (_, weight) in enumerate(other_pairs, start=1):
         require_weight(weight, f"Number {number} of other_pairs")
     require_fresh_or_resumed(output, resume=resume)
     data = _prepare_data(groups, other_pairs, arguments)
+    num_steps = _count_steps(data, arguments)[0]
+    warmup_steps = count_warmup_steps(arguments.warmup_steps, num_steps)
     if start is not None:
         require_same_meaning(start, configure_lora(arguments.lora))
-    record = {**asdict(arguments), **_identify(model_name, groups, other_pairs, start)}
+    record = {
+        **asdict(arguments),
+        **_identify(model_name, groups, other_pairs, start),
+        "schedule": {"steps": num_steps, "warmup_steps": warmup_steps},
+        "num_single_captions_skipped": num_skipped,
+    }
     require_fresh_or_same_run(output, record, resume=resume)
     if start is not None and model_name:
         require_base_weights(start / ADAPTER_WEIGHTS, record["fingerprint"]["weights"])
@@ -413,6 +432,14 @@ class _Trainer(FiniteGradients, WholeRunFigures, MarkedCheckpoints, SentenceTran
         return loss
 
 
+def _count_steps(data: _Data, arguments: TuneArguments) -> tuple[int, int]:
+    """Steps of the whole run, and of an epoch."""
+    lengths = [len(table) for table in data.tables.values()]
+    window_size = arguments.batch_size * PartialState().num_processes
+    steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
+    return arguments.steps or max(1, round(arguments.epochs * steps_per_epoch)), steps_per_epoch
+
+
 def _make_trainer(
     encoder: CaptionEncoder,
     data: _Data,
@@ -421,36 +448,35 @@ def _make_trainer(
     arguments: TuneArguments,
 ) -> _Trainer:
     wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
-    lengths = [len(table) for table in data.tables.values()]
-    window_size = arguments.batch_size * PartialState().num_processes
-    steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
-    num_steps = arguments.steps or max(1, round(arguments.epochs * steps_per_epoch))
+    num_steps, steps_per_epoch = _count_steps(data, arguments)
+    training_arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=num_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        warmup_steps=count_warmup_steps(arguments.warmup_steps, num_steps),
+        lr_scheduler_type="cosine",
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
+        use_cpu=device.type == "cpu",
+        batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
+        multi_dataset_batch_sampler=partial(
+            WeightedBatchSampler, weights=data.weights, num_steps=num_steps
+        ),
+        eval_strategy="steps" if arguments.eval_every else "no",
+        eval_steps=arguments.eval_every or None,
+        save_strategy="steps",
+        save_steps=arguments.save_every,
+        save_total_limit=2,
+        logging_steps=1 if num_steps < _FEW_STEPS else 10,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
+        report_to=choose_reports(),
+        seed=arguments.seed,
+    )
+    keep_to_one_gpu(training_arguments)
     trainer = _Trainer(
         model=wrapped,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(output / CHECKPOINTS),
-            max_steps=num_steps,
-            per_device_train_batch_size=arguments.batch_size,
-            learning_rate=arguments.lr,
-            warmup_steps=arguments.warmup_steps,
-            lr_scheduler_type="cosine",
-            bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-            use_cpu=device.type == "cpu",
-            batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
-            multi_dataset_batch_sampler=partial(
-                WeightedBatchSampler, weights=data.weights, num_steps=num_steps
-            ),
-            eval_strategy="steps" if arguments.eval_every else "no",
-            eval_steps=arguments.eval_every or None,
-            save_strategy="steps",
-            save_steps=arguments.save_every,
-            save_total_limit=2,
-            logging_steps=1 if num_steps < _FEW_STEPS else 10,
-            dataloader_drop_last=True,
-            ddp_find_unused_parameters=False,
-            report_to=choose_reports(),
-            seed=arguments.seed,
-        ),
+        args=training_arguments,
         train_dataset=data.tables,
         loss=_make_loss(wrapped, arguments),
         evaluator=_CaptionRetrieval(encoder, data.held_out) if arguments.eval_every else None,
@@ -497,12 +523,14 @@ def _find_alike(
     *,
     resumed: bool,
 ) -> dict[str, list[str]]:
-    """The most alike pictures of each, found by one process and once a run."""
+    """The most alike pictures of each, once a run: all processes encode, one compares."""
     if not arguments.num_alike:
         return {}
     file, state = output / ALIKE_FILE, PartialState()
-    if state.is_main_process and not resumed:
-        count = min(_ALIKE_TO_DRAW_FROM * arguments.num_alike, len(groups) - 1)
-        write_alike(find_alike(encode_groups(encoder.encode, groups), count), file)
+    if not resumed:
+        vectors = encode_groups_together(encoder.encode, groups)
+        if state.is_main_process:
+            count = min(_ALIKE_TO_DRAW_FROM * arguments.num_alike, len(groups) - 1)
+            write_alike(find_alike(vectors, count).cpu(), file)
     state.wait_for_everyone()
     return read_alike(file, groups)

@@ -48,6 +48,9 @@ def keyed_contrastive_loss(
             f"image_embeds {tuple(image_embeds.shape)}, text_embeds {tuple(text_embeds.shape)} "
             f"and keys {tuple(keys.shape)} must pair row by row."
         )
+    # Whatever a wrapper of the model made of them; half-precision logits have no second digit.
+    image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
+    logit_scale = logit_scale.float()
     num_rows, first = len(keys), 0
     images, texts, all_keys = image_embeds, text_embeds, keys
     if over_processes and dist.is_initialized() and dist.get_world_size() > 1:

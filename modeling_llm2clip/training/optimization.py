@@ -28,6 +28,24 @@ def split_by_decay(
     return [group for group in groups if group["params"]]
 
 
+def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
+    """Count the steps of a run's warm-up; in the step after them the rate is at its peak.
+
+    Args:
+        warmup_steps: below 1 a share of the run, rounded down; else a number of steps.
+        num_steps: of the run.
+    Raises: ValueError when the run ends before the learning rate is at its peak.
+    """
+    counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
+    if counted >= num_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps:g} of a run of {num_steps} steps: its learning rate would "
+            f"never reach its peak. Give fewer than {num_steps} steps, or a share of the run below "
+            "1, such as 0.1 (--warmup-steps), or train longer (--steps, --epochs)."
+        )
+    return counted
+
+
 def warm_up_then_cosine(steps: int, *, begin: int = 0) -> Callable[[int], float]:
     """Factor of the learning rate at each step: up for a tenth of the steps, down as a cosine.
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from llava_batches import ConversationDataset, PadOnTheRight
 from llava_conversations import Conversation, hash_conversations
@@ -37,6 +35,13 @@ from modeling_llm2clip.training.checkpoints import (
     forget_what_came_after,
 )
 from modeling_llm2clip.training.precision import computes_in_bfloat16
+from modeling_llm2clip.training.processes import (
+    is_sharded,
+    join_processes,
+    keep_to_one_gpu,
+    require_all_processes,
+    stays_on_cpu,
+)
 from modeling_llm2clip.training.run_record import (
     METRICS_FILE,
     RUN_FILE,
@@ -226,11 +231,6 @@ def _note_cut(metrics: Path, dataset: ConversationDataset) -> None:
         metrics.write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
-def is_sharded() -> bool:
-    """Whether `accelerate launch` was given a configuration for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-
-
 def make_training_arguments(
     output: Path, arguments: LlavaArguments, conversations: Sequence[Conversation]
 ) -> TrainingArguments:
@@ -238,7 +238,7 @@ def make_training_arguments(
 
     Raises: ValueError when the processes cannot share a batch, or not such data.
     """
-    on_gpu = arguments.device == "auto" and torch.cuda.is_available()
+    device = join_processes(cpu=stays_on_cpu(arguments.device)).device
     # Then a batch may hold no picture at all, and the projector gets no gradient.
     has_text_only = any(c.picture is None for c in conversations)
     if has_text_only and is_sharded():
@@ -252,8 +252,8 @@ def make_training_arguments(
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         max_grad_norm=arguments.clip_norm,
-        bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
-        use_cpu=arguments.device == "cpu",
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
+        use_cpu=device.type == "cpu",
         dataloader_drop_last=True,
         dataloader_num_workers=arguments.num_workers,
         logging_steps=arguments.log_every,
@@ -267,7 +267,8 @@ def make_training_arguments(
         seed=arguments.seed,
         **_CHECKPOINTING if arguments.gradient_checkpointing else {},
     )
-    settings._n_gpu = min(1, settings.n_gpu)  # one process a GPU; never torch's DataParallel
+    keep_to_one_gpu(settings)
+    require_all_processes(settings.world_size)
     _fit_to_data(settings, arguments, len(conversations))
     return settings
 

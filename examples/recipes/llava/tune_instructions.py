@@ -18,8 +18,10 @@ from typing import Any
 from llava_commands import parse, train_and_tell
 from llava_conversations import read_conversations
 from llava_model import load_llava, require_possible_lora, train_projector_and_llm
-from llava_trainer import LlavaArguments, is_sharded
+from llava_trainer import LlavaArguments
 from transformers import LlavaProcessor
+
+from modeling_llm2clip.training.processes import is_sharded
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ...data.pictures import load_picture
 from ...data.trained_emoji import TrainedEmoji
 from ...encoding.devices import require_device
+from ...encoding.float32 import float32_as_such
 from ...processing_llm2clip import load_pictures
 
 DTYPES = ("saved", "float32", "bfloat16", "float16")
@@ -68,7 +69,11 @@ class EncoderSettings:
     @property
     def run(self) -> dict[str, Any]:
         """What a description says of them."""
-        return {"device": str(self.find_device()), "batch_size": self.choose_batch_size()}
+        return {
+            "device": str(self.find_device()),
+            "batch_size": self.choose_batch_size(),
+            "float32_products": "ieee",  # never TF32; see `encoding.float32`
+        }
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Description:
         text: prompt, maximum tokens, padding, letter case; None for pictures alone.
         pictures: resolution, mean, std, resizing, cropping; None for texts alone.
         dtype: of the weights as they are run.
-        run: device and batch size, which do not move a score in float32.
+        run: device, batch size and kind of float32, which do not move a score in float32.
         trained_emoji: what the model's folder says of it; None where it says nothing.
         untrained_parts: of a model of this package, those with random weights.
     """
@@ -171,7 +176,7 @@ def encode_distinct(
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     vectors: Tensor | None = None
     progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not settings.show_progress)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, float32_as_such():
         ahead = pool.submit(prepare, batches[0])
         for number, batch in enumerate(batches):
             prepared = ahead.result()

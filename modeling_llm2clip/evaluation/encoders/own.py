@@ -14,6 +14,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.trained_emoji import read_trained_emoji
 from ...encoding.captions import encode_captions
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...encoding.float32 import float32_as_such
 from ...encoding.pictures import encode_pictures
 from ...encoding.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
@@ -76,7 +77,8 @@ class OwnEncoder:
 
     @torch.inference_mode()
     def _project(self, project: Any, embeds: Tensor) -> Tensor:
-        projected: Tensor = project(embeds.to(self._model.device)).cpu()
+        with float32_as_such():
+            projected: Tensor = project(embeds.to(self._model.device)).cpu()
         return projected
 
     @cached_property

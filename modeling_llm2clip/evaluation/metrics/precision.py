@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ...encoding.float32 import float32_as_such
+
 
 @contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
@@ -16,25 +18,8 @@ def full_float32(device_type: str) -> Iterator[None]:
     Both keep 10 bits of a number or fewer, and the settings that choose them hold for the whole
     program; near scores would change places.
     """
-    with torch.autocast(device_type, enabled=False):
-        # From torch 2.9 on each backend has its own setting, and reading the old one can raise.
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, precision in zip(backends, before, strict=True):
-                    backend.fp32_precision = precision
-        else:
-            chosen = torch.get_float32_matmul_precision()
-            try:
-                torch.set_float32_matmul_precision("highest")
-                yield
-            finally:
-                torch.set_float32_matmul_precision(chosen)
+    with torch.autocast(device_type, enabled=False), float32_as_such():
+        yield
 
 
 def bound_float32_error(width: int) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...encoding.devices import require_device
+from ...encoding.float32 import float32_as_such
 from .comparisons import check_golden_vectors, check_sentence_transformers
 from .diagnosis import Check, ConcernError, Diagnosis, NotApplicableError
 from .file_checks import (
@@ -119,7 +120,8 @@ def _examine(plan: _Plan, patient: Patient, unmet: dict[str, str]) -> tuple[Chec
         reason = f"the folder holds a {model_class} alone"
         return Check(plan.name, False, reason, skipped=True), False
     try:
-        return Check(plan.name, True, plan.examine(patient)), False
+        with float32_as_such():
+            return Check(plan.name, True, plan.examine(patient)), False
     except NotApplicableError as reason:
         return Check(plan.name, False, str(reason), skipped=True), False
     except ConcernError as concern:

@@ -6,7 +6,6 @@ made of the result by `hub.assemble`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ...data.captioned_images import CaptionedImage, hash_records
 from ...data.vector_store import VectorStore
 from ...data.vector_store_layout import MANIFEST_FILE, hash_file
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...encoding.float32 import float32_as_such
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
 from ..checkpoints import (
@@ -28,6 +28,7 @@ from ..checkpoints import (
     require_finite,
 )
 from ..picture_files import describe_pictures
+from ..processes import refuse_fsdp_for_lora
 from ..run_record import (
     METRICS_FILE,
     read_run_entry,
@@ -174,7 +175,7 @@ def align(
             patience=arguments.patience,
             patient_until=length.adapter_begin,
         )
-    with stop_on_signals() as stop:
+    with float32_as_such(), stop_on_signals() as stop:
         trainer = AlignmentTrainer(
             aligned,
             dataset,
@@ -352,7 +353,5 @@ def check_processes(arguments: AlignArguments, batch_size: int, num_processes: i
             f"batch_size={batch_size} cannot be shared evenly by {num_processes} "
             "processes. Choose a multiple of their number."
         )
-    # Set by accelerate launch. A LoRA's merging needs whole matrices, which no process has there.
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    if is_sharded and "lora" in (arguments.vision_training, arguments.text_training):
-        raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+    if "lora" in (arguments.vision_training, arguments.text_training):
+        refuse_fsdp_for_lora()

@@ -24,12 +24,14 @@ from ..checkpoints import CHECKPOINTS, find_trained
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
+from ..processes import join_processes, keep_to_one_gpu, require_all_processes, stays_on_cpu
 from ..trainer_bases import FiniteGradients, TrainedCheckpoints, WholeRunFigures
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
 from .draws import RunBatches
 from .model import AlignmentModel
 from .selection import KeepBest
+from .sharding import keep_scores_in_float32
 from .towers import scale_by_layer
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -42,15 +44,15 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
 def make_training_arguments(output: Path, arguments: AlignArguments) -> TrainingArguments:
     """Translate our settings; also joins the process group where there is one.
 
-    Batch size, number of steps and learning rate follow from data and start: see `set_run_length`.
+    Batch size, number of steps and learning rate follow from data and start: see `RunLength`.
     """
-    on_gpu = arguments.device == "auto" and torch.cuda.is_available()
+    device = join_processes(cpu=stays_on_cpu(arguments.device)).device
     found = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.clip_norm,
-        bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
-        use_cpu=arguments.device == "cpu",
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
+        use_cpu=device.type == "cpu",
         logging_steps=arguments.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # such a loss stops the run
@@ -64,7 +66,8 @@ def make_training_arguments(output: Path, arguments: AlignArguments) -> Training
         report_to=choose_reports(),
         seed=arguments.seed,
     )
-    found._n_gpu = min(1, found.n_gpu)  # one process a GPU; never torch's DataParallel
+    keep_to_one_gpu(found)
+    require_all_processes(found.world_size)
     return found
 
 
@@ -139,6 +142,11 @@ class AlignmentTrainer(FiniteGradients, WholeRunFigures, TrainedCheckpoints, Tra
         if keep_best is not None:
             keep_best.trainer = self
             self.add_callback(keep_best)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create it, and have FSDP leave scores and temperature in float32."""
+        super().create_accelerator_and_postprocess()
+        keep_scores_in_float32(self.accelerator, self.alignment_model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's batches of the whole run."""
