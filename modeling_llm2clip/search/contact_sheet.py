@@ -81,7 +81,7 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
         row.paste(
             thumbnail, (left + (_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
         )
-        draw.text((left + 30, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
+        draw.text((left + _SIDE // 2 - 12, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
     return row
 
 
