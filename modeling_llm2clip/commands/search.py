@@ -65,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_queries(sentences: list[str], images: list[Path]) -> None:
     from ..data.picture_checks import find_unreadable
-    from ..data.pictures import list_readable_suffixes
+    from ..data.pictures import register_heif_reader
     from ..processing_llm2clip import clean_list
 
     if not sentences and not images:
         raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
     if sentences:
         clean_list(sentences)
-    list_readable_suffixes()  # lets Pillow read HEIC where it can
+    register_heif_reader()
     if unreadable := find_unreadable(images):
         raise ValueError("\n".join(f"--image {fault}" for fault in unreadable.values()))
 

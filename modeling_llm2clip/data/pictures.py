@@ -27,17 +27,15 @@ _OPEN_TABLES = 256
 
 
 def list_readable_suffixes() -> frozenset[str]:
-    """List the suffixes of image files that Pillow can decode here, without the dot.
-
-    Registers pillow-heif with Pillow where it is installed.
-    """
-    _register_heif()
+    """List the suffixes of image files that Pillow can decode here, without the dot."""
+    register_heif_reader()
     formats = Image.registered_extensions()
     readable = {suffix for suffix in OPTIONAL_IMAGE_SUFFIXES if f".{suffix}" in formats}
     return PICTURE_SUFFIXES | readable
 
 
-def _register_heif() -> None:
+def register_heif_reader() -> None:
+    """Let Pillow read HEIC where pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
