@@ -19,6 +19,7 @@ from .commands import (
     export,
     extract,
     search,
+    tag,
     tune_captions,
 )
 
@@ -58,7 +59,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (
-        demo, build, convert, tune_captions, extract, align, evaluate, search, export, doctor,
+        demo, build, convert, tune_captions, extract, align, evaluate, search, tag, export,
+        doctor,
     ):  # fmt: skip
         command.add_parser(commands)
     return parser

@@ -63,6 +63,13 @@ def _fix_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of this test alone, where commands keep what they can make again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "llm2clip"
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The data set, model and stores of `aligning`, which no test may change."""

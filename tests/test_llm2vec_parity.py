@@ -17,7 +17,8 @@ from tiny_folders import save_tiny_vision
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.demo.real_parts import SMOLLM2, default_cache_folder
+from modeling_llm2clip.data.cache_folder import default_cache_folder
+from modeling_llm2clip.demo.real_parts import SMOLLM2
 from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 from modeling_llm2clip.hub.conversion.llm2vec import build_from_llm2vec
 

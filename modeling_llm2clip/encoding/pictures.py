@@ -19,7 +19,6 @@ from .memory import keep_large_blocks
 from .modes import evaluating
 
 
-@torch.inference_mode()
 def encode_pictures(
     model: LLM2CLIPModel | LLM2CLIPVisionModel,
     processor: LLM2CLIPProcessor,
@@ -41,27 +40,57 @@ def encode_pictures(
     Raises: ValueError naming the picture that is missing or broken, for no pictures or what is no
         list of them, or a batch or workers below one.
     """
-    if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence) or not pictures:
-        raise ValueError(f"Got {pictures!r} for pictures; give a list of one at least.")
+    vectors = []
+    for embeds in encode_image_batches(
+        model,
+        processor,
+        pictures,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        show_progress=show_progress,
+    ):
+        vectors.append(embeds)
+        if on_batch is not None:
+            on_batch(len(embeds))
+    return torch.cat(vectors)
+
+
+@torch.inference_mode()
+def encode_image_batches(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    processor: LLM2CLIPProcessor,
+    images: Sequence[Any],
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 1,
+    show_progress: bool = False,
+) -> Iterator[Tensor]:
+    """Yield the embeddings of `encode_pictures` batch by batch, so that each can be kept at once.
+
+    Args:
+        images: as `pictures` of `encode_pictures`, like all other arguments.
+    Yields: (B, D) float32 on the CPU, in the order of the images.
+    Raises: ValueError as `encode_pictures`, at the first batch.
+    """
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
+        raise ValueError(f"Got {images!r} for pictures; give a list of one at least.")
     batch_size = default_batch_size(model.device) if batch_size is None else batch_size
     if batch_size < 1 or num_workers < 1:
         raise ValueError(f"{batch_size=}, {num_workers=}: each must be one at least.")
     if model.device.type == "cpu":
         keep_large_blocks()
-    batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
-    vectors = []
-    with ThreadPoolExecutor(num_workers) as pool, evaluating(model), float32_as_such():
-        prepared = _prepare_ahead(pool, processor, batches, count=num_workers + 1)
-        progress = tqdm(total=len(pictures), unit=" pictures", disable=not show_progress)
-        for inputs in prepared:
+    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    with (
+        ThreadPoolExecutor(num_workers) as pool,
+        evaluating(model),
+        float32_as_such(),
+        tqdm(total=len(images), unit=" pictures", disable=not show_progress) as progress,
+    ):
+        for inputs in _prepare_ahead(pool, processor, batches, count=num_workers + 1):
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            embeds = model.get_vision_embeds(**inputs)
-            vectors.append(embeds.cpu())
+            embeds = model.get_vision_embeds(**inputs).cpu()
             progress.update(len(embeds))
-            if on_batch is not None:
-                on_batch(len(embeds))
-        progress.close()
-    return torch.cat(vectors)
+            yield embeds
 
 
 def default_batch_size(device: torch.device) -> int:

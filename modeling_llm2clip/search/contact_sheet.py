@@ -1,32 +1,35 @@
-"""Shows what a search found: one PNG to look at, one HTML page that needs no other file."""
+"""Shows what a search found: one PNG to look at, one HTML page with links to the files."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..processing_llm2clip import load_pictures
 from .lettering import Font, find_font
 
-_SIDE = 96
+_SIDE = 160
+_PAGE_SIDE = 320
 _GAP = 12
 _TEXT_WIDTH = 330
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #222; }}
-.row {{ display: flex; gap: 1rem; align-items: center; padding: .8rem 0; }}
-.row + .row {{ border-top: 1px solid #ddd; }}
-.row h2 {{ font-size: 1rem; font-weight: 600; width: 18rem; margin: 0; flex: none; }}
-figure {{ margin: 0; text-align: center; width: 7rem; }}
-img {{ max-width: 96px; max-height: 96px; border-radius: 6px; }}
-figcaption {{ font-size: .75rem; color: #666; }}
+body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; }}
+section + section {{ border-top: 1px solid #ddd; }}
+h2 {{ font-size: 1.1rem; font-weight: 600; }}
+.found {{ display: flex; flex-wrap: wrap; gap: 1rem; padding-bottom: 1rem; }}
+figure {{ margin: 0; width: 320px; }}
+img {{ max-width: 100%; max-height: 320px; border-radius: 6px; }}
+figcaption {{ font-size: .8rem; color: #666; overflow-wrap: anywhere; }}
 </style></head><body><h1>{title}</h1><p>{note}</p>
 {rows}
 </body></html>
@@ -35,10 +38,15 @@ figcaption {{ font-size: .75rem; color: #666; }}
 
 @dataclass(frozen=True)
 class SearchResult:
-    """One sentence and the pictures found for it, best first: path and cosine."""
+    """One sentence and the pictures found for it, best first: path and cosine.
+
+    Attributes:
+        query_image: the image that was searched for; `sentence` is then its path.
+    """
 
     sentence: str
     found: Sequence[tuple[Path, float]]
+    query_image: Path | None = None
 
 
 def write_contact_sheet(results: Sequence[SearchResult], path: Path) -> None:
@@ -73,34 +81,58 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
         row.paste(
             thumbnail, (left + (_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
         )
-        draw.text((left + 30, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
+        draw.text((left + _SIDE // 2 - 12, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
     return row
 
 
 def write_page(results: Sequence[SearchResult], path: Path, *, title: str, note: str) -> None:
-    """Write the same as a page with the pictures inside it."""
-    rows = []
-    for result in results:
-        figures = "".join(
-            f'<figure><img alt="{html.escape(picture.stem)}" src="{_inline(picture)}">'
-            f"<figcaption>{cosine:.2f}</figcaption></figure>"
-            for picture, cosine in result.found
-        )
-        rows.append(f'<div class="row"><h2>{html.escape(result.sentence)}</h2>{figures}</div>')
-    page = _PAGE.format(title=html.escape(title), note=html.escape(note), rows="\n".join(rows))
-    path.write_text(page, encoding="utf-8")
+    """Write the same as a page that holds small copies of the images and links to their files.
+
+    Links are relative to the page, so that page and images may be moved together.
+    """
+    rows = "\n".join(_write_section(result, path.parent) for result in results)
+    page = _PAGE.format(title=html.escape(title), note=html.escape(note), rows=rows)
+    path.write_text(page, encoding="utf-8", errors="replace")  # a path may be no Unicode
 
 
-def _shrink(picture: Path) -> Image.Image:
+def _write_section(result: SearchResult, folder: Path) -> str:
+    query = ""
+    if result.query_image is not None:
+        query = f'<div class="query">{_write_figure(result.query_image, "query", folder)}</div>'
+    figures = "".join(
+        _write_figure(picture, f"{rank}. {cosine:.3f}", folder)
+        for rank, (picture, cosine) in enumerate(result.found, start=1)
+    )
+    heading = html.escape(result.sentence)
+    return f'<section><h2>{heading}</h2>{query}<div class="found">{figures}</div></section>'
+
+
+def _write_figure(picture: Path, caption: str, folder: Path) -> str:
+    address, shown = html.escape(_find_address(picture, folder)), html.escape(str(picture))
+    return (
+        f'<figure><a href="{address}"><img alt="{shown}" src="{_inline(picture)}"></a>'
+        f'<figcaption>{caption} <a href="{address}">{shown}</a></figcaption></figure>'
+    )
+
+
+def _find_address(file: Path, folder: Path) -> str:
+    """Where a page in the folder finds a file: relative, unless it lies on another drive."""
+    try:
+        return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
+    except ValueError:
+        return file.resolve().as_uri()
+
+
+def _shrink(picture: Path, side: int = _SIDE) -> Image.Image:
     image: Image.Image = load_pictures(str(picture))
-    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
 def _inline(picture: Path) -> str:
     buffer = io.BytesIO()
-    _shrink(picture).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    _shrink(picture, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _wrap(text: str, font: Font, width: int) -> str:

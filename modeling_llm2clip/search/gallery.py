@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.pictures import PICTURE_SUFFIXES
 from ..encoding.captions import encode_captions
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -28,21 +27,6 @@ class Gallery:
 
     paths: Sequence[Path]
     image_embeds: Tensor
-
-
-def list_pictures(folder: str | Path) -> list[Path]:
-    """Return the pictures in a folder and in the folders below it, by their endings, in order.
-
-    Raises: ValueError when there is no such folder, or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give one that holds pictures.")
-    endings = {f".{suffix}" for suffix in PICTURE_SUFFIXES}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
-    if not paths:
-        raise ValueError(f"{folder}: no picture in it or below it ({', '.join(sorted(endings))}).")
-    return paths
 
 
 @torch.inference_mode()
@@ -73,6 +57,26 @@ def find_pictures(
     return take_best(sentences, cosines, gallery.paths, count=count)
 
 
+def find_similar_images(
+    gallery: Gallery, queries: Gallery, *, count: int = 6
+) -> list[SearchResult]:
+    """Find for each query image the images of the greatest cosine, best first.
+
+    Args:
+        gallery: images to search; one that is a query too finds itself.
+        queries: query images.
+        count: images per query; all of them where there are fewer.
+
+    Raises:
+        ValueError: the count is below 1.
+    """
+    cosines = queries.image_embeds @ gallery.image_embeds.T
+    found = take_best([str(path) for path in queries.paths], cosines, gallery.paths, count=count)
+    return [
+        replace(result, query_image=path) for result, path in zip(found, queries.paths, strict=True)
+    ]
+
+
 def take_best(
     sentences: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, count: int
 ) -> list[SearchResult]:
@@ -86,14 +90,19 @@ def take_best(
     """
     if count < 1:
         raise ValueError(f"count={count} finds nothing; give at least 1.")
-    if not cosines.isfinite().all():  # a NaN would come first
-        broken = int((~cosines.isfinite()).sum())
-        raise ValueError(
-            f"{broken} of {cosines.numel()} cosines are NaN or infinite: the model gave broken "
-            "vectors. Examine it with llm2clip doctor."
-        )
+    require_finite(cosines)  # a NaN would come first
     best = cosines.topk(min(count, len(paths)))
     return [
         SearchResult(sentence, [(paths[i], float(s)) for s, i in zip(scores, rows, strict=True)])
         for sentence, scores, rows in zip(sentences, best.values, best.indices, strict=True)
     ]
+
+
+def require_finite(cosines: Tensor) -> None:
+    """Raise ValueError when a cosine is NaN or infinite."""
+    if not cosines.isfinite().all():
+        broken = int((~cosines.isfinite()).sum())
+        raise ValueError(
+            f"{broken} of {cosines.numel()} cosines are NaN or infinite: the model gave broken "
+            "vectors. Examine it with llm2clip doctor."
+        )

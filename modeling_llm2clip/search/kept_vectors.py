@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ..data.cache_folder import default_cache_folder
 from ..data.named_vectors import read_named_vectors, write_named_vectors
 from ..data.vector_store_layout import hash_file, name_differences
-from ..encoding.pictures import encode_pictures
+from ..encoding.fingerprint import hash_json
+from ..encoding.pictures import encode_image_batches
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
-_ENCODED_AT_ONCE = 1024
+_MOST_THREADS = 8
+_HASHED_AT_ONCE = 1024
+# A safetensors header has at most 100 MB, and a name takes 70 bytes of it.
+_MOST_KEPT = 1_400_000
+# A search that is killed loses no more than this; the whole file is written each time.
+_SECONDS_BETWEEN_WRITES = 300
 
 
 class KeptVectors:
@@ -40,15 +51,34 @@ class KeptVectors:
         self._vectors: dict[str, Tensor] = {}
         self._digests: dict[Path, str] = {}
         if file is not None:
-            _require_writable(file)
+            require_writable(file)
             self._read(file)
 
     def __contains__(self, path: Path) -> bool:
         """Whether there is a vector of what this file holds; not, where it cannot be read."""
-        try:
-            return bool(self._vectors) and self._digest(path) in self._vectors
-        except OSError:
-            return False
+        return not self.find_new([path])
+
+    @property
+    def file(self) -> Path | None:
+        """Where they are kept."""
+        return self._file
+
+    def find_new(self, paths: Sequence[Path], *, show_progress: bool = False) -> list[Path]:
+        """Find the images that have no embedding yet, or that cannot be read.
+
+        Raises:
+            ValueError: there are more than the file can hold.
+        """
+        if self._vectors:
+            self._hash(paths, show_progress=show_progress)
+        new = [path for path in paths if self._digests.get(path) not in self._vectors]
+        if self._file is not None and len(self._vectors) + len(new) > _MOST_KEPT:
+            raise ValueError(
+                f"{self._file} holds at most {_MOST_KEPT:,} embeddings; with {len(new):,} new "
+                f"images there would be {len(self._vectors) + len(new):,}. Pass --no-keep, or "
+                "search fewer images."
+            )
+        return new
 
     def encode(
         self,
@@ -60,29 +90,36 @@ class KeptVectors:
         """Encode the pictures that have no vector yet, each content once, and keep their vectors.
 
         Args:
-            settings: those of `encode_pictures`.
+            settings: those of `encode_image_batches`.
         Returns: vectors of all of them, (N, D) float32 on the CPU, before the projection.
         Raises: ValueError as `encode_pictures`, or naming a picture whose vector is not finite.
             What was encoded before is kept then, and when the user breaks off. Vectors that cannot
             be written any more are warned of.
         """
         self._require_width(model.visual_projection.in_features)
-        new = list({self._digest(path): path for path in paths if path not in self}.values())
-        try:
-            for start in range(0, len(new), _ENCODED_AT_ONCE):
-                part = new[start : start + _ENCODED_AT_ONCE]
-                self._keep(part, encode_pictures(model, processor, part, **settings))
-        finally:
-            if new and self._vectors and self._file is not None:
-                self._try_to_write(self._file)
+        new = list({self._digest(path): path for path in self.find_new(paths)}.values())
+        if new:
+            try:
+                self._encode_new(encode_image_batches(model, processor, new, **settings), new)
+            finally:
+                self._try_to_write()
         return torch.stack([self._vectors[self._digest(path)] for path in paths])
+
+    def _encode_new(self, batches: Iterator[Tensor], paths: Sequence[Path]) -> None:
+        start, written = 0, time.monotonic()
+        for embeds in batches:
+            self._keep(paths[start : start + len(embeds)], embeds)
+            start += len(embeds)
+            if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+                self._try_to_write()
+                written = time.monotonic()
 
     def _keep(self, paths: Sequence[Path], vectors: Tensor) -> None:
         broken = (~vectors.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
             raise ValueError(
-                f"The model gave {len(broken)} of {len(paths)} pictures a NaN or an infinity, "
-                f"{paths[broken[0]]} first. Examine it with llm2clip doctor."
+                f"The model gave {len(broken)} images of a batch of {len(paths)} a NaN or an "
+                f"infinity, {paths[broken[0]]} first. Examine it with llm2clip doctor."
             )
         self._vectors.update(zip(map(self._digest, paths), vectors, strict=True))
 
@@ -90,6 +127,21 @@ class KeptVectors:
         if path not in self._digests:
             self._digests[path] = hash_file(path)
         return self._digests[path]
+
+    def _hash(self, paths: Sequence[Path], *, show_progress: bool) -> None:
+        """Hash the files in threads; one that cannot be read stays without a digest."""
+        unhashed = [path for path in dict.fromkeys(paths) if path not in self._digests]
+        with (
+            ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
+            tqdm(total=len(unhashed), unit=" files", disable=not show_progress) as progress,
+        ):
+            # A pool takes all its work at once, so it gets a part of it at a time.
+            for start in range(0, len(unhashed), _HASHED_AT_ONCE):
+                part = unhashed[start : start + _HASHED_AT_ONCE]
+                for path, digest in zip(part, pool.map(_try_to_hash, part), strict=True):
+                    if digest is not None:
+                        self._digests[path] = digest
+                    progress.update()
 
     def _read(self, file: Path) -> None:
         """Add what the file holds to what is known."""
@@ -114,20 +166,53 @@ class KeptVectors:
                 "Remove the file."
             )
 
-    def _try_to_write(self, file: Path) -> None:
+    def _try_to_write(self) -> None:
+        if self._file is None or not self._vectors:
+            return
         try:
-            self._read(file)  # what another search has kept there since
-            self._write(file)
+            self._read(self._file)  # what another search has kept there since
+            self._write(self._file)
         except (OSError, ValueError) as error:
-            warnings.warn(f"No vectors were kept in {file}: {error}", stacklevel=3)
+            warnings.warn(f"No vectors were kept in {self._file}: {error}", stacklevel=4)
 
     def _write(self, file: Path) -> None:
         vectors = torch.stack(list(self._vectors.values()))
         notes = {"fingerprint": json.dumps(self._fingerprint)}
-        write_named_vectors(file, list(self._vectors), vectors, notes=notes)
+        # A name of its own, because another search may write the same file at the same time.
+        unfinished = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+        write_named_vectors(unfinished, list(self._vectors), vectors, notes=notes)
+        try:
+            unfinished.replace(file)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
-def _require_writable(file: Path) -> None:
+def find_default_file(folder: Path, fingerprint: Mapping[str, str]) -> Path:
+    """Name the file in the user's cache that keeps the embeddings of a folder's images.
+
+    Each model has a folder there, and each folder of images has a file of its own, because the
+    whole file is read and written.
+
+    Args:
+        folder: folder of images.
+        fingerprint: of the model, from `fingerprint_vision`.
+    """
+    place = folder.resolve()
+    name = f"{place.name[:40]}-{hash_json(str(place))[:8]}.safetensors"
+    of_model = hash_json(dict(fingerprint))[:12]
+    return default_cache_folder() / "image-embeddings" / of_model / name
+
+
+def _try_to_hash(path: Path) -> str | None:
+    try:
+        return hash_file(path)
+    except OSError:
+        return None
+
+
+def require_writable(file: Path) -> None:
+    """Raise ValueError when a file cannot be written, and make its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,144 @@
+"""The flags of commands that encode a folder of images, and the encoding of it.
+
+What these commands find goes to stdout; all else that they say goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..modeling_llm2clip import LLM2CLIPModel
+    from ..processing_llm2clip import LLM2CLIPProcessor
+    from ..search.gallery import Gallery
+    from ..search.kept_vectors import KeptVectors
+
+
+@dataclass(frozen=True)
+class EncodedFolder:
+    """A model, and a folder of images that it encoded."""
+
+    model: LLM2CLIPModel
+    processor: LLM2CLIPProcessor
+    gallery: Gallery
+
+
+def add_folder_arguments(parser: Any) -> None:
+    """Add MODEL and PICTURES."""
+    parser.add_argument("model", help="Hub id or folder of a whole model")
+    parser.add_argument("pictures", type=Path, help="folder of images; subfolders are included")
+
+
+def add_folder_flags(parser: Any) -> None:
+    """Add the flags that say how the folder is encoded."""
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--embeddings", type=Path, metavar="FILE",
+        help="keep the image embeddings in this safetensors file, so that the next call encodes "
+        "only new images; default: a file in the cache, one per model and folder",
+    )  # fmt: skip
+    kept.add_argument("--no-keep", action="store_true", help="do not keep the image embeddings")
+    parser.add_argument(
+        "--exclude-faults", action="store_true", help="leave broken pictures out, and count them"
+    )
+    parser.add_argument("--batch-size", type=int, help="pictures of a batch")
+    parser.add_argument("--num-workers", type=int, default=1, help="threads that decode pictures")
+    parser.add_argument("--device", default="cpu")
+
+
+def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
+    """Find, check and encode the images, and tell on stderr what is skipped, known and kept.
+
+    Raises:
+        ValueError: there is no image, one is broken and `--exclude-faults` is not given, or the
+            model was never trained.
+    """
+    from ..configuration_llm2clip import LLM2CLIPConfig
+    from ..encoding.folders import find_model_folder
+    from ..encoding.training_state import require_trained
+    from ..modeling_llm2clip import LLM2CLIPModel
+    from ..processing_llm2clip import LLM2CLIPProcessor
+    from ..search.gallery import make_gallery
+    from ..search.image_files import find_image_files
+
+    files = find_image_files(arguments.pictures)
+    if files.skipped:
+        tell(files.describe_skipped())
+    folder = find_model_folder(arguments.model)
+    config = LLM2CLIPConfig.from_pretrained(folder)
+    require_trained(config, purpose=arguments.command, source=arguments.model)
+    kept = _open_kept(arguments, folder)
+    paths = _leave_out_faults(files.readable, kept, allowed=arguments.exclude_faults)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = LLM2CLIPModel.from_pretrained(folder).to(arguments.device)
+    try:
+        vision_embeds = kept.encode(
+            model,
+            processor,
+            paths,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            show_progress=True,
+        )
+    except KeyboardInterrupt:
+        if kept.file is not None:
+            tell(f"What was encoded is kept in {kept.file}; the same command goes on from there.")
+        raise
+    return EncodedFolder(model, processor, make_gallery(model, paths, vision_embeds))
+
+
+def tell(text: str) -> None:
+    """Print to stderr, so that stdout holds nothing but results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def tell_truncated(processor: LLM2CLIPProcessor, texts: list[str], what: str) -> None:
+    """Tell how many texts are longer than the model reads."""
+    if count := processor.list_ids(texts)[1]:
+        tell(
+            f"Truncated {count:,} of {len(texts):,} {what} to the {processor.longest_text} tokens "
+            "that the model reads."
+        )
+
+
+def _open_kept(arguments: argparse.Namespace, model_folder: Path) -> KeptVectors:
+    from ..encoding.fingerprint import fingerprint_vision
+    from ..search.kept_vectors import KeptVectors, find_default_file, require_writable
+
+    if arguments.no_keep:
+        return KeptVectors()
+    fingerprint = fingerprint_vision(model_folder)
+    if arguments.embeddings is not None:
+        return KeptVectors(arguments.embeddings, fingerprint)
+    file = find_default_file(arguments.pictures, fingerprint)
+    try:
+        require_writable(file)
+    except ValueError as error:  # nobody asked for this file, so the search goes on
+        tell(f"The image embeddings are not kept: {error}")
+        return KeptVectors()
+    return KeptVectors(file, fingerprint)
+
+
+def _leave_out_faults(paths: list[Path], kept: KeptVectors, *, allowed: bool) -> list[Path]:
+    from ..data.picture_checks import find_unreadable
+
+    new = kept.find_new(paths, show_progress=True)
+    place = f"embeddings in {kept.file}" if kept.file else "embeddings are not kept"
+    tell(f"{len(paths):,} images, {len(paths) - len(new):,} of them known; {place}.")
+    unreadable = find_unreadable(new, show_progress=bool(new))
+    if not unreadable:
+        return paths
+    faults = list(unreadable.values())
+    shown = "\n".join(faults[:8]) + ("\n…" if len(faults) > 8 else "")
+    readable = [path for path in paths if path not in unreadable]
+    if not allowed or not readable:
+        raise ValueError(
+            f"{len(faults)} of {len(paths)} pictures cannot be read:\n{shown}\nMend or remove "
+            "them, or leave them out with --exclude-faults."
+        )
+    tell(f"Left out {len(faults)} of {len(paths)} pictures:\n{shown}")
+    return readable

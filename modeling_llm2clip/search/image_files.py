@@ -1,0 +1,87 @@
+"""Finds the image files of a folder, and names those that cannot be read here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.pictures import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
+
+_MOST_NAMED = 8
+_REMEDIES = {
+    "pip install pillow-heif": {"heic", "heif", "hif"},
+    "pip install --upgrade pillow (11.3 or later)": {"avif"},
+}
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder.
+
+    Attributes:
+        readable: files of a format that can be decoded here, in order.
+        skipped: image files of any other format, in order.
+    """
+
+    readable: list[Path]
+    skipped: list[Path]
+
+    def describe_skipped(self) -> str:
+        """Count and name the skipped files, and say how to read them; empty where there are none.
+
+        Returns:
+            One line. It lists at most eight names.
+        """
+        if not self.skipped:
+            return ""
+        counts = Counter(map(_suffix, self.skipped))
+        counted = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
+        more = ", …" if len(self.skipped) > _MOST_NAMED else ""
+        named = ", ".join(map(str, self.skipped[:_MOST_NAMED])) + more
+        return (
+            f"Skipped {len(self.skipped):,} image files that Pillow cannot read here ({counted}): "
+            f"{named}. {_say_remedies(set(counts))}"
+        )
+
+
+def find_image_files(folder: str | Path) -> ImageFiles:
+    """Find the image files in a folder and its subfolders by their suffixes.
+
+    Raises:
+        ValueError: there is no such folder, or no readable image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give one that holds pictures.")
+    readable = list_readable_suffixes()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = ImageFiles(
+        readable=[path for path in files if _suffix(path) in readable],
+        skipped=[path for path in files if _suffix(path) in OPTIONAL_IMAGE_SUFFIXES - readable],
+    )
+    if not found.readable:
+        suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
+        raise ValueError(
+            f"{folder}: no picture in it or below it ({suffixes}). {found.describe_skipped()}"
+        )
+    return found
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def _say_remedies(suffixes: set[str]) -> str:
+    remedies = [
+        f"To read {_list(suffixes & of_remedy)}: {remedy}."
+        for remedy, of_remedy in _REMEDIES.items()
+        if suffixes & of_remedy
+    ]
+    if others := suffixes.difference(*_REMEDIES.values()):
+        remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
+    return " ".join(remedies)
+
+
+def _list(suffixes: set[str]) -> str:
+    return ", ".join(f".{suffix}" for suffix in sorted(suffixes))

@@ -1,0 +1,120 @@
+"""Reads the labels that images are tagged with, and the prompts that stand for each of them.
+
+| file | what |
+| --- | --- |
+| `*.json` | a list of labels, or an object: label to prompt or list of prompts |
+| `*.csv` | columns `label` and, where wanted, `prompt`; a label may have several rows |
+| any other | one label per line |
+
+A label without prompts is put into every template.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.json_objects import parse_object
+
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label and the texts whose mean embedding stands for it."""
+
+    name: str
+    prompts: tuple[str, ...]
+
+
+def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label]:
+    """Read a file of labels.
+
+    Args:
+        file: text, JSON or CSV, in UTF-8; see the table above.
+        templates: each has one `{}`, where the label goes.
+
+    Raises:
+        ValueError: the file cannot be read or has no label, a label repeats or is blank, a prompt
+            is blank, or a template does not have exactly one `{}`.
+    """
+    if broken := [text for text in templates if text.count("{}") != 1]:
+        raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors write the mark
+        prompts_of = _parse(text, file.suffix.lower())
+        _check(prompts_of)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return [
+        Label(name, tuple(prompts) or tuple(template.replace("{}", name) for template in templates))
+        for name, prompts in prompts_of
+    ]
+
+
+def _parse(text: str, suffix: str) -> list[tuple[str, list[str]]]:
+    if suffix == ".json":
+        return _parse_json(text)
+    if suffix == ".csv":
+        return _parse_csv(text)
+    return [(line.strip(), []) for line in text.split("\n") if line.strip()]
+
+
+def _parse_json(text: str) -> list[tuple[str, list[str]]]:
+    found = json.loads(text)
+    if isinstance(found, list):
+        return [(_require_text(name), []) for name in found]
+    if isinstance(found, dict):
+        found = parse_object(text.encode())  # which also notices a repeated label
+        if isinstance(found, str):
+            raise ValueError(f"{found}. Keep one of each.")
+        return [(name.strip(), _list_prompts(prompts)) for name, prompts in found.items()]
+    raise ValueError(
+        f"found {type(found).__name__}; write a list of labels, or an object: label to prompts."
+    )
+
+
+def _list_prompts(prompts: Any) -> list[str]:
+    return [_require_text(text) for text in (prompts if isinstance(prompts, list) else [prompts])]
+
+
+def _require_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is {type(value).__name__}; write each label as a string.")
+    return value.strip()
+
+
+def _parse_csv(text: str) -> list[tuple[str, list[str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns = reader.fieldnames or []
+    if "label" not in columns or set(columns) - {"label", "prompt"}:
+        raise ValueError(f"the columns are {list(columns)}; name them label, or label and prompt.")
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} is not CSV ({error}).") from error
+    if odd := [row for row in rows if None in row]:
+        raise ValueError(f"{odd[0]} has more values than columns; quote texts with commas.")
+    prompts_of: dict[str, list[str]] = {}
+    for row in rows:
+        name, prompt = ((row.get(column) or "").strip() for column in ("label", "prompt"))
+        if name in prompts_of and not (prompt and prompts_of[name]):
+            raise ValueError(f"label {name!r} repeats; give each of its rows a prompt of its own.")
+        prompts_of.setdefault(name, []).extend([prompt] if prompt else [])
+    return list(prompts_of.items())
+
+
+def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
+    if not prompts_of:
+        raise ValueError("there is no label. Write one per line.")
+    counts = Counter(name for name, _ in prompts_of)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{len(twice)} labels repeat: {twice[:_MOST_NAMED]}. Keep one of each.")
+    if any(not text for name, prompts in prompts_of for text in (name, *prompts)):
+        raise ValueError("a label or a prompt is blank. Fill it in, or leave it out.")
