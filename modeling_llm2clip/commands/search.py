@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import add_device_flag, choose_device
+
 if TYPE_CHECKING:
     from ..search.kept_vectors import KeptVectors
 
@@ -14,46 +16,57 @@ _NOTE = "The number under a picture is its cosine with the sentence."
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    search = commands.add_parser("search", help="the pictures of a folder that fit a sentence best")
+    search = commands.add_parser(
+        "search",
+        help="the pictures of a folder that fit a sentence best",
+        examples=('llm2clip search llm2clip-demo/model my-pictures "a red apple" --output found',),
+    )
     search.add_argument("model", help="Hub id or folder of a whole model")
     search.add_argument("pictures", type=Path, help="folder; those below it are searched too")
-    search.add_argument("sentences", nargs="+", metavar="sentence")
+    search.add_argument("sentences", nargs="+", metavar="sentence", help="what to find")
     search.add_argument("--count", type=int, default=6, help="pictures a sentence")
-    search.add_argument("--output", type=Path, help="new folder for search.png and search.html")
+    search.add_argument(
+        "--output", type=Path, help="new folder for search.png and search.html; default: none"
+    )
     search.add_argument(
         "--vectors",
         type=Path,
         metavar="FILE",
-        help="keeps the pictures' vectors, so that the next search encodes new ones only",
+        help="keeps the pictures' vectors, so that the next search encodes new ones only; default: "
+        "none is kept",
     )
     search.add_argument(
         "--exclude-faults", action="store_true", help="leave broken pictures out, and count them"
     )
-    search.add_argument("--batch-size", type=int, help="pictures of a batch")
+    search.add_argument("--batch-size", type=int, help="pictures of a batch; default: by device")
     search.add_argument("--num-workers", type=int, default=1, help="threads that decode pictures")
-    search.add_argument("--device", default="cpu")
+    add_device_flag(search)
     search.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..encoding.devices import require_device
-    from ..hub.doctor.patient import find_folder
+    from ..encoding.model_types import require_own_model
     from ..hub.new_folder import require_new_folder
+
+    if arguments.output is not None:
+        require_new_folder(arguments.output)
+    if not arguments.pictures.is_dir():
+        raise ValueError(f"{arguments.pictures}: no such folder. Give one that holds pictures.")
+    require_own_model(arguments.model)
+    device = choose_device(arguments)
+    from ..hub.doctor.patient import find_folder
     from ..modeling_llm2clip import LLM2CLIPModel
     from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
     from ..search.gallery import find_pictures, list_pictures, make_gallery
 
     clean_list(arguments.sentences)  # before what takes long
-    require_device(arguments.device)
-    if arguments.output is not None:
-        require_new_folder(arguments.output)
     paths = list_pictures(arguments.pictures)
     folder = find_folder(arguments.model)
     kept = _open_vectors(arguments.vectors, folder)
     paths = _leave_out_faults(paths, kept, allowed=arguments.exclude_faults)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    model = LLM2CLIPModel.from_pretrained(folder).to(arguments.device)
+    model = LLM2CLIPModel.from_pretrained(folder).to(device)
     vision_embeds = kept.encode(
         model,
         processor,

@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
+from ..encoding.devices import find_device
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .card_facts import CardFacts, read_card_facts, require_license, require_own_results
@@ -75,6 +76,7 @@ def export_checkpoint(
     *,
     facts: Mapping[str, Any] | None = None,
     revision: str | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write a checkpoint anew: the whole or a half, in another dtype, in smaller files.
 
@@ -86,6 +88,7 @@ def export_checkpoint(
         folder: folder to write.
         facts: fields of `CardFacts` that are stated anew.
         revision: branch, tag or commit of a Hub id.
+        device: where the golden vectors are computed; see `find_device`.
     Raises: FileExistsError when `folder` exists and is not empty; ValueError for a source that is
         neither folder nor Hub id, or lacks the component.
     """
@@ -108,7 +111,7 @@ def export_checkpoint(
         for tower, name in zip(towers, arguments.base_models, strict=True):
             tower._name_or_path = name
     return export_model(
-        model.eval(),
+        model.eval().to(find_device(device)),
         processor,
         folder,
         prompts=read_prompts(source),

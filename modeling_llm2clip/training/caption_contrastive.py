@@ -64,7 +64,7 @@ from .pair_batches import (
     require_weight,
 )
 from .precision import computes_in_bfloat16
-from .processes import join_processes
+from .processes import join_processes, training_arguments_on
 from .run_record import (
     METRICS_FILE,
     require_fresh_or_resumed,
@@ -427,7 +427,9 @@ def _make_trainer(
     num_steps = arguments.steps or max(1, round(arguments.epochs * steps_per_epoch))
     trainer = _Trainer(
         model=wrapped,
-        args=SentenceTransformerTrainingArguments(
+        args=training_arguments_on(
+            device,
+            SentenceTransformerTrainingArguments,
             output_dir=str(output / CHECKPOINTS),
             max_steps=num_steps,
             per_device_train_batch_size=arguments.batch_size,
@@ -435,7 +437,6 @@ def _make_trainer(
             warmup_steps=arguments.warmup_steps,
             lr_scheduler_type="cosine",
             bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-            use_cpu=device.type == "cpu",
             batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
             multi_dataset_batch_sampler=partial(
                 WeightedBatchSampler, weights=data.weights, num_steps=num_steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..encoding.devices import to_float64
 from ..modeling_llm2clip import LLM2CLIPModel
 
 
@@ -38,8 +39,8 @@ def start_from_canonical_correlation(
     for block in model.text_adapter.blocks:
         block.down.weight.zero_()
     device = model.text_projection.weight.device
-    text = model.text_adapter(caption_embeds.to(device)).double()
-    vision = vision_embeds.to(device).double()
+    text = to_float64(model.text_adapter(caption_embeds.to(device)))
+    vision = to_float64(vision_embeds.to(device))
     text_weight, vision_weight = _correlate(
         text - text.mean(0), vision - vision.mean(0), model.config.projection_dim, shrinkage
     )

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from accelerate import PartialState
+from transformers import TrainingArguments
+
+from ..encoding.devices import find_device
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def join_processes(*, cpu: bool | None = None) -> PartialState:
@@ -13,9 +20,22 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
     process, unless it is told to stay on the processor.
 
     Args:
-        cpu: whether to stay on the processor; None does where there is no GPU.
+        cpu: whether to stay on the processor; None does where `find_device` finds nothing better.
     """
-    if cpu is None:
-        devices = (torch.cuda, torch.xpu, torch.backends.mps)
-        cpu = not any(device.is_available() for device in devices)
-    return PartialState(cpu=cpu)
+    return PartialState(cpu=find_device().type == "cpu" if cpu is None else cpu)
+
+
+def training_arguments_on(
+    device: torch.device, arguments_class: type[Arguments], **settings: Any
+) -> Arguments:
+    """Make transformers' arguments of a run on this device; by themselves they take the first GPU.
+
+    Of several processes each has its own already.
+    """
+    arguments = arguments_class(use_cpu=device.type == "cpu", **settings)
+    state = PartialState()
+    if state.num_processes == 1:
+        state.device = device
+        arguments.__dict__["_setup_devices"] = device  # a cached property, asked for before
+        arguments._n_gpu = int(device.type != "cpu")  # never torch's DataParallel
+    return arguments

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...encoding.devices import require_device
+from ...encoding.devices import find_device, full_float32_convolutions
 from .comparisons import check_golden_vectors, check_sentence_transformers
 from .diagnosis import Check, Diagnosis, NotApplicableError
 from .file_checks import (
@@ -76,17 +76,18 @@ _HALVES_OF: dict[str, set[str | None]] = {
 }
 
 
+@full_float32_convolutions()
 def diagnose(source: str | Path, *, revision: str | None = None, device: str = "cpu") -> Diagnosis:
     """Examine a checkpoint from the outside; code in its folder is compared, never run.
 
     Args:
         source: folder, or Hub id, which is downloaded.
         revision: branch, tag or commit of the Hub repository.
-        device: where the model runs, e.g. `"cpu"` or `"cuda"`.
+        device: where the model runs; see `find_device`.
     Returns: every check, in order; one that cannot run is marked as skipped with its reason.
     Raises: ValueError for a device that is not there.
     """
-    require_device(device)
+    device = str(find_device(device))
     checks: list[Check] = []
     try:
         folder = find_folder(source, revision=revision)

@@ -16,12 +16,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from ...encoding.devices import find_device
 from ...modeling_llm2clip import MAX_LOG_SCALE
 from ..callbacks import LogLastStep, choose_reports
 from ..checkpoints import CHECKPOINTS
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
+from ..processes import training_arguments_on
 from ..trainer_bases import FiniteGradients, TrainedCheckpoints, WholeRunFigures
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
@@ -39,16 +41,17 @@ def make_training_arguments(
     output: Path, arguments: AlignArguments, *, num_steps: int
 ) -> TrainingArguments:
     """Translate our settings; also joins the process group where there is one."""
-    on_gpu = arguments.device == "auto" and torch.cuda.is_available()
-    found = TrainingArguments(
+    device = find_device(arguments.device)
+    found = training_arguments_on(
+        device,
+        TrainingArguments,
         output_dir=str(output / CHECKPOINTS),
         max_steps=num_steps,
         per_device_train_batch_size=arguments.batch_size,  # corrected below
         learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.clip_norm,
-        bf16=computes_in_bfloat16(arguments.precision, on_gpu=on_gpu),
-        use_cpu=arguments.device == "cpu",
+        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
         logging_steps=arguments.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # such a loss stops the run
@@ -62,7 +65,6 @@ def make_training_arguments(
         report_to=choose_reports(),
         seed=arguments.seed,
     )
-    found._n_gpu = min(1, found.n_gpu)  # one process a GPU; never torch's DataParallel
     found.per_device_train_batch_size = max(1, arguments.batch_size // found.world_size)
     return found
 
