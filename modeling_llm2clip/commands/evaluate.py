@@ -23,6 +23,8 @@ _EXAMPLES = (
     "llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length",
     "llm2clip evaluate --table --output evaluation",
 )
+# What models and embeddings without a config.json of transformers have.
+_OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "pictures.safetensors")
 _FLAGS_OF_FILES = ("architecture", "activation")
 
 
@@ -168,6 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
         import_matplotlib()
         require_plot_file(arguments.plot)
     if arguments.models:
+        _require_models(arguments)
+        choose_device(arguments)
         from ..evaluation.evaluate import evaluate
 
         chosen = _build_arguments(arguments)
@@ -189,6 +193,24 @@ def run(arguments: argparse.Namespace) -> int:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render_results(results, style=arguments.table or "text", width=width))
     return 0
+
+
+def _require_models(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for models that cannot be evaluated, before anything is imported."""
+    from ..encoding.folders import find_model_folder, is_hub_id
+    from ..encoding.model_types import find_model_type
+
+    if not arguments.data:
+        raise ValueError("Evaluation needs at least one model and one set (--data).")
+    for _, source in map(_read_model, arguments.models):
+        path = Path(source)
+        if not path.exists() and not is_hub_id(source):
+            find_model_folder(source)  # raises
+        if not path.is_dir() or arguments.kind or any((path / name).exists() for name in _OTHERS):
+            continue
+        found = find_model_type(path)
+        if found is not None and found.kind in ("above", "lora", "text", "vision"):
+            raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
 
 
 def _require_lengths(chosen: EvaluationArguments) -> None:

@@ -113,8 +113,7 @@ def choose_device(arguments: argparse.Namespace) -> torch.device:
     """
     import torch
 
-    from ..data.suggestions import did_you_mean
-from ..encoding.devices import describe_device, find_device, list_devices
+    from ..encoding.devices import describe_device, find_device, list_devices
 
     device = find_device(arguments.device)
     if device.type == "cuda" and device.index is not None:
