@@ -96,10 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_new_folder(arguments.output)
     _require_prompt(arguments)
+    _require_order(arguments)
     require_sources(
         vision=arguments.vision, llm=arguments.llm, caption_adapter=arguments.caption_adapter
     )
-    _require_order(arguments)
     device = choose_device(arguments)
 
     import torch

@@ -14,6 +14,13 @@ from ..encoding.devices import DEVICE_NAMES, is_device_name
 if TYPE_CHECKING:
     import torch
 
+# Arguments of Python that are not called as their flags' destination.
+_OTHER_NAMES = {
+    "repo_id": "push",
+    "dropout": "lora_dropout",
+    "targets": "lora_targets",
+    "ignored_fields": "ignore_fields",
+}
 _GPU_WORDS = {"gpu": "cuda", "metal": "mps", "nvidia": "cuda"}
 
 
@@ -135,6 +142,7 @@ def name_flags(message: str, parser: argparse.ArgumentParser) -> str:
         for action in parser._actions
         if action.option_strings and not isinstance(action, argparse._StoreFalseAction)
     }
+    flags |= {name: flags[dest] for name, dest in _OTHER_NAMES.items() if dest in flags}
     message = re.sub(r"^\w+Arguments: ", "", message)
     message = re.sub(r"\['\w+'(?:, '\w+')*\]", lambda found: _name_list(found[0], flags), message)
     for name in sorted(flags, key=len, reverse=True):

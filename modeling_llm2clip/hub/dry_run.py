@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 
-from ..encoding.folders import find_model_folder
-from .card_facts import read_card_facts, require_license, require_own_results
-from .export import COMPONENTS, ExportArguments
-from .new_folder import require_new_folder
+from .card_facts import require_own_results
+from .export import COMPONENTS, ExportArguments, check_export
 from .publish import PlannedFile, list_files, require_healthy
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -45,11 +42,7 @@ def plan_export(
         ValueError: The source has no license or is not healthy.
         FileExistsError: `folder` exists and is not empty.
     """
-    require_new_folder(Path(folder))
-    source = find_model_folder(source, revision=revision)
-    card_facts = replace(read_card_facts(source), **(facts or {}))
-    if arguments.requires_license:
-        require_license(card_facts, source)
+    source, card_facts = check_export(source, folder, arguments, facts=facts, revision=revision)
     keeps_weights = arguments.components == "full" and arguments.dtype is None
     if keeps_weights and "results" in (facts or {}):
         require_own_results(card_facts.results, source)

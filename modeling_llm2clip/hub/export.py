@@ -93,11 +93,7 @@ def export_checkpoint(
         neither folder nor Hub id, or lacks the component.
     """
     arguments = arguments or ExportArguments()
-    require_new_folder(Path(folder))
-    source = find_folder(source, revision=revision)
-    card_facts = replace(read_card_facts(source), **(facts or {}))
-    if arguments.requires_license:
-        require_license(card_facts, source)
+    source, card_facts = check_export(source, folder, arguments, facts=facts, revision=revision)
     processor = LLM2CLIPProcessor.from_pretrained(source)
     model = COMPONENTS[arguments.components].from_pretrained(
         source, dtype=getattr(torch, arguments.dtype) if arguments.dtype else "auto"
@@ -121,6 +117,27 @@ def export_checkpoint(
         records=find_records(source),
         trained_emoji=read_trained_emoji(source),
     )
+
+
+def check_export(
+    source: str | Path,
+    folder: str | Path,
+    arguments: ExportArguments,
+    *,
+    facts: Mapping[str, Any] | None,
+    revision: str | None,
+) -> tuple[Path, CardFacts]:
+    """Make the checks of `export_checkpoint` that need no weights; its arguments and errors.
+
+    Returns:
+        The source's folder, and what the card will state.
+    """
+    require_new_folder(Path(folder))
+    found = find_folder(source, revision=revision)
+    card_facts = replace(read_card_facts(found), **(facts or {}))
+    if arguments.requires_license:
+        require_license(card_facts, found)
+    return found, card_facts
 
 
 def export_model(
