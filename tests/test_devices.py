@@ -24,7 +24,8 @@ from modeling_llm2clip.encoding.devices import (
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.processes import training_arguments_on
-from modeling_llm2clip.training.shard_work import ExtractionArguments, choose_device as choose
+from modeling_llm2clip.training.shard_work import ExtractionArguments
+from modeling_llm2clip.training.shard_work import choose_device as choose
 
 
 @pytest.fixture
