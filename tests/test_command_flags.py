@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import shlex
 import subprocess
@@ -186,6 +187,7 @@ def test_misspelt_names_of_the_evaluation_are_answered_too(
         ("evaluate", "['class_names', 'templates'] is for", "--class-names, --templates is for"),
         ("evaluate", "['folder', 'templates'] is for", "['folder', 'templates'] is for"),
         ("tune-captions", "alpha=0 positive, dropout=2", "--alpha 0 positive, --lora-dropout 2"),
+        ("align", "check_pictures is off", "--check-pictures is off"),
         ("export", "repo_id='x' must be", "--push 'x' must be"),
         ("doctor", "text_pooling=1 in config.json", "text_pooling=1 in config.json"),
         # It turns off what the name says, so the name stays.
@@ -340,6 +342,7 @@ REFUSED_AT_ONCE = [
     (["export", "OWN", "NEW", "--public"], "go with --push"),
     (["export", "OWN", "NEW", "--components", "tower", "--dtype", "float16"], "--dtype"),
     (["doctor", "CLIP"], "is a 'clip'"),
+    (["doctor", "/nowhere"], "/nowhere: no such folder"),
     (["demo", "--output", "FULL"], "is not empty"),
     (["demo", "--llm", "a/b"], "--llm needs --prompt"),
     (["demo", "--vision", "/nowhere", "--output", "NEW"], "/nowhere: no such vision tower"),
@@ -382,6 +385,19 @@ def test_what_cannot_run_is_told_before_anything_costly_is_imported(
         assert not costly, f"{words}: {costly} were imported first. Check before the imports."
     assert len(answers) == len(REFUSED_AT_ONCE)
     assert not Path(places["NEW"]).exists()
+
+
+def test_no_parser_of_the_repository_takes_abbreviated_flags() -> None:
+    lax = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("modeling_llm2clip", "examples", "benchmarks", "tests", "conversion")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", "") == "ArgumentParser"
+        and not any(k.arg == "allow_abbrev" and k.value.value is False for k in node.keywords)
+    ]
+    assert not lax, f"Give these ArgumentParsers allow_abbrev=False: {lax}."
 
 
 def test_the_help_of_every_command_imports_nothing_costly() -> None:

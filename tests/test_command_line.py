@@ -131,11 +131,11 @@ def test_doctor_exits_with_1_for_a_broken_folder(
     assert "healthy" not in report
 
 
-def test_doctor_exits_with_1_for_a_folder_that_is_not_there(
+def test_doctor_exits_with_2_for_a_folder_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", str(tmp_path / "nothing")]) == 1
-    assert "FAILED   folder" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "nothing")]) == 2
+    assert "nothing: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

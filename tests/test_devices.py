@@ -104,6 +104,14 @@ def test_launched_processes_without_a_gpu_are_on_the_cpu(machine: Any) -> None:
     assert find_device("auto") == find_device("cpu") == torch.device("cpu")
 
 
+def test_auto_is_the_cpu_where_the_launcher_was_told_so(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(num_gpus=2, local_rank=1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert find_device("auto") == torch.device("cpu")
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
 def test_the_alignment_takes_every_device(device: str) -> None:
     assert AlignArguments(device=device).device == device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from .parser import add_device_flag, choose_device
@@ -28,8 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     from ..encoding.model_types import require_own_model
 
-    if Path(arguments.model).is_dir():  # else the report says that there is no such model
-        require_own_model(arguments.model)
+    require_own_model(arguments.model, revision=arguments.revision)
     device = choose_device(arguments)
 
     from ..hub.doctor import diagnose

@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_foreign_flags(arguments)
     require_own_model(arguments.model)
     require_data(arguments)
-    choose_device(arguments)
     with stop_on_signals() as stop:  # before what takes long to import
+        choose_device(arguments)
         from accelerate import PartialState
 
         from ..hub.doctor.patient import find_folder

@@ -138,7 +138,7 @@ def name_flags(message: str, parser: argparse.ArgumentParser) -> str:
     that turns something off has the opposite sense and is left as it is.
     """
     flags = {
-        action.dest: max(action.option_strings, key=len)
+        action.dest: next((o for o in action.option_strings if o.startswith("--")), "")
         for action in parser._actions
         if action.option_strings and not isinstance(action, argparse._StoreFalseAction)
     }

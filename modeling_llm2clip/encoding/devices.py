@@ -41,20 +41,17 @@ def find_device(name: str | None = "auto") -> torch.device:
     launched = _is_launched()
     if name is None or name == "auto":
         name = list_devices()[0]
-        if launched and name == "mps":  # one device; its processes compute on the CPU
+        if _is_told_to_use_the_cpu() or (launched and name == "mps"):  # one device for several
             name = "cpu"
-    require_device(name)
-    device = torch.device(name)
-    if not launched or device.type == "cpu":
-        return device
-    if device.index is not None or device.type == "mps":
+    if launched and name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    elif launched and (name == "mps" or re.fullmatch(r"(?!cpu).*:\d+", name)):
         raise ValueError(
             f"device={name!r} is one device, and a launcher started this process, as it may "
             "have others. Give 'auto' or 'cuda', with which each takes its own GPU, or 'cpu'."
         )
-    if device.type != "cuda":
-        return device
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    require_device(name)
+    return torch.device(name)
 
 
 def list_devices() -> list[str]:
@@ -111,6 +108,11 @@ def full_float32_convolutions() -> Iterator[None]:
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def _is_told_to_use_the_cpu() -> bool:
+    """Whether `accelerate launch` was given `--cpu`, or its configuration says so."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def _is_launched() -> bool:
