@@ -14,7 +14,7 @@ def add_card_flags(card: Any) -> None:
         "--license",
         dest="license_id",
         metavar="ID",
-        help="license of the weights, e.g. apache-2.0; default: that on MODEL's card, if it has one",
+        help="license of the weights, e.g. apache-2.0; default: that on MODEL's card, if any",
     )
     card.add_argument("--license-name", help="its name, with --license other; default: none")
     card.add_argument("--license-link", help="its address, with --license other; default: none")
