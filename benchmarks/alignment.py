@@ -30,7 +30,7 @@ from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 
 def main() -> None:
     """Align every text encoder with every seed, and write the recalls."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     results = Path(__file__).parent / "results"

@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=Path, required=True, help="captions_val2017.json")
     parser.add_argument("--minilm", type=Path, help="folder of a sentence-transformers model")
     parser.add_argument("--output-folder", type=Path, default=Path("tuned-captions"))

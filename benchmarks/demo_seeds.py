@@ -25,7 +25,7 @@ from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 
 def main() -> None:
     """Run the seeds and write the list of reports."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--report", type=Path, required=True, help="report.json of a whole run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
     results = Path(__file__).parent / "results"

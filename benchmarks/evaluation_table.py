@@ -167,7 +167,7 @@ def _evaluate_texts(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="what llm2clip demo wrote")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300], help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=512)

@@ -35,7 +35,7 @@ print(between - started, ended - between, len(set(sys.modules) - known))
 
 def main() -> None:
     """Measure, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument(
         "--output", type=Path, default=_ROOT / "benchmarks" / "results" / "import_time.json"

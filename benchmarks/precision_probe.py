@@ -22,7 +22,7 @@ from modeling_llm2clip.encoding.precision_probe import pick_probe_captions, prob
 
 def main() -> None:
     """Probe, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=Path, nargs="+", required=True)
     parser.add_argument("--count", type=int, default=64, help="captions of the probe")
     results = Path(__file__).parent / "results"

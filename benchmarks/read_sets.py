@@ -29,7 +29,7 @@ _COUNTED = ("pictures", "classes", "captions", "items", "captions_of_several_pic
 
 def main() -> None:
     """Read the sets and add their rows to the file of results, in place of rows of their titles."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--set", nargs=3, action="append", required=True, metavar=("NAME", "FOLDER", "TITLE")
     )

@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", type=int, default=25_000)
     parser.add_argument("--texts", type=int, default=125_000)
     parser.add_argument("--width", type=int, default=1280)

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=int, default=100_000)
     parser.add_argument("--layers", type=int, default=1, help="of the LLM, random")
     parser.add_argument("--rows", type=int, default=1_000_000)

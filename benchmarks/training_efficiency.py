@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=Path, help="short ones: COCO's captions file")
     parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
     parser.add_argument("--pictures", type=int, default=512)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +21,7 @@ from .commands import (
     tag,
     tune_captions,
 )
+from .commands.parser import Parser, name_flags
 
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[demo,train]"'
 
@@ -31,14 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A command that SIGINT or SIGTERM stopped in good order returns 130 or 143 itself.
     """
-    arguments = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except ImportError as error:
         print(f"llm2clip {arguments.command}: {error}. {_EXTRAS}", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        print(f"llm2clip {arguments.command}: {error}", file=sys.stderr)
+        message = name_flags(str(error), parser.commands[arguments.command])
+        remedy = _name_remedy_of_device(error)
+        print(f"llm2clip {arguments.command}: {message}{remedy}", file=sys.stderr)
+        return 2
+    except TypeError as error:
+        if not (remedy := _name_remedy_of_device(error)):
+            raise
+        print(f"llm2clip {arguments.command}: {error}{remedy}", file=sys.stderr)
         return 2
     except SafetensorError as error:  # whose only base is Exception
         print(
@@ -54,8 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("llm2clip", description="CLIP with an LLM as text encoder")
+def _name_remedy_of_device(error: Exception) -> str:
+    """Return what to do about a device that is too small, or that lacks a dtype or an operation."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return " Give a smaller --batch-size or --mini-batch-size if there is one, or --device cpu."
+    if "MPS" in str(error):  # which has no float64, and not every operation
+        return " The device mps cannot compute this. Give --device cpu."
+    return ""
+
+
+def _build_parser() -> Parser:
+    parser = Parser(
+        "llm2clip",
+        description="CLIP with an LLM as text encoder",
+        examples=("llm2clip demo", "llm2clip build --help"),
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (

@@ -42,7 +42,7 @@ _MOST_ROUNDS = 50
 
 def main() -> None:
     """Run, kill, and write down what happened."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -75,7 +75,10 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     monkeypatch.setattr(
         LLM2CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("the LLM was loaded")
     )
-    command = ["tune-captions", "a-model", str(data)]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llm2clip"}')
+    command = ["tune-captions", str(model), str(data)]
     assert main([*command, str(tmp_path / "new"), "--batch-size", "1000"]) == 2
     assert "1000" in capsys.readouterr().err
     assert main([*command, str(data.parent), "--batch-size", "4"]) == 2
@@ -124,7 +127,7 @@ def test_half_a_model_is_refused_before_it_is_tuned_to_be_merged(tmp_path, capsy
     whole = export_model(*tiny_model(), tmp_path / "whole")
     half = export_checkpoint(whole, tmp_path / "half", ExportArguments(components="text"))
     monkeypatch.setattr(stage, "plan_tuning", lambda *_, **__: pytest.fail("the run was planned"))
-    command = ["tune-captions", str(half), "no-data", str(tmp_path / "run"), "--merge"]
+    command = ["tune-captions", str(half), str(tmp_path), str(tmp_path / "run"), "--merge"]
     assert main(command) == 2
     assert "half holds ['LLM2CLIPTextModel'], and --merge writes a" in capsys.readouterr().err
 

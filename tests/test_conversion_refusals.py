@@ -412,9 +412,9 @@ LLM2VEC_FLAGS = ["--recipe", "llm2vec", "--vision", "no-such-tower", "--prompt",
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--license", "Apache 2"], "license_id='Apache 2' is no identifier"),
-        (["--license", "other"], "needs license_name and license_link"),
-        (["--license", "mit", "--push", "bad name"], "repo_id='bad name' must be 'owner/name'"),
+        (["--license", "Apache 2"], "--license 'Apache 2' is no identifier"),
+        (["--license", "other"], "needs --license-name and --license-link"),
+        (["--license", "mit", "--push", "bad name"], "--push 'bad name' must be 'owner/name'"),
         (["--push", "me/model"], "states no licence"),
     ],
 )

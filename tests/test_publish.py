@@ -28,7 +28,8 @@ from tiny import tiny_model
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.hub.card_facts import CardFacts
-from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.hub.dry_run import plan_export
+from modeling_llm2clip.hub.export import ExportArguments, export_checkpoint, export_model
 from modeling_llm2clip.hub.publish import Destination, check_publishable, list_files, publish_folder
 
 FACTS = CardFacts(license_id="mit")
@@ -320,3 +321,62 @@ def test_a_private_repository_loads_with_a_token_at_its_newest_or_pinned_revisio
     assert newest[1] != pytest.approx(pinned[1], abs=1e-3)
     assert "private" in refused and "token" in refused
     assert "0" * 40 in unknown
+
+
+# A dry run of an export
+
+
+def list_everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_dry_run_of_an_export_writes_nothing_and_does_not_block_the_real_one(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = list_everything(source)
+    command = ["export", str(source), str(tmp_path / "new"), "--dtype", "bfloat16"]
+    assert main([*command, "--push", NAME, "--public", "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == [] and list_everything(source) == before
+    printed = capsys.readouterr().out
+    assert f"Nothing was uploaded to {NAME} (public, branch main)." in printed
+    listed = re.findall(r"^ *[\d,]+  (\S+)$", printed, re.MULTILINE)
+    assert main(command) == 0
+    assert sorted(listed) == [file.path for file in list_files(tmp_path / "new")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(remove_license, "states no licence"), (break_golden_vectors, "is not healthy")],
+)
+def test_a_dry_run_of_an_export_refuses_what_the_real_one_would(
+    change: Any, message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    change(folder)
+    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("components", ["full", "text", "vision"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("max_shard_size", ["50GB", "100KB"])
+def test_a_dry_run_knows_the_weight_files_before_they_are_written(
+    components: str, dtype: str | None, max_shard_size: str, source: Path, tmp_path: Path
+) -> None:
+    arguments = ExportArguments(components, dtype, max_shard_size)
+    planned = plan_export(source, tmp_path / "new", arguments)
+    written = export_checkpoint(source, tmp_path / "new", arguments)
+    tensors = {}
+    for file in sorted(written.glob("*.safetensors")):
+        if file.name.startswith("model"):
+            header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+            tensors[file.name] = file.stat().st_size - header
+    found = {
+        file.path: file.num_bytes
+        for file in planned
+        if re.fullmatch(r"model.*\.safetensors", file.path)
+    }
+    assert sum(found.values()) == sum(tensors.values())
+    # The names of the tensors decide how they are split, not their order in the model.
+    assert abs(len(found) - len(tensors)) <= 1

@@ -316,7 +316,9 @@ reduced to a palette, the Fluent ones also made smaller; names and keywords are 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--npm-packages", type=Path, required=True, help="folder of the packages")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; new or empty")

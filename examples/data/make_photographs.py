@@ -318,7 +318,9 @@ small detail of a retina.
 def main() -> None:
     """Make the folder and print what was made."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; new or empty")
     output: Path = parser.parse_args().output

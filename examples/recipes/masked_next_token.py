@@ -108,7 +108,7 @@ def _tokenize(tokenizer: Any, arguments: argparse.Namespace) -> Dataset:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("llm", help="Hub id or folder")
     parser.add_argument("data", type=Path, help="captions, in any form that llm2clip reads")
     parser.add_argument("output", type=Path)

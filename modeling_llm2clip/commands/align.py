@@ -6,18 +6,34 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .captioned_data import add_data_flags, read_data
+from .captioned_data import add_data_flags, read_data, require_data
+from .parser import add_device_flag, choose_device
 from .pick import pick
 
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    align = commands.add_parser("align", help="align pictures with stored caption vectors")
+    align = commands.add_parser(
+        "align",
+        help="align pictures with stored caption vectors",
+        examples=(
+            "llm2clip align tuned/model my-pictures aligned --caption-store captions "
+            "--picture-store pictures --batch-size 128",
+        ),
+    )
     align.add_argument("model", help="folder or Hub id, from llm2clip build")
     add_data_flags(align)
     align.add_argument("output", type=Path, help="folder to write; the model goes to output/model")
-    align.add_argument("--caption-store", type=Path, help="from llm2clip extract")
-    align.add_argument("--picture-store", type=Path, help="the same, of pictures")
+    align.add_argument(
+        "--caption-store", type=Path,
+        help="caption embeddings from llm2clip extract; default: none, which --text-training "
+        "frozen-online and lora want",
+    )  # fmt: skip
+    align.add_argument(
+        "--picture-store", type=Path,
+        help="image embeddings from llm2clip extract --pictures; default: none, and the vision "
+        "tower runs at every step",
+    )  # fmt: skip
     align.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     _add_parts(align.add_argument_group("what is trained"))
     _add_settings(align.add_argument_group("training"))
@@ -25,14 +41,23 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_parts(group: Any) -> None:
-    group.add_argument("--vision-training", choices=("frozen", "lora", "full"), default="frozen")
     group.add_argument(
-        "--text-training", choices=("stored", "frozen-online", "lora"), default="stored"
+        "--vision-training", choices=("frozen", "lora", "full"), default="frozen",
+        help="what of the vision tower is trained: nothing, a LoRA, or everything",
+    )  # fmt: skip
+    group.add_argument(
+        "--text-training", choices=("stored", "frozen-online", "lora"), default="stored",
+        help="where caption embeddings come from: the caption store, the frozen LLM at every "
+        "step, or the LLM with a LoRA that is trained",
+    )  # fmt: skip
+    group.add_argument(
+        "--vision-rank", type=int, default=32, help="rank of the vision tower's LoRA"
     )
-    group.add_argument("--vision-rank", type=int, default=32, help="of the LoRA")
-    group.add_argument("--vision-alpha", type=int, default=32)
-    group.add_argument("--text-rank", type=int, default=16, help="of the LoRA")
-    group.add_argument("--text-alpha", type=int, default=32)
+    group.add_argument(
+        "--vision-alpha", type=int, default=32, help="alpha of the vision tower's LoRA"
+    )
+    group.add_argument("--text-rank", type=int, default=16, help="rank of the LLM's LoRA")
+    group.add_argument("--text-alpha", type=int, default=32, help="alpha of the LLM's LoRA")
     group.add_argument(
         "--start", choices=("auto", "as-is", "canonical-correlation"), default="auto",
         help="where both projections start; auto: the canonical correlation of the stored "
@@ -77,8 +102,12 @@ def _add_settings(group: Any) -> None:
     group.add_argument("--weight-decay", type=float, default=0.05)
     group.add_argument("--clip-norm", type=float, default=1.0)
     group.add_argument("--long-share", type=float, default=0.5, help="of long captions, 0 to 1")
-    group.add_argument("--loss-chunk", type=int, help="rows of the loss at a time")
-    group.add_argument("--gradient-checkpointing", action="store_true")
+    group.add_argument(
+        "--loss-chunk", type=int, help="rows of the loss at a time; default: all at once"
+    )
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory for more time"
+    )
     group.add_argument(
         "--workers", dest="num_workers", type=int, default=0, help="processes that decode pictures"
     )
@@ -86,29 +115,37 @@ def _add_settings(group: Any) -> None:
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="auto: bfloat16 on a GPU that computes in it",
     )  # fmt: skip
-    group.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    group.add_argument("--log-every", type=int, default=10, help="steps")
+    add_device_flag(group)
+    group.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..data.trained_emoji import find_trained_emoji
-    from ..data.vector_store import VectorStore
-    from ..hub.alignment_report import NEAR_CHANCE, describe_result, find_caution, list_results
-    from ..hub.assemble import assemble_folder
-    from ..hub.doctor.patient import find_folder
+    from ..encoding.folders import find_model_folder
+    from ..encoding.model_types import require_own_model
     from ..hub.new_folder import clear_leftovers, require_new_folder
-    from ..training.cross_modal.align import align, check_settings
     from ..training.cross_modal.arguments import AlignArguments
     from ..training.run_record import require_fresh_or_resumed
 
     settings = pick(AlignArguments, arguments)
-    model = find_folder(arguments.model)
     folder = arguments.output / "model"
+    _require_stores(arguments)
     clear_leftovers(folder)
     require_new_folder(folder)
+    require_fresh_or_resumed(arguments.output, resume=arguments.resume)
+    require_own_model(arguments.model)
+    require_data(arguments)
+    choose_device(arguments)
+
+    from ..data.trained_emoji import find_trained_emoji
+    from ..data.vector_store import VectorStore
+    from ..hub.alignment_report import NEAR_CHANCE, describe_result, find_caution, list_results
+    from ..hub.assemble import assemble_folder
+    from ..training.cross_modal.align import align, check_settings
+
+    model = find_model_folder(arguments.model)
     stores = {
         name: None if path is None else VectorStore.open(path)
         for name, path in (
@@ -117,7 +154,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     }
     check_settings(settings, **stores)  # reading the data may take long
-    require_fresh_or_resumed(arguments.output, resume=arguments.resume)
     records = read_data(arguments, require_pictures=stores["picture_store"] is None)
     trained_emoji = find_trained_emoji(records)
     result = align(model, records, arguments.output, settings, resume=arguments.resume, **stores)
@@ -153,3 +189,18 @@ def run(arguments: argparse.Namespace) -> int:
     if find_caution(result):
         print(NEAR_CHANCE)
     return 0
+
+
+def _require_stores(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for a store that is missing, before anything is imported."""
+    if arguments.text_training == "stored" and arguments.caption_store is None:
+        raise ValueError(
+            "--text-training stored needs a caption store. Make one with llm2clip extract and "
+            "give it as --caption-store, or choose --text-training frozen-online or lora."
+        )
+    for flag, store in (
+        ("--caption-store", arguments.caption_store),
+        ("--picture-store", arguments.picture_store),
+    ):
+        if store is not None and not store.is_dir():
+            raise ValueError(f"{flag} {store}: no such folder. Give one of llm2clip extract.")

@@ -8,23 +8,43 @@ from typing import Any
 
 from ..hub.picture_choices import NORMALIZATIONS
 from ..hub.prompt_presets import PROMPT_NAMES
+from .parser import add_device_flag, choose_device
 from .pick import pick
+
+# What stands in the place of the other tower: (argument, kind) → what it is.
+_SWAPPED = {("VISION", "text"): "a language model", ("LLM", "vision"): "a vision tower"}
 
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    build = commands.add_parser("build", help="put an untrained model together from two towers")
+    build = commands.add_parser(
+        "build",
+        help="put an untrained model together from two towers",
+        examples=(
+            "llm2clip build openai/clip-vit-large-patch14-336 meta-llama/Llama-3.2-1B-Instruct "
+            "my-model --prompt llama-3",
+        ),
+    )
     build.add_argument("vision", help="Hub id or folder of a vision tower")
     build.add_argument("llm", help="Hub id, folder or .gguf file of a language model")
     build.add_argument("output", type=Path, help="folder to write")
-    prompt = build.add_argument_group("prompt around every caption (one choice is needed)")
-    prompt.add_argument("--prompt", choices=PROMPT_NAMES)
-    prompt.add_argument("--prefix", help="text in front of every caption")
-    prompt.add_argument("--suffix", help="text behind every caption")
-    build.add_argument("--projection-dim", type=int, default=512)
-    build.add_argument("--max-text-length", type=int, default=512)
-    build.add_argument("--text-pooling", choices=("mean", "last_token"), default="mean")
-    build.add_argument("--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler")
+    _add_prompt_flags(
+        build.add_argument_group("prompt around every caption (required: one choice)")
+    )
+    build.add_argument(
+        "--projection-dim", type=int, default=512, help="width of the space of both embeddings"
+    )
+    build.add_argument(
+        "--max-text-length", type=int, default=512, help="most tokens of a text, with its prompt"
+    )
+    build.add_argument(
+        "--text-pooling", choices=("mean", "last_token"), default="mean",
+        help="what represents a text: the mean of its tokens, or the last one",
+    )  # fmt: skip
+    build.add_argument(
+        "--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler",
+        help="what represents an image: the tower's pooler, its CLS token, or the mean of tokens",
+    )  # fmt: skip
     build.add_argument("--image-size", type=int, help="side of the pictures; default: the tower's")
     build.add_argument(
         "--normalization",
@@ -32,31 +52,64 @@ def add_parser(commands: Any) -> None:
         default="own",
         help="mean and std of the pictures: the tower's own, CLIP's, 0.5, or ImageNet's",
     )
-    build.add_argument("--text-adapter-layers", type=int, default=4)
+    build.add_argument(
+        "--text-adapter-layers", type=int, default=4, help="residual blocks of the text adapter"
+    )
     build.add_argument(
         "--visual-projection-bias", action=argparse.BooleanOptionalAction, default=True,
-        help="bias of the image projection; the closed-form start of align needs it",
+        help="bias of the image projection, which the closed-form start of align needs",
     )  # fmt: skip
-    build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
-    build.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
-    build.add_argument("--causal", dest="bidirectional", action="store_false")
-    build.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    build.add_argument("--seed", type=int, default=0)
+    build.add_argument(
+        "--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM; default: none"
+    )
+    build.add_argument(
+        "--accept-adapter-base", metavar="NAME",
+        help="the LoRA's name for this LLM; default: the LLM's own",
+    )  # fmt: skip
+    build.add_argument(
+        "--causal", dest="bidirectional", action="store_false",
+        help="keep the LLM causal, to compare with",
+    )  # fmt: skip
+    build.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="dtype of the weights",
+    )  # fmt: skip
+    build.add_argument(
+        "--seed", type=int, default=0, help="seed of the text adapter and the projections"
+    )
+    add_device_flag(build)
     build.set_defaults(run=run)
+
+
+def _add_prompt_flags(prompt: Any) -> None:
+    prompt.add_argument("--prompt", choices=PROMPT_NAMES, help="a known prompt; no default")
+    prompt.add_argument(
+        "--prefix", help="text in front of every caption; default: that of --prompt"
+    )
+    prompt.add_argument("--suffix", help="text behind every caption; default: that of --prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..hub.new_folder import require_new_folder
+    from ..hub.tower_sources import require_sources
+
+    require_new_folder(arguments.output)
+    _require_prompt(arguments)
+    _require_order(arguments)
+    require_sources(
+        vision=arguments.vision, llm=arguments.llm, caption_adapter=arguments.caption_adapter
+    )
+    device = choose_device(arguments)
+
     import torch
 
     from ..data.trained_emoji import TrainedEmoji
     from ..hub.build import BuildArguments, build_from_sources
     from ..hub.card_facts import CardFacts, find_license
     from ..hub.export import export_model
-    from ..hub.new_folder import require_new_folder
     from ..hub.tower_sources import add_up_trained_emoji
 
-    require_new_folder(arguments.output)  # before the towers are loaded
     model, processor = build_from_sources(
         arguments.vision,
         arguments.llm,
@@ -65,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         caption_adapter=arguments.caption_adapter,
         accept_adapter_base=arguments.accept_adapter_base,
     )
+    model.to(device)  # type: ignore[arg-type]  # for the golden vectors
     facts = CardFacts(
         vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)
     )
@@ -77,3 +131,29 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0
+
+
+def _require_prompt(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where no prompt is chosen, before anything is imported."""
+    if arguments.prompt is None and arguments.prefix is None and arguments.suffix is None:
+        raise ValueError(
+            f"Give --prompt, one of {', '.join(PROMPT_NAMES)}, or a --prefix and --suffix of your "
+            "own. A prompt is never guessed, because the embeddings depend on it."
+        )
+
+
+def _require_order(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for a tower in the other's place, told from its `config.json`."""
+    from ..encoding.model_types import find_model_type
+
+    for place, source in (("VISION", arguments.vision), ("LLM", arguments.llm)):
+        found = find_model_type(source)
+        if found is None:
+            continue
+        if what := _SWAPPED.get((place, found.kind)):
+            raise ValueError(
+                f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
+                "VISION LLM OUTPUT."
+            )
+        if found.kind in ("above", "lora", "store"):
+            raise ValueError(f"{found.advice} It cannot be {place}.")

@@ -11,15 +11,23 @@ LICENSE_FLAGS = ("license_id", "license_name", "license_link", "vision_license",
 def add_card_flags(card: Any) -> None:
     """Add the flags of licences and of the names of both towers."""
     card.add_argument(
-        "--license", dest="license_id", metavar="ID", help="of the weights, e.g. apache-2.0"
+        "--license",
+        dest="license_id",
+        metavar="ID",
+        help="license of the weights, e.g. apache-2.0; default: that on MODEL's card, if any",
     )
-    card.add_argument("--license-name", help="with --license other")
-    card.add_argument("--license-link", help="with --license other")
+    card.add_argument("--license-name", help="its name, with --license other; default: none")
+    card.add_argument("--license-link", help="its address, with --license other; default: none")
     card.add_argument(
-        "--base-models", nargs=2, metavar=("VISION", "LLM"), help="Hub ids of the towers"
+        "--base-models", nargs=2, metavar=("VISION", "LLM"),
+        help="Hub ids of the towers; default: what their configurations say",
+    )  # fmt: skip
+    card.add_argument(
+        "--vision-license", help="license of the vision tower; default: that of its card, if any"
     )
-    card.add_argument("--vision-license", help="of the vision tower it derives from")
-    card.add_argument("--text-license", help="of the language model it derives from")
+    card.add_argument(
+        "--text-license", help="license of the language model; default: that of its card, if any"
+    )
 
 
 def pick_licenses(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..hub.conversion.recipes import (
 )
 from ..hub.prompt_presets import PROMPT_NAMES
 from .card_flags import add_card_flags, pick_licenses
+from .parser import add_device_flag, choose_device
 from .pick import pick
 
 if TYPE_CHECKING:
@@ -48,13 +49,20 @@ _RECIPES_WITH = {
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    convert = commands.add_parser("convert", help="an official checkpoint into a model folder")
+    convert = commands.add_parser(
+        "convert",
+        help="an official checkpoint into a model folder",
+        examples=(
+            "llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 model --recipe openai-hub --llm "
+            "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned --dtype bfloat16",
+        ),
+    )
     add_flags(convert)
     convert.set_defaults(run=run)
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
-    """Add the flags, which the script of the same purpose shares."""
+    """Add the flags."""
     convert.add_argument("source", help="weight file, folder or Hub id of the checkpoint")
     convert.add_argument("output", type=Path, help="folder to write")
     convert.add_argument(
@@ -64,41 +72,87 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         help="family of the checkpoint, and what its weights do not say; "
         f"{_LLM2VEC}: an LLM2Vec folder as text tower of a new model",
     )
-    convert.add_argument("--file", help="weight file inside a Hub repository or folder")
-    convert.add_argument("--revision", help="of the checkpoint's Hub repository")
+    convert.add_argument(
+        "--file", help="weight file inside a Hub repository or folder; default: the only one"
+    )
+    convert.add_argument(
+        "--revision",
+        help="branch, tag or commit of the checkpoint's Hub repository; default: its main branch",
+    )
     llm = convert.add_argument_group("language model")
-    llm.add_argument("--llm", help="Hub id or folder of the LLM; of a LoRA, its base")
-    llm.add_argument("--llm-revision")
+    llm.add_argument(
+        "--llm",
+        help="Hub id or folder of the LLM; of a LoRA, its base; no default, and needed unless the "
+        f"source is a merged {_LLM2VEC} folder",
+    )
+    llm.add_argument(
+        "--llm-revision",
+        help="branch, tag or commit of the LLM's Hub repository; default: its main branch",
+    )
     llm.add_argument(
         "--llm-adapter",
         action="append",
         default=[],
         metavar="LORA",
-        help="to merge: a folder, ID or ID@REVISION; repeatable",
+        help="LoRA to merge: a folder, ID or ID@REVISION; repeatable; default: none",
     )
-    llm.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
-    llm.add_argument("--vision", help=f"vision tower of a new model ({_LLM2VEC} only)")
+    llm.add_argument(
+        "--accept-adapter-base",
+        metavar="NAME",
+        help="the LoRA's name for this LLM; default: the LLM's own",
+    )
+    llm.add_argument(
+        "--vision", help=f"vision tower of a new model ({_LLM2VEC} only, needed there; no default)"
+    )
     _add_recipe_flags(convert.add_argument_group("in place of what the recipe says"))
-    convert.add_argument("--components", choices=COMPONENTS, default="full")
-    convert.add_argument("--dtype", choices=DTYPES, default="float32")
-    convert.add_argument("--shard-size-mb", type=int, default=1000)
+    convert.add_argument(
+        "--components", choices=COMPONENTS, default="full",
+        help="the whole model, or its vision or text half alone",
+    )  # fmt: skip
+    convert.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
+    convert.add_argument(
+        "--shard-size-mb", type=int, default=1000, help="most megabytes of a weight file"
+    )
+    add_device_flag(convert)
     add_card_flags(convert.add_argument_group("the model card"))
-    convert.add_argument("--push", metavar="ORG/NAME", help="upload it, private, once healthy")
+    convert.add_argument(
+        "--push", metavar="ORG/NAME", help="upload it, private, once healthy; default: no upload"
+    )
 
 
 def _add_recipe_flags(group: Any) -> None:
-    group.add_argument("--prompt", choices=PROMPT_NAMES)
-    group.add_argument("--prefix", help="text in front of every caption")
-    group.add_argument("--suffix", help="text behind every caption")
-    group.add_argument("--max-text-length", type=int)
-    group.add_argument("--text-pooling", choices=("mean", "last_token"))
+    recipes = "default: the recipe's"
     group.add_argument(
-        "--normalize-text-before-adapter", action=argparse.BooleanOptionalAction, default=None
+        "--prompt", choices=PROMPT_NAMES, help=f"prompt around every caption; {recipes}"
     )
-    group.add_argument("--activation", choices=ACTIVATIONS)
-    group.add_argument("--preprocessing", choices=tuple(PREPROCESSINGS))
-    group.add_argument("--head-width", type=int)
-    group.add_argument("--rope-reference-size", type=int)
+    group.add_argument("--prefix", help=f"text in front of every caption; {recipes}")
+    group.add_argument("--suffix", help=f"text behind every caption; {recipes}")
+    group.add_argument(
+        "--max-text-length", type=int, help=f"most tokens of a text, with its prompt; {recipes}"
+    )
+    group.add_argument(
+        "--text-pooling", choices=("mean", "last_token"),
+        help=f"mean of the tokens of a text, or the last one; {recipes}",
+    )  # fmt: skip
+    group.add_argument(
+        "--normalize-text-before-adapter", action=argparse.BooleanOptionalAction, default=None,
+        help=f"give texts unit length before the text adapter; {recipes}",
+    )  # fmt: skip
+    group.add_argument(
+        "--activation", choices=ACTIVATIONS, help=f"activation of the vision tower; {recipes}"
+    )
+    group.add_argument(
+        "--preprocessing", choices=tuple(PREPROCESSINGS),
+        help=f"mean and std of the images: OpenAI's, or 0.5; {recipes}",
+    )  # fmt: skip
+    group.add_argument(
+        "--head-width", type=int,
+        help=f"width of an attention head of the vision tower; {recipes}",
+    )  # fmt: skip
+    group.add_argument(
+        "--rope-reference-size", type=int,
+        help=f"side in patches that EVA02's rotary positions are scaled to; {recipes}",
+    )  # fmt: skip
 
 
 def choose_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -124,14 +178,19 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..hub.new_folder import require_new_folder
+
+    require_new_folder(arguments.output)
     if arguments.recipe == _LLM2VEC:
         return _build(arguments)
+    if arguments.llm is None or arguments.vision is not None:
+        raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
+    recipe = choose_recipe(arguments)
+    device = choose_device(arguments)
     from ..hub.conversion.checkpoint import CheckpointSource
     from ..hub.conversion.convert import convert_checkpoint
     from ..hub.conversion.language_model import LLMSource
 
-    if arguments.llm is None or arguments.vision is not None:
-        raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
     destination = _read_destination(arguments)
     report = convert_checkpoint(
         CheckpointSource(arguments.source, arguments.file, arguments.revision),
@@ -142,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.accept_adapter_base,
         ),
         arguments.output,
-        recipe=choose_recipe(arguments),
+        recipe=recipe,
         arguments=OutputArguments(
             arguments.components,
             arguments.dtype,
@@ -152,26 +211,26 @@ def run(arguments: argparse.Namespace) -> int:
             requires_license=destination is not None,
         ),
         facts=pick_licenses(arguments),
+        device=str(device),
     )
     print(report.diagnosis.report())
     for reason in sorted(set(report.dropped.values())):
         keys = sorted(key for key, why in report.dropped.items() if why == reason)
         print(f"left out, {reason}: {', '.join(keys)}")
     print(f"Wrote {report.folder}: {report.num_parameters:,} parameters. {_what_next(arguments)}")
-    _push(arguments.output, destination)
+    _push(arguments, destination)
     return 0
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    _require_llm2vec_flags(arguments)
+    device = choose_device(arguments)
     import torch
 
     from ..hub.build import BuildArguments
     from ..hub.conversion.llm2vec import build_from_llm2vec
     from ..hub.export import export_model
-    from ..hub.new_folder import require_new_folder
 
-    require_new_folder(arguments.output)
-    _require_llm2vec_flags(arguments)
     destination = _read_destination(arguments)
     facts = _gather_facts(arguments)
     if destination is not None:
@@ -193,6 +252,7 @@ def _build(arguments: argparse.Namespace) -> int:
         accept_adapter_base=arguments.accept_adapter_base,
         dtype=getattr(torch, arguments.dtype),
     )
+    model.to(device)  # type: ignore[arg-type]  # for the golden vectors
     if arguments.base_models:
         towers = (model.config.vision_config, model.config.text_config)
         for tower, name in zip(towers, arguments.base_models, strict=True):
@@ -205,6 +265,7 @@ def _build(arguments: argparse.Namespace) -> int:
         max_shard_size=f"{arguments.shard_size_mb}MB",
     )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
+    _push(arguments, destination)
     return 0
 
 
@@ -250,10 +311,10 @@ def _read_destination(arguments: argparse.Namespace) -> Destination | None:
     return None if arguments.push is None else Destination(arguments.push)
 
 
-def _push(folder: Path, destination: Destination | None) -> None:
+def _push(arguments: argparse.Namespace, destination: Destination | None) -> None:
     if destination is None:
         return
     from ..hub.publish import publish_folder
 
-    address = publish_folder(folder, destination)
+    address = publish_folder(arguments.output, destination, device=arguments.device)
     print(f"Published {address}. Pin its last part with revision=… when you load it.")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..hub.prompt_presets import PROMPT_NAMES
+from .parser import add_device_flag, choose_device
 from .pick import pick
 
 _AFTER_DEMO = """
@@ -23,24 +25,62 @@ Use it in Python:
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    demo = commands.add_parser("demo", help="the whole method on real parts, in minutes")
-    demo.add_argument("--output", type=Path, default=Path("llm2clip-demo"))
-    demo.add_argument("--vision", help="Hub id or folder of a vision tower")
-    demo.add_argument("--llm", help="Hub id, folder or .gguf of a language model; needs --prompt")
-    demo.add_argument("--prompt", help="prompt around every caption; see llm2clip build -h")
-    demo.add_argument("--pictures", type=Path, help="folder with captions.jsonl")
-    demo.add_argument(
-        "--caption-adapter", help="LoRA of a caption-tuned LLM: a folder, embedded, or none"
+    demo = commands.add_parser(
+        "demo",
+        help="the whole method on real parts, in minutes",
+        examples=("llm2clip demo --output llm2clip-demo",),
     )
-    demo.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
-    demo.add_argument("--steps", type=int, default=100)
-    demo.add_argument("--batch-size", type=int, default=512)
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output", type=Path, default=Path("llm2clip-demo"), help="folder to write")
+    demo.add_argument(
+        "--vision", help="Hub id or folder of a vision tower; default: the embedded EfficientNet"
+    )
+    demo.add_argument(
+        "--llm",
+        help="Hub id, folder or .gguf of a language model, with --prompt; default: the embedded "
+        "SmolLM2",
+    )
+    demo.add_argument(
+        "--prompt", choices=PROMPT_NAMES,
+        help="prompt around every caption; default: that of the embedded SmolLM2",
+    )  # fmt: skip
+    demo.add_argument(
+        "--pictures", type=Path, help="folder with captions.jsonl; default: the embedded emoji"
+    )
+    demo.add_argument(
+        "--caption-adapter",
+        help="LoRA of a caption-tuned LLM: a folder, embedded, or none; default: embedded for the "
+        "embedded SmolLM2, none for another LLM",
+    )
+    demo.add_argument(
+        "--accept-adapter-base", metavar="NAME",
+        help="the LoRA's name for this LLM; default: the LLM's own",
+    )  # fmt: skip
+    demo.add_argument("--steps", type=int, default=100, help="steps of the alignment")
+    demo.add_argument("--batch-size", type=int, default=512, help="pictures a step")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the split and of the alignment")
+    add_device_flag(demo)
     demo.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..hub.tower_sources import require_sources
+
+    if arguments.llm is not None and arguments.prompt is None:
+        raise ValueError(
+            "--llm needs --prompt, because the embeddings depend on it and it is never guessed. "
+            f"Give one of {', '.join(PROMPT_NAMES)}."
+        )
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        raise ValueError(f"{arguments.output} is not empty. Remove it, or name another --output.")
+    own_adapter = arguments.caption_adapter in (None, "embedded", "none")
+    require_sources(
+        vision=arguments.vision,
+        llm=arguments.llm,
+        caption_adapter=None if own_adapter else arguments.caption_adapter,
+    )
+    arguments.device = str(choose_device(arguments))
+
     from ..demo.run import DemoArguments, run_demo
 
     report = run_demo(pick(DemoArguments, arguments))

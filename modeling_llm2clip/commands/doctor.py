@@ -5,20 +5,33 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .parser import add_device_flag, choose_device
+
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    doctor = commands.add_parser("doctor", help="check a checkpoint from the outside")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check a checkpoint from the outside",
+        examples=("llm2clip doctor llm2clip-demo/model",),
+    )
     doctor.add_argument("model", help="Hub id or folder")
-    doctor.add_argument("--revision")
-    doctor.add_argument("--device", default="cpu")
+    doctor.add_argument(
+        "--revision", help="branch, tag or commit of a Hub repository; default: its main branch"
+    )
+    add_device_flag(doctor)
     doctor.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..encoding.model_types import require_own_model
+
+    require_own_model(arguments.model, revision=arguments.revision)
+    device = choose_device(arguments)
+
     from ..hub.doctor import diagnose
 
-    diagnosis = diagnose(arguments.model, revision=arguments.revision, device=arguments.device)
+    diagnosis = diagnose(arguments.model, revision=arguments.revision, device=str(device))
     print(diagnosis.report())
     return 0 if diagnosis.healthy else 1

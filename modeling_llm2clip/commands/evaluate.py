@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import add_device_flag, choose_device
 from .pick import pick
 
 if TYPE_CHECKING:
     from ..evaluation.arguments import EvaluationArguments, ModelChoice
     from ..evaluation.results import Result
 
-_EXAMPLES = """
-examples:
-  llm2clip evaluate my-model --data emoji --tasks cross-lingual
-  llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco=FOLDER --tasks retrieval cra
-  llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length
-  llm2clip evaluate --table --output evaluation
-"""
+_EXAMPLES = (
+    "llm2clip evaluate my-model --data emoji --tasks cross-lingual",
+    "llm2clip evaluate my-model openai/clip-vit-base-patch16 --data coco=FOLDER "
+    "--tasks retrieval cra",
+    "llm2clip evaluate ours=my-model theirs=other --data folder=my-pictures --tasks length",
+    "llm2clip evaluate --table --output evaluation",
+)
+# What models and embeddings without a config.json of transformers have.
+_OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "pictures.safetensors")
 _FLAGS_OF_FILES = ("architecture", "activation")
 
 
@@ -30,8 +33,7 @@ def add_parser(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure models on data sets, side by side",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     evaluate.add_argument(
         "models", nargs="*", metavar="MODEL",
@@ -40,16 +42,25 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     evaluate.add_argument("--tasks", nargs="+", default=[], help="default: what suits each set")
     evaluate.add_argument(
-        "--data", nargs="+", default=[], metavar="SET[=FOLDER]", help="see --list; or a FOLDER"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SET[=FOLDER]",
+        help="datasets, see --list; or a FOLDER; no default",
     )
-    evaluate.add_argument("--output", type=Path, default=Path("evaluation"))
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("evaluation"), help="folder of the results"
+    )
     evaluate.add_argument("--list", action="store_true", help="list sets and tasks, and end")
     evaluate.add_argument(
         "--table", nargs="?", const="text", choices=("text", "markdown"),
-        help="draw the results in --output; without MODEL nothing is computed",
+        help="draw the results in --output, without MODEL those that are there; default: as text",
     )  # fmt: skip
     evaluate.add_argument(
-        "--plot", type=Path, metavar="FILE", help="R@1 against length (PNG, SVG, PDF)"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="R@1 against length (PNG, SVG, PDF); default: none",
     )
     _add_data_flags(evaluate.add_argument_group("data"))
     _add_model_flags(evaluate.add_argument_group("models"))
@@ -58,9 +69,15 @@ def add_parser(commands: Any) -> None:
 
 def _add_data_flags(group: Any) -> None:
     group.add_argument(
-        "--images", nargs="+", default=[], metavar="SET=FOLDER", help="pictures that lie apart"
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="SET=FOLDER",
+        help="pictures that lie apart; default: beside the data",
     )
-    group.add_argument("--languages", nargs="+", default=[], help="of sets in several languages")
+    group.add_argument(
+        "--languages", nargs="+", default=[], help="of sets in several languages; default: all"
+    )
     group.add_argument(
         "--captions-only", action="store_true", help="read no pictures; for text encoders alone"
     )
@@ -72,36 +89,68 @@ def _add_data_flags(group: Any) -> None:
         help="do not decode every picture before a model is loaded",
     )  # fmt: skip
     group.add_argument(
-        "--class-names", type=Path, metavar="FILE", help="one a line, in the order of the classes"
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="one a line, in the order of the classes; default: those of the data",
     )
     group.add_argument(
-        "--templates", type=Path, metavar="FILE", help="prompts with one {}, one a line"
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="prompts with one {}, one a line; default: those of the dataset",
     )
     group.add_argument(
         "--allow-repeated-class-names", action="store_true",
         help="keep classes of one name, as ImageNet has some; their pictures count as wrong",
     )  # fmt: skip
-    group.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD")
+    group.add_argument(
+        "--ignore-fields",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="fields of your own in the data, which are not read; default: none",
+    )
 
 
 def _add_model_flags(group: Any) -> None:
-    group.add_argument("--kind", nargs="+", default=[], help="of all models, or one for each")
-    group.add_argument("--revision", help="of every model on the Hub")
+    group.add_argument(
+        "--kind",
+        nargs="+",
+        default=[],
+        help="kind of all models, or one for each; default: told from the files",
+    )
+    group.add_argument(
+        "--revision", help="branch, tag or commit of every model on the Hub; default: main"
+    )
     group.add_argument(
         "--architecture", nargs="+",
-        help="open_clip's name of what a weights file holds; of all such files, or one for each",
+        help="open_clip's name of what a weights file holds; of all such files, or one for each; "
+        "no default, and needed for such files",
     )  # fmt: skip
     group.add_argument(
         "--activation", nargs="+", metavar="{gelu,quick_gelu}",
-        help="of a weights file whose architecture is published with both; as --architecture",
+        help="of a weights file whose architecture is published with both; as --architecture; "
+        "default: the one that it is published with",
     )  # fmt: skip
-    group.add_argument("--head", help="model whose projections stored vectors go through")
-    group.add_argument("--extracted-from", metavar="DATA", help="captioned data of the stores")
-    group.add_argument("--device", default="auto")
     group.add_argument(
-        "--dtype", choices=("saved", "float32", "bfloat16", "float16"), default="saved"
+        "--head", help="model whose projections stored vectors go through; default: none"
     )
-    group.add_argument("--batch-size", type=int)
+    group.add_argument(
+        "--extracted-from",
+        metavar="DATA",
+        help="captioned data of the stores; no default, and needed for stores",
+    )
+    add_device_flag(group)
+    group.add_argument(
+        "--dtype",
+        choices=("saved", "float32", "bfloat16", "float16"),
+        default="saved",
+        help="dtype of the weights; saved: as they are",
+    )
+    group.add_argument(
+        "--batch-size", type=int, help="texts or images of a batch; default: by device"
+    )
     group.add_argument(
         "--max-memory-mb", type=float, default=256, metavar="MB",
         help="working memory of the ranks beyond the vectors, 10^6 bytes; moves no score. The "
@@ -121,6 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
         import_matplotlib()
         require_plot_file(arguments.plot)
     if arguments.models:
+        _require_models(arguments)
+        choose_device(arguments)
         from ..evaluation.evaluate import evaluate
 
         chosen = _build_arguments(arguments)
@@ -142,6 +193,24 @@ def run(arguments: argparse.Namespace) -> int:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render_results(results, style=arguments.table or "text", width=width))
     return 0
+
+
+def _require_models(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for models that cannot be evaluated, before anything is imported."""
+    from ..encoding.folders import find_model_folder, is_hub_id
+    from ..encoding.model_types import find_model_type
+
+    if not arguments.data:
+        raise ValueError("Evaluation needs at least one model and one set (--data).")
+    for _, source in map(_read_model, arguments.models):
+        path = Path(source)
+        if not path.exists() and not is_hub_id(source):
+            find_model_folder(source)  # raises
+        if not path.is_dir() or arguments.kind or any((path / name).exists() for name in _OTHERS):
+            continue
+        found = find_model_type(path)
+        if found is not None and found.kind in ("above", "lora", "text", "vision"):
+            raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
 
 
 def _require_lengths(chosen: EvaluationArguments) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card_flags import LICENSE_FLAGS, add_card_flags, pick_licenses
+from .parser import add_device_flag, choose_device
 
 if TYPE_CHECKING:
+    from ..hub.export import ExportArguments
     from ..hub.publish import Destination
 
 _HUB = ("push", "public", "branch", "commit_message", "dry_run")
@@ -17,20 +19,35 @@ _CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    export = commands.add_parser("export", help="write a model folder anew, and publish it")
+    export = commands.add_parser(
+        "export",
+        help="write a model folder anew, and publish it",
+        examples=(
+            "llm2clip export aligned/model to-publish --license apache-2.0 --push my-name/my-model",
+        ),
+    )
     export.add_argument("model", help="Hub id or folder of an LLM2CLIP model")
     export.add_argument(
         "folder", nargs="?", type=Path, help="folder to write; left out: publish MODEL as it is"
     )
-    export.add_argument("--revision", help="branch, tag or commit of MODEL, where it is a Hub id")
+    export.add_argument(
+        "--revision",
+        help="branch, tag or commit of MODEL, where it is a Hub id; default: its main branch",
+    )
     export.add_argument(
         "--components", choices=("full", "text", "vision", "tower"), default="full",
-        help="tower: the vision tower as an ordinary one of transformers, for LLaVA and the like",
+        help="the whole model, a half of it, or (tower) the vision tower as an ordinary one of "
+        "transformers, for LLaVA and the like",
     )  # fmt: skip
     export.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights; default: as it is",
     )
-    export.add_argument("--max-shard-size", metavar="SIZE", help="of a weight file, e.g. 5GB")
+    export.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a weight file, e.g. 5GB; default: 50GB"
+    )
+    add_device_flag(export)
     _add_card_flags(export.add_argument_group("the model card"))
     _add_hub_flags(export.add_argument_group("publishing (token: HF_TOKEN or `hf auth login`)"))
     export.set_defaults(run=run)
@@ -38,45 +55,57 @@ def add_parser(commands: Any) -> None:
 
 def _add_card_flags(card: Any) -> None:
     add_card_flags(card)
-    card.add_argument("--training-data", nargs="+", metavar="NAME", help="names or Hub ids")
+    card.add_argument(
+        "--training-data",
+        nargs="+",
+        metavar="NAME",
+        help="names or Hub ids of datasets; default: those on MODEL's card",
+    )
     card.add_argument(
         "--results",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="JSON of evaluations of these weights",
+        help="JSON of evaluations of these weights; default: those on MODEL's card, if the weights "
+        "stay the same",
     )
 
 
 def _add_hub_flags(hub: Any) -> None:
-    hub.add_argument("--push", metavar="OWNER/NAME", help="upload it, in one commit")
-    hub.add_argument("--public", action="store_true", help="for all to see; default: private")
-    hub.add_argument("--branch", help="default: main")
-    hub.add_argument("--commit-message")
     hub.add_argument(
-        "--dry-run", action="store_true", help="check and list files and sizes, upload nothing"
+        "--push", metavar="OWNER/NAME", help="upload it, in one commit; default: no upload"
     )
+    hub.add_argument("--public", action="store_true", help="for all to see; default: private")
+    hub.add_argument("--branch", help="branch to upload to; default: main")
+    hub.add_argument(
+        "--commit-message", help="message of that commit; default: Upload LLM2CLIP model"
+    )
+    hub.add_argument(
+        "--dry-run", action="store_true",
+        help="check, and list files and sizes; write and upload nothing",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..encoding.model_types import require_own_model
     from ..hub.new_folder import require_new_folder
-    from ..hub.publish import check_publishable, publish_folder
+
+    _refuse_contradictions(arguments)
+    if arguments.folder is not None:
+        require_new_folder(arguments.folder)
+    require_own_model(arguments.model, revision=arguments.revision)
+    arguments.device = str(choose_device(arguments))
+    from ..hub.publish import publish_folder
 
     destination = _read_destination(arguments)
-    if arguments.folder is None:
-        folder = _require_folder_as_it_is(arguments)
-    else:
-        require_new_folder(arguments.folder)
-        if arguments.components == "tower":
-            return _write_tower(arguments)
-        folder = _write(arguments)
+    if arguments.components == "tower":
+        return _write_tower(arguments)
     if arguments.dry_run:
-        for file in check_publishable(folder):
-            print(f"{file.num_bytes:>15,}  {file.path}")
-        print(f"Nothing was uploaded{_describe(destination)}. Leave out --dry-run to do it.")
-    elif destination:
-        address = publish_folder(folder, destination)
+        return _list(arguments, destination)
+    folder = Path(arguments.model) if arguments.folder is None else _write(arguments)
+    if destination:
+        address = publish_folder(folder, destination, device=arguments.device)
         print(f"Published {address}. Pin its last part with revision=… when you load it.")
     return 0
 
@@ -87,10 +116,52 @@ def _read_destination(arguments: argparse.Namespace) -> Destination | None:
     stated = {name: getattr(arguments, name) for name in ("branch", "commit_message")}
     given = {name: value for name, value in stated.items() if value is not None}
     if arguments.push is None:
-        if arguments.public or given:
-            raise ValueError("--public, --branch and --commit-message go with --push OWNER/NAME.")
         return None
     return Destination(arguments.push, private=not arguments.public, **given)
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together, before anything is imported."""
+    hub_flags = ("public", "branch", "commit_message")
+    if arguments.push is None and any(getattr(arguments, name) for name in hub_flags):
+        raise ValueError("--public, --branch and --commit-message go with --push OWNER/NAME.")
+    if arguments.folder is None:
+        _require_folder_as_it_is(arguments)
+    elif arguments.components == "tower":
+        unused = [n for n in (*LICENSE_FLAGS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
+        if unused:
+            raise ValueError(
+                f"--components tower goes with --revision and --license; got {unused}."
+            )
+
+
+def _list(arguments: argparse.Namespace, destination: Destination | None) -> int:
+    """Print what would be written and uploaded, after the same checks; write nothing."""
+    from ..hub.dry_run import plan_export
+    from ..hub.publish import check_publishable
+
+    if arguments.folder is None:
+        files = check_publishable(arguments.model, device=arguments.device)
+        rest = ""
+    else:
+        settings, facts = _gather(arguments)
+        files = plan_export(
+            arguments.model,
+            arguments.folder,
+            settings,
+            facts=facts,
+            revision=arguments.revision,
+            device=arguments.device,
+        )
+        rest = (
+            f"Nothing was written to {arguments.folder}. Sizes of weight files are exact but for "
+            "their headers, the others' are those in MODEL. The checks were made on MODEL; what "
+            "is written is checked again before it is uploaded.\n"
+        )
+    for file in files:
+        print(f"{file.num_bytes:>15,}  {file.path}")
+    print(f"{rest}Nothing was uploaded{_describe(destination)}. Leave out --dry-run to do it.")
+    return 0
 
 
 def _describe(destination: Destination | None) -> str:
@@ -100,9 +171,9 @@ def _describe(destination: Destination | None) -> str:
     return f" to {destination.repo_id} ({kind}, branch {destination.branch})"
 
 
-def _write(arguments: argparse.Namespace) -> Path:
+def _gather(arguments: argparse.Namespace) -> tuple[ExportArguments, dict[str, Any]]:
     from ..hub.card_facts import read_results
-    from ..hub.export import SHARD_SIZE, ExportArguments, export_checkpoint
+    from ..hub.export import SHARD_SIZE, ExportArguments
 
     facts = pick_licenses(arguments)
     if arguments.training_data:
@@ -117,8 +188,20 @@ def _write(arguments: argparse.Namespace) -> Path:
         name=arguments.push,
         requires_license=bool(arguments.push or arguments.dry_run),
     )
+    return settings, facts
+
+
+def _write(arguments: argparse.Namespace) -> Path:
+    from ..hub.export import export_checkpoint
+
+    settings, facts = _gather(arguments)
     folder = export_checkpoint(
-        arguments.model, arguments.folder, settings, facts=facts, revision=arguments.revision
+        arguments.model,
+        arguments.folder,
+        settings,
+        facts=facts,
+        revision=arguments.revision,
+        device=arguments.device,
     )
     print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
     return folder
@@ -128,9 +211,6 @@ def _write_tower(arguments: argparse.Namespace) -> int:
     """Write the vision tower alone, which is no LLM2CLIP model any more."""
     from ..hub.vision_tower import export_vision_tower
 
-    unused = [n for n in (*LICENSE_FLAGS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
-    if unused:
-        raise ValueError(f"--components tower goes with --revision and --license; got {unused}.")
     folder = export_vision_tower(
         arguments.model,
         arguments.folder,
@@ -141,8 +221,8 @@ def _write_tower(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _require_folder_as_it_is(arguments: argparse.Namespace) -> Path:
-    """Return MODEL, which is to be published unchanged."""
+def _require_folder_as_it_is(arguments: argparse.Namespace) -> None:
+    """Raise ValueError unless MODEL can be published unchanged."""
     changing = [name for name in (*LICENSE_FLAGS, *_CHANGES) if getattr(arguments, name)]
     changing += ["components"] if arguments.components != "full" else []
     if not (arguments.push or arguments.dry_run):
@@ -152,4 +232,3 @@ def _require_folder_as_it_is(arguments: argparse.Namespace) -> Path:
             f"Without a FOLDER to write, MODEL must be a folder and is published unchanged; got "
             f"{arguments.model} with {changing or 'no changes'}. Name a FOLDER."
         )
-    return Path(arguments.model)

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .captioned_data import add_data_flags, read_data
+from .captioned_data import add_data_flags, read_data, require_data
+from .parser import add_device_flag, choose_device
 from .pick import pick
 
 # What only the other kind of extraction would read, by whether pictures are extracted.
@@ -16,30 +17,50 @@ _FOREIGN_FLAGS = {True: ("token_budget",), False: ("batch_size", "num_workers")}
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
     extract = commands.add_parser(
-        "extract", help="captions, or pictures, into a store of vectors; continues one"
+        "extract",
+        help="captions, or pictures, into a store of vectors; continues one",
+        examples=(
+            "llm2clip extract tuned/model my-pictures captions",
+            "llm2clip extract tuned/model my-pictures pictures --pictures",
+        ),
     )
     extract.add_argument("model", help="Hub id or folder of a model, as build and export write it")
     add_data_flags(extract)
     extract.add_argument("output", type=Path, help="folder of the store, new or begun")
     extract.add_argument("--pictures", action="store_true", help="pictures instead of captions")
-    extract.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    extract.add_argument("--rows-per-shard", type=int, default=2048)
+    extract.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16",
+        help="dtype of the stored embeddings",
+    )  # fmt: skip
+    extract.add_argument(
+        "--rows-per-shard", type=int, default=2048, help="embeddings of a file of the store"
+    )
     of_one_kind = {"type": int, "default": argparse.SUPPRESS}  # so that it shows what was given
-    extract.add_argument("--token-budget", help="most tokens of a batch of captions", **of_one_kind)
-    extract.add_argument("--batch-size", help="pictures of a batch", **of_one_kind)
+    extract.add_argument(
+        "--token-budget",
+        help="most tokens of a batch of captions; default: by device",
+        **of_one_kind,
+    )
+    extract.add_argument(
+        "--batch-size", help="pictures of a batch; default: by device", **of_one_kind
+    )
     extract.add_argument(
         "--num-workers", help="threads that decode pictures; default: 1", **of_one_kind
     )
-    extract.add_argument("--device", help="default: the best one there is")
+    add_device_flag(extract)
     extract.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    from ..encoding.model_types import require_own_model
     from ..training.stopping import stop_on_signals
 
     _refuse_foreign_flags(arguments)
+    require_own_model(arguments.model)
+    require_data(arguments)
     with stop_on_signals() as stop:  # before what takes long to import
+        choose_device(arguments)
         from accelerate import PartialState
 
         from ..hub.doctor.patient import find_folder

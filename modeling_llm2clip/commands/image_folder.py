@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import add_device_flag, choose_device
+
 if TYPE_CHECKING:
     from ..modeling_llm2clip import LLM2CLIPModel
     from ..processing_llm2clip import LLM2CLIPProcessor
@@ -47,7 +49,13 @@ def add_folder_flags(parser: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, help="pictures of a batch")
     parser.add_argument("--num-workers", type=int, default=1, help="threads that decode pictures")
-    parser.add_argument("--device", default="cpu")
+    add_device_flag(parser)
+
+
+def require_folder(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where there is no folder of images, before anything is imported."""
+    if not arguments.pictures.is_dir():
+        raise ValueError(f"{arguments.pictures}: no such folder. Give one that holds images.")
 
 
 def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
@@ -74,7 +82,8 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
     kept = _open_kept(arguments, folder)
     paths = _leave_out_faults(files.readable, kept, allowed=arguments.exclude_faults)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    model = LLM2CLIPModel.from_pretrained(folder).to(arguments.device)
+    model = LLM2CLIPModel.from_pretrained(folder)
+    model = model.to(choose_device(arguments))
     try:
         vision_embeds = kept.encode(
             model,

@@ -12,6 +12,7 @@ from .image_folder import (
     add_folder_arguments,
     add_folder_flags,
     encode_folder,
+    require_folder,
     tell,
     tell_truncated,
 )
@@ -46,16 +47,17 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..encoding.devices import require_device
+    from ..encoding.model_types import require_own_model
     from ..hub.new_folder import require_new_folder
     from ..search.result_formats import render_search_results
 
     if arguments.count < 1:
         raise ValueError(f"--count {arguments.count} finds nothing. Give at least 1.")
     _check_queries(arguments.sentences, arguments.image)  # before what takes long
-    require_device(arguments.device)
     if arguments.output is not None:
         require_new_folder(arguments.output)
+    require_folder(arguments)
+    require_own_model(arguments.model)
     found = _search(encode_folder(arguments), arguments)
     print(render_search_results(found, arguments.format))
     if arguments.output is not None:

@@ -12,6 +12,7 @@ from .image_folder import (
     add_folder_arguments,
     add_folder_flags,
     encode_folder,
+    require_folder,
     tell,
     tell_truncated,
 )
@@ -45,13 +46,14 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..encoding.devices import require_device
+    from ..encoding.model_types import require_own_model
     from ..search.labels import read_labels
     from ..search.tagging import encode_labels, tag_images
 
     labels = read_labels(arguments.labels, templates=arguments.template)
     _check_flags(arguments)  # before what takes long
-    require_device(arguments.device)
+    require_folder(arguments)
+    require_own_model(arguments.model)
     encoded = encode_folder(arguments)
     prompts = [prompt for label in labels for prompt in label.prompts]
     tell_truncated(encoded.processor, prompts, "prompts")

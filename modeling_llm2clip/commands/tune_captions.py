@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-from .captioned_data import add_data_flags, read_data
+from .captioned_data import add_data_flags, read_data, require_data
+from .parser import add_device_flag, choose_device
 from .pick import pick
 
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    tune = commands.add_parser("tune-captions", help="teach the LLM to tell captions apart (LoRA)")
+    tune = commands.add_parser(
+        "tune-captions",
+        help="teach the LLM to tell captions apart (LoRA)",
+        examples=("llm2clip tune-captions my-model my-pictures tuned --merge",),
+    )
     tune.add_argument("model", help="folder or Hub id, from llm2clip build")
     add_data_flags(tune)  # the pictures themselves are not needed
     tune.add_argument("output", type=Path, help="folder to write")
@@ -21,31 +27,42 @@ def add_parser(commands: Any) -> None:
         help="leave out images with one caption only, and say how many",
     )  # fmt: skip
     tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
-    tune.add_argument("--start", type=Path, help="adapter to begin from, of an earlier tuning")
+    tune.add_argument(
+        "--start", type=Path, help="adapter of an earlier tuning to begin from; default: a new one"
+    )
     tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    tune.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    add_device_flag(tune)
     tune.add_argument(
         "--other-pairs", nargs=2, action="append", default=[], metavar=("FILE", "WEIGHT"),
-        help="JSON lines of query, positive, negatives; batches for one batch of captions",
+        help="JSON lines of query, positive, negatives, and how many of their batches come for one "
+        "of captions; repeatable; default: none",
     )  # fmt: skip
     _add_settings(tune.add_argument_group("training"))
     tune.set_defaults(run=run)
 
 
 def _add_settings(group: Any) -> None:
-    group.add_argument("--epochs", type=float, default=1.0)
-    group.add_argument("--steps", type=int, help="instead of epochs")
+    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
+    group.add_argument("--steps", type=int, help="number of steps; default: what --epochs comes to")
     group.add_argument("--pairings", type=int, default=1, help="of a picture's captions an epoch")
     group.add_argument("--batch-size", type=int, default=64, help="pairs a process and step")
-    group.add_argument("--mini-batch-size", type=int, help="pairs at a time, cached gradients")
-    group.add_argument("--lr", type=float, default=2e-4)
     group.add_argument(
-        "--warmup-steps", type=float, default=0.1, help="below 1 a share of the run; default: 0.1"
+        "--mini-batch-size", type=int,
+        help="pairs at a time, with cached gradients; default: the whole batch",
+    )  # fmt: skip
+    group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    group.add_argument(
+        "--warmup-steps",
+        type=float,
+        default=0.1,
+        help="steps until the learning rate is at its peak; below 1 a share of the run",
     )
     group.add_argument("--scale", type=float, default=50.0, help="inverse temperature")
     group.add_argument(
-        "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways"
-    )
+        "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways",
+        help="texts of the batch that a text is compared with: for first captions the second "
+        "ones, the reverse too, or all others",
+    )  # fmt: skip
     group.add_argument(
         "--num-alike", type=int, default=0,
         help="hard batches: pictures that come with each, those it is still confused with",
@@ -55,35 +72,52 @@ def _add_settings(group: Any) -> None:
     )
     group.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
     group.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    group.add_argument("--gradient-checkpointing", action="store_true")
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory for more time"
+    )
     group.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="auto: bfloat16 on a GPU that computes in it",
     )  # fmt: skip
-    group.add_argument("--adapter-dtype", choices=("float32", "float16"), default="float32")
-    group.add_argument("--rank", type=int, default=16)
-    group.add_argument("--alpha", type=int, default=32)
-    group.add_argument("--lora-dropout", type=float, default=0.0)
-    group.add_argument("--lora-targets", nargs="+", default=["all-linear"])
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--adapter-dtype", choices=("float32", "float16"), default="float32",
+        help="dtype of the written LoRA",
+    )  # fmt: skip
+    group.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
+    group.add_argument("--alpha", type=int, default=32, help="alpha of the LoRA")
+    group.add_argument("--lora-dropout", type=float, default=0.0, help="dropout of the LoRA")
+    group.add_argument(
+        "--lora-targets", nargs="+", default=["all-linear"],
+        help="names of the linear layers with a LoRA",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..data.caption_groups import group_captions, read_text_pairs, skip_single_captions
-    from ..hub.caption_adapter import merge_caption_adapter
+    from ..encoding.model_types import require_own_model
     from ..hub.new_folder import clear_leftovers, require_new_folder
-    from ..modeling_llm2clip import LLM2CLIPTextModel
-    from ..processing_llm2clip import LLM2CLIPProcessor
-    from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
-    from ..training.processes import join_processes, stays_on_cpu
+    from ..training.run_record import require_fresh_or_resumed
 
     weights = [_read_weight(file, text) for file, text in arguments.other_pairs]
-    state = join_processes(cpu=stays_on_cpu(arguments.device))
     merged = arguments.output / "model"
     if arguments.merge:
         clear_leftovers(merged)
         require_new_folder(merged)
+    require_fresh_or_resumed(arguments.output, resume=arguments.resume)
+    require_own_model(arguments.model)
+    require_data(arguments)
+    device = choose_device(arguments)
+
+    from ..data.caption_groups import group_captions, read_text_pairs, skip_single_captions
+    from ..hub.caption_adapter import merge_caption_adapter
+    from ..modeling_llm2clip import LLM2CLIPTextModel
+    from ..processing_llm2clip import LLM2CLIPProcessor
+    from ..training.caption_contrastive import TuneArguments, plan_tuning, run_tuning
+    from ..training.processes import join_processes
+
+    state = join_processes(cpu=device.type == "cpu")
+    if arguments.merge:
         _require_whole_model(arguments.model)
     arguments.lora = _pick_lora(arguments)
     settings = pick(TuneArguments, arguments)
@@ -105,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_skipped=num_skipped,
     )
     processor = LLM2CLIPProcessor.from_pretrained(arguments.model)
-    model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(state.device)
+    model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(device)
     result = run_tuning(model, processor, plan)
     if not state.is_main_process:
         return result.exit_code
@@ -124,13 +158,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read_weight(file: str, text: str) -> float:
-    from ..training.pair_batches import require_weight
-
     try:
         weight = float(text)
     except ValueError:
         raise ValueError(f"--other-pairs {file} {text}: the weight is no number.") from None
-    require_weight(weight, f"--other-pairs {file}")
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"--other-pairs {file} {text}: give a finite weight above 0.")
     return weight
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def read_named_vectors(file: Path) -> NamedVectors:
             if "names" not in metadata or "vectors" not in opened.keys():
                 raise ValueError(
                     f"{file} must hold a tensor 'vectors' and, as metadata, 'names': a JSON list. "
-                    f"It holds {sorted(opened.keys())} and {sorted(metadata)}."
+                    f"It holds {_shorten(opened.keys())} and, as metadata, {_shorten(metadata)}."
                 )
             names = json.loads(metadata.pop("names"))
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -85,6 +85,13 @@ def read_named_vectors(file: Path) -> NamedVectors:
         raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
+
+
+def _shorten(names: Iterable[str]) -> str:
+    """Name a few of what a file holds: one with the weights of a model has hundreds."""
+    listed = sorted(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return (", ".join(map(repr, listed[:_SHOWN])) or "nothing") + more
 
 
 def write_named_vectors(

@@ -19,6 +19,7 @@ from ..data.captioned_sources import read_captioned
 from ..data.example_data import find_example_data
 from ..data.splits import hold_out
 from ..data.trained_emoji import TrainedEmoji, find_trained_emoji
+from ..encoding.devices import find_device
 from ..hub.build import BuildArguments, build_from_sources
 from ..hub.card_facts import CardFacts, RecordedResult, find_license
 from ..hub.export import export_model
@@ -58,6 +59,7 @@ class DemoArguments:
             the default for it; "none" for the LLM as it is, which is the default for another.
         accept_adapter_base: what the LoRA calls its base, where that is `llm` under another name.
         steps, batch_size, seed: of the alignment, and the seed of the split.
+        device: where the model runs; see `find_device`.
     """
 
     output: Path = Path("llm2clip-demo")
@@ -70,6 +72,7 @@ class DemoArguments:
     steps: int = 100
     batch_size: int = 512
     seed: int = 0
+    device: str = "cpu"
 
     def find_adapter(self) -> Path | None:
         """Folder of the LoRA that is merged, if any."""
@@ -129,11 +132,13 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         caption_adapter=arguments.find_adapter(),
         accept_adapter_base=arguments.accepted_base,
     )
+    model.to(find_device(arguments.device))  # type: ignore[arg-type]
     pictures = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)
     losses = align(model, pictures, held_out, arguments.alignment)
     model.config.text_adapter_trained = model.config.projections_trained = True
     scores = evaluate(model, pictures, held_out)
+    model.to("cpu")  # type: ignore[arg-type]  # where the clean process computes the same again
     print("Saving, loading again in a clean process, searching …", flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     folder = export_model(

@@ -104,8 +104,9 @@ def evaluate(
     rows = choose_test_rows(pictures.records, held_out)
     keys = [pictures.records[row].key for row in rows]
     captions = [pictures.captions_of_picture[row][0] for row in rows]
-    text_embeds = model.project_caption_embeds(pictures.caption_embeds[captions])
-    image_embeds = model.project_vision_embeds(pictures.vision_embeds[rows])
+    caption_embeds = pictures.caption_embeds[captions].to(model.device)
+    text_embeds = model.project_caption_embeds(caption_embeds).cpu()
+    image_embeds = model.project_vision_embeds(pictures.vision_embeds[rows].to(model.device)).cpu()
     ranking = rank_both_ways(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
     return {
         "unseen_text_to_image_r1": hit_rate_at(ranking.text_to_image, k=1),

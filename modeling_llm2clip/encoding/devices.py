@@ -1,12 +1,69 @@
-"""Whether a device is there, asked before anything costly."""
+"""Where a model runs: one choice for all commands, checked before anything costly.
+
+Importing this costs nothing: torch is imported by the functions that need it.
+"""
 
 from __future__ import annotations
 
-import torch
+import os
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE_NAMES = ("auto", "cpu", "cuda", "cuda:N", "mps")
+_NAME = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+
+
+def is_device_name(name: str) -> bool:
+    """Whether this is one of `DEVICE_NAMES`; says nothing of whether the device is there."""
+    return _NAME.fullmatch(name) is not None
+
+
+def find_device(name: str | None = "auto") -> torch.device:
+    """Return the device that a name stands for.
+
+    Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process.
+
+    Args:
+        name: `"auto"` or None for the first there is of CUDA, MPS and CPU; else any device that
+            torch knows.
+
+    Raises:
+        ValueError: The device is not there, or a launcher started several processes and all of
+            them would take this one.
+    """
+    import torch
+
+    launched = _is_launched()
+    if name is None or name == "auto":
+        name = list_devices()[0]
+        if _is_told_to_use_the_cpu() or (launched and name == "mps"):  # one device for several
+            name = "cpu"
+    if launched and name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    elif launched and (name == "mps" or re.fullmatch(r"(?!cpu).*:\d+", name)):
+        raise ValueError(
+            f"device={name!r} is one device, and a launcher started this process, as it may "
+            "have others. Give 'auto' or 'cuda', with which each takes its own GPU, or 'cpu'."
+        )
+    require_device(name)
+    return torch.device(name)
+
+
+def list_devices() -> list[str]:
+    """List what `"auto"` chooses from on this machine, the best first."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [*(name for name, is_there in there.items() if is_there), "cpu"]
 
 
 def require_device(name: str) -> None:
     """Raise ValueError for a device that this machine or this torch does not have."""
+    import torch
+
     try:
         torch.empty(1, device=name).cpu()
     except (AssertionError, RuntimeError) as error:  # the first where torch has no CUDA at all
@@ -14,3 +71,28 @@ def require_device(name: str) -> None:
         raise ValueError(
             f"device={name!r} is not there ({reason}). Name another one, such as cpu."
         ) from error
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the name of a device, for a GPU with that of its model."""
+    import torch
+
+    if device.type != "cuda":
+        return str(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+
+
+def to_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def _is_told_to_use_the_cpu() -> bool:
+    """Whether `accelerate launch` was given `--cpu`, or its configuration says so."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _is_launched() -> bool:
+    """Whether a launcher started this process; accelerate looks at the same variable."""
+    return int(os.environ.get("LOCAL_RANK", "-1")) >= 0

@@ -30,8 +30,13 @@ def find_model_folder(
                 f"{source} is a folder, which has no revision {revision!r}; leave it out."
             )
         return Path(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
     if only is not None:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(only)))
-    return Path(snapshot_download(source, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(only)))
+    return Path(snapshot_download(str(source), revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether this is named like a Hub repository; a `Path` never is."""
+    return isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None

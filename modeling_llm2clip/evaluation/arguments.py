@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.suggestions import did_you_mean
 from .encoders.encoder import EncoderSettings
 from .encoders.kinds import KINDS
 from .metrics.ranking import DEFAULT_MEMORY_MB
@@ -42,7 +43,10 @@ class ModelChoice:
                 f"NAME={self.source}."
             )
         if self.kind is not None and self.kind not in KINDS:
-            raise ValueError(f"No kind is called {self.kind!r}; known are {list(KINDS)}.")
+            raise ValueError(
+                f"No kind is called {self.kind!r}; known are {list(KINDS)}."
+                f"{did_you_mean(self.kind, KINDS)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
+from ..encoding.devices import find_device
 from ..encoding.training_state import require_trained
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -77,6 +78,7 @@ def export_checkpoint(
     *,
     facts: Mapping[str, Any] | None = None,
     revision: str | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write a checkpoint anew: the whole or a half, in another dtype, in smaller files.
 
@@ -88,17 +90,13 @@ def export_checkpoint(
         folder: folder to write.
         facts: fields of `CardFacts` that are stated anew.
         revision: branch, tag or commit of a Hub id.
+        device: where the golden vectors are computed; see `find_device`.
     Raises: FileExistsError when `folder` exists and is not empty; ValueError for a source that is
         neither folder nor Hub id, or lacks the component.
     """
     arguments = arguments or ExportArguments()
-    require_new_folder(Path(folder))
-    source = find_folder(source, revision=revision)
-    card_facts = replace(read_card_facts(source), **(facts or {}))
+    source, card_facts = check_export(source, folder, arguments, facts=facts, revision=revision)
     before = LLM2CLIPConfig.from_pretrained(source)
-    if arguments.requires_license:
-        require_license(card_facts, source)
-        require_trained(before, purpose="publishing", source=source)
     processor = LLM2CLIPProcessor.from_pretrained(source)
     model = COMPONENTS[arguments.components].from_pretrained(
         source, dtype=getattr(torch, arguments.dtype) if arguments.dtype else "auto"
@@ -111,7 +109,7 @@ def export_checkpoint(
         for tower, name in zip(towers, arguments.base_models, strict=True):
             tower._name_or_path = name
     return export_model(
-        model.eval(),
+        model.eval().to(find_device(device)),
         processor,
         folder,
         prompts=read_prompts(source),
@@ -121,6 +119,29 @@ def export_checkpoint(
         records=find_records(source),
         trained_emoji=read_trained_emoji(source),
     )
+
+
+def check_export(
+    source: str | Path,
+    folder: str | Path,
+    arguments: ExportArguments,
+    *,
+    facts: Mapping[str, Any] | None,
+    revision: str | None,
+) -> tuple[Path, CardFacts]:
+    """Make the checks of `export_checkpoint` that need no weights; its arguments and errors.
+
+    Returns:
+        The source's folder, and what the card will state.
+    """
+    require_new_folder(Path(folder))
+    found = find_folder(source, revision=revision)
+    card_facts = replace(read_card_facts(found), **(facts or {}))
+    if arguments.requires_license:
+        require_license(card_facts, found)
+        config = LLM2CLIPConfig.from_pretrained(found)
+        require_trained(config, purpose="publishing", source=found)
+    return found, card_facts
 
 
 def export_model(

@@ -68,9 +68,11 @@ def list_files(folder: Path) -> list[PlannedFile]:
     ]
 
 
-def check_publishable(folder: str | Path) -> list[PlannedFile]:
+def check_publishable(folder: str | Path, *, device: str = "cpu") -> list[PlannedFile]:
     """Refuse a folder that others should not get; nothing is sent.
 
+    Args:
+        device: where `doctor` runs the model; see `find_device`.
     Returns: what would be uploaded.
     Raises: ValueError when it is no folder, states no licence, is untrained, holds files that can
         carry code, or `doctor` finds a fault. There is no way around `doctor`: a folder
@@ -88,18 +90,27 @@ def check_publishable(folder: str | Path) -> list[PlannedFile]:
         raise ValueError(
             f"{folder} holds files that can carry code: {pickles[:8]}. Remove them from it."
         )
-    diagnosis = diagnose(folder)
+    require_healthy(folder, device=device)
+    return files
+
+
+def require_healthy(folder: Path, *, device: str = "cpu") -> None:
+    """Raise ValueError when `doctor` finds a fault."""
+    diagnosis = diagnose(folder, device=device)
     if not diagnosis.healthy:
         failed = "; ".join(f"{check.name}: {check.message}" for check in diagnosis.failed)
         raise ValueError(
             f"{folder} is not published, because it is not healthy, and an unhealthy folder never "
             f"is. {failed} Repair it until `llm2clip doctor {folder}` passes."
         )
-    return files
 
 
 def publish_folder(
-    folder: str | Path, destination: Destination, *, token: str | None = None
+    folder: str | Path,
+    destination: Destination,
+    *,
+    token: str | None = None,
+    device: str = "cpu",
 ) -> str:
     """Upload a folder in one commit, after which the branch holds its files and no others.
 
@@ -108,12 +119,13 @@ def publish_folder(
 
     Args:
         token: None for huggingface_hub's own.
+        device: where `doctor` runs the model first; see `find_device`.
     Returns: the commit's address; the last part of it is the revision to pin.
     Raises: ValueError as `check_publishable`, and for a repository that exists and is public
         where private was wanted, or the other way about; RuntimeError when the Hub refuses or the
         upload breaks off.
     """
-    files = check_publishable(folder)
+    files = check_publishable(folder, device=device)
     api = HfApi(token=token)
     try:
         _prepare_repository(api, destination)

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import hf_hub_download
 
-from ..data.trained_emoji import TRAINED_FILE, TrainedEmoji, read_trained_emoji
 from ..training.adapter_base import ADAPTER_SETTINGS
+
+if TYPE_CHECKING:
+    from ..data.trained_emoji import TrainedEmoji
 
 # Older Hub repositories have no owner ("gpt2").
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -74,6 +77,9 @@ def add_up_trained_emoji(*towers: str | Path) -> TrainedEmoji:
     Towers of models of this package say it where they were trained, and others were not trained
     by it.
     """
+    # Not at the top: `require_sources` is asked before anything that takes long to import.
+    from ..data.trained_emoji import TRAINED_FILE, TrainedEmoji, read_trained_emoji
+
     seen = TrainedEmoji()
     for tower in towers:
         file = find_source_file(tower, TRAINED_FILE)

@@ -65,7 +65,7 @@ from .pair_batches import (
     require_weight,
 )
 from .precision import computes_in_bfloat16
-from .processes import join_processes, keep_to_one_gpu, refuse_fsdp_for_lora
+from .processes import join_processes, refuse_fsdp_for_lora, training_arguments_on
 from .run_record import (
     METRICS_FILE,
     require_fresh_or_resumed,
@@ -449,7 +449,9 @@ def _make_trainer(
 ) -> _Trainer:
     wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
     num_steps, steps_per_epoch = _count_steps(data, arguments)
-    training_arguments = SentenceTransformerTrainingArguments(
+    training_arguments = training_arguments_on(
+        device,
+        SentenceTransformerTrainingArguments,
         output_dir=str(output / CHECKPOINTS),
         max_steps=num_steps,
         per_device_train_batch_size=arguments.batch_size,
@@ -457,7 +459,6 @@ def _make_trainer(
         warmup_steps=count_warmup_steps(arguments.warmup_steps, num_steps),
         lr_scheduler_type="cosine",
         bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-        use_cpu=device.type == "cpu",
         batch_sampler=partial(KeyedBatchSampler, alike=alike, num_alike=arguments.num_alike),
         multi_dataset_batch_sampler=partial(
             WeightedBatchSampler, weights=data.weights, num_steps=num_steps
@@ -473,7 +474,6 @@ def _make_trainer(
         report_to=choose_reports(),
         seed=arguments.seed,
     )
-    keep_to_one_gpu(training_arguments)
     trainer = _Trainer(
         model=wrapped,
         args=training_arguments,

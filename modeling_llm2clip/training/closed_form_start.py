@@ -86,11 +86,13 @@ def start_from_canonical_correlation(
             block.down.bias.zero_()
     device = model.text_projection.weight.device
     text = model.text_adapter(caption_embeds.to(device)).float()
-    vision = vision_embeds.to(device).float()
+    if device.type == "mps":  # which has no float64
+        text = text.cpu()
+    vision = vision_embeds.to(text.device).float()
     num_directions = model.config.projection_dim
     rank = None
     if shrinkages is None:
-        shrinkages, rank = _choose_shrinkages(text, vision, groups.to(device), num_directions)
+        shrinkages, rank = _choose_shrinkages(text, vision, groups.to(text.device), num_directions)
     fitted = _Correlation(text, vision)
     for projection, side, rotated in zip(
         (model.text_projection, model.visual_projection),

@@ -5,25 +5,20 @@ from __future__ import annotations
 import os
 import warnings
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
+from ..encoding.devices import find_device
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
 # One process may work alone for a while, on hard negatives or on a folder that is written. NCCL
 # gives up after ten minutes.
 LONGEST_WAIT = timedelta(hours=3)
-
-
-def stays_on_cpu(device: str = "auto") -> bool:
-    """Whether a run uses the CPU: because it or its launcher was told to, or there is no GPU.
-
-    Args:
-        device: `"auto"`, or `"cpu"` even where there is a GPU.
-    """
-    found = any(kind.is_available() for kind in (torch.cuda, torch.xpu, torch.backends.mps))
-    return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not found
 
 
 def join_processes(*, cpu: bool | None = None) -> PartialState:
@@ -33,10 +28,11 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
     process, unless it is told to stay on the CPU.
 
     Args:
-        cpu: whether to stay on the CPU; None for what `stays_on_cpu` says.
+        cpu: whether to stay on the CPU; None where `find_device` finds nothing better.
     Raises: RuntimeError when the launcher started several processes and this one is alone.
     """
-    state = PartialState(cpu=stays_on_cpu() if cpu is None else cpu, timeout=LONGEST_WAIT)
+    stays_on_cpu = find_device().type == "cpu" if cpu is None else cpu
+    state = PartialState(cpu=stays_on_cpu, timeout=LONGEST_WAIT)
     require_all_processes(state.num_processes)
     warn_of_idle_gpus(state.device, state.num_processes)
     return state
@@ -86,3 +82,20 @@ def refuse_fsdp_for_lora() -> None:
     """Raise ValueError under FSDP, where no process has the whole matrices that a LoRA needs."""
     if is_sharded():
         raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+
+
+def training_arguments_on(
+    device: torch.device, arguments_class: type[Arguments], **settings: Any
+) -> Arguments:
+    """Make transformers' arguments of a run on this device; by themselves they take the first GPU.
+
+    Of several processes each has its own already.
+    """
+    arguments = arguments_class(use_cpu=device.type == "cpu", **settings)
+    state = PartialState()
+    if state.num_processes == 1:
+        state.device = device
+        arguments.__dict__["_setup_devices"] = device  # a cached property, asked for before
+        arguments._n_gpu = int(device.type != "cpu")
+    keep_to_one_gpu(arguments)
+    return arguments

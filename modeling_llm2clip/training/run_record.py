@@ -9,12 +9,12 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..data.vector_store_layout import is_unfinished, write_durably
+
+if TYPE_CHECKING:  # what a folder holds is asked before anything that takes long to import
+    from torch import nn
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -172,6 +172,8 @@ def _read_commit() -> str:
 
 
 def _describe_hardware() -> dict[str, Any]:
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "machine": platform.machine(),

@@ -7,7 +7,6 @@ it in the same way. No process waits for another but to see the last shards done
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..data.captioned_images import CaptionedImage
 from ..data.vector_store import VectorStore
 from ..data.vector_store_layout import STORED_DTYPES
 from ..data.vector_store_writing import StoreWriter, pack_index
-from ..encoding.devices import require_device
+from ..encoding.devices import find_device
 from .processes import join_processes
 from .stopping import StopRequest
 
@@ -41,7 +40,7 @@ class ExtractionArguments:
         token_budget: most tokens of a batch of captions, padding included; default by device.
         batch_size: pictures of a batch; default by device.
         num_workers: threads that decode pictures.
-        device: default: the best one there is, one a process.
+        device: see `find_device`.
     """
 
     dtype: str = "float16"
@@ -49,7 +48,7 @@ class ExtractionArguments:
     token_budget: int | None = None
     batch_size: int | None = None
     num_workers: int = 1
-    device: str | None = None
+    device: str = "auto"
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -62,8 +61,8 @@ class ExtractionArguments:
                 faults.append(f"{name}={value} must be at least 1")
         if faults:
             raise ValueError("ExtractionArguments: " + "; ".join(faults) + ".")
-        if self.device is not None:
-            require_device(self.device)
+        if self.device != "auto":
+            find_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,10 @@ class ExtractionReport:
 
 
 def choose_device(arguments: ExtractionArguments) -> torch.device:
-    """Return the device asked for, or this process's own."""
-    if arguments.device is not None:
-        if "RANK" in os.environ:  # a launcher set up groups for one kind of device
-            join_processes(cpu=torch.device(arguments.device).type == "cpu")
-        return torch.device(arguments.device)
-    return torch.device(join_processes().device)
+    """Return the device asked for, of several processes this one's; joins it to the others."""
+    device = find_device(arguments.device)
+    join_processes(cpu=device.type == "cpu")
+    return device
 
 
 def pack_records(

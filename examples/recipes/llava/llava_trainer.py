@@ -22,6 +22,7 @@ from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
 from modeling_llm2clip.data.vector_store_layout import write_durably
+from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.hub.new_folder import clear_leftovers, require_new_folder, writing_folder
 from modeling_llm2clip.training.callbacks import (
     JsonLinesCallback,
@@ -40,7 +41,6 @@ from modeling_llm2clip.training.processes import (
     join_processes,
     keep_to_one_gpu,
     require_all_processes,
-    stays_on_cpu,
 )
 from modeling_llm2clip.training.run_record import (
     METRICS_FILE,
@@ -238,7 +238,7 @@ def make_training_arguments(
 
     Raises: ValueError when the processes cannot share a batch, or not such data.
     """
-    device = join_processes(cpu=stays_on_cpu(arguments.device)).device
+    device = join_processes(cpu=find_device(arguments.device).type == "cpu").device
     # Then a batch may hold no picture at all, and the projector gets no gradient.
     has_text_only = any(c.picture is None for c in conversations)
     if has_text_only and is_sharded():

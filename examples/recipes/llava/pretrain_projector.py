@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _parse() -> tuple[argparse.Namespace, LlavaArguments]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("tower", help="folder or Hub id of a vision tower")
     parser.add_argument("llm", help="folder or Hub id of a causal LLM with its head")
     parser.add_argument("data", help="captioned pictures, in any form that llm2clip reads")

@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def _parse() -> tuple[argparse.Namespace, LlavaArguments]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", help="folder that step 1 wrote, or a LLaVA on the Hub")
     parser.add_argument("data", type=Path, help="LLaVA's instruction data, JSON")
     parser.add_argument("images", type=Path, help="folder that its pictures are relative to")

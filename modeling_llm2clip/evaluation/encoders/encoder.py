@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ...data.pictures import load_picture
 from ...data.trained_emoji import TrainedEmoji
-from ...encoding.devices import require_device
+from ...encoding.devices import find_device
 from ...encoding.float32 import float32_as_such
 from ...processing_llm2clip import load_pictures
 
@@ -28,7 +28,7 @@ class EncoderSettings:
     """How a model is run; nothing of it moves a score in float32.
 
     Attributes:
-        device: `"auto"` for a GPU where there is one, else a name that torch knows.
+        device: see `find_device`.
         dtype: of the weights: as they were `"saved"`, or cast to another one.
         batch_size: most texts or pictures at a time; None for the default of the device.
         show_progress: draw progress bars.
@@ -45,13 +45,11 @@ class EncoderSettings:
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
         if self.device != "auto":
-            require_device(self.device)
+            self.find_device()
 
     def find_device(self) -> torch.device:
         """The device that these settings name."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return find_device(self.device)
 
     def choose_batch_size(self) -> int:
         """The batch size, or the default of the device."""

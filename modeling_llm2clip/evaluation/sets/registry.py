@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...data.example_data import find_example_data
+from ...data.suggestions import did_you_mean
 from .card import ReadRequest, SetCard
 from .cards import choices, classification, cross_lingual, long_captions, own, short_captions
 from .intake import Intake, ReadingCache
@@ -37,7 +38,10 @@ def find_set(name: str) -> SetCard:
     Raises: ValueError for an unknown name, listing the known ones.
     """
     if name not in _CARDS:
-        raise ValueError(f"There is no set {name!r}. Known: {', '.join(sorted(_CARDS))}.")
+        raise ValueError(
+            f"There is no set {name!r}. Known: {', '.join(sorted(_CARDS))}."
+            f"{did_you_mean(name, _CARDS)}"
+        )
     return _CARDS[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...data.suggestions import did_you_mean
 from .choices import CHOICES
 from .classification import CLASSIFICATION
 from .cra import CRA
@@ -21,5 +22,7 @@ def find_task(name: str) -> Task:
     Raises: ValueError listing the known ones.
     """
     if name not in TASKS:
-        raise ValueError(f"No task is called {name!r}; known are {list(TASKS)}.")
+        raise ValueError(
+            f"No task is called {name!r}; known are {list(TASKS)}.{did_you_mean(name, TASKS)}"
+        )
     return TASKS[name]

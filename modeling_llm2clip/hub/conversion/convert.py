@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModel
 
 from ... import __version__
+from ...encoding.devices import find_device
 from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..card_facts import CardFacts, find_license, require_license
@@ -60,6 +61,7 @@ def convert_checkpoint(
     recipe: Recipe,
     arguments: OutputArguments | None = None,
     facts: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> ConversionReport:
     """Convert an official checkpoint together with its LLM.
 
@@ -73,6 +75,7 @@ def convert_checkpoint(
             read.
         recipe: what the weights do not say, e.g. one of `recipes.RECIPES`.
         facts: fields of `CardFacts`; the towers' licences are else those on the sources' cards.
+        device: where the written model is loaded and examined; see `find_device`.
     Raises:
         FileExistsError: the target exists and is not empty.
         ValueError: facts that cannot be stated, before anything is opened; the sources do not fit
@@ -81,7 +84,7 @@ def convert_checkpoint(
         RuntimeError: the written model is not healthy; nothing is left.
     """
     arguments = arguments or OutputArguments()
-    output = Path(output)
+    output, device = Path(output), str(find_device(device))
     require_new_folder(output)
     card_facts = _gather_facts(source, llm, facts or {}, arguments)
     checkpoint, language = open_checkpoint(source), open_language_model(llm)
@@ -104,8 +107,8 @@ def convert_checkpoint(
         _write_record(unfinished, plan, source, language, recipe)
         _write_config(unfinished, plan, dtype, arguments.base_models)
         name = arguments.name or output.name
-        _write_faces(unfinished, plan, processor, facts=card_facts, name=name)
-        diagnosis = diagnose(unfinished)
+        _write_faces(unfinished, plan, processor, facts=card_facts, name=name, device=device)
+        diagnosis = diagnose(unfinished, device=device)
         if not diagnosis.healthy:
             raise RuntimeError(f"The converted model is not healthy:\n{diagnosis.report()}")
     told = _tell_of(output, unfinished, diagnosis)
@@ -156,10 +159,16 @@ def _write_config(
 
 
 def _write_faces(
-    folder: Path, plan: Plan, processor: LLM2CLIPProcessor, *, facts: CardFacts, name: str
+    folder: Path,
+    plan: Plan,
+    processor: LLM2CLIPProcessor,
+    *,
+    facts: CardFacts,
+    name: str,
+    device: str,
 ) -> None:
     """Write golden vectors, files of sentence-transformers and the card, as an export has them."""
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval().to(device)
     write_sentence_transformers_files(
         folder,
         plan.config,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...encoding.devices import require_device
+from ...encoding.devices import find_device
 from ...encoding.float32 import float32_as_such
 from .comparisons import check_golden_vectors, check_sentence_transformers
 from .diagnosis import Check, ConcernError, Diagnosis, NotApplicableError
@@ -85,11 +85,11 @@ def diagnose(source: str | Path, *, revision: str | None = None, device: str = "
     Args:
         source: folder, or Hub id, which is downloaded.
         revision: branch, tag or commit of the Hub repository.
-        device: where the model runs, e.g. `"cpu"` or `"cuda"`.
+        device: where the model runs; see `find_device`.
     Returns: every check, in order; one that cannot run is marked as skipped with its reason.
     Raises: ValueError for a device that is not there.
     """
-    require_device(device)
+    device = str(find_device(device))
     checks: list[Check] = []
     try:
         folder = find_folder(source, revision=revision)

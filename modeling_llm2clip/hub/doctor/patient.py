@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...encoding.devices import to_float64
 from ...encoding.folders import find_model_folder as find_folder  # noqa: F401
 
 SHORT_TEXTS = (
@@ -103,7 +104,6 @@ class Patient:
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
         ).last_hidden_state[:, num_unpooled:]  # (1, pooled, D)
-        pooled = (
-            hidden[:, -1] if self.config.text_pooling == "last_token" else hidden.double().mean(1)
-        )
-        return pooled.float()
+        if self.config.text_pooling == "last_token":
+            return hidden[:, -1].float()
+        return to_float64(hidden).mean(1).to(hidden.device, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...encoding.devices import DEVICE_NAMES, is_device_name
 from ..settings import list_faults
 
 VISION_TRAININGS = ("frozen", "lora", "full")
@@ -51,7 +52,7 @@ class AlignArguments:
         clip_norm: longest gradient.
         num_workers: processes that decode pictures or tokenize captions.
         precision: `"auto"` computes in bfloat16 on GPUs that can; weights stay float32.
-        device: `"auto"`, or `"cpu"` even where there is a GPU.
+        device: one of `DEVICE_NAMES`; see `find_device`.
         log_every, save_every: steps between two lines of metrics, two checkpoints; the last step
             has both.
     """
@@ -100,9 +101,10 @@ class AlignArguments:
                 "text_training": TEXT_TRAININGS,
                 "start": STARTS,
                 "precision": ("auto", "float32", "bfloat16"),
-                "device": ("auto", "cpu"),
             },
         )  # fmt: skip
+        if not is_device_name(self.device):
+            faults.append(f"device={self.device!r}, wanted one of {DEVICE_NAMES}")
         if not 0 <= self.long_share <= 1:
             faults.append(f"long_share={self.long_share}, wanted a number from 0 to 1")
         if not 0 < self.layer_decay <= 1:

@@ -18,13 +18,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from ...encoding.devices import find_device
 from ...modeling_llm2clip import MAX_LOG_SCALE
 from ..callbacks import LogLastStep, choose_reports
 from ..checkpoints import CHECKPOINTS, find_trained
 from ..losses import keyed_contrastive_loss
 from ..optimization import split_by_decay, warm_up_then_cosine
 from ..precision import computes_in_bfloat16
-from ..processes import join_processes, keep_to_one_gpu, require_all_processes, stays_on_cpu
+from ..processes import join_processes, require_all_processes, training_arguments_on
 from ..trainer_bases import FiniteGradients, TrainedCheckpoints, WholeRunFigures
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset, keep_batch
@@ -46,13 +47,15 @@ def make_training_arguments(output: Path, arguments: AlignArguments) -> Training
 
     Batch size, number of steps and learning rate follow from data and start: see `RunLength`.
     """
-    device = join_processes(cpu=stays_on_cpu(arguments.device)).device
-    found = TrainingArguments(
+    device = find_device(arguments.device)
+    join_processes(cpu=device.type == "cpu")
+    found = training_arguments_on(
+        device,
+        TrainingArguments,
         output_dir=str(output / CHECKPOINTS),
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.clip_norm,
         bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-        use_cpu=device.type == "cpu",
         logging_steps=arguments.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # such a loss stops the run
@@ -66,7 +69,6 @@ def make_training_arguments(output: Path, arguments: AlignArguments) -> Training
         report_to=choose_reports(),
         seed=arguments.seed,
     )
-    keep_to_one_gpu(found)
     require_all_processes(found.world_size)
     return found
 
