@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..loading_llm2clip import build_tower, load_without_code
 from .timm_pictures import image_processor_from_timm
 from .tower_sources import naming
 from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
@@ -49,7 +50,7 @@ def load_vision_tower(
     Raises: ValueError when weights are missing or not read, or it is not a vision tower.
     """
     with naming(source):
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = load_without_code(AutoConfig, source, revision=revision)
     part = _VISION_PART.get(config.model_type)
     if part:
         config = getattr(config, part)
@@ -59,7 +60,7 @@ def load_vision_tower(
             "ViT or a timm network."
         )
     # AutoModel would choose the whole composite for a CLIP folder; the tower's class does not.
-    tower_class = type(AutoModel.from_config(config)) if part else AutoModel
+    tower_class = type(build_tower(config)) if part else AutoModel
     model, info = load_with_account(
         tower_class, source, config=config, dtype=dtype, revision=revision
     )
@@ -74,6 +75,7 @@ def load_vision_tower(
     if config.model_type != "timm_wrapper":  # in which a head left out is still a module
         refuse_unread_weights(model, model, info, source)
     _name_without_path(model, source)
+    _forget_code(model.config)
     return model.eval(), load_image_processor(source, model.config, revision=revision)
 
 
@@ -85,7 +87,7 @@ def load_image_processor(
     So size, mean and std stand in the checkpoint as plain numbers.
     """
     if config.model_type != "timm_wrapper":
-        return AutoImageProcessor.from_pretrained(source, revision=revision)
+        return _forget_code(load_without_code(AutoImageProcessor, source, revision=revision))
     return image_processor_from_timm(config.pretrained_cfg)
 
 
@@ -106,16 +108,17 @@ def load_text_tower(
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
-        config = AutoConfig.from_pretrained(name, **where)
+        config = load_without_code(AutoConfig, name, **where)
     require_decoder(config, source)
     with naming(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer: PreTrainedTokenizerBase = load_without_code(AutoTokenizer, name, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     model = load_decoder(name, config, source, dtype=dtype, **where)
     _forget_quantization(model)
     require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)
+    _forget_code(model.config)
     return model.eval(), tokenizer
 
 
@@ -206,6 +209,12 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for holder in (model, model.config):
         for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             holder.__dict__.pop(name, None)
+
+
+def _forget_code(holder: Any) -> Any:
+    """Take out the name of a repository's code: what was loaded is transformers' own class."""
+    holder.__dict__.pop("auto_map", None)
+    return holder
 
 
 def _name_without_path(model: PreTrainedModel, source: str | Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModel
 
 from ... import __version__
+from ...loading_llm2clip import load_without_code
 from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..card_facts import CardFacts, find_license, require_license
@@ -159,7 +160,7 @@ def _write_faces(
     folder: Path, plan: Plan, processor: LLM2CLIPProcessor, *, facts: CardFacts, name: str
 ) -> None:
     """Write golden vectors, files of sentence-transformers and the card, as an export has them."""
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = load_without_code(AutoModel, folder, local_files_only=True).eval()
     write_sentence_transformers_files(
         folder,
         plan.config,
