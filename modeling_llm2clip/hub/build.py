@@ -13,14 +13,14 @@ from ..configuration_llm2clip import TEXT_POOLINGS, VISION_POOLINGS, LLM2CLIPCon
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapters import merge_adapter
-from .attention_probe import require_bidirectional
+from .attention_probe import measure_text_width, require_bidirectional
 from .picture_choices import NORMALIZATIONS
 from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
 from .tower_sources import require_sources
 from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
-from .vision_probe import require_repeatable
+from .vision_probe import require_pixels_alone, require_repeatable
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,13 @@ def configure_model(
     text_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     arguments: BuildArguments,
+    *,
+    text_width: int | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
+    Args:
+        text_width: of the hidden states that the LLM returns; None for its `hidden_size`.
     Raises: ValueError when the tokenizer is another model's, or the prompt does not fit it.
     """
     require_own_tokenizer(text_config, tokenizer, "The LLM")
@@ -147,6 +151,7 @@ def configure_model(
         vision_config,
         text_config,
         projection_dim=arguments.projection_dim,
+        text_width=text_width,
         bidirectional=arguments.bidirectional,
         text_pooling=arguments.text_pooling,
         prompt_prefix_ids=prompt.prefix_ids,
@@ -174,13 +179,18 @@ def build_model(
         vision tower cannot take the picture size or draws at random, or the LLM's family cannot
         be made bidirectional.
     """
+    require_pixels_alone(vision_model)
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:
         vision_model, image_processor = set_picture_size(
             vision_model, image_processor, arguments.image_size
         )
     config, tokenizer = configure_model(
-        vision_model.config, text_model.config, tokenizer, arguments
+        vision_model.config,
+        text_model.config,
+        tokenizer,
+        arguments,
+        text_width=measure_text_width(text_model),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)

@@ -25,6 +25,7 @@ from ..loading_llm2clip import build_tower, load_without_code
 from .timm_pictures import image_processor_from_timm
 from .tower_sources import naming
 from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
+from .vision_probe import require_pixels_alone
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
@@ -72,6 +73,7 @@ def load_vision_tower(
             f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
             f"{missing[:8]}. If only the pooler is missing, choose vision_pooling 'cls' or 'mean'."
         )
+    require_pixels_alone(model)
     if config.model_type != "timm_wrapper":  # in which a head left out is still a module
         refuse_unread_weights(model, model, info, source)
     _name_without_path(model, source)
