@@ -19,6 +19,7 @@ _OWN_CODE = ("configuration_llm2clip.", "modeling_llm2clip.", "processing_llm2cl
 _NAMING_FILES = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+_REMEDY = "Take one that transformers has the classes for."
 # What a loader raises where it lacks the class that only the folder's code would give it.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)
 
@@ -37,7 +38,9 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
 
 
 @contextmanager
-def naming_code(source: Any, *, revision: str | None = None) -> Iterator[None]:
+def naming_code(
+    source: Any, *, revision: str | None = None, remedy: str = _REMEDY
+) -> Iterator[None]:
     """Say in a loader's error which files of the source name code that was not run."""
     try:
         yield
@@ -46,9 +49,11 @@ def naming_code(source: Any, *, revision: str | None = None) -> Iterator[None]:
         if not found:
             raise
         named = "; ".join(f"{file} names {', '.join(refs)}" for file, refs in found.items())
+        # transformers' own advice is to run the code.
+        reason = "" if "trust_remote_code" in str(error) else f" ({error})"
         raise ValueError(
             f"{source} brings code of its own, which is never run here: {named}. Without it the "
-            f"source cannot be loaded ({error}). Take one that transformers has the classes for."
+            f"source cannot be loaded{reason}. {remedy}"
         ) from error
 
 

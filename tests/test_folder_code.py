@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from aligning import write_data
+from hub_server import HubServer
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip.hub.doctor import diagnose
@@ -205,6 +206,70 @@ def test_build_refuses_a_source_that_needs_its_code_by_the_files_name(ran: Ran, 
     assert code == 2, (code, out, err)
     assert "brings code of its own, which is never run here" in err
     assert f"{SOURCES[name][1]} names Auto" in err and "evil.Evil" in err
+
+
+CODED_TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({mark!r}).write_text("ran")
+class Evil(PreTrainedTokenizerFast): ...
+"""
+BUILD_FROM_THE_HUB = """
+import contextlib, io, json, os, sys
+from huggingface_hub import HfApi
+from modeling_llm2clip.__main__ import main
+vision, llm, output, mark = sys.argv[1:]
+api = HfApi()
+api.create_repo("owner/llm")
+commit = api.upload_folder(repo_id="owner/llm", folder_path=llm).oid
+answers = []
+for code in ([], ["--tokenizer-code", "main"], ["--tokenizer-code", commit]):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        status = main(["build", vision, "owner/llm", output, "--prompt", "llama-3", *code])
+    answers.append([status, err.getvalue(), os.path.exists(mark)])
+print(json.dumps(answers))
+"""
+
+
+def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_afterwards(
+    tmp_path: Path,
+) -> None:
+    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    change(llm / "tokenizer_config.json", lambda content: content.update(
+        auto_map={"AutoTokenizer": [None, "evil.Evil"]}, tokenizer_class="Evil"
+    ))  # fmt: skip
+    mark, built = tmp_path / "ran", tmp_path / "built"
+    (llm / "evil.py").write_text(CODED_TOKENIZER.format(mark=str(mark)))
+    with HubServer() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD_FROM_THE_HUB, *map(str, (vision, llm, built, mark))],
+            env=hub.environment(tmp_path / "cache"), input="y\n" * 9, capture_output=True,
+            text=True, timeout=120, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    without, branch, pinned = json.loads(done.stdout.splitlines()[-1])
+    assert without[0] == branch[0] == 2 and not (without[2] or branch[2])
+    assert "owner/llm brings code of its own" in without[1]
+    assert "tokenizer_config.json names AutoTokenizer: evil.Evil" in without[1]
+    assert "--tokenizer-code COMMIT" in without[1]
+    assert "must be a commit of 40 hexadecimal digits" in branch[1]
+    assert pinned[0] == 0 and pinned[2], pinned[1]
+    assert not (built / "evil.py").exists()
+    assert diagnose(built).healthy
+
+
+def test_code_of_a_folder_cannot_be_pinned(tmp_path: Path) -> None:
+    llm = save_tiny_llm(tmp_path / "llm")
+    with pytest.raises(ValueError, match="no Hub repository, so a commit does not pin its code"):
+        load_text_tower(llm, tokenizer_code="0" * 40)
+
+
+def test_a_tokenizer_whose_code_is_not_needed_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    llm = save_tiny_llm(tmp_path / "llm")
+    change(llm / "tokenizer_config.json", name_code("AutoTokenizer"))
+    with pytest.warns(UserWarning, match=r"names code for its tokenizer, which is not run"):
+        load_text_tower(llm)
 
 
 def test_doctor_finds_code_that_is_named_inside_a_file(copy: Path) -> None:

@@ -36,6 +36,10 @@ def add_parser(commands: Any) -> None:
     build.add_argument("--visual-projection-bias", action="store_true")
     build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
     build.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")
+    build.add_argument(
+        "--tokenizer-code", metavar="COMMIT",
+        help="run the code of the LLM's tokenizer as it is in this commit of its Hub repository",
+    )  # fmt: skip
     build.add_argument("--causal", dest="bidirectional", action="store_false")
     build.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     build.add_argument("--seed", type=int, default=0)
@@ -61,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, arguments.dtype),
         caption_adapter=arguments.caption_adapter,
         accept_adapter_base=arguments.accept_adapter_base,
+        tokenizer_code=arguments.tokenizer_code,
     )
     facts = CardFacts(
         vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)

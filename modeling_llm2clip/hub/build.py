@@ -18,6 +18,7 @@ from .picture_choices import NORMALIZATIONS
 from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
+from .tokenizer_code import require_pinned
 from .tower_sources import require_sources
 from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
 from .vision_probe import require_pixels_alone, require_repeatable
@@ -102,6 +103,7 @@ def build_from_sources(
     dtype: torch.dtype = torch.float32,
     caption_adapter: str | Path | None = None,
     accept_adapter_base: str | None = None,
+    tokenizer_code: str | None = None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
 
@@ -109,14 +111,17 @@ def build_from_sources(
         caption_adapter: Hub id or folder of a LoRA for the LLM, merged into it.
         accept_adapter_base: what the LoRA calls its base, where that is this LLM under another
             name.
+        tokenizer_code: commit of the LLM's Hub repository at which its tokenizer's code is run.
     Raises: ValueError when a source is nowhere, which is told before any is loaded, or a tower does
         not fit its place; see `towers`, `adapters` and `build_model`.
     """
     require_sources(vision=vision, llm=llm, caption_adapter=caption_adapter)
+    if tokenizer_code is not None:
+        require_pinned(llm, tokenizer_code)
     vision_model, image_processor = load_vision_tower(
         vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
     )
-    text_model, tokenizer = load_text_tower(llm, dtype=dtype)
+    text_model, tokenizer = load_text_tower(llm, dtype=dtype, tokenizer_code=tokenizer_code)
     if caption_adapter is not None:
         text_model = merge_adapter(text_model, caption_adapter, accepted_base=accept_adapter_base)
     return build_model(vision_model, image_processor, text_model, tokenizer, arguments)

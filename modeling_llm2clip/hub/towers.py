@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +22,7 @@ from transformers import (
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import build_tower, load_without_code
 from .timm_pictures import image_processor_from_timm
+from .tokenizer_code import load_tokenizer, require_pinned
 from .tower_sources import naming
 from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
 from .vision_probe import require_pixels_alone
@@ -94,16 +94,25 @@ def load_image_processor(
 
 
 def load_text_tower(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    tokenizer_code: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, and its tokenizer.
 
     Args:
         source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised. Of a model
             that also sees (Gemma 3 from 4B on) the LLM is taken.
+        tokenizer_code: commit of the Hub repository at which the code of its tokenizer is run, and
+            all else is read; without one, no code is run.
     Raises: ValueError when it is not a decoder, weights are missing or not read, or the tokenizer
         is another model's.
     """
+    if tokenizer_code is not None:
+        require_pinned(source, tokenizer_code)
+        revision = tokenizer_code
     path = Path(source)
     where: dict[str, Any] = {"revision": revision}
     name: str | Path = source
@@ -112,8 +121,7 @@ def load_text_tower(
     with naming(source):
         config = load_without_code(AutoConfig, name, **where)
     require_decoder(config, source)
-    with naming(source):
-        tokenizer: PreTrainedTokenizerBase = load_without_code(AutoTokenizer, name, **where)
+    tokenizer = load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     model = load_decoder(name, config, source, dtype=dtype, **where)
