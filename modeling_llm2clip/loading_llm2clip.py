@@ -62,16 +62,22 @@ def find_foreign_code(source: Any, *, revision: str | None = None) -> dict[str, 
 
     Returns: file → `Auto class: module.Class`; of the Hub, only what is in the cache already.
     """
-    found = {}
-    for name in _NAMING_FILES:
+    found = {
+        name: list_foreign_code(_read_settings(source, name, revision=revision))
+        for name in _NAMING_FILES
+    }
+    return {name: refs for name, refs in found.items() if refs}
+
+
+def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
+    """Read a settings file; None where it is absent or damaged, which its loader tells."""
+    try:
         path: Any = Path(source) / name
-        if not path.is_file() and not Path(source).exists():
+        if not Path(source).exists():
             path = try_to_load_from_cache(str(source), name, revision=revision)
-        if isinstance(path, str | Path) and Path(path).is_file():
-            refs = list_foreign_code(json.loads(Path(path).read_text(encoding="utf-8")))
-            if refs:
-                found[name] = refs
-    return found
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def list_foreign_code(content: Any) -> list[str]:

@@ -20,6 +20,7 @@ from aligning import write_data
 from hub_server import HubServer
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.hub.doctor import diagnose
 from modeling_llm2clip.hub.towers import load_text_tower, load_vision_tower
 from modeling_llm2clip.loading_llm2clip import list_foreign_code
@@ -290,6 +291,13 @@ def test_a_tower_that_names_code_it_does_not_need_is_built_without_the_name(tmp_
     text_model, _ = load_text_tower(llm)
     for part in (vision_model.config, image_processor, text_model.config):
         assert list_foreign_code(part.to_dict()) == []
+
+
+def test_a_damaged_file_keeps_the_error_of_its_loader(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "damaged"))
+    (folder / "processor_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(OSError, match=r"processor_config\.json' is not a valid JSON file"):
+        LLM2CLIPProcessor.from_pretrained(folder)
 
 
 def test_names_of_code_are_found_at_any_depth_and_in_the_old_form() -> None:
