@@ -36,6 +36,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         vision_config, text_config: configuration of the two towers, as an object or as the
             dictionary that `config.json` holds; a dictionary needs its `model_type`.
         projection_dim: width of the space that pictures and texts share.
+        text_width: width of the hidden states that the LLM returns; None for its `hidden_size`,
+            which some (EmbeddingGemma 2) project to another one.
         bidirectional: whether every caption token sees every other. Written through to
             `text_config.is_causal`, which is what transformers' attention reads.
         text_pooling: `"mean"` over the pooled span, or its `"last_token"`.
@@ -74,6 +76,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         *,
         projection_dim: int = 512,
+        text_width: int | None = None,
         bidirectional: bool = True,
         text_pooling: str = "mean",
         prompt_prefix_ids: Sequence[int] = (),
@@ -103,6 +106,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
         self.projection_dim = projection_dim
+        self.text_width = self.text_config.hidden_size if text_width is None else text_width
         self.bidirectional = bidirectional
         self.text_pooling = text_pooling
         self.prompt_prefix_ids = [int(i) for i in prompt_prefix_ids]
@@ -170,9 +174,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
             raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
 
 
-_LEAST_VALUES = {"projection_dim": 1, "text_adapter_layers": 0, "text_adapter_expansion": 1}
+_LEAST_VALUES = {
+    "projection_dim": 1, "text_width": 1, "text_adapter_layers": 0, "text_adapter_expansion": 1,
+}  # fmt: skip
 _SAVED_FIELDS = {
-    "vision_config", "text_config", "projection_dim", "bidirectional", "text_pooling",
+    "vision_config", "text_config", "projection_dim", "text_width", "bidirectional", "text_pooling",
     "prompt_prefix_ids", "prompt_suffix_ids", "prompt_suffix_ends_special", "max_text_length",
     "normalize_text_before_adapter", "text_adapter_layers", "text_adapter_expansion",
     "vision_pooling", "visual_projection_bias", "logit_scale_init_value",
@@ -198,6 +204,7 @@ _TRUTH = ("true or false", lambda value: isinstance(value, bool))
 _IDS = ("a list of token ids", _is_list_of_ids)
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "projection_dim": _WHOLE,
+    "text_width": ("a whole number or None", lambda value: value is None or _is_integer(value)),
     "bidirectional": _TRUTH,
     "prompt_prefix_ids": _IDS,
     "prompt_suffix_ids": _IDS,

@@ -240,7 +240,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     def _add_text_half(self, text_model: PreTrainedModel | None) -> None:
         config = self.config
-        width = config.text_config.hidden_size
+        width = config.text_width
         self.text_model = text_model or build_tower(config.text_config)
         self.text_model.config = config.text_config  # one object, so that settings reach both
         set_attention_direction(self.text_model, bidirectional=config.bidirectional)
@@ -318,7 +318,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
 
         Raises: ValueError when they are token ids, or of another width than the LLM's.
         """
-        _check_width(caption_embeds, self.config.text_config.hidden_size, name="caption_embeds")
+        _check_width(caption_embeds, self.config.text_width, name="caption_embeds")
         return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
 
     def get_text_features(
@@ -388,7 +388,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         packs = self._packs(max(lengths), input_ids.device)
         plan = plan_packs if packs else plan_token_batches
         pool = self._pool_pack if packs else self._pool_padded
-        pooled = torch.empty(len(texts), self.config.text_config.hidden_size)
+        pooled = torch.empty(len(texts), self.config.text_width)
         for rows in plan(lengths, token_budget=CPU_TOKEN_BUDGET):
             pooled[rows] = pool([texts[row] for row in rows], num_unpooled).to(pooled.device)
         return pooled

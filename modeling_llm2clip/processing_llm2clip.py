@@ -19,6 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
+from .loading_llm2clip import naming_code
+
 # What Pillow's decoders raise, each in its own way.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
 # What urllib, http and sockets raise; ValueError for an address that is none.
@@ -66,6 +68,18 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but never ask whether to run code of the folder.
+
+        Raises: ValueError naming the file that names code without which nothing can be loaded.
+        """
+        if kwargs.get("trust_remote_code"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs["trust_remote_code"] = False
+        with naming_code(pretrained_model_name_or_path, revision=kwargs.get("revision")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_args_and_dict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.hub.attention_probe import find_attention_faults, require_bidirectional
 from modeling_llm2clip.hub.build import BuildArguments, build_model
-from modeling_llm2clip.modeling_llm2clip import set_attention_direction
+from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, set_attention_direction
+from modeling_llm2clip.training.cross_modal.model import AlignmentModel
 
 BLIND = r"first token does not see the last"
 SIZE: dict[str, Any] = {
@@ -117,6 +122,20 @@ MIXED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+STATE_SPACE = {
+    "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+    "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+}  # fmt: skip
+# What comes out is projected once more.
+OTHER_WIDTHS: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48},
+    "embedding_gemma2_text": {
+        "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 16,
+        "embedding_dim": 48, "num_key_value_heads": 2, "pad_token_id": 0,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("family", MIXED)
 def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None:
     num_causal, extras = MIXED[family]
@@ -129,6 +148,43 @@ def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None
         require_bidirectional(model)
     faults = find_attention_faults(model)
     assert [fault.split(",")[0] for fault in faults] == ["without padding", "with padding"]
+
+
+def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
+    pytest.importorskip("transformers.models.falcon_h1")
+    decoder = build_decoder("falcon_h1", STATE_SPACE)
+    arguments = BuildArguments(prompt="llama-3", text_adapter_layers=0)
+    with pytest.raises(
+        ValueError, match=r"'falcon_h1' family cannot .* do not look ahead: mamba \(FalconH1Mixer\)"
+    ):
+        build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_which_each_sees_one_token_are_no_fault(dtype: torch.dtype) -> None:
+    decoder = build_decoder("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4})
+    set_attention_direction(decoder, bidirectional=True)
+    require_bidirectional(decoder.to(dtype))
+
+
+@pytest.mark.parametrize("family", OTHER_WIDTHS)
+def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_comes_back(
+    family: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
+    decoder = build_decoder(family, OTHER_WIDTHS[family])
+    arguments = BuildArguments(prompt="llama-3", max_text_length=32, projection_dim=8)
+    model, processor = build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+    assert model.config.text_width == 48 != model.config.text_config.hidden_size
+    captions = ["a dog", "two red apples on a wooden table"]
+    before = encode_captions(model, processor, captions).caption_embeds
+    assert before.shape == (2, 48)
+    folder = export_model(model, processor, tmp_path / "model")
+    diagnosis = diagnose(folder)
+    assert diagnosis.healthy, diagnosis.report()
+    loaded = LLM2CLIPModel.from_pretrained(folder)
+    assert torch.equal(encode_captions(loaded, processor, captions).caption_embeds, before)
+    assert AlignmentModel.from_pretrained(folder).text_projection.in_features == 48
 
 
 def test_one_layer_that_turned_causal_is_found_by_its_number() -> None:

@@ -18,6 +18,7 @@ from modeling_llm2clip.configuration_llm2clip import FORMAT_VERSION
 
 OTHER_THAN_DEFAULT: dict[str, Any] = {
     "projection_dim": 24,
+    "text_width": 40,
     "bidirectional": False,
     "text_pooling": "last_token",
     "prompt_prefix_ids": [1, 5, 6],

@@ -415,7 +415,6 @@ LLM2VEC_FLAGS = ["--recipe", "llm2vec", "--vision", "no-such-tower", "--prompt",
         (["--license", "Apache 2"], "--license 'Apache 2' is no identifier"),
         (["--license", "other"], "needs --license-name and --license-link"),
         (["--license", "mit", "--push", "bad name"], "--push 'bad name' must be 'owner/name'"),
-        (["--push", "me/model"], "states no licence"),
     ],
 )
 @pytest.mark.parametrize("recipe", [FLAGS, LLM2VEC_FLAGS], ids=["checkpoint", "llm2vec"])
@@ -425,6 +424,24 @@ def test_what_cannot_be_published_is_refused_before_a_source_is_opened(
     # There is no source: whatever opened it would complain of that.
     command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
     assert main(command) == 2
+    assert match in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "match"),
+    [
+        (FLAGS, [], "states no licence"),
+        # With a licence too: what is built is untrained.
+        (LLM2VEC_FLAGS, ["--license", "mit"], "makes an untrained model, and none is published"),
+    ],
+    ids=["checkpoint", "llm2vec"],
+)
+def test_a_model_that_may_not_be_published_is_not_pushed(
+    tmp_path, capsys, recipe, flags, match
+) -> None:
+    command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
+    assert main([*command, "--push", "me/model"]) == 2
     assert match in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

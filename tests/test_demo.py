@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 import modeling_llm2clip
+from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.data.trained_emoji import read_trained_emoji
 from modeling_llm2clip.demo.run import SENTENCES
 from modeling_llm2clip.evaluation.contamination import count_trained
@@ -102,6 +103,8 @@ def require_whole_result(output: Path, report: dict[str, Any], *, seed: int) -> 
     page = (output / "search.html").read_text(encoding="utf-8")
     assert all(sentence in page for sentence in SENTENCES)
     assert (output / "model" / "model.safetensors").is_file()
+    config = LLM2CLIPConfig.from_pretrained(output / "model")
+    assert config.text_adapter_trained and config.projections_trained
 
 
 def test_the_demo_runs_on_own_towers_and_pictures(towers: list[str], tmp_path: Path) -> None:

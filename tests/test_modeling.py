@@ -24,6 +24,7 @@ from tiny import tiny_model, tiny_pictures, tiny_tokenizer, tiny_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 
 LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
@@ -367,3 +368,10 @@ def test_vectors_that_do_not_fit_are_refused(name: str, embeds: Tensor, shown: s
     project = getattr(shared_model()[0], f"project_{name}_embeds")
     with pytest.raises(ValueError, match=rf"{name}_embeds must be .*\(B, 32\); got {shown}"):
         project(embeds)
+
+
+@pytest.mark.parametrize("kind", [LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_server_that_would_run_the_llm_causally_is_told_that_it_cannot(kind: Any) -> None:
+    # vLLM asks this of a model class before it takes over the attention, and then pools the last
+    # token of a causal pass.
+    assert kind.is_backend_compatible() is False

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImagePro
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.pictures import set_normalization, set_picture_size
+from modeling_llm2clip.hub.towers import load_vision_tower
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_pictures
 
 LARGER = 48
@@ -366,6 +367,47 @@ def test_a_tower_of_unknown_width_is_refused_by_its_family() -> None:
     tower.config = AutoConfig.for_model("efficientnet")
     with pytest.raises(ValueError, match="'efficientnet' tower states neither hidden_size nor"):
         find_width(tower)
+
+
+# Towers inside MLLMs, which want what their MLLM works out.
+INSIDE_MLLMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_vl_vision": (
+        "grid_thw", {"depth": 1, "num_heads": 4, "patch_size": 8, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_5_vision": ("grid_thw", {"depth": 1, "num_heads": 4, "patch_size": 8}),
+    "gemma4_vision": (
+        "pixel_position_ids",
+        {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", INSIDE_MLLMS)
+def test_a_tower_that_needs_more_than_pixels_is_refused_by_name_before_the_llm_is_loaded(
+    family: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_vision')}")
+    needed, extras = INSIDE_MLLMS[family]
+    config = AutoConfig.for_model(family, hidden_size=32, intermediate_size=64, **extras)
+    tower = AutoModel.from_config(config).eval()
+    refusal = rf"'{family}' tower needs .*{needed}, which its MLLM computes.*Take CLIP"
+    tower.save_pretrained(tmp_path)
+    tiny_vision()[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        load_vision_tower(tmp_path)
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    with pytest.raises(ValueError, match=refusal):
+        build_model(tower, tiny_vision()[1], llm, tokenizer, BuildArguments(prompt="llama-3"))
+
+
+def test_a_tower_whose_pass_fails_is_refused_by_name_with_its_error() -> None:
+    tower, image_processor = tiny_vision("vit")
+    tower.pooler = None  # no pooler output, which is what is pooled unless chosen otherwise
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: visio"):
+        build_model(tower, image_processor, llm, tokenizer, BuildArguments(prompt="llama-3"))
 
 
 def test_a_tower_that_draws_at_random_is_refused() -> None:

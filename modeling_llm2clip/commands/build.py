@@ -67,6 +67,11 @@ def add_parser(commands: Any) -> None:
         help="the LoRA's name for this LLM; default: the LLM's own",
     )  # fmt: skip
     build.add_argument(
+        "--tokenizer-code", metavar="COMMIT",
+        help="run the code of the LLM's tokenizer as it is in this commit of its Hub repository; "
+        "default: none is run",
+    )  # fmt: skip
+    build.add_argument(
         "--causal", dest="bidirectional", action="store_false",
         help="keep the LLM causal, to compare with",
     )  # fmt: skip
@@ -117,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, arguments.dtype),
         caption_adapter=arguments.caption_adapter,
         accept_adapter_base=arguments.accept_adapter_base,
+        tokenizer_code=arguments.tokenizer_code,
     )
     model.to(device)  # type: ignore[arg-type]  # for the golden vectors
     facts = CardFacts(

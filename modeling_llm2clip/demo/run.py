@@ -136,7 +136,6 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     pictures = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)
     losses = align(model, pictures, held_out, arguments.alignment)
-    model.config.text_adapter_trained = model.config.projections_trained = True
     scores = evaluate(model, pictures, held_out)
     model.to("cpu")  # type: ignore[arg-type]  # where the clean process computes the same again
     print("Saving, loading again in a clean process, searching …", flush=True)

@@ -93,7 +93,9 @@ def align(
         [pictures.records[row].key for row in rows],
     )
     start_from_canonical_correlation(model, *pairs.pair_rows())
-    return align_features(model, pairs, arguments, show_progress=True)
+    losses = align_features(model, pairs, arguments, show_progress=True)
+    model.config.text_adapter_trained = model.config.projections_trained = True
+    return losses
 
 
 @torch.inference_mode()

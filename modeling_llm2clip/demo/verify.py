@@ -44,13 +44,13 @@ def _compare(folder: str, record: str) -> dict[str, float]:
 
     expected = json.loads(Path(record).read_text(encoding="utf-8"))
     wanted = {kind: torch.tensor(expected[f"{kind}_embeds"]) for kind in ("text", "image")}
-    model = AutoModel.from_pretrained(folder)
-    inputs = AutoProcessor.from_pretrained(folder)(
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False)
+    inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=False)(
         text=expected["texts"], images=expected["pictures"]
     )
     with torch.inference_mode():
         output = model(**inputs)
-    sentence_model = SentenceTransformer(folder, device="cpu")
+    sentence_model = SentenceTransformer(folder, device="cpu", trust_remote_code=False)
     found = {
         ("AutoModel", "text"): output.text_embeds,
         ("AutoModel", "image"): output.image_embeds,

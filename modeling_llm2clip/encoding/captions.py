@@ -104,7 +104,7 @@ def encode_token_ids(
     budget = default_token_budget(model.device) if token_budget is None else token_budget
     if budget < 1:
         raise ValueError(f"token_budget={budget} holds no token; give a positive one, or None.")
-    vectors = torch.empty(len(ids), model.config.text_config.hidden_size)
+    vectors = torch.empty(len(ids), model.config.text_width)
     num_tokens = 0
     lowered = None if precision is None else LoweredLayers(model, precision)
     with evaluating(model), float32_as_such():

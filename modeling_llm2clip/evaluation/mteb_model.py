@@ -7,15 +7,45 @@ neither its name nor its revision. On the Hub it reads all of these from the rep
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.fingerprint import fingerprint_weights
 from ..encoding.training_state import warn_of_untrained
 from .encoders.files import hash_files
+
+_FUSED = ("image", "text")
+
+
+class FusingWrapper(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
+    """mteb's wrapper, which also takes inputs of an image and a text together.
+
+    Their embeddings are added up, as mteb's own wrapper of CLIP does; here both have unit length.
+    """
+
+    mteb_model_meta: ModelMeta
+
+    def encode(self, inputs: Any, **settings: Any) -> Any:
+        """Encode what mteb's loader gives; see mteb's `EncoderProtocol`."""
+        if not set(_FUSED) <= set(inputs.dataset.features):
+            return super().encode(inputs, **settings)
+        whole = self.mteb_model_meta
+        try:
+            return sum(self._encode_one(whole, name, inputs, settings) for name in _FUSED)
+        finally:
+            self.mteb_model_meta = whole
+
+    def _encode_one(self, meta: ModelMeta, modality: str, inputs: Any, settings: Any) -> Any:
+        """Encode one modality; of a row mteb's wrapper takes those that the description names."""
+        self.mteb_model_meta = meta.model_copy(update={"modalities": [modality]})
+        return torch.as_tensor(super().encode(inputs, **settings)).float()
 
 
 def open_for_mteb(
@@ -24,7 +54,9 @@ def open_for_mteb(
     """Load an exported folder for `mteb.evaluate`, texts and pictures alike.
 
     The revision is a digest of weights and settings, so that mteb's store of results cannot give
-    one model's scores for another of the same name.
+    one model's scores for another of the same name. From then on mteb knows the model:
+    `mteb.get_model(str(folder))` and `mteb.get_model(name)` load it too. By itself mteb takes any
+    name for one on the Hub.
 
     Args:
         folder: as `export_model` writes it.
@@ -45,9 +77,24 @@ def open_for_mteb(
     model = SentenceTransformer(
         str(folder), device=device, trust_remote_code=False, local_files_only=True
     )
-    wrapper = SentenceTransformerEncoderWrapper(model)
+    wrapper = FusingWrapper(model)
     wrapper.mteb_model_meta = _describe(wrapper.mteb_model_meta, model, folder, name=name)
+    MODEL_REGISTRY[name] = MODEL_REGISTRY[str(folder)] = wrapper.mteb_model_meta
     return wrapper
+
+
+def _load_for_mteb(
+    name: str, *, folder: Path, revision: str, device: str | None = None
+) -> SentenceTransformerEncoderWrapper:
+    """Load a folder that was opened before.
+
+    Raises: ValueError where its files are others now.
+    """
+    if _digest(folder) != revision:
+        raise ValueError(
+            f"{folder} changed since it was opened as {name}. Open it again with open_for_mteb."
+        )
+    return open_for_mteb(folder, name=name, device=device)
 
 
 def _describe(
@@ -59,6 +106,7 @@ def _describe(
     described: ModelMeta = found.model_copy(
         update={
             "name": name,
+            "loader": partial(_load_for_mteb, folder=folder),
             "revision": _digest(folder),
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),

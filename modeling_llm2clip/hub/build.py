@@ -13,14 +13,15 @@ from ..configuration_llm2clip import TEXT_POOLINGS, VISION_POOLINGS, LLM2CLIPCon
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapters import merge_adapter
-from .attention_probe import require_bidirectional
+from .attention_probe import measure_text_width, require_bidirectional
 from .picture_choices import NORMALIZATIONS
 from .pictures import set_normalization, set_picture_size
 from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
+from .tokenizer_code import require_pinned
 from .tower_sources import require_sources
 from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
-from .vision_probe import require_repeatable
+from .vision_probe import require_pixels_alone, require_repeatable
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def build_from_sources(
     dtype: torch.dtype = torch.float32,
     caption_adapter: str | Path | None = None,
     accept_adapter_base: str | None = None,
+    tokenizer_code: str | None = None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
 
@@ -109,14 +111,17 @@ def build_from_sources(
         caption_adapter: Hub id or folder of a LoRA for the LLM, merged into it.
         accept_adapter_base: what the LoRA calls its base, where that is this LLM under another
             name.
+        tokenizer_code: commit of the LLM's Hub repository at which its tokenizer's code is run.
     Raises: ValueError when a source is nowhere, which is told before any is loaded, or a tower does
         not fit its place; see `towers`, `adapters` and `build_model`.
     """
     require_sources(vision=vision, llm=llm, caption_adapter=caption_adapter)
+    if tokenizer_code is not None:
+        require_pinned(llm, tokenizer_code)
     vision_model, image_processor = load_vision_tower(
         vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
     )
-    text_model, tokenizer = load_text_tower(llm, dtype=dtype)
+    text_model, tokenizer = load_text_tower(llm, dtype=dtype, tokenizer_code=tokenizer_code)
     if caption_adapter is not None:
         text_model = merge_adapter(text_model, caption_adapter, accepted_base=accept_adapter_base)
     return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
@@ -127,9 +132,13 @@ def configure_model(
     text_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     arguments: BuildArguments,
+    *,
+    text_width: int | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
+    Args:
+        text_width: of the hidden states that the LLM returns; None for its `hidden_size`.
     Raises: ValueError when the tokenizer is another model's, or the prompt does not fit it.
     """
     require_own_tokenizer(text_config, tokenizer, "The LLM")
@@ -147,6 +156,7 @@ def configure_model(
         vision_config,
         text_config,
         projection_dim=arguments.projection_dim,
+        text_width=text_width,
         bidirectional=arguments.bidirectional,
         text_pooling=arguments.text_pooling,
         prompt_prefix_ids=prompt.prefix_ids,
@@ -174,13 +184,18 @@ def build_model(
         vision tower cannot take the picture size or draws at random, or the LLM's family cannot
         be made bidirectional.
     """
+    require_pixels_alone(vision_model)
     image_processor = set_normalization(image_processor, arguments.normalization)
     if arguments.image_size is not None:
         vision_model, image_processor = set_picture_size(
             vision_model, image_processor, arguments.image_size
         )
     config, tokenizer = configure_model(
-        vision_model.config, text_model.config, tokenizer, arguments
+        vision_model.config,
+        text_model.config,
+        tokenizer,
+        arguments,
+        text_width=measure_text_width(text_model),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -19,6 +19,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from ..loading_llm2clip import build_tower
 from ..vision_llm2clip import find_fixed_size, find_patch_size
 from .picture_choices import NORMALIZATIONS
 
@@ -96,7 +97,7 @@ def _resize_positions(
 ) -> PreTrainedModel:
     config = copy.deepcopy(vision_model.config)
     config.image_size = image_size
-    resized: Any = AutoModel.from_config(config)
+    resized: Any = build_tower(config)
     resized.to(vision_model.dtype)
     weights, shapes = vision_model.state_dict(), resized.state_dict()
     changed = [name for name in weights if weights[name].shape != shapes[name].shape]

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from ..loading_llm2clip import build_tower, load_without_code
+
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
 _MOST_NAMED = 8
@@ -28,8 +30,8 @@ def load_with_account(
     """
     try:
         with _without_table_of_keys():
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
-                name, output_loading_info=True, **settings
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = load_without_code(
+                model_class, name, output_loading_info=True, **settings
             )
     except SafetensorError as error:
         raise ValueError(
@@ -55,7 +57,7 @@ def load_decoder(
         decoder, prefix = whole, ""
     else:
         with torch.device("meta"):  # costs nothing, and the saved model will be of this class
-            wanted = type(AutoModel.from_config(text_config))
+            wanted = type(build_tower(text_config))
         whole, info = load_with_account(AutoModel, name, config=config, **settings)
         prefix, decoder = _find_part(whole, wanted, source)
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))

@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,9 +20,12 @@ from transformers import (
 )
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..loading_llm2clip import build_tower, load_without_code
 from .timm_pictures import image_processor_from_timm
+from .tokenizer_code import load_tokenizer, require_pinned
 from .tower_sources import naming
 from .tower_weights import load_decoder, load_with_account, refuse_unread_weights
+from .vision_probe import require_pixels_alone
 
 # What a composite checkpoint calls its vision part.
 _VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
@@ -49,7 +51,7 @@ def load_vision_tower(
     Raises: ValueError when weights are missing or not read, or it is not a vision tower.
     """
     with naming(source):
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = load_without_code(AutoConfig, source, revision=revision)
     part = _VISION_PART.get(config.model_type)
     if part:
         config = getattr(config, part)
@@ -59,7 +61,7 @@ def load_vision_tower(
             "ViT or a timm network."
         )
     # AutoModel would choose the whole composite for a CLIP folder; the tower's class does not.
-    tower_class = type(AutoModel.from_config(config)) if part else AutoModel
+    tower_class = type(build_tower(config)) if part else AutoModel
     model, info = load_with_account(
         tower_class, source, config=config, dtype=dtype, revision=revision
     )
@@ -71,9 +73,11 @@ def load_vision_tower(
             f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
             f"{missing[:8]}. If only the pooler is missing, choose vision_pooling 'cls' or 'mean'."
         )
+    require_pixels_alone(model)
     if config.model_type != "timm_wrapper":  # in which a head left out is still a module
         refuse_unread_weights(model, model, info, source)
     _name_without_path(model, source)
+    _forget_code(model.config)
     return model.eval(), load_image_processor(source, model.config, revision=revision)
 
 
@@ -85,37 +89,46 @@ def load_image_processor(
     So size, mean and std stand in the checkpoint as plain numbers.
     """
     if config.model_type != "timm_wrapper":
-        return AutoImageProcessor.from_pretrained(source, revision=revision)
+        return _forget_code(load_without_code(AutoImageProcessor, source, revision=revision))
     return image_processor_from_timm(config.pretrained_cfg)
 
 
 def load_text_tower(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    tokenizer_code: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, and its tokenizer.
 
     Args:
         source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantised. Of a model
             that also sees (Gemma 3 from 4B on) the LLM is taken.
+        tokenizer_code: commit of the Hub repository at which the code of its tokenizer is run, and
+            all else is read; without one, no code is run.
     Raises: ValueError when it is not a decoder, weights are missing or not read, or the tokenizer
         is another model's.
     """
+    if tokenizer_code is not None:
+        require_pinned(source, tokenizer_code)
+        revision = tokenizer_code
     path = Path(source)
     where: dict[str, Any] = {"revision": revision}
     name: str | Path = source
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
-        config = AutoConfig.from_pretrained(name, **where)
+        config = load_without_code(AutoConfig, name, **where)
     require_decoder(config, source)
-    with naming(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
+    tokenizer = load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     model = load_decoder(name, config, source, dtype=dtype, **where)
     _forget_quantization(model)
     require_own_tokenizer(model.config, tokenizer, source)
     _name_without_path(model, source)
+    _forget_code(model.config)
     return model.eval(), tokenizer
 
 
@@ -206,6 +219,12 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for holder in (model, model.config):
         for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             holder.__dict__.pop(name, None)
+
+
+def _forget_code(holder: Any) -> Any:
+    """Take out the name of a repository's code: what was loaded is transformers' own class."""
+    holder.__dict__.pop("auto_map", None)
+    return holder
 
 
 def _name_without_path(model: PreTrainedModel, source: str | Path) -> None:

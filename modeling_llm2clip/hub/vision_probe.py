@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+from transformers import PreTrainedModel
 
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -12,6 +15,31 @@ from .golden import draw_golden_pictures
 _MOST_DIFFERENCE = 0.02
 
 
+# What a model hands to a tower.
+_GIVEN = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
+# What a tower raises that takes pictures in another form.
+_TOWER_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
+
+
+def require_pixels_alone(vision_model: PreTrainedModel) -> None:
+    """Raise ValueError for a tower that needs more than pixels, as those inside some MLLMs do."""
+    parameters = inspect.signature(vision_model.forward).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in _GIVEN
+    ]
+    if needed:
+        raise ValueError(
+            f"The {vision_model.config.model_type!r} tower needs {' and '.join(needed)}, which its "
+            "MLLM computes for it, and gives no embedding of the whole image. LLM2CLIP gives a "
+            "tower pixel_values alone. Take CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT or a timm "
+            "network."
+        )
+
+
 @torch.inference_mode()
 def require_repeatable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
     """Raise ValueError when a second run over a picture gives another vector.
@@ -19,7 +47,14 @@ def require_repeatable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> No
     Masked autoencoders, for one, hide patches at random when they encode too.
     """
     inputs = processor(images=draw_golden_pictures()[:1]).to(model.device)
-    first, second = (model.get_image_features(**inputs).pooler_output for _ in range(2))
+    try:
+        first, second = (model.get_image_features(**inputs).pooler_output for _ in range(2))
+    except _TOWER_ERRORS as error:
+        raise ValueError(
+            f"The {model.config.vision_config.model_type!r} tower cannot be used as it is built "
+            f"here: its forward pass fails ({type(error).__name__}: {error}). Choose another "
+            "vision pooling, or take another vision tower."
+        ) from error
     assert first is not None and second is not None
     difference = float((first - second).norm() / first.norm())
     if not difference <= _MOST_DIFFERENCE:

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
+from ..loading_llm2clip import load_without_code
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from .doctor.patient import find_folder
 from .new_folder import require_new_folder, writing_folder
@@ -75,7 +76,7 @@ def export_vision_tower(
     folder = find_folder(source, revision=revision)
     return save_vision_tower(
         LLM2CLIPVisionModel.from_pretrained(folder),
-        AutoImageProcessor.from_pretrained(folder),
+        load_without_code(AutoImageProcessor, folder),
         output,
         license_id=license_id,
         trained_emoji=read_trained_emoji(folder),

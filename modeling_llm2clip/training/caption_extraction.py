@@ -85,7 +85,7 @@ def extract_captions(
         kind="caption_embeds",
         fingerprint=fingerprint,
         dtype=arguments.dtype,
-        dim=model.config.text_config.hidden_size,
+        dim=model.config.text_width,
         num_rows=len(plan.captions),
         num_items=len(records),
         rows_per_shard=arguments.rows_per_shard,

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
+from ...loading_llm2clip import load_without_code
 from .activations import OF_ITS_TOWER, describe_activation
 from .letter_case import loses_capitals
 from .preprocessing import describe_image_processor
@@ -71,8 +72,8 @@ def read_sentence_files(folder: Path) -> SentenceFacts:
     modalities = tuple(settings.get("modality_config", ("text",)))
     if "text" not in modalities:
         raise ValueError(f"{folder} encodes {modalities} and no texts, which every task needs.")
-    processor = AutoProcessor.from_pretrained(inside, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(inside, trust_remote_code=False)
+    processor = load_without_code(AutoProcessor, inside)
+    config = load_without_code(AutoConfig, inside)
     tokenizer = getattr(processor, "tokenizer", processor)
     pictures = None
     if "image" in modalities:

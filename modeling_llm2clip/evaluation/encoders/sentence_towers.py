@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...data.trained_emoji import read_trained_emoji
 from ...encoding.fingerprint import fingerprint_weights
+from ...loading_llm2clip import naming_code
 from ...processing_llm2clip import check_texts
 from .encoder import (
     Description,
@@ -98,13 +99,14 @@ class SentenceEncoder:
     @cached_property
     def _model(self) -> Any:
         dtype = self._settings.dtype_argument
-        model = _import_sentence_transformers().SentenceTransformer(
-            str(self._folder),
-            device=str(self._settings.find_device()),
-            model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with naming_code(self._folder):
+            model = _import_sentence_transformers().SentenceTransformer(
+                str(self._folder),
+                device=str(self._settings.find_device()),
+                model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
+                trust_remote_code=False,
+                local_files_only=True,
+            )
         return model.eval()
 
     @cached_property

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ...encoding.fingerprint import fingerprint_weights
+from ...loading_llm2clip import load_without_code
 from ...processing_llm2clip import check_texts
 from .activations import describe_activation
 from .encoder import (
@@ -64,13 +65,13 @@ class TransformersEncoder:
         self._folder = folder
         self._settings = settings
         self._source = source
-        self._config: Any = AutoConfig.from_pretrained(folder)
+        self._config: Any = load_without_code(AutoConfig, folder)
         if self._config.model_type not in _RULES:
             raise ValueError(
                 f"{source} is a {self._config.model_type!r} model; this kind takes {FAMILIES}."
             )
         self._rules = _RULES[self._config.model_type]
-        self._processor: Any = AutoProcessor.from_pretrained(folder)
+        self._processor: Any = load_without_code(AutoProcessor, folder)
         self._max_tokens = int(self._config.text_config.max_position_embeddings)
 
     def describe(self) -> Description:
@@ -136,8 +137,8 @@ class TransformersEncoder:
 
     @cached_property
     def _model(self) -> Any:
-        model, info = AutoModel.from_pretrained(
-            self._folder, dtype=self._settings.dtype_argument, output_loading_info=True
+        model, info = load_without_code(
+            AutoModel, self._folder, dtype=self._settings.dtype_argument, output_loading_info=True
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
+from ...loading_llm2clip import load_without_code
 from ..doctor.patient import find_folder
 from .layouts.eva02 import EVA02
 from .layouts.hub_clip import HUB_CLIP
@@ -68,11 +69,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     if not path.exists():
         raise ValueError(f"{path}: no such file. Correct the path or the file's name.")
     has_config = path.is_dir() and (path / "config.json").is_file()
-    stated = (
-        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        if has_config
-        else None
-    )
+    stated = load_without_code(AutoConfig, path, local_files_only=True) if has_config else None
     return Checkpoint(source, list_weight_files(path), open_weights(path), stated)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from ... import __version__
 from ...encoding.devices import find_device
+from ...loading_llm2clip import load_without_code
 from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..card_facts import CardFacts, find_license, require_license
@@ -168,7 +169,7 @@ def _write_faces(
     device: str,
 ) -> None:
     """Write golden vectors, files of sentence-transformers and the card, as an export has them."""
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval().to(device)
+    model = load_without_code(AutoModel, folder, local_files_only=True).eval().to(device)
     write_sentence_transformers_files(
         folder,
         plan.config,

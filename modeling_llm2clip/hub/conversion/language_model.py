@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ...loading_llm2clip import load_without_code
 from ..doctor.patient import find_folder
 from ..towers import require_decoder, require_own_tokenizer
 from .lora import merge_lora
@@ -68,12 +69,10 @@ def open_language_model(source: LLMSource) -> LanguageModel:
             f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as an "
             "adapter."
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = load_without_code(AutoConfig, folder, local_files_only=True)
     config = config.get_text_config(decoder=True)
     require_decoder(config, source.name)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    tokenizer = load_without_code(AutoTokenizer, folder, local_files_only=True)
     require_own_tokenizer(config, tokenizer, source.name)
     config._name_or_path = public_name(source.name)
     if hasattr(config, "auto_map"):

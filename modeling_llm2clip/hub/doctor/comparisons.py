@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...loading_llm2clip import naming_code
 from ..golden import (
     GOLDEN_FILE,
     compute_golden_vectors,
@@ -163,9 +164,13 @@ def _encode_with_sentence_transformers(
 ) -> dict[str, Tensor]:
     from sentence_transformers import SentenceTransformer
 
-    encoder = SentenceTransformer(
-        str(patient.folder), device=patient.device, local_files_only=True, trust_remote_code=False
-    )
+    with naming_code(patient.folder):
+        encoder = SentenceTransformer(
+            str(patient.folder),
+            device=patient.device,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
 
     def encode(inputs: list[Any], **settings: Any) -> Tensor:
         vectors: Tensor = encoder.encode(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import configuration_llm2clip
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.training_state import describe_untrained
+from ...loading_llm2clip import list_foreign_code
 from ...modeling_llm2clip import (
     _CODE_OF_EVERY_FOLDER,
     LLM2CLIPModel,
@@ -140,7 +141,9 @@ def check_remote_code(patient: Patient) -> str:
         if patient.has_processor_files or path.name != "processing_llm2clip.py"
     }
     config = _read_json(folder / "config.json")
-    if not config.get("auto_map") and not any((folder / name).exists() for name in wanted):
+    inside = _find_code_inside(folder)
+    brings_code = config.get("auto_map") or inside
+    if not brings_code and not any((folder / name).exists() for name in wanted):
         raise NotApplicableError("the folder brings no code; it needs the installed package")
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     altered = sorted(
@@ -155,7 +158,7 @@ def check_remote_code(patient: Patient) -> str:
         fault
         for name, entries in _list_code_entries(folder, config).items()
         for fault in _find_map_faults(name, _read_json(folder / name).get("auto_map"), entries)
-    ]
+    ] + inside
     if faults:
         raise ValueError(
             f"The folder's code is not the installed package's ({'; '.join(faults)}). Others would "
@@ -163,6 +166,20 @@ def check_remote_code(patient: Patient) -> str:
             "install the version that wrote the folder."
         )
     return f"{len(wanted)} files equal the installed package, and its classes are named"
+
+
+def _find_code_inside(folder: Path) -> list[str]:
+    """Code that is named below the top of a file: of a tower, or of the image processor."""
+    contents = {
+        name: list(_read_json(folder / name).items())
+        for name in ("config.json", *_PROCESSOR_FILES)
+        if (folder / name).is_file()
+    }
+    found = {
+        name: list_foreign_code([value for key, value in content if key != "auto_map"])
+        for name, content in contents.items()
+    }
+    return [f"{name} names other code inside: {refs}" for name, refs in found.items() if refs]
 
 
 def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
+from ...loading_llm2clip import load_without_code
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .diagnosis import NotApplicableError
 from .patient import SHORT_TEXTS, Patient
@@ -14,9 +15,7 @@ from .patient import SHORT_TEXTS, Patient
 
 def load_tokenizer(patient: Patient) -> str:
     """Load the tokenizer as pipelines do; its ids must be rows of the embedding table."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        patient.folder, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = load_without_code(AutoTokenizer, patient.folder, local_files_only=True)
     rows = patient.config.text_config.vocab_size
     largest = max(tokenizer.get_vocab().values())
     faults = []
@@ -95,10 +94,7 @@ def load_processor(patient: Patient) -> str:
     """Load the processor as AutoProcessor does."""
     if not patient.has_processor_files:
         raise NotApplicableError(f"a {patient.model_class.__name__} was saved without a processor")
-    auto_processor: Any = AutoProcessor  # untyped in transformers
-    processor = auto_processor.from_pretrained(
-        patient.folder, local_files_only=True, trust_remote_code=False
-    )
+    processor = load_without_code(AutoProcessor, patient.folder, local_files_only=True)
     if not isinstance(processor, LLM2CLIPProcessor):
         raise ValueError(
             f"AutoProcessor gives {type(processor).__name__}, wanted LLM2CLIPProcessor. Save the "
