@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModel
 
 from ... import __version__
-from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
+from ...base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..card_facts import CardFacts, find_license, require_license
 from ..doctor import diagnose

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ... import configuration_llm2clip
+from ...base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...modeling_llm2clip import (
-    _CODE_OF_EVERY_FOLDER,
     LLM2CLIPModel,
     LLM2CLIPTextModel,
     LLM2CLIPVisionModel,

@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ...modeling_llm2clip import MAX_LOG_SCALE
+from ...heads_llm2clip import MAX_LOG_SCALE
 from ..callbacks import LogLastStep, choose_reports
 from ..checkpoints import CHECKPOINTS
 from ..losses import keyed_contrastive_loss
