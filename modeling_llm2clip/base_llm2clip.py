@@ -168,7 +168,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if config.vision_pooling == "cls" and not has_class_token(self.vision_model):
             raise ValueError(
                 f"vision_pooling='cls', but this {config.vision_config.model_type!r} tower has no "
-                "class token: its first token is a patch. Use 'pooler' or 'mean'."
+                "class token: its first token is a patch. Use 'pooler', 'mean' or 'patch_mean'."
             )
         self.visual_projection = nn.Linear(
             find_width(self.vision_model),

@@ -336,7 +336,13 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
             **{name: value for name, value in extra.items() if value is not None},
             **name_requests(self.vision_model, requested),
         )
-        pooled = pool_pictures(output, self.config.vision_pooling, patch_mask=pixel_attention_mask)
+        pooled = pool_pictures(
+            output,
+            self.config.vision_pooling,
+            vision_model=self.vision_model,
+            pixel_values=pixel_values,
+            patch_mask=pixel_attention_mask,
+        )
         return keep_states(output, self.vision_model, requested, pooled=pooled.flatten(1).float())
 
     def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:

@@ -24,7 +24,12 @@ def add_parser(commands: Any) -> None:
     build.add_argument("--projection-dim", type=int, default=512)
     build.add_argument("--max-text-length", type=int, default=512)
     build.add_argument("--text-pooling", choices=("mean", "last_token"), default="mean")
-    build.add_argument("--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler")
+    build.add_argument(
+        "--vision-pooling",
+        choices=("pooler", "cls", "mean", "patch_mean"),
+        default="pooler",
+        help="mean: of all tokens, class token and registers too; patch_mean: of the patches alone",
+    )
     build.add_argument("--image-size", type=int, help="side of the pictures; default: the tower's")
     build.add_argument(
         "--normalization",
@@ -33,6 +38,12 @@ def add_parser(commands: Any) -> None:
         help="mean and std of the pictures: the tower's own, CLIP's, 0.5, or ImageNet's",
     )
     build.add_argument("--text-adapter-layers", type=int, default=4)
+    build.add_argument(
+        "--normalize-text-before-adapter",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scale the LLM's embeddings to unit length before the text adapter",
+    )
     build.add_argument("--visual-projection-bias", action="store_true")
     build.add_argument("--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM")
     build.add_argument("--accept-adapter-base", metavar="NAME", help="the LoRA's name for this LLM")

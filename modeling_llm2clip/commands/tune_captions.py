@@ -54,7 +54,9 @@ def _add_settings(group: Any) -> None:
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="auto: bfloat16 on a GPU that computes in it",
     )  # fmt: skip
-    group.add_argument("--adapter-dtype", choices=("float32", "float16"), default="float32")
+    group.add_argument(
+        "--adapter-dtype", choices=("float32", "float16", "bfloat16"), default="float32"
+    )
     group.add_argument("--rank", type=int, default=16)
     group.add_argument("--alpha", type=int, default=32)
     group.add_argument("--lora-dropout", type=float, default=0.0)
