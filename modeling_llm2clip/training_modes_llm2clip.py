@@ -24,7 +24,8 @@ def settle_frozen(tower: nn.Module) -> None:
         return
     trains_all = all(p.requires_grad for p in parameters)
     for module in tower.modules():
-        if getattr(module, "running_mean", None) is not None:
+        # Not getattr: peft's wrapper shows the statistics of the layer inside it.
+        if any(name == "running_mean" for name, _ in module.named_buffers(recurse=False)):
             own = list(module.parameters(recurse=False))
             if not (any(p.requires_grad for p in own) if own else trains_all):
                 module.eval()

@@ -126,11 +126,7 @@ def check_finite_weights(patient: Patient) -> str:
 def check_remote_code(patient: Patient) -> str:
     """Compare the folder's code with the installed package, and where its files send a loader."""
     folder = patient.folder
-    wanted = {
-        path.name: path
-        for path in list_travelling_files()
-        if patient.has_processor_files or path.name != "processing_llm2clip.py"
-    }
+    wanted = {path.name: path for path in list_travelling_files()}
     config = _read_json(folder / "config.json")
     if not config.get("auto_map") and not any((folder / name).exists() for name in wanted):
         raise NotApplicableError("the folder brings no code; it needs the installed package")
