@@ -144,7 +144,9 @@ def test_dropout_draws_the_same_masks_with_and_without_gradients(
 
 def test_cached_gradients_are_those_of_the_masks_that_were_drawn(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+    )
 
     from modeling_llm2clip.hub.export import export_model
 
