@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 FORMAT_VERSION = 2
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 TEXT_POOLINGS = ("mean", "last_token")
-VISION_POOLINGS = ("pooler", "cls", "mean")
+VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # What transformers itself reads from or writes into any config.json; all else unknown is refused.
 _BASE_FIELDS = {
@@ -51,7 +51,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         text_adapter_layers, text_adapter_expansion: residual blocks of the adapter and how many
             times wider than the LLM their inner layer is.
         vision_pooling: what represents a picture: the tower's own `"pooler"` output, its `"cls"`
-            token, or the `"mean"` of its tokens.
+            token, the `"mean"` of all its tokens (class token and registers too), or the
+            `"patch_mean"`, of its patches alone.
         visual_projection_bias: whether the picture projection has a bias.
         logit_scale_init_value: logarithm of the initial inverse temperature.
         text_adapter_trained, projections_trained: whether the text adapter and both projections
@@ -69,6 +70,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
     _auto_class = "AutoConfig"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
+    # Trainer would gather the towers' states of a whole dataset.
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -263,7 +266,7 @@ def _tower_config(
     config: PreTrainedConfig | dict[str, Any] | None, *, name: str
 ) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
-        return config
+        return _state_image_size(config)
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(
             f"{name} must be a transformers configuration or a dictionary with 'model_type'; "
@@ -276,7 +279,23 @@ def _tower_config(
         )
     tower_class = CONFIG_MAPPING[config["model_type"]]
     _warn_of_misspelt_fields(config, tower_class, name=name)
-    return tower_class.from_dict(config)
+    return _state_image_size(tower_class.from_dict(config))
+
+
+def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Give a timm tower's configuration the `image_size` that those of other towers have.
+
+    Scripts written for CLIP read it there. timm keeps it among the network's arguments, or with
+    the sizes it was trained on: one side where height and width are equal, else both.
+    """
+    if config.model_type == "timm_wrapper":
+        stated = (getattr(config, "model_args", None) or {}).get("img_size")
+        trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+        size = stated or (trained and trained[-2:])
+        if size:
+            sides = [size] if isinstance(size, int) else [int(side) for side in size]
+            config.image_size = sides[0] if len(set(sides)) == 1 else sides
+    return config
 
 
 def _warn_of_misspelt_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:

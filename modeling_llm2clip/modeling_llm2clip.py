@@ -7,25 +7,22 @@ P `projection_dim`. Vectors are float32 whatever the dtype of the weights.
 from __future__ import annotations
 
 import inspect
-import math
-import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
+from .base_llm2clip import LLM2CLIPPreTrainedModel
 from .batching_llm2clip import plan_token_batches
 from .configuration_llm2clip import LLM2CLIPConfig
-from .loading_llm2clip import build_tower, refuse_unaccounted_keys
+from .heads_llm2clip import LogitScale
+from .outputs_llm2clip import LLM2CLIPOutput, find_requested_states, keep_states, name_requests
 from .packing_llm2clip import (
     can_pack,
     hold_passes,
@@ -42,230 +39,14 @@ from .pooling_llm2clip import (
     mask_unpadded,
     pool_tokens,
 )
+from .training_modes_llm2clip import settle_frozen
 from .vision_llm2clip import (
     check_pixels,
     choose_interpolation,
-    find_width,
-    has_class_token,
     pool_pictures,
 )
 
-MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 CPU_TOKEN_BUDGET = 2048
-_CODE_OF_EVERY_FOLDER = {
-    "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
-    "AutoProcessor": "processing_llm2clip.LLM2CLIPProcessor",
-}
-
-
-@dataclass
-class LLM2CLIPOutput(ModelOutput):
-    """What `forward` returns; a field is None where its input was not given.
-
-    Attributes:
-        loss: () float32, with `return_loss=True`.
-        logits_per_image: (B pictures, B texts) float32, cosine times the inverse temperature.
-        logits_per_text: its transpose.
-        text_embeds, image_embeds: (B, P) float32, unit length.
-        pooler_output: the only embeds there are, in a call with one kind of input.
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    text_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
-    pooler_output: Tensor | None = None
-
-
-class LogitScale(nn.Module):
-    """The learned inverse temperature, kept as its logarithm between 0 and ln 100.
-
-    A module of its own and of shape (1,): FSDP2 refuses parameters without dimensions, and a
-    float32 parameter directly on the model would change the dtype that is saved. `half()` and its
-    like leave it float32 too: a step of float16 at ln 100 is half a per cent of every logit.
-    """
-
-    def __init__(self, initial_value: float) -> None:
-        super().__init__()
-        self.initial_value = initial_value
-        self.log_scale = nn.Parameter(torch.full((1,), initial_value, dtype=torch.float32))
-
-    def forward(self) -> Tensor:
-        """Return the inverse temperature, (1,) float32."""
-        return self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitScale:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        applied: LogitScale = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return applied
-
-
-class AdapterBlock(nn.Module):
-    """`x + Linear(GELU(Linear(LayerNorm(x))))` (upstream `eva_clip/model.py`, LinearBlock)."""
-
-    def __init__(self, width: int, expansion: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, expansion * width)
-        self.down = nn.Linear(expansion * width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, D) to (B, D)."""
-        return hidden + self.down(F.gelu(self.up(self.norm(hidden))))  # type: ignore[no-any-return]
-
-
-class TextAdapter(nn.Module):
-    """Residual blocks and a final LayerNorm over a caption's vector."""
-
-    def __init__(self, width: int, *, num_layers: int, expansion: int, normalize: bool) -> None:
-        super().__init__()
-        self.normalize = normalize
-        self.blocks = nn.ModuleList(AdapterBlock(width, expansion) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, caption_embeds: Tensor) -> Tensor:
-        """Map (B, D) of any float dtype to (B, D) of the weights' dtype."""
-        if self.normalize:
-            caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
-        # The norm is never quantised, so its dtype is the dtype of the computation.
-        hidden = caption_embeds.to(self.norm.weight.dtype)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.norm(hidden)  # type: ignore[no-any-return]
-
-
-class LLM2CLIPPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation that all LLM2CLIP classes share."""
-
-    config: LLM2CLIPConfig
-    config_class = LLM2CLIPConfig
-    base_model_prefix = "llm2clip"
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _no_split_modules: set[str] | list[str] | None = ["AdapterBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012
-    _auto_class = "AutoModel"  # makes save_pretrained copy the code
-    _auto_classes: dict[str, str] = {}  # noqa: RUF012
-    text_model: Any
-    vision_model: Any
-    text_adapter: Any
-    text_projection: Any
-    visual_projection: Any
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LogitScale):
-            init.constant_(module.log_scale, module.initial_value)
-        elif isinstance(module, nn.Linear):
-            # Keeps the scale of its input at any width.
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def is_backend_compatible(cls) -> bool:
-        """Say no to vLLM, which would run the LLM causally and pool other tokens."""
-        return False
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but strictly.
-
-        Raises:
-            ValueError: a weight is missing, unexpected or of another shape, or a weight file is
-                cut. transformers would only warn, and leave the missing ones random.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            loaded: Any = super().from_pretrained(
-                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-            raise ValueError(
-                f"{source}: a weight file is truncated or damaged ({error}). Download or save it "
-                "again."
-            ) from error
-        model, info = loaded
-        refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
-        return (model, info) if wants_info else model
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
-    ) -> None:
-        """Save as transformers does, with code and every Auto class that can load the folder.
-
-        Warns where the towers differ in dtype, because a loaded model has one dtype.
-        """
-        towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
-        if len(set(towers.values())) > 1:
-            warnings.warn(
-                f"The towers have different dtypes ({towers}), and all will be loaded as "
-                f"{self.dtype}: the vectors will differ by rounding. Cast the whole model first.",
-                stacklevel=2,
-            )
-        self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
-        super().save_pretrained(save_directory, **kwargs)
-
-    def post_init(self) -> None:
-        """Finish as transformers does, and keep no name of a layer that is not there."""
-        super().post_init()  # type: ignore[no-untyped-call]
-        self.forget_absent_layers()
-
-    def forget_absent_layers(self) -> None:
-        """Name in `_no_split_modules` only what the model has; FSDP refuses any other name.
-
-        Towers inherit from their families the layers of text encoders that are not part of them.
-        """
-        present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = set(self._no_split_modules or ()) & present
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings of the LLM."""
-        return self.text_model.get_input_embeddings()  # type: ignore[no-any-return]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings of the LLM."""
-        self.text_model.set_input_embeddings(value)
-
-    def _add_text_half(self, text_model: PreTrainedModel | None) -> None:
-        config = self.config
-        width = config.text_width
-        self.text_model = text_model or build_tower(config.text_config)
-        self.text_model.config = config.text_config  # one object, so that settings reach both
-        set_attention_direction(self.text_model, bidirectional=config.bidirectional)
-        self.text_adapter = TextAdapter(
-            width,
-            num_layers=config.text_adapter_layers,
-            expansion=config.text_adapter_expansion,
-            normalize=config.normalize_text_before_adapter,
-        )
-        self.text_projection = nn.Linear(width, config.projection_dim)
-
-    def _add_vision_half(self, vision_model: PreTrainedModel | None) -> None:
-        config = self.config
-        self.vision_model = vision_model or build_tower(config.vision_config)
-        self.vision_model.config = config.vision_config
-        if config.vision_pooling == "cls" and not has_class_token(self.vision_model):
-            raise ValueError(
-                f"vision_pooling='cls', but this {config.vision_config.model_type!r} tower has no "
-                "class token: its first token is a patch. Use 'pooler' or 'mean'."
-            )
-        self.visual_projection = nn.Linear(
-            find_width(self.vision_model),
-            config.projection_dim,
-            bias=config.visual_projection_bias,
-        )
 
 
 class _TextHalf(LLM2CLIPPreTrainedModel):
@@ -293,6 +74,18 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         Raises: ValueError when the ids do not carry the checkpoint's prompt, are too long or
             empty.
         """
+        return self._encode_texts(input_ids, attention_mask, prompt_length).pooler_output  # type: ignore[return-value]
+
+    def _encode_texts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_length: int | None,
+        *,
+        requested: tuple[str, ...] = (),
+        keeps_tokens: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Run the LLM and pool it; with `keeps_tokens` return its last hidden states too."""
         config = self.config
         if attention_mask is None:
             pad_token_id = None if is_traced() else self._padding_id
@@ -308,10 +101,22 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
                 vocabulary_size=config.text_config.vocab_size,
                 num_unpooled=num_unpooled,
             )
-        is_plain = is_traced() or (torch.is_grad_enabled() and not self._packs_with_gradients())
-        if input_ids.device.type != "cpu" or is_plain:
-            return self._pool_batch(input_ids, attention_mask, num_unpooled)
-        return self._pool_on_processor(input_ids, attention_mask, num_unpooled)
+        if input_ids.device.type != "cpu" or requested or not self._splits_batches():
+            return self._pool_batch(input_ids, attention_mask, num_unpooled, requested)
+        return self._pool_on_processor(
+            input_ids, attention_mask, num_unpooled, keeps_tokens=keeps_tokens
+        )
+
+    def _splits_batches(self) -> bool:
+        """Whether the CPU takes texts in packs or token batches, instead of as one padded batch.
+
+        While the LLM is trained, a pass without gradients takes the same path as one with them:
+        gradient caching runs both, and dropout must draw the same masks for both.
+        """
+        if is_traced():
+            return False
+        may_learn = torch.is_grad_enabled() or self.text_model.training
+        return self._packs_with_gradients() if may_learn else True
 
     def project_caption_embeds(self, caption_embeds: Tensor) -> Tensor:
         """Map stored caption vectors (B, D) to features (B, P) float32, not normalised.
@@ -321,20 +126,41 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         _check_width(caption_embeds, self.config.text_width, name="caption_embeds")
         return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_text_features(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Encode texts; arguments and errors as `get_caption_embeds`.
 
-        Returns: `pooler_output` (B, P) float32, projected and not normalised. Token states are
-            not kept: call `text_model` for them; inside `hold_text_passes` where other threads
-            encode, which set the LLM for their passes.
+        Args:
+            output_attentions, output_hidden_states: add the LLM's `attentions` and
+                `hidden_states`. On a CPU the texts then run as one padded batch.
+            return_dict: False for a tuple of the fields that are not None.
+
+        Returns:
+            `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
+            (B, L, D) of the LLM. At padding it holds nothing of meaning: zeros where the CPU ran
+            the texts without padding.
+
+        Raises:
+            ValueError: also for states that the LLM does not return as it was loaded.
         """
-        caption_embeds = self.get_caption_embeds(input_ids, attention_mask, prompt_length)
-        return BaseModelOutputWithPooling(pooler_output=self.project_caption_embeds(caption_embeds))
+        requested = find_requested_states(
+            self.config,
+            self.text_model,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        output = self._encode_texts(
+            input_ids, attention_mask, prompt_length, requested=requested, keeps_tokens=True
+        )
+        output.pooler_output = self.project_caption_embeds(output.pooler_output)  # type: ignore[arg-type]
+        return output
 
     @property
     def _padding_id(self) -> int | None:
@@ -362,21 +188,38 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             )
         return count
 
-    def _pool_batch(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: int) -> Tensor:
+    def _pool_batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_unpooled: int,
+        requested: tuple[str, ...] = (),
+    ) -> BaseModelOutputWithPooling:
         position_ids = build_position_ids(attention_mask)
         inputs = {"position_ids": position_ids} if self._takes_position_ids else {}
         with nullcontext() if is_traced() else hold_passes():
-            hidden_states = self.text_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
-            ).last_hidden_state  # (B, L, D)
+            output = self.text_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **inputs,
+                **name_requests(self.text_model, requested),
+            )
+        hidden_states = output.last_hidden_state  # (B, L, D)
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
-        return pool_tokens(
+        pooled = pool_tokens(
             hidden_states, mask.to(hidden_states.device), pooling=self.config.text_pooling
         )
+        return keep_states(output, self.text_model, requested, pooled=pooled)
 
     def _pool_on_processor(
-        self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: int
-    ) -> Tensor:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_unpooled: int,
+        *,
+        keeps_tokens: bool,
+    ) -> BaseModelOutputWithPooling:
         """Give the processor small pieces without padding, which its caches like best."""
         keep_freed_memory()
         starts = attention_mask.long().argmax(dim=1).tolist()
@@ -388,10 +231,18 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         packs = self._packs(max(lengths), input_ids.device)
         plan = plan_packs if packs else plan_token_batches
         pool = self._pool_pack if packs else self._pool_padded
-        pooled = torch.empty(len(texts), self.config.text_width)
+        width = self.config.text_width
+        pooled = torch.empty(len(texts), width)
+        tokens = torch.zeros(*input_ids.shape, width, dtype=self.text_model.dtype)
         for rows in plan(lengths, token_budget=CPU_TOKEN_BUDGET):
-            pooled[rows] = pool([texts[row] for row in rows], num_unpooled).to(pooled.device)
-        return pooled
+            embeds, of_texts = pool([texts[row] for row in rows], num_unpooled)
+            pooled[rows] = embeds.to(pooled.device)
+            if keeps_tokens:
+                for row, states in zip(rows, of_texts, strict=True):
+                    tokens[row, starts[row] : starts[row] + lengths[row]] = states.to(tokens)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens if keeps_tokens else None, pooler_output=pooled
+        )
 
     def _packs_with_gradients(self) -> bool:
         # Recomputing a packed pass in the backward one would find the attention switched back.
@@ -407,18 +258,26 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             self._can_pack = can_pack(self.text_model, device)
         return self._can_pack
 
-    def _pool_pack(self, texts: list[Tensor], num_unpooled: int) -> Tensor:
+    def _pool_pack(self, texts: list[Tensor], num_unpooled: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the pooled texts, and the hidden states (L_i, D) of each."""
         hidden_states = run_packed(self.text_model, texts)  # (sum of lengths, D)
         of_texts = hidden_states.split([len(text) for text in texts])
         if self.config.text_pooling == "mean":
-            return torch.stack([states[num_unpooled:].float().mean(dim=0) for states in of_texts])
-        return torch.stack([states[-1] for states in of_texts]).float()
+            pooled = [states[num_unpooled:].float().mean(dim=0) for states in of_texts]
+        else:
+            pooled = [states[-1].float() for states in of_texts]
+        return torch.stack(pooled), of_texts
 
-    def _pool_padded(self, texts: list[Tensor], num_unpooled: int) -> Tensor:
+    def _pool_padded(
+        self, texts: list[Tensor], num_unpooled: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        return self._pool_batch(input_ids, attention_mask, num_unpooled)
+        output = self._pool_batch(input_ids, attention_mask, num_unpooled)
+        assert output.pooler_output is not None and output.last_hidden_state is not None
+        states = zip(output.last_hidden_state, texts, strict=True)
+        return output.pooler_output, [of_text[: len(text)] for of_text, text in states]
 
     @property
     def _takes_position_ids(self) -> bool:
@@ -446,7 +305,21 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         Raises: ValueError for whole numbers, and for a picture size that the tower has no
             positions for.
         """
+        return self._encode_images(  # type: ignore[return-value]
+            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
+        ).pooler_output
+
+    def _encode_images(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None,
+        spatial_shapes: Tensor | None,
+        interpolate_pos_encoding: bool,
+        requested: tuple[str, ...] = (),
+    ) -> BaseModelOutputWithPooling:
         check_pixels(pixel_values)
+        if self.training and not is_traced():
+            settle_frozen(self.vision_model)  # it may have been frozen since `train`
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
@@ -461,30 +334,60 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         output = self.vision_model(
             pixel_values=pixel_values,
             **{name: value for name, value in extra.items() if value is not None},
+            **name_requests(self.vision_model, requested),
         )
-        pooled = pool_pictures(output, self.config.vision_pooling, patch_mask=pixel_attention_mask)
-        return pooled.flatten(1).float()
+        pooled = pool_pictures(
+            output,
+            self.config.vision_pooling,
+            vision_model=self.vision_model,
+            pixel_values=pixel_values,
+            patch_mask=pixel_attention_mask,
+        )
+        return keep_states(output, self.vision_model, requested, pooled=pooled.flatten(1).float())
 
     def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
         """Map stored picture vectors (B, D) to features (B, P) float32, not normalised."""
         _check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
-        return self.visual_projection(vision_embeds.to(self.visual_projection.weight.dtype)).float()  # type: ignore[no-any-return]
+        dtype = self.visual_projection.weight.dtype
+        if dtype.is_floating_point:  # a quantized layer casts by itself
+            vision_embeds = vision_embeds.to(dtype)
+        return self.visual_projection(vision_embeds).float()  # type: ignore[no-any-return]
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
         self,
         pixel_values: Tensor,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Encode pictures; arguments as `get_vision_embeds`.
+        """Encode images; arguments as `get_vision_embeds`.
 
-        Returns: `pooler_output` (B, P) float32, projected and not normalised.
+        Args:
+            output_attentions, output_hidden_states: add the vision tower's `attentions` and
+                `hidden_states`.
+            return_dict: False for a tuple of the fields that are not None.
+
+        Returns:
+            `pooler_output` (B, P) float32, projected and not normalized, and the tower's
+            `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
+
+        Raises:
+            ValueError: also for states that the tower does not return as it was loaded.
         """
-        vision_embeds = self.get_vision_embeds(
-            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
+        requested = find_requested_states(
+            self.config,
+            self.vision_model,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
-        return BaseModelOutputWithPooling(pooler_output=self.project_vision_embeds(vision_embeds))
+        output = self._encode_images(
+            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, requested
+        )
+        output.pooler_output = self.project_vision_embeds(output.pooler_output)  # type: ignore[arg-type]
+        return output
 
 
 class LLM2CLIPModel(_TextHalf, _VisionHalf):
@@ -501,6 +404,7 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         "AutoModelForZeroShotImageClassification": "modeling_llm2clip.LLM2CLIPModel",
         "AutoModelForTextEncoding": "modeling_llm2clip.LLM2CLIPTextModel",
     }
+    _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -514,6 +418,7 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         self.logit_scale = LogitScale(config.logit_scale_init_value)  # last: see LogitScale
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -524,7 +429,8 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
         """Encode pictures, texts, or both, in any numbers; with both, compare all with all.
 
@@ -539,17 +445,27 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         if return_loss and self.training and torch.is_grad_enabled():
             # A step of training; without a read, so that a compiled graph has no guard on it.
             self.config.text_adapter_trained = self.config.projections_trained = True
-        image_embeds = text_embeds = None
+        states = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": True,
+        }
+        images = texts = image_embeds = text_embeds = None
         if pixel_values is not None:
-            features = self.get_image_features(
-                pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
+            images = self.get_image_features(
+                pixel_values,
+                pixel_attention_mask,
+                spatial_shapes,
+                interpolate_pos_encoding,
+                **states,
             )
-            image_embeds = _normalize(features)
+            image_embeds = _normalize(images)
         if input_ids is not None:
-            features = self.get_text_features(input_ids, attention_mask, prompt_length)
-            text_embeds = _normalize(features)
+            texts = self.get_text_features(input_ids, attention_mask, prompt_length, **states)
+            text_embeds = _normalize(texts)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
-        return output if return_dict is not False else output.to_tuple()  # type: ignore[return-value]
+        output.text_model_output, output.vision_model_output = texts, images
+        return output
 
     def compare(
         self, image_embeds: Tensor | None, text_embeds: Tensor | None, *, return_loss: bool = False
@@ -597,16 +513,28 @@ class LLM2CLIPTextModel(_TextHalf):
         self._add_text_half(text_model)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
         """Encode texts; see `LLM2CLIPModel.get_text_features`. Returns unit-length embeds."""
-        features = self.get_text_features(input_ids, attention_mask, prompt_length)
+        features = self.get_text_features(
+            input_ids,
+            attention_mask,
+            prompt_length,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
         text_embeds = _normalize(features)
-        return LLM2CLIPOutput(text_embeds=text_embeds, pooler_output=text_embeds)
+        return LLM2CLIPOutput(
+            text_embeds=text_embeds, pooler_output=text_embeds, text_model_output=features
+        )
 
 
 class LLM2CLIPVisionModel(_VisionHalf):
@@ -627,19 +555,38 @@ class LLM2CLIPVisionModel(_VisionHalf):
         self._add_vision_half(vision_model)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the vision tower's embeddings of patches; gradient checkpointing asks for them."""
+        return self.vision_model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the vision tower's embeddings of patches."""
+        self.vision_model.set_input_embeddings(value)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
-        """Encode pictures; see `LLM2CLIPModel.get_image_features`. Returns unit-length embeds."""
+        """Encode images; see `LLM2CLIPModel.get_image_features`. Returns unit-length embeds."""
         features = self.get_image_features(
-            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
+            pixel_values,
+            pixel_attention_mask,
+            spatial_shapes,
+            interpolate_pos_encoding,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         image_embeds = _normalize(features)
-        return LLM2CLIPOutput(image_embeds=image_embeds, pooler_output=image_embeds)
+        return LLM2CLIPOutput(
+            image_embeds=image_embeds, pooler_output=image_embeds, vision_model_output=features
+        )
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
@@ -659,18 +606,6 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
     labels = torch.arange(num_images, device=logits_per_image.device)
     per_image = F.cross_entropy(logits_per_image, labels)
     return (per_image + F.cross_entropy(logits_per_image.T, labels)) / 2
-
-
-def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
-    """Make every token of an LLM see every other one, or only those before it.
-
-    The configuration alone leaves families causal that drop attention arguments on the way; the
-    modules alone leave eager attention and padded batches causal. So both are set.
-    """
-    text_model.config.is_causal = not bidirectional
-    for module in text_model.modules():
-        if hasattr(module, "is_causal"):
-            setattr(module, "is_causal", not bidirectional)  # noqa: B010 (mypy: not a Tensor)
 
 
 def _normalize(features: BaseModelOutputWithPooling) -> Tensor:

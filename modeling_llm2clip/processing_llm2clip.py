@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from .loading_llm2clip import naming_code
@@ -32,6 +32,12 @@ _NOT_TAKEN = {
     "return_overflowing_tokens", "audio", "videos",
 }  # fmt: skip
 _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers gives all kinds, always
+# Where a file of a model is looked for.
+_PLACE_OPTIONS = (
+    "cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder",
+)  # fmt: skip
+# What transformers puts into a processor's dictionary beside processor_config.json.
+_FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _UNSCALED = "do_rescale=False is for floats in [0, 1]; leave it out, or give those."
 _MOST_SHOWN = 200  # characters of what was given for a path
@@ -80,6 +86,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
         kwargs["trust_remote_code"] = False
         with naming_code(pretrained_model_name_or_path, revision=kwargs.get("revision")):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read `processor_config.json`; without that file take the text length from `config.json`.
+
+        A folder lacks it where model, tokenizer and image processor were saved one by one.
+        """
+        place = {name: kwargs[name] for name in _PLACE_OPTIONS if name in kwargs}
+        found: dict[str, Any]
+        found, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if set(found) <= _FROM_OTHER_FILES:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+            if "max_text_length" in config:
+                found["max_text_length"] = config["max_text_length"]
+        return found, unused
 
     @classmethod
     def from_args_and_dict(

@@ -118,11 +118,64 @@ def _require_interpolation(
         )
 
 
-def pool_pictures(output: Any, pooling: str, *, patch_mask: Tensor | None = None) -> Tensor:
+def count_prefix_tokens(vision_model: nn.Module) -> int:
+    """How many tokens a tower puts before its patches: class and distillation token, registers."""
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is not None:
+        return int(getattr(timm_model, "num_prefix_tokens", 0))
+    names = {name.split(".")[-1] for name, _ in vision_model.named_parameters()}
+    num_special = len(names & {*_CLASS_TOKENS, "distillation_token"})
+    config: Any = vision_model.config
+    return num_special + int(getattr(config, "num_register_tokens", 0) or 0)
+
+
+def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
+    """Return a tower's tokens without those that are not patches.
+
+    Args:
+        hidden_states: (B, L, D).
+        pixel_values: (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout.
+
+    Returns:
+        (B, L - prefix, D).
+
+    Raises:
+        ValueError: what is left is not the patches of such an image, so nothing is guessed.
+    """
+    num_prefix = count_prefix_tokens(vision_model)
+    patches = hidden_states[:, num_prefix:]
+    side = find_patch_size(vision_model)
+    if pixel_values.ndim == 3:
+        expected = pixel_values.shape[1]
+    elif side:
+        expected = (pixel_values.shape[-2] // side) * (pixel_values.shape[-1] // side)
+    else:
+        expected = 0
+    # Hierarchical towers merge patches in equal numbers.
+    if not patches.shape[1] or expected % patches.shape[1] or not expected:
+        config: Any = vision_model.config
+        raise ValueError(
+            f"vision_pooling='patch_mean', but this {config.model_type!r} tower returns "
+            f"{hidden_states.shape[1]} tokens, {num_prefix} of them known not to be patches, for "
+            f"{expected or 'an unknown number of'} patches of the image. Use 'pooler', 'cls' or "
+            "'mean'."
+        )
+    return patches
+
+
+def pool_pictures(
+    output: Any,
+    pooling: str,
+    *,
+    vision_model: nn.Module,
+    pixel_values: Tensor,
+    patch_mask: Tensor | None = None,
+) -> Tensor:
     """Reduce a tower's output to one vector a picture, (B, D).
 
     Args:
-        pooling: `"pooler"`, `"cls"` or `"mean"`, see `LLM2CLIPConfig`.
+        pooling: `"pooler"`, `"cls"`, `"mean"` or `"patch_mean"`, see `LLM2CLIPConfig`.
+        vision_model, pixel_values: the tower and its input, which say what tokens are patches.
         patch_mask: (B, L), 0 where a patch is padding.
     """
     if pooling == "pooler":
@@ -130,7 +183,7 @@ def pool_pictures(output: Any, pooling: str, *, patch_mask: Tensor | None = None
         if pooled is None:
             raise ValueError(
                 "vision_pooling='pooler', but this vision tower has no pooler output. "
-                "Use 'cls' or 'mean' in the configuration."
+                "Use 'cls', 'mean' or 'patch_mean' in the configuration."
             )
         return pooled  # type: ignore[no-any-return]
     hidden_states: Tensor = output.last_hidden_state
@@ -139,6 +192,8 @@ def pool_pictures(output: Any, pooling: str, *, patch_mask: Tensor | None = None
             f"vision_pooling={pooling!r} needs tokens (B, L, D), but the tower returns "
             f"{tuple(hidden_states.shape)}. Use 'pooler'."
         )
+    if pooling == "patch_mean":
+        hidden_states = find_patches(vision_model, hidden_states, pixel_values)
     if pooling == "cls":
         return hidden_states[:, 0]
     if patch_mask is None:

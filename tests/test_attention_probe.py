@@ -10,12 +10,13 @@ import torch
 from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.encoding.captions import encode_captions
 from modeling_llm2clip.hub.attention_probe import find_attention_faults, require_bidirectional
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.doctor import diagnose
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, set_attention_direction
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.training.cross_modal.model import AlignmentModel
 
 BLIND = r"first token does not see the last"

@@ -59,6 +59,27 @@ def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> Non
     assert model.config.max_text_length == 32
 
 
+def test_build_takes_every_setting_of_pooling_and_adapter(
+    towers: tuple[str, str], tmp_path: Path
+) -> None:
+    options = ["--prompt", "llama-3", "--vision-pooling", "patch_mean"]
+    options += ["--no-normalize-text-before-adapter", "--max-text-length", "32"]
+    assert main(["build", *towers, str(tmp_path / "new"), *options]) == 0
+    model = AutoModel.from_pretrained(tmp_path / "new")
+    assert model.config.vision_pooling == "patch_mean"
+    assert model.config.normalize_text_before_adapter is False
+    assert model.text_adapter.normalize is False
+
+
+def test_an_adapter_is_written_in_every_dtype_that_the_settings_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune-captions", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--adapter-dtype {float32,float16,bfloat16}" in shown
+
+
 def test_doctor_finds_what_build_writes_healthy(
     built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

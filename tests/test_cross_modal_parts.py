@@ -14,8 +14,8 @@ from tiny import draw_noise, tiny_model, tiny_pictures
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.encoding.layers import find_layers
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
 from modeling_llm2clip.training.cross_modal.dataset import AlignmentDataset
 from modeling_llm2clip.training.cross_modal.model import AlignmentModel

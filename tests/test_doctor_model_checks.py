@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from breaking import load_patient
 
+from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.hub.doctor.model_checks import (
     check_attention_direction,
     check_batch_invariance,
     check_padding_invariance,
     check_pooled_span,
 )
-from modeling_llm2clip.modeling_llm2clip import set_attention_direction
 
 
 def test_a_loaded_model_that_turned_causal_is_found(good: Path) -> None:

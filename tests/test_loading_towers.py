@@ -366,7 +366,9 @@ def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) 
     tower.save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
     drop_weights(tmp_path, "pooler")
-    with pytest.raises(ValueError, match=r"lacks 2 weights .*vision_pooling 'cls' or 'mean'"):
+    with pytest.raises(
+        ValueError, match=r"lacks 2 weights .*vision_pooling 'cls', 'mean' or 'patch_mean'"
+    ):
         load_vision_tower(tmp_path)
     loaded, _ = load_vision_tower(tmp_path, allow_missing_pooler=True)
     kept = {n: v for n, v in loaded.state_dict().items() if "pooler" not in n}

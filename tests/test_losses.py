@@ -23,8 +23,9 @@ from gloo_workers import (
 from tiny import tiny_model
 
 from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.modeling_llm2clip import MAX_LOG_SCALE, contrastive_loss
+from modeling_llm2clip.modeling_llm2clip import contrastive_loss
 from modeling_llm2clip.training.losses import keyed_contrastive_loss
 
 WHOLE = slice(0, NUM_ROWS)

@@ -222,7 +222,9 @@ def test_a_tuple_has_the_fields_that_are_there() -> None:
     with torch.no_grad():
         output = model(**shared_batch(), return_dict=False)
     assert type(output) is tuple
-    assert [value.shape for value in output] == [(3, 3), (3, 3), (3, 32), (3, 32)]
+    *embeds, texts, images = output
+    assert [value.shape for value in embeds] == [(3, 3), (3, 3), (3, 32), (3, 32)]
+    assert type(texts) is type(images) is tuple  # as in CLIPModel
 
 
 def test_pictures_and_texts_may_be_unequally_many() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_llm, tiny_model
 
-from modeling_llm2clip.modeling_llm2clip import set_attention_direction
+from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.packing_llm2clip import (
     PackedTexts,
     _attend_in_graph,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from shared_models import every_device, move
 from tiny import tiny_llm, tiny_model, tiny_pictures, tiny_tokenizer, tiny_vision
+from transformers import AutoModel, BitsAndBytesConfig
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.quantization import KEPT_IN_FULL, text_quantization_config
 
@@ -54,3 +60,123 @@ def test_everything_outside_the_language_model_stands_on_the_list():
 def test_another_kind_is_refused():
     with pytest.raises(ValueError, match="kind='2bit' must be '4bit' or '8bit'"):
         text_quantization_config("2bit")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder, the model that it holds and a batch; two blocks of 4-bit numbers a row."""
+    tokenizer = tiny_tokenizer()
+    text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=2 * BLOCK)
+    settings = BuildArguments(prompt="llama-3", max_text_length=32)
+    model, processor = build_model(*tiny_vision(), text_model, tokenizer, settings)
+    folder = tmp_path_factory.mktemp("whole")
+    model.save_pretrained(folder)
+    return folder, model, dict(processor(text=["a dog", "two cats"], images=tiny_pictures()))
+
+
+WHOLE = {
+    "4bit": BitsAndBytesConfig(load_in_4bit=True),
+    "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "4bit with a wish": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o_proj"]),
+    "4bit as a dictionary": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
+def test_quantizing_the_whole_model_leaves_all_but_the_llm_alone(
+    kind: str, load: Any, saved: tuple[Path, Any, Any]
+) -> None:
+    folder, model, batch = saved
+    given = copy.deepcopy(WHOLE[kind])
+    loaded = load.from_pretrained(folder, quantization_config=given, device_map={"": "cpu"})
+    layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    quantized = [name for name, module in loaded.named_modules() if isinstance(module, layers)]
+    assert quantized and all(name.startswith("text_model.") for name in quantized)
+    assert any("o_proj" in name for name in quantized) is (kind != "4bit with a wish")
+    with torch.inference_mode():
+        before, after = model(**batch), loaded(**batch)
+    # The image half keeps its weights: only the order of sums differs.
+    torch.testing.assert_close(after.image_embeds, before.image_embeds, atol=1e-6, rtol=1e-5)
+    # bitsandbytes' default fp4 keeps one to two digits of each weight, nf4 and 8 bits more.
+    assert F.cosine_similarity(after.text_embeds, before.text_embeds).min() > 0.6
+    if isinstance(given, BitsAndBytesConfig):  # the caller's is not changed
+        assert given.llm_int8_skip_modules == WHOLE[kind].llm_int8_skip_modules
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_projection_that_was_quantized_all_the_same_computes_in_floats(
+    kind: str, saved: tuple[Path, Any, Any]
+) -> None:
+    _, model, batch = saved
+    projection = model.visual_projection
+    layer: Any
+    if kind == "4bit":
+        layer = bitsandbytes.nn.Linear4bit(32, 512, bias=False, compute_dtype=torch.float32)
+    else:
+        layer = bitsandbytes.nn.Linear8bitLt(32, 512, bias=False, has_fp16_weights=False)
+    layer.load_state_dict(projection.state_dict())
+    quantized = copy.deepcopy(model)
+    quantized.visual_projection = layer.to("cpu")
+    assert not layer.weight.dtype.is_floating_point
+    with torch.no_grad():
+        wanted = model.get_vision_embeds(batch["pixel_values"])
+        found = quantized.train().project_vision_embeds(wanted)
+        wanted = model.project_vision_embeds(wanted)
+    # Four bits, two to three digits of each weight; cast to whole numbers it was -0.45.
+    assert F.cosine_similarity(found, wanted).min() > 0.97
+
+
+def test_a_vision_half_has_nothing_to_quantize(saved: tuple[Path, Any, Any]) -> None:
+    with pytest.raises(ValueError, match="LLM2CLIPVisionModel has no LLM"):
+        LLM2CLIPVisionModel.from_pretrained(saved[0], quantization_config=WHOLE["4bit"])
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("one", [LLM2CLIPModel, LLM2CLIPTextModel])
+def test_a_quantized_model_is_given_back_as_it_was_saved(
+    kind: str, one: Any, saved: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    folder, _, batch = saved
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    loaded = one.from_pretrained(folder, quantization_config=WHOLE[kind], device_map={"": "cpu"})
+    loaded.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert set(KEPT_IN_FULL) <= set(stated["llm_int8_skip_modules"])
+    again = one.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        # The same bits: equal weights at other addresses.
+        assert torch.allclose(again(**texts).text_embeds, loaded(**texts).text_embeds, atol=1e-6)
+
+
+def test_4_bit_weights_that_bitsandbytes_has_reordered_are_not_saved(
+    saved: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    loaded = LLM2CLIPModel.from_pretrained(
+        saved[0], quantization_config=WHOLE["4bit"], device_map={"": "cpu"}
+    )
+    # What its forward does on a CPU that computes in bfloat16, which not every one does.
+    weight = loaded.text_model.layers[0].mlp.up_proj.weight
+    weight.data, weight.quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    with pytest.raises(ValueError, match=r"1 4-bit layers have run on a CPU.*0\.mlp\.up_proj"):
+        loaded.save_pretrained(tmp_path)
+    loaded.state_dict()  # undoes it in part, as Trainer does before it saves
+    with pytest.raises(ValueError, match="4-bit layers have run on a CPU"):
+        loaded.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_put_together_from_a_quantized_llm_is_not_saved(
+    saved: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    folder, model, _ = saved
+    quantized = LLM2CLIPTextModel.from_pretrained(
+        folder, quantization_config=WHOLE["4bit"], device_map={"": "cpu"}
+    )
+    together = LLM2CLIPModel(
+        copy.deepcopy(model.config), copy.deepcopy(model.vision_model), quantized.text_model
+    )
+    with pytest.raises(ValueError, match="not loaded with a quantization_config"):
+        together.save_pretrained(tmp_path)

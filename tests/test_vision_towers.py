@@ -22,6 +22,7 @@ from tiny import (
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
 
+from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.hub.build import BuildArguments, build_model
 from modeling_llm2clip.hub.pictures import set_normalization, set_picture_size
@@ -291,7 +292,95 @@ def test_the_mean_of_patches_leaves_padding_out() -> None:
     wanted = output.last_hidden_state[0, mask[0].bool()].mean(dim=0)
     # A sum of few numbers in another order, not of unit length.
     assert torch.allclose(found[0], wanted, rtol=ROUNDING, atol=ROUNDING)
-    assert (pool_pictures(output, "mean")[0] - wanted).abs().max() > 1e-3
+    given = {"vision_model": model.vision_model, "pixel_values": batch["pixel_values"]}
+    assert (pool_pictures(output, "mean", **given)[0] - wanted).abs().max() > 1e-3
+    # All of its tokens are patches.
+    of_patches = pool_pictures(output, "patch_mean", **given, patch_mask=mask)[0]
+    assert torch.allclose(of_patches, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def tower_with_registers(model_type: str) -> Any:
+    """A tower with a class token, three registers and sixteen patches."""
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=8,
+        image_size=PICTURE_SIZE, num_register_tokens=3,
+    )  # fmt: skip
+    return AutoModel.from_config(config).eval()
+
+
+def build_patch_mean(vision_model: Any, image_processor: Any) -> Any:
+    tokenizer = tiny_tokenizer()
+    text_model = tiny_llm(vocabulary_size=len(tokenizer))
+    arguments = BuildArguments(prompt="llama-3", vision_pooling="patch_mean")
+    return build_model(vision_model, image_processor, text_model, tokenizer, arguments)[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "num_prefix"),
+    [
+        ("clip", 1),
+        ("siglip", 0),
+        ("siglip2", 0),
+        ("dinov2", 1),
+        ("vit", 1),
+        ("timm", 1),
+        ("eva02", 1),
+        ("timm-siglip", 0),
+        ("dinov3_vit", 4),
+        ("dinov2_with_registers", 4),
+    ],
+)
+def test_patch_mean_leaves_class_token_and_registers_out(family: str, num_prefix: int) -> None:
+    tower, image_processor = tiny_vision("clip" if "registers" in family else family)
+    if num_prefix > 1:
+        tower = tower_with_registers(family)
+    model = build_patch_mean(tower, image_processor)
+    images = image_processor(tiny_pictures(2), return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.vision_model(**images).last_hidden_state
+        found = model.get_vision_embeds(**images)
+    wanted = tokens[:, num_prefix:].mean(dim=1)
+    # A sum of few numbers in another order, not of unit length.
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+    if num_prefix:
+        assert (wanted - tokens.mean(dim=1)).abs().max() > 1e-3
+
+
+def test_patch_mean_is_refused_where_tokens_are_not_the_patches_of_the_image() -> None:
+    tower = tower_with_registers("dinov2_with_registers")
+    tower.config.num_register_tokens = 0  # as of a family that calls them otherwise
+    with pytest.raises(ValueError, match=r"returns 20 tokens, 1 of them .* for 16 patches"):
+        build_patch_mean(tower, tiny_vision("clip")[1])
+
+
+def test_patch_mean_needs_tokens() -> None:
+    with pytest.raises(ValueError, match=r"vision_pooling='patch_mean' needs tokens"):
+        build_patch_mean(*tiny_vision("timm with batch norm"))
+
+
+@pytest.mark.parametrize(
+    ("model_args", "trained", "stated"),
+    [
+        ({"img_size": 48}, [3, 32, 32], 48),
+        ({"img_size": [48, 48]}, [3, 32, 32], 48),
+        (None, [3, 32, 32], 32),
+        ({}, [3, 32, 64], [32, 64]),
+    ],
+)
+def test_the_configuration_of_a_timm_tower_states_its_image_size(
+    model_args: dict[str, Any] | None, trained: list[int], stated: Any
+) -> None:
+    vision_config = AutoConfig.for_model(
+        "timm_wrapper",
+        architecture="test_vit",
+        model_args=model_args,
+        pretrained_cfg={"input_size": trained},
+    )
+    text_config = tiny_llm().config.to_dict() | {"is_causal": False}
+    config = LLM2CLIPConfig(vision_config, text_config)
+    assert config.vision_config.image_size == stated
+    again = LLM2CLIPConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.vision_config.image_size == stated
 
 
 # Mean and std

@@ -27,8 +27,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.data.captioned_sources import read_captioned
-from modeling_llm2clip.modeling_llm2clip import set_attention_direction
 from modeling_llm2clip.training.caption_encoder import name_base_without_path
 from modeling_llm2clip.training.processes import keep_to_one_gpu
 

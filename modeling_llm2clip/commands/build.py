@@ -42,8 +42,9 @@ def add_parser(commands: Any) -> None:
         help="what represents a text: the mean of its tokens, or the last one",
     )  # fmt: skip
     build.add_argument(
-        "--vision-pooling", choices=("pooler", "cls", "mean"), default="pooler",
-        help="what represents an image: the tower's pooler, its CLS token, or the mean of tokens",
+        "--vision-pooling", choices=("pooler", "cls", "mean", "patch_mean"), default="pooler",
+        help="what represents an image: the tower's pooler, its CLS token, the mean of all tokens, "
+        "CLS and registers too, or of the patches alone",
     )  # fmt: skip
     build.add_argument("--image-size", type=int, help="side of the pictures; default: the tower's")
     build.add_argument(
@@ -55,6 +56,10 @@ def add_parser(commands: Any) -> None:
     build.add_argument(
         "--text-adapter-layers", type=int, default=4, help="residual blocks of the text adapter"
     )
+    build.add_argument(
+        "--normalize-text-before-adapter", action=argparse.BooleanOptionalAction, default=True,
+        help="scale the LLM's embeddings to unit length before the text adapter",
+    )  # fmt: skip
     build.add_argument(
         "--visual-projection-bias", action=argparse.BooleanOptionalAction, default=True,
         help="bias of the image projection, which the closed-form start of align needs",

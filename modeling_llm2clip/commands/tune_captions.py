@@ -80,7 +80,7 @@ def _add_settings(group: Any) -> None:
         help="auto: bfloat16 on a GPU that computes in it",
     )  # fmt: skip
     group.add_argument(
-        "--adapter-dtype", choices=("float32", "float16"), default="float32",
+        "--adapter-dtype", choices=("float32", "float16", "bfloat16"), default="float32",
         help="dtype of the written LoRA",
     )  # fmt: skip
     group.add_argument("--rank", type=int, default=16, help="rank of the LoRA")

@@ -5,22 +5,15 @@ from __future__ import annotations
 import torch
 from transformers import BitsAndBytesConfig
 
-# transformers' own default would quantise the vision tower and the projections too.
-KEPT_IN_FULL = [
-    "vision_model",
-    "visual_projection",
-    "text_adapter",
-    "text_projection",
-    "logit_scale",
-]
+from ..quantization_llm2clip import KEPT_IN_FULL
 
 
 def text_quantization_config(kind: str) -> BitsAndBytesConfig:
     """Return a `quantization_config` for `from_pretrained` that reaches the text tower alone.
 
-    Quantise while a whole checkpoint is loaded: a model put together from an already quantised
-    tower cannot be loaded again. Do not save a 4-bit model that has run on a processor:
-    bitsandbytes then writes other weights than it loaded.
+    Any other configuration of bitsandbytes reaches it alone too. Quantize while a whole checkpoint
+    is loaded: a model put together from an already quantized tower cannot be loaded again, and
+    `save_pretrained` refuses it, as it does a 4-bit model that has run on a CPU.
 
     Args:
         kind: `"4bit"` (NF4, computed in bfloat16) or `"8bit"`.

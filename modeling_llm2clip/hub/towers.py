@@ -71,7 +71,8 @@ def load_vision_tower(
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
-            f"{missing[:8]}. If only the pooler is missing, choose vision_pooling 'cls' or 'mean'."
+            f"{missing[:8]}. If only the pooler is missing, choose vision_pooling "
+            "'cls', 'mean' or 'patch_mean'."
         )
     require_pixels_alone(model)
     if config.model_type != "timm_wrapper":  # in which a head left out is still a module

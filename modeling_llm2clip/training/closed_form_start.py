@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modeling_llm2clip import MAX_LOG_SCALE, LLM2CLIPModel
+from ..heads_llm2clip import MAX_LOG_SCALE
+from ..modeling_llm2clip import LLM2CLIPModel
 from .losses import keyed_contrastive_loss
 
 # Shares of the mean variance that may be added to every variance, three a decade.

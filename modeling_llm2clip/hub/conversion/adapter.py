@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...modeling_llm2clip import MAX_LOG_SCALE
+from ...heads_llm2clip import MAX_LOG_SCALE
 from .renaming import Rule, rename
 from .tensors import LazyTensor
 

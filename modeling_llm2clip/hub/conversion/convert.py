@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModel
 
 from ... import __version__
+from ...base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...encoding.devices import find_device
 from ...loading_llm2clip import load_without_code
-from ...modeling_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..card_facts import CardFacts, find_license, require_license
 from ..doctor import diagnose

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ... import configuration_llm2clip
+from ...base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.training_state import describe_untrained
 from ...loading_llm2clip import list_foreign_code
 from ...modeling_llm2clip import (
-    _CODE_OF_EVERY_FOLDER,
     LLM2CLIPModel,
     LLM2CLIPTextModel,
     LLM2CLIPVisionModel,
@@ -135,11 +135,7 @@ def check_finite_weights(patient: Patient) -> str:
 def check_remote_code(patient: Patient) -> str:
     """Compare the folder's code with the installed package, and where its files send a loader."""
     folder = patient.folder
-    wanted = {
-        path.name: path
-        for path in list_travelling_files()
-        if patient.has_processor_files or path.name != "processing_llm2clip.py"
-    }
+    wanted = {path.name: path for path in list_travelling_files()}
     config = _read_json(folder / "config.json")
     inside = _find_code_inside(folder)
     brings_code = config.get("auto_map") or inside

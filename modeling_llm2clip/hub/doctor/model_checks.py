@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...modeling_llm2clip import MAX_LOG_SCALE
+from ...heads_llm2clip import MAX_LOG_SCALE
 from ..attention_probe import find_attention_faults
 from ..golden import draw_golden_pictures
 from .diagnosis import NotApplicableError

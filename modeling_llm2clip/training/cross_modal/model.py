@@ -67,7 +67,7 @@ class AlignmentModel(LLM2CLIPModel):
             self.forget_absent_layers()
         self.trains_text = self.trains_vision = False
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: Tensor | None = None,
         vision_embeds: Tensor | None = None,

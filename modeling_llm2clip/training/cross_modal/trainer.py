@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ...encoding.devices import find_device
-from ...modeling_llm2clip import MAX_LOG_SCALE
+from ...heads_llm2clip import MAX_LOG_SCALE
 from ..callbacks import LogLastStep, choose_reports
 from ..checkpoints import CHECKPOINTS, find_trained
 from ..losses import keyed_contrastive_loss

@@ -1,0 +1,101 @@
+"""What the model returns, and what of its towers' states a caller may ask for.
+
+Uploaded with the weights. Shapes: B images or texts, L tokens, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+
+# Arguments of transformers' models, and the fields of an output that they fill.
+_STATES = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
+
+
+@dataclass
+class LLM2CLIPOutput(ModelOutput):
+    """What `forward` returns; a field is None where its input was not given.
+
+    Attributes:
+        loss: () float32, with `return_loss=True`.
+        logits_per_image: (B images, B texts) float32, cosine times the inverse temperature.
+        logits_per_text: its transpose.
+        text_embeds, image_embeds: (B, P) float32, unit length.
+        pooler_output: the only embeds there are, in a call with one kind of input.
+        text_model_output, vision_model_output: as `get_text_features` and `get_image_features`
+            return them: features before they get unit length, and states of the towers.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    pooler_output: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not None, the towers' outputs as tuples too, as CLIP does."""
+        return tuple(
+            value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values()
+        )
+
+
+def find_requested_states(
+    config: PreTrainedConfig,
+    tower: nn.Module,
+    *,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+) -> tuple[str, ...]:
+    """Return the names of the arguments that a call asks a tower for states with.
+
+    Args:
+        config: of the whole model. It and the tower's own count where the caller leaves it open.
+        tower: the LLM or the vision tower.
+        output_attentions, output_hidden_states: what the caller gave.
+    """
+    given = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+    configs = (config, tower.config)
+    return tuple(
+        name
+        for name, value in given.items()
+        if (any(getattr(c, name, False) for c in configs) if value is None else value)
+    )
+
+
+def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, bool]:
+    """Return the requests as arguments, without those that the tower's forward does not take."""
+    parameters = inspect.signature(tower.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {name: True for name in requested if takes_any or name in parameters}
+
+
+def keep_states(
+    output: Any, tower: nn.Module, requested: tuple[str, ...], *, pooled: Tensor
+) -> BaseModelOutputWithPooling:
+    """Return a tower's output with its states as requested and another pooled embedding.
+
+    Raises:
+        ValueError: the tower did not return a state that was asked for, or only gaps.
+    """
+    states = {}
+    for name in requested:
+        found = getattr(output, _STATES[name], None)
+        if not found or any(state is None for state in found):
+            config: Any = tower.config
+            raise ValueError(
+                f"{name}=True, but this {config.model_type!r} tower does not return its "
+                f"{_STATES[name]} with attn_implementation={config._attn_implementation!r}. Load "
+                f"the model with attn_implementation='eager', or leave {name} out."
+            )
+        states[_STATES[name]] = tuple(found)
+    return BaseModelOutputWithPooling(
+        last_hidden_state=output.last_hidden_state, pooler_output=pooled, **states
+    )

@@ -1,0 +1,167 @@
+"""States of the towers, tuples and dtypes behave as in transformers' CLIPModel."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_models import (
+    ROUNDING,
+    every_vision,
+    pictures_of,
+    shared_batch,
+    shared_model,
+    texts_of,
+)
+from tiny import tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+
+CLASSES = ("whole", "text", "vision")
+# An instance takes no arguments of another kind of input.
+INPUTS = {"whole": lambda batch: batch, "text": texts_of, "vision": pictures_of}
+every_class = pytest.mark.parametrize("kind", CLASSES)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The three classes with eager attention, which keeps its weights; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    copy.deepcopy(shared_model()[0]).save_pretrained(folder)
+    classes = (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
+    return {
+        kind: one.from_pretrained(folder, attn_implementation="eager")
+        for kind, one in zip(CLASSES, classes, strict=True)
+    }
+
+
+def list_towers(output: Any) -> dict[str, Any]:
+    towers = {"text": output.text_model_output, "vision": output.vision_model_output}
+    return {name: tower for name, tower in towers.items() if tower is not None}
+
+
+@every_class
+def test_states_are_there_when_asked_for_and_only_then(models: dict[str, Any], kind: str) -> None:
+    model, inputs = models[kind], INPUTS[kind](shared_batch())
+    with torch.no_grad():
+        plain = model(**inputs)
+        full = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert set(list_towers(full)) == ({"text", "vision"} if kind == "whole" else {kind})
+    for name, tower in list_towers(full).items():
+        assert len(tower.hidden_states) == 3 and len(tower.attentions) == 2  # two layers
+        assert tower.attentions[0].shape[:2] == (3, 4)  # batch, heads
+        assert list_towers(plain)[name].hidden_states is None
+        assert list_towers(plain)[name].attentions is None
+    for name in ("text_embeds", "image_embeds"):
+        if name in plain:
+            assert torch.allclose(plain[name], full[name], atol=ROUNDING)
+
+
+@every_class
+def test_a_wish_in_the_config_counts_until_the_call_says_otherwise(
+    models: dict[str, Any], kind: str
+) -> None:
+    model, inputs = copy.deepcopy(models[kind]), INPUTS[kind](shared_batch())
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        by_config = list_towers(model(**inputs))
+        refused = list_towers(model(**inputs, output_hidden_states=False))
+    assert all(len(tower.hidden_states) == 3 for tower in by_config.values())
+    assert all(tower.hidden_states is None for tower in refused.values())
+
+
+@every_class
+def test_states_that_a_tower_does_not_keep_are_refused(kind: str, tmp_path: Path) -> None:
+    copy.deepcopy(shared_model()[0]).save_pretrained(tmp_path)
+    one = {"whole": LLM2CLIPModel, "text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}[kind]
+    model = one.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match=r"output_attentions=True.*attn_implementation='eager'"):
+        model(**INPUTS[kind](shared_batch()), output_attentions=True)
+
+
+def test_a_network_of_timm_refuses_attentions() -> None:
+    model, _ = shared_model("timm")
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.get_image_features(**pictures_of(shared_batch("timm")), output_attentions=True)
+
+
+@every_class
+@pytest.mark.parametrize("way", ["argument", "config"])
+def test_a_tuple_is_returned_alike_by_all_classes(
+    models: dict[str, Any], kind: str, way: str
+) -> None:
+    model, inputs = models[kind], INPUTS[kind](shared_batch())
+    with torch.no_grad():
+        wanted = model(**inputs)
+        if way == "config":
+            model = copy.deepcopy(model)
+            model.config.return_dict = False
+            assert type(model(**inputs, return_dict=True)) is type(wanted)
+        found = model(**inputs, **({"return_dict": False} if way == "argument" else {}))
+    assert type(found) is tuple and len(found) == len(wanted.to_tuple())
+    assert torch.equal(found[0], wanted[0])  # what pipelines read
+
+
+def test_features_are_a_tuple_too_when_asked_for() -> None:
+    model, batch = shared_model()[0], shared_batch()
+    with torch.no_grad():
+        texts = model.get_text_features(**texts_of(batch), return_dict=False)
+        images = model.get_image_features(**pictures_of(batch), return_dict=False)
+    assert [len(value) for value in (texts, images)] == [2, 2]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last_token"])
+@pytest.mark.parametrize("path", ["packed", "token batches", "left padding", "with gradients"])
+def test_text_features_carry_the_tokens_that_were_pooled(path: str, pooling: str) -> None:
+    model, processor = tiny_model(text_pooling=pooling)
+    if path == "token batches":
+        model._can_pack = False
+    batch = texts_of(dict(processor(text=["a dog", "two red apples on a table", "x"])))
+    if path == "left padding":
+        num_padding = (1 - batch["attention_mask"]).sum(dim=1).tolist()
+        batch = {
+            name: torch.stack([row.roll(n) for row, n in zip(value, num_padding, strict=True)])
+            for name, value in batch.items()
+        }
+    with torch.set_grad_enabled(path == "with gradients"):
+        output = model.get_text_features(**batch)
+        alone = [
+            model.text_model(row[mask.bool()][None], use_cache=False).last_hidden_state[0]
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+    assert output.last_hidden_state.shape == (*batch["input_ids"].shape, 32)
+    for states, mask, wanted in zip(
+        output.last_hidden_state, batch["attention_mask"], alone, strict=True
+    ):
+        # Another order of sums in two layers whose states are about 1.
+        assert torch.allclose(states[mask.bool()], wanted, atol=1e-4)
+
+
+@every_vision
+def test_image_features_carry_the_states_of_the_tower(vision: str) -> None:
+    model, images = shared_model(vision)[0], pictures_of(shared_batch(vision))
+    with torch.no_grad():
+        output = model.get_image_features(**images, output_hidden_states=True)
+        wanted = model.vision_model(**images).last_hidden_state
+    # timm leaves out nothing but its pooling on this way.
+    assert torch.allclose(output.last_hidden_state, wanted, atol=1e-5)
+    assert len(output.hidden_states) >= 2
+
+
+def test_states_can_be_learned_from() -> None:
+    model = copy.deepcopy(shared_model()[0]).train()
+    output = model.get_text_features(**texts_of(shared_batch()))
+    output.last_hidden_state[:, 1].sum().backward()
+    assert model.text_model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_only_a_class_with_a_temperature_keeps_it_in_float32(
+    models: dict[str, Any],
+) -> None:
+    for kind, model in models.items():
+        names = model._keep_in_fp32_modules_strict or ()
+        present = {name.split(".")[0] for name, _ in model.named_parameters()}
+        assert ("logit_scale" in names) is (kind == "whole") is ("logit_scale" in present)

@@ -1,0 +1,204 @@
+"""What training may move: nothing of what is frozen, and the same by every path through the LLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shared_models import CAPTIONS, every_vision, pictures_of, shared_batch, shared_model, texts_of
+from tiny import draw_noise, tiny_model
+from torch import Tensor, nn
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
+
+peft = pytest.importorskip("peft")
+BATCH_NORM = "timm with batch norm"
+
+
+def train_three_steps(model: Any, batch: dict[str, Tensor]) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    for _ in range(3):
+        model.train()  # as Trainer does before every step
+        model(**batch, return_loss=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def noise_batch(processor: Any) -> dict[str, Tensor]:
+    images = [draw_noise(40, 40, seed=seed) for seed in range(len(CAPTIONS))]
+    return dict(processor(text=CAPTIONS, images=images))
+
+
+def embed_images(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).image_embeds  # type: ignore[no-any-return]
+
+
+def test_a_frozen_tower_stays_in_eval_mode_and_keeps_its_statistics() -> None:
+    model, processor = tiny_model(BATCH_NORM)
+    model.vision_model.requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
+    assert any(name.endswith("running_var") for name in before)
+    train_three_steps(model, noise_batch(processor))
+    model.train()
+    assert not any(module.training for module in model.vision_model.modules())
+    assert model.text_model.training and model.text_adapter.training
+    after = dict(model.vision_model.named_buffers())
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_a_tower_frozen_behind_train_keeps_its_statistics_too() -> None:
+    model, processor = tiny_model(BATCH_NORM)
+    before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
+    model.train()
+    model.vision_model.requires_grad_(False)
+    model(**noise_batch(processor))
+    after = dict(model.vision_model.named_buffers())
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_statistics_that_are_trained_move_and_are_saved(tmp_path: Path) -> None:
+    model, processor = tiny_model(BATCH_NORM)
+    before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
+    batch = noise_batch(processor)
+    train_three_steps(model, batch)
+    after = dict(model.vision_model.named_buffers())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    model.save_pretrained(tmp_path)
+    again = LLM2CLIPModel.from_pretrained(tmp_path)
+    # Equal weights at other addresses, whose alignment picks other kernels.
+    assert torch.allclose(embed_images(again, batch), embed_images(model, batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("reached", ["text_model", "vision_model"])
+def test_a_lora_gives_the_images_again_that_it_was_trained_to_give(
+    reached: str, tmp_path: Path
+) -> None:
+    model, processor = tiny_model(BATCH_NORM)
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(reached)
+        and isinstance(module, nn.Linear | nn.Conv2d)
+        and getattr(module, "groups", 1) == 1
+    ]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    batch = noise_batch(processor)
+    train_three_steps(lora, batch)
+    lora.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_model(BATCH_NORM)[0], tmp_path).eval()
+    cosine = F.cosine_similarity(embed_images(again, batch), embed_images(lora, batch))
+    # The same weights in float32; statistics that had moved gave 0.94.
+    assert cosine.min() > 1 - 1e-5
+
+
+def test_statistics_that_peft_saves_with_their_layer_are_given_back(tmp_path: Path) -> None:
+    model, processor = tiny_model(BATCH_NORM)
+    norm = next(n for n, m in model.vision_model.named_modules() if hasattr(m, "running_mean"))
+    config = peft.LoraConfig(
+        r=2, target_modules=r"text_model\..*q_proj", modules_to_save=[f"vision_model.{norm}"]
+    )
+    lora = peft.get_peft_model(model, config)
+    trained = f"base_model.model.vision_model.{norm}.modules_to_save.default"
+    before = lora.get_submodule(trained).running_var.clone()
+    train_three_steps(lora, noise_batch(processor))
+    after = lora.get_submodule(trained).running_var
+    assert not torch.equal(before, after)
+    lora.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_model(BATCH_NORM)[0], tmp_path)
+    assert torch.equal(again.get_submodule(trained).running_var, after)
+
+
+def dropping_model(*, packs: bool) -> Any:
+    model, _ = tiny_model()
+    for module in model.text_model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    model.packs_in_training = packs
+    return model
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_draws_the_same_masks_with_and_without_gradients(
+    packs: bool, checkpointing: bool
+) -> None:
+    model, texts = dropping_model(packs=packs), texts_of(shared_batch())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    found = []
+    for with_gradients in (False, True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(with_gradients):
+            found.append(model.get_caption_embeds(**texts).detach())
+    # One path, so the same operations; other masks moved the embeddings by more than a tenth.
+    assert torch.allclose(*found, atol=1e-6)
+    assert not torch.allclose(found[0], model.eval().get_caption_embeds(**texts), atol=1e-2)
+
+
+def test_cached_gradients_are_those_of_the_masks_that_were_drawn(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+    )
+
+    from modeling_llm2clip.hub.export import export_model
+
+    export_model(*shared_model(), tmp_path / "model")
+    encoder = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    for module in encoder.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    encoder.train()
+    drawn: dict[bool, list[Tensor]] = {False: [], True: []}
+    encoder.register_forward_hook(
+        lambda *args: drawn[torch.is_grad_enabled()].append(args[2]["sentence_embedding"].detach())
+    )
+    # Two mini-batches a column, of texts of unlike lengths.
+    loss = CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2)
+    columns = [encoder.preprocess(texts) for texts in (CAPTIONS, list(reversed(CAPTIONS)))]
+    loss(columns, None).backward()
+    first, replayed = drawn[False], drawn[True]
+    assert len(first) == len(replayed) == 4
+    for before, after in zip(first, replayed, strict=True):
+        assert torch.allclose(before, after, atol=1e-6)  # the same operations, unit length
+
+
+@every_vision
+def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_to_the_vision_half(
+    vision: str, tmp_path: Path
+) -> None:
+    shared_model(vision)[0].save_pretrained(tmp_path)
+    images = pictures_of(shared_batch(vision))
+    gradients = []
+    for checkpointing in (False, True):
+        model = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+        if checkpointing:
+            if hasattr(model.vision_model, "timm_model"):
+                with pytest.raises(ValueError, match="not compatible with gradient checkpointing"):
+                    model.gradient_checkpointing_enable()
+                return
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        torch.manual_seed(0)
+        layers = [n for n, m in model.vision_model.named_modules() if isinstance(m, nn.Linear)]
+        config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+        lora = peft.get_peft_model(model, config).train()
+        lora(**images).image_embeds[:, :3].sum().backward()
+        gradients.append({n: p.grad for n, p in lora.named_parameters() if p.grad is not None})
+    assert gradients[0] and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        # The same operations once more; 1e-6 leaves room for threading.
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+def test_the_vision_half_gives_and_takes_the_embeddings_of_its_patches(tmp_path: Path) -> None:
+    shared_model()[0].save_pretrained(tmp_path)
+    half = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    patches = half.get_input_embeddings()
+    assert patches is half.vision_model.embeddings.patch_embedding
