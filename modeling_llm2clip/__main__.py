@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from . import __version__
+from ._extras import MissingExtraError
 from .commands import (
     align,
     build,
@@ -22,7 +23,7 @@ from .commands import (
     tune_captions,
 )
 
-_EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[demo,train]"'
+_EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
+    except MissingExtraError as error:
+        print(f"llm2clip {arguments.command}: {error}", file=sys.stderr)
+        return 2
     except ImportError as error:
         print(f"llm2clip {arguments.command}: {error}. {_EXTRAS}", file=sys.stderr)
         return 2

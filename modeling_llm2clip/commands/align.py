@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._extras import LORA, require
 from .captioned_data import add_data_flags, read_data
+from .extras import list_needs_of_data, list_needs_of_model
 from .pick import pick
 
 
@@ -66,6 +68,9 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    uses_lora = "lora" in (arguments.vision_training, arguments.text_training)
+    require(*([LORA] if uses_lora else []), *list_needs_of_data(arguments.data, extra="train"))
+    require(*list_needs_of_model(arguments.model, extra="train"))
     from ..data.trained_emoji import find_trained_emoji
     from ..data.vector_store import VectorStore
     from ..hub.assemble import assemble_folder

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from ..hub.picture_choices import NORMALIZATIONS
 from ..hub.prompt_presets import PROMPT_NAMES
+from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .pick import pick
 
 
@@ -44,6 +46,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.caption_adapter))
+    require(*list_needs_of_model(arguments.vision))
     import torch
 
     from ..data.trained_emoji import TrainedEmoji

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import TIMM_TOWER, require
 from ..hub.conversion.recipes import (
     ACTIVATIONS,
     COMPONENTS,
@@ -18,6 +19,7 @@ from ..hub.conversion.recipes import (
 )
 from ..hub.prompt_presets import PROMPT_NAMES
 from .card_flags import add_card_flags, pick_licenses
+from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .pick import pick
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..hub.publish import Destination
 
 _LLM2VEC = "llm2vec"
+_TIMM_RECIPES = ("eva02", "siglip2")
 # What an LLM2Vec folder says itself, or a model without official weights has not → its default.
 _NOT_WITH_LLM2VEC: dict[str, Any] = {
     "file": None,
@@ -126,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     if arguments.recipe == _LLM2VEC:
         return _build(arguments)
+    require(*([TIMM_TOWER] if arguments.recipe in _TIMM_RECIPES else []))
     from ..hub.conversion.checkpoint import CheckpointSource
     from ..hub.conversion.convert import convert_checkpoint
     from ..hub.conversion.language_model import LLMSource
@@ -163,6 +167,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    require(
+        *(list_needs_of_model(arguments.vision) if arguments.vision else ()),
+        *(list_needs_of_llm(arguments.llm) if arguments.llm else ()),
+        *list_needs_of_adapter(arguments.source),
+    )
     import torch
 
     from ..hub.build import BuildArguments

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .._extras import DEMO, require
 from .pick import pick
 
 _AFTER_DEMO = """
@@ -41,6 +42,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*DEMO)
     from ..demo.run import DemoArguments, run_demo
 
     report = run_demo(pick(DemoArguments, arguments))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .._extras import require
+from .extras import list_needs_of_model
+
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
@@ -17,6 +20,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model, revision=arguments.revision))
     from ..hub.doctor import diagnose
 
     diagnosis = diagnose(arguments.model, revision=arguments.revision, device=arguments.device)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import CLIP_TOKENS, PLOTS, require
+from .extras import list_needs_of_data, list_needs_of_evaluated
 from .pick import pick
 
 if TYPE_CHECKING:
@@ -115,10 +117,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         _print_lists()
         return 0
+    _require_extras(arguments)
     if arguments.plot is not None:
-        from ..evaluation.plots import import_matplotlib, require_plot_file
+        from ..evaluation.plots import require_plot_file
 
-        import_matplotlib()
         require_plot_file(arguments.plot)
     if arguments.models:
         from ..evaluation.evaluate import evaluate
@@ -142,6 +144,18 @@ def run(arguments: argparse.Namespace) -> int:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render_results(results, style=arguments.table or "text", width=width))
     return 0
+
+
+def _require_extras(arguments: argparse.Namespace) -> None:
+    """Raise MissingExtraError for what models, data and tasks need, before anything is read."""
+    needs = [PLOTS] if arguments.plot is not None else []
+    needs += [CLIP_TOKENS] if "length" in arguments.tasks else []
+    for data in arguments.data:
+        needs += list_needs_of_data(data.rpartition("=")[2])
+    require(*needs)
+    for number, source in enumerate(arguments.models):
+        kind = arguments.kind[number % len(arguments.kind)] if arguments.kind else None
+        require(*list_needs_of_evaluated(source, kind=kind, revision=arguments.revision))
 
 
 def _require_lengths(chosen: EvaluationArguments) -> None:

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import require
 from .card_flags import LICENSE_FLAGS, add_card_flags, pick_licenses
+from .extras import list_needs_of_model
 
 if TYPE_CHECKING:
     from ..hub.publish import Destination
@@ -60,6 +62,7 @@ def _add_hub_flags(hub: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model, revision=arguments.revision))
     from ..hub.new_folder import require_new_folder
     from ..hub.publish import check_publishable, publish_folder
 

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import require
+from .extras import list_needs_of_model
+
 if TYPE_CHECKING:
     from ..search.kept_vectors import KeptVectors
 
@@ -37,6 +40,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model))
     from ..encoding.devices import require_device
     from ..hub.doctor.patient import find_folder
     from ..hub.new_folder import require_new_folder

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._extras import CAPTION_TUNING, require
 from .captioned_data import add_data_flags, read_data
+from .extras import list_needs_of_model
 from .pick import pick
 
 
@@ -64,6 +66,8 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*CAPTION_TUNING)
+    require(*list_needs_of_model(arguments.model, extra="train"))
     from ..data.caption_groups import group_captions, read_text_pairs
     from ..hub.caption_adapter import merge_caption_adapter
     from ..hub.new_folder import clear_leftovers, require_new_folder

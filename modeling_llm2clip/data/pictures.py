@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .._extras import PARQUET, require
 from ..processing_llm2clip import read_header
 
 # Endings of the files that are taken for pictures, in lower case and without the dot.
@@ -80,15 +81,11 @@ def _open_table(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
 def import_datasets() -> Any:
     """Import `datasets`, which only readers of Parquet need.
 
-    Raises: ValueError saying how to install it.
+    Raises: MissingExtraError saying how to install it.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            "Parquet is read through `datasets`, which is not installed. Run "
-            "`pip install datasets`."
-        ) from error
+    require(PARQUET)
+    import datasets
+
     return datasets
 
 

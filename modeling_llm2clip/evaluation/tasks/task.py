@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..._extras import Need
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.confidence import bootstrap_mean
 from ..sets.schema import EvaluationSet
@@ -54,6 +55,7 @@ class Task:
         run: the task itself; takes one set a language.
         check: raises ValueError for sets on which the task cannot be run, before any model is
             loaded.
+        needs: optional packages that it cannot do without.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Task:
     run: RunTask
     check: Callable[[tuple[EvaluationSet, ...]], object] = lambda sets: None  # noqa: ARG005
     protocol_of: Callable[[tuple[EvaluationSet, ...]], Mapping[str, Any]] = lambda sets: {}  # noqa: ARG005
+    needs: tuple[Need, ...] = ()
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
