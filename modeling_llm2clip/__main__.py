@@ -22,6 +22,7 @@ from .commands import (
     search,
     tune_captions,
 )
+from .commands.library_warnings import hide_known_warnings
 
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A command that SIGINT or SIGTERM stopped in good order returns 130 or 143 itself.
     """
     arguments = _build_parser().parse_args(argv)
+    hide_known_warnings()
     try:
         return int(arguments.run(arguments))
     except MissingExtraError as error:

@@ -51,6 +51,10 @@ def add_parser(commands: Any) -> None:
         help="draw the results in --output; without MODEL nothing is computed",
     )  # fmt: skip
     evaluate.add_argument(
+        "--details", action="store_true",
+        help="also show what the scores depend on: models, prompts, data, how they were scored",
+    )  # fmt: skip
+    evaluate.add_argument(
         "--plot", type=Path, metavar="FILE", help="R@1 against length (PNG, SVG, PDF)"
     )
     _add_data_flags(evaluate.add_argument_group("data"))
@@ -142,7 +146,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Wrote {arguments.plot}.", file=sys.stderr)
     print()
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(render_results(results, style=arguments.table or "text", width=width))
+    style = arguments.table or "text"
+    print(render_results(results, style=style, width=width, details=arguments.details))
+    if not arguments.details:
+        again = f"llm2clip evaluate --table --details --output {arguments.output}"
+        print(f"What the scores depend on: {again}", file=sys.stderr)
     return 0
 
 
@@ -322,4 +330,10 @@ def _print_lists() -> None:
 
 
 def _print_result(result: Result) -> None:
-    print(f"{result.model}: {result.task} on {result.set}, {result.seconds:.1f} s", file=sys.stderr)
+    from ..evaluation.tables import write_headline
+
+    print(
+        f"{result.model}: {result.task} on {result.set}: {write_headline(result)}; "
+        f"{result.seconds:.1f} s",
+        file=sys.stderr,
+    )

@@ -172,6 +172,7 @@ LENGTHS = Task(
         "tokens beyond 77": ("all", "share_of_tokens_beyond_clip"),
         "texts it cut": ("all", "share_cut_by_this_encoder"),
     },
+    chance={"R@1": ("chance",)},
     run=run_lengths,
     check=_check_lengths,
     protocol_of=_say_what_is_asked,

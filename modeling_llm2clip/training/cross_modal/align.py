@@ -22,7 +22,7 @@ from ...data.vector_store import VectorStore
 from ...data.vector_store_layout import MANIFEST_FILE, hash_file
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
+from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, show_readable_progress
 from ..checkpoints import (
     find_last_checkpoint,
     find_trained,
@@ -133,6 +133,7 @@ def align(
     PartialState().wait_for_everyone()
     with stop_on_signals() as stop:
         trainer = _make_trainer(aligned, dataset, output, arguments, training_arguments, stop)
+        show_readable_progress(trainer)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     finished = trainer.state.global_step >= training_arguments.max_steps
