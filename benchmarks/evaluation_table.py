@@ -138,7 +138,7 @@ def _evaluate(
         )
 
     results = evaluate(chosen, on_result=tell)
-    print(render_results(results, style="markdown"))
+    print(render_results(results, style="markdown", details=True))
     return [_summarize(result) for result in results]
 
 

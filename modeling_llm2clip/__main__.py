@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from . import __version__
+from ._extras import MissingExtraError
 from .commands import (
     align,
     build,
@@ -21,9 +22,10 @@ from .commands import (
     tag,
     tune_captions,
 )
+from .commands.library_warnings import hide_known_warnings
 from .commands.parser import Parser, name_flags
 
-_EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[demo,train]"'
+_EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _build_parser()
     arguments = parser.parse_args(argv)
+    hide_known_warnings()
     try:
         return int(arguments.run(arguments))
+    except MissingExtraError as error:
+        print(f"llm2clip {arguments.command}: {error}", file=sys.stderr)
+        return 2
     except ImportError as error:
         print(f"llm2clip {arguments.command}: {error}. {_EXTRAS}", file=sys.stderr)
         return 2

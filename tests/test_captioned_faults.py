@@ -27,6 +27,7 @@ from captioned_files import (
     write_shards,
 )
 
+from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.data.captioned_sources import read_captioned
 from modeling_llm2clip.data.faults import DataFaults
 from modeling_llm2clip.data.pictures import load_picture
@@ -296,5 +297,5 @@ def test_parquet_without_its_library_says_what_to_install(
 ) -> None:
     source = write_parquet(tmp_path / "data")
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it then fails
-    with pytest.raises(ValueError, match=r"pip install datasets"):
+    with pytest.raises(MissingExtraError, match=r"datasets .*modeling_llm2clip\[parquet\]"):
         read_captioned(source)

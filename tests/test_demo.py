@@ -73,7 +73,9 @@ def run_demo(output: Path, *flags: str, path: Path) -> dict[str, Any]:
     demo = [sys.executable, "-m", "modeling_llm2clip", "demo", "--output", str(output)]
     told = run_command([*demo, "--steps", "3", *flags], cwd=output.parent, path=path)
     report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert json.dumps(report, indent=2) in told
+    assert "{" not in told.split("Use it in Python")[0]
+    assert f"R@1 {report['unseen_text_to_image_r1']:.1%}, R@10 " in told
+    assert f"chance         R@1 {report['chance_r1']:.1%}" in told
     return report
 
 

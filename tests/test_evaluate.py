@@ -334,7 +334,7 @@ def test_faults_are_left_out_and_counted_where_that_is_asked_for(
     (result,) = evaluate(chosen)
     assert result.counts["pictures"] == 7
     assert sum(result.protocol["data"]["excluded"].values()) == 1
-    (row,) = read_table(render_results([result], style="markdown"), "the data")
+    (row,) = read_table(render_results([result], style="markdown", details=True), "the data")
     assert (row["samples"], row["excluded"]) == ("7 pictures, 14 captions", "1")
 
 
@@ -411,7 +411,9 @@ def test_classification_saves_its_confusion(sources: Any, tmp_path: Path) -> Non
     assert set(result.scores["top_1_of_class"]) == {"Katze", "Hund"}
     Image.open(tmp_path / "out" / "clip" / "image-folder.classification.confusion.png").load()
     assert result.protocol["data"]["templates"] == ["a photo of a {}", "{}"]
-    (row,) = read_table(render_results([result], style="markdown"), "what the scores hang on")
+    (row,) = read_table(
+        render_results([result], style="markdown", details=True), "what the scores hang on"
+    )
     assert row["prompt"] == "2 templates, 'a photo of a {}' …"
     with pytest.raises(DataFaults, match=r"class name repeated: 2"):
         evaluate(replace(chosen, class_names=("Tier", "Tier")))

@@ -24,12 +24,13 @@ from modeling_llm2clip.evaluation.tables import render_results
 def test_two_models_of_one_name_are_two_rows(results: Path) -> None:
     found = {(r.model, r.task): replace(r, model="model") for r in read_results(results)}
     mixed = [found["clip", "retrieval"], found["siglip", "retrieval"], found["clip", "cra"]]
-    table = render_results(mixed, style="markdown")
+    table = render_results(mixed, style="markdown", details=True)
     rows = read_table(table, "what the scores hang on")
     fingerprint = {row["kind"]: row["fingerprint"] for row in rows}
     scored = read_table(table, "pictures by caption, and captions by picture")
     assert [row["model"] for row in scored] == [
-        f"model ({fingerprint[kind]})" for kind in ("clip", "siglip")
+        *(f"model ({fingerprint[kind]})" for kind in ("clip", "siglip")),
+        "chance",
     ]
     assert len(set(fingerprint.values())) == 2 and len(fingerprint["clip"]) == 8
 
@@ -38,11 +39,11 @@ def test_scores_of_two_versions_of_the_package_are_told_apart(results: Path) -> 
     first, second = (r for r in read_results(results) if r.task == "cra")
     older = replace(second, versions={**second.versions, "modeling_llm2clip": "0.0.1"})
     title = "what the scores hang on"
-    rows = read_table(render_results([first, older], style="markdown"), title)
+    rows = read_table(render_results([first, older], style="markdown", details=True), title)
     assert [row["scored by version"] for row in rows] == [
         first.versions["modeling_llm2clip"], "0.0.1",
     ]  # fmt: skip
-    alike = read_table(render_results([first, second], style="markdown"), title)
+    alike = read_table(render_results([first, second], style="markdown", details=True), title)
     assert "scored by version" not in alike[0]
 
 
@@ -56,14 +57,14 @@ def test_two_scores_that_nothing_tells_apart_make_no_table(results: Path) -> Non
 
 def test_another_rule_for_ties_shares_no_column_and_no_plot(results: Path, tmp_path: Path) -> None:
     clip, siglip = (r for r in read_results(results) if r.task == "length")
-    table = render_results([clip, siglip], style="markdown")
+    table = render_results([clip, siglip], style="markdown", details=True)
     (ties,) = (row for row in read_table(table, "how they were scored") if row["choice"] == "ties")
     assert ties["tasks"] == "length" and "ties count against the model" in ties["taken"]
     task = {**siglip.protocol["task"], "ties": "ties count for the model"}
     other = replace(siglip, protocol={**siglip.protocol, "task": task})
-    table = render_results([clip, other], style="markdown")
+    table = render_results([clip, other], style="markdown", details=True)
     (title,) = (line.strip("*") for line in table.splitlines() if "queries: every caption" in line)
-    first, second = read_table(table, title)
+    first, second, _ = read_table(table, title)
     heads = [head for head in first if head.endswith(": R@1")]
     assert all(re.fullmatch(r"folder \(ties [0-9a-f]{8}\): R@1", head) for head in heads)
     assert [first[head] == "–" for head in heads] == [False, True]
@@ -81,7 +82,7 @@ def test_captions_that_look_for_pictures_and_for_halves_are_two_tables(
     for name, captions_only in (("shown", False), ("alone", True)):
         model = ModelChoice(sources("clip"), name)
         evaluate(replace(chosen, models=(model,), captions_only=captions_only))
-    table = render_results(read_results(tmp_path), style="markdown")
+    table = render_results(read_results(tmp_path), style="markdown", details=True)
     titles = [line.strip("*") for line in table.splitlines() if "; queries: " in line]
     assert [title.split("; ")[1:] for title in titles] == [
         [
@@ -91,7 +92,7 @@ def test_captions_that_look_for_pictures_and_for_halves_are_two_tables(
         ["queries: every caption", "candidates: all pictures"],
     ]
     for title, name in zip(titles, ("alone", "shown"), strict=True):
-        (row,) = read_table(table, title)
+        row, _ = read_table(table, title)
         assert row["model"] == name and "folder: R@1" in row
     samples = [row["samples"] for row in read_table(table, "the data")]
     assert samples == [
@@ -111,8 +112,8 @@ def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
         output=tmp_path / "out",
         exclude_faults=True,
     )
-    table = render_results(evaluate(chosen), style="markdown")
-    (scored,) = read_table(table, "pictures by caption, and captions by picture")
+    table = render_results(evaluate(chosen), style="markdown", details=True)
+    scored, _ = read_table(table, "pictures by caption, and captions by picture")
     assert list(scored)[1] == "coco (3 of 5,000 pictures, files differ): text to picture R@1"
     (row,) = read_table(table, "the data")
     assert row["samples"] == "3 of 5,000 pictures, 15 of 25,000 captions"
@@ -125,7 +126,8 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
     results: Path, width: int
 ) -> None:
     found = read_results(results)
-    whole, fitted = render_results(found), render_results(found, width=width)
+    whole = render_results(found, details=True)
+    fitted = render_results(found, width=width, details=True)
     assert max(map(len, whole.splitlines())) > 120
     assert max(map(len, fitted.splitlines())) <= width
     left_out = Counter(re.findall(r"\w", whole)) - Counter(re.findall(r"\w", fitted))
@@ -133,18 +135,13 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
 
 
 def test_a_table_that_is_too_wide_has_a_column_a_model(results: Path) -> None:
-    found = [result for result in read_results(results) if result.task == "retrieval"]
-    scores = {result.model: result.scores for result in found}
-    lines = render_results(found, width=50).splitlines()
-    heads = lines.index("model                        clip    siglip")
-    assert lines[heads + 2].split() == [
-        *"folder: text to picture R@1".split(),
-        *(
-            part
-            for model in ("clip", "siglip")
-            for part in (f"{100 * scores[model]['text_to_image']['hit_rate_at_1']:.1f}", "%")
-        ),
-    ]
+    (found,) = (r for r in read_results(results) if (r.model, r.task) == ("clip", "retrieval"))
+    lines = render_results([found], width=60).splitlines()
+    heads = next(number for number, line in enumerate(lines) if line.startswith("model "))
+    assert lines[heads].split() == ["model", "clip", "chance"]
+    row = lines[heads + 2]
+    assert row.startswith("folder: text to picture R@1 ")
+    assert f" {100 * found.scores['text_to_image']['hit_rate_at_1']:.1f} % [" in row
 
 
 def test_the_command_fits_its_tables_to_a_terminal_and_not_to_a_file(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.demo.real_parts import (
     RealPart,
     _read_onnx_weights,
@@ -117,5 +118,5 @@ def test_matrices_of_an_onnx_file_get_their_names_and_their_direction_back(tmp_p
 
 def test_an_onnx_file_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(RuntimeError, match="pip install onnx"):
+    with pytest.raises(MissingExtraError, match=r"onnx .*modeling_llm2clip\[onnx\]"):
         _read_onnx_weights(tmp_path / "network.onnx")

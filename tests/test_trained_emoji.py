@@ -164,7 +164,7 @@ def test_scores_on_what_was_trained_on_are_warned_of_and_marked(
     assert told["seen", "retrieval"]["trained_on"] == two
     assert told["seen", "cross-lingual"]["languages"]["en"]["trained_on"] == two
     assert told["unsaid", "retrieval"]["trained_on"]["pictures"] is None
-    table = render_results(results, style="markdown")
+    table = render_results(results, style="markdown", details=True)
     assert "| 2 of 3 |" in table and "| unknown |" in table
     (on_card,) = read_results([tmp_path / "out" / "seen" / "folder.retrieval.json"])
     assert on_card.dataset == "folder [trained on 2 of 3 pictures]"

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._extras import LORA, require
 from .captioned_data import add_data_flags, read_data, require_data
+from .extras import list_needs_of_data, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -123,6 +125,9 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    uses_lora = "lora" in (arguments.vision_training, arguments.text_training)
+    require(*([LORA] if uses_lora else []), *list_needs_of_data(arguments.data, extra="train"))
+    require(*list_needs_of_model(arguments.model, extra="train"))
     from ..encoding.folders import find_model_folder
     from ..encoding.model_types import require_own_model
     from ..hub.new_folder import clear_leftovers, require_new_folder

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from ..hub.picture_choices import NORMALIZATIONS
 from ..hub.prompt_presets import PROMPT_NAMES
+from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -101,6 +103,8 @@ def _add_prompt_flags(prompt: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.caption_adapter))
+    require(*list_needs_of_model(arguments.vision))
     from ..hub.new_folder import require_new_folder
     from ..hub.tower_sources import require_sources
 

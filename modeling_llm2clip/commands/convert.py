@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import TIMM_TOWER, require
 from ..hub.conversion.recipes import (
     ACTIVATIONS,
     COMPONENTS,
@@ -18,6 +19,7 @@ from ..hub.conversion.recipes import (
 )
 from ..hub.prompt_presets import PROMPT_NAMES
 from .card_flags import add_card_flags, pick_licenses
+from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..hub.publish import Destination
 
 _LLM2VEC = "llm2vec"
+_TIMM_RECIPES = ("eva02", "siglip2")
 # What an LLM2Vec folder says itself, or a model without official weights has not → its default.
 _NOT_WITH_LLM2VEC: dict[str, Any] = {
     "file": None,
@@ -183,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_new_folder(arguments.output)
     if arguments.recipe == _LLM2VEC:
         return _build(arguments)
+    require(*([TIMM_TOWER] if arguments.recipe in _TIMM_RECIPES else []))
     if arguments.llm is None or arguments.vision is not None:
         raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
     recipe = choose_recipe(arguments)
@@ -223,6 +227,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    require(
+        *(list_needs_of_model(arguments.vision) if arguments.vision else ()),
+        *(list_needs_of_llm(arguments.llm) if arguments.llm else ()),
+        *list_needs_of_adapter(arguments.source),
+    )
     _require_llm2vec_flags(arguments)
     device = choose_device(arguments)
     import torch

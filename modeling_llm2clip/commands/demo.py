@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from .._extras import DEMO, require
 from ..hub.prompt_presets import PROMPT_NAMES
 from .parser import add_device_flag, choose_device
 from .pick import pick
@@ -62,8 +62,25 @@ def add_parser(commands: Any) -> None:
     demo.set_defaults(run=run)
 
 
+def _describe(report: dict[str, Any]) -> str:
+    """The scores in a few lines; `report.json` has every number."""
+    largest = max(report["largest_difference_after_loading"].values())
+    return (
+        f"{report['num_held_out']} things of {report['num_pictures']:,} pictures were held out of "
+        "the alignment:\n"
+        f"  text to image  R@1 {report['unseen_text_to_image_r1']:.1%}, "
+        f"R@10 {report['unseen_text_to_image_r10']:.1%}\n"
+        f"  image to text  R@1 {report['unseen_image_to_text_r1']:.1%}\n"
+        f"  chance         R@1 {report['chance_r1']:.1%}\n"
+        f"Loaded again in a clean process: embeddings at most {largest:.1e} from these.\n"
+        f"{report['seconds_after_download']:.0f} s after the download, peak memory "
+        f"{report['peak_rss_gb']} GB, last loss {report['final_loss']}."
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*DEMO)
     from ..hub.tower_sources import require_sources
 
     if arguments.llm is not None and arguments.prompt is None:
@@ -85,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     report = run_demo(pick(DemoArguments, arguments))
     output = arguments.output.resolve()
-    print(json.dumps(report, indent=2))
+    print(_describe(report))
     for name in ("model", "search.png", "search.html", "report.json"):
         print(f"{name:12} {output / name}")
     print(_AFTER_DEMO.format(folder=output / "model", picture=output / "search.png"))

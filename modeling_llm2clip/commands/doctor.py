@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .._extras import require
+from .extras import list_needs_of_model
 from .parser import add_device_flag, choose_device
 
 
@@ -25,6 +27,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model, revision=arguments.revision))
     from ..encoding.model_types import require_own_model
 
     require_own_model(arguments.model, revision=arguments.revision)

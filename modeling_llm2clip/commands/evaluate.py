@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import CLIP_TOKENS, PLOTS, require
+from .extras import list_needs_of_data, list_needs_of_evaluated
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -55,6 +57,10 @@ def add_parser(commands: Any) -> None:
     evaluate.add_argument(
         "--table", nargs="?", const="text", choices=("text", "markdown"),
         help="draw the results in --output, without MODEL those that are there; default: as text",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--details", action="store_true",
+        help="also show what the scores depend on: models, prompts, data, how they were scored",
     )  # fmt: skip
     evaluate.add_argument(
         "--plot",
@@ -164,10 +170,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         _print_lists()
         return 0
+    _require_extras(arguments)
     if arguments.plot is not None:
-        from ..evaluation.plots import import_matplotlib, require_plot_file
+        from ..evaluation.plots import require_plot_file
 
-        import_matplotlib()
         require_plot_file(arguments.plot)
     if arguments.models:
         _require_models(arguments)
@@ -191,8 +197,24 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Wrote {arguments.plot}.", file=sys.stderr)
     print()
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(render_results(results, style=arguments.table or "text", width=width))
+    style = arguments.table or "text"
+    print(render_results(results, style=style, width=width, details=arguments.details))
+    if not arguments.details:
+        again = f"llm2clip evaluate --table --details --output {arguments.output}"
+        print(f"What the scores depend on: {again}", file=sys.stderr)
     return 0
+
+
+def _require_extras(arguments: argparse.Namespace) -> None:
+    """Raise MissingExtraError for what models, data and tasks need, before anything is read."""
+    needs = [PLOTS] if arguments.plot is not None else []
+    needs += [CLIP_TOKENS] if "length" in arguments.tasks else []
+    for data in arguments.data:
+        needs += list_needs_of_data(data.rpartition("=")[2])
+    require(*needs)
+    for number, source in enumerate(arguments.models):
+        kind = arguments.kind[number % len(arguments.kind)] if arguments.kind else None
+        require(*list_needs_of_evaluated(source, kind=kind, revision=arguments.revision))
 
 
 def _require_models(arguments: argparse.Namespace) -> None:
@@ -377,4 +399,10 @@ def _print_lists() -> None:
 
 
 def _print_result(result: Result) -> None:
-    print(f"{result.model}: {result.task} on {result.set}, {result.seconds:.1f} s", file=sys.stderr)
+    from ..evaluation.tables import write_headline
+
+    print(
+        f"{result.model}: {result.task} on {result.set}: {write_headline(result)}; "
+        f"{result.seconds:.1f} s",
+        file=sys.stderr,
+    )

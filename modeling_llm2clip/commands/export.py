@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import require
 from .card_flags import LICENSE_FLAGS, add_card_flags, pick_licenses
+from .extras import list_needs_of_model
 from .parser import add_device_flag, choose_device
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def _add_hub_flags(hub: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model, revision=arguments.revision))
     from ..encoding.model_types import require_own_model
     from ..hub.new_folder import require_new_folder
 

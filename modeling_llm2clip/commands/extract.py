@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from .captioned_data import add_data_flags, read_data, require_data
+from .extras import list_needs_of_data, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -53,6 +55,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_data(arguments.data, extra="train"))
+    require(*list_needs_of_model(arguments.model, extra="train"))
     from ..encoding.model_types import require_own_model
     from ..training.stopping import stop_on_signals
 

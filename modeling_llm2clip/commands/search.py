@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import require
 from ..search.result_formats import FORMATS
+from .extras import list_needs_of_model
 from .image_folder import (
     EncodedFolder,
     add_folder_arguments,
@@ -47,6 +49,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model))
     from ..encoding.model_types import require_own_model
     from ..hub.new_folder import require_new_folder
     from ..search.result_formats import render_search_results

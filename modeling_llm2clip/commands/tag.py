@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import require
+from .extras import list_needs_of_model
 from .image_folder import (
     add_folder_arguments,
     add_folder_flags,
@@ -46,6 +48,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*list_needs_of_model(arguments.model))
     from ..encoding.model_types import require_own_model
     from ..search.labels import read_labels
     from ..search.tagging import encode_labels, tag_images

@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .._extras import CAPTION_TUNING, require
 from .captioned_data import add_data_flags, read_data, require_data
+from .extras import list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -95,6 +97,8 @@ def _add_settings(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
+    require(*CAPTION_TUNING)
+    require(*list_needs_of_model(arguments.model, extra="train"))
     from ..encoding.model_types import require_own_model
     from ..hub.new_folder import clear_leftovers, require_new_folder
     from ..training.run_record import require_fresh_or_resumed

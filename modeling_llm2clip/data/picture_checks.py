@@ -26,7 +26,12 @@ def find_unreadable(
     unreadable = {}
     with (
         ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(different), unit=" pictures", disable=not show_progress) as progress,
+        tqdm(
+            desc="decode",
+            total=len(different),
+            unit=" pictures",
+            disable=not (show_progress and different),
+        ) as progress,
     ):
         # A pool takes all its work at once, so it gets a part of it at a time.
         for start in range(0, len(different), _CHECKED_AT_ONCE):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
+from .._extras import PARQUET, require
 from ..processing_llm2clip import read_header
 
 # Endings of the files that are taken for pictures, in lower case and without the dot.
@@ -104,15 +105,11 @@ def _open_table(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
 def import_datasets() -> Any:
     """Import `datasets`, which only readers of Parquet need.
 
-    Raises: ValueError saying how to install it.
+    Raises: MissingExtraError saying how to install it.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            "Parquet is read through `datasets`, which is not installed. Run "
-            "`pip install datasets`."
-        ) from error
+    require(PARQUET)
+    import datasets
+
     return datasets
 
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 
+from .._extras import ONNX, require
 from ..data.cache_folder import default_cache_folder
 
 # What the export to ONNX called DINOv2's two position tables.
@@ -166,10 +167,9 @@ def _read_onnx_weights(file: Path) -> dict[str, torch.Tensor]:
 
     A matrix has lost its name and is transposed; the operation that multiplies by it has kept both.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise RuntimeError("The part is an ONNX file. Run `pip install onnx` once.") from error
+    require(ONNX)
+    import onnx
+
     graph = onnx.load(file).graph
     weights = {
         tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())

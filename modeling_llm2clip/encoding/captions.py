@@ -62,7 +62,9 @@ def encode_captions(
     captions = clean_list(captions)
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     ids, num_truncated = processor.list_ids(list(distinct))
-    progress = tqdm(total=len(distinct), unit=" captions", disable=not show_progress)
+    # Tokens cost about the same each; captions do not, and the longest come first.
+    num_own = sum(map(len, ids))
+    progress = tqdm(total=num_own, unit=" tokens", unit_scale=True, disable=not show_progress)
     vectors, num_tokens = encode_token_ids(
         model,
         processor,
@@ -78,7 +80,7 @@ def encode_captions(
         num_distinct=len(distinct),
         num_truncated=num_truncated,
         num_tokens=num_tokens,
-        num_padding=num_tokens - sum(len(row) for row in ids),
+        num_padding=num_tokens - num_own,
     )
 
 
@@ -97,7 +99,7 @@ def encode_token_ids(
     Args:
         ids: from the processor's `list_ids`.
         token_budget, precision: as `encode_captions`.
-        on_batch: told after each batch how many captions it had.
+        on_batch: told after each batch how many tokens its captions had, without padding.
     Returns: (N, D) float32 on the CPU in the order of the ids, and how many tokens were computed.
     Raises: ValueError for a budget below one token.
     """
@@ -117,7 +119,7 @@ def encode_token_ids(
                 )
             vectors[rows] = embeds.cpu()
             if on_batch is not None:
-                on_batch(len(rows))
+                on_batch(int(attention_mask.sum()))
     return vectors, num_tokens
 
 

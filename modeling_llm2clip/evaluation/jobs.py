@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._extras import require
 from .arguments import DataChoice, EvaluationArguments
 from .encoders.encoder import Description
 from .sets.intake import ReadingCache
@@ -32,6 +33,7 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
     """Choose the tasks of every set, and read it as they want it.
 
     Raises: ValueError for a task without a set or a set without a task; DataFaults.
+        MissingExtraError for a task whose optional package is not installed.
     """
     chosen = {data.name: _tasks_for(data, arguments.tasks) for data in arguments.data}
     used = {task.name for tasks in chosen.values() for task in tasks}
@@ -40,6 +42,7 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
         raise ValueError(f"No set suits these tasks, which take sets of a kind: {kinds}.")
     if idle := [name for name, tasks in chosen.items() if not tasks]:
         raise ValueError(f"None of the tasks {list(arguments.tasks)} suits the sets {idle}.")
+    require(*(need for tasks in chosen.values() for task in tasks for need in task.needs))
     _refuse_unused(arguments)
     jobs = []
     for data in arguments.data:

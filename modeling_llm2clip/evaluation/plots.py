@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._extras import PLOTS, require
 from .labels import list_digests, list_sides, tell_apart
 from .results import Result, find_differences
 from .tasks.clip_tokens import CLIP_TEXT_TOKENS
@@ -82,14 +83,11 @@ def require_plot_file(file: Path) -> None:
 def import_matplotlib() -> Any:
     """Import matplotlib's pyplot, for files.
 
-    Raises: ValueError saying how to install it.
+    Raises: MissingExtraError saying how to install it.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(
-            'Plots need matplotlib. Run `pip install "modeling_llm2clip[plots]"`.'
-        ) from error
+    require(PLOTS)
+    import matplotlib
+
     matplotlib.use("agg")  # draws into files, with or without a screen
     from matplotlib import pyplot
 

@@ -16,31 +16,55 @@ from .labels import find_question, tell_apart
 from .protocol_tables import ABSENT, Table, list_protocol_tables
 from .results import Result
 from .tasks.registry import find_task
+from .tasks.task import CONFIDENCE_LEVEL
 
 STYLES = ("text", "markdown")
 _GAP = "  "
+_NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 _LEAST_CELL = 20  # characters; a cell is wrapped at a third of the width, not below
 
 
 def render_results(
-    results: Sequence[Result], *, style: str = "text", width: int | None = None
+    results: Sequence[Result],
+    *,
+    style: str = "text",
+    width: int | None = None,
+    details: bool = False,
 ) -> str:
-    """Draw a table a question, tables of languages and lengths, and what the scores hang on.
+    """Draw a table a question with intervals and chance, and tables of languages and lengths.
 
     Args:
         results: of any models, sets and tasks.
         style: `"text"` for a terminal, `"markdown"` for a document.
         width: characters that a line of text may have; None for any number. A table that is wider
             has its rows as columns, or its long cells wrapped, or both and blocks of columns.
+        details: also draw what the scores hang on: models, data, how they were scored.
     Raises: ValueError when two differ that ask one question of one model on the same data.
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} is none of {STYLES}.")
     results = tell_apart(results)
-    tables = [*_list_scores(results), *list_protocol_tables(results)]
+    tables = [*_list_scores(results), *(list_protocol_tables(results) if details else ())]
     if style == "markdown":
-        return "\n".join(map(_draw_markdown, tables))
-    return "\n".join(_draw_text(table, width) for table in tables)
+        drawn = list(map(_draw_markdown, tables))
+    else:
+        drawn = [_draw_text(table, width) for table in tables]
+    if any("[" in cell for table in tables for row in table.rows for cell in row):
+        drawn.append(f"{textwrap.fill(_NOTE, width or len(_NOTE))}\n")
+    return "\n".join(drawn)
+
+
+def write_headline(result: Result) -> str:
+    """The scores that a table shows of a result, with intervals and chance, in one line."""
+    task = find_task(result.task)
+    parts = []
+    for title, path in task.headline.items():
+        if (score := _write_score(result.scores, path)) == ABSENT:
+            continue
+        chance = _find(result.scores, task.chance.get(title, ()))
+        beside = "" if chance is None else f", chance {_percent(chance)}"
+        parts.append(f"{title} {score}{beside}")
+    return "; ".join(parts)
 
 
 def _list_scores(results: Sequence[Result]) -> Iterator[Table]:
@@ -57,37 +81,58 @@ def _list_scores(results: Sequence[Result]) -> Iterator[Table]:
 
 def _compare(task: str, title: str, results: Sequence[Result]) -> Table:
     sets = dict.fromkeys(result.set for result in results)
+    headline, chance = find_task(task).headline, find_task(task).chance
     columns = [
-        (f"{name}: {score}", name, path)
+        (name, score, path)
         for name in sets
-        for score, path in find_task(task).headline.items()
+        for score, path in headline.items()
         if any(_find(r.scores, path) is not None for r in results if r.set == name)
     ]
     rows = []
     for model in dict.fromkeys(result.model for result in results):
         of_model = {result.set: result.scores for result in results if result.model == model}
-        cells = [_percent(_find(of_model.get(name, {}), path)) for _, name, path in columns]
+        cells = [_write_score(of_model.get(name, {}), path) for name, _, path in columns]
         rows.append([model, *cells])
-    return Table(title, ["model", *(head for head, _, _ in columns)], rows)
+    chances = [
+        _find_first([r.scores for r in results if r.set == name], chance.get(score, ()))
+        for name, score, _ in columns
+    ]
+    if any(value is not None for value in chances):
+        rows.append(["chance", *map(_percent, chances)])
+    heads = ["model", *(f"{name}: {score}" for name, score, _ in columns)]
+    return Table(title, heads, rows)
 
 
 def _compare_languages(name: str, results: Sequence[Result]) -> Table:
     languages = dict.fromkeys(lang for r in results for lang in r.scores["languages"])
-    path = ("text_to_image", "hit_rate_at_1")
+    path, chance = (("text_to_image", name) for name in ("hit_rate_at_1", "chance_hit_rate_at_1"))
     rows = [
-        [lang, *(_percent(_find(r.scores["languages"].get(lang, {}), path)) for r in results),
-         _percent(_chance_of(results, lang))]
+        [lang, *(_write_score(r.scores["languages"].get(lang, {}), path) for r in results),
+         _percent(_find_first([r.scores["languages"].get(lang, {}) for r in results], chance))]
         for lang in languages
     ]  # fmt: skip
-    rows.append(["mean", *(_percent(_find(r.scores["mean"], path)) for r in results), ABSENT])
+    means = [result.scores["mean"] for result in results]
+    rows.append(["mean", *(_write_score(mean, path) for mean in means),
+                 _percent(_find_first(means, chance))])  # fmt: skip
     heads = ["language", *(result.model for result in results), "chance"]
     return Table(f"{name}, text to picture R@1 by language", heads, rows)
 
 
-def _chance_of(results: Sequence[Result], lang: str) -> float | None:
-    path = ("languages", lang, "text_to_image", "chance_hit_rate_at_1")
-    found = [_find(result.scores, path) for result in results]
+def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:
+    """The number of the first that has it: chance is the same for all models on the same data."""
+    found = (_find(of_model, path) for of_model in scores)
     return next((value for value in found if value is not None), None)
+
+
+def _write_score(scores: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    """A score, and the interval that stands beside it where there is one."""
+    value = _find(scores, path)
+    *parents, name = path
+    beside = parents if name == "value" else [*parents, "intervals", name]
+    low, high = (_find(scores, (*beside, bound)) for bound in ("low", "high"))
+    if value is None or low is None or high is None:
+        return _percent(value)
+    return f"{_percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _compare_lengths(name: str, results: Sequence[Result]) -> Table:
@@ -105,7 +150,7 @@ def _compare_lengths(name: str, results: Sequence[Result]) -> Table:
                 f"{low} to {high}" if high else f"{low} and more",
                 str(first["queries"]),
                 _percent(first["share_of_tokens_beyond_clip"]),
-                *(_percent(_find(bucket, ("hit_rate_at_1", "value"))) for bucket in of_models),
+                *(_write_score(bucket, ("hit_rate_at_1", "value")) for bucket in of_models),
             ]
         )
     heads = ["tokens", "texts", "beyond 77", *(result.model for result in results)]

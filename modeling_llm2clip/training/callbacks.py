@@ -9,10 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from .progress import StepProgress
 from .stopping import StopRequest
+
+_TIME_OF_RUN = "train_runtime"
 
 
 class JsonLinesCallback(TrainerCallback):
@@ -32,6 +43,72 @@ class JsonLinesCallback(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ReadableProgress(TrainerCallback):
+    """Shows a bar with rate and ETA, and each log of a Trainer as one line of numbers."""
+
+    _progress: StepProgress | None = None
+
+    def on_train_begin(  # noqa: D102
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        per_process = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self._progress = StepProgress(
+            state.max_steps,
+            first_step=state.global_step,
+            pairs_per_step=per_process * args.world_size,
+            shown=state.is_world_process_zero,
+        )
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.update(state.global_step)
+
+    def on_log(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._progress is None or not logs:
+            return
+        if _TIME_OF_RUN in logs:  # the last log of a Trainer
+            of_run = {"mean loss": logs["train_loss"]} if "train_loss" in logs else {}
+            self._progress.close(of_run)
+            self._progress = None
+        else:
+            self._progress.show(state.global_step, logs)
+
+    def on_train_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+
+def show_readable_progress(trainer: Trainer) -> None:
+    """Put `ReadableProgress` in the place of a Trainer's own bar and its printed dictionaries."""
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ReadableProgress())
 
 
 class LogLastStep(TrainerCallback):

@@ -39,7 +39,14 @@ from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .adapter_base import ADAPTER_WEIGHTS, require_base_weights
 from .alike_pictures import encode_groups_together, find_alike, read_alike, write_alike
-from .callbacks import JsonLinesCallback, LogLastStep, ShareSignal, StopOnSignal, choose_reports
+from .callbacks import (
+    JsonLinesCallback,
+    LogLastStep,
+    ShareSignal,
+    StopOnSignal,
+    choose_reports,
+    show_readable_progress,
+)
 from .caption_encoder import (
     CaptionEncoder,
     LoraArguments,
@@ -54,7 +61,7 @@ from .checkpoints import (
     forget_what_came_after,
     require_finite,
 )
-from .optimization import count_warmup_steps
+from .optimization import count_warmup_steps, recompute_activations
 from .pair_batches import (
     KEY_COLUMN,
     KeyedBatchSampler,
@@ -294,7 +301,7 @@ def run_tuning(
     if start is not None:
         encoder.load_adapter(start)
     if arguments.gradient_checkpointing:
-        model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model.text_model)
     last = find_last_checkpoint(output) if plan.resume else None
     state = PartialState()
     state.wait_for_everyone()  # everybody has looked at the folder before it is filled
@@ -306,6 +313,7 @@ def run_tuning(
         before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
         alike = _find_alike(encoder, data.to_train, output, arguments, resumed=last is not None)
         trainer = _make_trainer(encoder, data, alike, output, arguments)
+        show_readable_progress(trainer)
         trainer.add_callback(ShareSignal(stop))
         trainer.add_callback(StopOnSignal(stop))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -414,6 +422,9 @@ class _Trainer(FiniteGradients, WholeRunFigures, MarkedCheckpoints, SentenceTran
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         super().log(logs, *args, **kwargs)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Collect nothing for a card: this model lives only while it is trained."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.encoder.trained_weights, step=self.state.global_step)

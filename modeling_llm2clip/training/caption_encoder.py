@@ -115,7 +115,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write the adapter alone."""
-        self.adapted.save_pretrained(output_path)
+        _save_adapter(self.adapted, output_path)
 
     def load_adapter(self, folder: Path) -> None:
         """Put the weights of a saved adapter into the LoRA layers.
@@ -164,13 +164,18 @@ def write_adapter(
         base_weights: SHA-256 of the LLM's weights; see `adapter_base.require_base_weights`.
     """
     name_base_without_path(encoder.adapted)
-    encoder.adapted.save_pretrained(str(folder))
+    _save_adapter(encoder.adapted, str(folder))
     file = folder / ADAPTER_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
     save_file(weights, file, metadata={"format": "pt", **known})
     file.chmod(0o644)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, not filled in
+
+
+def _save_adapter(adapted: PeftModel, folder: str) -> None:
+    """Write an adapter; left to itself, peft asks the Hub whether the vocabulary has changed."""
+    adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
 def name_base_without_path(adapted: PeftModel) -> None:

@@ -26,6 +26,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
 from .shard_work import (
     ExtractionArguments,
     ExtractionReport,
+    StoreProgress,
     choose_device,
     fill_store,
     pack_records,
@@ -40,12 +41,14 @@ class CaptionPlan:
 
     Attributes:
         captions: one a row, all different.
+        lengths: tokens of each.
         index: content of the store's index.
         data: SHA-256 of the data set.
         counts: captions, distinct ones, and distinct ones that are cut.
     """
 
     captions: list[str]
+    lengths: list[int]
     index: bytes
     data: str
     counts: dict[str, int]
@@ -100,7 +103,10 @@ def extract_captions(
         return encode_token_ids(model, processor, ids, token_budget=budget, on_batch=tell)[0]
 
     writer = StoreWriter.open(output, manifest, plan.index)
-    return fill_store(writer, compute, stop=stop, show_progress=arguments.show_progress)
+    progress = StoreProgress(
+        writer, unit=" tokens", sizes=plan.lengths, shown=arguments.show_progress
+    )
+    return fill_store(writer, compute, stop=stop, progress=progress)
 
 
 def plan_captions(
@@ -114,7 +120,8 @@ def plan_captions(
     distinct = list(dict.fromkeys(captions))
     check_texts(distinct)
     lengths, num_truncated = measure_texts(processor, distinct, show_progress=show_progress)
-    ordered = [distinct[i] for i in np.argsort(-lengths, kind="stable").tolist()]
+    order = np.argsort(-lengths, kind="stable")
+    ordered = [distinct[i] for i in order.tolist()]
     row_of = {caption: row for row, caption in enumerate(ordered)}
     index = pack_records(
         records,
@@ -122,4 +129,4 @@ def plan_captions(
         long=[[row_of[text] for text in r.long_captions] for r in records],
     )
     counts = {"captions": len(captions), "distinct": len(distinct), "truncated": num_truncated}
-    return CaptionPlan(ordered, index, hash_records(records), counts)
+    return CaptionPlan(ordered, lengths[order].tolist(), index, hash_records(records), counts)

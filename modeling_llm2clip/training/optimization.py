@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from .progress import StepProgress
+
+_LINES_SHOWN = 10  # of a whole run
+
+
+def recompute_activations(tower: Any) -> None:
+    """Make a tower compute its activations anew in the backward pass: slower, in less memory."""
+    # Newer versions of transformers call it so, and warn of the old name.
+    enable = getattr(tower, "activation_checkpointing_enable", None)
+    (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def split_by_decay(
@@ -88,7 +98,8 @@ def descend(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(steps))
     done: list[float] = []
-    for loss in tqdm(losses, total=steps, unit=" steps", disable=not show_progress):
+    progress = StepProgress(steps, shown=show_progress)
+    for loss in losses:
         if not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {len(done)}. Lower the learning rate ({lr}), "
@@ -105,6 +116,11 @@ def descend(
         optimizer.step()
         schedule.step()
         done.append(loss.item())
+        progress.update(len(done))
+        if len(done) % max(1, steps // _LINES_SHOWN) == 0:
+            rate = schedule.get_last_lr()[0]
+            progress.show(len(done), {"loss": done[-1], "learning_rate": rate})
+    progress.close()
     if not all(parameter.isfinite().all() for parameter in parameters):
         raise FloatingPointError(
             f"A weight is not finite after step {len(done)}. Lower the learning rate ({lr})."

@@ -20,6 +20,7 @@ from .picture_files import count_bytes, hash_picture_sizes
 from .shard_work import (
     ExtractionArguments,
     ExtractionReport,
+    StoreProgress,
     choose_device,
     fill_store,
     pack_records,
@@ -86,7 +87,8 @@ def extract_pictures(
         )
 
     writer = StoreWriter.open(output, manifest, index)
-    return fill_store(writer, compute, stop=stop, show_progress=arguments.show_progress)
+    progress = StoreProgress(writer, unit=" pictures", shown=arguments.show_progress)
+    return fill_store(writer, compute, stop=stop, progress=progress)
 
 
 def _list_pictures(records: Sequence[CaptionedImage]) -> dict[str, Picture]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from ..encoding.devices import find_device
 from .processes import join_processes
 from .stopping import StopRequest
 
-# Rows to compute, and whom to tell of each batch; returns their vectors (rows, D).
+# Rows to compute, and whom to tell of each batch how much it was; returns their vectors (rows, D).
 ComputeRows = Callable[[range, Callable[[int], object]], torch.Tensor]
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_COUNTS = 10.0  # which look at every shard
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,74 @@ def pack_records(
     )
 
 
+class StoreProgress:
+    """A bar over a whole store, whoever computes it; what an earlier run computed is no speed.
+
+    Args:
+        unit: what is counted.
+        sizes: how much of it each row is, where rows cost unlike much; one each unless given.
+        shown: whether there is a bar, in one process of each machine.
+    """
+
+    def __init__(
+        self,
+        writer: StoreWriter,
+        *,
+        unit: str = " rows",
+        sizes: Sequence[int] | None = None,
+        shown: bool = False,
+    ) -> None:
+        self._writer = writer
+        self._ends = None if sizes is None else [0, *accumulate(sizes)]
+        self._total = self._measure(range(writer.manifest.num_rows))
+        self._bar = tqdm(
+            total=self._total,
+            initial=self._count_done(writer.list_missing()),
+            unit=unit,
+            unit_scale=sizes is not None,
+            disable=not (shown and PartialState().is_local_main_process),
+        )
+        self._counted = time.monotonic()
+
+    def add(self, amount: int) -> None:
+        """Note what this process has computed."""
+        self._bar.update(amount)
+
+    def recount(self, missing: Sequence[int] | None = None) -> None:
+        """Take in what other processes have done; without `missing`, not more often than needed."""
+        if missing is None:
+            if time.monotonic() - self._counted < _SECONDS_BETWEEN_COUNTS:
+                return
+            missing = self._writer.list_missing()
+        self._counted = time.monotonic()
+        self._bar.n = self._count_done(missing)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def _count_done(self, missing: Sequence[int]) -> int:
+        rows_of_shard = self._writer.manifest.rows_of_shard
+        return self._total - sum(self._measure(rows_of_shard(shard)) for shard in missing)
+
+    def _measure(self, rows: range) -> int:
+        return len(rows) if self._ends is None else self._ends[rows.stop] - self._ends[rows.start]
+
+
 def fill_store(
-    writer: StoreWriter, compute: ComputeRows, *, stop: StopRequest | None, show_progress: bool
+    writer: StoreWriter,
+    compute: ComputeRows,
+    *,
+    stop: StopRequest | None,
+    progress: StoreProgress,
 ) -> ExtractionReport:
     """Compute every shard that is missing, then complete the manifest.
 
     Args:
         compute: gives the same vectors for the same rows, whatever was computed before.
         stop: looked at between shards.
+        progress: told of every batch, in its unit.
     Raises:
         OSError: the disk is full; whole shards stay.
         ValueError: the store was complete and is damaged now.
@@ -125,14 +187,11 @@ def fill_store(
     manifest = writer.manifest
     missing = writer.list_missing()
     num_computed = 0
-    shown = show_progress and PartialState().is_local_main_process
-    progress = tqdm(total=manifest.num_rows, unit=" rows", disable=not shown)
     while missing and not (stop and stop.signal):
-        progress.n = manifest.num_rows - sum(len(manifest.rows_of_shard(s)) for s in missing)
-        progress.refresh()
-        num_now = _work_through(writer, compute, missing, stop, progress.update)
+        num_now = _work_through(writer, compute, missing, stop, progress)
         num_computed += num_now
         missing = writer.list_missing()
+        progress.recount(missing)
         if missing and not num_now:  # other processes are at work on all of them
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     progress.close()
@@ -155,7 +214,7 @@ def _work_through(
     compute: ComputeRows,
     shards: Sequence[int],
     stop: StopRequest | None,
-    tell: Callable[[int], object],
+    progress: StoreProgress,
 ) -> int:
     """Compute those shards that nobody holds; returns how many rows that were."""
     num_computed = 0
@@ -165,8 +224,9 @@ def _work_through(
         with writer.claim(shard) as ours:
             if ours:
                 rows = writer.manifest.rows_of_shard(shard)
-                writer.write_shard(shard, compute(rows, tell))
+                writer.write_shard(shard, compute(rows, progress.add))
                 num_computed += len(rows)
+        progress.recount()
     return num_computed
 
 

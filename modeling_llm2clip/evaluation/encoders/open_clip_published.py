@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from ..._extras import OPEN_CLIP, Need, require
 from .activations import ACTIVATIONS
 
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -91,16 +92,12 @@ def refuse_torchscript(file: Path, *, source: str) -> None:
     )
 
 
-def import_open_clip() -> Any:
+def import_open_clip(need: Need = OPEN_CLIP) -> Any:
     """Import open_clip.
 
-    Raises: ValueError saying how to install it.
+    Raises: MissingExtraError saying how to install it.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError(
-            "This needs open_clip, which is not installed. Run "
-            '`pip install "modeling_llm2clip[baselines]"`.'
-        ) from error
+    require(need)
+    import open_clip
+
     return open_clip

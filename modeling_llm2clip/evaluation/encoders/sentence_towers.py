@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._extras import SENTENCE_TRANSFORMERS, require
 from ...data.trained_emoji import read_trained_emoji
 from ...encoding.fingerprint import fingerprint_weights
 from ...loading_llm2clip import naming_code
@@ -134,11 +135,7 @@ class SentenceEncoder:
 
 
 def _import_sentence_transformers() -> Any:
-    try:
-        import sentence_transformers
-    except ImportError as error:
-        raise ValueError(
-            "This needs sentence-transformers, which is not installed. Run "
-            '`pip install "modeling_llm2clip[sentence-transformers]"`.'
-        ) from error
+    require(SENTENCE_TRANSFORMERS)
+    import sentence_transformers
+
     return sentence_transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,43 @@ def bootstrap_mean(
     means = _resample_means(sums, sizes.double(), num_resamples, generator)
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(low, high, level)
+
+
+def bootstrap_mean_of_means(
+    groups: Sequence[tuple[Tensor, Tensor]],
+    *,
+    generator: torch.Generator,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of a mean over groups, such as languages, of their means.
+
+    One draw of clusters serves all groups: a picture that is drawn twice counts twice in every
+    language that it has captions in.
+
+    Args:
+        groups: the values and the clusters of each, as `bootstrap_mean` takes them; equal numbers
+            are one cluster, in whatever group.
+        generator, num_resamples, level: as `bootstrap_mean`.
+    """
+    numbers = torch.cat([clusters for _, clusters in groups]).unique(return_inverse=True)[1]
+    num_clusters = int(numbers.max()) + 1
+    sums, sizes = torch.zeros(2, num_clusters, len(groups), dtype=torch.float64)
+    parts = numbers.split([len(values) for values, _ in groups])
+    for group, ((values, _), rows) in enumerate(zip(groups, parts, strict=True)):
+        sums[:, group].index_add_(0, rows, values.double().cpu())
+        sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
+    means = []
+    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
+        drawn = torch.randint(num_clusters, (count, num_clusters), generator=generator)
+        times = torch.zeros(count, num_clusters, dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones_like(times))
+        # A small group may have no picture in a draw; the others are the mean then.
+        means.append((times @ sums / (times @ sizes)).nanmean(dim=1))
+    tail = (1 - level) / 2
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(bounds).tolist()
     return Interval(low, high, level)
 
 

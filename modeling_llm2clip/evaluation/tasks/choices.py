@@ -115,5 +115,11 @@ CHOICES = Task(
         "image score": ("image", "value"),
         "group score": ("group", "value"),
     },
+    chance={
+        "accuracy": ("accuracy", "chance"),
+        "text score": ("text", "chance"),
+        "image score": ("image", "chance"),
+        "group score": ("group", "chance"),
+    },
     run=run_choices,
 )

@@ -132,5 +132,6 @@ CLASSIFICATION = Task(
         "top-5": ("top_5", "value"),
         "per class": ("mean_per_class_top_1",),
     },
+    chance={"top-1": ("chance_top_1",), "per class": ("chance_top_1",)},
     run=run_classification,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..._extras import CLIP_TOKENS
 from ..encoders.open_clip_towers import import_open_clip
 
 # 77 positions, of which the begin and the end of the text take two (arXiv:2103.00020).
@@ -17,9 +18,9 @@ CLIP_TEXT_TOKENS = 75
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     """Tokens of each text in CLIP's vocabulary, without begin and end.
 
-    Raises: ValueError when open_clip, which has the vocabulary, is not installed.
+    Raises: MissingExtraError when open_clip, which has the vocabulary, is not installed.
     """
-    tokenizer = import_open_clip().SimpleTokenizer()
+    tokenizer = import_open_clip(CLIP_TOKENS).SimpleTokenizer()
     # A text of nothing but white space that Python does not know as such has no token.
     return [max(1, len(tokenizer.encode(text))) for text in texts]
 

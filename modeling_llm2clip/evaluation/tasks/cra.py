@@ -65,6 +65,7 @@ CRA = Task(
         "interval": INTERVAL_PROTOCOL,
     },
     headline={"CRA": ("cra", "value")},
+    chance={"CRA": ("chance",)},
     run=run_cra,
     check=group_in_pairs,
 )

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..encoders.encoder import Encoder
+from ..metrics.scores import hits_at
 from ..sets.schema import EvaluationSet, RetrievalSet
-from .retrieval import PROTOCOL, encode_set, score_both_ways
-from .task import Task, TaskScores, count_texts
+from .retrieval import KS, PROTOCOL, encode_set, rank_directions, score_both_ways
+from .task import Task, TaskScores, count_texts, mean_of_means_with_interval
 
 
 def run_cross_lingual(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
     """Score each language by itself: its captions look among its own pictures."""
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
+    hits: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for data in sets:
         assert isinstance(data, RetrievalSet)
         texts, images = encode_set(encoder, data)
-        scores[data.lang] = score_both_ways(images, texts.embeds, data.correspondence)
+        directions = rank_directions(images, texts.embeds, data.correspondence)
+        scores[data.lang] = score_both_ways(directions)
+        # A picture has one number in all languages.
+        number = torch.tensor([numbers.setdefault(n, len(numbers)) for n in data.picture_names])
+        for name, (ranking, pictures) in directions.items():
+            for k in KS:
+                hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[pictures]))
         counts[data.lang] = {"pictures": len(images), **count_texts(texts)}
-    directions = ("text_to_image", "image_to_text")
-    numbers = {
-        direction: [name for name, value in scores[sets[0].lang][direction].items()
-                    if isinstance(value, float)]
-        for direction in directions
-    }  # fmt: skip
-    mean = {
-        direction: {
-            name: fmean(of_language[direction][name] for of_language in scores.values())
-            for name in names
+    mean = {direction: _average(scores, direction) for direction in directions}
+    for direction, of_mean in mean.items():
+        of_mean["intervals"] = {
+            f"hit_rate_at_{k}": mean_of_means_with_interval(hits[direction, k]) for k in KS
         }
-        for direction, names in numbers.items()
-    }
     return TaskScores({"mean": mean, "languages": scores}, {"languages": counts})
+
+
+def _average(scores: Mapping[str, Any], direction: str) -> dict[str, Any]:
+    """The mean over the languages of every number of a direction."""
+    of_languages = [of_language[direction] for of_language in scores.values()]
+    names = [name for name, value in of_languages[0].items() if isinstance(value, float)]
+    return {name: fmean(numbers[name] for numbers in of_languages) for name in names}
 
 
 CROSS_LINGUAL = Task(
@@ -46,6 +58,10 @@ CROSS_LINGUAL = Task(
     headline={
         "text to picture R@1": ("mean", "text_to_image", "hit_rate_at_1"),
         "picture to text R@1": ("mean", "image_to_text", "hit_rate_at_1"),
+    },
+    chance={
+        "text to picture R@1": ("mean", "text_to_image", "chance_hit_rate_at_1"),
+        "picture to text R@1": ("mean", "image_to_text", "chance_hit_rate_at_1"),
     },
     run=run_cross_lingual,
 )

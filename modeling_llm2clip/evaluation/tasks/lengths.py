@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._extras import CLIP_TOKENS
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import TIE_RULE, Ranking, rank_both_ways
@@ -171,7 +172,9 @@ LENGTHS = Task(
         "tokens beyond 77": ("all", "share_of_tokens_beyond_clip"),
         "texts it cut": ("all", "share_cut_by_this_encoder"),
     },
+    chance={"R@1": ("chance",)},
     run=run_lengths,
     check=_check_lengths,
     protocol_of=_say_what_is_asked,
+    needs=(CLIP_TOKENS,),
 )

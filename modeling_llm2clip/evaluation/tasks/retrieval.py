@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def run_retrieval(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScor
     (data,) = sets
     assert isinstance(data, RetrievalSet)
     texts, images = encode_set(encoder, data)
-    scores = score_both_ways(images, texts.embeds, data.correspondence)
+    scores = score_both_ways(rank_directions(images, texts.embeds, data.correspondence))
     return TaskScores(scores, {"pictures": len(images), **count_texts(texts)})
 
 
@@ -39,33 +40,42 @@ def encode_set(encoder: Encoder, data: RetrievalSet) -> tuple[EncodedTexts, Tens
     return texts, encoder.encode_pictures(data.pictures, names=data.picture_names)
 
 
-def score_both_ways(
-    images: Tensor, texts: Tensor, correspondence: Correspondence, *, intervals: bool = True
-) -> dict[str, Any]:
-    """All scores of both directions.
+def rank_directions(
+    images: Tensor, texts: Tensor, correspondence: Correspondence
+) -> dict[str, tuple[Ranking, Tensor]]:
+    """Rank in both directions.
 
     Args:
         images, texts: (I, D), (T, D).
-        intervals: also give hit rates an interval. The captions of a picture are drawn together.
-    Returns: `text_to_image` and `image_to_text`, each with what `summarize` names, `intervals`,
-        and `chance_hit_rate_at_1`: what vectors without meaning would reach.
+    Returns: `text_to_image` and `image_to_text`, each with its ranking and, for each query, the row
+        of its picture: the captions of a picture are drawn together for an interval.
     """
     found = rank_both_ways(images, texts, correspondence, all_positives=True)
     picture_of_text = torch.zeros(correspondence.num_texts, dtype=torch.long)
     picture_of_text[correspondence.text_of_pair] = correspondence.image_of_pair
-    directions = (
-        ("text_to_image", found.text_to_image, picture_of_text),
-        ("image_to_text", found.image_to_text, torch.arange(correspondence.num_images)),
-    )
-    scores: dict[str, Any] = {}
-    for name, ranking, pictures in directions:
-        scores[name] = {**summarize(ranking, ks=KS), "chance_hit_rate_at_1": chance_of(ranking)}
-        if intervals:
-            scores[name]["intervals"] = {
+    return {
+        "text_to_image": (found.text_to_image, picture_of_text),
+        "image_to_text": (found.image_to_text, torch.arange(correspondence.num_images)),
+    }
+
+
+def score_both_ways(directions: Mapping[str, tuple[Ranking, Tensor]]) -> dict[str, Any]:
+    """All scores of both directions, from `rank_directions`.
+
+    Returns: `text_to_image` and `image_to_text`, each with what `summarize` names, `intervals` of
+        the hit rates, and `chance_hit_rate_at_1`: what vectors without meaning would reach.
+    """
+    return {
+        name: {
+            **summarize(ranking, ks=KS),
+            "chance_hit_rate_at_1": chance_of(ranking),
+            "intervals": {
                 f"hit_rate_at_{k}": mean_with_interval(hits_at(ranking, k=k), clusters=pictures)
                 for k in KS
-            }
-    return scores
+            },
+        }
+        for name, (ranking, pictures) in directions.items()
+    }
 
 
 def chance_of(ranking: Ranking) -> float:
@@ -83,6 +93,10 @@ RETRIEVAL = Task(
     headline={
         "text to picture R@1": ("text_to_image", "hit_rate_at_1"),
         "picture to text R@1": ("image_to_text", "hit_rate_at_1"),
+    },
+    chance={
+        "text to picture R@1": ("text_to_image", "chance_hit_rate_at_1"),
+        "picture to text R@1": ("image_to_text", "chance_hit_rate_at_1"),
     },
     run=run_retrieval,
 )

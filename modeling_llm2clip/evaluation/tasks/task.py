@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..._extras import Need
 from ..encoders.encoder import EncodedTexts, Encoder
-from ..metrics.confidence import bootstrap_mean
+from ..metrics.confidence import bootstrap_mean, bootstrap_mean_of_means
 from ..sets.schema import EvaluationSet
 
 CONFIDENCE_LEVEL = 0.95
@@ -51,9 +53,11 @@ class Task:
         protocol: choices of the task that move a score.
         protocol_of: further choices, which hang on the sets.
         headline: which scores a table shows: a column's title to the path in `scores`.
+        chance: of those columns that have one: the path to what vectors without meaning reach.
         run: the task itself; takes one set a language.
         check: raises ValueError for sets on which the task cannot be run, before any model is
             loaded.
+        needs: optional packages that it cannot do without.
     """
 
     name: str
@@ -63,9 +67,11 @@ class Task:
     languages: bool
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
+    chance: Mapping[str, tuple[str, ...]]
     run: RunTask
     check: Callable[[tuple[EvaluationSet, ...]], object] = lambda sets: None  # noqa: ARG005
     protocol_of: Callable[[tuple[EvaluationSet, ...]], Mapping[str, Any]] = lambda sets: {}  # noqa: ARG005
+    needs: tuple[Need, ...] = ()
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
@@ -81,6 +87,18 @@ def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dic
         level=CONFIDENCE_LEVEL,
     )
     return {"value": float(values.double().mean()), "low": interval.low, "high": interval.high}
+
+
+def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """As `mean_with_interval`, over groups of equal weight: the values and clusters of each."""
+    interval = bootstrap_mean_of_means(
+        groups,
+        generator=torch.Generator().manual_seed(0),
+        num_resamples=NUM_RESAMPLES,
+        level=CONFIDENCE_LEVEL,
+    )
+    value = fmean(float(values.double().mean()) for values, _ in groups)
+    return {"value": value, "low": interval.low, "high": interval.high}
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:

@@ -21,7 +21,7 @@ from ...data.vector_store_layout import MANIFEST_FILE, hash_file
 from ...encoding.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...encoding.float32 import float32_as_such
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal
+from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, show_readable_progress
 from ..checkpoints import (
     find_last_checkpoint,
     forget_what_came_after,
@@ -188,6 +188,7 @@ def align(
             ],
             keep_best=keep_best,
         )  # fmt: skip
+        show_readable_progress(trainer)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return _conclude(trainer, adapted, output, start, stop)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...encoding.layers import find_layers
 from ..checkpoints import find_trained
+from ..optimization import recompute_activations
 from .arguments import AlignArguments
 from .model import AlignmentModel
 
@@ -45,7 +46,7 @@ def choose_trained_parts(model: AlignmentModel, arguments: AlignArguments) -> di
             (model.text_model, model.trains_text),
         ):
             if trains:
-                tower.gradient_checkpointing_enable({"use_reentrant": False})
+                recompute_activations(tower)
     return adapted
 
 
