@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         help="align pictures with stored caption vectors",
         examples=(
             "llm2clip align tuned/model my-pictures aligned --caption-store captions "
-            "--picture-store pictures --batch-size 128",
+            "--picture-store pictures",
         ),
     )
     align.add_argument("model", help="folder or Hub id, from llm2clip build")
@@ -71,7 +71,7 @@ def _add_settings(group: Any) -> None:
     group.add_argument(
         "--epochs", type=float, help="passes over the data; default: 10, and at least 300 steps"
     )
-    group.add_argument("--steps", type=int, help="number of steps, instead of epochs")
+    group.add_argument("--steps", type=int, help="number of steps; default: what --epochs comes to")
     group.add_argument(
         "--batch-size", type=int,
         help="images of a batch, over all processes together; default: 512, or all there are",
@@ -99,10 +99,15 @@ def _add_settings(group: Any) -> None:
         "--patience", type=int, default=6,
         help="stop after so many looks in a row without a lower held-out loss",
     )  # fmt: skip
-    group.add_argument("--vision-lr", type=float, help="of a wholly trained tower; default: lr")
-    group.add_argument("--layer-decay", type=float, default=0.85, help="of its lower layers")
-    group.add_argument("--weight-decay", type=float, default=0.05)
-    group.add_argument("--clip-norm", type=float, default=1.0)
+    group.add_argument(
+        "--vision-lr", type=float, help="learning rate of a fully trained tower; default: --lr"
+    )
+    group.add_argument(
+        "--layer-decay", type=float, default=0.85,
+        help="factor of the learning rate from one layer of such a tower to the one below",
+    )  # fmt: skip
+    group.add_argument("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
+    group.add_argument("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     group.add_argument("--long-share", type=float, default=0.5, help="of long captions, 0 to 1")
     group.add_argument(
         "--loss-chunk", type=int, help="rows of the loss at a time; default: all at once"

@@ -158,23 +158,7 @@ def align(
         write_run_entry(output, _START, asdict(start))
         forget_what_came_after(output, last)
     PartialState().wait_for_everyone()
-    num_steps = arguments.count_steps(len(items), batch_size)
-    length = RunLength(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        lr=start.default_lr if arguments.lr is None else arguments.lr,
-        # A new adapter is the identity, and joins when the projections have settled.
-        adapter_begin=round(_SHARE_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
-    )
-    keep_best = None
-    if held_out is not None:
-        keep_best = KeepBest(
-            held_out,
-            output,
-            every=arguments.space_evaluations(num_steps),
-            patience=arguments.patience,
-            patient_until=length.adapter_begin,
-        )
+    length = _find_length(arguments, start, num_items=len(items), batch_size=batch_size)
     with float32_as_such(), stop_on_signals() as stop:
         trainer = AlignmentTrainer(
             aligned,
@@ -186,11 +170,38 @@ def align(
             callbacks=[
                 JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop),
             ],
-            keep_best=keep_best,
+            keep_best=None
+            if held_out is None
+            else _make_keep_best(held_out, output, arguments, length),
         )  # fmt: skip
         show_readable_progress(trainer)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return _conclude(trainer, adapted, output, start, stop)
+
+
+def _find_length(
+    arguments: AlignArguments, start: Start, *, num_items: int, batch_size: int
+) -> RunLength:
+    num_steps = arguments.count_steps(num_items, batch_size)
+    return RunLength(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        lr=start.default_lr if arguments.lr is None else arguments.lr,
+        # A new adapter is the identity, and joins when the projections have settled.
+        adapter_begin=round(_SHARE_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
+    )
+
+
+def _make_keep_best(
+    held_out: HeldOutImages, output: Path, arguments: AlignArguments, length: RunLength
+) -> KeepBest:
+    return KeepBest(
+        held_out,
+        output,
+        every=arguments.space_evaluations(length.num_steps),
+        patience=arguments.patience,
+        patient_until=length.adapter_begin,
+    )
 
 
 def _conclude(
