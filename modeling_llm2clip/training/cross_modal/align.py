@@ -149,10 +149,11 @@ def align(
     adapted = choose_trained_parts(aligned, arguments)
     last = find_last_checkpoint(output) if resume else None
     held_out = HeldOutImages(dataset, held_items) if held_items else None
-    if last is None:
-        start = make_start(aligned, dataset, items, held_out, arguments)
-    else:
-        start = Start(**read_run_entry(output, _START))
+    start = (
+        make_start(aligned, dataset, items, held_out, arguments)
+        if last is None
+        else Start(**read_run_entry(output, _START))
+    )
     if training_arguments.should_save:
         write_run_record(output, arguments=record, seed=arguments.seed, model=aligned)
         write_run_entry(output, _START, asdict(start))
@@ -170,9 +171,7 @@ def align(
             callbacks=[
                 JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop),
             ],
-            keep_best=None
-            if held_out is None
-            else _make_keep_best(held_out, output, arguments, length),
+            keep_best=_make_keep_best(held_out, output, arguments, length),
         )  # fmt: skip
         show_readable_progress(trainer)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -193,8 +192,10 @@ def _find_length(
 
 
 def _make_keep_best(
-    held_out: HeldOutImages, output: Path, arguments: AlignArguments, length: RunLength
-) -> KeepBest:
+    held_out: HeldOutImages | None, output: Path, arguments: AlignArguments, length: RunLength
+) -> KeepBest | None:
+    if held_out is None:
+        return None
     return KeepBest(
         held_out,
         output,
