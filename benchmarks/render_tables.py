@@ -26,6 +26,8 @@ DOCUMENTS = (
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
+# Tables that share the file of another one.
+_RECORDED_WITH = {"existing_model": "first_run"}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
     "unseen_text_to_image_r1",
@@ -52,7 +54,7 @@ def _render(name: str, results: Path) -> str:
         return _read_card_sections()
     if name not in _RENDERERS:
         raise ValueError(f"No table is called {name!r}; known are {sorted(_RENDERERS)}.")
-    file = results / f"{name}.json"
+    file = results / f"{_RECORDED_WITH.get(name, name)}.json"
     if not file.is_file():
         return f"\n{NOT_RECORDED}\n\n"
     return "\n" + _RENDERERS[name](json.loads(file.read_text(encoding="utf-8"))) + "\n"
@@ -148,6 +150,52 @@ def _render_alignment(report: dict[str, Any]) -> str:
         for name, runs in report["recalls"].items()
     ]  # fmt: skip
     return _draw(heads, rows) + f"\nText to picture R@1. {report['data']}.\n"
+
+
+def _render_first_run(report: dict[str, Any]) -> str:
+    heads = (
+        "images", "trained on", "the recipe", "best of the settings tried", "from random weights",
+        "chance", "seconds",
+    )  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{found['num_images']:,}",
+            _percent(found["recipe_r1"]),
+            f"{_percent(found['best_r1'])} ({found['best']})",
+            _percent(
+                max(
+                    scores["r1"]
+                    for setting, scores in found["scores"].items()
+                    if setting.startswith("from random")
+                )
+            ),
+            _percent(found["chance_r1"]),
+            str(found["seconds"]),
+        ]
+        for name, found in report["datasets"].items()
+    ]
+    counts = ", ".join(
+        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
+    )
+    return _draw(heads, rows) + (
+        f"\nR@1, the mean of both directions, among images that were set aside: {counts}. "
+        f"{report['hardware']}.\n"
+    )
+
+
+def _render_existing_model(report: dict[str, Any]) -> str:
+    heads = ("images", "the demo's model as it is", "fine-tuned", "the recipe from new projections")
+    rows = [
+        [
+            name,
+            _percent(found["existing_model"]["before"]["r1"]),
+            _percent(found["existing_model"]["after"]["r1"]),
+            _percent(found["recipe_r1"]),
+        ]
+        for name, found in report["datasets"].items()
+    ]
+    return _draw(heads, rows) + "\nR@1 as above, among the same images.\n"
 
 
 def _render_training_efficiency(report: dict[str, Any]) -> str:
@@ -390,6 +438,8 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "caption_tuning": _render_caption_tuning,
     "caption_tuning_hard": _render_caption_tuning,
     "alignment": _render_alignment,
+    "first_run": _render_first_run,
+    "existing_model": _render_existing_model,
     "training_efficiency": _render_training_efficiency,
     "retrieval_ranking": _render_retrieval_ranking,
     "evaluation": _render_evaluation,

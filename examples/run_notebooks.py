@@ -28,7 +28,9 @@ _SECONDS_PER_CELL = 600
 def main() -> int:
     """Run the chosen notebooks and return the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("names", nargs="*", help="beginnings of file names; default: all")
     names = tuple(parser.parse_args().names) or ("",)

@@ -250,6 +250,7 @@ def places(tmp_path: Path) -> dict[str, str]:
     """Folders of every kind, by small files alone: nothing that loads them would succeed."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "labels.csv").write_text("label\na dog\n", encoding="utf-8")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "store").mkdir()
@@ -266,6 +267,7 @@ def places(tmp_path: Path) -> dict[str, str]:
         "LORA": str(tmp_path / "lora"),
         "STORE": str(tmp_path / "store"),
         "FULL": str(tmp_path / "full"),
+        "LABELS": str(tmp_path / "labels.csv"),
         "NEW": str(tmp_path / "new"),
     }
 
@@ -274,6 +276,7 @@ def places(tmp_path: Path) -> dict[str, str]:
 OF_A_MODEL = {
     "doctor": ["doctor", "MODEL"],
     "search": ["search", "MODEL", "FULL", "a dog"],
+    "tag": ["tag", "MODEL", "FULL", "--labels", "LABELS"],
     "extract": ["extract", "MODEL", "FULL", "NEW"],
     "align": ["align", "MODEL", "FULL", "NEW", "--text-training", "lora"],
     "tune-captions": ["tune-captions", "MODEL", "FULL", "NEW"],
@@ -337,6 +340,18 @@ REFUSED_AT_ONCE = [
     (["evaluate", "LLM", "--data", "emoji"], "is a language model"),
     (["search", "OWN", "/nowhere", "a dog"], "/nowhere: no such folder"),
     (["search", "OWN", "FULL", "a dog", "--output", "FULL"], "is not empty"),
+    (["search", "OWN", "FULL"], "There is nothing to search for"),
+    (["search", "OWN", "FULL", "a dog", "--count", "0"], "--count 0 finds nothing"),
+    (["search", "OWN", "FULL", "--image", "/nowhere"], "--image /nowhere: no such picture"),
+    (["search", "no-model", "FULL", "a dog"], "no-model: no such folder"),
+    (["search", "CLIP", "FULL", "a dog"], "This command takes an LLM2CLIP model."),
+    (["tag", "OWN", "FULL", "--labels", "/nowhere"], "/nowhere: "),
+    (["tag", "OWN", "/nowhere", "--labels", "LABELS"], "/nowhere: no such folder"),
+    (["tag", "OWN", "FULL", "--labels", "LABELS", "--top-k", "0"], "--top-k 0 gives no label"),
+    (["tag", "OWN", "FULL", "--labels", "LABELS", "--output", "NEW"], "must end in .csv or"),
+    (["tag", "OWN", "FULL", "--labels", "LABELS", "--output", "LABELS"], "Name a new file"),
+    (["tag", "no-model", "FULL", "--labels", "LABELS"], "no-model: no such folder"),
+    (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "takes an LLM2CL"),
     (["export", "OWN", "FULL"], "is not empty"),
     (["export", "OWN"], "Name a FOLDER to write"),
     (["export", "OWN", "NEW", "--public"], "go with --push"),

@@ -102,6 +102,7 @@ def test_a_whole_model_is_no_language_model(
     [
         ["doctor", "MODEL"],
         ["search", "MODEL", "DATA", "a dog"],
+        ["tag", "MODEL", "DATA", "--labels", "LABELS"],
         ["extract", "MODEL", "DATA", "NEW"],
         ["tune-captions", "MODEL", "DATA", "NEW"],
         ["align", "MODEL", "DATA", "NEW", "--text-training", "lora"],
@@ -123,6 +124,8 @@ def test_a_device_that_is_not_there_is_told_before_a_model_is_read(
     # No weights and no records: whatever was read would show another message.
     (model / "config.json").write_text('{"model_type": "llm2clip"}', encoding="utf-8")
     places = {"MODEL": str(model), "DATA": str(data), "NEW": str(tmp_path / "new")}
+    (tmp_path / "labels.txt").write_text("a dog", encoding="utf-8")
+    places["LABELS"] = str(tmp_path / "labels.txt")
     assert main([*(places.get(word, word) for word in command), "--device", "mps"]) == 2
     assert "--device 'mps' is not there" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -94,7 +94,8 @@ def test_an_untrained_model_is_not_published_by_any_way(
     with pytest.raises(ValueError, match=f"refused for publishing.*{REMEDY}"):
         check_publishable(untrained)
     for target in ([], [str(tmp_path / "again")]):
-        for flags in (["--push", "owner/name"], ["--dry-run"]):
+        push = ["--push", "owner/name"]
+        for flags in (push, ["--dry-run"], [*push, "--dry-run"]):
             assert main(["export", str(untrained), *target, *flags]) == 2
             assert "is refused for publishing. It is untrained" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._extras import LORA, require
 from .captioned_data import add_data_flags, read_data, require_data
 from .extras import list_needs_of_data, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
+
+if TYPE_CHECKING:
+    from ..data.vector_store import VectorStore
+    from ..training.cross_modal.align import AlignResult
 
 
 def add_parser(commands: Any) -> None:
@@ -150,19 +154,12 @@ def run(arguments: argparse.Namespace) -> int:
     choose_device(arguments)
 
     from ..data.trained_emoji import find_trained_emoji
-    from ..data.vector_store import VectorStore
-    from ..hub.alignment_report import NEAR_CHANCE, describe_result, find_caution, list_results
+    from ..hub.alignment_report import find_caution, list_results
     from ..hub.assemble import assemble_folder
     from ..training.cross_modal.align import align, check_settings
 
     model = find_model_folder(arguments.model)
-    stores = {
-        name: None if path is None else VectorStore.open(path)
-        for name, path in (
-            ("caption_store", arguments.caption_store),
-            ("picture_store", arguments.picture_store),
-        )
-    }
+    stores = _open_stores(arguments)
     check_settings(settings, **stores)  # reading the data may take long
     records = read_data(arguments, require_pictures=stores["picture_store"] is None)
     trained_emoji = find_trained_emoji(records)
@@ -187,6 +184,20 @@ def run(arguments: argparse.Namespace) -> int:
         projections_trained=result.has_trained_projections,
         text_adapter_trained=result.has_trained_adapter,
     )
+    _print_result(result, model, folder, has_golden=has_golden)
+    return 0
+
+
+def _open_stores(arguments: argparse.Namespace) -> dict[str, VectorStore | None]:
+    from ..data.vector_store import VectorStore
+
+    paths = {name: getattr(arguments, name) for name in ("caption_store", "picture_store")}
+    return {name: path and VectorStore.open(path) for name, path in paths.items()}
+
+
+def _print_result(result: AlignResult, model: Path, folder: Path, *, has_golden: bool) -> None:
+    from ..hub.alignment_report import NEAR_CHANCE, describe_result, find_caution
+
     for line in describe_result(result):
         print(line)
     print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")
@@ -198,7 +209,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Next: llm2clip doctor {folder}")
     if find_caution(result):
         print(NEAR_CHANCE)
-    return 0
 
 
 def _require_stores(arguments: argparse.Namespace) -> None:

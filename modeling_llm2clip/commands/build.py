@@ -33,6 +33,21 @@ def add_parser(commands: Any) -> None:
     _add_prompt_flags(
         build.add_argument_group("prompt around every caption (required: one choice)")
     )
+    _add_architecture_flags(build)
+    _add_weight_flags(build)
+    add_device_flag(build)
+    build.set_defaults(run=run)
+
+
+def _add_prompt_flags(prompt: Any) -> None:
+    prompt.add_argument("--prompt", choices=PROMPT_NAMES, help="a known prompt; no default")
+    prompt.add_argument(
+        "--prefix", help="text in front of every caption; default: that of --prompt"
+    )
+    prompt.add_argument("--suffix", help="text behind every caption; default: that of --prompt")
+
+
+def _add_architecture_flags(build: Any) -> None:
     build.add_argument(
         "--projection-dim", type=int, default=512, help="width of the space of both embeddings"
     )
@@ -66,6 +81,9 @@ def add_parser(commands: Any) -> None:
         "--visual-projection-bias", action=argparse.BooleanOptionalAction, default=True,
         help="bias of the image projection, which the closed-form start of align needs",
     )  # fmt: skip
+
+
+def _add_weight_flags(build: Any) -> None:
     build.add_argument(
         "--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM; default: none"
     )
@@ -89,16 +107,6 @@ def add_parser(commands: Any) -> None:
     build.add_argument(
         "--seed", type=int, default=0, help="seed of the text adapter and the projections"
     )
-    add_device_flag(build)
-    build.set_defaults(run=run)
-
-
-def _add_prompt_flags(prompt: Any) -> None:
-    prompt.add_argument("--prompt", choices=PROMPT_NAMES, help="a known prompt; no default")
-    prompt.add_argument(
-        "--prefix", help="text in front of every caption; default: that of --prompt"
-    )
-    prompt.add_argument("--suffix", help="text behind every caption; default: that of --prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ def add_folder_flags(parser: Any) -> None:
     parser.add_argument(
         "--exclude-faults", action="store_true", help="leave broken pictures out, and count them"
     )
-    parser.add_argument("--batch-size", type=int, help="pictures of a batch")
+    parser.add_argument("--batch-size", type=int, help="pictures of a batch; default: by device")
     parser.add_argument("--num-workers", type=int, default=1, help="threads that decode pictures")
     add_device_flag(parser)
 
@@ -62,8 +62,8 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
     """Find, check and encode the images, and tell on stderr what is skipped, known and kept.
 
     Raises:
-        ValueError: there is no image, one is broken and `--exclude-faults` is not given, or the
-            model was never trained.
+        ValueError: the device is not there, there is no image, one is broken and
+            `--exclude-faults` is not given, or the model was never trained.
     """
     from ..configuration_llm2clip import LLM2CLIPConfig
     from ..encoding.folders import find_model_folder
@@ -73,6 +73,7 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
     from ..search.gallery import make_gallery
     from ..search.image_files import find_image_files
 
+    device = choose_device(arguments)
     files = find_image_files(arguments.pictures)
     if files.skipped:
         tell(files.describe_skipped())
@@ -83,7 +84,7 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
     paths = _leave_out_faults(files.readable, kept, allowed=arguments.exclude_faults)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPModel.from_pretrained(folder)
-    model = model.to(choose_device(arguments))
+    model = model.to(device)
     try:
         vision_embeds = kept.encode(
             model,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._extras import require
-from ..search.result_formats import FORMATS
+from ..search.result_formats import FORMATS, render_search_results
 from .extras import list_needs_of_model
 from .image_folder import (
     EncodedFolder,
@@ -28,21 +28,31 @@ _NOTE = "The number under a picture is its cosine with the query."
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
     search = commands.add_parser(
-        "search", help="the pictures of a folder that fit a sentence, or an image, best"
+        "search",
+        help="the pictures of a folder that fit a sentence, or an image, best",
+        examples=(
+            'llm2clip search aligned/model my-pictures "a dog in the snow" --output found',
+            "llm2clip search aligned/model my-pictures --image dog.jpg --format json",
+        ),
     )
     add_folder_arguments(search)
-    sentences = search.add_argument("sentences", nargs="+", default=[], metavar="sentence")
+    sentences = search.add_argument(
+        "sentences", nargs="+", default=[], metavar="sentence",
+        help="what the images should show; may be left out with --image",
+    )  # fmt: skip
     # With --image there may be none. Of nargs="*", argparse would take none before a flag.
     sentences.required = False
     search.add_argument(
         "--image", action="append", type=Path, default=[], metavar="FILE",
-        help="query image, instead of a sentence or beside it; may be given several times",
+        help="query image, instead of a sentence or beside it; repeatable; default: none",
     )  # fmt: skip
     search.add_argument("--count", type=int, default=6, help="pictures a query")
     search.add_argument(
         "--format", choices=FORMATS, default="table", help="of the results on stdout"
     )
-    search.add_argument("--output", type=Path, help="new folder for search.png and search.html")
+    search.add_argument(
+        "--output", type=Path, help="new folder for search.png and search.html; default: none"
+    )
     add_folder_flags(search)
     search.set_defaults(run=run)
 
@@ -52,15 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     require(*list_needs_of_model(arguments.model))
     from ..encoding.model_types import require_own_model
     from ..hub.new_folder import require_new_folder
-    from ..search.result_formats import render_search_results
 
     if arguments.count < 1:
         raise ValueError(f"--count {arguments.count} finds nothing. Give at least 1.")
-    _check_queries(arguments.sentences, arguments.image)  # before what takes long
+    _require_queries(arguments)
     if arguments.output is not None:
         require_new_folder(arguments.output)
     require_folder(arguments)
     require_own_model(arguments.model)
+    _check_queries(arguments.sentences, arguments.image)  # before what takes long
     found = _search(encode_folder(arguments), arguments)
     print(render_search_results(found, arguments.format))
     if arguments.output is not None:
@@ -68,13 +78,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _require_queries(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where no query or no such file is given, before anything is imported."""
+    if not arguments.sentences and not arguments.image:
+        raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
+    if missing := [file for file in arguments.image if not file.exists()]:
+        raise ValueError("\n".join(f"--image {file}: no such picture." for file in missing))
+
+
 def _check_queries(sentences: list[str], images: list[Path]) -> None:
     from ..data.picture_checks import find_unreadable
     from ..data.pictures import register_heif_reader
     from ..processing_llm2clip import clean_list
 
-    if not sentences and not images:
-        raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
     if sentences:
         clean_list(sentences)
     register_heif_reader()

@@ -22,10 +22,19 @@ from .image_folder import (
 if TYPE_CHECKING:
     from ..search.tagging import TaggedImage
 
+_SUFFIXES = (".csv", ".jsonl")
+
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
-    tag = commands.add_parser("tag", help="label the images of a folder, into CSV or JSON lines")
+    tag = commands.add_parser(
+        "tag",
+        help="label the images of a folder, into CSV or JSON lines",
+        examples=(
+            "llm2clip tag aligned/model my-pictures --labels labels.txt --template "
+            '"a photo of a {}" --output tags.csv',
+        ),
+    )
     add_folder_arguments(tag)
     tag.add_argument(
         "--labels", type=Path, required=True, metavar="FILE",
@@ -37,7 +46,9 @@ def add_parser(commands: Any) -> None:
         help="prompts for labels that bring none, with {} for the label; several are averaged",
     )  # fmt: skip
     tag.add_argument("--top-k", type=int, default=3, help="labels per image")
-    tag.add_argument("--threshold", type=float, metavar="COSINE", help="least cosine of a label")
+    tag.add_argument(
+        "--threshold", type=float, metavar="COSINE", help="least cosine of a label; default: none"
+    )
     tag.add_argument(
         "--output", type=Path, metavar="FILE",
         help="new file, *.csv or *.jsonl; default: CSV on stdout",
@@ -51,12 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     require(*list_needs_of_model(arguments.model))
     from ..encoding.model_types import require_own_model
     from ..search.labels import read_labels
-    from ..search.tagging import encode_labels, tag_images
 
     labels = read_labels(arguments.labels, templates=arguments.template)
     _check_flags(arguments)  # before what takes long
     require_folder(arguments)
     require_own_model(arguments.model)
+    from ..search.tagging import encode_labels, tag_images
+
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     encoded = encode_folder(arguments)
     prompts = [prompt for label in labels for prompt in label.prompts]
     tell_truncated(encoded.processor, prompts, "prompts")
@@ -73,8 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    from ..search.tagging import TAG_FILE_SUFFIXES
-
     output = arguments.output
     if arguments.top_k < 1:
         raise ValueError(f"--top-k {arguments.top_k} gives no label. Give at least 1.")
@@ -82,11 +94,10 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--threshold {arguments.threshold} is no cosine. Give one in [-1, 1].")
     if output is None:
         return
-    if output.suffix not in TAG_FILE_SUFFIXES:
-        raise ValueError(f"--output {output} must end in {' or '.join(TAG_FILE_SUFFIXES)}.")
+    if output.suffix not in _SUFFIXES:
+        raise ValueError(f"--output {output} must end in {' or '.join(_SUFFIXES)}.")
     if output.exists():
         raise FileExistsError(f"{output} exists. Name a new file, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: float | None) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._extras import CAPTION_TUNING, require
 from .captioned_data import add_data_flags, read_data, require_data
 from .extras import list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
+
+if TYPE_CHECKING:
+    from ..training.caption_contrastive import TuneResult
 
 
 def add_parser(commands: Any) -> None:
@@ -150,15 +153,19 @@ def run(arguments: argparse.Namespace) -> int:
     if result.adapter is None:
         print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
         return result.exit_code
-    print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
-    print(
-        f"{result.counts['num_truncated']} of {result.counts['num_texts']} texts are longer than "
-        f"{processor.longest_text} tokens and cut."
-    )
+    _print_result(result, processor.longest_text)
     if arguments.merge:
         merge_caption_adapter(arguments.model, result.adapter, merged)
         print(f"Wrote {merged}. Next: llm2clip extract {merged} DATA STORE")
     return 0
+
+
+def _print_result(result: TuneResult, longest_text: int) -> None:
+    print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
+    print(
+        f"{result.counts['num_truncated']} of {result.counts['num_texts']} texts are longer than "
+        f"{longest_text} tokens and cut."
+    )
 
 
 def _read_weight(file: str, text: str) -> float:

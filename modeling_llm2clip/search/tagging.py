@@ -19,7 +19,6 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .gallery import Gallery, require_finite
 from .labels import Label
 
-TAG_FILE_SUFFIXES = (".csv", ".jsonl")
 COLUMNS = ("image", "rank", "label", "cosine", "probability")
 _ROWS_AT_ONCE = 4096
 
