@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .._extras import require
+from .._extras import DEMO, require
 from ..hub.picture_choices import NORMALIZATIONS
 from ..hub.prompt_presets import PROMPT_NAMES
 from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
+# In the place of a tower: the demo's own, which needs no hub.
+EMBEDDED = "embedded"
 # What stands in the place of the other tower: (argument, kind) → what it is.
 _SWAPPED = {("VISION", "text"): "a language model", ("LLM", "vision"): "a vision tower"}
 
@@ -27,8 +29,10 @@ def add_parser(commands: Any) -> None:
             "my-model --prompt llama-3",
         ),
     )
-    build.add_argument("vision", help="Hub id or folder of a vision tower")
-    build.add_argument("llm", help="Hub id, folder or .gguf file of a language model")
+    build.add_argument("vision", help="Hub id or folder of a vision tower; embedded: the demo's")
+    build.add_argument(
+        "llm", help="Hub id, folder or .gguf file of a language model; embedded: the demo's"
+    )
     build.add_argument("output", type=Path, help="folder to write")
     _add_prompt_flags(
         build.add_argument_group("prompt around every caption (required: one choice)")
@@ -111,12 +115,13 @@ def _add_weight_flags(build: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.caption_adapter))
-    require(*list_needs_of_model(arguments.vision))
     from ..hub.new_folder import require_new_folder
     from ..hub.tower_sources import require_sources
 
     require_new_folder(arguments.output)
+    licenses = _take_embedded(arguments)
+    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.caption_adapter))
+    require(*list_needs_of_model(arguments.vision))
     _require_prompt(arguments)
     _require_order(arguments)
     require_sources(
@@ -143,17 +148,44 @@ def run(arguments: argparse.Namespace) -> int:
     )
     model.to(device)  # type: ignore[arg-type]  # for the golden vectors
     facts = CardFacts(
-        vision_license=find_license(arguments.vision), text_license=find_license(arguments.llm)
+        vision_license=licenses.get("vision") or find_license(arguments.vision),
+        text_license=licenses.get("llm") or find_license(arguments.llm),
     )
     # An adapter does not say which captions it has seen.
     trained_emoji = add_up_trained_emoji(arguments.vision, arguments.llm).add(
-        TrainedEmoji(is_complete=arguments.caption_adapter is None)
+        TrainedEmoji(is_complete=arguments.caption_adapter is None or "llm" in licenses)
     )
     folder = export_model(
         model, processor, arguments.output, facts=facts, trained_emoji=trained_emoji
     )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0
+
+
+def _take_embedded(arguments: argparse.Namespace) -> dict[str, str]:
+    """Put the demo's towers in the place of their name, fetched where they are not in the cache.
+
+    Its language model comes with its caption-tuned LoRA and its prompt, unless others are given.
+
+    Returns: licenses of the towers that were taken, by `"vision"` and `"llm"`.
+    """
+    taken = [place for place in ("vision", "llm") if getattr(arguments, place) == EMBEDDED]
+    if not taken:
+        return {}
+    require(*DEMO)
+    from ..data.example_data import find_example_data
+    from ..demo.real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
+
+    if "vision" in taken:
+        arguments.vision = str(fetch_real_part(EFFICIENTNET))
+    if "llm" in taken:
+        arguments.llm = str(fetch_real_part(SMOLLM2))
+        arguments.accept_adapter_base = arguments.accept_adapter_base or SMOLLM2_BASE
+        if arguments.caption_adapter is None and arguments.bidirectional:
+            arguments.caption_adapter = find_example_data() / "caption_adapter"
+        if arguments.prefix is None and arguments.suffix is None:
+            arguments.prompt = arguments.prompt or "chatml"
+    return dict.fromkeys(taken, "apache-2.0")
 
 
 def _require_prompt(arguments: argparse.Namespace) -> None:
