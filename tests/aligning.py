@@ -30,12 +30,16 @@ from modeling_llm2clip.training.shard_work import ExtractionArguments
 NUM_RECORDS = 24
 SHORT_RUN: dict[str, Any] = {
     "steps": 6, "batch_size": 8, "lr": 1e-3, "log_every": 1, "save_every": 2, "device": "cpu",
-    "held_out_share": 0.0,
+    "held_out_share": 0.0, "start": "as-is", "image_noise": 0.0, "caption_noise": 0.0,
 }  # fmt: skip
 # Long enough to be killed in the middle.
 LONG_RUN: dict[str, Any] = {
     "steps": 120, "batch_size": 8, "log_every": 1, "save_every": 7, "device": "cpu",
     "vision_training": "full", "layer_decay": 0.9, "lr": 1e-4, "patience": 100,
+}  # fmt: skip
+COLORS = {
+    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0),
+    "white": (255, 255, 255), "yellow": (255, 255, 0),
 }  # fmt: skip
 TOWERS = ("text_model.", "vision_model.")
 
@@ -74,6 +78,17 @@ class Prepared:
             resume=resume,
         )
 
+    def align_stored(self, output: Path, **settings: Any) -> AlignResult:
+        """Align from both stores, with the settings' own defaults."""
+        return align(
+            self.model,
+            self.records,
+            output,
+            AlignArguments(**{"device": "cpu", **settings}),
+            caption_store=self.caption_store,
+            picture_store=self.picture_store,
+        )
+
 
 def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
     """Write JPEG pictures of noise with two short captions, and a long one for all but the first.
@@ -99,9 +114,40 @@ def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
     return folder
 
 
-def prepare(folder: Path, *, vision: str = "clip", **build: Any) -> Prepared:
-    """Write data, export a tiny model, extract both stores in float32."""
-    data = write_data(folder / "data")
+def write_color_data(folder: Path, *, count: int) -> Path:
+    """Write images of four colored squares, with two captions that name the colors in order.
+
+    Even towers with random weights tell colors and words apart, so that a linear fit finds what the
+    two sides share.
+    """
+    folder.mkdir(parents=True)
+    drawn = np.random.default_rng(0).permutation(len(COLORS) ** 4)[:count]
+    lines = []
+    for number in drawn.tolist():
+        names = [list(COLORS)[number // len(COLORS) ** place % len(COLORS)] for place in range(4)]
+        pixels = np.array([COLORS[name] for name in names], dtype=np.uint8).reshape(2, 2, 3)
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(
+            folder / f"{number}.png"
+        )
+        captions = [" ".join(names), "squares of " + " and ".join(names)]
+        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def prepare(
+    folder: Path, *, vision: str = "clip", num_colored: int | None = None, **build: Any
+) -> Prepared:
+    """Write data, export a tiny model, extract both stores in float32.
+
+    Args:
+        num_colored: so many images of `write_color_data`, instead of noise.
+    """
+    data = (
+        write_data(folder / "data")
+        if num_colored is None
+        else write_color_data(folder / "data", count=num_colored)
+    )
     model, processor = tiny_model(vision, visual_projection_bias=True, max_text_length=64, **build)
     export_model(model, processor, folder / "exported")
     records = read_captioned(data)

@@ -25,7 +25,12 @@ from modeling_llm2clip.training.cross_modal.towers import (
     merge_loras,
     scale_by_layer,
 )
-from modeling_llm2clip.training.cross_modal.trainer import AlignmentTrainer, make_training_arguments
+from modeling_llm2clip.training.cross_modal.trainer import (
+    AlignmentTrainer,
+    RunLength,
+    make_training_arguments,
+)
+from modeling_llm2clip.training.optimization import warm_up_then_cosine
 
 
 def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, tmp_path: Path) -> None:
@@ -108,10 +113,12 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
         caption_store=prepared.caption_store,
     )  # fmt: skip
     trainer = AlignmentTrainer(
-        model, dataset, arguments=arguments, callbacks=[],
-        training_arguments=make_training_arguments(tmp_path, arguments, num_steps=1),
+        model, dataset, items=range(len(dataset)), arguments=arguments, callbacks=[],
+        length=RunLength(num_steps=40, batch_size=8, lr=1e-3, adapter_begin=10),
+        training_arguments=make_training_arguments(tmp_path, arguments),
     )  # fmt: skip
-    groups = trainer.create_optimizer().param_groups
+    optimizer = trainer.create_optimizer()
+    groups = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: group for group in groups for p in group["params"]}
     assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -123,6 +130,15 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     assert rates["vision_model.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(1e-4 / 2)
     assert rates["vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(1e-4 / 4)
     assert rates["vision_model.embeddings.patch_embedding.weight"] == pytest.approx(1e-4 / 8)
+    # A new text adapter joins later than the rest, and warms up of its own.
+    trainer.create_scheduler(40, optimizer)
+    now = {name: group["lr"] for name, group in found.items()}
+    assert {name for name, rate in now.items() if rate == 0} == {
+        name for name in rates if name.startswith("text_adapter.")
+    }
+    factor = warm_up_then_cosine(40, begin=10)
+    assert [factor(step) for step in range(10)] == [0.0] * 10
+    assert 0 < factor(10) < factor(12) == 1.0 > factor(39) > 0
 
 
 def test_batch_norm_keeps_its_statistics_and_no_picture_sees_its_neighbours(

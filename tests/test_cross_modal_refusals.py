@@ -57,7 +57,7 @@ def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     refuse(prepared, out, "Got no pictures", records=[])
-    refuse(prepared, out, "24 pictures are too few for a batch of 25", batch_size=25)
+    refuse(prepared, out, "24 images to train on .* are too few for a batch of 25", batch_size=25)
     refuse(prepared, out, "needs a caption store", caption_store=None)
     refuse(prepared, out, "reads no caption store", text_training="frozen-online")
     refuse(
@@ -97,14 +97,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 ) -> None:
     arguments = AlignArguments(batch_size=batch_size, device="cpu")
     with pytest.raises(ValueError, match=message):
-        check_processes(arguments, num_processes)
+        check_processes(arguments, batch_size, num_processes)
 
 
 def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     arguments = AlignArguments(batch_size=8, device="cpu", vision_training="lora")
     with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
-        check_processes(arguments, 1)
+        check_processes(arguments, 8, 1)
 
 
 def test_other_captions_than_the_stored_ones_are_refused(

@@ -52,7 +52,7 @@ def test_the_closed_form_start_finds_what_captions_and_pictures_share(pairs):
 
 
 def test_the_start_asks_for_a_bias(pairs):
-    model, _ = tiny_model()
+    model, _ = tiny_model(visual_projection_bias=False)
     with pytest.raises(ValueError, match="visual_projection_bias=True"):
         start_from_canonical_correlation(model, *pairs.pair_rows())
 

@@ -89,7 +89,7 @@ def test_a_machine_with_many_gpus_gives_one_process_no_larger_batch(
     monkeypatch.setattr(stage.PairCollator, "__call__", note)
     tune(tmp_path / "run", replace(SHORT, steps=2, batch_size=4))
     assert sizes == [4, 4]
-    assert make_training_arguments(tmp_path, AlignArguments()).n_gpu <= 1  # 0 on the CPU
+    assert make_training_arguments(tmp_path, AlignArguments()).n_gpu <= 1
 
 
 def test_gpus_that_no_process_uses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

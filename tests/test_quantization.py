@@ -30,7 +30,7 @@ BLOCK = 64
 def test_only_the_language_model_is_quantised(tmp_path, kind, device):
     tokenizer = tiny_tokenizer()
     text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=BLOCK)
-    settings = BuildArguments(prompt="llama-3", max_text_length=32)
+    settings = BuildArguments(prompt="llama-3", max_text_length=32, visual_projection_bias=False)
     model, processor = build_model(*tiny_vision(), text_model, tokenizer, settings)
     model.save_pretrained(tmp_path)
     inputs = processor(text=["a dog", "two cats"], images=tiny_pictures())
@@ -112,9 +112,9 @@ def test_a_projection_that_was_quantized_all_the_same_computes_in_floats(
     projection = model.visual_projection
     layer: Any
     if kind == "4bit":
-        layer = bitsandbytes.nn.Linear4bit(32, 512, bias=False, compute_dtype=torch.float32)
+        layer = bitsandbytes.nn.Linear4bit(32, 512, bias=True, compute_dtype=torch.float32)
     else:
-        layer = bitsandbytes.nn.Linear8bitLt(32, 512, bias=False, has_fp16_weights=False)
+        layer = bitsandbytes.nn.Linear8bitLt(32, 512, bias=True, has_fp16_weights=False)
     layer.load_state_dict(projection.state_dict())
     quantized = copy.deepcopy(model)
     quantized.visual_projection = layer.to("cpu")

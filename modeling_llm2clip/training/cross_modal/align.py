@@ -51,6 +51,8 @@ _NAMES_SHOWN = 5
 # What is decided or found while a run goes on, in its record.
 _START, _HELD_OUT = "start", "held_out"
 _SHARE_BEFORE_ADAPTER = 0.25
+# Settings of the same name of `AlignmentDataset`.
+_OF_DATASET = ("long_share", "image_noise", "caption_noise", "seed")
 
 
 @dataclass(frozen=True)
@@ -129,17 +131,15 @@ def align(
         LLM2CLIPProcessor.from_pretrained(model),
         caption_store=caption_store,
         picture_store=picture_store,
-        long_share=arguments.long_share,
-        image_noise=arguments.image_noise,
-        caption_noise=arguments.caption_noise,
-        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in _OF_DATASET},
     )
     record = _identify_run(model, dataset, arguments, made_by)
     require_fresh_or_same_run(output, record, resume=resume)
     training_arguments = make_training_arguments(output, arguments)
+    num_processes = training_arguments.world_size
     items, held_items = choose_held_out(dataset, arguments.held_out_share, seed=arguments.seed)
-    batch_size = arguments.choose_batch_size(len(items), training_arguments.world_size)
-    check_processes(arguments, batch_size, training_arguments.world_size)
+    batch_size = arguments.choose_batch_size(len(items), num_processes)
+    check_processes(arguments, batch_size, num_processes)
     _check_batch(batch_size, len(items), len(held_items))
     PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
     set_seed(arguments.seed)
@@ -153,11 +153,7 @@ def align(
         start = make_start(aligned, dataset, items, held_out, arguments)
     else:
         start = Start(**read_run_entry(output, _START))
-    if training_arguments.should_save:
-        write_run_record(output, arguments=record, seed=arguments.seed, model=aligned)
-        write_run_entry(output, _START, asdict(start))
-        forget_what_came_after(output, last)
-    PartialState().wait_for_everyone()
+    _record_beginning(output, record, start, last=last, model=aligned)
     length = _find_length(arguments, start, num_items=len(items), batch_size=batch_size)
     with float32_as_such(), stop_on_signals() as stop:
         trainer = AlignmentTrainer(
@@ -170,13 +166,23 @@ def align(
             callbacks=[
                 JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop),
             ],
-            keep_best=None
-            if held_out is None
-            else _make_keep_best(held_out, output, arguments, length),
+            keep_best=_make_keep_best(held_out, output, arguments, length),
         )  # fmt: skip
         show_readable_progress(trainer)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return _conclude(trainer, adapted, output, start, stop)
+
+
+def _record_beginning(
+    output: Path, record: dict[str, Any], start: Start, *, last: Path | None, model: AlignmentModel
+) -> None:
+    """Write the run's record in the main process, and let the others wait for it."""
+    state = PartialState()
+    if state.is_main_process:
+        write_run_record(output, arguments=record, seed=record["seed"], model=model)
+        write_run_entry(output, _START, asdict(start))
+        forget_what_came_after(output, last)
+    state.wait_for_everyone()
 
 
 def _find_length(
@@ -193,8 +199,10 @@ def _find_length(
 
 
 def _make_keep_best(
-    held_out: HeldOutImages, output: Path, arguments: AlignArguments, length: RunLength
-) -> KeepBest:
+    held_out: HeldOutImages | None, output: Path, arguments: AlignArguments, length: RunLength
+) -> KeepBest | None:
+    if held_out is None:
+        return None
     return KeepBest(
         held_out,
         output,

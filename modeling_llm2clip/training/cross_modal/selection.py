@@ -91,7 +91,9 @@ class KeepBest(TrainerCallback):
         step = state.global_step
         if step % self.every and step < state.max_steps:
             return
+        is_due = control.should_log
         self._look(step=step)
+        control.should_log = is_due  # logging took it back, and this step's loss would be lost
         lost = (step - max(self.best_step, self.patient_until)) // self.every
         if self.patience is not None and lost >= self.patience and step < state.max_steps:
             self.has_stopped_early = True
