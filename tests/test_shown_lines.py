@@ -31,7 +31,9 @@ from modeling_llm2clip.training.shard_work import StoreProgress
 
 ROOT = Path(__file__).parent.parent
 NUMBER = r"-?[\d,.]+(e[+-]\d+)?"
-STEP = re.compile(rf"step (\d+)/(\d+)(  [a-zA-Z- ]+ {NUMBER}%?)*(  {NUMBER} (pairs|steps)/s)?")
+STEP = re.compile(
+    rf"step (\d+)/(\d+)(  [a-zA-Z- ]+( r1)? {NUMBER}%?)*(  {NUMBER} (pairs|steps)/s)?"
+)
 # Commands, each of which finds what the ones before it wrote; run in one process, which imports
 # torch once. Their own warnings are shown, as they would be in a terminal.
 RUN_COMMANDS = """
