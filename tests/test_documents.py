@@ -31,7 +31,7 @@ COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test
 # Folders that a reader makes (`model/` is what the demo writes), and Hub ids; the snippets find a
 # tiny stand-in under each name, because transformers prefers a folder to the Hub.
 MADE_BY_READERS = (
-    "llm2clip-demo", "model", "my-model", "my-pictures", "tuned", "aligned", ".venv",
+    "llm2clip-demo", "model", "my-model", "my-pictures", "tuned", "aligned", "fine-tuned", ".venv",
 )  # fmt: skip
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
@@ -159,15 +159,21 @@ def test_the_readmes_commands_parse(command: str) -> None:
 def test_the_readmes_training_commands_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_tiny_model(tmp_path / "my-model")
+    # What the first command makes of the demo's towers, which are fetched, and the demo itself.
+    for name in ("my-model", "llm2clip-demo/model"):
+        export_tiny_model(tmp_path / name)
     save_captioned_pictures(tmp_path / "my-pictures", count=200)
     monkeypatch.chdir(tmp_path)
     section = read(README).split("## Train\n")[1].split("\n## ")[0]
     commands = [line for line in section.splitlines() if line.startswith("llm2clip ")]
-    assert len(commands) == 4
+    assert commands.pop(0) == "llm2clip build embedded embedded my-model"
+    assert [shlex.split(command)[1] for command in commands] == [
+        "extract", "extract", "align", "align", "tune-captions",
+    ]  # fmt: skip
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
-    assert main(["doctor", "aligned/model"]) == 0
+    for folder in ("aligned", "fine-tuned"):
+        assert main(["doctor", f"{folder}/model"]) == 0
 
 
 def save_captioned_pictures(folder: Path, *, count: int) -> None:
