@@ -32,7 +32,7 @@ from modeling_llm2clip.training.shard_work import StoreProgress
 ROOT = Path(__file__).parent.parent
 NUMBER = r"-?[\d,.]+(e[+-]\d+)?"
 STEP = re.compile(
-    rf"step (\d+)/(\d+)(  [a-zA-Z- ]+( r1)? {NUMBER}%?)*(  {NUMBER} (pairs|steps)/s)?"
+    rf"step (\d+)/(\d+)(  (R@1 )?[a-zA-Z- ]+ {NUMBER}%?)*(  {NUMBER} (pairs|steps)/s)?"
 )
 # Commands, each of which finds what the ones before it wrote; run in one process, which imports
 # torch once. Their own warnings are shown, as they would be in a terminal.
@@ -97,7 +97,7 @@ def test_no_command_prints_a_dictionary_or_a_warning(prepared: Prepared, tmp_pat
     for lines in steps.values():
         assert all(STEP.fullmatch(line) for line in lines), lines
     assert all("  lr " in line for line in losses)
-    assert all("  held out loss " in line for line in steps["align"] if line not in losses)
+    assert all("  held-out loss " in line for line in steps["align"] if line not in losses)
     assert sum("held-out CRA " in line for line in steps["tune-captions"]) == 2
     extracted = [err for name, _, err in shown if name == "extract"]
     assert " tokens/s" in extracted[0] and " pictures/s" in extracted[1]

@@ -10,8 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 # Logged name → as it is shown, where that is not the name with blanks.
-_NAMES = {"learning_rate": "lr", "eval_cra": "held-out CRA"}
-_SHARES = ("eval_cra",)
+_NAMES = {
+    "learning_rate": "lr",
+    "eval_cra": "held-out CRA",
+    "held_out_loss": "held-out loss",
+    "held_out_text_to_image_r1": "R@1 text to image",
+    "held_out_image_to_text_r1": "R@1 image to text",
+}
+_SHARES = ("eval_cra", "held_out_text_to_image_r1", "held_out_image_to_text_r1")
 # What says nothing about the training: sums, and times of an evaluation.
 _LEFT_OUT = ("total_flos", "_runtime", "_per_second")
 _GAP = "  "
