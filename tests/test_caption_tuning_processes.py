@@ -107,6 +107,7 @@ sys.exit(tune_captions(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit
 """
 
 
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(STOPPED)

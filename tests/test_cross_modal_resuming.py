@@ -127,6 +127,7 @@ def test_what_a_kill_interrupts_is_whole_or_not_there(
     assert prepared.align(empty).steps == SHORT_RUN["steps"]
 
 
+@pytest.mark.slow
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     prepared: Prepared, tmp_path: Path
 ) -> None:

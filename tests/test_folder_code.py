@@ -233,6 +233,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_afterwards(
     tmp_path: Path,
 ) -> None:

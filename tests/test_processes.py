@@ -133,6 +133,7 @@ state.wait_for_everyone()
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_for_hours(
     tmp_path: Path,
 ) -> None:

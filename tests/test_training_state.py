@@ -49,7 +49,7 @@ def test_a_built_model_is_untrained_and_its_folder_says_so(tmp_path: Path) -> No
     assert find_untrained_parts(model.config) == ("text adapter", "projections")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_of_training_makes_a_model_trained_and_nothing_else_does(compiled: bool) -> None:
     model, _ = tiny_model(trained=False)
     batch = {**shared_batch(), "return_loss": True}
