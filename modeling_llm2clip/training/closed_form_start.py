@@ -18,7 +18,7 @@ from ..heads_llm2clip import MAX_LOG_SCALE
 from ..modeling_llm2clip import LLM2CLIPModel
 from .losses import keyed_contrastive_loss
 
-# Shares of the mean variance that may be added to every variance, three a decade.
+# Shares of the mean variance that may be added to every variance, two a decade.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST_TRIED = (2, 4)  # where good values mostly are: 0.1 for texts, 1 for images
 _NUM_FOLDS = 4

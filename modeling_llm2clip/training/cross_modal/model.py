@@ -19,7 +19,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...loading_llm2clip import build_tower
 from ...modeling_llm2clip import LLM2CLIPModel
 
-_ALWAYS_TRAINED = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
+HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
 
 
 class _AbsentTower(nn.Module):
@@ -122,7 +122,7 @@ class AlignmentModel(LLM2CLIPModel):
     def train_heads_only(self) -> None:
         """Freeze all but adapter, projections and temperature, which become float32."""
         self.requires_grad_(False)
-        for name in _ALWAYS_TRAINED:
+        for name in HEADS:
             getattr(self, name).float().requires_grad_(True)
 
     def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -172,5 +171,4 @@ def restore(trainer: AlignmentTrainer, weights: dict[str, Tensor]) -> None:
     """Put kept weights back into an unsharded model."""
     model = trainer.alignment_model
     assert set(weights) == find_trained(model)
-    with torch.no_grad():
-        model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, strict=False)

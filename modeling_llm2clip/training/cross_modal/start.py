@@ -14,7 +14,7 @@ from ..closed_form_start import ClosedForm, fit_temperature, start_from_canonica
 from .arguments import AlignArguments
 from .dataset import AlignmentDataset
 from .held_out import HeldOutImages
-from .model import AlignmentModel
+from .model import HEADS, AlignmentModel
 
 # So many pairs fix a linear fit of embeddings of a few thousand elements, and fit into memory.
 _MOST_PAIRS = 50_000
@@ -69,19 +69,16 @@ def make_start(
             wanted = "as-is"
     if wanted == "as-is":
         return as_is
-    before = {name: value.clone() for name, value in _list_head(model).items()}
-    loss_before = _measure(model, held_out) if held_out is not None else None
+    before: dict[str, Tensor] = {}
+    loss_before = None
+    if arguments.start == "auto" and trained and held_out is not None:
+        before = {name: value.clone() for name, value in _list_head(model).items()}
+        loss_before = _measure(model, held_out)
     fitted = start_from_canonical_correlation(
         model, *_pair_embeddings(dataset, items, arguments.seed)
     )
     loss = _set_temperature(model, held_out) if held_out is not None else None
-    if (
-        arguments.start == "auto"
-        and trained
-        and loss is not None
-        and loss_before is not None
-        and loss_before <= loss
-    ):
+    if loss is not None and loss_before is not None and loss_before <= loss:
         _restore(model, before)
         return as_is
     return Start(
@@ -97,8 +94,11 @@ def _describe(fitted: ClosedForm) -> dict[str, Any]:
 
 
 def _list_head(model: AlignmentModel) -> dict[str, Tensor]:
-    heads = ("text_adapter.", "text_projection.", "visual_projection.", "logit_scale.")
-    return {name: p.detach() for name, p in model.named_parameters() if name.startswith(heads)}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] in HEADS
+    }
 
 
 @torch.no_grad()
