@@ -2,7 +2,7 @@
 
     python benchmarks/alignment.py --adapter tuned-captions/adapter
 
-The same pictures (the embedded emoji), frozen vision tower (EfficientNet-Lite0), steps and seeds
+The same images (the embedded emoji), frozen vision tower (EfficientNet-Lite0), steps and seeds
 for three states of the same LLM (SmolLM2-135M): causal as it came, made bidirectional, and
 bidirectional with the caption-tuned adapter.
 """
@@ -21,11 +21,16 @@ from typing import Any
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
-from modeling_llm2clip.data.splits import hold_out
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
-from modeling_llm2clip.demo.run import DemoArguments, read_pictures
+from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.demo.pretrained_towers import (
+    EFFICIENTNET,
+    SMOLLM2,
+    SMOLLM2_BASE,
+    fetch_tower,
+)
+from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
 from modeling_llm2clip.demo.stages import align, encode_records, evaluate
-from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 
 
 def main() -> None:
@@ -49,7 +54,7 @@ def main() -> None:
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "timm", "peft")},
-        "data": "embedded emoji; 300 things held out with all their pictures and names",
+        "data": "embedded emoji; 300 things held out with all their images and names",
         "alignment": asdict(_settings(arguments.seeds[0]).alignment),
         "mean_text_to_image_r1": {
             name: round(statistics.fmean(r["unseen_text_to_image_r1"] for r in runs), 4)
@@ -68,20 +73,20 @@ def _settings(seed: int) -> DemoArguments:
 def _run(
     seeds: list[int], bidirectional: bool, adapter: Path | None, vision_embeds: Tensor | None
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    records, _ = read_pictures(_settings(seeds[0]))
-    towers = fetch_real_part(EFFICIENTNET), fetch_real_part(SMOLLM2)
+    records, _ = read_images(_settings(seeds[0]))
+    towers = fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2)
     encoded = None
     runs = []
     for seed in seeds:
         chosen = BuildArguments(
             prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional, seed=seed
         )
-        model, processor = build_from_sources(
-            *towers, chosen, caption_adapter=adapter, accept_adapter_base=SMOLLM2_BASE
+        model, processor = join_towers(
+            *towers, chosen, caption_lora=adapter, accept_lora_base=SMOLLM2_BASE
         )
         # Neither tower depends on the seed.
         encoded = encoded or encode_records(model, processor, records, vision_embeds=vision_embeds)
-        held_out = hold_out(records, seed=seed)
+        held_out = split_records(records, seed=seed)
         align(model, encoded, held_out, _settings(seed).alignment)
         runs.append({"seed": seed, **evaluate(model, encoded, held_out)})
         print(runs[-1], flush=True)

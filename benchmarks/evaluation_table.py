@@ -3,10 +3,10 @@
     llm2clip demo && python benchmarks/evaluation_table.py llm2clip-demo/model
 
 - Ours and an ordinary CLIP with a small text transformer have the same frozen vision tower, see the
-  same pictures and texts in the same batches, and are measured on the emoji that neither saw. As
+  same images and texts in the same batches, and are measured on the emoji that neither saw. As
   the ordinary CLIP begins from nothing, it is also trained for more steps (`--steps`).
-- `--long-captions` asks the text encoders alone, without pictures: the first half of a caption
-  looks for its second half, by length, and (`cra`) one caption of a picture for its other one. Ours
+- `--long-captions` asks the text encoders alone, without images: the first half of a caption
+  looks for its second half, by length, and (`cra`) one caption of an image for its other one. Ours
   is there twice: as it is, and with every text cut where a 77-token encoder would cut it.
 - CLIP, SigLIP2, the layout of EVA02-CLIP and sentence-transformers go through the same code with
   tiny random weights: such a row shows the path, not a score.
@@ -43,10 +43,14 @@ from provenance import describe_processor, read_commit
 from transformers import AutoModel
 
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.data.splits import hold_out
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, fetch_real_part
-from modeling_llm2clip.demo.run import DemoArguments, read_pictures
-from modeling_llm2clip.evaluation.arguments import DataChoice, EvaluationArguments, ModelChoice
+from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, fetch_tower
+from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
+from modeling_llm2clip.evaluation.arguments import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationArguments,
+)
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import Result
@@ -64,7 +68,7 @@ _TINY_DUAL = {
     "open_clip": "EVA02-CLIP's layout in open_clip and timm, tiny and random",
 }
 _TINY_TEXT = {"sentence-transformers": "sentence-transformers, tiny and random"}
-TEXT_ONLY = "texts alone: no picture is used"
+TEXT_ONLY = "texts alone: no image is used"
 
 
 def main() -> None:
@@ -76,20 +80,20 @@ def main() -> None:
     if arguments.long_captions is not None:
         captions = _read_captions(arguments.long_captions)[: arguments.most_captions]
     training: dict[str, Any] = {}
-    models = [ModelChoice(str(arguments.model), OURS)]
+    models = [EvaluatedModel(str(arguments.model), OURS)]
     for name, folder, trained in _train_baselines(arguments, work):
-        models.append(ModelChoice(str(folder), name))
+        models.append(EvaluatedModel(str(folder), name))
         training[name] = trained
     tiny_dual, tiny_text = (_save_tiny(kinds, work) for kinds in (_TINY_DUAL, _TINY_TEXT))
     rows = _evaluate(
         [*models, *tiny_dual],
-        DataChoice("emoji"),
+        EvaluatedDataset("emoji"),
         task="cross-lingual",
         work=work / "emoji",
         languages=tuple(arguments.languages),
     )
     if captions is not None:
-        models.insert(1, ModelChoice(str(_cut(arguments.model, work / "ours-cut")), OURS_CUT))
+        models.insert(1, EvaluatedModel(str(_cut(arguments.model, work / "ours-cut")), OURS_CUT))
         rows += _evaluate_texts(arguments, models, [*tiny_dual, *tiny_text], captions, work)
     record = {
         "command": _command(arguments),
@@ -112,8 +116,8 @@ def main() -> None:
 
 
 def _evaluate(
-    models: Sequence[ModelChoice],
-    data: DataChoice,
+    models: Sequence[EvaluatedModel],
+    data: EvaluatedDataset,
     *,
     task: str,
     work: Path,
@@ -144,14 +148,14 @@ def _evaluate(
 
 def _evaluate_texts(
     arguments: argparse.Namespace,
-    models: Sequence[ModelChoice],
-    tiny: Sequence[ModelChoice],
+    models: Sequence[EvaluatedModel],
+    tiny: Sequence[EvaluatedModel],
     captions: Sequence[Sequence[str]],
     work: Path,
 ) -> list[dict[str, Any]]:
     """Ask the text encoders alone: half to half by length, and caption to caption."""
-    singles = [[caption] for of_picture in captions for caption in of_picture]
-    pairs = [of_picture for of_picture in captions if len(of_picture) > 1]
+    singles = [[caption] for of_image in captions for caption in of_image]
+    pairs = [of_image for of_image in captions if len(of_image) > 1]
     rows = _evaluate(
         models, _write_data(singles, work / "singles"),
         task="length", work=work / "length", captions_only=True,
@@ -162,7 +166,7 @@ def _evaluate_texts(
             task="cra", work=work / "cra", captions_only=True,
         )  # fmt: skip
     else:
-        print(f"{len(pairs)} pictures have two captions: there is nothing to ask cra.")
+        print(f"{len(pairs)} images have two captions: there is nothing to ask cra.")
     return [{**row, "set": arguments.long_name, "shown": TEXT_ONLY} for row in rows]
 
 
@@ -174,9 +178,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
     parser.add_argument("--long-name", default="the long captions given", help="public name")
     parser.add_argument(
-        "--most-captions", type=int, help="of pictures with long captions, the first; default: all"
+        "--most-captions", type=int, help="of images with long captions, the first; default: all"
     )
-    parser.add_argument("--most-pictures", type=int, help="to train on; for a quick try")
+    parser.add_argument("--most-images", type=int, help="to train on; for a quick try")
     parser.add_argument("--languages", nargs="+", default=[], help="for a quick try; default: all")
     parser.add_argument("--work", type=Path, help="folder of models and results; kept")
     results = Path(__file__).parent / "results"
@@ -186,16 +190,16 @@ def _parse() -> argparse.Namespace:
 
 def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     """Yield name, folder and what was done, one baseline a number of steps."""
-    records, _ = read_pictures(DemoArguments(output=work / "nothing-is-written-here"))
-    held_out = hold_out(records, seed=0)
+    records, _ = read_images(DemoArguments(output=work / "nothing-is-written-here"))
+    held_out = split_records(records, seed=0)
     chosen = [record for record in records if record.key not in held_out]
-    chosen = list(islice(chosen, arguments.most_pictures))
-    tower = AutoModel.from_pretrained(fetch_real_part(EFFICIENTNET)).timm_model
+    chosen = list(islice(chosen, arguments.most_images))
+    tower = AutoModel.from_pretrained(fetch_tower(EFFICIENTNET)).timm_model
     features = None
     for steps in arguments.steps:
         settings = OrdinaryClipArguments(steps=steps, batch_size=arguments.batch_size)
         name, folder = f"ordinary CLIP, {steps} steps", work / f"ordinary-clip-{steps}"
-        told, wanted = folder / "training.json", {**asdict(settings), "pictures": len(chosen)}
+        told, wanted = folder / "training.json", {**asdict(settings), "images": len(chosen)}
         if told.is_file():
             trained = json.loads(told.read_text("utf-8"))
             if {key: trained[key] for key in wanted} != wanted:
@@ -217,13 +221,13 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
         yield name, folder, trained
 
 
-def _save_tiny(kinds: dict[str, str], work: Path) -> list[ModelChoice]:
+def _save_tiny(kinds: dict[str, str], work: Path) -> list[EvaluatedModel]:
     choices = []
     for kind, name in kinds.items():
         folder = work / "tiny" / kind
         shutil.rmtree(folder, ignore_errors=True)  # the same weights every time
         folder.parent.mkdir(parents=True, exist_ok=True)
-        choices.append(ModelChoice(str(save_tiny_encoder(kind, folder)), name))
+        choices.append(EvaluatedModel(str(save_tiny_encoder(kind, folder)), name))
     return choices
 
 
@@ -250,12 +254,12 @@ def _cut(model: Path, folder: Path) -> Path:
 
 
 def _read_captions(file: Path) -> list[list[str]]:
-    """The captions of each picture of a file of JSON lines."""
+    """The captions of each image of a file of JSON lines."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["captions"] for line in lines]
 
 
-def _write_data(captions: Sequence[Sequence[str]], folder: Path) -> DataChoice:
+def _write_data(captions: Sequence[Sequence[str]], folder: Path) -> EvaluatedDataset:
     """Write captions as data of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -263,7 +267,7 @@ def _write_data(captions: Sequence[Sequence[str]], folder: Path) -> DataChoice:
         for number, texts in enumerate(captions)
     ]
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return DataChoice("folder", str(folder))
+    return EvaluatedDataset("folder", str(folder))
 
 
 def _summarize(result: Result) -> dict[str, Any]:

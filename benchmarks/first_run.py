@@ -31,21 +31,21 @@ import torch
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
-from modeling_llm2clip.data.captioned_images import CaptionedImage
-from modeling_llm2clip.data.captioned_sources import read_captioned
-from modeling_llm2clip.encoding.captions import encode_captions
-from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.encoding.image_encoding import encode_images
+from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
-from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
+from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.cross_modal.model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 
 ROOT = Path(__file__).parents[1]
 RECIPE = re.compile(r"<!-- recipe -->\n```bash\n(.*?)```", re.DOTALL)
 # What the README calls the user's images and the model that its recipe ends with.
-IMAGES, MODEL, ALIGNED = "my-pictures", "my-model", "aligned"
+IMAGES, MODEL, ALIGNED = "my-images", "my-model", "aligned"
 LEAST_SHARE_OF_BEST = 0.9
 MOST_TEST_IMAGES = 300
 # Flags of `align` beside the recipe's own.
@@ -145,7 +145,7 @@ def run_dataset(source: Path, scratch: Path, *, seed: int, existing: Path | None
         "best": best,
         "chance_r1": 1 / len({record.key for record in test}),
         "seconds": round(seconds),
-        "num_images": len(read_captioned(scratch / IMAGES)),
+        "num_images": len(load_records(scratch / IMAGES)),
         "num_test_images": len(test),
         "start": run_file["start"],
         "held_out": run_file["held_out"],
@@ -188,7 +188,7 @@ def set_aside(source: Path, images: Path, *, seed: int) -> list[CaptionedImage]:
             (images.parent / "test" / child.name).symlink_to(child.resolve())
     text = "".join(json.dumps(_known_fields(line)) + "\n" for line in test.values())
     (images.parent / "test" / "captions.jsonl").write_text(text, encoding="utf-8")
-    return read_captioned(images.parent / "test")
+    return load_records(images.parent / "test")
 
 
 def _known_fields(line: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def encode_test_images(model_folder: Path, test: list[CaptionedImage]) -> tuple[
     model = LLM2CLIPModel.from_pretrained(model_folder).eval()
     processor = LLM2CLIPProcessor.from_pretrained(model_folder)
     captions = encode_captions(model, processor, [record.captions[0] for record in test])
-    images = encode_pictures(model, processor, [record.picture for record in test])
+    images = encode_images(model, processor, [record.image for record in test])
     return captions.caption_embeds, images
 
 
@@ -226,10 +226,10 @@ def score(
     text_embeds = head.project_caption_embeds(embeds[0])
     image_embeds = head.project_vision_embeds(embeds[1])
     keys = [record.key for record in test]
-    ranking = rank_both_ways(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
+    ranking = rank_retrieval(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
     scores = {
-        "text_to_image_r1": hit_rate_at(ranking.text_to_image, k=1),
-        "image_to_text_r1": hit_rate_at(ranking.image_to_text, k=1),
+        "text_to_image_r1": hit_rate_at(ranking.t2i, k=1),
+        "image_to_text_r1": hit_rate_at(ranking.i2t, k=1),
     }
     return {**scores, "r1": sum(scores.values()) / 2}
 

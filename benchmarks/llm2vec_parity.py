@@ -1,11 +1,11 @@
-"""Whether the embedded SmolLM2 gives LLM2Vec's ids, pooled spans and vectors on real captions.
+"""Whether the embedded SmolLM2 gives LLM2Vec's ids, pooled spans and embeddings on real captions.
 
     python benchmarks/llm2vec_parity.py --captions coco.jsonl \
         --llm2vec-python /path/to/another/venv/bin/python
 
 The other environment has llm2vec 0.2.3 with transformers 4.44.2. The prompt is ChatML; every
-caption is encoded alone and behind an instruction. `--golden FILE` records LLM2Vec's vectors of the
-captions that the tests have.
+caption is encoded alone and behind an instruction. `--golden FILE` records LLM2Vec's embeddings of
+the captions that the tests have.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def main() -> None:
     from encoding_speed import rewrite_for_old_readers, sample_captions
     from provenance import describe_processor, read_commit
 
-    from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
+    from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
-    llm = fetch_real_part(SMOLLM2)
+    llm = fetch_tower(SMOLLM2)
     captions = sample_captions(arguments.captions, arguments.count)
     if arguments.golden:
         captions = json.loads(_OWN_CAPTIONS.read_text(encoding="utf-8"))["captions"]
@@ -72,7 +72,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--captions", type=Path, nargs="+", required=True)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--llm2vec-python", required=True)
-    parser.add_argument("--golden", type=Path, help="record vectors for the tests, and stop")
+    parser.add_argument("--golden", type=Path, help="record embeddings for the tests, and stop")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "llm2vec_parity.json")
     return parser.parse_args()
@@ -81,15 +81,15 @@ def _parse() -> argparse.Namespace:
 def _run_llm2vec(
     python: str, llm: Path, captions: list[str], temporary: Path
 ) -> dict[str, np.ndarray]:
-    texts, vectors = temporary / "captions.json", temporary / "vectors.npz"
+    texts, embeddings = temporary / "captions.json", temporary / "embeddings.npz"
     texts.write_text(json.dumps(captions), encoding="utf-8")
-    side = [python, __file__, "--llm2vec-side", str(llm), str(texts), str(vectors)]
+    side = [python, __file__, "--llm2vec-side", str(llm), str(texts), str(embeddings)]
     subprocess.run(side, check=True)
-    with np.load(vectors) as stored:
+    with np.load(embeddings) as stored:
         return dict(stored)
 
 
-def _encode_with_llm2vec(llm: Path, texts: Path, vectors: Path) -> None:
+def _encode_with_llm2vec(llm: Path, texts: Path, embeddings: Path) -> None:
     import torch
     from llm2vec import LLM2Vec
 
@@ -107,7 +107,7 @@ def _encode_with_llm2vec(llm: Path, texts: Path, vectors: Path) -> None:
         mask = features["attention_mask"]
         found[f"{name}_ids"] = torch.where(mask.bool(), features["input_ids"], -1).numpy()
         found[f"{name}_spans"] = features["embed_mask"].sum(dim=1).numpy()
-    np.savez(vectors, **found)
+    np.savez(embeddings, **found)
 
 
 def _compare(
@@ -135,9 +135,9 @@ def _compare(
             extra = len(ids) - start - int(theirs[f"{name}_spans"][row])
             length = None if name == "plain" else alone - config.prompt_suffix_ends_special + extra
             with torch.inference_mode():
-                vector = model.get_caption_embeds(torch.tensor([ids]), prompt_length=length)[0]
+                embedding = model.get_caption_embeds(torch.tensor([ids]), prompt_length=length)[0]
             wanted = torch.from_numpy(theirs[name][row])
-            cosine = float(torch.cosine_similarity(vector, wanted, dim=0))
+            cosine = float(torch.cosine_similarity(embedding, wanted, dim=0))
             (cosines_of_other_spans if extra else cosines).append(cosine)
             same_spans += not extra
         results[name] = {

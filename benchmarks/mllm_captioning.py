@@ -5,14 +5,14 @@
 A vision transformer with real weights (DINOv2-small, tuned for saliency) is aligned with captions
 of the embedded emoji by SmolLM2-135M (caption-tuned), the whole tower trained. The tower as it came
 and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
-`examples/recipes/llava`: same pictures, steps and seeds. Neither step nor the alignment sees a
-held-out thing, its pictures or its names.
+`examples/recipes/llava`: same images, steps and seeds. Neither step nor the alignment sees a
+held-out thing, its images or its names.
 
 | figure | what |
 | --- | --- |
-| `caption_loss` | nats a token of held-out names, given their pictures |
-| `caption_loss_other_picture` | the same, given the picture of another held-out thing: what the LLM knows without seeing |
-| `written` | names that the LLM wrote for held-out pictures |
+| `caption_loss` | nats a token of held-out names, given their images |
+| `caption_loss_other_image` | the same, given the image of another held-out thing: what the LLM
+knows without seeing | | `written` | names that the LLM wrote for held-out images |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from modeling_llm2clip.data.captioned_images import CaptionedImage
-from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.lora_merging import merge_lora
+from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.example_data import find_example_data
-from modeling_llm2clip.data.splits import hold_out
-from modeling_llm2clip.data.vector_store import VectorStore
-from modeling_llm2clip.demo.real_parts import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_real_part
-from modeling_llm2clip.encoding.captions import encode_captions
-from modeling_llm2clip.encoding.pictures import encode_pictures
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.demo.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
+from modeling_llm2clip.encoding.image_encoding import encode_images
+from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
-from modeling_llm2clip.evaluation.metrics.ranking import rank_both_ways
+from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
-from modeling_llm2clip.hub.adapters import merge_adapter
-from modeling_llm2clip.hub.assemble import assemble_folder
-from modeling_llm2clip.hub.build import BuildArguments, build_model
-from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.hub.towers import load_text_tower, load_vision_tower
-from modeling_llm2clip.hub.vision_tower import export_vision_tower
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.caption_extraction import extract_captions
-from modeling_llm2clip.training.cross_modal.align import align
-from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
-from modeling_llm2clip.training.shard_work import ExtractionArguments
+from modeling_llm2clip.publishing.assemble import assemble_folder
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
+from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 
 # The recipes are scripts: their folder is no package.
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "recipes" / "llava"))
@@ -76,7 +76,7 @@ from llava_model import (
 from llava_trainer import LlavaArguments, train_llava
 
 TEMPLATE = Path(__file__).parent.parent / "examples" / "recipes" / "llava" / "vicuna.jinja"
-QUESTION = f"{PLACEHOLDER}\nWhat does this picture show?"
+QUESTION = f"{PLACEHOLDER}\nWhat does this image show?"
 LORA_RANK, LORA_ALPHA = 16, 32
 _EVALUATION_BATCH = 25
 
@@ -86,8 +86,8 @@ def main() -> None:
     arguments = _parse()
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
-    records = [r for r in read_captioned(arguments.pictures) if r.lang == "en"]
-    held_out = hold_out(records, seed=0)
+    records = [r for r in load_records(arguments.images) if r.lang == "en"]
+    held_out = split_records(records, seed=0)
     trained = [r for r in records if r.key not in held_out]
     tested = list({r.key: r for r in records if r.key in held_out}.values())
     tested = random.Random(0).sample(tested, min(arguments.tested, len(tested)))
@@ -106,7 +106,7 @@ def main() -> None:
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {arguments.threads} threads",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "data": f"{len(trained)} pictures trained on, {len(tested)} held-out things tested",
+        "data": f"{len(trained)} images trained on, {len(tested)} held-out things tested",
         "recipe": {
             "steps": [arguments.steps, arguments.instruction_steps],
             "batch_size": arguments.batch_size,
@@ -146,9 +146,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--align-batch-size", type=int, default=64)
     parser.add_argument("--pixels", type=int, default=70, help="side; a multiple of 14")
     parser.add_argument("--tested", type=int, default=150, help="held-out things")
-    parser.add_argument(
-        "--pictures", default=find_example_data() / "emoji", help="captioned pictures"
-    )
+    parser.add_argument("--images", default=find_example_data() / "emoji", help="captioned images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="folder for temporary files, a few GB")
     results = Path(__file__).parent / "results"
@@ -163,26 +161,26 @@ def _make_towers(
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, Path], dict[str, Any]]:
     """Export the tower before and after the alignment; returns their folders, and how it went."""
-    vision_model, image_processor = load_vision_tower(fetch_real_part(DINOV2))
+    vision_model, image_processor = load_vision_tower(fetch_tower(DINOV2))
     side = {"height": arguments.pixels, "width": arguments.pixels}
     image_processor = CLIPImageProcessor(
         size=side, do_center_crop=False,
         image_mean=image_processor.image_mean, image_std=image_processor.image_std,
     )  # fmt: skip
-    text_model, tokenizer = load_text_tower(fetch_real_part(SMOLLM2))
-    text_model = merge_adapter(
-        text_model, find_example_data() / "caption_adapter", accepted_base=SMOLLM2_BASE
+    text_model, tokenizer = load_text_tower(fetch_tower(SMOLLM2))
+    text_model = merge_lora(
+        text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE
     )
     chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
     built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
-    export_model(*built, work / "built")
+    save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
     extract_captions(work / "built", texts, work / "captions", ExtractionArguments())
     settings = AlignArguments(
         vision_training="full", steps=arguments.align_steps, lr=1e-3, vision_lr=1e-4,
         batch_size=arguments.align_batch_size, precision="bfloat16", device="cpu",
     )  # fmt: skip
-    store = VectorStore.open(work / "captions")
+    store = EmbeddingStore.open(work / "captions")
     result = align(work / "built", texts, work / "run", settings, caption_store=store)
     assert result.trained is not None, "a signal stopped the alignment"
     assemble_folder(work / "built", result.trained, work / "aligned")
@@ -218,12 +216,12 @@ def _measure_retrieval(folder: Path, tested: Sequence[CaptionedImage]) -> float:
     model = LLM2CLIPModel.from_pretrained(folder).eval()
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     captions = encode_captions(model, processor, [record.captions[0] for record in tested])
-    pictures = encode_pictures(model, processor, [record.path for record in tested])
+    images = encode_images(model, processor, [record.path for record in tested])
     text_embeds = model.project_caption_embeds(captions.caption_embeds)
-    image_embeds = model.project_vision_embeds(pictures)
+    image_embeds = model.project_vision_embeds(images)
     keys = [record.key for record in tested]
-    ranking = rank_both_ways(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
-    return hit_rate_at(ranking.text_to_image, k=1)
+    ranking = rank_retrieval(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
+    return hit_rate_at(ranking.t2i, k=1)
 
 
 def _train(
@@ -244,7 +242,7 @@ def _train(
     def build() -> tuple[Any, LlavaProcessor]:
         # A shorter wording than SmolLM2's own, which begins with a system sentence.
         template = TEMPLATE.read_text(encoding="utf-8")
-        model, processor = build_llava(tower, fetch_real_part(SMOLLM2), chat_template=template)
+        model, processor = build_llava(tower, fetch_tower(SMOLLM2), chat_template=template)
         train_projector_only(model)
         return _speed_up(model), processor
 
@@ -272,7 +270,7 @@ def _train(
 
 
 def _ask(records: Sequence[CaptionedImage]) -> list[Conversation]:
-    return [Conversation(r.name, r.picture, ((QUESTION, r.captions[0]),)) for r in records]
+    return [Conversation(r.name, r.image, ((QUESTION, r.captions[0]),)) for r in records]
 
 
 def _speed_up(model: Any) -> Any:
@@ -289,13 +287,13 @@ def _evaluate(
     own = ConversationDataset(conversations, processor, tokens, wording=wording)
     turned = [*conversations[1:], conversations[0]]
     others = [
-        replace(conversation, picture=other.picture)
+        replace(conversation, image=other.image)
         for conversation, other in zip(conversations, turned, strict=True)
     ]
     other = ConversationDataset(others, processor, tokens, wording=wording)
     return {
         "caption_loss": round(_mean_loss(model, processor, own), 4),
-        "caption_loss_other_picture": round(_mean_loss(model, processor, other), 4),
+        "caption_loss_other_image": round(_mean_loss(model, processor, other), 4),
         "written": [
             {
                 "name": conversations[number].turns[0][1],

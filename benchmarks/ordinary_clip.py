@@ -3,7 +3,7 @@
 Its vision tower is a frozen one that is given, its tokenizer CLIP's own, its text tower a CLIP
 text transformer of a few layers. Text tower, projections and temperature are trained together on
 stored features of the tower, with the loss, the draws and the steps of
-`modeling_llm2clip/training/feature_alignment.py`. The result is a folder of open_clip's layout.
+`modeling_llm2clip/demo/feature_alignment.py`. The result is a folder of open_clip's layout.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modeling_llm2clip.data.captioned_images import CaptionedImage
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.demo.feature_alignment import sample_batches
 from modeling_llm2clip.demo.stages import list_training_texts
-from modeling_llm2clip.processing_llm2clip import load_pictures
-from modeling_llm2clip.training.feature_alignment import draw_batches
-from modeling_llm2clip.training.losses import keyed_contrastive_loss
-from modeling_llm2clip.training.optimization import descend
+from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.training.alignment.optimization import descend
+from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
 
 _LARGEST_SCALE = 100.0
 _TEXTS_AT_A_TIME = 64
@@ -72,7 +72,7 @@ def encode_tower(model: Any, records: Sequence[CaptionedImage], *, batch_size: i
     features = []
     for start in tqdm(range(0, len(records), batch_size), unit=" batches"):
         paths = [str(record.path) for record in records[start : start + batch_size]]
-        pixels = torch.stack([transform(picture) for picture in load_pictures(paths)])
+        pixels = torch.stack([transform(image) for image in load_images(paths)])
         features.append(model.visual.trunk(pixels.contiguous(memory_format=torch.channels_last)))
     return torch.cat(features)
 
@@ -84,14 +84,14 @@ def train_ordinary_clip(
     arguments: OrdinaryClipArguments,
 ) -> list[float]:
     """Train text tower, projections and temperature in place; returns the loss of every step."""
-    _centre(model, features)
+    _center(model, features)
     parameters = [p for p in model.parameters() if p.requires_grad]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(r.key for r in records))}
     keys = torch.tensor([numbers[record.key] for record in records])
     tokenizer = open_clip.SimpleTokenizer()
     texts = [tokenizer(list_training_texts(record)) for record in records]
-    _require_same_vectors(model, torch.cat(texts[:16]))
-    draws = draw_batches(
+    _require_same_embeddings(model, torch.cat(texts[:16]))
+    draws = sample_batches(
         texts, steps=arguments.steps, batch_size=arguments.batch_size,
         generator=torch.Generator().manual_seed(arguments.seed),
     )  # fmt: skip
@@ -108,7 +108,7 @@ def _compute_loss(model: Any, features: Tensor, ids: Tensor, keys: Tensor) -> Te
     image_embeds = F.normalize(model.visual.head(features), dim=-1)
     text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
     scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
-    return keyed_contrastive_loss(image_embeds, text_embeds, scale, keys)
+    return grouped_contrastive_loss(image_embeds, text_embeds, scale, keys)
 
 
 def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipArguments) -> Path:
@@ -156,7 +156,7 @@ def _configure(arguments: OrdinaryClipArguments) -> dict[str, Any]:
 
 
 def _encode_trimmed(model: Any, ids: Tensor) -> Tensor:
-    """Encode texts by length, without the padding behind them: the same vectors, sooner.
+    """Encode texts by length, without the padding behind them: the same embeddings, sooner.
 
     Attention looks back only, and the end of the text is pooled, so nothing sees the padding.
     """
@@ -179,14 +179,14 @@ def _encode_texts(text: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _require_same_vectors(model: Any, ids: Tensor) -> None:
+def _require_same_embeddings(model: Any, ids: Tensor) -> None:
     difference = float((_encode_trimmed(model, ids) - model.encode_text(ids)).abs().max())
     if difference > _ROUNDING:
         raise RuntimeError(f"Texts without padding are encoded otherwise, by {difference:.1e}.")
 
 
 @torch.no_grad()
-def _centre(model: Any, features: Tensor) -> None:
+def _center(model: Any, features: Tensor) -> None:
     """Let the projection take the mean away, as the demo's start does."""
     projection = model.visual.head.proj
     projection.bias.copy_(-(projection.weight @ features.mean(0)))

@@ -16,7 +16,7 @@ from encoding_speed import sample_captions
 from encoding_worker import build_model
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
+from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 from modeling_llm2clip.encoding.precision_probe import pick_probe_captions, probe_precisions
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=results / "precision_probe.json")
     arguments = parser.parse_args()
     captions = pick_probe_captions(sample_captions(arguments.captions, 2000), count=arguments.count)
-    model, processor = build_model(str(fetch_real_part(SMOLLM2)))
+    model, processor = build_model(str(fetch_tower(SMOLLM2)))
     trials = probe_precisions(model, processor, captions)
     record = {
         "command": f"python benchmarks/precision_probe.py --count {arguments.count}",

@@ -21,7 +21,7 @@ DOCUMENTS = (
     ROOT / "MODEL_CARD.md",
     RESULTS / "README.md",
     ROOT / "conversion" / "README.md",
-    ROOT / "examples" / "data" / "caption_adapter" / "README.md",
+    ROOT / "examples" / "data" / "caption_lora" / "README.md",
     ROOT / "examples" / "recipes" / "README.md",
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
@@ -69,7 +69,7 @@ def _read_card_sections() -> str:
 
 def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
     heads = (
-        "seed", "text to picture R@1", "R@10", "picture to text R@1", "chance", "seconds",
+        "seed", "text to image R@1", "R@10", "image to text R@1", "chance", "seconds",
         "peak memory, GB",
     )  # fmt: skip
     rows = [[str(report["seed"]), *_demo_cells([report])] for report in reports]
@@ -77,8 +77,8 @@ def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
         rows.append(["mean", *_demo_cells(reports)])
     versions = ", ".join(f"{name} {number}" for name, number in reports[0]["versions"].items())
     counts = (
-        f"{reports[0]['num_pictures']} pictures, {reports[0]['num_held_out']} things held out "
-        f"with all their pictures and names. {versions}."
+        f"{reports[0]['num_images']} images, {reports[0]['num_held_out']} things held out "
+        f"with all their images and names. {versions}."
     )
     return f"{_draw(heads, rows)}\n{counts}\n"
 
@@ -109,7 +109,7 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
         for name, label in (
             ("captions", "Captions: "),
             ("hardware", "Machine: "),
-            ("min_cosine_against", "The cosine is with the vectors of: "),
+            ("min_cosine_against", "The cosine is with the embeddings of: "),
         )
         if name in report
     ]
@@ -129,9 +129,9 @@ def _render_caption_tuning(report: dict[str, Any]) -> str:
     if report.get("start") is None:
         cra.pop("before", None)  # it is the untuned one once more
     rows = [[names[key], _percent(value)] for key, value in cra.items()]
-    trained = report.get("cra_on_trained_pictures")
+    trained = report.get("cra_on_trained_images")
     if trained is not None:
-        rows.append(["the same, on as many pictures it was trained on", _percent(trained)])
+        rows.append(["the same, on as many images it was trained on", _percent(trained)])
     note = (
         f"{report['data']}; {report['recipe']['steps']} steps of {report['recipe']['batch_size']} "
         f"pairs in {report['seconds'] / 60:.0f} minutes"
@@ -149,7 +149,7 @@ def _render_alignment(report: dict[str, Any]) -> str:
          _percent(report["mean_text_to_image_r1"][name])]
         for name, runs in report["recalls"].items()
     ]  # fmt: skip
-    return _draw(heads, rows) + f"\nText to picture R@1. {report['data']}.\n"
+    return _draw(heads, rows) + f"\nText to image R@1. {report['data']}.\n"
 
 
 def _render_first_run(report: dict[str, Any]) -> str:
@@ -200,14 +200,14 @@ def _render_existing_model(report: dict[str, Any]) -> str:
 
 def _render_training_efficiency(report: dict[str, Any]) -> str:
     heads = (
-        "at each step", "pictures a second", "times LoRA", "with extraction, 4 epochs",
-        "peak memory, GB", "vision trained: pictures a second",
+        "at each step", "images a second", "times LoRA", "with extraction, 4 epochs",
+        "peak memory, GB", "vision trained: images a second",
     )  # fmt: skip
     modes = {
         "lora": "LLM with LoRA, vision tower",
         "frozen_online": "frozen LLM, vision tower",
         "stored_captions": "stored captions, vision tower",
-        "stored_both": "stored captions and pictures",
+        "stored_both": "stored captions and images",
     }
     amortised = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
     rows = [
@@ -228,7 +228,7 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
 
 def _render_retrieval_ranking(report: dict[str, Any]) -> str:
     heads = (
-        "vectors", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
+        "embeddings", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
     )  # fmt: skip
     cases = {
         "large": "related",
@@ -266,16 +266,16 @@ def _render_evaluation(report: dict[str, Any]) -> str:
     emoji = [result for result in real if result["task"] == "cross-lingual"]
     models = [result["model"] for result in emoji]
     languages = [result["scores"]["languages"] for result in emoji]
-    path = ("text_to_image", "hit_rate_at_1")
+    path = ("t2i", "hit_rate_at_1")
     rows = [
         [lang, *(_percent(_follow(scores[lang], path)) for scores in languages),
-         _percent(languages[0][lang]["text_to_image"]["chance_hit_rate_at_1"])]
+         _percent(languages[0][lang]["t2i"]["chance_hit_rate_at_1"])]
         for lang in languages[0]
     ]  # fmt: skip
     means = [_percent(_follow(result["scores"]["mean"], path)) for result in emoji]
     table = _draw(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
-    pictures = next(iter(emoji[0]["counts"]["languages"].values()))["pictures"]
-    note = f"Text to picture R@1 among {pictures} emoji unseen in training, which was in English."
+    images = next(iter(emoji[0]["counts"]["languages"].values()))["images"]
+    note = f"Text to image R@1 among {images} emoji unseen in training, which was in English."
     parts = [f"{table}\n{note} {report['hardware']}.\n", _draw_lengths(report), _draw_cra(report)]
     return "".join([*parts, _draw_tiny(report)])
 
@@ -299,7 +299,7 @@ def _draw_lengths(report: dict[str, Any]) -> str:
     heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
     note = (
         f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
-        f"texts alone, no picture is used; chance {_percent(results[0]['scores']['chance'])}. "
+        f"texts alone, no image is used; chance {_percent(results[0]['scores']['chance'])}. "
         "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder would cut."
     )
     return f"\n{_draw(heads, rows)}\n{note}\n"
@@ -312,13 +312,13 @@ def _draw_cra(report: dict[str, Any]) -> str:
         return ""
     rows = [
         [result["model"], _percent(result["scores"]["cra"]["value"]),
-         f"{result['counts']['texts_cut']} of {result['counts']['texts']}"]
+         f"{result['counts']['texts_truncated']} of {result['counts']['texts']}"]
         for result in results
     ]  # fmt: skip
-    pictures = results[0]["counts"]["pictures"]
+    images = results[0]["counts"]["images"]
     note = (
-        f"A long caption finds the other one of its picture among {pictures} "
-        f"({results[0]['set']}); texts alone, no picture is used; chance "
+        f"A long caption finds the other one of its image among {images} "
+        f"({results[0]['set']}); texts alone, no image is used; chance "
         f"{_percent(results[0]['scores']['chance'])}."
     )
     return f"\n{_draw(('text encoder', 'CRA', 'texts it cut'), rows)}\n{note}\n"
@@ -328,7 +328,7 @@ def _draw_tiny(report: dict[str, Any]) -> str:
     if "tiny" not in report:
         return ""
     paths = {
-        "cross-lingual": ("mean", "text_to_image", "hit_rate_at_1"),
+        "cross-lingual": ("mean", "t2i", "hit_rate_at_1"),
         "cra": ("cra", "value"),
     }
     rows = [
@@ -349,13 +349,13 @@ def _follow(scores: Any, path: Sequence[str]) -> float:
 
 def _render_mllm_captioning(report: dict[str, Any]) -> str:
     seeds = [str(run["seed"]) for run in next(iter(report["runs"].values()))]
-    heads = ("tower", "after", *(f"seed {seed}" for seed in seeds), "mean", "other picture")
+    heads = ("tower", "after", *(f"seed {seed}" for seed in seeds), "mean", "other image")
     names = {"before": "as it came", "after": "aligned"}
     rows = []
     for step in ("projector", "instructions"):
         for tower, runs in report["runs"].items():
             losses = [run[step]["caption_loss"] for run in runs]
-            others = [run[step]["caption_loss_other_picture"] for run in runs]
+            others = [run[step]["caption_loss_other_image"] for run in runs]
             cells = [f"{loss:.3f}" for loss in (*losses, fmean(losses), fmean(others))]
             rows.append([names[tower], f"step {1 + (step == 'instructions')}", *cells])
     steps, instruction_steps = report["recipe"]["steps"]
@@ -363,7 +363,7 @@ def _render_mllm_captioning(report: dict[str, Any]) -> str:
         f"Nats a token of held-out names. {report['data']}; {steps} and {instruction_steps} steps "
         f"of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. Alignment: "
         f"{report['alignment']['steps']} steps of {report['alignment']['batch_size']}, held-out "
-        f"text to picture R@1 {_percent(report['alignment']['unseen_text_to_image_r1'])}, chance "
+        f"text to image R@1 {_percent(report['alignment']['unseen_text_to_image_r1'])}, chance "
         f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
     )
     return f"{_draw(heads, rows)}\n{note}\n"
@@ -401,7 +401,7 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
 
 
-def _render_sets_read(rows: Sequence[dict[str, Any]]) -> str:
+def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
     heads = ("files", "set", "languages", "read, all languages together", "checksums")
     return _draw(
         heads,
@@ -413,7 +413,7 @@ def _render_sets_read(rows: Sequence[dict[str, Any]]) -> str:
                 ", ".join(
                     f"{number:,} {what}"
                     for what, number in row["summed_over_languages"].items()
-                    if number and what != "captions_of_several_pictures"
+                    if number and what != "captions_of_several_images"
                 ),
                 " and ".join(sorted(set(row["checksums"].values()))) or "none known",
             ]
@@ -446,7 +446,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "mllm_captioning": _render_mllm_captioning,
     "conversion": _render_conversion,
     "llm2vec_parity": _render_llm2vec_parity,
-    "sets_read": _render_sets_read,
+    "datasets_read": _render_datasets_read,
 }
 
 

@@ -2,14 +2,14 @@
 
     python benchmarks/retrieval_ranking.py
 
-Vectors are random: each image's texts are its own vector plus noise, so that about half of the
-queries find their positive first. Where the noise drowns the images ("unrelated"), positives stand
-anywhere, which is the worst case: every tile has something before every positive.
+Embeddings are random: each image's texts are its own embedding plus noise, so that about half of
+the queries find their positive first. Where the noise drowns the images ("unrelated"), positives
+stand anywhere, which is the worst case: every tile has something before every positive.
 
 Both computations alternate in one process, so that a load on the machine meets them alike; the
-ratio is that of neighbours. The bare products are `torch.mm` of the tiles of `choose_tile_shape`
-into one piece of memory, with nothing normalised, compared or kept. Resident memory is the
-process's highest so far: Python, torch, all vectors and everything computed. `llm2clip evaluate`
+ratio is that of neighbors. The bare products are `torch.mm` of the tiles of `choose_tile_shape`
+into one piece of memory, with nothing normalized, compared or kept. Resident memory is the
+process's highest so far: Python, torch, all embeddings and everything computed. `llm2clip evaluate`
 ranks all positives; `large` is what hit rates alone would take.
 
 The small case is also ranked by the whole score matrix in float64 and in float32.
@@ -36,8 +36,8 @@ from torch import Tensor
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import (
     TIE_TOLERANCE,
-    TwoWayRanking,
-    rank_both_ways,
+    RetrievalRanks,
+    rank_retrieval,
 )
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 from modeling_llm2clip.evaluation.metrics.tiles import choose_tile_shape
@@ -89,7 +89,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _make_vectors(
+def _make_embeddings(
     num_images: int, num_texts: int, width: int, noise: float
 ) -> tuple[Tensor, Tensor, Correspondence]:
     generator = torch.Generator().manual_seed(0)
@@ -113,12 +113,12 @@ def _measure(
     all_positives: bool = False,
 ) -> dict[str, Any]:
     """Alternate bare products and ranks."""
-    images, texts, correspondence = _make_vectors(num_images, num_texts, arguments.width, noise)
-    rankings: list[TwoWayRanking] = []
+    images, texts, correspondence = _make_embeddings(num_images, num_texts, arguments.width, noise)
+    rankings: list[RetrievalRanks] = []
 
     def rank() -> None:
         rankings[:] = [
-            rank_both_ways(
+            rank_retrieval(
                 images, texts, correspondence,
                 all_positives=all_positives, max_memory_mb=arguments.max_memory_mb,
             )
@@ -133,8 +133,8 @@ def _measure(
     return {
         "images": num_images,
         "texts": num_texts,
-        "image_to_text": _round(summarize(rankings[0].image_to_text)),
-        "text_to_image": _round(summarize(rankings[0].text_to_image)),
+        "i2t": _round(summarize(rankings[0].i2t)),
+        "t2i": _round(summarize(rankings[0].t2i)),
         "bare_products_s": [round(bare, 2) for bare, _ in pairs],
         "ranks_s": [round(ranked, 2) for _, ranked in pairs],
         "ratios": [round(ratio, 3) for ratio in ratios],
@@ -158,8 +158,10 @@ def _compare_with_whole_matrix(
     """Count the queries whose rank is another one in the whole matrix."""
     differing = {}
     for name, noise in (("related", _RELATED_NOISE), ("unrelated", _UNRELATED_NOISE)):
-        images, texts, correspondence = _make_vectors(num_images, num_texts, arguments.width, noise)
-        ranking = rank_both_ways(images, texts, correspondence)
+        images, texts, correspondence = _make_embeddings(
+            num_images, num_texts, arguments.width, noise
+        )
+        ranking = rank_retrieval(images, texts, correspondence)
         for dtype in (torch.float64, torch.float32):
             scores = F.normalize(images.to(dtype)) @ F.normalize(texts.to(dtype)).T
             positive = torch.zeros(scores.shape, dtype=torch.bool)
@@ -167,8 +169,8 @@ def _compare_with_whole_matrix(
             differing[f"{name}_{str(dtype).removeprefix('torch.')}"] = sum(
                 int((side.best_ranks != _rank_rows(rows, is_positive)).sum())
                 for side, rows, is_positive in (
-                    (ranking.image_to_text, scores, positive),
-                    (ranking.text_to_image, scores.T, positive.T),
+                    (ranking.i2t, scores, positive),
+                    (ranking.t2i, scores.T, positive.T),
                 )
             )
     return {

@@ -1,4 +1,4 @@
-"""Memory and speed of the store of vectors: while it is filled, and when it is opened and read.
+"""Memory and speed of the store of embeddings: while it is filled, and when it is opened and read.
 
     python benchmarks/store_memory.py
 
@@ -108,11 +108,11 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPVisionModel,
     )
 
-    from modeling_llm2clip.demo.real_parts import SMOLLM2, fetch_real_part
-    from modeling_llm2clip.hub.build import BuildArguments, build_model
+    from modeling_llm2clip.building.build_model import BuildArguments, build_model
+    from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
     torch.manual_seed(0)
-    llm = fetch_real_part(SMOLLM2)
+    llm = fetch_tower(SMOLLM2)
     config = AutoConfig.from_pretrained(llm)
     config.num_hidden_layers = arguments.layers
     if getattr(config, "layer_types", None):
@@ -152,8 +152,9 @@ def _write_captions(folder: Path, count: int) -> None:
 def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
     import modeling_llm2clip.training.caption_extraction  # noqa: F401
-    from modeling_llm2clip.data.captioned_sources import read_captioned  # noqa: F401
-    from modeling_llm2clip.encoding.captions import encode_captions
+
+    from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
+    from modeling_llm2clip.encoding.text_encoding import encode_captions
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
     from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
@@ -164,12 +165,12 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
-    from modeling_llm2clip.data.captioned_sources import read_captioned
-    from modeling_llm2clip.training.caption_extraction import extract_captions
-    from modeling_llm2clip.training.shard_work import ExtractionArguments
+    from modeling_llm2clip.data.record_loading import load_records
+    from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
+    from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 
     started = time.perf_counter()
-    records = read_captioned(arguments.folder / "data", require_pictures=False)
+    records = load_records(arguments.folder / "data", require_images=False)
     chosen = ExtractionArguments(device="cpu", rows_per_shard=arguments.rows_per_shard)
     report = extract_captions(
         arguments.folder / "model", records, arguments.folder / "captions", chosen
@@ -183,11 +184,11 @@ def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write random vectors; item i has five rows, of the last one fewer where they run out."""
+    """Write random embeddings; item i has five rows, of the last one fewer where they run out."""
     import torch
 
-    from modeling_llm2clip.data.vector_store_layout import StoreManifest
-    from modeling_llm2clip.data.vector_store_writing import StoreWriter, pack_index
+    from modeling_llm2clip.data.embedding_store_layout import StoreManifest
+    from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 
     starts = range(0, arguments.rows, _CAPTIONS_A_RECORD)
     texts = [f"{start}.png" for start in starts]
@@ -202,7 +203,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         plan={}, counts={}, index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),
     )  # fmt: skip
-    writer = StoreWriter.open(arguments.folder / "store", manifest, index)
+    writer = EmbeddingStoreWriter.open(arguments.folder / "store", manifest, index)
     started = time.perf_counter()
     for shard in range(manifest.num_shards):
         rows = manifest.rows_of_shard(shard)
@@ -224,13 +225,13 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
 def _read(arguments: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from modeling_llm2clip.data.vector_store import VectorStore
+    from modeling_llm2clip.data.embedding_store import EmbeddingStore
 
     folder = arguments.folder / "store"
     _forget_cached_pages(folder)
     before = _read_memory("VmRSS")
     started = time.perf_counter()
-    store = VectorStore.open(folder)
+    store = EmbeddingStore.open(folder)
     open_seconds = time.perf_counter() - started
     opened = _read_memory("VmHWM")
     generator = np.random.default_rng(0)
@@ -246,7 +247,9 @@ def _read(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from_disk = read_batches()
     started = time.perf_counter()
-    VectorStore.open(folder, check="full")  # leaves the store's pages with the system, if they fit
+    EmbeddingStore.open(
+        folder, check="full"
+    )  # leaves the store's pages with the system, if they fit
     full_seconds = time.perf_counter() - started
     from_memory = read_batches()
     return {

@@ -1,4 +1,4 @@
-"""Pictures a second of the alignment by what is run at each step: the four modes, in one run.
+"""Images a second of the alignment by what is run at each step: the four modes, in one run.
 
     python benchmarks/training_efficiency.py --captions captions_val2017.json \
         --long-captions iiw.jsonl
@@ -7,14 +7,14 @@
 | --- | --- |
 | `lora` | the LLM, forwards and backwards into a LoRA, and the vision tower |
 | `frozen_online` | the LLM, forwards, and the vision tower |
-| `stored_captions` | the vision tower; caption vectors come from a store |
-| `stored_both` | neither tower; picture vectors come from a store too |
+| `stored_captions` | the vision tower; caption embeddings come from a store |
+| `stored_both` | neither tower; image embeddings come from a store too |
 
-SmolLM2-135M and EfficientNet-Lite0, the embedded emoji, the same pictures, captions and steps for
+SmolLM2-135M and EfficientNet-Lite0, the embedded emoji, the same images, captions and steps for
 all. Each mode has a process of its own, and they take turns. Without `--captions` the emoji keep
-their own short names; with it, each picture gets a caption of that file as its short one, and one
+their own short names; with it, each image gets a caption of that file as its short one, and one
 of `--long-captions` as its long one, so that lengths are those of the paper's recipe (half short,
-half long): speed does not ask whether they fit the picture. Every mode is measured with the vision
+half long): speed does not ask whether they fit the image. Every mode is measured with the vision
 tower frozen, and those that can with the whole tower trained.
 """
 
@@ -37,17 +37,17 @@ from typing import Any
 import torch
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.data.captioned_images import CaptionedImage
-from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.example_data import find_example_data
-from modeling_llm2clip.data.vector_store import VectorStore
-from modeling_llm2clip.demo.real_parts import EFFICIENTNET, SMOLLM2, fetch_real_part
-from modeling_llm2clip.hub.build import BuildArguments, build_from_sources
-from modeling_llm2clip.hub.export import export_model
-from modeling_llm2clip.training.caption_extraction import extract_captions
-from modeling_llm2clip.training.cross_modal.align import align
-from modeling_llm2clip.training.cross_modal.arguments import AlignArguments
-from modeling_llm2clip.training.picture_extraction import extract_pictures
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
+from modeling_llm2clip.training.extraction.image_extraction import extract_images
 
 TEXT_TRAININGS = {
     "lora": "lora",
@@ -73,7 +73,7 @@ def main() -> None:
             for vision in ("frozen", "full"):
                 for mode in TEXT_TRAININGS:
                     if mode == "stored_both" and vision == "full":
-                        continue  # its picture vectors would change at every step
+                        continue  # its image embeddings would change at every step
                     figures = _run_in_own_process(arguments, mode, vision)
                     turns.setdefault(vision, {}).setdefault(mode, []).append(figures)
                     print(f"round {number}, vision {vision}, {mode}: {figures}", flush=True)
@@ -86,7 +86,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=Path, help="short ones: COCO's captions file")
     parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
-    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
@@ -100,26 +100,26 @@ def _parse() -> argparse.Namespace:
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, float]:
-    """Build the model, extract both stores, and return seconds a picture of either."""
+    """Build the model, extract both stores, and return seconds an image of either."""
     torch.set_num_threads(arguments.threads)
     chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
-    built = build_from_sources(fetch_real_part(EFFICIENTNET), fetch_real_part(SMOLLM2), chosen)
-    model = export_model(*built, arguments.work / "model")
+    built = join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)
+    model = save_model(*built, arguments.work / "model")
     records = _read_records(arguments)
     seconds = {}
-    for name, extract in (("captions", extract_captions), ("pictures", extract_pictures)):
+    for name, extract in (("captions", extract_captions), ("images", extract_images)):
         started = time.perf_counter()
         extract(model, records, arguments.work / name)
-        seconds[f"{name}_seconds_per_picture"] = (time.perf_counter() - started) / len(records)
+        seconds[f"{name}_seconds_per_image"] = (time.perf_counter() - started) / len(records)
     return {name: round(value, 5) for name, value in seconds.items()}
 
 
 def _read_records(arguments: argparse.Namespace) -> list[CaptionedImage]:
-    emoji = [r for r in read_captioned(find_example_data() / "emoji") if r.lang == "en"]
-    records = emoji[: arguments.pictures]
+    emoji = [r for r in load_records(find_example_data() / "emoji") if r.lang == "en"]
+    records = emoji[: arguments.images]
     if arguments.captions is None:
         return records
-    short = [r.captions[0] for r in read_captioned(arguments.captions, require_pictures=False)]
+    short = [r.captions[0] for r in load_records(arguments.captions, require_images=False)]
     lines = arguments.long_captions.read_text(encoding="utf-8").splitlines()
     long = [json.loads(line)["captions"][0] for line in lines]
     return [
@@ -135,7 +135,7 @@ def _run_in_own_process(arguments: argparse.Namespace, mode: str, vision: str) -
                  str(arguments.long_captions)]  # fmt: skip
     command = [
         sys.executable, __file__, "--mode", mode, "--vision", vision,
-        "--work", str(arguments.work), "--pictures", str(arguments.pictures),
+        "--work", str(arguments.work), "--images", str(arguments.images),
         "--batch-size", str(arguments.batch_size), "--steps", str(arguments.steps),
         "--threads", str(arguments.threads), *texts,
     ]  # fmt: skip
@@ -148,9 +148,9 @@ def _run_mode(arguments: argparse.Namespace) -> dict[str, float]:
     text_training = TEXT_TRAININGS[arguments.mode]
     stores = {}
     if text_training == "stored":
-        stores["caption_store"] = VectorStore.open(arguments.work / "captions")
+        stores["caption_store"] = EmbeddingStore.open(arguments.work / "captions")
     if arguments.mode == "stored_both":
-        stores["picture_store"] = VectorStore.open(arguments.work / "pictures")
+        stores["image_store"] = EmbeddingStore.open(arguments.work / "images")
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "run"
         align(
@@ -163,7 +163,7 @@ def _run_mode(arguments: argparse.Namespace) -> dict[str, float]:
                 steps=arguments.steps,
                 batch_size=arguments.batch_size,
                 lr=1e-4,
-                # The next pictures are decoded while the towers work; stored ones need no worker.
+                # The next images are decoded while the towers work; stored ones need no worker.
                 num_workers=0 if arguments.mode == "stored_both" else 1,
                 precision="float32",
                 device="cpu",
@@ -186,7 +186,7 @@ def _describe(
         "command": "python benchmarks/training_efficiency.py "
         + ("--captions captions_val2017.json --long-captions iiw.jsonl " if arguments.captions
            else "")
-        + f"--pictures {arguments.pictures} --batch-size {arguments.batch_size} "
+        + f"--images {arguments.images} --batch-size {arguments.batch_size} "
         f"--steps {arguments.steps} --rounds {arguments.rounds}",
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {arguments.threads} threads",
@@ -217,8 +217,8 @@ def _amortise(
     frozen: dict[str, dict[str, float]], extraction: dict[str, float], epochs: int
 ) -> dict[str, float]:
     """Times as fast as LoRA when what was extracted once is shared by so many epochs."""
-    captions = extraction["captions_seconds_per_picture"]
-    both = captions + extraction["pictures_seconds_per_picture"]
+    captions = extraction["captions_seconds_per_image"]
+    both = captions + extraction["images_seconds_per_image"]
     return {
         mode: round(
             1 / frozen["lora"]["samples_per_second"]

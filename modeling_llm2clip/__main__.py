@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from ._extras import MissingExtraError
-from .commands import (
+from .cli import (
     align,
     build,
     convert,
@@ -20,10 +20,12 @@ from .commands import (
     extract,
     search,
     tag,
-    tune_captions,
 )
-from .commands.library_warnings import hide_known_warnings
-from .commands.parser import Parser, name_flags
+from .cli import (
+    finetune_llm as finetune_llm,
+)
+from .cli.library_warnings import hide_known_warnings
+from .cli.parser import Parser, name_flags
 
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
@@ -86,7 +88,7 @@ def _build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (
-        demo, build, convert, tune_captions, extract, align, evaluate, search, tag, export,
+        demo, build, convert, finetune_llm, extract, align, evaluate, search, tag, export,
         doctor,
     ):  # fmt: skip
         command.add_parser(commands)

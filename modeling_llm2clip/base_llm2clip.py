@@ -117,7 +117,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if len(set(towers.values())) > 1:
             warnings.warn(
                 f"The towers have different dtypes ({towers}), and all will be loaded as "
-                f"{self.dtype}: the vectors will differ by rounding. Cast the whole model first.",
+                f"{self.dtype}: the embeddings will differ by rounding. Cast the whole model "
+                "first.",
                 stacklevel=2,
             )
         self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
@@ -126,9 +127,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finish as transformers does, and keep no name of a layer that is not there."""
         super().post_init()  # type: ignore[no-untyped-call]
-        self.forget_absent_layers()
+        self.prune_no_split_modules()
 
-    def forget_absent_layers(self) -> None:
+    def prune_no_split_modules(self) -> None:
         """Name in `_no_split_modules` only what the model has; FSDP refuses any other name.
 
         Towers inherit from their families the layers of text encoders that are not part of them.

@@ -35,7 +35,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     Args:
         vision_config, text_config: configuration of the two towers, as an object or as the
             dictionary that `config.json` holds; a dictionary needs its `model_type`.
-        projection_dim: width of the space that pictures and texts share.
+        projection_dim: width of the space that images and texts share.
         text_width: width of the hidden states that the LLM returns; None for its `hidden_size`,
             which some (EmbeddingGemma 2) project to another one.
         bidirectional: whether every caption token sees every other. Written through to
@@ -50,10 +50,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
             checkpoints; not those trained with the LLM in the loop).
         text_adapter_layers, text_adapter_expansion: residual blocks of the adapter and how many
             times wider than the LLM their inner layer is.
-        vision_pooling: what represents a picture: the tower's own `"pooler"` output, its `"cls"`
+        vision_pooling: what represents an image: the tower's own `"pooler"` output, its `"cls"`
             token, the `"mean"` of all its tokens (class token and registers too), or the
             `"patch_mean"`, of its patches alone.
-        visual_projection_bias: whether the picture projection has a bias.
+        visual_projection_bias: whether the image projection has a bias.
         logit_scale_init_value: logarithm of the initial inverse temperature.
         text_adapter_trained, projections_trained: whether the text adapter and both projections
             were trained, or still have the random weights they start with. `LLM2CLIPModel.forward`
@@ -134,7 +134,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
         """Build from the dictionary of a saved `config.json`; a lost field is an error.
 
-        A default put in place of a lost field would give other vectors than the checkpoint's.
+        A default put in place of a lost field would give other embeddings than the checkpoint's.
         """
         _check_format(config_dict.get("format_version", 0))
         lost = sorted(_SAVED_FIELDS - set(config_dict))
@@ -156,25 +156,25 @@ class LLM2CLIPConfig(PreTrainedConfig):
         return loaded
 
     def _check_values(self) -> None:
-        faults = [
+        errors = [
             f"{name}={getattr(self, name)!r} must be at least {least}"
             for name, least in _LEAST_VALUES.items()
             if getattr(self, name) < least
         ]
         if self.text_pooling not in TEXT_POOLINGS:
-            faults.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
+            errors.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
         if self.vision_pooling not in VISION_POOLINGS:
-            faults.append(
+            errors.append(
                 f"vision_pooling={self.vision_pooling!r} must be one of {VISION_POOLINGS}"
             )
         prompt_length = len(self.prompt_prefix_ids) + len(self.prompt_suffix_ids)
         if self.max_text_length <= prompt_length:
-            faults.append(
+            errors.append(
                 f"max_text_length={self.max_text_length} leaves no room for a caption: "
                 f"the prompt alone has {prompt_length} tokens"
             )
-        if faults:
-            raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
+        if errors:
+            raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
 
 
 _LEAST_VALUES = {
@@ -224,13 +224,13 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
-    faults = [
+    errors = [
         f"{name}={values[name]!r} must be {wanted}"
         for name, (wanted, fits) in _TYPES.items()
         if not fits(values[name])
     ]
-    if faults:
-        raise ValueError("LLM2CLIPConfig: " + "; ".join(faults))
+    if errors:
+        raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
 
 
 def _check_format(found: Any) -> None:

@@ -56,7 +56,7 @@ class AdapterBlock(nn.Module):
 
 
 class TextAdapter(nn.Module):
-    """Residual blocks and a final LayerNorm over a caption's vector."""
+    """Residual blocks and a final LayerNorm over a caption's embedding."""
 
     def __init__(self, width: int, *, num_layers: int, expansion: int, normalize: bool) -> None:
         super().__init__()

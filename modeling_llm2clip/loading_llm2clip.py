@@ -127,6 +127,6 @@ def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen:
         f"Missing ({len(missing)}): {missing[:8]}. Unexpected ({len(unexpected)}): "
         f"{unexpected[:8]}. Of another shape ({len(mismatched)}; saved, wanted): "
         f"{dict(list(mismatched.items())[:8])}. Use the class that saved the folder (text-only: "
-        "LLM2CLIPTextModel, picture-only: LLM2CLIPVisionModel), the transformers version it names, "
+        "LLM2CLIPTextModel, image-only: LLM2CLIPVisionModel), the transformers version it names, "
         "or convert the checkpoint again."
     )

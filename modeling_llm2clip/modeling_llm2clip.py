@@ -1,7 +1,7 @@
 """The whole forward pass: two towers, a text adapter, two projections, one temperature.
 
-Travels to the Hub beside the weights. Shapes: B pictures or texts, L tokens, D width of a tower,
-P `projection_dim`. Vectors are float32 whatever the dtype of the weights.
+Travels to the Hub beside the weights. Shapes: B images or texts, L tokens, D width of a tower,
+P `projection_dim`. Embeddings are float32 whatever the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import LogitScale
 from .outputs_llm2clip import LLM2CLIPOutput, find_requested_states, keep_states, name_requests
 from .packing_llm2clip import (
+    acquire_text_forward_lock,
     can_pack,
-    hold_passes,
     is_traced,
     keep_freed_memory,
-    may_pack,
+    packing_allowed,
     plan_packs,
     run_packed,
 )
@@ -43,14 +43,14 @@ from .training_modes_llm2clip import settle_frozen
 from .vision_llm2clip import (
     check_pixels,
     choose_interpolation,
-    pool_pictures,
+    pool_vision,
 )
 
 CPU_TOKEN_BUDGET = 2048
 
 
-class _TextHalf(LLM2CLIPPreTrainedModel):
-    """Text in, vectors out; shared by the whole model and the text-only one."""
+class _TextMixin(LLM2CLIPPreTrainedModel):
+    """Text in, embeddings out; shared by the whole model and the text-only one."""
 
     # Set by a training on a processor, which gains the time of the padding. Otherwise a batch with
     # gradients stays whole, as on other devices.
@@ -70,7 +70,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
             attention_mask: (B, L); needed where there is padding.
             prompt_length: tokens of the tokenized instruction alone, as sentence-transformers
                 counts them; the instruction is attended to and not pooled.
-        Returns: (B, D) float32, neither projected nor normalised.
+        Returns: (B, D) float32, neither projected nor normalized.
         Raises: ValueError when the ids do not carry the checkpoint's prompt, are too long or
             empty.
         """
@@ -119,7 +119,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         return self._packs_with_gradients() if may_learn else True
 
     def project_caption_embeds(self, caption_embeds: Tensor) -> Tensor:
-        """Map stored caption vectors (B, D) to features (B, P) float32, not normalised.
+        """Map stored caption embeddings (B, D) to features (B, P) float32, not normalized.
 
         Raises: ValueError when they are token ids, or of another width than the LLM's.
         """
@@ -169,9 +169,9 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         pad = getattr(config.text_config, "pad_token_id", None)
         return None if pad in (*config.prompt_prefix_ids, *config.prompt_suffix_ids) else pad
 
-    def hold_text_passes(self) -> AbstractContextManager[None]:
+    def text_forward_lock(self) -> AbstractContextManager[None]:
         """Let other threads' passes through the LLM wait, while its layers are not as they were."""
-        return hold_passes()
+        return acquire_text_forward_lock()
 
     def _count_instruction(self, prompt_length: int | None) -> int:
         """Tokens of the instruction itself, from the length of the enclosed instruction."""
@@ -197,7 +197,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         position_ids = build_position_ids(attention_mask)
         inputs = {"position_ids": position_ids} if self._takes_position_ids else {}
-        with nullcontext() if is_traced() else hold_passes():
+        with nullcontext() if is_traced() else acquire_text_forward_lock():
             output = self.text_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -252,7 +252,7 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
 
     def _packs(self, longest: int, device: torch.device) -> bool:
         window = getattr(self.config.text_config, "sliding_window", None)
-        if (window is not None and longest > window) or not may_pack(self.text_model):
+        if (window is not None and longest > window) or not packing_allowed(self.text_model):
             return False
         if self._can_pack is None:
             self._can_pack = can_pack(self.text_model, device)
@@ -284,8 +284,8 @@ class _TextHalf(LLM2CLIPPreTrainedModel):
         return "position_ids" in inspect.signature(self.text_model.forward).parameters
 
 
-class _VisionHalf(LLM2CLIPPreTrainedModel):
-    """Pictures in, vectors out; shared by the whole model and the picture-only one."""
+class _VisionMixin(LLM2CLIPPreTrainedModel):
+    """Images in, embeddings out; shared by the whole model and the image-only one."""
 
     def get_vision_embeds(
         self,
@@ -294,15 +294,15 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
-        """Run the vision tower; what a store of picture vectors holds.
+        """Run the vision tower; what a store of image embeddings holds.
 
         Args:
             pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
             pixel_attention_mask, spatial_shapes: SigLIP2's, as its image processor returns them.
-            interpolate_pos_encoding: allow another picture size than the tower's own. Towers that
+            interpolate_pos_encoding: allow another image size than the tower's own. Towers that
                 take any size by themselves (DINO, convolutional networks) need it not.
-        Returns: (B, D) float32, neither projected nor normalised.
-        Raises: ValueError for whole numbers, and for a picture size that the tower has no
+        Returns: (B, D) float32, neither projected nor normalized.
+        Raises: ValueError for whole numbers, and for an image size that the tower has no
             positions for.
         """
         return self._encode_images(  # type: ignore[return-value]
@@ -336,7 +336,7 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
             **{name: value for name, value in extra.items() if value is not None},
             **name_requests(self.vision_model, requested),
         )
-        pooled = pool_pictures(
+        pooled = pool_vision(
             output,
             self.config.vision_pooling,
             vision_model=self.vision_model,
@@ -346,7 +346,7 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         return keep_states(output, self.vision_model, requested, pooled=pooled.flatten(1).float())
 
     def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
-        """Map stored picture vectors (B, D) to features (B, P) float32, not normalised."""
+        """Map stored image embeddings (B, D) to features (B, P) float32, not normalized."""
         _check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
         dtype = self.visual_projection.weight.dtype
         if dtype.is_floating_point:  # a quantized layer casts by itself
@@ -390,7 +390,7 @@ class _VisionHalf(LLM2CLIPPreTrainedModel):
         return output
 
 
-class LLM2CLIPModel(_TextHalf, _VisionHalf):
+class LLM2CLIPModel(_TextMixin, _VisionMixin):
     """CLIP with a language model as its text encoder (arXiv:2411.04997).
 
     Args:
@@ -432,15 +432,15 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
-        """Encode pictures, texts, or both, in any numbers; with both, compare all with all.
+        """Encode images, texts, or both, in any numbers; with both, compare all with all.
 
         Args: as `get_text_features` and `get_image_features`.
-            return_loss: add the symmetric contrastive loss; row i of the pictures belongs to
+            return_loss: add the symmetric contrastive loss; row i of the images belongs to
                 row i of the texts. In training mode with gradients this also notes in the config
                 that adapter and projections are trained; see `LLM2CLIPConfig`.
             return_dict: False for a tuple of the fields that are not None.
         Raises: ValueError when there is no input, or `return_loss` without equally many
-            pictures and texts.
+            images and texts.
         """
         if return_loss and self.training and torch.is_grad_enabled():
             # A step of training; without a read, so that a compiled graph has no guard on it.
@@ -470,7 +470,7 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
     def compare(
         self, image_embeds: Tensor | None, text_embeds: Tensor | None, *, return_loss: bool = False
     ) -> LLM2CLIPOutput:
-        """Compare unit-length picture and text vectors, (B, P) each; either may be None."""
+        """Compare unit-length image and text embeddings, (B, P) each; either may be None."""
         if image_embeds is None and text_embeds is None:
             raise ValueError("Got neither pixel_values nor input_ids; give one of them, or both.")
         if image_embeds is None or text_embeds is None:
@@ -494,8 +494,8 @@ class LLM2CLIPModel(_TextHalf, _VisionHalf):
         )
 
 
-class LLM2CLIPTextModel(_TextHalf):
-    """The text half alone; loads from the folder of a whole model without reading its pictures."""
+class LLM2CLIPTextModel(_TextMixin):
+    """The text half alone; loads from the folder of a whole model without reading its images."""
 
     _auto_classes = {  # noqa: RUF012
         "AutoModel": "modeling_llm2clip.LLM2CLIPTextModel",
@@ -537,8 +537,8 @@ class LLM2CLIPTextModel(_TextHalf):
         )
 
 
-class LLM2CLIPVisionModel(_VisionHalf):
-    """The picture half alone; loads from the folder of a whole model without reading its LLM."""
+class LLM2CLIPVisionModel(_VisionMixin):
+    """The image half alone; loads from the folder of a whole model without reading its LLM."""
 
     _auto_classes = {"AutoModel": "modeling_llm2clip.LLM2CLIPVisionModel"}  # noqa: RUF012
     main_input_name = "pixel_values"
@@ -590,17 +590,17 @@ class LLM2CLIPVisionModel(_VisionHalf):
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Symmetric cross-entropy over every picture-text pair (arXiv:2103.00020, figure 3).
+    """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3).
 
     Args:
         logits_per_image: (B, B) float32; row i and column i belong together.
     Returns: () float32; ln(B) when no pair stands out.
-    Raises: ValueError when pictures and texts are not equally many.
+    Raises: ValueError when images and texts are not equally many.
     """
     num_images, num_texts = logits_per_image.shape
     if num_images != num_texts:
         raise ValueError(
-            f"The loss pairs picture i with text i, but got {num_images} pictures and "
+            f"The loss pairs image i with text i, but got {num_images} images and "
             f"{num_texts} texts. Give equally many, or leave return_loss out."
         )
     labels = torch.arange(num_images, device=logits_per_image.device)
@@ -617,6 +617,6 @@ def _check_width(embeds: Tensor, width: int, *, name: str) -> None:
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
         raise ValueError(
             f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "
-            f"{tuple(embeds.shape)}. Token ids go into get_text_features, pictures into "
-            "get_image_features; vectors of another tower do not fit this checkpoint."
+            f"{tuple(embeds.shape)}. Token ids go into get_text_features, images into "
+            "get_image_features; embeddings of another tower do not fit this checkpoint."
         )

@@ -89,7 +89,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def may_pack(text_model: PreTrainedModel) -> bool:
+def packing_allowed(text_model: PreTrainedModel) -> bool:
     """Whether packing stands in for what was chosen: for the default, not for another wish."""
     # Another thread's pass may be under way.
     return text_model.config._attn_implementation in ("sdpa", _NAME)
@@ -109,7 +109,7 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     was_training = text_model.training
     text_model.eval()  # dropout would make any two passes differ
     try:
-        with torch.autocast(device.type, enabled=False), hold_passes():
+        with torch.autocast(device.type, enabled=False), acquire_text_forward_lock():
             packed = run_packed(text_model, texts)
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
@@ -231,7 +231,7 @@ def is_traced() -> bool:
 
 
 @contextmanager
-def hold_passes() -> Iterator[None]:
+def acquire_text_forward_lock() -> Iterator[None]:
     """Let the passes of other threads wait, packed and plain ones, while the LLM is set for one."""
     with _switch:
         yield

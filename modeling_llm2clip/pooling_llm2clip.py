@@ -1,4 +1,4 @@
-"""Which tokens make a caption's vector, and how they are pooled.
+"""Which tokens make a caption's embedding, and how they are pooled.
 
 Travels to the Hub beside the weights. Shapes: B texts, L tokens, D width of the LLM.
 """
@@ -102,7 +102,7 @@ def check_token_rows(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give one text at least.")
     if input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids must be integers, got {input_ids.dtype}. Vectors that were computed "
+            f"input_ids must be integers, got {input_ids.dtype}. Embeddings that were computed "
             "before go into project_caption_embeds."
         )
     lengths = attention_mask.long().sum(dim=1)  # (B,)

@@ -1,4 +1,4 @@
-"""Pictures and texts into what the model takes; bad ones are refused by name.
+"""Images and texts into what the model takes; bad ones are refused by name.
 
 Travels to the Hub beside the weights. The prompt around every caption is not here but in the saved
 tokenizer, so that a bare tokenizer and a pipeline give the same ids as this processor.
@@ -25,7 +25,7 @@ from .loading_llm2clip import naming_code
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
 # What urllib, http and sockets raise; ValueError for an address that is none.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
-# Options of any processor that make something else of a row than one caption or one picture; a
+# Options of any processor that make something else of a row than one caption or one image; a
 # caller of many kinds of processors may name them, but not use them.
 _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
@@ -129,10 +129,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
         on_long_text: str = "truncate",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare pictures, texts, or both.
+        """Prepare images, texts, or both.
 
         Args:
-            images: a picture or a list of them: PIL, path, URL, or RGB arrays and tensors,
+            images: an image or a list of them: PIL, path, URL, or RGB arrays and tensors,
                 (H, W, 3) or (3, H, W): uint8, uint16 (scaled), or floats in [0, 1] together with
                 `do_rescale=False`; a batch of them as one. Transparency becomes white, EXIF
                 rotation is applied, of an animation the first frame counts.
@@ -142,7 +142,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
             **kwargs: for the tokenizer and the image processor, flat or as `text_kwargs`,
                 `images_kwargs`, `common_kwargs`.
         Returns: `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L).
-        Raises: ValueError naming every blank or non-text caption, the picture that is broken, or
+        Raises: ValueError naming every blank or non-text caption, the image that is broken, or
             the option that is not known.
         """
         if on_long_text not in ("truncate", "error"):
@@ -153,7 +153,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = clean_texts(text)
         if images is not None:
-            images = load_pictures(images, rescales=self._rescales(kwargs))
+            images = load_images(images, rescales=self._rescales(kwargs))
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
@@ -275,7 +275,7 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
             "Correct the spelling, or leave them out."
         )
     if refused:
-        raise ValueError(f"{refused}: a row is one caption or one picture. Leave them out.")
+        raise ValueError(f"{refused}: a row is one caption or one image. Leave them out.")
     if any(options.get("return_attention_mask") is False for options in places.values()):
         raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
 
@@ -316,20 +316,20 @@ def clean_list(texts: Any) -> list[str]:
 
 def check_texts(text: str | list[str]) -> None:
     """Raise ValueError naming every caption that is not text or is blank."""
-    faults = []
+    errors = []
     for number, caption in enumerate([text] if isinstance(text, str) else text):
         if not isinstance(caption, str):
-            faults.append(f"number {number} is {type(caption).__name__}, not str")
+            errors.append(f"number {number} is {type(caption).__name__}, not str")
         elif not caption.strip():
-            faults.append(f"number {number} is blank: {caption!r}")
+            errors.append(f"number {number} is blank: {caption!r}")
         elif not _is_unicode(caption):
-            faults.append(f"number {number} has half a surrogate pair: {caption[:40]!r}")
+            errors.append(f"number {number} has half a surrogate pair: {caption[:40]!r}")
     if not isinstance(text, str) and not text:
-        faults.append("the list is empty")
-    if faults:
-        shown = "; ".join(faults[:8]) + ("; …" if len(faults) > 8 else "")
+        errors.append("the list is empty")
+    if errors:
+        shown = "; ".join(errors[:8]) + ("; …" if len(errors) > 8 else "")
         raise ValueError(
-            f"Every caption must be a non-blank string, {len(faults)} are not: {shown}. "
+            f"Every caption must be a non-blank string, {len(errors)} are not: {shown}. "
             "Give one string or a flat list of strings."
         )
 
@@ -343,63 +343,63 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def load_pictures(images: Any, *, rescales: bool | None = True) -> Any:
-    """Turn a picture or a list of pictures into RGB PIL images; arrays and tensors stay such.
+def load_images(images: Any, *, rescales: bool | None = True) -> Any:
+    """Turn an image or a list of images into RGB PIL images; arrays and tensors stay such.
 
     Args:
         rescales: whether pixels will be divided by 255. If not, only floats in [0, 1] are taken;
-            None: nor would they be for any picture, so floats in [0, 1] are taken too.
-    Raises: ValueError naming every picture that is missing, broken, too large or of an unknown
+            None: nor would they be for any image, so floats in [0, 1] are taken too.
+    Raises: ValueError naming every image that is missing, broken, too large or of an unknown
         range.
     """
     if len(getattr(images, "shape", ())) == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_picture(images, 0, rescales=rescales)
+        return _load_image(images, 0, rescales=rescales)
     if not images:
-        raise ValueError("images is an empty list; give at least one picture.")
-    loaded, faults = [], []
+        raise ValueError("images is an empty list; give at least one image.")
+    loaded, errors = [], []
     for number, image in enumerate(images):
         try:
-            loaded.append(_load_picture(image, number, rescales=rescales))
+            loaded.append(_load_image(image, number, rescales=rescales))
         except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        more = f"\nand {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ValueError("\n".join(faults[:8]) + more)
+            errors.append(str(error))
+    if errors:
+        more = f"\nand {len(errors) - 8} more" if len(errors) > 8 else ""
+        raise ValueError("\n".join(errors[:8]) + more)
     return loaded
 
 
-def _load_picture(image: Any, number: int, *, rescales: bool | None) -> Any:
+def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
     if hasattr(image, "shape") and hasattr(image, "dtype"):
-        return _check_array(image, f"picture number {number}", rescales=rescales)
+        return _check_array(image, f"image number {number}", rescales=rescales)
     if isinstance(image, str | os.PathLike):
-        loaded = _open_picture(os.fspath(image))
+        loaded = _open_image(os.fspath(image))
     elif isinstance(image, Image.Image):
-        loaded = _decode(image, getattr(image, "filename", "") or f"picture number {number}")
+        loaded = _decode(image, getattr(image, "filename", "") or f"image number {number}")
     else:
         held = isinstance(image, bytes | memoryview | io.IOBase)
         way_out = " Open it with PIL.Image.open, bytes as io.BytesIO." if held else ""
         raise ValueError(
-            f"Picture number {number} is {type(image).__name__}; give a PIL image, a path, a URL, "
+            f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, "
             f"an array or a tensor.{way_out}"
         )
     if rescales is False:
-        raise ValueError(f"Picture number {number} has 8 bits a colour. {_UNSCALED}")
+        raise ValueError(f"Image number {number} has 8 bits a color. {_UNSCALED}")
     return loaded
 
 
 def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
     """Refuse pixels whose place or range is not known, and make 16 bit 8 bit.
 
-    A float's range cannot be told from its values: a dark picture in 0 to 255 is a bright one in
+    A float's range cannot be told from its values: a dark image in 0 to 255 is a bright one in
     0 to 1.
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
         raise ValueError(
             f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Of another "
-            "array, Image.fromarray makes a picture that is taken, grey or with transparency too."
+            "array, Image.fromarray makes an image that is taken, gray or with transparency too."
         )
     image = image.detach() if hasattr(image, "detach") else image
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
@@ -431,7 +431,7 @@ def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -
         )
 
 
-def _open_picture(path: str) -> Image.Image:
+def _open_image(path: str) -> Image.Image:
     if path.startswith("data:"):
         raise ValueError(
             f"{path[:40]}…: data URIs are not read. Decode it (base64.b64decode), and open "
@@ -440,28 +440,28 @@ def _open_picture(path: str) -> Image.Image:
     # Not transformers' load_image, which turns transparency black and clips 16 bit.
     source = _fetch(path) if path.lower().startswith(("http://", "https://")) else path
     if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for what is no path
-        raise ValueError(f"{path[:_MOST_SHOWN]}: no such picture. Correct the path.")
+        raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
     with read_header(source, name=path) as image:
         return _decode(image, path)
 
 
 def read_header(source: Any, *, name: str) -> Image.Image:
-    """Open a picture without decoding it.
+    """Open an image without decoding it.
 
     Args:
         source: what Pillow opens: a path, or a file of bytes.
-    Raises: ValueError with the name: not a picture, broken within its header, or too large.
+    Raises: ValueError with the name: not an image, broken within its header, or too large.
     """
     try:
         return Image.open(source)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a picture that Pillow reads, or empty.") from error
+        raise ValueError(f"{name}: not an image that Pillow reads, or empty.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: {error} Shrink the picture first.") from error
+        raise ValueError(f"{name}: {error} Shrink the image first.") from error
     except _DECODER_ERRORS as error:
         from_system = getattr(error, "errno", None) is not None  # no permission, for one
-        fault = "cannot be read" if from_system else "the picture is truncated or corrupt"
-        raise ValueError(f"{name}: {fault} ({error}).") from error
+        problem = "cannot be read" if from_system else "the image is truncated or corrupt"
+        raise ValueError(f"{name}: {problem} ({error}).") from error
 
 
 def _fetch(address: str) -> io.BytesIO:
@@ -470,20 +470,20 @@ def _fetch(address: str) -> io.BytesIO:
         with urllib.request.urlopen(request, timeout=30) as response:
             return io.BytesIO(response.read())
     except _FETCH_ERRORS as error:
-        raise ValueError(f"{address}: the picture cannot be fetched ({error}).") from error
+        raise ValueError(f"{address}: the image cannot be fetched ({error}).") from error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Decode fully, turn upright, and make it RGB on white."""
     if 0 in image.size:
-        raise ValueError(f"{name}: the picture has no pixels ({image.size}).")
+        raise ValueError(f"{name}: the image has no pixels ({image.size}).")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
     except _DECODER_ERRORS as error:
-        raise ValueError(f"{name}: the picture is truncated or corrupt ({error}).") from error
+        raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
     except (AssertionError, AttributeError) as error:  # how Pillow says it
-        raise ValueError(f"{name}: the picture's file is closed. Open it anew.") from error
+        raise ValueError(f"{name}: the image's file is closed. Open it anew.") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _SIXTEEN_BIT_MODES:
@@ -498,9 +498,9 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
-    # Pillow's own conversion clips at 255 and would turn almost every picture white.
+    # Pillow's own conversion clips at 255 and would turn almost every image white.
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"{name}: pixels outside 0 to 65535. Convert it to 8 or 16 bit.")
-    pixels[pixels == image.info.get("transparency", -1)] = 65535  # the one transparent grey
+    pixels[pixels == image.info.get("transparency", -1)] = 65535  # the one transparent gray
     return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")

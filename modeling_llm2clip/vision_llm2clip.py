@@ -1,6 +1,6 @@
-"""What a vision tower takes and gives: sizes of pictures, and one vector a picture.
+"""What a vision tower takes and gives: sizes of images, and one embedding an image.
 
-Travels to the Hub beside the weights. Shapes: B pictures, L tokens, D width of the tower.
+Travels to the Hub beside the weights. Shapes: B images, L tokens, D width of the tower.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What towers call the token that stands for the whole picture.
+# What towers call the token that stands for the whole image.
 _CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
@@ -25,7 +25,7 @@ def check_pixels(pixel_values: Tensor) -> None:
 
 
 def find_width(vision_model: nn.Module) -> int:
-    """Width of a tower's picture vector; timm networks know it themselves.
+    """Width of a tower's image embedding; timm networks know it themselves.
 
     Raises: ValueError for a family whose configuration does not state it.
     """
@@ -39,19 +39,19 @@ def find_width(vision_model: nn.Module) -> int:
     if width is None:
         raise ValueError(
             f"A {config.model_type!r} tower states neither hidden_size nor hidden_sizes, so the "
-            "width of its picture vector is not known. Take the same network from timm, or "
+            "width of its image embedding is not known. Take the same network from timm, or "
             "another tower."
         )
     return int(width)
 
 
 def has_class_token(vision_model: nn.Module) -> bool:
-    """Whether the tower has a token of its own for the whole picture."""
+    """Whether the tower has a token of its own for the whole image."""
     return any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in vision_model.named_parameters())
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the pictures that a tower has positions for; None where any will do."""
+    """Height and width of the images that a tower has positions for; None where any will do."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         patches: Any = getattr(timm_model, "patch_embed", None)
@@ -77,20 +77,20 @@ def find_patch_size(vision_model: nn.Module) -> int:
 def choose_interpolation(
     vision_model: nn.Module, pixel_values: Tensor, *, wanted: bool
 ) -> dict[str, bool]:
-    """Return the tower's argument for pictures of this size.
+    """Return the tower's argument for images of this size.
 
     Args:
         pixel_values: (B, 3, H, W), or patches, which carry their own positions.
         wanted: whether positions may be interpolated for another size than the tower's.
     Raises: ValueError for a size the tower has no positions for, if interpolation is not wanted,
-        not possible, or would cut a part of a patch off. Some towers would take such pictures
+        not possible, or would cut a part of a patch off. Some towers would take such images
         without a word and give them the positions of other patches.
     """
     found = (pixel_values.shape[-2], pixel_values.shape[-1])
     own = find_fixed_size(vision_model)
     if pixel_values.ndim != 4 or found == own:
         return {}
-    what = f"Got pictures of {found[0]} × {found[1]} pixels"
+    what = f"Got images of {found[0]} × {found[1]} pixels"
     if own is not None:
         _require_interpolation(vision_model, what, own, wanted=wanted)
     patch = find_patch_size(vision_model)
@@ -106,7 +106,7 @@ def _require_interpolation(
     vision_model: nn.Module, what: str, own: tuple[int, int], *, wanted: bool
 ) -> None:
     tower = f"this vision tower has positions for {own[0]} × {own[1]}"
-    size = "Let the checkpoint's processor make pictures of that size"
+    size = "Let the checkpoint's processor make images of that size"
     build = "build the model with image_size (llm2clip build --image-size)"
     if not _can_interpolate(vision_model):
         raise ValueError(
@@ -163,7 +163,7 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
     return patches
 
 
-def pool_pictures(
+def pool_vision(
     output: Any,
     pooling: str,
     *,
@@ -171,7 +171,7 @@ def pool_pictures(
     pixel_values: Tensor,
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """Reduce a tower's output to one vector a picture, (B, D).
+    """Reduce a tower's output to one embedding an image, (B, D).
 
     Args:
         pooling: `"pooler"`, `"cls"`, `"mean"` or `"patch_mean"`, see `LLM2CLIPConfig`.

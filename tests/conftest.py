@@ -83,15 +83,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One exported tiny checkpoint with an instruction; tests break copies of it."""
     from tiny import tiny_model
 
-    from modeling_llm2clip.hub.card_facts import CardFacts
-    from modeling_llm2clip.hub.export import export_model
+    from modeling_llm2clip.model_folders.model_card_data import CardData
+    from modeling_llm2clip.publishing.export_model import save_model
 
     model, processor = tiny_model("clip", "llama")
     folder = tmp_path_factory.mktemp("exported") / "good"
-    facts = CardFacts(license_id="mit")
-    return export_model(
-        model, processor, folder, prompts={"query": "Find a picture: "}, facts=facts
-    )
+    facts = CardData(license_id="mit")
+    return save_model(model, processor, folder, prompts={"query": "Find an image: "}, facts=facts)
 
 
 @pytest.fixture
@@ -116,16 +114,16 @@ def sources(models: Callable[[str], Path]) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A picture for each of the texts of `tiny_encoders`."""
-    from tiny_encoders import TEXTS, save_tiny_pictures
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An image for each of the texts of `tiny_encoders`."""
+    from tiny_encoders import TEXTS, save_tiny_images
 
-    return save_tiny_pictures(tmp_path_factory.mktemp("pictures"), len(TEXTS))
+    return save_tiny_images(tmp_path_factory.mktemp("images"), len(TEXTS))
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of the pictures with captions that `evaluating` writes, which no test may change."""
+    """Folder of the images with captions that `eval_mode` writes, which no test may change."""
     from evaluating import write_data
 
     return str(write_data(tmp_path_factory.mktemp("data")))

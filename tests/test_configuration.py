@@ -176,7 +176,7 @@ def test_all_bad_values_are_named_at_once() -> None:
             prompt_suffix_ids=[4],
             max_text_length=4,
         )
-    for fault in (
+    for error in (
         "projection_dim=0 must be at least 1",
         "text_adapter_layers=-1 must be at least 0",
         "text_adapter_expansion=0 must be at least 1",
@@ -184,7 +184,7 @@ def test_all_bad_values_are_named_at_once() -> None:
         "vision_pooling='sum' must be one of",
         "max_text_length=4 leaves no room for a caption: the prompt alone has 4 tokens",
     ):
-        assert fault in str(caught.value)
+        assert error in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_all_bad_values_are_named_at_once() -> None:
 def test_a_field_of_another_type_is_named_with_its_value(
     saved: dict[str, Any], field: str, value: Any, wanted: str
 ) -> None:
-    fault = rf"{field}={re.escape(repr(value))} must be {wanted}"
-    with pytest.raises(ValueError, match=fault):
+    error = rf"{field}={re.escape(repr(value))} must be {wanted}"
+    with pytest.raises(ValueError, match=error):
         LLM2CLIPConfig.from_dict(saved, **{field: value})  # as `from_pretrained` overrides it
     saved[field] = value
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(ValueError, match=error):
         LLM2CLIPConfig.from_dict(saved)
 
 

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.publishing.export_model import save_model
 
 FAMILIES = ("clip", "siglip", "timm", "timm with batch norm")
 TEXTS = ["a dog", "a red car", "two red apples", "a cat sleeps"]
@@ -113,7 +113,7 @@ def test_what_the_script_trains_and_saves_loads_in_a_clean_process(
 ) -> None:
     outputs = []
     for number, family in enumerate(FAMILIES):
-        source = export_model(*tiny_model(family), tmp_path / f"source{number}")
+        source = save_model(*tiny_model(family), tmp_path / f"source{number}")
         outputs.append(tmp_path / f"output{number}")
         train_as_the_script_does(source, outputs[-1])
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

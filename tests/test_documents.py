@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import tiny_pictures
+from tiny import tiny_images
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 from benchmarks.render_tables import DOCUMENTS as TABLED
@@ -31,7 +31,7 @@ COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test
 # Folders that a reader makes (`model/` is what the demo writes), and Hub ids; the snippets find a
 # tiny stand-in under each name, because transformers prefers a folder to the Hub.
 MADE_BY_READERS = (
-    "llm2clip-demo", "model", "my-model", "my-pictures", "tuned", "aligned", "fine-tuned", ".venv",
+    "llm2clip-demo", "model", "my-model", "my-images", "tuned", "aligned", "fine-tuned", ".venv",
 )  # fmt: skip
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
@@ -125,7 +125,7 @@ def test_every_row_of_what_to_open_names_a_file() -> None:
     assert all(any((ROOT / path).is_file() for path in find_paths(row[1])) for row in rows)
 
 
-def test_the_folder_list_names_every_folder_and_travelling_file_of_the_package() -> None:
+def test_the_folder_list_names_every_folder_and_uploaded_file_of_the_package() -> None:
     rows = find_table_rows(ROOT / "ARCHITECTURE.md", "Folders")
     listed = {row[0].strip("`").rstrip("/") for row in rows}
     package = ROOT / "modeling_llm2clip"
@@ -162,13 +162,13 @@ def test_the_readmes_training_commands_run_one_after_the_other(
     # What the first command makes of the demo's towers, which are fetched, and the demo itself.
     for name in ("my-model", "llm2clip-demo/model"):
         export_tiny_model(tmp_path / name)
-    save_captioned_pictures(tmp_path / "my-pictures", count=200)
+    save_captioned_images(tmp_path / "my-images", count=200)
     monkeypatch.chdir(tmp_path)
     section = read(README).split("## Train\n")[1].split("\n## ")[0]
     commands = [line for line in section.splitlines() if line.startswith("llm2clip ")]
     assert commands.pop(0) == "llm2clip build embedded embedded my-model"
     assert [shlex.split(command)[1] for command in commands] == [
-        "extract", "extract", "align", "align", "tune-captions",
+        "extract", "extract", "align", "align", "finetune-llm",
     ]  # fmt: skip
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
@@ -176,14 +176,14 @@ def test_the_readmes_training_commands_run_one_after_the_other(
         assert main(["doctor", f"{folder}/model"]) == 0
 
 
-def save_captioned_pictures(folder: Path, *, count: int) -> None:
-    """Pictures of one colour each, with two captions."""
+def save_captioned_images(folder: Path, *, count: int) -> None:
+    """Images of one color each, with two captions."""
     folder.mkdir()
     lines = []
     for number in range(count):
-        colour = (number, 255 - number, number * 7 % 256)
-        Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
-        captions = [f"number {number} in one colour", f"a square, the {number}th"]
+        color = (number, 255 - number, number * 7 % 256)
+        Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
+        captions = [f"number {number} in one color", f"a square, the {number}th"]
         lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
     (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
@@ -201,7 +201,7 @@ def test_five_files_are_to_be_read_first() -> None:
 
 def test_the_readmes_snippets_run(tmp_path: Path) -> None:
     export_tiny_model(tmp_path / "llm2clip-demo" / "model")
-    tiny_pictures()[0].save(tmp_path / "llm2clip-demo" / "search.png")
+    tiny_images()[0].save(tmp_path / "llm2clip-demo" / "search.png")
     save_tiny_vision(tmp_path / VISION_ID)
     save_tiny_llm(tmp_path / LLM_ID)
     snippets = find_blocks(README, "python")
@@ -232,7 +232,7 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     report = {
         "seed": 0, "unseen_text_to_image_r1": 0.25, "unseen_text_to_image_r10": 0.5,
         "unseen_image_to_text_r1": 0.125, "chance_r1": 0.01, "seconds_after_download": 59.6,
-        "peak_rss_gb": 2.04, "num_pictures": 30, "num_held_out": 6, "versions": {"torch": "2"},
+        "peak_rss_gb": 2.04, "num_images": 30, "num_held_out": 6, "versions": {"torch": "2"},
     }  # fmt: skip
     other = {**report, "seed": 1, "unseen_text_to_image_r1": 0.75}
     (tmp_path / "demo.json").write_text(json.dumps([report, other]), encoding="utf-8")

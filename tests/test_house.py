@@ -21,8 +21,8 @@ PACKAGE = ROOT / "modeling_llm2clip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 # What stands at the package's root without an underscore is copied beside the weights.
-TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
-# Installed wherever transformers, torch and a picture library are, or Python's own.
+UPLOADED = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
+# Installed wherever transformers, torch and an image library are, or Python's own.
 PRESENT_EVERYWHERE = {
     "torch",
     "transformers",
@@ -40,7 +40,7 @@ every_source = pytest.mark.parametrize(
     "path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE))
 )
 
-every_travelling = pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
+every_uploaded = pytest.mark.parametrize("path", UPLOADED, ids=lambda path: path.name)
 
 
 def parse(path: Path) -> ast.Module:
@@ -73,7 +73,7 @@ def run_python(code: str) -> str:
 
 def test_the_package_has_files_to_check() -> None:
     assert {"configuration_llm2clip.py", "modeling_llm2clip.py", "processing_llm2clip.py"} <= {
-        path.name for path in TRAVELLING
+        path.name for path in UPLOADED
     }
 
 
@@ -126,7 +126,7 @@ def test_imports_only_point_down() -> None:
     assert "KEPT" in done.stdout
 
 
-@every_travelling
+@every_uploaded
 def test_what_transformers_copies_is_what_python_imports(path: Path) -> None:
     tree = parse(path)
     relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
@@ -135,11 +135,11 @@ def test_what_transformers_copies_is_what_python_imports(path: Path) -> None:
         assert node.level == 1 and node.module and "." not in node.module, f"line {node.lineno}"
     # transformers finds relative imports with a regular expression, in docstrings too.
     assert set(get_relative_imports(path)) == {node.module for node in relative}
-    assert {f"{node.module}.py" for node in relative} <= {other.name for other in TRAVELLING}
+    assert {f"{node.module}.py" for node in relative} <= {other.name for other in UPLOADED}
 
 
-@every_travelling
-def test_travelling_files_need_only_what_every_user_has(path: Path) -> None:
+@every_uploaded
+def test_uploaded_files_need_only_what_every_user_has(path: Path) -> None:
     # get_imports leaves out what stands in `try`, so our own reading of the tree is added.
     absolute = {
         name.split(".")[0]
@@ -179,7 +179,7 @@ FIRST_IMPORTS = (
     "import modeling_llm2clip; from transformers import AutoProcessor",
     "from modeling_llm2clip import LLM2CLIPConfig",
     "from modeling_llm2clip import LLM2CLIPProcessor",
-    "import modeling_llm2clip.hub.build",
+    "import modeling_llm2clip.building.build_model",
     "from transformers import AutoModel; import modeling_llm2clip",
 )
 # Each order needs a fresh process; forks of one that has torch already save seconds.

@@ -12,11 +12,11 @@ from shared_models import INSTRUCTION, ROUNDING, shared_model
 from tiny import tiny_model
 from transformers import AutoModel, AutoProcessor
 
-from modeling_llm2clip.hub.export import export_model
+from modeling_llm2clip.publishing.export_model import save_model
 
 
 def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.Tensor, str]:
-    """Pool all tokens behind the instruction's last word: their vector, and the caption's text.
+    """Pool all tokens behind the instruction's last word: their embedding, and the caption's text.
 
     Which tokens these are is read from the characters they cover, not counted.
     """
@@ -49,7 +49,7 @@ def test_an_instruction_is_attended_to_and_not_pooled(
     chosen = {"prompt": "none"} if not prefix else {"prefix": prefix, "suffix": suffix}
     model, processor = tiny_model(max_text_length=64, **chosen)
     assert model.config.prompt_suffix_ends_special == ends_special
-    folder = export_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
+    folder = save_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
     sentence_model = SentenceTransformer(str(folder))
     for caption in ("a dog", "7 red cars"):
         wanted, pooled_text = encode_by_hand(folder, INSTRUCTION, caption)
@@ -58,16 +58,16 @@ def test_an_instruction_is_attended_to_and_not_pooled(
         found = sentence_model.encode(caption, prompt_name="query", convert_to_tensor=True)
         assert torch.allclose(found, wanted, atol=ROUNDING)
         for other in (caption, INSTRUCTION + caption):
-            vector = sentence_model.encode(other, convert_to_tensor=True)
-            assert not torch.allclose(found, vector, atol=1e-3), other
+            embedding = sentence_model.encode(other, convert_to_tensor=True)
+            assert not torch.allclose(found, embedding, atol=1e-3), other
 
 
 def test_an_instruction_without_a_caption_behind_it_is_refused(tmp_path: Path) -> None:
     model, processor = shared_model()
     with pytest.raises(ValueError, match=r"'query' leaves no room .* of 32 tokens\. Shorten"):
-        export_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
+        save_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
     roomy = tiny_model(max_text_length=64)
-    folder = export_model(*roomy, tmp_path / "roomy", prompts={"query": INSTRUCTION})
+    folder = save_model(*roomy, tmp_path / "roomy", prompts={"query": INSTRUCTION})
     loaded = SentenceTransformer(str(folder))
     num_tokens = loaded.preprocess([INSTRUCTION])["input_ids"].shape[1]
     apart = loaded.encode(["a dog", "a cat"], prompt_name="query")
@@ -80,11 +80,11 @@ def test_an_instruction_without_a_caption_behind_it_is_refused(tmp_path: Path) -
         loaded.encode(["a dog", "a cat"], prompt_name="query")
 
 
-@pytest.mark.parametrize("instruction", ["Find the picture:\n", "Find the picture of\t"])
+@pytest.mark.parametrize("instruction", ["Find the image:\n", "Find the image of\t"])
 def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
     instruction: str, tmp_path: Path
 ) -> None:
     model, processor = shared_model()
     with pytest.raises(ValueError, match=r"'query'.*End them with ': '"):
-        export_model(model, processor, tmp_path / "model", prompts={"query": instruction})
+        save_model(model, processor, tmp_path / "model", prompts={"query": instruction})
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import torch
 from shared_models import (
     ROUNDING,
     every_vision,
-    pictures_of,
+    images_of,
     shared_batch,
     shared_model,
     texts_of,
@@ -22,7 +22,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionMo
 
 CLASSES = ("whole", "text", "vision")
 # An instance takes no arguments of another kind of input.
-INPUTS = {"whole": lambda batch: batch, "text": texts_of, "vision": pictures_of}
+INPUTS = {"whole": lambda batch: batch, "text": texts_of, "vision": images_of}
 every_class = pytest.mark.parametrize("kind", CLASSES)
 
 
@@ -85,7 +85,7 @@ def test_states_that_a_tower_does_not_keep_are_refused(kind: str, tmp_path: Path
 def test_a_network_of_timm_refuses_attentions() -> None:
     model, _ = shared_model("timm")
     with pytest.raises(ValueError, match="output_attentions"):
-        model.get_image_features(**pictures_of(shared_batch("timm")), output_attentions=True)
+        model.get_image_features(**images_of(shared_batch("timm")), output_attentions=True)
 
 
 @every_class
@@ -109,7 +109,7 @@ def test_features_are_a_tuple_too_when_asked_for() -> None:
     model, batch = shared_model()[0], shared_batch()
     with torch.no_grad():
         texts = model.get_text_features(**texts_of(batch), return_dict=False)
-        images = model.get_image_features(**pictures_of(batch), return_dict=False)
+        images = model.get_image_features(**images_of(batch), return_dict=False)
     assert [len(value) for value in (texts, images)] == [2, 2]
 
 
@@ -142,7 +142,7 @@ def test_text_features_carry_the_tokens_that_were_pooled(path: str, pooling: str
 
 @every_vision
 def test_image_features_carry_the_states_of_the_tower(vision: str) -> None:
-    model, images = shared_model(vision)[0], pictures_of(shared_batch(vision))
+    model, images = shared_model(vision)[0], images_of(shared_batch(vision))
     with torch.no_grad():
         output = model.get_image_features(**images, output_hidden_states=True)
         wanted = model.vision_model(**images).last_hidden_state

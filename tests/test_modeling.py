@@ -15,17 +15,17 @@ from shared_models import (
     every_pair,
     every_vision,
     first_position_moves_by,
-    pictures_of,
+    images_of,
     shared_batch,
     shared_model,
     texts_of,
 )
-from tiny import tiny_model, tiny_pictures, tiny_tokenizer, tiny_vision
+from tiny import tiny_images, tiny_model, tiny_tokenizer, tiny_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.hub.build import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import BuildArguments, build_model
 
 LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"initializer_range": 0.2},
@@ -47,7 +47,7 @@ def move_padding_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @every_pair
-def test_every_pair_of_towers_compares_pictures_with_texts(vision: str, llm: str) -> None:
+def test_every_pair_of_towers_compares_images_with_texts(vision: str, llm: str) -> None:
     model, _ = shared_model(vision, llm)
     with torch.no_grad():
         output = model(**shared_batch(vision, llm))
@@ -59,7 +59,7 @@ def test_every_pair_of_towers_compares_pictures_with_texts(vision: str, llm: str
     # Cosines times 1 / 0.07, so the rounding grows as much.
     assert torch.allclose(output.logits_per_image, cosines / 0.07, atol=ROUNDING / 0.07)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)
-    # Unlike inputs must give unlike vectors, or the other laws would hold for a constant.
+    # Unlike inputs must give unlike embeddings, or the other laws would hold for a constant.
     assert (cosines[0] - cosines[1]).abs().max() > 1e-3
     assert (cosines[:, 0] - cosines[:, 1]).abs().max() > 1e-3
 
@@ -190,19 +190,19 @@ def test_the_last_token_moves_the_first_position_unless_causal(
 # Inputs of forward
 
 
-def test_pictures_alone_texts_alone_and_both_agree() -> None:
+def test_images_alone_texts_alone_and_both_agree() -> None:
     model, _ = shared_model()
     batch = shared_batch()
     with torch.no_grad():
-        both, texts, pictures = (
-            model(**inputs) for inputs in (batch, texts_of(batch), pictures_of(batch))
+        both, texts, images = (
+            model(**inputs) for inputs in (batch, texts_of(batch), images_of(batch))
         )
     assert torch.equal(both.text_embeds, texts.text_embeds)
-    assert torch.equal(both.image_embeds, pictures.image_embeds)
+    assert torch.equal(both.image_embeds, images.image_embeds)
     assert both.pooler_output is None and both.loss is None
     assert torch.equal(texts.pooler_output, texts.text_embeds) and texts.image_embeds is None
-    assert torch.equal(pictures.pooler_output, pictures.image_embeds)
-    assert pictures.text_embeds is None and pictures.logits_per_image is None
+    assert torch.equal(images.pooler_output, images.image_embeds)
+    assert images.text_embeds is None and images.logits_per_image is None
 
 
 def test_embeds_are_the_features_at_unit_length() -> None:
@@ -211,10 +211,10 @@ def test_embeds_are_the_features_at_unit_length() -> None:
     with torch.no_grad():
         output = model(**batch)
         texts = model.get_text_features(**texts_of(batch)).pooler_output
-        pictures = model.get_image_features(**pictures_of(batch)).pooler_output
+        images = model.get_image_features(**images_of(batch)).pooler_output
     assert torch.equal(output.text_embeds, F.normalize(texts, dim=-1))
-    assert torch.equal(output.image_embeds, F.normalize(pictures, dim=-1))
-    assert (texts.norm(dim=1) - 1).abs().min() > 1e-3  # features themselves are not normalised
+    assert torch.equal(output.image_embeds, F.normalize(images, dim=-1))
+    assert (texts.norm(dim=1) - 1).abs().min() > 1e-3  # features themselves are not normalized
 
 
 def test_a_tuple_has_the_fields_that_are_there() -> None:
@@ -227,7 +227,7 @@ def test_a_tuple_has_the_fields_that_are_there() -> None:
     assert type(texts) is type(images) is tuple  # as in CLIPModel
 
 
-def test_pictures_and_texts_may_be_unequally_many() -> None:
+def test_images_and_texts_may_be_unequally_many() -> None:
     model, _ = shared_model()
     batch = shared_batch()
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_no_input_is_refused() -> None:
         shared_model()[0]()
 
 
-@pytest.mark.parametrize("kind", [texts_of, pictures_of])
+@pytest.mark.parametrize("kind", [texts_of, images_of])
 def test_a_loss_of_one_kind_of_input_is_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match="return_loss=True needs pixel_values and input_ids"):
         shared_model()[0](**kind(shared_batch()), return_loss=True)
@@ -251,7 +251,7 @@ def test_a_loss_of_one_kind_of_input_is_refused(kind: Any) -> None:
 
 def test_a_loss_of_unequally_many_is_refused_with_both_counts() -> None:
     batch = shared_batch()
-    with pytest.raises(ValueError, match="2 pictures and 3 texts"):
+    with pytest.raises(ValueError, match="2 images and 3 texts"):
         shared_model()[0](
             **texts_of(batch), pixel_values=batch["pixel_values"][:2], return_loss=True
         )
@@ -310,7 +310,7 @@ def test_logits_are_float32_under_autocast() -> None:
     assert torch.equal(found.loss, wanted.loss)
 
 
-def test_a_larger_picture_needs_interpolation_to_be_asked_for() -> None:
+def test_a_larger_image_needs_interpolation_to_be_asked_for() -> None:
     model, _ = shared_model()
     larger = torch.rand(1, 3, 48, 48)
     with pytest.raises(ValueError, match="48"):
@@ -321,9 +321,9 @@ def test_a_larger_picture_needs_interpolation_to_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize("vision_pooling", ["cls", "mean"])
-def test_pictures_can_be_pooled_from_their_tokens(vision_pooling: str) -> None:
+def test_images_can_be_pooled_from_their_tokens(vision_pooling: str) -> None:
     model, processor = tiny_model(vision_pooling=vision_pooling)
-    inputs = processor(images=tiny_pictures(2))
+    inputs = processor(images=tiny_images(2))
     with torch.no_grad():
         tokens = model.vision_model(**inputs).last_hidden_state
         embeds = model.get_vision_embeds(**inputs)
@@ -331,7 +331,7 @@ def test_pictures_can_be_pooled_from_their_tokens(vision_pooling: str) -> None:
     assert torch.allclose(embeds, wanted, atol=ROUNDING)
 
 
-# Stored vectors
+# Stored embeddings
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -342,7 +342,7 @@ def test_projected_caption_embeds_are_the_text_features(normalize: bool) -> None
         stored = model.get_caption_embeds(**texts)
         features = model.get_text_features(**texts).pooler_output
     assert torch.equal(model.project_caption_embeds(stored), features)
-    # With normalisation the length of a stored vector does not matter, without it does.
+    # With normalisation the length of a stored embedding does not matter, without it does.
     moved = (model.project_caption_embeds(3 * stored) - features).abs().max()
     assert moved < ROUNDING if normalize else moved > 1e-2
 
@@ -350,10 +350,10 @@ def test_projected_caption_embeds_are_the_text_features(normalize: bool) -> None
 @every_vision
 def test_projected_vision_embeds_are_the_image_features(vision: str) -> None:
     model, _ = shared_model(vision)
-    pictures = pictures_of(shared_batch(vision))
+    images = images_of(shared_batch(vision))
     with torch.no_grad():
-        stored = model.get_vision_embeds(**pictures)
-        features = model.get_image_features(**pictures).pooler_output
+        stored = model.get_vision_embeds(**images)
+        features = model.get_image_features(**images).pooler_output
         assert torch.equal(model.project_vision_embeds(stored), features)
 
 
@@ -366,7 +366,7 @@ def test_projected_vision_embeds_are_the_image_features(vision: str) -> None:
         (torch.ones(2, 32, dtype=torch.long), r"torch.int64 \(2, 32\)"),
     ],
 )
-def test_vectors_that_do_not_fit_are_refused(name: str, embeds: Tensor, shown: str) -> None:
+def test_embeddings_that_do_not_fit_are_refused(name: str, embeds: Tensor, shown: str) -> None:
     project = getattr(shared_model()[0], f"project_{name}_embeds")
     with pytest.raises(ValueError, match=rf"{name}_embeds must be .*\(B, 32\); got {shown}"):
         project(embeds)

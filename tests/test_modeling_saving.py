@@ -18,13 +18,13 @@ from shared_models import (
     every_pair,
     every_vision,
     first_position_moves_by,
+    images_of,
     move,
-    pictures_of,
     shared_batch,
     shared_model,
     texts_of,
 )
-from tiny import tiny_model, tiny_pictures
+from tiny import tiny_images, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.models.llama import modeling_llama
@@ -74,11 +74,11 @@ def test_saved_and_loaded_equals_before(vision: str, llm: str, tmp_path: Path) -
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    batch = loaded_processor(text=CAPTIONS, images=tiny_pictures(3))
+    batch = loaded_processor(text=CAPTIONS, images=tiny_images(3))
     wanted = shared_batch(vision, llm)
     assert batch.keys() == wanted.keys()
     for name in wanted:
-        # The loaded image processor may be torchvision's in place of Pillow's; flat pictures.
+        # The loaded image processor may be torchvision's in place of Pillow's; flat images.
         assert torch.allclose(batch[name], wanted[name], atol=1e-6), name
     with torch.no_grad():
         found, wanted = loaded(**wanted), model(**wanted)
@@ -141,7 +141,7 @@ def test_the_text_half_loads_from_the_whole_folder_without_the_other(folder: Pat
 
 
 @every_vision
-def test_the_picture_half_loads_from_the_whole_folder_without_the_other(
+def test_the_image_half_loads_from_the_whole_folder_without_the_other(
     vision: str, tmp_path: Path
 ) -> None:
     whole = shared_model(vision)[0]
@@ -151,9 +151,9 @@ def test_the_picture_half_loads_from_the_whole_folder_without_the_other(
         "vision_model",
         "visual_projection",
     }
-    pictures = pictures_of(shared_batch(vision))
+    images = images_of(shared_batch(vision))
     with torch.no_grad():
-        found, wanted = half(**pictures), whole(**pictures)
+        found, wanted = half(**images), whole(**images)
     # Equal weights at other addresses, see above.
     assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
 
@@ -261,7 +261,7 @@ def test_a_device_map_changes_no_output(text_device: str, folder: Path, tmp_path
 
 
 @every_device
-def test_bfloat16_gives_float32_vectors_close_to_those_of_float32(
+def test_bfloat16_gives_float32_embeddings_close_to_those_of_float32(
     folder: Path, device: str
 ) -> None:
     half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(device)

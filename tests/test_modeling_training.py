@@ -17,7 +17,7 @@ from shared_models import (
     shared_batch,
     shared_model,
 )
-from tiny import tiny_pictures
+from tiny import tiny_images
 
 from modeling_llm2clip import (
     LLM2CLIPModel,
@@ -30,7 +30,7 @@ from modeling_llm2clip.modeling_llm2clip import contrastive_loss
 
 def test_the_loss_is_log_batch_size_when_no_pair_stands_out() -> None:
     model, processor = shared_model()
-    batch = processor(text=["a dog"] * 4, images=tiny_pictures(1) * 4)
+    batch = processor(text=["a dog"] * 4, images=tiny_images(1) * 4)
     loss = model(**batch, return_loss=True).loss
     assert loss.shape == ()
     # Logits of up to 14 differ by rounding only.
@@ -50,7 +50,7 @@ def test_gradients_flow_to_every_trainable_parameter(vision: str, llm: str) -> N
     model = copy.deepcopy(shared_model(vision, llm)[0]).train()
     model(**shared_batch(vision, llm), return_loss=True).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    # DINOv2 has a token for masked pictures, which only its own pretraining uses.
+    # DINOv2 has a token for masked images, which only its own pretraining uses.
     assert [name for name in without if not name.endswith("mask_token")] == []
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Packing changes no vector, and refuses what it cannot compute."""
+"""Packing changes no embedding, and refuses what it cannot compute."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_text_lies_in_one_pack_and_no_pack_of_several_exceeds_the_budget(l
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3"])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_packed_vectors_equal_those_of_one_padded_batch(family, bidirectional):
+def test_packed_embeddings_equal_those_of_one_padded_batch(family, bidirectional):
     model, processor = tiny_model(llm=family, bidirectional=bidirectional)
     inputs = processor(text=TEXTS)
     padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
@@ -124,7 +124,7 @@ def test_the_operator_tells_a_compiler_the_truth_about_itself(is_causal):
     )
 
 
-def test_a_text_has_the_same_vector_alone_and_among_others():
+def test_a_text_has_the_same_embedding_alone_and_among_others():
     model, processor = tiny_model()
     with torch.inference_mode():
         one_by_one = [model.get_caption_embeds(**processor(text=[text])) for text in TEXTS]
@@ -134,7 +134,7 @@ def test_a_text_has_the_same_vector_alone_and_among_others():
 
 def test_an_instruction_with_nothing_behind_it_is_refused():
     model, processor = tiny_model(prompt="none")
-    alone = processor(text=["find a picture"])
+    alone = processor(text=["find an image"])
     count = alone["input_ids"].shape[1]
     with pytest.raises(ValueError, match="nothing behind their instruction"):
         model.get_caption_embeds(**alone, prompt_length=count)

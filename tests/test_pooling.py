@@ -1,4 +1,4 @@
-"""Which tokens make a caption's vector: laws of masks, positions, pooling and id checks."""
+"""Which tokens make a caption's embedding: laws of masks, positions, pooling and id checks."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_an_unknown_option_is_refused_with_the_known_ones(
 def test_what_makes_no_row_of_one_caption_is_refused(
     processor: LLM2CLIPProcessor, settings: Any
 ) -> None:
-    with pytest.raises(ValueError, match="a row is one caption or one picture"):
+    with pytest.raises(ValueError, match="a row is one caption or one image"):
         processor(text="a dog", **settings)
 
 

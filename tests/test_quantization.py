@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shared_models import every_device, move
-from tiny import tiny_llm, tiny_model, tiny_pictures, tiny_tokenizer, tiny_vision
+from tiny import tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoModel, BitsAndBytesConfig
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.hub.build import BuildArguments, build_model
-from modeling_llm2clip.hub.quantization import KEPT_IN_FULL, text_quantization_config
+from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.model_folders.quantization import KEPT_IN_FULL, text_quantization_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -33,7 +33,7 @@ def test_only_the_language_model_is_quantised(tmp_path, kind, device):
     settings = BuildArguments(prompt="llama-3", max_text_length=32, visual_projection_bias=False)
     model, processor = build_model(*tiny_vision(), text_model, tokenizer, settings)
     model.save_pretrained(tmp_path)
-    inputs = processor(text=["a dog", "two cats"], images=tiny_pictures())
+    inputs = processor(text=["a dog", "two cats"], images=tiny_images())
     loaded = LLM2CLIPModel.from_pretrained(
         tmp_path, quantization_config=text_quantization_config(kind), device_map={"": device}
     )
@@ -44,7 +44,7 @@ def test_only_the_language_model_is_quantised(tmp_path, kind, device):
     assert len(quantised) == sum(part.endswith("_proj") for part in parts)
     with torch.inference_mode():
         before, after = model(**inputs), loaded(**move(inputs, device))
-    # The picture half keeps its weights, so only the order of sums may differ; more of it on CUDA.
+    # The image half keeps its weights, so only the order of sums may differ; more of it on CUDA.
     tolerance = {"atol": 1e-5 if device == "cuda" else 1e-6, "rtol": 1e-5}
     torch.testing.assert_close(after.image_embeds.cpu(), before.image_embeds, **tolerance)
     cosine = F.cosine_similarity(after.text_embeds.cpu(), before.text_embeds)
@@ -71,7 +71,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     model, processor = build_model(*tiny_vision(), text_model, tokenizer, settings)
     folder = tmp_path_factory.mktemp("whole")
     model.save_pretrained(folder)
-    return folder, model, dict(processor(text=["a dog", "two cats"], images=tiny_pictures()))
+    return folder, model, dict(processor(text=["a dog", "two cats"], images=tiny_images()))
 
 
 WHOLE = {

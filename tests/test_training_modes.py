@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from shared_models import CAPTIONS, every_vision, pictures_of, shared_batch, shared_model, texts_of
+from shared_models import CAPTIONS, every_vision, images_of, shared_batch, shared_model, texts_of
 from tiny import draw_noise, tiny_model
 from torch import Tensor, nn
 
@@ -148,9 +148,9 @@ def test_cached_gradients_are_those_of_the_masks_that_were_drawn(tmp_path: Path)
         CachedMultipleNegativesRankingLoss,
     )
 
-    from modeling_llm2clip.hub.export import export_model
+    from modeling_llm2clip.publishing.export_model import save_model
 
-    export_model(*shared_model(), tmp_path / "model")
+    save_model(*shared_model(), tmp_path / "model")
     encoder = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     for module in encoder.modules():
         if hasattr(module, "attention_dropout"):
@@ -175,7 +175,7 @@ def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_to_the_vision_
     vision: str, tmp_path: Path
 ) -> None:
     shared_model(vision)[0].save_pretrained(tmp_path)
-    images = pictures_of(shared_batch(vision))
+    images = images_of(shared_batch(vision))
     gradients = []
     for checkpointing in (False, True):
         model = LLM2CLIPVisionModel.from_pretrained(tmp_path)

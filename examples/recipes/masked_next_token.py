@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.data.captioned_sources import read_captioned
-from modeling_llm2clip.training.caption_encoder import name_base_without_path
-from modeling_llm2clip.training.processes import keep_to_one_gpu
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.training.distributed import keep_to_one_gpu
+from modeling_llm2clip.training.finetuning.lora_encoder import name_base_without_path
 
 
 class MaskedNextTokenTrainer(Trainer):
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _tokenize(tokenizer: Any, arguments: argparse.Namespace) -> Dataset:
-    records = read_captioned(arguments.data, require_pictures=False)
+    records = load_records(arguments.data, require_images=False)
     texts = [c for record in records for c in (*record.captions, *record.long_captions)]
     encoded = tokenizer(texts, truncation=True, max_length=arguments.max_length)
     return Dataset.from_dict({"input_ids": encoded["input_ids"]})

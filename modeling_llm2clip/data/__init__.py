@@ -1,1 +1,1 @@
-"""Pictures with captions, as they lie in a user's folder."""
+"""Images with captions, as they lie in a user's folder."""

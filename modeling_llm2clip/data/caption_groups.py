@@ -1,4 +1,4 @@
-"""Captions that mean the same picture, and the pairs that a language model learns from."""
+"""Captions that mean the same image, and the pairs that a language model learns from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .captioned_images import CaptionedImage, clean_text
 from .json_objects import iterate_lines, parse_object
+from .records import CaptionedImage, clean_text
 
-_FAULTS_SHOWN = 5
+_ERRORS_SHOWN = 5
 _WITHOUT_PAIRS = (
     "Data without second captions needs no caption tuning: build the model from a caption-tuned "
     "LLM (a released one, or the LoRA of one by llm2clip build --caption-adapter), or leave this "
@@ -50,14 +50,14 @@ def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
     records = list(records)
     captions = _collect_captions(records)
     if not captions:
-        raise ValueError("There are no captions. Give a data set with at least two pictures.")
+        raise ValueError("There are no captions. Give a data set with at least two images.")
     single = [key for key, texts in captions.items() if len(texts) < 2]
     if single:
         places = {record.key: record.place for record in reversed(records)}
-        shown = "; ".join(f"{key} ({places[key]})" for key in single[:_FAULTS_SHOWN])
+        shown = "; ".join(f"{key} ({places[key]})" for key in single[:_ERRORS_SHOWN])
         raise ValueError(
             f"{len(single)} of {len(captions)} images have one caption only, and a pair needs "
-            f"two: {shown}{'; …' if len(single) > _FAULTS_SHOWN else ''}. Give them a second (or "
+            f"two: {shown}{'; …' if len(single) > _ERRORS_SHOWN else ''}. Give them a second (or "
             f"long) caption, or skip them with --skip-single-captions. {_WITHOUT_PAIRS}"
         )
     return [CaptionGroup(key, tuple(texts)) for key, texts in captions.items()]
@@ -100,8 +100,8 @@ def hold_out_groups(
     """
     if not 2 <= count <= len(groups) - 2:
         raise ValueError(
-            f"Cannot hold out {count} of {len(groups)} pictures: each side needs at least two. "
-            "Choose another number (--held-out), or give more pictures."
+            f"Cannot hold out {count} of {len(groups)} images: each side needs at least two. "
+            "Choose another number (--held-out), or give more images."
         )
     order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
@@ -130,7 +130,7 @@ def leave_out_texts(
     return kept, len(pairs) - len(kept)
 
 
-def draw_pairs(groups: Sequence[CaptionGroup], *, seed: int, pairings: int = 1) -> list[TextPair]:
+def sample_pairs(groups: Sequence[CaptionGroup], *, seed: int, pairings: int = 1) -> list[TextPair]:
     """Split each group's captions into pairs at random, as often as there are `pairings`.
 
     In a pairing each caption is in one pair; one left over by an odd count is paired with a random
@@ -158,19 +158,19 @@ def read_text_pairs(file: str | Path) -> list[TextPair]:
     """
     path = Path(file)
     pairs: list[TextPair] = []
-    faults: list[str] = []
+    errors: list[str] = []
     for number, line in iterate_lines(path):
         pair = _parse_pair(line)
         if isinstance(pair, str):
-            faults.append(f"line {number}: {pair}")
+            errors.append(f"line {number}: {pair}")
         else:
             pairs.append(pair)
     counts = sorted({len(pair.negatives) for pair in pairs})
     if len(counts) > 1:
-        faults.append(f"between {counts[0]} and {counts[-1]} negatives a line; give equally many")
-    if faults or not pairs:
-        shown = "; ".join(faults[:_FAULTS_SHOWN]) or "no lines"
-        raise ValueError(f"{path}: {len(faults)} faults: {shown}.")
+        errors.append(f"between {counts[0]} and {counts[-1]} negatives a line; give equally many")
+    if errors or not pairs:
+        shown = "; ".join(errors[:_ERRORS_SHOWN]) or "no lines"
+        raise ValueError(f"{path}: {len(errors)} errors: {shown}.")
     return pairs
 
 

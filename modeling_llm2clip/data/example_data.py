@@ -1,4 +1,4 @@
-"""Finds the embedded pictures and the demo's model, which the notebooks run on."""
+"""Finds the embedded images and the demo's model, which the notebooks run on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def find_example_data() -> Path:
         if (folder / "emoji").is_dir():
             return folder
     raise FileNotFoundError(
-        f"The embedded pictures are not beside {_PACKAGE}. Install the package again, or give "
-        "--pictures."
+        f"The embedded images are not beside {_PACKAGE}. Install the package again, or give "
+        "--images."
     )
 
 

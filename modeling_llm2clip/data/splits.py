@@ -1,17 +1,17 @@
-"""Which of a folder's pictures training never sees."""
+"""Which of a folder's images training never sees."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
 
-from .captioned_images import CaptionedImage
+from .records import CaptionedImage
 
 _MOST_HELD_OUT = 300
 
 
-def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
-    """Choose a fifth of the keys, 300 at most, whose pictures and captions training never sees.
+def split_records(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
+    """Choose a fifth of the keys, 300 at most, whose images and captions training never sees.
 
     Raises: ValueError for fewer than ten keys, or a caption that two keys share across the split.
     """
@@ -27,7 +27,7 @@ def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
     if leaked:
         raise ValueError(
             f"{len(leaked)} held-out captions are training captions too: {leaked[:5]}. Give "
-            "pictures that show the same thing the same key."
+            "images that show the same thing the same key."
         )
     return held_out
 
@@ -35,7 +35,7 @@ def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
 def choose_test_rows(records: Sequence[CaptionedImage], held_out: Collection[str]) -> list[int]:
     """Rows that test: of each held-out key its last record, in the order in which keys first come.
 
-    So a picture is asked for once, in whatever styles it was drawn.
+    So an image is asked for once, in whatever styles it was drawn.
     """
     rows = (row for row, record in enumerate(records) if record.key in held_out)
     return list({records[row].key: row for row in rows}.values())

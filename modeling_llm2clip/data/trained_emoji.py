@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .captioned_images import CaptionedImage
-from .captioned_sources import read_captioned
 from .example_data import find_example_data
+from .record_loading import load_records
+from .records import CaptionedImage
 
 TRAINED_FILE = "trained_emoji.json"
 _FORMAT_VERSION = 1
@@ -50,9 +50,9 @@ def find_trained_emoji(records: Iterable[CaptionedImage]) -> TrainedEmoji:
 
 
 def match_emoji(names: Sequence[str], captions: Collection[str]) -> str | None:
-    """The key of the emoji that a picture is, if it is one.
+    """The key of the emoji that an image is, if it is one.
 
-    A name alone may be that of any numbered picture, so a caption must be the emoji's too.
+    A name alone may be that of any numbered image, so a caption must be the emoji's too.
 
     Args:
         names: its key, its file.
@@ -98,6 +98,6 @@ def read_trained_emoji(folder: Path) -> TrainedEmoji | None:
 @cache
 def _captions_of_emoji() -> dict[str, set[str]]:
     captions: dict[str, set[str]] = {}
-    for record in read_captioned(find_example_data() / "emoji", require_pictures=False):
+    for record in load_records(find_example_data() / "emoji", require_images=False):
         captions.setdefault(record.key, set()).update(record.captions)
     return captions

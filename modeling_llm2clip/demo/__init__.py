@@ -1,1 +1,1 @@
-"""The main job on real parts, from two towers to a searched picture folder."""
+"""The main job on real parts, from two towers to a searched image folder."""

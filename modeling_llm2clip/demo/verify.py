@@ -1,4 +1,4 @@
-"""Loads an exported folder in a clean process and compares its vectors with recorded ones.
+"""Loads an exported folder in a clean process and compares its embeddings with recorded ones.
 
 Run as `python -m modeling_llm2clip.demo.verify FOLDER RECORD`; exits non-zero on a difference.
 """
@@ -16,23 +16,23 @@ _TOLERANCE = 1e-5
 
 def verify_in_clean_process(
     folder: Path, *, texts: list[str], text_embeds: list[list[float]],
-    pictures: list[str], image_embeds: list[list[float]], record: Path,
+    images: list[str], image_embeds: list[list[float]], record: Path,
 ) -> dict[str, float]:  # fmt: skip
-    """Compare AutoModel's and sentence-transformers' vectors with those given.
+    """Compare AutoModel's and sentence-transformers' embeddings with those given.
 
     Args:
-        text_embeds, image_embeds: unit-length vectors of `texts` and of the `pictures`' paths.
+        text_embeds, image_embeds: unit-length embeddings of `texts` and of the `images`' paths.
         record: file to write them to, for the other process.
     Returns: the largest difference for each way of loading and kind of input.
     Raises: RuntimeError when a difference exceeds 1e-5, or loading fails.
     """
     content = {"texts": texts, "text_embeds": text_embeds}
-    content |= {"pictures": pictures, "image_embeds": image_embeds}
+    content |= {"images": images, "image_embeds": image_embeds}
     record.write_text(json.dumps(content), encoding="utf-8")
     command = [sys.executable, "-m", __name__, str(folder), str(record)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise RuntimeError(f"{folder} does not give the same vectors again:\n{result.stderr}")
+        raise RuntimeError(f"{folder} does not give the same embeddings again:\n{result.stderr}")
     differences: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return differences
 
@@ -46,7 +46,7 @@ def _compare(folder: str, record: str) -> dict[str, float]:
     wanted = {kind: torch.tensor(expected[f"{kind}_embeds"]) for kind in ("text", "image")}
     model = AutoModel.from_pretrained(folder, trust_remote_code=False)
     inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=False)(
-        text=expected["texts"], images=expected["pictures"]
+        text=expected["texts"], images=expected["images"]
     )
     with torch.inference_mode():
         output = model(**inputs)
@@ -55,13 +55,11 @@ def _compare(folder: str, record: str) -> dict[str, float]:
         ("AutoModel", "text"): output.text_embeds,
         ("AutoModel", "image"): output.image_embeds,
         ("sentence-transformers", "text"): torch.tensor(sentence_model.encode(expected["texts"])),
-        ("sentence-transformers", "image"): torch.tensor(
-            sentence_model.encode(expected["pictures"])
-        ),
+        ("sentence-transformers", "image"): torch.tensor(sentence_model.encode(expected["images"])),
     }
     return {
-        f"{way}: {kind}": float((vectors.cpu() - wanted[kind]).abs().max())
-        for (way, kind), vectors in found.items()
+        f"{way}: {kind}": float((embeddings.cpu() - wanted[kind]).abs().max())
+        for (way, kind), embeddings in found.items()
     }
 
 

@@ -1,1 +1,1 @@
-"""Many captions or pictures into vectors, fast and without a trace of the batch they were in."""
+"""Many captions or images into embeddings, fast and without a trace of the batch they were in."""

@@ -51,14 +51,14 @@ def wrapped_forwards(
     Wrapping the forward, not hooking the module, keeps the surroundings out of what is compiled.
     No pass of another thread meets some layers wrapped and others not.
     """
-    with model.hold_text_passes():
+    with model.text_forward_lock():
         before = [(layer, layer.__dict__.get("forward")) for layer in layers]
         for layer, _ in before:
             layer.forward = wrap(layer.forward)
     try:
         yield
     finally:
-        with model.hold_text_passes():
+        with model.text_forward_lock():
             for layer, own in before:
                 _put_back(layer, own)
 

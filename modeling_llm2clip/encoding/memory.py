@@ -12,12 +12,12 @@ _LARGEST_BLOCK, _MOST_KEPT = 2**28, 2**30  # bytes
 
 
 @cache
-def keep_large_blocks() -> bool:
+def raise_malloc_thresholds() -> bool:
     """Let glibc keep freed blocks of up to 256 MiB, 1 GiB of them; works once a process.
 
     Batch after batch asks for the same blocks, and each page that the system hands out anew costs
-    a fault, which convolutional towers feel most. By itself glibc keeps none above 32 MiB, which is
-    all that `packing_llm2clip.keep_freed_memory` reaches.
+    an error, which convolutional towers feel most. By itself glibc keeps none above 32 MiB, which
+    is all that `packing_llm2clip.keep_freed_memory` reaches.
 
     Returns: whether it was done; not without glibc, nor where the user has set its variables.
     """

@@ -2,7 +2,7 @@
 
 A few early layers decide which token takes the massive activations that later layers rest on
 (Sun et al., 2024, arXiv 2402.17762). A small error there can hand them to another token, and the
-caption's vector is another one. After that decision the same error is only noise.
+caption's embedding is another one. After that decision the same error is only noise.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class LoweredLayers:
             raise ValueError(f"precision={precision!r}; give LowerPrecision(torch.bfloat16).")
         self._model, self._precision = model, precision
         self._layers = _choose_layers(model, precision)
-        with model.hold_text_passes():  # another thread may have swapped them
+        with model.text_forward_lock():  # another thread may have swapped them
             self._rounded = _round_weights(self._layers, precision.dtype)
 
     @contextmanager
     def in_effect(self) -> Iterator[None]:
         """Compute in the lower precision inside; passes of other threads wait for the end."""
         with (
-            self._model.hold_text_passes(),
+            self._model.text_forward_lock(),
             wrapped_forwards(self._model, self._layers, self._autocast),
             _swapped_weights(self._rounded),
         ):

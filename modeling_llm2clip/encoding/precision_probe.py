@@ -1,7 +1,7 @@
 """Finds out, on the model at hand, whether a lower precision is both faster and true.
 
-Which layers are true is a question of vectors, and has one answer. Whether that pays is a question
-of time, and noisy: it is asked only by `choose_precision` and `probe_precisions`, once.
+Which layers are true is a question of embeddings, and has one answer. Whether that pays is a
+question of time, and noisy: it is asked only by `choose_precision` and `probe_precisions`, once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model_folders.fingerprint import hash_json
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .captions import encode_captions
-from .fingerprint import hash_json
 from .layers import list_text_layers
 from .precision import LowerPrecision
 from .recorded_precision import PRECISION_FILE, read_precision, write_precision
+from .text_encoding import encode_captions
 
 CANDIDATES = (torch.bfloat16, torch.float16)
 LEAST_COSINE = 0.999
@@ -36,13 +36,13 @@ _SHARE_OF_FIRST_LOOK = 8  # some processors take ten times as long in float16
 
 @dataclass(frozen=True)
 class PrecisionTrial:
-    """What a lower precision did to the vectors of a sample of captions.
+    """What a lower precision did to the embeddings of a sample of captions.
 
     Attributes:
         precision: the dtype, from the earliest layer on from which it is true.
         speedup: times as fast as the model's own precision, median of three rounds; the rounding
             of weights, once for all captions, counts more here than for many captions.
-        min_cosine: of the caption that suffered most; NaN when a vector is not finite.
+        min_cosine: of the caption that suffered most; NaN when an embedding is not finite.
     """
 
     precision: LowerPrecision
@@ -119,7 +119,7 @@ def find_true_layers(
     captions: Sequence[str],
     dtype: torch.dtype,
 ) -> LowerPrecision | None:
-    """Find the earliest layer from which on a lower precision is true, by vectors alone.
+    """Find the earliest layer from which on a lower precision is true, by embeddings alone.
 
     Nothing is timed: the same model, captions and machine give the same answer.
 
@@ -184,8 +184,8 @@ def _measure(
     precision: LowerPrecision,
 ) -> PrecisionTrial:
     reference, own_time = _encode_timed(model, processor, captions, None)
-    vectors, seconds = _encode_timed(model, processor, captions, precision)
-    return PrecisionTrial(precision, own_time / seconds, _min_cosine(vectors, reference))
+    embeddings, seconds = _encode_timed(model, processor, captions, precision)
+    return PrecisionTrial(precision, own_time / seconds, _min_cosine(embeddings, reference))
 
 
 def _find_first_true_layer(
@@ -200,8 +200,8 @@ def _find_first_true_layer(
     while first < last:
         tried = (first + last) // 2 if first else 0  # the whole LLM is the likeliest
         precision = LowerPrecision(dtype, tried)
-        vectors = encode_captions(model, processor, captions, precision=precision).caption_embeds
-        if _min_cosine(vectors, reference) >= LEAST_COSINE_OF_PROBE:
+        embeddings = encode_captions(model, processor, captions, precision=precision).caption_embeds
+        if _min_cosine(embeddings, reference) >= LEAST_COSINE_OF_PROBE:
             last = tried
         else:
             first = tried + 1
@@ -218,11 +218,11 @@ def _encode_timed(
     seconds = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        # The vectors come back to the CPU, so the work is done when this returns.
-        vectors = encode_captions(model, processor, captions, precision=precision).caption_embeds
+        # The embeddings come back to the CPU, so the work is done when this returns.
+        embeddings = encode_captions(model, processor, captions, precision=precision).caption_embeds
         seconds.append(time.perf_counter() - started)
-    return vectors, statistics.median(seconds)
+    return embeddings, statistics.median(seconds)
 
 
-def _min_cosine(vectors: Tensor, reference: Tensor) -> float:
-    return float(F.cosine_similarity(vectors.double(), reference.double()).min())
+def _min_cosine(embeddings: Tensor, reference: Tensor) -> float:
+    return float(F.cosine_similarity(embeddings.double(), reference.double()).min())

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..data.vector_store_layout import write_durably
-from .fingerprint import fingerprint_text
-from .folders import find_model_folder
+from ..data.embedding_store_layout import write_atomically
+from ..model_folders.fingerprint import fingerprint_text
+from ..model_folders.model_folder import find_model_folder
 from .precision import LowerPrecision
 
 PRECISION_FILE = "encoding_precision.json"
@@ -54,7 +54,7 @@ def write_precision(
         dtype = str(precision.dtype).removeprefix("torch.")
         chosen = {"dtype": dtype, "first_layer": precision.first_layer}
     record = {"chosen": chosen, "fingerprint": fingerprint_text(folder), **measured}
-    write_durably(folder / PRECISION_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(folder / PRECISION_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _parse(chosen: Mapping[str, Any]) -> LowerPrecision:

@@ -1,1 +1,1 @@
-"""How good the vectors are. The metrics know no model."""
+"""How good the embeddings are. The metrics know no model."""

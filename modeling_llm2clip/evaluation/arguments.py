@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.suggestions import did_you_mean
+from .datasets.dataset_registry import find_dataset
+from .encoders.auto import KINDS
 from .encoders.encoder import EncoderSettings
-from .encoders.kinds import KINDS
 from .metrics.ranking import DEFAULT_MEMORY_MB
-from .sets.registry import find_set
-from .tasks.registry import find_task
+from .tasks.task_registry import find_task
 
 
 @dataclass(frozen=True)
-class ModelChoice:
+class EvaluatedModel:
     """One model to evaluate.
 
     Attributes:
         source: folder, Hub id, or weights file.
         name: in tables and as the folder of its results; default: the last part of the source.
-        kind, revision, architecture, activation, head: as `open_encoder` takes them.
+        kind, revision, architecture, activation, head: as `load_encoder` takes them.
         extracted_from: the captioned data that stores were extracted from.
     """
 
@@ -50,21 +50,21 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
-class DataChoice:
+class EvaluatedDataset:
     """One set to evaluate on.
 
     Attributes:
         name: in the registry.
         folder: where its files are; None for an embedded one.
-        images: folder of the pictures where they lie apart.
+        image_dir: folder of the images where they lie apart.
     """
 
     name: str
     folder: str | None = None
-    images: str | None = None
+    image_dir: str | None = None
 
     def __post_init__(self) -> None:
-        find_set(self.name)
+        find_dataset(self.name)
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,23 @@ class EvaluationArguments:
         tasks: names; empty for what suits each set.
         output: folder of the results; those of earlier runs are kept.
         languages: of sets in several languages; empty for all, which only `cross-lingual` takes.
-        captions_only: read sets without their pictures, for text encoders alone.
-        exclude_faults: leave faulty samples out and report how many, instead of raising.
-        check_pictures: decode every picture before a model is loaded.
-        class_names, templates, allow_repeated_class_names: of a classification; see `read_set`.
+        captions_only: read sets without their images, for text encoders alone.
+        skip_invalid: leave invalid samples out and report how many, instead of raising.
+        check_images: decode every image before a model is loaded.
+        class_names, templates, allow_repeated_class_names: of a classification; see `load_dataset`.
         ignored_fields: of one's own data.
         encoder: how models are run.
-        max_memory_mb: of the ranks, beyond the vectors, in 10^6 bytes; moves no score.
+        max_memory_mb: of the ranks, beyond the embeddings, in 10^6 bytes; moves no score.
     """
 
-    models: tuple[ModelChoice, ...]
-    data: tuple[DataChoice, ...]
+    models: tuple[EvaluatedModel, ...]
+    data: tuple[EvaluatedDataset, ...]
     tasks: tuple[str, ...] = ()
     output: Path = Path("evaluation")
     languages: tuple[str, ...] = ()
     captions_only: bool = False
-    exclude_faults: bool = False
-    check_pictures: bool = True
+    skip_invalid: bool = False
+    check_images: bool = True
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: tuple[str, ...] | None = None
     allow_repeated_class_names: bool = False
@@ -118,10 +118,10 @@ class EvaluationArguments:
         for what, chosen in (("tasks", self.tasks), ("languages", self.languages)):
             if len(set(chosen)) < len(chosen):
                 raise ValueError(f"{what} has a name twice: {list(chosen)}. Give each once.")
-        if self.exclude_faults and not (self.check_pictures or self.captions_only):
+        if self.skip_invalid and not (self.check_images or self.captions_only):
             raise ValueError(
-                "exclude_faults (--exclude-faults) needs check_pictures (no --no-picture-check): a "
-                "broken picture would be found when a model waits for it, too late to leave it out."
+                "skip_invalid (--exclude-errors) needs check_images (no --no-image-check): a "
+                "broken image would be found when a model waits for it, too late to leave it out."
             )
         for task in self.tasks:
             find_task(task)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.trained_emoji import TrainedEmoji, match_emoji
-from .sets.schema import EvaluationSet, RetrievalSet
+from .datasets.schema import EvaluationSet, RetrievalDataset
 
 FIELD = "trained_on"
 
@@ -15,7 +15,7 @@ FIELD = "trained_on"
 def state_training(
     protocol: dict[str, Any], sets: Sequence[EvaluationSet], trained: TrainedEmoji | None
 ) -> None:
-    """Write into the protocol of each set of emoji how many of its pictures the model has seen.
+    """Write into the protocol of each set of emoji how many of its images the model has seen.
 
     Args:
         protocol: as `results.build_protocol` makes it; its `data` is added to.
@@ -30,15 +30,15 @@ def state_training(
 
 
 def count_trained(data: EvaluationSet, trained: TrainedEmoji | None) -> dict[str, Any] | None:
-    """How many pictures of a set show what was trained on; None for a set without emoji.
+    """How many images of a set show what was trained on; None for a set without emoji.
 
-    Returns: `pictures`, null where nothing is known; `of`, all pictures of the set; `is_complete`,
+    Returns: `images`, null where nothing is known; `of`, all images of the set; `is_complete`,
         whether the training may have seen more.
     """
-    if not isinstance(data, RetrievalSet):
+    if not isinstance(data, RetrievalDataset):
         return None
     texts = data.correspondence.texts_of_images()
-    names = zip(data.picture_keys or data.picture_names, data.picture_names, strict=True)
+    names = zip(data.image_keys or data.image_names, data.image_names, strict=True)
     keys = [
         match_emoji(called, [data.captions[row] for row in texts.of(image).tolist()])
         for image, called in enumerate(names)
@@ -47,7 +47,7 @@ def count_trained(data: EvaluationSet, trained: TrainedEmoji | None) -> dict[str
         return None
     seen = None if trained is None else sum(key in trained.keys for key in keys)
     is_complete = trained is not None and trained.is_complete
-    return {"pictures": seen, "of": len(keys), "is_complete": is_complete}
+    return {"images": seen, "of": len(keys), "is_complete": is_complete}
 
 
 def warn_of_training(model: str, set_name: str, protocol: dict[str, Any]) -> None:
@@ -55,9 +55,9 @@ def warn_of_training(model: str, set_name: str, protocol: dict[str, Any]) -> Non
     data = protocol["data"]
     for part in data.get("languages", {"": data}).values():
         counted = part.get(FIELD)
-        if counted and counted["pictures"]:
+        if counted and counted["images"]:
             warnings.warn(
-                f"{model} was trained on {write_trained(counted)} pictures of {set_name}: its "
+                f"{model} was trained on {write_trained(counted)} images of {set_name}: its "
                 "scores there are no test of what it has not seen.",
                 stacklevel=4,  # where `evaluate` is called
             )
@@ -68,7 +68,7 @@ def write_trained(counted: dict[str, Any] | None) -> str:
     """In words, as in `249 of 300`."""
     if counted is None:
         return "–"
-    if counted["pictures"] is None:
+    if counted["images"] is None:
         return "unknown"
     least = "" if counted["is_complete"] else "at least "
-    return f"{least}{counted['pictures']} of {counted['of']}"
+    return f"{least}{counted['images']} of {counted['of']}"

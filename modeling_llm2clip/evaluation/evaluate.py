@@ -1,6 +1,6 @@
 """Evaluates models: reads and checks everything first, then loads one model after the other.
 
-Order: settings, data sets with every fault, kinds and configurations of the models, results that
+Order: settings, data sets with every error, kinds and configurations of the models, results that
 are there already; only then weights.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.captioned_sources import read_captioned
-from .arguments import EvaluationArguments, ModelChoice
+from ..data.record_loading import load_records
+from .arguments import EvaluatedModel, EvaluationArguments
 from .contamination import state_training, warn_of_training
-from .encoders.encoder import Description, Encoder, EncoderSettings
-from .encoders.kinds import open_encoder
+from .encoders.auto import load_encoder
+from .encoders.encoder import Encoder, EncoderDescription, EncoderSettings
 from .encoders.remembering import RememberingEncoder
 from .jobs import Job, read_jobs, require_abilities
 from .metrics.ranking import ranking_memory
@@ -39,9 +39,9 @@ def evaluate(
 
     Args:
         on_result: told each result when it is there, computed now or before.
-    Raises: ValueError, before any model is loaded, for bad data (DataFaults), a task that suits no
-        set, a model of no known kind, a model without pictures for a task with them, or a result
-        of another run in the output folder.
+    Raises: ValueError, before any model is loaded, for bad data (DataValidationError), a task that
+        suits no set, a model of no known kind, a model without images for a task with them, or a
+        result of another run in the output folder.
     """
     jobs = read_jobs(arguments)
     encoders = {choice.name: _open(choice, arguments.encoder) for choice in arguments.models}
@@ -52,8 +52,8 @@ def evaluate(
     protocols = _build_protocols(jobs, descriptions)
     finished = _find_all_finished(arguments.output, protocols, descriptions)
     results: dict[str, list[Result]] = {name: [] for name in encoders}
-    # Stored vectors first: one that is missing is told before any model is loaded.
-    for name in sorted(encoders, key=lambda name: descriptions[name].kind != "vectors"):
+    # Stored embeddings first: one that is missing is told before any model is loaded.
+    for name in sorted(encoders, key=lambda name: descriptions[name].kind != "embeddings"):
         encoder = RememberingEncoder(encoders.pop(name))  # so that a model goes with its turn
         for job in jobs:
             key = (name, job.task.name, job.set_name)
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def _build_protocols(
-    jobs: Sequence[Job], descriptions: Mapping[str, Description]
+    jobs: Sequence[Job], descriptions: Mapping[str, EncoderDescription]
 ) -> dict[tuple[str, str, str], dict[str, Any]]:
     """The protocol of every model, task and set; warns of models that were trained on a set."""
     protocols: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -82,11 +82,11 @@ def _build_protocols(
     return protocols
 
 
-def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:
+def _open(choice: EvaluatedModel, settings: EncoderSettings) -> Encoder:
     records = None
     if choice.extracted_from is not None:
-        records = read_captioned(choice.extracted_from, require_pictures=False)
-    return open_encoder(
+        records = load_records(choice.extracted_from, require_images=False)
+    return load_encoder(
         choice.source,
         settings,
         kind=choice.kind,
@@ -101,37 +101,37 @@ def _open(choice: ModelChoice, settings: EncoderSettings) -> Encoder:
 def _find_all_finished(
     output: Path,
     protocols: Mapping[tuple[str, str, str], dict[str, Any]],
-    descriptions: Mapping[str, Description],
+    descriptions: Mapping[str, EncoderDescription],
 ) -> dict[tuple[str, str, str], Result | None]:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; results need a folder. Name another output.")
     found: dict[tuple[str, str, str], Result | None] = {}
-    faults = _find_broken(output)
+    errors = _find_broken(output)
     for name, description in descriptions.items():
         try:
             require_one_model(output / name, fingerprint=description.fingerprint)
         except ValueError as error:
-            faults.append(str(error))
+            errors.append(str(error))
     for (model, task, set_name), protocol in protocols.items():
         file = result_file(output, model=model, set_name=set_name, task=task)
         try:
             found[model, task, set_name] = find_finished(file, protocol=protocol)
         except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError("\n".join(dict.fromkeys(faults)))  # one file may fail in several ways
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))  # one file may fail in several ways
     return found
 
 
 def _find_broken(output: Path) -> list[str]:
     """Files of other runs in the folder that cannot be read, as the table of all results would."""
-    faults = []
+    errors = []
     for file in list_files(output):
         try:
             read_result(file)
         except ValueError as error:
-            faults.append(str(error))
-    return faults
+            errors.append(str(error))
+    return errors
 
 
 def _run(
@@ -157,8 +157,8 @@ def _run(
         seconds=round(seconds, 2),
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The scores come last: where they are, the pictures are too.
-    for name, picture in found.pictures.items():
-        picture.save(file.with_suffix(f".{name}.png"))
+    # The scores come last: where they are, the images are too.
+    for name, image in found.images.items():
+        image.save(file.with_suffix(f".{name}.png"))
     write_result(file, result)
     return result

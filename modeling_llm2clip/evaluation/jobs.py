@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._extras import require
-from .arguments import DataChoice, EvaluationArguments
-from .encoders.encoder import Description
-from .sets.intake import ReadingCache
-from .sets.registry import find_languages, find_set, read_set
-from .sets.schema import ChoiceSet, EvaluationSet
-from .tasks.registry import find_task
+from .arguments import EvaluatedDataset, EvaluationArguments
+from .datasets.dataset_registry import find_dataset, find_languages, load_dataset
+from .datasets.schema import ChoiceDataset, EvaluationSet
+from .datasets.validation import ReadingCache
+from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
+from .tasks.task_registry import find_task
 
 _DEFAULT_TASKS = {
     "retrieval": "retrieval", "captions": "cra", "classification": "classification",
@@ -32,7 +32,7 @@ class Job:
 def read_jobs(arguments: EvaluationArguments) -> list[Job]:
     """Choose the tasks of every set, and read it as they want it.
 
-    Raises: ValueError for a task without a set or a set without a task; DataFaults.
+    Raises: ValueError for a task without a set or a set without a task; DataValidationError.
         MissingExtraError for a task whose optional package is not installed.
     """
     chosen = {data.name: _tasks_for(data, arguments.tasks) for data in arguments.data}
@@ -49,9 +49,9 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
         cache = ReadingCache()
         read: dict[tuple[bool, bool], tuple[EvaluationSet, ...]] = {}
         for task in chosen[data.name]:
-            key = (task.languages, _wants_pictures(task, data, arguments))
+            key = (task.languages, _wants_images(task, data, arguments))
             if key not in read:
-                read[key] = _read_sets(data, task, arguments, cache)
+                read[key] = _read_datasets(data, task, arguments, cache)
             task.check(read[key])
             jobs.append(Job(task, data.name, read[key]))
     return jobs
@@ -59,7 +59,7 @@ def read_jobs(arguments: EvaluationArguments) -> list[Job]:
 
 def _refuse_unused(arguments: EvaluationArguments) -> None:
     """Raise ValueError for what only a classification takes, where there is none."""
-    kinds = {data.name: find_set(data.name).kind for data in arguments.data}
+    kinds = {data.name: find_dataset(data.name).kind for data in arguments.data}
     of_classification = {
         "class_names": arguments.class_names is not None,
         "templates": arguments.templates is not None,
@@ -72,29 +72,29 @@ def _refuse_unused(arguments: EvaluationArguments) -> None:
         )
 
 
-def _tasks_for(data: DataChoice, names: Sequence[str]) -> list[Task]:
-    kind = find_set(data.name).kind
+def _tasks_for(data: EvaluatedDataset, names: Sequence[str]) -> list[Task]:
+    kind = find_dataset(data.name).kind
     wanted = names or [_DEFAULT_TASKS[kind]]
     return [task for task in map(find_task, wanted) if kind in task.kinds]
 
 
-def _wants_pictures(task: Task, data: DataChoice, arguments: EvaluationArguments) -> bool:
-    if task.needs_pictures and arguments.captions_only:
-        raise ValueError(f"{task.name} needs pictures. Leave out captions_only (--captions-only).")
-    is_without = arguments.captions_only or find_set(data.name).kind == "captions"
-    return not is_without and task.needs_pictures is not False
+def _wants_images(task: Task, data: EvaluatedDataset, arguments: EvaluationArguments) -> bool:
+    if task.needs_images and arguments.captions_only:
+        raise ValueError(f"{task.name} needs images. Leave out captions_only (--captions-only).")
+    is_without = arguments.captions_only or find_dataset(data.name).kind == "captions"
+    return not is_without and task.needs_images is not False
 
 
-def _read_sets(
-    data: DataChoice, task: Task, arguments: EvaluationArguments, cache: ReadingCache
+def _read_datasets(
+    data: EvaluatedDataset, task: Task, arguments: EvaluationArguments, cache: ReadingCache
 ) -> tuple[EvaluationSet, ...]:
     languages: tuple[str | None, ...] = arguments.languages or (None,)
     if task.languages and not arguments.languages:
         languages = find_languages(
             data.name,
             data.folder,
-            images=data.images,
-            require_pictures=_wants_pictures(task, data, arguments),
+            image_dir=data.image_dir,
+            require_images=_wants_images(task, data, arguments),
             ignored_fields=arguments.ignored_fields,
             cache=cache,
         )
@@ -103,16 +103,16 @@ def _read_sets(
             f"The task {task.name} takes one language at a time, got {list(languages)}. Run it "
             "once for each, or take cross-lingual."
         )
-    is_classification = find_set(data.name).kind == "classification"
+    is_classification = find_dataset(data.name).kind == "classification"
     return tuple(
-        read_set(
+        load_dataset(
             data.name,
             data.folder,
-            images=data.images,
+            image_dir=data.image_dir,
             lang=lang,
-            exclude_faults=arguments.exclude_faults,
-            require_pictures=_wants_pictures(task, data, arguments),
-            check_pictures=arguments.check_pictures,
+            skip_invalid=arguments.skip_invalid,
+            require_images=_wants_images(task, data, arguments),
+            check_images=arguments.check_images,
             class_names=arguments.class_names if is_classification else None,
             templates=arguments.templates if is_classification else None,
             allow_repeated_class_names=arguments.allow_repeated_class_names,
@@ -124,20 +124,20 @@ def _read_sets(
     )
 
 
-def require_abilities(description: Description, job: Job) -> None:
+def require_abilities(description: EncoderDescription, job: Job) -> None:
     """Raise ValueError when a model does not encode what a job shows it."""
     first = job.sets[0]
-    if isinstance(first, ChoiceSet):
-        shows_pictures = first.form != "text"
+    if isinstance(first, ChoiceDataset):
+        shows_images = first.form != "text"
     else:
-        shows_pictures = bool(first.pictures)
-    if job.task.needs_pictures is False:
-        shows_pictures = False
+        shows_images = bool(first.images)
+    if job.task.needs_images is False:
+        shows_images = False
     lacking = [
         side
         for side, settings, needed in (
             ("texts", description.text, True),
-            ("pictures", description.pictures, shows_pictures),
+            ("images", description.images, shows_images),
         )
         if needed and settings is None
     ]

@@ -10,19 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..encoding.fingerprint import hash_json
+from ..model_folders.fingerprint import hash_json
 from .contamination import FIELD, write_trained
 from .results import Result, find_differences
-from .tasks.registry import find_task
+from .tasks.task_registry import find_task
 
 # Choices of a task that stand in its title.
 SIDES = ("queries", "candidates")
 _SHOWN_OF_DIGEST = 8
 _SHOWN_LANGUAGES = 3
-_UNITS = ("pictures", "items", "captions", "classes")
+_UNITS = ("images", "items", "captions", "classes")
 
 
-def tell_apart(results: Sequence[Result]) -> list[Result]:
+def disambiguate(results: Sequence[Result]) -> list[Result]:
     """The results, `model` and `set` longer where they would stand for several models or data.
 
     Raises: ValueError when two differ that ask one question of one model on the same data.
@@ -37,7 +37,7 @@ def tell_apart(results: Sequence[Result]) -> list[Result]:
         model = result.model
         if len(fingerprints[model]) > 1:
             model = f"{model} ({shorten_fingerprint(result)})"
-        label = _label_set(result, of_set[find_question(result), result.set])
+        label = _label_dataset(result, of_set[find_question(result), result.set])
         told.append(replace(result, model=model, set=label))
     return _drop_repeated(told)
 
@@ -48,9 +48,9 @@ def name_data(result: Result) -> str:
     counted = [part[FIELD] for part in data.values() if FIELD in part]
     notes = [] if set(data) <= {"en", "None"} else [describe_languages(result)]
     notes += dict.fromkeys(
-        f"trained on {write_trained(count)} pictures" for count in counted if count["pictures"] != 0
+        f"trained on {write_trained(count)} images" for count in counted if count["images"] != 0
     )
-    label = _label_set(result, [result])
+    label = _label_dataset(result, [result])
     return f"{label} [{', '.join(notes)}]" if notes else label
 
 
@@ -99,7 +99,7 @@ def describe_languages(result: Result) -> str:
 
 
 def describe_amount(data: Mapping[str, Any], units: Iterable[str] = _UNITS) -> str:
-    """How much there is, and of how much, as in `12 of 5,000 pictures, 60 of 25,000 captions`."""
+    """How much there is, and of how much, as in `12 of 5,000 images, 60 of 25,000 captions`."""
     published = data.get("published") or {}
     amounts = []
     for unit in units:
@@ -116,7 +116,7 @@ def list_other_files(data: Mapping[str, Any]) -> list[str]:
     return [name for name, state in (data.get("checksums") or {}).items() if state != "published"]
 
 
-def _label_set(result: Result, others: Sequence[Result]) -> str:
+def _label_dataset(result: Result, others: Sequence[Result]) -> str:
     """The set, what it lacks, and in what it differs from the others of its name."""
     is_alone = len(set(map(list_digests, others))) == 1
     amount = _describe_first_amount(result)
@@ -139,7 +139,7 @@ def _label_set(result: Result, others: Sequence[Result]) -> str:
 
 
 def _describe_first_amount(result: Result) -> str:
-    """How many pictures, items or captions; of the first language in which some are lacking."""
+    """How many images, items or captions; of the first language in which some are lacking."""
     found = []
     for data in list_data(result).values():
         there = [unit for unit in _UNITS if unit in data]

@@ -15,11 +15,11 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
 
-from ..data.pictures import Picture
+from ..data.image_sources import ImageSource
+from .datasets.dataset_registry import find_dataset, list_datasets, load_dataset
+from .datasets.schema import RetrievalDataset
 from .metrics.correspondence import PositiveLists
-from .results import hash_set
-from .sets.registry import find_set, list_sets, read_set
-from .sets.schema import RetrievalSet
+from .results import hash_dataset
 
 _SPLIT = "test"
 _SHOWN_OF_DIGEST = 8
@@ -37,18 +37,18 @@ class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
     """One direction of a retrieval set.
 
     Args:
-        data: with its pictures. Those packed in tar or Parquet files are read into memory.
+        data: with its images. Those packed in tar or Parquet files are read into memory.
         from_images: whether images are the queries; else texts are.
-    Raises: ValueError for a set without pictures, or in a language whose code mteb does not know.
+    Raises: ValueError for a set without images, or in a language whose code mteb does not know.
     """
 
     data_loaded: bool = False  # read and set by mteb too
 
-    def __init__(self, data: RetrievalSet, *, from_images: bool, **arguments: Any) -> None:
-        if not data.pictures:
+    def __init__(self, data: RetrievalDataset, *, from_images: bool, **arguments: Any) -> None:
+        if not data.images:
             raise ValueError(
-                f"{data.name} was read without its pictures, which its tasks need. Read it with "
-                "require_pictures=True."
+                f"{data.name} was read without its images, which its tasks need. Read it with "
+                "require_images=True."
             )
         self._set = data
         self._from_images = from_images
@@ -64,7 +64,7 @@ class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
         if self.data_loaded:
             return
         pairs = self._set.correspondence
-        images, texts = _tabulate_pictures(self._set.pictures), _tabulate_texts(self._set.captions)
+        images, texts = _tabulate_images(self._set.images), _tabulate_texts(self._set.captions)
         if self._from_images:
             split = _make_split(images, texts, pairs.texts_of_images())
         else:
@@ -74,7 +74,7 @@ class SetRetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
 
 
 def make_mteb_tasks(
-    data: RetrievalSet | str, folder: str | Path | None = None, **how: Any
+    data: RetrievalDataset | str, folder: str | Path | None = None, **how: Any
 ) -> tuple[SetRetrievalTask, SetRetrievalTask]:
     """Make the tasks of both directions, for `mteb.evaluate`: image to text, text to image.
 
@@ -88,12 +88,12 @@ def make_mteb_tasks(
     tie: it then prefers the one with the greater id, right or wrong.
 
     Args:
-        data: a set that was read, or the name of one in the registry (`list_mteb_sets`).
-        folder, how: where the named set lies, and how it is read, as `read_set` takes them.
-    Raises: ValueError for an unknown name, a set of another kind, or what `read_set` refuses.
+        data: a set that was read, or the name of one in the registry (`list_mteb_datasets`).
+        folder, how: where the named set lies, and how it is read, as `load_dataset` takes them.
+    Raises: ValueError for an unknown name, a set of another kind, or what `load_dataset` refuses.
     """
     if isinstance(data, str):
-        data = _read_named_set(data, folder, how)
+        data = _read_named_dataset(data, folder, how)
     elif folder is not None or how:
         raise ValueError(
             f"{data.name} was read already and takes no folder={folder!r} and no {sorted(how)}. "
@@ -102,29 +102,31 @@ def make_mteb_tasks(
     return SetRetrievalTask(data, from_images=True), SetRetrievalTask(data, from_images=False)
 
 
-def list_mteb_sets() -> list[str]:
+def list_mteb_datasets() -> list[str]:
     """Names of the registry's sets that `make_mteb_tasks` reads: those for retrieval."""
-    return [card.name for card in list_sets() if card.kind == "retrieval"]
+    return [card.name for card in list_datasets() if card.kind == "retrieval"]
 
 
-def _read_named_set(name: str, folder: str | Path | None, how: dict[str, Any]) -> RetrievalSet:
-    kind = find_set(name).kind
+def _read_named_dataset(
+    name: str, folder: str | Path | None, how: dict[str, Any]
+) -> RetrievalDataset:
+    kind = find_dataset(name).kind
     if kind != "retrieval":
         raise ValueError(
-            f"{name} is of kind {kind}; mteb tasks are made of {', '.join(list_mteb_sets())}."
+            f"{name} is of kind {kind}; mteb tasks are made of {', '.join(list_mteb_datasets())}."
         )
-    data = read_set(name, folder, **how)
-    assert isinstance(data, RetrievalSet)
+    data = load_dataset(name, folder, **how)
+    assert isinstance(data, RetrievalDataset)
     return data
 
 
-def _describe(data: RetrievalSet, *, from_images: bool) -> TaskMetadata:
+def _describe(data: RetrievalDataset, *, from_images: bool) -> TaskMetadata:
     direction = "image-to-text" if from_images else "text-to-image"
-    digest = hash_set(data)[:_SHOWN_OF_DIGEST]
+    digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
     return TaskMetadata(
         name=f"{data.name}-{data.lang}-{digest}-{direction}",
         description=f"{direction} retrieval on {data.name} ({data.lang}), "
-        f"{len(data.pictures)} images and {len(data.captions)} texts.",
+        f"{len(data.images)} images and {len(data.captions)} texts.",
         type="Any2AnyRetrieval",
         category="i2t" if from_images else "t2i",
         modalities=["image", "text"],
@@ -150,15 +152,15 @@ def _find_language(lang: str) -> str:
     return f"{found[0].split('-')[0]}-{scripts[0]}" if scripts else str(found[0])
 
 
-def _tabulate_pictures(pictures: tuple[Picture, ...]) -> Dataset:
-    images = [
-        {"bytes": None, "path": str(picture)}
-        if isinstance(picture, Path)
-        else {"bytes": picture.read_bytes(), "path": None}
-        for picture in pictures
+def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
+    rows = [
+        {"bytes": None, "path": str(image)}
+        if isinstance(image, Path)
+        else {"bytes": image.read_bytes(), "path": None}
+        for image in images
     ]
     return Dataset.from_dict(
-        {"id": _name_rows("image", len(images)), "image": images},
+        {"id": _name_rows("image", len(rows)), "image": rows},
         features=Features({"id": Value("string"), "image": Image()}),
     )
 

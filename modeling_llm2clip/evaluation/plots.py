@@ -1,4 +1,4 @@
-"""R@1 against the length of the text, several models in one picture; needs matplotlib."""
+"""R@1 against the length of the text, several models in one image; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import PLOTS, require
-from .labels import list_digests, list_sides, tell_apart
+from .labels import disambiguate, list_digests, list_sides
 from .results import Result, find_differences
 from .tasks.clip_tokens import CLIP_TEXT_TOKENS
 
@@ -26,7 +26,7 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")
     _require_one_protocol(results)
-    results = tell_apart(results)
+    results = disambiguate(results)
     require_plot_file(file)
     plt = import_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -61,7 +61,7 @@ def _require_one_protocol(results: Sequence[Result]) -> None:
         raise ValueError(
             f"The results are of different data of the set {results[0].set}: the models "
             f"{' and '.join(map(str, models_of.values()))} were shown other languages, captions or "
-            "pictures. Evaluate all of them on the same data."
+            "images. Evaluate all of them on the same data."
         )
     first = results[0].protocol["task"]
     for result in results:
@@ -75,7 +75,7 @@ def _require_one_protocol(results: Sequence[Result]) -> None:
 def require_plot_file(file: Path) -> None:
     """Raise ValueError for a file that no plot can be written into."""
     if file.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"{file} ends in none of {_ENDINGS}. Name a picture of one of them.")
+        raise ValueError(f"{file} ends in none of {_ENDINGS}. Name an image of one of them.")
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is no folder. Make it, or name the plot elsewhere.")
 

@@ -35,7 +35,7 @@ def list_protocol_tables(results: Sequence[Result]) -> list[Table]:
 
 
 def _list_models(results: Sequence[Result]) -> Table:
-    heads = ["kind", "prompt", "max tokens", "padding", "letter case", "texts cut", "pictures",
+    heads = ["kind", "prompt", "max tokens", "padding", "letter case", "texts cut", "images",
              "activation", "dtype", "trained on", "run on", "fingerprint"]  # fmt: skip
     is_mixed = len({result.versions.get(OWN_PACKAGE) for result in results}) > 1
 
@@ -70,9 +70,9 @@ def _gather_tasks(
 
 def _describe_model(result: Result) -> list[str]:
     model = result.protocol["model"]
-    text, pictures = model["text"] or {}, model["pictures"] or {}
+    text, images = model["text"] or {}, model["images"] or {}
     counts = result.counts.get("languages", {"": result.counts}).values()
-    cut = [count.get("texts_cut") for count in counts]
+    cut = [count.get("texts_truncated") for count in counts]
     batch = result.run.get("batch_size")
     return [
         model["kind"],
@@ -81,8 +81,8 @@ def _describe_model(result: Result) -> list[str]:
         str(text.get("padding", ABSENT)),
         _write_case(text.get("lower_case")),
         ABSENT if None in cut else f"{sum(cut)} of {sum(c['texts'] for c in counts)}",
-        _write_pictures(pictures),
-        _write_activations(text, pictures),
+        _write_images(images),
+        _write_activations(text, images),
         model["dtype"],
         ", ".join(
             dict.fromkeys(write_trained(d.get(TRAINED_ON)) for d in list_data(result).values())
@@ -113,13 +113,13 @@ def _write_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _write_amount(data: Mapping[str, Any]) -> str:
     amount = describe_amount(data) or ABSENT
-    return f"{amount}; captions alone were read" if data.get("with_pictures") is False else amount
+    return f"{amount}; captions alone were read" if data.get("with_images") is False else amount
 
 
 def _count_excluded(data: Mapping[str, Any]) -> int:
-    """Samples that were left out or, where these are not counted, their faults."""
-    faults: Mapping[str, int] = data.get("excluded") or {}
-    return int(data.get("excluded_samples", sum(faults.values())))
+    """Samples that were left out or, where these are not counted, their errors."""
+    errors: Mapping[str, int] = data.get("excluded") or {}
+    return int(data.get("skipped_samples", sum(errors.values())))
 
 
 def _write_files(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -175,19 +175,19 @@ def _write_case(lower_case: Any) -> str:
     return str(lower_case)
 
 
-def _write_pictures(pictures: Mapping[str, Any]) -> str:
-    size = pictures.get("crop") or pictures.get("resize")
+def _write_images(images: Mapping[str, Any]) -> str:
+    size = images.get("crop") or images.get("resize")
     if isinstance(size, Mapping):
         numbers = [value for value in size.values() if isinstance(value, int)]
         size = "x".join(map(str, numbers)) or size.get("size")
-    if size is None and "max_num_patches" in pictures:
-        size = f"{pictures['max_num_patches']} patches"
-    parts = [size, pictures.get("interpolation"), pictures.get("mean") and
-             f"mean {pictures['mean'][0]:.3g}"]  # fmt: skip
+    if size is None and "max_num_patches" in images:
+        size = f"{images['max_num_patches']} patches"
+    parts = [size, images.get("interpolation"), images.get("mean") and
+             f"mean {images['mean'][0]:.3g}"]  # fmt: skip
     return " ".join(str(part) for part in parts if part) or ABSENT
 
 
 def _write_activations(*sides: Mapping[str, Any]) -> str:
-    """Those of texts and pictures, once where they are the same."""
+    """Those of texts and images, once where they are the same."""
     found = dict.fromkeys(side["activation"] for side in sides if side.get("activation"))
     return ", ".join(found) or ABSENT

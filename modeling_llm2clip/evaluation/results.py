@@ -19,11 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..data.pictures import ParquetPicture, Picture, TarPicture
-from ..data.vector_store_layout import write_durably
-from ..encoding.fingerprint import hash_json
-from .encoders.encoder import Description
-from .sets.schema import ChoiceSet, ClassificationSet, EvaluationSet
+from ..data.embedding_store_layout import write_atomically
+from ..data.image_sources import ImageSource, ParquetImage, TarImage
+from ..model_folders.fingerprint import hash_json
+from .datasets.schema import ChoiceDataset, ClassificationDataset, EvaluationSet
+from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
 
 FORMAT_VERSION = 2
@@ -52,9 +52,9 @@ class Result:
         counts: what there was, and how many texts were cut.
         fingerprint: which model.
         run: moves no score: device, batch size, where the model lay, and how many texts and
-            pictures were `encoded`; vectors of an earlier task are not made again.
+            images were `encoded`; embeddings of an earlier task are not made again.
         versions: of the packages.
-        seconds: of what was done: `encoded` vectors and their scores.
+        seconds: of what was done: `encoded` embeddings and their scores.
     """
 
     model: str
@@ -76,39 +76,39 @@ def result_file(folder: Path, *, model: str, set_name: str, task: str) -> Path:
 
 
 def build_protocol(
-    task: Task, sets: Sequence[EvaluationSet], description: Description
+    task: Task, sets: Sequence[EvaluationSet], description: EncoderDescription
 ) -> dict[str, Any]:
     """Every choice that moves a score, known before the model is loaded."""
     described = description.to_json()
-    of_data = {data.lang: {**data.protocol, "digest": hash_set(data)} for data in sets}
+    of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in sets}
     data = {"languages": of_data} if task.languages else next(iter(of_data.values()))
     protocol = {
         "data": data,
-        "model": {name: described[name] for name in ("kind", "text", "pictures", "dtype")},
+        "model": {name: described[name] for name in ("kind", "text", "images", "dtype")},
         "task": {**task.protocol, **task.protocol_of(tuple(sets))},
     }
     # As it will be read again: tuples are lists then.
     return json.loads(json.dumps(protocol, ensure_ascii=False))  # type: ignore[no-any-return]
 
 
-def hash_set(data: EvaluationSet) -> str:
-    """SHA-256 of a set's texts, names and correspondence, and of the bytes of its pictures.
+def hash_dataset(data: EvaluationSet) -> str:
+    """SHA-256 of a set's texts, names and correspondence, and of the bytes of its images.
 
-    Each picture file is read once in a process, unless it has changed.
+    Each image file is read once in a process, unless it has changed.
     """
     digest = hashlib.sha256()
-    if isinstance(data, ChoiceSet):
+    if isinstance(data, ChoiceDataset):
         parts: list[Any] = [
-            [item.name, item.captions, item.anchor, list(map(_hash_picture, item.pictures))]
+            [item.name, item.captions, item.anchor, list(map(_hash_image, item.images))]
             for item in data.items
         ]
-    elif isinstance(data, ClassificationSet):
-        parts = [data.picture_names, data.labels, data.class_names, data.templates]
-        parts += [list(map(_hash_picture, data.pictures))]
+    elif isinstance(data, ClassificationDataset):
+        parts = [data.image_names, data.labels, data.class_names, data.templates]
+        parts += [list(map(_hash_image, data.images))]
     else:
         pairs = (data.correspondence.image_of_pair, data.correspondence.text_of_pair)
-        parts = [data.picture_names, data.captions, *(rows.tolist() for rows in pairs)]
-        parts += [list(map(_hash_picture, data.pictures))]
+        parts = [data.image_names, data.captions, *(rows.tolist() for rows in pairs)]
+        parts += [list(map(_hash_image, data.images))]
     for part in parts:
         digest.update(json.dumps(part).encode())
     return digest.hexdigest()
@@ -217,11 +217,11 @@ def write_result(file: Path, result: Result) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_durably(file, text.encode())
+    write_atomically(file, text.encode())
 
 
 def list_versions() -> dict[str, str]:
-    """Versions of Python and of every package that takes part in a vector."""
+    """Versions of Python and of every package that takes part in an embedding."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -257,15 +257,15 @@ def _shorten(*texts: str) -> list[str]:
     ]
 
 
-def _hash_picture(picture: Picture) -> str:
+def _hash_image(image: ImageSource) -> str:
     """SHA-256 of the encoded bytes, which are the same wherever the data set lies."""
-    if isinstance(picture, TarPicture):
-        state = picture.shard.stat()
+    if isinstance(image, TarImage):
+        state = image.shard.stat()
     else:
-        state = (picture.file if isinstance(picture, ParquetPicture) else picture).stat()
-    return _hash_unchanged(picture, state.st_mtime_ns, state.st_size)
+        state = (image.file if isinstance(image, ParquetImage) else image).stat()
+    return _hash_unchanged(image, state.st_mtime_ns, state.st_size)
 
 
 @cache
-def _hash_unchanged(picture: Picture, changed_ns: int, size: int) -> str:  # noqa: ARG001
-    return hashlib.sha256(picture.read_bytes()).hexdigest()
+def _hash_unchanged(image: ImageSource, changed_ns: int, size: int) -> str:  # noqa: ARG001
+    return hashlib.sha256(image.read_bytes()).hexdigest()

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from .labels import find_question, tell_apart
+from .labels import disambiguate, find_question
 from .protocol_tables import ABSENT, Table, list_protocol_tables
 from .results import Result
-from .tasks.registry import find_task
 from .tasks.task import CONFIDENCE_LEVEL
+from .tasks.task_registry import find_task
 
 STYLES = ("text", "markdown")
 _GAP = "  "
@@ -43,7 +43,7 @@ def render_results(
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} is none of {STYLES}.")
-    results = tell_apart(results)
+    results = disambiguate(results)
     tables = [*_list_scores(results), *(list_protocol_tables(results) if details else ())]
     if style == "markdown":
         drawn = list(map(_draw_markdown, tables))
@@ -105,7 +105,7 @@ def _compare(task: str, title: str, results: Sequence[Result]) -> Table:
 
 def _compare_languages(name: str, results: Sequence[Result]) -> Table:
     languages = dict.fromkeys(lang for r in results for lang in r.scores["languages"])
-    path, chance = (("text_to_image", name) for name in ("hit_rate_at_1", "chance_hit_rate_at_1"))
+    path, chance = (("t2i", name) for name in ("hit_rate_at_1", "chance_hit_rate_at_1"))
     rows = [
         [lang, *(_write_score(r.scores["languages"].get(lang, {}), path) for r in results),
          _percent(_find_first([r.scores["languages"].get(lang, {}) for r in results], chance))]
@@ -115,7 +115,7 @@ def _compare_languages(name: str, results: Sequence[Result]) -> Table:
     rows.append(["mean", *(_write_score(mean, path) for mean in means),
                  _percent(_find_first(means, chance))])  # fmt: skip
     heads = ["language", *(result.model for result in results), "chance"]
-    return Table(f"{name}, text to picture R@1 by language", heads, rows)
+    return Table(f"{name}, text to image R@1 by language", heads, rows)
 
 
 def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:

@@ -1,1 +1,1 @@
-"""Pictures found by sentences."""
+"""Images found by sentences."""

@@ -1,4 +1,4 @@
-"""Pictures that are encoded once and searched by any number of sentences."""
+"""Images that are encoded once and searched by any number of sentences."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding.captions import encode_captions
+from ..encoding.text_encoding import encode_captions
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .contact_sheet import SearchResult
+from .results_page import SearchResult
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures and their vectors.
+    """Images and their embeddings.
 
     Attributes:
-        paths: one a picture.
+        paths: one an image.
         image_embeds: (N, P) float32 on the CPU, of unit length.
     """
 
@@ -31,13 +31,13 @@ class Gallery:
 
 @torch.inference_mode()
 def make_gallery(model: LLM2CLIPModel, paths: Sequence[Path], vision_embeds: Tensor) -> Gallery:
-    """Project what `encode_pictures` computed of these paths, (N, D)."""
+    """Project what `encode_images` computed of these paths, (N, D)."""
     image_embeds = model.project_vision_embeds(vision_embeds.to(model.device))
     return Gallery(paths, F.normalize(image_embeds, dim=-1).cpu())
 
 
 @torch.inference_mode()
-def find_pictures(
+def find_images(
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
     gallery: Gallery,
@@ -45,10 +45,10 @@ def find_pictures(
     *,
     count: int = 6,
 ) -> list[SearchResult]:
-    """Find for each sentence the pictures of the greatest cosine, best first.
+    """Find for each sentence the images of the greatest cosine, best first.
 
     Args:
-        count: pictures a sentence; all of them where there are fewer.
+        count: images a sentence; all of them where there are fewer.
     Raises: ValueError for a count below 1, or naming every sentence that is blank.
     """
     captions = encode_captions(model, processor, sentences).caption_embeds
@@ -80,12 +80,12 @@ def find_similar_images(
 def take_best(
     sentences: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, count: int
 ) -> list[SearchResult]:
-    """Take for each sentence the pictures of the greatest cosine, best first.
+    """Take for each sentence the images of the greatest cosine, best first.
 
     Args:
-        cosines: (sentences, pictures).
-        paths: one a picture.
-        count: pictures a sentence; all of them where there are fewer.
+        cosines: (sentences, images).
+        paths: one an image.
+        count: images a sentence; all of them where there are fewer.
     Raises: ValueError for a count below 1, or a cosine that is not finite.
     """
     if count < 1:
@@ -104,5 +104,5 @@ def require_finite(cosines: Tensor) -> None:
         broken = int((~cosines.isfinite()).sum())
         raise ValueError(
             f"{broken} of {cosines.numel()} cosines are NaN or infinite: the model gave broken "
-            "vectors. Examine it with llm2clip doctor."
+            "embeddings. Examine it with llm2clip doctor."
         )

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.pictures import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
+from ..data.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
 
 _MOST_NAMED = 8
 _REMEDIES = {
@@ -53,7 +53,7 @@ def find_image_files(folder: str | Path) -> ImageFiles:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give one that holds pictures.")
+        raise ValueError(f"{folder}: no such folder. Give one that holds images.")
     readable = list_readable_suffixes()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = ImageFiles(
@@ -63,7 +63,7 @@ def find_image_files(folder: str | Path) -> ImageFiles:
     if not found.readable:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
         raise ValueError(
-            f"{folder}: no picture in it or below it ({suffixes}). {found.describe_skipped()}"
+            f"{folder}: no image in it or below it ({suffixes}). {found.describe_skipped()}"
         )
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .contact_sheet import SearchResult
+    from .results_page import SearchResult
 
 FORMATS = ("table", "json", "csv")
 COLUMNS = ("query", "rank", "cosine", "image")

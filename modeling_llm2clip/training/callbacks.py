@@ -20,8 +20,8 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from .graceful_stop import StopRequest
 from .progress import StepProgress
-from .stopping import StopRequest
 
 _TIME_OF_RUN = "train_runtime"
 

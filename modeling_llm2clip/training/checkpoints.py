@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..data.vector_store_layout import write_durably
+from ..data.embedding_store_layout import write_atomically
 from .run_record import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -62,7 +62,7 @@ def forget_what_came_after(output: Path, checkpoint: Path | None) -> None:
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
         # A second kill, here, must not lose the lines of the steps that are kept.
-        write_durably(file, "".join(kept).encode())
+        write_atomically(file, "".join(kept).encode())
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.vector_store_layout import is_unfinished, write_durably
+from ..data.embedding_store_layout import is_unfinished, write_atomically
 
 if TYPE_CHECKING:  # what a folder holds is asked before anything that takes long to import
     from torch import nn
@@ -66,7 +66,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
     # Whole or not there: a run that is killed here must still be known when it is resumed.
-    write_durably(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 
-def list_faults(
+def list_errors(
     settings: Any,
     *,
     least: Mapping[str, int],
@@ -25,24 +25,24 @@ def list_faults(
         positive: fields that must be more than 0.
         choices: values that each field may have.
     """
-    faults = [
+    errors = [
         f"{name}={getattr(settings, name)!r}, wanted one of {allowed}"
         for name, allowed in choices.items()
         if getattr(settings, name) not in allowed
     ]
-    faults += [
+    errors += [
         f"{field.name}={value}, wanted a finite number"
         for field in fields(settings)
         if isinstance(value := getattr(settings, field.name), float) and not math.isfinite(value)
     ]
-    faults += [
+    errors += [
         f"{name}={getattr(settings, name)}, wanted at least {number}"
         for name, number in least.items()
         if getattr(settings, name) is not None and getattr(settings, name) < number
     ]
-    faults += [
+    errors += [
         f"{name}={getattr(settings, name)}, wanted more than 0"
         for name in positive
         if getattr(settings, name) is not None and getattr(settings, name) <= 0
     ]
-    return faults
+    return errors

@@ -1,6 +1,6 @@
 """Conversations into token ids and labels: the loss is on what the model has to say, nothing else.
 
-A picture is one placeholder in the text and N image tokens among the ids; LLaVA's classes put the
+An image is one placeholder in the text and N image tokens among the ids; LLaVA's classes put the
 projected patches in their place.
 """
 
@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import LlavaProcessor
 
-from modeling_llm2clip.data.faults import FaultCollector
-from modeling_llm2clip.data.pictures import load_picture
-from modeling_llm2clip.hub.vision_tower import VisualTokens
-from modeling_llm2clip.processing_llm2clip import load_pictures
+from modeling_llm2clip.data.image_sources import open_image
+from modeling_llm2clip.data.validation_errors import ErrorCollector
+from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.publishing.vision_tower_export import VisualTokens
 
 NOT_LEARNED = -100  # what transformers' losses leave out
 
@@ -30,20 +30,20 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     """Tokens, labels and pixels of each conversation.
 
     Args:
-        tokens: what the tower makes of a picture.
-        wording: `"plain"` puts an answer right behind the picture, as step 1 of LLaVA does;
+        tokens: what the tower makes of an image.
+        wording: `"plain"` puts an answer right behind the image, as step 1 of LLaVA does;
             `"chat"` words the turns as the tokenizer's chat template does.
-        max_length: most tokens, those of the picture included; the rest of an answer is cut.
-        leave_out_faulty: leave faulty conversations out and count their faults, instead of raising.
+        max_length: most tokens, those of the image included; the rest of an answer is cut.
+        drop_invalid: leave invalid conversations out and count their errors, instead of raising.
 
     Attributes:
         conversations: those that are kept.
         num_cut: of these, conversations longer than `max_length`.
-        left_out: faults of the others by kind.
+        left_out: errors of the others by kind.
 
     Raises:
-        DataFaults: conversations of which no word of an answer is left, or whose texts hold the
-            image token themselves.
+        DataValidationError: conversations of which no word of an answer is left, or whose texts
+            hold the image token themselves.
         ValueError: the tokenizer has no chat template, or one that rewrites earlier turns.
     """
 
@@ -55,7 +55,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         *,
         wording: str,
         max_length: int = 2048,
-        leave_out_faulty: bool = False,
+        drop_invalid: bool = False,
         show_progress: bool = False,
     ) -> None:
         if wording not in WORDINGS:
@@ -70,27 +70,27 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.max_length = max_length
         self.conversations: list[Conversation] = []
         self.num_cut = 0
-        faults = FaultCollector()
+        errors = ErrorCollector()
         for conversation in tqdm(conversations, unit=" conversations", disable=not show_progress):
-            self._take(conversation, faults)
-        if not leave_out_faulty:
-            faults.raise_if_any("The data")
-        self.left_out = faults.counts
+            self._take(conversation, errors)
+        if not drop_invalid:
+            errors.raise_if_any("The data")
+        self.left_out = errors.counts
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
-        """Return `input_ids` and `labels` (L,), and `pixel_values` (3, H, W) of a picture."""
+        """Return `input_ids` and `labels` (L,), and `pixel_values` (3, H, W) of an image."""
         conversation = self.conversations[item]
         ids, labels = self.encode(conversation)
         encoded = {
             "input_ids": torch.tensor(ids[: self.max_length]),
             "labels": torch.tensor(labels[: self.max_length]),
         }
-        if conversation.picture is not None:
-            picture = load_pictures([load_picture(conversation.picture)])
-            pixels = self.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+        if conversation.image is not None:
+            image = load_images([open_image(conversation.image)])
+            pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
             encoded["pixel_values"] = pixels[0]
         return encoded
 
@@ -108,10 +108,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         for token, (start, stop) in zip(
             encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            is_picture = token == self.image_token_id
-            count = self.num_image_tokens if is_picture else 1
+            is_image = token == self.image_token_id
+            count = self.num_image_tokens if is_image else 1
             # A token over the seam between question and answer is the question's.
-            learned = not is_picture and any(a <= start and stop <= b for a, b in spans)
+            learned = not is_image and any(a <= start and stop <= b for a, b in spans)
             ids += [token] * count
             labels += [token if learned else NOT_LEARNED] * count
         return ids, labels
@@ -149,30 +149,30 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _render(self, messages: list[dict[str, str]], **settings: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **settings)
 
-    def _take(self, conversation: Conversation, faults: FaultCollector) -> None:
-        """Tokenize a conversation once, and keep it or note its faults."""
+    def _take(self, conversation: Conversation, errors: ErrorCollector) -> None:
+        """Tokenize a conversation once, and keep it or note its errors."""
         ids, labels = self.encode(conversation)
-        num_pictures = int(conversation.picture is not None)
+        num_images = int(conversation.image is not None)
         found = []
-        if ids.count(self.image_token_id) != num_pictures * self.num_image_tokens:
+        if ids.count(self.image_token_id) != num_images * self.num_image_tokens:
             found.append(f"{PLACEHOLDER} in a text")
         if all(label == NOT_LEARNED for label in labels[1 : self.max_length]):
             found.append(f"no answer within {self.max_length} tokens")
         for kind in found:
-            faults.add(kind, conversation.name)
+            errors.add(kind, conversation.name)
         if not found:
             self.conversations.append(conversation)
             self.num_cut += len(ids) > self.max_length
 
 
 class PadOnTheRight:
-    """Makes a batch: `input_ids`, `attention_mask`, `labels` (B, L), and the pictures there are."""
+    """Makes a batch: `input_ids`, `attention_mask`, `labels` (B, L), and the images there are."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pad to the longest; `pixel_values` are (pictures, 3, H, W), in the items' order."""
+        """Pad to the longest; `pixel_values` are (images, 3, H, W), in the items' order."""
         batch = {
             name: torch.nn.utils.rnn.pad_sequence(
                 [item[name] for item in items], batch_first=True, padding_value=value
@@ -182,7 +182,7 @@ class PadOnTheRight:
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         longest = batch["input_ids"].shape[1]
         batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-        pictures = [item["pixel_values"] for item in items if "pixel_values" in item]
-        if pictures:
-            batch["pixel_values"] = torch.stack(pictures)
+        images = [item["pixel_values"] for item in items if "pixel_values" in item]
+        if images:
+            batch["pixel_values"] = torch.stack(images)
         return batch

@@ -24,7 +24,7 @@ def parse(
     Raises: ValueError for settings that are impossible.
     """
     parser.add_argument("output", type=Path)
-    parser.add_argument("--check-pictures", action="store_true", help="decode every picture first")
+    parser.add_argument("--check-images", action="store_true", help="decode every image first")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     _add_training_flags(parser.add_argument_group("training"))
     parser.set_defaults(**{**asdict(LlavaArguments()), **defaults})
@@ -41,7 +41,7 @@ def _add_training_flags(group: Any) -> None:
     group.add_argument("--batch-size", type=int, help="over all processes together")
     group.add_argument("--device-batch-size", type=int, help="conversations on a device at a time")
     group.add_argument("--lr", type=float)
-    group.add_argument("--max-length", type=int, help="tokens, those of the picture included")
+    group.add_argument("--max-length", type=int, help="tokens, those of the image included")
     group.add_argument("--clip-norm", type=float)
     group.add_argument("--gradient-checkpointing", action="store_true")
     group.add_argument(
@@ -49,7 +49,7 @@ def _add_training_flags(group: Any) -> None:
         help="auto: bfloat16 on a GPU that computes in it",
     )  # fmt: skip
     group.add_argument("--device", choices=("auto", "cpu"))
-    group.add_argument("--workers", dest="num_workers", type=int, help="that decode pictures")
+    group.add_argument("--workers", dest="num_workers", type=int, help="that decode images")
     group.add_argument("--log-every", type=int, help="steps")
     group.add_argument("--save-every", type=int, help="steps between checkpoints")
     group.add_argument("--seed", type=int)

@@ -1,13 +1,13 @@
-"""What a multimodal LLM is trained on: conversations about a picture.
+"""What a multimodal LLM is trained on: conversations about an image.
 
-Captioned pictures become conversations without a question; LLaVA's published instruction data are
+Captioned images become conversations without a question; LLaVA's published instruction data are
 read as they are: a JSON list of
 
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat …?"},
                                                      {"from": "gpt", "value": "A …"}, …]}
 
-`image` is absent in a conversation about no picture. Such data have known faults (pictures that
-cannot be fetched any more), so that what is faulty can be left out, counted by kind.
+`image` is absent in a conversation about no image. Such data have known errors (images that
+cannot be fetched any more), so that what is invalid can be left out, counted by kind.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_llm2clip.data.captioned_images import CaptionedImage
-from modeling_llm2clip.data.faults import FaultCollector
-from modeling_llm2clip.data.pictures import Picture, load_picture
-from modeling_llm2clip.processing_llm2clip import load_pictures
+from modeling_llm2clip.data.image_sources import ImageSource, open_image
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.validation_errors import ErrorCollector
+from modeling_llm2clip.processing_llm2clip import load_images
 
-PLACEHOLDER = "<image>"  # where the picture stands in a question
+PLACEHOLDER = "<image>"  # where the image stands in a question
 _FIELDS = {"id", "image", "conversations", "model"}
 _SPEAKERS = ("human", "gpt")
 
@@ -38,13 +38,13 @@ class Conversation:
 
     Attributes:
         name: for errors.
-        picture: what it is about; None for a conversation in words alone.
+        image: what it is about; None for a conversation in words alone.
         turns: questions and their answers. The first question holds the placeholder once where
-            there is a picture. A question that is the placeholder alone is a caption's.
+            there is an image. A question that is the placeholder alone is a caption's.
     """
 
     name: str
-    picture: Picture | None
+    image: ImageSource | None
     turns: tuple[tuple[str, str], ...]
 
 
@@ -60,85 +60,85 @@ def conversations_of_captions(
         known = sorted({record.lang for record in records})
         raise ValueError(f"No caption is in the language {lang!r}; there are {known}. Set --lang.")
     return [
-        Conversation(record.name, record.picture, ((PLACEHOLDER, caption),))
+        Conversation(record.name, record.image, ((PLACEHOLDER, caption),))
         for record in chosen
         for caption in (*record.captions, *record.long_captions)
     ]
 
 
 def hash_conversations(conversations: Sequence[Conversation]) -> str:
-    """SHA-256 of names, turns and pictures, in their order; says whether a run has the same data.
+    """SHA-256 of names, turns and images, in their order; says whether a run has the same data.
 
-    A picture counts by its place below the folder that holds all of them, which may have been
+    An image counts by its place below the folder that holds all of them, which may have been
     moved, and by the size of its file; its pixels are not read.
     """
-    pictures = _describe_pictures([c.picture for c in conversations if c.picture is not None])
+    images = _describe_images([c.image for c in conversations if c.image is not None])
     digest = hashlib.sha256()
     for conversation in conversations:
-        picture = None if conversation.picture is None else pictures[conversation.picture]
-        line = json.dumps([conversation.name, conversation.turns, picture])
+        image = None if conversation.image is None else images[conversation.image]
+        line = json.dumps([conversation.name, conversation.turns, image])
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 
-def _describe_pictures(pictures: Collection[Picture]) -> dict[Picture, list[str | int]]:
-    """Place below the folder of all, bytes, and where in the file a packed picture is."""
-    inside: dict[Picture, tuple[Path, list[str | int]]] = {}
-    for picture in dict.fromkeys(pictures):
-        file, *where = (picture,) if isinstance(picture, Path) else astuple(picture)
-        inside[picture] = file.absolute(), where
+def _describe_images(images: Collection[ImageSource]) -> dict[ImageSource, list[str | int]]:
+    """Place below the folder of all, bytes, and where in the file a packed image is."""
+    inside: dict[ImageSource, tuple[Path, list[str | int]]] = {}
+    for image in dict.fromkeys(images):
+        file, *where = (image,) if isinstance(image, Path) else astuple(image)
+        inside[image] = file.absolute(), where
     files = {file for file, _ in inside.values()}
     sizes = {file: file.stat().st_size for file in files}
     folder = os.path.commonpath([file.parent for file in files]) if files else ""
     return {
-        picture: [file.relative_to(folder).as_posix(), sizes[file], *where]
-        for picture, (file, where) in inside.items()
+        image: [file.relative_to(folder).as_posix(), sizes[file], *where]
+        for image, (file, where) in inside.items()
     }
 
 
 def read_conversations(
-    file: Path, images: Path, *, check_pictures: bool = False, leave_out_faulty: bool = False
+    file: Path, images: Path, *, check_images: bool = False, drop_invalid: bool = False
 ) -> tuple[list[Conversation], dict[str, int]]:
-    """Read LLaVA's instruction data, or raise once with every fault.
+    """Read LLaVA's instruction data, or raise once with every error.
 
     Args:
-        images: folder that the names of pictures are relative to.
-        check_pictures: decode every picture too.
-        leave_out_faulty: leave faulty conversations out and count their faults, instead of raising.
-    Returns: the conversations in the file's order, at least one, and faults by kind.
+        images: folder that the names of images are relative to.
+        check_images: decode every image too.
+        drop_invalid: leave invalid conversations out and count their errors, instead of raising.
+    Returns: the conversations in the file's order, at least one, and errors by kind.
     Raises:
-        DataFaults: what is wrong, how many of each kind, and where first.
+        DataValidationError: what is wrong, how many of each kind, and where first.
         ValueError: the file is no JSON list, the folder is missing, or nothing is left.
     """
-    faults, counts = FaultCollector(), Counter[str]()
+    errors, counts = ErrorCollector(), Counter[str]()
     conversations: list[Conversation] = []
     for number, entry in enumerate(_read_list(file, images)):
         found: list[str] = []
         conversation = _build(entry, number, images, found)
         conversations += [] if found else [conversation]
-        _note(found, f"{file.name} number {number}", faults, counts)
-    if check_pictures:
+        _note(found, f"{file.name} number {number}", errors, counts)
+    if check_images:
         broken = _find_broken(conversations)
         for conversation in conversations:
-            if conversation.picture in broken:  # which several may be about
-                _note(["picture unreadable"], broken[conversation.picture], faults, counts)
-        conversations = [c for c in conversations if c.picture not in broken]
-    if not leave_out_faulty:
-        faults.raise_if_any(str(file))
+            if conversation.image in broken:  # which several may be about
+                _note(["image unreadable"], broken[conversation.image], errors, counts)
+        conversations = [c for c in conversations if c.image not in broken]
+    if not drop_invalid:
+        errors.raise_if_any(str(file))
     if not conversations:
         raise ValueError(f"{file}: no conversation is left of it ({dict(counts)}).")
     return conversations, dict(counts)
 
 
-def _note(found: Sequence[str], place: str, faults: FaultCollector, counts: Counter[str]) -> None:
+def _note(found: Sequence[str], place: str, errors: ErrorCollector, counts: Counter[str]) -> None:
     counts.update(found)
     for kind in found:
-        faults.add(kind, place)
+        errors.add(kind, place)
 
 
 def _read_list(file: Path, images: Path) -> list[Any]:
     if not images.is_dir():
-        raise ValueError(f"images={str(images)!r} is no folder. Give the pictures' folder.")
+        raise ValueError(f"images={str(images)!r} is no folder. Give the images' folder.")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -153,20 +153,20 @@ def _build(entry: Any, number: int, images: Path, found: list[str]) -> Conversat
         found.append("not an object")
         entry = {"conversations": []}
     found += [f"unknown field {field!r}" for field in sorted(set(entry) - _FIELDS)]
-    picture = None
+    image = None
     if entry.get("image") is not None:
-        picture = _find_picture(entry["image"], images, found)
+        image = _find_image(entry["image"], images, found)
     turns = _read_turns(entry.get("conversations"), found)
     if not found:
-        _check_placeholders(turns, found, has_picture=picture is not None)
-    return Conversation(str(entry.get("id", number)), picture, tuple(turns))
+        _check_placeholders(turns, found, has_image=image is not None)
+    return Conversation(str(entry.get("id", number)), image, tuple(turns))
 
 
-def _find_picture(name: Any, images: Path, found: list[str]) -> Path | None:
+def _find_image(name: Any, images: Path, found: list[str]) -> Path | None:
     if not isinstance(name, str) or not name.strip():
         found.append("'image' is not a non-blank text")
     elif not (images / name).is_file():
-        found.append("picture missing")
+        found.append("image missing")
     else:
         return images / name
     return None
@@ -192,31 +192,31 @@ def _is_line(line: Any) -> bool:
 
 
 def _check_placeholders(
-    turns: Sequence[tuple[str, str]], found: list[str], *, has_picture: bool
+    turns: Sequence[tuple[str, str]], found: list[str], *, has_image: bool
 ) -> None:
     if any(PLACEHOLDER in answer for _, answer in turns):
         found.append(f"{PLACEHOLDER} in an answer")
     counts = [question.count(PLACEHOLDER) for question, _ in turns]
-    if counts != [int(has_picture)] + [0] * (len(turns) - 1):
-        wanted = "once, in the first question" if has_picture else "nowhere without a picture"
+    if counts != [int(has_image)] + [0] * (len(turns) - 1):
+        wanted = "once, in the first question" if has_image else "nowhere without an image"
         found.append(f"{PLACEHOLDER} wanted {wanted}")
 
 
 def _find_broken(conversations: Sequence[Conversation]) -> dict[Any, str]:
-    """Decode every picture once; returns those that fail, with what is wrong."""
-    pictures = list(dict.fromkeys(c.picture for c in conversations if c.picture is not None))
+    """Decode every image once; returns those that fail, with what is wrong."""
+    images = list(dict.fromkeys(c.image for c in conversations if c.image is not None))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        problems = pool.map(_try_picture, pictures)
+        problems = pool.map(_try_image, images)
         return {
-            picture: problem
-            for picture, problem in zip(pictures, problems, strict=True)
+            image: problem
+            for image, problem in zip(images, problems, strict=True)
             if problem is not None
         }
 
 
-def _try_picture(picture: Picture) -> str | None:
+def _try_image(image: ImageSource) -> str | None:
     try:
-        load_pictures(load_picture(picture))
+        load_images(open_image(image))
     except ValueError as error:
         return str(error)
     return None

@@ -19,10 +19,14 @@ from transformers import (
     LlavaProcessor,
 )
 
-from modeling_llm2clip.hub.towers import load_vision_tower
-from modeling_llm2clip.hub.vision_tower import LLAVA_LAYER, VisualTokens, find_visual_tokens
+from modeling_llm2clip.building.towers import load_vision_tower
+from modeling_llm2clip.publishing.vision_tower_export import (
+    LLAVA_LAYER,
+    VisualTokens,
+    find_visual_tokens,
+)
 
-_PROBE = "What does the picture show? A red car in front of a house."
+_PROBE = "What does the image show? A red car in front of a house."
 _FAMILIES = "Take Llama, Mistral, Qwen2, Qwen3, OLMo 2, or another whose logits are its head's own."
 _KEYS_SHOWN = 8
 
@@ -91,7 +95,7 @@ def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, Llava
 
 
 def find_tokens_of(model: Any, processor: LlavaProcessor) -> VisualTokens:
-    """What a LLaVA, or peft's wrapper around one, makes of a picture."""
+    """What a LLaVA, or peft's wrapper around one, makes of an image."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return find_visual_tokens(
         base.model.vision_tower, processor.image_processor, layer=base.config.vision_feature_layer
@@ -135,10 +139,10 @@ def train_projector_and_llm(
 def require_possible_lora(rank: int | None, alpha: int) -> None:
     """Raise ValueError unless rank and alpha are at least 1; without a rank there is no LoRA."""
     given = {} if rank is None else {"rank": rank, "alpha": alpha}
-    faults = [f"{name}={number}" for name, number in given.items() if number < 1]
-    if faults:
+    errors = [f"{name}={number}" for name, number in given.items() if number < 1]
+    if errors:
         raise ValueError(
-            f"A LoRA of {' and '.join(faults)}, wanted at least 1. Set --lora-rank and "
+            f"A LoRA of {' and '.join(errors)}, wanted at least 1. Set --lora-rank and "
             "--lora-alpha higher, or leave both out to train the whole LLM."
         )
 
@@ -174,7 +178,7 @@ def _load_llm(source: str | Path) -> tuple[Any, Any]:
 
 
 def _add_image_token(causal_lm: Any, tokenizer: Any) -> int:
-    """Give the picture a token of its own; returns its id.
+    """Give the image a token of its own; returns its id.
 
     Its embedding is never read, but it is one of the words that the LLM chooses from, so it gets
     the mean of all others instead of a random one.

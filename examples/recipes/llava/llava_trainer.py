@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
-from modeling_llm2clip.data.vector_store_layout import write_durably
+from modeling_llm2clip.data.embedding_store_layout import write_atomically
 from modeling_llm2clip.encoding.devices import find_device
-from modeling_llm2clip.hub.new_folder import clear_leftovers, require_new_folder, writing_folder
+from modeling_llm2clip.model_folders.atomic_folder import (
+    atomic_folder,
+    clear_leftovers,
+    require_new_folder,
+)
 from modeling_llm2clip.training.callbacks import (
     JsonLinesCallback,
     ShareSignal,
@@ -35,22 +39,22 @@ from modeling_llm2clip.training.checkpoints import (
     find_last_checkpoint,
     forget_what_came_after,
 )
-from modeling_llm2clip.training.precision import computes_in_bfloat16
-from modeling_llm2clip.training.processes import (
+from modeling_llm2clip.training.distributed import (
     is_sharded,
     join_processes,
     keep_to_one_gpu,
     require_all_processes,
 )
+from modeling_llm2clip.training.graceful_stop import stop_on_signals
 from modeling_llm2clip.training.run_record import (
     METRICS_FILE,
     RUN_FILE,
     require_fresh_or_same_run,
     write_run_record,
 )
-from modeling_llm2clip.training.settings import list_faults
-from modeling_llm2clip.training.stopping import stop_on_signals
-from modeling_llm2clip.training.trainer_bases import FiniteGradients, TrainedCheckpoints
+from modeling_llm2clip.training.settings import list_errors
+from modeling_llm2clip.training.trainer_mixins import FiniteGradients, TrainedCheckpoints
+from modeling_llm2clip.training.training_precision import computes_in_bfloat16
 
 _WARM_UP_SHARE = 0.03  # as the decay, arXiv:2310.03744, appendix
 _CHECKPOINTING: dict[str, Any] = {
@@ -69,7 +73,7 @@ class LlavaArguments:
         device_batch_size: how many a device takes at a time; the rest of its share follows before
             the step is made.
         lr: peak rate; up from 0 for 3 % of the steps, down as a cosine. A single step has all.
-        max_length: most tokens of a conversation, its picture included.
+        max_length: most tokens of a conversation, its image included.
         precision: `"auto"` computes in bfloat16 on GPUs that can; weights stay float32.
         device: `"auto"`, or `"cpu"` even where there is a GPU.
     """
@@ -90,7 +94,7 @@ class LlavaArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = list_faults(
+        errors = list_errors(
             self,
             least={
                 "steps": 1, "batch_size": 1, "device_batch_size": 1, "max_length": 2,
@@ -102,8 +106,8 @@ class LlavaArguments:
                 "device": ("auto", "cpu"),
             },
         )  # fmt: skip
-        if faults:
-            raise ValueError("; ".join(faults) + ".")
+        if errors:
+            raise ValueError("; ".join(errors) + ".")
 
 
 class LlavaTrainer(FiniteGradients, TrainedCheckpoints, Trainer):
@@ -154,7 +158,7 @@ def train_llava(
     *,
     wording: str,
     record: dict[str, Any],
-    leave_out_faulty: bool = False,
+    drop_invalid: bool = False,
     resume: bool = False,
 ) -> int:
     """Train the thawed parts of a model, and write the whole of it.
@@ -163,7 +167,7 @@ def train_llava(
         load_model: gives a LLaVA, or peft's wrapper around one, whose LoRA is merged at the end,
             with the processor; called after all that can be checked without it.
         record: what else makes this run the same one when it is resumed.
-        leave_out_faulty: go on without conversations whose faults only their tokens show; how many
+        drop_invalid: go on without conversations whose errors only their tokens show; how many
             is printed, and recorded in `run.json`.
         resume: continue from the last whole checkpoint in `output`.
     Returns: exit code: 0, or 130 and 143 after SIGINT and SIGTERM.
@@ -187,7 +191,7 @@ def train_llava(
     model, processor = load_model()
     dataset = ConversationDataset(
         conversations, processor, find_tokens_of(model, processor), wording=wording,
-        max_length=arguments.max_length, leave_out_faulty=leave_out_faulty,
+        max_length=arguments.max_length, drop_invalid=drop_invalid,
         show_progress=settings.should_save,
     )  # fmt: skip
     _fit_to_data(settings, arguments, len(dataset))
@@ -219,7 +223,7 @@ def _note_left_out(run_file: Path, dataset: ConversationDataset) -> None:
     """Record and tell what is left out; no argument, by which a resumed run would be known."""
     record = json.loads(run_file.read_text(encoding="utf-8"))
     record["left_out_by_tokens"] = dataset.left_out
-    write_durably(run_file, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(run_file, (json.dumps(record, indent=2) + "\n").encode())
     if dataset.left_out:
         print(f"Left out, by what its tokens showed: {dataset.left_out}.")
 
@@ -239,11 +243,11 @@ def make_training_arguments(
     Raises: ValueError when the processes cannot share a batch, or not such data.
     """
     device = join_processes(cpu=find_device(arguments.device).type == "cpu").device
-    # Then a batch may hold no picture at all, and the projector gets no gradient.
-    has_text_only = any(c.picture is None for c in conversations)
+    # Then a batch may hold no image at all, and the projector gets no gradient.
+    has_text_only = any(c.image is None for c in conversations)
     if has_text_only and is_sharded():
         raise ValueError(
-            "Conversations without a picture cannot be trained on under FSDP, where every process "
+            "Conversations without an image cannot be trained on under FSDP, where every process "
             "must run every part. Leave them out, or use the configuration for DDP."
         )
     settings = TrainingArguments(
@@ -308,6 +312,6 @@ def _write_model(trainer: LlavaTrainer, processor: LlavaProcessor, folder: Path)
     model: Any = trainer.model
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    with writing_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=state)
         processor.save_pretrained(unfinished)

@@ -1,11 +1,12 @@
-"""Step 1 of a multimodal LLM: teach a projector to say a picture's patches in the LLM's words.
+"""Step 1 of a multimodal LLM: teach a projector to say an image's patches in the LLM's words.
 
-    python examples/recipes/llava/pretrain_projector.py TOWER LLM captioned-pictures step1
-    python examples/recipes/llava/tune_instructions.py step1/model instructions.json pictures step2
+    python examples/recipes/llava/pretrain_projector.py TOWER LLM captioned-images step1
+    python examples/recipes/llava/tune_instructions.py step1/model instructions.json images step2
 
-TOWER is the aligned vision tower as a plain folder (`modeling_llm2clip.hub.vision_tower`), or any
-other to compare with. Tower and LLM stay as they are; the projector of transformers' LLaVA classes
-learns to caption (LLaVA-1.5, arXiv:2310.03744: 558,000 captions, one epoch, batch 256, rate 1e-3).
+TOWER is the aligned vision tower as a plain folder
+(`modeling_llm2clip.publishing.vision_tower_export`), or any other to compare with. Tower and LLM
+stay as they are; the projector of transformers' LLaVA classes learns to caption (LLaVA-1.5,
+arXiv:2310.03744: 558,000 captions, one epoch, batch 256, rate 1e-3).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from llava_model import build_llava, train_projector_only
 from llava_trainer import LlavaArguments
 from transformers import LlavaProcessor
 
-from modeling_llm2clip.data.captioned_sources import read_captioned
+from modeling_llm2clip.data.record_loading import load_records
 
 
 def main() -> int:
     """Train the projector and write the joined model."""
     parsed, arguments = _parse()
-    records = read_captioned(
-        parsed.data, images=parsed.images, check_pictures=parsed.check_pictures, show_progress=True
+    records = load_records(
+        parsed.data, images=parsed.image_dir, check_images=parsed.check_images, show_progress=True
     )
     conversations = conversations_of_captions(records, lang=parsed.lang)
     template = parsed.chat_template and parsed.chat_template.read_text(encoding="utf-8")
@@ -56,8 +57,8 @@ def _parse() -> tuple[argparse.Namespace, LlavaArguments]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("tower", help="folder or Hub id of a vision tower")
     parser.add_argument("llm", help="folder or Hub id of a causal LLM with its head")
-    parser.add_argument("data", help="captioned pictures, in any form that llm2clip reads")
-    parser.add_argument("--images", type=Path, help="the pictures' folder, if not beside the data")
+    parser.add_argument("data", help="captioned images, in any form that llm2clip reads")
+    parser.add_argument("--image-dir", type=Path, help="the images' folder, if not beside the data")
     parser.add_argument("--lang", default="en", help="of the captions that are learned")
     parser.add_argument("--layer", type=int, default=-2, help="of the tower's hidden states")
     parser.add_argument("--chat-template", type=Path, help="file, for an LLM without one; step 2's")

@@ -1,7 +1,7 @@
 """Reads COCO's caption files as they are published, such as `captions_val2017.json`.
 
-Their `images` name the pictures, their `annotations` hold one caption each: five a picture, of some
-six or seven. The captions of a picture are in the order of their annotations' numbers.
+Their `images` name the images, their `annotations` hold one caption each: five an image, of some
+six or seven. The captions of an image are in the order of their annotations' numbers.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..captioned_images import RawRecord
-from ..faults import FaultCollector
+from ..records import RawRecord
+from ..validation_errors import ErrorCollector
 
 
-def read_coco(file: Path, faults: FaultCollector) -> Iterator[RawRecord]:
-    """Yield one raw record a picture, in the order of `images`.
+def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
+    """Yield one raw record an image, in the order of `images`.
 
     Raises: ValueError when the file is not a COCO caption file.
     """
     content = _load(file)
-    captions = _group_captions(file, content["annotations"], faults)
+    captions = _group_captions(file, content["annotations"], errors)
     seen: set[Any] = set()
     for index, image in enumerate(content["images"]):
         place = f"{file.name} images[{index}]"
         if not isinstance(image, dict) or not isinstance(image.get("id"), int):
-            faults.add("image without 'id'", place)
+            errors.add("image without 'id'", place)
             continue
         if image["id"] in seen:
-            faults.add("image 'id' repeated", place)
+            errors.add("image 'id' repeated", place)
             continue
         seen.add(image["id"])
-        # Sizes, dates and addresses of the picture are published too, and are no part of a record.
+        # Sizes, dates and addresses of the image are published too, and are no part of a record.
         fields: dict[str, Any] = {"captions": captions.pop(image["id"], [])}
         if image.get("file_name") is not None:
             fields["file_name"] = image["file_name"]
         yield RawRecord(place, fields, default_name=str(image["id"]))
     for image_id in captions:
-        faults.add("annotation of an unknown image", f"{file.name} image_id {image_id}")
+        errors.add("annotation of an unknown image", f"{file.name} image_id {image_id}")
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _group_captions(
-    file: Path, annotations: list[Any], faults: FaultCollector
+    file: Path, annotations: list[Any], errors: ErrorCollector
 ) -> dict[int, list[str]]:
     """The captions of each image number, by annotation number."""
     numbered: dict[int, list[tuple[int, str]]] = {}
@@ -65,5 +65,5 @@ def _group_captions(
             numbered.setdefault(image_id, []).append((number, caption))
         else:
             place = f"{file.name} annotations[{index}]"
-            faults.add("annotation without 'id', 'image_id' and 'caption'", place)
+            errors.add("annotation without 'id', 'image_id' and 'caption'", place)
     return {image_id: [c for _, c in sorted(pairs)] for image_id, pairs in numbered.items()}

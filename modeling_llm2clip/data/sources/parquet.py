@@ -1,6 +1,6 @@
 """Reads Parquet through `datasets`: one row a record, columns as in the schema.
 
-The column `image` is a path, or `datasets`' picture `{bytes, path}`, or the encoded picture alone.
+The column `image` is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..captioned_images import RawRecord
-from ..faults import FaultCollector
-from ..pictures import ParquetPicture, import_datasets, open_table
+from ..image_sources import ParquetImage, import_datasets, open_table
+from ..records import RawRecord
+from ..validation_errors import ErrorCollector
 
 _ROWS_AT_ONCE = 1000
 
 
-def read_parquet(files: Sequence[Path], base: Path, faults: FaultCollector) -> Iterator[RawRecord]:
-    """Yield one raw record a row; the bytes of pictures are left where they are.
+def read_parquet(files: Sequence[Path], base: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
+    """Yield one raw record a row; the bytes of images are left where they are.
 
     Args:
         files: Parquet files, in their order.
         base: folder that names are relative to.
-        faults: gets the files that cannot be read.
+        errors: gets the files that cannot be read.
     """
     broken = (import_datasets().exceptions.DatasetGenerationError, ValueError, OSError)
     for file in files:
@@ -31,7 +31,7 @@ def read_parquet(files: Sequence[Path], base: Path, faults: FaultCollector) -> I
             table = open_table(file)
         except broken as error:
             reason = str(error.__cause__ or error).partition("\n")[0]
-            faults.add("not a Parquet file, or broken", f"{name} ({reason})")
+            errors.add("not a Parquet file, or broken", f"{name} ({reason})")
             continue
         yield from _read_rows(file, name, table)
 
@@ -49,18 +49,18 @@ def _read_rows(file: Path, name: str, table: Any) -> Iterator[RawRecord]:
             given = {k: v for k, v in fields.items() if v is not None}
             if isinstance(image, str):
                 given["image"] = image
-            packed = ParquetPicture(file, "image", number) if isinstance(image, tuple) else None
+            packed = ParquetImage(file, "image", number) if isinstance(image, tuple) else None
             inner = (image[0] if isinstance(image, tuple) else None) or str(number)
             yield RawRecord(place, given, packed=packed, default_name=f"{name}/{inner}")
 
 
 def _describe_images(column: Any) -> list[str | tuple[str | None] | None]:
-    """For each row: a path, or (the packed picture's own path or None,), or None for no picture."""
+    """For each row: a path, or (the packed image's own path or None,), or None for no image."""
     described: list[str | tuple[str | None] | None] = []
     for chunk in column.chunks:
         kind = str(chunk.type)
         if kind.startswith("struct"):
-            # Fields of a struct are read without the others: no picture's bytes are touched.
+            # Fields of a struct are read without the others: no image's bytes are touched.
             names = [chunk.type.field(index).name for index in range(chunk.type.num_fields)]
             nothing = [None] * len(chunk)
             paths = chunk.field("path").to_pylist() if "path" in names else nothing

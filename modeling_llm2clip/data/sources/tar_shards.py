@@ -1,9 +1,9 @@
 """Reads webdataset's tar shards: members `key.jpg`, `key.json`, `key.txt` are one sample.
 
 Python's own tarfile does it, not `webdataset`: that library streams shards from front to back,
-while training here draws pictures at random, and its stages must agree on their order. So the
-headers are read once, the texts with them, and of a picture only its offset and size are kept; a
-picture is later one read at that offset, from a shard that is never unpacked. Compressed tars have
+while training here draws images at random, and its stages must agree on their order. So the
+headers are read once, the texts with them, and of an image only its offset and size are kept; a
+image is later one read at that offset, from a shard that is never unpacked. Compressed tars have
 no such offsets and are refused.
 
 `key.json` holds fields of the schema; `key.txt` is the caption of a sample whose JSON has none, and
@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..captioned_images import CAPTION_FIELDS, RawRecord
-from ..faults import FaultCollector
+from ..image_sources import IMAGE_SUFFIXES, TarImage
 from ..json_objects import parse_object
-from ..pictures import PICTURE_SUFFIXES, TarPicture
+from ..records import CAPTION_FIELDS, RawRecord
+from ..validation_errors import ErrorCollector
 
 # What img2dataset writes beside caption and key.
 _DOWNLOAD_NOTES = frozenset(
@@ -33,38 +33,38 @@ _DOWNLOAD_NOTES = frozenset(
 class _Sample:
     """The members of one key, as far as they have been met."""
 
-    pictures: list[TarPicture] = field(default_factory=list)
+    images: list[TarImage] = field(default_factory=list)
     fields: dict[str, Any] | None = None
     text: str | None = None
     is_broken: bool = False
 
 
 def read_tar_shards(
-    shards: Sequence[Path], base: Path, faults: FaultCollector
+    shards: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[RawRecord]:
     """Yield one raw record a sample, in the order of the shards and of their members.
 
     Args:
         shards: tar files that are not compressed.
         base: folder that names are relative to.
-        faults: gets shards and members that cannot be read.
+        errors: gets shards and members that cannot be read.
     """
     for shard in shards:
         name = shard.relative_to(base).as_posix()
-        for key, sample in _index_shard(shard, name, faults).items():
+        for key, sample in _index_shard(shard, name, errors).items():
             place = f"{name}: {key}"
-            if len(sample.pictures) > 1:
-                faults.add("several pictures in one sample", place)
+            if len(sample.images) > 1:
+                errors.add("several images in one sample", place)
             elif not sample.is_broken:
-                picture = sample.pictures[0] if sample.pictures else None
-                member = picture.member if picture else key
+                image = sample.images[0] if sample.images else None
+                member = image.member if image else key
                 yield RawRecord(
-                    place, _merge(sample), packed=picture, default_name=f"{name}/{member}"
+                    place, _merge(sample), packed=image, default_name=f"{name}/{member}"
                 )
 
 
-def _index_shard(shard: Path, name: str, faults: FaultCollector) -> dict[str, _Sample]:
-    """Read every header of a shard once, and the texts; pass over the pictures."""
+def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, _Sample]:
+    """Read every header of a shard once, and the texts; pass over the images."""
     samples: dict[str, _Sample] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -73,12 +73,12 @@ def _index_shard(shard: Path, name: str, faults: FaultCollector) -> dict[str, _S
                     continue
                 key, extension = _split(member.name)
                 sample = samples.setdefault(key, _Sample())
-                if fault := _add_member(sample, archive, member, shard, extension):
+                if problem := _add_member(sample, archive, member, shard, extension):
                     sample.is_broken = True
-                    faults.add(fault, f"{name}: {member.name}")
+                    errors.add(problem, f"{name}: {member.name}")
             _require_end(shard, archive.offset)
     except (tarfile.TarError, OSError) as error:
-        faults.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
+        errors.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
             sample.is_broken = True  # what it lacks may have been cut off
     return samples
@@ -115,12 +115,12 @@ def _add_member(
     shard: Path,
     extension: str,
 ) -> str:
-    """Take a member into its sample; returns its fault, which is empty for a good one."""
+    """Take a member into its sample; returns its error, which is empty for a good one."""
     if not member.isreg() or member.issparse():
         return "member is not a plain file"
-    if extension in PICTURE_SUFFIXES:
-        picture = TarPicture(shard, member.name, member.offset_data, member.size)
-        sample.pictures.append(picture)
+    if extension in IMAGE_SUFFIXES:
+        image = TarImage(shard, member.name, member.offset_data, member.size)
+        sample.images.append(image)
         return ""
     if extension not in ("json", "txt"):
         return f"unknown member .{extension}"

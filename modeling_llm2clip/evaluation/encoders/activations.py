@@ -23,13 +23,13 @@ def describe_activation(config: Any) -> str:
 
 
 def describe_open_clip_activations(model_config: Mapping[str, Any]) -> dict[str, str]:
-    """The activation of each side of an open_clip model, by `text` and `pictures`.
+    """The activation of each side of an open_clip model, by `text` and `images`.
 
     Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
     """
     own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
     is_foreign = {
         "text": "hf_model_name" in model_config.get("text_cfg", {}),
-        "pictures": "timm_model_name" in model_config.get("vision_cfg", {}),
+        "images": "timm_model_name" in model_config.get("vision_cfg", {}),
     }
     return {side: OF_ITS_TOWER if foreign else own for side, foreign in is_foreign.items()}

@@ -1,6 +1,6 @@
 """The one interface of everything that is evaluated, and what its implementations share.
 
-N texts or pictures, D width of the vectors.
+N texts or images, D width of the embeddings.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.pictures import load_picture
+from ...data.image_sources import open_image
 from ...data.trained_emoji import TrainedEmoji
 from ...encoding.devices import find_device
 from ...encoding.float32 import float32_as_such
-from ...processing_llm2clip import load_pictures
+from ...processing_llm2clip import load_images
 
 DTYPES = ("saved", "float32", "bfloat16", "float16")
 
@@ -30,7 +30,7 @@ class EncoderSettings:
     Attributes:
         device: see `find_device`.
         dtype: of the weights: as they were `"saved"`, or cast to another one.
-        batch_size: most texts or pictures at a time; None for the default of the device.
+        batch_size: most texts or images at a time; None for the default of the device.
         show_progress: draw progress bars.
     """
 
@@ -76,28 +76,28 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Vectors of texts.
+    """Embeddings of texts.
 
     Attributes:
         embeds: (N, D) float32 on the CPU, in the order of the texts, of any length.
-        is_cut: (N,) bool, which texts were cut at the encoder's maximum length; None when nothing
-            is known of it, as with stored vectors.
+        is_truncated: (N,) bool, which texts were cut at the encoder's maximum length; None when
+            nothing is known of it, as with stored embeddings.
     """
 
     embeds: Tensor
-    is_cut: Tensor | None
+    is_truncated: Tensor | None
 
 
 @dataclass(frozen=True)
-class Description:
-    """Everything that decides an encoder's vectors, known before its weights are loaded.
+class EncoderDescription:
+    """Everything that decides an encoder's embeddings, known before its weights are loaded.
 
     Attributes:
         kind: which implementation; a key of `kinds.KINDS`.
         source: what the user gave.
         fingerprint: digests of the weights and whatever else tells two models apart.
-        text: prompt, maximum tokens, padding, letter case; None for pictures alone.
-        pictures: resolution, mean, std, resizing, cropping; None for texts alone.
+        text: prompt, maximum tokens, padding, letter case; None for images alone.
+        images: resolution, mean, std, resizing, cropping; None for texts alone.
         dtype: of the weights as they are run.
         run: device, batch size and kind of float32, which do not move a score in float32.
         trained_emoji: what the model's folder says of it; None where it says nothing.
@@ -108,7 +108,7 @@ class Description:
     source: str
     fingerprint: dict[str, str]
     text: dict[str, Any] | None
-    pictures: dict[str, Any] | None
+    images: dict[str, Any] | None
     dtype: str
     run: dict[str, Any] = field(default_factory=dict)
     trained_emoji: TrainedEmoji | None = None
@@ -123,23 +123,23 @@ class Description:
 
 
 class Encoder(Protocol):
-    """What is evaluated. Weights are loaded when the first vector is asked for."""
+    """What is evaluated. Weights are loaded when the first embedding is asked for."""
 
-    def describe(self) -> Description:
-        """Say what decides the vectors, from files alone wherever they say it."""
+    def describe(self) -> EncoderDescription:
+        """Say what decides the embeddings, from files alone wherever they say it."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts; raises ValueError naming every blank one."""
         ...
 
-    def encode_pictures(self, pictures: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode pictures into (N, D) float32 on the CPU, of any length.
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
+        """Encode images into (N, D) float32 on the CPU, of any length.
 
         Args:
-            pictures: addresses as `data.pictures.Picture`, or PIL images.
-            names: what their set calls them; stored vectors are found by it.
-        Raises: ValueError naming the picture that is missing or broken.
+            images: addresses as `data.images.ImageSource`, or PIL images.
+            names: what their set calls them; stored embeddings are found by it.
+        Raises: ValueError naming the image that is missing or broken.
         """
         ...
 
@@ -154,9 +154,9 @@ def encode_distinct(
     unit: str,
     size_of: Callable[[Any], int] | None = None,
 ) -> Tensor:
-    """Encode every distinct item once, in batches, and give each item its vector.
+    """Encode every distinct item once, in batches, and give each item its embedding.
 
-    Equal items get the same vector, bit for bit: from two batches they would differ in the last
+    Equal items get the same embedding, bit for bit: from two batches they would differ in the last
     bit, and no longer tie.
 
     Args:
@@ -172,7 +172,7 @@ def encode_distinct(
         ordered.sort(key=size_of, reverse=True)
     size = settings.choose_batch_size()
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    vectors: Tensor | None = None
+    embeddings: Tensor | None = None
     progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not settings.show_progress)
     with ThreadPoolExecutor(1) as pool, float32_as_such():
         ahead = pool.submit(prepare, batches[0])
@@ -181,23 +181,23 @@ def encode_distinct(
             if number + 1 < len(batches):
                 ahead = pool.submit(prepare, batches[number + 1])
             embeds = encode(prepared).float().cpu()
-            if vectors is None:
-                vectors = torch.empty(len(ordered), embeds.shape[1])
-            vectors[[distinct[item] for item in batch]] = embeds
+            if embeddings is None:
+                embeddings = torch.empty(len(ordered), embeds.shape[1])
+            embeddings[[distinct[item] for item in batch]] = embeds
             progress.update(len(batch))
     progress.close()
-    assert vectors is not None
-    return vectors[[distinct[item] for item in items]]
+    assert embeddings is not None
+    return embeddings[[distinct[item] for item in items]]
 
 
-def require_pictures(pictures: Sequence[Any]) -> None:
+def require_images(images: Sequence[Any]) -> None:
     """Raise ValueError for an empty list."""
-    if not len(pictures):
-        raise ValueError("Got no pictures; give at least one.")
+    if not len(images):
+        raise ValueError("Got no images; give at least one.")
 
 
-def load_rgb(pictures: Sequence[Any]) -> list[Any]:
-    """Open pictures the same way for every encoder: upright, on white, as RGB PIL images."""
-    loaded = load_pictures([load_picture(picture) for picture in pictures])
+def load_rgb(images: Sequence[Any]) -> list[Any]:
+    """Open images the same way for every encoder: upright, on white, as RGB PIL images."""
+    loaded = load_images([open_image(image) for image in images])
     assert isinstance(loaded, list)
     return loaded

@@ -1,4 +1,4 @@
-"""Digests of the small files that decide a model's vectors beside its weights."""
+"""Digests of the small files that decide a model's embeddings beside its weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ...data.trained_emoji import TRAINED_FILE
 
-# Where a model was saved by whom changes no vector.
+# Where a model was saved by whom changes no embedding.
 _IGNORED_FIELDS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-# Of this package's and of downloads: says nothing of how a text or a picture is read.
+# Of this package's and of downloads: says nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md", TRAINED_FILE)
 
 

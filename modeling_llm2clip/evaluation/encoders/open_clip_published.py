@@ -19,7 +19,7 @@ _SHOWN = 4
 
 
 def find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
-    """How pictures are prepared for every published model of an architecture of open_clip.
+    """How images are prepared for every published model of an architecture of open_clip.
 
     Returns: mean, std, interpolation and resize mode, as `open_clip_config.json` has them.
     Raises: ValueError when no model of it is published, or they differ.
@@ -30,7 +30,7 @@ def find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
     settings = [{key: cfg[key] for key in _PREPROCESSING if key in cfg} for cfg in known]
     if not settings or any(other != settings[0] for other in settings):
         raise ValueError(
-            f"{source} is a weights file, which does not say how its pictures are prepared, and "
+            f"{source} is a weights file, which does not say how its images are prepared, and "
             f"open_clip's {len(tags)} published models of {architecture} do not "
             f"{'agree on it' if tags else 'say it either'}. Get the repository's folder, with "
             "open_clip_config.json."

@@ -1,4 +1,4 @@
-"""What a sentence-transformers model does to a text or a picture, told by its files.
+"""What a sentence-transformers model does to a text or an image, told by its files.
 
 No weight is in memory for it, where the first module is that of transformers. Only the loaded model
 can tell what other first modules do, such as static embeddings.
@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoProcessor
 
 from ...loading_llm2clip import load_without_code
 from .activations import OF_ITS_TOWER, describe_activation
-from .letter_case import loses_capitals
-from .preprocessing import describe_image_processor
+from .descriptions import describe_image_processor
+from .letter_case import is_uncased
 
 # Older ones are called by the model's family: `sentence_roberta_config.json`.
 _SETTINGS_FILES = "sentence_*_config.json"
@@ -27,7 +27,7 @@ _NO_LIMIT = 10**9
 
 @dataclass(frozen=True)
 class SentenceFacts:
-    """What decides the vectors beside the weights.
+    """What decides the embeddings beside the weights.
 
     Attributes:
         modules: names of their classes, in their order.
@@ -36,7 +36,7 @@ class SentenceFacts:
         lower_case: whether texts lose their capitals.
         activation: of the text tower.
         modalities: what is encoded: `text`, `image` and others.
-        pictures: how they are prepared; None where they are not encoded.
+        images: how they are prepared; None where they are not encoded.
         tokenizer: for counting tokens, where there is a limit.
     """
 
@@ -46,7 +46,7 @@ class SentenceFacts:
     lower_case: bool
     activation: str
     modalities: tuple[str, ...]
-    pictures: dict[str, Any] | None
+    images: dict[str, Any] | None
     tokenizer: Any
 
 
@@ -75,9 +75,9 @@ def read_sentence_files(folder: Path) -> SentenceFacts:
     processor = load_without_code(AutoProcessor, inside)
     config = load_without_code(AutoConfig, inside)
     tokenizer = getattr(processor, "tokenizer", processor)
-    pictures = None
+    images = None
     if "image" in modalities:
-        pictures = {
+        images = {
             **describe_image_processor(getattr(processor, "image_processor", processor)),
             "activation": describe_activation(getattr(config, "vision_config", config)),
         }
@@ -85,10 +85,10 @@ def read_sentence_files(folder: Path) -> SentenceFacts:
         modules=tuple(module["class"] for module in modules),
         default_prompt=_find_prompt(folder),
         max_tokens=_find_limit(settings, tokenizer, config),
-        lower_case=bool(settings.get("do_lower_case")) or loses_capitals(tokenizer),
+        lower_case=bool(settings.get("do_lower_case")) or is_uncased(tokenizer),
         activation=describe_activation(config.get_text_config()),
         modalities=modalities,
-        pictures=pictures,
+        images=images,
         tokenizer=tokenizer,
     )
 
@@ -96,11 +96,11 @@ def read_sentence_files(folder: Path) -> SentenceFacts:
 def ask_loaded_model(model: Any) -> SentenceFacts:
     """Ask a loaded `SentenceTransformer`."""
     limit = model.max_seq_length
-    pictures = None
+    images = None
     if model.supports("image"):
         processor = model.processor
         image_processor = getattr(processor, "image_processor", processor)
-        pictures = {**describe_image_processor(image_processor), "activation": OF_ITS_TOWER}
+        images = {**describe_image_processor(image_processor), "activation": OF_ITS_TOWER}
     return SentenceFacts(
         modules=tuple(type(module).__name__ for module in model),
         default_prompt=model.prompts.get(model.default_prompt_name),
@@ -108,7 +108,7 @@ def ask_loaded_model(model: Any) -> SentenceFacts:
         lower_case=bool(getattr(model[0], "do_lower_case", False)),
         activation=OF_ITS_TOWER,
         modalities=tuple(map(str, model.modalities)),
-        pictures=pictures,
+        images=images,
         tokenizer=model.tokenizer,
     )
 

@@ -1,1 +1,1 @@
-"""Vectors and their correspondence in, ranks and numbers out. Knows no model."""
+"""Embeddings and their correspondence in, ranks and numbers out. Knows no model."""

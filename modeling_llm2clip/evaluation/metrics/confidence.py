@@ -1,4 +1,4 @@
-"""How far a score could move with another sample of pictures: bootstrap confidence intervals."""
+"""How far a score could move with another sample of images: bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile bootstrap interval of a mean over queries (Efron and Tibshirani, 1993, ch. 13).
 
-    Whole clusters are drawn with replacement. The five captions of a picture succeed and fail
+    Whole clusters are drawn with replacement. The five captions of an image succeed and fail
     together; drawn one by one they would pass for five independent trials, and the interval would
     be too narrow.
 
@@ -38,7 +38,7 @@ def bootstrap_mean(
         values: (Q,) one number a query, as `hits_at` and its like give.
         generator: on the CPU; the same seed gives the same interval.
         clusters: (Q,) whole numbers, equal for queries that are drawn together: for captions, the
-            row of their picture. Each query by itself unless given.
+            row of their image. Each query by itself unless given.
     Raises: ValueError for no values, NaN, other lengths, or a level outside (0, 1).
     """
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
@@ -74,7 +74,7 @@ def bootstrap_mean_of_means(
 ) -> Interval:
     """Percentile bootstrap interval of a mean over groups, such as languages, of their means.
 
-    One draw of clusters serves all groups: a picture that is drawn twice counts twice in every
+    One draw of clusters serves all groups: an image that is drawn twice counts twice in every
     language that it has captions in.
 
     Args:
@@ -94,7 +94,7 @@ def bootstrap_mean_of_means(
         drawn = torch.randint(num_clusters, (count, num_clusters), generator=generator)
         times = torch.zeros(count, num_clusters, dtype=torch.float64)
         times.scatter_add_(1, drawn, torch.ones_like(times))
-        # A small group may have no picture in a draw; the others are the mean then.
+        # A small group may have no image in a draw; the others are the mean then.
         means.append((times @ sums / (times @ sizes)).nanmean(dim=1))
     tail = (1 - level) / 2
     bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which caption belongs to which picture, said pair by pair and never by a reshape."""
+"""Which caption belongs to which image, said pair by pair and never by a reshape."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Correspondence:
         num_images, num_texts: rows of the two sides.
         image_of_pair, text_of_pair: (num_pairs,) int64; pair p says that row image_of_pair[p] of
             the images and row text_of_pair[p] of the texts belong together.
-    Raises: ValueError, with all faults at once, for rows out of range, a pair that is there twice,
+    Raises: ValueError, with all errors at once, for rows out of range, a pair that is there twice,
         an image without a text, or a text without an image.
     """
 
@@ -65,14 +65,14 @@ class Correspondence:
         for name, rows in (("image_of_pair", image), ("text_of_pair", text)):
             if rows.dtype != torch.int64:
                 raise ValueError(f"{name} is {rows.dtype}; row numbers are torch.int64.")
-        faults = [
-            *_find_faults("image", image, self.num_images, other="text"),
-            *_find_faults("text", text, self.num_texts, other="image"),
+        errors = [
+            *_find_errors("image", image, self.num_images, other="text"),
+            *_find_errors("text", text, self.num_texts, other="image"),
         ]
         # Numbers out of range would make two pairs look like one.
-        faults = faults or self._find_repeated_pairs()
-        if faults:
-            raise ValueError("Images and texts do not correspond: " + "; ".join(faults) + ".")
+        errors = errors or self._find_repeated_pairs()
+        if errors:
+            raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
 
     @classmethod
     def from_keys(
@@ -140,7 +140,7 @@ def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> Posit
     return PositiveLists(offsets, members[pairs], pairs)
 
 
-def _find_faults(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
+def _find_errors(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
     if num_rows < 1:
         return [f"there is no {side}"]
     outside = rows[(rows < 0) | (rows >= num_rows)]

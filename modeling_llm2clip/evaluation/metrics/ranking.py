@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .correspondence import Correspondence
 from .counting import NegativeCounts
-from .precision import bound_float32_error, full_float32
+from .score_precision import bound_float32_error, full_float32
 from .tiles import TileScorer, choose_tile_shape
 from .unit_rows import UnitRows
 
@@ -48,16 +48,16 @@ class Ranking:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoWayRanking:
+class RetrievalRanks:
     """Ranks in both directions.
 
     Attributes:
-        image_to_text: queries are images, candidates texts ("text retrieval" in older papers).
-        text_to_image: queries are texts, candidates images ("image retrieval").
+        i2t: queries are images, candidates texts ("text retrieval" in older papers).
+        t2i: queries are texts, candidates images ("image retrieval").
     """
 
-    image_to_text: Ranking
-    text_to_image: Ranking
+    i2t: Ranking
+    t2i: Ranking
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def ranking_memory(max_memory_mb: float) -> Iterator[None]:
 
 
 @torch.no_grad()
-def rank_both_ways(
+def rank_retrieval(
     image_embeds: Tensor,
     text_embeds: Tensor,
     correspondence: Correspondence,
@@ -85,13 +85,13 @@ def rank_both_ways(
     max_memory_mb: float | None = None,
     device: torch.device | str | None = None,
     over_processes: bool = False,
-) -> TwoWayRanking:
+) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
     The rank of a query's k-th best positive is k plus the number of candidates that are not its
-    positives and score as high or higher. Ties thus count against the model, so that equal vectors
-    cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last bits of a
-    vector do not decide. The positives of one query do not push each other down.
+    positives and score as high or higher. Ties thus count against the model, so that equal
+    embeddings cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last
+    bits of a embedding do not decide. The positives of one query do not push each other down.
 
     Positives are scored first, in float64. Then tiles of the score matrix are computed in float32,
     compared with both sides' thresholds and forgotten; the few scores too near to a threshold to
@@ -100,17 +100,17 @@ def rank_both_ways(
 
     Args:
         image_embeds, text_embeds: (I, P), (T, P) of any float dtype and length; compared as unit
-            vectors. A vector of zeros scores 0 with all.
+            embeddings. An embedding of zeros scores 0 with all.
         correspondence: which rows belong together.
         all_positives: rank all positives of a query, not its best alone. Costs one more comparison
             of the scores for each further positive.
-        max_memory_mb: working memory in 10^6 bytes, beyond the vectors and some numbers for each
+        max_memory_mb: working memory in 10^6 bytes, beyond the embeddings and some numbers for each
             image, text and pair; None for that of `ranking_memory`, or else 256.
-        device: where tiles are computed; where the images' vectors are unless given.
+        device: where tiles are computed; where the images' embeddings are unless given.
         over_processes: share the tiles among the processes of the default group; each must come
-            with the same vectors and gets all ranks. NCCL needs a GPU as device.
+            with the same embeddings and gets all ranks. NCCL needs a GPU as device.
     Raises: ValueError for other counts or widths, a dtype that is no float, NaN (the row is
-        named), too little memory for one row, or processes that come with different vectors.
+        named), too little memory for one row, or processes that come with different embeddings.
     """
     _check(image_embeds, text_embeds, correspondence)
     device = torch.device(device) if device is not None else image_embeds.device
@@ -143,7 +143,7 @@ def rank_both_ways(
     if over_processes:
         dist.all_reduce(image_counts.counts)
         dist.all_reduce(text_counts.counts)
-    image_to_text, text_to_image = (
+    i2t, t2i = (
         Ranking(
             num_candidates=num_candidates,
             num_positives=counts.num_positives,
@@ -154,7 +154,7 @@ def rank_both_ways(
             (image_counts, len(text_embeds)), (text_counts, len(image_embeds)),
         )
     )  # fmt: skip
-    return TwoWayRanking(image_to_text, text_to_image)
+    return RetrievalRanks(i2t, t2i)
 
 
 def _score_pairs(
@@ -181,7 +181,7 @@ def _check(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspond
                 f"{num_rows} {name}s of the correspondence."
             )
         if not embeds.dtype.is_floating_point:
-            raise ValueError(f"{name}_embeds are {embeds.dtype}; vectors are of a float dtype.")
+            raise ValueError(f"{name}_embeds are {embeds.dtype}; embeddings are of a float dtype.")
     if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"Images have width {image_embeds.shape[1]}, texts {text_embeds.shape[1]}; they must "
@@ -190,12 +190,12 @@ def _check(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspond
 
 
 def _require_equal_scores(scores: Tensor, device: torch.device) -> None:
-    """Refuse to add counts of different vectors; their positives would hardly score the same."""
+    """Refuse to add counts of different embeddings; their positives would hardly score the same."""
     weights = torch.linspace(0, 1, len(scores), dtype=torch.float64)
     mine = torch.stack([scores.sum(dtype=torch.float64), (weights * scores).sum()]).to(device)
     all_sums = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(all_sums, mine)
-    # The same vectors computed on two machines may differ in their last bits.
+    # The same embeddings computed on two machines may differ in their last bits.
     different = [
         rank
         for rank, sums in enumerate(all_sums)
@@ -203,6 +203,6 @@ def _require_equal_scores(scores: Tensor, device: torch.device) -> None:
     ]
     if different:
         raise ValueError(
-            f"Processes {different} came with other vectors than process 0. Each must have the "
-            "vectors of all images and texts: gather them first."
+            f"Processes {different} came with other embeddings than process 0. Each must have the "
+            "embeddings of all images and texts: gather them first."
         )

@@ -91,7 +91,7 @@ def _all_ranks(ranking: Ranking, k: int) -> Tensor:
     _require_rank(k)
     if ranking.positive_ranks is None:
         raise ValueError(
-            "This score needs the ranks of all positives: rank_both_ways(…, all_positives=True)."
+            "This score needs the ranks of all positives: rank_retrieval(…, all_positives=True)."
         )
     return ranking.positive_ranks
 

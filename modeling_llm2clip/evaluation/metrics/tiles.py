@@ -33,7 +33,7 @@ def choose_tile_shape(width: int, *, max_memory_mb: float, device_type: str = "c
     """Take as many rows as memory holds, but not more than is fast.
 
     Args:
-        max_memory_mb: for everything that is held beside the vectors, in 10^6 bytes.
+        max_memory_mb: for everything that is held beside the embeddings, in 10^6 bytes.
     Raises: ValueError when there is no room for one image and one text.
     """
     # Bytes of a score: itself and its comparison, both for some queries once more, and, were all

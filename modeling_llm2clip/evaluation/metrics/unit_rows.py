@@ -1,11 +1,11 @@
-"""Vectors as rows of unit length, made a few rows at a time from whatever they are stored as."""
+"""Embeddings as rows of unit length, made a few rows at a time from whatever they are stored as."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Shorter vectors keep their direction and get a length below 1, as in F.normalize.
+# Shorter embeddings keep their direction and get a length below 1, as in F.normalize.
 _SHORTEST = 1e-12
 
 
@@ -13,7 +13,7 @@ class UnitRows:
     """Rows of embeddings in unit length, without a second copy of them all.
 
     Args:
-        name: what the vectors are called in errors.
+        name: what the embeddings are called in errors.
         embeds: (N, P) of any float dtype, on any device.
         device: where rows are wanted.
         rows_at_a_time: how many are held in float64 while lengths are taken.

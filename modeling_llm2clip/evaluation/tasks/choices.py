@@ -1,10 +1,11 @@
-"""Compositional choices: which of two captions is true, of which of two pictures.
+"""Compositional choices: which of two captions is true, of which of two images.
 
 | form of the set | scores |
 | --- | --- |
-| `picture` (SugarCrepe) | `accuracy`: the true caption is nearer to the picture than the false one |
-| `text` | the same with another true caption in place of the picture, for text encoders alone |
-| `pictures` (Winoground, arXiv:2204.03162) | `text`: each picture finds its caption; `image`: each caption finds its picture; `group`: both |
+| `image` (SugarCrepe) | `accuracy`: the true caption is nearer to the image than the false one |
+| `text` | the same with another true caption in place of the image, for text encoders alone |
+| `images` (Winoground, arXiv:2204.03162) | `text`: each image finds its caption; `image`: each
+caption finds its image; `group`: both |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..datasets.schema import ChoiceDataset, EvaluationSet
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.ranking import TIE_TOLERANCE
-from ..sets.schema import ChoiceSet, EvaluationSet
 from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
 
 # Of Winoground: two comparisons right by luck, and the share of orders of four numbers that do
@@ -29,7 +30,7 @@ CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 def run_choices(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
     """Answer every item, and score all of them and each category."""
     (data,) = sets
-    assert isinstance(data, ChoiceSet)
+    assert isinstance(data, ChoiceDataset)
     captions = [caption for item in data.items for caption in item.captions]
     anchors = [item.anchor for item in data.items if item.anchor is not None]
     texts = encoder.encode_texts([*captions, *anchors])
@@ -37,7 +38,7 @@ def run_choices(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores
     if data.form == "text":
         others = F.normalize(texts.embeds[len(captions) :], dim=-1).unflatten(0, (-1, 1))
     else:
-        others = _encode_pictures(encoder, data)
+        others = _encode_images(encoder, data)
     answers = compare(captions_embeds, others)
     return TaskScores(_score(data, answers), _count(data, texts))
 
@@ -47,10 +48,10 @@ def compare(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
 
     Args:
         captions: (N, 2, D) of unit length; the first is true of the first of the others.
-        others: (N, 1, D) or (N, 2, D), pictures or what stands for them.
+        others: (N, 1, D) or (N, 2, D), images or what stands for them.
     Returns: name of a score to (N,) bool.
     """
-    scores = others.double() @ captions.double().transpose(1, 2)  # (N, pictures, captions)
+    scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
     if others.shape[1] == 1:
         return {"accuracy": _is_nearer(scores[:, 0, 0], scores[:, 0, 1])}
     text = _is_nearer(scores[:, 0, 0], scores[:, 0, 1]) & _is_nearer(
@@ -66,18 +67,18 @@ def _is_nearer(right: Tensor, wrong: Tensor) -> Tensor:
     return torch.gt(right, wrong + TIE_TOLERANCE)
 
 
-def _encode_pictures(encoder: Encoder, data: ChoiceSet) -> Tensor:
-    pictures = [picture for item in data.items for picture in item.pictures]
+def _encode_images(encoder: Encoder, data: ChoiceDataset) -> Tensor:
+    images = [image for item in data.items for image in item.images]
     names = [
-        f"{item.name}/{number}" if len(item.pictures) > 1 else item.name
+        f"{item.name}/{number}" if len(item.images) > 1 else item.name
         for item in data.items
-        for number in range(len(item.pictures))
+        for number in range(len(item.images))
     ]
-    embeds = F.normalize(encoder.encode_pictures(pictures, names=names), dim=-1)
+    embeds = F.normalize(encoder.encode_images(images, names=names), dim=-1)
     return embeds.reshape(len(data.items), -1, embeds.shape[1])
 
 
-def _score(data: ChoiceSet, answers: Mapping[str, Tensor]) -> dict[str, Any]:
+def _score(data: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:
     categories = [item.category for item in data.items]
     scores: dict[str, Any] = {
         name: {**mean_with_interval(right.double()), "chance": CHANCES[name]}
@@ -93,21 +94,21 @@ def _score(data: ChoiceSet, answers: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**scores, "categories": of_category}
 
 
-def _count(data: ChoiceSet, texts: EncodedTexts) -> dict[str, Any]:
-    pictures = {picture for item in data.items for picture in item.pictures}
-    return {"items": len(data.items), "pictures": len(pictures), **count_texts(texts)}
+def _count(data: ChoiceDataset, texts: EncodedTexts) -> dict[str, Any]:
+    images = {image for item in data.items for image in item.images}
+    return {"items": len(data.items), "images": len(images), **count_texts(texts)}
 
 
 CHOICES = Task(
     name="choices",
     title="which of two captions is true",
     kinds=("choice",),
-    needs_pictures=None,
+    needs_images=None,
     languages=False,
     protocol={
         "similarity": "cosine",
         "ties": f"cosines no further apart than {TIE_TOLERANCE:g} are a wrong answer",
-        "interval": INTERVAL_PROTOCOL.replace("pictures", "items"),
+        "interval": INTERVAL_PROTOCOL.replace("images", "items"),
     },
     headline={
         "accuracy": ("accuracy", "value"),

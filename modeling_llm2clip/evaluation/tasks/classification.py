@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose prompts are nearest to the picture."""
+"""Zero-shot classification: the class whose prompts are nearest to the image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..datasets.schema import ClassificationDataset, EvaluationSet
 from ..encoders.encoder import Encoder
 from ..metrics.ranking import TIE_RULE, TIE_TOLERANCE
-from ..sets.schema import ClassificationSet, EvaluationSet
-from .confusion import draw_confusion
+from .confusion import plot_confusion
 from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
 
 KS = (1, 5)
@@ -21,19 +21,19 @@ _NEAR = 1e-4  # of a cosine in float32, far above its rounding
 
 
 def run_classification(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
-    """Compare every picture with every class; a class is the mean of its prompts' unit vectors."""
+    """Compare every image with every class; a class is the mean of its prompts' unit embeddings."""
     (data,) = sets
-    assert isinstance(data, ClassificationSet)
+    assert isinstance(data, ClassificationDataset)
     prompts = [
         template.replace("{}", name) for name in data.class_names for template in data.templates
     ]
     texts = encoder.encode_texts(prompts)
     of_class = F.normalize(texts.embeds, dim=-1).unflatten(0, (len(data.class_names), -1))
     classes = F.normalize(of_class.mean(dim=1), dim=-1)  # (C, D)
-    images = F.normalize(encoder.encode_pictures(data.pictures, names=data.picture_names), dim=-1)
+    images = F.normalize(encoder.encode_images(data.images, names=data.image_names), dim=-1)
     if images.shape[1] != classes.shape[1]:
         raise ValueError(
-            f"Pictures have width {images.shape[1]}, texts {classes.shape[1]}; they must come from "
+            f"Images have width {images.shape[1]}, texts {classes.shape[1]}; they must come from "
             "one model."
         )
     labels = torch.tensor(data.labels)
@@ -42,19 +42,19 @@ def run_classification(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> Tas
     scores = _score(ranks, labels, confusion, data.class_names)
     tied = [data.class_names[row] for row in find_tied(classes)]
     return TaskScores(
-        scores={**scores, "classes_with_tied_vectors": tied},
-        counts={"pictures": len(images), "classes": len(classes), **count_texts(texts)},
-        pictures={"confusion": draw_confusion(confusion, data.class_names)},
+        scores={**scores, "classes_with_tied_embeddings": tied},
+        counts={"images": len(images), "classes": len(classes), **count_texts(texts)},
+        images={"confusion": plot_confusion(confusion, data.class_names)},
     )
 
 
 def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of each picture's own class, and the class that it is taken for.
+    """Rank of each image's own class, and the class that it is taken for.
 
     Args:
         images, classes: (N, D), (C, D) of unit length.
         labels: (N,) int64.
-    Returns: (N,) int64 each; ranks begin at 1, and ties count against the model: a picture whose
+    Returns: (N,) int64 each; ranks begin at 1, and ties count against the model: an image whose
         own class ties with others is taken for the nearest of these.
     """
     scores = images.double() @ classes.double().T  # (N, C)
@@ -65,7 +65,7 @@ def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def find_tied(classes: Tensor) -> list[int]:
-    """Rows that lie as near to another row as a tie: pictures of them can only be wrong.
+    """Rows that lie as near to another row as a tie: images of them can only be wrong.
 
     Names that differ to a reader may be one to a model: in capitals, or cut at its last token.
 
@@ -84,7 +84,7 @@ def find_tied(classes: Tensor) -> list[int]:
 
 
 def count_confusion(labels: Tensor, predicted: Tensor, *, num_classes: int) -> Tensor:
-    """How many pictures of each class (row) were taken for each class (column), (C, C) int64."""
+    """How many images of each class (row) were taken for each class (column), (C, C) int64."""
     cells = labels * num_classes + predicted
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -119,12 +119,12 @@ CLASSIFICATION = Task(
     name="classification",
     title="zero-shot classification by prompts",
     kinds=("classification",),
-    needs_pictures=True,
+    needs_images=True,
     languages=False,
     protocol={
         "similarity": "cosine",
         "ties": TIE_RULE,
-        "class_vector": "mean of the unit vectors of its prompts, unit length again",
+        "class_embedding": "mean of the unit embeddings of its prompts, unit length again",
         "interval": INTERVAL_PROTOCOL,
     },
     headline={

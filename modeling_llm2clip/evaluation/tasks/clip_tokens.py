@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..._extras import CLIP_TOKENS
-from ..encoders.open_clip_towers import import_open_clip
+from ..encoders.open_clip_models import import_open_clip
 
 # 77 positions, of which the begin and the end of the text take two (arXiv:2103.00020).
 CLIP_TEXT_TOKENS = 75

@@ -14,10 +14,10 @@ _LARGEST_CELL = 24
 _MARGIN = 8
 
 
-def draw_confusion(confusion: Tensor, names: Sequence[str]) -> Image.Image:
-    """Draw a confusion matrix: rows are the pictures' own classes, darker is more.
+def plot_confusion(confusion: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw a confusion matrix: rows are the images' own classes, darker is more.
 
-    Each row is scaled to its number of pictures. Up to 60 classes are named; where the font has
+    Each row is scaled to its number of images. Up to 60 classes are named; where the font has
     no letters for a name, and above that, a class goes by its number, counted from 0.
 
     Args:

@@ -9,30 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..datasets.schema import EvaluationSet, RetrievalDataset
 from ..encoders.encoder import Encoder
 from ..metrics.scores import hits_at
-from ..sets.schema import EvaluationSet, RetrievalSet
-from .retrieval import KS, PROTOCOL, encode_set, rank_directions, score_both_ways
+from .retrieval import KS, PROTOCOL, encode_dataset, rank_directions, score_retrieval
 from .task import Task, TaskScores, count_texts, mean_of_means_with_interval
 
 
 def run_cross_lingual(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
-    """Score each language by itself: its captions look among its own pictures."""
+    """Score each language by itself: its captions look among its own images."""
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     numbers: dict[str, int] = {}
     hits: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for data in sets:
-        assert isinstance(data, RetrievalSet)
-        texts, images = encode_set(encoder, data)
-        directions = rank_directions(images, texts.embeds, data.correspondence)
-        scores[data.lang] = score_both_ways(directions)
-        # A picture has one number in all languages.
-        number = torch.tensor([numbers.setdefault(n, len(numbers)) for n in data.picture_names])
-        for name, (ranking, pictures) in directions.items():
+        assert isinstance(data, RetrievalDataset)
+        texts, image_embeds = encode_dataset(encoder, data)
+        directions = rank_directions(image_embeds, texts.embeds, data.correspondence)
+        scores[data.lang] = score_retrieval(directions)
+        # An image has one number in all languages.
+        number = torch.tensor([numbers.setdefault(n, len(numbers)) for n in data.image_names])
+        for name, (ranking, queries) in directions.items():
             for k in KS:
-                hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[pictures]))
-        counts[data.lang] = {"pictures": len(images), **count_texts(texts)}
+                hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[queries]))
+        counts[data.lang] = {"images": len(image_embeds), **count_texts(texts)}
     mean = {direction: _average(scores, direction) for direction in directions}
     for direction, of_mean in mean.items():
         of_mean["intervals"] = {
@@ -52,16 +52,16 @@ CROSS_LINGUAL = Task(
     name="cross-lingual",
     title="retrieval in every language of a set, and the mean",
     kinds=("retrieval",),
-    needs_pictures=True,
+    needs_images=True,
     languages=True,
     protocol={**PROTOCOL, "mean": "over languages, each with the same weight"},
     headline={
-        "text to picture R@1": ("mean", "text_to_image", "hit_rate_at_1"),
-        "picture to text R@1": ("mean", "image_to_text", "hit_rate_at_1"),
+        "text to image R@1": ("mean", "t2i", "hit_rate_at_1"),
+        "image to text R@1": ("mean", "i2t", "hit_rate_at_1"),
     },
     chance={
-        "text to picture R@1": ("mean", "text_to_image", "chance_hit_rate_at_1"),
-        "picture to text R@1": ("mean", "image_to_text", "chance_hit_rate_at_1"),
+        "text to image R@1": ("mean", "t2i", "chance_hit_rate_at_1"),
+        "image to text R@1": ("mean", "i2t", "chance_hit_rate_at_1"),
     },
     run=run_cross_lingual,
 )

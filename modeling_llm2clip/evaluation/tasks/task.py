@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..._extras import Need
+from ..datasets.schema import EvaluationSet
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.confidence import bootstrap_mean, bootstrap_mean_of_means
-from ..sets.schema import EvaluationSet
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000
 # Of every task that gives an interval: part of its protocol.
-INTERVAL_PROTOCOL = f"bootstrap over pictures, {NUM_RESAMPLES} draws, {CONFIDENCE_LEVEL:.0%}"
+INTERVAL_PROTOCOL = f"bootstrap over images, {NUM_RESAMPLES} draws, {CONFIDENCE_LEVEL:.0%}"
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class TaskScores:
 
     Attributes:
         scores: numbers by name, nested at will; JSON can hold them.
-        counts: how many texts and pictures there were, and how many texts were cut.
-        pictures: to be saved beside the scores, by name.
+        counts: how many texts and images there were, and how many texts were cut.
+        images: to be saved beside the scores, by name.
     """
 
     scores: Mapping[str, Any]
     counts: Mapping[str, Any]
-    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+    images: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
 RunTask: TypeAlias = Callable[[Encoder, tuple[EvaluationSet, ...]], TaskScores]
@@ -47,13 +47,13 @@ class Task:
     Attributes:
         name: as `--tasks` takes it.
         title: one line for people.
-        kinds: kinds of sets that it can be run on (`SetCard.kind`).
-        needs_pictures: whether the encoder must take pictures; None when it depends on the set.
+        kinds: kinds of sets that it can be run on (`DatasetSpec.kind`).
+        needs_images: whether the encoder must take images; None when it depends on the set.
         languages: whether all languages of a set are taken together, or one alone.
         protocol: choices of the task that move a score.
         protocol_of: further choices, which hang on the sets.
         headline: which scores a table shows: a column's title to the path in `scores`.
-        chance: of those columns that have one: the path to what vectors without meaning reach.
+        chance: of those columns that have one: the path to what embeddings without meaning reach.
         run: the task itself; takes one set a language.
         check: raises ValueError for sets on which the task cannot be run, before any model is
             loaded.
@@ -63,7 +63,7 @@ class Task:
     name: str
     title: str
     kinds: tuple[str, ...]
-    needs_pictures: bool | None
+    needs_images: bool | None
     languages: bool
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
@@ -75,7 +75,7 @@ class Task:
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
-    """Mean of one number a query, and how far it could move with other pictures.
+    """Mean of one number a query, and how far it could move with other images.
 
     Returns: `value`, `low`, `high`.
     """
@@ -103,5 +103,8 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:
     """How many texts there were, and how many of them the encoder had to cut."""
-    is_cut = texts.is_cut
-    return {"texts": len(texts.embeds), "texts_cut": None if is_cut is None else int(is_cut.sum())}
+    is_truncated = texts.is_truncated
+    return {
+        "texts": len(texts.embeds),
+        "texts_truncated": None if is_truncated is None else int(is_truncated.sum()),
+    }

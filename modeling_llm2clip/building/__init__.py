@@ -1,0 +1,1 @@
+"""Two towers into an untrained model."""

@@ -1,0 +1,154 @@
+"""Sets, when a model is built, how large its images are and how their colors are scaled.
+
+Both end up as plain numbers in the checkpoint: in the configuration of the vision tower and in the
+image processor. So whoever loads it needs to know nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from ..loading_llm2clip import build_tower
+from ..vision_llm2clip import find_fixed_size, find_patch_size
+from .image_choices import NORMALIZATIONS
+
+_MEAN_AND_STD = {
+    "openai": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "half": ([0.5] * 3, [0.5] * 3),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+
+
+def set_normalization(image_processor: Any, name: str) -> Any:
+    """Return the image processor with another mean and std.
+
+    Args:
+        name: one of `image_choices.NORMALIZATIONS`: `"own"` leaves them, `"openai"` is CLIP's,
+            with which the official checkpoints of every tower were trained, `"half"` is SigLIP's
+            0.5 and 0.5, `"imagenet"` is DINO's.
+    """
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"normalization={name!r} must be one of {NORMALIZATIONS}.")
+    if name == "own":
+        return image_processor
+    mean, std = _MEAN_AND_STD[name]
+    return _change(image_processor, image_mean=list(mean), image_std=list(std), do_normalize=True)
+
+
+def set_image_size(
+    vision_model: PreTrainedModel, image_processor: Any, image_size: int
+) -> tuple[PreTrainedModel, Any]:
+    """Make tower and image processor take square images of another size.
+
+    Positions of a tower that has them for one size alone are interpolated once and for all, as the
+    tower itself does it while it runs. A tower that takes any size is left alone.
+
+    Args:
+        vision_model: a timm network is changed itself, another is left as it is.
+        image_size: side in pixels, a multiple of the tower's patch.
+    Raises: ValueError for another side, or a tower that does not take it, which is tried.
+    """
+    own = find_fixed_size(vision_model)
+    patch = find_patch_size(vision_model)
+    # A tower may have been trained with a rest (SigLIP with 384 pixels in patches of 14).
+    if patch and image_size % patch and own != (image_size, image_size):
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
+            f"the rest would be cut off. Take {max(image_size // patch, 1) * patch}, for instance."
+        )
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if own is not None and own != (image_size, image_size):
+        if timm_model is None:
+            vision_model = _resize_positions(vision_model, image_size, patch=patch)
+        elif hasattr(timm_model, "set_input_size"):
+            timm_model.set_input_size(img_size=(image_size, image_size))
+            config = vision_model.config
+            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+    if not _counts_patches(image_processor):
+        _require_taken(vision_model, image_size)
+    return vision_model, _resize_images(image_processor, image_size, patch)
+
+
+@torch.no_grad()
+def _require_taken(vision_model: PreTrainedModel, image_size: int) -> None:
+    image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
+    try:
+        vision_model(pixel_values=image.to(vision_model.device))
+    except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for a size
+        raise ValueError(
+            f"This {vision_model.config.model_type!r} tower does not take images of {image_size} "
+            f"× {image_size} pixels ({error}). Leave image_size out."
+        ) from error
+
+
+def _resize_positions(
+    vision_model: PreTrainedModel, image_size: int, *, patch: int
+) -> PreTrainedModel:
+    config = copy.deepcopy(vision_model.config)
+    config.image_size = image_size
+    resized: Any = build_tower(config)
+    resized.to(vision_model.dtype)
+    weights, shapes = vision_model.state_dict(), resized.state_dict()
+    changed = [name for name in weights if weights[name].shape != shapes[name].shape]
+    if len(changed) != 1 or ".position_embedding" not in changed[0]:
+        raise ValueError(
+            f"In this {config.model_type!r} tower more than the positions hangs on the image "
+            f"size: {changed}. Leave image_size out, and pass interpolate_pos_encoding=True."
+        )
+    num_patches = (vision_model.config.image_size // patch) ** 2
+    num_others = weights[changed[0]].shape[-2] - num_patches  # a class token, or none
+    positions = _interpolate_positions(vision_model, image_size, patch, num_others)
+    weights[changed[0]] = positions.reshape(shapes[changed[0]].shape)
+    resized.load_state_dict(weights)
+    return resized.train(vision_model.training)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _interpolate_positions(
+    vision_model: nn.Module, image_size: int, patch: int, num_others: int
+) -> Tensor:
+    """Ask the tower's own interpolation for the positions of another size, (1, L, D) float32."""
+    found: Any = next(
+        module for module in vision_model.modules() if hasattr(module, "interpolate_pos_encoding")
+    )
+    embeddings = copy.deepcopy(found).float()  # in half precision the positions would shift
+    config: Any = vision_model.config
+    tokens = torch.empty(1, num_others + (image_size // patch) ** 2, config.hidden_size)
+    positions: Tensor = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+    return positions
+
+
+def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
+    if _counts_patches(image_processor):
+        return _change(image_processor, max_num_patches=(image_size // patch) ** 2)
+    settings = image_processor.to_dict()
+    size = {name: value for name, value in settings["size"].items() if value}
+    crops = bool(settings.get("do_center_crop") and settings.get("crop_size"))
+    old = settings["crop_size"]["height"] if crops else next(iter(size.values()))
+    # What is cut off keeps its share.
+    changes: dict[str, Any] = {
+        "size": {name: round(value * image_size / old) for name, value in size.items()}
+    }
+    if crops:
+        changes["crop_size"] = {"height": image_size, "width": image_size}
+    return _change(image_processor, **changes)
+
+
+def _counts_patches(image_processor: Any) -> bool:
+    """Whether images keep their shape and come as so many patches (SigLIP2's own layout)."""
+    return hasattr(image_processor, "max_num_patches")
+
+
+def _change(image_processor: Any, **changes: Any) -> Any:
+    return type(image_processor).from_dict({**image_processor.to_dict(), **changes})

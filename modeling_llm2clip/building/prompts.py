@@ -1,0 +1,208 @@
+"""The prompt around every caption, written into the tokenizer that is saved.
+
+A prompt is chosen explicitly and never guessed from a model's name: upstream chose it by the
+checkpoint's path, and a renamed folder gave other embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer, normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .prompt_presets import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
+
+# Captions of several kinds on which the prompt's ids must come out the same.
+_SAMPLE_CAPTIONS = (
+    "A dog.",
+    "two cats on a mat",
+    "Édouard, 1862 (oil on canvas)",
+    "東京の夜景",
+    "7 a",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that enclose every caption.
+
+    Attributes:
+        prefix_ids: attended to, not pooled.
+        suffix_ids: attended to and pooled, as upstream pools its end-of-turn token.
+    """
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+
+def resolve_template(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | None,
+    *,
+    prefix: str | None = None,
+    suffix: str | None = None,
+) -> str:
+    """Turn a choice of prompt into a template with `{text}` in it.
+
+    Args:
+        prompt: a name of `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None
+            with `prefix` or `suffix` given.
+    Raises: ValueError when the choice is unknown, contradictory or missing.
+    """
+    if prefix is not None or suffix is not None:
+        if prompt is not None:
+            raise ValueError(f"Give a prompt name ({prompt!r}) or prefix and suffix, not both.")
+        return f"{prefix or ''}{{text}}{suffix or ''}"
+    if prompt == CHAT_TEMPLATE:
+        return _render_chat_template(tokenizer)
+    if prompt not in PROMPT_PRESETS:
+        raise ValueError(
+            f"prompt={prompt!r} must be one of {PROMPT_NAMES}, or give prefix "
+            "and suffix. It is never guessed: the embeddings depend on it."
+        )
+    return PROMPT_PRESETS[prompt]
+
+
+def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
+    """Find the ids that a template puts around any caption, and verify them on several.
+
+    Raises: ValueError when the tokenizer merges prompt and caption, so that no fixed ids exist,
+        or does not know the template's special tokens.
+    """
+    _refuse_unknown_special_tokens(tokenizer, template)
+    pieces = {_split_around_caption(tokenizer, template, probe) for probe in _SAMPLE_CAPTIONS}
+    if len(pieces) != 1:
+        raise ValueError(
+            f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
+            f"but {sorted(pieces)[:3]}. Put a special token or a newline next to {{text}}."
+        )
+    return Prompt(*pieces.pop())
+
+
+def write_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, max_length: int
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that strips each text, encloses it in the prompt, and pads right.
+
+    The generic fast class is returned, because the classes of some families rebuild their
+    post-processor on loading and would lose the prompt.
+
+    A tokenizer strips each piece between added tokens, not the text alone: blanks beside an added
+    token inside a caption are lost, and blanks that are added tokens stay at its ends, where they
+    stay such. So tokens of blanks are made ordinary where that changes nothing else.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = _without_added_blanks(backend)
+    stripped = [normalizers.Strip()]
+    if backend.normalizer is not None:
+        stripped.append(backend.normalizer)
+    backend.normalizer = normalizers.Sequence(stripped)
+    backend.post_processor = _enclose(backend, prompt)
+    backend.no_padding()
+    backend.no_truncation()
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=max_length,
+        padding_side="right",
+        truncation_side="right",
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+        **_named_special_tokens(tokenizer),
+    )
+    result.model_input_names = ["input_ids", "attention_mask"]
+    return result
+
+
+def _without_added_blanks(backend: Tokenizer) -> Tokenizer:
+    """Leave added tokens of blanks, as Gemma's line breaks, to the model if it makes the same."""
+    content = json.loads(backend.to_str())
+    added = content["added_tokens"]
+    blanks = [t["content"] for t in added if t["content"].isspace() and not t["special"]]
+    if not blanks:
+        return backend
+    content["added_tokens"] = [t for t in added if t["content"] not in blanks]
+    plain = Tokenizer.from_str(json.dumps(content))
+    signs = set("".join(blanks))
+    # A piece of blanks and letters would be made of some texts, which no probe finds.
+    is_mixed = any(signs & set(p) and not p.isspace() for p in plain.get_vocab())
+    probes = [f"A dog.{one}{other}two" for one in blanks for other in ("", *blanks)]
+    same = all(
+        plain.encode(probe, add_special_tokens=False).ids
+        == backend.encode(probe, add_special_tokens=False).ids
+        for probe in probes
+    )
+    return plain if same and not is_mixed else backend
+
+
+def _enclose(backend: Tokenizer, prompt: Prompt) -> TemplateProcessing:
+    pieces = {"prompt_prefix": prompt.prefix_ids, "prompt_suffix": prompt.suffix_ids}
+    special = [
+        {"id": name, "ids": list(ids), "tokens": [backend.id_to_token(i) for i in ids]}
+        for name, ids in pieces.items()
+        if ids
+    ]
+    single = [name for name in ("prompt_prefix", "$A", "prompt_suffix") if pieces.get(name, True)]
+    return TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=special)
+
+
+def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    named = {
+        name: str(token)
+        for name in ("bos_token", "eos_token", "unk_token")
+        if (token := getattr(tokenizer, name, None)) is not None
+    }
+    # A decoder without a padding token takes its end token, as upstream does: padding is masked.
+    padding = tokenizer.pad_token or tokenizer.eos_token
+    if padding is None:
+        raise ValueError(
+            "The tokenizer has neither a padding nor an end token. Set tokenizer.pad_token to a "
+            "token of its vocabulary first."
+        )
+    return {**named, "pad_token": str(padding)}
+
+
+def _split_around_caption(
+    tokenizer: PreTrainedTokenizerBase, template: str, caption: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    whole = tokenizer(template.replace("{text}", caption))["input_ids"]
+    if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:
+        whole = whole[1:]  # the template's own beginning token doubled the tokenizer's
+    inner = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+    raise ValueError(
+        f"With the template {template!r} this tokenizer merges the caption {caption!r} with its "
+        "prompt. Put a special token or a newline next to {text}."
+    )
+
+
+def _refuse_unknown_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    looking_special = re.findall(r"<[^<>]+>", template.replace("{text}", ""))
+    unknown = [
+        token
+        for token in looking_special
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
+    ]
+    if unknown:
+        raise ValueError(
+            f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
+            "the prompt belongs to another family of models. Choose another prompt."
+        )
+
+
+def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("prompt='chat-template', but the tokenizer has no chat template.")
+    marker = "CAPTION-GOES-HERE"
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=False
+    )
+    if not isinstance(rendered, str) or rendered.count(marker) != 1:
+        raise ValueError("The tokenizer's chat template does not show the text exactly once.")
+    return rendered.replace(marker, "{text}")

@@ -1,0 +1,52 @@
+"""transformers' CLIP names, as the official Hub repositories of the OpenAI towers have them."""
+
+from __future__ import annotations
+
+from transformers import CLIPVisionConfig, PreTrainedConfig
+
+from ..key_mapping import Drop, rename
+from ..source_formats import SourceFormat
+from .layout import Layout, Tensors
+
+
+def make_vision_config(
+    _tensors: Tensors, recipe: SourceFormat, stated: PreTrainedConfig | None
+) -> PreTrainedConfig:
+    """Take the repository's own description; its activation must be the recipe's.
+
+    Raises: ValueError when there is none, or it contradicts the recipe.
+    """
+    vision: PreTrainedConfig | None = getattr(stated, "vision_config", None)
+    if vision is None:
+        raise ValueError(
+            "Weights in transformers' CLIP names need the config.json that came with them. Give "
+            "the folder or Hub id, not the weight file alone."
+        )
+    if vision.hidden_act != recipe.activation:
+        raise ValueError(
+            f"The repository's config.json has hidden_act={vision.hidden_act!r}, the recipe "
+            f"activation={recipe.activation!r}. Give the activation that it was trained with."
+        )
+    # A class of transformers' own, without what the repository's code would add.
+    return CLIPVisionConfig.from_dict(vision.to_dict())
+
+
+HUB_CLIP = Layout(
+    name="hub_clip",
+    marks=("vision_model.embeddings.class_embedding", "visual_projection.weight"),
+    adapter_prefix="text_adapter.adaptor.",
+    rules=(
+        rename(
+            r"vision_model\.((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..*)",
+            r"vision_model.\1",
+        ),
+        rename(r"visual_projection\.weight", "visual_projection.weight"),
+    ),
+    drops=(
+        Drop(
+            r"vision_model\.embeddings\.position_ids",
+            "numbers 0, 1, 2, … that the model makes itself",
+        ),
+    ),
+    make_vision_config=make_vision_config,
+)

@@ -1,0 +1,69 @@
+"""What an examination found, and how it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class NotApplicableError(Exception):
+    """A check has nothing to look at in this checkpoint or on this machine; the text says why."""
+
+
+class ConcernError(Exception):
+    """A check found no error in the folder, but what its user must know; the text says what."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to a checkpoint and its answer.
+
+    Attributes:
+        name: what was asked.
+        passed: False also where it was skipped.
+        message: what was seen; for an error, what was wanted and what to do.
+        skipped: it could not be asked; `message` says why.
+        concern: it passed, and `message` says what the user must know; the summary repeats it.
+    """
+
+    name: str
+    passed: bool
+    message: str
+    skipped: bool = False
+    concern: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """`"ok"`, `"warning"`, `"skipped"` or `"FAILED"`."""
+        if self.concern:
+            return "warning"
+        return "ok" if self.passed else "skipped" if self.skipped else "FAILED"
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """All checks of one checkpoint, in the order they were made."""
+
+    source: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that found an error."""
+        return [check for check in self.checks if not check.passed and not check.skipped]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check found an error."""
+        return not self.failed
+
+    def report(self) -> str:
+        """One line a check, and a last line that sums up."""
+        width = max((len(check.name) for check in self.checks), default=0)
+        lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
+        num_skipped = sum(check.skipped for check in self.checks)
+        verdict = "healthy" if self.healthy else f"{len(self.failed)} of {len(self.checks)} FAILED"
+        verdict += "".join(f", but {check.message}" for check in self.checks if check.concern)
+        skipped = f", {num_skipped} skipped" if num_skipped else ""
+        return "\n".join([*lines, f"{self.source}: {verdict}{skipped}"])
+
+    __str__ = report

@@ -1,0 +1,109 @@
+"""The checkpoint under examination, and what later checks use of it.
+
+Shapes: B texts or images, D width of the LLM, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.devices import to_float64
+from ..model_folders.model_folder import find_model_folder as find_folder  # noqa: F401
+
+SHORT_TEXTS = (
+    "a dog",
+    "Two red apples on a wooden table, 1862.",
+    "x",
+    "Eine Katze schläft auf dem Sofa neben dem Fenster.",
+    "東京の夜景 🌃",
+)
+
+
+@dataclass
+class ModelUnderTest:
+    """A checkpoint; the loading checks fill in its parts, which stay None where there are none."""
+
+    folder: Path
+    device: str
+    config: LLM2CLIPConfig = None  # type: ignore[assignment]
+    model_class: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    processor: Any = None
+
+    @property
+    def encodes_texts(self) -> bool:
+        """Whether there are a loaded text half and a tokenizer."""
+        return hasattr(self.model, "text_model") and self.tokenizer is not None
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether there are a loaded image half and a processor."""
+        return hasattr(self.model, "vision_model") and self.processor is not None
+
+    @property
+    def has_processor_files(self) -> bool:
+        """Whether a processor is, or should be, in the folder; half a model may come without."""
+        names = ("processor_config.json", "preprocessor_config.json")
+        is_half = self.model_class is not None and self.model_class.__name__ != "LLM2CLIPModel"
+        return not is_half or any((self.folder / name).is_file() for name in names)
+
+    def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
+        """Tokenize as any user of the bare tokenizer would: padded and truncated, (B, L)."""
+        return self.tokenizer(
+            list(texts),
+            padding=True,
+            padding_side=padding_side,
+            truncation=True,
+            max_length=self.config.max_text_length,
+            return_tensors="pt",
+        ).to(self.device)
+
+    def encode_texts(
+        self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
+    ) -> Tensor:
+        """Encode texts into (B, P) float32 of unit length.
+
+        Args:
+            as_one_batch: keep the padding, as training and accelerators do; without gradients, a
+                processor would be given small batches that have almost none.
+        """
+        batch = self.tokenize(texts, padding_side=padding_side)
+        with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
+            features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+        return F.normalize(features.pooler_output, dim=-1).cpu()
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Any]) -> Tensor:
+        """Encode images into (B, P) float32 of unit length."""
+        batch = self.processor(images=list(images)).to(self.device)
+        return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
+
+    def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
+        """Tokenize one text, truncated, with or without the prompt around it."""
+        longest = self.config.max_text_length
+        if not enclosed:
+            longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
+        ids = self.tokenizer(
+            text, add_special_tokens=enclosed, truncation=True, max_length=longest
+        )["input_ids"]
+        return [int(i) for i in ids]
+
+    @torch.no_grad()
+    def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
+        """Pool the LLM's hidden states of one text without the model's own helpers, (1, D)."""
+        row = torch.tensor([list(ids)], device=self.device)
+        hidden: Tensor = self.model.text_model(
+            input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
+        ).last_hidden_state[:, num_unpooled:]  # (1, pooled, D)
+        if self.config.text_pooling == "last_token":
+            return hidden[:, -1].float()
+        return to_float64(hidden).mean(1).to(hidden.device, torch.float32)

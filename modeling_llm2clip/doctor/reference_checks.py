@@ -1,0 +1,191 @@
+"""Checks against something outside the model: recorded embeddings, and sentence-transformers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..loading_llm2clip import naming_code
+from ..model_folders.golden_embeddings import (
+    GOLDEN_FILE,
+    compute_golden,
+    read_golden,
+    read_temperature,
+    render_golden_images,
+)
+from ..model_folders.sentence_transformers_files import SETTINGS_FILE, check_instructions
+from ..model_folders.tolerances import find_tolerance, measure_distances
+from .model_report import NotApplicableError
+from .model_under_test import SHORT_TEXTS, ModelUnderTest
+
+# Of unit embeddings; without a setting sentence-transformers takes the cosine.
+_COSINES = ("cosine", "dot", None)
+_HALVES = {
+    "text_embeds": "tokenizer, LLM, adapter or text projection",
+    "image_embeds": "image processor, vision tower or visual projection",
+}
+
+
+def check_golden_embeddings(patient: ModelUnderTest) -> str:
+    """The embeddings must be those recorded when the folder was written."""
+    golden = read_golden(patient.folder)
+    if golden is None:
+        raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
+    if patient.processor is None:
+        raise NotApplicableError("there is no processor to prepare the recorded inputs with")
+    texts, recorded = golden
+    found = compute_golden(patient.model, patient.processor, texts)
+    tolerance = find_tolerance(patient.model.dtype, other_machine=True)
+    errors, largest = [], 0.0
+    for name, embeddings in found.items():
+        if name not in recorded or recorded[name].shape != embeddings.shape:
+            errors.append(f"{name} was not recorded with shape {tuple(embeddings.shape)}")
+            continue
+        distances = measure_distances(embeddings, recorded[name])
+        row, furthest = int(distances.argmax()), float(distances.max())
+        largest = max(largest, furthest)
+        if not furthest <= tolerance:
+            errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_HALVES[name]})")
+    errors += _compare_temperatures(read_temperature(patient.model), recorded)
+    if errors:
+        raise ValueError(
+            f"{'; '.join(errors)}; allowed in {patient.model.dtype}: {tolerance:.0e}. Weights, "
+            "settings or code are not those the folder was written with: restore it."
+        )
+    count = sum(map(len, found.values()))
+    return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
+
+
+def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
+    # A folder of an earlier version has none recorded. It is saved and loaded as it is, in float32.
+    return [
+        f"{name} is {float(found[name]):.4f}, recorded was {float(recorded[name]):.4f}"
+        for name in set(found) & set(recorded)
+        if not torch.allclose(found[name], recorded[name].float(), atol=1e-6, rtol=0)
+    ]
+
+
+def check_sentence_transformers(patient: ModelUnderTest) -> str:
+    """sentence-transformers must give the model's own embeddings; frees the model, so comes last."""
+    if find_spec("sentence_transformers") is None:
+        raise NotApplicableError(
+            "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"
+        )
+    if not (patient.folder / "modules.json").is_file():
+        raise NotApplicableError(
+            "the folder has no modules.json: sentence-transformers would load it, but not bring "
+            "its embeddings to unit length; llm2clip export writes such a folder"
+        )
+    tolerance, dtype = find_tolerance(patient.model.dtype), patient.model.dtype
+    settings = _read_settings(patient)
+    _require_plain_settings(settings)
+    prompts = _list_instructions(settings) if patient.encodes_texts else {}
+    if prompts:
+        check_instructions(patient.tokenizer, patient.config, prompts)
+    wanted = _encode_with_model(patient, prompts)
+    patient.model = None
+    gc.collect()  # a large LLM does not fit twice
+    found = _encode_with_sentence_transformers(patient, prompts, kinds=set(wanted))
+    distances = {
+        what: float(measure_distances(found[what], embeddings).max())
+        for what, embeddings in wanted.items()
+        if what in found
+    }
+    if not distances:
+        raise ValueError(
+            f"sentence-transformers offers none of {sorted(wanted)}, which the model encodes. "
+            "Export the folder again."
+        )
+    errors = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]
+    if errors:
+        raise ValueError(
+            f"sentence-transformers gives other embeddings than AutoModel: {', '.join(errors)} "
+            f"(allowed in {dtype}: {tolerance:.0e}). Export the folder again."
+        )
+    left_out = (
+        f"; not offered: {', '.join(set(wanted) - set(found))}" if len(found) < len(wanted) else ""
+    )
+    largest = max(distances.values())
+    return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
+
+
+def _read_settings(patient: ModelUnderTest) -> dict[str, Any]:
+    path = patient.folder / SETTINGS_FILE
+    settings: dict[str, Any] = {}
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _list_instructions(settings: dict[str, Any]) -> dict[str, str]:
+    return {name: text for name, text in (settings.get("prompts") or {}).items() if text.strip()}
+
+
+def _require_plain_settings(settings: dict[str, Any]) -> None:
+    errors = []
+    default = settings.get("default_prompt_name")
+    if default in _list_instructions(settings):
+        errors.append(
+            f"default_prompt_name={default!r} puts an instruction before every text, which "
+            "AutoModel and pipelines do not"
+        )
+    if settings.get("similarity_fn_name") not in _COSINES:
+        errors.append(f"similarity_fn_name={settings['similarity_fn_name']!r} is not the cosine")
+    if errors:
+        raise ValueError(f"{SETTINGS_FILE}: {'; '.join(errors)}. Set null and 'cosine'.")
+
+
+@torch.no_grad()
+def _encode_with_model(patient: ModelUnderTest, prompts: dict[str, str]) -> dict[str, Tensor]:
+    embeddings = {}
+    if patient.encodes_texts:
+        embeddings["texts"] = patient.encode_texts(SHORT_TEXTS)
+    if patient.encodes_images:
+        embeddings["images"] = patient.encode_images(render_golden_images())
+    num_prefix = len(patient.config.prompt_prefix_ids)
+    for name, instruction in prompts.items():
+        num_ids = len(patient.list_ids(instruction, enclosed=False))
+        pooled = patient.pool_by_hand(
+            patient.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
+        )
+        features = patient.model.project_caption_embeds(pooled)
+        embeddings[f"texts with {name!r}"] = F.normalize(features, dim=-1).cpu()
+    return embeddings
+
+
+def _encode_with_sentence_transformers(
+    patient: ModelUnderTest, prompts: dict[str, str], *, kinds: set[str]
+) -> dict[str, Tensor]:
+    from sentence_transformers import SentenceTransformer
+
+    with naming_code(patient.folder):
+        encoder = SentenceTransformer(
+            str(patient.folder),
+            device=patient.device,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+
+    def encode(inputs: list[Any], **settings: Any) -> Tensor:
+        embeddings: Tensor = encoder.encode(
+            inputs,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+            **settings,
+        )
+        return embeddings.float().cpu()
+
+    found = {}
+    if "texts" in kinds:
+        found["texts"] = encode(list(SHORT_TEXTS))
+    if "images" in kinds and "image" in encoder.modalities:
+        found["images"] = encode(list(render_golden_images()))
+    for name in prompts:
+        found[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)
+    return found

@@ -1,0 +1,147 @@
+"""Checks of the saved tokenizer and processor: the prompt, lengths, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, AutoTokenizer
+
+from ..loading_llm2clip import load_without_code
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .model_report import NotApplicableError
+from .model_under_test import SHORT_TEXTS, ModelUnderTest
+
+
+def load_tokenizer(patient: ModelUnderTest) -> str:
+    """Load the tokenizer as pipelines do; its ids must be rows of the embedding table."""
+    tokenizer = load_without_code(AutoTokenizer, patient.folder, local_files_only=True)
+    rows = patient.config.text_config.vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    errors = []
+    if largest >= rows:
+        errors.append(
+            f"it has ids up to {largest}, the LLM's embedding table only {rows} rows: it belongs "
+            "to another LLM"
+        )
+    if tokenizer.pad_token_id is None:
+        errors.append("it has no padding token, so batches cannot be made")
+    if errors:
+        raise ValueError(f"The saved tokenizer: {'; '.join(errors)}. Restore the original one.")
+    patient.tokenizer = tokenizer
+    return f"{largest + 1} ids fit the {rows} rows, padding is {tokenizer.pad_token!r}"
+
+
+def check_padding_side(patient: ModelUnderTest) -> str:
+    """Padding goes to the right, where no position moves."""
+    side = patient.tokenizer.padding_side
+    if side != "right":
+        raise ValueError(
+            f"The saved tokenizer pads on the {side}, wanted right. Set padding_side in "
+            "tokenizer_config.json to 'right'."
+        )
+    return "the saved tokenizer pads on the right"
+
+
+def check_prompt(patient: ModelUnderTest) -> str:
+    """The saved tokenizer alone must strip a text and put the configured prompt around it."""
+    config, tokenizer = patient.config, patient.tokenizer
+    prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+    errors = [
+        error
+        for text in SHORT_TEXTS
+        for error in _find_prompt_errors(text, patient, truncated=False)
+    ]
+    errors += _find_prompt_errors(
+        "a dog on a mat " * config.max_text_length, patient, truncated=True
+    )
+    text = SHORT_TEXTS[0]
+    if tokenizer(f" \n{text}\t ")["input_ids"] != tokenizer(text)["input_ids"]:
+        errors.append("spaces around a text are not stripped, so they change its embedding")
+    ends_special = bool(suffix) and suffix[-1] in tokenizer.all_special_ids
+    if ends_special != config.prompt_suffix_ends_special:
+        errors.append(
+            f"config.prompt_suffix_ends_special is {config.prompt_suffix_ends_special}, but to the "
+            f"tokenizer the last suffix id is {'' if ends_special else 'not '}special; "
+            "sentence-transformers would pool instructions wrongly"
+        )
+    if errors:
+        raise ValueError(
+            f"{'; '.join(errors[:3])}. Restore tokenizer.json, or write the prompt again with "
+            "hub.prompts.write_prompt."
+        )
+    return f"{tokenizer.decode(prefix)!r} … {tokenizer.decode(suffix)!r}, also when truncated"
+
+
+def check_text_length(patient: ModelUnderTest) -> str:
+    """Tokenizer, configuration and processor must agree how long a text may be."""
+    found = {
+        "config.max_text_length": patient.config.max_text_length,
+        "tokenizer.model_max_length": patient.tokenizer.model_max_length,
+    }
+    if patient.processor is not None:
+        found["processor.max_text_length"] = patient.processor.max_text_length
+    if len(set(found.values())) != 1:
+        raise ValueError(
+            "How long a text may be is stated differently: "
+            f"{', '.join(f'{name}={value}' for name, value in found.items())}. Where they differ, "
+            "long texts get different embeddings or are refused. Make them equal."
+        )
+    return f"{len(found)} places say {patient.config.max_text_length} tokens"
+
+
+def load_processor(patient: ModelUnderTest) -> str:
+    """Load the processor as AutoProcessor does."""
+    if not patient.has_processor_files:
+        raise NotApplicableError(f"a {patient.model_class.__name__} was saved without a processor")
+    processor = load_without_code(AutoProcessor, patient.folder, local_files_only=True)
+    if not isinstance(processor, LLM2CLIPProcessor):
+        raise ValueError(
+            f"AutoProcessor gives {type(processor).__name__}, wanted LLM2CLIPProcessor. Save the "
+            "processor with save_pretrained into the folder."
+        )
+    patient.processor = processor
+    return f"AutoProcessor loads it, with {type(processor.image_processor).__name__}"
+
+
+def check_tokenizer_path(patient: ModelUnderTest) -> str:
+    """A bare tokenizer, which pipelines use, must give the processor's ids."""
+    if patient.processor is None:
+        raise NotApplicableError("there is no processor to compare with")
+    bare = patient.tokenizer(
+        list(SHORT_TEXTS), padding=True, truncation=True, return_tensors="pt"
+    )  # fmt: skip
+    processed = patient.processor(text=list(SHORT_TEXTS))
+    for name in ("input_ids", "attention_mask"):
+        if not torch.equal(bare[name], processed[name]):
+            raise ValueError(
+                f"AutoTokenizer and AutoProcessor give different {name} "
+                f"({_first_difference(bare[name], processed[name])}), so a pipeline and the "
+                "processor give different embeddings. Save the processor again into the folder."
+            )
+    return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
+
+
+def _find_prompt_errors(text: str, patient: ModelUnderTest, *, truncated: bool) -> list[str]:
+    config = patient.config
+    prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+    ids = (
+        patient.list_ids(text) if truncated else patient.tokenizer(text, verbose=False)["input_ids"]
+    )
+    when = f" truncated to {config.max_text_length} tokens" if truncated else ""
+    shown = f"{text[:24]!r}{when} gives {ids[:12]}…{ids[-4:]}"
+    errors = []
+    if ids[: len(prefix)] != prefix:
+        errors.append(f"{shown}, which does not begin with the prompt {prefix}")
+    if suffix and ids[-len(suffix) :] != suffix:
+        errors.append(f"{shown}, which does not end with the prompt's suffix {suffix}")
+    if truncated and len(ids) != config.max_text_length:
+        errors.append(f"{shown}, which has {len(ids)} tokens")
+    return errors
+
+
+def _first_difference(first: Any, second: Any) -> str:
+    if first.shape != second.shape:
+        return f"shapes {tuple(first.shape)} and {tuple(second.shape)}"
+    row, column = (first != second).nonzero()[0].tolist()
+    return f"text {row}, token {column}: {int(first[row, column])} and {int(second[row, column])}"

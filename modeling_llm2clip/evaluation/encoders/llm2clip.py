@@ -1,0 +1,128 @@
+"""A model of this package: the embeddings that `AutoModel` gives, made by the fast paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...data.trained_emoji import read_trained_emoji
+from ...encoding.float32 import float32_as_such
+from ...encoding.image_encoding import encode_images
+from ...encoding.text_encoding import encode_captions
+from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
+from ...modeling_llm2clip import LLM2CLIPModel
+from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
+from .activations import describe_activation
+from .descriptions import describe_image_processor
+from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
+from .letter_case import is_uncased
+
+# A batch of texts is given to the model as so many tokens a text.
+_TOKENS_OF_A_TEXT = 64
+
+
+class LLM2CLIPEncoder:
+    """An LLM2CLIP folder."""
+
+    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._source = source
+        self._processor = LLM2CLIPProcessor.from_pretrained(folder)
+        self._config = LLM2CLIPConfig.from_pretrained(folder)
+        warn_of_untrained(self._config, source)
+
+    def describe(self) -> EncoderDescription:
+        """Say what decides the embeddings."""
+        return self._description
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts through LLM, adapter and projection."""
+        size = self._settings.batch_size
+        encoded = encode_captions(
+            self._model,
+            self._processor,
+            texts,
+            token_budget=None if size is None else size * _TOKENS_OF_A_TEXT,
+            show_progress=self._settings.show_progress,
+        )
+        project = self._model.project_caption_embeds
+        whole = clean_list(texts)
+        ids = self._processor.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+        longest = self._processor.longest_text
+        return EncodedTexts(
+            embeds=self._project(project, encoded.caption_embeds),
+            is_truncated=torch.tensor([len(row) > longest for row in ids]),
+        )
+
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Encode images through the vision tower and its projection."""
+        distinct = {image: row for row, image in enumerate(dict.fromkeys(images))}
+        embeds = encode_images(
+            self._model,
+            self._processor,
+            list(distinct),
+            batch_size=self._settings.batch_size,
+            show_progress=self._settings.show_progress,
+        )
+        projected = self._project(self._model.project_vision_embeds, embeds)
+        return projected[[distinct[image] for image in images]]
+
+    @torch.inference_mode()
+    def _project(self, project: Any, embeds: Tensor) -> Tensor:
+        with float32_as_such():
+            projected: Tensor = project(embeds.to(self._model.device)).cpu()
+        return projected
+
+    @cached_property
+    def _model(self) -> LLM2CLIPModel:
+        model = LLM2CLIPModel.from_pretrained(self._folder, dtype=self._settings.dtype_argument)
+        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _description(self) -> EncoderDescription:
+        config = self._config
+        text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
+        model = fingerprint_model(self._folder)
+        saved = model.pop("dtype")
+        fingerprint = {
+            **model,
+            "tokenizer": text["tokenizer"],
+            "text_architecture": text["architecture"],
+            "vision_architecture": vision["architecture"],
+            "image_processor": vision["image_processor"],
+        }
+        tokenizer = self._processor.tokenizer
+        return EncoderDescription(
+            kind="llm2clip",
+            source=self._source,
+            fingerprint=fingerprint,
+            text={
+                "prompt": {
+                    "before": tokenizer.decode(config.prompt_prefix_ids),
+                    "after": tokenizer.decode(config.prompt_suffix_ids),
+                },
+                "max_tokens": self._processor.longest_text,
+                "padding": "none that is pooled",
+                "lower_case": is_uncased(tokenizer),
+                "pooling": text["pooling"],
+                "direction": text["direction"],
+                "activation": describe_activation(config.text_config),
+            },
+            images={
+                **describe_image_processor(self._processor.image_processor),
+                "pooling": vision["pooling"],
+                "activation": describe_activation(config.vision_config),
+            },
+            dtype=self._settings.choose_dtype(saved),
+            run=self._settings.run,
+            trained_emoji=read_trained_emoji(self._folder),
+            untrained_parts=find_untrained_parts(config),
+        )

@@ -1,0 +1,272 @@
+"""A folder of embeddings instead of a model.
+
+Either embeddings with names (`data/named_embeddings.py`), or stores of `llm2clip extract`: the
+folder itself, or its subfolders `captions` and `images`. A store holds embeddings before the
+adapter and the projections, so images and captions can be compared only through the model that made
+them; captions alone need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...data.embedding_store import EmbeddingStore
+from ...data.embedding_store_layout import MANIFEST_FILE
+from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
+from ...data.records import CaptionedImage, hash_records
+from ...data.trained_emoji import read_trained_emoji
+from ...model_folders.fingerprint import (
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+    fingerprint_weights,
+    hash_json,
+)
+from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
+from ...modeling_llm2clip import LLM2CLIPModel
+from ...processing_llm2clip import check_texts
+from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
+
+_SHOWN = 5
+_SIDE_OF_KIND = {"caption_embeds": "texts", "vision_embeds": "images"}
+_STORE_FOLDERS = (".", "captions", "images")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The stored embeddings of texts or of images.
+
+    Attributes:
+        row_of: name to row.
+        read: rows to (N, D) float32.
+        width: D.
+        made_by: digest of the embeddings, or what made them.
+    """
+
+    row_of: dict[str, int]
+    read: Callable[[list[int]], Tensor]
+    width: int
+    dtype: str
+    made_by: dict[str, str]
+
+
+class StoredEmbeddingsEncoder:
+    """Looks embeddings up.
+
+    Args:
+        folder: see the top of this file.
+        records: the data set that the stores were extracted from, which says whose rows are
+            whose; only for stores, and compared with what the store says of its data.
+        head: folder of the model that made the stores, whose adapter and projections are applied.
+    Raises: ValueError for a folder without embeddings, embeddings that are not finite, two sides of
+        unequal width, stores of another data set or another model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: EncoderSettings,
+        *,
+        source: str,
+        records: Sequence[CaptionedImage] | None = None,
+        head: Path | None = None,
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._source = source
+        self._head_folder = head
+        self._untrained_parts: tuple[str, ...] = ()
+        if head is not None:
+            config = LLM2CLIPConfig.from_pretrained(head)
+            self._untrained_parts = find_untrained_parts(config)
+            warn_of_untrained(config, head)
+        named = {side: side_file(folder, side) for side in SIDES}
+        self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
+        self._is_store = not self._sides
+        if self._is_store:
+            self._sides = _open_stores(folder, records, head)
+        if head is not None and not self._is_store:
+            raise ValueError(
+                f"{source} holds final embeddings; a head is for stores. Leave it out."
+            )
+        if self._is_store and head is None:
+            # Widths may be equal by chance, and the products would mean nothing.
+            self._sides = {side: v for side, v in self._sides.items() if side == "texts"}
+            if not self._sides:
+                raise ValueError(
+                    f"{source} holds images as the tower gave them, which no caption can be "
+                    "compared with. Name the model that made them (--head)."
+                )
+        widths = {side: found.width for side, found in self._sides.items()}
+        if not self._is_store and len(set(widths.values())) > 1:
+            raise ValueError(
+                f"{source}: the embeddings have widths {widths} and cannot be compared."
+            )
+
+    def describe(self) -> EncoderDescription:
+        """Say what decides the embeddings."""
+        return self._description
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Look texts up by themselves."""
+        check_texts(list(texts))
+        embeds = self._look_up("texts", texts)
+        if self._head is not None:
+            embeds = self._project(self._head.project_caption_embeds, embeds)
+        return EncodedTexts(embeds, None)
+
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Look images up by their names."""
+        embeds = self._look_up("images", names)
+        if self._head is not None:
+            embeds = self._project(self._head.project_vision_embeds, embeds)
+        return embeds
+
+    def _look_up(self, name: str, wanted: Sequence[str]) -> Tensor:
+        side = self._sides.get(name)
+        if side is None:
+            hint = " Stored images need the model's head (--head)." if self._is_store else ""
+            raise ValueError(
+                f"{self._source} has no embeddings of {name}, only of {[*self._sides]}.{hint}"
+            )
+        lost = [item for item in dict.fromkeys(wanted) if item not in side.row_of]
+        if lost:
+            raise ValueError(
+                f"{self._source} has no embedding for {len(lost)} of {len(set(wanted))} {name}: "
+                f"{lost[:_SHOWN]}."
+            )
+        embeds = side.read([side.row_of[item] for item in wanted])
+        broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if broken:
+            shown = [wanted[row] for row in broken[:_SHOWN]]
+            raise ValueError(
+                f"{self._source}: NaN or infinity in the embeddings of {name} {shown}."
+            )
+        return embeds
+
+    @torch.inference_mode()
+    def _project(self, project: Callable[[Tensor], Tensor], embeds: Tensor) -> Tensor:
+        return project(embeds.to(self._settings.find_device())).cpu()
+
+    @cached_property
+    def _head(self) -> LLM2CLIPModel | None:
+        if self._head_folder is None:
+            return None
+        model = LLM2CLIPModel.from_pretrained(
+            self._head_folder, dtype=self._settings.dtype_argument
+        )
+        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _description(self) -> EncoderDescription:
+        fingerprint = {
+            f"{side} {name}": value
+            for side, found in self._sides.items()
+            for name, value in found.made_by.items()
+        }
+        head = self._head_folder
+        dtypes = {side.dtype for side in self._sides.values()}
+        if head is not None:
+            of_head = fingerprint_model(head)
+            dtypes.add(self._settings.choose_dtype(of_head.pop("dtype")))
+            fingerprint |= {f"head {name}": value for name, value in of_head.items()}
+        kind = "stores" if self._is_store else "named embeddings"
+        sides = {
+            name: {"stored_as": kind, "dtype": side.dtype, "width": side.width}
+            for name, side in self._sides.items()
+        }
+        return EncoderDescription(
+            kind="embeddings",
+            source=self._source,
+            fingerprint=fingerprint,
+            text=sides.get("texts"),
+            images=sides.get("images"),
+            dtype="+".join(sorted(dtypes)),
+            trained_emoji=None if head is None else read_trained_emoji(head),
+            untrained_parts=self._untrained_parts,
+        )
+
+
+def holds_embeddings(folder: Path) -> bool:
+    """Whether a folder has files that this kind reads."""
+    return any(side_file(folder, side).is_file() for side in SIDES) or bool(_find_stores(folder))
+
+
+def _find_stores(folder: Path) -> list[Path]:
+    return [folder / name for name in _STORE_FOLDERS if (folder / name / MANIFEST_FILE).is_file()]
+
+
+def _open_named(file: Path) -> _Side:
+    found = read_named_embeddings(file)
+    return _Side(
+        row_of={name: row for row, name in enumerate(found.names)},
+        read=lambda rows: found.embeddings[rows].float(),
+        width=found.embeddings.shape[1],
+        dtype=str(found.embeddings.dtype).removeprefix("torch."),
+        made_by={
+            **fingerprint_weights(file.parent, pattern=file.name),
+            "names": hash_json(found.names),
+        },
+    )
+
+
+def _open_stores(
+    folder: Path, records: Sequence[CaptionedImage] | None, head: Path | None
+) -> dict[str, _Side]:
+    stores = [EmbeddingStore.open(path) for path in _find_stores(folder)]
+    if not stores:
+        raise ValueError(
+            f"{folder} holds no store and none of {[f'{s}.safetensors' for s in SIDES]}."
+        )
+    if records is None:
+        raise ValueError(
+            f"{folder} holds stores, which do not say which text has which row. Name the data set "
+            "they were extracted from (--extracted-from)."
+        )
+    sides = {}
+    for store in stores:
+        _require_data(store, records)
+        side = _SIDE_OF_KIND[store.manifest.kind]
+        if head is not None:
+            of_head = fingerprint_text if side == "texts" else fingerprint_vision
+            store.require_fingerprint(of_head(head))
+        rows_of = _text_rows if side == "texts" else _image_rows
+        sides[side] = _Side(
+            row_of=dict(rows_of(store, records)),
+            read=store.read,
+            width=store.manifest.dim,
+            dtype=store.manifest.dtype,
+            made_by=store.manifest.fingerprint | {"data": store.manifest.plan["data"]},
+        )
+    return sides
+
+
+def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> None:
+    if store.manifest.plan.get("data") != hash_records(records):
+        raise ValueError(
+            f"{store.folder} was extracted from another data set than the one named: "
+            f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
+        )
+
+
+def _text_rows(
+    store: EmbeddingStore, records: Sequence[CaptionedImage]
+) -> Iterable[tuple[str, int]]:
+    for item, record in enumerate(records):
+        for is_long, texts in ((False, record.captions), (True, record.long_captions)):
+            yield from zip(texts, store.rows_of(item, long=is_long).tolist(), strict=True)
+
+
+def _image_rows(
+    store: EmbeddingStore, records: Sequence[CaptionedImage]
+) -> Iterable[tuple[str, int]]:
+    for item, record in enumerate(records):
+        yield record.name, int(store.rows_of(item)[0])

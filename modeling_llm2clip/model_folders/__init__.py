@@ -1,0 +1,1 @@
+"""What a model folder is: find, load, write, fingerprint, card."""

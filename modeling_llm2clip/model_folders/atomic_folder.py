@@ -1,0 +1,82 @@
+"""Writes a folder that is whole or not there, and clears what killed writers of it left behind.
+
+Everything is written into a hidden folder beside the target, `.NAME-` and eight characters, which
+also holds a claim: a file with the target's name, under a lock of the kernel that goes with the
+process that holds it, however it ends. A claim that nobody locks is therefore a dead writer's.
+Where the file system has no `flock`, nothing is claimed and nothing is cleared.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_CLAIM = ".llm2clip-is-writing"
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder, which takes the target's place when all went well.
+
+    Raises: FileExistsError when the target exists and is not empty.
+    """
+    require_new_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished = scratch / folder.name
+    try:
+        with (scratch / _CLAIM).open("w", encoding="utf-8") as claim:
+            if _lock(claim, shared=False):
+                claim.write(folder.name)  # only now: an empty claim is not looked at
+                claim.flush()
+            unfinished.mkdir()
+            yield unfinished
+            unfinished.chmod(0o755)
+            for file in unfinished.glob("*.safetensors"):
+                file.chmod(0o644)  # safetensors writes for its owner alone
+            unfinished.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise FileExistsError when a folder exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writers of this folder left when they were killed.
+
+    Any other hidden folder beside it stays: one without a claim, one that is claimed for another
+    target, one whose writer lives. Several processes may clear at once.
+    """
+    for claim in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_CLAIM}"):
+        if not claim.parent.is_symlink() and _is_abandoned(claim, folder.name):
+            shutil.rmtree(claim.parent, ignore_errors=True)
+
+
+def _is_abandoned(claim: Path, name: str) -> bool:
+    try:
+        with claim.open(encoding="utf-8") as opened:
+            # Its writer may have ended well in between; then it is gone.
+            return opened.read() == name and _lock(opened, shared=True) and claim.exists()
+    except (FileNotFoundError, PermissionError):  # gone in between, or another user's
+        return False
+
+
+def _lock(file: IO[str], *, shared: bool) -> bool:
+    """Hold the kernel's lock on an open file; False where another does, or there is none."""
+    try:
+        import fcntl  # not everywhere
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True

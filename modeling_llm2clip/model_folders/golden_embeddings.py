@@ -1,0 +1,143 @@
+"""Embeddings recorded when a checkpoint was written, against which any later load is compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..encoding.float32 import float32_as_such
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+
+GOLDEN_FILE = "golden_embeddings.safetensors"
+GOLDEN_TEXTS = (
+    "a dog",
+    "Two red apples lie on a wooden table beside an open window.",
+    "Eine Katze schläft auf dem Sofa.",
+    "夜の東京タワー",
+)
+
+
+def render_golden_images() -> list[Image.Image]:
+    """Two images from formulas, so that no file is needed: color ramps, and a disc."""
+    rows, columns = np.mgrid[0:64, 0:96]
+    ramp = np.stack([rows * 4, columns * 2, (rows + columns) % 256], axis=-1) % 256
+    disc = np.full((80, 80, 3), 255)
+    y, x = np.mgrid[0:80, 0:80]
+    disc[(y - 40) ** 2 + (x - 40) ** 2 < 900] = (200, 30, 30)
+    return [Image.fromarray(image.astype(np.uint8)) for image in (ramp, disc)]
+
+
+@torch.inference_mode()
+@float32_as_such()
+def compute_golden(
+    model: Any, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
+) -> dict[str, Tensor]:
+    """Encode texts and the golden images: `text_embeds` (T, P), `image_embeds` (2, P).
+
+    Args:
+        model: a whole model, or a half of one, which gives its half of the embeddings.
+    """
+    features = {}
+    if hasattr(model, "text_model"):
+        inputs = processor(text=list(texts)).to(model.device)
+        features["text_embeds"] = model.get_text_features(**inputs)
+    if hasattr(model, "vision_model"):
+        inputs = processor(images=render_golden_images()).to(model.device)
+        features["image_embeds"] = model.get_image_features(**inputs)
+    return {
+        name: F.normalize(output.pooler_output, dim=-1).cpu() for name, output in features.items()
+    }
+
+
+@torch.inference_mode()
+@float32_as_such()
+def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
+    """Record what this model, or half of one, gives now, beside its weights.
+
+    Also `caption_embeds` (T, D), the LLM's part of it, so that another adapter's embeddings can be
+    recorded without the LLM, and of a whole model `logit_scale` (1,), which no embedding shows.
+
+    Raises: ValueError when an embedding has NaN or infinity.
+    """
+    embeddings = compute_golden(model, processor)
+    if hasattr(model, "text_model"):
+        inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
+        embeddings["caption_embeds"] = model.get_caption_embeds(**inputs)
+    _save(folder, {**embeddings, **read_temperature(model)}, list(GOLDEN_TEXTS), model.dtype)
+
+
+@torch.inference_mode()
+@float32_as_such()
+def renew_golden(
+    source: Path, folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
+) -> bool:
+    """Record a model's embeddings without running its LLM.
+
+    Args:
+        source: folder of a model with the same LLM, where its caption embeddings are recorded.
+        folder: where to record.
+        model: its adapter, projections and vision tower are used.
+    Returns: False, and nothing recorded, where the source has no caption embeddings.
+    Raises: ValueError when an embedding has NaN or infinity.
+    """
+    golden = read_golden(source)
+    if golden is None or "caption_embeds" not in golden[1]:
+        return False
+    texts, recorded = golden
+    caption_embeds = recorded["caption_embeds"]
+    images = processor(images=render_golden_images()).to(model.device)
+    text_features = model.project_caption_embeds(caption_embeds.to(model.device))
+    image_features = model.get_image_features(**images).pooler_output
+    assert image_features is not None
+    embeddings = {
+        "text_embeds": F.normalize(text_features, dim=-1),
+        "image_embeds": F.normalize(image_features, dim=-1),
+        "caption_embeds": caption_embeds,
+        **read_temperature(model),
+    }
+    _save(folder, embeddings, texts, model.dtype)
+    return True
+
+
+def read_temperature(model: Any) -> dict[str, Tensor]:
+    """`logit_scale` (1,) float32, the logarithm as it is saved; nothing of half a model."""
+    scale = getattr(model, "logit_scale", None)
+    return {} if scale is None else {"logit_scale": scale.log_scale.detach().float().cpu()}
+
+
+def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
+    """Read the recorded texts and embeddings; None where the folder has none."""
+    path = folder / GOLDEN_FILE
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        texts = json.loads(file.metadata()["texts"])
+        return texts, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _save(
+    folder: Path, embeddings: dict[str, Tensor], texts: list[str], dtype: torch.dtype
+) -> None:
+    errors = [name for name, embedding in embeddings.items() if not embedding.isfinite().all()]
+    if errors:
+        raise ValueError(
+            f"The model gives NaN or infinity in {errors}, computed in {dtype}, so it is not "
+            "saved. Take the last weights without them; if these are finite, the dtype is too "
+            "narrow: use bfloat16 or float32."
+        )
+    save_file(
+        {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
+        folder / GOLDEN_FILE,
+        metadata={"texts": json.dumps(texts, ensure_ascii=False), "dtype": str(dtype)},
+    )

@@ -1,0 +1,151 @@
+"""Tells from small files what a folder or Hub repository holds, and which command takes it.
+
+Needs no torch and no weights, so that a wrong folder is reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from .model_folder import find_model_folder, is_hub_id
+
+# Whole models with a text encoder of their own.
+_CLIPS = {"clip", "siglip", "siglip2", "chinese_clip", "altclip"}
+_VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
+_FOLDER_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What lies somewhere.
+
+    Attributes:
+        kind: `"llm2clip"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`, `"store"`,
+            `"sentence-transformers"`, `"above"` (the folder above models), or `"other"`.
+        advice: what it is, and the command that takes it; empty for `"llm2clip"`.
+    """
+
+    kind: str
+    advice: str = ""
+
+
+def find_model_type(source: str | Path, *, revision: str | None = None) -> FoundModel | None:
+    """Look at the small files of a folder or Hub repository.
+
+    Returns:
+        What was found; None if the files do not say it, or there is no such place.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        config = _fetch_config(source, revision)
+        return None if config is None else _judge_config(str(source), config)
+    if (folder / "config.json").is_file():
+        config = _read_json(folder / "config.json")
+        is_own = config is not None and config.get("model_type") == "llm2clip"
+        if (folder / "modules.json").is_file() and not is_own:
+            return FoundModel(
+                "sentence-transformers",
+                f"{folder} is a sentence-transformers model. `llm2clip evaluate {folder}` "
+                "measures it as it is.",
+            )
+        return None if config is None else _judge_config(str(folder), config)
+    return _judge_other_files(folder)
+
+
+def require_own_model(source: str | Path, *, revision: str | None = None) -> None:
+    """Raise ValueError unless a source is, or may be, an LLM2CLIP model.
+
+    Raises:
+        ValueError: There is no such folder, or it holds something else; the message names the
+            command that takes it.
+    """
+    if not Path(source).is_dir() and not is_hub_id(source):
+        find_model_folder(source)  # raises
+    found = find_model_type(source, revision=revision)
+    if found is not None and found.kind != "llm2clip":
+        raise ValueError(f"{found.advice} This command takes an LLM2CLIP model.")
+
+
+def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
+    """Judge by `config.json`; None where it says nothing."""
+    model_type = config.get("model_type")
+    if model_type == "llm2clip":
+        return FoundModel("llm2clip")
+    architectures = [str(item) for item in config.get("architectures") or []]
+    if any(item.startswith("LLM2CLIP") for item in architectures):
+        return FoundModel(
+            "official",
+            f"{name} is an official LLM2CLIP checkpoint. `llm2clip convert {name} OUTPUT --recipe "
+            "NAME --llm LLM` makes a model of it.",
+        )
+    if model_type in _CLIPS:
+        return FoundModel(
+            "clip",
+            f"{name} is a {model_type!r}, which has a text encoder of its own. `llm2clip build "
+            f"{name} LLM OUTPUT` makes an LLM2CLIP model of its vision tower, `llm2clip evaluate "
+            f"{name}` measures it as it is.",
+        )
+    writes = any(item.endswith(("ForCausalLM", "ConditionalGeneration")) for item in architectures)
+    if writes or "vocab_size" in config:
+        return FoundModel(
+            "text",
+            f"{name} is a language model ({model_type!r}). `llm2clip build VISION {name} OUTPUT` "
+            "makes an LLM2CLIP model of it and a vision tower.",
+        )
+    if model_type == "timm_wrapper" or any(field in config for field in _VISION_FIELDS):
+        return FoundModel(
+            "vision",
+            f"{name} is a vision tower ({model_type!r}). `llm2clip build {name} LLM OUTPUT` makes "
+            "an LLM2CLIP model of it and a language model.",
+        )
+    if model_type is None:
+        return None
+    return FoundModel("other", f"{name} is a {model_type!r}, which no command takes as a model.")
+
+
+def _judge_other_files(folder: Path) -> FoundModel | None:
+    """Judge a folder without `config.json`."""
+    if (folder / "adapter_config.json").is_file():
+        return FoundModel(
+            "lora",
+            f"{folder} is a LoRA. `llm2clip build VISION LLM OUTPUT --caption-adapter {folder}` "
+            f"merges it into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT --start {folder}` "
+            "goes on from it.",
+        )
+    if (folder / "manifest.json").is_file():
+        return FoundModel(
+            "store",
+            f"{folder} is a store of embeddings. `llm2clip align MODEL DATA OUTPUT "
+            f"--caption-store {folder}` trains on it (--image-store for one of images).",
+        )
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not inside:
+        return None
+    shown = ", ".join(map(str, inside[:_FOLDER_SHOWN]))
+    more = f" and {len(inside) - _FOLDER_SHOWN} more" if len(inside) > _FOLDER_SHOWN else ""
+    return FoundModel(
+        "above",
+        f"{folder} has no config.json; it is the folder above {shown}{more}. Give that one.",
+    )
+
+
+def _fetch_config(source: str | Path, revision: str | None) -> dict[str, Any] | None:
+    if not is_hub_id(source):
+        return None
+    try:
+        return _read_json(Path(hf_hub_download(str(source), "config.json", revision=revision)))
+    except (OSError, ValueError):  # no such file, no Hub: the download of the model will say which
+        return None
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # damaged, which loading the model reports
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,149 @@
+"""Tags images: the labels of the greatest cosine, each label encoded once for all images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..encoding.text_encoding import encode_captions
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .gallery import Gallery, require_finite
+from .tag_labels import Label
+
+COLUMNS = ("image", "rank", "label", "cosine", "probability")
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One label of an image.
+
+    Attributes:
+        cosine: of image and label.
+        probability: softmax of the scaled cosines over all labels, as the pipeline
+            `zero-shot-image-classification` gives it.
+    """
+
+    label: str
+    cosine: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class TaggedImage:
+    """An image and its labels, best first; none where no cosine reaches the threshold."""
+
+    path: Path
+    tags: Sequence[Tag]
+
+
+@torch.inference_mode()
+def encode_labels(
+    model: LLM2CLIPModel, processor: LLM2CLIPProcessor, labels: Sequence[Label]
+) -> Tensor:
+    """Encode each label: the mean of its prompts' unit embeddings, of unit length again.
+
+    Returns:
+        (labels, P) float32 on the CPU.
+    """
+    prompts = [prompt for label in labels for prompt in label.prompts]
+    captions = encode_captions(model, processor, prompts).caption_embeds
+    embeds = F.normalize(model.project_caption_embeds(captions.to(model.device)), dim=-1).cpu()
+    means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+@torch.inference_mode()
+def tag_images(
+    model: LLM2CLIPModel,
+    gallery: Gallery,
+    labels: Sequence[Label],
+    label_embeds: Tensor,
+    *,
+    top_k: int = 3,
+    threshold: float | None = None,
+) -> Iterator[TaggedImage]:
+    """Yield the labels of each image.
+
+    Args:
+        label_embeds: (labels, P) from `encode_labels`.
+        top_k: labels per image; all of them where there are fewer.
+        threshold: least cosine of a label.
+
+    Raises:
+        ValueError: `top_k` is below 1, or a cosine is not finite.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} gives no label; it must be at least 1.")
+    scale = model.logit_scale().float().cpu()
+    for start in range(0, len(gallery.paths), _ROWS_AT_ONCE):
+        cosines = gallery.image_embeds[start : start + _ROWS_AT_ONCE] @ label_embeds.T
+        require_finite(cosines)
+        probabilities = (scale * cosines).softmax(dim=-1)
+        best = cosines.topk(min(top_k, len(labels)))
+        rows = zip(
+            gallery.paths[start : start + _ROWS_AT_ONCE],
+            best.indices.tolist(),
+            best.values.tolist(),
+            probabilities.gather(1, best.indices).tolist(),
+            strict=True,
+        )
+        for path, numbers, scores, shares in rows:
+            tags = [
+                Tag(labels[number].name, cosine, probability)
+                for number, cosine, probability in zip(numbers, scores, shares, strict=True)
+                if threshold is None or cosine >= threshold
+            ]
+            yield TaggedImage(path, tags)
+
+
+def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
+    """Write tags as CSV, one line per label, or as JSON lines, one per image.
+
+    An image without a label has a line too; in CSV its other columns are empty.
+
+    Args:
+        style: `".csv"` or `".jsonl"`.
+    Returns:
+        How many images there were, and how many of them have no label.
+    """
+    num_images = num_untagged = 0
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    if style == ".csv":
+        writer.writeheader()
+    for image in tagged:
+        num_images += 1
+        num_untagged += not image.tags
+        if style == ".csv":
+            writer.writerows(_list_rows(image))
+        else:
+            file.write(json.dumps(_to_record(image), ensure_ascii=False) + "\n")
+    return num_images, num_untagged
+
+
+def _list_rows(image: TaggedImage) -> Iterator[dict[str, Any]]:
+    if not image.tags:
+        yield {"image": image.path}
+    for rank, tag in enumerate(image.tags, start=1):
+        yield {"image": image.path, "rank": rank, **_to_numbers(tag)}
+
+
+def _to_record(image: TaggedImage) -> dict[str, Any]:
+    return {"image": str(image.path), "labels": [_to_numbers(tag) for tag in image.tags]}
+
+
+def _to_numbers(tag: Tag) -> dict[str, Any]:
+    return {
+        "label": tag.label,
+        "cosine": round(tag.cosine, 6),
+        "probability": round(tag.probability, 6),
+    }

@@ -1,0 +1,297 @@
+"""Images and captions of a batch, decoded and tokenized, or read from stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...data.data_hashes import hash_image_sizes
+from ...data.embedding_store import EmbeddingStore
+from ...data.image_sources import open_image
+from ...data.records import CaptionedImage, hash_records
+from ...processing_llm2clip import LLM2CLIPProcessor, read_header
+from .sampling import sample_caption, sample_normal
+
+_NAMES_SHOWN = 5
+# JPEG is decoded at least this much larger than the tower sees, so that resizing still smooths.
+_OVERSIZE = 2
+
+
+class AlignmentDataset(Dataset[Any]):
+    """Records of a data set, each an image and its captions; hands out whole batches.
+
+    Args:
+        records: at least one.
+        processor: the model's.
+        caption_store: caption embeddings; None to hand out tokens.
+        image_store: image embeddings; None to hand out pixels.
+        long_share, seed: see `draws.sample_caption`.
+        image_noise, caption_noise: standard deviation of the noise on stored embeddings of
+            training batches, as a share of their length.
+    Raises: ValueError when a store has other records, or was made from other captions or other
+        images; or an image is missing; with counts and the first names.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[CaptionedImage],
+        processor: LLM2CLIPProcessor,
+        *,
+        caption_store: EmbeddingStore | None = None,
+        image_store: EmbeddingStore | None = None,
+        long_share: float = 0.5,
+        image_noise: float = 0.0,
+        caption_noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.image_noise = image_noise
+        self.caption_noise = caption_noise
+        self.records = records
+        self.processor = processor
+        self.caption_store = caption_store
+        self.image_store = image_store
+        self.long_share = long_share
+        self.seed = seed
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(r.key for r in records))}
+        self.keys = torch.tensor([numbers[record.key] for record in records])
+        self.key_names = list(numbers)
+        self._caption_items = None if caption_store is None else pair_items(records, caption_store)
+        self._image_items = None if image_store is None else pair_items(records, image_store)
+        if caption_store is not None and self._caption_items is not None:
+            _require_same_counts(records, caption_store, self._caption_items)
+            _require_same_texts(records, caption_store, self._caption_items)
+        if image_store is None:
+            _require_images(records)
+        elif self._image_items is not None:
+            _require_same_images(records, image_store, self._image_items)
+        self._needed_size = None if image_store else find_needed_size(processor.image_processor)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return a batch for (epoch, item) pairs: the arguments of `AlignmentModel`, and `keys`."""
+        items = [item for _, item in draws]
+        batch = self.read_pairs([(item, self._draw(epoch, item)) for epoch, item in draws])
+        for name, share, side in (
+            ("vision_embeds", self.image_noise, 2),
+            ("caption_embeds", self.caption_noise, 3),
+        ):
+            if share and name in batch:
+                batch[name] = _add_noise(batch[name], share, draws, seed=self.seed, side=side)
+        return {"keys": self.keys[items], **batch}
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether no tower runs: both embeddings are read."""
+        return self.caption_store is not None and self.image_store is not None
+
+    def list_captions(self, item: int) -> list[tuple[bool, int]]:
+        """All captions of an item: whether a long one, and its number among its kind."""
+        record = self.records[item]
+        short = [(False, number) for number in range(len(record.captions))]
+        return short + [(True, number) for number in range(len(record.long_captions))]
+
+    def read_pairs(self, pairs: Sequence[tuple[int, tuple[bool, int]]]) -> dict[str, Tensor]:
+        """Read items, each with one of its captions: the arguments of `AlignmentModel`."""
+        items = [item for item, _ in pairs]
+        return {
+            **self._read_captions(items, [caption for _, caption in pairs]),
+            **self._read_images(items),
+        }
+
+    def caption_rows(self, item: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Rows of all captions of an item in the store."""
+        assert self.caption_store is not None and self._caption_items is not None
+        stored = self._caption_items[item]
+        rows = [self.caption_store.rows_of(stored, long=long) for long in (False, True)]
+        return np.concatenate(rows)
+
+    def image_row(self, item: int) -> int:
+        """Row of an item's image in the store."""
+        assert self.image_store is not None and self._image_items is not None
+        return int(self.image_store.rows_of(self._image_items[item])[0])
+
+    def _draw(self, epoch: int, item: int) -> tuple[bool, int]:
+        record = self.records[item]
+        return sample_caption(
+            len(record.captions),
+            len(record.long_captions),
+            long_share=self.long_share,
+            seed=self.seed,
+            epoch=epoch,
+            item=item,
+        )
+
+    def _read_captions(
+        self, items: Sequence[int], captions: Sequence[tuple[bool, int]]
+    ) -> dict[str, Tensor]:
+        drawn = list(zip(items, captions, strict=True))
+        if self.caption_store is not None and self._caption_items is not None:
+            rows = [
+                self.caption_store.rows_of(self._caption_items[item], long=is_long)[number]
+                for item, (is_long, number) in drawn
+            ]
+            return {"caption_embeds": self.caption_store.read(np.array(rows))}
+        texts = [
+            (self.records[item].long_captions if is_long else self.records[item].captions)[number]
+            for item, (is_long, number) in drawn
+        ]
+        return dict(self.processor(text=texts))
+
+    def _read_images(self, items: Sequence[int]) -> dict[str, Tensor]:
+        if self.image_store is not None:
+            rows = np.array([self.image_row(item) for item in items])
+            return {"vision_embeds": self.image_store.read(rows)}
+        images = [open_near_size(self.records[item].image, self._needed_size) for item in items]
+        return dict(self.processor(images=images))
+
+
+def _add_noise(
+    embeds: Tensor, share: float, draws: Sequence[tuple[int, int]], *, seed: int, side: int
+) -> Tensor:
+    """Move stored embeddings, (B, D), by a random embedding of about this share of their length."""
+    width = embeds.shape[1]
+    noise = sample_normal([(seed, epoch, item, side) for epoch, item in draws], width)
+    length = embeds.norm(dim=1, keepdim=True)
+    moved: Tensor = embeds + share * width**-0.5 * length * noise
+    return moved
+
+
+def keep_batch(batch: Any) -> Any:
+    """Collate nothing: the data set hands out whole batches. A function, so that it is pickled."""
+    return batch
+
+
+def pair_items(records: Sequence[CaptionedImage], store: EmbeddingStore) -> list[int]:
+    """Find each record in a store by name and language.
+
+    Returns: numbers of the store's items, in the order of the records.
+    Raises: ValueError when either has a record that the other lacks.
+    """
+    stored = {pair: i for i, pair in enumerate(zip(store.names, store.langs, strict=True))}
+    wanted = [(record.name, record.lang) for record in records]
+    errors = []
+    if lacking := [pair for pair in wanted if pair not in stored]:
+        errors.append(f"{len(lacking)} records are not in the store: {_show(lacking)}")
+    if extra := sorted(set(stored) - set(wanted)):
+        errors.append(f"{len(extra)} of its items are not in the data: {_show(extra)}")
+    if errors:
+        raise ValueError(
+            f"{store.folder} belongs to other data: {'; '.join(errors)}. Extract this data again."
+        )
+    return [stored[pair] for pair in wanted]
+
+
+def open_near_size(image: Any, size: int | None) -> Any:
+    """Open an image so that a JPEG is decoded no larger than needed; pass all others on.
+
+    Args:
+        size: pixels of the tower's square; None to decode in full.
+    Returns: what `LLM2CLIPProcessor` takes.
+    Raises: ValueError naming a packed image that cannot be opened.
+    """
+    opened = open_image(image)
+    if size is None:
+        return opened
+    if isinstance(opened, Path):
+        try:
+            opened = read_header(opened, name=str(opened))
+        except ValueError:
+            return opened  # the processor opens it again, and tells all of a batch at once
+    if getattr(opened, "format", None) == "JPEG":
+        opened.draft(None, (_OVERSIZE * size, _OVERSIZE * size))
+    return opened
+
+
+def find_needed_size(image_processor: Any) -> int | None:
+    """Longest side that an image processor hands on; None where it does not resize to a square."""
+    if not getattr(image_processor, "do_resize", True):
+        return None
+    crops = getattr(image_processor, "do_center_crop", True)  # a size that is not used may stand
+    sides = [
+        side
+        for name in ("size", "crop_size")[: 1 + bool(crops)]
+        for side in dict(getattr(image_processor, name, None) or {}).values()
+        if isinstance(side, int)
+    ]
+    return max(sides, default=None)
+
+
+def _require_images(records: Sequence[CaptionedImage]) -> None:
+    lacking = [(record.name, record.lang) for record in records if record.image is None]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} records have no image: {_show(lacking)}. Give the folder of "
+            "images, or a store of image embeddings."
+        )
+
+
+def _require_same_counts(
+    records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
+) -> None:
+    differing = [
+        (record.name, record.lang)
+        for record, item in zip(records, items, strict=True)
+        if len(store.rows_of(item)) != len(record.captions)
+        or len(store.rows_of(item, long=True)) != len(record.long_captions)
+    ]
+    if differing:
+        raise ValueError(
+            f"{len(differing)} records have other numbers of captions than {store.folder}: "
+            f"{_show(differing)}. The captions changed since; extract them again."
+        )
+
+
+def _require_same_texts(
+    records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
+) -> None:
+    """Compare hashes, which cannot tell what differs."""
+    stored, now = store.manifest.plan.get("data"), _hash_as_stored(records, store, items)
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other captions of these images (data {stored} then, "
+            f"{now} now). Extract these again, or give the captions that the store was made from."
+        )
+
+
+def _require_same_images(
+    records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
+) -> None:
+    """Compare the images themselves, by name and size, whatever is said of them now.
+
+    Where they are not at hand, or the store is of a version that did not look at them, only the
+    whole data can tell, captions and all.
+    """
+    stored = store.manifest.plan.get("images")
+    if stored is not None and all(record.image is not None for record in records):
+        kind, now = "images", hash_image_sizes(records)
+    else:
+        kind, stored = "data", store.manifest.plan.get("data")
+        now = _hash_as_stored(records, store, items)
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other images of these names ({kind} {stored} then, "
+            f"{now} now). Extract these again (extract --images), or give the data that the "
+            "store was made from."
+        )
+
+
+def _hash_as_stored(
+    records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
+) -> str:
+    """`hash_records` in the store's order and with its keys."""
+    of_item = dict(zip(items, records, strict=True))
+    return hash_records([replace(of_item[i], key=key) for i, key in enumerate(store.keys)])
+
+
+def _show(pairs: Sequence[tuple[str, str]]) -> str:
+    shown = ", ".join(f"{name} ({lang})" for name, lang in pairs[:_NAMES_SHOWN])
+    return shown + (", …" if len(pairs) > _NAMES_SHOWN else "")

@@ -1,0 +1,140 @@
+"""The module that is trained: a whole model without the towers that are not run.
+
+B images and captions, D width of the LLM, D' of the vision tower, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...loading_llm2clip import build_tower
+from ...modeling_llm2clip import LLM2CLIPModel
+
+HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
+
+
+class _AbsentTower(nn.Module):
+    """Stands where a tower would: has its configuration and no weights."""
+
+    config: Any = None
+
+    def get_input_embeddings(self) -> None:
+        """There are none; FSDP asks."""
+
+
+class AlignmentModel(LLM2CLIPModel):
+    """Both sides in one forward pass, as distributed training wants it.
+
+    Loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It is
+    never saved: what is trained is, and `hub.assemble` makes a folder of it.
+
+    Args:
+        with_llm: False where caption embeddings are stored.
+        with_vision_tower: False where image embeddings are stored.
+
+    Attributes:
+        trains_text, trains_vision: whether gradients reach the towers; set before training.
+    """
+
+    _auto_class = None  # type: ignore[assignment]
+    packs_in_training = True
+
+    def __init__(
+        self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
+    ) -> None:
+        self._keys_to_ignore_on_load_unexpected = [
+            *([] if with_llm else [r"^text_model\."]),
+            *([] if with_vision_tower else [r"^vision_model\."]),
+        ]
+        vision_model = None
+        if not with_vision_tower:
+            # Built without memory, because only the network knows how wide its embeddings are.
+            with torch.device("meta"):
+                vision_model = build_tower(config.vision_config)
+        text_model: Any = None if with_llm else _AbsentTower()
+        super().__init__(config, vision_model, text_model)
+        if not with_vision_tower:
+            self.vision_model = _AbsentTower()
+            self.prune_no_split_modules()
+        self.trains_text = self.trains_vision = False
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        caption_embeds: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode images and captions, or start from their stored embeddings.
+
+        Args:
+            pixel_values: what the image processor returns, or
+            vision_embeds: (B, D') float32, stored.
+            input_ids, attention_mask: (B, L), or
+            caption_embeds: (B, D) float32, stored.
+        Returns: image_embeds and text_embeds, (B, P) float32 of unit length, and the inverse
+            temperature, (1,).
+        """
+        if vision_embeds is None:
+            assert pixel_values is not None
+            with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
+                vision_embeds = self.get_vision_embeds(
+                    pixel_values, pixel_attention_mask, spatial_shapes
+                )
+        if caption_embeds is None:
+            assert input_ids is not None
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+                caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
+        image_embeds = F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
+        text_embeds = F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
+        return image_embeds, text_embeds, self.logit_scale()
+
+    def train(self, mode: bool = True) -> AlignmentModel:
+        """Switch to training; a tower that is not trained keeps evaluating.
+
+        So does batch normalisation. Statistics of the batch would come from each process's part of
+        it, so that two processes would not train as one does, and an image's embedding would depend
+        on its neighbors; and a tower's own come from far more images than it is aligned on.
+        """
+        super().train(mode)
+        for tower, trains in (
+            (self.text_model, self.trains_text),
+            (self.vision_model, self.trains_vision),
+        ):
+            tower.train(mode and trains)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def train_heads_only(self) -> None:
+        """Freeze all but adapter, projections and temperature, which become float32."""
+        self.requires_grad_(False)
+        for name in HEADS:
+            getattr(self, name).float().requires_grad_(True)
+
+    def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
+        """Give weights the names they have in a folder; transformers renames some on loading.
+
+        Args:
+            state: whole towers and heads.
+            scratch: an existing folder with room for them for a moment.
+        """
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            self.save_pretrained(folder, state_dict=state)
+            named: dict[str, Tensor] = {}
+            for file in sorted(Path(folder).glob("*.safetensors")):
+                named |= load_file(file)
+        return named

@@ -1,0 +1,290 @@
+"""Starts both projections from a closed form: canonical correlation analysis of the embeddings.
+
+It finds the directions in which captions and images agree most, without a step of training. How
+much each side is regularized decides how good the result is, and depends on the data, so that it is
+chosen by cross-validation. Two sides with a thousand elements each take seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...heads_llm2clip import MAX_LOG_SCALE
+from ...modeling_llm2clip import LLM2CLIPModel
+from ..losses.contrastive import grouped_contrastive_loss
+
+# Shares of the mean variance that may be added to every variance, two a decade.
+SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_FIRST_TRIED = (2, 4)  # where good values mostly are: 0.1 for texts, 1 for images
+_NUM_FOLDS = 4
+# So many pairs estimate a rank well, and comparing them costs little beside the fit.
+_MOST_PAIRS_COMPARED = 1_000
+_TEMPERATURE_STEPS = 16
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """What the closed form was fitted with.
+
+    Attributes:
+        text_shrinkage, image_shrinkage: added to every variance of a side, as a share of the mean
+            variance.
+        mean_reciprocal_rank: of the cross-validation; None where both were given.
+        num_pairs: pairs of a caption and an image that it was fitted on.
+    """
+
+    text_shrinkage: float
+    image_shrinkage: float
+    mean_reciprocal_rank: float | None
+    num_pairs: int
+
+
+@torch.no_grad()
+def init_projections_by_cca(
+    model: LLM2CLIPModel,
+    caption_embeds: Tensor,
+    vision_embeds: Tensor,
+    groups: Tensor,
+    *,
+    shrinkages: tuple[float, float] | None = None,
+) -> ClosedForm:
+    """Set both projections in place.
+
+    The blocks of a text adapter that was not trained become the identity; a trained one stays, and
+    the projections are fitted to what it returns. Each projection gets the scale of an ordinary
+    initialization: embeddings are normalized, so that the scale is free, and an optimizer's first
+    steps overwrite weights that are much smaller.
+
+    Args:
+        model: its image projection needs a bias, which takes the mean away.
+        caption_embeds: (N, D) float32, stored.
+        vision_embeds: (N, D') float32, stored; row i belongs to row i of the captions.
+        groups: (N,) int64, what each pair shows. Pairs of one group are never each other's
+            negatives, and cross-validation never separates them.
+        shrinkages: of texts and of images; None to choose them by cross-validation.
+    Returns: what it was fitted with.
+    Raises: ValueError without `visual_projection_bias`, or for fewer groups than two.
+    """
+    if model.visual_projection.bias is None:
+        raise ValueError(
+            "The closed form needs a bias in the image projection. Build the model with "
+            "visual_projection_bias=True, or choose start='as-is'."
+        )
+    num_groups = len(groups.unique())
+    if not len(caption_embeds) == len(vision_embeds) == len(groups) or num_groups < 2:
+        raise ValueError(
+            f"{len(caption_embeds)} captions, {len(vision_embeds)} images, {len(groups)} group "
+            f"numbers of {num_groups} groups; the closed form needs equally many, and two groups."
+        )
+    if not model.config.text_adapter_trained:
+        for block in model.text_adapter.blocks:
+            block.down.weight.zero_()
+            block.down.bias.zero_()
+    device = model.text_projection.weight.device
+    text = model.text_adapter(caption_embeds.to(device)).float()
+    if device.type == "mps":  # which has no float64
+        text = text.cpu()
+    vision = vision_embeds.to(text.device).float()
+    num_directions = model.config.projection_dim
+    rank = None
+    if shrinkages is None:
+        shrinkages, rank = _choose_shrinkages(text, vision, groups.to(text.device), num_directions)
+    fitted = _Correlation(text, vision)
+    for projection, side, rotated in zip(
+        (model.text_projection, model.visual_projection),
+        (fitted.text, fitted.vision),
+        fitted.solve(*shrinkages, num_directions),
+        strict=True,
+    ):
+        _fill(projection, (side.directions @ rotated).T, side.mean)
+    return ClosedForm(*shrinkages, rank, len(text))
+
+
+def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
+    """Set a projection to weights (directions, D) float64 at an ordinary scale, mean taken away."""
+    weight = weight * (weight.shape[1] * weight.square().mean()).rsqrt()
+    projection.weight.zero_()  # where the space is wider than there are directions
+    projection.weight[: len(weight)] = weight.to(projection.weight)
+    projection.bias.zero_()
+    projection.bias[: len(weight)] = -(weight @ mean.double()).to(projection.bias)
+
+
+@torch.no_grad()
+def fit_temperature(
+    image_embeds: Tensor, text_embeds: Tensor, groups: Tensor, *, chunk_size: int | None = None
+) -> tuple[float, float]:
+    """Find the temperature at which the contrastive loss of some pairs is least.
+
+    Golden-section search: the loss is convex in the inverse temperature.
+
+    Args:
+        image_embeds, text_embeds: (N, P) of unit length; row i belongs to row i.
+        groups: (N,) int64, what each pair shows.
+        chunk_size: see `grouped_contrastive_loss`.
+    Returns: the logarithm of the inverse temperature, in [0, ln 100], and the loss.
+    """
+
+    def measure(log_scale: float) -> float:
+        scale = torch.tensor([math.exp(log_scale)], device=image_embeds.device)
+        loss = grouped_contrastive_loss(
+            image_embeds, text_embeds, scale, groups, chunk_size=chunk_size
+        )
+        return float(loss)
+
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = 0.0, MAX_LOG_SCALE
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = measure(left), measure(right)
+    for _ in range(_TEMPERATURE_STEPS):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = measure(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = measure(right)
+    return (left, at_left) if at_left < at_right else (right, at_right)
+
+
+class _Correlation:
+    """The covariances of some pairs, decomposed once for any number of shrinkages.
+
+    Both sides are rotated into their principal directions, in which a covariance is diagonal.
+    """
+
+    def __init__(self, text: Tensor, vision: Tensor) -> None:
+        self.text, self.vision = _Side(text), _Side(vision)
+        cross = self.text.rotate(text).double().T @ self.vision.rotate(vision).double()
+        self._cross = cross / len(text)
+
+    def solve(
+        self, text_shrinkage: float, image_shrinkage: float, num_directions: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights on rotated embeddings, (D, directions) and (D', directions) float64.
+
+        Each direction weighs as it correlates.
+        """
+        text_scale = self.text.whiten(text_shrinkage)[:, None]
+        vision_scale = self.vision.whiten(image_shrinkage)[:, None]
+        left, right = _split_by_correlation(
+            text_scale * self._cross * vision_scale.T, num_directions
+        )
+        return text_scale * left, vision_scale * right
+
+
+class _Side:
+    """Mean, principal directions and variances of one side's embeddings, (N, D)."""
+
+    def __init__(self, embeds: Tensor) -> None:
+        self.mean = embeds.mean(0)
+        centered = (embeds - self.mean).double()
+        variances, self.directions = torch.linalg.eigh(centered.T @ centered / len(centered))
+        self._variances = variances.clamp(min=0)
+
+    def rotate(self, embeds: Tensor) -> Tensor:
+        """Take the mean away and turn into the principal directions, (M, D) float32."""
+        rotated: Tensor = (embeds - self.mean) @ self.directions.float()
+        return rotated
+
+    def whiten(self, shrinkage: float) -> Tensor:
+        scale: Tensor = (self._variances + shrinkage * self._variances.mean()).rsqrt()
+        return scale
+
+
+def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
+    """Singular vectors of both sides, each times its singular value, largest first.
+
+    From the smaller Gram matrix: several times as fast as a singular value decomposition.
+    """
+    if whitened.shape[0] > whitened.shape[1]:
+        right, left = _split_by_correlation(whitened.T, num_directions)
+        return left, right
+    squares, left = torch.linalg.eigh(whitened @ whitened.T)
+    squares = squares.flip(0)[:num_directions].clamp(min=0)
+    left = left.flip(1)[:, :num_directions]
+    return left * squares.sqrt(), whitened.T @ left
+
+
+def _choose_shrinkages(
+    text: Tensor, vision: Tensor, groups: Tensor, num_directions: int
+) -> tuple[tuple[float, float], float]:
+    """Walk over the grid of shrinkages to the best mean reciprocal rank of held-out pairs.
+
+    Not to the least loss: that asks for more shrinkage than finding does.
+    """
+    folds = _make_folds(text, vision, groups)
+    ranks: dict[tuple[int, int], float] = {}
+
+    def measure(place: tuple[int, int]) -> float:
+        if place not in ranks:
+            chosen = (SHRINKAGES[place[0]], SHRINKAGES[place[1]])
+            found = [fold.measure(*chosen, num_directions) for fold in folds]
+            ranks[place] = sum(found) / len(found)
+        return ranks[place]
+
+    best = _FIRST_TRIED
+    while True:
+        steps = ((1, 0), (-1, 0), (0, 1), (0, -1))
+        around = [(best[0] + text_step, best[1] + image_step) for text_step, image_step in steps]
+        inside = [p for p in around if all(0 <= index < len(SHRINKAGES) for index in p)]
+        highest = max(inside, key=measure)
+        if measure(highest) <= measure(best):
+            return (SHRINKAGES[best[0]], SHRINKAGES[best[1]]), ranks[best]
+        best = highest
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Pairs that are fitted, and pairs of other groups, rotated, that are measured."""
+
+    fitted: _Correlation
+    text: Tensor
+    vision: Tensor
+    groups: Tensor
+
+    def measure(self, text_shrinkage: float, image_shrinkage: float, num_directions: int) -> float:
+        text, vision = self.fitted.solve(text_shrinkage, image_shrinkage, num_directions)
+        text_embeds = F.normalize(self.text @ text.float(), dim=-1)
+        image_embeds = F.normalize(self.vision @ vision.float(), dim=-1)
+        return _mean_reciprocal_rank(image_embeds @ text_embeds.T, self.groups)
+
+
+def _mean_reciprocal_rank(similarities: Tensor, groups: Tensor) -> float:
+    """Of the own group's best row among those of other groups, over both directions."""
+    same = groups[:, None] == groups[None, :]
+    reciprocals = []
+    for scores in (similarities, similarities.T):
+        own = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+        ranks = 1 + ((scores >= own) & ~same).sum(dim=1)
+        reciprocals.append(float(ranks.double().reciprocal().mean()))
+    return sum(reciprocals) / 2
+
+
+def _make_folds(text: Tensor, vision: Tensor, groups: Tensor) -> list[_Fold]:
+    numbers = groups.unique(return_inverse=True)[1]
+    num_groups = int(numbers.max()) + 1
+    num_folds = min(_NUM_FOLDS, num_groups)
+    generator = torch.Generator().manual_seed(0)  # only who is measured with whom depends on it
+    order = torch.randperm(num_groups, generator=generator).to(groups.device)
+    fold_of_row = (order % num_folds)[numbers]
+    folds = []
+    for number in range(num_folds):
+        rows = (fold_of_row == number).nonzero().flatten()
+        chosen = torch.randperm(len(rows), generator=generator)[:_MOST_PAIRS_COMPARED]
+        rows, others = rows[chosen.to(rows.device)], fold_of_row != number
+        fitted = _Correlation(text[others], vision[others])
+        folds.append(
+            _Fold(
+                fitted,
+                fitted.text.rotate(text[rows]),
+                fitted.vision.rotate(vision[rows]),
+                groups[rows],
+            )
+        )
+    return folds

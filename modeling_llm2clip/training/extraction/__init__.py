@@ -1,0 +1,1 @@
+"""Stage 2: captions and images into embedding stores."""

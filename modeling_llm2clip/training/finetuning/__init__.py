@@ -1,0 +1,1 @@
+"""Stage 1: caption-contrastive fine-tuning of the LLM."""

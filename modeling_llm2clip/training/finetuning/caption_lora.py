@@ -1,0 +1,44 @@
+"""Merges a caption-tuned LoRA into the LLM of a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ...building.lora_merging import merge_lora
+from ...data.trained_emoji import read_trained_emoji
+from ...doctor.model_under_test import find_folder
+from ...model_folders.atomic_folder import require_new_folder
+from ...model_folders.model_card_data import read_card_facts
+from ...modeling_llm2clip import LLM2CLIPModel
+from ...processing_llm2clip import LLM2CLIPProcessor
+from ...publishing.export_model import find_records, read_prompts, save_model
+
+
+def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
+    """Write a copy of a model whose LLM carries the adapter in its own weights.
+
+    The numbers are those of the unmerged LLM up to the rounding of one sum a weight. Instructions,
+    licenses and the record of a conversion are taken over.
+
+    Args:
+        model: Hub id or folder the adapter was trained on.
+        adapter: Hub id or folder of the LoRA.
+        output: folder to write.
+    Raises: FileExistsError when `output` is not empty; ValueError as `adapters.merge_lora`.
+    """
+    require_new_folder(output)
+    loaded = LLM2CLIPModel.from_pretrained(model)
+    loaded.text_model = merge_lora(loaded.text_model, adapter)
+    folder = find_folder(model)
+    before = read_trained_emoji(folder)
+    return save_model(
+        loaded,
+        LLM2CLIPProcessor.from_pretrained(model),
+        output,
+        prompts=read_prompts(folder),
+        records=find_records(folder, trained_since=True),
+        facts=replace(read_card_facts(folder), results=()),  # of other weights
+        # An adapter does not say which captions it has seen.
+        trained_emoji=before and replace(before, is_complete=False),
+    )

@@ -1,0 +1,175 @@
+"""Laws of merging a LoRA: all of it is merged, or it is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llm
+from tiny_folders import save_tiny_llm, save_tiny_vision
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.lora_merging import merge_lora
+from modeling_llm2clip.demo.run_demo import DemoArguments
+
+NUM_MATRICES = 2 * 7  # two layers of seven linear ones
+Weights = dict[str, Tensor]
+
+
+def save_lora(model: nn.Module, folder: Path, *, base: str | None = None, **settings: Any) -> Path:
+    """Save a LoRA that moves every linear layer visibly, as peft saves one."""
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings}
+    adapted = get_peft_model(model, LoraConfig(**chosen))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.5, generator=generator)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def add_head(model: PreTrainedModel) -> Any:
+    headed = AutoModelForCausalLM.from_config(model.config)
+    headed.model.load_state_dict(model.state_dict())
+    return headed
+
+
+def rewrite(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return folder
+
+
+def rename_layer(weights: Weights) -> Weights:
+    return {name.replace("layers.1.", "layers.7."): value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("with_head", [False, True], ids=["headless", "with head"])
+def test_a_merged_lora_is_the_sum_worked_out_by_hand(
+    with_head: bool, targets: Any, tmp_path: Path
+) -> None:
+    before = tiny_llm().state_dict()
+    model = add_head(tiny_llm()) if with_head else tiny_llm()
+    task = "CAUSAL_LM" if with_head else "FEATURE_EXTRACTION"
+    folder = save_lora(model, tmp_path / "lora", target_modules=targets, task_type=task)
+    factors = load_file(folder / "adapter_model.safetensors")
+    merged = merge_lora(tiny_llm(), folder).state_dict()
+    assert merged.keys() == before.keys()
+    changed = [name for name in merged if not torch.equal(merged[name], before[name])]
+    assert len(changed) == (NUM_MATRICES if targets == "all-linear" else 4)
+    inside = "base_model.model." + ("model." if with_head else "")
+    for name in changed:
+        down, up = (
+            factors[f"{inside}{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB"
+        )
+        # The scale is alpha 8 by rank 4; products of four numbers of about a quarter in float32.
+        torch.testing.assert_close(merged[name], before[name] + 2 * up @ down, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (rename_layer, r"14 of 28 weights have no place.*layers\.7.*14 are missing.*layers\.1"),
+        (lambda w: dict(list(w.items())[2:]), "0 of 26 weights have no place.*2 are missing"),
+        (lambda w: {k: torch.zeros_like(v) for k, v in w.items()}, "adds zero to all of its 14"),
+        (lambda w: {k: v * float("nan") for k, v in w.items()}, r"layers\.0\..*: not finite"),
+        (lambda w: {k: torch.cat([v, v], dim=1) for k, v in w.items()}, "is for another LLM"),
+    ],
+    ids=["a renamed layer", "a lost matrix", "zeros", "NaN", "another width"],
+)
+def test_a_lora_that_does_not_fit_is_refused(change: Any, error: str, tmp_path: Path) -> None:
+    folder = rewrite(save_lora(tiny_llm(), tmp_path / "lora"), change)
+    with pytest.raises(ValueError, match=error):
+        merge_lora(tiny_llm(), folder)
+
+
+def test_a_sum_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
+    folder = rewrite(
+        save_lora(tiny_llm(), tmp_path / "lora"), lambda w: {k: v * 1e-4 for k, v in w.items()}
+    )
+    with pytest.raises(ValueError, match=r"lost in the rounding of torch\.bfloat16.*float32"):
+        merge_lora(tiny_llm().to(torch.bfloat16), folder)
+    merge_lora(tiny_llm(), folder)
+
+
+def test_what_is_more_than_low_rank_matrices_is_refused(tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora", modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"not a LoRA alone.*embed_tokens.*merge_and_unload"):
+        merge_lora(tiny_llm(), folder)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "pissa", "olora"])
+def test_a_start_that_changes_the_base_is_merged_as_peft_does(start: Any, tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora", init_lora_weights=start)
+    merged = merge_lora(tiny_llm(), folder).state_dict()
+    loaded = PeftModel.from_pretrained(tiny_llm(), str(folder)).merge_and_unload().state_dict()
+    for name, value in merged.items():
+        # The same sum of the same numbers; a decomposition may round otherwise.
+        torch.testing.assert_close(value, loaded[name], atol=1e-5, rtol=0)
+
+
+def test_a_start_that_cannot_be_repeated_is_refused(tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora", init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match=r"not a LoRA alone.*pissa_niter_4"):
+        merge_lora(tiny_llm(), folder)
+
+
+def test_layers_that_the_llm_has_not_are_refused(tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm("phi"), tmp_path / "lora", target_modules=["dense"])
+    with pytest.raises(ValueError, match=r"does not fit .*dense"):
+        merge_lora(tiny_llm(), folder)
+
+
+def test_a_folder_without_a_lora_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
+        merge_lora(tiny_llm(), tmp_path)
+    folder = save_lora(tiny_llm(), tmp_path / "lora")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
+        merge_lora(tiny_llm(), folder)
+
+
+def test_the_command_refuses_a_lora_of_another_base_unless_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    folder = save_lora(tiny_llm(), tmp_path / "lora", base="owner/Other-7B")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    output = tmp_path / "model"
+    command = ["build", str(vision), str(llm), str(output), "--prompt", "llama-3"]
+    command += ["--max-text-length", "64", "--caption-adapter", str(folder)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "is for the base 'owner/Other-7B', but the LLM is 'llm'" in error
+    assert not output.exists()
+    assert main([*command, "--accept-adapter-base", "owner/Other-7B"]) == 0
+    built = load_file(output / "model.safetensors")["text_model.layers.0.self_attn.q_proj.weight"]
+    assert not torch.equal(built, tiny_llm().layers[0].self_attn.q_proj.weight)
+    # Owners, and the case of letters, are no difference between Hub ids.
+    assert merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
+
+
+def named(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    model.config._name_or_path = name
+    return model
+
+
+def test_the_embedded_adapter_is_accepted_for_the_embedded_llm_alone(tmp_path: Path) -> None:
+    arguments = DemoArguments(output=tmp_path / "demo")
+    adapter = arguments.find_adapter()
+    assert adapter is not None
+    stated = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert arguments.accepted_base == stated["base_model_name_or_path"]
+    other = DemoArguments(output=tmp_path / "demo", llm="owner/other", prompt="none")
+    assert other.accepted_base is None

@@ -1,0 +1,349 @@
+"""The command line: what it writes, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_images
+from tiny_folders import save_tiny_llm, save_tiny_vision
+from transformers import AutoModel, AutoProcessor
+
+import modeling_llm2clip
+from modeling_llm2clip.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("towers")
+    return str(save_tiny_vision(folder / "vision")), str(save_tiny_llm(folder / "llm"))
+
+
+@pytest.fixture(scope="module")
+def built(towers: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "model"
+    options = ["--prompt", "llama-3", "--projection-dim", "24", "--max-text-length", "32"]
+    assert main(["build", *towers, str(folder), *options]) == 0
+    return folder
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == modeling_llm2clip.__version__
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], [], ["doctor"]])
+def test_what_is_no_command_exits_with_2_and_shows_the_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: llm2clip" in capsys.readouterr().err
+
+
+def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> None:
+    model = AutoModel.from_pretrained(built)
+    inputs = AutoProcessor.from_pretrained(built)(text=["a dog"], images=tiny_images(1))
+    with torch.inference_mode():
+        output = model(**inputs)
+    assert output.text_embeds.shape == output.image_embeds.shape == (1, 24)
+    assert model.config.max_text_length == 32
+
+
+def test_build_takes_every_setting_of_pooling_and_adapter(
+    towers: tuple[str, str], tmp_path: Path
+) -> None:
+    options = ["--prompt", "llama-3", "--vision-pooling", "patch_mean"]
+    options += ["--no-normalize-text-before-adapter", "--max-text-length", "32"]
+    assert main(["build", *towers, str(tmp_path / "new"), *options]) == 0
+    model = AutoModel.from_pretrained(tmp_path / "new")
+    assert model.config.vision_pooling == "patch_mean"
+    assert model.config.normalize_text_before_adapter is False
+    assert model.text_adapter.normalize is False
+
+
+def test_an_adapter_is_written_in_every_dtype_that_the_settings_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune-llm", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--adapter-dtype {float32,float16,bfloat16}" in shown
+
+
+def test_doctor_finds_what_build_writes_healthy(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(built)]) == 0
+    report = capsys.readouterr().out
+    assert report.splitlines()[-1].startswith(f"{built}: healthy, but untrained: ")
+    assert "FAILED" not in report
+
+
+def test_a_whole_model_is_no_language_model(
+    built: Path, towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", towers[0], str(built), str(tmp_path / "new"), "--prompt", "llama-3"]
+    assert main(command) == 2
+    assert f"{built} is a whole LLM2CLIP model, with a prompt in its tok" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor", "MODEL"],
+        ["search", "MODEL", "DATA", "a dog"],
+        ["tag", "MODEL", "DATA", "--labels", "LABELS"],
+        ["extract", "MODEL", "DATA", "NEW"],
+        ["finetune-llm", "MODEL", "DATA", "NEW"],
+        ["align", "MODEL", "DATA", "NEW", "--text-training", "lora"],
+        ["evaluate", "MODEL", "--data", "emoji"],
+        ["export", "MODEL", "NEW"],
+        ["build", "owner/vision", "owner/llm", "NEW", "--prompt", "none"],
+        ["convert", "owner/model", "NEW", "--recipe", "openai", "--llm", "owner/llm"],
+        ["demo", "--output", "NEW"],
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="asks for what is absent")
+def test_a_device_that_is_not_there_is_told_before_a_model_is_read(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "data"
+    model.mkdir()
+    data.mkdir()
+    # No weights and no records: whatever was read would show another message.
+    (model / "config.json").write_text('{"model_type": "llm2clip"}', encoding="utf-8")
+    places = {"MODEL": str(model), "DATA": str(data), "NEW": str(tmp_path / "new")}
+    (tmp_path / "labels.txt").write_text("a dog", encoding="utf-8")
+    places["LABELS"] = str(tmp_path / "labels.txt")
+    assert main([*(places.get(word, word) for word in command), "--device", "mps"]) == 2
+    assert "--device 'mps' is not there" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def write_broken_images(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_text("no image", encoding="utf-8")
+    lines = [json.dumps({"image": name, "captions": "a"}) for name in ("a.png", "b.png")]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_doctor_exits_with_1_for_a_broken_folder(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (built / "config.json").read_text(encoding="utf-8")
+    changed = {**json.loads(whole), "text_pooling": "last_token"}
+    (built / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    try:
+        assert main(["doctor", str(built)]) == 1
+    finally:
+        (built / "config.json").write_text(whole, encoding="utf-8")
+    report = capsys.readouterr().out
+    assert [line for line in report.splitlines() if line.startswith("FAILED   golden embeddings")]
+    assert "healthy" not in report
+
+
+def test_doctor_exits_with_2_for_a_folder_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(tmp_path / "nothing")]) == 2
+    assert "nothing: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["extract", "MODEL", "DATA", "OUTPUT", "--images"],
+     ["align", "MODEL", "DATA", "OUTPUT", "--text-training", "frozen-online"],
+     ["extract", "MODEL", "DATA", "OUTPUT", "--check-images"]],
+    ids=lambda command: " ".join(command[::4]),
+)  # fmt: skip
+def test_broken_images_are_all_told_before_a_model_is_loaded(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_broken_images(tmp_path / "data")
+    (tmp_path / "model").mkdir()  # empty, so that loading it would fail
+    places = {"MODEL": "model", "DATA": "data", "OUTPUT": "output"}
+    assert main([str(tmp_path / places[p]) if p in places else p for p in command]) == 2
+    message = capsys.readouterr().err
+    assert "image unreadable: 2 (" in message and "a.png: not an image" in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("options", [["--images", "--no-check-images"], []])
+def test_images_are_not_decoded_first_where_it_is_not_wanted_or_not_needed(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_broken_images(tmp_path / "data")
+    model = tmp_path / "model"
+    model.mkdir()
+    assert main(["extract", str(model), str(data), str(tmp_path / "output"), *options]) == 2
+    message = capsys.readouterr().err
+    assert "unreadable" not in message and str(model) in message  # which is empty
+
+
+def test_a_request_that_cannot_be_met_is_refused_before_an_image_is_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, full = write_broken_images(tmp_path / "data"), tmp_path / "full"
+    for folder in (tmp_path / "model", full):
+        folder.mkdir()
+    (full / "thesis.txt").write_text("mine", encoding="utf-8")
+    align = ["align", str(tmp_path / "model"), str(data)]
+    assert main([*align, str(tmp_path / "new")]) == 2
+    assert "needs a caption store" in capsys.readouterr().err
+    assert main([*align, str(full), "--text-training", "frozen-online"]) == 2
+    assert "is not empty and holds no run.json" in capsys.readouterr().err
+    assert main(["extract", "no-model", str(data), str(tmp_path / "new"), "--images"]) == 2
+    assert "no-model: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "prompt.*never guessed"), (["--prompt", "llama-3"], "not empty")],
+    ids=["no prompt", "something in the folder"],
+)
+def test_build_refuses_bad_input_before_it_loads_a_tower(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
+    output = tmp_path / ("full" if options else "new")
+    # No such towers: whatever is refused only after loading them would show another message.
+    towers = [str(tmp_path / "no-vision"), str(tmp_path / "no-llm")]
+    assert main(["build", *towers, str(output), *options]) == 2
+    assert re.search(f"^llm2clip build: .*{message}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+
+
+ABSENT = "/nowhere"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["build", ABSENT, "LLM", "--prompt", "llama-3"], f"{ABSENT}: no such vision tower: no fo"),
+        (["build", "VISION", "a/b/c", "--prompt", "llama-3"], "a/b/c: no such language model"),
+        (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
+        (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
+        (["build", "VISION", "/no.gguf", "--prompt", "none"], r"/no.gguf: no such .gguf file"),
+        (["build", "VISION", "LLM", "--prompt", "llama-3", "--caption-adapter", ABSENT],
+         f"{ABSENT}: no such caption adapter"),
+        (["build", "VISION", "LLM", "--prompt", "none", "--projection-dim", "0"],
+         "--projection-dim 0 must be at least 1"),
+        (["build", "VISION", "LLM", "--prompt", "none", "--text-adapter-layers", "-1"],
+         "--text-adapter-layers -1 must be at least 0"),
+        (["build", "VISION", "LLM", "--prompt", "none", "--prefix", "x"], "excludes a prefix"),
+        (["demo", "--vision", ABSENT], f"{ABSENT}: no such vision tower"),
+        (["demo", "--caption-adapter", ABSENT], f"{ABSENT}: no such caption adapter"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_cannot_be_built_is_told_before_anything_is_loaded(
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from modeling_llm2clip.building import build_model as build
+    from modeling_llm2clip.demo import run_demo as run
+
+    for module, name in ((build, "load_vision_tower"), (build, "load_text_tower"),
+                         (run, "fetch_tower"), (run, "read_images")):  # fmt: skip
+        monkeypatch.setattr(module, name, None)  # calling it would show another message
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    places = {
+        "VISION": "owner/vision",  # as on the Hub, so that only the other one is at error
+        "LLM": "owner/llm",
+        "EMPTY": str(tmp_path / "empty"),
+        "FILE": str(tmp_path / "file"),
+    }
+    output = str(tmp_path / "new")
+    arguments = [places.get(part, part) for part in command]
+    arguments += ["--output", output] if command[0] == "demo" else [output]
+    assert main(arguments) == 2
+    assert re.search(f"^llm2clip {command[0]}: .*{message}", capsys.readouterr().err)
+    assert not Path(output).exists()
+
+
+def copy_with_cut_weights(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return target
+
+
+@pytest.mark.parametrize("place", ["vision", "llm", "model"])
+def test_cut_weights_are_told_in_one_line_with_their_folder(
+    place: str,
+    towers: tuple[str, str],
+    built: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = {"vision": Path(towers[0]), "llm": Path(towers[1]), "model": built}
+    cut = str(copy_with_cut_weights(whole[place], tmp_path / "cut"))
+    output = str(tmp_path / "new")
+    if place == "model":
+        command = ["export", cut, output]
+    else:
+        pair = (cut, towers[1]) if place == "vision" else (towers[0], cut)
+        command = ["build", *pair, output, "--prompt", "llama-3"]
+    assert main(command) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llm2clip")]
+    assert len(told) == 1
+    assert f"{cut}: a weight file is truncated or damaged" in told[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+def test_weights_that_cannot_be_written_are_told_in_one_line(
+    towers: tuple[str, str], tmp_path: Path
+) -> None:
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "from modeling_llm2clip.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["build", *towers, str(tmp_path / "new"), "--prompt", "llama-3"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "a weight file could not be read or written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_refuses_a_language_model_without_a_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "demo"
+    assert main(["demo", "--llm", "some-llm", "--output", str(output)]) == 2
+    assert "llm2clip demo: --llm needs --prompt" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_demo_refuses_a_folder_that_is_not_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "earlier.txt").write_text("mine", encoding="utf-8")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]

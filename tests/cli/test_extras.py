@@ -1,0 +1,279 @@
+"""Optional packages: each is in the extra that a command names, and named before any work."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_llm2clip import _extras
+from modeling_llm2clip.__main__ import _build_parser, main
+from modeling_llm2clip._extras import MissingExtraError, Need, require
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_llm2clip"
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
+EXTRAS = SETUP["options.extras_require"]
+# Distributions that are not called as what they hold is imported.
+DISTRIBUTIONS = {"open_clip": "open_clip_torch", "sentence_transformers": "sentence-transformers"}
+# Installed by what `install_requires` names: transformers has the first, huggingface_hub the other.
+INDIRECT = {"tokenizers", "yaml"}
+REQUIRED = {"PIL", "accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "torchvision",
+            "tqdm", "transformers"}  # fmt: skip
+# Comes with datasets, which reads the file first.
+WITH_DATASETS = {"pyarrow"}
+# Extras whose packages a command imports before it looks at what it was given.
+ALWAYS_NAMED = {"demo": "demo", "finetune-llm": "train"}
+ONLY_TESTS = {"test", "all"}
+
+
+def all_needs() -> list[Need]:
+    values = vars(_extras).values()
+    alone = [value for value in values if isinstance(value, Need)]
+    return [*alone, *_extras.DEMO, *_extras.CAPTION_TUNING]
+
+
+def resolve(extra: str) -> set[str]:
+    """Names of the distributions of an extra, with those of the extras that it takes over."""
+    found: set[str] = set()
+    for line in EXTRAS[extra].strip().splitlines():
+        if own := re.match(r"modeling_llm2clip\[([\w,-]+)\]", line):
+            for other in own[1].split(","):
+                found |= resolve(other)
+        elif name := re.match(r"[\w.-]+", line):
+            found.add(name[0])
+    return found
+
+
+def is_only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def walk(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported, and those of its functions if asked for."""
+    for child in ast.iter_child_nodes(node):
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_only_for_types(child) or (is_function and not into_functions):
+            continue
+        yield child
+        yield from walk(child, into_functions=into_functions)
+
+
+def find_module(parts: tuple[str, ...]) -> Path | None:
+    path = PACKAGE.joinpath(*parts)
+    candidates = [path / "__init__.py", *([path.with_suffix(".py")] if parts else [])]
+    return next((file for file in candidates if file.is_file()), None)
+
+
+@cache
+def list_imports(file: Path, *, into_functions: bool) -> tuple[set[Path], set[str]]:
+    """Our modules that a module imports, and others by the first part of their names."""
+    own: set[Path] = set()
+    others: set[str] = set()
+    folder = file.relative_to(PACKAGE).parts[:-1]
+    for node in walk(ast.parse(file.read_text(encoding="utf-8")), into_functions=into_functions):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            others.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1]
+            base += tuple(node.module.split(".")) if node.module else ()
+            targets = [base, *((*base, alias.name) for alias in node.names)]
+            own |= {module for module in map(find_module, targets) if module}
+    return own, others - sys.stdlib_module_names
+
+
+def list_of_command(command: str) -> set[str]:
+    """What is imported as soon as a command runs: by its module, and by whatever that imports."""
+    start = PACKAGE / "commands" / f"{command.replace('-', '_')}.py"
+    waiting, seen, found = [start], {start}, set()
+    while waiting:
+        file = waiting.pop()
+        own, others = list_imports(file, into_functions=file == start)
+        found |= others
+        waiting += own - seen
+        seen |= own
+    return found
+
+
+def command_names() -> list[str]:
+    actions: Any = _build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+    return list(actions[0].choices)
+
+
+@pytest.mark.parametrize("need", all_needs(), ids=lambda need: f"{need.module} in {need.extra}")
+def test_what_is_missing_is_in_the_extra_that_is_named(need: Need) -> None:
+    assert DISTRIBUTIONS.get(need.module, need.module) in resolve(need.extra)
+
+
+@pytest.mark.parametrize("command", command_names())
+def test_what_a_command_imports_at_once_is_required_or_in_its_extra(command: str) -> None:
+    extra = ALWAYS_NAMED.get(command)
+    optional = list_of_command(command) - REQUIRED - INDIRECT
+    there = resolve(extra) if extra else set()
+    assert {DISTRIBUTIONS.get(module, module) for module in optional} <= there
+
+
+def test_the_walk_finds_what_is_imported_far_from_the_command() -> None:
+    assert {"peft", "datasets", "sentence_transformers"} <= list_of_command("finetune-llm")
+    assert "peft" not in list_of_command("align")  # imports it for a LoRA only
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
+def test_every_optional_import_can_be_named(file: Path) -> None:
+    others = list_imports(file, into_functions=True)[1]
+    named = {need.module for need in all_needs()} | WITH_DATASETS
+    named |= {"mteb"}  # of two modules that mteb alone imports
+    named |= {"pillow_heif"}  # without it HEIC is skipped, and the count says what to install
+    assert others - {"modeling_llm2clip"} <= REQUIRED | INDIRECT | named
+
+
+def test_all_has_every_extra() -> None:
+    rest = set().union(*(resolve(extra) for extra in EXTRAS if extra not in ONLY_TESTS))
+    assert rest <= resolve("all") <= resolve("test")
+
+
+def test_training_brings_what_the_demos_model_needs() -> None:
+    assert "timm" in resolve("train")
+
+
+# Blocks packages as if they were not installed, runs commands, prints what came of each.
+RUN_BLOCKED = """
+import contextlib, io, json, sys
+runs = json.loads(sys.stdin.read())
+blocked = set()
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from modeling_llm2clip.__main__ import main
+for modules, words in runs:
+    blocked.clear()
+    blocked.update(modules)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = main(words)
+    costly = [name for name in ("torch", "transformers", "PIL") if name in sys.modules]
+    print(json.dumps([code, errors.getvalue(), costly]))
+"""
+# Packages that are not there, a command, the extra that it names.
+BLOCKED_RUNS = [
+    (["timm"], "demo", "demo"),
+    (["gguf", "peft"], "demo", "demo"),
+    (["peft"], "finetune-llm TIMM DATA new", "train"),
+    (["datasets"], "finetune-llm PLAIN DATA new", "train"),
+    (["sentence_transformers"], "finetune-llm PLAIN DATA new --merge", "train"),
+    (["timm"], "finetune-llm TIMM DATA new", "train"),
+    (["timm"], "extract TIMM DATA new", "train"),
+    (["timm"], "extract TIMM DATA new --images", "train"),
+    (["datasets"], "extract PLAIN data.parquet new", "train"),
+    (["timm"], "align TIMM DATA new --caption-store gone", "train"),
+    (["peft"], "align PLAIN DATA new --vision-training lora", "train"),
+    (["peft"], "align PLAIN DATA new --text-training lora", "train"),
+    (["timm"], "build TIMM gone new --prompt none", "timm"),
+    (["gguf"], "build PLAIN gone.gguf new --prompt none", "gguf"),
+    (["peft"], "build PLAIN gone new --prompt none --caption-adapter gone", "train"),
+    (["timm"], "convert gone new --recipe eva02 --llm gone", "timm"),
+    (["timm"], "convert gone new --recipe siglip2 --llm gone", "timm"),
+    (["timm"], "convert gone new --recipe llm2vec --vision TIMM", "timm"),
+    (["peft"], "convert LORA new --recipe llm2vec --vision PLAIN --llm gone", "train"),
+    (["timm"], "search TIMM DATA sentence", "timm"),
+    (["timm"], "tag TIMM DATA --labels gone", "timm"),
+    (["timm"], "export TIMM new", "timm"),
+    (["timm"], "doctor TIMM", "timm"),
+    (["timm"], "evaluate ours=TIMM --data emoji", "timm"),
+    (["open_clip"], "evaluate PLAIN --data emoji --tasks retrieval length", "baselines"),
+    (["open_clip"], "evaluate OPEN_CLIP --data emoji", "baselines"),
+    (["open_clip"], "evaluate gone --kind open_clip --data emoji", "baselines"),
+    (["sentence_transformers"], "evaluate SENTENCES --data emoji", "sentence-transformers"),
+    (["matplotlib"], "evaluate PLAIN --data emoji --plot new.png", "plots"),
+    (["datasets"], "evaluate PLAIN --data coco=some.parquet", "parquet"),
+]
+
+
+def write_half_models(folder: Path) -> dict[str, str]:
+    """Folders with the one file that says what they need, and nothing to work with."""
+    contents = {
+        "TIMM": {"config.json": {"model_type": "llm2clip", "vision_config": {
+            "model_type": "timm_wrapper"}}},
+        "PLAIN": {"config.json": {"model_type": "llm2clip", "vision_config": {
+            "model_type": "clip_vision_model"}}},
+        "OPEN_CLIP": {"open_clip_config.json": {}},
+        "SENTENCES": {"modules.json": []},
+        "LORA": {"adapter_config.json": {}},
+        "DATA": {},
+    }  # fmt: skip
+    for name, files in contents.items():
+        (folder / name).mkdir()
+        for file, content in files.items():
+            (folder / name / file).write_text(json.dumps(content), encoding="utf-8")
+    return {name: str(folder / name) for name in contents}
+
+
+def test_every_command_names_its_extra_before_it_does_anything(tmp_path: Path) -> None:
+    places = write_half_models(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    runs = []
+    for modules, line, _ in BLOCKED_RUNS:
+        for name, place in places.items():
+            line = re.sub(rf"\b{name}\b", place, line)
+        runs.append([modules, line.split()])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BLOCKED], cwd=tmp_path, input=json.dumps(runs),
+        capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(outcomes) == len(BLOCKED_RUNS)
+    assert {line.split()[0] for _, line, _ in BLOCKED_RUNS} == set(command_names())
+    for (modules, line, extra), (code, message, costly) in zip(BLOCKED_RUNS, outcomes, strict=True):
+        assert code == 2, line
+        assert message.startswith(f"llm2clip {line.split()[0]}: not installed: "), (line, message)
+        assert all(f"{module} (" in message for module in modules), (line, message)
+        assert f'pip install "modeling_llm2clip[{extra}]"' in message, (line, message)
+        # Their imports take the seconds, and nothing is read or computed without them.
+        assert costly == [], line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_missing_packages_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("timm", "matplotlib"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"timm \(.*; matplotlib \(.*\[plots,timm\]"):
+        require(_extras.TIMM_TOWER, _extras.PLOTS)
+
+
+def test_a_folder_that_is_called_like_a_package_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError, match="no_such_package"):
+        require(Need("no_such_package", "train", "is a folder of data"))
+
+
+def test_what_no_need_foresees_names_all_extras(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modeling_llm2clip.cli import doctor
+
+    def fail(_: Any) -> int:
+        raise ImportError("No module named 'other'")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert main(["doctor", "gone"]) == 2
+    assert 'pip install "modeling_llm2clip[all]"' in capsys.readouterr().err

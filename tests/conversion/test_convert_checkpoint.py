@@ -1,0 +1,360 @@
+"""A converted checkpoint gives what the official code gave, whatever layout it came in."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from converting import (
+    GOLDEN,
+    LLM,
+    LLM2VEC,
+    RECIPE_OF,
+    convert,
+    convert_family,
+    copy_llm,
+    plan,
+    read_captions,
+    read_checkpoint,
+    read_golden,
+    save_checkpoint,
+)
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.__main__ import _build_parser, main
+from modeling_llm2clip.cli.convert import choose_recipe
+from modeling_llm2clip.conversion.conversion_plan import Plan, make_image_processor
+from modeling_llm2clip.conversion.convert_checkpoint import ConversionReport
+from modeling_llm2clip.conversion.lazy_tensors import open_weights
+from modeling_llm2clip.conversion.lora_factors import merge_lora
+from modeling_llm2clip.conversion.source_formats import SOURCE_FORMATS
+from modeling_llm2clip.conversion.source_llm import LLMSource
+from modeling_llm2clip.conversion.weight_writing import write_weights
+from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images
+from modeling_llm2clip.publishing.assemble import assemble_folder
+from modeling_llm2clip.publishing.export_model import (
+    RECORD_BEFORE_TRAINING,
+    RECORD_FILE,
+    export_model,
+)
+
+FAMILIES = tuple(RECIPE_OF)
+# Sums of float32 numbers in another order, over a few layers; logits reach 30.
+MOST_DIFFERENCE = 1e-5
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ConversionReport]:
+    return {family: convert_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+def load_weights(folder: Path) -> dict[str, Any]:
+    weights = {}
+    for path in folder.glob("model*.safetensors"):
+        weights |= load_file(path)
+    return weights
+
+
+def assert_faces_were_examined(report: ConversionReport) -> None:
+    """What users load the folder through was checked, not skipped for want of a file."""
+    passed = {check.name for check in report.diagnosis.checks if check.passed}
+    assert {"golden embeddings", "sentence-transformers", "processor", "remote code"} <= passed
+
+
+def assert_makes(planned: Plan, report: ConversionReport) -> None:
+    """What is planned from one source is what was written from another."""
+    written = load_weights(report.folder)
+    assert set(planned.weights) == set(written)
+    for name, value in written.items():
+        assert torch.equal(planned.weights[name].read().float(), value), name
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    ours, theirs = load_weights(first), load_weights(second)
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@every_family
+def test_embeddings_and_logits_are_those_of_the_official_code(converted, family) -> None:
+    golden = read_golden(family)
+    model = AutoModel.from_pretrained(converted[family].folder).eval()
+    processor = AutoProcessor.from_pretrained(converted[family].folder)
+    inputs = processor(text=read_captions()[0])
+    with torch.inference_mode():
+        found = {
+            "image_features": model.get_image_features(golden["pixel_values"]).pooler_output,
+            "caption_embeds": model.get_caption_embeds(**inputs),
+            "text_features": model.get_text_features(**inputs).pooler_output,
+            "logits_per_image": model(
+                **inputs, pixel_values=golden["pixel_values"]
+            ).logits_per_image,
+        }
+    differences = {name: float((found[name] - golden[name]).abs().max()) for name in found}
+    assert max(differences.values()) <= MOST_DIFFERENCE, differences
+
+
+@every_family
+def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
+    converted, family, tmp_path
+) -> None:
+    report = converted[family]
+    assert report.diagnosis.healthy
+    assert_faces_were_examined(report)
+    assert str(report.folder) in report.diagnosis.report()
+    assert f".{report.folder.name}-" not in report.diagnosis.report()  # where it was examined
+    model = AutoModel.from_pretrained(report.folder)
+    model.save_pretrained(tmp_path)
+    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (report.folder, tmp_path))
+    assert ours == theirs
+    assert same_weights(report.folder, tmp_path)
+    assert report.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_every_key_is_used_or_dropped_with_a_reason(converted) -> None:
+    dropped = converted["eva02"].dropped
+    rotary = {name for name in read_checkpoint("eva02") if "rope" in name}
+    assert set(dropped) == rotary and len(rotary) == 6
+    assert all("rotary frequencies" in reason for reason in dropped.values())
+    assert not any(converted[family].dropped for family in FAMILIES if family != "eva02")
+
+
+def test_the_record_tells_sources_settings_and_what_was_left_out(converted) -> None:
+    record = json.loads((converted["siglip2"].folder / RECORD_FILE).read_text())
+    assert record["recipe"]["preprocessing"] == "openai"
+    assert record["pixels"]["mean"][0] == pytest.approx(0.48145466)
+    assert [file["name"] for file in record["files"]] == ["epoch_3.pt"]  # it holds its LLM
+    record = json.loads((converted["eva02"].folder / RECORD_FILE).read_text())
+    assert [file["name"] for file in record["files"]] == ["epoch_3.pt", "model.safetensors"]
+    assert len(record["dropped"]) == 1
+    assert str(GOLDEN.parent.parent) not in json.dumps(record)  # names, not paths of this machine
+
+
+def rename_to_old_eva(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): value
+        for name, value in state.items()
+    }
+
+
+def wrap(state: dict[str, Any], *, under: str | None, prefix: str) -> dict[str, Any]:
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    return wrapped if under is None else {under: wrapped, "epoch": 1, "optimizer": {"lr": 1e-5}}
+
+
+@pytest.mark.parametrize("under", [None, "model", "module", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_may_be_nested_and_wrapped(tmp_path, under, prefix) -> None:
+    state = read_checkpoint("eva02")
+    torch.save(wrap(state, under=under, prefix=prefix), tmp_path / "c.pt")
+    opened = open_weights(tmp_path / "c.pt")
+    assert set(opened) == set(state)
+    assert all(torch.equal(opened[name].read(), state[name]) for name in state)
+
+
+def test_older_eva02_names_make_the_same_model(converted, tmp_path) -> None:
+    source = save_checkpoint("eva02", tmp_path, rename_to_old_eva(read_checkpoint("eva02")))
+    assert_makes(plan(source, recipe=RECIPE_OF["eva02"]), converted["eva02"])
+
+
+def test_an_llm_beside_the_checkpoint_takes_the_place_of_one_inside(converted, tmp_path) -> None:
+    state = {k: v for k, v in read_checkpoint("siglip2").items() if "text.text.model" not in k}
+    source = save_checkpoint("siglip2", tmp_path, state)
+    planned = plan(source, recipe=RECIPE_OF["siglip2"])
+    assert_makes(planned, converted["siglip2"])
+    assert [path.name for path in planned.files] == ["epoch_3.pt", "model.safetensors"]
+
+
+def test_an_llm_with_its_head_makes_the_same_model(converted, tmp_path) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    weights = {
+        f"model.{name}": value for name, value in load_file(llm / "model.safetensors").items()
+    }
+    weights["lm_head.weight"] = torch.ones(320, 32)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    (llm / "model.safetensors").unlink()
+    torch.save(weights, llm / "pytorch_model.bin")
+    config = json.loads((llm / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "McGill-NLP/somewhere--modeling_llama_encoder.LlamaBiModel"}
+    (llm / "config.json").write_text(json.dumps(config))
+    source = save_checkpoint("openai", tmp_path / "source")
+    planned = plan(source, recipe=RECIPE_OF["openai"], llm=LLMSource(llm))
+    assert_makes(planned, converted["openai"])
+    assert sorted(planned.dropped) == [
+        "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq",
+    ]  # fmt: skip
+    assert "auto_map" not in planned.config.text_config.to_dict()
+
+
+def test_a_merged_lora_gives_the_embeddings_of_the_official_loading(tmp_path) -> None:
+    source = save_checkpoint("openai", tmp_path / "source")
+    llm = LLMSource(LLM, adapters=(LLM2VEC / "llama_lora",))
+    report = convert(
+        source, tmp_path / "model", recipe=RECIPE_OF["openai"], llm=llm, components="text"
+    )
+    model = LLM2CLIPTextModel.from_pretrained(report.folder).eval()
+    inputs = AutoProcessor.from_pretrained(report.folder)(text=read_captions()[0])
+    with torch.inference_mode():
+        found = model.get_caption_embeds(**inputs)
+    wanted = load_file(LLM2VEC / "llama.safetensors")["caption_embeds_with_lora"]
+    assert float((found - wanted).abs().max()) <= MOST_DIFFERENCE
+
+
+def test_a_lora_is_merged_as_peft_merges_it() -> None:
+    plain = AutoModel.from_pretrained(LLM)
+    merged = PeftModel.from_pretrained(plain, LLM2VEC / "llama_lora").merge_and_unload()
+    ours = merge_lora(open_weights(LLM), LLM2VEC / "llama_lora", base="llama")
+    for name, value in merged.state_dict().items():
+        # One product and one sum a weight, in another order.
+        torch.testing.assert_close(ours[name].read(), value, rtol=0, atol=1e-6)
+
+
+def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
+    converted, tmp_path
+) -> None:
+    planned = plan(save_checkpoint("openai", tmp_path / "source"), recipe=RECIPE_OF["openai"])
+    folder = Path(shutil.copytree(converted["openai"].folder, tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    write_weights(planned.weights, folder, dtype=torch.float32, shard_bytes=60_000)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 60_000
+    assert same_weights(folder, converted["openai"].folder)
+    AutoModel.from_pretrained(folder)  # strictly, by the index
+
+
+def test_another_dtype_rounds_every_weight_but_the_temperature(converted, tmp_path) -> None:
+    planned = plan(save_checkpoint("eva02", tmp_path / "source"), recipe=RECIPE_OF["eva02"])
+    write_weights(planned.weights, tmp_path, dtype=torch.bfloat16, shard_bytes=10**9)
+    wanted = load_weights(converted["eva02"].folder)
+    for name, value in load_weights(tmp_path).items():
+        dtype = torch.float32 if name.startswith("logit_scale") else torch.bfloat16
+        assert value.dtype == dtype
+        assert torch.equal(value, wanted[name].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("components", "model_class"),
+    [("text", LLM2CLIPTextModel), ("vision", LLM2CLIPVisionModel)],
+)
+def test_a_half_has_the_weights_of_the_whole_and_no_others(
+    converted, tmp_path, components, model_class
+) -> None:
+    report = convert_family("eva02", tmp_path, components=components)
+    assert_faces_were_examined(report)
+    model, whole = (
+        model_class.from_pretrained(folder) for folder in (report.folder, converted["eva02"].folder)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True)
+    )
+    assert set(load_weights(report.folder)) == set(model.state_dict())
+    assert "belongs to the half" in report.dropped["logit_scale"]
+
+
+def test_a_vision_half_reads_no_weight_of_the_llm(tmp_path) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    (llm / "model.safetensors").unlink()
+    source = save_checkpoint("eva02", tmp_path / "source")
+    report = convert(
+        source, tmp_path / "model", recipe=RECIPE_OF["eva02"], llm=LLMSource(llm),
+        components="vision",
+    )  # fmt: skip
+    assert report.diagnosis.healthy
+
+
+@pytest.mark.parametrize("preprocessing", ["openai", "half"])
+def test_pixels_are_those_of_the_official_transform(preprocessing) -> None:
+    recipe = replace(RECIPE_OF["siglip2"], preprocessing=preprocessing)
+    processor = make_image_processor(recipe, 40)
+    found = processor(images=[render_golden_images()[0]], return_tensors="pt")["pixel_values"][0]
+    wanted = load_file(GOLDEN / "preprocessing.safetensors")[preprocessing]
+    # Both resize 8-bit pixels, in two libraries: three steps of 255, over a deviation of 0.26.
+    assert float((found - wanted).abs().max()) <= 3 / 255 / 0.26
+
+
+def test_a_temperature_rounded_up_to_half_precision_is_100(tmp_path) -> None:
+    state = read_checkpoint("openai")
+    state["logit_scale"] = torch.tensor(100.0).log().half()
+    assert state["logit_scale"].float() > math.log(100)
+    planned = plan(save_checkpoint("openai", tmp_path, state), recipe=RECIPE_OF["openai"])
+    written = float(planned.weights["logit_scale.log_scale"].read())
+    assert written == pytest.approx(math.log(100), abs=5e-7)  # float32 of ln 100
+
+
+def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> None:
+    source = save_checkpoint("eva02", tmp_path / "source")
+    flags = ["--recipe", "eva02", "--llm", str(LLM), "--head-width", "12", "--dtype", "float32"]
+    flags += ["--rope-reference-size", "4", "--max-text-length", "200", "--license", "mit"]
+    flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert main(["convert", str(source), str(tmp_path / "model"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "healthy" in printed and "left out, rotary frequencies" in printed
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "license: mit" in card and "# model\n" in card
+    assert "| vision tower `them/tower` | apache-2.0 |" in card  # on the source's own card
+    assert "| language model `them/llm` | llama3 |" in card
+
+
+def test_an_export_keeps_the_record_of_the_conversion(converted, tmp_path) -> None:
+    source = converted["openai"].folder
+    folder = export_model(source, tmp_path / "again")
+    assert (folder / RECORD_FILE).read_bytes() == (source / RECORD_FILE).read_bytes()
+
+
+def test_a_trained_folder_calls_the_record_one_of_before_training(converted, tmp_path) -> None:
+    source = converted["openai"].folder
+    changed = {"text_projection.weight": load_weights(source)["text_projection.weight"] + 1}
+    assemble_folder(source, changed, tmp_path / "trained")
+    assert not (tmp_path / "trained" / RECORD_FILE).exists()
+    record = tmp_path / "trained" / RECORD_BEFORE_TRAINING
+    assert record.read_bytes() == (source / RECORD_FILE).read_bytes()
+
+
+def test_the_documents_commands_parse_and_name_a_recipe() -> None:
+    text = (GOLDEN.parent / "README.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if line.startswith("llm2clip convert")]
+    assert len(commands) > 7
+    for command in commands:
+        arguments = _build_parser().parse_args(shlex.split(command)[1:])
+        if arguments.recipe in SOURCE_FORMATS:
+            assert choose_recipe(arguments).preprocessing is not None
+            assert arguments.llm is not None
+
+
+def test_the_script_is_the_command() -> None:
+    script = GOLDEN.parent / "convert_llm2clip_to_hf.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "-h"],
+        capture_output=True, text=True, check=False, timeout=120,
+        env={"PYTHONPATH": str(GOLDEN.parent.parent), "PATH": "", "COLUMNS": "100"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "usage: llm2clip convert" in done.stdout
+
+
+def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(
+    converted, tmp_path
+) -> None:
+    save_file(read_checkpoint("openai"), tmp_path / "weights.safetensors")
+    planned = plan(tmp_path / "weights.safetensors", recipe=RECIPE_OF["openai"])
+    assert_makes(planned, converted["openai"])

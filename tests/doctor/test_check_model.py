@@ -1,0 +1,142 @@
+"""A healthy checkpoint passes every check, whatever its family, dtype, settings and files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from breaking import find
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokenizer
+
+from modeling_llm2clip.doctor import Check, check_model
+from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.doctor.file_checks import list_uploaded_files
+from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.publishing.export_model import save_model
+
+
+def test_a_healthy_checkpoint_passes_every_check_and_skips_none(good: Path) -> None:
+    diagnosis = check_model(good)
+    assert diagnosis.healthy, diagnosis.report()
+    assert [check for check in diagnosis.checks if not check.passed] == []
+    assert [c.name for c in diagnosis.checks] == ["folder", *(plan.name for plan in _PLANS)]
+
+
+def test_a_checkpoint_without_golden_embeddings_is_told_so(copy: Path) -> None:
+    (copy / GOLDEN_FILE).unlink()
+    diagnosis = check_model(copy)
+    assert diagnosis.healthy
+    assert find(diagnosis, "golden embeddings") == Check(
+        "golden embeddings", False, f"the folder has no {GOLDEN_FILE} to compare with", skipped=True
+    )
+
+
+def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if not installed
+    diagnosis = check_model(good)
+    check = find(diagnosis, "sentence-transformers")
+    assert diagnosis.healthy
+    assert check.skipped
+    assert "not installed" in check.message
+
+
+@pytest.mark.parametrize(
+    ("vision", "llm", "arguments"),
+    [
+        ("siglip2", "gemma3_text", {"dtype": torch.bfloat16}),
+        ("timm", "qwen3", {"dtype": torch.float16}),
+        ("dinov2", "phi", {"vision_pooling": "cls", "text_pooling": "last_token"}),
+        ("vit", "llama", {"bidirectional": False}),
+        ("siglip", "gemma2", {"prompt": "none"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_families_dtypes_and_settings_are_healthy_too(
+    vision: str, llm: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    model, processor = tiny_model(vision, llm, **arguments)
+    diagnosis = check_model(save_model(model, processor, tmp_path / "exported"))
+    assert [check for check in diagnosis.checks if not check.passed] == [], diagnosis.report()
+
+
+def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
+    good: Path, tmp_path: Path
+) -> None:
+    LLM2CLIPTextModel.from_pretrained(good).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(good / name, tmp_path / name)
+    diagnosis = check_model(tmp_path)
+    assert diagnosis.healthy, diagnosis.report()
+    assert find(diagnosis, "pooled span").passed
+    assert find(diagnosis, "temperature").message == "the folder holds a LLM2CLIPTextModel alone"
+
+
+@pytest.mark.parametrize("option", ["eos_token", "extra_special_tokens"])
+def test_a_suffix_that_is_a_special_token_is_flagged_as_the_saved_tokenizer_has_it(
+    option: str, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(
+        {option: "<|eot_id|>" if option == "eos_token" else ["<|eot_id|>"]}
+    )
+    model, processor = tiny_model(tokenizer=tokenizer)
+    folder = save_model(
+        model, processor, tmp_path / "exported", prompts={"query": "Find an image: "}
+    )
+    diagnosis = check_model(folder)
+    assert diagnosis.healthy, diagnosis.report()
+
+
+def test_weights_in_several_files_are_all_read(copy: Path) -> None:
+    model = LLM2CLIPModel.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="100KB")
+    assert len(list(copy.glob("model-*.safetensors"))) > 1
+    assert check_model(copy).healthy
+    shard = sorted(copy.glob("model-*.safetensors"))[-1]
+    weights = load_file(shard)
+    first = sorted(name for name in weights if name != "logit_scale.log_scale")[0]
+    weights[first].view(-1)[0] = torch.inf
+    save_file(weights, shard, metadata={"format": "pt"})
+    assert find(check_model(copy), "finite weights").message.startswith(
+        f"{first} has NaN or infinity"
+    )
+
+
+def test_every_uploaded_file_is_in_the_export(good: Path) -> None:
+    names = {path.name for path in list_uploaded_files()}
+    assert names == {path.name for path in good.glob("*.py")}
+
+
+def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
+from modeling_llm2clip.hub.doctor import diagnose
+from modeling_llm2clip.hub.publish import Destination, push_to_hub
+push_to_hub(sys.argv[1], Destination("owner/model"))
+diagnosis = diagnose("owner/model")
+print(diagnosis.report())
+assert diagnosis.healthy
+assert "RepositoryNotFoundError" in diagnose("owner/absent").checks[0].message
+"""
+    with HubServer() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(good)],
+            env=hub.environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=Path(__file__).parent.parent,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,0 +1,129 @@
+"""Compiled layers give the embeddings of plain ones, and are compiled once for all lengths."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+import torch
+from shared_models import ROUNDING, shared_model
+from tiny import LLM_FAMILIES, tiny_model
+from torch._dynamo.utils import counters
+
+from modeling_llm2clip.encoding.compilation import compiled_layers
+from modeling_llm2clip.encoding.precision import LowerPrecision
+from modeling_llm2clip.encoding.text_encoding import encode_captions
+
+_CAPTIONS = ["a dog " * count for count in (1, 2, 2, 3, 5, 8)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(
+    "llm",
+    [llm if llm == "llama" else pytest.param(llm, marks=pytest.mark.slow) for llm in LLM_FAMILIES],
+)
+def test_compiled_equals_plain(llm: str) -> None:
+    model, processor = shared_model("clip", llm)
+    wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    with compiled_layers(model, backend="aot_eager"):
+        found = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_other_lengths_compile_nothing_anew() -> None:
+    model, processor = shared_model()
+    with compiled_layers(model, backend="aot_eager"):
+        encode_captions(model, processor, _CAPTIONS[:4])
+        before = counters["stats"]["unique_graphs"]
+        assert before > 0
+        longer = [caption + "and a cat" for caption in _CAPTIONS]
+        for some in (_CAPTIONS[1:], _CAPTIONS[4:], _CAPTIONS[4:5], longer):
+            encode_captions(model, processor, some)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_layer_is_one_graph() -> None:
+    model, processor = shared_model()
+    with compiled_layers(model, backend="aot_eager"):
+        encode_captions(model, processor, _CAPTIONS)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_lower_precision_is_compiled_once() -> None:
+    model, processor = shared_model()
+    precision = LowerPrecision(torch.bfloat16)
+    with compiled_layers(model, backend="aot_eager"):
+        for chosen in (precision, None, precision):
+            encode_captions(model, processor, _CAPTIONS, precision=chosen)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
+    model, processor = shared_model()
+    wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    compiles, goes_on = Event(), Event()
+
+    def compile_slowly(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        compiles.set()
+        assert goes_on.wait(60)
+        return graph
+
+    with compiled_layers(model, backend=compile_slowly), ThreadPoolExecutor(2) as pool:
+        first = pool.submit(encode_captions, model, processor, _CAPTIONS)
+        assert compiles.wait(60)
+        with pytest.raises(ValueError, match="prompt"):
+            model.get_caption_embeds(torch.arange(20, 50)[None])
+        second = pool.submit(encode_captions, model, processor, _CAPTIONS)
+        goes_on.set()
+        for one in (first, second):
+            found = one.result().caption_embeds
+            torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:
+    model, processor = tiny_model()
+    model.packs_in_training = True
+    inputs = processor(text=_CAPTIONS)
+    weights = [p for p in model.text_model.parameters() if p.requires_grad]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(model.get_caption_embeds(**inputs).square().sum(), weights)
+
+    wanted = gradients()
+    with compiled_layers(model, backend="aot_eager"):
+        found = gradients()
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_a_graph_of_the_whole_checks_no_ids_but_compiled_layers_do() -> None:
+    model, _ = shared_model()
+    ids = torch.arange(20, 50)[None]  # without the prompt
+    with compiled_layers(model, backend="eager"), pytest.raises(ValueError, match="prompt"):
+        model.get_caption_embeds(ids)
+    compiled = torch.compile(model.get_caption_embeds, backend="eager")
+    with torch.no_grad():
+        assert compiled(ids).shape == (1, model.config.text_config.hidden_size)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a processor need a compiler")
+def test_kernels_equal_plain_in_a_lower_precision_too() -> None:
+    model, processor = shared_model()
+    precision = LowerPrecision(torch.bfloat16, first_layer=1)
+    plain = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    lowered = encode_captions(model, processor, _CAPTIONS, precision=precision).caption_embeds
+    with compiled_layers(model):
+        found = encode_captions(model, processor, _CAPTIONS).caption_embeds
+        both = encode_captions(model, processor, _CAPTIONS, precision=precision).caption_embeds
+    torch.testing.assert_close(found, plain, rtol=ROUNDING, atol=ROUNDING)
+    # Kernels skip roundings between operations, so they lie nearer to float32 than plain bfloat16.
+    assert (both - plain).norm() < 2 * (lowered - plain).norm()

@@ -1,0 +1,177 @@
+"""Which device a command runs on: one choice, checked first, told where there was one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from modeling_llm2clip.cli.parser import choose_device
+from modeling_llm2clip.encoding import devices
+from modeling_llm2clip.encoding.devices import (
+    find_device,
+    list_devices,
+    to_float64,
+)
+from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.distributed import training_arguments_on
+from modeling_llm2clip.training.extraction.extract import ExtractionArguments
+from modeling_llm2clip.training.extraction.extract import choose_device as choose
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends to be a machine of other devices; this one has none to choose from."""
+
+    def pretend(*, num_gpus: int = 0, mps: bool = False, local_rank: int | None = None) -> None:
+        there = {"cpu", *(["mps"] if mps else []), *(["cuda"] if num_gpus else [])}
+
+        def require(name: str) -> None:
+            kind, _, index = name.partition(":")
+            if kind not in there or int(index or 0) >= max(num_gpus, 1):
+                raise ValueError(f"device={name!r} is not there")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(devices, "require_device", require)
+        if local_rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("there", "best"),
+    [({}, "cpu"), ({"mps": True}, "mps"), ({"num_gpus": 2}, "cuda"),
+     ({"num_gpus": 1, "mps": True}, "cuda")],
+)  # fmt: skip
+def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any) -> None:
+    machine(**there)
+    assert find_device("auto") == find_device(None) == torch.device(best)
+    assert EncoderSettings().find_device() == torch.device(best)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "abacus"])
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="asks for what is absent"
+)
+def test_a_named_device_that_is_not_there_is_an_error(name: str) -> None:
+    for ask in (
+        find_device,
+        lambda device: EncoderSettings(device=device),
+        lambda device: ExtractionArguments(device=device),
+    ):
+        with pytest.raises(ValueError, match=f"device='{name}' is not there"):
+            ask(name)
+
+
+def test_a_gpu_beyond_the_last_is_not_there(machine: Any) -> None:
+    machine(num_gpus=2)
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="'cuda:2' is not there"):
+        find_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_launched_process_takes_its_own_gpu(name: str, machine: Any) -> None:
+    machine(num_gpus=2, local_rank=3)
+    assert find_device(name) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "mps"])
+def test_launched_processes_cannot_all_take_one_device(name: str, machine: Any) -> None:
+    machine(num_gpus=2, mps=True, local_rank=0)
+    with pytest.raises(ValueError, match=r"is one device.*Give 'auto' or 'cuda'"):
+        find_device(name)
+
+
+def test_launched_processes_without_a_gpu_are_on_the_cpu(machine: Any) -> None:
+    machine(mps=True, local_rank=1)
+    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
+
+
+def test_auto_is_the_cpu_where_the_launcher_was_told_so(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(num_gpus=2, local_rank=1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert find_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
+def test_the_alignment_takes_every_device(device: str) -> None:
+    assert AlignArguments(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cpu:0", ""])
+def test_the_alignment_refuses_what_is_no_device(device: str) -> None:
+    with pytest.raises(ValueError, match=r"device=.*wanted one of"):
+        AlignArguments(device=device)
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "told"),
+    [
+        ({}, "auto", ""),
+        ({}, "cpu", ""),
+        ({"num_gpus": 2}, "auto", "Device: cuda:0 (GPU number 0) (--device auto).\n"),
+        ({"num_gpus": 2}, "cuda:1", "Device: cuda:1 (GPU number 1) (--device cuda:1).\n"),
+        ({"num_gpus": 2}, "cpu", ""),
+        ({"mps": True}, "auto", "Device: mps (--device auto).\n"),
+    ],
+)
+def test_the_device_is_told_where_there_was_something_to_choose(
+    there: Any, name: str, told: str, machine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(**there)
+    choose_device(argparse.Namespace(device=name))
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", told)
+
+
+def test_the_trainer_runs_on_the_device_that_was_named(tmp_path: Path) -> None:
+    # "meta" stands for a GPU that is not the first, which transformers would never choose.
+    device = torch.device("meta")
+    try:
+        arguments = training_arguments_on(device, TrainingArguments, output_dir=str(tmp_path))
+        trainer = Trainer(model=nn.Linear(2, 2), args=arguments)
+        assert arguments.device == trainer.accelerator.device == PartialState().device == device
+        assert next(trainer.model.parameters()).device == device
+        assert arguments.n_gpu == 1  # more would be torch's DataParallel
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_trainer_stays_on_the_cpu_where_that_was_named(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    try:
+        arguments = training_arguments_on(cpu, TrainingArguments, output_dir=str(tmp_path))
+        assert arguments.use_cpu and arguments.device == cpu and arguments.n_gpu == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_extraction_runs_where_it_is_told() -> None:
+    assert choose(ExtractionArguments(device="cpu")) == torch.device("cpu")
+
+
+def test_float64_is_computed_on_the_cpu_where_mps_has_none() -> None:
+    on_mps: Any = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: torch.ones(2))
+    assert to_float64(on_mps).dtype == to_float64(torch.ones(2)).dtype == torch.float64
+
+
+def test_this_machine_lists_the_cpu_last() -> None:
+    assert list_devices()[-1] == "cpu"

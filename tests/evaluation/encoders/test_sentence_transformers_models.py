@@ -1,0 +1,105 @@
+"""Models of sentence-transformers, and what is read of them without their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_models import ROUNDING
+from tiny_encoders import encode, unit
+from transformers import AutoProcessor
+
+from modeling_llm2clip.evaluation.encoders.auto import load_encoder
+from modeling_llm2clip.evaluation.encoders.sentence_files import read_sentence_files
+
+
+def test_a_sentence_transformer_without_images_says_so(models: Any, images: list[Path]) -> None:
+    encoder = load_encoder(models("sentence-transformers"))
+    assert encoder.describe().images is None
+    with pytest.raises(ValueError, match=r"takes no images\. Give it text tasks"):
+        encoder.encode_images(images[:1], names=["0.png"])
+
+
+def test_our_folder_is_a_sentence_transformer_where_that_is_asked_for(
+    models: Any, images: list[Path]
+) -> None:
+    folder = models("llm2clip")
+    as_ours, as_theirs = load_encoder(folder), load_encoder(folder, kind="sentence-transformers")
+    ours, theirs = encode(as_ours, images), encode(as_theirs, images)
+    described = [encoder.describe().images or {} for encoder in (as_ours, as_theirs)]
+    assert described[0]["resize"] == described[1]["resize"] == {"height": 32, "width": 32}
+    for found, wanted in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["sentence-transformers", "llm2clip"])
+def test_files_say_of_a_sentence_transformer_what_it_says_itself(kind: str, models: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(str(models(kind)), device="cpu")
+    found = read_sentence_files(models(kind))
+    assert found.modules == tuple(type(module).__name__ for module in loaded)
+    assert found.modalities == tuple(loaded.modalities)
+    assert found.max_tokens == loaded.max_seq_length
+    assert found.default_prompt == loaded.prompts.get(loaded.default_prompt_name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_tokens"),
+    [
+        ({"max_seq_length": 12, "do_lower_case": True}, 12),  # as old releases wrote it
+        ({"max_seq_length": None, "do_lower_case": False}, 24),
+        ({}, 24),
+    ],
+)
+def test_older_settings_of_a_sentence_transformer_are_read_as_it_reads_them(
+    settings: dict[str, Any], max_tokens: int, models: Any, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "old"
+    shutil.copytree(models("sentence-transformers"), folder)
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"query": "find: "}, "default_prompt_name": "query"}', encoding="utf-8"
+    )
+    found = read_sentence_files(folder)
+    loaded = SentenceTransformer(str(folder), device="cpu")
+    assert found.max_tokens == loaded.max_seq_length == max_tokens
+    assert found.modalities == tuple(loaded.modalities) == ("text",)
+    assert found.default_prompt == "find: "
+    assert found.lower_case is bool(settings.get("do_lower_case"))
+
+
+def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_cuts_nothing(
+    models: Any, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    tokenizer = AutoProcessor.from_pretrained(models("sentence-transformers")).backend_tokenizer
+    module = StaticEmbedding(tokenizer, embedding_dim=8)
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path))
+    encoder = load_encoder(tmp_path)
+    described = encoder.describe().text
+    assert described and described["modules"] == ["StaticEmbedding"]
+    assert described["max_tokens"] is None
+    assert encoder.encode_texts(["a dog and a cat " * 60]).is_truncated is None
+
+
+def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "blind"
+    shutil.copytree(models("sentence-transformers"), folder)
+    (folder / "sentence_bert_config.json").write_text('{"modality_config": {"audio": {}}}', "utf-8")
+    with pytest.raises(ValueError, match=r"\('audio',\) and no texts"):
+        load_encoder(folder).describe()
+
+
+def test_a_damaged_list_of_modules_is_told(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"modules\.json is missing or damaged"):
+        load_encoder(tmp_path)

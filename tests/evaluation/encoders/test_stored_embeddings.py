@@ -1,0 +1,230 @@
+"""Embeddings instead of a model: looked up by name, refused when they are broken or another's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny_encoders import TEXTS, save_tiny_images
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.data.named_embeddings import (
+    read_named_embeddings,
+    side_file,
+    write_named_embeddings,
+)
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.evaluation.arguments import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationArguments,
+)
+from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
+from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
+from modeling_llm2clip.training.extraction.extract import ExtractionArguments
+from modeling_llm2clip.training.extraction.image_extraction import extract_images
+
+# float32 stores hold what the model computed; the sums of one text do not change with its batch
+# by more than their rounding.
+ROUNDING = 1e-5
+
+
+def write_sides(folder: Path, *, width: int = 4, image_width: int = 4) -> Path:
+    write_named_embeddings(side_file(folder, "texts"), TEXTS, torch.eye(len(TEXTS))[:, :width])
+    names = [f"{number}.png" for number in range(3)]
+    write_named_embeddings(side_file(folder, "images"), names, torch.ones(3, image_width))
+    return folder
+
+
+def test_embeddings_are_found_by_name_in_any_order(tmp_path: Path) -> None:
+    encoder = load_encoder(write_sides(tmp_path, width=8, image_width=8))
+    assert detect_model_type(tmp_path) == "embeddings"
+    found = encoder.encode_texts([TEXTS[5], TEXTS[0], TEXTS[5]])
+    assert torch.equal(found.embeds, torch.eye(8)[[5, 0, 5]])
+    assert found.is_truncated is None  # nobody knows
+    images = encoder.encode_images([None, None], names=["2.png", "0.png"])
+    assert torch.equal(images, torch.ones(2, 8))
+
+
+def test_a_name_without_an_embedding_is_told(tmp_path: Path) -> None:
+    encoder = load_encoder(write_sides(tmp_path))
+    with pytest.raises(ValueError, match=r"no embedding for 1 of 2 images: \['9\.png'\]"):
+        encoder.encode_images([None, None], names=["0.png", "9.png"])
+
+
+def test_one_side_alone_serves_its_tasks(tmp_path: Path) -> None:
+    write_named_embeddings(side_file(tmp_path, "texts"), TEXTS, torch.eye(len(TEXTS)))
+    encoder = load_encoder(tmp_path)
+    assert encoder.describe().images is None
+    with pytest.raises(ValueError, match=r"no embeddings of images, only of \['texts'\]"):
+        encoder.encode_images([None], names=["0.png"])
+
+
+def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
+    write_sides(tmp_path, width=4, image_width=6)
+    with pytest.raises(ValueError, match=r"widths \{'texts': 4, 'images': 6\}"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "embeddings", "message"),
+    [
+        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"1 embeddings have a NaN.*\['b'\]"),
+        (["a", "a"], torch.ones(2, 3), r"1 names repeat: \['a'\]"),
+        (["a"], torch.ones(2, 3), r"embeddings \(2, 3\) must have one row for each of the 1 names"),
+        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
+    ],
+)
+def test_broken_embeddings_are_refused_on_writing_and_reading(
+    names: list[str], embeddings: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    file = side_file(tmp_path, "texts")
+    with pytest.raises(ValueError, match=message):
+        write_named_embeddings(file, names, embeddings)
+    assert not file.exists()
+    save_file({"embeddings": embeddings}, file, metadata={"names": json.dumps(names)})
+    with pytest.raises(ValueError, match=rf"texts\.safetensors: .*{message}"):
+        read_named_embeddings(file)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    file = side_file(tmp_path, "texts")
+    save_file({"weight": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds 'weight' and"):
+        read_named_embeddings(file)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"not a whole safetensors file"):
+        read_named_embeddings(file)
+
+
+def test_a_file_with_the_weights_of_a_model_is_told_in_a_few_words(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    names = [f"text_model.layers.{number}.mlp.weight" for number in range(700)]
+    save_file({name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mlp.weight' and 695 more") as told:
+        read_named_embeddings(file)
+    assert len(str(told.value)) < 500 + len(str(file))
+
+
+def test_other_names_of_the_same_embeddings_are_other_embeddings(tmp_path: Path) -> None:
+    before = load_encoder(write_sides(tmp_path)).describe().fingerprint
+    names = [f"{(number + 1) % 3}.png" for number in range(3)]
+    write_named_embeddings(side_file(tmp_path, "images"), names, torch.ones(3, 4))
+    after = load_encoder(tmp_path).describe().fingerprint
+    assert {name for name in before if before[name] != after[name]} == {"images names"}
+
+
+def test_a_file_beside_named_embeddings_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "texts.tmp").write_text("mine")
+    write_sides(tmp_path)
+    assert (tmp_path / "texts.tmp").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, captioned images, and both stores of them."""
+    root = tmp_path_factory.mktemp("extracted")
+    model = export_tiny_model(root / "model")
+    lines = [
+        {"image": path.name, "captions": [text, f"{text} once more"], "long_captions": [text * 3]}
+        for path, text in zip(save_tiny_images(root / "data", len(TEXTS)), TEXTS, strict=True)
+    ]
+    (root / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    records = load_records(root / "data")
+    exact = ExtractionArguments(dtype="float32")
+    extract_captions(model, records, root / "stores" / "captions", exact)
+    extract_images(model, records, root / "stores" / "images", exact)
+    return root, model, records
+
+
+def test_stores_through_their_models_head_are_the_models_embeddings(extracted: Any) -> None:
+    root, model, records = extracted
+    stored = load_encoder(root / "stores", records=records, head=model)
+    ours = load_encoder(model)
+    texts = [text for r in records for text in (*r.captions, *r.long_captions)]
+    images, names = [r.image for r in records], [r.name for r in records]
+    for found, wanted in (
+        (stored.encode_texts(texts).embeds, ours.encode_texts(texts).embeds),
+        (stored.encode_images(images, names=names),
+         ours.encode_images(images, names=names)),
+    ):  # fmt: skip
+        torch.testing.assert_close(
+            F.normalize(found, dim=-1), F.normalize(wanted, dim=-1), rtol=0, atol=ROUNDING
+        )
+
+
+def test_the_head_and_its_dtype_are_of_the_run(extracted: Any, tmp_path: Path) -> None:
+    root, model, records = extracted
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["normalize_text_before_adapter"] = not config["normalize_text_before_adapter"]
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    described = [
+        load_encoder(root / "stores", settings, records=records, head=head).describe()
+        for head, settings in (
+            (model, EncoderSettings()),
+            (other, EncoderSettings()),
+            (model, EncoderSettings(dtype="bfloat16")),
+        )
+    ]
+    assert described[0].fingerprint != described[1].fingerprint
+    assert [found.dtype for found in described] == ["float32", "float32", "bfloat16+float32"]
+
+
+def test_a_caption_store_alone_needs_no_head(extracted: Any) -> None:
+    root, _, records = extracted
+    encoder = load_encoder(root / "stores" / "captions", records=records)
+    assert encoder.encode_texts([records[2].captions[1]]).embeds.shape == (1, 32)
+    assert encoder.describe().text == {"stored_as": "stores", "dtype": "float32", "width": 32}
+
+
+def test_stored_images_and_captions_are_not_compared_without_a_head(extracted: Any) -> None:
+    # Both towers of this model are 32 wide, so that nothing else would stop it.
+    root, _, records = extracted
+    encoder = load_encoder(root / "stores", records=records)
+    assert encoder.describe().images is None
+    with pytest.raises(ValueError, match=r"no embeddings of images.*need the model's head"):
+        encoder.encode_images([None], names=[records[0].name])
+    with pytest.raises(ValueError, match=r"images as the tower gave them.*--head"):
+        load_encoder(root / "stores" / "images", records=records)
+
+
+def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -> None:
+    root, _, records = extracted
+    with pytest.raises(ValueError, match=r"do not say which text has which row.*--extracted-from"):
+        load_encoder(root / "stores" / "captions")
+    with pytest.raises(ValueError, match=r"extracted from another data set.*8 items, here 7"):
+        load_encoder(root / "stores" / "captions", records=records[1:])
+
+
+def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
+    root, model, _ = extracted
+    stores = EvaluatedModel(
+        str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
+    )
+    stored, ours = evaluate(
+        EvaluationArguments(
+            models=(stores, EvaluatedModel(str(model))),
+            data=(EvaluatedDataset("folder", str(root / "data")),),
+            tasks=("retrieval",),
+            output=tmp_path,
+        )
+    )
+    assert stored.scores == ours.scores
+    assert stored.protocol["model"]["kind"] == "embeddings"
+    assert stored.counts["texts_truncated"] is None
+
+
+def test_a_head_that_did_not_make_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:
+    root, _, records = extracted
+    other = export_tiny_model(tmp_path / "other", vision="vit", llm="qwen2")
+    with pytest.raises(ValueError, match=r"made by another model"):
+        load_encoder(root / "stores", records=records, head=other)

@@ -1,0 +1,56 @@
+"""Pairs of images and texts are complete, told once, and seen from both sides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+
+
+def test_keys_pair_every_image_with_every_text_of_the_same_key():
+    correspondence = Correspondence.from_keys(["cat", "dog", "cat"], ["dog", "cat", "cat"])
+    texts, images = correspondence.texts_of_images(), correspondence.images_of_texts()
+    assert [texts.of(image).tolist() for image in range(3)] == [[1, 2], [0], [1, 2]]
+    assert [images.of(text).tolist() for text in range(3)] == [[1], [0, 2], [0, 2]]
+    assert texts.counts.tolist() == [2, 1, 2] and correspondence.num_pairs == 5
+
+
+def test_captions_need_not_stand_together_or_be_equally_many():
+    correspondence = Correspondence.from_image_of_text([1, 0, 1, 1], 2)
+    texts = correspondence.texts_of_images()
+    assert texts.of(0).tolist() == [1] and texts.of(1).tolist() == [0, 2, 3]
+    assert correspondence.image_of_pair[texts.pairs].tolist() == [0, 1, 1, 1]
+
+
+def make(images, texts, num_images=2, num_texts=2):
+    return Correspondence(num_images, num_texts, torch.tensor(images), torch.tensor(texts))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: make([0, 1, 0], [0, 1, 0]), r"1 pairs stand there twice: \(0, 0\)"),
+        (lambda: make([0, 1, 2], [0, 1, 0]), r"image rows outside 0 … 1: 2"),
+        (lambda: make([0, 1], [-1, 1]), r"text rows outside 0 … 1: -1"),
+        (lambda: make([0, 1], [0, 0]), r"1 texts have no image: rows 1"),
+        (lambda: make([0, 0], [0, 1]), r"1 images have no text: rows 1"),
+        (lambda: make([0, 0], [0, 0]), r"images have no text: rows 1; 1 texts have no image"),
+        (lambda: make([0, 1, 1], [0, 1]), r"\(3,\) and text_of_pair \(2,\) must be two lists"),
+        (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
+        (lambda: make([], [], 0, 0), r"torch.float32; row numbers are torch.int64"),
+        (lambda: Correspondence.from_keys([], []), r"there is no image; there is no text"),
+        (
+            lambda: Correspondence.from_keys("ab", "bc"),
+            r"1 keys only images have: 'a'; 1 keys only texts have: 'c'",
+        ),
+        (
+            lambda: Correspondence.from_keys(range(9), "a"),
+            r"9 keys only images have: 0, 1, 2, 3, 4, …",
+        ),
+        (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
+    ],
+)
+def test_incomplete_or_repeated_pairs_are_refused_with_all_errors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,239 @@
+"""Ranks in both directions equal those of the whole score matrix, however they are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gloo_ranking import SMALL_TILES_MB, list_ranks, make_embeddings, work
+from gloo_workers import find_free_port
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import TIE_TOLERANCE, rank_retrieval
+from modeling_llm2clip.evaluation.metrics.tiles import choose_tile_shape
+
+ONE_TILE_MB = 256
+
+
+def rank_whole_matrix(scores, positive):
+    """For each row: ranks of its positives, best first; negatives that tie stand before them."""
+    ranks = []
+    for row, is_positive in zip(scores.tolist(), positive.tolist(), strict=True):
+        pairs = list(zip(row, is_positive, strict=True))
+        right = sorted((score for score, wanted in pairs if wanted), reverse=True)
+        wrong = [score for score, wanted in pairs if not wanted]
+        ranks.append(
+            [
+                place + sum(score >= best - TIE_TOLERANCE for score in wrong)
+                for place, best in enumerate(right, start=1)
+            ]
+        )
+    return ranks
+
+
+def require_ranks_of_whole_matrix(images, texts, correspondence, **arguments):
+    unit_images, unit_texts = (F.normalize(side.double(), dim=-1) for side in (images, texts))
+    scores = unit_images @ unit_texts.T
+    positive = torch.zeros(scores.shape, dtype=torch.bool)
+    positive[correspondence.image_of_pair, correspondence.text_of_pair] = True
+    ranking = rank_retrieval(images, texts, correspondence, all_positives=True, **arguments)
+    best_alone = rank_retrieval(images, texts, correspondence, **arguments)
+    for side, alone, wanted in (
+        (ranking.i2t, best_alone.i2t, rank_whole_matrix(scores, positive)),
+        (ranking.t2i, best_alone.t2i, rank_whole_matrix(scores.T, positive.T)),
+    ):
+        assert side.positive_ranks.tolist() == [rank for ranks in wanted for rank in ranks]
+        assert side.num_positives.tolist() == [len(ranks) for ranks in wanted]
+        assert side.best_ranks.tolist() == [ranks[0] for ranks in wanted]
+        assert torch.equal(alone.best_ranks, side.best_ranks) and alone.positive_ranks is None
+
+
+@st.composite
+def correspondences(draw):
+    """Several captions an image and several images a caption, none alone."""
+    keys = st.sampled_from("abcd"[: draw(st.integers(1, 4))])
+    image_keys, text_keys = (draw(st.lists(keys, min_size=1, max_size=20)) for _ in range(2))
+    image_keys += sorted(set(text_keys) - set(image_keys))
+    text_keys += sorted(set(image_keys) - set(text_keys))
+    return Correspondence.from_keys(image_keys, text_keys)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    correspondence=correspondences(),
+    memory_mb=st.sampled_from([0.002, 0.004, 0.01, 0.03, ONE_TILE_MB]),
+    highest=st.integers(0, 3),
+    seed=st.integers(0, 2**20),
+)
+def test_ranks_equal_brute_force_with_ties_duplicates_and_tiles_of_any_size(
+    correspondence, memory_mb, highest, seed
+):
+    # Few small whole numbers make equal scores and equal embeddings, up to all of them zero.
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = (
+        torch.randint(-highest, highest + 1, (number, 5), generator=generator).float()
+        for number in (correspondence.num_images, correspondence.num_texts)
+    )
+    require_ranks_of_whole_matrix(images, texts, correspondence, max_memory_mb=memory_mb)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_ranks_are_those_of_the_embeddings_in_float64_whatever_they_are_stored_as(dtype):
+    # Embeddings in a narrow cone, as untrained towers give: float32 alone would move some ranks.
+    generator = torch.Generator().manual_seed(1)
+    images = 1 + 0.03 * torch.randn(400, 64, generator=generator)
+    image_of_text = torch.arange(1000) % 400
+    texts = images[image_of_text] + 0.09 * torch.randn(1000, 64, generator=generator)
+    correspondence = Correspondence.from_image_of_text(image_of_text, 400)
+    require_ranks_of_whole_matrix(images.to(dtype), texts.to(dtype), correspondence)
+
+
+@pytest.mark.parametrize(("below", "rank"), [(-1e-3, 2), (0.0, 2), (5e-7, 2), (2e-6, 1), (1e-3, 1)])
+def test_a_wrong_candidate_within_the_tolerance_stands_before_the_right_one(below, rank):
+    # 2e-6 is not a tie, though float32 could round it away.
+    image = torch.tensor([[1.0, 0.0]])
+    cosines = torch.tensor([0.8, 0.8 - below], dtype=torch.float64)
+    texts = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    both = torch.cat([image.double(), texts[1:]])
+    ranking = rank_retrieval(both, texts, Correspondence.from_image_of_text([0, 1], 2))
+    assert ranking.i2t.best_ranks[0] == rank
+
+
+def test_equal_embeddings_everywhere_rank_last():
+    same = torch.ones(5, 3)
+    ranking = rank_retrieval(same, same, Correspondence.from_image_of_text(range(5), 5))
+    assert ranking.i2t.best_ranks.tolist() == [5] * 5
+    assert ranking.t2i.best_ranks.tolist() == [5] * 5
+
+
+@pytest.mark.parametrize("memory_mb", [0.06, 1, ONE_TILE_MB])
+def test_equal_embeddings_tie_wherever_tiles_cut_them(memory_mb):
+    # Every text is there three times under three images; sums in tiles differ in last bits.
+    generator = torch.Generator().manual_seed(2)
+    texts = torch.randn(30, 200, generator=generator).repeat(3, 1)
+    images = texts + 0.01 * torch.randn(90, 200, generator=generator)
+    correspondence = Correspondence.from_image_of_text(range(90), 90)
+    ranking = rank_retrieval(images, texts, correspondence, max_memory_mb=memory_mb)
+    assert ranking.i2t.best_ranks.tolist() == [3] * 90
+
+
+def test_a_low_precision_chosen_for_the_model_does_not_move_a_rank():
+    images, texts, correspondence = make_embeddings()
+    images, texts = images.repeat(1, 64) + 1e-3, texts.repeat(1, 64) - 1e-3
+    wanted = list_ranks(rank_retrieval(images, texts, correspondence, all_positives=True))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ranking = rank_retrieval(images, texts, correspondence, all_positives=True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(map(torch.equal, list_ranks(ranking), wanted))
+
+
+def test_two_processes_rank_as_one_and_refuse_to_add_up_different_embeddings(tmp_path):
+    torch.multiprocessing.spawn(work, args=(find_free_port(), tmp_path), nprocs=2)
+    images, texts, correspondence = make_embeddings()
+    shape = choose_tile_shape(8, max_memory_mb=SMALL_TILES_MB)
+    assert len(texts) > 2 * shape.texts  # both have work
+    wanted = list_ranks(rank_retrieval(images, texts, correspondence, all_positives=True))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(map(torch.equal, found["ranks"], wanted))
+        assert "Processes [1] came with other embeddings than process 0" in found["error"]
+
+
+class LiveMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time, those outside left out."""
+
+    def __init__(self, *outside):
+        super().__init__()
+        self._outside = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in outside}
+        self._live = {}
+        self.most_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference.cdata not in self._outside:
+                self._live[reference.cdata] = (reference, storage.nbytes())
+        self._live = {k: live for k, live in self._live.items() if not live[0].expired()}
+        self.most_bytes = max(self.most_bytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spread"),
+    [(torch.float32, 0.0), (torch.bfloat16, 1.0)],
+    ids=["all too near to tell apart", "random"],
+)
+def test_working_memory_stays_within_what_is_given(dtype, spread):
+    generator = torch.Generator().manual_seed(7)
+    images, texts = (
+        (1 + spread * torch.randn(n, 128, generator=generator)).to(dtype) for n in (600, 1200)
+    )
+    correspondence = Correspondence.from_image_of_text(torch.arange(1200) % 600, 600)
+    given_mb = 1  # the whole matrix has 2.9 MB, the embeddings in float64 1.8 MB
+    with LiveMemory(images, texts) as memory:
+        rank_retrieval(images, texts, correspondence, all_positives=True, max_memory_mb=given_mb)
+    # Well below, because the shape of a tile allows for everything to be held at one time.
+    assert 0.25 * given_mb * 1e6 < memory.most_bytes < given_mb * 1e6
+
+
+@pytest.mark.parametrize("width", [1, 64, 1280, 4096])
+@pytest.mark.parametrize("memory_mb", [2, 64, 256, 1024])
+def test_a_tile_grows_with_memory_and_fits_it(width, memory_mb):
+    shape = choose_tile_shape(width, max_memory_mb=memory_mb, device_type="cuda")
+    needed = 40 * shape.images * shape.texts + 28 * width * (shape.images + shape.texts)
+    assert needed <= memory_mb * 1e6
+    more = choose_tile_shape(width, max_memory_mb=2 * memory_mb, device_type="cuda")
+    assert more.texts > shape.texts or shape.texts == 2048
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i, t: (i[:, :2], t), r"width 2, texts 3"),
+        (lambda i, t: (i, t / torch.tensor([[1], [0], [1.0]])), r"text_embeds row 1 has a NaN"),
+        (lambda i, t: (i * torch.tensor([[1.0], [torch.nan]]), t), r"image_embeds row 1 has a NaN"),
+        (lambda i, t: (i[:1], t), r"image_embeds \(1, 3\) must have one row for each of the 2 im"),
+        (lambda i, t: (i, t[0]), r"text_embeds \(3,\) must have one row for each of the 3 texts"),
+        (
+            lambda i, t: (i, t.long()),
+            r"text_embeds are torch.int64; embeddings are of a float dtype",
+        ),
+    ],
+)
+def test_broken_embeddings_are_refused(change, message):
+    images, texts = change(torch.ones(2, 3), torch.ones(3, 3))
+    with pytest.raises(ValueError, match=message):
+        rank_retrieval(images, texts, Correspondence.from_image_of_text([0, 1, 1], 2))
+
+
+def test_too_little_memory_is_refused_with_what_it_takes():
+    correspondence = Correspondence.from_image_of_text([0], 1)
+    with pytest.raises(ValueError, match=r"4 images and a text of width 64; that takes 0\.0091"):
+        rank_retrieval(torch.ones(1, 64), torch.ones(1, 64), correspondence, max_memory_mb=0.009)
+
+
+@pytest.mark.gpu
+def test_ranks_of_a_gpu_are_those_of_the_cpu():
+    images, texts, correspondence = make_embeddings()
+    found = [
+        list_ranks(
+            rank_retrieval(
+                images, texts, correspondence,
+                all_positives=True, max_memory_mb=SMALL_TILES_MB, device=device,
+            )
+        )
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))

@@ -1,0 +1,151 @@
+"""Scores of a ranking equal those of trec_eval and of a count by hand; intervals those of loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_llm2clip.evaluation.metrics.confidence import bootstrap_mean
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import Ranking, rank_retrieval
+from modeling_llm2clip.evaluation.metrics.scores import (
+    average_precisions_at,
+    hit_rate_at,
+    hits_at,
+    ndcgs_at,
+    recalls_at,
+    summarize,
+)
+
+
+@pytest.fixture
+def ranking():
+    """Two queries of six candidates: positives at 2 and 3 of the first, at 1, 4, 6 of the other."""
+    return Ranking(6, torch.tensor([2, 3]), torch.tensor([2, 1]), torch.tensor([2, 3, 1, 4, 6]))
+
+
+def test_a_hit_is_one_positive_found_and_a_recall_the_share_of_them(ranking):
+    assert hits_at(ranking, k=2).tolist() == [1, 1] and hit_rate_at(ranking, k=1) == 0.5
+    assert recalls_at(ranking, k=2).tolist() == [1 / 2, pytest.approx(1 / 3)]
+
+
+def test_precision_and_gain_count_only_the_first_k(ranking):
+    assert average_precisions_at(ranking, k=3).tolist() == pytest.approx(
+        [(1 / 2 + 2 / 3) / 2, 1 / 3]
+    )
+    gain = [1 / math.log2(rank + 1) for rank in range(1, 7)]
+    assert ndcgs_at(ranking, k=4).tolist() == pytest.approx(
+        [(gain[1] + gain[2]) / (gain[0] + gain[1]), (gain[0] + gain[3]) / sum(gain[:3])]
+    )
+
+
+def test_the_median_of_an_even_number_of_queries_lies_between_the_middle_ones(ranking):
+    assert summarize(ranking)["median_rank"] == 1.5 == summarize(ranking)["mean_rank"]
+
+
+def test_every_score_is_that_of_mteb_and_trec_eval_where_nothing_ties():
+    from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores
+
+    generator = torch.Generator().manual_seed(3)
+    images, texts = (torch.randn(n, 16, generator=generator) for n in (20, 50))
+    keys = torch.randint(9, (50,), generator=generator).tolist()
+    correspondence = Correspondence.from_keys([i % 9 for i in range(20)], keys)
+    found = rank_retrieval(images, texts, correspondence, all_positives=True)
+    cosines = F.normalize(images.double(), dim=-1) @ F.normalize(texts.double(), dim=-1).T
+    ks = (1, 3, 10)
+    for side, scores, positives in (
+        (found.i2t, cosines, correspondence.texts_of_images()),
+        (found.t2i, cosines.T, correspondence.images_of_texts()),
+    ):
+        relevant = {
+            str(q): {str(c): 1 for c in positives.of(q).tolist()} for q in range(len(scores))
+        }
+        run = {
+            str(q): {str(c): score for c, score in enumerate(row)}
+            for q, row in enumerate(scores.tolist())
+        }
+        result = calculate_retrieval_scores(run, relevant, list(ks))
+        ours = summarize(side, ks=ks)
+        for name, theirs in (
+            ("ndcg", result.ndcg), ("map", result.map), ("recall", result.recall),
+            ("hit_rate", result.hit_rate),
+        ):  # fmt: skip
+            for k in ks:
+                value = next(v for key, v in theirs.items() if key.lower().endswith(f"@{k}"))
+                assert ours[f"{name}_at_{k}"] == pytest.approx(value, abs=6e-6)  # rounded to five
+
+
+def test_scores_of_all_positives_are_refused_when_only_the_best_were_ranked(ranking):
+    best = Ranking(6, ranking.num_positives, ranking.best_ranks)
+    with pytest.raises(ValueError, match="all_positives=True"):
+        recalls_at(best, k=1)
+    assert set(summarize(best, ks=[1])) == {"median_rank", "mean_rank", "hit_rate_at_1"}
+    with pytest.raises(ValueError, match="k=0; the first rank is 1"):
+        hits_at(best, k=0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
+    values, clusters = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]), torch.tensor([7, 7, 3, 3, 5])
+    members = [[0.0], [1.0, 1.0], [1.0, 0.0]]  # of another order: a draw is uniform
+    draws = torch.randint(3, (4000, 3), generator=generator(1)).tolist()
+    means = []
+    for draw in draws:
+        drawn = [value for cluster in draw for value in members[cluster]]
+        means.append(sum(drawn) / len(drawn))
+    interval = bootstrap_mean(
+        values, clusters=clusters, generator=generator(), num_resamples=4000, level=0.8
+    )
+    wanted = torch.tensor(means).quantile(torch.tensor([0.1, 0.9])).tolist()
+    # The 27 possible means are far apart, so quantiles of 4,000 draws fall on the same ones.
+    assert [interval.low, interval.high] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_interval_covers_what_the_central_limit_says():
+    values = (torch.rand(2000, generator=generator(4)) < 0.3).double()
+    interval = bootstrap_mean(values, generator=generator())
+    half = 1.96 * float(values.std()) / math.sqrt(2000)
+    # An end is a quantile of 1,000 resamples: its standard error is 7 % of the half width.
+    assert interval.low == pytest.approx(float(values.mean()) - half, abs=0.2 * half)
+    assert interval.high == pytest.approx(float(values.mean()) + half, abs=0.2 * half)
+
+
+def test_captions_of_one_image_do_not_count_as_independent():
+    hits = (torch.rand(400, generator=generator(5)) < 0.5).double().repeat_interleave(5)
+    images = torch.arange(400).repeat_interleave(5)
+    alone = bootstrap_mean(hits, generator=generator())
+    together = bootstrap_mean(hits, clusters=images, generator=generator())
+    # Five copies tell as much as one: the root of five wider, up to 7 % noise at each end.
+    widths = [interval.high - interval.low for interval in (together, alone)]
+    assert widths[0] / widths[1] == pytest.approx(math.sqrt(5), rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = torch.rand(50, generator=generator(6))
+    assert bootstrap_mean(values, generator=generator(1)) == bootstrap_mean(
+        values, generator=generator(1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": torch.tensor([0.0, torch.nan])}, r"values \(2,\) must be finite"),
+        ({"values": torch.tensor([])}, r"values \(0,\) must be finite"),
+        (
+            {"clusters": torch.tensor([1])},
+            r"clusters \(1,\) must name one cluster for each of the 2",
+        ),
+        ({"level": 95.0}, r"level=95.0 must be between 0 and 1"),
+        ({"num_resamples": 0}, r"num_resamples=0 at least 1"),
+    ],
+)
+def test_an_interval_of_nonsense_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_mean(**{"values": torch.ones(2), "generator": generator(), **arguments})

@@ -1,0 +1,438 @@
+"""The whole evaluation: several models on several sets, resumed and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from evaluating import TASKS, arguments, read_table, write_data
+from PIL import Image
+from tiny_encoders import save_named_embeddings, save_tiny_images
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.image_sources import ParquetImage
+from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.evaluation import evaluate as evaluation
+from modeling_llm2clip.evaluation.arguments import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationArguments,
+)
+from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
+from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.results import (
+    Result,
+    find_differences,
+    find_finished,
+    hash_dataset,
+    read_result,
+    read_results,
+    write_result,
+)
+from modeling_llm2clip.evaluation.tables import render_results
+
+
+def no_model(*_: object) -> Any:
+    pytest.fail("a model was loaded")
+
+
+@pytest.fixture()
+def _refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be encoded: what fails must fail before."""
+    monkeypatch.setattr(evaluation, "_run", no_model)
+
+
+def test_a_result_says_everything_that_its_score_hangs_on(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    evaluate(arguments(tmp_path, data, sources("llm2clip"), sources("clip")))
+    found = json.loads((tmp_path / "clip" / "folder.retrieval.json").read_text(encoding="utf-8"))
+    protocol = found["protocol"]
+    assert protocol["data"]["split"] == "all" and protocol["data"]["lang"] == "en"
+    assert (protocol["data"]["images"], protocol["data"]["captions"]) == (8, 16)
+    assert protocol["data"]["excluded"] == {}
+    assert protocol["model"]["text"]["max_tokens"] == 77
+    assert protocol["model"]["text"]["prompt"] is None
+    assert protocol["model"]["images"]["crop"] == {"height": 32, "width": 32}
+    assert protocol["model"]["images"]["mean"][0] == pytest.approx(0.48145466)
+    assert protocol["model"]["dtype"] == "float32"
+    assert "ties count against the model" in protocol["task"]["ties"]
+    assert found["counts"] == {"images": 8, "texts": 16, "texts_truncated": 0}
+    assert found["run"]["batch_size"] == 16 and found["run"]["device"] == "cpu"
+    assert len(found["fingerprint"]["weights"]) == 64
+    assert found["versions"]["torch"] == version("torch")  # some builds have another __version__
+    assert found["seconds"] >= 0
+    ours = read_result(tmp_path / "llm2clip" / "folder.retrieval.json")
+    assert "<|start_header_id|>" in ours.protocol["model"]["text"]["prompt"]["before"]
+
+
+def test_batch_sizes_and_order_of_tasks_move_no_score(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    found = []
+    for batch_size, tasks in ((1, TASKS), (7, TASKS[::-1]), (64, TASKS)):
+        results = evaluate(
+            arguments(
+                tmp_path / str(batch_size), data, sources("llm2clip"), sources("siglip"),
+                encoder=EncoderSettings(batch_size=batch_size), tasks=tasks,
+            )
+        )  # fmt: skip
+        found.append({(r.model, r.task): r.scores for r in results})
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_result_says_how_many_embeddings_its_seconds_were_spent_on(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    found = evaluate(arguments(tmp_path, data, sources("clip"), tasks=("cra", "retrieval")))
+    assert [result.run["encoded"] for result in found] == [
+        {"texts": 16, "images": 0},
+        {"texts": 0, "images": 8},
+    ]
+
+
+def test_a_result_says_whether_a_caption_looked_for_an_image_or_for_its_half(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path / "with", data, sources("clip"), tasks=("length",))
+    (shown,) = evaluate(chosen)
+    (alone,) = evaluate(replace(chosen, output=tmp_path / "without", captions_only=True))
+    asked = [result.protocol["task"] for result in (shown, alone)]
+    assert [task["candidates"] for task in asked] == [
+        "all images",
+        "second halves of the same captions",
+    ]
+    assert asked[0]["queries"] == "every caption" and "first half" in asked[1]["queries"]
+    assert [r.protocol["data"]["with_images"] for r in (shown, alone)] == [True, False]
+
+
+def test_memory_of_the_ranks_is_settable_and_moves_no_score(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    scores = []
+    for memory in ("256", "0.01"):  # one tile, and tiles of a few rows
+        output = tmp_path / memory
+        command = ["evaluate", sources("clip"), "--data", data, "--languages", "en", "--tasks"]
+        command += [*TASKS, "--max-memory-mb", memory, "--output", str(output)]
+        assert main(command) == 0
+        scores.append([result.scores for result in read_results(output)])
+    assert scores[0] == scores[1]
+    with pytest.raises(ValueError, match=r"max_memory_mb=1e-06 does not hold a tile"):
+        evaluate(arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=1e-6))
+    with pytest.raises(ValueError, match=r"max_memory_mb=0 must be above 0"):
+        arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=0)
+
+
+def test_a_finished_task_is_not_computed_again(
+    sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"))
+    first = evaluate(replace(chosen, tasks=("retrieval",)))
+    file = tmp_path / "clip" / "folder.retrieval.json"
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    computed: list[str] = []
+    run = evaluation._run
+
+    def count(*args: Any) -> Result:
+        computed.append(args[2].task.name)
+        return run(*args)
+
+    monkeypatch.setattr(evaluation, "_run", count)
+    other_batch = EncoderSettings(batch_size=3)  # moves no score, so it is no other run
+    results = evaluate(replace(chosen, encoder=other_batch))
+    assert computed == ["cra", "length"]
+    assert results[0] == first[0]
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+
+
+def test_a_stopped_evaluation_goes_on_where_it_stopped(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path / "stopped", data, sources("clip"))
+
+    def stop(_: Result) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chosen, on_result=stop)
+    files = sorted(path.name for path in (tmp_path / "stopped" / "clip").iterdir())
+    assert files == ["folder.retrieval.json"]
+    whole = evaluate(replace(chosen, output=tmp_path / "whole"))
+    resumed = evaluate(chosen)
+    assert [r.scores for r in resumed] == [r.scores for r in whole]
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_a_file_of_another_run_is_refused_with_what_differs(
+    sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    chosen = arguments(tmp_path, data, f"{sources('clip')}", tasks=("retrieval",))
+    evaluate(chosen)
+    monkeypatch.setattr(evaluation, "_run", no_model)
+    with pytest.raises(ValueError, match=r"another run: .*dtype was 'float32' and is 'bfloat16'"):
+        evaluate(replace(chosen, encoder=EncoderSettings(dtype="bfloat16")))
+    with pytest.raises(ValueError, match=r"another run: .*protocol\.data\.lang was 'en' and is"):
+        evaluate(replace(chosen, languages=("de",)))
+    with pytest.raises(ValueError, match=r"fingerprint\.weights was .* and is "):
+        evaluate(replace(chosen, models=(EvaluatedModel(sources("siglip"), name="clip"),)))
+
+
+def test_of_two_long_values_the_first_difference_is_shown() -> None:
+    names = [f"class {number}" for number in range(1000)]
+    (told,) = find_differences({"names": names}, {"names": [*names[:500], "other", *names[501:]]})
+    was, now_is = told.removeprefix("names was ").split(" and is ")
+    assert was.startswith("…") and "'class 500'" in was and was.endswith("…")
+    assert "'other'" in now_is and len(told) < 160
+
+
+def test_other_captions_in_as_many_lines_are_another_run(sources: Any, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("cra",))
+    evaluate(chosen)
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8")
+    (folder / "captions.jsonl").write_text(lines.replace("a dog en", "a cat en"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
+        evaluate(chosen)
+
+
+def test_another_image_in_as_many_bytes_is_another_run(sources: Any, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    paths = sorted(folder.glob("*.png"))
+    for number, path in enumerate(paths):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path.with_suffix(".bmp"))
+    captions = (folder / "captions.jsonl").read_text(encoding="utf-8").replace(".png", ".bmp")
+    (folder / "captions.jsonl").write_text(captions, encoding="utf-8")
+    chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",))
+    evaluate(chosen)
+    Image.new("RGB", (32, 32), "white").save(folder / "0.bmp")  # of the same size without packing
+    with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
+        evaluate(chosen)
+
+
+def test_another_image_in_a_row_of_a_parquet_file_is_another_set(tmp_path: Path) -> None:
+    def write(color: str) -> Any:
+        encoded = io.BytesIO()
+        Image.new("RGB", (8, 8), color).save(encoded, "PNG")
+        rows = {"image": [{"bytes": encoded.getvalue(), "path": None}], "caption": ["a color"]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+        own = Correspondence.from_image_of_text([0], 1)
+        image = ParquetImage(tmp_path / "data.parquet", "image", 0)
+        return RetrievalDataset("tiny", (image,), ("0",), ("a color",), own, "en", {})
+
+    assert hash_dataset(write("red")) == hash_dataset(write("red")) != hash_dataset(write("blue"))
+
+
+def test_a_moved_folder_is_the_same_run(sources: Any, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",))
+    first = evaluate(chosen)
+    shutil.move(folder, tmp_path / "elsewhere")
+    moved = replace(chosen, data=(EvaluatedDataset("folder", str(tmp_path / "elsewhere")),))
+    assert evaluate(moved) == first
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_one_name_is_one_model_whatever_its_tasks(
+    sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    evaluate(arguments(tmp_path, data, sources("clip"), tasks=("cra",)))
+    monkeypatch.setattr(evaluation, "_run", no_model)
+    other = EvaluatedModel(sources("siglip"), name="clip")
+    message = r"folder\.cra\.json is of another model: .*fingerprint\.weights was .* and is "
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(tmp_path, data, sources("clip"), models=(other,), tasks=("length",)))
+
+
+def test_a_result_of_another_version_of_the_package_is_another_run(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
+    (result,) = evaluate(chosen)
+    file = tmp_path / "clip" / "folder.cra.json"
+    older = {**result.versions, "modeling_llm2clip": "0.0.1"}
+    write_result(file, replace(result, versions=older))
+    with pytest.raises(ValueError, match=r"versions\.modeling_llm2clip was '0\.0\.1' and is"):
+        evaluate(chosen)
+
+
+def test_a_result_of_another_version_of_a_package_that_is_called_is_warned_of(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
+    (result,) = evaluate(chosen)
+    older = replace(result, versions={**result.versions, "transformers": "4.0"})
+    write_result(tmp_path / "clip" / "folder.cra.json", older)
+    with pytest.warns(UserWarning, match=r"folder\.cra\.json .*transformers was '4\.0' and is"):
+        assert evaluate(chosen) == [older]
+
+
+def test_a_result_with_another_score_than_was_written_is_refused(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
+    evaluate(chosen)
+    file = tmp_path / "clip" / "folder.cra.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["scores"]["cra"]["value"] = 0.99
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"folder\.cra\.json was changed after it was written"):
+        evaluate(chosen)
+
+
+def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text('{"format_version": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"format_version 1, this code reads 2.*another folder"):
+        read_result(file)
+
+
+def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        find_finished(file, protocol={})
+    file.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no result of an evaluation"):
+        read_result(file)
+    with pytest.raises(ValueError, match=r"holds no results"):
+        read_results(tmp_path)
+
+
+@pytest.mark.usefixtures("_refuse_models")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("missing", r"image missing: 2"),
+        ("broken", r"image unreadable: 1 \(.*3\.png"),
+        ("blank", r"blank caption: 1"),
+    ],
+)
+def test_bad_data_fails_before_a_model_is_loaded(
+    error: str, message: str, sources: Any, tmp_path: Path
+) -> None:
+    folder = break_data(write_data(tmp_path / "data"), error)
+    with pytest.raises(DataValidationError, match=message):
+        evaluate(arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", ["missing", "broken", "blank"])
+def test_errors_are_left_out_and_counted_where_that_is_asked_for(
+    error: str, sources: Any, tmp_path: Path
+) -> None:
+    folder = break_data(write_data(tmp_path / "data"), error)
+    chosen = arguments(
+        tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",), skip_invalid=True
+    )
+    (result,) = evaluate(chosen)
+    assert result.counts["images"] == 7
+    assert sum(result.protocol["data"]["excluded"].values()) == 1
+    (row,) = read_table(render_results([result], style="markdown", details=True), "the data")
+    assert (row["samples"], row["excluded"]) == ("7 images, 14 captions", "1")
+
+
+def break_data(folder: Path, error: str) -> Path:
+    captions = folder / "captions.jsonl"
+    if error == "missing":
+        (folder / "3.png").unlink()
+    elif error == "broken":
+        (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    else:
+        text = captions.read_text(encoding="utf-8").replace('"x en"', '" "')
+        captions.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    clip = sources("clip")
+    with pytest.raises(ValueError, match=r"No set suits these tasks.*'choices': \('choice',\)"):
+        evaluate(arguments(tmp_path, data, clip, tasks=("choices",)))
+    with pytest.raises(ValueError, match=r"retrieval takes one language at a time.*'de'"):
+        evaluate(arguments(tmp_path, data, clip, tasks=("retrieval",), languages=("en", "de")))
+    with pytest.raises(ValueError, match=r"Two models have one name"):
+        arguments(tmp_path, data, clip, clip)
+    with pytest.raises(ValueError, match=r"No task is called 'recall'"):
+        arguments(tmp_path, data, clip, tasks=("recall",))
+    with pytest.raises(ValueError, match=r"no set 'flickr'"):
+        EvaluatedDataset("flickr", data)
+    embeddings = save_named_embeddings(tmp_path / "embeddings", {"a": [1.0]}, {})
+    with pytest.raises(ValueError, match=r"embeddings encodes no images, which retrieval"):
+        evaluate(arguments(tmp_path / "out", data, str(embeddings), tasks=("retrieval",)))
+
+
+@pytest.mark.usefixtures("_refuse_models")
+@pytest.mark.parametrize(
+    ("task", "message"), [("cra", "8 of 8 have one only"), ("length", "1 of 8 captions can be cut")]
+)
+def test_captions_that_a_task_cannot_use_fail_before_a_model_is_loaded(
+    task: str, message: str, sources: Any, tmp_path: Path
+) -> None:
+    captions = ["two words", *"abcdefg"]
+    pairs = zip(save_tiny_images(tmp_path, 8), captions, strict=True)
+    lines = [json.dumps({"image": path.name, "captions": [text]}) for path, text in pairs]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    changes = {"languages": (), "captions_only": True, "tasks": (task,)}
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(tmp_path / "out", str(tmp_path), sources("clip"), **changes))
+
+
+def test_a_missing_embedding_is_told_before_a_model_is_loaded(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    embeddings = save_named_embeddings(tmp_path / "embeddings", {"a": [1.0]}, {"0.png": [1.0]})
+    chosen = arguments(
+        tmp_path / "out", data, sources("clip"), str(embeddings), tasks=("retrieval",)
+    )
+    with pytest.raises(ValueError, match=r"embeddings has no embedding for 16 of 16 texts"):
+        evaluate(chosen)
+    assert not (tmp_path / "out").exists()
+
+
+def test_classification_saves_its_confusion(sources: Any, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save_tiny_images(tmp_path / "data" / name, 3)
+    chosen = EvaluationArguments(
+        models=(EvaluatedModel(sources("clip")),),
+        data=(EvaluatedDataset("image-folder", str(tmp_path / "data")),),
+        output=tmp_path / "out",
+        templates=("a photo of a {}", "{}"),
+        class_names=("Katze", "Hund"),
+    )
+    (result,) = evaluate(chosen)
+    assert result.counts == {"images": 6, "classes": 2, "texts": 4, "texts_truncated": 0}
+    assert set(result.scores["top_1_of_class"]) == {"Katze", "Hund"}
+    Image.open(tmp_path / "out" / "clip" / "image-folder.classification.confusion.png").load()
+    assert result.protocol["data"]["templates"] == ["a photo of a {}", "{}"]
+    (row,) = read_table(
+        render_results([result], style="markdown", details=True), "what the scores hang on"
+    )
+    assert row["prompt"] == "2 templates, 'a photo of a {}' …"
+    with pytest.raises(DataValidationError, match=r"class name repeated: 2"):
+        evaluate(replace(chosen, class_names=("Tier", "Tier")))
+
+
+@pytest.mark.usefixtures("_refuse_models")
+def test_an_output_that_cannot_take_the_results_is_told_first(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match="taken is a file; results need a folder"):
+        evaluate(arguments(tmp_path / "taken", data, sources("clip")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"notes\.json is no result of an evaluation"):
+        evaluate(arguments(tmp_path, data, sources("clip")))

@@ -1,0 +1,250 @@
+"""An exported model is an ordinary model of mteb, and a retrieval set two ordinary tasks of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mteb
+import pytest
+import torch
+from datasets import Dataset
+from mteb.mocks import mock_tasks
+from mteb.models.models_protocols import EncoderProtocol
+from PIL import Image
+from published_datasets import write_docci
+from shared_models import ROUNDING, shared_model
+from torch.utils.data import DataLoader
+
+import modeling_llm2clip
+from modeling_llm2clip.data.image_sources import TarImage
+from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
+from modeling_llm2clip.evaluation.metrics.scores import summarize
+from modeling_llm2clip.evaluation.mteb_integration import open_for_mteb
+from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_datasets, make_mteb_tasks
+from modeling_llm2clip.publishing.export_model import save_model
+
+TASKS = (
+    "MockRetrievalTask", "MockSTSTask", "MockAny2AnyRetrievalI2TTask",
+    "MockAny2AnyRetrievalT2ITask", "MockZeroShotClassificationTask", "MockMultiChoiceTask",
+)  # fmt: skip
+MORE_TASKS = (
+    "MockClassificationTask", "MockPairClassificationTask", "MockRerankingTask",
+    "MockBitextMiningTask", "MockTextZeroShotClassificationTask", "MockImageClassificationTask",
+    "MockImageTextPairClassificationTask", "MockImageClusteringFastTask",
+)  # fmt: skip
+COLORS = ("red", "green", "blue", "black", "white", "orange", "purple")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(*shared_model(), tmp_path_factory.mktemp("mteb") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return open_for_mteb(folder, device="cpu")
+
+
+def evaluate(model, task):
+    results = mteb.evaluate(
+        model, task, cache=None, show_progress_bar=False, encode_kwargs={"batch_size": 3}
+    )
+    (result,) = results.task_results
+    return result
+
+
+@pytest.mark.parametrize(
+    "name", [*TASKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TASKS)]
+)
+def test_every_kind_of_task_runs_to_a_score(model, name):
+    result = evaluate(model, getattr(mock_tasks, name)())
+    assert 0 <= result.get_score() <= 1 + 1e-6  # a correlation may round above one
+
+
+def test_an_image_with_a_text_is_the_sum_of_their_embeddings(model):
+    dataset = Dataset.from_dict({"image": [Image.new("RGB", (32, 32), c) for c in COLORS]})
+    dataset = dataset.add_column("text", [f"a {color} thing" for color in COLORS])
+    loader = DataLoader(dataset, batch_size=3, collate_fn=_collate)
+    task = mock_tasks.MockMultiChoiceTask()
+    where = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
+    fused = model.encode(loader, **where, show_progress_bar=False)
+    texts, images = (torch.from_numpy(model.model.encode(dataset[k][:])) for k in ("text", "image"))
+    # Batches of three or seven rows add up in another order.
+    torch.testing.assert_close(fused, texts + images, atol=ROUNDING, rtol=0)
+    assert model.mteb_model_meta.modalities == ["image", "text"]
+
+
+def _collate(rows):
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def test_mteb_gets_a_model_that_was_opened_by_its_name_and_by_its_folder(model, folder):
+    for name in (model.mteb_model_meta.name, str(folder)):
+        found = mteb.get_model(name, device="cpu")
+        assert found.mteb_model_meta.revision == model.mteb_model_meta.revision
+        assert found.mteb_model_meta.modalities == ["image", "text"]
+        assert torch.equal(*(torch.from_numpy(m.model.encode(["a"])) for m in (model, found)))
+
+
+def test_a_folder_that_changed_is_not_got_under_the_old_revision(folder, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "changing")
+    open_for_mteb(moved, device="cpu")
+    (moved / "more.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="changed since it was opened as local/changing"):
+        mteb.get_model(str(moved))
+
+
+def test_another_setting_or_weight_is_another_revision_and_the_same_model_the_same(
+    model, folder, tmp_path
+):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert open_for_mteb(moved).mteb_model_meta.revision == model.mteb_model_meta.revision
+    prompts = json.loads((moved / "config_sentence_transformers.json").read_text("utf-8"))
+    prompts["prompts"]["query"] = "query: "
+    (moved / "config_sentence_transformers.json").write_text(json.dumps(prompts), "utf-8")
+    changed = open_for_mteb(moved).mteb_model_meta
+    assert changed.revision != model.mteb_model_meta.revision and changed.use_instructions is True
+
+
+def test_mteb_is_told_what_the_model_is(model):
+    assert isinstance(model, EncoderProtocol)
+    meta, network = model.mteb_model_meta, shared_model()[0]
+    assert (meta.name, meta.modalities) == ("local/tiny", ["image", "text"])
+    assert (meta.embed_dim, meta.max_tokens) == (32, 32)
+    assert meta.framework == ["Sentence Transformers", "PyTorch"]
+    assert meta.n_parameters == sum(weight.numel() for weight in network.parameters())
+    assert meta.similarity_fn_name.value == "cosine" and meta.use_instructions is False
+
+
+def test_from_the_hub_mteb_reads_by_itself_that_the_model_takes_images(folder):
+    files = {
+        name: json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in (
+            "config_sentence_transformers.json", "sentence_bert_config.json", "modules.json",
+            "config.json",
+        )
+    }  # fmt: skip
+    loader, kind, modalities = mteb.models.ModelMeta._resolve_loader("owner/model", *files.values())
+    assert loader is mteb.models.SentenceTransformerEncoderWrapper
+    assert (kind, modalities) == ("dense", ["image", "text"])
+
+
+def test_a_folder_that_was_not_exported_or_a_name_mteb_cannot_file_is_refused(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"has no modules.json.*export"):
+        open_for_mteb(tmp_path)
+    with pytest.raises(ValueError, match=r"name='mine' must be `organization/model`"):
+        open_for_mteb(folder, name="mine")
+
+
+@pytest.fixture(scope="module")
+def retrieval_set(tmp_path_factory):
+    """Seven images, two captions each but for the first; the last lies in a tar shard."""
+    path = tmp_path_factory.mktemp("images")
+    for number, color in enumerate(COLORS):
+        Image.new("RGB", (32 + number, 32), color).save(path / f"{color}.png")
+    last = path / f"{COLORS[-1]}.png"
+    packed = TarImage(last, "member.png", 0, last.stat().st_size)
+    image_of_text = [*range(7), *range(1, 7)]
+    captions = [f"a {COLORS[i]} thing, seen {n} times" for n, i in enumerate(image_of_text)]
+    return RetrievalDataset(
+        name="tiny",
+        images=(*(path / f"{color}.png" for color in COLORS[:-1]), packed),
+        image_names=COLORS,
+        captions=tuple(captions),
+        correspondence=Correspondence.from_image_of_text(image_of_text, 7),
+        lang="en",
+        protocol={"revision": None},
+    )
+
+
+def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_set):
+    images = [Image.open(Path(retrieval_set.images[0]).parent / f"{c}.png") for c in COLORS]
+    ranking = rank_retrieval(
+        *(
+            torch.from_numpy(model.model.encode(inputs))
+            for inputs in (images, list(retrieval_set.captions))
+        ),
+        retrieval_set.correspondence,
+        all_positives=True,
+    )
+    tasks = make_mteb_tasks(retrieval_set)
+    for task, side in zip(tasks, (ranking.i2t, ranking.t2i), strict=True):
+        result = evaluate(model, task)
+        ((scores,),) = result.scores.values()
+        ours = summarize(side, ks=(1, 3, 5))
+        assert result.get_score() == pytest.approx(ours["hit_rate_at_1"], abs=6e-6)
+        for name in ("hit_rate", "recall", "map", "ndcg"):
+            for k in (1, 3, 5):
+                # mteb rounds to five digits.
+                assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
+
+
+def test_a_set_of_the_registry_is_found_by_its_name(model, tmp_path):
+    docci = write_docci(tmp_path / "docci")
+    # A few of its images, which that says.
+    i2t, t2i = make_mteb_tasks("docci", docci, skip_invalid=True)
+    assert i2t.metadata.name.startswith("docci-en-")
+    assert 0 <= evaluate(model, t2i).get_score() <= 1
+    german = make_mteb_tasks("emoji", lang="de")[0].metadata
+    assert german.name.startswith("emoji-de-") and german.eval_langs == ["deu-Latn"]
+    assert {"docci", "urban1k", "xm3600", "emoji"} <= set(list_mteb_datasets())
+
+
+def test_a_name_that_makes_no_task_is_refused_with_those_that_do(retrieval_set, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no set 'doci'\. Known: .*docci"):
+        make_mteb_tasks("doci", tmp_path)
+    with pytest.raises(ValueError, match=r"imagenet.* is of kind classification; .* docci"):
+        make_mteb_tasks("imagenet", tmp_path)
+    with pytest.raises(ValueError, match=r"docci needs a folder with"):
+        make_mteb_tasks("docci")
+    with pytest.raises(ValueError, match=r"tiny was read already and takes .* no \['lang'\]"):
+        make_mteb_tasks(retrieval_set, lang="de")
+
+
+def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):
+    i2t, t2i = make_mteb_tasks(retrieval_set)
+    digest = i2t.metadata.dataset["revision"]
+    assert i2t.metadata.name == f"tiny-en-{digest}-image-to-text"
+    assert t2i.metadata.name == f"tiny-en-{digest}-text-to-image"
+    assert t2i.metadata.category == "t2i"
+    captions = ("another", *retrieval_set.captions[1:])
+    other = make_mteb_tasks(replace(retrieval_set, captions=captions))[0].metadata
+    assert other.name != i2t.metadata.name and other.dataset["revision"] != digest
+
+
+@pytest.mark.parametrize(
+    ("lang", "wanted"),
+    [
+        ("en", "eng-Latn"),
+        ("zh", "zho-Hans"),
+        ("zh-Hant", "zho-Hant"),
+        ("zh-TW", "zho-Hant"),
+        ("zh-hk", "zho-Hant"),
+        ("zh-CN", "zho-Hans"),
+        ("zh-Hans-TW", "zho-Hans"),
+        ("pt-BR", "por-Latn"),
+    ],
+)
+def test_languages_are_told_in_mtebs_way(retrieval_set, lang, wanted):
+    data = RetrievalDataset(**{**vars(retrieval_set), "lang": lang})
+    assert make_mteb_tasks(data)[0].metadata.eval_langs == [wanted]
+
+
+def test_a_set_without_images_or_in_an_unknown_language_makes_no_task(retrieval_set):
+    with pytest.raises(ValueError, match="tiny was read without its images"):
+        make_mteb_tasks(RetrievalDataset(**{**vars(retrieval_set), "images": ()}))
+    with pytest.raises(ValueError, match=r"mteb knows no language 'xx' \(of 'xx-YY'\)"):
+        make_mteb_tasks(RetrievalDataset(**{**vars(retrieval_set), "lang": "xx-YY"}))
+
+
+def test_nothing_else_imports_mteb():
+    package = Path(modeling_llm2clip.__file__).parent
+    imports = re.compile(r"^\s*(?:from|import) \S*mteb|import .*mteb", re.MULTILINE)
+    found = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
+    assert found == {"mteb_model.py", "mteb_tasks.py"}

@@ -1,0 +1,418 @@
+"""The two steps of the LLaVA recipe on tiny parts: what is trained, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tune_instructions
+from aligning import read_losses
+from llava_conversations import Conversation, conversations_of_captions, read_conversations
+from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
+from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
+from llava_trainer import LlavaArguments, LlavaTrainer, make_training_arguments, train_llava
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
+
+SHORT = LlavaArguments(
+    steps=4, batch_size=4, lr=1e-2, log_every=1, save_every=2, device="cpu", max_length=128
+)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_parts(tmp_path_factory.mktemp("parts"))
+
+
+def run_step(
+    parts: Path, output: Path, *, wording: str = "plain", resume: bool = False,
+    arguments: LlavaArguments = SHORT, thaw: Callable[[Any], Any] = train_projector_only,
+) -> Path:  # fmt: skip
+    """Run a step in this process; returns the folder of its model."""
+
+    def load_model() -> tuple[Any, Any]:
+        model, processor = build(parts)
+        return thaw(model) or model, processor
+
+    if wording == "plain":
+        conversations = conversations_of_captions(load_records(parts / "data"))
+    else:
+        conversations, _ = read_conversations(parts / "instructions.json", parts / "data")
+    code = train_llava(
+        load_model, conversations, output, arguments, wording=wording, record={}, resume=resume
+    )
+    assert code == 0
+    return output / "model"
+
+
+def changed_parts(parts: Path, folder: Path) -> set[str]:
+    """Names of the parts of a written model that are not what they were at the start."""
+    torch.manual_seed(SHORT.seed)
+    before = build(parts)[0].state_dict()
+    after = load_llava(folder)[0].state_dict()
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    return {name.split(".")[1] if name.startswith("model.") else name for name in changed}
+
+
+# The model
+
+
+def test_the_tower_and_the_llm_are_joined_unchanged(parts: Path) -> None:
+    model, _ = build(parts)
+    llm = AutoModelForCausalLM.from_pretrained(parts / "llm")
+    old = llm.get_input_embeddings().num_embeddings
+    for name, weight in llm.model.state_dict().items():
+        assert torch.equal(model.model.language_model.state_dict()[name][:old], weight), name
+    table = model.get_input_embeddings().weight
+    assert len(table) == old + 1 and torch.equal(table[old], table[:old].mean(dim=0))
+    assert torch.equal(model.lm_head.weight[:old], llm.lm_head.weight)
+
+
+def test_an_llm_that_sees_both_ways_is_refused(parts: Path, tmp_path: Path) -> None:
+    llm = AutoModelForCausalLM.from_pretrained(parts / "llm")
+    llm.config.is_causal = False
+    llm.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(parts / "llm").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sees both ways"):
+        build_llava(parts / "tower", tmp_path)
+
+
+def test_a_frozen_tower_evaluates_while_the_rest_trains(parts: Path) -> None:
+    model, _ = build(parts)
+    train_projector_only(model)
+    model.train()
+    with torch.no_grad():
+        model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert model.model.multi_modal_projector.training
+    assert not any(module.training for module in model.model.vision_tower.modules())
+
+
+# The training
+
+
+def test_step_one_changes_the_projector_alone_and_learns(parts: Path, tmp_path: Path) -> None:
+    folder = run_step(parts, tmp_path, arguments=replace(SHORT, steps=12))
+    assert changed_parts(parts, folder) == {"multi_modal_projector"}
+    losses = list(read_losses(tmp_path).values())
+    assert sum(losses[-3:]) < sum(losses[:3])
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    inputs = AutoProcessor.from_pretrained(folder)(
+        images=[str(parts / "data" / "00.jpg")], text=["<image>"], return_tensors="pt"
+    )
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_run_of_one_step_learns(parts: Path, tmp_path: Path) -> None:
+    folder = run_step(parts, tmp_path, arguments=replace(SHORT, steps=1))
+    assert changed_parts(parts, folder) == {"multi_modal_projector"}
+
+
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (33, 1), (34, 2), (100, 3)])
+def test_the_rate_rises_for_three_percent_of_the_steps_but_not_for_all(
+    tmp_path: Path, steps: int, warm_up: int
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
+    settings = make_training_arguments(tmp_path, replace(SHORT, steps=steps), words)
+    assert (settings.max_steps, settings.warmup_steps) == (steps, warm_up)
+
+
+def test_step_two_changes_projector_and_llm_but_not_the_tower(parts: Path, tmp_path: Path) -> None:
+    folder = run_step(parts, tmp_path, wording="chat", thaw=train_projector_and_llm)
+    assert changed_parts(parts, folder) == {
+        "multi_modal_projector", "language_model", "lm_head.weight",
+    }  # fmt: skip
+
+
+def test_a_lora_is_merged_into_a_plain_model(parts: Path, tmp_path: Path) -> None:
+    folder = run_step(
+        parts, tmp_path, wording="chat",
+        thaw=lambda model: train_projector_and_llm(model, rank=2, alpha=4),
+    )  # fmt: skip
+    # The head and the embeddings are not adapted.
+    assert changed_parts(parts, folder) == {"multi_modal_projector", "language_model"}
+    run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    trainable = run["parameters"]["all"]["trainable"]
+    assert 0 < trainable < run["parameters"]["all"]["total"] / 4
+
+
+def lora(model: Any) -> Any:
+    return train_projector_and_llm(model, rank=2, alpha=4)
+
+
+@pytest.mark.parametrize("thaw", [train_projector_only, lora], ids=["projector", "lora"])
+def test_killed_and_resumed_equals_never_killed(
+    parts: Path, tmp_path: Path, thaw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_step(parts, tmp_path / "whole", thaw=thaw)
+    step = LlavaTrainer.training_step
+
+    def die(self: LlavaTrainer, *arguments: Any, **settings: Any) -> Tensor:
+        if self.state.global_step == 3:  # a step after the checkpoint
+            raise RuntimeError("killed")
+        return step(self, *arguments, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(LlavaTrainer, "training_step", die)
+        run_step(parts, tmp_path / "cut", thaw=thaw)
+    with pytest.raises(ValueError, match="--resume"):
+        run_step(parts, tmp_path / "cut", thaw=thaw)
+    resumed = run_step(parts, tmp_path / "cut", thaw=thaw, resume=True)
+    assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
+    assert len(read_losses(tmp_path / "whole")) == SHORT.steps
+    ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_killed_while_it_writes_its_model_leaves_none_and_writes_it_when_resumed(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise RuntimeError("killed")
+
+    whole = run_step(parts, tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(LlavaProcessor, "save_pretrained", die)  # after the weights
+        run_step(parts, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "model").exists()
+    left = tmp_path / "cut" / ".model-12345678"  # as a kill leaves it, when nothing is caught
+    left.mkdir()
+    (left / ".llm2clip-is-writing").write_text("model", encoding="utf-8")
+    resumed = run_step(parts, tmp_path / "cut", resume=True)
+    assert not left.exists()
+    assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
+    ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = LlavaTrainer.training_step
+
+    def break_third_gradient(self: LlavaTrainer, *arguments: Any, **settings: Any) -> Tensor:
+        loss = step(self, *arguments, **settings)
+        if self.state.global_step == 2:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            trained[0].grad[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", break_third_gradient)
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 2"):
+        run_step(parts, tmp_path / "run")
+    last = find_last_checkpoint(tmp_path / "run")
+    assert last is not None and last.name == "checkpoint-2"
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(parts: Path, tmp_path: Path) -> None:
+    # A finite gradient, times a rate that float32 cannot hold in Adam's second step.
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 2"):
+        run_step(parts, tmp_path / "run", arguments=replace(SHORT, lr=1e38, steps=2))
+    assert find_last_checkpoint(tmp_path / "run") is None
+
+
+def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path) -> None:
+    whole = run_step(parts, tmp_path / "whole")
+    run_step(parts, tmp_path / "parts", arguments=replace(SHORT, device_batch_size=1))
+    ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
+    # Answers of unequal length weigh by their tokens; float32 sums in another order.
+    assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
+    assert whole.is_dir()
+
+
+def test_an_epoch_has_as_many_steps_however_many_a_device_takes_at_a_time(
+    parts: Path, tmp_path: Path
+) -> None:
+    # 35 captions: a batch of 16 twice, and 3 that fill none.
+    twice = replace(SHORT, steps=None, epochs=2, batch_size=16)
+    run_step(parts, tmp_path / "whole", arguments=twice)
+    run_step(parts, tmp_path / "parts", arguments=replace(twice, device_batch_size=1))
+    ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
+    assert len(ours) == 4
+    # Answers of unequal length weigh by their tokens; float32 sums in another order.
+    assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
+
+
+def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: Path) -> None:
+    def run(answer: str, *, resume: bool) -> int:
+        words = [Conversation(str(n), None, (("Hi", answer),)) for n in range(4)]
+
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, words, tmp_path, SHORT, wording="chat", record={}, resume=resume
+        )
+
+    assert run("yes", resume=False) == 0
+    with pytest.raises(ValueError, match="holds another run: conversations: "):
+        run("no", resume=True)
+
+
+def test_a_run_is_not_continued_with_other_images_but_with_a_moved_folder(
+    parts: Path, tmp_path: Path
+) -> None:
+    def run(images: Path, *, resume: bool) -> int:
+        conversations, _ = read_conversations(parts / "instructions.json", images)
+
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, conversations, tmp_path / "run", replace(SHORT, steps=1), wording="chat",
+            record={}, resume=resume,
+        )  # fmt: skip
+
+    assert run(parts / "data", resume=False) == 0
+    (tmp_path / "run" / "model").rename(tmp_path / "first")
+    moved = shutil.copytree(parts / "data", tmp_path / "moved")
+    assert run(moved, resume=True) == 0
+    Image.new("RGB", (64, 64)).save(moved / "03.jpg")
+    with pytest.raises(ValueError, match="holds another run: conversations: "):
+        run(moved, resume=True)
+
+
+def test_a_question_that_is_too_long_is_left_out_told_and_recorded(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(11)]
+    words.append(Conversation("long", None, (("Hi " * 200, "yes"),)))
+
+    def run(output: Path, *, resume: bool = False, **changed: Any) -> int:
+        def load_model() -> tuple[Any, Any]:
+            model, processor = build(parts)
+            return train_projector_and_llm(model), processor
+
+        return train_llava(
+            load_model, words, output, replace(SHORT, steps=None, **changed), wording="chat",
+            record={}, drop_invalid=True, resume=resume,
+        )  # fmt: skip
+
+    assert run(tmp_path / "run") == 0
+    left_out = {"no answer within 128 tokens": 1}
+    assert f"what its tokens showed: {left_out}." in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["left_out_by_tokens"] == left_out
+    assert len(read_losses(tmp_path / "run")) == 2  # batches of 4 in the 11 that are left
+    (tmp_path / "run" / "model").rename(tmp_path / "first")
+    assert run(tmp_path / "run", resume=True) == 0
+    with pytest.raises(ValueError, match="11 conversations are too few for a batch of 12"):
+        run(tmp_path / "few", batch_size=12)
+
+
+def test_conversations_without_images_train_too_but_not_sharded(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
+    model, processor = build(parts)
+
+    def load_model() -> tuple[Any, Any]:
+        train_projector_and_llm(model)
+        return model, processor
+
+    def run(output: Path) -> int:
+        return train_llava(load_model, words, output, SHORT, wording="chat", record={})
+
+    assert run(tmp_path / "words") == 0
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="cannot be trained on under FSDP"):
+        run(tmp_path / "sharded")
+
+
+def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path) -> None:
+    with pytest.raises(ValueError, match=r"lr=0.*batch_size=0|batch_size=0.*lr=0"):
+        LlavaArguments(lr=0, batch_size=0)
+
+    def load_model() -> tuple[Any, Any]:
+        raise AssertionError("loaded")
+
+    words = [Conversation("c", None, (("Hi", "yes"),))]
+    for changed, message in (
+        ({"batch_size": 2}, "1 conversations are too few for a batch of 2"),
+        ({"batch_size": 3, "device_batch_size": 2}, "cannot be shared by 1 processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_llava(
+                load_model, words, parts / "none", replace(SHORT, **changed), wording="chat",
+                record={},
+            )  # fmt: skip
+    assert not (parts / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "told"),
+    [(0, 16, "rank=0"), (4, 0, "alpha=0"), (4, -3, "alpha=-3"), (-1, 0, "rank=-1 and alpha=0")],
+)
+def test_a_lora_without_rank_or_scale_is_refused_before_anything_is_read(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, rank: int, alpha: int, told: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+        train_projector_and_llm(build(parts)[0], rank=rank, alpha=alpha)
+    flags = ["--lora-rank", str(rank), "--lora-alpha", str(alpha)]
+    absent = [str(parts / name) for name in ("no-model", "no-data", "no-images", "run")]
+    monkeypatch.setattr(sys, "argv", ["tune_instructions.py", *absent, *flags])
+    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+        tune_instructions.main()
+
+
+def run_script(name: str, *arguments: object, processes: int = 1) -> str:
+    """Run a step as its users do; returns what it printed."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(RECIPE / name),
+         *map(str, arguments), "--device", "cpu", "--log-every", "1", "--lr", "1e-2"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
+    parts: Path, tmp_path: Path
+) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        printed = run_script(
+            "pretrain_projector.py", parts / "tower", parts / "llm", parts / "data",
+            tmp_path / name, "--steps", 3, "--batch-size", 4,
+            "--chat-template", RECIPE / "vicuna.jinja", processes=processes,
+        )  # fmt: skip
+        assert printed.count("Wrote ") == 1
+    ours, theirs = (list(read_losses(tmp_path / name).values()) for name in ("one", "two"))
+    assert len(ours) == 3
+    # The same answers, shared in another way: float32 sums in another order.
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    long = make_entry(0)
+    long["conversations"][0]["value"] += "word " * 3000
+    entries = [make_entry(number) for number in range(12)]
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps([*entries, long]), encoding="utf-8")
+    printed = run_script(
+        "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
+        tmp_path / "tuned", "--steps", 2, "--batch-size", 4, "--leave-out-imageless",
+        "--leave-out-invalid", processes=2,
+    )  # fmt: skip
+    assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
+    assert (tmp_path / "tuned" / "model" / "config.json").is_file()

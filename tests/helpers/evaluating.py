@@ -1,0 +1,49 @@
+"""A tiny evaluation, and the tables of its results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiny_encoders import TEXTS, save_tiny_images
+
+from modeling_llm2clip.evaluation.arguments import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationArguments,
+)
+
+TASKS = ("retrieval", "cra", "length")
+
+
+def write_data(folder: Path) -> Path:
+    """Eight images with two captions each, in English and in German."""
+    lines = [
+        {"image": path.name, "captions": [f"{text} {lang}", f"again {text}"], "lang": lang}
+        for lang in ("en", "de")
+        for path, text in zip(save_tiny_images(folder, len(TEXTS)), TEXTS, strict=True)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return folder
+
+
+def read_table(text: str, title: str) -> list[dict[str, str]]:
+    """The rows of one table of a Markdown text, each cell by its heading."""
+    _, found = text.split(f"**{title[0].upper()}{title[1:]}**\n\n")
+    lines = found.partition("\n\n")[0].strip().splitlines()
+    heads, _, *rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def arguments(output: Path, data: str, *sources: str, **changes: Any) -> EvaluationArguments:
+    """Evaluate models on the English captions of such data, unless something is to change."""
+    chosen = EvaluationArguments(
+        models=tuple(map(EvaluatedModel, sources)),
+        data=(EvaluatedDataset("folder", data),),
+        tasks=TASKS,
+        languages=("en",),
+        output=output,
+    )
+    return replace(chosen, **changes)

@@ -1,0 +1,120 @@
+"""What two processes compute for the tests of the alignment; each is a fresh interpreter."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperature
+from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
+from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
+
+NUM_ROWS = 8
+CHUNK = 3
+
+
+def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, captions, scale and keys of a whole batch; some keys meet across its halves."""
+    generator = torch.Generator().manual_seed(3)
+    image, text = (F.normalize(torch.randn(NUM_ROWS, 6, generator=generator)) for _ in range(2))
+    return image, text, torch.tensor([12.0]), torch.tensor([0, 1, 1, 2, 3, 0, 4, 3])
+
+
+def loss_and_gradients(part: slice, *, chunk_size: int | None = None) -> dict[str, Tensor]:
+    """Loss over some rows of the batch, and its gradients for these rows and the scale."""
+    image, text, scale, keys = make_rows()
+    leaves = [image[part].clone(), text[part].clone(), scale]
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    loss = grouped_contrastive_loss(*leaves, keys[part], chunk_size=chunk_size, over_processes=True)
+    loss.backward()
+    image_grad, text_grad, scale_grad = (leaf.grad for leaf in leaves)
+    return {"loss": loss.detach(), "image": image_grad, "text": text_grad, "scale": scale_grad}
+
+
+def load_trained(folder: Path) -> AlignmentModel:
+    """The real module with everything in it trained but the LLM, which is not there."""
+    model = AlignmentModel.from_pretrained(folder)
+    choose_trained_parts(model, AlignArguments(vision_training="full", layer_decay=1.0))
+    return model.train()
+
+
+def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
+    """Pixels of the first images and some caption embeddings."""
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(4)
+    images = [str(record.path) for record in records[:NUM_ROWS]]
+    return {
+        "pixel_values": processor(images=images)["pixel_values"],
+        "caption_embeds": torch.randn(NUM_ROWS, 32, generator=generator),
+    }
+
+
+def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slice) -> Tensor:
+    """One forward and backward pass of some rows through a module, wrapped or not."""
+    outputs = model(**{name: value[part] for name, value in batch.items()})
+    loss = grouped_contrastive_loss(*outputs, make_rows()[3][part], over_processes=True)
+    loss.backward()
+    return loss.detach()
+
+
+def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice) -> dict[str, Any]:
+    """The same with FSDP2, whose parameters lie half on each process; and the clamp on such."""
+    mesh = init_device_mesh("cpu", (2,))
+    for block in (*model.vision_model.encoder.layers, *model.text_adapter.blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = backward_module(model, batch, part)
+    gradients = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    with torch.no_grad():
+        model.logit_scale.log_scale.fill_(9.0)
+    ClampTemperature().on_optimizer_step(None, None, None, model=model)
+    clamped = model.logit_scale.log_scale.full_tensor().detach()
+    return {"sharded_loss": loss, "sharded": gradients, "clamped": clamped}
+
+
+def find_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
+    """Run in a process of its own: half the batch, results into `folder/rank.pt`."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[kwargs])
+    assert accelerator.num_processes == 2
+    half = NUM_ROWS // 2
+    part = slice(rank * half, (rank + 1) * half)
+    model = load_trained(folder / "exported")
+    wrapped = accelerator.prepare(model)
+    assert type(wrapped).__name__ == "DistributedDataParallel"
+    result: dict[str, Any] = {
+        "plain": loss_and_gradients(part),
+        "chunked": loss_and_gradients(part, chunk_size=CHUNK),
+        "module_loss": backward_module(wrapped, batch, part),
+        "module": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    }
+    result |= shard_and_step(load_trained(folder / "exported"), batch, part)
+    torch.save(result, folder / f"{rank}.pt")
+    accelerator.end_training()

@@ -1,0 +1,89 @@
+"""Tiny models that many tests share and none may change, and the parts of a batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tiny import LLM_FAMILIES, VISION_FAMILIES, tiny_images, tiny_model
+from torch import Tensor
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+
+PAIRS = [(vision, "llama") for vision in VISION_FAMILIES] + [
+    ("clip", llm) for llm in LLM_FAMILIES if llm != "llama"
+]
+CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
+INSTRUCTION = "Instruct: find the image. Query: "
+# Sums of float32 numbers in another order, over two layers, on unit-length embeddings.
+ROUNDING = 1e-5
+
+every_pair = pytest.mark.parametrize(
+    ("vision", "llm"), PAIRS, ids=["-".join(pair) for pair in PAIRS]
+)
+every_vision = pytest.mark.parametrize("vision", VISION_FAMILIES)
+# `pytest -m gpu` runs the second one; in the default suite it is left out.
+every_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+every_llm = pytest.mark.parametrize("llm", LLM_FAMILIES)
+
+
+@cache
+def shared_model(vision: str = "clip", llm: str = "llama") -> tuple[Any, Any]:
+    """A model and its processor that no test may change."""
+    return tiny_model(vision, llm)
+
+
+def fresh_processor() -> LLM2CLIPProcessor:
+    """The processor of the shared model, whose counts a test may change."""
+    shared = shared_model()[1]
+    return LLM2CLIPProcessor(shared.image_processor, shared.tokenizer, shared.max_text_length)
+
+
+@cache
+def shared_batch(vision: str = "clip", llm: str = "llama") -> dict[str, Tensor]:
+    """Three captions of unlike length and three images of unlike color."""
+    processor = shared_model(vision, llm)[1]
+    return dict(processor(text=CAPTIONS, images=tiny_images(3)))
+
+
+def take(batch: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: batch[name] for name in names}
+
+
+def move(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def texts_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return take(batch, "input_ids", "attention_mask")
+
+
+def images_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in texts_of(batch)}
+
+
+def first_position_moves_by(model: LLM2CLIPModel, batch: dict[str, Tensor], row: int) -> float:
+    """How far the first hidden state moves when the last real token changes."""
+    changed = {name: value.clone() for name, value in batch.items()}
+    last = int(batch["attention_mask"][row].sum()) - 1
+    changed["input_ids"][row, last] = (batch["input_ids"][row, last] + 7) % 300
+    with torch.no_grad():
+        before, after = (
+            model.text_model(**inputs, use_cache=False).last_hidden_state[row, 0]
+            for inputs in (batch, changed)
+        )
+    return float((before - after).abs().max())

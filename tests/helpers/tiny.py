@@ -1,0 +1,248 @@
+"""Tiny random towers, tokenizers and whole models, built in code: no download, no file.
+
+Every builder gives the same weights each time it is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPImageProcessorPil,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessorPil,
+)
+
+from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.timm_images import image_processor_from_timm
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+
+IMAGE_SIZE = 32
+VOCABULARY_SIZE = 320
+VISION_FAMILIES = (
+    "clip", "siglip", "siglip2", "dinov2", "dinov3_vit", "vit", "timm", "eva02", "timm-siglip",
+)  # fmt: skip
+LLM_FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
+    "smollm3",
+)  # fmt: skip
+
+# The special tokens of every preset in `prompts.PROMPT_PRESETS`, so that any of them fits.
+SPECIAL_TOKENS = (
+    "<|pad|>", "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>",
+)  # fmt: skip
+_TRAINING_TEXTS = (
+    "a dog sits on a mat", "two red apples on a wooden table", "a cat sleeps by the window",
+    "a photo of a red car", "the sky over the sea at night", "user system assistant",
+)  # fmt: skip
+
+# Wider than the usual 0.02, so that a change of one token or one flag moves the embeddings visibly.
+_INITIALIZER_RANGE = 0.2
+_TRANSFORMER_SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": _INITIALIZER_RANGE,
+}
+_IMAGE_SIZE = {"image_size": IMAGE_SIZE, "patch_size": 8}
+_VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("clip_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
+    "siglip": ("siglip_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
+    "siglip2": (
+        "siglip2_vision_model",
+        {"intermediate_size": 48, "patch_size": 8, "num_patches": 16},
+    ),
+    "dinov2": ("dinov2", {"mlp_ratio": 2, **_IMAGE_SIZE}),
+    "dinov3_vit": ("dinov3_vit", {"intermediate_size": 48, **_IMAGE_SIZE}),
+    "vit": ("vit", {"intermediate_size": 48, **_IMAGE_SIZE}),
+}
+# The networks of the paper, with fewer and narrower layers.
+_TIMM_SIZE = {
+    "img_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+}
+_TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "timm": ("test_vit", {"img_size": IMAGE_SIZE}),
+    # Rotary positions count in the grid it was trained on, as in the towers for 336 pixels.
+    "eva02": ("eva02_base_patch16_clip_224", {**_TIMM_SIZE, "ref_feat_shape": [3, 3]}),
+    "timm-siglip": ("vit_so400m_patch14_siglip_224", _TIMM_SIZE),
+    "timm with batch norm": ("test_efficientnet", {}),
+}
+_LLM_EXTRAS: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "phi": {"partial_rotary_factor": 0.5},
+}
+
+
+def tiny_tokenizer(
+    *,
+    vocabulary_size: int = VOCABULARY_SIZE,
+    begins: bool = True,
+    texts: tuple[str, ...] = _TRAINING_TEXTS,
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that can write any text, as an LLM's own tokenizer does.
+
+    Args:
+        vocabulary_size: at least 267; the special tokens have the first 11 ids.
+        begins: whether it puts `<|begin|>` in front of every text, as Llama's does.
+        texts: what the merges are learned from; other texts give another tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A",
+            special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+    )
+
+
+def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
+    """Build a vision tower of 32 × 32 pixels and its image processor; see `VISION_FAMILIES`."""
+    if family in _TIMM_NETWORKS:
+        return _tiny_timm(*_TIMM_NETWORKS[family], seed=seed)
+    model_type, extras = _VISION_CONFIGS[family]
+    model = _build(AutoConfig.for_model(model_type, **_TRANSFORMER_SIZE, **extras), seed)
+    if family == "siglip2":
+        return model, Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    return model, CLIPImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False
+    )
+
+
+def tiny_llm(
+    family: str = "llama",
+    *,
+    vocabulary_size: int = VOCABULARY_SIZE,
+    hidden_size: int = _TRANSFORMER_SIZE["hidden_size"],
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Build a decoder without its head, causal as the family's are; see `LLM_FAMILIES`."""
+    grouped = {} if family == "phi" else {"num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        family,
+        **{**_TRANSFORMER_SIZE, "hidden_size": hidden_size},
+        **grouped,
+        **({"head_dim": 8} if family.startswith(("gemma", "qwen3")) else {}),
+        **_LLM_EXTRAS.get(family, {}),
+        intermediate_size=64,
+        vocab_size=vocabulary_size,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _build(config, seed)
+
+
+def tiny_model(
+    vision: str = "clip",
+    llm: str = "llama",
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+    **arguments: Any,
+) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Build a whole model and its processor from two tiny towers.
+
+    Args:
+        trained: whether its config says so, as if its weights came of a training.
+        arguments: of `BuildArguments`; by default the llama-3 prompt, at most 32 tokens, a
+            shared space as wide as the LLM (so that `text_projection` is square), two adapter
+            blocks.
+    """
+    chosen = {
+        "projection_dim": 32,
+        "max_text_length": 32,
+        "text_adapter_layers": 2,
+        **({} if {"prefix", "suffix"} & set(arguments) else {"prompt": "llama-3"}),
+        **arguments,
+    }
+    vision_model, image_processor = tiny_vision(vision)
+    tokenizer = tokenizer or tiny_tokenizer()
+    text_model = tiny_llm(llm, vocabulary_size=len(tokenizer))
+    model, processor = build_model(
+        _cast_parameters(vision_model, dtype),
+        image_processor,
+        _cast_parameters(text_model, dtype),
+        tokenizer,
+        BuildArguments(**chosen),
+    )
+    model.config.text_adapter_trained = model.config.projections_trained = trained
+    return model, processor
+
+
+def tiny_images(count: int = 2) -> list[Image.Image]:
+    """Plain images of different colors and sizes."""
+    return [
+        Image.new("RGB", (40 + 8 * i, 48), (255 * i // max(count - 1, 1), 60 * i % 256, 90))
+        for i in range(count)
+    ]
+
+
+def draw_noise(height: int = 40, width: int = 56, *, seed: int = 0) -> Image.Image:
+    """An image of which no two pixels need be alike."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast as loading does: buffers, such as the frequencies of positions, stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _tiny_timm(
+    architecture: str, model_args: dict[str, Any], *, seed: int
+) -> tuple[PreTrainedModel, Any]:
+    pretrained_cfg = {
+        "input_size": [3, IMAGE_SIZE, IMAGE_SIZE],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
+    config = AutoConfig.for_model(
+        "timm_wrapper",
+        architecture=architecture,
+        model_args=model_args,
+        pretrained_cfg=pretrained_cfg,
+    )
+    return _build(config, seed), image_processor_from_timm(pretrained_cfg)
+
+
+def _build(config: Any, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModel.from_config(config)
+    return model.float().eval()

@@ -1,0 +1,307 @@
+"""No command runs code that a folder brings: not on its own, and not after a "y".
+
+Starting a process costs seconds, so one runs every command on every folder, with "y" for every
+question that it might ask, and the tests read what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aligning import write_data
+from hub_server import HubServer
+from tiny_folders import save_tiny_llm, save_tiny_vision
+
+from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.loading_llm2clip import list_foreign_code
+
+RUN = """
+import contextlib, io, json, sys
+from modeling_llm2clip.__main__ import main
+answers = {}
+for name, command in json.loads(sys.argv[1]).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(command)
+        except BaseException as error:
+            code = repr(error)
+    answers[name] = [code, out.getvalue(), err.getvalue()]
+print(json.dumps(answers))
+"""
+EVIL = """
+from pathlib import Path
+Path({mark!r}).write_text("ran")
+class Evil: ...
+"""
+# What a folder's file says, and the Auto class that would run the code.
+Change = Callable[[dict[str, Any]], None]
+TOWER_KEYS = ("vision_config", "text_config")
+
+
+def name_code(auto_class: str, **more: Any) -> Change:
+    reference: Any = "evil.Evil" if auto_class != "AutoTokenizer" else ["evil.Evil", None]
+    return lambda content: content.update(auto_map={auto_class: reference}, **more)
+
+
+def name_code_inside(content: dict[str, Any]) -> None:
+    content["image_processor"] |= {
+        "auto_map": {"AutoImageProcessor": "evil.Evil"}, "image_processor_type": "EvilProcessor",
+    }  # fmt: skip
+
+
+def name_code_of_towers(content: dict[str, Any]) -> None:
+    for key in TOWER_KEYS:
+        content[key]["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+
+
+MODELS: dict[str, tuple[str, Change]] = {
+    "tokenizer": ("tokenizer_config.json", name_code("AutoTokenizer", tokenizer_class="Evil")),
+    "inside": ("processor_config.json", name_code_inside),
+    "towers": ("config.json", name_code_of_towers),
+}
+SOURCES: dict[str, tuple[str, str, Change]] = {
+    "vision config": ("vision", "config.json", name_code("AutoConfig", model_type="evil")),
+    "vision images": (
+        "vision",
+        "preprocessor_config.json",
+        name_code("AutoImageProcessor", image_processor_type="Evil"),
+    ),
+    "llm config": ("llm", "config.json", name_code("AutoConfig", model_type="evil")),
+    "llm tokenizer": (
+        "llm", "tokenizer_config.json", name_code("AutoTokenizer", tokenizer_class="Evil"),
+    ),
+}  # fmt: skip
+COMMANDS = (
+    "search", "export", "tower", "extract", "images", "evaluate", "align", "tune", "merge",
+    "doctor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What the process did."""
+
+    answers: dict[str, tuple[int, str, str]]
+    stdout: str
+    mark: Path
+
+
+def change(file: Path, how: Change) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    how(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str, list[str]]:
+    out = {command: str(output / f"{name} {command}") for command in COMMANDS}
+    online = ["--text-training", "frozen-online", "--steps", "1", "--batch-size", "8"]
+    tuning = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    tuning += ["--warmup-steps", "0"]
+    return {
+        "search": ["search", str(model), str(data), "a dog"],
+        "export": ["export", str(model), out["export"]],
+        "tower": ["export", str(model), out["tower"], "--components", "tower"],
+        "extract": ["extract", str(model), str(data), out["extract"], "--device", "cpu"],
+        "images": [
+            "extract", str(model), str(data), out["images"], "--images", "--device", "cpu",
+        ],
+        "evaluate": [
+            "evaluate", str(model), "--data", str(data), "--tasks", "cra", "--output",
+            out["evaluate"], "--device", "cpu",
+        ],
+        "align": ["align", str(model), str(data), out["align"], "--device", "cpu", *online],
+        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning],
+        "merge": ["finetune-llm", str(model), str(data), out["merge"], *tuning, "--merge"],
+        "doctor": ["doctor", str(model)],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources_with_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Towers of which one names code in one file, by the name of that case."""
+    here = tmp_path_factory.mktemp("sources")
+    plain = {"vision": save_tiny_vision(here / "vision"), "llm": save_tiny_llm(here / "llm")}
+    made = {}
+    for name, (tower, file, how) in SOURCES.items():
+        folder = Path(shutil.copytree(plain[tower], here / name))
+        change(folder / file, how)
+        made[name] = {**plain, tower: folder}
+    return made
+
+
+@pytest.fixture(scope="module")
+def ran(
+    good: Path,
+    sources_with_code: dict[str, dict[str, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Ran:
+    here = tmp_path_factory.mktemp("code")
+    mark, data = here / "ran", write_data(here / "data")
+    commands: dict[str, list[str]] = {}
+    for name, (file, how) in MODELS.items():
+        model = Path(shutil.copytree(good, here / name))
+        change(model / file, how)
+        (model / "evil.py").write_text(EVIL.format(mark=str(mark)))
+        written = write_commands(model, name, data, here)
+        commands |= {f"{name}: {command}": words for command, words in written.items()}
+    for name, towers in sources_with_code.items():
+        for folder in towers.values():
+            (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
+        build = ["build", str(towers["vision"]), str(towers["llm"]), str(here / f"built {name}")]
+        commands[name] = [*build, "--prompt", "llama-3"]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(commands)],
+        input="y\n" * 500, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Ran(json.loads(done.stdout.splitlines()[-1]), done.stdout, mark)
+
+
+def test_nothing_ran_and_nothing_was_asked(ran: Ran) -> None:
+    assert not ran.mark.exists()
+    assert "Do you wish" not in ran.stdout
+    assert not [name for name, (_, out, _) in ran.answers.items() if "Do you wish" in out]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["tokenizer", "inside"])
+def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
+    ran: Ran, name: str, command: str
+) -> None:
+    code, out, err = ran.answers[f"{name}: {command}"]
+    file = MODELS[name][0]
+    if (name, command) == ("tokenizer", "tower"):
+        assert code == 0  # a vision tower comes without a tokenizer
+        return
+    assert code == (1 if command == "doctor" else 2), (code, out, err)
+    told = out if command == "doctor" else err
+    assert "brings code of its own, which is never run here" in told
+    assert f"{file} names Auto" in told and "evil.Evil" in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_the_class(
+    ran: Ran, command: str
+) -> None:
+    code, out, err = ran.answers[f"towers: {command}"]
+    assert code == (1 if command == "doctor" else 0), (code, out, err)
+    if command == "doctor":
+        assert "config.json names other code inside" in out
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_build_refuses_a_source_that_needs_its_code_by_the_files_name(ran: Ran, name: str) -> None:
+    code, out, err = ran.answers[name]
+    assert code == 2, (code, out, err)
+    assert "brings code of its own, which is never run here" in err
+    assert f"{SOURCES[name][1]} names Auto" in err and "evil.Evil" in err
+
+
+CODED_TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({mark!r}).write_text("ran")
+class Evil(PreTrainedTokenizerFast): ...
+"""
+BUILD_FROM_THE_HUB = """
+import contextlib, io, json, os, sys
+from huggingface_hub import HfApi
+from modeling_llm2clip.__main__ import main
+vision, llm, output, mark = sys.argv[1:]
+api = HfApi()
+api.create_repo("owner/llm")
+commit = api.upload_folder(repo_id="owner/llm", folder_path=llm).oid
+answers = []
+for code in ([], ["--tokenizer-code", "main"], ["--tokenizer-code", commit]):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        status = main(["build", vision, "owner/llm", output, "--prompt", "llama-3", *code])
+    answers.append([status, err.getvalue(), os.path.exists(mark)])
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_afterwards(
+    tmp_path: Path,
+) -> None:
+    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    change(llm / "tokenizer_config.json", lambda content: content.update(
+        auto_map={"AutoTokenizer": [None, "evil.Evil"]}, tokenizer_class="Evil"
+    ))  # fmt: skip
+    mark, built = tmp_path / "ran", tmp_path / "built"
+    (llm / "evil.py").write_text(CODED_TOKENIZER.format(mark=str(mark)))
+    with HubServer() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD_FROM_THE_HUB, *map(str, (vision, llm, built, mark))],
+            env=hub.environment(tmp_path / "cache"), input="y\n" * 9, capture_output=True,
+            text=True, timeout=120, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    without, branch, pinned = json.loads(done.stdout.splitlines()[-1])
+    assert without[0] == branch[0] == 2 and not (without[2] or branch[2])
+    assert "owner/llm brings code of its own" in without[1]
+    assert "tokenizer_config.json names AutoTokenizer: evil.Evil" in without[1]
+    assert "--tokenizer-code COMMIT" in without[1]
+    assert "must be a commit of 40 hexadecimal digits" in branch[1]
+    assert pinned[0] == 0 and pinned[2], pinned[1]
+    assert not (built / "evil.py").exists()
+    assert check_model(built).healthy
+
+
+def test_code_of_a_folder_cannot_be_pinned(tmp_path: Path) -> None:
+    llm = save_tiny_llm(tmp_path / "llm")
+    with pytest.raises(ValueError, match="no Hub repository, so a commit does not pin its code"):
+        load_text_tower(llm, tokenizer_code="0" * 40)
+
+
+def test_a_tokenizer_whose_code_is_not_needed_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    llm = save_tiny_llm(tmp_path / "llm")
+    change(llm / "tokenizer_config.json", name_code("AutoTokenizer"))
+    with pytest.warns(UserWarning, match=r"names code for its tokenizer, which is not run"):
+        load_text_tower(llm)
+
+
+def test_doctor_finds_code_that_is_named_inside_a_file(copy: Path) -> None:
+    content = json.loads((copy / "processor_config.json").read_text(encoding="utf-8"))
+    content["image_processor"]["auto_map"] = {"AutoImageProcessor": "evil.Evil"}
+    (copy / "processor_config.json").write_text(json.dumps(content), encoding="utf-8")
+    check = next(check for check in check_model(copy).checks if check.name == "remote code")
+    assert not check.passed
+    assert "processor_config.json names other code inside" in check.message
+
+
+def test_a_tower_that_names_code_it_does_not_need_is_built_without_the_name(tmp_path: Path) -> None:
+    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    change(vision / "config.json", name_code("AutoModel"))
+    change(vision / "preprocessor_config.json", name_code("AutoImageProcessor"))
+    change(llm / "config.json", name_code("AutoModel"))
+    vision_model, image_processor = load_vision_tower(vision)
+    text_model, _ = load_text_tower(llm)
+    for part in (vision_model.config, image_processor, text_model.config):
+        assert list_foreign_code(part.to_dict()) == []
+
+
+def test_a_damaged_file_keeps_the_error_of_its_loader(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "damaged"))
+    (folder / "processor_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(OSError, match=r"processor_config\.json' is not a valid JSON file"):
+        LLM2CLIPProcessor.from_pretrained(folder)
+
+
+def test_names_of_code_are_found_at_any_depth_and_in_the_old_form() -> None:
+    own = {"auto_map": {"AutoModel": "modeling_llm2clip.LLM2CLIPModel"}}
+    content = {**own, "a": [{"b": {"auto_map": ["x.Slow", None]}}, {"auto_map": {"C": "o/r--y.Z"}}]}
+    assert list_foreign_code(content) == ["AutoTokenizer: x.Slow", "C: o/r--y.Z"]

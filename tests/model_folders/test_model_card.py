@@ -1,0 +1,225 @@
+"""The card of a model folder: what it states, and that the Hub's own parser reads the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+from shared_models import shared_model
+from tiny import tiny_images, tiny_model
+
+from modeling_llm2clip.model_folders.model_card_data import (
+    CardData,
+    CardResult,
+    find_license,
+    read_card_facts,
+    read_results,
+)
+from modeling_llm2clip.publishing.export_model import save_model
+
+FACTS = CardData(
+    license_id="cc-by-nc-4.0",
+    vision_license="mit",
+    text_license="llama3.2",
+    training_data=("owner/images", "my own photographs"),
+    results=(
+        CardResult("retrieval", "COCO", {"text_to_image_r1": 0.5, "image_to_text_r1": 0.625}),
+        CardResult("zero-shot", "ImageNet", {"top1": 0.75}),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, processor = tiny_model()
+    model.config.vision_config._name_or_path = "openai/clip-vit-large-patch14-336"
+    model.config.text_config._name_or_path = "my-llm"  # a folder, which is no Hub id
+    return save_model(
+        model, processor, tmp_path_factory.mktemp("card") / "model", facts=FACTS, name="owner/name"
+    )
+
+
+@pytest.fixture(scope="module")
+def card(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_hubs_parser_gives_the_same_results_back(card: ModelCard) -> None:
+    wanted = [
+        EvalResult(task, data, data, name, value)
+        for task, data, name, value in (
+            ("retrieval", "COCO", "text_to_image_r1", 0.5),
+            ("retrieval", "COCO", "image_to_text_r1", 0.625),
+            ("zero-shot", "ImageNet", "top1", 0.75),
+        )
+    ]
+    assert card.data.eval_results == wanted
+    assert card.data.model_name == "owner/name"
+
+
+def test_what_was_stated_is_read_back(folder: Path) -> None:
+    assert read_card_facts(folder) == FACTS
+
+
+def test_both_base_models_and_their_licenses_are_on_the_card(card: ModelCard) -> None:
+    assert "| vision tower `openai/clip-vit-large-patch14-336` | mit |" in card.text
+    assert "| language model `my-llm` | llama3.2 |" in card.text
+    # The Hub refuses a base model that is no Hub id.
+    assert card.data.base_model == ["openai/clip-vit-large-patch14-336"]
+    assert card.data.license == "cc-by-nc-4.0"
+    assert card.data.datasets == ["owner/images"]
+    assert "owner/images, my own photographs" in card.text
+
+
+def test_the_card_describes_what_is_in_the_folder(card: ModelCard) -> None:
+    model, _ = shared_model()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for line in (
+        "one shared space of 32 dimensions",
+        "| vision tower | `clip_vision_model`, 21.9 k parameters |",
+        "| images | 32 × 32 pixels, mean [0.48145466, 0.4578275, 0.40821073], ",
+        r"| prompt | `'<\|begin\|><\|start_header_id\|>user<\|end_header_id\|>\n\n'` text ",
+        "| texts | at most 32 tokens, prompt included |",
+        f"| weights | {count / 1000:.1f} k parameters, float32 |",
+        "| zero-shot | ImageNet | top1 | 0.75 |",
+        'SentenceTransformer("owner/name")',
+        "`llm2clip doctor owner/name`",
+    ):
+        assert line in card.text, line
+    assert "$" not in card.text
+
+
+def test_a_model_of_which_nothing_is_known_says_so(tmp_path: Path) -> None:
+    model, processor = tiny_model(bidirectional=False)
+    folder = save_model(model, processor, tmp_path / "plain")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license is None and card.data.base_model is None
+    assert card.data.eval_results is None
+    for line in (
+        "No license is stated for these weights.",
+        "| vision tower (name not recorded) | not recorded |",
+        "## Scores\n\nNone recorded.",
+        "## Training data\n\nNot recorded.",
+        "causal, pooling `mean`",
+        'SentenceTransformer("plain")',
+    ):
+        assert line in card.text, line
+
+
+def test_the_snippet_of_the_card_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The snippet names the model as on the Hub; a folder of that name comes first.
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "owner").mkdir()
+    (folder.parent / "owner" / "name").symlink_to(folder)
+    image = folder.parent / "path" / "to" / "image.png"
+    image.parent.mkdir(parents=True)
+    tiny_images(1)[0].save(image)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    snippet = text.split("```python\n")[1].split("```")[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert re.match(r"tensor\(\[\[.*, .*\]\]\)", capsys.readouterr().out)
+
+
+def test_a_license_without_identifier_is_named_and_linked(tmp_path: Path) -> None:
+    model, processor = shared_model()
+    facts = CardData(license_id="other", license_name="ours", license_link="https://e.org/l")
+    folder = save_model(model, processor, tmp_path / "model", facts=facts)
+    assert read_card_facts(folder) == facts
+    assert "These weights: [ours](https://e.org/l)." in (folder / "README.md").read_text()
+
+
+# Recorded results
+
+
+def write_json(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_results_are_read_from_files_of_one_or_of_many(tmp_path: Path) -> None:
+    one = {"task": "retrieval", "dataset": "A", "scores": {"r1": 0.5}, "versions": {"torch": "2"}}
+    two = [{**one, "dataset": "B"}, {**one, "dataset": "C", "scores": {"r1": 1}}]
+    paths = [write_json(tmp_path / "1.json", one), write_json(tmp_path / "2.json", two)]
+    assert read_results(paths) == (
+        CardResult("retrieval", "A", {"r1": 0.5}),
+        CardResult("retrieval", "B", {"r1": 0.5}),
+        CardResult("retrieval", "C", {"r1": 1}),
+    )
+
+
+def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: Path) -> None:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    written = {
+        "model": "m", "task": "retrieval", "set": "coco", "format_version": 1, "seconds": 1.5,
+        "scores": {
+            "t2i": {"hit_rate_at_1": 0.5, "intervals": {"hit_rate_at_1": interval}},
+            "accuracy": {**interval, "chance": 0.125},
+            "languages": {"de": {"hit_rate_at_1": 0.5}},
+            "buckets": [{"hit_rate_at_1": interval}],
+            "share_cut_by_this_encoder": None,
+        },
+    }  # fmt: skip
+    (result,) = read_results([write_json(tmp_path / "coco.json", written)])
+    assert result == CardResult(
+        "retrieval",
+        "coco",
+        {"t2i.hit_rate_at_1": 0.5, "accuracy": 0.5, "accuracy.chance": 0.125},
+    )
+
+
+def test_every_error_of_the_results_is_named_at_once(tmp_path: Path) -> None:
+    good = {"task": "t", "dataset": "d", "scores": {"r1": 0.5}}
+    contents = {
+        "text": "hello",
+        "untold": {"dataset": "d", "scores": {"r1": 0.5}},
+        "unscored": {"task": "t", "dataset": "d", "scores": {}},
+        "endless": {"task": "t", "dataset": "e", "scores": {"r1": float("nan"), "r5": True}},
+        "twice": [good, good],
+    }
+    paths = [write_json(tmp_path / f"{name}.json", value) for name, value in contents.items()]
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    paths += [tmp_path / "broken.json", tmp_path / "absent.json"]
+    with pytest.raises(ValueError, match=r"Wanted: JSON with 'task'") as caught:
+        read_results(paths)
+    for error in (
+        "text.json: holds str",
+        r"untold.json: has no ['task']",
+        "unscored.json: has no scores",
+        "endless.json: has scores that are no finite numbers: ['r1', 'r5']",
+        "twice.json: t on d is given twice",
+        "broken.json: Expecting",
+        "absent.json: [Errno 2]",
+    ):
+        assert error in str(caught.value)
+
+
+# Licenses of towers
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ("license: mit", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: other\nlicense_name: dinov3-license", "dinov3-license"),
+        ("tags: [a]", None),
+        ("license: [", None),
+    ],
+)
+def test_a_towers_license_is_read_from_its_card(
+    metadata: str, found: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# Tower\n", encoding="utf-8")
+    (tmp_path / "llm.gguf").touch()
+    assert find_license(tmp_path) == find_license(tmp_path / "llm.gguf") == found
+
+
+def test_a_tower_without_card_or_hub_has_no_license(tmp_path: Path) -> None:
+    assert find_license(tmp_path) is None
+    assert find_license("owner/name") is None  # the tests are offline

@@ -1,0 +1,280 @@
+"""A checkpoint written anew: whole or by halves, in other dtypes and files, with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
+from shared_models import CAPTIONS, shared_batch, shared_model
+from tiny import tiny_images, tiny_model
+from transformers import AutoModel, AutoProcessor
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_model
+from modeling_llm2clip.model_folders.model_card_data import CardData, CardResult, read_card_facts
+from modeling_llm2clip.publishing.assemble import assemble_folder
+from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+
+RESULT = CardResult("retrieval", "COCO", {"text_to_image_r1": 0.5})
+HALVES = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
+# One law of equal weights: they may lie at other addresses, whose alignment picks other kernels.
+ADDRESSES = 1e-6
+LOAD_WITHOUT_THE_PACKAGE = """
+import json, sys
+folder, kind = sys.argv[1:]
+sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+value = "a dog" if kind == "text" else Image.new("RGB", (40, 48), "red")
+inputs = processor(**{"text" if kind == "text" else "images": value})
+embedding = model(**inputs).pooler_output[0].tolist()
+other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
+found = {"class": type(model).__name__, "AutoModel": embedding, "SentenceTransformer": other}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model that states all there is to state; not to be changed."""
+    model, processor = shared_model()
+    facts = CardData(
+        license_id="mit", vision_license="mit", text_license="llama3.2",
+        training_data=("owner/images",), results=(RESULT,),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("source") / "model"
+    return save_model(model, processor, folder, prompts={"query": "find: "}, facts=facts)
+
+
+@pytest.fixture(scope="module", params=HALVES)
+def half(request: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param) / "half"
+    return request.param, export_model(source, folder, ExportArguments(components=request.param))
+
+
+def test_a_half_loads_through_auto_model_and_gives_the_whole_models_embeddings(
+    half: tuple[str, Path],
+) -> None:
+    kind, folder = half
+    loaded, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert type(loaded) is HALVES[kind]
+    inputs = processor(**({"text": CAPTIONS} if kind == "text" else {"images": tiny_images(3)}))
+    with torch.no_grad():
+        found, wanted = loaded(**inputs).pooler_output, shared_model()[0](**shared_batch())
+    wanted = wanted.text_embeds if kind == "text" else wanted.image_embeds
+    assert torch.allclose(found, wanted, atol=ADDRESSES)
+
+
+def test_a_half_is_healthy_with_golden_embeddings_and_sentence_transformers(
+    half: tuple[str, Path],
+) -> None:
+    kind, folder = half
+    diagnosis = check_model(folder)
+    assert diagnosis.healthy, diagnosis.report()
+    passed = {check.name for check in diagnosis.checks if check.passed}
+    assert {"golden embeddings", "sentence-transformers", "processor", "remote code"} <= passed
+    assert SentenceTransformer(str(folder)).modalities == [
+        {"text": "text", "vision": "image"}[kind]
+    ]
+
+
+@pytest.mark.slow
+def test_a_half_loads_without_the_package(half: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = half
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder), kind],
+        env=environment | {"HF_HOME": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["class"] == HALVES[kind].__name__
+    assert np.allclose(found["AutoModel"], found["SentenceTransformer"], atol=ADDRESSES)
+
+
+def test_a_half_states_its_own_tower_and_no_result_of_the_whole(half: tuple[str, Path]) -> None:
+    kind, folder = half
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert ("vision tower" in card, "language model" in card.split("## Use")[0]) == (
+        kind == "vision", kind == "text",
+    )  # fmt: skip
+    assert read_card_facts(folder).results == ()
+    assert read_card_facts(folder).training_data == ("owner/images",)
+
+
+def test_an_untouched_export_keeps_weights_instructions_and_all_that_the_card_states(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = export_model(source, tmp_path / "again")
+    assert read_card_facts(folder) == read_card_facts(source)
+    for name in ("model.safetensors", "config_sentence_transformers.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_another_dtype_is_healthy_and_drops_what_was_measured_before(
+    source: Path, tmp_path: Path
+) -> None:
+    settings = ExportArguments(dtype="bfloat16", max_shard_size="50KB")
+    folder = export_model(source, tmp_path / "half-precision", settings)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    diagnosis = check_model(folder)
+    assert diagnosis.healthy, diagnosis.report()
+    assert next(c for c in diagnosis.checks if c.name == "weight dtype").message.endswith("BF16")
+    assert read_card_facts(folder).results == ()
+    given = export_model(source, tmp_path / "measured", settings, facts={"results": (RESULT,)})
+    assert read_card_facts(given).results == (RESULT,)
+
+
+def test_trained_weights_keep_licenses_add_their_data_and_drop_old_results(
+    source: Path, tmp_path: Path
+) -> None:
+    trained = {"text_projection.bias": torch.zeros(32)}
+    assemble_folder(source, trained, tmp_path / "trained", training_data=["new", "owner/images"])
+    facts = read_card_facts(source)
+    wanted = replace(facts, results=(), training_data=("owner/images", "new"))
+    assert facts.results and read_card_facts(tmp_path / "trained") == wanted
+
+
+def test_base_models_are_stated_anew_in_card_and_configuration(
+    source: Path, tmp_path: Path
+) -> None:
+    ids = ("owner/vision", "owner/llm")
+    folder = export_model(source, tmp_path / "named", ExportArguments(base_models=ids))
+    config = AutoModel.from_pretrained(folder).config
+    assert (config.vision_config._name_or_path, config.text_config._name_or_path) == ids
+    assert "base_model:\n- owner/vision\n- owner/llm\n" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"components": "tokenizer"}, "components='tokenizer' must be one of"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_known_ones(
+    settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportArguments(**settings)
+
+
+@pytest.mark.parametrize("part", ["text_projection", "visual_projection"])
+def test_a_model_that_gives_nan_is_not_written(part: str, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    getattr(model, part).weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"gives NaN or infinity in \['(text|image)_embeds'\]"):
+        save_model(model, processor, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Scaled(LLM2CLIPModel):
+    """Gives other embeddings than the code that an export writes."""
+
+
+@pytest.mark.parametrize(("kind", "way_out"), [("Scaled", "code of its own"), ("Peft", "Merge")])
+def test_a_model_of_another_class_is_not_written(kind: str, way_out: str, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    if kind == "Scaled":
+        other: Any = Scaled(model.config, model.vision_model, model.text_model)
+    else:
+        other = get_peft_model(model, LoraConfig(target_modules=r"text_model\..*q_proj"))
+    with pytest.raises(ValueError, match=rf"is a {kind}.*{way_out}"):
+        save_model(other, processor, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_has_no_other_half_to_export(half: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = half
+    other = {"text": "vision", "vision": "text"}[kind]
+    with pytest.raises(ValueError, match=r"Missing .*Use the class that saved the folder"):
+        export_model(folder, tmp_path / "other", ExportArguments(components=other))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such", "new"], "no such folder, and no Hub id"),
+        (["SOURCE", "full"], "exists and is not empty"),
+        (["SOURCE", "full/kept.txt"], "exists and is not empty"),
+        (["SOURCE"], "Name a FOLDER to write, or --push"),
+        (["SOURCE", "--dry-run", "--dtype", "float16"], "published unchanged.*with --dtype"),
+        (["SOURCE", "--dry-run", "--max-shard-size", "1GB"], "with --max-shard-size"),
+        (["SOURCE", "new", "--public"], "go with --push OWNER/NAME"),
+        (["owner/model", "--push", "owner/other"], "MODEL must be a folder"),
+        (["SOURCE", "new", "--license", "Apache 2"], "is no identifier like 'apache-2.0'"),
+        (["SOURCE", "new", "--license", "other"], "needs --license-name and --license-link"),
+        (["SOURCE", "new", "--push", "model"], "must be 'owner/name'"),
+        (["SOURCE", "new", "--push", "a/b", "--commit-message", " "], "message is blank"),
+        (["SOURCE", "new", "--results", "full/kept.txt"], r"kept.txt: .*Wanted: JSON with 'task'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_refuses_bad_input_and_writes_nothing(
+    arguments: list[str],
+    message: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    given = [str(source) if argument == "SOURCE" else argument for argument in arguments]
+    assert main(["export", *given]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+
+
+def test_the_command_writes_what_its_flags_say(source: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    results.write_text('{"task": "retrieval", "dataset": "COCO", "scores": {"r1": 0.25}}')
+    flags = ["--license", "cc-by-4.0", "--training-data", "owner/one", "my own", "--results"]
+    assert main(["export", str(source), str(tmp_path / "new"), *flags, str(results)]) == 0
+    assert read_card_facts(tmp_path / "new") == CardData(
+        license_id="cc-by-4.0", vision_license="mit", text_license="llama3.2",
+        training_data=("owner/one", "my own"),
+        results=(CardResult("retrieval", "COCO", {"r1": 0.25}),),
+    )  # fmt: skip
+
+
+def test_results_of_other_weights_are_refused_and_those_of_these_are_taken(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.json"
+    entry = {"task": "retrieval", "set": "COCO", "scores": {"r1": 0.25}}
+    own = fingerprint_model(source)
+    command = ["export", str(source), str(tmp_path / "new"), "--results", str(results)]
+    for fingerprint, differs in (
+        ({**own, "normalize_text_before_adapter": "neither"}, "normalize_text_before_adapter"),
+        ({"texts weights": own["weights"]}, "weights, normalize_text_before_adapter"),
+        ({**own, "dtype": "bfloat16"}, "dtype"),
+    ):
+        results.write_text(json.dumps({**entry, "fingerprint": fingerprint}))
+        assert main(command) == 2
+        assert f"retrieval on COCO ({differs}): not measured with" in capsys.readouterr().err
+    results.write_text(json.dumps({**entry, "fingerprint": own}))
+    assert main([*command, "--dtype", "bfloat16"]) == 2
+    assert "retrieval on COCO (weights, dtype): not measured" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main(command) == 0
+    assert read_card_facts(tmp_path / "new").results[0].scores == {"r1": 0.25}

@@ -1,0 +1,391 @@
+"""Publishing: what is refused, what a commit holds, and what those who pull it get.
+
+The client reads its endpoint when it is imported, so all that asks the test Hub runs in processes
+of its own. They cost seconds each, so one of them does much and the tests read what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hub_server import HubServer, Repository
+from huggingface_hub import HfApi
+from huggingface_hub.errors import BadRequestError
+from shared_models import shared_model
+from tiny import tiny_model
+
+import modeling_llm2clip
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.model_folders.model_card_data import CardData
+from modeling_llm2clip.publishing.dry_run import plan_export
+from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+from modeling_llm2clip.publishing.push_to_hub import (
+    Destination,
+    check_publishable,
+    list_files,
+    push_to_hub,
+)
+
+FACTS = CardData(license_id="mit")
+NAME, OPEN = "owner/model", "owner/open"
+# As if not installed: its import takes long, and `doctor` skips it then.
+PRELUDE = """
+import contextlib, io, json, os, sys
+sys.modules["sentence_transformers"] = None
+from modeling_llm2clip.__main__ import main
+answers = []
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    answers.append([code, out.getvalue(), err.getvalue()])
+"""
+PUBLISH = f"""
+source, again, other = sys.argv[1:4]
+# The Hub refuses one of the large files of the first upload.
+run("export", source, again, "--max-shard-size", "50KB", "--push", "{NAME}")
+run("export", again, "--push", "{NAME}", "--commit-message", "Second try")
+run("export", other, "--push", "{NAME}")
+run("export", again, "--push", "{NAME}", "--branch", "sharded")
+run("export", again, "--push", "{NAME}", "--public")
+run("export", other, "--push", "{OPEN}", "--public")
+run("export", other, "--push", "{OPEN}")
+del os.environ["HF_TOKEN"]  # a stranger from here on
+run("export", source, "--push", "{NAME}")
+run("doctor", "{NAME}")
+print(json.dumps(answers))
+"""
+# Loads a private repository, pinned and not, and says what it got: a name of the class, an
+# embedding.
+LOAD = f"""
+import json, sys
+way, first = sys.argv[1:]
+given = {{"trust_remote_code": True}} if way == "remote" else {{}}
+if way == "remote":
+    sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+else:
+    import modeling_llm2clip
+from transformers import AutoModel, AutoProcessor
+def load(**more):
+    processor = AutoProcessor.from_pretrained("{NAME}", **given, **more)
+    model = AutoModel.from_pretrained("{NAME}", **given, **more)
+    return [type(model).__module__, model(**processor(text="a dog")).text_embeds[0].tolist()]
+def refuse(**more):
+    try:
+        load(**more)
+    except OSError as error:
+        return str(error)
+print(json.dumps([load(), load(revision=first), refuse(token=False), refuse(revision="0" * 40)]))
+"""
+
+
+def run_client(
+    code: str, environment: dict[str, str], *arguments: object, with_package: bool = True
+) -> Any:
+    environment = {**environment, "PYTHONPATH": str(Path(modeling_llm2clip.__file__).parents[1])}
+    if not with_package:
+        del environment["PYTHONPATH"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=240, cwd=os.sep,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the process that published found, and the Hub it left."""
+
+    hub: HubServer
+    answers: list[tuple[int, str, str]]
+    sharded: Path
+    other: Path
+
+    @property
+    def repository(self) -> Repository:
+        return self.hub.repositories[NAME]
+
+    def snapshots(self) -> list[dict[str, bytes]]:
+        """The content of every commit on `main`, the oldest first."""
+        return [
+            {path: file.content for path, file in files.items()}
+            for files in self.repository.commits.values()
+        ]
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    return {file.path: (folder / file.path).read_bytes() for file in list_files(folder)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A healthy folder with a license; not to be changed."""
+    return save_model(*shared_model(), tmp_path_factory.mktemp("source") / "model", facts=FACTS)
+
+
+@pytest.fixture(scope="module")
+def published(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    here = tmp_path_factory.mktemp("published")
+    other = save_model(*tiny_model(seed=1), here / "other", facts=FACTS)
+    with HubServer() as hub:
+        hub.fail_next_uploads, hub.upload_failure_status = 1, 403
+        answers = run_client(
+            PRELUDE + PUBLISH, hub.environment(here / "cache"), source, here / "sharded", other
+        )
+        yield Published(hub, answers, here / "sharded", other)
+
+
+# Before anything is sent
+
+
+def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The tests are offline, so whatever asked the Hub would raise.
+    assert main(["export", str(source), "--push", NAME, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Nothing was uploaded to {NAME} (private, branch main)." in printed
+    listed = re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.MULTILINE)
+    found = {path: int(size.replace(",", "")) for size, path in listed}
+    assert found == {path: len(content) for path, content in read_folder(source).items()}
+    assert {"model.safetensors", "README.md", "modeling_llm2clip.py", "modules.json"} <= set(found)
+
+
+def test_what_the_hub_calls_a_bad_request_is_explained(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        # What the error reads of a response, whose class differs between versions of the client.
+        response: Any = SimpleNamespace(status_code=400, headers={}, request=None)
+        raise BadRequestError("the name is taken", response=response)
+
+    assert issubclass(BadRequestError, ValueError)
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(RuntimeError, match=r"broke off.*BadRequestError: the name is taken"):
+        push_to_hub(source, Destination(NAME))
+
+
+def test_hidden_files_stay_at_home(source: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    (folder / ".env").write_text("secret", encoding="utf-8")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("secret", encoding="utf-8")
+    assert list_files(folder) == list_files(source)
+
+
+def remove_license(folder: Path) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("license: mit\n", ""), encoding="utf-8")
+
+
+def break_golden_embeddings(folder: Path) -> None:
+    path = folder / "config.json"
+    changed = {**json.loads(path.read_text()), "text_pooling": "last_token"}
+    path.write_text(json.dumps(changed), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_license, "states no license, and nothing is published without one.*--license"),
+        (
+            break_golden_embeddings,
+            "not healthy, and an unhealthy folder never is.*golden embeddings: ",
+        ),
+        (lambda folder: (folder / "old.bin").touch(), r"can carry code: \['old.bin'\]"),
+        (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config"),
+    ],
+    ids=["no license", "unhealthy", "pickle", "no config"],
+)
+def test_a_folder_that_nobody_should_get_is_refused(
+    change: Any, message: str, source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        check_publishable(folder)
+
+
+def test_a_missing_license_stops_an_export_that_is_to_be_pushed_before_it_loads(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    remove_license(folder)
+    (folder / "model.safetensors").unlink()  # what loads would name the missing weights
+    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME]) == 2
+    assert "states no license" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
+def test_a_name_that_is_no_hub_id_is_refused(repo_id: str) -> None:
+    with pytest.raises(ValueError, match=r"owner/name|repo"):
+        Destination(repo_id)
+
+
+# One commit
+
+
+def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
+    published: Published,
+) -> None:
+    code, _, error = published.answers[0]
+    assert code == 2
+    assert f"The upload to {NAME} broke off, and nothing of it is visible there" in error
+    assert f"Repeat it with `llm2clip export {published.sharded} --push {NAME}`" in error
+    first, second, *_ = published.snapshots()
+    assert set(first) == {".gitattributes"}
+    del second[".gitattributes"]
+    assert second == read_folder(published.sharded)
+
+
+def test_a_repeated_upload_does_not_send_again_what_had_arrived(published: Published) -> None:
+    assert published.answers[1][0] == 0
+    puts = [request for request in published.hub.requests if request.startswith("PUT ")]
+    assert len(puts) == len(set(puts)) == len(published.hub.objects) > 3
+
+
+def test_each_upload_is_one_commit_that_holds_the_folder_and_nothing_older(
+    published: Published,
+) -> None:
+    # Made by the Hub, the repeated upload, another model, and a branch of its own.
+    assert len(published.snapshots()) == 4
+    third = published.snapshots()[2]
+    del third[".gitattributes"]
+    assert third == read_folder(published.other)
+    assert not any(path.startswith("model-0") for path in third)
+
+
+def test_the_address_ends_in_the_revision_to_pin(published: Published) -> None:
+    shas = list(published.repository.commits)
+    for answer, sha in zip(published.answers[1:4], shas[1:], strict=True):
+        assert re.search(rf"Published http\S+/{NAME}/commit/{sha}\.", answer[1]), answer
+
+
+def test_a_branch_takes_the_upload_and_leaves_main_alone(published: Published) -> None:
+    shas = list(published.repository.commits)
+    assert published.repository.references == {"main": shas[2], "sharded": shas[3]}
+    branch = published.snapshots()[3]
+    del branch[".gitattributes"]
+    assert branch == read_folder(published.sharded)
+
+
+def test_a_repository_is_private_unless_it_is_to_be_public(published: Published) -> None:
+    assert published.repository.private
+    assert not published.hub.repositories[OPEN].private
+
+
+def test_a_repository_of_the_other_kind_is_not_published_into(published: Published) -> None:
+    to_private, made, to_public = published.answers[4:7]
+    assert made[0] == 0 and to_private[0] == to_public[0] == 2
+    assert f"{NAME} exists and is private, but it was to be public" in to_private[2]
+    assert f"{OPEN} exists and is public, but it was to be private" in to_public[2]
+    assert len(published.hub.repositories[OPEN].commits) == 2
+
+
+def test_no_token_is_ever_shown(published: Published) -> None:
+    assert published.hub.token not in json.dumps(published.answers)
+
+
+def test_without_a_token_nothing_is_published_and_the_way_out_is_named(
+    published: Published,
+) -> None:
+    push, doctor = published.answers[7:]
+    assert push[0] == 2
+    assert "no valid token came along. Log in with `hf auth login` or set HF_TOKEN" in push[2]
+    assert doctor[0] == 1 and "RepositoryNotFoundError" in doctor[1]
+
+
+# Those who pull
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["remote", "package"])
+def test_a_private_repository_loads_with_a_token_at_its_newest_or_pinned_revision(
+    way: str, published: Published, tmp_path: Path
+) -> None:
+    first = list(published.repository.commits)[1]
+    newest, pinned, refused, unknown = run_client(
+        LOAD, published.hub.environment(tmp_path), way, first, with_package=way == "package"
+    )
+    assert newest[0].startswith("transformers_modules.") == (way == "remote")
+    model, processor = shared_model()
+    other, _ = tiny_model(seed=1)
+    for found, wanted in ((newest, other), (pinned, model)):
+        embedding = wanted(**processor(text="a dog")).text_embeds[0].tolist()
+        # Equal weights at other addresses, whose alignment picks other kernels.
+        assert found[1] == pytest.approx(embedding, abs=1e-6)
+    assert newest[1] != pytest.approx(pinned[1], abs=1e-3)
+    assert "private" in refused and "token" in refused
+    assert "0" * 40 in unknown
+
+
+# A dry run of an export
+
+
+def list_everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_dry_run_of_an_export_writes_nothing_and_does_not_block_the_real_one(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = list_everything(source)
+    command = ["export", str(source), str(tmp_path / "new"), "--dtype", "bfloat16"]
+    assert main([*command, "--push", NAME, "--public", "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == [] and list_everything(source) == before
+    printed = capsys.readouterr().out
+    assert f"Nothing was uploaded to {NAME} (public, branch main)." in printed
+    listed = re.findall(r"^ *[\d,]+  (\S+)$", printed, re.MULTILINE)
+    assert main(command) == 0
+    assert sorted(listed) == [file.path for file in list_files(tmp_path / "new")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(remove_license, "states no license"), (break_golden_embeddings, "is not healthy")],
+)
+def test_a_dry_run_of_an_export_refuses_what_the_real_one_would(
+    change: Any, message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    change(folder)
+    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("components", ["full", "text", "vision"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("max_shard_size", ["50GB", "100KB"])
+def test_a_dry_run_knows_the_weight_files_before_they_are_written(
+    components: str, dtype: str | None, max_shard_size: str, source: Path, tmp_path: Path
+) -> None:
+    arguments = ExportArguments(components, dtype, max_shard_size)
+    planned = plan_export(source, tmp_path / "new", arguments)
+    written = export_model(source, tmp_path / "new", arguments)
+    tensors = {}
+    for file in sorted(written.glob("*.safetensors")):
+        if file.name.startswith("model"):
+            header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+            tensors[file.name] = file.stat().st_size - header
+    found = {
+        file.path: file.num_bytes
+        for file in planned
+        if re.fullmatch(r"model.*\.safetensors", file.path)
+    }
+    assert sum(found.values()) == sum(tensors.values())
+    # The names of the tensors decide how they are split, not their order in the model.
+    assert abs(len(found) - len(tensors)) <= 1

@@ -1,0 +1,512 @@
+"""Vision towers: the real shapes of the paper's, other image sizes, pooling, mean and std."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_models import ROUNDING, images_of, shared_batch, shared_model
+from tiny import (
+    IMAGE_SIZE,
+    VISION_FAMILIES,
+    tiny_images,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_vision,
+)
+from tiny_folders import save_tiny_llm, save_tiny_vision
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
+
+from modeling_llm2clip import LLM2CLIPConfig
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.image_settings import set_image_size, set_normalization
+from modeling_llm2clip.building.towers import load_vision_tower
+from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_vision
+
+LARGER = 48
+WITH_A_FLAG = ("clip", "siglip", "vit")  # interpolate positions when told to
+ANY_SIZE = ("dinov2", "dinov3_vit", "timm")  # do so by themselves, or have rotary positions
+FIXED = ("eva02", "timm-siglip")  # cannot while they run
+BY_PATCHES = ("siglip2",)  # whose processor says how many
+
+# Model type, settings, width of an image's embedding, parameters without any projection: CLIP's and
+# EVA02's as published with the official checkpoints, SigLIP's by both implementations.
+SO400M = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "patch_size": 14, "image_size": 224,
+}  # fmt: skip
+CLIP_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "patch_size": 14,
+}  # fmt: skip
+REAL_TOWERS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "CLIP B/16": ("clip_vision_model", {"patch_size": 16}, 768, 85_799_424),
+    "CLIP L/14": ("clip_vision_model", {**CLIP_LARGE, "image_size": 224}, 1024, 303_179_776),
+    "CLIP L/14-336": ("clip_vision_model", {**CLIP_LARGE, "image_size": 336}, 1024, 303_507_456),
+    "EVA02 B/16": (
+        "timm_wrapper",
+        {"architecture": "eva02_base_patch16_clip_224"},
+        768,
+        85_869_312,
+    ),
+    "EVA02 L/14": (
+        "timm_wrapper",
+        {"architecture": "eva02_large_patch14_clip_224"},
+        1024,
+        303_317_952,
+    ),
+    "EVA02 L/14-336": (
+        "timm_wrapper",
+        {"architecture": "eva02_large_patch14_clip_336"},
+        1024,
+        303_645_632,
+    ),
+    "SigLIP So400m/14": ("siglip_vision_model", SO400M, 1152, 427_680_704),
+    "timm SigLIP": (
+        "timm_wrapper",
+        {"architecture": "vit_so400m_patch14_siglip_224"},
+        1152,
+        427_680_704,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL_TOWERS)
+def test_a_tower_of_the_paper_has_its_real_shape(name: str) -> None:
+    model_type, settings, width, count = REAL_TOWERS[name]
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
+    side = 336 if name.endswith("336") else 224
+    assert find_fixed_size(model) == (side, side)
+    assert find_width(model) == width
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+# Another image size, set when the model is built
+
+
+def make_larger(family: str) -> Any:
+    return tiny_model(family, image_size=LARGER)
+
+
+def encode(model: Any, batch: Any, **given: Any) -> torch.Tensor:
+    images = {name: value for name, value in batch.items() if "input_ids" not in batch}
+    with torch.no_grad():
+        return model.get_image_features(**(images or images_of(batch)), **given).pooler_output
+
+
+def test_every_family_is_in_one_of_the_groups_of_these_tests() -> None:
+    assert sorted(WITH_A_FLAG + ANY_SIZE + FIXED + BY_PATCHES) == sorted(VISION_FAMILIES)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_model_built_for_larger_images_makes_them_and_reloads_bit_for_bit(
+    family: str, tmp_path: Path
+) -> None:
+    model, processor = make_larger(family)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path)
+    batch = image_processor(tiny_images(2), return_tensors="pt")
+    patches = (LARGER // 8) ** 2
+    shape = (2, patches, 192) if family == "siglip2" else (2, 3, LARGER, LARGER)
+    assert batch["pixel_values"].shape == shape
+    found, wanted = encode(loaded, batch), encode(model, batch)
+    # Equal weights at other addresses, whose alignment picks other kernels; not of unit length.
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", WITH_A_FLAG + ANY_SIZE)
+def test_positions_set_at_build_are_those_interpolated_while_running(family: str) -> None:
+    (built, processor), (running, _) = make_larger(family), shared_model(family)
+    batch = processor(images=tiny_images(2))
+    assert batch["pixel_values"].shape[-1] == LARGER
+    wanted = encode(running, batch, interpolate_pos_encoding=True)
+    assert torch.allclose(encode(built, batch), wanted, rtol=ROUNDING, atol=ROUNDING)
+    # Or the positions would not matter, and the law would hold for any.
+    smaller = images_of(shared_batch(family))["pixel_values"][:2]
+    assert (encode(running, {"pixel_values": smaller}) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FIXED)
+def test_positions_of_timm_networks_are_those_timm_interpolates_while_running(family: str) -> None:
+    tower, processor = tiny_vision(family)
+    config = copy.deepcopy(tower.config)
+    config.model_args = {**config.model_args, "dynamic_img_size": True}
+    running = AutoModel.from_config(config).eval()
+    running.load_state_dict(tower.state_dict())
+    built, processor = set_image_size(tower, processor, LARGER)
+    batch = processor(tiny_images(2), return_tensors="pt")
+    with torch.no_grad():
+        found, wanted = built(**batch).pooler_output, running(**batch).pooler_output
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_another_size_keeps_the_activation_and_the_precision_of_the_tower() -> None:
+    model, _ = tiny_model(image_size=LARGER, dtype=torch.bfloat16)
+    assert model.config.vision_config.hidden_act == "quick_gelu"
+    assert model.config.vision_config.image_size == LARGER
+    assert {p.dtype for p in model.vision_model.parameters()} == {torch.bfloat16}
+    small = tiny_model(dtype=torch.bfloat16)[0].vision_model.state_dict()
+    large = model.vision_model.state_dict()
+    changed = [
+        name for name in small if not torch.equal(small[name], large[name][: len(small[name])])
+    ]
+    assert changed == ["embeddings.position_embedding.weight"]
+
+
+def test_what_is_cropped_keeps_its_share() -> None:
+    tower, _ = tiny_vision()
+    cropping = CLIPImageProcessorPil(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
+    )
+    settings = set_image_size(tower, cropping, 64)[1].to_dict()
+    assert settings["size"] == {"shortest_edge": 72}
+    assert settings["crop_size"] == {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize("family", ["clip", "eva02", "siglip2", "dinov2"])
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(family: str) -> None:
+    with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Take 48"):
+        tiny_model(family, image_size=50)
+
+
+def test_a_size_the_tower_was_trained_for_need_be_no_multiple() -> None:
+    sizes = {"image_size": 36, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **sizes, **layers))
+    same, processor = set_image_size(tower, tiny_vision("siglip")[1], 36)
+    assert same is tower
+    assert processor.to_dict()["size"] == {"height": 36, "width": 36}
+
+
+def test_a_size_below_one_pixel_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
+        BuildArguments(prompt="llama-3", image_size=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        (
+            "timm_wrapper",
+            {"architecture": "mixer_s32_224", "model_args": {"img_size": 64}},
+            "does not take images of 96 × 96 pixels .*Leave image_size out",
+        ),
+        (
+            "beit",
+            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 48, "image_size": 32, "patch_size": 8,
+             "use_relative_position_bias": True},
+            "more than the positions hangs on the image size",
+        ),
+    ],
+    ids=["timm", "relative positions"],
+)  # fmt: skip
+def test_a_tower_that_cannot_change_its_size_is_refused(
+    model_type: str, settings: dict[str, Any], message: str
+) -> None:
+    tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
+    with pytest.raises(ValueError, match=message):
+        set_image_size(tower, tiny_vision()[1], 96)
+
+
+# Another image size while the model runs
+
+
+@pytest.mark.parametrize("family", WITH_A_FLAG)
+def test_larger_images_need_the_processors_option_and_the_models_argument(family: str) -> None:
+    model, processor = shared_model(family)
+    size = {"height": LARGER, "width": LARGER}
+    batch = processor(images=tiny_images(2), size=size)
+    assert batch["pixel_values"].shape == (2, 3, LARGER, LARGER)
+    with pytest.raises(
+        ValueError, match=r"48 × 48 pixels; .* positions for 32 × 32.*pass interpol"
+    ):
+        encode(model, batch)
+    assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
+
+
+@pytest.mark.parametrize("family", [*WITH_A_FLAG, *FIXED])
+@pytest.mark.parametrize("shape", [(64, 16), (36, 36)], ids=str)
+def test_images_that_only_happen_to_fit_are_refused(family: str, shape: Any) -> None:
+    # As many patches as in 32 × 32, or a rest that is cut off: SigLIP itself would take both.
+    with pytest.raises(ValueError, match=f"{shape[0]} × {shape[1]} pixels"):
+        encode(shared_model(family)[0], {"pixel_values": torch.rand(1, 3, *shape)})
+
+
+@pytest.mark.parametrize("family", [*WITH_A_FLAG, *ANY_SIZE])
+def test_a_part_of_a_patch_is_not_cut_off(family: str) -> None:
+    images = {"pixel_values": torch.rand(1, 3, 36, 48)}
+    with pytest.raises(ValueError, match="36 × 48 pixels, which are not whole patches of"):
+        encode(shared_model(family)[0], images, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("family", FIXED)
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_tower_that_cannot_interpolate_says_how_to_build_it(family: str, flag: bool) -> None:
+    images = {"pixel_values": torch.rand(1, 3, LARGER, LARGER)}
+    with pytest.raises(ValueError, match=r"cannot interpolate .*--image-size"):
+        encode(shared_model(family)[0], images, interpolate_pos_encoding=flag)
+
+
+@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *WITH_A_FLAG, *BY_PATCHES])
+def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> None:
+    model, batch = shared_model(family)[0], shared_batch(family)
+    assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
+def test_a_tower_without_class_token_is_not_pooled_by_its_first_patch(family: str) -> None:
+    with pytest.raises(ValueError, match=r"vision_pooling='cls'.* no class token"):
+        tiny_model(family, vision_pooling="cls")
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov2", "dinov3_vit", "vit", "timm", "eva02"])
+def test_a_class_token_can_be_pooled(family: str) -> None:
+    model, _ = tiny_model(family, vision_pooling="cls")
+    assert encode(model, shared_batch(family)).shape == (3, 32)
+
+
+def test_the_mean_of_patches_leaves_padding_out() -> None:
+    model, processor = tiny_model("siglip2", vision_pooling="mean")
+    batch = processor(images=[tiny_images(1)[0].resize((100, 30))])
+    mask = batch["pixel_attention_mask"]
+    assert 0 < mask.sum() < mask.numel()
+    with torch.no_grad():
+        output = model.vision_model(**batch)
+        found = model.get_vision_embeds(**batch)
+    wanted = output.last_hidden_state[0, mask[0].bool()].mean(dim=0)
+    # A sum of few numbers in another order, not of unit length.
+    assert torch.allclose(found[0], wanted, rtol=ROUNDING, atol=ROUNDING)
+    given = {"vision_model": model.vision_model, "pixel_values": batch["pixel_values"]}
+    assert (pool_vision(output, "mean", **given)[0] - wanted).abs().max() > 1e-3
+    # All of its tokens are patches.
+    of_patches = pool_vision(output, "patch_mean", **given, patch_mask=mask)[0]
+    assert torch.allclose(of_patches, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def tower_with_registers(model_type: str) -> Any:
+    """A tower with a class token, three registers and sixteen patches."""
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=8,
+        image_size=IMAGE_SIZE, num_register_tokens=3,
+    )  # fmt: skip
+    return AutoModel.from_config(config).eval()
+
+
+def build_patch_mean(vision_model: Any, image_processor: Any) -> Any:
+    tokenizer = tiny_tokenizer()
+    text_model = tiny_llm(vocabulary_size=len(tokenizer))
+    arguments = BuildArguments(prompt="llama-3", vision_pooling="patch_mean")
+    return build_model(vision_model, image_processor, text_model, tokenizer, arguments)[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "num_prefix"),
+    [
+        ("clip", 1),
+        ("siglip", 0),
+        ("siglip2", 0),
+        ("dinov2", 1),
+        ("vit", 1),
+        ("timm", 1),
+        ("eva02", 1),
+        ("timm-siglip", 0),
+        ("dinov3_vit", 4),
+        ("dinov2_with_registers", 4),
+    ],
+)
+def test_patch_mean_leaves_class_token_and_registers_out(family: str, num_prefix: int) -> None:
+    tower, image_processor = tiny_vision("clip" if "registers" in family else family)
+    if num_prefix > 1:
+        tower = tower_with_registers(family)
+    model = build_patch_mean(tower, image_processor)
+    images = image_processor(tiny_images(2), return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.vision_model(**images).last_hidden_state
+        found = model.get_vision_embeds(**images)
+    wanted = tokens[:, num_prefix:].mean(dim=1)
+    # A sum of few numbers in another order, not of unit length.
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+    if num_prefix:
+        assert (wanted - tokens.mean(dim=1)).abs().max() > 1e-3
+
+
+def test_patch_mean_is_refused_where_tokens_are_not_the_patches_of_the_image() -> None:
+    tower = tower_with_registers("dinov2_with_registers")
+    tower.config.num_register_tokens = 0  # as of a family that calls them otherwise
+    with pytest.raises(ValueError, match=r"returns 20 tokens, 1 of them .* for 16 patches"):
+        build_patch_mean(tower, tiny_vision("clip")[1])
+
+
+def test_patch_mean_needs_tokens() -> None:
+    with pytest.raises(ValueError, match=r"vision_pooling='patch_mean' needs tokens"):
+        build_patch_mean(*tiny_vision("timm with batch norm"))
+
+
+@pytest.mark.parametrize(
+    ("model_args", "trained", "stated"),
+    [
+        ({"img_size": 48}, [3, 32, 32], 48),
+        ({"img_size": [48, 48]}, [3, 32, 32], 48),
+        (None, [3, 32, 32], 32),
+        ({}, [3, 32, 64], [32, 64]),
+    ],
+)
+def test_the_configuration_of_a_timm_tower_states_its_image_size(
+    model_args: dict[str, Any] | None, trained: list[int], stated: Any
+) -> None:
+    vision_config = AutoConfig.for_model(
+        "timm_wrapper",
+        architecture="test_vit",
+        model_args=model_args,
+        pretrained_cfg={"input_size": trained},
+    )
+    text_config = tiny_llm().config.to_dict() | {"is_causal": False}
+    config = LLM2CLIPConfig(vision_config, text_config)
+    assert config.vision_config.image_size == stated
+    again = LLM2CLIPConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.vision_config.image_size == stated
+
+
+# Mean and std
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("openai", [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        ("half", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+        ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
+def test_mean_and_std_are_what_was_chosen_and_stand_in_the_folder(
+    name: str, mean: list[float], std: list[float], family: str, tmp_path: Path
+) -> None:
+    _, processor = tiny_model(family, normalization=name)
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    assert (settings["image_mean"], settings["image_std"]) == (mean, std)
+    white = tiny_images(1)[0].convert("L").point(lambda _: 255).convert("RGB")
+    pixels = processor(images=white)["pixel_values"]
+    channels = pixels.reshape(-1, 3) if family == "siglip2" else pixels.flatten(2)[0].T
+    wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
+    # Resizing a white image rounds to whole 255ths or not at all; float32 sums.
+    assert torch.allclose(channels.float()[:9], wanted.expand(9, 3), atol=1e-5)
+
+
+def test_a_towers_own_mean_and_std_are_left_alone() -> None:
+    processor = tiny_vision("timm-siglip")[1]
+    assert set_normalization(processor, "own") is processor
+    assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
+
+
+def test_an_unknown_normalization_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*'openai'"):
+        tiny_model(normalization="clip")
+
+
+def test_build_writes_size_and_mean_into_the_checkpoint(tmp_path: Path) -> None:
+    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    flags = ["--prompt", "llama-3", "--image-size", str(LARGER), "--normalization", "half"]
+    assert main(["build", str(vision), str(llm), str(tmp_path / "model"), *flags]) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == LARGER
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "48 × 48 pixels, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in card
+
+
+# Families that state their width otherwise
+
+CONVOLUTIONAL: dict[str, dict[str, Any]] = {
+    "convnext": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
+    "resnet": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "embedding_size": 8},
+}
+
+
+@pytest.mark.parametrize("family", CONVOLUTIONAL)
+def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> None:
+    tower = AutoModel.from_config(AutoConfig.for_model(family, **CONVOLUTIONAL[family])).eval()
+    llm, tokenizer = tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
+    arguments = BuildArguments(prompt="llama-3", projection_dim=24, text_adapter_layers=0)
+    model, processor = build_model(tower, CLIPImageProcessorPil(), llm, tokenizer, arguments)
+    assert model.visual_projection.in_features == 20
+    images = processor(images=tiny_images(2))
+    with torch.no_grad():
+        assert model.get_image_features(**images).pooler_output.shape == (2, 24)
+
+
+def test_a_tower_of_unknown_width_is_refused_by_its_family() -> None:
+    tower = torch.nn.Module()
+    tower.config = AutoConfig.for_model("efficientnet")
+    with pytest.raises(ValueError, match="'efficientnet' tower states neither hidden_size nor"):
+        find_width(tower)
+
+
+# Towers inside MLLMs, which want what their MLLM works out.
+INSIDE_MLLMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_vl_vision": (
+        "grid_thw", {"depth": 1, "num_heads": 4, "patch_size": 8, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_5_vision": ("grid_thw", {"depth": 1, "num_heads": 4, "patch_size": 8}),
+    "gemma4_vision": (
+        "pixel_position_ids",
+        {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", INSIDE_MLLMS)
+def test_a_tower_that_needs_more_than_pixels_is_refused_by_name_before_the_llm_is_loaded(
+    family: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_vision')}")
+    needed, extras = INSIDE_MLLMS[family]
+    config = AutoConfig.for_model(family, hidden_size=32, intermediate_size=64, **extras)
+    tower = AutoModel.from_config(config).eval()
+    refusal = rf"'{family}' tower needs .*{needed}, which its MLLM computes.*Take CLIP"
+    tower.save_pretrained(tmp_path)
+    tiny_vision()[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        load_vision_tower(tmp_path)
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    with pytest.raises(ValueError, match=refusal):
+        build_model(tower, tiny_vision()[1], llm, tokenizer, BuildArguments(prompt="llama-3"))
+
+
+def test_a_tower_whose_pass_fails_is_refused_by_name_with_its_error() -> None:
+    tower, image_processor = tiny_vision("vit")
+    tower.pooler = None  # no pooler output, which is what is pooled unless chosen otherwise
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: visio"):
+        build_model(tower, image_processor, llm, tokenizer, BuildArguments(prompt="llama-3"))
+
+
+def test_a_tower_that_draws_at_random_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "vit_mae", hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, image_size=IMAGE_SIZE, patch_size=8,
+    )  # fmt: skip
+    tower = AutoModel.from_config(config).eval()
+    tokenizer = tiny_tokenizer()
+    llm = tiny_llm(vocabulary_size=len(tokenizer))
+    arguments = BuildArguments(prompt="llama-3", vision_pooling="mean")
+    with pytest.raises(ValueError, match=r"'vit_mae' tower gives one image another embedding"):
+        build_model(tower, tiny_vision()[1], llm, tokenizer, arguments)

@@ -1,0 +1,137 @@
+"""Stage 3, the new folder: all of the old one but what was trained, and healthy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from aligning import (
+    SHORT_RUN,
+    TOWERS,
+    Prepared,
+    command_of,
+    names_that_differ,
+    prepare,
+    read_losses,
+    skip_where_transformers_renames,
+    weights_of,
+)
+from shared_models import every_vision
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
+from modeling_llm2clip.model_folders.model_card_data import read_card_facts
+from modeling_llm2clip.publishing.assemble import assemble_folder
+
+
+def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    result = prepared.align(tmp_path / "run")
+    assert result.trained is not None
+    assert assemble_folder(prepared.model, result.trained, tmp_path / "model")
+    changed = names_that_differ(prepared.model, tmp_path / "model")
+    assert changed and not [name for name in changed if name.startswith(TOWERS)]
+    assert changed <= set(result.trained)
+    losses = read_losses(tmp_path / "run")
+    assert len(losses) == SHORT_RUN["steps"] and losses[6] < losses[1]
+    diagnosis = check_model(tmp_path / "model")
+    assert diagnosis.healthy, diagnosis.report()
+    golden = next(check for check in diagnosis.checks if check.name == "golden embeddings")
+    assert golden.passed and not golden.skipped
+
+
+@every_vision
+def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
+    vision: str, tmp_path: Path
+) -> None:
+    skip_where_transformers_renames(vision)
+    here = prepare(tmp_path / "parts", vision=vision)
+    result = here.align(tmp_path / "run", vision_training="full", steps=2, lr=0.05)
+    assert result.trained is not None
+    assemble_folder(here.model, result.trained, tmp_path / "model")
+    changed = names_that_differ(here.model, tmp_path / "model")
+    assert any(name.startswith("vision_model.") for name in changed)
+    assert not any(name.startswith("text_model.") for name in changed)
+    here.image_store.require_fingerprint(fingerprint_vision(here.model))
+
+
+@pytest.mark.parametrize("parts", [("full", "stored"), ("lora", "lora")], ids="-".join)
+def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype(
+    tmp_path: Path, parts: tuple[str, str]
+) -> None:
+    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
+    vision, text = parts
+    result = here.align(tmp_path / "run", vision_training=vision, text_training=text)
+    assert result.trained is not None
+    assert result.trained["text_projection.weight"].dtype == torch.float32
+    assemble_folder(here.model, result.trained, tmp_path / "model")
+    before, after = weights_of(here.model), weights_of(tmp_path / "model")
+    assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
+    assert check_model(tmp_path / "model").healthy
+
+
+def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    shutil.copytree(prepared.model, sharded)
+    (sharded / "model.safetensors").unlink()
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    moved = model.text_projection.weight.detach() + 1
+    assemble_folder(sharded, {"text_projection.weight": moved}, tmp_path / "model")
+    names = {path.name for path in sharded.iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names
+    assert names_that_differ(sharded, tmp_path / "model") == {"text_projection.weight"}
+    assert torch.equal(weights_of(tmp_path / "model")["text_projection.weight"], moved)
+
+
+def test_a_source_without_recorded_captions_gets_no_golden_embeddings(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(prepared.model, old)
+    (old / "golden_embeddings.safetensors").unlink()
+    trained = {"logit_scale.log_scale": torch.ones(1)}
+    assert not assemble_folder(old, trained, tmp_path / "model")
+    assert not (tmp_path / "model" / "golden_embeddings.safetensors").exists()
+    assert check_model(tmp_path / "model").healthy
+
+
+@pytest.mark.parametrize("training", ["vision", "text"])
+def test_a_lora_trains_and_merges_into_the_folder(
+    prepared: Prepared, tmp_path: Path, training: str
+) -> None:
+    pytest.importorskip("peft")
+    result = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, lr=0.02)
+    assert result.trained is not None
+    assemble_folder(prepared.model, result.trained, tmp_path / "model")
+    changed = names_that_differ(prepared.model, tmp_path / "model")
+    prefix = f"{training}_model."
+    assert any(name.startswith(prefix) for name in changed)
+    assert not any(name.startswith(TOWERS) and not name.startswith(prefix) for name in changed)
+    assert check_model(tmp_path / "model").healthy
+
+
+def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no place for 1 trained weights \['elsewhere'\]"):
+        assemble_folder(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"1 have another shape.*\(2,\), \(1,\)"):
+        assemble_folder(
+            prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_card_names_the_folder_of_the_data_however_it_was_given(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prepared.data)
+    command = command_of(prepared, tmp_path / "run", steps=1, vision_training="frozen")
+    command[2] = "."
+    assert main(command) == 0
+    assert read_card_facts(tmp_path / "run" / "model").training_data == ("data",)

@@ -1,0 +1,94 @@
+"""Stage 3, what is not finite stops the run with its place, and is in no checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import NUM_RECORDS, SHORT_RUN, Prepared, read_losses
+from transformers import Trainer
+
+from modeling_llm2clip.data.embedding_store import EmbeddingStore
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_trainer import (
+    AlignmentTrainer,
+    ClampTemperature,
+)
+from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    class Broken(EmbeddingStore):
+        def read(self, rows: Any) -> torch.Tensor:
+            return super().read(rows) * torch.nan
+
+    store = prepared.caption_store
+    store.__class__ = Broken
+    with pytest.raises(FloatingPointError, match=r"nan at step 0\. 8 of 8 pairs .*keys \['"):
+        align(
+            prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
+            caption_store=store,
+        )  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    class Broken(EmbeddingStore):
+        def read(self, rows: Any) -> torch.Tensor:
+            embeddings = super().read(rows)
+            embeddings[[2, 5]] = torch.inf
+            return embeddings
+
+    store = prepared.caption_store
+    store.__class__ = Broken
+    first = next(iter(ResumableBatchSampler(range(NUM_RECORDS), batch_size=8, num_steps=1, seed=0)))
+    keys = [prepared.records[first[row][1]].key for row in (2, 5)]
+    message = f"2 of 8 pairs have embeddings that are not finite, with the keys {keys}."
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
+        align(
+            prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
+            caption_store=store,
+        )  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_is_in_no_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_fourth_gradient(self: AlignmentTrainer, *args: Any) -> torch.Tensor:
+        loss = Trainer.training_step(self, *args)
+        if self.state.global_step == 3:
+            self.alignment_model.text_projection.weight.grad[0, 0] = torch.nan
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentTrainer, "training_step", break_fourth_gradient)
+        with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 3"):
+            prepared.align(tmp_path / "run", save_every=1)
+    folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert sorted(folder.name for folder in folders) == ["checkpoint-2", "checkpoint-3"]
+    prepared.align(tmp_path / "run", save_every=1, resume=True)
+    prepared.align(tmp_path / "whole")
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step_too_far(*_: Any, model: AlignmentModel, **__: Any) -> None:
+        with torch.no_grad():
+            model.text_projection.bias[0] = torch.inf
+
+    monkeypatch.setattr(ClampTemperature, "on_optimizer_step", step_too_far)
+    message = r"1 of \d+ trained weights are not finite after step 1: \['text_projection.bias'\]"
+    with pytest.raises(FloatingPointError, match=message):
+        prepared.align(tmp_path / "run", steps=1)
+    assert find_last_checkpoint(tmp_path / "run") is None

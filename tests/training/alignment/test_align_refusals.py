@@ -1,0 +1,180 @@
+"""Stage 3, what is refused before a tower is loaded, with what came and what was wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, write_data
+
+from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.training.alignment.align import align, check_processes
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"long_share": 1.5, "lr": 0.0}, r"lr=0.0.*long_share=1.5"),
+        ({"vision_training": "some"}, r"vision_training='some'.*'frozen', 'lora', 'full'"),
+        ({"batch_size": 1}, "batch_size=1, wanted at least 2"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0"),
+        (
+            {"lr": math.inf, "vision_lr": math.inf, "epochs": math.nan, "weight_decay": math.inf},
+            "epochs=nan, wanted a finite.* lr=inf.*vision_lr=inf.*weight_decay=inf",
+        ),
+    ],
+)
+def test_impossible_settings_are_all_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlignArguments(**changed)
+
+
+def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None:
+    """Call align with something wrong; no tower may be loaded before it says so."""
+    changed = {k: given.pop(k) for k in list(given) if k in AlignArguments.__dataclass_fields__}
+    inputs = {
+        "model": prepared.model, "records": prepared.records,
+        "caption_store": prepared.caption_store, **given,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+        patch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
+        align(
+            inputs.pop("model"), inputs.pop("records"), output,
+            AlignArguments(**{**SHORT_RUN, **changed}), **inputs,
+        )  # fmt: skip
+    assert not (output / "run.json").exists()
+
+
+def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    refuse(prepared, out, "Got no images", records=[])
+    refuse(prepared, out, "24 images to train on .* are too few for a batch of 25", batch_size=25)
+    refuse(prepared, out, "needs a caption store", caption_store=None)
+    refuse(prepared, out, "reads no caption store", text_training="frozen-online")
+    refuse(
+        prepared, out, "image store is of no use",
+        image_store=prepared.image_store, vision_training="full",
+    )  # fmt: skip
+    refuse(prepared, out, "holds vision_embeds", caption_store=prepared.image_store)
+    refuse(prepared, out, "needs a caption store and an image", start="canonical-correlation")
+    without = [dataclasses.replace(record, image=None) for record in prepared.records]
+    refuse(prepared, out, r"24 records have no image: 00.jpg \(en\)", records=without)
+    fewer = prepared.records[:-2]
+    refuse(prepared, out, r"2 of its items are not in the data: 22.jpg \(en\)", records=fewer)
+
+
+def test_keys_that_leave_nothing_to_tell_apart_are_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    alike = [dataclasses.replace(record, key="emoji") for record in prepared.records]
+    refuse(prepared, tmp_path / "run", "All 24 records have the key 'emoji'", records=alike)
+
+
+def test_an_image_that_would_be_its_own_negative_is_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    first = prepared.records[0]
+    both = [*prepared.records, dataclasses.replace(first, lang="de", key=first.name)]
+    message = r"1 images have several keys .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
+    refuse(prepared, tmp_path / "run", message, records=both)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_processes", "message"),
+    [(2, 3, "smaller than the number of processes"), (8, 3, "cannot be shared evenly by 3")],
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    batch_size: int, num_processes: int, message: str
+) -> None:
+    arguments = AlignArguments(batch_size=batch_size, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        check_processes(arguments, batch_size, num_processes)
+
+
+def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = AlignArguments(batch_size=8, device="cpu", vision_training="lora")
+    with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
+        check_processes(arguments, 8, 1)
+
+
+def test_other_captions_than_the_stored_ones_are_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    other = write_data(tmp_path / "more", count=NUM_RECORDS + 1)
+    refuse(
+        prepared, tmp_path / "run", r"1 records are not in the store: 24.jpg \(en\)",
+        records=load_records(other),
+    )  # fmt: skip
+    lines = (prepared.data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0])
+    first["captions"] = first["captions"][:1]
+    edited = tmp_path / "edited"
+    write_data(edited)
+    (edited / "captions.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    refuse(
+        prepared, tmp_path / "run", r"1 records have other numbers of captions .*00.jpg",
+        records=load_records(edited),
+    )  # fmt: skip
+
+
+def edit_captions(folder: Path) -> list[CaptionedImage]:
+    """The data set of `prepared` with one word of one caption changed, and as many captions."""
+    file = write_data(folder) / "captions.jsonl"
+    file.write_text(file.read_text().replace("a photo of thing 7", "a photo of thing 8"))
+    return load_records(folder)
+
+
+def test_a_store_of_captions_that_were_edited_since_is_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    edited = edit_captions(tmp_path / "edited")
+    refuse(
+        prepared, tmp_path / "run", r"made from other captions .*Extract these again",
+        records=edited,
+    )  # fmt: skip
+
+
+def test_neither_order_nor_keys_of_the_records_matter_to_a_store(prepared: Prepared) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    records = [dataclasses.replace(r, key=r.name) for r in reversed(prepared.records)]
+    turned = AlignmentDataset(records, processor, caption_store=prepared.caption_store)
+    plain = AlignmentDataset(prepared.records, processor, caption_store=prepared.caption_store)
+    assert turned.caption_rows(0).tolist() == plain.caption_rows(NUM_RECORDS - 1).tolist()
+
+
+def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path: Path) -> None:
+    settings = AlignArguments(**{**SHORT_RUN, "steps": 1, "text_training": "frozen-online"})
+    align(prepared.model, prepared.records, tmp_path / "run", settings)
+    edited = edit_captions(tmp_path / "edited")
+    with pytest.raises(ValueError, match=r"another run: data: '\w+' then, '\w+' now"):
+        align(prepared.model, edited, tmp_path / "run", settings, resume=True)
+
+
+def test_a_store_of_another_model_is_refused_with_both_values(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    other = prepare(tmp_path / "other", llm="qwen2")
+    store = other.caption_store
+    refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
+
+
+def test_another_run_s_folder_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    prepared.align(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        prepared.align(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another run: lr: 0.001 then, 0.01 now"):
+        prepared.align(tmp_path / "run", lr=0.01, resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        prepared.align(tmp_path / "full")

@@ -1,0 +1,186 @@
+"""Stage 3, killed or stopped at any moment and resumed: the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import LONG_RUN, SHORT_RUN, Prepared, command_of, names_that_differ, read_losses
+from killed_writers import leave_unfinished
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.trained_emoji import TrainedEmoji, read_trained_emoji
+from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.training.checkpoints import forget_what_came_after
+from modeling_llm2clip.training.run_record import write_run_record
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signals) -> int:
+    """Start the command, signal it when so many lines of metrics are there, return its code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modeling_llm2clip", *command], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:
+            process.send_signal(by)
+            break
+        time.sleep(0.002)
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode != 0, f"it ended before it was killed: {told[-1500:]}"
+    return process.returncode
+
+
+def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    assert main(command_of(prepared, tmp_path / "whole")) == 0
+    killed = tmp_path / "killed"
+    command = command_of(prepared, killed)
+    code = run_until([*command, "--workers", "1"], killed, lines=25, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (killed / "model").exists()
+    assert main([*command, "--resume"]) == 0
+    # Bit for bit.
+    assert read_losses(killed) == read_losses(tmp_path / "whole")
+    assert len(read_losses(killed)) == LONG_RUN["steps"]
+    assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
+    # No emoji are in the data; the model that was trained does not say what it had seen.
+    assert read_trained_emoji(killed / "model") == TrainedEmoji(is_complete=False)
+
+
+# When a kill could hurt most: the record and the first checkpoint are being written, the steps are
+# done and the new model is being assembled.
+WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
+
+
+@pytest.mark.slow
+def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    command = command_of(prepared, Path("{output}"))
+    moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/kill_repeatedly.py"), "--times", "5", *moments,
+         "--again=--resume", str(tmp_path), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["kills"]) == 5 and set(report["kills_at"]) == set(WORST_MOMENTS)
+    whole = tmp_path / "undisturbed"
+    assert len(read_losses(whole)) == LONG_RUN["steps"]
+    for folder in map(Path, report["folders"]):
+        # Bit for bit.
+        assert read_losses(folder) == read_losses(whole)
+        assert not names_that_differ(folder / "model", whole / "model")
+        # A kill before the hidden folder is claimed leaves it there, and empty.
+        assert not list(folder.glob(".model-*/[!.]*"))
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_model_that_a_killed_run_left_half_written_is_gone_after_the_next(
+    prepared: Prepared, tmp_path: Path, is_begun: bool
+) -> None:
+    output = tmp_path / "run"
+    command = command_of(prepared, output, steps=2, vision_training="frozen")
+    if is_begun:
+        assert main(command) == 0
+        shutil.rmtree(output / "model")
+        command.append("--resume")
+    left = leave_unfinished(output / "model")
+    assert main(command) == 0
+    assert not left.exists() and (output / "model" / "model.safetensors").is_file()
+    assert not list(output.glob(".*"))
+
+
+def test_what_a_kill_interrupts_is_whole_or_not_there(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    prepared.align(run)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", die)  # the content is written, the file not yet in its place
+        prepared.align(run, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", die)
+        prepared.align(empty)
+    assert before == {name: (run / name).read_bytes() for name in before}
+    assert [path.name for path in empty.iterdir()] == ["run.json.tmp"]
+    assert prepared.align(empty).steps == SHORT_RUN["steps"]
+
+
+@pytest.mark.slow
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = command_of(prepared, output, save_every=1000, steps=200, vision_training="frozen")
+    assert run_until(command, output, lines=5, by=signal.SIGTERM) == 143
+    steps = max(read_losses(output))
+    assert 5 <= steps < 200 and (output / "checkpoints" / f"checkpoint-{steps}").is_dir()
+    assert main([*command, "--resume"]) == 0
+    assert len(read_losses(output)) == 200
+    assert check_model(output / "model").healthy
+
+
+def test_a_broken_off_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Path) -> None:
+    prepared.align(tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+    (last / "complete").unlink()
+    (last / "optimizer.pt").write_bytes(b"half")
+    wanted = read_losses(tmp_path / "run")
+    assert prepared.align(tmp_path / "run", resume=True).steps == 6
+    assert read_losses(tmp_path / "run") == wanted
+
+
+def test_only_a_run_of_one_piece_tells_figures_of_the_whole(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    def read_summary(output: Path) -> dict[str, float]:
+        last: dict[str, float] = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
+        return {name: value for name, value in last.items() if name.startswith("train_")}
+
+    prepared.align(tmp_path / "run")
+    whole = read_summary(tmp_path / "run")
+    losses = read_losses(tmp_path / "run").values()
+    # Losses are added up in float32.
+    assert whole["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert whole["train_steps_per_second"] > 0
+    for last in ("checkpoint-6", None):  # resumed in the middle, and where nothing is left
+        if last:
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / last)
+        prepared.align(tmp_path / "run", resume=True)
+        assert set(read_summary(tmp_path / "run")) == {"train_runtime"}
+
+
+def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    prepared.align(output, steps=2)
+    files = [output / name for name in ("run.json", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        write_run_record(output, arguments={}, seed=0, model=torch.nn.Linear(1, 1))
+    with pytest.raises(OSError, match="power cut"):
+        forget_what_came_after(output, None)
+    assert [file.read_bytes() for file in files] == before

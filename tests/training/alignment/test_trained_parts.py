@@ -1,0 +1,191 @@
+"""Stage 3, what is trained of the model and how fast, and what stays as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from aligning import SHORT_RUN, TOWERS, Prepared, skip_where_transformers_renames
+from shared_models import every_vision
+from tiny import draw_noise, tiny_images, tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.encoding.layers import find_layers
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_trainer import (
+    AlignmentTrainer,
+    RunLength,
+    make_training_arguments,
+)
+from modeling_llm2clip.training.alignment.optimization import warm_up_then_cosine
+from modeling_llm2clip.training.alignment.trained_parts import (
+    choose_trained_parts,
+    find_attention_linears,
+    merge_loras,
+    scale_by_layer,
+)
+
+
+def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, tmp_path: Path) -> None:
+    model = AlignmentModel.from_pretrained(prepared.model)
+    assert not [n for n, _ in model.named_parameters() if n.startswith("text_model")]
+    without = AlignmentModel.from_pretrained(prepared.model, with_vision_tower=False)
+    assert not [n for n, _ in without.named_parameters() if n.startswith(TOWERS)]
+    prepared.align(tmp_path / "run")
+    parts = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
+    assert "text_model" not in parts
+    assert parts["vision_model"]["trainable"] == 0 and parts["text_adapter"]["trainable"] > 0
+
+
+@pytest.mark.parametrize("training", ["vision", "text"])
+def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
+    prepared: Prepared, training: str
+) -> None:
+    pytest.importorskip("peft")
+    model = AlignmentModel.from_pretrained(prepared.model, with_llm=True)
+    adapted = choose_trained_parts(model, AlignArguments(**{f"{training}_training": "lora"}))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith(TOWERS)}
+    assert trained and all(f"{training}_model." in name and "lora_" in name for name in trained)
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    batch = dict(processor(text=["a dog", "x"], images=tiny_images(2)))
+    model.eval()
+    with torch.no_grad():
+        plain = model(**batch)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # starts at zero and would change nothing
+                torch.nn.init.normal_(parameter, std=0.1)
+        unmerged = model(**batch)
+        merge_loras(model, adapted)
+        merged = model(**batch)
+    number = 0 if training == "vision" else 1
+    assert (plain[number] - unmerged[number]).abs().max() > 1e-2
+    # Merging rounds W + BA once more, on unit-length embeddings over two layers.
+    torch.testing.assert_close(merged[number], unmerged[number], atol=1e-4, rtol=0)
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+@pytest.mark.parametrize(("started_at", "kept_at"), [(9.0, MAX_LOG_SCALE), (-3.0, 0.0)])
+def test_the_temperature_is_clamped_after_each_step(
+    prepared: Prepared, tmp_path: Path, started_at: float, kept_at: float
+) -> None:
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    model.logit_scale.log_scale.data.fill_(started_at)
+    folder = tmp_path / "hot"
+    save_model(model, LLM2CLIPProcessor.from_pretrained(prepared.model), folder)
+    here = Prepared(prepared.data, folder, prepared.captions, prepared.images)
+    result = here.align(tmp_path / "run", steps=1, lr=1e-6)
+    assert result.trained is not None
+    assert result.trained["logit_scale.log_scale"].item() == pytest.approx(kept_at)
+
+
+@every_vision
+def test_lower_layers_learn_slower_and_only_matrices_decay(vision: str) -> None:
+    tower = tiny_model(vision)[0].vision_model
+    scales = scale_by_layer(tower, 0.5)
+    assert set(scales) == {name for name, _ in tower.named_parameters()}
+    first = {scale for name, scale in scales.items() if "patch_embed" in name}
+    assert first == {min(scales.values())}
+    by_layer: dict[int, set[float]] = {}
+    for name, scale in scales.items():
+        if found := re.search(r"(?:blocks|layers?)\.(\d+)\.", name):
+            by_layer.setdefault(int(found[1]), set()).add(scale)
+    num_layers = len(by_layer)
+    assert by_layer == {i: {0.5 ** (num_layers - i)} for i in range(num_layers)}
+    assert min(scales.values()) == 0.5 ** (num_layers + 1)
+    assert set(scale_by_layer(tower, 1.0).values()) == {1.0}
+
+
+def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path: Path) -> None:
+    arguments = AlignArguments(
+        **{**SHORT_RUN, "vision_training": "full", "layer_decay": 0.5, "vision_lr": 1e-4}
+    )
+    model = AlignmentModel.from_pretrained(prepared.model)
+    choose_trained_parts(model, arguments)
+    dataset = AlignmentDataset(
+        prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
+        caption_store=prepared.caption_store,
+    )  # fmt: skip
+    trainer = AlignmentTrainer(
+        model, dataset, items=range(len(dataset)), arguments=arguments, callbacks=[],
+        length=RunLength(num_steps=40, batch_size=8, lr=1e-3, adapter_begin=10),
+        training_arguments=make_training_arguments(tmp_path, arguments),
+    )  # fmt: skip
+    optimizer = trainer.create_optimizer()
+    groups = optimizer.param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, group in found.items():
+        is_matrix = dict(model.named_parameters())[name].ndim > 1
+        assert group["weight_decay"] == (arguments.weight_decay if is_matrix else 0.0)
+    rates = {name: group["lr"] for name, group in found.items()}
+    assert rates["text_adapter.blocks.0.up.weight"] == rates["logit_scale.log_scale"] == 1e-3
+    assert rates["vision_model.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(1e-4 / 2)
+    assert rates["vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(1e-4 / 4)
+    assert rates["vision_model.embeddings.patch_embedding.weight"] == pytest.approx(1e-4 / 8)
+    # A new text adapter joins later than the rest, and warms up of its own.
+    trainer.create_scheduler(40, optimizer)
+    now = {name: group["lr"] for name, group in found.items()}
+    assert {name for name, rate in now.items() if rate == 0} == {
+        name for name in rates if name.startswith("text_adapter.")
+    }
+    factor = warm_up_then_cosine(40, begin=10)
+    assert [factor(step) for step in range(10)] == [0.0] * 10
+    assert 0 < factor(10) < factor(12) == 1.0 > factor(39) > 0
+
+
+def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
+    tmp_path: Path,
+) -> None:
+    model, processor = tiny_model("timm with batch norm")
+    save_model(model, processor, tmp_path / "exported")
+    trained = AlignmentModel.from_pretrained(tmp_path / "exported")
+    choose_trained_parts(trained, AlignArguments(vision_training="full", layer_decay=1.0))
+    before = {n: b.clone() for n, b in trained.vision_model.named_buffers()}
+    assert any("running_var" in name for name in before)
+    pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
+    trained.train()
+    captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    whole = trained(pixel_values=pixels, caption_embeds=captions)[0]
+    alone = [trained(pixel_values=p[None], caption_embeds=captions[:1])[0] for p in pixels]
+    # Unit embeddings in float32, from convolutions that add up in another order.
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=0)
+    whole.sum().backward()
+    after = dict(trained.vision_model.named_buffers())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(
+        trained.get_parameter(f"vision_model.{name.replace('running_var', 'weight')}").grad
+        is not None
+        for name in before
+        if name.endswith("running_var")
+    )
+
+
+@every_vision
+def test_only_layers_that_are_there_are_named_for_sharding(vision: str, tmp_path: Path) -> None:
+    skip_where_transformers_renames(vision)
+    model, processor = tiny_model(vision)
+    save_model(model, processor, tmp_path / "exported")
+    for present in (
+        model,
+        AlignmentModel.from_pretrained(tmp_path / "exported"),
+        AlignmentModel.from_pretrained(tmp_path / "exported", with_vision_tower=False),
+    ):
+        classes = {type(module).__name__ for module in present.modules()}
+        assert "AdapterBlock" in present._no_split_modules
+        assert present._no_split_modules <= classes
+
+
+def test_a_tower_without_attention_gets_no_lora() -> None:
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"no linear layers in an attention.*'frozen' or 'full'"):
+        find_attention_linears(tower)
+    with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
+        find_layers(tower)

@@ -1,0 +1,479 @@
+"""Laws of extraction: the embeddings are the model's, and no interruption shows in the bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.encoding.image_encoding import encode_images
+from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
+from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
+from modeling_llm2clip.training.extraction.extract import ExtractionArguments
+from modeling_llm2clip.training.extraction.image_extraction import extract_images
+from modeling_llm2clip.training.graceful_stop import StopRequest, stop_on_signals
+
+ROOT = Path(__file__).parent.parent
+WORDS = (
+    "a red green old small dog cat apple house tree on under beside the wooden table sea".split()
+)
+EXACT = ExtractionArguments(dtype="float32", rows_per_shard=16, token_budget=256, device="cpu")
+
+
+def make_records(count: int) -> list[CaptionedImage]:
+    """Images with 5, 6 or 7 captions, up to two long ones, and captions that return."""
+    generator = random.Random(0)
+
+    def draw(most: int) -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
+
+    return [
+        CaptionedImage(
+            image=None,
+            name=f"{number}.png",
+            key=str(number // 2),
+            captions=(*(draw(9) for _ in range(4 + number % 3)), "a photo"),
+            long_captions=tuple(draw(40) for _ in range(number % 3)),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[CaptionedImage]:
+    return make_records(30)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "store"
+    assert extract_captions(model, records, folder, EXACT).complete
+    return read_bytes(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of a larger set as a user has them: enough work to be interrupted in."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [
+        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
+        for r in make_records(250)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+class StopAfterOneShard(StopRequest):
+    """Asks for a stop as soon as one more shard is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.before = self._count()
+
+    def _count(self) -> int:
+        return len(list(self.folder.glob("shard-*.json")))
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        return signal.SIGTERM if self._count() > self.before else None
+
+
+def shorten(command: list[str]) -> list[str]:
+    return [*command, "--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+
+
+def test_every_record_finds_the_embeddings_of_its_captions(
+    model: Path, records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    extract_captions(model, records, tmp_path / "store", EXACT)
+    store = EmbeddingStore.open(tmp_path / "store", check="full")
+    whole, processor = (
+        LLM2CLIPModel.from_pretrained(model),
+        LLM2CLIPProcessor.from_pretrained(model),
+    )
+    assert len(store) == len(records)
+    for item, record in enumerate(records):
+        assert (store.names[item], store.keys[item]) == (record.name, record.key)
+        for texts, long in ((record.captions, False), (record.long_captions, True)):
+            rows = store.rows_of(item, long=long)
+            assert len(rows) == len(texts)
+            if texts:
+                expected = encode_captions(whole, processor, texts).caption_embeds
+                # Sums of float32 in another order: the captions had other neighbors.
+                torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
+    store.require_fingerprint(fingerprint_text(model))
+
+
+def test_duplicates_are_computed_once_and_cut_captions_counted(model: Path, tmp_path: Path) -> None:
+    records = [
+        CaptionedImage(None, "a", "a", ("a dog", "a cat"), ("dog " * 200,)),
+        CaptionedImage(None, "b", "b", ("a cat", "a cat"), ("dog " * 200, "cat " * 200)),
+    ]
+    report = extract_captions(model, records, tmp_path / "store", EXACT)
+    assert report.counts == {"captions": 7, "distinct": 4, "truncated": 2}
+    store = EmbeddingStore.open(tmp_path / "store")
+    assert store.manifest.counts == report.counts and store.manifest.num_rows == 4
+    assert store.rows_of(1).tolist() == [store.rows_of(0)[1]] * 2
+    assert store.rows_of(1, long=True)[0] == store.rows_of(0, long=True)[0]
+
+
+def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
+    model: Path, records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    for num_computed in (True, False):
+        report = extract_captions(model, records, tmp_path / "store", EXACT)
+        assert report.complete and bool(report.num_computed) == num_computed
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: missing"):
+        extract_captions(model, records, tmp_path / "store", EXACT)
+
+
+def test_rows_are_by_length_and_then_by_first_occurrence(model: Path, tmp_path: Path) -> None:
+    texts = ("b", "a", "one two three", "c")  # single letters are one token each
+    extract_captions(model, [CaptionedImage(None, "x", "x", texts)], tmp_path / "store", EXACT)
+    assert EmbeddingStore.open(tmp_path / "store").rows_of(0).tolist() == [1, 2, 0, 3]
+
+
+def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    num_computed = 0
+    for _ in range(100):
+        stop = StopAfterOneShard(tmp_path / "store")
+        report = extract_captions(model, records, tmp_path / "store", EXACT, stop=stop)
+        num_computed += report.num_computed
+        if report.complete:
+            break
+        assert report.num_computed == EXACT.rows_per_shard
+    assert num_computed == report.num_rows  # nothing was computed twice
+    assert read_bytes(tmp_path / "store") == undisturbed
+
+
+def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]:
+    command = shorten(["extract", str(model), str(data), "{output}"])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/kill_repeatedly.py"), "--times", str(times),
+         str(folder), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_leaves_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, times: int
+) -> None:
+    report = kill(tmp_path, model, data, times=times)
+    assert len(report["kills"]) == times
+    undisturbed = read_bytes(tmp_path / "undisturbed")
+    assert len(undisturbed) > 20
+    for folder in report["folders"]:
+        assert read_bytes(Path(folder)) == undisturbed
+
+
+def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "modeling_llm2clip", *shorten(["extract", str(model), str(data), str(together)])],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote") == 1  # the main process alone tells
+    assert read_bytes(together) == read_bytes(alone)
+
+
+def test_two_runs_on_one_folder_share_the_work_and_write_no_shard_twice(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    reports = []
+
+    def run() -> None:
+        reports.append(extract_captions(model, records, tmp_path / "store", EXACT))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [report.complete for report in reports] == [True, True]
+    assert sum(report.num_computed for report in reports) == reports[0].num_rows
+    assert read_bytes(tmp_path / "store") == undisturbed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_after_a_whole_shard_with_its_own_code(
+    model: Path, data: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = tmp_path / "store"
+    thread = threading.Thread(target=send_once, args=(number, folder))
+    thread.start()
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == code
+    thread.join()
+    assert not list(folder.glob("*.tmp"))
+    partial = EmbeddingStore.open(folder, allow_partial=True, check="full")
+    assert not partial.manifest.complete
+    assert 0 < partial.has_rows(range(partial.manifest.num_rows)).sum() < partial.manifest.num_rows
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == 0
+    assert EmbeddingStore.open(folder, check="full").manifest.complete
+
+
+def send_once(number: signal.Signals, folder: Path) -> None:
+    """Send this process a signal when the first shard is noted."""
+    while not list(folder.glob("shard-*.json")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def python_handles_sigint() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore SIGINT, this test run perhaps."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
+def test_the_first_signal_is_noted_and_the_second_does_as_always() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        assert (stop.signal, stop.exit_code) == (None, 0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.signal, stop.exit_code) == (signal.SIGINT, 130)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    extract_captions(model, records, folder, EXACT)
+
+    def refused(parts: Any, data: Any, arguments: Any, *entries: str) -> None:
+        other = model
+        if parts is not None:
+            other = tmp_path / entries[0]
+            parts[0].save_pretrained(other)
+            parts[1].save_pretrained(other)
+        with pytest.raises(ValueError, match="holds another store") as told:
+            extract_captions(other, data, folder, arguments)
+        for entry in entries:
+            assert f"{entry}: " in str(told.value), entry
+        assert str(told.value).count(" in the store, ") == len(entries)
+        assert read_bytes(folder) == undisturbed
+
+    changed = tiny_model(max_text_length=128)
+    with torch.no_grad():
+        changed[0].text_model.norm.weight[0] += 0.5
+    refused(changed, records, EXACT, "weights")
+    refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
+    refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
+    refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
+    refused(None, records, replace(EXACT, dtype="float16"), "stored dtype")
+    refused(None, records, replace(EXACT, token_budget=128), "token_budget")
+    swapped = [records[1], records[0], *records[2:]]
+    refused(None, swapped, EXACT, "data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"rows_per_shard": 0, "num_workers": 0}, "rows_per_shard=0 .*num_workers=0"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExtractionArguments(**changes)
+
+
+def test_an_empty_data_set_is_refused(model: Path, tmp_path: Path) -> None:
+    for extract in (extract_captions, extract_images):
+        with pytest.raises(ValueError, match=r"(?i)empty|no images"):
+            extract(model, [], tmp_path / "store", EXACT)
+    assert not (tmp_path / "store").exists()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the kernel refuse longer files, as a full disk and a full quota do."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "store"
+    stop = StopAfterOneShard(folder)
+    extract_captions(model, records, folder, EXACT, stop=stop)
+    with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
+        extract_captions(model, records, folder, EXACT)
+    require_one_shard(folder)
+    extract_captions(model, records, folder, EXACT)
+    assert read_bytes(folder) == undisturbed
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a small disk"
+)
+def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        with pytest.raises(OSError, match=r"No room to write shard .*No space left"):
+            extract_captions(model, records, disk / "store", EXACT)
+        assert not list((disk / "store").glob("*.tmp"))
+        partial = EmbeddingStore.open(disk / "store", allow_partial=True, check="full")
+        assert partial.has_rows(range(EXACT.rows_per_shard)).all()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        extract_captions(model, records, disk / "store", EXACT)
+        assert read_bytes(disk / "store") == undisturbed
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the store is still mapped
+
+
+def require_one_shard(folder: Path) -> None:
+    assert not list(folder.glob("*.tmp"))
+    partial = EmbeddingStore.open(folder, allow_partial=True, check="full")
+    there = partial.has_rows(range(partial.manifest.num_rows))
+    assert there[: EXACT.rows_per_shard].all() and not there[EXACT.rows_per_shard :].any()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    lines = []
+    for number in range(9):
+        Image.new("RGB", (40, 40 + number), (25 * number, 80, 10)).save(folder / f"{number}.png")
+        for lang in ("en", "de")[: 1 + number % 2]:
+            lines.append({"image": f"{number}.png", "captions": ["it"], "lang": lang})
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_images_are_stored_once_and_found_by_every_record(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    options = ["--images", "--rows-per-shard", "4", "--batch-size", "3", "--dtype", "float32"]
+    command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
+    assert main(command) == 0
+    assert "9 embeddings of 32 for 13 records (13 images, 9 distinct)" in capsys.readouterr().out
+    store = EmbeddingStore.open(folder, check="full")
+    records = load_records(images)
+    whole, processor = (
+        LLM2CLIPModel.from_pretrained(model),
+        LLM2CLIPProcessor.from_pretrained(model),
+    )
+    expected = encode_images(whole, processor, [record.path for record in records])
+    rows = [int(store.rows_of(item)[0]) for item in range(len(store))]
+    # Sums of float32 in another order: the images had other neighbors.
+    torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
+    assert store.manifest.num_rows == len(set(rows)) == 9
+    assert list(store.names) == [record.name for record in records]
+    assert list(store.langs) == [record.lang for record in records]
+    assert store.rows_of(0, long=True).tolist() == []
+    store.require_fingerprint(fingerprint_vision(model))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--batch-size", "3", "--num-workers", "1"],
+            "--batch-size, --num-workers: of the extraction",
+        ),
+        (
+            ["--token-budget", "64", "--images"],
+            "--token-budget: of the extraction of captions only",
+        ),
+    ],
+)
+def test_a_flag_of_the_other_extraction_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    assert main(["extract", "no-model", "no-data", str(tmp_path / "store"), *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_broken_image_is_named_and_whole_shards_stay(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    records = load_records(images)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    spoilt = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
+    arguments = replace(EXACT, rows_per_shard=4)
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        extract_images(model, spoilt, tmp_path / "store", arguments)
+    partial = EmbeddingStore.open(tmp_path / "store", allow_partial=True, check="full")
+    assert partial.has_rows(range(8)).all()
+
+
+def test_records_without_images_are_refused_before_the_model_is_loaded(
+    records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"30 records have no image: \['0\.png'"):
+        extract_images(tmp_path / "no-model", records, tmp_path / "store", EXACT)

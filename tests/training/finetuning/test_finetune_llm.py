@@ -1,0 +1,177 @@
+"""Stage 1, a run: what it leaves, from where it begins and goes on, and its adapter merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from aligning import read_losses, read_tensorboard_losses
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tuning import GROUPS, SHORT, tune
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.publishing.export_model import export_model, read_prompts, save_model
+from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    return output, tune(output)
+
+
+def test_a_run_leaves_adapter_record_and_metrics(run):
+    output, result = run
+    assert result.adapter == output / "adapter" and result.exit_code == 0
+    record = json.loads((output / "run.json").read_text())
+    assert record["parameters"]["all"]["trainable"] > 0
+    assert record["arguments"]["lora"]["rank"] == 16
+    assert set(record["parameters"]) > {"text_model", "all"}
+    losses = read_losses(output)
+    assert len(losses) == 6 and losses[6] < losses[1]
+    saved = json.loads((output / "caption_retrieval.json").read_text())
+    assert saved["cra_before"] == result.cra_before and saved["num_trained"] == 20
+
+
+def test_tensorboard_shows_the_losses_of_the_metrics(run):
+    pytest.importorskip("tensorboard")
+    output, _ = run
+    # An event holds a float32, of 24 bits.
+    assert read_tensorboard_losses(output) == pytest.approx(read_losses(output), rel=1e-7)
+
+
+def test_a_run_left_to_choose_its_precision_is_the_one_in_float32_on_a_processor(run, tmp_path):
+    tune(tmp_path / "run", replace(SHORT, precision="auto"))
+    assert read_losses(tmp_path / "run") == read_losses(run[0])
+
+
+def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):
+    output, result = run
+    again = tmp_path / "run"
+    shutil.copytree(output, again)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(again / "adapter")
+    continued = tune(again, resume=True)
+    assert continued.cra_before == result.cra_before
+    ours, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_hard_batches_from_an_adapter_begin_where_it_ended_and_resume_bit_for_bit(run, tmp_path):
+    first = tmp_path / "first"
+    hard = replace(SHORT, num_alike=3, lr=1e-3)
+    result = tune(first, hard, start=run[1].adapter)
+    assert result.cra_before == run[1].cra_after
+    alike = load_file(first / "alike.safetensors")["alike"]
+    assert alike.shape == (20, 6)  # twice as many as come together, of each trained image
+    again = tmp_path / "again"
+    shutil.copytree(first, again)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(again / "adapter")
+    tune(again, hard, start=run[1].adapter, resume=True)
+    weights = [load_file(o / "adapter" / "adapter_model.safetensors") for o in (first, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(ValueError, match="start: '"):
+        tune(again, hard, resume=True)
+
+
+def test_another_runs_folder_is_refused_with_what_differs(run):
+    with pytest.raises(ValueError, match=r"lr: 0\.01 then, 0\.02 now"):
+        tune(run[0], replace(SHORT, lr=2e-2), resume=True)
+    with pytest.raises(ValueError, match="--resume"):
+        tune(run[0])
+    with pytest.raises(ValueError, match="data: '"):
+        finetune_llm(*tiny_model(), GROUPS[1:], run[0], SHORT, resume=True)
+
+
+def test_merged_equals_unmerged(run, tmp_path):
+    from peft import PeftModel
+
+    model, processor = tiny_model()
+    folder = save_model(model, processor, tmp_path / "base")
+    merged = LLM2CLIPModel.from_pretrained(
+        merge_caption_adapter(folder, run[1].adapter, tmp_path / "merged")
+    )
+    unmerged = LLM2CLIPModel.from_pretrained(folder)
+    inputs = LLM2CLIPProcessor.from_pretrained(folder)(text=["a of 3", "b of 4 five"])
+    before = unmerged.get_caption_embeds(**inputs)
+    PeftModel.from_pretrained(unmerged.text_model, str(run[1].adapter))  # in place
+    with torch.no_grad():
+        adapted = unmerged.get_caption_embeds(**inputs)
+        # One sum a weight in another order, over two layers, on values of about one.
+        assert torch.allclose(merged.get_caption_embeds(**inputs), adapted, atol=1e-4)
+    assert not torch.allclose(before, adapted, atol=1e-2)
+
+
+def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
+    instructions = {"query": "Find the image: ", "document": ""}
+    source = save_model(*tiny_model(), tmp_path / "base", prompts=instructions)
+    (source / "conversion.json").write_text("{}")
+    merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
+    assert read_prompts(merged) == instructions
+    assert (merged / "conversion_before_training.json").read_text() == "{}"
+    assert not (merged / "conversion.json").exists()
+    again = export_model(merged, tmp_path / "again")
+    assert (again / "conversion_before_training.json").is_file()
+
+
+def test_skipped_images_with_one_caption_are_told_and_recorded(tmp_path, capsys):
+    folder = save_model(*tiny_model(), tmp_path / "base")
+    data = tmp_path / "captions.jsonl"
+    lines = [json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS]
+    lines += [json.dumps({"key": name, "captions": [name]}) for name in ("lone", "lonely")]
+    data.write_text("\n".join(lines))
+    output = tmp_path / "tuned"
+    command = ["finetune-llm", str(folder), str(data), str(output), "--steps", "1"]
+    command += ["--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    assert main(command) == 2
+    assert "2 of 26 images" in (told := capsys.readouterr().err) and "--skip-single" in told
+    assert main([*command, "--skip-single-captions"]) == 0
+    assert "Skipped 2 images with one caption only." in capsys.readouterr().out
+    record = json.loads((output / "run.json").read_text())["arguments"]
+    assert record["num_single_captions_skipped"] == 2
+
+
+def test_the_command_tunes_merges_and_refuses_one_caption_an_image(tmp_path, capsys):
+    folder = save_model(*tiny_model(), tmp_path / "base")
+    data = tmp_path / "data" / "captions.jsonl"
+    data.parent.mkdir()
+    lines = [json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS]
+    data.write_text("\n".join(lines))
+    output = tmp_path / "tuned"
+    flags = ["--steps", "2", "--batch-size", "4", "--held-out", "4", "--merge"]
+    assert main(["finetune-llm", str(folder), str(data), str(output), *flags]) == 0
+    assert "Next: llm2clip extract" in capsys.readouterr().out
+    assert (output / "model" / "model.safetensors").is_file()
+    data.write_text('{"key": "a", "captions": ["one"]}\n{"key": "b", "captions": ["two"]}')
+    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "other"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 2 images have one caption only" in error
+    assert "b (captions.jsonl line 2)" in error
+
+
+def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
+    folder = save_model(*tiny_model(max_text_length=32), tmp_path / "base")
+    long = "a text that has more words than a model of so few tokens can take, of which there are "
+    lines = [{"key": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
+    lines += [{"key": str(n), "captions": [f"{n} a", f"{n} b"]} for n in range(8, 24)]
+    data, pairs = tmp_path / "captions.jsonl", tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]
+    pairs.write_text("\n".join(map(json.dumps, [*others, {"query": "q", "positive": long * 2}])))
+    output = tmp_path / "run"
+    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--other-pairs", str(pairs)]
+    command = ["finetune-llm", str(folder), str(data), str(output), *flags, "1"]
+    assert main(command) == 0
+    saved = json.loads((output / "caption_retrieval.json").read_text())
+    # Two captions of each of 24 images, and five other pairs.
+    assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
+    assert "9 of 58 texts are longer than 32 tokens and cut." in capsys.readouterr().out

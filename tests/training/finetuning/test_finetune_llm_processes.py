@@ -1,0 +1,126 @@
+"""Stage 1 in processes of its own: several equal one, and a signal ends one well."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GRADIENTS = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from transformers import TrainerCallback
+from tiny import tiny_model
+from tuning import GROUPS, SHORT
+from modeling_llm2clip.training import finetune_llm as stage
+
+class Keep(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if state.is_world_process_zero and state.global_step == 0:
+            named = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()
+                     if p.grad is not None}
+            torch.save(named, sys.argv[1])
+
+def keeping(*arguments, **settings):
+    trainer = make(*arguments, **settings)
+    trainer.add_callback(Keep())
+    # The second matrix of a LoRA starts at zero and would hide the first one's gradient.
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return trainer
+
+make, stage._make_trainer = stage._make_trainer, keeping
+mini = int(sys.argv[4]) or None
+arguments = replace(SHORT, steps=1, batch_size=int(sys.argv[3]), mini_batch_size=mini,
+                    negatives=sys.argv[5])
+stage.tune_captions(*tiny_model(), GROUPS, Path(sys.argv[2]), arguments)
+"""
+
+
+def compute_gradients(
+    folder: Path, *, processes: int = 1, mini_batch_size: int = 0, negatives: str = "both-ways"
+):
+    """Gradients of the first step, and its loss, with a batch of eight over all processes."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(GRADIENTS)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        sys.executable, *(launch if processes > 1 else []), str(script), str(folder / "gradients"),
+        str(folder / "run"), str(8 // processes), str(mini_batch_size), negatives,
+    ]  # fmt: skip
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run(
+        command, check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    return torch.load(folder / "gradients", weights_only=True), first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("negatives", "processes", "mini_batch_size"),
+    [
+        ("all-captions", 2, 3),
+        pytest.param("both-ways", 2, 0, marks=pytest.mark.slow),
+        pytest.param("all-captions", 1, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_and_cached_gradients_equal_one_whole_batch(
+    tmp_path, negatives, processes, mini_batch_size
+):
+    whole, loss = compute_gradients(tmp_path / "whole", negatives=negatives)
+    other, other_loss = compute_gradients(
+        tmp_path / "other",
+        processes=processes,
+        mini_batch_size=mini_batch_size,
+        negatives=negatives,
+    )
+    assert whole.keys() == other.keys() and len(whole) == 28
+    assert other_loss == pytest.approx(loss, abs=1e-4)  # logged with four digits
+    for name, gradient in whole.items():
+        # float32 sums in another order, times the scale of 50.
+        assert torch.allclose(other[name], gradient, rtol=1e-3, atol=1e-5), name
+
+
+STOPPED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tiny import tiny_model
+from tuning import GROUPS, SHORT
+from modeling_llm2clip.training.caption_contrastive import tune_captions
+
+arguments = replace(SHORT, steps=10_000, save_every=5_000)
+sys.exit(tune_captions(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not metrics.is_file():
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
+    assert not (tmp_path / "run" / "adapter").exists()

@@ -1,0 +1,100 @@
+"""Stage 1, the adapter that a tuning begins from: of the same meaning, and of this very LLM."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from tiny import tiny_model
+from tuning import GROUPS, SHORT, tune
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_text
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.finetuning.lora_encoder import LoraArguments
+
+ONE_STEP = replace(SHORT, steps=1)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    result = tune(tmp_path_factory.mktemp("tuned") / "run", ONE_STEP)
+    assert result.adapter is not None
+    return result.adapter
+
+
+def edit_settings(adapter: Path, copy: Path, **changed: Any) -> Path:
+    shutil.copytree(adapter, copy)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    return copy
+
+
+def test_an_adapter_of_another_scale_is_no_start(adapter: Path, tmp_path: Path) -> None:
+    other = replace(ONE_STEP, lora=LoraArguments(rank=8, alpha=16))
+    with pytest.raises(ValueError, match=r"r=16, in this run 8; lora_alpha=32, in this run 16"):
+        tune(tmp_path / "run", other, start=adapter)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 64}),
+        ("bias", "all"),
+        ("modules_to_save", ["norm"]),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_an_adapter_whose_weights_mean_something_else_is_no_start(
+    adapter: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    other = edit_settings(adapter, tmp_path / "adapter", **{name: value})
+    with pytest.raises(ValueError, match=rf"adapter has {name}="):
+        tune(tmp_path / "run", ONE_STEP, start=other)
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing has no adapter_config\.json\. Give the folder"):
+        tune(tmp_path / "run", ONE_STEP, start=tmp_path / "nothing")
+
+
+def test_an_adapter_of_another_base_is_no_start(adapter: Path, tmp_path: Path) -> None:
+    other = edit_settings(
+        adapter, tmp_path / "adapter", base_model_name_or_path="someone/Another-LLM"
+    )
+    model, processor = tiny_model()
+    model.text_model.config._name_or_path = "owner/tiny-llm"
+    with pytest.raises(ValueError, match=r"base 'someone/Another-LLM', but the LLM is 'owner/tiny"):
+        finetune_llm(model, processor, GROUPS, tmp_path / "run", ONE_STEP, start=other)
+    model, processor = tiny_model()
+    model.text_model.config._name_or_path = "a-mirror/another-llm"  # as for merging
+    finetune_llm(model, processor, GROUPS, tmp_path / "run", ONE_STEP, start=other)
+
+
+def test_a_model_that_an_adapter_is_merged_into_is_not_tuned_from_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_model(*tiny_model(), tmp_path / "base")
+    data = tmp_path / "captions.jsonl"
+    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    first = tmp_path / "first"
+    assert main(["finetune-llm", str(folder), str(data), str(first), *flags, "--merge"]) == 0
+    with safe_open(first / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["base_weights"] == fingerprint_text(folder)["weights"]
+    flags += ["--start", str(first / "adapter")]
+    command = ["finetune-llm", str(first / "model"), str(data), str(tmp_path / "twice"), *flags]
+    assert main(command) == 2
+    assert "trained on an LLM with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "second"), *flags]) == 0

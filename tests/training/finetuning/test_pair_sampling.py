@@ -1,0 +1,210 @@
+"""Stage 1, what is learned from: pairs of captions, and batches without false negatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import ConcatDataset
+from tuning import GROUPS
+
+from modeling_llm2clip.data.caption_groups import (
+    CaptionGroup,
+    TextPair,
+    group_captions,
+    hold_out_groups,
+    leave_out_texts,
+    read_text_pairs,
+    sample_pairs,
+    skip_single_captions,
+)
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from modeling_llm2clip.training.finetuning import hard_batches as alike_images
+from modeling_llm2clip.training.finetuning.pair_sampling import (
+    NoDuplicateGroupsBatchSampler,
+    WeightedBatchSampler,
+    count_steps,
+    make_pair_table,
+)
+
+
+def make_table(num_keys: int = 10, *, shared: str | None = None):
+    pairs = sample_pairs(GROUPS[:num_keys], seed=0)
+    if shared:
+        pairs = [replace(p, positive=shared) if n % 4 == 0 else p for n, p in enumerate(pairs)]
+    return make_pair_table(pairs)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_no_batch_of_all_processes_repeats_an_image_or_a_text(num_processes, epoch):
+    table = make_table(shared="the same words")
+    sampler = NoDuplicateGroupsBatchSampler(table, 3, drop_last=True, seed=1)
+    sampler.num_processes, sampler.window_size = num_processes, 3 * num_processes
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == len(table) // (3 * num_processes) * num_processes
+    for start in range(0, len(batches), num_processes):
+        rows = [row for batch in batches[start : start + num_processes] for row in batch]
+        assert len({table[row]["key"] for row in rows}) == len(rows)
+        texts = [text for row in rows for text in (table[row]["anchor"], table[row]["positive"])]
+        assert len(set(texts)) == len(texts)
+
+
+def test_epochs_differ_and_repeat_with_the_seed():
+    def draw(epoch):
+        sampler = NoDuplicateGroupsBatchSampler(make_table(), 5, drop_last=True, seed=3)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_hard_batches_bring_alike_images_together_and_each_pair_once_an_epoch():
+    table = make_table(12)  # two or three pairs of each image
+    keys = table["key"][:]
+    names = list(dict.fromkeys(keys))
+    alike = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
+    alike = {name: [other for other in near if other != name] for name, near in alike.items()}
+    sampler = NoDuplicateGroupsBatchSampler(
+        table, 6, drop_last=True, seed=2, alike=alike, num_alike=2
+    )
+    batches = list(sampler)
+    rows = [row for batch in batches for row in batch]
+    assert len(rows) == len(set(rows)) == len(table)
+
+    def count_met(batches):
+        return sum(
+            any(keys[other] in alike[keys[row]] for other in batch)
+            for batch in batches
+            for row in batch
+        )
+
+    by_chance = count_met(NoDuplicateGroupsBatchSampler(table, 6, drop_last=True, seed=2))
+    assert count_met(batches) > 0.9 * len(rows) > by_chance
+
+
+def test_the_most_alike_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch):
+    monkeypatch.setattr(alike_images, "_ROWS_A_TILE", 3)
+    embeddings = torch.randn(8, 5)
+    cosines = torch.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
+    cosines.fill_diagonal_(-2)
+    assert torch.equal(
+        alike_images.find_nearest_groups(embeddings, 4), cosines.topk(4, dim=1).indices
+    )
+
+
+def test_an_images_embedding_is_the_mean_of_its_captions_unit_embeddings():
+    embeddings = {"a": [3.0, 0], "b": [0, 0.5], "c": [-2.0, 0], "d": [-1.0, 0]}
+    encode = lambda texts: torch.tensor([embeddings[text] for text in texts])  # noqa: E731
+    groups = [CaptionGroup("x", ("a", "b")), CaptionGroup("y", ("c", "d", "d"))]
+    found = alike_images.encode_groups(encode, groups)
+    assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
+
+
+def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever():
+    pairs = [TextPair(f"q{n}", f"q{n}", "the same positive") for n in range(9)]
+    sampler = NoDuplicateGroupsBatchSampler(make_pair_table(pairs), 2, drop_last=True)
+    with pytest.raises(ValueError, match="only 1 fit"):
+        next(iter(sampler))
+
+
+def test_a_run_of_several_epochs_mixes_tables_by_weight():
+    tables = [make_table(8), make_pair_table([TextPair(f"q{n}", f"q{n}", f"p{n}") for n in "abcd"])]
+    samplers = [NoDuplicateGroupsBatchSampler(table, 2, drop_last=True) for table in tables]
+    weights = [1.0, 0.25]
+    assert count_steps([24, 4], weights, 2) == [12, 3]
+    sampler = WeightedBatchSampler(
+        ConcatDataset(tables), samplers, weights=weights, num_steps=30, seed=5
+    )
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 30
+    for epoch in (batches[:15], batches[15:]):
+        assert sum(row >= 24 for batch in epoch for row in batch) == 6
+    assert batches[:15] != batches[15:]
+
+
+def test_pairs_use_each_caption_once_and_an_odd_one_twice_at_most():
+    pairs = sample_pairs([CaptionGroup("k", ("a", "b", "c"))], seed=0)
+    used = [text for pair in pairs for text in (pair.anchor, pair.positive)]
+    assert sorted(set(used)) == ["a", "b", "c"] and len(used) == 4
+    assert all(pair.anchor != pair.positive for pair in pairs)
+
+
+def test_held_out_captions_are_never_trained_on():
+    groups = [CaptionGroup(str(n), ("shared", f"{n} one", f"{n} two")) for n in range(10)]
+    trained, held_out, num_lost = hold_out_groups(groups, 4, seed=0)
+    seen = {caption for group in held_out for caption in group.captions}
+    assert len(held_out) == 4 and num_lost == 6
+    assert not any(seen & set(group.captions) for group in trained)
+
+
+def make_records(captions):
+    return [
+        CaptionedImage(
+            image=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=texts,
+            place=f"captions.jsonl line {n + 1}",
+        )
+        for n, texts in enumerate(captions)
+    ]  # fmt: skip
+
+
+def test_images_with_one_caption_are_counted_and_named_with_both_ways_around_them():
+    with pytest.raises(
+        ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
+    ) as refused:
+        group_captions(make_records([("one",), ("one", "one")]))
+    ways = ("--skip-single-captions", "build --caption-adapter", "llm2clip extract")
+    assert all(way in str(refused.value) for way in ways)
+
+
+def test_images_with_one_caption_are_skipped_by_key_and_counted():
+    records = make_records([("a",), ("b", "c"), ("d", "d")])
+    # Another record of the first key gives it a second caption.
+    records.append(replace(records[0], captions=("e",), lang="de"))
+    kept, num_skipped = skip_single_captions(records)
+    assert num_skipped == 1
+    assert [group.captions for group in group_captions(kept)] == [("a", "e"), ("b", "c")]
+    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-adapter"):
+        skip_single_captions(records[2:3])
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("{", "not JSON"),
+        ('{"query": "a", "positive": " "}', "non-blank"),
+        ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
+        ('{"query": "a", "positive": "b", "negatives": [" a "]}', "the query is among its neg"),
+        ('{"query": "a", "positive": "b", "positive": "c"}', "field 'positive' twice"),
+        ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
+        ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
+    ],
+)
+def test_broken_text_pairs_are_named_by_line(tmp_path, line, error):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=error):
+        read_text_pairs(file)
+
+
+def test_text_pairs_are_read_as_captions_are(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes('\ufeff{"query": " a\u2028dog ", "positive": "on a mat\\n"}\n'.encode())
+    (pair,) = read_text_pairs(file)
+    assert (pair.anchor, pair.positive) == ("a dog", "on a mat")
+    held_out = [CaptionGroup("k", ("a dog", "another"))]
+    assert leave_out_texts([pair], held_out) == ([], 1)
+
+
+def test_caption_retrieval_counts_first_captions_that_find_their_second():
+    embeddings = {"a": [1.0, 0], "a2": [1.0, 0.1], "b": [0.0, 1], "b2": [1.0, 0.05]}
+    groups = [CaptionGroup("a", ("a", "a2")), CaptionGroup("b", ("b", "b2"))]
+    # "a" is nearer to "b2" than to "a2"; "b" is nearest to "a2": neither finds its own.
+    encode = lambda texts: torch.tensor([embeddings[text] for text in texts])  # noqa: E731
+    assert measure_caption_retrieval(encode, groups) == 0.0
+    embeddings["b2"] = [0.1, 1.0]
+    assert measure_caption_retrieval(encode, groups) == 1.0

@@ -1,0 +1,139 @@
+"""The loss: keys, chunks, and several processes that equal one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from aligning import write_data
+from gloo_workers import (
+    CHUNK,
+    NUM_ROWS,
+    backward_module,
+    find_free_port,
+    load_trained,
+    loss_and_gradients,
+    make_batch,
+    work,
+)
+from tiny import tiny_model
+
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
+from modeling_llm2clip.modeling_llm2clip import contrastive_loss
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
+
+WHOLE = slice(0, NUM_ROWS)
+# Sums of a few float32 numbers in another order.
+ROUNDING = {"atol": 2e-6, "rtol": 1e-5}
+
+
+def test_the_keyed_loss_is_the_plain_one_when_all_keys_differ() -> None:
+    image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale = torch.tensor([10.0])
+    keyed = grouped_contrastive_loss(image, text, scale, torch.arange(6))
+    torch.testing.assert_close(keyed, contrastive_loss(scale * image @ text.T), **ROUNDING)
+
+
+def test_rows_with_the_same_key_do_not_repel_each_other() -> None:
+    image = F.normalize(torch.randn(2, 8), dim=-1)
+    # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
+    loss = grouped_contrastive_loss(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
+    assert loss.item() == 0.0
+
+
+def test_rounded_embeddings_are_compared_in_float32() -> None:
+    rounded = [
+        part.bfloat16()
+        for part in (*(F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2)), torch.ones(1))
+    ]
+    keys = torch.arange(6)
+    found = grouped_contrastive_loss(*rounded, keys)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, grouped_contrastive_loss(*(part.float() for part in rounded), keys))
+
+
+@pytest.mark.parametrize("chunk_size", [1, CHUNK, NUM_ROWS, 100])
+def test_the_chunked_loss_is_the_plain_one_with_the_same_gradients(chunk_size: int) -> None:
+    plain, chunked = loss_and_gradients(WHOLE), loss_and_gradients(WHOLE, chunk_size=chunk_size)
+    for name, value in plain.items():
+        assert value.abs().sum() > 0
+        torch.testing.assert_close(chunked[name], value, **ROUNDING)
+
+
+def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
+    image, text = (F.normalize(torch.randn(256, 4), dim=-1) for _ in range(2))
+    image.requires_grad_(True)
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    for chunk_size in (None, 16):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            grouped_contrastive_loss(
+                image, text, torch.tensor([10.0]), torch.arange(256), chunk_size=chunk_size
+            )
+        # What is kept for the backward pass: the matrix of logits, or rows of four numbers.
+        assert (max(kept) >= 256 * 256) == (chunk_size is None)
+
+
+def test_rows_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must pair row by row"):
+        grouped_contrastive_loss(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1), torch.zeros(2))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Any]]:
+    """Run both halves of the batch in two processes over gloo, once for all tests."""
+    folder = tmp_path_factory.mktemp("gloo")
+    model, processor = tiny_model()
+    save_model(model, processor, folder / "exported")
+    batch = make_batch(folder / "exported", load_records(write_data(folder / "data")))
+    torch.multiprocessing.spawn(work, args=(find_free_port(), folder, batch), nprocs=2)
+    return folder, batch, [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "chunked"])
+def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, kind: str) -> None:
+    halves, whole = [half[kind] for half in two_processes[2]], loss_and_gradients(WHOLE)
+    mean = {name: sum(half[name] for half in halves) / 2 for name in ("loss", "scale")}
+    for name, value in mean.items():
+        torch.testing.assert_close(value, whole[name], **ROUNDING)
+    for name in ("image", "text"):
+        # Distributed training divides by the number of processes.
+        rows = torch.cat([half[name] for half in halves]) / 2
+        torch.testing.assert_close(rows, whole[name], **ROUNDING)
+
+
+@pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])
+def test_two_processes_give_every_gradient_of_the_model_that_one_gives(
+    two_processes: Any, wrapped_by: str
+) -> None:
+    folder, batch, halves = two_processes
+    model = load_trained(folder / "exported")
+    loss = backward_module(model, batch, WHOLE)
+    mean = (halves[0][f"{wrapped_by}_loss"] + halves[1][f"{wrapped_by}_loss"]) / 2
+    torch.testing.assert_close(mean, loss, **ROUNDING)
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert {"logit_scale.log_scale", "visual_projection.weight"} < set(wanted)
+    assert any(name.startswith("vision_model.") for name in wanted)
+    for half in halves:
+        assert set(half[wrapped_by]) == set(wanted)
+        for name, gradient in wanted.items():
+            # Two layers of float32 sums in another order, gradients of about 1.
+            torch.testing.assert_close(
+                half[wrapped_by][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
+            )
+
+
+def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
+    for half in two_processes[2]:
+        assert half["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32

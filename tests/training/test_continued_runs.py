@@ -1,0 +1,170 @@
+"""A run is continued with what it was begun with, and a store of images used with these."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aligning import NUM_RECORDS, Prepared
+from captioned_files import (
+    own_cache,  # noqa: F401
+    write_folder,
+    write_parquet,
+    write_shards,
+)
+from safetensors.torch import load_file, save_file
+from tiny import draw_noise, tiny_model
+from tuning import GROUPS, SHORT, tune
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.data_hashes import hash_image_sizes
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
+from modeling_llm2clip.training.extraction.extract import ExtractionArguments
+from modeling_llm2clip.training.extraction.image_extraction import extract_images
+from modeling_llm2clip.training.finetuning.lora_encoder import LoraArguments
+
+
+@pytest.fixture
+def here(prepared: Prepared, tmp_path: Path) -> Prepared:
+    """A copy of `prepared` that a test may change, with a run on it."""
+    root = tmp_path / "prepared"
+    shutil.copytree(prepared.model.parent, root)
+    copied = Prepared(root / "data", root / "exported", root / "captions", root / "images")
+    copied.align(root / "run", steps=2)
+    return copied
+
+
+def move_weight(folder: Path, name: str) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, name: weights[name] + 1}, file, metadata={"format": "pt"})
+
+
+def move_head(here: Prepared) -> Prepared:
+    move_weight(here.model, "visual_projection.weight")
+    return here
+
+
+def replace_image(here: Prepared) -> Prepared:
+    draw_noise(seed=1).save(here.data / "07.jpg")
+    return here
+
+
+def move_images(here: Prepared) -> Prepared:
+    """As many bytes of each name in another folder, which `--image-dir` may say."""
+    return replace(here, data=Path(shutil.copytree(here.data, here.data.parent / "other")))
+
+
+def store_in_another_dtype(here: Prepared) -> Prepared:
+    shutil.rmtree(here.captions)
+    settings = ExtractionArguments(dtype="float16", device="cpu")
+    extract_captions(here.model, here.records, here.captions, settings)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (move_head, "fingerprint.all.weights"),
+        (replace_image, "images.sizes"),
+        (move_images, "images.first"),
+        (store_in_another_dtype, "caption_store.manifest"),
+    ],
+)
+def test_an_alignment_is_not_continued_on(
+    here: Prepared, change: Callable[[Prepared], Prepared], named: str
+) -> None:
+    run = here.model.parent / "run"
+    assert here.align(run, steps=2, resume=True).steps == 2
+    changed = change(here)
+    with pytest.raises(ValueError, match=rf"another run: {named}: '[^']+' then, '[^']+' now\. "):
+        changed.align(run, steps=2, resume=True)
+
+
+def test_a_caption_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
+    folder = save_model(*tiny_model(), tmp_path / "base")
+    data = tmp_path / "captions.jsonl"
+    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    command = ["finetune-llm", str(folder), str(data), str(tmp_path / "run"), *flags]
+    assert main(command) == 0
+    move_weight(folder, "text_model.norm.weight")
+    assert main([*command, "--resume"]) == 2
+    assert "another run: fingerprint.weights: '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{}", "run.json has no arguments: it is not the record of a run of this package"),
+        ("[]", "run.json has no arguments"),
+        ("half", "run.json cannot be read"),
+        ('{"arguments": {"steps": 2}}', "does not say batch_size, .*fingerprint, .*another versio"),
+    ],
+)
+def test_a_record_that_is_not_ours_or_older_is_refused_as_such(
+    prepared: Prepared, tmp_path: Path, record: str, message: str
+) -> None:
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(ValueError, match=message):
+        prepared.align(tmp_path, resume=True)
+
+
+def test_what_differs_in_a_nested_setting_is_named_alone(tmp_path: Path) -> None:
+    arguments = replace(SHORT, steps=1)
+    tune(tmp_path / "run", arguments)
+    other = replace(arguments, lora=LoraArguments(dropout=0.5))
+    with pytest.raises(ValueError, match=r"another run: lora\.dropout: 0\.0 then, 0\.5 now\. Name"):
+        tune(tmp_path / "run", other, resume=True)
+
+
+def open_dataset(here: Prepared, records: Any) -> AlignmentDataset:
+    processor = LLM2CLIPProcessor.from_pretrained(here.model)
+    return AlignmentDataset(records, processor, image_store=here.image_store)
+
+
+def test_a_store_of_other_images_of_the_same_names_is_refused(here: Prepared) -> None:
+    replace_image(here)
+    with pytest.raises(ValueError, match=r"other images of these names \(images \w+ then, \w+"):
+        open_dataset(here, here.records)
+
+
+def test_a_store_of_images_outlives_other_captions_of_them(prepared: Prepared) -> None:
+    edited = [replace(r, captions=("another",)) for r in reversed(prepared.records)]
+    assert len(open_dataset(prepared, edited)) == NUM_RECORDS
+
+
+def test_without_the_images_a_store_of_them_belongs_to_its_own_data(prepared: Prepared) -> None:
+    bare = [replace(record, image=None) for record in prepared.records]
+    assert len(open_dataset(prepared, bare)) == NUM_RECORDS
+    edited = [replace(record, captions=("another",)) for record in bare]
+    with pytest.raises(ValueError, match=r"other images of these names \(data \w+ then, \w+ now"):
+        open_dataset(prepared, edited)
+
+
+def test_images_have_the_same_sizes_in_every_format(tmp_path: Path) -> None:
+    sources = [write(tmp_path / write.__name__) for write in (write_folder, write_shards)]
+    sources.append(write_parquet(tmp_path / "parquet"))
+    hashes = {hash_image_sizes(load_records(source)) for source in sources}
+    assert len(hashes) == 1
+
+
+def test_a_name_that_stands_for_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    first, second = prepared.records[:2]
+    twice = [first, replace(second, name=first.name, lang="de")]
+    with pytest.raises(ValueError, match=r"1 names stand for several images: \['00\.jpg'\]"):
+        extract_images(prepared.model, twice, tmp_path / "store")
+    copied = tmp_path / "copy.jpg"
+    shutil.copy(first.path, copied)
+    same = [first, replace(first, image=copied, lang="de")]
+    report = extract_images(prepared.model, same, tmp_path / "store")
+    assert report.num_rows == 1

@@ -1,0 +1,157 @@
+"""The processes of a run work together or not at all, on the device that they share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+from tuning import SHORT, tune
+
+from modeling_llm2clip.encoding.devices import find_device
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
+from modeling_llm2clip.training.distributed import (
+    LONGEST_WAIT,
+    join_processes,
+    require_all_processes,
+    warn_of_idle_gpus,
+)
+from modeling_llm2clip.training.finetuning import finetune_llm as stage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_process_that_works_alone_beside_others_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    PartialState(cpu=True)
+    join_processes(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        RuntimeError, match=r"started 2 processes .* this one works with 1.*--device"
+    ):
+        join_processes(cpu=True)
+    require_all_processes(2)
+
+
+@pytest.mark.parametrize("told", ["by its settings", "by the launcher", "by nobody"])
+def test_a_run_stays_on_the_cpu_where_it_is_told_to_or_has_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: told != "by nobody")
+    for kind in (torch.backends.mps,):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    if told == "by the launcher":
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert find_device("cpu" if told == "by its settings" else "auto").type == "cpu"
+
+
+def test_the_trainer_of_the_alignment_is_told_to_stay_where_the_run_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for kind in (torch.cuda, torch.xpu, torch.backends.mps):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    assert make_training_arguments(tmp_path, AlignArguments()).use_cpu
+
+
+@pytest.fixture
+def many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three GPUs for one process, as far as a Trainer's settings tell."""
+    finish = TrainingArguments.__post_init__
+
+    def see_three(self: Any) -> None:
+        finish(self)
+        self._n_gpu = 3
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", see_three)
+
+
+@pytest.mark.usefixtures("many_gpus")
+def test_a_machine_with_many_gpus_gives_one_process_no_larger_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    collate = stage.PairCollator.__call__
+
+    def note(self: Any, rows: list[Any]) -> Any:
+        sizes.append(len(rows))
+        return collate(self, rows)
+
+    monkeypatch.setattr(stage.PairCollator, "__call__", note)
+    tune(tmp_path / "run", replace(SHORT, steps=2, batch_size=4))
+    assert sizes == [4, 4]
+    assert make_training_arguments(tmp_path, AlignArguments()).n_gpu <= 1  # 0 on the CPU
+
+
+def test_gpus_that_no_process_uses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.warns(UserWarning, match=r"3 GPUs are seen, and 1 used.*--num_processes 3"):
+        warn_of_idle_gpus(torch.device("cuda"), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_idle_gpus(torch.device("cuda"), 3)
+        warn_of_idle_gpus(torch.device("cpu"), 1)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tiny import tiny_model
+from tuning import GROUPS
+from modeling_llm2clip.encoding.captions import encode_captions
+from modeling_llm2clip.training.alike_images import encode_groups, encode_groups_together
+from modeling_llm2clip.training.processes import join_processes
+
+state, model = join_processes(cpu=True), tiny_model()
+counts = []
+
+def encode(captions):
+    counts.append(len(captions))
+    return encode_captions(*model, captions).caption_embeds
+
+groups = GROUPS[:7]
+together = encode_groups_together(encode, groups)
+torch.save(
+    {
+        "together": together, "alone": encode_groups(encode, groups), "counts": counts,
+        "wait": dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout,
+    },
+    Path(sys.argv[1]) / f"{state.process_index}.pt",
+)
+state.wait_for_everyone()
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_for_hours(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TOGETHER)
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            str(script), str(tmp_path),
+        ],
+        check=True, capture_output=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )  # fmt: skip
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert torch.equal(found[0]["together"], found[1]["together"])
+    # Five captions a group: four groups here, three there, then all seven by itself.
+    assert [each["counts"] for each in found] == [[20, 35], [15, 35]]
+    for each in found:
+        assert each["wait"] == LONGEST_WAIT
+        # Other batches, so sums in another order, of unit embeddings.
+        torch.testing.assert_close(each["together"], each["alone"], atol=1e-5, rtol=0)
