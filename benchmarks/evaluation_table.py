@@ -57,7 +57,7 @@ from modeling_llm2clip.evaluation.results import Result
 from modeling_llm2clip.evaluation.tables import render_results
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from tiny_encoders import save_tiny_encoder
 
 OURS, OURS_CUT = "ours", "ours, cut at 77 tokens"

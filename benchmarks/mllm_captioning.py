@@ -13,7 +13,7 @@ held-out thing, its images or its names.
 | `caption_loss` | nats a token of held-out names, given their images |
 | `caption_loss_other_image` | the same, given the image of another held-out thing: what the LLM
 knows without seeing | | `written` | names that the LLM wrote for held-out images |
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ DOCUMENTS = (
     ROOT / "examples" / "data" / "caption_lora" / "README.md",
     ROOT / "examples" / "recipes" / "README.md",
 )
-CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "hub" / "model_card_template.md"
+CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
 # Tables that share the file of another one.
 _RECORDED_WITH = {"existing_model": "first_run"}

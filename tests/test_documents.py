@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from machine_paths import MACHINE_PATH
 from PIL import Image
 from tiny import tiny_images
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
@@ -20,7 +21,7 @@ from benchmarks.render_tables import DOCUMENTS as TABLED
 from benchmarks.render_tables import NOT_RECORDED, RESULTS, render_document
 from modeling_llm2clip.__main__ import _build_parser, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FOLDERS = [
     ROOT / name for name in ("modeling_llm2clip", "benchmarks", "conversion", "examples", "tests")
@@ -36,7 +37,6 @@ MADE_BY_READERS = (
 VISION_ID = "openai/clip-vit-large-patch14-336"
 LLM_ID = "meta-llama/Llama-3.2-1B-Instruct"
 HUB_OWNERS = ("microsoft", "meta-llama")  # what follows is a Hub id, not a path
-MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|opt|Users|mnt|content)/|\b[A-Z]:\\")
 
 # Each snippet has names of its own, so that it stands alone; one process imports torch once.
 RUN_SNIPPETS = """

@@ -80,7 +80,7 @@ def list_needs_of_evaluated(
 
 
 def _guess_kind(source: str, revision: str | None) -> str | None:
-    """The kind, where it is one with an extra of its own; `detect_model_type` says the last word."""
+    """Guess the model type where it needs an extra; `detect_model_type` has the last word."""
     if Path(source).is_file():
         return "open_clip"
     config = _read_json(source, "config.json", revision)

@@ -168,7 +168,7 @@ def _write_faces(
     name: str,
     device: str,
 ) -> None:
-    """Write golden embeddings, files of sentence-transformers and the card, as an export has them."""
+    """Write golden embeddings, sentence-transformers' files and the card, as an export does."""
     model = load_without_code(AutoModel, folder, local_files_only=True).eval().to(device)
     write_sentence_transformers_files(
         folder,

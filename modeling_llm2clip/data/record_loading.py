@@ -12,7 +12,7 @@ files in `images`; see `sources/coco.py` |
 
 A pattern has `*`, `?` or `[…]`. Files are read in the order of their names. Several languages of a
 image are several records.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

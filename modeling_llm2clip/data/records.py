@@ -20,7 +20,7 @@ re-captionings of CC3M and CC12M call theirs | | `longIB_captions`, `longSV_capt
 Any other field is an error: it may be a misspelt one. `load_records(…, ignored_fields=…)` names
 those that are meant to be there. Texts lose the white space around them, and a line break inside
 becomes one space, because captions are one line to every later stage.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

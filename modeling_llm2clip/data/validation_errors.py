@@ -7,7 +7,7 @@ from collections.abc import Mapping
 _PLACES_SHOWN = 5
 
 
-class DataValidationError(ValueError):  # noqa: N818
+class DataValidationError(ValueError):
     """A data set has errors: how many of each kind, and where the first of them are.
 
     Attributes:

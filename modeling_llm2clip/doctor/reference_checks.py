@@ -72,7 +72,7 @@ def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor])
 
 
 def check_sentence_transformers(patient: ModelUnderTest) -> str:
-    """sentence-transformers must give the model's own embeddings; frees the model, so comes last."""
+    """sentence-transformers must give the model's own embeddings; runs last: it frees the model."""
     if find_spec("sentence_transformers") is None:
         raise NotApplicableError(
             "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"

@@ -25,7 +25,7 @@ from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS = _build_parser().commands
 # The dataclass that each command fills from its flags.
 SETTINGS = {

@@ -323,7 +323,7 @@ def test_weights_that_cannot_be_written_are_told_in_one_line(
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

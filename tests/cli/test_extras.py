@@ -20,7 +20,7 @@ from modeling_llm2clip import _extras
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip._extras import MissingExtraError, Need, require
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_llm2clip"
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -97,7 +97,7 @@ def list_imports(file: Path, *, into_functions: bool) -> tuple[set[Path], set[st
 
 def list_of_command(command: str) -> set[str]:
     """What is imported as soon as a command runs: by its module, and by whatever that imports."""
-    start = PACKAGE / "commands" / f"{command.replace('-', '_')}.py"
+    start = PACKAGE / "cli" / f"{command.replace('-', '_')}.py"
     waiting, seen, found = [start], {start}, set()
     while waiting:
         file = waiting.pop()

@@ -33,7 +33,7 @@ from modeling_llm2clip.training.finetuning.lora_encoder import (
 )
 from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NUMBER = r"-?[\d,.]+(e[+-]\d+)?"
 STEP = re.compile(
     rf"step (\d+)/(\d+)(  (R@1 )?[a-zA-Z- ]+ {NUMBER}%?)*(  {NUMBER} (pairs|steps)/s)?"

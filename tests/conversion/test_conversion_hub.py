@@ -11,7 +11,7 @@ import pytest
 from converting import LLM, LLM2VEC, read_checkpoint, save_checkpoint
 from hub_server import HubFile, HubServer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def publish(hub: HubServer, name: str, folder: Path) -> str:

@@ -44,7 +44,7 @@ from modeling_llm2clip.conversion.source_formats import (
 )
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-DATA = Path(__file__).parent.parent / "examples" / "data"
+DATA = Path(__file__).parents[2] / "examples" / "data"
 FOLDERS = ("emoji", "photographs")
 EMOJI_LANGUAGES = {"en", "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko"}
 EMOJI_FIELDS = {"image", "key", "captions", "keywords", "lang"}

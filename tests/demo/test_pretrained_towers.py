@@ -24,7 +24,7 @@ from modeling_llm2clip.demo.pretrained_towers import (
     fetch_tower,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "llm2clip_test_part"
 CONTENT = b"weights"
 

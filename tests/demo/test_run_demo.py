@@ -22,7 +22,7 @@ from modeling_llm2clip.demo.run_demo import SENTENCES
 from modeling_llm2clip.evaluation.contamination import count_trained
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What setup.cfg names: enough to build the wheel, without touching the checkout.
 BUILT_FROM = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 # What the demo allows between the embeddings of two processes; see demo/verify.py.

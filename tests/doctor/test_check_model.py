@@ -137,6 +137,6 @@ assert "RepositoryNotFoundError" in diagnose("owner/absent").checks[0].message
             capture_output=True,
             text=True,
             timeout=120,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

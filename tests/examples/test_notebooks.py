@@ -9,10 +9,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from test_documents import MACHINE_PATH
+from machine_paths import MACHINE_PATH
 from tiny_folders import export_tiny_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 ON_A_MODEL = [path for path in NOTEBOOKS if "LLM2CLIP_MODEL" in path.read_text(encoding="utf-8")]

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from modeling_llm2clip.building.lora_merging import merge_lora
 
 pytestmark = pytest.mark.slow  # each is a process of its own
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "masked_next_token.py"
 
 

@@ -24,7 +24,7 @@ from modeling_llm2clip.conversion.source_formats import (
 )
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 
-GOLDEN = Path(__file__).parent.parent / "conversion" / "golden"
+GOLDEN = Path(__file__).parents[2] / "conversion" / "golden"
 LLM2VEC = GOLDEN / "llm2vec"
 LLM = LLM2VEC / "llama"
 # Which recipe a family's small checkpoint is converted by, and what is smaller in it.

@@ -1,7 +1,7 @@
 """Kills an `llm2clip` command at random moments until it has died often enough.
 
-    python tests/kill_repeatedly.py --times 20 FOLDER -- extract MODEL DATA {output}
-    python tests/kill_repeatedly.py --times 5 --again=--resume --at run.json --at '.model-*' \
+    python tests/helpers/kill_repeatedly.py --times 20 FOLDER -- extract MODEL DATA {output}
+    python tests/helpers/kill_repeatedly.py --times 5 --again=--resume --at run.json --at '.model-*' \
         FOLDER -- align MODEL DATA {output}
 
 The command first runs undisturbed into FOLDER/undisturbed, which also tells how long it takes until

@@ -26,7 +26,7 @@ def living_writer(folder: Path) -> Iterator[Path]:
     before = set(folder.parent.glob(".*"))
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None and process.stdout.readline() == "writing\n"

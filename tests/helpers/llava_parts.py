@@ -11,7 +11,7 @@ from llava_model import build_llava
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "llava"
 TEMPLATE = (RECIPE / "vicuna.jinja").read_text(encoding="utf-8")
 TURNS = (("<image>\nWhat is it?", "a red car"), ("Is it new?", "yes"))

@@ -163,7 +163,7 @@ def ran(
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(commands)],
         input="y\n" * 500, capture_output=True, text=True, timeout=300,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return Ran(json.loads(done.stdout.splitlines()[-1]), done.stdout, mark)
@@ -247,7 +247,7 @@ def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_after
         done = subprocess.run(
             [sys.executable, "-c", BUILD_FROM_THE_HUB, *map(str, (vision, llm, built, mark))],
             env=hub.environment(tmp_path / "cache"), input="y\n" * 9, capture_output=True,
-            text=True, timeout=120, cwd=Path(__file__).parent.parent,
+            text=True, timeout=120, cwd=Path(__file__).parents[2],
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     without, branch, pinned = json.loads(done.stdout.splitlines()[-1])

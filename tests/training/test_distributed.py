@@ -27,7 +27,7 @@ from modeling_llm2clip.training.distributed import (
 )
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_process_that_works_alone_beside_others_is_refused(
@@ -145,7 +145,7 @@ def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_fo
             str(script), str(tmp_path),
         ],
         check=True, capture_output=True, timeout=200,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])},
     )  # fmt: skip
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     assert torch.equal(found[0]["together"], found[1]["together"])

@@ -29,7 +29,10 @@ def main() -> int:
     """Train the projector and write the joined model."""
     parsed, arguments = _parse()
     records = load_records(
-        parsed.data, images=parsed.image_dir, check_images=parsed.check_images, show_progress=True
+        parsed.data,
+        image_dir=parsed.image_dir,
+        check_images=parsed.check_images,
+        show_progress=True,
     )
     conversations = conversations_of_captions(records, lang=parsed.lang)
     template = parsed.chat_template and parsed.chat_template.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ What the families are trained with, and what their processors leave to the calle
 | `clip` | 77 tokens, padded to the longest of the batch and masked |
 | `siglip`, `siglip2` | lower case, 64 tokens, padded to 64 and **not** masked: the last token is
 pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class RememberingEncoder:
         return self._encoder.describe()
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """As the encoder behind it; raises ValueError naming texts whose embeddings are not finite."""
+        """As the encoder behind it; raises ValueError naming texts with non-finite embeddings."""
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
             encoded = self._encoder.encode_texts(new)

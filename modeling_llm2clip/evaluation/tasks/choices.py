@@ -6,7 +6,7 @@
 | `text` | the same with another true caption in place of the image, for text encoders alone |
 | `images` (Winoground, arXiv:2204.03162) | `text`: each image finds its caption; `image`: each
 caption finds its image; `group`: both |
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

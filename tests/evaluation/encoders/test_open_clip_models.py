@@ -172,7 +172,7 @@ def test_an_open_clip_repository_of_bin_weights_alone_is_fetched_with_them(
         repository.add_commit("main", "add", {name: HubFile(f) for name, f in files.items()})
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=200,
-            cwd=Path(__file__).parents[1], env=hub.environment(tmp_path / "cache"),
+            cwd=Path(__file__).parents[3], env=hub.environment(tmp_path / "cache"),
         )  # fmt: skip
         asked = [request for request in hub.requests if request.endswith("/pytorch_model.bin")]
     assert done.stdout.strip() == "open_clip (1, 16)", done.stderr[-2000:]

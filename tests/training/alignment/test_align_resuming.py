@@ -23,7 +23,7 @@ from modeling_llm2clip.doctor import check_model
 from modeling_llm2clip.training.checkpoints import forget_what_came_after
 from modeling_llm2clip.training.run_record import write_run_record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signals) -> int:
@@ -73,7 +73,7 @@ def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
     command = command_of(prepared, Path("{output}"))
     moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/kill_repeatedly.py"), "--times", "5", *moments,
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", "5", *moments,
          "--again=--resume", str(tmp_path), "--", *command],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

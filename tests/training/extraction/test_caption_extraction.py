@@ -36,7 +36,7 @@ from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 from modeling_llm2clip.training.extraction.image_extraction import extract_images
 from modeling_llm2clip.training.graceful_stop import StopRequest, stop_on_signals
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 WORDS = (
     "a red green old small dog cat apple house tree on under beside the wooden table sea".split()
 )
@@ -189,7 +189,7 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
 def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]:
     command = shorten(["extract", str(model), str(data), "{output}"])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/kill_repeatedly.py"), "--times", str(times),
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
          str(folder), "--", *command],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

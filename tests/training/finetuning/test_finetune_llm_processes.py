@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 GRADIENTS = """
 import sys
@@ -60,7 +60,7 @@ def compute_gradients(
         sys.executable, *(launch if processes > 1 else []), str(script), str(folder / "gradients"),
         str(folder / "run"), str(8 // processes), str(mini_batch_size), negatives,
     ]  # fmt: skip
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
     subprocess.run(
         command, check=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -111,7 +111,7 @@ sys.exit(tune_captions(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(STOPPED)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
     metrics = tmp_path / "run" / "metrics.jsonl"
     with subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "run")],

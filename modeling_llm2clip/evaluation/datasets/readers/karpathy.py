@@ -9,7 +9,7 @@ upstream downloads) | `flickr30k_test.json`, `coco_karpathy_test.json` | | `{"im
 
 COCO has more than five captions for some images: 25,010 for 5,000. They are kept with their
 image, whatever their number.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

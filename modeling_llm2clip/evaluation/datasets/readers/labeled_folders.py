@@ -2,7 +2,7 @@
 
 Class names of a file: one line a class, `<class> <name>`. ImageNet's own `LOC_synset_mapping.txt`
 has several names a class with commas between them, of which the first is taken.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
