@@ -89,7 +89,7 @@ def _add_architecture_flags(build: Any) -> None:
 
 def _add_weight_flags(build: Any) -> None:
     build.add_argument(
-        "--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM; default: none"
+        "--caption-lora", type=Path, help="LoRA of a caption-tuned LLM; default: none"
     )
     build.add_argument(
         "--accept-adapter-base", metavar="NAME",

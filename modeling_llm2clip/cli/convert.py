@@ -93,7 +93,7 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         help="branch, tag or commit of the LLM's Hub repository; default: its main branch",
     )
     llm.add_argument(
-        "--llm-adapter",
+        "--llm-lora",
         action="append",
         default=[],
         metavar="LORA",

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         "--images", type=Path, help="folder with captions.jsonl; default: the embedded emoji"
     )
     demo.add_argument(
-        "--caption-adapter",
+        "--caption-lora",
         help="LoRA of a caption-tuned LLM: a folder, embedded, or none; default: embedded for the "
         "embedded SmolLM2, none for another LLM",
     )

@@ -13,7 +13,7 @@ from .records import CaptionedImage, clean_text
 _ERRORS_SHOWN = 5
 _WITHOUT_PAIRS = (
     "Data without second captions needs no caption tuning: build the model from a caption-tuned "
-    "LLM (a released one, or the LoRA of one by llm2clip build --caption-adapter), or leave this "
+    "LLM (a released one, or the LoRA of one by llm2clip build --caption-lora), or leave this "
     "stage out and go on with llm2clip extract."
 )
 

@@ -157,7 +157,7 @@ def test_images_with_one_caption_are_counted_and_named_with_both_ways_around_the
         ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
     ) as refused:
         group_captions(make_records([("one",), ("one", "one")]))
-    ways = ("--skip-single-captions", "build --caption-adapter", "llm2clip extract")
+    ways = ("--skip-single-captions", "build --caption-lora", "llm2clip extract")
     assert all(way in str(refused.value) for way in ways)
 
 
@@ -168,7 +168,7 @@ def test_images_with_one_caption_are_skipped_by_key_and_counted():
     kept, num_skipped = skip_single_captions(records)
     assert num_skipped == 1
     assert [group.captions for group in group_captions(kept)] == [("a", "e"), ("b", "c")]
-    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-adapter"):
+    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-lora"):
         skip_single_captions(records[2:3])
 
 
