@@ -92,7 +92,7 @@ def _add_weight_flags(build: Any) -> None:
         "--caption-lora", type=Path, help="LoRA of a caption-tuned LLM; default: none"
     )
     build.add_argument(
-        "--accept-adapter-base", metavar="NAME",
+        "--accept-lora-base", metavar="NAME",
         help="the LoRA's name for this LLM; default: the LLM's own",
     )  # fmt: skip
     build.add_argument(

@@ -100,7 +100,7 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         help="LoRA to merge: a folder, ID or ID@REVISION; repeatable; default: none",
     )
     llm.add_argument(
-        "--accept-adapter-base",
+        "--accept-lora-base",
         metavar="NAME",
         help="the LoRA's name for this LLM; default: the LLM's own",
     )

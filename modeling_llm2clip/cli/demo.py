@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
         "embedded SmolLM2, none for another LLM",
     )
     demo.add_argument(
-        "--accept-adapter-base", metavar="NAME",
+        "--accept-lora-base", metavar="NAME",
         help="the LoRA's name for this LLM; default: the LLM's own",
     )  # fmt: skip
     demo.add_argument("--steps", type=int, default=100, help="steps of the alignment")
