@@ -58,9 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     checkout = options.checkout.resolve()
     entry = {
-        "command": " ".join(["python", "benchmarks/house.py", *sys.argv[1:]]),
+        "command": _describe_command(options.checkout),
         "commit": _read_commit(checkout),
-        "hardware": f"{describe_processor()}, {os.cpu_count()} threads",
+        "hardware": f"{describe_processor()}, {os.cpu_count()} CPUs",
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "pytest")},
@@ -250,6 +250,12 @@ def _run_python(
 def _read_commit(checkout: Path) -> str:
     command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _describe_command(checkout: Path) -> str:
+    """The command line, with a word in place of a path that other machines do not have."""
+    words = ["CHECKOUT" if word == str(checkout) else word for word in sys.argv[1:]]
+    return " ".join(["python", "benchmarks/house.py", *words])
 
 
 def _no_cache() -> list[str]:
