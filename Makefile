@@ -5,7 +5,7 @@ install:
 	pip install -e ".[dev]"
 
 style:
-	ruff check --fix . && ruff format . && typos --write-changes
+	ruff check --fix . && ruff format .
 
 quality:
 	ruff check . && ruff format --check . && typos && mypy && lint-imports --no-cache
@@ -20,7 +20,7 @@ docs:
 	python docs/write_cli_reference.py && zensical build --clean --strict --config-file mkdocs.yml
 
 benchmarks:
-	python benchmarks/house.py --label after && python benchmarks/render_tables.py
+	python benchmarks/house.py --label after --run-tests && python benchmarks/render_tables.py
 
 distributions:
 	.ci/build
