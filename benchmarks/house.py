@@ -39,7 +39,7 @@ import {_PACKAGE}
 print(time.perf_counter() - started)
 """
 # A flag opens its own entry of a help text, perhaps after a short form or inside a drawn box.
-_FLAG = re.compile(r"^[\s│*]*(?:-\w,?\s+)?(--[a-z][\w-]*)")
+_FLAG = re.compile(r"^[\s│*]*(?:-\w,?\s+)?(--(?:\[no-\])?[a-z][\w-]*)")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -317,7 +317,7 @@ def _guess_commands(checkout: Path) -> Iterable[str]:
 
 
 def _help(checkout: Path, command: str) -> str | None:
-    """Help text of a command, or nothing where the module of that name is no command."""
+    """Help text of a command, or None where a module is a helper."""
     done = _run_python(checkout, "-m", _PACKAGE, command, "--help", check=False)
     return done.stdout if done.returncode == 0 else None
 

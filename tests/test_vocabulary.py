@@ -33,7 +33,7 @@ PENDING_PHRASES = {
     r"SetCard|\bset cards?\b": "DatasetSpec",
     r"\b(find|read|list|hash)_sets?\b": "find_dataset, load_dataset, list_datasets, hash_dataset",
     r"\b(Retrieval|Classification|Choice)Set\b": "RetrievalDataset, …",
-    r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|tuned on captions": "finetune-llm, fine-tuned",
+    r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|(?<!fine-)tuned on captions": "fine-tuned, …",
     r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
     r"\b(accept|merge|write)_adapter": "accept_lora, merge_lora, write_lora",
     r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
@@ -72,7 +72,7 @@ PENDING_FLAGS = {
     r"--count\b": "--top-k",
     r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
     r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
-    r"--(recipe|preprocessing)\b": "--source-format, --normalization",
+    r"--recipe\b": "--source-format",
     r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
 }  # fmt: skip
 PENDING_WORDS = frozenset(
