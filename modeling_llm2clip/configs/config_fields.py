@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 import textwrap
+from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -237,6 +238,10 @@ def convert_value(name: str, value: Any, hint: Any) -> Any:
         )
     if origin is tuple:
         return _convert_tuple(name, value, arguments)
+    if origin is abc.Mapping:
+        if not isinstance(value, abc.Mapping):
+            raise ValueError(f"{name}={value!r} must be a mapping.")
+        return {key: convert_value(f"{name}.{key}", v, arguments[1]) for key, v in value.items()}
     if isinstance(hint, type) and issubclass(hint, Config):
         if isinstance(value, hint):
             return value
@@ -337,13 +342,16 @@ def _convert_annotated(name: str, value: Any, hint: Any, limits: tuple[Any, ...]
 def _convert_union(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
     if value is None and NoneType in hints:
         return None
+    is_list, is_mapping = isinstance(value, list | tuple), isinstance(value, abc.Mapping)
+    wanted = tuple if is_list else abc.Mapping if is_mapping else None
     others = [hint for hint in hints if hint is not NoneType]
-    for hint in others[:-1]:
+    fitting = [hint for hint in others if get_origin(hint) in (wanted, Annotated)] or others
+    for hint in fitting[:-1]:
         try:
             return convert_value(name, value, hint)
         except ValueError:
             continue
-    return convert_value(name, value, others[-1])
+    return convert_value(name, value, fitting[-1])
 
 
 def _convert_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
