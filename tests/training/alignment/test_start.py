@@ -9,7 +9,7 @@ import pytest
 import torch
 from aligning import Prepared, prepare
 
-from modeling_llm2clip.model_folders.alignment_report import (
+from modeling_llm2clip.training.alignment.alignment_report import (
     describe_result,
     find_caution,
     list_results,
