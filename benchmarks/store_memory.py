@@ -194,7 +194,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = [f"{start}.png" for start in starts]
     short = [list(range(s, min(s + _CAPTIONS_A_RECORD, arguments.rows))) for s in starts]
     index = pack_index(
-        {"names": texts, "keys": texts, "langs": ["en"] * len(texts)},
+        {"names": texts, "group_ids": texts, "langs": ["en"] * len(texts)},
         {"short": short, "long": [[] for _ in texts]},
     )
     manifest = StoreManifest(

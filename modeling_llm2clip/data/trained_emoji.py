@@ -43,7 +43,7 @@ class TrainedEmoji:
 def find_trained_emoji(records: Iterable[CaptionedImage]) -> TrainedEmoji:
     """The emoji among the records of a training."""
     found = (
-        match_emoji((record.key, record.name), (*record.captions, *record.long_captions))
+        match_emoji((record.group_id, record.name), (*record.captions, *record.long_captions))
         for record in records
     )
     return TrainedEmoji(frozenset(key for key in found if key is not None))
@@ -99,5 +99,5 @@ def read_trained_emoji(folder: Path) -> TrainedEmoji | None:
 def _captions_of_emoji() -> dict[str, set[str]]:
     captions: dict[str, set[str]] = {}
     for record in load_records(find_example_data() / "emoji", require_images=False):
-        captions.setdefault(record.key, set()).update(record.captions)
+        captions.setdefault(record.group_id, set()).update(record.captions)
     return captions

@@ -179,7 +179,7 @@ def read_images(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[Ca
 def _list_trained_emoji(
     arguments: DemoArguments, records: list[CaptionedImage], held_out: set[str]
 ) -> TrainedEmoji:
-    trained = find_trained_emoji(record for record in records if record.key not in held_out)
+    trained = find_trained_emoji(record for record in records if record.group_id not in held_out)
     towers = [tower for tower in (arguments.vision, arguments.llm) if tower is not None]
     # The embedded adapter was trained on COCO; another one does not say which captions it has seen.
     is_known = arguments.find_adapter() in (None, find_example_data() / "caption_lora")

@@ -38,16 +38,16 @@ def count_trained(data: EvaluationSet, trained: TrainedEmoji | None) -> dict[str
     if not isinstance(data, RetrievalDataset):
         return None
     texts = data.correspondence.texts_of_images()
-    names = zip(data.image_keys or data.image_names, data.image_names, strict=True)
-    keys = [
+    names = zip(data.image_group_ids or data.image_names, data.image_names, strict=True)
+    group_ids = [
         match_emoji(called, [data.captions[row] for row in texts.of(image).tolist()])
         for image, called in enumerate(names)
     ]
-    if not any(keys):
+    if not any(group_ids):
         return None
-    seen = None if trained is None else sum(key in trained.keys for key in keys)
+    seen = None if trained is None else sum(group_id in trained.keys for group_id in group_ids)
     is_complete = trained is not None and trained.is_complete
-    return {"images": seen, "of": len(keys), "is_complete": is_complete}
+    return {"images": seen, "of": len(group_ids), "is_complete": is_complete}
 
 
 def warn_of_training(model: str, set_name: str, protocol: dict[str, Any]) -> None:

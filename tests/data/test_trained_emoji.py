@@ -70,7 +70,7 @@ def three_emoji(tmp_path: Path) -> Path:
     lines = []
     for line in (EMOJI / "captions.jsonl").read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
-        if fields["key"] in KEYS and fields["lang"] == "en" and "noto" in fields["image"]:
+        if fields["group_id"] in KEYS and fields["lang"] == "en" and "noto" in fields["image"]:
             lines.append({"image": fields["image"], "captions": fields["captions"]})
             shutil.copy(EMOJI / fields["image"], folder / fields["image"])
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -82,7 +82,7 @@ def test_the_demos_split_of_another_seed_trains_on_what_the_set_tests(
     seed: int, num_trained: int, lang: str, records: list[CaptionedImage]
 ) -> None:
     held_out = split_records(records, seed=seed)
-    trained = find_trained_emoji(r for r in records if r.key not in held_out)
+    trained = find_trained_emoji(r for r in records if r.group_id not in held_out)
     assert trained.is_complete and trained.keys.isdisjoint(held_out)
     # Trained on English names, a thing is no test in Japanese either.
     counted = count_trained(load_dataset("emoji", lang=lang), trained)
@@ -102,7 +102,7 @@ def test_an_emoji_is_known_by_its_key_too(three_emoji: Path) -> None:
     for number, fields in enumerate(map(json.loads, lines)):
         key, name = Path(fields["image"]).stem, f"{number}.png"
         shutil.move(three_emoji / fields["image"], three_emoji / name)
-        renamed.append({**fields, "image": name, "key": key})
+        renamed.append({**fields, "image": name, "group_id": key})
     (three_emoji / "captions.jsonl").write_text("\n".join(map(json.dumps, renamed)), "utf-8")
     trained = find_trained_emoji(load_records(three_emoji))
     assert trained.keys == set(KEYS)
