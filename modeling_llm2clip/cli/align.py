@@ -154,9 +154,9 @@ def run(arguments: argparse.Namespace) -> int:
     choose_device(arguments)
 
     from ..data.trained_emoji import find_trained_emoji
-    from ..training.alignment.alignment_report import find_caution, list_results
     from ..publishing.assemble import assemble_folder
     from ..training.alignment.align import align, check_settings
+    from ..training.alignment.alignment_report import find_caution, list_results
 
     model = find_model_folder(arguments.model)
     stores = _open_stores(arguments)
