@@ -192,7 +192,7 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     """Yield name, folder and what was done, one baseline a number of steps."""
     records, _ = read_images(DemoArguments(output=work / "nothing-is-written-here"))
     held_out = split_records(records, seed=0)
-    chosen = [record for record in records if record.key not in held_out]
+    chosen = [record for record in records if record.group_id not in held_out]
     chosen = list(islice(chosen, arguments.most_images))
     tower = AutoModel.from_pretrained(fetch_tower(EFFICIENTNET)).timm_model
     features = None

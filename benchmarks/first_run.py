@@ -143,7 +143,7 @@ def run_dataset(source: Path, scratch: Path, *, seed: int, existing: Path | None
         "recipe_r1": scores["README's recipe"]["r1"],
         "best_r1": scores[best]["r1"],
         "best": best,
-        "chance_r1": 1 / len({record.key for record in test}),
+        "chance_r1": 1 / len({record.group_id for record in test}),
         "seconds": round(seconds),
         "num_images": len(load_records(scratch / IMAGES)),
         "num_test_images": len(test),
@@ -167,21 +167,21 @@ def set_aside(source: Path, images: Path, *, seed: int) -> list[CaptionedImage]:
     """
     lines = [json.loads(line) for line in (source / "captions.jsonl").open(encoding="utf-8")]
     lines = [line for line in lines if line.get("lang", "en") == "en"]
-    keys = sorted({line.get("key", line["image"]) for line in lines})
-    random.Random(seed).shuffle(keys)
-    held_out = set(keys[: min(MOST_TEST_IMAGES, len(keys) // 5)])
+    group_ids = sorted({line.get("group_id", line["image"]) for line in lines})
+    random.Random(seed).shuffle(group_ids)
+    held_out = set(group_ids[: min(MOST_TEST_IMAGES, len(group_ids) // 5)])
     images.mkdir()
     for child in source.iterdir():
         if child.is_dir():
             (images / child.name).symlink_to(child.resolve())
-    kept = [line for line in lines if line.get("key", line["image"]) not in held_out]
+    kept = [line for line in lines if line.get("group_id", line["image"]) not in held_out]
     text = "".join(json.dumps(_known_fields(line)) + "\n" for line in kept)
     (images / "captions.jsonl").write_text(text, encoding="utf-8")
     test = {}
     for line in lines:
-        key = line.get("key", line["image"])
-        if key in held_out and key not in test:
-            test[key] = line
+        group_id = line.get("group_id", line["image"])
+        if group_id in held_out and group_id not in test:
+            test[group_id] = line
     (images.parent / "test").mkdir()
     for child in source.iterdir():
         if child.is_dir():
@@ -192,7 +192,7 @@ def set_aside(source: Path, images: Path, *, seed: int) -> list[CaptionedImage]:
 
 
 def _known_fields(line: dict[str, Any]) -> dict[str, Any]:
-    known = ("image", "captions", "long_captions", "keywords", "key", "lang")
+    known = ("image", "captions", "long_captions", "keywords", "group_id", "lang")
     return {name: line[name] for name in known if line.get(name)}
 
 
@@ -225,8 +225,10 @@ def score(
     head = AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
     text_embeds = head.project_caption_embeds(embeds[0])
     image_embeds = head.project_vision_embeds(embeds[1])
-    keys = [record.key for record in test]
-    ranking = rank_retrieval(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
+    group_ids = [record.group_id for record in test]
+    ranking = rank_retrieval(
+        image_embeds, text_embeds, Correspondence.from_group_ids(group_ids, group_ids)
+    )
     scores = {
         "text_to_image_r1": hit_rate_at(ranking.t2i, k=1),
         "image_to_text_r1": hit_rate_at(ranking.i2t, k=1),

@@ -88,8 +88,8 @@ def main() -> None:
     started = time.monotonic()
     records = [r for r in load_records(arguments.images) if r.lang == "en"]
     held_out = split_records(records, seed=0)
-    trained = [r for r in records if r.key not in held_out]
-    tested = list({r.key: r for r in records if r.key in held_out}.values())
+    trained = [r for r in records if r.group_id not in held_out]
+    tested = list({r.group_id: r for r in records if r.group_id in held_out}.values())
     tested = random.Random(0).sample(tested, min(arguments.tested, len(tested)))
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         towers, alignment = _make_towers(Path(temporary), trained, tested, arguments)
@@ -219,8 +219,10 @@ def _measure_retrieval(folder: Path, tested: Sequence[CaptionedImage]) -> float:
     images = encode_images(model, processor, [record.path for record in tested])
     text_embeds = model.project_caption_embeds(captions.caption_embeds)
     image_embeds = model.project_vision_embeds(images)
-    keys = [record.key for record in tested]
-    ranking = rank_retrieval(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
+    group_ids = [record.group_id for record in tested]
+    ranking = rank_retrieval(
+        image_embeds, text_embeds, Correspondence.from_group_ids(group_ids, group_ids)
+    )
     return hit_rate_at(ranking.t2i, k=1)
 
 

@@ -86,8 +86,11 @@ def train_ordinary_clip(
     """Train text tower, projections and temperature in place; returns the loss of every step."""
     _center(model, features)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(r.key for r in records))}
-    keys = torch.tensor([numbers[record.key] for record in records])
+    numbers = {
+        group_id: number
+        for number, group_id in enumerate(dict.fromkeys(r.group_id for r in records))
+    }
+    group_ids = torch.tensor([numbers[record.group_id] for record in records])
     tokenizer = open_clip.SimpleTokenizer()
     texts = [tokenizer(list_training_texts(record)) for record in records]
     _require_same_embeddings(model, torch.cat(texts[:16]))
@@ -96,7 +99,8 @@ def train_ordinary_clip(
         generator=torch.Generator().manual_seed(arguments.seed),
     )  # fmt: skip
     losses = (
-        _compute_loss(model, features[rows], torch.stack(ids), keys[rows]) for rows, ids in draws
+        _compute_loss(model, features[rows], torch.stack(ids), group_ids[rows])
+        for rows, ids in draws
     )
     return descend(
         losses, parameters, steps=arguments.steps, lr=arguments.lr,
@@ -104,11 +108,11 @@ def train_ordinary_clip(
     )  # fmt: skip
 
 
-def _compute_loss(model: Any, features: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+def _compute_loss(model: Any, features: Tensor, ids: Tensor, group_ids: Tensor) -> Tensor:
     image_embeds = F.normalize(model.visual.head(features), dim=-1)
     text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
     scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
-    return grouped_contrastive_loss(image_embeds, text_embeds, scale, keys)
+    return grouped_contrastive_loss(image_embeds, text_embeds, scale, group_ids)
 
 
 def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipArguments) -> Path:

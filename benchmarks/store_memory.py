@@ -151,7 +151,7 @@ def _write_captions(folder: Path, count: int) -> None:
 
 def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
-    import modeling_llm2clip.training.caption_extraction  # noqa: F401
+    import modeling_llm2clip.training.extraction.caption_extraction  # noqa: F401
 
     from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
     from modeling_llm2clip.encoding.text_encoding import encode_captions
@@ -194,7 +194,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = [f"{start}.png" for start in starts]
     short = [list(range(s, min(s + _CAPTIONS_A_RECORD, arguments.rows))) for s in starts]
     index = pack_index(
-        {"names": texts, "keys": texts, "langs": ["en"] * len(texts)},
+        {"names": texts, "group_ids": texts, "langs": ["en"] * len(texts)},
         {"short": short, "long": [[] for _ in texts]},
     )
     manifest = StoreManifest(

@@ -419,7 +419,7 @@ def test_what_nobody_rescaled_is_refused_where_nothing_rescales(
     processor: LLM2CLIPProcessor, image: Any
 ) -> None:
     floats = np.zeros((8, 9, 3), dtype=np.float32)
-    with pytest.raises(ValueError, match=r"icture number 1 has .*do_rescale=False is for floats"):
+    with pytest.raises(ValueError, match=r"mage number 1 has .*do_rescale=False is for floats"):
         processor(images=[floats, image], do_rescale=False)
 
 

@@ -96,9 +96,9 @@ def list_keywords(entry: dict[str, list[str]], name: str) -> list[str]:
     return keywords
 
 
-def decode_characters(key: str) -> str:
+def decode_characters(group_id: str) -> str:
     """Turn `0023-fe0f-20e3` into the characters, without the selector that CLDR leaves out."""
-    characters = "".join(chr(int(point, 16)) for point in key.split("-"))
+    characters = "".join(chr(int(point, 16)) for point in group_id.split("-"))
     return characters.replace(VARIATION_SELECTOR, "")
 
 
@@ -107,17 +107,17 @@ def list_emoji(packages: Path, english: Names, report: Report) -> list[dict[str,
     path = packages / EMOJI_PACKAGE / "emoji.json"
     kept = []
     for emoji in json.loads(path.read_text(encoding="utf-8")):
-        emoji["key"] = emoji["unified"].lower()
+        emoji["group_id"] = emoji["unified"].lower()
         report.left_out["skin-tone variants"] += len(emoji.get("skin_variations", {}))
         if emoji["category"] == "Component":
             report.left_out["bare skin-tone swatches"] += 1
         elif not emoji["has_img_google"]:
             report.left_out["emoji without a Noto picture"] += 1
-        elif not english.get(decode_characters(emoji["key"]), {}).get("tts"):
+        elif not english.get(decode_characters(emoji["group_id"]), {}).get("tts"):
             report.left_out["emoji without an English name"] += 1
         else:
             kept.append(emoji)
-    return sorted(kept, key=lambda one: (float(one["added_in"]), len(one["name"]), one["key"]))
+    return sorted(kept, key=lambda one: (float(one["added_in"]), len(one["name"]), one["group_id"]))
 
 
 def draw_picture(source: Path) -> Image.Image:
@@ -152,7 +152,7 @@ def draw_pictures(
     if not is_new(noto, seen["noto"]):
         report.left_out["emoji whose Noto picture repeats another's"] += 1
         return {}
-    fluent = packages / FLUENT_PACKAGE / "assets" / f"{emoji['key']}.webp"
+    fluent = packages / FLUENT_PACKAGE / "assets" / f"{emoji['group_id']}.webp"
     if not fluent.is_file():
         report.left_out["Fluent pictures: none in the package"] += 1
         return {"noto": noto}
@@ -170,18 +170,18 @@ def make_lines(
     emoji: dict[str, Any], styles: list[str], *, names: dict[str, Names], report: Report
 ) -> list[dict[str, Any]]:
     """Make the lines of one emoji: every style in English, the Noto picture in each language."""
-    key = emoji["key"]
+    group_id = emoji["group_id"]
     lines: list[dict[str, Any]] = []
     for language in LANGUAGES:
-        entry = names[language].get(decode_characters(key), {})
+        entry = names[language].get(decode_characters(group_id), {})
         if not entry.get("tts"):
             report.left_out[f"names in {language}: none in CLDR"] += 1
             continue
         name = entry["tts"][0]
         for style in styles if language == "en" else ["noto"]:
             line = {
-                "image": f"images/{style}/{key}.png",
-                "key": key,
+                "image": f"images/{style}/{group_id}.png",
+                "group_id": group_id,
                 "captions": [name],
                 "keywords": list_keywords(entry, name),
                 "lang": language,
@@ -204,11 +204,11 @@ def make_data(packages: Path, output: Path) -> Report:
     for emoji in list_emoji(packages, names["en"], report):
         pictures = draw_pictures(packages, emoji, seen=seen, report=report)
         for style, picture in pictures.items():
-            picture.save(output / "images" / style / f"{emoji['key']}.png", optimize=True)
+            picture.save(output / "images" / style / f"{emoji['group_id']}.png", optimize=True)
             report.pictures[style] += 1
         if pictures:
             lines += make_lines(emoji, list(pictures), names=names, report=report)
-    lines.sort(key=lambda line: (line["key"], line["lang"], line["image"]))
+    lines.sort(key=lambda line: (line["group_id"], line["lang"], line["image"]))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (output / "captions.jsonl").write_text(text, encoding="utf-8", newline="\n")
     return report
@@ -265,14 +265,14 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
 
 ## A line
 
-    {{"image": "images/noto/1f34e.png", "key": "1f34e", "captions": ["red apple"],
+    {{"image": "images/noto/1f34e.png", "group_id": "1f34e", "captions": ["red apple"],
      "keywords": ["apple", "diet", "food", "fruit", "health", "red", "ripe"], "lang": "en",
      "style": "noto", "group": "Food & Drink"}}
 
-- One line for each picture and language, sorted by key, language and picture. English lines name
+- One line for each picture and language, sorted by group, language and picture. English lines name
   both styles, the other languages only the Noto picture.
-- `key`: the code points. Lines with the same key show the same thing, in whatever style; keep them
-  on the same side of a split between training and test.
+- `group_id`: the code points. Lines with the same `group_id` show the same thing, in whatever
+  style; keep them on the same side of a split between training and test.
 - `captions`: the CLDR short name. `keywords`: the CLDR keywords without that name; may be empty.
 - `style` and `group` stand on the English lines only.
 
@@ -286,7 +286,7 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
 | --- | --- |
 {left_out}
 
-Within a style no two pictures are the same, and within a language no two keys have the same name.
+Within a style no two pictures are the same, and within a language no two groups have the same name.
 Some stay hard to tell apart at this size (the flags of Chad and of Romania). Of emoji that Noto
 draws alike (the flags of Norway and of Bouvet Island) the oldest is here, or among equally old ones
 that with the shortest name.
@@ -300,7 +300,7 @@ flags of countries and regions are here once, as Noto pictures.
 | --- | --- | --- | --- |
 | `images/noto` | emoji-datasource-google 16.0.0 | Google, Noto Emoji 2.048 | Apache-2.0 |
 | `images/fluent3d` | @lobehub/fluent-emoji-3d 1.1.0 | Microsoft; packed by LobeHub | MIT |
-| `key`, `group` | emoji-datasource-google 16.0.0 | Cal Henderson | MIT |
+| `group_id`, `group` | emoji-datasource-google 16.0.0 | Cal Henderson | MIT |
 | `captions`, `keywords` | cldr-annotations-full and -derived-full 48.2.0 | Unicode | Unicode-3.0 |
 
 The Noto Emoji project holds its flag pictures to be in the public domain or otherwise exempt from

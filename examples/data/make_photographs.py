@@ -33,7 +33,7 @@ NO_RESTRICTIONS = "no known copyright restrictions"
 class Photograph(NamedTuple):
     """A picture of a wheel, who made it, and two captions: one short, one of 40 to 60 words."""
 
-    key: str
+    group_id: str
     path: str
     licence: str
     source: str
@@ -244,8 +244,8 @@ def write_picture(source: Path, target: Path) -> None:
 def make_line(photograph: Photograph) -> str:
     """Make the line of captions.jsonl for one photograph."""
     line = {
-        "image": f"images/{photograph.key}.jpg",
-        "key": photograph.key,
+        "image": f"images/{photograph.group_id}.jpg",
+        "group_id": photograph.group_id,
         "captions": [photograph.short, photograph.long],
         "lang": "en",
         "license": photograph.licence,
@@ -257,7 +257,7 @@ def make_line(photograph: Photograph) -> str:
 def write_readme(photographs: list[Photograph], output: Path) -> None:
     """Write README.md with the count and the attribution of every picture."""
     rows = "\n".join(
-        f"| `images/{photograph.key}.jpg` | {photograph.licence} | {photograph.source} |"
+        f"| `images/{photograph.group_id}.jpg` | {photograph.licence} | {photograph.source} |"
         for photograph in photographs
     )
     text = README.format(
@@ -285,7 +285,7 @@ Every picture is an RGB JPEG of at most {long_side} pixels on its long side, wit
 
 ## A line
 
-    {{"image": "images/cat.jpg", "key": "cat", "captions": ["short", "long"], "lang": "en",
+    {{"image": "images/cat.jpg", "group_id": "cat", "captions": ["short", "long"], "lang": "en",
      "license": "CC0 1.0", "source": "Stefan van der Walt (via scikit-image)"}}
 
 `captions` holds one short sentence and one description of 40 to 60 words. Both were written for
@@ -328,10 +328,10 @@ def main() -> None:
         raise ValueError(f"{output} is not empty; remove it or give another --output.")
     packages = find_packages()
     (output / "images").mkdir(parents=True)
-    photographs = sorted(PHOTOGRAPHS, key=lambda photograph: photograph.key)
+    photographs = sorted(PHOTOGRAPHS, key=lambda photograph: photograph.group_id)
     for photograph in photographs:
         package, path = photograph.path.split("/", 1)
-        write_picture(packages[package] / path, output / "images" / f"{photograph.key}.jpg")
+        write_picture(packages[package] / path, output / "images" / f"{photograph.group_id}.jpg")
     text = "".join(make_line(photograph) for photograph in photographs)
     (output / "captions.jsonl").write_text(text, encoding="utf-8", newline="\n")
     write_readme(photographs, output)

@@ -89,10 +89,10 @@ def _add_architecture_flags(build: Any) -> None:
 
 def _add_weight_flags(build: Any) -> None:
     build.add_argument(
-        "--caption-adapter", type=Path, help="LoRA of a caption-tuned LLM; default: none"
+        "--caption-lora", type=Path, help="LoRA of a caption-tuned LLM; default: none"
     )
     build.add_argument(
-        "--accept-adapter-base", metavar="NAME",
+        "--accept-lora-base", metavar="NAME",
         help="the LoRA's name for this LLM; default: the LLM's own",
     )  # fmt: skip
     build.add_argument(

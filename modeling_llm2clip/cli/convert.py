@@ -93,14 +93,14 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         help="branch, tag or commit of the LLM's Hub repository; default: its main branch",
     )
     llm.add_argument(
-        "--llm-adapter",
+        "--llm-lora",
         action="append",
         default=[],
         metavar="LORA",
         help="LoRA to merge: a folder, ID or ID@REVISION; repeatable; default: none",
     )
     llm.add_argument(
-        "--accept-adapter-base",
+        "--accept-lora-base",
         metavar="NAME",
         help="the LoRA's name for this LLM; default: the LLM's own",
     )

@@ -47,12 +47,12 @@ def add_parser(commands: Any) -> None:
         "--images", type=Path, help="folder with captions.jsonl; default: the embedded emoji"
     )
     demo.add_argument(
-        "--caption-adapter",
+        "--caption-lora",
         help="LoRA of a caption-tuned LLM: a folder, embedded, or none; default: embedded for the "
         "embedded SmolLM2, none for another LLM",
     )
     demo.add_argument(
-        "--accept-adapter-base", metavar="NAME",
+        "--accept-lora-base", metavar="NAME",
         help="the LoRA's name for this LLM; default: the LLM's own",
     )  # fmt: skip
     demo.add_argument("--steps", type=int, default=100, help="steps of the alignment")

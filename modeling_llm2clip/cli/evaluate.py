@@ -88,7 +88,7 @@ def _add_data_flags(group: Any) -> None:
         "--captions-only", action="store_true", help="read no images; for text encoders alone"
     )
     group.add_argument(
-        "--exclude-errors", action="store_true", help="leave invalid samples out, and count them"
+        "--skip-invalid", action="store_true", help="leave invalid samples out, and count them"
     )
     group.add_argument(
         "--no-image-check", dest="check_images", action="store_false",

@@ -45,7 +45,7 @@ def add_folder_flags(parser: Any) -> None:
     )  # fmt: skip
     kept.add_argument("--no-keep", action="store_true", help="do not keep the image embeddings")
     parser.add_argument(
-        "--exclude-errors", action="store_true", help="leave broken images out, and count them"
+        "--skip-invalid", action="store_true", help="leave broken images out, and count them"
     )
     parser.add_argument("--batch-size", type=int, help="images of a batch; default: by device")
     parser.add_argument("--num-workers", type=int, default=1, help="threads that decode images")
@@ -63,7 +63,7 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
 
     Raises:
         ValueError: the device is not there, there is no image, one is broken and
-            `--exclude-errors` is not given, or the model was never trained.
+            `--skip-invalid` is not given, or the model was never trained.
     """
     from ..configuration_llm2clip import LLM2CLIPConfig
     from ..model_folders.model_folder import find_model_folder
@@ -148,7 +148,7 @@ def _leave_out_errors(paths: list[Path], kept: KeptEmbeddings, *, allowed: bool)
     if not allowed or not readable:
         raise ValueError(
             f"{len(errors)} of {len(paths)} images cannot be read:\n{shown}\nMend or remove "
-            "them, or leave them out with --exclude-errors."
+            "them, or leave them out with --skip-invalid."
         )
     tell(f"Left out {len(errors)} of {len(paths)} images:\n{shown}")
     return readable

@@ -13,16 +13,16 @@ from .records import CaptionedImage, clean_text
 _ERRORS_SHOWN = 5
 _WITHOUT_PAIRS = (
     "Data without second captions needs no caption tuning: build the model from a caption-tuned "
-    "LLM (a released one, or the LoRA of one by llm2clip build --caption-adapter), or leave this "
+    "LLM (a released one, or the LoRA of one by llm2clip build --caption-lora), or leave this "
     "stage out and go on with llm2clip extract."
 )
 
 
 @dataclass(frozen=True)
 class CaptionGroup:
-    """All captions of what one key shows, in one language or several, short and long."""
+    """All captions of one group, in one language or several, short and long."""
 
-    key: str
+    group_id: str
     captions: tuple[str, ...]
 
 
@@ -31,61 +31,61 @@ class TextPair:
     """Two texts that mean the same.
 
     Attributes:
-        key: what they mean; two pairs of one key are never each other's negatives.
+        group_id: what they mean; pairs of one group are never each other's negatives.
         negatives: texts that are close and mean something else.
     """
 
-    key: str
+    group_id: str
     anchor: str
     positive: str
     negatives: tuple[str, ...] = ()
 
 
 def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
-    """Put the captions of each key together, every text once, in the order of the records.
+    """Put the captions of each group together, every text once, in the order of the records.
 
-    Raises: ValueError when keys have fewer than two captions: how many, the first of them, and
+    Raises: ValueError when groups have fewer than two captions: how many, the first of them, and
         where they are written.
     """
     records = list(records)
     captions = _collect_captions(records)
     if not captions:
         raise ValueError("There are no captions. Give a data set with at least two images.")
-    single = [key for key, texts in captions.items() if len(texts) < 2]
+    single = [group_id for group_id, texts in captions.items() if len(texts) < 2]
     if single:
-        places = {record.key: record.place for record in reversed(records)}
-        shown = "; ".join(f"{key} ({places[key]})" for key in single[:_ERRORS_SHOWN])
+        places = {record.group_id: record.place for record in reversed(records)}
+        shown = "; ".join(f"{group_id} ({places[group_id]})" for group_id in single[:_ERRORS_SHOWN])
         raise ValueError(
             f"{len(single)} of {len(captions)} images have one caption only, and a pair needs "
             f"two: {shown}{'; …' if len(single) > _ERRORS_SHOWN else ''}. Give them a second (or "
             f"long) caption, or skip them with --skip-single-captions. {_WITHOUT_PAIRS}"
         )
-    return [CaptionGroup(key, tuple(texts)) for key, texts in captions.items()]
+    return [CaptionGroup(group_id, tuple(texts)) for group_id, texts in captions.items()]
 
 
 def skip_single_captions(
     records: Sequence[CaptionedImage],
 ) -> tuple[list[CaptionedImage], int]:
-    """Leave out the records of each key that has one caption only.
+    """Leave out the records of each group that has one caption only.
 
-    Returns: the other records, and how many keys were left out.
+    Returns: the other records, and how many groups were left out.
     Raises: ValueError when none is left.
     """
     captions = _collect_captions(records)
-    kept = [record for record in records if len(captions[record.key]) > 1]
+    kept = [record for record in records if len(captions[record.group_id]) > 1]
     if captions and not kept:
         raise ValueError(
             f"All {len(captions)} images have one caption only, so that skipping these leaves "
             f"none. {_WITHOUT_PAIRS}"
         )
-    return kept, len(captions) - len({record.key for record in kept})
+    return kept, len(captions) - len({record.group_id for record in kept})
 
 
 def _collect_captions(records: Iterable[CaptionedImage]) -> dict[str, dict[str, None]]:
-    """Texts of each key, every one once, in the order of the records."""
+    """Texts of each group, every one once, in the order of the records."""
     captions: dict[str, dict[str, None]] = {}
     for record in records:
-        texts = captions.setdefault(record.key, {})
+        texts = captions.setdefault(record.group_id, {})
         texts.update(dict.fromkeys((*record.captions, *record.long_captions)))
     return captions
 
@@ -115,7 +115,7 @@ def hold_out_groups(
         kept = tuple(caption for caption in group.captions if caption not in seen)
         num_lost += len(group.captions) - len(kept) if len(kept) > 1 else len(group.captions)
         if len(kept) > 1:
-            remaining.append(CaptionGroup(group.key, kept))
+            remaining.append(CaptionGroup(group.group_id, kept))
     if len(remaining) < 2:
         raise ValueError("Nearly every caption is held out too; too few remain to train on.")
     return remaining, held_out, num_lost
@@ -144,7 +144,7 @@ def sample_pairs(groups: Sequence[CaptionGroup], *, seed: int, pairings: int = 1
         if len(captions) % 2:
             captions.append(captions[generator.randrange(len(captions) - 1)])
         for first, second in zip(captions[::2], captions[1::2], strict=True):
-            pairs.append(TextPair(group.key, first, second))
+            pairs.append(TextPair(group.group_id, first, second))
     return pairs
 
 
@@ -152,7 +152,7 @@ def read_text_pairs(file: str | Path) -> list[TextPair]:
     """Read pairs of other texts: JSON lines with `query`, `positive` and, if wanted, `negatives`.
 
     `negatives` is a list of texts, equally long in every line. Lines with the same query share a
-    key. Texts are cleaned as captions are, so that the same text is found again.
+    group. Texts are cleaned as captions are, so that the same text is found again.
 
     Raises: ValueError once, with every broken line.
     """

@@ -75,7 +75,7 @@ class EmbeddingStore:
     Attributes:
         folder: where it lies.
         manifest: what it holds and which model made it.
-        names, keys, langs: one text an item; name and language together are an item's identity.
+        names, group_ids, langs: one text per item; name and language together identify an item.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class EmbeddingStore:
         self.manifest = manifest
         self._shards = dict(shards)  # file, and offset of its embeddings
         self._index = map_index(folder / INDEX_FILE)
-        self.names, self.keys, self.langs = (
+        self.names, self.group_ids, self.langs = (
             TextColumn(self._index[name], self._index[f"{name}_offsets"])
-            for name in ("names", "keys", "langs")
+            for name in ("names", "group_ids", "langs")
         )
         self._maps: dict[int, np.memmap[Any, Any]] = {}
         self._mapped_bytes = 0
@@ -269,7 +269,7 @@ def _check_index(folder: Path, manifest: StoreManifest, check: str) -> None:
     file = folder / INDEX_FILE
     _check_bytes(file, manifest.index_bytes, manifest.index_sha256, check=check)
     lengths = {name: len(array) for name, array in map_index(file).items()}
-    for name in ("short", "long", "names", "keys", "langs"):
+    for name in ("short", "long", "names", "group_ids", "langs"):
         if lengths.get(f"{name}_offsets") != manifest.num_items + 1:
             raise ValueError(f"{file.name}: {name}_offsets does not fit {manifest.num_items} items")
 

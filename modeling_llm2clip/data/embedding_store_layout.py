@@ -3,7 +3,7 @@
 | file | what |
 | --- | --- |
 | `manifest.json` | what the embeddings are, which model made them, and every shard with its SHA-256
-| | `index.safetensors` | which rows belong to which item; names, keys and languages of the items |
+| | `index.safetensors` | which rows belong to which item; names, group ids, languages of items |
 | `shard-00000.safetensors`, … | tensor `embeddings` (rows, dim), in the order of the rows |
 | `shard-00000.json`, … | while it is being written: one file a whole shard; later in the manifest |
 | `*.lock`, `*.tmp` | while it is being written: held shards, half-written files |
@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.safetensors"
 EMBEDDINGS = "embeddings"
 _UNFINISHED = ".tmp"
 KINDS = ("caption_embeds", "vision_embeds")
-TEXT_COLUMNS = ("names", "keys", "langs")
+TEXT_COLUMNS = ("names", "group_ids", "langs")
 ROW_LISTS = ("short", "long")
 # Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
 STORED_DTYPES: dict[str, tuple[str, type[np.generic]]] = {

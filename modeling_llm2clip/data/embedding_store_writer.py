@@ -152,7 +152,7 @@ def pack_index(
     """Put texts of the items and their rows into the content of `index.safetensors`.
 
     Args:
-        texts: `names`, `keys`, `langs`, one text an item each.
+        texts: `names`, `group_ids`, `langs`, one text per item each.
         rows: `short` and `long`, one list of row numbers an item each.
     """
     arrays: dict[str, np.ndarray[Any, Any]] = {}

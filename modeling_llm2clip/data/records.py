@@ -9,9 +9,9 @@ absent field and one that is null are the same.
 may hold the encoded image itself, in a tar shard the image is a member; `file_name` then only names
 it | | `captions`, `caption` or `text` | one text or a list of them, each of which describes the
 image; required | | `long_captions` | one longer text or a list of them; optional | | `keywords` |
-words that belong to the image; optional | | `key` | what is shown: images with the same key show
-the same thing, and are no negatives of each other; default: the image's name | | `lang` | language
-of the texts, BCP 47; default `en`. An image has one record for each language | | `category`,
+words that belong to the image; optional | | `group_id` | what is shown: images of one group show
+the same thing and are never each other's negatives; default: the image's name | | `lang` |
+language of the texts, BCP 47; default `en`. An image has one record per language | | `category`,
 `group`, `license`, `notes`, `source`, `style` | notes; optional, kept out of training | |
 `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions`: what published
 re-captionings of CC3M and CC12M call theirs | | `longIB_captions`, `longSV_captions`,
@@ -41,7 +41,16 @@ CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
 _NAMES = ("image", "file_name")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
 KNOWN_FIELDS = frozenset(
-    (*_NAMES, *_CAPTIONS, *_SHORT_CAPTIONS, *_LONG_CAPTIONS, *_NOTES, "keywords", "key", "lang")
+    (
+        *_NAMES,
+        *_CAPTIONS,
+        *_SHORT_CAPTIONS,
+        *_LONG_CAPTIONS,
+        *_NOTES,
+        "keywords",
+        "group_id",
+        "lang",
+    )
 )
 
 
@@ -52,7 +61,7 @@ class CaptionedImage:
     Attributes:
         image: where it lies; None when it was read without asking for images and has none.
         name: the image's name within its source; with `lang` it is unique.
-        key: what is shown: images with the same key show the same thing.
+        group_id: what is shown: images of one group show the same thing.
         captions: texts, each of which describes the image; at least one.
         long_captions: longer texts that do so; may be empty.
         keywords: words that belong to the image; may be empty.
@@ -63,7 +72,7 @@ class CaptionedImage:
 
     image: ImageSource | None
     name: str
-    key: str
+    group_id: str
     captions: tuple[str, ...]
     long_captions: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
@@ -133,10 +142,10 @@ def build_record(
     image: ImageSource | None = raw.packed
     if has_identity and image is None:
         image = _find_file(name, images, found, required=require_images)
-    key = _read_word(raw.fields, "key", found)
-    name = name or raw.default_name or key
+    group_id = _read_word(raw.fields, "group_id", found)
+    name = name or raw.default_name or group_id
     if name is None and not require_images:
-        found.append("no 'file_name', 'image' or 'key' to name it by")
+        found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, found)
     long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
@@ -149,7 +158,7 @@ def build_record(
     return CaptionedImage(
         image=image,
         name=name,
-        key=name if key is None else key,
+        group_id=name if group_id is None else group_id,
         captions=tuple(captions),
         long_captions=tuple(long_captions),
         keywords=tuple(keywords),
@@ -159,10 +168,10 @@ def build_record(
 
 
 def hash_records(records: Sequence[CaptionedImage]) -> str:
-    """SHA-256 of the names, keys, languages and texts of a data set, in its order."""
+    """SHA-256 of the names, group ids, languages and texts of a dataset, in its order."""
     digest = hashlib.sha256()
     for r in records:
-        line = json.dumps([r.name, r.key, r.lang, r.captions, r.long_captions])
+        line = json.dumps([r.name, r.group_id, r.lang, r.captions, r.long_captions])
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
@@ -203,7 +212,7 @@ def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[
 
 
 def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | None:
-    """Read a non-blank text; a whole number becomes one, since many data sets count their keys."""
+    """Read a non-blank text; an integer becomes one, since many datasets number their groups."""
     value = fields.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

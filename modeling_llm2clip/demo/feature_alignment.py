@@ -30,21 +30,21 @@ class AlignmentPairs:
         caption_embeds: (T, D) float32, from `encode_captions`.
         vision_embeds: (V, D') float32, from `encode_images`.
         captions_of_image: for each image, the rows of its captions; one is drawn per step.
-        keys: for each image, what it shows.
+        group_ids: for each image, what it shows.
     """
 
     caption_embeds: Tensor
     vision_embeds: Tensor
     captions_of_image: Sequence[Sequence[int]]
-    keys: Sequence[str]
+    group_ids: Sequence[str]
 
     def __post_init__(self) -> None:
-        counts = {len(self.vision_embeds), len(self.captions_of_image), len(self.keys)}
-        if len(counts) != 1 or not len(self.keys):
+        counts = {len(self.vision_embeds), len(self.captions_of_image), len(self.group_ids)}
+        if len(counts) != 1 or not len(self.group_ids):
             raise ValueError(
                 f"vision_embeds ({len(self.vision_embeds)}), captions_of_image "
-                f"({len(self.captions_of_image)}) and keys ({len(self.keys)}) must be equally "
-                "many, and at least one."
+                f"({len(self.captions_of_image)}) and group ids ({len(self.group_ids)}) must be "
+                "equally many, and at least one."
             )
         bad = [i for i, rows in enumerate(self.captions_of_image) if not rows]
         if bad:
@@ -57,13 +57,15 @@ class AlignmentPairs:
         return (
             self.caption_embeds[captions],
             self.vision_embeds[images],
-            self.number_keys()[images],
+            self.number_groups()[images],
         )
 
-    def number_keys(self) -> Tensor:
-        """(V,) int64, equal for images of one key."""
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(self.keys))}
-        return torch.tensor([numbers[key] for key in self.keys])
+    def number_groups(self) -> Tensor:
+        """(V,) int64, equal for images of one group."""
+        numbers = {
+            group_id: number for number, group_id in enumerate(dict.fromkeys(self.group_ids))
+        }
+        return torch.tensor([numbers[group_id] for group_id in self.group_ids])
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def align_features(
     """
     head = [model.text_adapter, model.text_projection, model.visual_projection, model.logit_scale]
     parameters = [p for module in head for p in module.parameters()]
-    keys = pairs.number_keys()
+    group_ids = pairs.number_groups()
     generator = torch.Generator().manual_seed(arguments.seed)
     draws = sample_batches(
         pairs.captions_of_image,
@@ -125,7 +127,7 @@ def align_features(
         generator=generator,
     )
     losses = (
-        _compute_loss(model, pairs, images, torch.tensor(captions), keys, arguments, generator)
+        _compute_loss(model, pairs, images, torch.tensor(captions), group_ids, arguments, generator)
         for images, captions in draws
     )
     return descend(
@@ -143,7 +145,7 @@ def _compute_loss(
     pairs: AlignmentPairs,
     images: Tensor,
     captions: Tensor,
-    keys: Tensor,
+    group_ids: Tensor,
     arguments: AlignmentArguments,
     generator: torch.Generator,
 ) -> Tensor:
@@ -160,7 +162,7 @@ def _compute_loss(
     image_embeds = F.normalize(model.project_vision_embeds(vision_embeds.to(device)), dim=-1)
     text_embeds = F.normalize(model.project_caption_embeds(caption_embeds.to(device)), dim=-1)
     return grouped_contrastive_loss(
-        image_embeds, text_embeds, model.logit_scale(), keys[images].to(device)
+        image_embeds, text_embeds, model.logit_scale(), group_ids[images].to(device)
     )
 
 

@@ -39,9 +39,9 @@ class EncodedImages:
     caption_embeds: Tensor
     captions_of_image: list[list[int]]
 
-    def rows(self, keys: set[str], *, inside: bool) -> list[int]:
-        """Images whose key is among these, or is not."""
-        return [i for i, r in enumerate(self.records) if (r.key in keys) == inside]
+    def rows(self, group_ids: set[str], *, inside: bool) -> list[int]:
+        """Images whose group is among these, or is not."""
+        return [i for i, r in enumerate(self.records) if (r.group_id in group_ids) == inside]
 
 
 def list_training_texts(record: CaptionedImage) -> list[str]:
@@ -84,13 +84,13 @@ def align(
     held_out: set[str],
     arguments: AlignmentArguments,
 ) -> list[float]:
-    """Train on all but the held-out keys, in place; returns the loss of every step."""
+    """Train on all but the held-out groups, in place; returns the loss of every step."""
     rows = images.rows(held_out, inside=False)
     pairs = AlignmentPairs(
         images.caption_embeds,
         images.vision_embeds[rows],
         [images.captions_of_image[row] for row in rows],
-        [images.records[row].key for row in rows],
+        [images.records[row].group_id for row in rows],
     )
     init_projections_by_cca(model, *pairs.pair_rows())
     losses = align_features(model, pairs, arguments, show_progress=True)
@@ -100,19 +100,21 @@ def align(
 
 @torch.inference_mode()
 def evaluate(model: LLM2CLIPModel, images: EncodedImages, held_out: set[str]) -> dict[str, float]:
-    """Compare one image of each held-out key with its first caption."""
+    """Compare one image of each held-out group with its first caption."""
     rows = choose_test_rows(images.records, held_out)
-    keys = [images.records[row].key for row in rows]
+    group_ids = [images.records[row].group_id for row in rows]
     captions = [images.captions_of_image[row][0] for row in rows]
     caption_embeds = images.caption_embeds[captions].to(model.device)
     text_embeds = model.project_caption_embeds(caption_embeds).cpu()
     image_embeds = model.project_vision_embeds(images.vision_embeds[rows].to(model.device)).cpu()
-    ranking = rank_retrieval(image_embeds, text_embeds, Correspondence.from_keys(keys, keys))
+    ranking = rank_retrieval(
+        image_embeds, text_embeds, Correspondence.from_group_ids(group_ids, group_ids)
+    )
     return {
         "unseen_text_to_image_r1": hit_rate_at(ranking.t2i, k=1),
         "unseen_text_to_image_r10": hit_rate_at(ranking.t2i, k=10),
         "unseen_image_to_text_r1": hit_rate_at(ranking.i2t, k=1),
-        "chance_r1": 1 / len(keys),
+        "chance_r1": 1 / len(group_ids),
     }
 
 
@@ -123,8 +125,8 @@ def search(
     gallery: list[CaptionedImage],
     sentences: Sequence[str],
 ) -> list[SearchResult]:
-    """Answer the sentences from one image a key, and the gallery that was never trained on."""
-    rows = list({r.key: i for i, r in enumerate(images.records)}.values())
+    """Answer the sentences from one image per group, and the gallery that was never trained on."""
+    rows = list({r.group_id: i for i, r in enumerate(images.records)}.values())
     paths = [images.records[row].path for row in rows]
     vision_embeds = images.vision_embeds[rows]
     if gallery:

@@ -120,7 +120,7 @@ class EvaluationArguments:
                 raise ValueError(f"{what} has a name twice: {list(chosen)}. Give each once.")
         if self.skip_invalid and not (self.check_images or self.captions_only):
             raise ValueError(
-                "skip_invalid (--exclude-errors) needs check_images (no --no-image-check): a "
+                "skip_invalid (--skip-invalid) needs check_images (no --no-image-check): a "
                 "broken image would be found when a model waits for it, too late to leave it out."
             )
         for task in self.tasks:

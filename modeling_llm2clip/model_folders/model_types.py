@@ -113,7 +113,7 @@ def _judge_other_files(folder: Path) -> FoundModel | None:
     if (folder / "adapter_config.json").is_file():
         return FoundModel(
             "lora",
-            f"{folder} is a LoRA. `llm2clip build VISION LLM OUTPUT --caption-adapter {folder}` "
+            f"{folder} is a LoRA. `llm2clip build VISION LLM OUTPUT --caption-lora {folder}` "
             f"merges it into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT --start {folder}` "
             "goes on from it.",
         )

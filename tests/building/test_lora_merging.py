@@ -148,12 +148,12 @@ def test_the_command_refuses_a_lora_of_another_base_unless_told(
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     output = tmp_path / "model"
     command = ["build", str(vision), str(llm), str(output), "--prompt", "llama-3"]
-    command += ["--max-text-length", "64", "--caption-adapter", str(folder)]
+    command += ["--max-text-length", "64", "--caption-lora", str(folder)]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "is for the base 'owner/Other-7B', but the LLM is 'llm'" in error
     assert not output.exists()
-    assert main([*command, "--accept-adapter-base", "owner/Other-7B"]) == 0
+    assert main([*command, "--accept-lora-base", "owner/Other-7B"]) == 0
     built = load_file(output / "model.safetensors")["text_model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(built, tiny_llm().layers[0].self_attn.q_proj.weight)
     # Owners, and the case of letters, are no difference between Hub ids.

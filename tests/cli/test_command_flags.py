@@ -292,7 +292,7 @@ OF_A_MODEL = {
         ("VISION", "`llm2clip build {} LLM OUTPUT`"),
         ("BERT", "{} is a 'vits', which no command takes"),
         ("ABOVE", "it is the folder above {}/model. Give that one."),
-        ("LORA", "--caption-adapter {}`"),
+        ("LORA", "--caption-lora {}`"),
         ("STORE", "--caption-store {}`"),
     ],
 )

@@ -238,7 +238,7 @@ ABSENT = "/nowhere"
         (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
         (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
         (["build", "VISION", "/no.gguf", "--prompt", "none"], r"/no.gguf: no such .gguf file"),
-        (["build", "VISION", "LLM", "--prompt", "llama-3", "--caption-adapter", ABSENT],
+        (["build", "VISION", "LLM", "--prompt", "llama-3", "--caption-lora", ABSENT],
          f"{ABSENT}: no such caption adapter"),
         (["build", "VISION", "LLM", "--prompt", "none", "--projection-dim", "0"],
          "--projection-dim 0 must be at least 1"),
@@ -246,7 +246,7 @@ ABSENT = "/nowhere"
          "--text-adapter-layers -1 must be at least 0"),
         (["build", "VISION", "LLM", "--prompt", "none", "--prefix", "x"], "excludes a prefix"),
         (["demo", "--vision", ABSENT], f"{ABSENT}: no such vision tower"),
-        (["demo", "--caption-adapter", ABSENT], f"{ABSENT}: no such caption adapter"),
+        (["demo", "--caption-lora", ABSENT], f"{ABSENT}: no such caption adapter"),
     ],
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )  # fmt: skip

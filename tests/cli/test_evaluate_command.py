@@ -61,8 +61,8 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
         (["o/m", "--data", "emoji", "--languages", "en", "en"], "languages has a name twice"),
         (["o/m", "--data", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
         (
-            ["o/m", "--data", "emoji", "--exclude-errors", "--no-image-check"],
-            "--exclude-errors needs check_images",
+            ["o/m", "--data", "emoji", "--skip-invalid", "--no-image-check"],
+            "--skip-invalid needs check_images",
         ),
     ],
 )

@@ -185,7 +185,7 @@ BLOCKED_RUNS = [
     (["peft"], "align PLAIN DATA new --text-training lora", "train"),
     (["timm"], "build TIMM gone new --prompt none", "timm"),
     (["gguf"], "build PLAIN gone.gguf new --prompt none", "gguf"),
-    (["peft"], "build PLAIN gone new --prompt none --caption-adapter gone", "train"),
+    (["peft"], "build PLAIN gone new --prompt none --caption-lora gone", "train"),
     (["timm"], "convert gone new --recipe eva02 --llm gone", "timm"),
     (["timm"], "convert gone new --recipe siglip2 --llm gone", "timm"),
     (["timm"], "convert gone new --recipe llm2vec --vision TIMM", "timm"),

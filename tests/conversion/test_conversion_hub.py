@@ -39,7 +39,7 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
             sys.executable, "-m", "modeling_llm2clip", "convert", "official/eva02",
             str(tmp_path / "model"), "--recipe", "eva02", "--file", "epoch_3.pt",
             "--revision", first, "--llm", "official/llama",
-            "--llm-adapter", f"official/lora@{lora}",
+            "--llm-lora", f"official/lora@{lora}",
             "--head-width", "12", "--rope-reference-size", "4", "--max-text-length", "200",
             "--license", "mit", "--push", "me/model",
         ]  # fmt: skip

@@ -460,7 +460,7 @@ def test_a_model_that_may_not_be_published_is_not_pushed(
         ["--revision", "main"],
         ["--file", "a.pt"],
         ["--llm-revision", "main"],
-        ["--llm-adapter", "a/lora"],
+        ["--llm-lora", "a/lora"],
         ["--activation", "gelu"],
         ["--head-width", "64"],
         ["--rope-reference-size", "16"],

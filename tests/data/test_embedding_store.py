@@ -30,7 +30,11 @@ FINGERPRINT = {"weights": "aa", "prompt": "prefix [1]", "pooling": "mean"}
 
 
 def make_index() -> bytes:
-    texts = {"names": ["a.png", "ä/b.png", "c.png"], "keys": ["dog", "", "猫"], "langs": ["en"] * 3}
+    texts = {
+        "names": ["a.png", "ä/b.png", "c.png"],
+        "group_ids": ["dog", "", "猫"],
+        "langs": ["en"] * 3,
+    }
     return pack_index(texts, {"short": SHORT, "long": LONG})
 
 
@@ -111,8 +115,8 @@ def test_an_item_has_its_own_rows_however_many_they_are(store: Path) -> None:
         assert opened.rows_of(item, long=True).tolist() == LONG[item]
         assert torch.equal(opened.read(opened.rows_of(item)), make_embeddings()[SHORT[item]])
     assert list(opened.names) == ["a.png", "ä/b.png", "c.png"]
-    assert list(opened.keys) == ["dog", "", "猫"]
-    assert opened.keys[-1] == "猫" and opened.names[1:] == ["ä/b.png", "c.png"]
+    assert list(opened.group_ids) == ["dog", "", "猫"]
+    assert opened.group_ids[-1] == "猫" and opened.names[1:] == ["ä/b.png", "c.png"]
 
 
 @pytest.mark.parametrize("rows", [[-1], [0, NUM_ROWS], [0.0], [[1, 2]], [True]])
@@ -196,7 +200,7 @@ def test_every_damaged_file_is_named_at_once(store: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {**m, "format_version": 2}, "format_version 2, this code reads 1"),
+        (lambda m: {**m, "format_version": 1}, "format_version 1, this code reads 2"),
         (lambda m: {**m, "kind": "audio"}, "kind is 'audio'"),
         (lambda m: {**m, "dtype": "int8"}, "dtype is 'int8'"),
         (lambda m: {**m, "shards": m["shards"][:2]}, "do not make up its rows"),

@@ -14,8 +14,8 @@ from PIL import Image
 DATA = Path(__file__).parents[2] / "examples" / "data"
 FOLDERS = ("emoji", "photographs")
 EMOJI_LANGUAGES = {"en", "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko"}
-EMOJI_FIELDS = {"image", "key", "captions", "keywords", "lang"}
-PHOTOGRAPH_FIELDS = {"image", "key", "captions", "lang", "license", "source"}
+EMOJI_FIELDS = {"image", "group_id", "captions", "keywords", "lang"}
+PHOTOGRAPH_FIELDS = {"image", "group_id", "captions", "lang", "license", "source"}
 LICENSE_MARKS = {
     "noto-emoji-Apache-2.0.txt": "Apache License",
     "fluent-emoji-MIT.txt": "Microsoft",
@@ -50,10 +50,10 @@ def read_counts(folder: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_line_has_a_key_a_language_and_captions_that_say_something(folder: str) -> None:
+def test_every_line_has_a_group_a_language_and_captions_that_say_something(folder: str) -> None:
     for line in read_lines(folder):
         assert line["captions"], line
-        texts = [line["key"], line["lang"], *line["captions"]]
+        texts = [line["group_id"], line["lang"], *line["captions"]]
         assert all(isinstance(text, str) and text and text == text.strip() for text in texts), line
 
 
@@ -71,8 +71,8 @@ def test_no_image_has_two_lines_in_one_language(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_lines_are_sorted_by_key_language_and_image(folder: str) -> None:
-    order = [(line["key"], line["lang"], line["image"]) for line in read_lines(folder)]
+def test_the_lines_are_sorted_by_group_language_and_image(folder: str) -> None:
+    order = [(line["group_id"], line["lang"], line["image"]) for line in read_lines(folder)]
     assert order == sorted(order)
 
 
@@ -82,15 +82,15 @@ def test_every_emoji_line_has_the_documented_fields() -> None:
         assert set(line) == EMOJI_FIELDS | english, line
         style = line.get("style", "noto")
         assert style in {"noto", "fluent3d"}, line
-        assert line["image"] == f"images/{style}/{line['key']}.png", line
+        assert line["image"] == f"images/{style}/{line['group_id']}.png", line
 
 
 def test_every_emoji_has_its_noto_image_named_in_all_twelve_languages() -> None:
-    languages: dict[str, set[str]] = {line["key"]: set() for line in read_lines("emoji")}
+    languages: dict[str, set[str]] = {line["group_id"]: set() for line in read_lines("emoji")}
     for line in read_lines("emoji"):
         if line["image"].startswith("images/noto/"):
-            languages[line["key"]].add(line["lang"])
-    assert [key for key, found in languages.items() if found != EMOJI_LANGUAGES] == []
+            languages[line["group_id"]].add(line["lang"])
+    assert [group_id for group_id, found in languages.items() if found != EMOJI_LANGUAGES] == []
 
 
 def test_keywords_repeat_neither_the_name_nor_each_other() -> None:
@@ -100,10 +100,12 @@ def test_keywords_repeat_neither_the_name_nor_each_other() -> None:
 
 
 def test_no_two_emoji_have_the_same_name_in_one_language() -> None:
-    keys: dict[tuple[str, str], set[str]] = {}
+    group_ids: dict[tuple[str, str], set[str]] = {}
     for line in read_lines("emoji"):
-        keys.setdefault((line["lang"], line["captions"][0].casefold()), set()).add(line["key"])
-    assert {name: found for name, found in keys.items() if len(found) > 1} == {}
+        group_ids.setdefault((line["lang"], line["captions"][0].casefold()), set()).add(
+            line["group_id"]
+        )
+    assert {name: found for name, found in group_ids.items() if len(found) > 1} == {}
 
 
 def test_every_emoji_image_is_a_square_palette_image_of_64_pixels() -> None:

@@ -53,7 +53,7 @@ def test_every_error_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
         "[]",
         {**good, "lang": "it", "captions": []},
         {**good, "lang": "es", "captions": [3]},
-        {**good, "lang": "", "key": ["square"]},
+        {**good, "lang": "", "group_id": ["square"]},
         {**good, "lang": "pt", "caption": "um quadrado"},
         {"captions": ["of nothing"]},
         {"image": 5, "captions": ["a number"]},
@@ -73,7 +73,7 @@ def test_every_error_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
         "no caption": [8],
         "'captions' is not a text or a list of texts": [9],
         "'lang' is not a non-blank text": [10],
-        "'key' is not a non-blank text": [10],
+        "'group_id' is not a non-blank text": [10],
         "both 'captions' and 'caption'": [11],
         "no image": [12],
         "'image' or 'file_name' is not a non-blank text": [13],
@@ -100,7 +100,7 @@ def test_the_message_counts_all_and_shows_the_first(tmp_path: Path) -> None:
 
 
 def test_a_field_is_no_error_when_it_is_named(tmp_path: Path) -> None:
-    source = write_lines(tmp_path, [{"key": "1", "caption": "a", "coco_id": 4}])
+    source = write_lines(tmp_path, [{"group_id": "1", "caption": "a", "coco_id": 4}])
     options = {"require_images": False}
     error = errors_of(source, **options)
     assert error.counts == {"unknown field 'coco_id'": 1} and "ignored_fields" in str(error)
@@ -172,7 +172,7 @@ def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path:
 
 
 def test_a_field_that_stands_twice_is_an_error(tmp_path: Path) -> None:
-    line = b'{"key": "1", "captions": ["a"], "captions": ["b"]}'
+    line = b'{"group_id": "1", "captions": ["a"], "captions": ["b"]}'
     error = errors_of(write_lines(tmp_path, [line]), require_images=False)
     assert list(error.places) == ["field 'captions' twice in one object"]
 

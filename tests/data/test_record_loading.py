@@ -103,9 +103,11 @@ def test_a_packed_image_has_no_path(tmp_path: Path) -> None:
 def test_packed_images_without_a_file_name_are_named_by_shard_and_member(tmp_path: Path) -> None:
     members = {"a/1.png": encode("images/red.png"), "a/1.txt": b"a red square\n"}
     write_shard(tmp_path / "one.tar", members)
-    write_shard(tmp_path / "two.tar", {**members, "a/1.json": b'{"url": "x", "key": 7}'})
+    write_shard(
+        tmp_path / "two.tar", {**members, "a/1.json": b'{"url": "x", "key": "0", "group_id": 7}'}
+    )
     records = load_records(tmp_path)
-    assert [(r.name, r.key) for r in records] == [
+    assert [(r.name, r.group_id) for r in records] == [
         ("one.tar/a/1.png", "one.tar/a/1.png"),
         ("two.tar/a/1.png", "7"),
     ]
@@ -140,12 +142,13 @@ def test_files_of_a_folder_are_found_in_capitals_too(tmp_path: Path) -> None:
     assert len(load_records(tmp_path, require_images=False)) == 2
 
 
-def test_a_key_is_the_same_with_white_space_around_it(tmp_path: Path) -> None:
+def test_a_group_id_is_the_same_with_white_space_around_it(tmp_path: Path) -> None:
     lines = [
-        {"image": f"{n}.png", "captions": ["a"], "key": key} for n, key in ((1, "k"), (2, " k "))
+        {"image": f"{n}.png", "captions": ["a"], "group_id": group_id}
+        for n, group_id in ((1, "k"), (2, " k "))
     ]
     first, second = load_records(write_lines(tmp_path, lines), require_images=False)
-    assert first.key == second.key == "k"
+    assert first.group_id == second.group_id == "k"
 
 
 def test_a_parquet_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
@@ -157,14 +160,14 @@ def test_a_parquet_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> Non
 
 
 def test_published_recaptionings_are_short_and_long_captions(tmp_path: Path) -> None:
-    line = {"key": "1", "shortSV_captions": ["short"], "longSV_captions": ["a long one"]}
+    line = {"group_id": "1", "shortSV_captions": ["short"], "longSV_captions": ["a long one"]}
     (record,) = load_records(write_lines(tmp_path, [line]), require_images=False)
     assert (record.captions, record.long_captions) == (("short",), ("a long one",))
 
 
 def test_line_separators_inside_a_text_do_not_end_its_line(tmp_path: Path) -> None:
     # JSON allows U+2028 unescaped; Python's splitlines would cut the object there.
-    line = '{"key": "1", "caption": "one\u2028two"}'
+    line = '{"group_id": "1", "caption": "one\u2028two"}'
     (record,) = load_records(write_lines(tmp_path, [line]), require_images=False)
     assert record.captions == ("one two",)
 
@@ -180,7 +183,7 @@ def test_coco_is_read_as_published(tmp_path: Path) -> None:
     # Numbers of one and two digits, so that an order of texts would differ from theirs.
     nine, four = load_records(file, require_images=False)
     assert nine.captions == tuple(f"caption {number}" for number in range(34, 41))
-    assert (nine.name, nine.key, nine.lang) == ("000000000009.jpg", "000000000009.jpg", "en")
+    assert (nine.name, nine.group_id, nine.lang) == ("000000000009.jpg", "000000000009.jpg", "en")
     assert four.captions == ("A man with a red helmet.",) and four.image is None
     with pytest.raises(ValueError, match=r"Give image_dir=<folder>, or require_images=False"):
         load_records(file)

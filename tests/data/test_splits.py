@@ -10,14 +10,16 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.splits import choose_test_rows, split_records
 
 
-def draw(key: str, style: str, caption: str | None = None) -> CaptionedImage:
-    return CaptionedImage(Path(f"{key}-{style}.png"), f"{key}-{style}", key, (caption or key,))
+def draw(group_id: str, style: str, caption: str | None = None) -> CaptionedImage:
+    return CaptionedImage(
+        Path(f"{group_id}-{style}.png"), f"{group_id}-{style}", group_id, (caption or group_id,)
+    )
 
 
 RECORDS = [draw(str(number), style) for number in range(40) for style in ("a", "b")]
 
 
-def test_a_fifth_of_the_keys_is_held_out_whatever_the_order_of_the_records() -> None:
+def test_a_fifth_of_the_groups_is_held_out_whatever_the_order_of_the_records() -> None:
     held_out = split_records(RECORDS, seed=0)
     assert len(held_out) == 8
     assert split_records(RECORDS[::-1], seed=0) == held_out
@@ -28,7 +30,7 @@ def test_at_most_300_keys_are_held_out() -> None:
     assert len(split_records([draw(str(n), "a") for n in range(2000)], seed=0)) == 300
 
 
-def test_each_held_out_key_is_tested_once_by_its_last_record() -> None:
+def test_each_held_out_group_is_tested_once_by_its_last_record() -> None:
     rows = choose_test_rows(RECORDS, {"7", "3"})
     assert [RECORDS[row].name for row in rows] == ["3-b", "7-b"]
 

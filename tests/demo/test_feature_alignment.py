@@ -39,7 +39,9 @@ def recall_of(model, pairs):
     with torch.inference_mode():
         text = model.project_caption_embeds(pairs.caption_embeds)
         image = model.project_vision_embeds(pairs.vision_embeds)
-    ranking = rank_retrieval(image, text, Correspondence.from_keys(pairs.keys, pairs.keys))
+    ranking = rank_retrieval(
+        image, text, Correspondence.from_group_ids(pairs.group_ids, pairs.group_ids)
+    )
     return hit_rate_at(ranking.t2i, k=1)
 
 
@@ -80,7 +82,10 @@ def test_the_same_seed_gives_the_same_losses(pairs):
 def test_a_loss_that_is_not_finite_stops_the_training(pairs):
     model, _ = tiny_model()
     broken = AlignmentPairs(
-        pairs.caption_embeds * torch.nan, pairs.vision_embeds, pairs.captions_of_image, pairs.keys
+        pairs.caption_embeds * torch.nan,
+        pairs.vision_embeds,
+        pairs.captions_of_image,
+        pairs.group_ids,
     )
     with pytest.raises(FloatingPointError, match=r"nan at step 0"):
         align_features(model, broken, AlignmentArguments(steps=2, batch_size=16))

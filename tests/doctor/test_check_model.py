@@ -17,8 +17,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from modeling_llm2clip.doctor import Check, check_model
 from modeling_llm2clip.doctor.check_model import _PLANS
-from modeling_llm2clip.doctor.file_checks import list_uploaded_files
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
+from modeling_llm2clip.model_folders.model_folder import list_uploaded_files
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import save_model
 
@@ -122,13 +122,13 @@ def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None
     code = """
 import sys
 sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
-from modeling_llm2clip.hub.doctor import diagnose
-from modeling_llm2clip.hub.publish import Destination, push_to_hub
+from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.publishing.push_to_hub import Destination, push_to_hub
 push_to_hub(sys.argv[1], Destination("owner/model"))
-diagnosis = diagnose("owner/model")
+diagnosis = check_model("owner/model")
 print(diagnosis.report())
 assert diagnosis.healthy
-assert "RepositoryNotFoundError" in diagnose("owner/absent").checks[0].message
+assert "RepositoryNotFoundError" in check_model("owner/absent").checks[0].message
 """
     with HubServer() as hub:
         done = subprocess.run(

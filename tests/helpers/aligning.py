@@ -105,7 +105,7 @@ def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
         line: dict[str, Any] = {
             "image": name,
             "captions": [f"image {number}", f"a photo of thing {number}"],
-            "key": str(max(number, 1)),
+            "group_id": str(max(number, 1)),
         }
         if number:
             line["long_captions"] = [f"a long text on {number} of many words"]

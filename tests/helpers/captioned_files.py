@@ -20,8 +20,8 @@ from modeling_llm2clip.data.records import CaptionedImage
 LINES: list[dict[str, Any]] = [
     {"file_name": "images/red.png", "captions": ["a red square", "a square  of red"],
      "long_captions": ["A red square, and nothing beside it."], "keywords": ["red"],
-     "key": "square", "lang": "en"},
-    {"file_name": "images/red.png", "captions": ["ein rotes Quadrat"], "key": "square",
+     "group_id": "square", "lang": "en"},
+    {"file_name": "images/red.png", "captions": ["ein rotes Quadrat"], "group_id": "square",
      "lang": "de"},
     {"file_name": "images/blue.png", "captions": [" a blue\nsquare \n"], "license": "CC0 1.0"},
 ]  # fmt: skip

@@ -25,7 +25,7 @@ CHUNK = 3
 
 
 def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, captions, scale and keys of a whole batch; some keys meet across its halves."""
+    """Images, captions, scale and group ids of a whole batch; some groups span both processes."""
     generator = torch.Generator().manual_seed(3)
     image, text = (F.normalize(torch.randn(NUM_ROWS, 6, generator=generator)) for _ in range(2))
     return image, text, torch.tensor([12.0]), torch.tensor([0, 1, 1, 2, 3, 0, 4, 3])
@@ -33,11 +33,13 @@ def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def loss_and_gradients(part: slice, *, chunk_size: int | None = None) -> dict[str, Tensor]:
     """Loss over some rows of the batch, and its gradients for these rows and the scale."""
-    image, text, scale, keys = make_rows()
+    image, text, scale, group_ids = make_rows()
     leaves = [image[part].clone(), text[part].clone(), scale]
     for leaf in leaves:
         leaf.requires_grad_(True)
-    loss = grouped_contrastive_loss(*leaves, keys[part], chunk_size=chunk_size, over_processes=True)
+    loss = grouped_contrastive_loss(
+        *leaves, group_ids[part], chunk_size=chunk_size, over_processes=True
+    )
     loss.backward()
     image_grad, text_grad, scale_grad = (leaf.grad for leaf in leaves)
     return {"loss": loss.detach(), "image": image_grad, "text": text_grad, "scale": scale_grad}

@@ -312,12 +312,12 @@ def write_imagenet_of_kaggle(folder: Path) -> Path:
 def write_own_folder(folder: Path) -> Path:
     """Two things in two languages, one of them drawn twice."""
     lines: list[dict[str, Any]] = [
-        {"image": "a.jpg", "key": "cat", "captions": ["a cat"], "lang": "en",
+        {"image": "a.jpg", "group_id": "cat", "captions": ["a cat"], "lang": "en",
          "long_captions": ["A cat, seen from afar."]},
-        {"image": "b.jpg", "key": "cat", "captions": ["a cat", "one cat"], "lang": "en",
+        {"image": "b.jpg", "group_id": "cat", "captions": ["a cat", "one cat"], "lang": "en",
          "long_captions": ["A cat, seen from near."]},
         {"image": "c.jpg", "captions": ["a dog"], "lang": "en", "long_captions": ["A dog."]},
-        {"image": "a.jpg", "key": "cat", "captions": ["eine Katze"], "lang": "de"},
+        {"image": "a.jpg", "group_id": "cat", "captions": ["eine Katze"], "lang": "de"},
         {"image": "c.jpg", "captions": ["ein Hund"], "lang": "de"},
     ]  # fmt: skip
     write_json_lines(folder / "captions.jsonl", lines)

@@ -124,7 +124,7 @@ def see_sentence_transformers(keep, source, given):
     keep("SentenceTransformer prompted text", model.encode(TEXTS, prompt_name="query"))
 """
 PUBLISH = f"""
-from modeling_llm2clip.hub.publish import Destination, push_to_hub
+from modeling_llm2clip.publishing.push_to_hub import Destination, push_to_hub
 folder, other = sys.argv[3:5]
 see("package, folder", folder)
 see("package, other folder", other)

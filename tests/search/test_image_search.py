@@ -149,12 +149,12 @@ def test_broken_images_are_named_or_left_out_and_counted(
     error = capsys.readouterr().err
     assert "1 of 2 images cannot be read" in error
     assert "broken.png: not an image" in error
-    assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-errors"]) == 0
+    assert main(["search", model_folder, str(tmp_path), "a dog", "--skip-invalid"]) == 0
     shown = capsys.readouterr()
     assert "Left out 1 of 2 images" in shown.err
     assert str(tmp_path / "whole.png") in shown.out
     (tmp_path / "whole.png").unlink()
-    assert main(["search", model_folder, str(tmp_path), "a dog", "--exclude-errors"]) == 2
+    assert main(["search", model_folder, str(tmp_path), "a dog", "--skip-invalid"]) == 2
 
 
 def test_kept_embeddings_spare_what_was_encoded_before(

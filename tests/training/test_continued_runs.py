@@ -93,7 +93,9 @@ def test_an_alignment_is_not_continued_on(
 def test_a_caption_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "captions.jsonl"
-    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    data.write_text(
+        "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
+    )
     flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
     command = ["finetune-llm", str(folder), str(data), str(tmp_path / "run"), *flags]
     assert main(command) == 0

@@ -109,9 +109,9 @@ import torch
 import torch.distributed as dist
 from tiny import tiny_model
 from tuning import GROUPS
-from modeling_llm2clip.encoding.captions import encode_captions
+from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.training.alike_images import encode_groups, encode_groups_together
-from modeling_llm2clip.training.processes import join_processes
+from modeling_llm2clip.training.distributed import join_processes
 
 state, model = join_processes(cpu=True), tiny_model()
 counts = []

@@ -47,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     collate = stage.PairCollator.__call__
 
     def note(self: Any, features: list[dict[str, Any]]) -> Any:
-        batches.append([row[name] for row in features for name in row if name != "key"])
+        batches.append([row[name] for row in features for name in row if name != "group_id"])
         return collate(self, features)
 
     monkeypatch.setattr(stage.PairCollator, "__call__", note)

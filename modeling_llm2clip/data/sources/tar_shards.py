@@ -23,9 +23,10 @@ from ..json_objects import parse_object
 from ..records import CAPTION_FIELDS, RawRecord
 from ..validation_errors import ErrorCollector
 
-# What img2dataset writes beside caption and key.
+# What img2dataset writes beside the caption; its `key` is the sample's name, not what it shows.
 _DOWNLOAD_NOTES = frozenset(
-    "url status error_message exif sha256 md5 width height original_width original_height".split()
+    "key url status error_message exif sha256 md5 "
+    "width height original_width original_height".split()
 )
 
 

@@ -24,7 +24,7 @@ class RawRecord:
         name: of the image; its path below the folder of images unless `image` is given.
         captions: as they are written.
         image: where it lies, when the reader knows.
-        key: what is shown; None for `name`. Images of one key share their captions.
+        group_id: what is shown; None for `name`. Images of one group share their captions.
         is_sound: False when the reader has told an error of it already.
     """
 
@@ -32,7 +32,7 @@ class RawRecord:
     name: str
     captions: tuple[str, ...]
     image: ImageSource | None = None
-    key: str | None = None
+    group_id: str | None = None
     is_sound: bool = True
 
 
@@ -122,18 +122,18 @@ def _assemble(
 ) -> RetrievalDataset:
     if not entries:
         raise ValueError(f"{intake.source}: nothing is left; every image has an error: {excluded}")
-    texts_of_key: dict[str, list[str]] = {}
+    texts_of_group: dict[str, list[str]] = {}
     for entry in entries:
-        key = entry.name if entry.key is None else entry.key
-        if key not in texts_of_key:
-            texts_of_key[key] = list(entry.captions)
+        group_id = entry.name if entry.group_id is None else entry.group_id
+        if group_id not in texts_of_group:
+            texts_of_group[group_id] = list(entry.captions)
         else:  # another image of the same thing: what is said of both is one caption
-            texts = texts_of_key[key]
+            texts = texts_of_group[group_id]
             texts += [caption for caption in entry.captions if caption not in texts]
-    captions = [text for texts in texts_of_key.values() for text in texts]
-    correspondence = Correspondence.from_keys(
-        [entry.name if entry.key is None else entry.key for entry in entries],
-        [key for key, texts in texts_of_key.items() for _ in texts],
+    captions = [text for texts in texts_of_group.values() for text in texts]
+    correspondence = Correspondence.from_group_ids(
+        [entry.name if entry.group_id is None else entry.group_id for entry in entries],
+        [group_id for group_id, texts in texts_of_group.items() for _ in texts],
     )
     images = tuple(entry.image for entry in entries if entry.image is not None)
     protocol = {
@@ -145,7 +145,7 @@ def _assemble(
         "captions": len(captions),
         "published": card.published_counts(request.lang),
         "captions_per_image": card.captions_per_image or "all",
-        "captions_of_several_images": _count_shared(texts_of_key),
+        "captions_of_several_images": _count_shared(texts_of_group),
         "excluded": excluded,
         **intake.notes,
     }
@@ -157,14 +157,16 @@ def _assemble(
         correspondence=correspondence,
         lang=request.lang,
         protocol=protocol,
-        image_keys=tuple(entry.name if entry.key is None else entry.key for entry in entries),
+        image_group_ids=tuple(
+            entry.name if entry.group_id is None else entry.group_id for entry in entries
+        ),
     )
 
 
-def _count_shared(texts_of_key: dict[str, list[str]]) -> int:
-    """How many different texts are captions of several keys, so that rank 1 is luck for them."""
-    keys_of_text: dict[str, set[str]] = {}
-    for key, texts in texts_of_key.items():
+def _count_shared(texts_of_group: dict[str, list[str]]) -> int:
+    """How many different texts are captions of several groups, so that rank 1 is luck for them."""
+    groups_of_text: dict[str, set[str]] = {}
+    for group_id, texts in texts_of_group.items():
         for text in texts:
-            keys_of_text.setdefault(text, set()).add(key)
-    return sum(len(keys) > 1 for keys in keys_of_text.values())
+            groups_of_text.setdefault(text, set()).add(group_id)
+    return sum(len(group_ids) > 1 for group_ids in groups_of_text.values())

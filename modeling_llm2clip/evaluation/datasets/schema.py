@@ -46,7 +46,7 @@ class RetrievalDataset:
         correspondence: which caption belongs to which image.
         lang: language of the captions, BCP 47.
         protocol: every choice that was made; see the top of this file.
-        image_keys: one an image: what it shows; empty where the names say it.
+        image_group_ids: one per image: what it shows; empty where the names say it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class RetrievalDataset:
     correspondence: Correspondence
     lang: str
     protocol: Mapping[str, Any]
-    image_keys: tuple[str, ...] = ()
+    image_group_ids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         found = (self.correspondence.num_images, self.correspondence.num_texts)
@@ -66,10 +66,10 @@ class RetrievalDataset:
                 f"{self.name}: the correspondence is of {found[0]} images and {found[1]} "
                 f"captions, the set has {wanted[0]} and {wanted[1]}."
             )
-        if self.image_keys and len(self.image_keys) != len(self.image_names):
+        if self.image_group_ids and len(self.image_group_ids) != len(self.image_names):
             raise ValueError(
-                f"{self.name}: {len(self.image_keys)} keys and {len(self.image_names)} names "
-                "of images."
+                f"{self.name}: {len(self.image_group_ids)} group ids and "
+                f"{len(self.image_names)} names of images."
             )
         _check_images(self.name, self.images, self.image_names)
 

@@ -97,7 +97,7 @@ class DatasetValidator:
                 self.errors.add(
                     f"wrong number of {what}",
                     f"found {found[what]}, published {wanted}; get the files anew, or read a part "
-                    "on purpose with skip_invalid (--exclude-errors)",
+                    "on purpose with skip_invalid (--skip-invalid)",
                 )
 
     def compare_checksums(self, published: Mapping[str, str]) -> None:

@@ -75,29 +75,35 @@ class Correspondence:
             raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
 
     @classmethod
-    def from_keys(
-        cls, image_keys: Sequence[Hashable], text_keys: Sequence[Hashable]
+    def from_group_ids(
+        cls, image_group_ids: Sequence[Hashable], text_group_ids: Sequence[Hashable]
     ) -> Correspondence:
-        """Pair every image with every text of the same key."""
-        images_of_key = _rows_of(image_keys)
-        texts_of_key = _rows_of(text_keys)
+        """Pair every image with every text of the same group."""
+        images_of_group = _rows_of(image_group_ids)
+        texts_of_group = _rows_of(text_group_ids)
         pairs = [
             pair
-            for key, images in images_of_key.items()
-            for pair in product(images, texts_of_key.get(key, ()))
+            for group_id, images in images_of_group.items()
+            for pair in product(images, texts_of_group.get(group_id, ()))
         ]
         lonely = [
-            f"{len(keys)} keys only {side} have: {_name_some(keys)}"
-            for side, keys in (
-                ("images", [key for key in images_of_key if key not in texts_of_key]),
-                ("texts", [key for key in texts_of_key if key not in images_of_key]),
+            f"{len(group_ids)} group ids only {side} have: {_name_some(group_ids)}"
+            for side, group_ids in (
+                (
+                    "images",
+                    [group_id for group_id in images_of_group if group_id not in texts_of_group],
+                ),
+                (
+                    "texts",
+                    [group_id for group_id in texts_of_group if group_id not in images_of_group],
+                ),
             )
-            if keys
+            if group_ids
         ]
         if lonely:
             raise ValueError("Images and texts do not correspond: " + "; ".join(lonely) + ".")
         rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-        return cls(len(image_keys), len(text_keys), rows[:, 0], rows[:, 1])
+        return cls(len(image_group_ids), len(text_group_ids), rows[:, 0], rows[:, 1])
 
     @classmethod
     def from_image_of_text(
@@ -151,10 +157,10 @@ def _find_errors(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[
     return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
 
 
-def _rows_of(keys: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+def _rows_of(group_ids: Iterable[Hashable]) -> dict[Hashable, list[int]]:
     rows: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows.setdefault(key, []).append(row)
+    for row, group_id in enumerate(group_ids):
+        rows.setdefault(group_id, []).append(row)
     return rows
 
 

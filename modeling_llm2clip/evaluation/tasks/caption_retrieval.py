@@ -42,7 +42,7 @@ def group_in_pairs(sets: tuple[EvaluationSet, ...]) -> list[CaptionGroup]:
     (data,) = sets
     assert isinstance(data, RetrievalDataset)
     groups = data.group_captions()
-    lonely = [group.key for group in groups if len(group.captions) < 2]
+    lonely = [group.group_id for group in groups if len(group.captions) < 2]
     if lonely or len(groups) < 2:
         raise ValueError(
             f"{data.name}: CRA needs two captions of every image, and two images. "

@@ -28,9 +28,9 @@ def measure_caption_retrieval(
     """
     if len(groups) < 2:
         raise ValueError(f"Caption retrieval needs two images or more; got {len(groups)}.")
-    keys = [group.key for group in groups]
+    group_ids = [group.group_id for group in groups]
     embeddings = encode([g.captions[0] for g in groups] + [g.captions[1] for g in groups])
     first, second = embeddings[: len(groups)], embeddings[len(groups) :]
     # First captions stand where images would.
-    ranking = rank_retrieval(first, second, Correspondence.from_keys(keys, keys))
+    ranking = rank_retrieval(first, second, Correspondence.from_group_ids(group_ids, group_ids))
     return hit_rate_at(ranking.i2t, k=1)

@@ -114,7 +114,7 @@ def align(
         resume: continue from the last whole checkpoint in `output`, which must be of the same
             settings, weights, stores, captions and images (by name and size).
     Raises:
-        ValueError: before any tower is loaded: no data, too little for a batch, keys that leave
+        ValueError: before any tower is loaded: no data, too little for a batch, groups that leave
             nothing to tell apart, a batch that the processes cannot share, an output folder of
             another run, stores of another model or of other data, settings that contradict each
             other.
@@ -293,7 +293,7 @@ def _check_data(records: Sequence[CaptionedImage], arguments: AlignArguments) ->
     if not records:
         raise ValueError("Got no images to align with; give at least a batch of them.")
     _check_batch(arguments.batch_size or 1, len(records), 0)
-    _check_keys(records)
+    _check_group_ids(records)
 
 
 def _check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
@@ -305,22 +305,26 @@ def _check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
         )
 
 
-def _check_keys(records: Sequence[CaptionedImage]) -> None:
-    """Raise ValueError where keys leave no negatives, or make an image its own."""
-    keys_of: dict[str, set[str]] = {}
+def _check_group_ids(records: Sequence[CaptionedImage]) -> None:
+    """Raise ValueError where groups leave no negatives, or make an image its own."""
+    group_ids_of: dict[str, set[str]] = {}
     for record in records:
-        keys_of.setdefault(record.name, set()).add(record.key)
-    if len(keys := set().union(*keys_of.values())) < 2:
+        group_ids_of.setdefault(record.name, set()).add(record.group_id)
+    if len(group_ids := set().union(*group_ids_of.values())) < 2:
         raise ValueError(
-            f"All {len(records)} records have the key {keys.pop()!r}: they show the same thing, so "
-            "that there is nothing to tell apart. Give what differs different keys, or none."
+            f"All {len(records)} records have the group_id {group_ids.pop()!r}, so that no image "
+            "has a negative. Give images that show different things different group_ids, or none."
         )
-    torn = {name: sorted(keys) for name, keys in keys_of.items() if len(keys) > 1}
+    torn = {
+        name: sorted(group_ids) for name, group_ids in group_ids_of.items() if len(group_ids) > 1
+    }
     if torn:
-        shown = "; ".join(f"{name} {keys}" for name, keys in [*torn.items()][:_NAMES_SHOWN])
+        shown = "; ".join(
+            f"{name} {group_ids}" for name, group_ids in [*torn.items()][:_NAMES_SHOWN]
+        )
         raise ValueError(
-            f"{len(torn)} images have several keys over their languages, and would be their own "
-            f"negatives: {shown}. Give all records of an image one key."
+            f"{len(torn)} images have several group_ids over their languages and would be their "
+            f"own negatives: {shown}. Give all records of an image one group_id."
         )
 
 

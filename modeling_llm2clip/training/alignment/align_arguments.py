@@ -35,7 +35,7 @@ class AlignArguments:
             or the closed form, which a higher one overwrites, and 1e-3 from random weights.
         image_noise, caption_noise: standard deviation of the noise on stored embeddings at each
             step, as a share of their length; keeps small data from being learned by heart.
-        held_out_share: share of the things shown (`key`) that is never trained on and tells the
+        held_out_share: share of the groups (`group_id`) that is never trained on and chooses the
             best weights of the run, at most 1,000 and in small data at least 20; 0 for none.
         evaluate_every: steps between two looks at the held-out images; None for a twentieth of the
             run.

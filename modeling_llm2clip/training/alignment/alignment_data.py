@@ -59,9 +59,11 @@ class AlignmentDataset(Dataset[Any]):
         self.image_store = image_store
         self.long_share = long_share
         self.seed = seed
-        numbers = {key: i for i, key in enumerate(dict.fromkeys(r.key for r in records))}
-        self.keys = torch.tensor([numbers[record.key] for record in records])
-        self.key_names = list(numbers)
+        numbers = {
+            group_id: i for i, group_id in enumerate(dict.fromkeys(r.group_id for r in records))
+        }
+        self.group_ids = torch.tensor([numbers[record.group_id] for record in records])
+        self.group_names = list(numbers)
         self._caption_items = None if caption_store is None else pair_items(records, caption_store)
         self._image_items = None if image_store is None else pair_items(records, image_store)
         if caption_store is not None and self._caption_items is not None:
@@ -77,7 +79,7 @@ class AlignmentDataset(Dataset[Any]):
         return len(self.records)
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Return a batch for (epoch, item) pairs: the arguments of `AlignmentModel`, and `keys`."""
+        """Return a batch for (epoch, item) pairs: what `AlignmentModel` takes, and `group_ids`."""
         items = [item for _, item in draws]
         batch = self.read_pairs([(item, self._draw(epoch, item)) for epoch, item in draws])
         for name, share, side in (
@@ -86,7 +88,7 @@ class AlignmentDataset(Dataset[Any]):
         ):
             if share and name in batch:
                 batch[name] = _add_noise(batch[name], share, draws, seed=self.seed, side=side)
-        return {"keys": self.keys[items], **batch}
+        return {"group_ids": self.group_ids[items], **batch}
 
     @property
     def is_stored(self) -> bool:
@@ -287,9 +289,11 @@ def _require_same_images(
 def _hash_as_stored(
     records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
 ) -> str:
-    """`hash_records` in the store's order and with its keys."""
+    """`hash_records` in the store's order and with its group ids."""
     of_item = dict(zip(items, records, strict=True))
-    return hash_records([replace(of_item[i], key=key) for i, key in enumerate(store.keys)])
+    return hash_records(
+        [replace(of_item[i], group_id=group_id) for i, group_id in enumerate(store.group_ids)]
+    )
 
 
 def _show(pairs: Sequence[tuple[str, str]]) -> str:

@@ -36,7 +36,7 @@ from .sharding import keep_scores_in_float32
 from .trained_parts import scale_by_layer
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
-_KEYS_SHOWN = 8
+_GROUPS_SHOWN = 8
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
@@ -219,16 +219,16 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Compare this process's rows with those of all.
 
-        Raises: FloatingPointError when the loss is not finite, with the step and the batch's keys.
+        Raises: FloatingPointError when the loss is not finite: the step and the batch's groups.
         """
-        keys = inputs["keys"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "keys"})
+        group_ids = inputs["group_ids"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "group_ids"})
         image_embeds, text_embeds, scale = outputs
         loss = grouped_contrastive_loss(
             image_embeds,
             text_embeds,
             scale,
-            keys,
+            group_ids,
             chunk_size=self.settings.loss_chunk,
             over_processes=True,
         )
@@ -237,25 +237,27 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
             broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
-                f"{self._describe_broken(keys, broken)} or lower the learning rate "
+                f"{self._describe_broken(group_ids, broken)} or lower the learning rate "
                 f"({self.length.lr})."
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _describe_broken(self, keys: Tensor, broken: Tensor) -> str:
+    def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch where none is."""
         assert isinstance(self.train_dataset, AlignmentDataset)
-        shown = keys[broken] if broken.any() else keys
-        names = [self.train_dataset.key_names[int(key)] for key in shown[:_KEYS_SHOWN]]
-        listed = f"{names}{' …' if len(shown) > _KEYS_SHOWN else ''}"
+        shown = group_ids[broken] if broken.any() else group_ids
+        names = [
+            self.train_dataset.group_names[int(group_id)] for group_id in shown[:_GROUPS_SHOWN]
+        ]
+        listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (
-                f"{len(shown)} of {len(keys)} pairs have embeddings that are not finite, with the "
-                f"keys {listed}. Look at what these are made from,"
+                f"{len(shown)} of {len(group_ids)} pairs have embeddings that are not finite, with "
+                f"the group_ids {listed}. Look at what these are made from,"
             )
         return (
-            f"The embeddings of this process's {len(keys)} pairs are finite, with the keys "
-            f"{listed}. "
+            f"The embeddings of this process's {len(group_ids)} pairs are finite, with the "
+            f"group_ids {listed}. "
             "Look at the other processes' messages,"
         )
 

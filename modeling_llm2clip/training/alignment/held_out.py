@@ -67,7 +67,7 @@ class HeldOutScores:
 def choose_held_out(
     dataset: AlignmentDataset, share: float, *, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Split a dataset by what its images show (`key`).
+    """Split a dataset by what its images show (`group_id`).
 
     Returns: the items to train on, and the held-out items; both in the order of the dataset.
     Raises: ValueError where so few things are shown that none can be held out.
@@ -75,7 +75,7 @@ def choose_held_out(
     everything = list(range(len(dataset)))
     if not share:
         return everything, []
-    num_groups = len(dataset.key_names)
+    num_groups = len(dataset.group_names)
     least = min(_LEAST_HELD_OUT, int(num_groups * _LARGEST_SHARE_OF_SMALL_DATA))
     count = min(_MOST_HELD_OUT, max(round(share * num_groups), least))
     if count < 2:
@@ -87,10 +87,10 @@ def choose_held_out(
     order = list(range(num_groups))
     random.Random(seed).shuffle(order)
     chosen = set(order[:count])
-    keys = dataset.keys.tolist()
+    group_ids = dataset.group_ids.tolist()
     return (
-        [item for item in everything if keys[item] not in chosen],
-        [item for item in everything if keys[item] in chosen],
+        [item for item in everything if group_ids[item] not in chosen],
+        [item for item in everything if group_ids[item] in chosen],
     )
 
 
@@ -113,7 +113,7 @@ class HeldOutImages:
             for caption in dataset.list_captions(item)[: None if dataset.image_store else 1]
         ]
         rows = [item for item, _ in self.rows]
-        self.keys = dataset.keys[rows]
+        self.group_ids = dataset.group_ids[rows]
         # The row of each image's first caption stands for the image.
         self.image_rows = [row for row, item in enumerate(rows) if not row or rows[row - 1] != item]
 
@@ -145,14 +145,14 @@ class HeldOutImages:
     def score(self, image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> HeldOutScores:
         """Compare the embeddings of all pairs; arguments as `embed` returns them."""
         loss = grouped_contrastive_loss(
-            image_embeds, text_embeds, scale, self.keys, chunk_size=_ROWS_AT_A_TIME
+            image_embeds, text_embeds, scale, self.group_ids, chunk_size=_ROWS_AT_A_TIME
         )
-        of_image = self.keys[self.image_rows].tolist()
-        of_text = self.keys.tolist()
+        of_image = self.group_ids[self.image_rows].tolist()
+        of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
             image_embeds[self.image_rows],
             text_embeds,
-            Correspondence.from_keys(of_image, of_text),
+            Correspondence.from_group_ids(of_image, of_text),
         )
         to_image, to_text = ranking.t2i, ranking.i2t
         return HeldOutScores(

@@ -113,7 +113,7 @@ def _measure(model: AlignmentModel, held_out: HeldOutImages) -> float:
 @torch.no_grad()
 def _set_temperature(model: AlignmentModel, held_out: HeldOutImages) -> float:
     images, texts, _ = held_out.embed(model, torch.device("cpu"), nullcontext)
-    log_scale, loss = fit_temperature(images, texts, held_out.keys)
+    log_scale, loss = fit_temperature(images, texts, held_out.group_ids)
     model.logit_scale.log_scale.fill_(log_scale)
     return loss
 
@@ -131,7 +131,7 @@ def _pair_embeddings(
         rows = dataset.caption_rows(item).tolist()
         captions += rows
         images += [dataset.image_row(item)] * len(rows)
-        groups += [int(dataset.keys[item])] * len(rows)
+        groups += [int(dataset.group_ids[item])] * len(rows)
         if len(captions) >= _MOST_PAIRS:
             break
     assert dataset.caption_store is not None and dataset.image_store is not None

@@ -106,7 +106,7 @@ def pack_records(
     return pack_index(
         {
             "names": [r.name for r in records],
-            "keys": [r.key for r in records],
+            "group_ids": [r.group_id for r in records],
             "langs": [r.lang for r in records],
         },
         {"short": short, "long": long},

@@ -75,7 +75,7 @@ from .lora_encoder import (
     write_lora,
 )
 from .pair_sampling import (
-    KEY_COLUMN,
+    GROUP_COLUMN,
     NoDuplicateGroupsBatchSampler,
     PairCollator,
     WeightedBatchSampler,
@@ -338,7 +338,7 @@ def _count_truncated(processor: LLM2CLIPProcessor, data: _Data) -> dict[str, int
     """Count all different texts, trained on and measured on, and those that lose their ends."""
     texts = {text for group in (*data.to_train, *data.held_out) for text in group.captions}
     for table in data.tables.values():
-        for name in set(table.column_names) - {KEY_COLUMN}:
+        for name in set(table.column_names) - {GROUP_COLUMN}:
             texts.update(table[name][:])
     return {"num_texts": len(texts), "num_truncated": measure_texts(processor, [*texts])[1]}
 
@@ -386,7 +386,7 @@ def _identify(
     """What makes another run of the same settings: model, data, number of processes."""
     digest = hashlib.sha256()
     for group in groups:
-        digest.update(json.dumps([group.key, group.captions]).encode())
+        digest.update(json.dumps([group.group_id, group.captions]).encode())
     for pairs, weight in other_pairs:
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {

@@ -70,9 +70,9 @@ def write_alike(alike: Tensor, file: Path) -> None:
 
 
 def read_alike(file: Path, groups: Sequence[CaptionGroup]) -> dict[str, list[str]]:
-    """Read it back as keys: each image's most alike ones, the nearest first."""
-    keys = [group.key for group in groups]
+    """Read it back as group ids: each image's nearest ones, the nearest first."""
+    group_ids = [group.group_id for group in groups]
     return {
-        key: [keys[row] for row in rows]
-        for key, rows in zip(keys, load_file(file)["alike"].tolist(), strict=True)
+        group_id: [group_ids[row] for row in rows]
+        for group_id, rows in zip(group_ids, load_file(file)["alike"].tolist(), strict=True)
     }

@@ -21,13 +21,13 @@ from sentence_transformers.sentence_transformer.data_collator import (
 
 from ...data.caption_groups import TextPair
 
-KEY_COLUMN = "key"
+GROUP_COLUMN = "group_id"
 
 
 def make_pair_table(pairs: Sequence[TextPair]) -> Dataset:
-    """Make the table that sentence-transformers reads: key, anchor, positive, negative_1, …."""
+    """Make sentence-transformers' table: group_id, anchor, positive, negative_1, …."""
     columns: dict[str, list[str]] = {
-        KEY_COLUMN: [pair.key for pair in pairs],
+        GROUP_COLUMN: [pair.group_id for pair in pairs],
         "anchor": [pair.anchor for pair in pairs],
         "positive": [pair.positive for pair in pairs],
     }
@@ -37,28 +37,28 @@ def make_pair_table(pairs: Sequence[TextPair]) -> Dataset:
 
 
 class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
-    """Leaves the key out: the sampler needs it, the model does not."""
+    """Leaves the group id out: the sampler needs it, the model does not."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenize the texts of some rows, column by column."""
         return super().__call__(  # type: ignore[no-any-return]
-            [{k: v for k, v in row.items() if k != KEY_COLUMN} for row in features]
+            [{k: v for k, v in row.items() if k != GROUP_COLUMN} for row in features]
         )
 
 
 class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
-    """Draws batches in which each key, and each text, occurs once over all processes.
+    """Draws batches in which each group, and each text, occurs once over all processes.
 
     A batch of all processes is `num_processes` successive batches: accelerate deals them out in
-    turn. A row that would repeat a key or a text waits for a later batch. Every epoch has equally
+    turn. A row that would repeat a group or a text waits for a later batch. Every epoch has equally
     many batches, `len(dataset)` divided by the size of a whole batch; what a short rest cannot
     fill is filled from the next shuffle.
 
     Args:
-        alike: most alike keys of each key, where batches are to be hard: a row then comes together
+        alike: nearest groups of each group, where batches are to be hard: a row then comes together
             with a row of each of `num_alike` random ones of them, as long as these have any left
             in this shuffle.
-    Raises: ValueError when there are too few different keys for one batch.
+    Raises: ValueError when there are too few different groups for one batch.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         self.alike, self.num_alike = alike or {}, num_alike
         self.num_processes = PartialState().num_processes
         self.window_size = batch_size * self.num_processes
-        columns = [dataset[name][:] for name in dataset.column_names if name != KEY_COLUMN]
+        columns = [dataset[name][:] for name in dataset.column_names if name != GROUP_COLUMN]
         self.texts_of_row = [set(texts) for texts in zip(*columns, strict=True)]
-        self.key_of_row = dataset[KEY_COLUMN][:]
-        num_keys = len(set(self.key_of_row))
-        if num_keys < self.window_size:
+        self.group_id_of_row = dataset[GROUP_COLUMN][:]
+        num_groups = len(set(self.group_id_of_row))
+        if num_groups < self.window_size:
             raise ValueError(
-                f"{num_keys} different images are too few for a batch of {batch_size} on "
+                f"{num_groups} different images are too few for a batch of {batch_size} on "
                 f"{self.num_processes} processes: each may occur once. Lower the batch size."
             )
 
     def __len__(self) -> int:
-        return int(len(self.key_of_row) // self.window_size * self.num_processes)
+        return int(len(self.group_id_of_row) // self.window_size * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -98,34 +98,34 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 
     def _shuffle_forever(self, generator: torch.Generator) -> Iterator[int]:
         while True:
-            shuffled = torch.randperm(len(self.key_of_row), generator=generator).tolist()
+            shuffled = torch.randperm(len(self.group_id_of_row), generator=generator).tolist()
             yield from self._group_alike(shuffled, generator) if self.num_alike else shuffled
 
     def _group_alike(self, shuffled: list[int], generator: torch.Generator) -> Iterator[int]:
-        """Every row once, each followed by rows of alike keys that have not been yet."""
+        """Every row once, each followed by rows of its nearest groups that have not been yet."""
         left: dict[str, list[int]] = {}
         for row in shuffled:
-            left.setdefault(self.key_of_row[row], []).append(row)
+            left.setdefault(self.group_id_of_row[row], []).append(row)
         for row in shuffled:
-            key = self.key_of_row[row]
-            if row not in left[key]:
+            group_id = self.group_id_of_row[row]
+            if row not in left[group_id]:
                 continue
-            left[key].remove(row)
+            left[group_id].remove(row)
             yield row
-            near = [other for other in self.alike.get(key, ()) if left.get(other)]
+            near = [other for other in self.alike.get(group_id, ()) if left.get(other)]
             order = torch.randperm(len(near), generator=generator).tolist()
             yield from (left[near[i]].pop() for i in order[: self.num_alike])
 
     def _fill(self, rows: Iterator[int], waiting: deque[int]) -> list[int]:
         window: list[int] = []
-        keys: set[str] = set()
+        group_ids: set[str] = set()
         texts: set[str] = set()
-        refused, most_refused = 0, 2 * len(self.key_of_row) + len(waiting)
+        refused, most_refused = 0, 2 * len(self.group_id_of_row) + len(waiting)
         earlier = deque(waiting)
         waiting.clear()
         while len(window) < self.window_size:
             row = earlier.popleft() if earlier else next(rows)
-            if self.key_of_row[row] in keys or texts & self.texts_of_row[row]:
+            if self.group_id_of_row[row] in group_ids or texts & self.texts_of_row[row]:
                 waiting.append(row)
                 refused += 1
                 if refused > most_refused:
@@ -135,7 +135,7 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
                     )
                 continue
             window.append(row)
-            keys.add(self.key_of_row[row])
+            group_ids.add(self.group_id_of_row[row])
             texts |= self.texts_of_row[row]
         waiting.extendleft(reversed(earlier))
         return window

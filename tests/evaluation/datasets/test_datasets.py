@@ -378,7 +378,7 @@ def test_class_folders_may_be_named_in_any_language(tmp_path: Path) -> None:
     assert named.labels == plain.labels
 
 
-def test_images_of_one_key_share_their_captions_each_text_once(tmp_path: Path) -> None:
+def test_images_of_one_group_share_their_captions_each_text_once(tmp_path: Path) -> None:
     found = load_dataset("folder", write_own_folder(tmp_path), lang="en")
     assert isinstance(found, RetrievalDataset)
     assert captions_by_image(found) == {
@@ -425,7 +425,7 @@ def test_the_emoji_are_those_that_the_demo_holds_out_in_every_language() -> None
     assert len(names) == 12
     assert len(set(names.values())) == 1
     # What training sees in English shows up in no caption that tests English.
-    trained = {text for r in english if r.key not in held_out for text in r.captions}
+    trained = {text for r in english if r.group_id not in held_out for text in r.captions}
     tested = load_dataset("emoji", lang="en", cache=cache)
     assert isinstance(tested, RetrievalDataset)
     assert not trained & set(tested.captions)

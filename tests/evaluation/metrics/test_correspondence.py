@@ -8,8 +8,8 @@ import torch
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 
 
-def test_keys_pair_every_image_with_every_text_of_the_same_key():
-    correspondence = Correspondence.from_keys(["cat", "dog", "cat"], ["dog", "cat", "cat"])
+def test_group_ids_pair_every_image_with_every_text_of_the_same_group():
+    correspondence = Correspondence.from_group_ids(["cat", "dog", "cat"], ["dog", "cat", "cat"])
     texts, images = correspondence.texts_of_images(), correspondence.images_of_texts()
     assert [texts.of(image).tolist() for image in range(3)] == [[1, 2], [0], [1, 2]]
     assert [images.of(text).tolist() for text in range(3)] == [[1], [0, 2], [0, 2]]
@@ -39,14 +39,14 @@ def make(images, texts, num_images=2, num_texts=2):
         (lambda: make([0, 1, 1], [0, 1]), r"\(3,\) and text_of_pair \(2,\) must be two lists"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
         (lambda: make([], [], 0, 0), r"torch.float32; row numbers are torch.int64"),
-        (lambda: Correspondence.from_keys([], []), r"there is no image; there is no text"),
+        (lambda: Correspondence.from_group_ids([], []), r"there is no image; there is no text"),
         (
-            lambda: Correspondence.from_keys("ab", "bc"),
-            r"1 keys only images have: 'a'; 1 keys only texts have: 'c'",
+            lambda: Correspondence.from_group_ids("ab", "bc"),
+            r"1 group ids only images have: 'a'; 1 group ids only texts have: 'c'",
         ),
         (
-            lambda: Correspondence.from_keys(range(9), "a"),
-            r"9 keys only images have: 0, 1, 2, 3, 4, …",
+            lambda: Correspondence.from_group_ids(range(9), "a"),
+            r"9 group ids only images have: 0, 1, 2, 3, 4, …",
         ),
         (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
     ],

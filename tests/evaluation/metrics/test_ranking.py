@@ -56,11 +56,13 @@ def require_ranks_of_whole_matrix(images, texts, correspondence, **arguments):
 @st.composite
 def correspondences(draw):
     """Several captions an image and several images a caption, none alone."""
-    keys = st.sampled_from("abcd"[: draw(st.integers(1, 4))])
-    image_keys, text_keys = (draw(st.lists(keys, min_size=1, max_size=20)) for _ in range(2))
-    image_keys += sorted(set(text_keys) - set(image_keys))
-    text_keys += sorted(set(image_keys) - set(text_keys))
-    return Correspondence.from_keys(image_keys, text_keys)
+    group_ids = st.sampled_from("abcd"[: draw(st.integers(1, 4))])
+    image_group_ids, text_group_ids = (
+        draw(st.lists(group_ids, min_size=1, max_size=20)) for _ in range(2)
+    )
+    image_group_ids += sorted(set(text_group_ids) - set(image_group_ids))
+    text_group_ids += sorted(set(image_group_ids) - set(text_group_ids))
+    return Correspondence.from_group_ids(image_group_ids, text_group_ids)
 
 
 @settings(deadline=None, max_examples=80)

@@ -51,8 +51,8 @@ def test_every_score_is_that_of_mteb_and_trec_eval_where_nothing_ties():
 
     generator = torch.Generator().manual_seed(3)
     images, texts = (torch.randn(n, 16, generator=generator) for n in (20, 50))
-    keys = torch.randint(9, (50,), generator=generator).tolist()
-    correspondence = Correspondence.from_keys([i % 9 for i in range(20)], keys)
+    group_ids = torch.randint(9, (50,), generator=generator).tolist()
+    correspondence = Correspondence.from_group_ids([i % 9 for i in range(20)], group_ids)
     found = rank_retrieval(images, texts, correspondence, all_positives=True)
     cosines = F.normalize(images.double(), dim=-1) @ F.normalize(texts.double(), dim=-1).T
     ks = (1, 3, 10)

@@ -23,7 +23,7 @@ from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler
 from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
+def test_a_loss_that_is_not_finite_stops_with_step_and_groups(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     class Broken(EmbeddingStore):
@@ -32,7 +32,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
 
     store = prepared.caption_store
     store.__class__ = Broken
-    with pytest.raises(FloatingPointError, match=r"nan at step 0\. 8 of 8 pairs .*keys \['"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 0\. 8 of 8 pairs .*group_ids \['"):
         align(
             prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
             caption_store=store,
@@ -51,8 +51,8 @@ def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
     store = prepared.caption_store
     store.__class__ = Broken
     first = next(iter(ResumableBatchSampler(range(NUM_RECORDS), batch_size=8, num_steps=1, seed=0)))
-    keys = [prepared.records[first[row][1]].key for row in (2, 5)]
-    message = f"2 of 8 pairs have embeddings that are not finite, with the keys {keys}."
+    group_ids = [prepared.records[first[row][1]].group_id for row in (2, 5)]
+    message = f"2 of 8 pairs have embeddings that are not finite, with the group_ids {group_ids}."
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         align(
             prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),

@@ -72,19 +72,17 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     refuse(prepared, out, r"2 of its items are not in the data: 22.jpg \(en\)", records=fewer)
 
 
-def test_keys_that_leave_nothing_to_tell_apart_are_refused(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    alike = [dataclasses.replace(record, key="emoji") for record in prepared.records]
-    refuse(prepared, tmp_path / "run", "All 24 records have the key 'emoji'", records=alike)
+def test_groups_that_leave_no_negatives_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+    alike = [dataclasses.replace(record, group_id="emoji") for record in prepared.records]
+    refuse(prepared, tmp_path / "run", "All 24 records have the group_id 'emoji'", records=alike)
 
 
 def test_an_image_that_would_be_its_own_negative_is_refused(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     first = prepared.records[0]
-    both = [*prepared.records, dataclasses.replace(first, lang="de", key=first.name)]
-    message = r"1 images have several keys .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
+    both = [*prepared.records, dataclasses.replace(first, lang="de", group_id=first.name)]
+    message = r"1 images have several group_ids .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
     refuse(prepared, tmp_path / "run", message, records=both)
 
 
@@ -144,9 +142,9 @@ def test_a_store_of_captions_that_were_edited_since_is_refused(
     )  # fmt: skip
 
 
-def test_neither_order_nor_keys_of_the_records_matter_to_a_store(prepared: Prepared) -> None:
+def test_neither_order_nor_group_ids_of_the_records_matter_to_a_store(prepared: Prepared) -> None:
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
-    records = [dataclasses.replace(r, key=r.name) for r in reversed(prepared.records)]
+    records = [dataclasses.replace(r, group_id=r.name) for r in reversed(prepared.records)]
     turned = AlignmentDataset(records, processor, caption_store=prepared.caption_store)
     plain = AlignmentDataset(prepared.records, processor, caption_store=prepared.caption_store)
     assert turned.caption_rows(0).tolist() == plain.caption_rows(NUM_RECORDS - 1).tolist()

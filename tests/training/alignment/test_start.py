@@ -9,16 +9,16 @@ import pytest
 import torch
 from aligning import Prepared, prepare
 
-from modeling_llm2clip.model_folders.alignment_report import (
-    describe_result,
-    find_caution,
-    list_results,
-)
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.training.alignment.align_arguments import LEAST_DEFAULT_STEPS, AlignArguments
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_report import (
+    describe_result,
+    find_caution,
+    list_results,
+)
 from modeling_llm2clip.training.alignment.cca_init import (
     SHRINKAGES,
     fit_temperature,
@@ -109,8 +109,8 @@ def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> N
     )
     for seed in range(8):
         items, held_out = choose_held_out(dataset, 0.1, seed=seed)
-        keys = [{int(dataset.keys[item]) for item in part} for part in (items, held_out)]
-        assert not keys[0] & keys[1]
+        group_ids = [{int(dataset.group_ids[item]) for item in part} for part in (items, held_out)]
+        assert not group_ids[0] & group_ids[1]
 
 
 def test_auto_keeps_a_trained_model_that_is_better_than_the_closed_form(

@@ -54,7 +54,7 @@ def make_records(count: int) -> list[CaptionedImage]:
         CaptionedImage(
             image=None,
             name=f"{number}.png",
-            key=str(number // 2),
+            group_id=str(number // 2),
             captions=(*(draw(9) for _ in range(4 + number % 3)), "a photo"),
             long_captions=tuple(draw(40) for _ in range(number % 3)),
         )
@@ -127,7 +127,7 @@ def test_every_record_finds_the_embeddings_of_its_captions(
     )
     assert len(store) == len(records)
     for item, record in enumerate(records):
-        assert (store.names[item], store.keys[item]) == (record.name, record.key)
+        assert (store.names[item], store.group_ids[item]) == (record.name, record.group_id)
         for texts, long in ((record.captions, False), (record.long_captions, True)):
             rows = store.rows_of(item, long=long)
             assert len(rows) == len(texts)

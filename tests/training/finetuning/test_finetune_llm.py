@@ -126,8 +126,8 @@ def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path
 def test_skipped_images_with_one_caption_are_told_and_recorded(tmp_path, capsys):
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "captions.jsonl"
-    lines = [json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS]
-    lines += [json.dumps({"key": name, "captions": [name]}) for name in ("lone", "lonely")]
+    lines = [json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS]
+    lines += [json.dumps({"group_id": name, "captions": [name]}) for name in ("lone", "lonely")]
     data.write_text("\n".join(lines))
     output = tmp_path / "tuned"
     command = ["finetune-llm", str(folder), str(data), str(output), "--steps", "1"]
@@ -144,14 +144,16 @@ def test_the_command_tunes_merges_and_refuses_one_caption_an_image(tmp_path, cap
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "data" / "captions.jsonl"
     data.parent.mkdir()
-    lines = [json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS]
+    lines = [json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS]
     data.write_text("\n".join(lines))
     output = tmp_path / "tuned"
     flags = ["--steps", "2", "--batch-size", "4", "--held-out", "4", "--merge"]
     assert main(["finetune-llm", str(folder), str(data), str(output), *flags]) == 0
     assert "Next: llm2clip extract" in capsys.readouterr().out
     assert (output / "model" / "model.safetensors").is_file()
-    data.write_text('{"key": "a", "captions": ["one"]}\n{"key": "b", "captions": ["two"]}')
+    data.write_text(
+        '{"group_id": "a", "captions": ["one"]}\n{"group_id": "b", "captions": ["two"]}'
+    )
     assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "other"), *flags]) == 2
     error = capsys.readouterr().err
     assert "2 of 2 images have one caption only" in error
@@ -161,8 +163,8 @@ def test_the_command_tunes_merges_and_refuses_one_caption_an_image(tmp_path, cap
 def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
     folder = save_model(*tiny_model(max_text_length=32), tmp_path / "base")
     long = "a text that has more words than a model of so few tokens can take, of which there are "
-    lines = [{"key": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
-    lines += [{"key": str(n), "captions": [f"{n} a", f"{n} b"]} for n in range(8, 24)]
+    lines = [{"group_id": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
+    lines += [{"group_id": str(n), "captions": [f"{n} a", f"{n} b"]} for n in range(8, 24)]
     data, pairs = tmp_path / "captions.jsonl", tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
     others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]

@@ -44,7 +44,7 @@ make, stage._make_trainer = stage._make_trainer, keeping
 mini = int(sys.argv[4]) or None
 arguments = replace(SHORT, steps=1, batch_size=int(sys.argv[3]), mini_batch_size=mini,
                     negatives=sys.argv[5])
-stage.tune_captions(*tiny_model(), GROUPS, Path(sys.argv[2]), arguments)
+stage.finetune_llm(*tiny_model(), GROUPS, Path(sys.argv[2]), arguments)
 """
 
 
@@ -100,10 +100,10 @@ from dataclasses import replace
 from pathlib import Path
 from tiny import tiny_model
 from tuning import GROUPS, SHORT
-from modeling_llm2clip.training.caption_contrastive import tune_captions
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 arguments = replace(SHORT, steps=10_000, save_every=5_000)
-sys.exit(tune_captions(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit_code)
+sys.exit(finetune_llm(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit_code)
 """
 
 

@@ -71,7 +71,9 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
 ):
     data = tmp_path / "data" / "captions.jsonl"
     data.parent.mkdir()
-    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    data.write_text(
+        "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
+    )
     monkeypatch.setattr(
         LLM2CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("the LLM was loaded")
     )

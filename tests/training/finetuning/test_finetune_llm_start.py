@@ -86,7 +86,9 @@ def test_a_model_that_an_adapter_is_merged_into_is_not_tuned_from_it_again(
 ) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "captions.jsonl"
-    data.write_text("\n".join(json.dumps({"key": g.key, "captions": g.captions}) for g in GROUPS))
+    data.write_text(
+        "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
+    )
     flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
     first = tmp_path / "first"
     assert main(["finetune-llm", str(folder), str(data), str(first), *flags, "--merge"]) == 0

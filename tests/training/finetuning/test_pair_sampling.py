@@ -30,8 +30,8 @@ from modeling_llm2clip.training.finetuning.pair_sampling import (
 )
 
 
-def make_table(num_keys: int = 10, *, shared: str | None = None):
-    pairs = sample_pairs(GROUPS[:num_keys], seed=0)
+def make_table(num_groups: int = 10, *, shared: str | None = None):
+    pairs = sample_pairs(GROUPS[:num_groups], seed=0)
     if shared:
         pairs = [replace(p, positive=shared) if n % 4 == 0 else p for n, p in enumerate(pairs)]
     return make_pair_table(pairs)
@@ -48,7 +48,7 @@ def test_no_batch_of_all_processes_repeats_an_image_or_a_text(num_processes, epo
     assert len(batches) == len(sampler) == len(table) // (3 * num_processes) * num_processes
     for start in range(0, len(batches), num_processes):
         rows = [row for batch in batches[start : start + num_processes] for row in batch]
-        assert len({table[row]["key"] for row in rows}) == len(rows)
+        assert len({table[row]["group_id"] for row in rows}) == len(rows)
         texts = [text for row in rows for text in (table[row]["anchor"], table[row]["positive"])]
         assert len(set(texts)) == len(texts)
 
@@ -65,8 +65,8 @@ def test_epochs_differ_and_repeat_with_the_seed():
 
 def test_hard_batches_bring_alike_images_together_and_each_pair_once_an_epoch():
     table = make_table(12)  # two or three pairs of each image
-    keys = table["key"][:]
-    names = list(dict.fromkeys(keys))
+    group_ids = table["group_id"][:]
+    names = list(dict.fromkeys(group_ids))
     alike = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
     alike = {name: [other for other in near if other != name] for name, near in alike.items()}
     sampler = NoDuplicateGroupsBatchSampler(
@@ -78,7 +78,7 @@ def test_hard_batches_bring_alike_images_together_and_each_pair_once_an_epoch():
 
     def count_met(batches):
         return sum(
-            any(keys[other] in alike[keys[row]] for other in batch)
+            any(group_ids[other] in alike[group_ids[row]] for other in batch)
             for batch in batches
             for row in batch
         )
@@ -145,7 +145,7 @@ def test_held_out_captions_are_never_trained_on():
 def make_records(captions):
     return [
         CaptionedImage(
-            image=None, name=f"{n}.jpg", key=f"{n}.jpg", captions=texts,
+            image=None, name=f"{n}.jpg", group_id=f"{n}.jpg", captions=texts,
             place=f"captions.jsonl line {n + 1}",
         )
         for n, texts in enumerate(captions)
@@ -157,18 +157,18 @@ def test_images_with_one_caption_are_counted_and_named_with_both_ways_around_the
         ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
     ) as refused:
         group_captions(make_records([("one",), ("one", "one")]))
-    ways = ("--skip-single-captions", "build --caption-adapter", "llm2clip extract")
+    ways = ("--skip-single-captions", "build --caption-lora", "llm2clip extract")
     assert all(way in str(refused.value) for way in ways)
 
 
-def test_images_with_one_caption_are_skipped_by_key_and_counted():
+def test_images_with_one_caption_are_skipped_by_group_and_counted():
     records = make_records([("a",), ("b", "c"), ("d", "d")])
-    # Another record of the first key gives it a second caption.
+    # Another record of the first group gives it a second caption.
     records.append(replace(records[0], captions=("e",), lang="de"))
     kept, num_skipped = skip_single_captions(records)
     assert num_skipped == 1
     assert [group.captions for group in group_captions(kept)] == [("a", "e"), ("b", "c")]
-    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-adapter"):
+    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-lora"):
         skip_single_captions(records[2:3])
 
 

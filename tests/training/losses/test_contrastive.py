@@ -1,4 +1,4 @@
-"""The loss: keys, chunks, and several processes that equal one."""
+"""The loss: groups, chunks, and several processes that equal one."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ WHOLE = slice(0, NUM_ROWS)
 ROUNDING = {"atol": 2e-6, "rtol": 1e-5}
 
 
-def test_the_keyed_loss_is_the_plain_one_when_all_keys_differ() -> None:
+def test_the_grouped_loss_is_the_plain_one_when_all_groups_differ() -> None:
     image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
     scale = torch.tensor([10.0])
-    keyed = grouped_contrastive_loss(image, text, scale, torch.arange(6))
-    torch.testing.assert_close(keyed, contrastive_loss(scale * image @ text.T), **ROUNDING)
+    grouped = grouped_contrastive_loss(image, text, scale, torch.arange(6))
+    torch.testing.assert_close(grouped, contrastive_loss(scale * image @ text.T), **ROUNDING)
 
 
-def test_rows_with_the_same_key_do_not_repel_each_other() -> None:
+def test_rows_of_the_same_group_do_not_repel_each_other() -> None:
     image = F.normalize(torch.randn(2, 8), dim=-1)
     # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
     loss = grouped_contrastive_loss(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
@@ -52,10 +52,12 @@ def test_rounded_embeddings_are_compared_in_float32() -> None:
         part.bfloat16()
         for part in (*(F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2)), torch.ones(1))
     ]
-    keys = torch.arange(6)
-    found = grouped_contrastive_loss(*rounded, keys)
+    group_ids = torch.arange(6)
+    found = grouped_contrastive_loss(*rounded, group_ids)
     assert found.dtype == torch.float32
-    assert torch.equal(found, grouped_contrastive_loss(*(part.float() for part in rounded), keys))
+    assert torch.equal(
+        found, grouped_contrastive_loss(*(part.float() for part in rounded), group_ids)
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [1, CHUNK, NUM_ROWS, 100])

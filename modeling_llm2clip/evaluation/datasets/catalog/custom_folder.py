@@ -26,7 +26,7 @@ def _own(name: str, title: str, *, long: bool) -> DatasetSpec:
         protocol={
             "split": "all",
             "fields": "long_captions" if long else "captions",
-            "correspondence": "images with the same key share their captions",
+            "correspondence": "images of one group share their captions",
             "texts": _TEXTS,
         },
         build=partial(build_retrieval_dataset, read=partial(read_own_folder, long=long)),

@@ -61,7 +61,7 @@ def read_own_folder(
                 name=record.name,
                 captions=record.long_captions if long else record.captions,
                 image=record.image,
-                key=record.key,
+                group_id=record.group_id,
                 is_sound=not item.errors.total,
             )
 
@@ -133,7 +133,7 @@ def read_emoji(request: ReadRequest, intake: DatasetValidator) -> Iterator[RawRe
             name=record.name,
             captions=captions[record.name, request.lang],
             image=record.image,
-            key=record.key,
+            group_id=record.group_id,
         )
 
 
