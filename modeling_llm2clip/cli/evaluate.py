@@ -159,9 +159,7 @@ def _add_model_flags(group: Any) -> None:
     )
     group.add_argument(
         "--max-memory-mb", type=float, default=256, metavar="MB",
-        help="working memory of the ranks beyond the embeddings, 10^6 bytes; moves no score. The "
-        "command runs in one process, not under torchrun: rank_retrieval(…, over_processes=True) "
-        "shares the ranks of embeddings that lie there",
+        help="working memory of the ranks beyond the embeddings, 10^6 bytes; moves no score",
     )  # fmt: skip
 
 
