@@ -22,7 +22,7 @@ from ..data.record_loading import load_records
 from ..data.records import CaptionedImage
 from ..data.splits import split_records
 from ..encoding.devices import find_device
-from ..evaluation.datasets.readers.own_records import EMOJI_SEED
+from ..evaluation.datasets.catalog.emoji import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor

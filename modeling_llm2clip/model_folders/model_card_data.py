@@ -17,7 +17,7 @@ from typing import Any
 import yaml  # what huggingface_hub reads cards with
 from huggingface_hub import EvalResult, ModelCard
 
-from ..evaluation.labels import name_data
+from ..evaluation.result_details import label_dataset
 from ..evaluation.results import is_result, parse_result
 from .fingerprint import fingerprint_model
 from .model_folder import find_source_file
@@ -242,7 +242,9 @@ def _read_result(entry: Any, path: Path) -> CardResult:
         return CardResult(str(task), str(dataset), found, entry.get("fingerprint"))
     result = parse_result(entry, path)
     dtype = result.protocol["model"]["dtype"]
-    return CardResult(result.task, name_data(result), found, result.fingerprint, dtype)
+    return CardResult(
+        result.task, label_dataset(result, with_languages=True), found, result.fingerprint, dtype
+    )
 
 
 def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:

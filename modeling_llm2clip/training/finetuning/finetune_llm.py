@@ -33,7 +33,7 @@ from ...data.caption_groups import (
     sample_pairs,
 )
 from ...data.embedding_store_layout import hash_file, write_atomically
-from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.lora_base import ADAPTER_WEIGHTS, require_base_weights
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel

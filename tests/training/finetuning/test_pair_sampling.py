@@ -20,7 +20,7 @@ from modeling_llm2clip.data.caption_groups import (
     skip_single_captions,
 )
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.training.finetuning import hard_batches as alike_images
 from modeling_llm2clip.training.finetuning.pair_sampling import (
     NoDuplicateGroupsBatchSampler,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ....data.image_sources import ParquetImage, import_datasets, open_table
 from ..dataset_spec import ReadRequest
-from ..retrieval_dataset import EntryReader, RawRecord
+from ..retrieval_dataset import PublishedRecord, RecordReader
 from ..validation import DatasetValidator
 
 _HUB_FOLDER = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
@@ -66,12 +66,12 @@ def fetch_hub_folder(reference: str, pattern: str) -> Path:
 
 
 def read_either(
-    request: ReadRequest, intake: DatasetValidator, *, columns: Columns, other: EntryReader
-) -> Iterable[RawRecord]:
+    request: ReadRequest, validator: DatasetValidator, *, columns: Columns, other: RecordReader
+) -> Iterable[PublishedRecord]:
     """Read the folder's Parquet files where it has any, and the publisher's other form if not."""
-    if has_parquet(request.folder):
-        return _read_parquet(request, intake, columns=columns)
-    return other(request, intake)
+    if has_parquet(request.data_folder):
+        return _read_parquet(request, validator, columns=columns)
+    return other(request, validator)
 
 
 def has_parquet(folder: Path) -> bool:
@@ -80,13 +80,13 @@ def has_parquet(folder: Path) -> bool:
 
 
 def _read_parquet(
-    request: ReadRequest, intake: DatasetValidator, *, columns: Columns
-) -> Iterator[RawRecord]:
+    request: ReadRequest, validator: DatasetValidator, *, columns: Columns
+) -> Iterator[PublishedRecord]:
     """Yield one entry a row that the columns choose."""
-    for place, file, row, fields in iterate_rows(request, intake, columns.files):
+    for place, file, row, fields in iterate_rows(request, validator, columns.files):
         missing = {columns.image, columns.name, columns.captions, *columns.only} - set(fields)
         if missing:
-            intake.errors.add(f"no column {', '.join(sorted(missing))}", place)
+            validator.errors.add(f"no column {', '.join(sorted(missing))}", place)
             continue
         if any(fields[column] != value for column, value in columns.only.items()):
             continue
@@ -94,26 +94,28 @@ def _read_parquet(
         name = fields[columns.name]
         texts = captions if isinstance(captions, list) else [captions]
         if name is None or not all(isinstance(text, str) for text in texts):
-            intake.errors.add("no name, or captions that are no texts", place)
+            validator.errors.add("no name, or captions that are not texts", place)
             continue
         image = ParquetImage(file, columns.image, row) if fields[columns.image] else None
-        yield RawRecord(place, str(name), tuple(texts), image)
+        yield PublishedRecord(place, str(name), tuple(texts), image)
 
 
 def iterate_rows(
-    request: ReadRequest, intake: DatasetValidator, pattern: str
+    request: ReadRequest, validator: DatasetValidator, pattern: str
 ) -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
     """Yield place, file, row and fields; of an image only whether it is there, not its bytes."""
     broken = (import_datasets().exceptions.DatasetGenerationError, ValueError, OSError)
-    files = sorted(request.folder.glob(pattern.format(lang=request.lang)))
+    files = sorted(request.data_folder.glob(pattern.format(lang=request.lang)))
     if not files:
-        raise ValueError(f"{intake.source}: no {pattern} in {request.folder} for {request.lang}.")
+        raise ValueError(
+            f"{validator.source}: no {pattern} in {request.data_folder} for {request.lang}."
+        )
     for file in files:
         try:
             table = open_table(file)
         except broken as error:
             reason = str(error.__cause__ or error).partition("\n")[0]
-            intake.errors.add("not a Parquet file, or broken", f"{file.name} ({reason})")
+            validator.errors.add("not a Parquet file, or broken", f"{file.name} ({reason})")
             continue
         images = [name for name, feature in table.features.items() if _is_image(feature)]
         texts = table.remove_columns(images)

@@ -1,8 +1,7 @@
-"""Small readers that several formats share: JSON, lines, and lines that may be compressed."""
+"""Readers of JSON that several formats share."""
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,24 +19,6 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error}). Get the file anew.") from error
-
-
-def read_lines(file: Path) -> list[str]:
-    """Read the lines of a text file, `.gz` or not, without blank ones at its end.
-
-    Only a line feed ends a line: a caption may hold other separators.
-
-    Raises: ValueError naming the file when it is not UTF-8, or not gzip.
-    """
-    try:
-        raw = file.read_bytes()
-        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: cannot be read as text ({error}). Get it anew.") from error
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
 
 
 def iterate_json_list(file: Path) -> Iterator[Any]:
