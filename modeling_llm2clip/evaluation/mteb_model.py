@@ -1,8 +1,8 @@
 """A saved model as mteb takes it: mteb's own wrapper of sentence-transformers, fully described.
 
 A published model needs this only for tasks that join an image and a text in one input:
-`mteb.get_model("owner/model")` reads from the repository that it is a sentence-transformers model for
-texts and images (`trust_remote_code=True` where this package is not imported).
+`mteb.get_model("owner/model")` reads from the repository that it is a sentence-transformers model
+for texts and images (`trust_remote_code=True` where this package is not imported).
 
 A local folder needs it always. mteb reads no file of it: it looks up the path as a name, first in
 its registry, then on the Hub, and raises "No model implementation is available for this model". It
