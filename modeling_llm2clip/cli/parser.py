@@ -19,7 +19,6 @@ _OTHER_NAMES = {
     "repo_id": "push",
     "dropout": "lora_dropout",
     "targets": "lora_targets",
-    "ignored_fields": "ignore_fields",
 }
 _GPU_WORDS = {"gpu": "cuda", "metal": "mps", "nvidia": "cuda"}
 

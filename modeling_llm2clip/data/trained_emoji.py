@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .example_data import find_example_data
-from .record_loading import load_records
+from .record_loading import find_example_data, load_records
 from .records import CaptionedImage
 
 TRAINED_FILE = "trained_emoji.json"

@@ -16,10 +16,8 @@ import torch
 from .. import __version__
 from ..building.build_model import BuildArguments, join_towers
 from ..building.tower_sources import add_up_trained_emoji, require_sources
-from ..data.example_data import find_example_data
-from ..data.record_loading import load_records
+from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
-from ..data.splits import split_records
 from ..data.trained_emoji import TrainedEmoji, find_trained_emoji
 from ..encoding.devices import find_device
 from ..model_folders.model_card_data import CardData, CardResult, find_license
@@ -29,7 +27,7 @@ from ..publishing.export_model import save_model
 from ..search.results_page import SearchResult, write_contact_sheet, write_page
 from .feature_alignment import AlignmentArguments
 from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
-from .stages import align, encode_records, evaluate, search
+from .stages import align, encode_records, evaluate, hold_out, search
 from .verify import verify_in_clean_process
 
 SENTENCES = (
@@ -120,7 +118,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         folder does not give the same embeddings again.
     """
     records, gallery = read_images(arguments)
-    held_out = split_records(records, seed=arguments.seed)
+    held_out = hold_out(records, seed=arguments.seed)
     trained_emoji = _list_trained_emoji(arguments, records, held_out)
     vision = arguments.vision or fetch_tower(EFFICIENTNET)
     llm = arguments.llm or fetch_tower(SMOLLM2)

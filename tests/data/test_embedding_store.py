@@ -1,8 +1,7 @@
-"""Laws of the store of embeddings: what was written is read, damage is found and named."""
+"""Embedding store: what was written is read, damage is found and named."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import pickle
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from stores import list_complete_shards
 from torch import Tensor
 
-from modeling_llm2clip.data.atomic_files import write_atomically
 from modeling_llm2clip.data.embedding_store import EmbeddingStore, StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 
@@ -309,12 +307,3 @@ def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> No
     embeddings[9, 2] = torch.nan
     with pytest.raises(ValueError, match=r"first in row 9; the model computes NaN or infinity"):
         write_store(tmp_path / "whole", embeddings)
-
-
-def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "taken"
-    file.mkdir()  # a file cannot take the place of a folder
-    with pytest.raises(OSError) as caught:
-        write_atomically(file, b"content")
-    assert caught.value.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

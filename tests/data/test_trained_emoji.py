@@ -12,8 +12,7 @@ from published_datasets import write_own_folder
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.example_data import find_example_data
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.data.trained_emoji import (
