@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import hf_hub_download
-
 from ..model_folders.lora_base import ADAPTER_SETTINGS
+from ..model_folders.model_folder import find_source_file
 
 if TYPE_CHECKING:
     from ..data.trained_emoji import TrainedEmoji
@@ -53,22 +52,6 @@ def naming(source: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{source} cannot be loaded: {error}") from error
-
-
-def find_source_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
-    """Find a file of a tower's own: in its folder, beside its file of weights, or on the Hub.
-
-    Returns: None where there is none, or no Hub to ask.
-    """
-    path = Path(source)
-    if path.exists():
-        file = (path if path.is_dir() else path.parent) / name
-        return file if file.is_file() else None
-    repository = path.parent if path.suffix == ".gguf" else path
-    try:
-        return Path(hf_hub_download(str(repository), name, revision=revision))
-    except (OSError, ValueError):  # no such file, no Hub, or a name that is no Hub id
-        return None
 
 
 def add_up_trained_emoji(*towers: str | Path) -> TrainedEmoji:

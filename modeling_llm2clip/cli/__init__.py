@@ -1,5 +1,1 @@
-<<<<<<< HEAD
-"""One module a command: the flags it takes, and the public function it calls."""
-=======
 """The command line: one module per command, flags generated from `configs`."""
->>>>>>> configs

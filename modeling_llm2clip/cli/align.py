@@ -154,9 +154,9 @@ def run(arguments: argparse.Namespace) -> int:
     choose_device(arguments)
 
     from ..data.trained_emoji import find_trained_emoji
-    from ..model_folders.alignment_report import find_caution, list_results
     from ..publishing.assemble import assemble_folder
     from ..training.alignment.align import align, check_settings
+    from ..training.alignment.alignment_report import find_caution, list_results
 
     model = find_model_folder(arguments.model)
     stores = _open_stores(arguments)
@@ -196,7 +196,7 @@ def _open_stores(arguments: argparse.Namespace) -> dict[str, EmbeddingStore | No
 
 
 def _print_result(result: AlignResult, model: Path, folder: Path, *, has_golden: bool) -> None:
-    from ..model_folders.alignment_report import NEAR_CHANCE, describe_result, find_caution
+    from ..training.alignment.alignment_report import NEAR_CHANCE, describe_result, find_caution
 
     for line in describe_result(result):
         print(line)

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         choose_device(arguments)
         from accelerate import PartialState
 
-        from ..doctor.model_under_test import find_folder
+        from ..model_folders.model_folder import find_model_folder
         from ..training.extraction.caption_extraction import extract_captions
         from ..training.extraction.extract import ExtractionArguments
         from ..training.extraction.image_extraction import extract_images
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = pick(
             ExtractionArguments, argparse.Namespace(**vars(arguments), show_progress=True)
         )
-        find_folder(arguments.model)  # reading the data may take long
+        find_model_folder(arguments.model)  # reading the data may take long
         records = read_data(arguments, require_images=arguments.images)
         extract = extract_images if arguments.images else extract_captions
         report = extract(arguments.model, records, arguments.output, chosen, stop=stop)

@@ -181,9 +181,9 @@ def _read_weight(file: str, text: str) -> float:
 def _require_whole_model(model: str) -> None:
     """Raise ValueError for half a model, which cannot be written with the LoRA merged."""
     from ..configuration_llm2clip import LLM2CLIPConfig
-    from ..doctor.model_under_test import find_folder
+    from ..model_folders.model_folder import find_model_folder
 
-    found = LLM2CLIPConfig.from_pretrained(find_folder(model)).architectures
+    found = LLM2CLIPConfig.from_pretrained(find_model_folder(model)).architectures
     if found != ["LLM2CLIPModel"]:
         raise ValueError(
             f"{model} holds {found}, and --merge writes a whole model. Give that of the whole, or "

@@ -242,7 +242,12 @@ def _describe(error: CycloptsError) -> str:
 class _HelpFormatter:
     """Prints each group of the help as a title, then names and descriptions in two columns."""
 
-    def __call__(self, console: Console, _: ConsoleOptions, panel: HelpPanel) -> None:
+    def __call__(
+        self,
+        console: Console,
+        options: ConsoleOptions,  # noqa: ARG002
+        panel: HelpPanel,
+    ) -> None:
         if not panel.entries:
             return
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -259,7 +264,12 @@ class _HelpFormatter:
         console.print(table)
         console.print()
 
-    def render_usage(self, console: Console, _: ConsoleOptions, usage: Any) -> None:
+    def render_usage(
+        self,
+        console: Console,
+        options: ConsoleOptions,  # noqa: ARG002
+        usage: Any,
+    ) -> None:
         """Print the line that shows how the command is called."""
         if usage:
             console.print(Text(f"Usage: {usage}"))

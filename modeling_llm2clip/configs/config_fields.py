@@ -24,6 +24,8 @@ import yaml
 
 from .._suggestions import did_you_mean
 
+_HINTS: dict[type, dict[str, Any]] = {}  # found once: every construction looks at them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
@@ -251,7 +253,6 @@ def convert_value(name: str, value: Any, hint: Any) -> Any:
     return _convert_plain(name, value, hint)
 
 
-@cache
 def list_fields(config_type: type[Config]) -> dict[str, FieldInfo]:
     """List the options of a dataclass in their order, by name.
 
@@ -283,9 +284,10 @@ def _find_default(field: dataclasses.Field[Any]) -> Any:
     return field.default if factory is dataclasses.MISSING else factory()
 
 
-@cache
 def _find_hints(config_type: type[Config]) -> dict[str, Any]:
-    return get_type_hints(config_type, include_extras=True)
+    if config_type not in _HINTS:
+        _HINTS[config_type] = get_type_hints(config_type, include_extras=True)
+    return _HINTS[config_type]
 
 
 @cache
@@ -386,7 +388,7 @@ def _convert_plain(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name}={value!r} must be {wanted[hint]}.")
 
 
-class _YamlLoader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML 1.2's scalars, where PyYAML's are those of 1.1; a key that is given twice is an error.
 
     In YAML 1.1 `1e-4` is a string, and `no` (Norwegian, or an answer) is false.
@@ -402,7 +404,7 @@ class _YamlLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key!r} is given twice", node.value[number][0].start_mark
                 )
-        return super().construct_mapping(node, deep=deep)
+        return super().construct_mapping(node, deep=deep)  # type: ignore[no-any-return]
 
 
 # Not octal after a leading zero, as in YAML 1.1.

@@ -18,7 +18,6 @@ from transformers import AutoModel
 from .. import __version__
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..doctor import check_model
-from ..doctor.file_checks import list_uploaded_files
 from ..doctor.model_report import ModelReport
 from ..encoding.devices import find_device
 from ..loading_llm2clip import load_without_code
@@ -26,9 +25,10 @@ from ..model_folders.atomic_folder import atomic_folder, clear_leftovers, requir
 from ..model_folders.golden_embeddings import write_golden
 from ..model_folders.model_card import write_model_card
 from ..model_folders.model_card_data import CardData, find_license, require_license
+from ..model_folders.model_folder import RECORD_FILE, list_uploaded_files
 from ..model_folders.sentence_transformers_files import write_sentence_transformers_files
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..publishing.export_model import DEFAULT_PROMPTS, RECORD_FILE, list_modalities
+from ..publishing.export_model import DEFAULT_PROMPTS, list_modalities
 from .conversion_plan import Plan, plan_conversion
 from .public_names import find_commit, public_name, split_revision
 from .source_checkpoint import CheckpointSource, open_checkpoint

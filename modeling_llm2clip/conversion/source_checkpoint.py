@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..doctor.model_under_test import find_folder
 from ..loading_llm2clip import load_without_code
+from ..model_folders.model_folder import find_model_folder
 from .layouts.eva02 import EVA02
 from .layouts.hub_clip import HUB_CLIP
 from .layouts.layout import Layout
@@ -65,7 +65,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     elif source.file is not None:
         path = path / source.file
     elif not path.is_file():
-        path = find_folder(source.name, revision=source.revision)
+        path = find_model_folder(source.name, revision=source.revision)
     if not path.exists():
         raise ValueError(f"{path}: no such file. Correct the path or the file's name.")
     has_config = path.is_dir() and (path / "config.json").is_file()

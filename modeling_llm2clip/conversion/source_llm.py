@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..building.towers import require_decoder, require_own_tokenizer
-from ..doctor.model_under_test import find_folder
 from ..loading_llm2clip import load_without_code
+from ..model_folders.model_folder import find_model_folder
 from .key_mapping import Drop, Renamed, apply_rules, rename
 from .lazy_tensors import LazyTensor, is_lora_alone, list_weight_files, open_weights
 from .lora_factors import merge_lora
@@ -63,7 +63,7 @@ def open_language_model(source: LLMSource) -> LanguageModel:
         another model's.
     """
     require_no_revision(source.name, source.revision)
-    folder = find_folder(source.name, revision=source.revision)
+    folder = find_model_folder(source.name, revision=source.revision)
     if is_lora_alone(folder):
         raise ValueError(
             f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as an "
@@ -105,7 +105,7 @@ def open_llm_weights(
     )
     for adapter in source.adapters:
         name, revision = split_revision(adapter)
-        folder = find_folder(name, revision=revision)
+        folder = find_model_folder(name, revision=revision)
         bare = {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()}
         merged = merge_lora(
             bare,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..encoding.devices import find_device
 from ..encoding.float32 import float32_as_such
+from ..model_folders.model_folder import find_model_folder
 from .file_checks import (
     check_config,
     check_finite_weights,
@@ -26,7 +27,7 @@ from .forward_checks import (
     load_model,
 )
 from .model_report import Check, ConcernError, ModelReport, NotApplicableError
-from .model_under_test import ModelUnderTest, find_folder
+from .model_under_test import ModelUnderTest
 from .reference_checks import check_golden_embeddings, check_sentence_transformers
 from .tokenizer_checks import (
     check_padding_side,
@@ -94,7 +95,7 @@ def check_model(
     device = str(find_device(device))
     checks: list[Check] = []
     try:
-        folder = find_folder(source, revision=revision)
+        folder = find_model_folder(source, revision=revision)
     except Exception as error:  # what the client raises for a lost network, name or permission
         checks.append(Check("folder", False, _describe(error)))
         checks += [

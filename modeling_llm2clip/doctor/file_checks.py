@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .. import configuration_llm2clip
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import list_foreign_code
+from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.training_state import describe_untrained
 from ..modeling_llm2clip import (
     LLM2CLIPModel,
@@ -203,12 +203,6 @@ def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]
         *([f"auto_map of {name} names other code: {strange}"] if strange else []),
         *([f"auto_map of {name} lacks {lost}"] if lost else []),
     ]
-
-
-def list_uploaded_files() -> list[Path]:
-    """The package's files that are copied beside the weights."""
-    package = Path(configuration_llm2clip.__file__).parent
-    return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
 
 
 def _iterate_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

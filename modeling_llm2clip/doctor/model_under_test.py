@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import to_float64
-from ..model_folders.model_folder import find_model_folder as find_folder  # noqa: F401
 
 SHORT_TEXTS = (
     "a dog",

@@ -17,10 +17,10 @@ from typing import Any
 import yaml  # what huggingface_hub reads cards with
 from huggingface_hub import EvalResult, ModelCard
 
-from ..building.tower_sources import find_source_file
 from ..evaluation.labels import name_data
 from ..evaluation.results import is_result, parse_result
 from .fingerprint import fingerprint_model
+from .model_folder import find_source_file
 
 # What `llm2clip evaluate` tells once a language, class, category or measure: too much for a card.
 _DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}

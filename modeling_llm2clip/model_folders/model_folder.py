@@ -1,4 +1,4 @@
-"""Finds the folder of a model that is named by a path or by a Hub id."""
+"""Finds the folder of a model by its path or Hub id, and files in it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
+from .. import configuration_llm2clip
+
+# What a converted model was made of, written by its conversion.
+RECORD_FILE = "conversion.json"
+# The same, where the weights were trained since: they are no longer those of the listed files.
+RECORD_BEFORE_TRAINING = "conversion_before_training.json"
 # Other formats of the same weights, which are read only where they are asked for by name.
 _NOT_DOWNLOADED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
@@ -18,11 +24,19 @@ _NOT_DOWNLOADED = [
 def find_model_folder(
     source: str | Path, *, revision: str | None = None, only: Sequence[str] | None = None
 ) -> Path:
-    """Return a local folder, or download a Hub repository and return where it lies.
+    """Return a local folder, or download a Hub repository and return its snapshot.
 
     Args:
-        only: names of files; nothing else is downloaded, and these in whatever format.
-    Raises: ValueError when the source is neither; what huggingface_hub raises on downloading.
+        source: Folder or Hub id.
+        revision: Branch, tag or commit of the Hub repository.
+        only: Names of files: nothing else is downloaded, and these in any format.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The source is neither a folder nor a Hub id, or a folder with a revision.
+        OSError: The download failed.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -38,5 +52,54 @@ def find_model_folder(
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether this is named like a Hub repository; a `Path` never is."""
+    """Return whether this is named like a Hub repository; a `Path` never is.
+
+    Args:
+        source: What a user gave as a model.
+    """
     return isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+
+
+def find_source_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
+    """Find a file of a tower: in its folder, beside its weight file, or on the Hub.
+
+    Args:
+        source: Folder, weight file, Hub id, or a `.gguf` file of a Hub repository.
+        name: Name of the file.
+        revision: Branch, tag or commit of the Hub repository.
+
+    Returns:
+        The file; None where there is none, or the Hub cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        file = (path if path.is_dir() else path.parent) / name
+        return file if file.is_file() else None
+    repository = path.parent if path.suffix == ".gguf" else path
+    try:
+        return Path(hf_hub_download(str(repository), name, revision=revision))
+    except (OSError, ValueError):  # no such file, no Hub, or a name that is not a Hub id
+        return None
+
+
+def list_uploaded_files() -> list[Path]:
+    """List the package's files that are copied beside the weights, as remote code."""
+    package = Path(configuration_llm2clip.__file__).parent
+    return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
+
+
+def find_records(folder: Path, *, trained_since: bool = False) -> dict[str, Path]:
+    """Find the record of a folder's conversion.
+
+    Args:
+        folder: Model folder.
+        trained_since: Whether the model that is written of this folder has other weights.
+
+    Returns:
+        Name in the folder that is written → file; empty where nothing was converted.
+    """
+    names = (RECORD_FILE, RECORD_BEFORE_TRAINING)
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    if trained_since and found:
+        return {RECORD_BEFORE_TRAINING: next(iter(found.values()))}
+    return found

@@ -17,15 +17,19 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
-from ..doctor.file_checks import list_uploaded_files
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import GOLDEN_FILE, renew_golden, write_golden
 from ..model_folders.model_card import write_model_card
 from ..model_folders.model_card_data import CardResult, read_card_facts
+from ..model_folders.model_folder import (
+    RECORD_BEFORE_TRAINING,
+    RECORD_FILE,
+    find_records,
+    list_uploaded_files,
+)
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..training.alignment.alignment_model import AlignmentModel
-from .export_model import RECORD_BEFORE_TRAINING, RECORD_FILE, find_records
 
 _RECORDS = (RECORD_FILE, RECORD_BEFORE_TRAINING)
 _WEIGHTS = "*.safetensors"

@@ -13,7 +13,6 @@ import torch
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
-from ..doctor.model_under_test import find_folder
 from ..encoding.devices import find_device
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import write_golden
@@ -24,6 +23,7 @@ from ..model_folders.model_card_data import (
     require_license,
     require_own_results,
 )
+from ..model_folders.model_folder import find_model_folder, find_records
 from ..model_folders.sentence_transformers_files import (
     SETTINGS_FILE,
     write_sentence_transformers_files,
@@ -38,10 +38,6 @@ COMPONENTS: dict[str, Any] = {
     "text": LLM2CLIPTextModel,
     "vision": LLM2CLIPVisionModel,
 }
-# What a converted model was made of, written by its conversion.
-RECORD_FILE = "conversion.json"
-# The same, where the weights were trained since: its files' weights are not all the folder's.
-RECORD_BEFORE_TRAINING = "conversion_before_training.json"
 DTYPES = ("float32", "bfloat16", "float16")
 # As transformers has it by default; the Hub takes files up to 50 GB.
 SHARD_SIZE = "50GB"
@@ -143,7 +139,7 @@ def check_export(
         The source's folder, and what the card will state.
     """
     require_new_folder(Path(folder))
-    found = find_folder(source, revision=revision)
+    found = find_model_folder(source, revision=revision)
     card_facts = replace(read_card_facts(found), **(facts or {}))
     if arguments.requires_license:
         require_license(card_facts, found)
@@ -222,19 +218,6 @@ def list_modalities(model: Any) -> list[str]:
     """What a model takes, in sentence-transformers' words."""
     towers = {"text": "text_model", "image": "vision_model"}
     return [modality for modality, tower in towers.items() if hasattr(model, tower)]
-
-
-def find_records(folder: Path, *, trained_since: bool = False) -> dict[str, Path]:
-    """The records of a folder's conversion, by the names they have in a folder made of it.
-
-    Args:
-        trained_since: whether the new weights are others than the folder's.
-    """
-    names = (RECORD_FILE, RECORD_BEFORE_TRAINING)
-    found = {name: folder / name for name in names if (folder / name).is_file()}
-    if trained_since and found:
-        return {RECORD_BEFORE_TRAINING: next(iter(found.values()))}
-    return found
 
 
 def read_prompts(folder: Path) -> dict[str, str] | None:

@@ -17,9 +17,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
-from ..doctor.model_under_test import find_folder
 from ..loading_llm2clip import load_without_code
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
+from ..model_folders.model_folder import find_model_folder
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 
 # LLaVA-1.5 reads the layer before the last (arXiv:2304.08485, section 4.1).
@@ -73,7 +73,7 @@ def export_vision_tower(
     Raises: FileExistsError when it exists and is not empty.
     """
     require_new_folder(Path(output))  # before the weights are read
-    folder = find_folder(source, revision=revision)
+    folder = find_model_folder(source, revision=revision)
     return save_vision_tower(
         LLM2CLIPVisionModel.from_pretrained(folder),
         load_without_code(AutoImageProcessor, folder),

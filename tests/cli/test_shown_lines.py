@@ -23,7 +23,7 @@ from modeling_llm2clip.data.embedding_store_layout import StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.encoding import text_encoding as captions
 from modeling_llm2clip.encoding.text_encoding import encode_captions
-from modeling_llm2clip.model_folders.alignment_report import NEAR_CHANCE
+from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
 from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.extraction.extract import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (

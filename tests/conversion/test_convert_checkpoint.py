@@ -45,12 +45,9 @@ from modeling_llm2clip.conversion.source_formats import SOURCE_FORMATS
 from modeling_llm2clip.conversion.source_llm import LLMSource
 from modeling_llm2clip.conversion.weight_writing import write_weights
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images
+from modeling_llm2clip.model_folders.model_folder import RECORD_BEFORE_TRAINING, RECORD_FILE
 from modeling_llm2clip.publishing.assemble import assemble_folder
-from modeling_llm2clip.publishing.export_model import (
-    RECORD_BEFORE_TRAINING,
-    RECORD_FILE,
-    export_model,
-)
+from modeling_llm2clip.publishing.export_model import export_model
 
 FAMILIES = tuple(RECIPE_OF)
 # Sums of float32 numbers in another order, over a few layers; logits reach 30.

@@ -17,8 +17,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from modeling_llm2clip.doctor import Check, check_model
 from modeling_llm2clip.doctor.check_model import _PLANS
-from modeling_llm2clip.doctor.file_checks import list_uploaded_files
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
+from modeling_llm2clip.model_folders.model_folder import list_uploaded_files
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import save_model
 

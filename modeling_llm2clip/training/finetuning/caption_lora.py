@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ...building.lora_merging import merge_lora
 from ...data.trained_emoji import read_trained_emoji
-from ...doctor.model_under_test import find_folder
 from ...model_folders.atomic_folder import require_new_folder
 from ...model_folders.model_card_data import read_card_facts
+from ...model_folders.model_folder import find_model_folder, find_records
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.export_model import find_records, read_prompts, save_model
+from ...publishing.export_model import read_prompts, save_model
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
@@ -30,7 +30,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
     require_new_folder(output)
     loaded = LLM2CLIPModel.from_pretrained(model)
     loaded.text_model = merge_lora(loaded.text_model, adapter)
-    folder = find_folder(model)
+    folder = find_model_folder(model)
     before = read_trained_emoji(folder)
     return save_model(
         loaded,

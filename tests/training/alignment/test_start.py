@@ -9,16 +9,16 @@ import pytest
 import torch
 from aligning import Prepared, prepare
 
-from modeling_llm2clip.model_folders.alignment_report import (
-    describe_result,
-    find_caution,
-    list_results,
-)
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.training.alignment.align_arguments import LEAST_DEFAULT_STEPS, AlignArguments
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_report import (
+    describe_result,
+    find_caution,
+    list_results,
+)
 from modeling_llm2clip.training.alignment.cca_init import (
     SHRINKAGES,
     fit_temperature,

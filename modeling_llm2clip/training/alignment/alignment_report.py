@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..training.alignment.align import AlignResult
-from ..training.alignment.held_out import HeldOutScores
-from .model_card_data import CardResult
+from ...model_folders.model_card_data import CardResult
+from .align import AlignResult
+from .held_out import HeldOutScores
 
 NEAR_CHANCE = (
     "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
