@@ -27,6 +27,8 @@ CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_templ
 NOT_RECORDED = "not yet recorded"
 # Tables that share the file of another one.
 _RECORDED_WITH = {"existing_model": "first_run"}
+# A record keeps the words of its time; tables use those of the documents.
+_RECORDED_WORDS = {"pictures": "images"}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
     "unseen_text_to_image_r1",
@@ -56,7 +58,10 @@ def _render(name: str, results: Path) -> str:
     file = results / f"{_RECORDED_WITH.get(name, name)}.json"
     if not file.is_file():
         return f"\n{NOT_RECORDED}\n\n"
-    return "\n" + _RENDERERS[name](json.loads(file.read_text(encoding="utf-8"))) + "\n"
+    table = _RENDERERS[name](json.loads(file.read_text(encoding="utf-8")))
+    for recorded, word in _RECORDED_WORDS.items():
+        table = re.sub(rf"\b{recorded}\b", word, table)
+    return f"\n{table}\n"
 
 
 def _read_card_sections() -> str:
