@@ -23,7 +23,6 @@ from ...data.data_hashes import hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage
-from ...data.trained_emoji import read_trained_emoji
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,
@@ -190,7 +189,6 @@ class StoredEmbeddingsEncoder:
             text=sides.get("texts"),
             images=sides.get("images"),
             dtype="+".join(sorted(dtypes)),
-            trained_emoji=None if head is None else read_trained_emoji(head),
             untrained_parts=self._untrained_parts,
         )
 
