@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.suggestions import did_you_mean
+from .._suggestions import did_you_mean
 from ..encoding.devices import DEVICE_NAMES, is_device_name
 
 if TYPE_CHECKING:
