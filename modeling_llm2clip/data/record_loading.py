@@ -29,7 +29,7 @@ from .sources.parquet import read_parquet
 from .sources.tar_shards import read_tar_shards
 from .validation_errors import ErrorCollector
 
-LINES_FILES = ("captions.jsonl", "metadata.jsonl")
+_LINES_FILES = ("captions.jsonl", "metadata.jsonl")
 _SEVERAL_FILES = (".parquet", ".tar")
 _PACKAGE = Path(__file__).resolve().parent.parent
 _HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
@@ -89,6 +89,11 @@ def load_records(
     Raises:
         DataValidationError: records have errors: how many of each kind, and where the first are.
         ValueError: the source is missing, empty or ambiguous, or its format is unknown.
+
+    Example:
+        >>> records = load_records(find_example_data() / "photographs")
+        >>> records[0].name, records[0].captions[0]
+        ('images/astronaut.jpg', 'A smiling astronaut in an orange space suit.')
     """
     errors = ErrorCollector()
     collected = iterate_records(
@@ -185,7 +190,7 @@ def _find_source(source: str) -> _Source:
 def _search_folder(folder: Path) -> _Source:
     sources = [
         _Source([folder / name], folder, ".jsonl")
-        for name in LINES_FILES
+        for name in _LINES_FILES
         if (folder / name).is_file()
     ]
     for suffix in _SEVERAL_FILES:
@@ -194,7 +199,7 @@ def _search_folder(folder: Path) -> _Source:
             sources.append(_Source(files, folder, suffix))
     if not sources:
         raise ValueError(
-            f"{folder} has no {' or '.join(LINES_FILES)}, no *.parquet and no *.tar. Give the "
+            f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "
             "folder that has, or a pattern."
         )
     if len(sources) > 1:

@@ -42,7 +42,7 @@ _LONG_CAPTIONS = ("long_captions", "longIB_captions", "longSV_captions", "longLL
 CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
 _NAMES = ("image", "file_name")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
-KNOWN_FIELDS = frozenset(
+_KNOWN_FIELDS = frozenset(
     (
         *_NAMES,
         *_CAPTIONS,
@@ -146,7 +146,7 @@ def build_record(
     captions = _read_captions(raw.fields, found)
     long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
-    unknown = sorted(set(raw.fields) - KNOWN_FIELDS - set(ignore_fields))
+    unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
     found += [f"unknown field {field!r}" for field in unknown]
     for kind in found:
         errors.add(kind, raw.place)

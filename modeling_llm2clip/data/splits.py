@@ -26,6 +26,12 @@ def split_records(
 
     Raises:
         ValueError: a side would have fewer than two groups, or both have the same caption.
+
+    Example:
+        >>> records = [CaptionedImage(None, f"{n}.jpg", f"{n // 2}", (f"{n}",)) for n in range(20)]
+        >>> train, test = split_records(records, test_size=0.2, seed=0)
+        >>> len(train), len(test)
+        (16, 4)
     """
     groups = sorted({record.group_id for record in records})
     count = round(test_size * len(groups)) if 0 < test_size < 1 else int(test_size)
