@@ -17,7 +17,6 @@ from typing import Any
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.building.build_model import BuildArguments, join_towers
-from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.demo.pretrained_towers import (
     EFFICIENTNET,
     SMOLLM2,
@@ -25,7 +24,7 @@ from modeling_llm2clip.demo.pretrained_towers import (
     fetch_tower,
 )
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
             *towers, chosen, caption_lora=adapter, accept_lora_base=SMOLLM2_BASE
         )
         images = images or encode_records(model, processor, records)
-        held_out = split_records(records, seed=seed)
+        held_out = hold_out(records, seed=seed)
         chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment
         align(model, images, held_out, chosen_alignment)
         scores.append({"seed": seed, **evaluate(model, images, held_out)})

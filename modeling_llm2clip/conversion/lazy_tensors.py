@@ -6,7 +6,6 @@ values.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..data.safetensors_files import list_weight_files
+
 # Where the official training code and DeepSpeed put the weights, in its order.
 _NESTED_UNDER = ("model", "module", "state_dict")
 _WRAPPER = "module."
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_SINGLES = ("model.safetensors", "pytorch_model.bin", *_ADAPTERS)
+_MODELS = ("model.safetensors", "pytorch_model.bin")
+_LORAS = ("adapter_model.safetensors", "adapter_model.bin")
+# Files that transformers and peft save, in the order in which they are looked for.
+WEIGHT_NAMES = (*_MODELS, *_LORAS)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
     Raises: ValueError when it is broken, holds more than weights, or holds none.
     """
     tensors: dict[str, LazyTensor] = {}
-    for file in list_weight_files(path):
+    for file in list_weight_files(path, names=WEIGHT_NAMES):
         opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
         if twice := sorted(set(opened) & set(tensors)):
             raise ValueError(f"{file} repeats the weights {twice[:8]} of another file beside it.")
@@ -56,36 +58,11 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def list_weight_files(path: Path) -> list[Path]:
-    """Name the weight files of a folder, or the file itself.
-
-    Raises: ValueError when there are none, or a file of the index is lost.
-    """
-    if path.is_file():
-        return [path]
-    for index in (path / name for name in _INDEXES):
-        if index.is_file():
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-            lost = [name for name in names if not (path / name).is_file()]
-            if lost:
-                raise ValueError(f"{path} lacks the weight files {lost}. Download it again.")
-            return [path / name for name in names]
-    for name in _SINGLES:
-        if (path / name).is_file():
-            return [path / name]
-    raise ValueError(
-        f"{path} has no weights under a name that transformers or peft gives ({_SINGLES}). Name "
-        "the weight file itself. Of a repository on the Hub .bin files are not fetched: download "
-        "such a file yourself and give its folder."
-    )
-
-
 def is_lora_alone(folder: Path) -> bool:
     """Whether a folder's weights are those of a LoRA, without the model that it is for."""
-    whole = any((folder / name).is_file() for name in (*_INDEXES, *_SINGLES[:2]))
-    return not whole and any((folder / name).is_file() for name in _ADAPTERS)
+    of_models = (*_MODELS, *(f"{name}.index.json" for name in _MODELS))
+    whole = any((folder / name).is_file() for name in of_models)
+    return not whole and any((folder / name).is_file() for name in _LORAS)
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
 from .layouts.eva02 import EVA02
@@ -15,7 +16,7 @@ from .layouts.hub_clip import HUB_CLIP
 from .layouts.layout import Layout
 from .layouts.openai import OPENAI
 from .layouts.siglip2 import SIGLIP2
-from .lazy_tensors import LazyTensor, list_weight_files, open_weights
+from .lazy_tensors import WEIGHT_NAMES, LazyTensor, open_weights
 from .public_names import require_no_revision
 from .source_formats import SOURCE_FORMATS
 
@@ -70,7 +71,9 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         raise ValueError(f"{path}: no such file. Correct the path or the file's name.")
     has_config = path.is_dir() and (path / "config.json").is_file()
     stated = load_without_code(AutoConfig, path, local_files_only=True) if has_config else None
-    return Checkpoint(source, list_weight_files(path), open_weights(path), stated)
+    return Checkpoint(
+        source, list_weight_files(path, names=WEIGHT_NAMES), open_weights(path), stated
+    )
 
 
 def require_layout(checkpoint: Checkpoint, name: str) -> Layout:

@@ -9,10 +9,11 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..building.towers import require_decoder, require_own_tokenizer
+from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
 from .key_mapping import Drop, Renamed, apply_rules, rename
-from .lazy_tensors import LazyTensor, is_lora_alone, list_weight_files, open_weights
+from .lazy_tensors import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
 from .lora_factors import merge_lora
 from .public_names import public_name, require_no_revision, split_revision
 
@@ -99,7 +100,7 @@ def open_llm_weights(
                 "LoRA out."
             )
         return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), []
-    files = list_weight_files(language.folder)
+    files = list_weight_files(language.folder, names=WEIGHT_NAMES)
     renamed = apply_rules(
         open_weights(language.folder), _RULES, _DROPS, source=f"The LLM {source.name}"
     )
@@ -114,5 +115,5 @@ def open_llm_weights(
             accepted_base=source.accept_lora_base,
         )
         renamed.weights = {f"{_PREFIX}{key}": value for key, value in merged.items()}
-        files += list_weight_files(folder)
+        files += list_weight_files(folder, names=WEIGHT_NAMES)
     return renamed, files

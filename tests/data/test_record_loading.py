@@ -1,7 +1,8 @@
-"""Every format of captioned images gives the same records and images."""
+"""Every source gives the same records and images."""
 
 from __future__ import annotations
 
+import doctest
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -33,9 +34,9 @@ from captioned_files import (
 )
 from tiny import tiny_model
 
+from modeling_llm2clip.data import record_loading
 from modeling_llm2clip.data.image_sources import ParquetImage, TarImage, open_image
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.records import read_captioned_folder
 from modeling_llm2clip.encoding.image_encoding import encode_images
 from modeling_llm2clip.processing_llm2clip import load_images
 
@@ -47,6 +48,10 @@ WRITERS = (
     write_parquet_of_bytes,
     write_shards,
 )
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    assert doctest.testmod(record_loading) == (0, 2)
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
@@ -84,7 +89,6 @@ def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None
     assert load_records(shards / "00001.tar") == whole[2:]
     folder = write_folder(tmp_path / "folder")
     assert load_records(folder / "captions.jsonl") == load_records(folder)
-    assert read_captioned_folder(folder) == load_records(folder)
 
 
 def test_images_may_lie_in_another_folder(tmp_path: Path) -> None:

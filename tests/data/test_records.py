@@ -1,4 +1,4 @@
-"""Every error of a source of captioned images is told at once; what is no source is refused."""
+"""Every error of a source is reported at once; what is not a source is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def errors_of(source: Path | str, **options: Any) -> DataValidationError:
     return caught.value
 
 
-def test_every_error_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
     write_images(tmp_path)
     (tmp_path / "images/broken.png").write_bytes(encode("images/red.png")[:45])
     good = {"image": "images/red.png", "captions": ["a square"]}
@@ -103,11 +103,11 @@ def test_a_field_is_no_error_when_it_is_named(tmp_path: Path) -> None:
     source = write_lines(tmp_path, [{"group_id": "1", "caption": "a", "coco_id": 4}])
     options = {"require_images": False}
     error = errors_of(source, **options)
-    assert error.counts == {"unknown field 'coco_id'": 1} and "ignored_fields" in str(error)
-    assert len(load_records(source, ignored_fields={"coco_id"}, require_images=False)) == 1
+    assert error.counts == {"unknown field 'coco_id'": 1} and "ignore_fields" in str(error)
+    assert len(load_records(source, ignore_fields={"coco_id"}, require_images=False)) == 1
 
 
-def test_every_error_of_shards_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_shards_is_reported_at_once(tmp_path: Path) -> None:
     red = encode("images/red.png")
     write_shard(
         tmp_path / "0.tar",
@@ -166,7 +166,7 @@ def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path:
     shard.write_bytes(damaged[damage])
     error = errors_of(tmp_path, check_images=False)
     (place,) = error.places["not a tar shard, or compressed, or broken"]
-    assert place.startswith("0.tar (the archive is cut off or damaged at byte ")
+    assert place.startswith("0.tar (the archive is truncated or damaged at byte ")
     shard.write_bytes(whole)
     assert len(load_records(tmp_path)) == 6
 
@@ -185,7 +185,7 @@ def test_one_name_written_in_two_ways_is_repeated(tmp_path: Path) -> None:
     assert error.places == {"image and language repeated": ["captions.jsonl line 2"]}
 
 
-def test_every_error_of_parquet_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_parquet_is_reported_at_once(tmp_path: Path) -> None:
     red = {"bytes": encode("images/red.png"), "path": None}
     rows = {
         "image": [red, {**red, "bytes": None}, {"bytes": b"text", "path": "t.png"}, red],
@@ -204,7 +204,7 @@ def test_every_error_of_parquet_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_every_error_of_coco_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_coco_is_reported_at_once(tmp_path: Path) -> None:
     file = write_coco(
         tmp_path / "captions.json",
         images=[coco_image(1), coco_image(2), coco_image(1), {"file_name": "x.jpg"}, coco_image(3)],
@@ -241,7 +241,7 @@ def test_every_error_of_coco_is_told_at_once(tmp_path: Path) -> None:
         ("torn.json", r"torn\.json: not JSON"),
     ],
 )
-def test_a_source_that_is_none_is_refused(source: str, message: str, tmp_path: Path) -> None:
+def test_what_is_not_a_source_is_refused(source: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_lines(tmp_path / "lines", ["", " "])
     write_lines(tmp_path / "both", [])
@@ -254,8 +254,8 @@ def test_a_source_that_is_none_is_refused(source: str, message: str, tmp_path: P
         load_records(f"{tmp_path}/{source}", require_images=False)
 
 
-def test_a_folder_of_images_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"image_dir='nowhere' is no folder"):
+def test_an_image_dir_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_dir='nowhere' is not a folder"):
         load_records(write_folder(tmp_path / "data"), image_dir="nowhere")
 
 
