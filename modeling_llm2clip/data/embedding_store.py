@@ -320,7 +320,7 @@ class EmbeddingStore:
         return mapped
 
     def _announce(self, shard: int, within: np.ndarray[Any, Any]) -> None:
-        """Tell the kernel which rows come next, so that the disk reads them in parallel."""
+        """Advise the kernel which rows come next, so that the disk reads them in parallel."""
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
         mapped = self._map(shard)

@@ -56,10 +56,10 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
         read_named_embeddings(file)
 
 
-def test_a_file_with_the_weights_of_a_model_is_told_in_a_few_words(tmp_path: Path) -> None:
+def test_a_file_with_the_weights_of_a_model_is_described_in_a_few_words(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     names = [f"text_model.layers.{number}.mlp.weight" for number in range(700)]
     save_file({name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"mlp.weight' and 695 more") as told:
+    with pytest.raises(ValueError, match=r"mlp.weight' and 695 more") as caught:
         read_named_embeddings(file)
-    assert len(str(told.value)) < 500 + len(str(file))
+    assert len(str(caught.value)) < 500 + len(str(file))

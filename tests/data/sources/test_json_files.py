@@ -26,7 +26,7 @@ def test_a_json_list_is_read_object_by_object_whatever_the_pieces(
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[", '[{"a": 1}', '[{"a": 1} {"b": 2}]', '[{"a": 1}, '])
-def test_what_is_no_json_list_is_named(text: str, tmp_path: Path) -> None:
+def test_what_is_not_a_json_list_is_named(text: str, tmp_path: Path) -> None:
     file = tmp_path / "list.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.json: not a JSON list, or truncated"):

@@ -15,10 +15,10 @@ from modeling_llm2clip.data.sources.parquet import iterate_rows, read_parquet
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.processing_llm2clip import load_images
 
-COLUMNS = {"image": "picture", "file_name": "id", "captions": "raw"}
+COLUMNS = {"image": "img", "file_name": "id", "captions": "raw"}
 RED, BLUE = ({"bytes": encode(f"images/{name}.png"), "path": None} for name in ("red", "blue"))
 ROWS: dict[str, list[Any]] = {
-    "picture": [RED, BLUE, None],
+    "img": [RED, BLUE, None],
     "id": ["r.png", "b.png", "n.png"],
     "raw": [["a red square"], ["a blue square", "blue"], ["nothing"]],
     "split": ["test", "train", "test"],
@@ -29,9 +29,7 @@ ROWS: dict[str, list[Any]] = {
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     table = datasets.Dataset.from_dict(ROWS)
-    table.cast_column("picture", datasets.Image(decode=False)).to_parquet(
-        str(tmp_path / "all.parquet")
-    )
+    table.cast_column("img", datasets.Image(decode=False)).to_parquet(str(tmp_path / "all.parquet"))
     return tmp_path / "all.parquet"
 
 
@@ -44,7 +42,7 @@ def test_fields_are_read_from_the_columns_that_are_named(file: Path) -> None:
         {"file_name": name, "captions": captions}
         for name, captions in zip(ROWS["id"], ROWS["raw"], strict=True)
     ]
-    wanted = [ParquetImage(file, "picture", 0), ParquetImage(file, "picture", 1), None]
+    wanted = [ParquetImage(file, "img", 0), ParquetImage(file, "img", 1), None]
     assert [record.packed for record in found] == wanted
     blue = load_images(open_image(found[1].packed))
     assert np.array_equal(np.asarray(blue), np.asarray(make_image("images/blue.png")))
@@ -63,7 +61,7 @@ def test_a_file_without_a_column_is_an_error_and_the_others_are_read(file: Path)
     errors = ErrorCollector()
     found = list(read_parquet([file, other], file.parent, errors, columns=COLUMNS))
     assert len(found) == 3
-    assert errors.counts == {"no column picture, raw": 1}
+    assert errors.counts == {"no column img, raw": 1}
 
 
 def test_rows_with_several_images_have_an_address_for_each(tmp_path: Path) -> None:
