@@ -5,6 +5,7 @@ What is pending may only shrink: what holds has to leave it.
 
 from __future__ import annotations
 
+import configparser
 import io
 import json
 import os
@@ -26,8 +27,14 @@ from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import _build_parser
+from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.data.records import _KNOWN_FIELDS
+from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets
+from modeling_llm2clip.evaluation.tasks.task_registry import TASKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -311,6 +318,49 @@ def test_names_of_the_api_page_and_of_the_package_are_the_same() -> None:
     text = (DOCS / "reference" / "api.md").read_text("utf-8")
     listed = set(re.findall(r"^::: modeling_llm2clip\.(\w+)$", text, re.MULTILINE))
     assert sorted((listed ^ set(modeling_llm2clip.__all__)) ^ PENDING_NAMES) == []
+
+
+def read_table(page: str, heading: str, *, column: int = 0) -> set[str]:
+    """Return what is between backticks in one column of the first table below a heading."""
+    section = (DOCS / page).read_text("utf-8").split(f"# {heading}\n")[1]
+    match = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert match, f"{page} has no table below {heading!r}"
+    rows = [line.strip("| ").split(" | ") for line in match[0].splitlines()[2:]]
+    return {word for row in rows for word in re.findall(r"`([^`]+)`", row[column])}
+
+
+def test_the_installation_page_has_every_extra() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert read_table("installation.md", "Installation") == set(setup["options.extras_require"])
+
+
+def test_the_data_page_has_every_field() -> None:
+    assert read_table("data-formats.md", "Fields") == _KNOWN_FIELDS
+
+
+def test_the_evaluation_page_has_every_task_and_dataset() -> None:
+    assert read_table("evaluate.md", "Tasks") == set(TASKS)
+    found = read_table("evaluate.md", "Datasets", column=1)
+    assert found == {spec.name for spec in list_datasets()}
+
+
+def test_the_build_page_has_every_prompt() -> None:
+    section = (DOCS / "build.md").read_text("utf-8").split("## The prompt\n")[1].split("\n## ")[0]
+    assert set(PROMPT_NAMES) <= set(re.findall(r"`(?:--prompt )?([\w-]+)`", section))
+
+
+def test_the_conversion_page_has_every_source_format() -> None:
+    section = (DOCS / "convert.md").read_text("utf-8").split("## Source formats\n")[1]
+    heads = next(line for line in section.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`([\w-]+)`", heads)) == set(SOURCE_FORMATS)
+
+
+def test_the_page_of_the_doctor_has_every_check() -> None:
+    page = (DOCS / "publish-and-doctor.md").read_text("utf-8")
+    listed = re.findall(r"^\| ([^|]+) \| ", page.split("# Check a model\n")[1], re.MULTILINE)
+    names = {name.strip() for cell in listed for name in cell.split(",")}
+    assert {plan.name for plan in _PLANS} <= names
 
 
 @pytest.mark.slow
