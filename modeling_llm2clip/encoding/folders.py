@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 # Other formats of the same weights, which are read only where they are asked for by name.
 _NOT_DOWNLOADED = [
@@ -22,7 +23,8 @@ def find_model_folder(
 
     Args:
         only: names of files; nothing else is downloaded, and these in whatever format.
-    Raises: ValueError when the source is neither; what huggingface_hub raises on downloading.
+    Raises: ValueError when the source is neither; FileNotFoundError when it is not in the cache and
+        the Hub cannot be reached; what else huggingface_hub raises on downloading.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -32,9 +34,13 @@ def find_model_folder(
         return Path(source)
     if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    if only is not None:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(only)))
-    return Path(snapshot_download(str(source), revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+    wanted = (
+        {"ignore_patterns": _NOT_DOWNLOADED} if only is None else {"allow_patterns": list(only)}
+    )
+    try:
+        return Path(snapshot_download(str(source), revision=revision, **wanted))
+    except LocalEntryNotFoundError as error:  # which names no repository
+        raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
 
 
 def is_hub_id(source: str | Path) -> bool:
