@@ -48,9 +48,13 @@ def find_model_folder(
         return Path(source)
     if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    if only is not None:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(only)))
-    return Path(snapshot_download(str(source), revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+    wanted = (
+        {"ignore_patterns": _NOT_DOWNLOADED} if only is None else {"allow_patterns": list(only)}
+    )
+    try:
+        return Path(snapshot_download(str(source), revision=revision, **wanted))
+    except LocalEntryNotFoundError as error:  # which names no repository
+        raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
 
 
 def find_demo_model() -> str:
