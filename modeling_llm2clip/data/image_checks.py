@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from ..processing_llm2clip import load_images
+from ..image_loading_llm2clip import load_images
 from .image_sources import ImageSource, open_image
 
 _MOST_THREADS = 8

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from .._extras import PARQUET, require
-from ..processing_llm2clip import read_header
+from ..image_loading_llm2clip import read_header
 
 # Endings of the files that are taken for images, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))

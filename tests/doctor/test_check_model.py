@@ -122,8 +122,8 @@ def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None
     code = """
 import sys
 sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
-from modeling_llm2clip.hub.doctor import diagnose
-from modeling_llm2clip.hub.publish import Destination, push_to_hub
+from modeling_llm2clip.doctor import diagnose
+from modeling_llm2clip.publishing.push_to_hub import Destination, push_to_hub
 push_to_hub(sys.argv[1], Destination("owner/model"))
 diagnosis = diagnose("owner/model")
 print(diagnosis.report())

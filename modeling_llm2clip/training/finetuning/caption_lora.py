@@ -12,7 +12,8 @@ from ...model_folders.atomic_folder import require_new_folder
 from ...model_folders.model_card_data import read_card_facts
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.export_model import find_records, read_prompts, save_model
+from ...publishing.export_model import find_records, save_model
+from ...sentence_transformers_llm2clip import read_instructions
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
@@ -36,7 +37,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         loaded,
         LLM2CLIPProcessor.from_pretrained(model),
         output,
-        prompts=read_prompts(folder),
+        prompts=read_instructions(folder),
         records=find_records(folder, trained_since=True),
         facts=replace(read_card_facts(folder), results=()),  # of other weights
         # An adapter does not say which captions it has seen.
