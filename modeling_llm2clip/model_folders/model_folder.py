@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .. import configuration_llm2clip
 
@@ -48,11 +49,15 @@ def find_model_folder(
         return Path(source)
     if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    wanted = (
-        {"ignore_patterns": _NOT_DOWNLOADED} if only is None else {"allow_patterns": list(only)}
-    )
     try:
-        return Path(snapshot_download(str(source), revision=revision, **wanted))
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=_NOT_DOWNLOADED if only is None else None,
+            )
+        )
     except LocalEntryNotFoundError as error:  # which names no repository
         raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
 
