@@ -382,7 +382,7 @@ def test_a_dry_run_knows_the_weight_files_of_a_tower_with_batch_norm(
 ) -> None:
     # It counts its batches in an integer, and keeps statistics beside its parameters.
     model, processor = tiny_model("timm with batch norm")
-    source = export_model(model, processor, tmp_path / "source", facts=FACTS)
+    source = save_model(model, processor, tmp_path / "source", facts=FACTS)
     compare_weight_files(source, tmp_path, ExportArguments(dtype=dtype))
 
 
