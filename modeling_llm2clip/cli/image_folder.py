@@ -108,7 +108,9 @@ def tell(text: str) -> None:
 
 def report_truncated(processor: LLM2CLIPProcessor, texts: list[str], what: str) -> None:
     """Tell how many texts are longer than the model reads."""
-    if count := processor.list_ids(texts)[1]:
+    from ..encoding.encode import measure_texts
+
+    if count := int(measure_texts(processor, texts)[1].sum()):
         tell(
             f"Truncated {count:,} of {len(texts):,} {what} to the {processor.longest_text} tokens "
             "that the model reads."

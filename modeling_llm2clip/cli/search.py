@@ -98,7 +98,7 @@ def _check_queries(sentences: list[str], images: list[Path]) -> None:
 
 
 def _search(encoded: EncodedFolder, arguments: argparse.Namespace) -> list[SearchResult]:
-    from ..encoding.image_encoding import encode_images
+    from ..encoding.encode import encode_images
     from ..search.gallery import find_images, find_similar_images, make_gallery
 
     model, processor, gallery = encoded.model, encoded.processor, encoded.gallery
@@ -107,7 +107,7 @@ def _search(encoded: EncodedFolder, arguments: argparse.Namespace) -> list[Searc
         report_truncated(processor, arguments.sentences, "sentences")
         found += find_images(model, processor, gallery, arguments.sentences, count=arguments.count)
     if arguments.image:
-        vision_embeds = encode_images(model, processor, arguments.image)
+        vision_embeds = encode_images(model, processor, arguments.image, project=False)
         queries = make_gallery(model, arguments.image, vision_embeds)
         found += find_similar_images(gallery, queries, count=arguments.count)
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...encoding.layers import find_layers
+from ...encoding.compilation import find_layers
 from ..checkpoints import find_trained
 from .align_arguments import AlignArguments
 from .alignment_model import AlignmentModel

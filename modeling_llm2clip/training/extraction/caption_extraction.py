@@ -20,7 +20,7 @@ from ...data.data_hashes import hash_records
 from ...data.embedding_store import StoreManifest
 from ...data.embedding_store_writer import EmbeddingStoreWriter
 from ...data.records import CaptionedImage
-from ...encoding.text_encoding import default_token_budget, encode_token_ids
+from ...encoding.encode import default_token_budget, encode_texts, measure_texts
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
@@ -33,7 +33,6 @@ from .extract import (
     pack_records,
     write_missing_shards,
 )
-from .text_lengths import measure_texts
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,15 @@ def extract_captions(
     )
 
     def compute(rows: range, tell: Callable[[int], object]) -> Tensor:
-        ids, _ = processor.list_ids(plan.captions[rows.start : rows.stop])
-        return encode_token_ids(model, processor, ids, token_budget=budget, on_batch=tell)[0]
+        lengths = plan.lengths[rows.start : rows.stop]
+        return encode_texts(
+            model,
+            processor,
+            plan.captions[rows.start : rows.stop],
+            project=False,
+            token_budget=budget,
+            on_batch=lambda batch, _: tell(sum(lengths[row] for row in batch)),
+        )
 
     writer = EmbeddingStoreWriter.open(output, manifest, plan.index)
     progress = StoreProgress(
@@ -120,7 +126,7 @@ def plan_captions(
     captions = [text for r in records for text in (*r.captions, *r.long_captions)]
     distinct = list(dict.fromkeys(captions))
     check_texts(distinct)
-    lengths, num_truncated = measure_texts(processor, distinct, show_progress=show_progress)
+    lengths, is_truncated = measure_texts(processor, distinct, show_progress=show_progress)
     order = np.argsort(-lengths, kind="stable")
     ordered = [distinct[i] for i in order.tolist()]
     row_of = {caption: row for row, caption in enumerate(ordered)}
@@ -129,5 +135,9 @@ def plan_captions(
         short=[[row_of[text] for text in r.captions] for r in records],
         long=[[row_of[text] for text in r.long_captions] for r in records],
     )
-    counts = {"captions": len(captions), "distinct": len(distinct), "truncated": num_truncated}
+    counts = {
+        "captions": len(captions),
+        "distinct": len(distinct),
+        "truncated": int(is_truncated.sum()),
+    }
     return CaptionPlan(ordered, lengths[order].tolist(), index, hash_records(records), counts)

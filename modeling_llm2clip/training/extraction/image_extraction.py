@@ -13,7 +13,7 @@ from ...data.embedding_store import StoreManifest
 from ...data.embedding_store_writer import EmbeddingStoreWriter
 from ...data.image_sources import ImageSource
 from ...data.records import CaptionedImage
-from ...encoding.image_encoding import default_batch_size, encode_images
+from ...encoding.encode import default_batch_size, encode_images
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -81,9 +81,10 @@ def extract_images(
             model,
             processor,
             in_order[rows.start : rows.stop],
+            project=False,
             batch_size=batch_size,
             num_workers=arguments.num_workers,
-            on_batch=tell,
+            on_batch=lambda batch, _: tell(len(batch)),
         )
 
     writer = EmbeddingStoreWriter.open(output, manifest, index)

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
-from ...encoding.text_encoding import encode_captions
+from ...encoding.encode import encode_texts
 from ...model_folders.lora_base import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
@@ -136,7 +136,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     def encode(self, captions: list[str]) -> Tensor:
         """Encode many captions, (N, D) float32, without gradients."""
-        return encode_captions(self.llm2clip, self.processor, captions).caption_embeds
+        return encode_texts(self.llm2clip, self.processor, captions, project=False)
 
 
 def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:

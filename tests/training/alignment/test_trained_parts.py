@@ -13,7 +13,7 @@ from shared_models import every_vision
 from tiny import draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.encoding.layers import find_layers
+from modeling_llm2clip.encoding.compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
