@@ -7,6 +7,7 @@ converts them, and prints the help. Limits, files of options and defaults are `c
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -110,12 +111,13 @@ class CommandLine:
         root["--help"].group = root["--version"].group = Group("Options", sort_key=99)
         names = dict.fromkeys(command.group for command in self.commands.values())
         groups = {name: Group(name, sort_key=number) for number, name in enumerate(names)}
-        for command in self.commands.values():
+        for number, command in enumerate(self.commands.values()):
             app = App(
                 name=command.name,
                 help=command.summary,
                 help_epilogue=_show_examples(command.examples),
                 group=groups[command.group],
+                sort_key=number,
                 version_flags=(),
             )
             if command is chosen and shell is not None:
@@ -170,10 +172,16 @@ def _make_shell(command: Command) -> Callable[..., None]:
     parameters += [
         _make_parameter(command, flag, groups[flag.group]) for flag in command.flags.values()
     ]
-    shell.__name__, shell.__doc__ = command.function.__name__, command.function.__doc__
+    shell.__name__, shell.__doc__ = command.function.__name__, _join_lines(command.function)
     shell.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     shell.__annotations__ = {p.name: p.annotation for p in parameters}
     return shell
+
+
+def _join_lines(function: Callable[..., Any]) -> str:
+    """Return a docstring with every paragraph and every entry of `Args:` in one line."""
+    doc = inspect.getdoc(function) or ""
+    return re.sub(r"(?<=\S)\n(?! {4}\w+: )(?! *Args:) *(?=\S)", " ", doc)
 
 
 def _make_parameter(command: Command, flag: Flag, group: Group) -> inspect.Parameter:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..building.build_model import BuildArguments, join_towers
+from ..building.build_model import join_towers
 from ..building.tower_sources import add_up_trained_emoji, require_sources
+from ..configs.build_config import BuildConfig
 from ..data.example_data import find_example_data
 from ..data.record_loading import load_records
 from ..data.records import CaptionedImage
@@ -94,10 +95,13 @@ class DemoArguments:
         )
 
     @property
-    def building(self) -> BuildArguments:
+    def building(self) -> BuildConfig:
         """Settings of the model that is put together."""
-        return BuildArguments(
-            prompt=self.prompt or "chatml", visual_projection_bias=True, seed=self.seed
+        return BuildConfig(
+            prompt=self.prompt or "chatml",
+            lora=self.find_adapter(),
+            accept_lora_base=self.accepted_base,
+            seed=self.seed,
         )
 
     def __post_init__(self) -> None:
@@ -126,13 +130,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     llm = arguments.llm or fetch_tower(SMOLLM2)
     started = time.monotonic()
     print("Building the model from its towers …", flush=True)
-    model, processor = join_towers(
-        vision,
-        llm,
-        arguments.building,
-        caption_lora=arguments.find_adapter(),
-        accept_lora_base=arguments.accepted_base,
-    )
+    model, processor = join_towers(vision, llm, arguments.building)
     model.to(find_device(arguments.device))  # type: ignore[arg-type]
     images = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)

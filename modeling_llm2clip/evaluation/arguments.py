@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.suggestions import did_you_mean
+from .._suggestions import did_you_mean
 from .datasets.dataset_registry import find_dataset
 from .encoders.auto import KINDS
 from .encoders.encoder import EncoderSettings

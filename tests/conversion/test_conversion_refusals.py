@@ -34,14 +34,11 @@ from tiny import tiny_llm, tiny_tokenizer
 from transformers import AutoModel, CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
 from modeling_llm2clip.conversion.lazy_tensors import open_weights
+from modeling_llm2clip.conversion.output_arguments import OutputArguments
 from modeling_llm2clip.conversion.public_names import split_revision
 from modeling_llm2clip.conversion.source_checkpoint import CheckpointSource, open_checkpoint
-from modeling_llm2clip.conversion.source_formats import (
-    SOURCE_FORMATS,
-    OutputArguments,
-    SourceFormat,
-)
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 
 ROOT = Path(__file__).parents[2]
@@ -294,7 +291,7 @@ def test_an_activation_that_contradicts_the_repository(tmp_path) -> None:
 
 
 def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
-    recipe = replace(RECIPE_OF["openai"], prompt=None, prefix="<|no such token|>")
+    recipe = replace(RECIPE_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
     refuse("openai", tmp_path, "does not know as special tokens", recipe=recipe)
 
 
@@ -317,9 +314,9 @@ def test_a_lost_shard_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: SourceFormat("resnet"), "layout='resnet' must be one of"),
-        (lambda: SourceFormat("openai", activation="relu"), "activation='relu'"),
-        (lambda: SourceFormat("openai", head_width=0), "head_width must be at least 1"),
+        (lambda: SourceFormat(layout="resnet"), "layout='resnet' must be one of"),
+        (lambda: SourceFormat(layout="openai", activation="relu"), "activation='relu'"),
+        (lambda: SourceFormat(layout="openai", head_width=0), "head_width=0 must be at least 1"),
         (lambda: OutputArguments(dtype="int8"), "dtype='int8'"),
         (lambda: OutputArguments(components="head"), "components='head'"),
     ],

@@ -37,11 +37,11 @@ from transformers import AutoModel, AutoProcessor
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.cli.convert import choose_recipe
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.conversion.conversion_plan import Plan, make_image_processor
 from modeling_llm2clip.conversion.convert_checkpoint import ConversionReport
 from modeling_llm2clip.conversion.lazy_tensors import open_weights
 from modeling_llm2clip.conversion.lora_factors import merge_lora
-from modeling_llm2clip.conversion.source_formats import SOURCE_FORMATS
 from modeling_llm2clip.conversion.source_llm import LLMSource
 from modeling_llm2clip.conversion.weight_writing import write_weights
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images

@@ -14,7 +14,8 @@ from tiny import draw_noise, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor import check_model
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
@@ -40,7 +41,7 @@ def read_state(folder: Path) -> tuple[bool, bool]:
 
 
 def test_a_built_model_is_untrained_and_its_folder_says_so(tmp_path: Path) -> None:
-    arguments = BuildArguments(prompt="llama-3", max_text_length=32)
+    arguments = BuildConfig(prompt="llama-3", max_text_length=32)
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     model, processor = build_model(*tiny_vision(), llm, tokenizer, arguments)

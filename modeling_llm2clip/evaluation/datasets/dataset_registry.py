@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..._suggestions import did_you_mean
 from ...data.example_data import find_example_data
-from ...data.suggestions import did_you_mean
 from .catalog import compositional as choices
 from .catalog import cross_lingual, long_captions, short_captions
 from .catalog import custom_folder as own
