@@ -33,7 +33,9 @@ def load_package() -> Any:
         "modeling_llm2clip",
         search_paths=[str(ROOT)],
         docstring_parser="google",
+        docstring_options={"returns_multiple_items": False},
         allow_inspection=False,
+        try_relative_path=False,
     )
 
 

@@ -75,7 +75,7 @@ def _fetch_embedded(
     The language model comes with its fine-tuned LoRA and its prompt, unless others are given.
     """
     require(*DEMO)
-    from ..data.example_data import find_example_data
+    from ..data.record_loading import find_example_data
     from ..demo.pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 
     if vision_model == _EMBEDDED:

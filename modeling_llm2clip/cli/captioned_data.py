@@ -51,6 +51,6 @@ def read_data(
         image_dir=reading.image_dir,
         require_images=require_images or check_images,
         check_images=check_images,
-        ignored_fields=reading.ignore_fields,
+        ignore_fields=reading.ignore_fields,
         show_progress=True,
     )

@@ -209,7 +209,7 @@ def _to_arguments(
         class_names=_read_lines(config.class_names, option="class_names"),
         templates=_read_lines(config.templates, option="templates"),
         allow_repeated_class_names=config.allow_repeated_class_names,
-        ignored_fields=config.ignore_fields,
+        ignore_fields=config.ignore_fields,
         encoder=EncoderSettings(
             device=config.device,
             dtype=config.dtype,

@@ -1,8 +1,8 @@
 """Kills an `llm2clip` command at random moments until it has died often enough.
 
     python tests/helpers/kill_repeatedly.py --times 20 FOLDER -- extract MODEL DATA {output}
-    python tests/helpers/kill_repeatedly.py --times 5 --again=--resume --at run.json --at '.model-*' \
-        FOLDER -- align MODEL DATA {output}
+    python tests/helpers/kill_repeatedly.py --times 5 --again=--resume --at run.json \
+        --at '.model-*' FOLDER -- align MODEL DATA {output}
 
 The command first runs undisturbed into FOLDER/undisturbed, which also tells how long it takes until
 it writes and until it ends. Then it runs into FOLDER/killed-0, is killed (SIGKILL) at a random

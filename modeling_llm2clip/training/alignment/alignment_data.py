@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.data_hashes import hash_image_sizes
+from ...data.data_hashes import hash_image_sizes, hash_records
 from ...data.embedding_store import EmbeddingStore
 from ...data.image_sources import open_image
-from ...data.records import CaptionedImage, hash_records
+from ...data.records import CaptionedImage
 from ...processing_llm2clip import LLM2CLIPProcessor, read_header
 from .sampling import sample_caption, sample_normal
 

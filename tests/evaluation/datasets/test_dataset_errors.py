@@ -415,7 +415,7 @@ def test_a_missing_file_is_named_with_where_to_get_it(
         ("coco", {"folder": None}, "coco needs a folder with coco_karpathy_test.json"),
         ("coco", {"folder": "nowhere"}, "nowhere does not exist"),
         ("coco", {"lang": "de"}, "coco has no language 'de'. It has en."),
-        ("coco", {"image_dir": "nowhere"}, "image_dir='nowhere' is no folder"),
+        ("coco", {"image_dir": "nowhere"}, "image_dir='nowhere' is not a folder"),
         ("xm3600", {}, "xm3600 has several languages. Choose one: ar, bn"),
         ("emoji", {"lang": "en"}, "emoji is in the package and takes no folder"),
     ],
