@@ -41,7 +41,7 @@ class SourceConfig(Config):
     text_model: str | None = None
     """Hub id or folder of the language model; of a LoRA, its base. No default, and needed unless
     the source is a merged llm2vec folder."""
-    text_model_revision: str | None = None
+    text_revision: str | None = None
     """Branch, tag or commit of the language model's Hub repository. Default: its main branch."""
     llm_lora: Annotated[tuple[str, ...], Repeated] = ()
     """LoRA to merge: folder, ID or ID@REVISION; repeatable. Default: none."""
@@ -103,7 +103,7 @@ def convert(
         CheckpointSource(checkpoint, source.file, source.revision),
         LLMSource(
             source.text_model,
-            source.text_model_revision,
+            source.text_revision,
             source.llm_lora,
             source.accept_lora_base,
         ),
@@ -186,7 +186,7 @@ def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: Conver
     of_source = {
         "file": source.file,
         "revision": source.revision,
-        "text_model_revision": source.text_model_revision,
+        "text_revision": source.text_revision,
         "llm_lora": source.llm_lora,
         "components": config.components != "full",
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -51,14 +52,14 @@ class CommandLine:
         self.version = version
         self.examples = tuple(examples)
 
-    def parse(self, words: Sequence[str]) -> Callable[[], int | None]:
+    def parse(self, words: Sequence[str]) -> partial[int | None]:
         """Read a command line.
 
         Args:
             words: Without the name of the program.
 
         Returns:
-            What runs it: the command, or the printing of help or version.
+            The call that runs it, of the command or of what prints help or version.
 
         Raises:
             UsageError: There is no such command or flag, or a value is not what it may be.
@@ -67,14 +68,14 @@ class CommandLine:
         try:
             if chosen is None:
                 run, bound, _ = self._parse_with(self._make_app(), _require_words(words, self))
-                return lambda: run(*bound.args, **bound.kwargs)
+                return partial(run, *bound.args, **bound.kwargs)
             shell = _make_shell(chosen)
             words = [words[0], *_prepare(chosen, words[1:])]
             run, bound, _ = self._parse_with(self._make_app(chosen, shell), words)
             if run is not shell:  # prints the help
-                return lambda: run(*bound.args, **bound.kwargs)
+                return partial(run, *bound.args, **bound.kwargs)
             arguments = chosen.bind(bound.kwargs)
-            return lambda: chosen.function(*bound.args, **arguments)
+            return partial(chosen.function, *bound.args, **arguments)
         except UsageError as error:
             name = f"{self.program} {chosen.name}" if chosen else self.program
             raise UsageError(f"{error} See `{name} --help`.") from None

@@ -252,7 +252,7 @@ def test_a_license_that_is_given_is_on_the_card_before_the_upload(
     after = (folder / "README.md").read_text(encoding="utf-8")
     assert read_card_facts(folder).license_id == "apache-2.0"
     assert after == before.replace("license: mit", "license: apache-2.0").replace(
-        "`mit`", "`apache-2.0`"
+        "weights: mit.", "weights: apache-2.0."
     )
 
 

@@ -281,8 +281,8 @@ def _require_same_images(
     if stored != now:
         raise ValueError(
             f"{store.folder} was made from other images of these names ({kind} {stored} then, "
-            f"{now} now). Extract these again (extract --images), or give the data that the "
-            "store was made from."
+            f"{now} now). Extract these again (extract --modality image), or give the data that "
+            "the store was made from."
         )
 
 
