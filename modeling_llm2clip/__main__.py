@@ -26,6 +26,7 @@ from .cli import (
 )
 from .cli.library_warnings import hide_known_warnings
 from .cli.parser import Parser, name_flags
+from .training.graceful_stop import StageInterrupt
 
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
@@ -63,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except StageInterrupt as error:
+        if message := str(error):
+            print(f"llm2clip: {message}", file=sys.stderr)
+        return 128 + error.signal
     except KeyboardInterrupt:
         print(
             "llm2clip: stopped. What is half written is in no folder that loads.", file=sys.stderr

@@ -10,11 +10,24 @@ from .._extras import LORA, require
 from .captioned_data import add_data_flags, read_data, require_data
 from .extras import list_needs_of_data, list_needs_of_model
 from .parser import add_device_flag, choose_device
-from .pick import pick
 
 if TYPE_CHECKING:
-    from ..data.embedding_store import EmbeddingStore
-    from ..training.alignment.align import AlignResult
+    from ..configs.align_config import AlignConfig
+
+_FIELDS = {
+    "vision_training": "vision_training", "text_training": "text_training",
+    "vision_rank": "vision_lora_rank", "vision_alpha": "vision_lora_alpha",
+    "text_rank": "lora_rank", "text_alpha": "lora_alpha", "start": "projection_init",
+    "epochs": "num_train_epochs", "steps": "max_steps", "batch_size": "global_batch_size",
+    "lr": "learning_rate", "image_noise": "image_noise", "caption_noise": "caption_noise",
+    "held_out_share": "held_out_ratio", "evaluate_every": "eval_steps",
+    "patience": "early_stopping_patience", "vision_lr": "vision_learning_rate",
+    "layer_decay": "layer_decay", "weight_decay": "weight_decay", "clip_norm": "max_grad_norm",
+    "long_share": "long_caption_ratio", "loss_chunk": "loss_chunk_size",
+    "gradient_checkpointing": "gradient_checkpointing", "num_workers": "num_workers",
+    "precision": "precision", "device": "device", "log_every": "logging_steps",
+    "save_every": "save_steps", "seed": "seed",
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -65,7 +78,7 @@ def _add_parts(group: Any) -> None:
     group.add_argument("--text-rank", type=int, default=16, help="rank of the LLM's LoRA")
     group.add_argument("--text-alpha", type=int, default=32, help="alpha of the LLM's LoRA")
     group.add_argument(
-        "--start", choices=("auto", "as-is", "canonical-correlation"), default="auto",
+        "--start", choices=("auto", "model", "cca"), default="auto",
         help="where both projections start; auto: the canonical correlation of the stored "
         "embeddings where both stores are given, and for a trained model the better one",
     )  # fmt: skip
@@ -140,10 +153,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_folder import find_model_folder
     from ..model_folders.model_types import require_own_model
-    from ..training.alignment.align_arguments import AlignArguments
-    from ..training.run_record import require_fresh_or_resumed
+    from ..training.run_folder import require_fresh_or_resumed
 
-    settings = pick(AlignArguments, arguments)
+    config = _read_config(arguments)
     folder = arguments.output / "model"
     _require_stores(arguments)
     clear_leftovers(folder)
@@ -153,59 +165,34 @@ def run(arguments: argparse.Namespace) -> int:
     require_data(arguments)
     choose_device(arguments)
 
-    from ..publishing.assemble import assemble_folder
-    from ..training.alignment.align import align, check_settings
-    from ..training.alignment.alignment_report import find_caution, list_results
+    from accelerate import PartialState
 
-    model = find_model_folder(arguments.model)
-    stores = _open_stores(arguments)
-    check_settings(settings, **stores)  # reading the data may take long
-    records = read_data(arguments, require_images=stores["image_store"] is None)
-    result = align(model, records, arguments.output, settings, resume=arguments.resume, **stores)
-    if not result.is_main_process:
-        return result.exit_code
-    if result.trained is None:
-        print(
-            f"Stopped after step {result.steps}; continue with --resume. The last checkpoint is in "
-            f"{arguments.output}."
-        )
-        return result.exit_code
-    data = Path(arguments.data).resolve().name
-    has_golden = assemble_folder(
-        model,
-        result.trained,
-        folder,
-        training_data=[data],
-        results=list_results(result, data),
-        caution=find_caution(result),
-        projections_trained=result.has_trained_projections,
-        text_adapter_trained=result.has_trained_adapter,
+    from ..training.alignment.align import align
+    from ..training.alignment.align_checks import check_align
+    from ..training.alignment.alignment_report import describe_alignment
+
+    stores = {"caption_store": arguments.caption_store, "image_store": arguments.image_store}
+    find_model_folder(arguments.model)
+    check_align(config, **stores)  # reading the data may take long
+    records = read_data(arguments, require_images=arguments.image_store is None)
+    align(
+        arguments.model,
+        records,
+        arguments.output,
+        config,
+        **stores,
+        data_name=Path(arguments.data).resolve().name,
+        resume=arguments.resume,
     )
-    _print_result(result, model, folder, has_golden=has_golden)
+    if PartialState().is_main_process:
+        print("\n".join(describe_alignment(arguments.output)))
     return 0
 
 
-def _open_stores(arguments: argparse.Namespace) -> dict[str, EmbeddingStore | None]:
-    from ..data.embedding_store import EmbeddingStore
+def _read_config(arguments: argparse.Namespace) -> AlignConfig:
+    from ..configs.align_config import AlignConfig
 
-    paths = {name: getattr(arguments, name) for name in ("caption_store", "image_store")}
-    return {name: path and EmbeddingStore.open(path) for name, path in paths.items()}
-
-
-def _print_result(result: AlignResult, model: Path, folder: Path, *, has_golden: bool) -> None:
-    from ..training.alignment.alignment_report import NEAR_CHANCE, describe_result, find_caution
-
-    for line in describe_result(result):
-        print(line)
-    print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")
-    if not has_golden:
-        print(
-            f"{model} has no recorded caption embeddings, so {folder} has no golden embeddings. "
-            "`llm2clip build` records them now."
-        )
-    print(f"Next: llm2clip doctor {folder}")
-    if find_caution(result):
-        print(NEAR_CHANCE)
+    return AlignConfig(**{field: getattr(arguments, flag) for flag, field in _FIELDS.items()})
 
 
 def _require_stores(arguments: argparse.Namespace) -> None:

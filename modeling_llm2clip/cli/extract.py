@@ -10,9 +10,9 @@ from .._extras import require
 from .captioned_data import add_data_flags, read_data, require_data
 from .extras import list_needs_of_data, list_needs_of_model
 from .parser import add_device_flag, choose_device
-from .pick import pick
 
 # What only the other kind of extraction would read, by whether images are extracted.
+_FIELDS = {"rows_per_shard", "token_budget", "batch_size", "num_workers", "device"}
 _FOREIGN_FLAGS = {True: ("token_budget",), False: ("batch_size", "num_workers")}
 
 
@@ -57,33 +57,29 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     require(*list_needs_of_data(arguments.data, extra="train"))
     require(*list_needs_of_model(arguments.model, extra="train"))
+    from ..configs.extract_config import ExtractConfig
     from ..model_folders.model_types import require_own_model
-    from ..training.graceful_stop import stop_on_signals
 
     _refuse_foreign_flags(arguments)
+    given = {name: value for name, value in vars(arguments).items() if name in _FIELDS}
+    config = ExtractConfig(store_dtype=arguments.dtype, **given)
     require_own_model(arguments.model)
     require_data(arguments)
-    with stop_on_signals() as stop:  # before what takes long to import
-        choose_device(arguments)
-        from accelerate import PartialState
+    choose_device(arguments)
+    from accelerate import PartialState
 
-        from ..model_folders.model_folder import find_model_folder
-        from ..training.extraction.caption_extraction import extract_captions
-        from ..training.extraction.extract import ExtractionArguments
-        from ..training.extraction.image_extraction import extract_images
+    from ..model_folders.model_folder import find_model_folder
+    from ..training.extraction.extract import describe_extraction, extract
 
-        chosen = pick(
-            ExtractionArguments, argparse.Namespace(**vars(arguments), show_progress=True)
-        )
-        find_model_folder(arguments.model)  # reading the data may take long
-        records = read_data(arguments, require_images=arguments.images)
-        extract = extract_images if arguments.images else extract_captions
-        report = extract(arguments.model, records, arguments.output, chosen, stop=stop)
-        state = PartialState()
-        if state.is_main_process:
-            _print_report(report)
-        state.destroy_process_group()
-        return 0 if report.complete else stop.exit_code
+    find_model_folder(arguments.model)  # reading the data may take long
+    records = read_data(arguments, require_images=arguments.images)
+    modality: Any = "image" if arguments.images else "text"
+    extract(arguments.model, records, arguments.output, config, modality=modality)
+    state = PartialState()
+    if state.is_main_process:
+        print("\n".join(describe_extraction(arguments.output)))
+    state.destroy_process_group()
+    return 0
 
 
 def _refuse_foreign_flags(arguments: argparse.Namespace) -> None:
@@ -95,15 +91,3 @@ def _refuse_foreign_flags(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{flags}: of the extraction of {kind} only. Leave {other} out, or {remedy}."
         )
-
-
-def _print_report(report: Any) -> None:
-    counts = ", ".join(f"{number} {name}" for name, number in report.counts.items())
-    if not report.complete:
-        print(f"Stopped after a whole shard. The same command goes on in {report.folder}.")
-        return
-    print(
-        f"Wrote {report.folder}: {report.num_rows} embeddings of {report.dim} for "
-        f"{report.num_items} "
-        f"records ({counts}). Align a model on it: llm2clip align -h"
-    )

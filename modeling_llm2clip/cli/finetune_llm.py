@@ -11,10 +11,22 @@ from .._extras import CAPTION_TUNING, require
 from .captioned_data import add_data_flags, read_data, require_data
 from .extras import list_needs_of_model
 from .parser import add_device_flag, choose_device
-from .pick import pick
 
 if TYPE_CHECKING:
-    from ..training.finetuning.finetune_llm import TuneResult
+    from ..configs.finetune_config import FinetuneConfig
+
+_FIELDS = {
+    "epochs": "num_train_epochs", "steps": "max_steps", "pairings": "num_pairings",
+    "batch_size": "per_device_train_batch_size", "mini_batch_size": "mini_batch_size",
+    "lr": "learning_rate", "warmup_steps": "warmup_steps", "scale": "scale",
+    "negatives": "negatives", "num_alike": "num_hard_negatives", "held_out": "num_held_out",
+    "eval_every": "eval_steps", "save_every": "save_steps",
+    "gradient_checkpointing": "gradient_checkpointing", "precision": "precision",
+    "adapter_dtype": "lora_dtype", "rank": "lora_rank", "alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout", "lora_targets": "lora_target_modules", "seed": "seed",
+    "device": "device", "skip_single_captions": "skip_single_captions", "start": "init_lora",
+    "merge": "merge",
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -64,7 +76,7 @@ def _add_settings(group: Any) -> None:
     )
     group.add_argument("--scale", type=float, default=50.0, help="inverse temperature")
     group.add_argument(
-        "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways",
+        "--negatives", choices=("query-to-doc", "symmetric", "all"), default="symmetric",
         help="texts of the batch that a text is compared with: for first captions the second "
         "ones, the reverse too, or all others",
     )  # fmt: skip
@@ -104,9 +116,9 @@ def run(arguments: argparse.Namespace) -> int:
     require(*list_needs_of_model(arguments.model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_types import require_own_model
-    from ..training.run_record import require_fresh_or_resumed
+    from ..training.run_folder import require_fresh_or_resumed
 
-    weights = [_read_weight(file, text) for file, text in arguments.other_pairs]
+    config = _read_config(arguments)
     merged = arguments.output / "model"
     if arguments.merge:
         clear_leftovers(merged)
@@ -114,58 +126,27 @@ def run(arguments: argparse.Namespace) -> int:
     require_fresh_or_resumed(arguments.output, resume=arguments.resume)
     require_own_model(arguments.model)
     require_data(arguments)
-    device = choose_device(arguments)
+    choose_device(arguments)
 
-    from ..data.caption_groups import group_captions, read_text_pairs, skip_single_captions
-    from ..modeling_llm2clip import LLM2CLIPTextModel
-    from ..processing_llm2clip import LLM2CLIPProcessor
-    from ..training.distributed import join_processes
-    from ..training.finetuning.caption_lora import merge_caption_adapter
-    from ..training.finetuning.finetune_llm import TuneArguments, plan_tuning, run_tuning
+    from accelerate import PartialState
 
-    state = join_processes(cpu=device.type == "cpu")
-    if arguments.merge:
-        _require_whole_model(arguments.model)
-    arguments.lora = _pick_lora(arguments)
-    settings = pick(TuneArguments, arguments)
-    records, num_skipped = read_data(arguments, require_images=False), 0
-    if arguments.skip_single_captions:
-        records, num_skipped = skip_single_captions(records)
-        if state.is_main_process:
-            print(f"Skipped {num_skipped} images with one caption only.")
-    groups = group_captions(records)
-    others = [read_text_pairs(file) for file, _ in arguments.other_pairs]
-    plan = plan_tuning(
-        arguments.model,
-        groups,
-        arguments.output,
-        settings,
-        other_pairs=[*zip(others, weights, strict=True)],
-        start=arguments.start,
-        resume=arguments.resume,
-        num_skipped=num_skipped,
-    )
-    processor = LLM2CLIPProcessor.from_pretrained(arguments.model)
-    model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(device)
-    result = run_tuning(model, processor, plan)
-    if not state.is_main_process:
-        return result.exit_code
-    if result.adapter is None:
-        print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
-        return result.exit_code
-    _print_result(result, processor.longest_text)
-    if arguments.merge:
-        merge_caption_adapter(arguments.model, result.adapter, merged)
-        print(f"Wrote {merged}. Next: llm2clip extract {merged} DATA STORE")
+    from ..training.finetuning.finetune_llm import describe_finetuning, finetune_llm
+
+    records = read_data(arguments, require_images=False)
+    finetune_llm(arguments.model, records, arguments.output, config, resume=arguments.resume)
+    if PartialState().is_main_process:
+        print("\n".join(describe_finetuning(arguments.output)))
     return 0
 
 
-def _print_result(result: TuneResult, longest_text: int) -> None:
-    print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
-    print(
-        f"{result.counts['num_truncated']} of {result.counts['num_texts']} texts are longer than "
-        f"{longest_text} tokens and cut."
-    )
+def _read_config(arguments: argparse.Namespace) -> FinetuneConfig:
+    from ..configs.finetune_config import FinetuneConfig
+
+    values = {field: getattr(arguments, flag) for flag, field in _FIELDS.items()}
+    values["text_pairs"] = [
+        (file, _read_weight(file, text)) for file, text in arguments.other_pairs
+    ]
+    return FinetuneConfig(**values)
 
 
 def _read_weight(file: str, text: str) -> float:
@@ -176,28 +157,3 @@ def _read_weight(file: str, text: str) -> float:
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"--other-pairs {file} {text}: give a finite weight above 0.")
     return weight
-
-
-def _require_whole_model(model: str) -> None:
-    """Raise ValueError for half a model, which cannot be written with the LoRA merged."""
-    from ..configuration_llm2clip import LLM2CLIPConfig
-    from ..model_folders.model_folder import find_model_folder
-
-    found = LLM2CLIPConfig.from_pretrained(find_model_folder(model)).architectures
-    if found != ["LLM2CLIPModel"]:
-        raise ValueError(
-            f"{model} holds {found}, and --merge writes a whole model. Give that of the whole, or "
-            "leave --merge out."
-        )
-
-
-def _pick_lora(arguments: argparse.Namespace) -> Any:
-    from ..training.finetuning.lora_encoder import LoraArguments
-
-    targets = arguments.lora_targets
-    return LoraArguments(
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        dropout=arguments.lora_dropout,
-        targets=targets[0] if targets == ["all-linear"] else targets,
-    )
