@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..building.build_model import BuildArguments, join_towers
+from ..building.build_model import join_towers
 from ..building.tower_sources import require_sources
-from ..data.example_data import find_example_data
-from ..data.record_loading import load_records
+from ..configs.build_config import BuildConfig
+from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
-from ..data.splits import split_records
 from ..encoding.devices import find_device
 from ..evaluation.datasets.readers.own_records import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
@@ -30,7 +29,7 @@ from ..publishing.export_model import save_model
 from ..search.results_page import SearchResult, write_contact_sheet, write_page
 from .feature_alignment import AlignmentArguments
 from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
-from .stages import align, encode_records, evaluate, search
+from .stages import align, encode_records, evaluate, hold_out, search
 from .verify import verify_in_clean_process
 
 SENTENCES = (
@@ -95,10 +94,13 @@ class DemoArguments:
         )
 
     @property
-    def building(self) -> BuildArguments:
+    def building(self) -> BuildConfig:
         """Settings of the model that is put together."""
-        return BuildArguments(
-            prompt=self.prompt or "chatml", visual_projection_bias=True, seed=self.seed
+        return BuildConfig(
+            prompt=self.prompt or "chatml",
+            lora=self.find_adapter(),
+            accept_lora_base=self.accepted_base,
+            seed=self.seed,
         )
 
     def __post_init__(self) -> None:
@@ -121,18 +123,12 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         folder does not give the same embeddings again.
     """
     records, gallery = read_images(arguments)
-    held_out = split_records(records, seed=arguments.seed)
+    held_out = hold_out(records, seed=arguments.seed)
     vision = arguments.vision or fetch_tower(EFFICIENTNET)
     llm = arguments.llm or fetch_tower(SMOLLM2)
     started = time.monotonic()
     print("Building the model from its towers …", flush=True)
-    model, processor = join_towers(
-        vision,
-        llm,
-        arguments.building,
-        caption_lora=arguments.find_adapter(),
-        accept_lora_base=arguments.accepted_base,
-    )
+    model, processor = join_towers(vision, llm, arguments.building)
     model.to(find_device(arguments.device))  # type: ignore[arg-type]
     images = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)

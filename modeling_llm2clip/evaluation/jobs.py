@@ -65,10 +65,11 @@ def _refuse_unused(arguments: EvaluationArguments) -> None:
         "templates": arguments.templates is not None,
         "allow_repeated_class_names": arguments.allow_repeated_class_names,
     }
-    given = [name for name, is_given in of_classification.items() if is_given]
+    given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
     if given and "classification" not in kinds.values():
         raise ValueError(
-            f"{given} is for a classification, and the sets are {kinds}. Leave it out."
+            f"{', '.join(given)} is for a classification, and the datasets are {kinds}. Leave it "
+            "out."
         )
 
 
@@ -95,7 +96,7 @@ def _read_datasets(
             data.folder,
             image_dir=data.image_dir,
             require_images=_wants_images(task, data, arguments),
-            ignored_fields=arguments.ignored_fields,
+            ignore_fields=arguments.ignore_fields,
             cache=cache,
         )
     if not task.languages and len(languages) > 1:
@@ -116,7 +117,7 @@ def _read_datasets(
             class_names=arguments.class_names if is_classification else None,
             templates=arguments.templates if is_classification else None,
             allow_repeated_class_names=arguments.allow_repeated_class_names,
-            ignored_fields=arguments.ignored_fields,
+            ignore_fields=arguments.ignore_fields,
             show_progress=arguments.encoder.show_progress,
             cache=cache,
         )

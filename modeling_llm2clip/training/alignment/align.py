@@ -16,9 +16,9 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
 from ...data.atomic_files import hash_file
-from ...data.data_hashes import describe_images
+from ...data.data_hashes import describe_images, hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
-from ...data.records import CaptionedImage, hash_records
+from ...data.records import CaptionedImage
 from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -104,9 +103,11 @@ class AlignmentModel(LLM2CLIPModel):
             assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
-        image_embeds = F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
-        text_embeds = F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
-        return image_embeds, text_embeds, self.logit_scale()
+        return (
+            self.to_image_embeds(vision_embeds),
+            self.to_text_embeds(caption_embeds),
+            self.logit_scale(),
+        )
 
     def train(self, mode: bool = True) -> AlignmentModel:
         """Switch to training; a tower that is not trained stays in evaluation mode.

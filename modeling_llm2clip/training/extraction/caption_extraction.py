@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...configs.extract_config import ExtractConfig
-from ...data.records import CaptionedImage, hash_records
+from ...data.data_hashes import hash_records
+from ...data.records import CaptionedImage
 from ...encoding.text_encoding import default_token_budget, encode_token_ids
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel

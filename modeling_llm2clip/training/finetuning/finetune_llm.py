@@ -37,7 +37,8 @@ from ...model_folders.model_card_data import read_card_facts
 from ...model_folders.model_folder import find_records
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.export_model import read_prompts, save_model
+from ...publishing.export_model import save_model
+from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import choose_device, refuse_fsdp_for_lora
 from ..graceful_stop import stop_on_signals
 from ..run_folder import (
@@ -337,7 +338,7 @@ def _write_merged(source: Path, lora: Path, folder: Path) -> None:
         model,
         LLM2CLIPProcessor.from_pretrained(source),
         folder,
-        prompts=read_prompts(source),
+        prompts=read_instructions(source),
         records=find_records(source, trained_since=True),
         facts=replace(read_card_facts(source), results=()),  # measured with other weights
     )

@@ -23,10 +23,9 @@ from ...configs.finetune_config import FinetuneConfig
 from ...data.caption_groups import (
     CaptionGroup,
     TextPair,
-    hold_out_groups,
-    leave_out_texts,
     sample_pairs,
 )
+from ...data.splits import exclude_texts, hold_out_groups
 
 _GROUP_COLUMN = "group_id"
 _MAX_HELD_OUT = 1000
@@ -71,11 +70,11 @@ def prepare_data(
     if num_held_out is None:
         num_held_out = min(_MAX_HELD_OUT, max(2, len(groups) // 5))
     to_train, held_out, num_lost = hold_out_groups(groups, num_held_out, seed=config.seed)
-    pairs = sample_pairs(to_train, seed=config.seed, pairings=config.num_pairings)
+    pairs = sample_pairs(to_train, seed=config.seed, num_pairings=config.num_pairings)
     tables = DatasetDict(captions=make_pair_table(pairs))
     num_pairs_lost = 0
     for number, (others, _) in enumerate(text_pairs, start=1):
-        kept, lost = leave_out_texts(others, held_out)
+        kept, lost = exclude_texts(others, held_out)
         if not kept:
             raise ValueError(
                 f"All {lost} pairs of number {number} of text_pairs have a caption of the "

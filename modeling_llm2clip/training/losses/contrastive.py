@@ -23,7 +23,7 @@ class ContrastiveLoss:
     """Symmetric cross-entropy in which rows of one group are never each other's negatives.
 
     Otherwise two images of one thing in a batch would push each other's caption away. If all group
-    ids differ, the loss equals `modeling_llm2clip.contrastive_loss`.
+    ids differ, the loss equals `heads_llm2clip.contrastive_loss`.
 
     Of several processes each compares its own rows with those of all, and embeddings are gathered
     with their gradients. The mean over the processes of loss and gradients, which distributed
