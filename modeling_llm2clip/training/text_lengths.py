@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...processing_llm2clip import LLM2CLIPProcessor
+from ..processing_llm2clip import LLM2CLIPProcessor
 
 # Ids of this many texts are in memory at a time.
 _TOKENIZED_AT_ONCE = 4096
