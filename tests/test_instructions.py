@@ -88,3 +88,4 @@ def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
     with pytest.raises(ValueError, match=r"'query'.*End them with ': '"):
         save_model(model, processor, tmp_path / "model", prompts={"query": instruction})
     assert list(tmp_path.iterdir()) == []
+    assert model.config.instructions == {}

@@ -6,7 +6,6 @@ What is pending may only shrink: what holds has to leave it.
 from __future__ import annotations
 
 import configparser
-import io
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from tiny import tiny_images
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 import modeling_llm2clip
-from modeling_llm2clip.__main__ import _build_parser
+from modeling_llm2clip.__main__ import LINE
+from modeling_llm2clip.cli.command import UsageError
 from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
@@ -67,39 +66,8 @@ PENDING_PATHS: frozenset[str] = frozenset(
         "modeling_llm2clip/training/losses/loss.py",
     }
 )
-PENDING_COMMANDS: frozenset[str] = frozenset(
-    {
-        "align",
-        "convert",
-        "env",
-        "evaluate",
-        "export",
-        "extract",
-        "push",
-        "train",
-    }
-)
-PENDING_FLAGS: frozenset[str] = frozenset(
-    {
-        "--config",
-        "--global-batch-size",
-        "--index",
-        "--init-lora",
-        "--long-caption-ratio",
-        "--loss",
-        "--max-steps",
-        "--model-type",
-        "--no-bidirectional",
-        "--no-keep-index",
-        "--no-private",
-        "--num-hard-negatives",
-        "--projection-init",
-        "--prompt-prefix",
-        "--prompt-suffix",
-        "--report-to",
-        "--text-revision",
-    }
-)
+PENDING_COMMANDS: frozenset[str] = frozenset({"train"})
+PENDING_FLAGS: frozenset[str] = frozenset({"--loss"})
 PENDING_NAMES: frozenset[str] = frozenset(
     {
         "AlignConfig",
@@ -255,23 +223,18 @@ def find_shell_commands() -> list[str]:
 
 
 def parses(command: str) -> bool:
-    with redirect_stderr(io.StringIO()):
-        try:
-            _build_parser().parse_args(shlex.split(command)[1:])
-        except SystemExit as error:
-            return error.code == 0  # it printed a help text or the version
+    try:
+        LINE.parse(shlex.split(command)[1:])
+    except UsageError:
+        return False
     return True
 
 
 @cache
 def list_flags() -> set[str]:
     """Every spelling of every flag of `llm2clip`."""
-    (subparsers,) = _build_parser()._subparsers._group_actions  # type: ignore[union-attr]
-    return {
-        flag
-        for parser in subparsers.choices.values()  # type: ignore[union-attr]
-        for flag in parser._option_string_actions
-    }
+    commands = LINE.commands.values()
+    return {word for command in commands for f in command.flags.values() for word in f.spellings}
 
 
 def find_quoted_flags() -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from .. import __version__
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
+from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..data.atomic_files import hash_file
 from ..doctor import check_model
 from ..doctor.model_report import ModelReport
@@ -26,13 +27,12 @@ from ..model_folders.golden_embeddings import write_golden
 from ..model_folders.model_card import write_model_card
 from ..model_folders.model_card_data import CardData, find_license, require_license
 from ..model_folders.model_folder import RECORD_FILE, list_uploaded_files
-from ..model_folders.sentence_transformers_files import write_sentence_transformers_files
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..publishing.export_model import DEFAULT_PROMPTS, list_modalities
+from ..sentence_transformers_llm2clip import write_sentence_transformers_files
 from .conversion_plan import Plan, plan_conversion
+from .output_arguments import OutputArguments
 from .public_names import find_commit, public_name, split_revision
 from .source_checkpoint import CheckpointSource, open_checkpoint
-from .source_formats import PREPROCESSINGS, OutputArguments, SourceFormat
 from .source_llm import LanguageModel, LLMSource, open_language_model
 from .weight_writing import require_space, write_weights
 
@@ -172,10 +172,8 @@ def _write_faces(
     model = load_without_code(AutoModel, folder, local_files_only=True).eval().to(device)
     write_sentence_transformers_files(
         folder,
-        plan.config,
-        plan.tokenizer,
-        prompts=DEFAULT_PROMPTS,
-        modalities=list_modalities(model),
+        instructions=plan.config.instructions,
+        modalities=plan.model_class.input_modalities,
     )
     write_golden(folder, model, processor)
     (folder / "golden_embeddings.safetensors").chmod(0o644)

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .._extras import PARQUET, require
-from ..processing_llm2clip import load_images, read_header
+from ..image_loading_llm2clip import load_images, read_header
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))

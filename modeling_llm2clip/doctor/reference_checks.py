@@ -19,8 +19,12 @@ from ..model_folders.golden_embeddings import (
     read_temperature,
     render_golden_images,
 )
-from ..model_folders.sentence_transformers_files import SETTINGS_FILE, check_instructions
 from ..model_folders.tolerances import find_tolerance, measure_distances
+from ..sentence_transformers_llm2clip import (
+    SETTINGS_FILE,
+    check_instructions,
+    find_instructions,
+)
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
@@ -80,14 +84,25 @@ def check_sentence_transformers(patient: ModelUnderTest) -> str:
     if not (patient.folder / "modules.json").is_file():
         raise NotApplicableError(
             "the folder has no modules.json: sentence-transformers would load it, but not bring "
-            "its embeddings to unit length; llm2clip export writes such a folder"
+            "its embeddings to unit length; save_pretrained of the model writes that file"
+        )
+    if patient.processor is None:
+        raise NotApplicableError(
+            "sentence-transformers loads no model without its processor; save_pretrained of the "
+            "processor adds it"
         )
     tolerance, dtype = find_tolerance(patient.model.dtype), patient.model.dtype
     settings = _read_settings(patient)
     _require_plain_settings(settings)
     prompts = _list_instructions(settings) if patient.encodes_texts else {}
     if prompts:
-        check_instructions(patient.tokenizer, patient.config, prompts)
+        check_instructions(
+            patient.tokenizer,
+            prompts,
+            num_suffix=len(patient.config.prompt_suffix_ids),
+            max_text_length=patient.config.max_text_length,
+        )
+    _require_equal_instructions(patient)
     wanted = _encode_with_model(patient, prompts)
     patient.model = None
     gc.collect()  # a large LLM does not fit twice
@@ -113,6 +128,16 @@ def check_sentence_transformers(patient: ModelUnderTest) -> str:
     )
     largest = max(distances.values())
     return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
+
+
+def _require_equal_instructions(patient: ModelUnderTest) -> None:
+    in_config = patient.config.instructions
+    if find_instructions(patient.folder, in_config) != in_config:
+        raise ValueError(
+            f"config.json has the instructions {in_config}, {SETTINGS_FILE} has others: a model "
+            "that is loaded and saved elsewhere would lose these. Make both equal, or save the "
+            "folder again with SentenceTransformer(folder).save_pretrained(folder)."
+        )
 
 
 def _read_settings(patient: ModelUnderTest) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-
-from .. import configuration_llm2clip
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
@@ -48,9 +47,17 @@ def find_model_folder(
         return Path(source)
     if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    if only is not None:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(only)))
-    return Path(snapshot_download(str(source), revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=_NOT_DOWNLOADED if only is None else None,
+            )
+        )
+    except LocalEntryNotFoundError as error:  # which names no repository
+        raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
 
 
 def find_demo_model() -> str:
@@ -106,7 +113,7 @@ def find_source_file(source: str | Path, name: str, *, revision: str | None = No
 
 def list_uploaded_files() -> list[Path]:
     """List the package's files that are copied beside the weights, as remote code."""
-    package = Path(configuration_llm2clip.__file__).parent
+    package = Path(__file__).parents[1]
     return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
 
 

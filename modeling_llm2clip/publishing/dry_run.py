@@ -16,7 +16,10 @@ from .export_model import COMPONENTS, ExportArguments, check_export
 from .push_to_hub import PlannedFile, list_files, require_healthy
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64,  # the batches that a batch norm has counted
+}  # fmt: skip
 
 
 def plan_export(
@@ -83,4 +86,7 @@ def _choose_dtype(saved: str, name: str, model_class: Any, wanted: str | None) -
     if dtype is None:
         raise ValueError(f"{name} is saved as {saved}; an export takes {', '.join(_DTYPES)}.")
     keeps = any(part in name for part in model_class._keep_in_fp32_modules_strict or ())
-    return dtype if wanted is None or keeps else getattr(torch, wanted)
+    if wanted is None or keeps or not dtype.is_floating_point:
+        return dtype
+    chosen: torch.dtype = getattr(torch, wanted)
+    return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,15 +22,11 @@ from ..model_folders.model_card_data import (
     require_own_results,
 )
 from ..model_folders.model_folder import find_model_folder, find_records
-from ..model_folders.sentence_transformers_files import (
-    SETTINGS_FILE,
-    write_sentence_transformers_files,
-)
 from ..model_folders.training_state import require_trained
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..sentence_transformers_llm2clip import check_instructions, read_instructions
 
-DEFAULT_PROMPTS = {"query": "", "document": ""}
 COMPONENTS: dict[str, Any] = {
     "full": LLM2CLIPModel,
     "text": LLM2CLIPTextModel,
@@ -115,7 +110,7 @@ def export_model(
         model.eval().to(find_device(device)),
         processor,
         folder,
-        prompts=read_prompts(source),
+        prompts=read_instructions(source),
         facts=card_facts,
         name=arguments.name,
         max_shard_size=arguments.max_shard_size,
@@ -164,7 +159,8 @@ def save_model(
 
     Args:
         model: a whole model, or a half of one; a half keeps the whole processor.
-        prompts: instructions for sentence-transformers; see `check_instructions`.
+        prompts: instructions for sentence-transformers, see `check_instructions`; None for those
+            in the model's config.
         facts: what the card states beside what it reads in the folder.
         name: what the card calls the model; None for the folder's last name.
         max_shard_size: of a weight file.
@@ -175,16 +171,21 @@ def save_model(
     """
     _require_own_class(model)
     folder = Path(folder)
+    config = model.config
+    instructions = config.instructions if prompts is None else dict(prompts)
+    check_instructions(
+        processor.tokenizer,
+        instructions,
+        num_suffix=len(config.prompt_suffix_ids),
+        max_text_length=config.max_text_length,
+    )
     with atomic_folder(folder) as unfinished:
-        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        own, config.instructions = config.instructions, instructions
+        try:
+            model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        finally:
+            config.instructions = own
         processor.save_pretrained(unfinished)
-        write_sentence_transformers_files(
-            unfinished,
-            model.config,
-            processor.tokenizer,
-            prompts=DEFAULT_PROMPTS if prompts is None else prompts,
-            modalities=list_modalities(model),
-        )
         write_golden(unfinished, model, processor)
         for record, path in (records or {}).items():
             shutil.copy2(path, unfinished / record)
@@ -205,17 +206,3 @@ def _require_own_class(model: Any) -> None:
         else "A subclass must be published with code of its own (save_pretrained)."
     )
     raise ValueError(f"The model is a {found.__name__}; an export takes {own}. {way_out}")
-
-
-def list_modalities(model: Any) -> list[str]:
-    """What a model takes, in sentence-transformers' words."""
-    towers = {"text": "text_model", "image": "vision_model"}
-    return [modality for modality, tower in towers.items() if hasattr(model, tower)]
-
-
-def read_prompts(folder: Path) -> dict[str, str] | None:
-    """The instructions of an exported folder; None where it was not exported."""
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {})

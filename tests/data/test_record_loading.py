@@ -38,7 +38,7 @@ from modeling_llm2clip.data import record_loading
 from modeling_llm2clip.data.image_sources import ParquetImage, TarImage, open_image
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 
 WRITERS = (
     write_folder,

@@ -37,6 +37,13 @@ LONG_RUN: dict[str, Any] = {
     "steps": 120, "batch_size": 8, "log_every": 1, "save_every": 7, "device": "cpu",
     "vision_training": "full", "layer_decay": 0.9, "lr": 1e-4, "patience": 100,
 }  # fmt: skip
+# Options of the command that have other names in `AlignArguments`.
+_FLAGS = {
+    "steps": "max_steps", "batch_size": "global_batch_size", "lr": "learning_rate",
+    "log_every": "logging_steps", "save_every": "save_steps", "held_out_share": "held_out_ratio",
+    "start": "projection_init", "patience": "early_stopping_patience",
+    "evaluate_every": "eval_steps", "text_rank": "lora_rank", "vision_rank": "vision_lora_rank",
+}  # fmt: skip
 COLORS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0),
     "white": (255, 255, 255), "yellow": (255, 255, 0),
@@ -179,8 +186,12 @@ def read_tensorboard_losses(output: Path) -> dict[int, float]:
 def command_of(prepared: Prepared, output: Path, **changed: Any) -> list[str]:
     """Arguments of `llm2clip` for a long run with some settings changed."""
     settings = {**LONG_RUN, **changed}
+    renamed = {_FLAGS.get(name, name): value for name, value in settings.items()}
+    renamed["projection_init"] = {"as-is": "model"}.get(
+        renamed.get("projection_init", "auto"), "auto"
+    )
     flags = [
-        part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)
+        part for name, value in renamed.items() for part in (f"--{name.replace('_', '-')}", value)
     ]
     online = settings.get("text_training", "stored") != "stored"
     stored = [] if online else ["--caption-store", prepared.captions]

@@ -18,7 +18,7 @@ from transformers import LlavaProcessor
 
 from modeling_llm2clip.data.image_sources import open_image
 from modeling_llm2clip.data.validation_errors import ErrorCollector
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.publishing.vision_tower_export import VisualTokens
 
 NOT_LEARNED = -100  # what transformers' losses leave out

@@ -156,7 +156,9 @@ def find_folder(card: DatasetSpec, folder: str | Path | None, *, lang: str | Non
 
 def _find_images(image_dir: str | Path | None) -> Path | None:
     if image_dir is not None and not Path(image_dir).is_dir():
-        raise ValueError(f"image_dir={str(image_dir)!r} is no folder. Give the images' folder.")
+        raise ValueError(
+            f"image_dir={str(image_dir)!r} is not a folder. Give the folder of images."
+        )
     return None if image_dir is None else Path(image_dir)
 
 

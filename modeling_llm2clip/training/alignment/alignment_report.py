@@ -9,7 +9,7 @@ from .held_out import HeldOutScores
 NEAR_CHANCE = (
     "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
     "use it for search. Give more images, check that captions describe them, start from a "
-    "caption-tuned language model, or train longer (--steps)."
+    "caption-tuned language model, or train longer (--max-steps)."
 )
 
 

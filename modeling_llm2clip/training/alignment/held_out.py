@@ -81,7 +81,7 @@ def choose_held_out(
     if count < 2:
         raise ValueError(
             f"{num_groups} different things are shown, too few to hold out two of them. Give at "
-            "least ten, or hold out none with held_out_share=0 (--held-out-share 0): then nothing "
+            "least ten, or hold out none with held_out_share=0 (--held-out-ratio 0): then nothing "
             "tells whether the training helped."
         )
     order = list(range(num_groups))

@@ -51,7 +51,7 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
         raise ValueError(
             f"warmup_steps={warmup_steps:g} of a run of {num_steps} steps: its learning rate would "
             f"never reach its peak. Give fewer than {num_steps} steps, or a share of the run below "
-            "1, such as 0.1 (--warmup-steps), or train longer (--steps, --epochs)."
+            "1, such as 0.1 (--warmup-steps), or train longer (--max-steps, --num-train-epochs)."
         )
     return counted
 

@@ -11,7 +11,8 @@ from ...model_folders.model_card_data import read_card_facts
 from ...model_folders.model_folder import find_model_folder, find_records
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.export_model import read_prompts, save_model
+from ...publishing.export_model import save_model
+from ...sentence_transformers_llm2clip import read_instructions
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
@@ -34,7 +35,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         loaded,
         LLM2CLIPProcessor.from_pretrained(model),
         output,
-        prompts=read_prompts(folder),
+        prompts=read_instructions(folder),
         records=find_records(folder, trained_since=True),
         facts=replace(read_card_facts(folder), results=()),  # of other weights
     )

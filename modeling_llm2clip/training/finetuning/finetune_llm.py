@@ -360,7 +360,7 @@ def _prepare_data(
             raise ValueError(
                 f"{lost} of the {len(others)} pairs of number {number} of other_pairs hold a "
                 f"caption of the {len(held_out)} held-out images, which leaves none. Hold out "
-                "fewer images (--held-out), or leave these pairs out (--other-pairs)."
+                "fewer images (--num-held-out), or leave these pairs out (--text-pairs)."
             )
         num_pairs_lost += lost
         tables[f"pairs_{number}"] = make_pair_table(kept)

@@ -206,8 +206,8 @@ def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
         errors.append(f"init_lora_weights={saved.init_lora_weights!r}, which changes its base")
     if errors:
         raise ValueError(
-            f"{folder} has {'; '.join(errors)}. Give this run the same rank and alpha (--rank, "
-            "--alpha); what else differs, this training does not do."
+            f"{folder} has {'; '.join(errors)}. Give this run the same rank and alpha "
+            "(--lora-rank, --lora-alpha); what else differs, this training does not do."
         )
 
 

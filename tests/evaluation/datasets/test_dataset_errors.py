@@ -219,7 +219,7 @@ def test_files_of_multi30k_of_different_length_are_refused_even_with_exclusions(
 
 
 def test_a_list_of_sharegpt4v_that_is_cut_off_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no JSON list, or cut off"):
+    with pytest.raises(ValueError, match="not a JSON list, or truncated"):
         load_dataset("sharegpt4v-1k", write_sharegpt4v(tmp_path, records=3))
 
 

@@ -49,7 +49,7 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
     assert main(command_of(prepared, tmp_path / "whole")) == 0
     killed = tmp_path / "killed"
     command = command_of(prepared, killed)
-    code = run_until([*command, "--workers", "1"], killed, lines=25, by=signal.SIGKILL)
+    code = run_until([*command, "--num-workers", "1"], killed, lines=25, by=signal.SIGKILL)
     assert code == -signal.SIGKILL and not (killed / "model").exists()
     assert main([*command, "--resume"]) == 0
     # Bit for bit.
