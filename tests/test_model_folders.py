@@ -11,5 +11,5 @@ from modeling_llm2clip.encoding.folders import find_model_folder
 def test_a_model_that_is_not_cached_is_named_when_the_hub_cannot_be_reached(
     only: list[str] | None,
 ) -> None:
-    with pytest.raises(FileNotFoundError, match="^owner/absent cannot be downloaded: "):
+    with pytest.raises(FileNotFoundError, match=r"^owner/absent cannot be downloaded: "):
         find_model_folder("owner/absent", only=only)

@@ -23,8 +23,8 @@ def find_model_folder(
 
     Args:
         only: names of files; nothing else is downloaded, and these in whatever format.
-    Raises: ValueError when the source is neither; FileNotFoundError when it is not in the cache and
-        the Hub cannot be reached; what else huggingface_hub raises on downloading.
+    Raises: ValueError when the source is neither; FileNotFoundError when it is not in the cache
+        and the Hub cannot be reached; what else huggingface_hub raises on downloading.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -34,11 +34,15 @@ def find_model_folder(
         return Path(source)
     if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    wanted = (
-        {"ignore_patterns": _NOT_DOWNLOADED} if only is None else {"allow_patterns": list(only)}
-    )
     try:
-        return Path(snapshot_download(str(source), revision=revision, **wanted))
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=_NOT_DOWNLOADED if only is None else None,
+            )
+        )
     except LocalEntryNotFoundError as error:  # which names no repository
         raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
 

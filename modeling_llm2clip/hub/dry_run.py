@@ -86,5 +86,7 @@ def _choose_dtype(saved: str, name: str, model_class: Any, wanted: str | None) -
     if dtype is None:
         raise ValueError(f"{name} is saved as {saved}; an export takes {', '.join(_DTYPES)}.")
     keeps = any(part in name for part in model_class._keep_in_fp32_modules_strict or ())
-    unchanged = wanted is None or keeps or not dtype.is_floating_point
-    return dtype if unchanged else getattr(torch, wanted)
+    if wanted is None or keeps or not dtype.is_floating_point:
+        return dtype
+    chosen: torch.dtype = getattr(torch, wanted)
+    return chosen
