@@ -10,7 +10,7 @@ from .._suggestions import did_you_mean
 from .datasets.dataset_registry import find_dataset
 from .encoders.auto import KINDS
 from .encoders.encoder import EncoderSettings
-from .metrics.ranking import DEFAULT_MEMORY_MB
+from .metrics.ranking import _DEFAULT_MEMORY_MB as DEFAULT_MEMORY_MB
 from .tasks.task_registry import find_task
 
 
