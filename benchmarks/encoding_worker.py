@@ -105,8 +105,9 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    from modeling_llm2clip.building.build_model import BuildArguments, build_model
+    from modeling_llm2clip.building.build_model import build_model
     from modeling_llm2clip.building.towers import load_text_tower
+    from modeling_llm2clip.configs.build_config import BuildConfig
 
     # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.
     torch.manual_seed(0)
@@ -121,7 +122,7 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
         text_model,
         tokenizer,
-        BuildArguments(prompt=prompt, projection_dim=576),
+        BuildConfig(prompt=prompt, projection_dim=576),
     )
 
 

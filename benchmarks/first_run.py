@@ -49,14 +49,14 @@ LEAST_SHARE_OF_BEST = 0.9
 MOST_TEST_IMAGES = 300
 # Flags of `align` beside the recipe's own.
 OTHER_SETTINGS = {
-    "closed form alone": ["--steps", "1", "--lr", "1e-9"],
+    "closed form alone": ["--max-steps", "1", "--learning-rate", "1e-9"],
     "closed form, trained without noise": ["--image-noise", "0", "--caption-noise", "0"],
-    "closed form, trained at 3e-4": ["--lr", "3e-4"],
-    "closed form, 1,000 steps": ["--steps", "1000"],
-    "from random, 300 steps": ["--start", "as-is"],
-    "from random, 1,000 steps": ["--start", "as-is", "--steps", "1000"],
+    "closed form, trained at 3e-4": ["--learning-rate", "3e-4"],
+    "closed form, 1,000 steps": ["--max-steps", "1000"],
+    "from random, 300 steps": ["--projection-init", "model"],
+    "from random, 1,000 steps": ["--projection-init", "model", "--max-steps", "1000"],
     "from random, 300 steps without noise": [
-        "--start", "as-is", "--image-noise", "0", "--caption-noise", "0",
+        "--projection-init", "model", "--image-noise", "0", "--caption-noise", "0",
     ],
 }  # fmt: skip
 

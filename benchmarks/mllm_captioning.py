@@ -32,14 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from provenance import describe_processor, read_commit
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.lora_merging import merge_lora
 from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
@@ -55,7 +57,6 @@ from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 
@@ -169,7 +170,7 @@ def _make_towers(
     text_model = merge_lora(
         text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE
     )
-    chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
+    chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
     built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]

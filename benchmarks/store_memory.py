@@ -108,7 +108,8 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPVisionModel,
     )
 
-    from modeling_llm2clip.building.build_model import BuildArguments, build_model
+    from modeling_llm2clip.building.build_model import build_model
+    from modeling_llm2clip.configs.build_config import BuildConfig
     from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
     torch.manual_seed(0)
@@ -127,7 +128,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         AutoModel.from_config(config),
         AutoTokenizer.from_pretrained(llm),
-        BuildArguments(prompt="chatml", projection_dim=32, text_adapter_layers=1),
+        BuildConfig(prompt="chatml", projection_dim=32, text_adapter_layers=1),
     )
     model.save_pretrained(arguments.folder / "model")
     processor.save_pretrained(arguments.folder / "model")

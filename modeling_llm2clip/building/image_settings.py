@@ -19,9 +19,9 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from ..configs.build_config import Normalization
 from ..loading_llm2clip import build_tower
 from ..vision_llm2clip import find_fixed_size, find_patch_size
-from .image_choices import NORMALIZATIONS
 
 _MEAN_AND_STD = {
     "openai": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -30,16 +30,14 @@ _MEAN_AND_STD = {
 }
 
 
-def set_normalization(image_processor: Any, name: str) -> Any:
+def set_normalization(image_processor: Any, name: Normalization) -> Any:
     """Return the image processor with another mean and std.
 
     Args:
-        name: one of `image_choices.NORMALIZATIONS`: `"own"` leaves them, `"openai"` is CLIP's,
+        name: `"own"` leaves them, `"openai"` is CLIP's,
             with which the official checkpoints of every tower were trained, `"half"` is SigLIP's
             0.5 and 0.5, `"imagenet"` is DINO's.
     """
-    if name not in NORMALIZATIONS:
-        raise ValueError(f"normalization={name!r} must be one of {NORMALIZATIONS}.")
     if name == "own":
         return image_processor
     mean, std = _MEAN_AND_STD[name]

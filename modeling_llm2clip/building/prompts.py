@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .prompt_presets import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
+from ..configs.build_config import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
 
 # Captions of several kinds on which the prompt's ids must come out the same.
 _SAMPLE_CAPTIONS = (
@@ -62,8 +62,8 @@ def resolve_template(
         return _render_chat_template(tokenizer)
     if prompt not in PROMPT_PRESETS:
         raise ValueError(
-            f"prompt={prompt!r} must be one of {PROMPT_NAMES}, or give prefix "
-            "and suffix. It is never guessed: the embeddings depend on it."
+            f"prompt={prompt!r} must be one of {', '.join(PROMPT_NAMES)}, or give "
+            "prefix and suffix. It is never guessed: the embeddings depend on it."
         )
     return PROMPT_PRESETS[prompt]
 

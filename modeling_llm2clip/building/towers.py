@@ -141,7 +141,7 @@ def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
     if config.model_type == LLM2CLIPConfig.model_type:
         raise ValueError(
             f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Give the LLM it "
-            "was made of; what its captions taught that LLM comes with --caption-lora."
+            "was made of; what its captions taught that LLM comes with --lora."
         )
     config = config.get_text_config(decoder=True)
     if config.model_type in _NOT_LLMS or _sees_images(config):

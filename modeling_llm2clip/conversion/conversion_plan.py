@@ -12,15 +12,17 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 
-from ..building.build_model import BuildArguments, configure_model
+from ..building.build_model import configure_model
+from ..configs.build_config import BuildConfig
+from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from .key_mapping import Renamed, apply_rules
 from .layouts.layout import Layout
 from .lazy_tensors import LazyTensor
+from .output_arguments import OutputArguments
 from .public_names import public_name
 from .source_checkpoint import Checkpoint, require_layout
-from .source_formats import PREPROCESSINGS, OutputArguments, SourceFormat
 from .source_llm import LanguageModel, open_llm_weights
 from .text_adapter_plan import (
     AdapterSizes,
@@ -123,10 +125,10 @@ def _configure(
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     vision_config = layout.make_vision_config(checkpoint.tensors, recipe, checkpoint.stated_config)
     vision_config._name_or_path = public_name(checkpoint.source.name)
-    chosen = BuildArguments(
+    chosen = BuildConfig(
         prompt=recipe.prompt,
-        prefix=recipe.prefix,
-        suffix=recipe.suffix,
+        prompt_prefix=recipe.prompt_prefix,
+        prompt_suffix=recipe.prompt_suffix,
         projection_dim=sizes.projection_dim,
         max_text_length=recipe.max_text_length,
         text_pooling=recipe.text_pooling,

@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from .. import __version__
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
+from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..data.atomic_files import hash_file
 from ..doctor import check_model
 from ..doctor.model_report import ModelReport
@@ -29,9 +30,9 @@ from ..model_folders.model_folder import RECORD_FILE, list_uploaded_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..sentence_transformers_llm2clip import write_sentence_transformers_files
 from .conversion_plan import Plan, plan_conversion
+from .output_arguments import OutputArguments
 from .public_names import find_commit, public_name, split_revision
 from .source_checkpoint import CheckpointSource, open_checkpoint
-from .source_formats import PREPROCESSINGS, OutputArguments, SourceFormat
 from .source_llm import LanguageModel, LLMSource, open_language_model
 from .weight_writing import require_space, write_weights
 

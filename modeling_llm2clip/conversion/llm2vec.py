@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..building.build_model import BuildArguments, join_towers
+from ..building.build_model import join_towers
+from ..configs.build_config import BuildConfig
 from ..model_folders.lora_base import ADAPTER_SETTINGS
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -19,7 +18,7 @@ _POOLINGS = {"mean": "mean", "eos_token": "last_token", "last_token": "last_toke
 
 
 def read_llm2vec_settings(folder: Path) -> dict[str, Any]:
-    """Translate an LLM2Vec folder's settings into fields of `BuildArguments`.
+    """Translate an LLM2Vec folder's settings into fields of `BuildConfig`.
 
     `doc_max_length`, by which LLM2Vec shortens a text word by word before it adds the prompt, has
     no counterpart: it empties texts without spaces.
@@ -55,36 +54,31 @@ def read_llm2vec_settings(folder: Path) -> dict[str, Any]:
 def build_from_llm2vec(
     vision: str | Path,
     folder: Path,
-    arguments: BuildArguments,
+    config: BuildConfig,
     *,
     base: str | Path | None = None,
-    accept_lora_base: str | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Build an untrained model whose text tower gives the embeddings that LLM2Vec gives.
 
     Args:
         vision: Hub id or folder of a vision tower.
-        folder: what `LLM2Vec.save` wrote, merged or a LoRA.
-        arguments: pooling and length in it give way to the folder's.
+        folder: Written by `LLM2Vec.save`, merged or a LoRA.
+        config: How the towers are joined; its LoRA, pooling and length give way to the folder's.
         base: LLM that a LoRA is for; None for a merged folder.
-        accept_lora_base: what the LoRA calls its base, where that is `base` under another name.
-    Raises: ValueError as `read_llm2vec_settings` and `join_towers`, and when a base is
-        given to a merged folder or missing for a LoRA.
+
+    Returns:
+        The untrained model and its processor.
+
+    Raises:
+        ValueError: As `read_llm2vec_settings` and `join_towers`, and when a base is given for a
+            merged folder or missing for a LoRA.
     """
-    arguments = replace(arguments, **read_llm2vec_settings(folder))
     is_lora = (folder / ADAPTER_SETTINGS).is_file()
+    config = replace(config, **read_llm2vec_settings(folder), lora=folder if is_lora else None)
     if is_lora != (base is not None):
         raise ValueError(
             f"{folder} is a LoRA, so it needs its base LLM (llm)."
             if is_lora
             else f"{folder} is a whole LLM, so leave {base} out."
         )
-    return join_towers(
-        vision,
-        folder if base is None else base,
-        arguments,
-        dtype=dtype,
-        caption_lora=folder if is_lora else None,
-        accept_lora_base=accept_lora_base,
-    )
+    return join_towers(vision, folder if base is None else base, config)

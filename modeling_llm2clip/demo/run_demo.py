@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..building.build_model import BuildArguments, join_towers
+from ..building.build_model import join_towers
 from ..building.tower_sources import require_sources
+from ..configs.build_config import BuildConfig
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..encoding.devices import find_device
@@ -93,10 +94,13 @@ class DemoArguments:
         )
 
     @property
-    def building(self) -> BuildArguments:
+    def building(self) -> BuildConfig:
         """Settings of the model that is put together."""
-        return BuildArguments(
-            prompt=self.prompt or "chatml", visual_projection_bias=True, seed=self.seed
+        return BuildConfig(
+            prompt=self.prompt or "chatml",
+            lora=self.find_adapter(),
+            accept_lora_base=self.accepted_base,
+            seed=self.seed,
         )
 
     def __post_init__(self) -> None:
@@ -124,13 +128,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     llm = arguments.llm or fetch_tower(SMOLLM2)
     started = time.monotonic()
     print("Building the model from its towers …", flush=True)
-    model, processor = join_towers(
-        vision,
-        llm,
-        arguments.building,
-        caption_lora=arguments.find_adapter(),
-        accept_lora_base=arguments.accepted_base,
-    )
+    model, processor = join_towers(vision, llm, arguments.building)
     model.to(find_device(arguments.device))  # type: ignore[arg-type]
     images = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)

@@ -10,7 +10,7 @@ from .._suggestions import did_you_mean
 from .datasets.dataset_registry import find_dataset
 from .encoders.auto import KINDS
 from .encoders.encoder import EncoderSettings
-from .metrics.ranking import DEFAULT_MEMORY_MB
+from .metrics.ranking import _DEFAULT_MEMORY_MB as DEFAULT_MEMORY_MB
 from .tasks.task_registry import find_task
 
 
@@ -103,7 +103,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         if not self.models or not self.data:
-            raise ValueError("Evaluation needs at least one model and one set (--data).")
+            raise ValueError("Evaluation needs at least one model and one dataset (--datasets).")
         for what, names in (
             ("models", [model.name for model in self.models]),
             ("sets", [data.name for data in self.data]),
@@ -120,7 +120,7 @@ class EvaluationArguments:
                 raise ValueError(f"{what} has a name twice: {list(chosen)}. Give each once.")
         if self.skip_invalid and not (self.check_images or self.captions_only):
             raise ValueError(
-                "skip_invalid (--skip-invalid) needs check_images (no --no-image-check): a "
+                "skip_invalid (--skip-invalid) needs check_images (no --no-check-images): a "
                 "broken image would be found when a model waits for it, too late to leave it out."
             )
         for task in self.tasks:

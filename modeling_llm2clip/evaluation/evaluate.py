@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._environment import list_versions
 from ..data.record_loading import load_records
 from .arguments import EvaluatedModel, EvaluationArguments
 from .encoders.auto import load_encoder
@@ -19,11 +20,11 @@ from .encoders.remembering import RememberingEncoder
 from .jobs import Job, read_jobs, require_abilities
 from .metrics.ranking import ranking_memory
 from .results import (
+    PACKAGES,
     Result,
     build_protocol,
     find_finished,
     list_files,
-    list_versions,
     read_result,
     require_one_model,
     result_file,
@@ -146,7 +147,7 @@ def _run(
         counts=dict(found.counts),
         fingerprint=description.fingerprint,
         run={**description.run, "model": description.source, "encoded": encoded},
-        versions=list_versions(),
+        versions=list_versions(PACKAGES),
         seconds=round(seconds, 2),
     )
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -65,10 +65,11 @@ def _refuse_unused(arguments: EvaluationArguments) -> None:
         "templates": arguments.templates is not None,
         "allow_repeated_class_names": arguments.allow_repeated_class_names,
     }
-    given = [name for name, is_given in of_classification.items() if is_given]
+    given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
     if given and "classification" not in kinds.values():
         raise ValueError(
-            f"{given} is for a classification, and the sets are {kinds}. Leave it out."
+            f"{', '.join(given)} is for a classification, and the datasets are {kinds}. Leave it "
+            "out."
         )
 
 

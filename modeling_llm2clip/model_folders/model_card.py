@@ -55,8 +55,21 @@ def write_model_card(folder: Path, facts: CardData, *, name: str) -> None:
     """Write `README.md` with the Hub's metadata.
 
     Args:
-        folder: holds the saved model already.
-        name: what the model is called there: the folder's last name, or its Hub id.
+        folder: Holds the saved model already.
+        facts: What the card states beside what it reads in the folder.
+        name: Name of the model on the card: the folder's last name, or its Hub id.
+    """
+    card = render_model_card(folder, facts, name=name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def render_model_card(folder: Path, facts: CardData, *, name: str) -> str:
+    """Return what `write_model_card` writes.
+
+    Args:
+        folder: As there.
+        facts: As there.
+        name: As there.
     """
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     counts = _count_parameters(folder)
@@ -91,7 +104,7 @@ def write_model_card(folder: Path, facts: CardData, *, name: str) -> None:
         license=_describe_license(facts),
         origins=_draw(_describe_origins(origins, facts)),
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:

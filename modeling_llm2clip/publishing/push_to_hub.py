@@ -6,7 +6,7 @@ Credentials are huggingface_hub's own: `HF_TOKEN`, or what `hf auth login` store
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import write_atomically
 from ..doctor import check_model
+from ..model_folders.model_card import render_model_card
 from ..model_folders.model_card_data import read_card_facts, require_license
 from ..model_folders.training_state import require_trained
 
@@ -23,30 +25,6 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Formats that can carry code which runs when they are opened.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy"}
 _REFUSED = {401: "no valid token came along", 403: "the token may not do this"}
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a folder goes on the Hub.
-
-    Attributes:
-        repo_id: `owner/name`; made where it does not exist.
-        private: whether only its owners see it.
-        branch: made from `main` where it does not exist.
-        commit_message: of the one commit.
-    """
-
-    repo_id: str
-    private: bool = True
-    branch: str = "main"
-    commit_message: str = "Upload LLM2CLIP model"
-
-    def __post_init__(self) -> None:
-        if not _HUB_ID.fullmatch(self.repo_id):
-            raise ValueError(f"repo_id={self.repo_id!r} must be 'owner/name'.")
-        validate_repo_id(self.repo_id)
-        if not self.commit_message.strip():
-            raise ValueError("The commit message is blank; say what the commit is.")
 
 
 @dataclass(frozen=True)
@@ -68,20 +46,43 @@ def list_files(folder: Path) -> list[PlannedFile]:
     ]
 
 
-def check_publishable(folder: str | Path, *, device: str = "cpu") -> list[PlannedFile]:
-    """Refuse a folder that others should not get; nothing is sent.
+def require_repo_id(repo_id: str) -> None:
+    """Raise ValueError for a name that no repository of the Hub can have.
 
     Args:
-        device: where `doctor` runs the model; see `find_device`.
-    Returns: what would be uploaded.
-    Raises: ValueError when it is no folder, states no license, is untrained, holds files that can
-        carry code, or `doctor` finds an error. There is no way around `doctor`: a folder
-        that gives wrong embeddings here gives wrong embeddings everywhere.
+        repo_id: `owner/name`.
+    """
+    if not _HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} must be 'owner/name'.")
+    validate_repo_id(repo_id)
+
+
+def check_publishable(
+    folder: str | Path, *, license: str | None = None, device: str = "cpu"
+) -> list[PlannedFile]:
+    """Refuse a folder that others should not get; nothing is changed or sent.
+
+    Args:
+        folder: Model folder.
+        license: License that will be stated on the card; None for the one that is there.
+        device: Where `check_model` runs the model; see `find_device`.
+
+    Returns:
+        What would be uploaded.
+
+    Raises:
+        ValueError: It is no model folder, states no license, is untrained, holds files that can
+            carry code, or `check_model` finds an error. There is no way around `check_model`: a
+            folder that gives wrong embeddings here gives wrong embeddings everywhere.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json. Export one first.")
-    require_license(read_card_facts(folder), folder)
+    facts = read_card_facts(folder)
+    if license is None:
+        require_license(facts, folder)
+    elif license != facts.license_id:
+        _render_card_with(folder, license)  # refused now, not after the checks
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)
@@ -92,6 +93,25 @@ def check_publishable(folder: str | Path, *, device: str = "cpu") -> list[Planne
         )
     require_healthy(folder, device=device)
     return files
+
+
+def _render_card_with(folder: Path, license: str) -> str:
+    """Return the card of a folder with another license.
+
+    Raises:
+        ValueError: The card was edited, and would lose what was written there.
+    """
+    file = folder / "README.md"
+    facts = read_card_facts(folder)
+    said = file.read_text(encoding="utf-8") if file.is_file() else ""
+    title = re.search(r"^# (.+)$", said, re.MULTILINE)
+    name = title[1] if title else folder.resolve().name
+    if said and said != render_model_card(folder, facts, name=name):
+        raise ValueError(
+            f"{file} was edited, so license={license} is not written over it. State the license "
+            "in the card, in its metadata (license: …) and its text, and push without license."
+        )
+    return render_model_card(folder, replace(facts, license_id=license), name=name)
 
 
 def require_healthy(folder: Path, *, device: str = "cpu") -> None:
@@ -107,8 +127,12 @@ def require_healthy(folder: Path, *, device: str = "cpu") -> None:
 
 def push_to_hub(
     folder: str | Path,
-    destination: Destination,
+    repo_id: str,
     *,
+    license: str | None = None,
+    private: bool = True,
+    revision: str | None = None,
+    commit_message: str = "Upload LLM2CLIP model",
     token: str | None = None,
     device: str = "cpu",
 ) -> str:
@@ -118,46 +142,64 @@ def push_to_hub(
     shows nothing, and when it is repeated, files that had arrived are not sent again.
 
     Args:
+        folder: Model folder.
+        repo_id: `owner/name`; made where it does not exist.
+        license: License of the weights, an identifier of the Hub, stated on the folder's card
+            first; None for the one that is there.
+        private: Whether the repository is shown to its owners alone. Unlike the Hub's own calls
+            True by default: a model that was public once cannot be taken back.
+        revision: Branch, made from `main` where it does not exist; None for `main`.
+        commit_message: Message of the one commit.
         token: None for huggingface_hub's own.
-        device: where `doctor` runs the model first; see `find_device`.
-    Returns: the commit's address; the last part of it is the revision to pin.
-    Raises: ValueError as `check_publishable`, and for a repository that exists and is public
-        where private was wanted, or the other way about; RuntimeError when the Hub refuses or the
-        upload breaks off.
+        device: Where `check_model` runs the model first; see `find_device`.
+
+    Returns:
+        The commit's address; the last part of it is the revision to pin.
+
+    Raises:
+        ValueError: As `check_publishable`, or a repository exists and is public where private was
+            wanted, or the other way about.
+        RuntimeError: The Hub refuses, or the upload breaks off.
     """
-    files = check_publishable(folder, device=device)
+    folder, branch = Path(folder), revision or "main"
+    require_repo_id(repo_id)
+    if not commit_message.strip():
+        raise ValueError("The commit message is blank; say what the commit is.")
+    files = check_publishable(folder, license=license, device=device)
+    if license is not None and license != read_card_facts(folder).license_id:
+        card = _render_card_with(folder, license)
+        write_atomically(folder / "README.md", card.encode())
+        files = list_files(folder)
     api = HfApi(token=token)
     try:
-        _prepare_repository(api, destination)
+        _prepare_repository(api, repo_id, private=private, branch=branch)
         commit: CommitInfo = api.upload_folder(
-            repo_id=destination.repo_id,
+            repo_id=repo_id,
             folder_path=folder,
             allow_patterns=[_quote(file.path) for file in files],
             delete_patterns="*",
-            commit_message=destination.commit_message,
-            revision=destination.branch,
+            commit_message=commit_message,
+            revision=branch,
         )
     except Exception as error:  # what the client raises for lost lines, permissions, full disks
         # Its BadRequestError is a ValueError too.
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             raise
-        raise RuntimeError(_explain(error, folder, destination)) from error
+        raise RuntimeError(_explain(error, folder, repo_id)) from error
     return str(commit.commit_url)
 
 
-def _prepare_repository(api: HfApi, destination: Destination) -> None:
-    repo_id, wanted = destination.repo_id, destination.private
-    api.create_repo(repo_id, private=wanted, exist_ok=True)
+def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, branch: str) -> None:
+    api.create_repo(repo_id, private=private, exist_ok=True)
     found = bool(api.model_info(repo_id).private)
-    if found != wanted:
+    if found != private:
         kinds = {True: "private", False: "public"}
         raise ValueError(
-            f"{repo_id} exists and is {kinds[found]}, but it was to be {kinds[wanted]}. Change it "
-            "in its settings on the Hub, "
-            f"{'leave out' if found else 'pass'} --public, or name another."
+            f"{repo_id} exists and is {kinds[found]}, but it was to be {kinds[private]}. Change it "
+            f"in its settings on the Hub, set private={found}, or name another."
         )
-    if destination.branch != "main":
-        api.create_branch(repo_id, branch=destination.branch, exist_ok=True)
+    if branch != "main":
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
 
 
 def _quote(path: str) -> str:
@@ -165,16 +207,16 @@ def _quote(path: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", path)
 
 
-def _explain(error: Exception, folder: str | Path, destination: Destination) -> str:
+def _explain(error: Exception, folder: Path, repo_id: str) -> str:
     response: Any = error.response if isinstance(error, HfHubHTTPError) else None
     reason = _REFUSED.get(getattr(response, "status_code", 0))
     if reason is not None:
         return (
-            f"The Hub refuses the upload to {destination.repo_id}: {reason}. Log in with `hf auth "
+            f"The Hub refuses the upload to {repo_id}: {reason}. Log in with `hf auth "
             "login` or set HF_TOKEN to a token that may write there."
         )
     return (
-        f"The upload to {destination.repo_id} broke off, and nothing of it is visible there "
-        f"({type(error).__name__}: {error}). Repeat it with `llm2clip export {folder} --push "
-        f"{destination.repo_id}`: files that had arrived are not sent again."
+        f"The upload to {repo_id} broke off, and nothing of it is visible there "
+        f"({type(error).__name__}: {error}). Repeat it with `llm2clip push {folder} "
+        f"{repo_id}`: files that had arrived are not sent again."
     )

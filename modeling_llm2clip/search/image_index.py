@@ -73,8 +73,8 @@ class KeptEmbeddings:
         if self._file is not None and len(self._embeddings) + len(new) > _MOST_KEPT:
             raise ValueError(
                 f"{self._file} holds at most {_MOST_KEPT:,} embeddings; with {len(new):,} new "
-                f"images there would be {len(self._embeddings) + len(new):,}. Pass --no-keep, or "
-                "search fewer images."
+                f"images there would be {len(self._embeddings) + len(new):,}. Pass "
+                "--no-keep-index, or search fewer images."
             )
         return new
 

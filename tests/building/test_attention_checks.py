@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.building.attention_checks import find_attention_errors, require_bidirectional
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor import check_model
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
@@ -103,7 +104,7 @@ def test_decoders_with_other_positions_pass(family: str) -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_building_refuses_a_decoder_that_stays_causal(family: str) -> None:
     decoder = build_decoder(family, REFUSED[family])
-    arguments = BuildArguments(prompt="llama-3", text_adapter_layers=0)
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
     with pytest.raises(ValueError, match=rf"{family}' family cannot be made bidirectional"):
         build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
 
@@ -154,7 +155,7 @@ def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None
 def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
     pytest.importorskip("transformers.models.falcon_h1")
     decoder = build_decoder("falcon_h1", STATE_SPACE)
-    arguments = BuildArguments(prompt="llama-3", text_adapter_layers=0)
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
     with pytest.raises(
         ValueError, match=r"'falcon_h1' family cannot .* do not look ahead: mamba \(FalconH1Mixer\)"
     ):
@@ -174,7 +175,7 @@ def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_come
 ) -> None:
     pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
     decoder = build_decoder(family, OTHER_WIDTHS[family])
-    arguments = BuildArguments(prompt="llama-3", max_text_length=32, projection_dim=8)
+    arguments = BuildConfig(prompt="llama-3", max_text_length=32, projection_dim=8)
     model, processor = build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
     assert model.config.text_width == 48 != model.config.text_config.hidden_size
     captions = ["a dog", "two red apples on a wooden table"]

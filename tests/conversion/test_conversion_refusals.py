@@ -34,14 +34,11 @@ from tiny import tiny_llm, tiny_tokenizer
 from transformers import AutoModel, CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
 from modeling_llm2clip.conversion.lazy_tensors import open_weights
+from modeling_llm2clip.conversion.output_arguments import OutputArguments
 from modeling_llm2clip.conversion.public_names import split_revision
 from modeling_llm2clip.conversion.source_checkpoint import CheckpointSource, open_checkpoint
-from modeling_llm2clip.conversion.source_formats import (
-    SOURCE_FORMATS,
-    OutputArguments,
-    SourceFormat,
-)
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 
 ROOT = Path(__file__).parents[2]
@@ -294,7 +291,7 @@ def test_an_activation_that_contradicts_the_repository(tmp_path) -> None:
 
 
 def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
-    recipe = replace(RECIPE_OF["openai"], prompt=None, prefix="<|no such token|>")
+    recipe = replace(RECIPE_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
     refuse("openai", tmp_path, "does not know as special tokens", recipe=recipe)
 
 
@@ -317,9 +314,9 @@ def test_a_lost_shard_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: SourceFormat("resnet"), "layout='resnet' must be one of"),
-        (lambda: SourceFormat("openai", activation="relu"), "activation='relu'"),
-        (lambda: SourceFormat("openai", head_width=0), "head_width must be at least 1"),
+        (lambda: SourceFormat(layout="resnet"), "layout='resnet' must be one of"),
+        (lambda: SourceFormat(layout="openai", activation="relu"), "activation='relu'"),
+        (lambda: SourceFormat(layout="openai", head_width=0), "head_width=0 must be at least 1"),
         (lambda: OutputArguments(dtype="int8"), "dtype='int8'"),
         (lambda: OutputArguments(components="head"), "components='head'"),
     ],
@@ -353,7 +350,16 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 from modeling_llm2clip.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
-FLAGS = ["--recipe", "openai", "--llm", str(LLM), "--head-width", "12", "--max-text-length", "200"]
+FLAGS = [
+    "--source-format",
+    "openai",
+    "--text-model",
+    str(LLM),
+    "--head-width",
+    "12",
+    "--max-text-length",
+    "200",
+]
 
 
 @pytest.mark.slow
@@ -406,46 +412,28 @@ def test_a_bad_source_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
     source = save_checkpoint("eva02", tmp_path / "source")
     assert main(["convert", str(source), str(tmp_path / "model"), *FLAGS]) == 2
     assert "Choose the recipe 'eva02'" in capsys.readouterr().err
-    assert main(["convert", str(source), str(tmp_path / "model"), "--recipe", "eva02"]) == 2
-    assert "give --llm" in capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "model"), "--source-format", "eva02"]) == 2
+    assert "give --text-model" in capsys.readouterr().err
 
 
-LLM2VEC_FLAGS = ["--recipe", "llm2vec", "--vision", "no-such-tower", "--prompt", "llama-3"]
+LLM2VEC_FLAGS = ["--source-format", "llm2vec", "--vision-model", "no-such-tower"]
+LLM2VEC_FLAGS += ["--prompt", "llama-3"]
 
 
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--license", "Apache 2"], "--license 'Apache 2' is no identifier"),
+        (["--license", "Apache 2"], "--license 'Apache 2' must be an identifier"),
         (["--license", "other"], "needs --license-name and --license-link"),
-        (["--license", "mit", "--push", "bad name"], "--push 'bad name' must be 'owner/name'"),
     ],
 )
 @pytest.mark.parametrize("recipe", [FLAGS, LLM2VEC_FLAGS], ids=["checkpoint", "llm2vec"])
-def test_what_cannot_be_published_is_refused_before_a_source_is_opened(
+def test_a_license_that_is_none_is_refused_before_a_source_is_opened(
     tmp_path, capsys, recipe, flags, match
 ) -> None:
     # There is no source: whatever opened it would complain of that.
     command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
     assert main(command) == 2
-    assert match in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("recipe", "flags", "match"),
-    [
-        (FLAGS, [], "states no license"),
-        # With a license too: what is built is untrained.
-        (LLM2VEC_FLAGS, ["--license", "mit"], "makes an untrained model, and none is published"),
-    ],
-    ids=["checkpoint", "llm2vec"],
-)
-def test_a_model_that_may_not_be_published_is_not_pushed(
-    tmp_path, capsys, recipe, flags, match
-) -> None:
-    command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
-    assert main([*command, "--push", "me/model"]) == 2
     assert match in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -459,7 +447,7 @@ def test_a_model_that_may_not_be_published_is_not_pushed(
         ["--components", "text"],
         ["--revision", "main"],
         ["--file", "a.pt"],
-        ["--llm-revision", "main"],
+        ["--text-revision", "main"],
         ["--llm-lora", "a/lora"],
         ["--activation", "gelu"],
         ["--head-width", "64"],
@@ -477,9 +465,9 @@ def test_a_flag_that_llm2vec_has_no_use_for_is_named(tmp_path, capsys, flags) ->
     ("recipe", "flag"), [("openai-hub", "--head-width"), ("openai", "--rope-reference-size")]
 )
 def test_a_flag_of_another_recipe_is_named(tmp_path, capsys, recipe, flag) -> None:
-    command = ["convert", "no-such.pt", str(tmp_path / "model"), "--recipe", recipe]
-    assert main([*command, "--llm", str(LLM), flag, "8"]) == 2
-    assert f"{flag} goes with the recipes" in capsys.readouterr().err
+    command = ["convert", "no-such.pt", str(tmp_path / "model"), "--source-format", recipe]
+    assert main([*command, "--text-model", str(LLM), flag, "8"]) == 2
+    assert f"{flag} goes with the source formats" in capsys.readouterr().err
 
 
 def test_a_local_source_has_no_revision(tmp_path) -> None:

@@ -35,13 +35,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.__main__ import _build_parser, main
-from modeling_llm2clip.cli.convert import choose_recipe
+from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.conversion.conversion_plan import Plan, make_image_processor
 from modeling_llm2clip.conversion.convert_checkpoint import ConversionReport
 from modeling_llm2clip.conversion.lazy_tensors import open_weights
 from modeling_llm2clip.conversion.lora_factors import merge_lora
-from modeling_llm2clip.conversion.source_formats import SOURCE_FORMATS
 from modeling_llm2clip.conversion.source_llm import LLMSource
 from modeling_llm2clip.conversion.weight_writing import write_weights
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images
@@ -298,7 +296,8 @@ def test_a_temperature_rounded_up_to_half_precision_is_100(tmp_path) -> None:
 
 def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> None:
     source = save_checkpoint("eva02", tmp_path / "source")
-    flags = ["--recipe", "eva02", "--llm", str(LLM), "--head-width", "12", "--dtype", "float32"]
+    flags = ["--source-format", "eva02", "--text-model", str(LLM), "--head-width", "12"]
+    flags += ["--dtype", "float32"]
     flags += ["--rope-reference-size", "4", "--max-text-length", "200", "--license", "mit"]
     flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
     (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
@@ -333,10 +332,11 @@ def test_the_documents_commands_parse_and_name_a_recipe() -> None:
     commands = [line for line in lines if line.startswith("llm2clip convert")]
     assert len(commands) > 7
     for command in commands:
-        arguments = _build_parser().parse_args(shlex.split(command)[1:])
-        if arguments.recipe in SOURCE_FORMATS:
-            assert choose_recipe(arguments).preprocessing is not None
-            assert arguments.llm is not None
+        assert callable(LINE.parse(shlex.split(command)[1:]))
+        given = shlex.split(command)
+        if given[given.index("--source-format") + 1] == "siglip2":
+            assert "--preprocessing" in given
+        assert "--text-model" in given or "llm2vec" in given
 
 
 def test_the_script_is_the_command() -> None:
@@ -346,7 +346,7 @@ def test_the_script_is_the_command() -> None:
         capture_output=True, text=True, check=False, timeout=120,
         env={"PYTHONPATH": str(GOLDEN.parent.parent), "PATH": "", "COLUMNS": "100"},
     )  # fmt: skip
-    assert done.returncode == 0 and "usage: llm2clip convert" in done.stdout
+    assert done.returncode == 0 and "Usage: llm2clip convert" in done.stdout
 
 
 def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from modeling_llm2clip.cli.parser import choose_device
+from modeling_llm2clip.cli.chosen_device import choose_device
 from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import (
     find_device,
@@ -21,7 +21,6 @@ from modeling_llm2clip.encoding.devices import (
     to_float64,
 )
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.distributed import training_arguments_on
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 from modeling_llm2clip.training.extraction.extract import choose_device as choose
@@ -137,7 +136,7 @@ def test_the_device_is_told_where_there_was_something_to_choose(
     there: Any, name: str, told: str, machine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine(**there)
-    choose_device(argparse.Namespace(device=name))
+    choose_device(name)
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", told)
 

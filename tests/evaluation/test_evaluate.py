@@ -121,7 +121,7 @@ def test_memory_of_the_ranks_is_settable_and_moves_no_score(
     scores = []
     for memory in ("256", "0.01"):  # one tile, and tiles of a few rows
         output = tmp_path / memory
-        command = ["evaluate", sources("clip"), "--data", data, "--languages", "en", "--tasks"]
+        command = ["evaluate", sources("clip"), "--datasets", data, "--languages", "en", "--tasks"]
         command += [*TASKS, "--max-memory-mb", memory, "--output", str(output)]
         assert main(command) == 0
         scores.append([result.scores for result in read_results(output)])

@@ -110,7 +110,7 @@ def test_scores_stand_with_interval_and_chance_and_what_they_hang_on_is_asked_fo
     plain = capsys.readouterr()
     titles = ("what the scores hang on", "the data", "how they were scored")
     assert not any(f"**{title}**" in plain.out.lower() for title in titles)
-    assert f"llm2clip evaluate --table --details --output {results}" in plain.err
+    assert f"llm2clip evaluate --table text --details --output {results}" in plain.err
     rows = read_table(plain.out, "images by caption, and captions by image")
     scores = {r.model: r.scores for r in read_results(results) if r.task == "retrieval"}
     for row in rows[:-1]:

@@ -155,5 +155,5 @@ def test_the_command_fits_its_tables_to_a_terminal_and_not_to_a_file(
     found = read_results(results)
     for is_terminal, wanted in ((True, 70), (False, None)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
-        assert main(["evaluate", "--table", "--output", str(results)]) == 0
+        assert main(["evaluate", "--table", "text", "--output", str(results)]) == 0
         assert render_results(found, width=wanted) in capsys.readouterr().out

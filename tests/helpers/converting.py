@@ -14,14 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig
 
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
 from modeling_llm2clip.conversion.conversion_plan import Plan, plan_conversion
 from modeling_llm2clip.conversion.convert_checkpoint import ConversionReport, convert_checkpoint
+from modeling_llm2clip.conversion.output_arguments import OutputArguments
 from modeling_llm2clip.conversion.source_checkpoint import CheckpointSource, open_checkpoint
-from modeling_llm2clip.conversion.source_formats import (
-    SOURCE_FORMATS,
-    OutputArguments,
-    SourceFormat,
-)
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 
 GOLDEN = Path(__file__).parents[2] / "conversion" / "golden"

@@ -14,7 +14,8 @@ from tiny import draw_noise, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor import check_model
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
@@ -40,7 +41,7 @@ def read_state(folder: Path) -> tuple[bool, bool]:
 
 
 def test_a_built_model_is_untrained_and_its_folder_says_so(tmp_path: Path) -> None:
-    arguments = BuildArguments(prompt="llama-3", max_text_length=32)
+    arguments = BuildConfig(prompt="llama-3", max_text_length=32)
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     model, processor = build_model(*tiny_vision(), llm, tokenizer, arguments)
@@ -89,16 +90,13 @@ def test_search_refuses_an_untrained_model_by_name_before_its_weights_are_read(
 
 
 def test_an_untrained_model_is_not_published_by_any_way(
-    untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    untrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=f"refused for publishing.*{REMEDY}"):
         check_publishable(untrained)
-    for target in ([], [str(tmp_path / "again")]):
-        push = ["--push", "owner/name"]
-        for flags in (push, ["--dry-run"], [*push, "--dry-run"]):
-            assert main(["export", str(untrained), *target, *flags]) == 2
-            assert "is refused for publishing. It is untrained" in capsys.readouterr().err
-    assert not (tmp_path / "again").exists()
+    for flags in ([], ["--dry-run"], ["--license", "mit"]):
+        assert main(["push", str(untrained), "owner/name", *flags]) == 2
+        assert "is refused for publishing. It is untrained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("components", ["full", "text", "vision"])

@@ -27,14 +27,14 @@ from tiny import tiny_model
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.model_folders.model_card_data import CardData
+from modeling_llm2clip.model_folders.model_card_data import CardData, read_card_facts
 from modeling_llm2clip.publishing.dry_run import plan_export
 from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
 from modeling_llm2clip.publishing.push_to_hub import (
-    Destination,
     check_publishable,
     list_files,
     push_to_hub,
+    require_repo_id,
 )
 
 FACTS = CardData(license_id="mit")
@@ -54,15 +54,16 @@ def run(*arguments):
 PUBLISH = f"""
 source, again, other = sys.argv[1:4]
 # The Hub refuses one of the large files of the first upload.
-run("export", source, again, "--max-shard-size", "50KB", "--push", "{NAME}")
-run("export", again, "--push", "{NAME}", "--commit-message", "Second try")
-run("export", other, "--push", "{NAME}")
-run("export", again, "--push", "{NAME}", "--branch", "sharded")
-run("export", again, "--push", "{NAME}", "--public")
-run("export", other, "--push", "{OPEN}", "--public")
-run("export", other, "--push", "{OPEN}")
+assert main(["export", source, again, "--max-shard-size", "50KB"]) == 0
+run("push", again, "{NAME}")
+run("push", again, "{NAME}", "--commit-message", "Second try")
+run("push", other, "{NAME}")
+run("push", again, "{NAME}", "--revision", "sharded")
+run("push", again, "{NAME}", "--no-private")
+run("push", other, "{OPEN}", "--no-private")
+run("push", other, "{OPEN}")
 del os.environ["HF_TOKEN"]  # a stranger from here on
-run("export", source, "--push", "{NAME}")
+run("push", source, "{NAME}")
 run("doctor", "{NAME}")
 print(json.dumps(answers))
 """
@@ -154,7 +155,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The tests are offline, so whatever asked the Hub would raise.
-    assert main(["export", str(source), "--push", NAME, "--dry-run"]) == 0
+    assert main(["push", str(source), NAME, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert f"Nothing was uploaded to {NAME} (private, branch main)." in printed
     listed = re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.MULTILINE)
@@ -174,7 +175,7 @@ def test_what_the_hub_calls_a_bad_request_is_explained(
     assert issubclass(BadRequestError, ValueError)
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(RuntimeError, match=r"broke off.*BadRequestError: the name is taken"):
-        push_to_hub(source, Destination(NAME))
+        push_to_hub(source, NAME)
 
 
 def test_hidden_files_stay_at_home(source: Path, tmp_path: Path) -> None:
@@ -218,21 +219,63 @@ def test_a_folder_that_nobody_should_get_is_refused(
         check_publishable(folder)
 
 
-def test_a_missing_license_stops_an_export_that_is_to_be_pushed_before_it_loads(
+def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     remove_license(folder)
     (folder / "model.safetensors").unlink()  # what loads would name the missing weights
-    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME]) == 2
+    assert main(["push", str(folder), NAME]) == 2
     assert "states no license" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+
+
+class AskedTheHubError(Exception):
+    """Everything before the upload is done."""
+
+
+@pytest.fixture
+def without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise AskedTheHubError
+
+    monkeypatch.setattr(HfApi, "create_repo", ask)
+
+
+@pytest.mark.usefixtures("without_hub")
+def test_a_license_that_is_given_is_on_the_card_before_the_upload(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="AskedTheHubError"):
+        push_to_hub(folder, NAME, license="apache-2.0")
+    after = (folder / "README.md").read_text(encoding="utf-8")
+    assert read_card_facts(folder).license_id == "apache-2.0"
+    assert after == before.replace("license: mit", "license: apache-2.0").replace(
+        "weights: mit.", "weights: apache-2.0."
+    )
+
+
+@pytest.mark.usefixtures("without_hub")
+def test_a_card_that_was_edited_is_not_overwritten_by_a_license(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    card = folder / "README.md"
+    edited = card.read_text(encoding="utf-8") + "\nTrained on my own photographs.\n"
+    card.write_text(edited, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README.md was edited.*State the license in the card"):
+        push_to_hub(folder, NAME, license="apache-2.0")
+    assert card.read_text(encoding="utf-8") == edited
+    with pytest.raises(RuntimeError, match="AskedTheHubError"):  # what is stated needs no change
+        push_to_hub(folder, NAME, license="mit")
+    assert card.read_text(encoding="utf-8") == edited
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
 def test_a_name_that_is_no_hub_id_is_refused(repo_id: str) -> None:
     with pytest.raises(ValueError, match=r"owner/name|repo"):
-        Destination(repo_id)
+        require_repo_id(repo_id)
 
 
 # One commit
@@ -244,7 +287,7 @@ def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     code, _, error = published.answers[0]
     assert code == 2
     assert f"The upload to {NAME} broke off, and nothing of it is visible there" in error
-    assert f"Repeat it with `llm2clip export {published.sharded} --push {NAME}`" in error
+    assert f"Repeat it with `llm2clip push {published.sharded} {NAME}`" in error
     first, second, *_ = published.snapshots()
     assert set(first) == {".gitattributes"}
     del second[".gitattributes"]
@@ -344,26 +387,22 @@ def test_a_dry_run_of_an_export_writes_nothing_and_does_not_block_the_real_one(
 ) -> None:
     before = list_everything(source)
     command = ["export", str(source), str(tmp_path / "new"), "--dtype", "bfloat16"]
-    assert main([*command, "--push", NAME, "--public", "--dry-run"]) == 0
+    assert main([*command, "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == [] and list_everything(source) == before
     printed = capsys.readouterr().out
-    assert f"Nothing was uploaded to {NAME} (public, branch main)." in printed
+    assert f"Nothing was written to {tmp_path / 'new'}." in printed
     listed = re.findall(r"^ *[\d,]+  (\S+)$", printed, re.MULTILINE)
     assert main(command) == 0
     assert sorted(listed) == [file.path for file in list_files(tmp_path / "new")]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(remove_license, "states no license"), (break_golden_embeddings, "is not healthy")],
-)
-def test_a_dry_run_of_an_export_refuses_what_the_real_one_would(
-    change: Any, message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_of_an_export_refuses_an_unhealthy_model(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "model"))
-    change(folder)
-    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME, "--dry-run"]) == 2
-    assert message in capsys.readouterr().err
+    break_golden_embeddings(folder)
+    assert main(["export", str(folder), str(tmp_path / "new"), "--dry-run"]) == 2
+    assert "is not healthy" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ...configs.source_format import SourceFormat
 from ..key_mapping import Drop, Rule
 from ..lazy_tensors import LazyTensor
-from ..source_formats import SourceFormat
 
 Tensors = Mapping[str, LazyTensor]
 

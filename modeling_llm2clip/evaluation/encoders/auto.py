@@ -102,7 +102,7 @@ def detect_model_type(folder: Path) -> str:
     found = "no config.json" if model_type is None else f"model_type {model_type!r}"
     raise ValueError(
         f"{folder} has {found} and is of no kind that can be told from its files: {list(KINDS)}. "
-        "Name the kind (--kind) if it is one of them."
+        "Name the model type (--model-type) if it is one of them."
     )
 
 
@@ -119,6 +119,8 @@ def _read_model_type(folder: Path) -> str | None:
 
 def _refuse_foreign(kind: str, **arguments_of: dict[str, Any]) -> None:
     for other, arguments in arguments_of.items():
-        given = [name for name, value in arguments.items() if value is not None]
+        given = [f"`{name}`" for name, value in arguments.items() if value is not None]
         if given and other.replace("_", "-") != kind and other != kind:
-            raise ValueError(f"{given} is for {other}, and this is {kind}. Leave it out.")
+            raise ValueError(
+                f"{', '.join(given)} is for {other}, and this is {kind}. Leave it out."
+            )

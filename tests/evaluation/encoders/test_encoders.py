@@ -35,7 +35,7 @@ def test_kinds_are_told_from_files(models: Any) -> None:
 
 
 def test_a_folder_of_no_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no config\.json.*'open_clip'.*--kind"):
+    with pytest.raises(ValueError, match=r"no config\.json.*'open_clip'.*--model-type"):
         detect_model_type(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"model_type 'llama'"):
@@ -200,7 +200,7 @@ def test_clips_lower_case_is_told_from_its_tokenizer(models: Any, tmp_path: Path
 
 
 def test_an_argument_for_another_kind_is_refused(models: Any) -> None:
-    with pytest.raises(ValueError, match=r"\['architecture'\] is for open_clip, .* transformers"):
+    with pytest.raises(ValueError, match=r"`architecture` is for open_clip, .* transformers"):
         load_encoder(models("clip"), architecture="ViT-B-32")
     with pytest.raises(ValueError, match=r"No kind is called 'CLIP'"):
         load_encoder(models("clip"), kind="CLIP")

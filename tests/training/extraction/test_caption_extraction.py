@@ -113,7 +113,17 @@ class StopAfterOneShard(StopRequest):
 
 
 def shorten(command: list[str]) -> list[str]:
-    return [*command, "--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+    return [
+        *command,
+        "--modality",
+        "text",
+        "--rows-per-shard",
+        "16",
+        "--token-budget",
+        "256",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_every_record_finds_the_embeddings_of_its_captions(
@@ -412,7 +422,8 @@ def test_images_are_stored_once_and_found_by_every_record(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
-    options = ["--images", "--rows-per-shard", "4", "--batch-size", "3", "--dtype", "float32"]
+    options = ["--modality", "image", "--rows-per-shard", "4", "--batch-size", "3"]
+    options += ["--store-dtype", "float32"]
     command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
     assert main(command) == 0
     assert "9 embeddings of 32 for 13 records (13 images, 9 distinct)" in capsys.readouterr().out
@@ -437,12 +448,12 @@ def test_images_are_stored_once_and_found_by_every_record(
     ("flags", "told"),
     [
         (
-            ["--batch-size", "3", "--num-workers", "1"],
-            "--batch-size, --num-workers: of the extraction",
+            ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
+            "--batch-size, --num-workers: for --modality image alone",
         ),
         (
-            ["--token-budget", "64", "--images"],
-            "--token-budget: of the extraction of captions only",
+            ["--modality", "image", "--token-budget", "64"],
+            "--token-budget: for --modality text alone",
         ),
     ],
 )
