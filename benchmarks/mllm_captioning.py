@@ -168,9 +168,7 @@ def _make_towers(
         image_mean=image_processor.image_mean, image_std=image_processor.image_std,
     )  # fmt: skip
     text_model, tokenizer = load_text_tower(fetch_tower(SMOLLM2))
-    text_model = merge_lora(
-        text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE
-    )
+    merge_lora(text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE)
     chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
     built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
     save_model(*built, work / "built")

@@ -16,7 +16,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.building.build_model import BuildArguments, build_model
-from modeling_llm2clip.model_folders.quantization import KEPT_IN_FULL, text_quantization_config
+from modeling_llm2clip.model_folders.model_loading import KEPT_IN_FULL, text_quantization_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

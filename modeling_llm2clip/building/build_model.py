@@ -123,7 +123,7 @@ def join_towers(
     )
     text_model, tokenizer = load_text_tower(llm, dtype=dtype, tokenizer_code=tokenizer_code)
     if caption_lora is not None:
-        text_model = merge_lora(text_model, caption_lora, accepted_base=accept_lora_base)
+        merge_lora(text_model, caption_lora, accepted_base=accept_lora_base)
     return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
 
 

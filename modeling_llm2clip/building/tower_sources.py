@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..model_folders.lora_base import ADAPTER_SETTINGS
+from ..model_folders.lora_base import LORA_CONFIG
 from ..model_folders.model_folder import find_source_file
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def require_sources(
         errors.append(_find_error("language model", Path(llm), file="config.json"))
     if caption_lora is not None:
         adapter = Path(caption_lora)
-        errors.append(_find_error("caption adapter", adapter, file=ADAPTER_SETTINGS))
+        errors.append(_find_error("caption adapter", adapter, file=LORA_CONFIG))
     if found := [error for error in errors if error]:
         raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
 

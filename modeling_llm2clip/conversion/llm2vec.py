@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..building.build_model import BuildArguments, join_towers
-from ..model_folders.lora_base import ADAPTER_SETTINGS
+from ..model_folders.lora_base import LORA_CONFIG
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -73,7 +73,7 @@ def build_from_llm2vec(
         given to a merged folder or missing for a LoRA.
     """
     arguments = replace(arguments, **read_llm2vec_settings(folder))
-    is_lora = (folder / ADAPTER_SETTINGS).is_file()
+    is_lora = (folder / LORA_CONFIG).is_file()
     if is_lora != (base is not None):
         raise ValueError(
             f"{folder} is a LoRA, so it needs its base LLM (llm)."

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..building.attention_checks import find_attention_errors
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..model_folders.golden_embeddings import render_golden_images
-from ..model_folders.tolerances import find_tolerance, measure_distances
+from ..model_folders.golden_embeddings import find_tolerance, measure_distances
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 

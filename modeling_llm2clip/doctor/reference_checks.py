@@ -20,7 +20,7 @@ from ..model_folders.golden_embeddings import (
     render_golden_images,
 )
 from ..model_folders.sentence_transformers_files import SETTINGS_FILE, check_instructions
-from ..model_folders.tolerances import find_tolerance, measure_distances
+from ..model_folders.golden_embeddings import find_tolerance, measure_distances
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 

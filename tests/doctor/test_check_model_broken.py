@@ -33,7 +33,7 @@ from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_report import NotApplicableError
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.doctor.reference_checks import check_sentence_transformers
-from modeling_llm2clip.model_folders.quantization import text_quantization_config
+from modeling_llm2clip.model_folders.model_loading import text_quantization_config
 
 
 class Case(NamedTuple):

@@ -29,7 +29,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
     """
     require_new_folder(output)
     loaded = LLM2CLIPModel.from_pretrained(model)
-    loaded.text_model = merge_lora(loaded.text_model, adapter)
+    merge_lora(loaded.text_model, adapter)
     folder = find_model_folder(model)
     before = read_trained_emoji(folder)
     return save_model(

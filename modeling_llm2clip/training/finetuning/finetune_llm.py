@@ -35,7 +35,7 @@ from ...data.caption_groups import (
 from ...data.embedding_store_layout import hash_file, write_atomically
 from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
 from ...model_folders.fingerprint import fingerprint_text
-from ...model_folders.lora_base import ADAPTER_WEIGHTS, require_base_weights
+from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..alignment.optimization import count_warmup_steps, recompute_activations
@@ -285,7 +285,7 @@ def plan_tuning(
     }
     require_fresh_or_same_run(output, record, resume=resume)
     if start is not None and model_name:
-        require_base_weights(start / ADAPTER_WEIGHTS, record["fingerprint"]["weights"])
+        require_base_weights(start / LORA_WEIGHTS, record["fingerprint"]["weights"])
     return TuningPlan(output, arguments, start, resume, record, data)
 
 
@@ -392,7 +392,7 @@ def _identify(
     return {
         "model": model_name,
         "fingerprint": fingerprint_text(model_name) if model_name else None,
-        "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
+        "start": None if start is None else hash_file(start / LORA_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
     }
