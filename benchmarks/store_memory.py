@@ -152,7 +152,6 @@ def _write_captions(folder: Path, count: int) -> None:
 def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
     import modeling_llm2clip.training.extraction.caption_extraction  # noqa: F401
-
     from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
     from modeling_llm2clip.encoding.text_encoding import encode_captions
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
@@ -187,7 +186,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write random embeddings; item i has five rows, of the last one fewer where they run out."""
     import torch
 
-    from modeling_llm2clip.data.embedding_store_layout import StoreManifest
+    from modeling_llm2clip.data.embedding_store import StoreManifest
     from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 
     starts = range(0, arguments.rows, _CAPTIONS_A_RECORD)
@@ -198,7 +197,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         {"short": short, "long": [[] for _ in texts]},
     )
     manifest = StoreManifest(
-        kind="caption_embeds", fingerprint={}, dtype="float16", dim=arguments.dim,
+        content="caption_embeds", fingerprint={}, dtype="float16", dim=arguments.dim,
         num_rows=arguments.rows, num_items=len(texts), rows_per_shard=arguments.rows_per_shard,
         plan={}, counts={}, index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),

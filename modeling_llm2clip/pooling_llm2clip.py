@@ -111,7 +111,8 @@ def check_token_rows(
     _refuse((last_real - first_real + 1 != lengths) & (lengths > 0), attention_mask,
             "have a hole in their attention_mask: real tokens must be contiguous")  # fmt: skip
     _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
-            "tokenize with truncation=True, or raise max_text_length in the config")  # fmt: skip
+            f"tokenize with truncation=True and max_length={max_length} at most, or raise "
+            "max_text_length in the config")  # fmt: skip
     least = len(prefix_ids) + len(suffix_ids) - bool(suffix_ids)
     _refuse(lengths <= least, lengths, "have no token to pool: the text is empty")
     if num_unpooled > len(prefix_ids):

@@ -155,6 +155,16 @@ def test_the_readmes_commands_parse(command: str) -> None:
     assert callable(arguments.run)
 
 
+def test_no_two_examples_of_the_readme_write_to_the_same_place() -> None:
+    # A folder that is there is refused, so a reader who goes from top to bottom would be stopped.
+    parsed = [_build_parser().parse_args(shlex.split(c)[1:]) for c in find_shell_commands()]
+    written = [str(a.output) for a in parsed if getattr(a, "output", None) is not None]
+    for snippet in find_blocks(README, "python"):
+        written += re.findall(r'export_model\(.*"(.+)"\)', snippet)
+    assert "my-model" in written
+    assert sorted(written) == sorted(set(written))
+
+
 @pytest.mark.slow
 def test_the_readmes_training_commands_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,7 +224,7 @@ def test_the_readmes_snippets_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("ran README.md") == len(snippets)
-    assert (tmp_path / "my-model" / "config.json").is_file()
+    assert (tmp_path / "my-llama-clip-64" / "config.json").is_file()
 
 
 def test_every_snippet_names_the_package_first() -> None:

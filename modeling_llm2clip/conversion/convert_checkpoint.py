@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from transformers import AutoModel
 
 from .. import __version__
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
+from ..data.atomic_files import hash_file
 from ..doctor import check_model
 from ..doctor.model_report import ModelReport
 from ..encoding.devices import find_device
@@ -224,8 +224,4 @@ def _describe_adapter(adapter: str | Path, paths: list[Path]) -> dict[str, str |
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}

@@ -9,9 +9,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.weights import LazyTensor, list_weight_files, open_weights
+from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, open_weights
 from .layouts.eva02 import EVA02
 from .layouts.hub_clip import HUB_CLIP
 from .layouts.layout import Layout
@@ -77,7 +78,8 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         raise ValueError(f"{path}: no such file. Correct the path or the file's name.")
     has_config = path.is_dir() and (path / "config.json").is_file()
     stated = load_without_code(AutoConfig, path, local_files_only=True) if has_config else None
-    return Checkpoint(source, list_weight_files(path), open_weights(path), stated)
+    files = list_weight_files(path, names=WEIGHT_NAMES)
+    return Checkpoint(source, files, open_weights(path), stated)
 
 
 def require_layout(checkpoint: Checkpoint, name: str) -> Layout:

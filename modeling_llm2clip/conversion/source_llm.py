@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ..building.lora_merging import merge_lora_weights
 from ..building.towers import require_decoder, require_own_tokenizer
+from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.weights import LazyTensor, is_lora_alone, list_weight_files, open_weights
+from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
 from .key_mapping import Drop, RenamedWeights, apply_rules, rename
 from .source_checkpoint import public_name, require_no_revision, split_revision
 
@@ -116,7 +117,7 @@ def open_llm_weights(
                 "LoRA out."
             )
         return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), []
-    files = list_weight_files(language.folder)
+    files = list_weight_files(language.folder, names=WEIGHT_NAMES)
     renamed = apply_rules(
         open_weights(language.folder), _RULES, _DROPS, source=f"The LLM {source.name}"
     )
@@ -132,5 +133,5 @@ def open_llm_weights(
             dtype=dtype,
         )
         renamed.weights |= {f"{_PREFIX}{key}": value for key, value in merged.items()}
-        files += list_weight_files(folder)
+        files += list_weight_files(folder, names=WEIGHT_NAMES)
     return renamed, files

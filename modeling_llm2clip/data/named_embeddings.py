@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .embedding_store_layout import write_atomically
+from .atomic_files import write_atomically
 
 SIDES = ("texts", "images")
 _SHOWN = 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.safetensors_files import iterate_tensors, list_weight_files
 from ..loading_llm2clip import list_foreign_code
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.training_state import describe_untrained
@@ -105,7 +105,7 @@ def check_weight_dtypes(patient: ModelUnderTest) -> str:
 def _read_dtypes(folder: Path) -> dict[str, str]:
     """Dtypes of all weights, as safetensors names them, by the name of the weight."""
     dtypes = {}
-    for path in _list_weight_files(folder):
+    for path in list_weight_files(folder):
         with safe_open(path, framework="pt") as file:
             dtypes.update({name: file.get_slice(name).get_dtype() for name in file.keys()})
     return dtypes
@@ -114,7 +114,7 @@ def _read_dtypes(folder: Path) -> dict[str, str]:
 def check_finite_weights(patient: ModelUnderTest) -> str:
     """Look for NaN and infinity in every weight, naming the tensor and the row."""
     count, errors = 0, []
-    for name, tensor in _iterate_weights(patient.folder):
+    for name, tensor in iterate_tensors(list_weight_files(patient.folder)):
         count += 1
         # One-byte floats have no isfinite of their own.
         wide = tensor.float() if tensor.element_size() == 1 else tensor
@@ -205,27 +205,9 @@ def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]
     ]
 
 
-def _iterate_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _list_weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-
-
 def _is_finite(tensor: Tensor) -> bool:
     """Look at the extremes, which NaN spreads to: no copy of an embedding table is made."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
-
-
-def _list_weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(_read_json(index)["weight_map"].values())
-    lost = sorted(name for name in names if not (folder / name).is_file())
-    if lost:
-        raise ValueError(f"{folder} lacks the weight files {lost}. Save or download it again.")
-    return sorted(folder / name for name in names)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

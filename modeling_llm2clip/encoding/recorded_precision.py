@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..data.embedding_store_layout import write_atomically
+from ..data.atomic_files import write_atomically
 from ..model_folders.fingerprint import fingerprint_text
 from ..model_folders.model_folder import find_model_folder
 from .precision import LowerPrecision

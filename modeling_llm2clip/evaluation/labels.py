@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..model_folders.fingerprint import hash_json
+from ..data.atomic_files import hash_json
 from .contamination import FIELD, write_trained
 from .results import Result, find_differences
 from .tasks.task_registry import find_task

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from ..data.atomic_files import lock_file
+
 _CLAIM = ".llm2clip-is-writing"
 
 
@@ -72,11 +74,8 @@ def _is_abandoned(claim: Path, name: str) -> bool:
 
 
 def _lock(file: IO[str], *, shared: bool) -> bool:
-    """Hold the kernel's lock on an open file; False where another does, or there is none."""
+    """Lock an open file; False if another process has locked it, or nothing can."""
     try:
-        import fcntl  # not everywhere
-
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+        return lock_file(file, shared=shared, wait=False)
+    except OSError:
         return False
-    return True

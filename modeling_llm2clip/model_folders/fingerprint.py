@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import hash_json
+from ..data.safetensors_files import iterate_tensors, list_weight_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
-_WEIGHTS = "model.safetensors"
-_WEIGHTS_INDEX = "model.safetensors.index.json"
 # Of a tower's configuration: what changes no number, or has an entry of its own.
 _NOT_OF_THE_TOWER = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
@@ -90,20 +89,13 @@ def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") ->
     Returns: `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
     Raises: ValueError when no file fits, or a name stands in two of them.
     """
-    file_of: dict[str, Path] = {}
     files = sorted(folder.glob(pattern))
     if not files:
         raise ValueError(
             f"{folder} has no {pattern}. Save the model's weights as safetensors; of "
             "a model on the Hub, name a revision that has them (revision, --revision refs/pr/N)."
         )
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names = [str(file.parent.relative_to(folder) / name) for name in opened.keys()]
-        if twice := sorted(set(names) & set(file_of)):
-            raise ValueError(f"{folder}: {twice[:5]} stand in two files. Keep one copy.")
-        file_of.update(dict.fromkeys(names, file))
-    return _describe_weights(_stream(file_of))
+    return _describe_weights(iterate_tensors(files, base=folder))
 
 
 def _open(
@@ -113,26 +105,7 @@ def _open(
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    return config, _stream_tensors(folder, prefix), processor
-
-
-def _stream_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors by name in order, one in memory at a time."""
-    index = folder / _WEIGHTS_INDEX
-    if index.is_file():
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    elif (folder / _WEIGHTS).is_file():
-        with safe_open(folder / _WEIGHTS, framework="pt") as opened:
-            file_of = dict.fromkeys(opened.keys(), _WEIGHTS)
-    else:
-        raise ValueError(f"{folder} has no {_WEIGHTS}. Give the folder of a saved model.")
-    yield from _stream({n: folder / f for n, f in file_of.items() if n.startswith(prefix)})
-
-
-def _stream(file_of: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    for name in sorted(file_of):
-        with safe_open(file_of[name], framework="pt") as opened:
-            yield name, opened.get_tensor(name.rsplit("/", 1)[-1])
+    return config, iterate_tensors(list_weight_files(folder), prefix=prefix), processor
 
 
 def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -161,9 +134,3 @@ def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
     written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     # These two are left from the last call.
     return hash_json({**written, "truncation": None, "padding": None})
-
-
-def hash_json(value: Any) -> str:
-    """SHA-256 of a value that JSON can hold, in whatever order its names stand."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -22,13 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
+from ..data.safetensors_files import list_weight_files
+
+_INDEX = "model.safetensors.index.json"
 # Where the official training code and DeepSpeed put the weights, in its order.
 _NESTED_UNDER = ("model", "module", "state_dict")
 _WRAPPER = "module."
-_INDEXES = (WEIGHTS_INDEX, "pytorch_model.bin.index.json")
+_MODELS = ("model.safetensors", "pytorch_model.bin")
 _LORAS = ("adapter_model.safetensors", "adapter_model.bin")
-_SINGLES = ("model.safetensors", "pytorch_model.bin", *_LORAS)
+# Files that transformers and peft save, in the order in which they are looked for.
+WEIGHT_NAMES = (*_MODELS, *_LORAS)
 # The beginning of an archive, as torch.save writes it now, and of a pickle, as it did before.
 _BEGINNINGS = (b"PK\x03\x04", b"\x80")
 # Room for configuration, tokenizer and card beside the weights.
@@ -99,7 +102,7 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
         ValueError: A file is broken, holds more than weights, or holds none; or a name occurs in
             two files.
     """
-    return open_weight_files(list_weight_files(path))
+    return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
 
 
 def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
@@ -119,43 +122,14 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
     return tensors
 
 
-def list_weight_files(path: Path) -> list[Path]:
-    """List the weight files of a folder, or the file itself.
-
-    Args:
-        path: File or folder.
-
-    Raises:
-        ValueError: There are none, or a file that the index names is missing.
-    """
-    if path.is_file():
-        return [path]
-    for index in (path / name for name in _INDEXES):
-        if index.is_file():
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-            lost = [name for name in names if not (path / name).is_file()]
-            if lost:
-                raise ValueError(f"{path} lacks the weight files {lost}. Save or download it again.")
-            return [path / name for name in names]
-    for name in _SINGLES:
-        if (path / name).is_file():
-            return [path / name]
-    raise ValueError(
-        f"{path} has no weights under a name that transformers or peft gives ({_SINGLES}). Name "
-        "the weight file itself. .bin files of a Hub repository are not downloaded: download "
-        "such a file yourself and give its folder."
-    )
-
-
 def is_lora_alone(folder: Path) -> bool:
     """Return whether a folder holds the weights of a LoRA, without those of its base.
 
     Args:
         folder: Folder of a model or a LoRA.
     """
-    whole = any((folder / name).is_file() for name in (*_INDEXES, *_SINGLES[:2]))
+    of_models = (*_MODELS, *(f"{name}.index.json" for name in _MODELS))
+    whole = any((folder / name).is_file() for name in of_models)
     return not whole and any((folder / name).is_file() for name in _LORAS)
 
 
@@ -202,7 +176,7 @@ def write_weights(
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (folder / WEIGHTS_INDEX).write_text(text, encoding="utf-8")
+        (folder / _INDEX).write_text(text, encoding="utf-8")
 
 
 def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:

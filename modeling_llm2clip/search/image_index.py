@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.cache_folder import default_cache_folder
-from ..data.embedding_store_layout import hash_file, list_differences
+from ..data.atomic_files import default_cache_folder, hash_file, hash_json, list_differences
 from ..data.named_embeddings import read_named_embeddings, write_named_embeddings
 from ..encoding.image_encoding import encode_image_batches
-from ..model_folders.fingerprint import hash_json
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 

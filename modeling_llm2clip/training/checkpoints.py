@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..data.embedding_store_layout import write_atomically
+from ..data.atomic_files import write_atomically
 from .run_record import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.embedding_store_layout import is_unfinished, write_atomically
+from ..data.atomic_files import is_unfinished, write_atomically
 
 if TYPE_CHECKING:  # what a folder holds is asked before anything that takes long to import
     from torch import nn

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from modeling_llm2clip.cli.library_warnings import hide_known_warnings
-from modeling_llm2clip.data.embedding_store_layout import StoreManifest
+from modeling_llm2clip.data.embedding_store import StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.encoding import text_encoding as captions
 from modeling_llm2clip.encoding.text_encoding import encode_captions
@@ -172,7 +172,7 @@ def test_a_continued_store_counts_the_tokens_that_are_left(tmp_path: Path) -> No
     """And takes what an earlier run computed for no speed of this one."""
     lengths = [9, 7, 5, 3, 1]
     manifest = StoreManifest(
-        kind="caption_embeds", fingerprint={}, dtype="float32", dim=2, num_rows=5, num_items=5,
+        content="caption_embeds", fingerprint={}, dtype="float32", dim=2, num_rows=5, num_items=5,
         rows_per_shard=2, plan={}, counts={}, index_bytes=1, index_sha256="",
     )  # fmt: skip
     writer = EmbeddingStoreWriter.open(tmp_path / "store", manifest, b"x")

@@ -102,7 +102,7 @@ CASES = {
         cut_in_half("model.safetensors"), "weights", r"copy: a weight file is truncated"
     ),
     "weight file lost": Case(
-        remove("model.safetensors"), "finite weights", r"lacks the weight files"
+        remove("model.safetensors"), "finite weights", r"has no weights"
     ),
     "projection transposed": Case(
         set_weight("text_projection.weight", lambda w: w.T),

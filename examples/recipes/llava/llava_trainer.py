@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
-from modeling_llm2clip.data.embedding_store_layout import write_atomically
+from modeling_llm2clip.data.atomic_files import write_atomically
 from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.model_folders.atomic_folder import (
     atomic_folder,

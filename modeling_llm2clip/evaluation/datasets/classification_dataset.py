@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from ...data.atomic_files import hash_file
 from .dataset_spec import DatasetSpec, ReadRequest
 from .schema import ClassificationDataset, find_repeated, fold_class_name
-from .validation import DatasetValidator, hash_file
+from .validation import DatasetValidator
 
 
 @dataclass(frozen=True)

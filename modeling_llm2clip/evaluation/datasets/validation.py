@@ -6,17 +6,15 @@ it, invalid samples are left out instead, and every exclusion is counted in the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...data.atomic_files import hash_file
 from ...data.image_checks import find_unreadable_images
 from ...data.image_sources import ImageSource
 from ...data.validation_errors import ErrorCollector
-
-_HASHED_AT_ONCE = 2**20
 
 
 @dataclass
@@ -131,12 +129,3 @@ class DatasetValidator:
         if not self.exclude:
             self.errors.raise_if_any(self.source)
         return self.errors.counts
-
-
-def hash_file(file: Path, algorithm: str) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.new(algorithm)
-    with file.open("rb") as content:
-        while part := content.read(_HASHED_AT_ONCE):
-            digest.update(part)
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.embedding_store_layout import hash_file
+from ...data.atomic_files import hash_file
 from ...model_folders.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
 from .activations import describe_open_clip_activations

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.embedding_store import EmbeddingStore
-from ...data.embedding_store_layout import MANIFEST_FILE
+from ...data.atomic_files import hash_json
+from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage, hash_records
 from ...data.trained_emoji import read_trained_emoji
@@ -28,7 +28,6 @@ from ...model_folders.fingerprint import (
     fingerprint_text,
     fingerprint_vision,
     fingerprint_weights,
-    hash_json,
 )
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
@@ -36,7 +35,7 @@ from ...processing_llm2clip import check_texts
 from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
 
 _SHOWN = 5
-_SIDE_OF_KIND = {"caption_embeds": "texts", "vision_embeds": "images"}
+_SIDE_OF_CONTENT = {"caption_embeds": "texts", "vision_embeds": "images"}
 _STORE_FOLDERS = (".", "captions", "images")
 
 
@@ -234,7 +233,7 @@ def _open_stores(
     sides = {}
     for store in stores:
         _require_data(store, records)
-        side = _SIDE_OF_KIND[store.manifest.kind]
+        side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
             store.require_fingerprint(of_head(head))

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
+from ...data.atomic_files import hash_file
 from ...data.data_hashes import describe_images
-from ...data.embedding_store import EmbeddingStore
-from ...data.embedding_store_layout import MANIFEST_FILE, hash_file
+from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.records import CaptionedImage, hash_records
 from ...encoding.float32 import float32_as_such
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
@@ -282,9 +282,9 @@ def check_settings(
         caption_store is None or image_store is None
     ):
         errors.append(f"start={arguments.start!r} needs a caption store and an image store")
-    for store, kind in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
-        if store is not None and store.manifest.kind != kind:
-            errors.append(f"{store.folder} holds {store.manifest.kind}, wanted {kind}")
+    for store, content in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
+        if store is not None and store.manifest.content != content:
+            errors.append(f"{store.folder} holds {store.manifest.content}, wanted {content}")
     if errors:
         raise ValueError("; ".join(errors) + ".")
 

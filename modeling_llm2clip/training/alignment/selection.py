@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...data.embedding_store_layout import write_atomically
+from ...data.atomic_files import write_atomically
 from ..checkpoints import find_trained
 from .held_out import HeldOutImages, HeldOutScores
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ...data.embedding_store_layout import StoreManifest
+from ...data.embedding_store import StoreManifest
 from ...data.embedding_store_writer import EmbeddingStoreWriter
 from ...data.records import CaptionedImage, hash_records
 from ...encoding.text_encoding import default_token_budget, encode_token_ids
@@ -85,7 +85,7 @@ def extract_captions(
     model = model.to(device)
     budget = arguments.token_budget or default_token_budget(device)
     manifest = StoreManifest(
-        kind="caption_embeds",
+        content="caption_embeds",
         fingerprint=fingerprint,
         dtype=arguments.dtype,
         dim=model.config.text_width,

@@ -17,8 +17,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ...data.embedding_store import EmbeddingStore
-from ...data.embedding_store_layout import STORED_DTYPES
+from ...data.embedding_store import STORED_DTYPES, EmbeddingStore
 from ...data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 from ...data.records import CaptionedImage
 from ...encoding.devices import find_device

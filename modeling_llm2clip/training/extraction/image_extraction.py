@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...data.data_hashes import count_bytes, hash_image_sizes
-from ...data.embedding_store_layout import StoreManifest
+from ...data.embedding_store import StoreManifest
 from ...data.embedding_store_writer import EmbeddingStoreWriter
 from ...data.image_sources import ImageSource
 from ...data.records import CaptionedImage, hash_records
@@ -58,7 +58,7 @@ def extract_images(
     model = model.to(device)
     batch_size = arguments.batch_size or default_batch_size(device)
     manifest = StoreManifest(
-        kind="vision_embeds",
+        content="vision_embeds",
         fingerprint=fingerprint,
         dtype=arguments.dtype,
         dim=model.visual_projection.in_features,

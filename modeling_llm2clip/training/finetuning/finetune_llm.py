@@ -25,6 +25,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import nn
 
+from ...data.atomic_files import hash_file, write_atomically
 from ...data.caption_groups import (
     CaptionGroup,
     TextPair,
@@ -32,7 +33,6 @@ from ...data.caption_groups import (
     leave_out_texts,
     sample_pairs,
 )
-from ...data.embedding_store_layout import hash_file, write_atomically
 from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from published_datasets import tiny_card, write_coco_test
 
+from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
     list_datasets,
@@ -24,7 +25,6 @@ from modeling_llm2clip.evaluation.datasets.schema import (
     RetrievalDataset,
 )
 from modeling_llm2clip.evaluation.datasets.templates import IMAGENET_TEMPLATES
-from modeling_llm2clip.evaluation.datasets.validation import hash_file
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 
 OWN = {"folder", "folder-long", "image-folder"}

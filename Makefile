@@ -1,0 +1,26 @@
+# The commands that .ci/run and CONTRIBUTING.md name, one line each.
+.PHONY: install style quality test test-slow docs benchmarks distributions
+
+install:
+	pip install -e ".[dev]"
+
+style:
+	ruff check --fix . && ruff format .
+
+quality:
+	ruff check . && ruff format --check . && typos && mypy && lint-imports --no-cache
+
+test:
+	pytest -n 2
+
+test-slow:
+	pytest -m "slow and not gpu"
+
+docs:
+	python .ci/write_cli_reference.py && zensical build --clean --strict --config-file mkdocs.yml
+
+benchmarks:
+	python benchmarks/house.py --label after --run-tests && python benchmarks/render_tables.py
+
+distributions:
+	.ci/build

@@ -1,0 +1,65 @@
+"""Versions, hardware and commit: for run records, results, `llm2clip env` and benchmarks."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "modeling_llm2clip", "torch", "transformers", "sentence-transformers", "accelerate", "peft",
+    "datasets", "timm", "safetensors", "numpy",
+)  # fmt: skip
+
+
+def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """List the versions of Python and of packages; "not installed" for one that is absent.
+
+    Args:
+        packages: Names of distributions.
+    """
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Describe the machine: architecture, threads that torch computes with, and GPUs."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "processor_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def find_cpu_name() -> str:
+    """Return the name of the CPU as its maker has it, where the system says it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def read_commit() -> str:
+    """Return the commit of the code, where it runs from a checkout."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():  # installed, perhaps inside somebody else's checkout
+        return "not a checkout"
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return found.stdout.strip() or "unknown"

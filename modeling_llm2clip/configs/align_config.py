@@ -1,0 +1,68 @@
+"""Stage 3: how images and captions are aligned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .config_fields import Range
+from .training_config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(TrainingConfig):
+    """What `align` trains, on what, and how long (paper, section 3.2)."""
+
+    vision_training: Literal["frozen", "lora", "full"] = "frozen"
+    """What is trained of the vision tower: nothing, a LoRA on its attention, or everything."""
+    text_training: Literal["stored", "frozen-online", "lora"] = "stored"
+    """Where caption embeddings come from: the caption store, so that the LLM is never loaded; the
+    frozen LLM at each step; or the LLM with a LoRA that is trained end to end."""
+    projection_init: Literal["auto", "model", "cca"] = "auto"
+    """Where the projections start: as they are in the model, or where the canonical correlation of
+    the stored embeddings puts them; auto is cca where both stores are given, and for a model with
+    trained projections the one with the lower held-out loss."""
+    num_train_epochs: Annotated[float, Range(above=0)] | None = None
+    """Passes over the data. Default: 10, and at least 300 steps."""
+    global_batch_size: Annotated[int, Range(min=2)] | None = None
+    """Images per batch, over all processes together. Default: 512, or as many as the data allow."""
+    learning_rate: Annotated[float, Range(above=0)] | None = None
+    """Peak learning rate of adapter, projections and LoRAs. Default: 1e-4 from a trained model or
+    a closed-form start, 1e-3 from random weights."""
+    vision_learning_rate: Annotated[float, Range(above=0)] | None = None
+    """Peak learning rate of a fully trained vision tower. Default: `learning_rate`."""
+    layer_decay: Annotated[float, Range(above=0, max=1)] = 0.85
+    """Factor of the learning rate from one layer of such a tower to the one below it; 1 for all
+    alike."""
+    weight_decay: Annotated[float, Range(min=0)] = 0.05
+    """Weight decay of AdamW."""
+    max_grad_norm: Annotated[float, Range(above=0)] = 1.0
+    """Maximum norm of the gradient."""
+    image_noise: Annotated[float, Range(min=0)] = 1.0
+    """Standard deviation of the noise on stored image embeddings, as a share of their length;
+    against overfitting on small data."""
+    caption_noise: Annotated[float, Range(min=0)] = 0.5
+    """The same on stored caption embeddings."""
+    long_caption_ratio: Annotated[float, Range(min=0, max=1)] = 0.5
+    """Probability that an image with short and long captions shows a long one."""
+    held_out_ratio: Annotated[float, Range(min=0, below=1)] = 0.1
+    """Share of the groups of images that is never trained on and chooses the best weights, at
+    most 1,000 and in small data at least 20; 0 for none."""
+    eval_steps: Annotated[int, Range(min=1)] | None = None
+    """Steps between two evaluations on the held-out images. Default: a twentieth of the run."""
+    early_stopping_patience: Annotated[int, Range(min=0)] = 6
+    """Stop after this many evaluations in a row without a lower held-out loss; 0 for never."""
+    loss_chunk_size: Annotated[int, Range(min=1)] | None = None
+    """Rows of the logits computed at a time. Default: all at once."""
+    lora_rank: Annotated[int, Range(min=1)] = 16
+    """Rank of the LLM's LoRA."""
+    lora_alpha: Annotated[int, Range(min=1)] = 32
+    """Alpha of the LLM's LoRA."""
+    vision_lora_rank: Annotated[int, Range(min=1)] = 32
+    """Rank of the vision tower's LoRA."""
+    vision_lora_alpha: Annotated[int, Range(min=1)] = 32
+    """Alpha of the vision tower's LoRA."""
+    num_workers: Annotated[int, Range(min=0)] = 0
+    """Processes that decode images or tokenize captions."""
+    logging_steps: Annotated[int, Range(min=1)] = 10
+    """Steps between lines of metrics."""

@@ -1,0 +1,87 @@
+"""How two towers become an untrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from .config_fields import DeviceConfig, Range
+
+# Templates of the official text towers (upstream `llm2vec.py`, prepare_for_tokenization). The
+# tokenizer's own beginning-of-text token comes in front, where it has one.
+PROMPT_PRESETS = {
+    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+    "chatml": "<|im_start|>user\n{text}<|im_end|>",
+    "mistral": "[INST] {text} [/INST]",
+    "llama-2": "[INST] {text} [/INST]",
+    "gemma": "<start_of_turn>user\n{text}<end_of_turn>",
+    "phi-3": "<|user|>\n{text}<|end|>\n",
+    "none": "{text}",
+}
+CHAT_TEMPLATE = "chat-template"
+Prompt = Literal[
+    "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
+]
+PROMPT_NAMES: tuple[str, ...] = get_args(Prompt)
+TextPooling = Literal["mean", "last_token"]
+VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
+Normalization = Literal["own", "openai", "half", "imagenet"]
+WeightDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(DeviceConfig):
+    """How `build_model` joins a vision tower and a language model."""
+
+    prompt: Prompt | None = None
+    """Prompt around every caption. No default: this, or `prompt_prefix` and `prompt_suffix`."""
+    prompt_prefix: str | None = None
+    """Text in front of every caption, in place of `prompt`. Default: none."""
+    prompt_suffix: str | None = None
+    """Text after every caption, in place of `prompt`. Default: none."""
+    projection_dim: Annotated[int, Range(min=1)] = 512
+    """Width of the shared embedding space."""
+    max_text_length: Annotated[int, Range(min=1)] = 512
+    """Maximum number of tokens of a text, prompt included."""
+    bidirectional: bool = True
+    """Let every token attend to every other; False keeps the LLM causal, as a baseline."""
+    text_pooling: TextPooling = "mean"
+    """What represents a text: the mean of its tokens, or its last token."""
+    vision_pooling: VisionPooling = "pooler"
+    """What represents an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
+    registers included), or the mean of the patches."""
+    text_adapter_layers: Annotated[int, Range(min=0)] = 4
+    """Residual blocks of the text adapter."""
+    normalize_text_before_adapter: bool = True
+    """Scale the LLM's embeddings to unit length before the text adapter."""
+    visual_projection_bias: bool = True
+    """Give the image projection a bias, which the closed-form start of align needs."""
+    image_size: Annotated[int, Range(min=1)] | None = None
+    """Side of the images in pixels. Default: the tower's."""
+    normalization: Normalization = "own"
+    """Mean and std of the pixels: the tower's own, CLIP's (openai), 0.5 (half), or ImageNet's."""
+    lora: str | Path | None = None
+    """LoRA of a fine-tuned LLM to merge: Hub id or folder. Default: none."""
+    accept_lora_base: str | None = None
+    """Name that the LoRA has for this LLM. Default: the LLM's own."""
+    tokenizer_code: str | None = None
+    """Commit of the LLM's Hub repository whose tokenizer code is run. Default: none is run."""
+    dtype: WeightDtype = "float32"
+    """Dtype of the weights."""
+    seed: int = 0
+    """Seed of the text adapter and the projections, which start at random."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence where a prompt is chosen twice."""
+        if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
+            yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+
+    def require_prompt(self) -> None:
+        """Raise ValueError where no prompt is chosen."""
+        if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
+            raise ValueError(
+                f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
+                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it."
+            )

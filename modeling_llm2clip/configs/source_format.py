@@ -1,0 +1,68 @@
+"""What the weights of other projects do not say, stated for each official family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .build_config import Prompt, TextPooling
+from .config_fields import Config, Range
+
+# Mean and standard deviation by which pixels are normalized: those of the official factory, which
+# gives every tower OpenAI's, and those that SigLIP's own weights were trained with.
+PREPROCESSINGS = {
+    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFormat(Config):
+    """Everything that changes a number and is in no key of a checkpoint."""
+
+    layout: Literal["hub_clip", "openai", "eva02", "siglip2"]
+    """How the weights are named; the keys of the file must agree."""
+    prompt: Prompt | None = "llama-3"
+    """Prompt around every caption."""
+    prompt_prefix: str | None = None
+    """Text in front of every caption, in place of `prompt`."""
+    prompt_suffix: str | None = None
+    """Text after every caption, in place of `prompt`."""
+    max_text_length: Annotated[int, Range(min=1)] = 512
+    """Maximum number of tokens of a text, prompt included."""
+    text_pooling: TextPooling = "mean"
+    """What represents a text: the mean of caption and end-of-turn token, or the last token."""
+    normalize_text_before_adapter: bool = True
+    """Scale the LLM's embeddings to unit length before the text adapter."""
+    activation: Literal["quick_gelu", "gelu", "silu"] = "quick_gelu"
+    """Activation of the vision tower's inner layers."""
+    preprocessing: Literal["openai", "half"] | None = "openai"
+    """Mean and std of the pixels: OpenAI's, or 0.5."""
+    head_width: Annotated[int, Range(min=1)] = 64
+    """Width of one attention head of the vision tower."""
+    rope_reference_size: Annotated[int, Range(min=1)] = 16
+    """Side, in patches, that EVA02's rotary positions are scaled to."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence where a prompt is chosen twice."""
+        if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
+            yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+
+
+# Named after the vision tower. The text side is that of the official code: prompt, mean over
+# caption and end-of-turn token, 512 tokens. EVA02's activation is the gate of its SwiGLU.
+SOURCE_FORMATS = {
+    "openai-hub": SourceFormat(layout="hub_clip"),
+    "openai": SourceFormat(layout="openai"),
+    "eva02": SourceFormat(layout="eva02", activation="silu"),
+    # The official factory normalized with OpenAI's numbers, the tower's own are 0.5: the checkpoint
+    # does not say which it was trained with, so neither is a default.
+    "siglip2": SourceFormat(
+        layout="siglip2",
+        normalize_text_before_adapter=False,
+        activation="gelu",
+        preprocessing=None,
+        head_width=72,
+    ),
+}

@@ -1,0 +1,81 @@
+"""The whole method from one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from .align_config import AlignConfig
+from .build_config import BuildConfig
+from .config_fields import Config, Device, Range
+from .data_config import DataConfig
+from .evaluation_config import EvaluationConfig
+from .export_config import ExportConfig
+from .extract_config import ExtractConfig
+from .finetune_config import FinetuneConfig
+
+_WITH_SEED = ("build", "finetune", "align")
+_WITH_DEVICE = (*_WITH_SEED, "extract", "export", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """What `train` does: build, fine-tune, extract, align, export, check and evaluate.
+
+    `device` and `seed` are given once, here, and handed to every stage.
+    """
+
+    vision_model: str
+    """Vision tower: Hub id or folder; embedded for the package's own."""
+    text_model: str
+    """Language model: Hub id, folder or .gguf file; embedded for the package's own."""
+    data: str
+    """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME=FOLDER of a known dataset.
+    """
+    output: Path
+    """Folder of everything that is written."""
+    test_size: Annotated[float, Range(min=0, below=1)] = 0.1
+    """Share of the groups of images that is held out to evaluate on; 0 for none."""
+    build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
+    """How the towers are joined."""
+    finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
+    """How the LLM is fine-tuned; null skips it, for a tower that is a released text embedder."""
+    extract: ExtractConfig = dataclasses.field(default_factory=ExtractConfig)
+    """How embeddings are extracted."""
+    align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
+    """How images and captions are aligned."""
+    export: ExportConfig | None = dataclasses.field(default_factory=ExportConfig)
+    """How the model is written for others; null for the aligned model as it is."""
+    evaluate: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    """How the model is evaluated."""
+    eval_datasets: tuple[str, ...] = ()
+    """Datasets to evaluate on beside the held-out images, as `evaluate` takes them. Default: none.
+    """
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks to evaluate. Default: what suits each dataset."""
+    device: Device = "auto"
+    """Where all stages run: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
+    seed: int = 0
+    """Seed of the split and of all stages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
+            value = getattr(self, name)
+            for stage in stages:
+                config: Config | None = getattr(self, stage)
+                if config is not None:
+                    object.__setattr__(self, stage, dataclasses.replace(config, **{name: value}))
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each device or seed that a stage gives for itself."""
+        for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
+            shared = getattr(self, name)
+            for stage in stages:
+                config: Config | None = getattr(self, stage)
+                own = shared if config is None else getattr(config, name)
+                if own not in (shared, type(self).__dataclass_fields__[name].default):
+                    yield f"{stage}.{name}={own} differs from {name}={shared}. Give it once."

@@ -1,0 +1,41 @@
+"""What both training stages share; the names are those of transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .config_fields import DeviceConfig, Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(DeviceConfig):
+    """How long and how fast a stage trains, where, and what it writes on its way."""
+
+    max_steps: Annotated[int, Range(min=1)] | None = None
+    """Number of steps. Default: what `num_train_epochs` comes to."""
+    num_train_epochs: Annotated[float, Range(above=0)] | None = None
+    """Passes over the data. Default: by stage."""
+    learning_rate: Annotated[float, Range(above=0)] | None = None
+    """Peak learning rate. Default: by stage."""
+    warmup_steps: Annotated[float, Range(min=0)] = 0.1
+    """Steps until the learning rate reaches its peak; below 1, a share of the run."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the computation; auto is bfloat16 on GPUs that support it. Weights stay float32."""
+    save_steps: Annotated[int, Range(min=1)] = 500
+    """Steps between checkpoints; the last step has one too."""
+    logging_steps: Annotated[int, Range(min=1)] | None = None
+    """Steps between lines of metrics. Default: by stage."""
+    report_to: tuple[str, ...] | None = None
+    """Where metrics are reported beside metrics.jsonl, as Trainer takes it: tensorboard, trackio,
+    wandb, none. Default: tensorboard where it is installed."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for a warm-up that is neither a share nor a number of steps."""
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            yield f"warmup_steps={self.warmup_steps} must be a share below 1 or an integer."

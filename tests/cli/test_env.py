@@ -1,0 +1,21 @@
+"""`llm2clip env`: what an issue needs."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from modeling_llm2clip.cli.env import env
+
+
+def test_it_prints_versions_and_hardware_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert env.function() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("- ") for line in lines)
+    shown = dict(line[2:].split(": ", 1) for line in lines)
+    assert shown["Python"] == platform.python_version()
+    assert shown["torch"] == torch.__version__
+    assert shown["Attention (auto)"].startswith(("sdpa", "eager"))
+    assert {"transformers", "Platform", "Commit", "CPU", "GPU", "Device (auto)"} <= set(shown)

@@ -1,0 +1,207 @@
+"""Laws of all options: what is refused, what YAML gives, and that every field is documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from modeling_llm2clip import configs
+from modeling_llm2clip.configs.config_fields import (
+    Config,
+    Device,
+    Range,
+    list_fields,
+    make_config,
+    read_config,
+    read_yaml,
+)
+
+MODULES = [
+    importlib.import_module(f"{configs.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(configs.__path__)
+]
+CONFIGS = sorted(
+    {
+        kind
+        for module in MODULES
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Config)
+    },
+    key=lambda kind: kind.__name__,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner(Config):
+    """A section."""
+
+    rate: Annotated[float, Range(above=0)] = 1e-3
+    """Rate of learning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Config):
+    """One field of every kind."""
+
+    name: str
+    """A name
+    over two lines."""
+    steps: Annotated[int, Range(min=1)] | None = None
+    """Steps."""
+    share: Annotated[float, Range(min=0, below=1)] = 0.5
+    """Share."""
+    kind: Literal["first", "second"] = "first"
+    """Kind."""
+    device: Device = "auto"
+    """Device."""
+    folder: Path | None = None
+    """Folder."""
+    words: tuple[str, ...] = ()
+    """Words."""
+    pairs: tuple[tuple[Path, float], ...] = ()
+    """Pairs."""
+    is_on: bool = False
+    """Switch."""
+    inner: Inner = field(default_factory=Inner)
+    """Section."""
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_option_is_documented_and_a_default_that_is_none_says_what_happens(
+    kind: type[Config],
+) -> None:
+    for info in list_fields(kind).values():
+        assert info.help.endswith("."), f"{kind.__name__}.{info.name} has no sentence under it."
+        if info.default is None or info.default == ():
+            assert "default" in info.help.lower() or "null" in info.help or info.name in (
+                "prompt_prefix", "prompt_suffix", "preprocessing",
+            ), f"{kind.__name__}.{info.name}: say what holds where nothing is given."  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_options_are_frozen_and_given_by_keyword(kind: type[Config]) -> None:
+    parameters = dataclasses.fields(kind)
+    assert all(parameter.kw_only for parameter in parameters)
+    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_options_import_nothing_costly_and_no_other_folder() -> None:
+    code = (
+        "import sys, importlib\n"
+        f"for name in {[module.__name__ for module in MODULES]!r}: importlib.import_module(name)\n"
+        "ours = {m.split('.')[1] for m in sys.modules if m.startswith('modeling_llm2clip.')}\n"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(ours))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "set() ['_registration', '_suggestions', 'configs']"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1."),
+        ({"steps": 2.5}, "steps=2.5 must be an integer."),
+        ({"steps": True}, "steps=True must be an integer."),
+        ({"share": 1}, "share=1.0 must be at least 0 and below 1."),
+        ({"share": float("nan")}, "share=nan must be a finite number."),
+        ({"share": "0.5"}, "share='0.5' must be a number."),
+        ({"kind": "secnd"}, "must be one of first, second. Did you mean second?"),
+        ({"device": "gpu"}, "must be one of auto, cpu, cuda, cuda:N, mps. Did you mean cuda?"),
+        ({"folder": 3}, "folder=3 must be a path."),
+        ({"words": "one"}, "words='one' must be a list."),
+        ({"words": ["one", 2]}, "words[1]=2 must be a string."),
+        ({"pairs": [["file"]]}, "pairs[0]=['file'] must be a list of 2."),
+        ({"is_on": 1}, "is_on=1 must be true or false."),
+        ({"inner": {"rate": 0}}, "inner.rate=0.0 must be above 0."),
+        ({"inner": 3}, "inner=3 must be a section with options of its own."),
+    ],
+)
+def test_a_value_that_a_field_cannot_have_is_refused_with_what_was_wanted(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        Example(name="x", **given)
+    assert message in str(refused.value)
+
+
+def test_every_wrong_value_is_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"steps=0 .* share=-1\.0 .* kind='third' "):
+        Example(name="x", steps=0, share=-1, kind="third")  # type: ignore[arg-type]
+
+
+def test_lists_numbers_and_paths_become_what_the_field_is() -> None:
+    made = Example(name="x", share=0, folder="a", words=["b"], pairs=[["c", 1]])  # type: ignore[arg-type]
+    assert made == Example(
+        name="x", share=0.0, folder=Path("a"), words=("b",), pairs=((Path("c"), 1.0),)
+    )
+    assert isinstance(made.share, float) and isinstance(made.folder, Path)
+
+
+def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text(
+        "name: no\nsteps: 3\nshare: 5e-1\nfolder: data\nwords: [on, 'off']\n"
+        "pairs:\n- [a, 1e-4]\nis_on: true\ninner:\n  rate: 1e-4\n",
+        encoding="utf-8",
+    )
+    assert read_config(tmp_path / "options.yaml", Example) == Example(
+        name="no", steps=3, share=0.5, folder=Path("data"), words=("on", "off"),
+        pairs=((Path("a"), 1e-4),), is_on=True, inner=Inner(rate=1e-4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nsahre: 1", "sahre is not an option. Did you mean share?"),
+        ("name: x\ninner: {raet: 1}", "inner.raet is not an option. Did you mean rate?"),
+        ("name: x\ninner: {rate: -1}", "inner.rate=-1.0 must be above 0."),
+        ("steps: 3", "name is missing."),
+        ("name: x\nname: y", "'name' is given twice"),
+        ("- name", "must hold `option: value` lines"),
+        ("name: [x", "cannot be read as YAML"),
+        ("name: x\nsteps: 1.0", "steps=1.0 must be an integer."),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_by_its_name(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as refused:
+        read_config(file, Example)
+    assert message in str(refused.value) and str(file) in str(refused.value)
+
+
+def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    file = tmp_path / "scalars.yaml"
+    file.write_text("a: 1e-4\nb: no\nc: 010\nd: 1:30\ne: ~\nf: -3\ng: .5\nh: 2026-01-01\n")
+    assert read_yaml(file) == {
+        "a": 1e-4, "b": "no", "c": 10, "d": "1:30", "e": None, "f": -3, "g": 0.5, "h": "2026-01-01",
+    }  # fmt: skip
+
+
+def test_an_empty_file_gives_every_default(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read_config(tmp_path / "empty.yaml", Inner) == Inner()
+
+
+def test_options_come_back_from_their_own_values() -> None:
+    made = Example(name="x", words=("a",), inner=Inner(rate=2.0))
+    assert make_config(Example, dataclasses.asdict(made)) == made
+
+
+def test_documentation_is_read_from_under_the_field() -> None:
+    fields = list_fields(Example)
+    assert fields["name"].help == "A name over two lines."
+    assert fields["name"].default is dataclasses.MISSING
+    assert fields["inner"].default == Inner()

@@ -1,0 +1,234 @@
+"""The words that this project does not use: each thing has one name, the field's own.
+
+Single words, spelling and excluded files are in `typos.toml`, which the spell checker reads too;
+phrases and flags, which it cannot see, are here. What is pending may only shrink.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+RECORDED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+# What cannot hold yet. A row that occurs nowhere moves to `PHRASES` or `FLAGS`; a word goes.
+PENDING_PHRASES = {
+    # Things
+    r"kept[ _]vectors?|KeptVectors": "image index",
+    r"data sets?\b": "dataset",
+    r"SetCard|\bset cards?\b": "DatasetSpec",
+    r"\b(find|read|list|hash)_sets?\b": "find_dataset, load_dataset, list_datasets, hash_dataset",
+    r"\b(Retrieval|Classification|Choice)Set\b": "RetrievalDataset, …",
+    r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|(?<!fine-)tuned on captions": "fine-tuned, …",
+    r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
+    r"\b(accept|merge|write)_adapter": "accept_lora, merge_lora, write_lora",
+    r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
+    r"KeyedBatch|keyed_contrastive|gather_keys": "group_id",
+    r"\b(?!Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
+    r"\b[A-Z]\w*Settings\b": "…Config",
+    r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
+    r"tell_kind|model_kind|kinds? of (a )?models?": "model type",
+    r"(Text|Vision|text|vision|image|other|either)[ _-]?[Hh]alf\b": "text-only, vision-only model",
+    r"\b(is|are|was|were|texts?|captions?)[ _]cut\b": "truncated",
+    r"\bdraw_(captions?|pairs|batch(es)?|golden)": "sample_…, render_…",
+    r"[Bb]oth[ _]ways|TwoWay": "i2t and t2i; bidirectional",
+    r"image_to_text|text_to_image": "i2t, t2i",
+    r"take_best": "ImageIndex.search",
+    r"processors? for the CPU|on_processor": "CPU",
+    r"whole numbers?": "integer",
+    # English
+    r"one \w+ an? (sample|image|caption|line|row|step|file|model|format|command|task)\b": "per",
+    r"(captions|images|texts|rows|tokens|samples) a (second|step|batch)\b": "per",
+    r"is none of|(?<!there\s)\b(is|are) none\b": "is not a",
+    r"(?<![Tt]here\s)(?<!it\s)\bis no (?!longer\b|more\b|less\b|fewer\b|default\b)\w+": "is not a",
+}  # fmt: skip
+PENDING_FLAGS = {
+    r"--(pictures|check-pictures|no-check-pictures|picture-store)\b": "--modality image, …",
+    r"--images\b": "--image-dir",
+    r"--kind\b": "--model-type",
+    r"--exclude-faults\b": "--skip-invalid",
+    r"--start\b": "--init-lora, --projection-init",
+    r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
+    r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
+    r"--loss-chunk(?!-)\b": "--loss-chunk-size",
+    r"--workers\b": "--num-workers",
+    r"--(rank|text-rank|vision-rank)\b": "--lora-rank, --vision-lora-rank",
+    r"--long-share\b": "--long-caption-ratio",
+    r"--other-pairs\b": "--text-pairs",
+    r"--count\b": "--top-k",
+    r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
+    r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
+    r"--recipe\b": "--source-format",
+    r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
+}  # fmt: skip
+PENDING_WORDS = frozenset(
+    """
+    aeroplane amortise amortised behaviour blanks capitals centre colour
+    coloured colours diagnose diagnosis fault faults faulty floor
+    floors gallery halves hangs initialisation labelled lettering licence
+    licences lies neighbours normalisation normalise normalised patient picture
+    pictured pictureless pictures probe probes quantised quantising spoilt
+    stands stood summarise tells told travel travelling travels
+    vector vectors
+    """.split()
+)
+
+# Banned phrase, a regular expression in which a space is any white space: the field's term.
+PHRASES: dict[str, str] = {}
+# Banned flag of a command: the one spelling over all commands.
+FLAGS: dict[str, str] = {
+    r"--vectors\b": "--index",
+}
+
+
+@cache
+def read_words() -> dict[str, str]:
+    """Banned words and what to write instead; words allowed as they are do not count."""
+    config = tomllib.loads((ROOT / "typos.toml").read_text("utf-8"))
+    words: dict[str, str] = config["default"]["extend-words"]
+    return {word: better for word, better in words.items() if word != better}
+
+
+def run_typos(*options: str) -> list[str]:
+    command = shutil.which("typos", path=str(Path(sys.executable).parent)) or shutil.which("typos")
+    assert command, 'The spell checker is missing: pip install -e ".[test]"'
+    done = subprocess.run(
+        [command, "--config", "typos.toml", *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode in (0, 2), done.stderr  # 2: something was found
+    return done.stdout.splitlines()
+
+
+def find_misspelled(*paths: str) -> dict[str, list[str]]:
+    """Where each word occurs that the spell checker reports, in lower case."""
+    places = defaultdict(list)
+    for line in run_typos("--format", "json", *paths):
+        found = json.loads(line)
+        if found["type"] == "typo":
+            line_number = found.get("line_num", "the file's name")
+            places[found["typo"].lower()].append(f"{found['path']}:{line_number}")
+    return dict(places)
+
+
+find_everywhere = cache(find_misspelled)
+
+
+@cache
+def read_files() -> dict[str, str]:
+    """Text of every file that the spell checker reads, by path."""
+    paths = [path.removeprefix("./") for path in run_typos("--files")]
+    return {path: (ROOT / path).read_text("utf-8", errors="replace") for path in paths}
+
+
+def compile_phrase(pattern: str) -> re.Pattern[str]:
+    # A wrapped comment or a wrapped paragraph still holds the phrase.
+    return re.compile(pattern.replace(" ", r"(?:\s|#)+"))
+
+
+def find_phrase(pattern: str, *, leave_out: tuple[str, ...] = ()) -> list[str]:
+    compiled = compile_phrase(pattern)
+    return [
+        f"{path}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}"
+        for path, text in read_files().items()
+        if not path.startswith(leave_out)
+        for match in compiled.finditer(text)
+    ]
+
+
+def find_flag(pattern: str) -> list[str]:
+    """Where a flag of `llm2clip` occurs; scripts have flags of their own."""
+    return find_phrase(pattern, leave_out=("benchmarks/", "examples/data/"))
+
+
+def find_keys(value: object) -> set[str]:
+    """All keys of nested JSON."""
+    if isinstance(value, dict):
+        return {*value, *(key for inner in value.values() for key in find_keys(inner))}
+    if isinstance(value, list):
+        return {key for inner in value for key in find_keys(inner)}
+    return set()
+
+
+def test_code_documents_and_workflows_are_read_and_quoted_data_is_not() -> None:
+    assert {
+        "README.md", "setup.cfg", ".ci/run", "modeling_llm2clip/__init__.py", "mkdocs.yml",
+        "docs/index.md", "tests/conftest.py", ".github/workflows/ci.yml",
+    } <= read_files().keys()  # fmt: skip
+    assert not any(path.startswith("examples/data/emoji/LICENSES") for path in read_files())
+
+
+def test_a_banned_word_inside_a_name_is_found(tmp_path: Path) -> None:
+    source = tmp_path / "example.py"
+    source.write_text("TarPicture = load_pictures\nlicence = 1\n", encoding="utf-8")
+    assert set(find_misspelled(str(source))) == {"picture", "pictures", "licence"}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_banned"),
+    [
+        ("kept vectors", True),
+        ("one row a\n# sample", True),
+        ("AlignArguments", True),
+        ("--steps 3", True),
+        ("there is no file", False),
+        ("TrainingArguments", False),
+        ("SentenceTransformerTrainingArguments", False),
+        ("--max-steps 3", False),
+        ("--num-workers 2", False),
+    ],
+)
+def test_a_phrase_is_found_and_what_resembles_it_is_not(text: str, is_banned: bool) -> None:
+    patterns = [*PHRASES, *PENDING_PHRASES, *FLAGS, *PENDING_FLAGS]
+    assert any(compile_phrase(pattern).search(text) for pattern in patterns) == is_banned
+
+
+@pytest.mark.parametrize("word", sorted(read_words().keys() - PENDING_WORDS))
+def test_a_banned_word_occurs_nowhere(word: str) -> None:
+    assert find_everywhere().get(word, []) == [], f"write {read_words()[word]!r}"
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_a_banned_phrase_occurs_nowhere(phrase: str) -> None:
+    assert find_phrase(phrase) == [], f"write {PHRASES[phrase]!r}"
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_has_one_spelling(flag: str) -> None:
+    assert find_flag(flag) == [], f"write {FLAGS[flag]!r}"
+
+
+def test_spelling_is_american() -> None:
+    known = read_words().keys() | PENDING_WORDS
+    assert {word: found for word, found in find_everywhere().items() if word not in known} == {}
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_keys_of_recorded_results_use_no_banned_word(path: Path) -> None:
+    """Values are what was measured, and stay as they were recorded."""
+    keys = find_keys(json.loads(path.read_text("utf-8")))
+    # Paths, names of models and captions are data that became keys.
+    names = {key for key in keys if re.fullmatch(r"[a-z][a-z0-9_]*", key)}
+    parts = {part for key in names for part in key.split("_")}
+    assert parts & read_words().keys() - PENDING_WORDS == set()
+
+
+def test_what_is_pending_still_occurs() -> None:
+    gone = [word for word in PENDING_WORDS if word not in find_everywhere()]
+    gone += [phrase for phrase in PENDING_PHRASES if not find_phrase(phrase)]
+    gone += [flag for flag in PENDING_FLAGS if not find_flag(flag)]
+    assert sorted(gone) == [], "these hold now: take them out of what is pending"
