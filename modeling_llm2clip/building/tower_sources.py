@@ -6,13 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..model_folders.lora_base import LORA_CONFIG
-from ..model_folders.model_folder import find_source_file
-
-if TYPE_CHECKING:
-    from ..data.trained_emoji import TrainedEmoji
 
 # Older Hub repositories have no owner ("gpt2").
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -52,23 +47,6 @@ def naming(source: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{source} cannot be loaded: {error}") from error
-
-
-def add_up_trained_emoji(*towers: str | Path) -> TrainedEmoji:
-    """What these towers have seen of the package's emoji: one that says nothing has seen none.
-
-    Towers of models of this package say it where they were trained, and others were not trained
-    by it.
-    """
-    # Not at the top: `require_sources` is asked before anything that takes long to import.
-    from ..data.trained_emoji import TRAINED_FILE, TrainedEmoji, read_trained_emoji
-
-    seen = TrainedEmoji()
-    for tower in towers:
-        file = find_source_file(tower, TRAINED_FILE)
-        said = None if file is None else read_trained_emoji(file.parent)
-        seen = seen if said is None else seen.add(said)
-    return seen
 
 
 def _find_error(what: str, source: Path, *, file: str) -> str | None:

@@ -153,7 +153,6 @@ def run(arguments: argparse.Namespace) -> int:
     require_data(arguments)
     choose_device(arguments)
 
-    from ..data.trained_emoji import find_trained_emoji
     from ..publishing.assemble import assemble_folder
     from ..training.alignment.align import align, check_settings
     from ..training.alignment.alignment_report import find_caution, list_results
@@ -162,7 +161,6 @@ def run(arguments: argparse.Namespace) -> int:
     stores = _open_stores(arguments)
     check_settings(settings, **stores)  # reading the data may take long
     records = read_data(arguments, require_images=stores["image_store"] is None)
-    trained_emoji = find_trained_emoji(records)
     result = align(model, records, arguments.output, settings, resume=arguments.resume, **stores)
     if not result.is_main_process:
         return result.exit_code
@@ -178,7 +176,6 @@ def run(arguments: argparse.Namespace) -> int:
         result.trained,
         folder,
         training_data=[data],
-        trained_emoji=trained_emoji,
         results=list_results(result, data),
         caution=find_caution(result),
         projections_trained=result.has_trained_projections,

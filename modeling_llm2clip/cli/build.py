@@ -130,8 +130,6 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..building.build_model import BuildArguments, join_towers
-    from ..building.tower_sources import add_up_trained_emoji
-    from ..data.trained_emoji import TrainedEmoji
     from ..model_folders.model_card_data import CardData, find_license
     from ..publishing.export_model import save_model
 
@@ -149,13 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         vision_license=licenses.get("vision") or find_license(arguments.vision),
         text_license=licenses.get("llm") or find_license(arguments.llm),
     )
-    # An adapter does not say which captions it has seen.
-    trained_emoji = add_up_trained_emoji(arguments.vision, arguments.llm).add(
-        TrainedEmoji(is_complete=arguments.caption_lora is None or "llm" in licenses)
-    )
-    folder = save_model(
-        model, processor, arguments.output, facts=facts, trained_emoji=trained_emoji
-    )
+    folder = save_model(model, processor, arguments.output, facts=facts)
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0
 

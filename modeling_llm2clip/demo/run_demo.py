@@ -6,6 +6,7 @@ import json
 import platform
 import resource
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +16,13 @@ import torch
 
 from .. import __version__
 from ..building.build_model import BuildArguments, join_towers
-from ..building.tower_sources import add_up_trained_emoji, require_sources
+from ..building.tower_sources import require_sources
 from ..data.example_data import find_example_data
 from ..data.record_loading import load_records
 from ..data.records import CaptionedImage
 from ..data.splits import split_records
-from ..data.trained_emoji import TrainedEmoji, find_trained_emoji
 from ..encoding.devices import find_device
+from ..evaluation.datasets.readers.own_records import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -121,7 +122,6 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     """
     records, gallery = read_images(arguments)
     held_out = split_records(records, seed=arguments.seed)
-    trained_emoji = _list_trained_emoji(arguments, records, held_out)
     vision = arguments.vision or fetch_tower(EFFICIENTNET)
     llm = arguments.llm or fetch_tower(SMOLLM2)
     started = time.monotonic()
@@ -146,7 +146,6 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         processor,
         arguments.output / "model",
         facts=_state_facts(arguments, scores),
-        trained_emoji=trained_emoji,
     )
     found = search(model, processor, images, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
@@ -168,22 +167,21 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
 
 
 def read_images(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """Return what is trained and tested on, and what is only searched."""
+    """Return what is trained and tested on, and what is only searched.
+
+    Warns when the seed splits the embedded emoji otherwise than the evaluation dataset `emoji`.
+    """
     if arguments.images is not None:
         return [r for r in load_records(arguments.images) if r.lang == "en"], []
+    if arguments.seed != EMOJI_SEED:
+        warnings.warn(
+            f"Seed {arguments.seed} trains on emoji that the evaluation dataset `emoji` tests: it "
+            f"is the test split of seed {EMOJI_SEED}. Do not evaluate this model on it.",
+            stacklevel=3,
+        )
     data = find_example_data()
     emoji = [r for r in load_records(data / "emoji") if r.lang == "en"]
     return emoji, load_records(data / "photographs")
-
-
-def _list_trained_emoji(
-    arguments: DemoArguments, records: list[CaptionedImage], held_out: set[str]
-) -> TrainedEmoji:
-    trained = find_trained_emoji(record for record in records if record.group_id not in held_out)
-    towers = [tower for tower in (arguments.vision, arguments.llm) if tower is not None]
-    # The embedded adapter was trained on COCO; another one does not say which captions it has seen.
-    is_known = arguments.find_adapter() in (None, find_example_data() / "caption_lora")
-    return trained.add(add_up_trained_emoji(*towers)).add(TrainedEmoji(is_complete=is_known))
 
 
 @torch.inference_mode()

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..data.record_loading import load_records
 from .arguments import EvaluatedModel, EvaluationArguments
-from .contamination import state_training, warn_of_training
 from .encoders.auto import load_encoder
 from .encoders.encoder import Encoder, EncoderDescription, EncoderSettings
 from .encoders.remembering import RememberingEncoder
@@ -68,18 +67,12 @@ def evaluate(
 def _build_protocols(
     jobs: Sequence[Job], descriptions: Mapping[str, EncoderDescription]
 ) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The protocol of every model, task and set; warns of models that were trained on a set."""
-    protocols: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for name, description in descriptions.items():
-        trained_on: dict[str, dict[str, Any]] = {}
-        for job in jobs:
-            protocol = build_protocol(job.task, job.sets, description)
-            state_training(protocol, job.sets, description.trained_emoji)
-            protocols[name, job.task.name, job.set_name] = protocol
-            trained_on[job.set_name] = protocol
-        for set_name, protocol in trained_on.items():
-            warn_of_training(name, set_name, protocol)
-    return protocols
+    """The protocol of every model, task and dataset."""
+    return {
+        (name, job.task.name, job.set_name): build_protocol(job.task, job.sets, description)
+        for name, description in descriptions.items()
+        for job in jobs
+    }
 
 
 def _open(choice: EvaluatedModel, settings: EncoderSettings) -> Encoder:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.atomic_files import hash_json
-from .contamination import FIELD, write_trained
 from .results import Result, find_differences
 from .tasks.task_registry import find_task
 
@@ -43,15 +42,10 @@ def disambiguate(results: Sequence[Result]) -> list[Result]:
 
 
 def name_data(result: Result) -> str:
-    """The set as it stands alone: what it lacks, its language, and what was trained on of it."""
-    data = list_data(result)
-    counted = [part[FIELD] for part in data.values() if FIELD in part]
-    notes = [] if set(data) <= {"en", "None"} else [describe_languages(result)]
-    notes += dict.fromkeys(
-        f"trained on {write_trained(count)} images" for count in counted if count["images"] != 0
-    )
+    """The dataset as it stands alone: what it lacks, and its languages."""
     label = _label_dataset(result, [result])
-    return f"{label} [{', '.join(notes)}]" if notes else label
+    is_english = set(list_data(result)) <= {"en", "None"}
+    return label if is_english else f"{label} [{describe_languages(result)}]"
 
 
 def find_question(result: Result) -> tuple[str, str]:

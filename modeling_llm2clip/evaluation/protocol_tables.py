@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .contamination import FIELD as TRAINED_ON
-from .contamination import write_trained
 from .labels import (
     SIDES,
     describe_amount,
@@ -36,7 +34,7 @@ def list_protocol_tables(results: Sequence[Result]) -> list[Table]:
 
 def _list_models(results: Sequence[Result]) -> Table:
     heads = ["kind", "prompt", "max tokens", "padding", "letter case", "texts cut", "images",
-             "activation", "dtype", "trained on", "run on", "fingerprint"]  # fmt: skip
+             "activation", "dtype", "run on", "fingerprint"]  # fmt: skip
     is_mixed = len({result.versions.get(OWN_PACKAGE) for result in results}) > 1
 
     def describe(result: Result) -> list[str]:
@@ -84,9 +82,6 @@ def _describe_model(result: Result) -> list[str]:
         _write_images(images),
         _write_activations(text, images),
         model["dtype"],
-        ", ".join(
-            dict.fromkeys(write_trained(d.get(TRAINED_ON)) for d in list_data(result).values())
-        ),
         f"{result.run['device']}, {batch} at a time" if batch else ABSENT,
         shorten_fingerprint(result),
     ]

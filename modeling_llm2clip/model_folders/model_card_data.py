@@ -171,7 +171,7 @@ def read_results(paths: Sequence[Path]) -> tuple[CardResult, ...]:
     an interval as `{"value", "low", "high"}`. A nested score is named by its path, e.g.
     `t2i.hit_rate_at_1`. What is told once a language, class or category is left to the
     file, as is everything else in it. Of what `llm2clip evaluate` wrote, the set's name says its
-    language, what it lacks, and how much of it the model was trained on.
+    language, and what it lacks.
 
     Raises: ValueError naming every file that is none, every score that is no finite number, and
         every task that is given twice on one data set.

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import GOLDEN_FILE, renew_golden, write_golden
 from ..model_folders.model_card import write_model_card
@@ -42,7 +41,6 @@ def assemble_folder(
     folder: Path,
     *,
     training_data: Sequence[str] = (),
-    trained_emoji: TrainedEmoji | None = None,
     text_adapter_trained: bool = True,
     projections_trained: bool = True,
     results: Sequence[CardResult] = (),
@@ -60,8 +58,6 @@ def assemble_folder(
         trained: weights by their names there; each takes the dtype it had there.
         folder: folder to write.
         training_data: what was trained on, for the card, beside what the source states.
-        trained_emoji: what the training has seen of the package's emoji, beside what the source
-            states; None where that is not known.
         text_adapter_trained, projections_trained: what the new config.json says of these parts.
         results: measured with the trained weights.
         caution: what the card must warn of.
@@ -91,7 +87,6 @@ def assemble_folder(
         )
         for path in _list_weights(source):
             _copy_weights(path, unfinished / path.name, trained)
-        _record_trained_emoji(source, unfinished, trained_emoji)
         has_golden = _record_golden(source, unfinished, trained)
         facts = replace(facts, results=tuple(results), caution=caution, training_data=tuple(data))
         write_model_card(unfinished, facts, name=folder.name)
@@ -135,13 +130,6 @@ def _write_training_state(folder: Path, **state: bool) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) | state
     # As `save_pretrained` writes it.
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _record_trained_emoji(source: Path, folder: Path, trained: TrainedEmoji | None) -> None:
-    unknown = TrainedEmoji(is_complete=False)
-    before = read_trained_emoji(source)
-    if before is not None or trained is not None:
-        write_trained_emoji(folder, (before or unknown).add(trained or unknown))
 
 
 def _record_golden(source: Path, folder: Path, trained: Mapping[str, Tensor]) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..encoding.devices import find_device
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import write_golden
@@ -121,7 +120,6 @@ def export_model(
         name=arguments.name,
         max_shard_size=arguments.max_shard_size,
         records=find_records(source),
-        trained_emoji=read_trained_emoji(source),
     )
 
 
@@ -158,7 +156,6 @@ def save_model(
     name: str | None = None,
     max_shard_size: str = SHARD_SIZE,
     records: Mapping[str, Path] | None = None,
-    trained_emoji: TrainedEmoji | None = None,
 ) -> Path:
     """Write weights, code, processor, sentence-transformers files, golden embeddings and a card.
 
@@ -172,8 +169,6 @@ def save_model(
         name: what the card calls the model; None for the folder's last name.
         max_shard_size: of a weight file.
         records: files of the model's history, copied under these names; see `find_records`.
-        trained_emoji: what the weights have seen of the package's emoji; None where that is not
-            known, which the folder then leaves open.
     Returns: the folder.
     Raises: FileExistsError when the folder exists and is not empty; ValueError for a model of
         another class, whose code does not travel with it.
@@ -183,8 +178,6 @@ def save_model(
     with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         processor.save_pretrained(unfinished)
-        if trained_emoji is not None:
-            write_trained_emoji(unfinished, trained_emoji)
         write_sentence_transformers_files(
             unfinished,
             model.config,

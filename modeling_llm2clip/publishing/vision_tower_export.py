@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..data.trained_emoji import TrainedEmoji, read_trained_emoji, write_trained_emoji
 from ..loading_llm2clip import load_without_code
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.model_folder import find_model_folder
@@ -79,7 +78,6 @@ def export_vision_tower(
         load_without_code(AutoImageProcessor, folder),
         output,
         license_id=license_id,
-        trained_emoji=read_trained_emoji(folder),
     )
 
 
@@ -89,7 +87,6 @@ def save_vision_tower(
     output: str | Path,
     *,
     license_id: str | None = None,
-    trained_emoji: TrainedEmoji | None = None,
 ) -> Path:
     """Write a model's vision tower, its image processor and a card as one folder.
 
@@ -98,8 +95,6 @@ def save_vision_tower(
 
     Args:
         license_id: SPDX or Hub name of the weights' license, for the card.
-        trained_emoji: what the model's folder says that it has seen, for what is built on the
-            tower.
     Raises: FileExistsError when the folder exists and is not empty.
     """
     folder = Path(output)
@@ -107,8 +102,6 @@ def save_vision_tower(
     with atomic_folder(folder) as unfinished:
         tower.save_pretrained(unfinished)
         image_processor.save_pretrained(unfinished)
-        if trained_emoji is not None:
-            write_trained_emoji(unfinished, trained_emoji)
         data = ModelCardData(
             license=license_id,
             library_name="transformers",

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...data.image_sources import open_image
-from ...data.trained_emoji import TrainedEmoji
 from ...encoding.devices import find_device
 from ...encoding.float32 import float32_as_such
 from ...processing_llm2clip import load_images
@@ -100,7 +99,6 @@ class EncoderDescription:
         images: resolution, mean, std, resizing, cropping; None for texts alone.
         dtype: of the weights as they are run.
         run: device, batch size and kind of float32, which do not move a score in float32.
-        trained_emoji: what the model's folder says of it; None where it says nothing.
         untrained_parts: of a model of this package, those with random weights.
     """
 
@@ -111,13 +109,11 @@ class EncoderDescription:
     images: dict[str, Any] | None
     dtype: str
     run: dict[str, Any] = field(default_factory=dict)
-    trained_emoji: TrainedEmoji | None = None
     untrained_parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As values that JSON can hold, what it was trained on left out."""
+        """As values that JSON can hold."""
         told = asdict(self)
-        del told["trained_emoji"]
         untrained = list(told.pop("untrained_parts"))
         return told | ({"untrained_parts": untrained} if untrained else {})
 

@@ -7,12 +7,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...data.trained_emoji import TRAINED_FILE
-
 # Where a model was saved by whom changes no embedding.
 _IGNORED_FIELDS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 # Of this package's and of downloads: says nothing of how a text or an image is read.
-_IGNORED_FILES = ("model.safetensors.index.json", "README.md", TRAINED_FILE)
+_IGNORED_FILES = ("model.safetensors.index.json", "README.md")
 
 
 def hash_files(folder: Path, patterns: Iterable[str]) -> str:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.trained_emoji import read_trained_emoji
 from ...encoding.float32 import float32_as_such
 from ...encoding.image_encoding import encode_images
 from ...encoding.text_encoding import encode_captions
@@ -123,6 +122,5 @@ class LLM2CLIPEncoder:
             },
             dtype=self._settings.choose_dtype(saved),
             run=self._settings.run,
-            trained_emoji=read_trained_emoji(self._folder),
             untrained_parts=find_untrained_parts(config),
         )

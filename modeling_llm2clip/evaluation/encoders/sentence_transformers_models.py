@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..._extras import SENTENCE_TRANSFORMERS, require
-from ...data.trained_emoji import read_trained_emoji
 from ...loading_llm2clip import naming_code
 from ...model_folders.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
@@ -130,7 +129,6 @@ class SentenceTransformerEncoder:
             images=facts.images,
             dtype=self._settings.choose_dtype(weights["dtype"]),
             run=self._settings.run,
-            trained_emoji=read_trained_emoji(self._folder),
         )
 
 

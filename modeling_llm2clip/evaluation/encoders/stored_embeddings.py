@@ -22,7 +22,6 @@ from ...data.atomic_files import hash_json
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage, hash_records
-from ...data.trained_emoji import read_trained_emoji
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,
@@ -189,7 +188,6 @@ class StoredEmbeddingsEncoder:
             text=sides.get("texts"),
             images=sides.get("images"),
             dtype="+".join(sorted(dtypes)),
-            trained_emoji=None if head is None else read_trained_emoji(head),
             untrained_parts=self._untrained_parts,
         )
 

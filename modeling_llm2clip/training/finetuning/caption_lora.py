@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...building.lora_merging import merge_lora
-from ...data.trained_emoji import read_trained_emoji
 from ...model_folders.atomic_folder import require_new_folder
 from ...model_folders.model_card_data import read_card_facts
 from ...model_folders.model_folder import find_model_folder, find_records
@@ -31,7 +30,6 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
     loaded = LLM2CLIPModel.from_pretrained(model)
     merge_lora(loaded.text_model, adapter)
     folder = find_model_folder(model)
-    before = read_trained_emoji(folder)
     return save_model(
         loaded,
         LLM2CLIPProcessor.from_pretrained(model),
@@ -39,6 +37,4 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         prompts=read_prompts(folder),
         records=find_records(folder, trained_since=True),
         facts=replace(read_card_facts(folder), results=()),  # of other weights
-        # An adapter does not say which captions it has seen.
-        trained_emoji=before and replace(before, is_complete=False),
     )

@@ -103,7 +103,7 @@ DATASETS = (
     _multi30k("test_2017_flickr", 2017, ("en", "de", "fr")),
     DatasetSpec(
         name="emoji",
-        title="The package's own emoji that its demo holds out, with their names",
+        title="The package's emoji that its demo holds out (with seed 0), with their names",
         kind="retrieval",
         languages=("en", "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko"),
         counts={"images": 300, "captions": 300},
