@@ -21,7 +21,8 @@ from typing import Any
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
-from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.demo.pretrained_towers import (
     EFFICIENTNET,
@@ -78,12 +79,11 @@ def _run(
     encoded = None
     runs = []
     for seed in seeds:
-        chosen = BuildArguments(
-            prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional, seed=seed
-        )
-        model, processor = join_towers(
-            *towers, chosen, caption_lora=adapter, accept_lora_base=SMOLLM2_BASE
-        )
+        chosen = BuildConfig(
+            prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional, seed=seed,
+            lora=adapter, accept_lora_base=SMOLLM2_BASE,
+        )  # fmt: skip
+        model, processor = join_towers(*towers, chosen)
         # Neither tower depends on the seed.
         encoded = encoded or encode_records(model, processor, records, vision_embeds=vision_embeds)
         held_out = split_records(records, seed=seed)

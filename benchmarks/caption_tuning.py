@@ -28,7 +28,8 @@ import torch
 from provenance import describe_processor, read_commit
 from sentence_transformers import SentenceTransformer
 
-from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.caption_groups import group_captions, hold_out_groups
 from modeling_llm2clip.data.record_loading import load_records
@@ -112,7 +113,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _build(*, bidirectional: bool) -> tuple[Any, Any]:
-    chosen = BuildArguments(
+    chosen = BuildConfig(
         prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional
     )
     return join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)

@@ -77,7 +77,7 @@ def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
 
     from sentence_transformers import SentenceTransformer
 
-    from modeling_llm2clip.publishing.export_model import save_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
 
     model, processor = build_model(llm)
     folder = save_model(model, processor, Path(tempfile.mkdtemp()) / "model")
@@ -140,8 +140,9 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    from modeling_llm2clip.building.build_model import BuildArguments, build_model
-    from modeling_llm2clip.building.towers import load_text_tower
+    from modeling_llm2clip.building.build_model import join_towers
+    from modeling_llm2clip.building.text_towers import load_text_tower
+    from modeling_llm2clip.configs.build_config import BuildConfig
 
     # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.
     torch.manual_seed(0)
@@ -150,13 +151,10 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
                          num_attention_heads=2, image_size=32, patch_size=16)
     )  # fmt: skip
     size = {"height": 32, "width": 32}
-    text_model, tokenizer = load_text_tower(llm)
-    return build_model(
-        vision,
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
-        text_model,
-        tokenizer,
-        BuildArguments(prompt=prompt, projection_dim=576),
+    return join_towers(
+        (vision, CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)),
+        load_text_tower(llm),
+        BuildConfig(prompt=prompt, projection_dim=576),
     )
 
 

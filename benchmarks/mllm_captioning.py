@@ -37,9 +37,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.lora_merging import merge_lora
-from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.building.text_towers import load_text_tower
+from modeling_llm2clip.building.vision_towers import load_vision_tower
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.example_data import find_example_data
 from modeling_llm2clip.data.record_loading import load_records
@@ -51,10 +53,9 @@ from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
+from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.assemble import assemble_folder
-from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
@@ -169,8 +170,8 @@ def _make_towers(
     )  # fmt: skip
     text_model, tokenizer = load_text_tower(fetch_tower(SMOLLM2))
     merge_lora(text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE)
-    chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
-    built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
+    chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
+    built = join_towers((vision_model, image_processor), (text_model, tokenizer), chosen)
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
     extract_captions(work / "built", texts, work / "captions", ExtractionArguments())
@@ -181,7 +182,7 @@ def _make_towers(
     store = EmbeddingStore.open(work / "captions")
     result = align(work / "built", texts, work / "run", settings, caption_store=store)
     assert result.trained is not None, "a signal stopped the alignment"
-    assemble_folder(work / "built", result.trained, work / "aligned")
+    save_trained_model(work / "built", result.trained, work / "aligned")
     towers = {
         name: export_vision_tower(work / folder, work / f"{folder}-tower")
         for name, folder in (("before", "built"), ("after", "aligned"))

@@ -7,6 +7,7 @@ and the LLM need not be in memory. The sum is computed in float32 and rounded on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,8 @@ def _build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
     Not meta tensors: peft would move the LoRA to the device of its base, and lose it.
     """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # every class has it, and none is run
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         skeleton = build_tower(config)
     for module in skeleton.modules():
@@ -188,7 +191,8 @@ def _load_factors(adapted: Any, factors: Mapping[str, Tensor], folder: Path) -> 
         result = set_peft_model_state_dict(adapted, dict(factors))
     except RuntimeError as error:  # another shape
         raise ValueError(
-            f"The LoRA {folder} is for another LLM: {error}. Give the LLM that it was trained on."
+            f"The LoRA {folder} is for another LLM: {' '.join(str(error).split())} Give the LLM "
+            "that it was trained on."
         ) from error
     missing = sorted(key for key in result.missing_keys if "lora_" in key)
     strange = sorted(result.unexpected_keys)
@@ -222,7 +226,8 @@ def _require_places(
     lora: str | Path,
     base: str,
 ) -> None:
-    shapes = {n: tuple(getattr(x.get_base_layer(), _name_weight(x)).shape) for n, x in layers.items()}
+    places = {name: (layer.get_base_layer(), _name_weight(layer)) for name, layer in layers.items()}
+    shapes = {name: tuple(getattr(*place).shape) for name, place in places.items()}
     lost = sorted(set(shapes) - set(weights))
     misshapen = [
         f"{name}: the LoRA is for {shape}, the LLM has {weights[name].shape}"
@@ -288,9 +293,7 @@ def _merge(
             raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")
         is_lost = torch.equal(merged.to(dtype), before.to(dtype))
         if is_lost and layer.get_delta_weight(_ADAPTER).any():
-            raise ValueError(
-                f"{name}: the change is lost in the rounding of {dtype}. Use float32."
-            )
+            raise ValueError(f"{name}: the change is lost in the rounding of {dtype}. Use float32.")
     finally:
         _set_weight(base, parameter, torch.zeros(()).expand(before.shape))
     return merged

@@ -153,7 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_data(arguments)
     choose_device(arguments)
 
-    from ..publishing.assemble import assemble_folder
+    from ..model_folders.golden_embeddings import GOLDEN_FILE
+    from ..model_folders.model_writing import save_trained_model
     from ..training.alignment.align import align, check_settings
     from ..training.alignment.alignment_report import find_caution, list_results
 
@@ -171,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return result.exit_code
     data = Path(arguments.data).resolve().name
-    has_golden = assemble_folder(
+    save_trained_model(
         model,
         result.trained,
         folder,
@@ -181,6 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
         projections_trained=result.has_trained_projections,
         text_adapter_trained=result.has_trained_adapter,
     )
+    has_golden = (folder / GOLDEN_FILE).is_file()
     _print_result(result, model, folder, has_golden=has_golden)
     return 0
 

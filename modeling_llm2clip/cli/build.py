@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import DEMO, require
-from ..building.image_choices import NORMALIZATIONS
-from ..building.prompt_presets import PROMPT_NAMES
+from ..configs.build_config import PROMPT_NAMES
 from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .parser import add_device_flag, choose_device
 from .pick import pick
@@ -46,9 +45,14 @@ def add_parser(commands: Any) -> None:
 def _add_prompt_flags(prompt: Any) -> None:
     prompt.add_argument("--prompt", choices=PROMPT_NAMES, help="a known prompt; no default")
     prompt.add_argument(
-        "--prefix", help="text in front of every caption; default: that of --prompt"
+        "--prefix",
+        dest="prompt_prefix",
+        help="text in front of every caption; default: that of --prompt",
     )
-    prompt.add_argument("--suffix", help="text behind every caption; default: that of --prompt")
+    prompt.add_argument(
+        "--suffix", dest="prompt_suffix",
+        help="text behind every caption; default: that of --prompt",
+    )  # fmt: skip
 
 
 def _add_architecture_flags(build: Any) -> None:
@@ -70,7 +74,7 @@ def _add_architecture_flags(build: Any) -> None:
     build.add_argument("--image-size", type=int, help="side of the images; default: the tower's")
     build.add_argument(
         "--normalization",
-        choices=NORMALIZATIONS,
+        choices=("own", "openai", "half", "imagenet"),
         default="own",
         help="mean and std of the images: the tower's own, CLIP's, 0.5, or ImageNet's",
     )
@@ -89,7 +93,7 @@ def _add_architecture_flags(build: Any) -> None:
 
 def _add_weight_flags(build: Any) -> None:
     build.add_argument(
-        "--caption-lora", type=Path, help="LoRA of a caption-tuned LLM; default: none"
+        "--caption-lora", dest="lora", type=Path, help="LoRA of a caption-tuned LLM; default: none"
     )
     build.add_argument(
         "--accept-lora-base", metavar="NAME",
@@ -115,39 +119,25 @@ def _add_weight_flags(build: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
-    from ..building.tower_sources import require_sources
+    from ..building.tower_loading import require_sources
     from ..model_folders.atomic_folder import require_new_folder
 
     require_new_folder(arguments.output)
     licenses = _take_embedded(arguments)
-    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.caption_lora))
+    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.lora))
     require(*list_needs_of_model(arguments.vision))
     _require_prompt(arguments)
     _require_order(arguments)
-    require_sources(vision=arguments.vision, llm=arguments.llm, caption_lora=arguments.caption_lora)
-    device = choose_device(arguments)
+    require_sources(vision=arguments.vision, text=arguments.llm, lora=arguments.lora)
+    arguments.device = str(choose_device(arguments))
 
-    import torch
+    from ..building.build_model import build_model
+    from ..configs.build_config import BuildConfig
+    from ..configs.export_config import CardConfig
 
-    from ..building.build_model import BuildArguments, join_towers
-    from ..model_folders.model_card_data import CardData, find_license
-    from ..publishing.export_model import save_model
-
-    model, processor = join_towers(
-        arguments.vision,
-        arguments.llm,
-        pick(BuildArguments, arguments),
-        dtype=getattr(torch, arguments.dtype),
-        caption_lora=arguments.caption_lora,
-        accept_lora_base=arguments.accept_lora_base,
-        tokenizer_code=arguments.tokenizer_code,
-    )
-    model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    facts = CardData(
-        vision_license=licenses.get("vision") or find_license(arguments.vision),
-        text_license=licenses.get("llm") or find_license(arguments.llm),
-    )
-    folder = save_model(model, processor, arguments.output, facts=facts)
+    card = CardConfig(vision_license=licenses.get("vision"), text_license=licenses.get("llm"))
+    config = pick(BuildConfig, arguments)
+    folder = build_model(arguments.vision, arguments.llm, arguments.output, config, card=card)
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
     return 0
 
@@ -171,16 +161,20 @@ def _take_embedded(arguments: argparse.Namespace) -> dict[str, str]:
     if "llm" in taken:
         arguments.llm = str(fetch_tower(SMOLLM2))
         arguments.accept_lora_base = arguments.accept_lora_base or SMOLLM2_BASE
-        if arguments.caption_lora is None and arguments.bidirectional:
-            arguments.caption_lora = find_example_data() / "caption_lora"
-        if arguments.prefix is None and arguments.suffix is None:
+        if arguments.lora is None and arguments.bidirectional:
+            arguments.lora = find_example_data() / "caption_lora"
+        if arguments.prompt_prefix is None and arguments.prompt_suffix is None:
             arguments.prompt = arguments.prompt or "chatml"
     return dict.fromkeys(taken, "apache-2.0")
 
 
 def _require_prompt(arguments: argparse.Namespace) -> None:
     """Raise ValueError where no prompt is chosen, before anything is imported."""
-    if arguments.prompt is None and arguments.prefix is None and arguments.suffix is None:
+    if (
+        arguments.prompt is None
+        and arguments.prompt_prefix is None
+        and arguments.prompt_suffix is None
+    ):
         raise ValueError(
             f"Give --prompt, one of {', '.join(PROMPT_NAMES)}, or a --prefix and --suffix of your "
             "own. A prompt is never guessed, because the embeddings depend on it."

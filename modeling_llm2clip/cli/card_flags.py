@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-LICENSE_FLAGS = ("license_id", "license_name", "license_link", "vision_license", "text_license")
+LICENSE_FLAGS = ("license", "license_name", "license_link", "vision_license", "text_license")
 
 
 def add_card_flags(card: Any) -> None:
     """Add the flags of licenses and of the names of both towers."""
     card.add_argument(
         "--license",
-        dest="license_id",
         metavar="ID",
         help="license of the weights, e.g. apache-2.0; default: that on MODEL's card, if any",
     )

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._extras import TIMM_TOWER, require
-from ..building.prompt_presets import PROMPT_NAMES
-from ..conversion.source_formats import (
-    ACTIVATIONS,
-    COMPONENTS,
-    DTYPES,
-    PREPROCESSINGS,
-    SOURCE_FORMATS,
-    OutputArguments,
-    SourceFormat,
-)
+from ..configs.build_config import PROMPT_NAMES, BuildConfig
+from ..configs.export_config import ConvertConfig
+from ..configs.source_format import PREPROCESSINGS, SOURCE_FORMATS, SourceFormat
 from .card_flags import add_card_flags, pick_licenses
 from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
 from .parser import add_device_flag, choose_device
-from .pick import pick
-
-if TYPE_CHECKING:
-    from ..model_folders.model_card_data import CardData
-    from ..publishing.push_to_hub import Destination
 
 _LLM2VEC = "llm2vec"
+COMPONENTS = ("full", "vision", "text")
+DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("quick_gelu", "gelu", "silu")
 _TIMM_RECIPES = ("eva02", "siglip2")
 # What an LLM2Vec folder says itself, or a model without official weights has not → its default.
 _NOT_WITH_LLM2VEC: dict[str, Any] = {
@@ -128,8 +120,12 @@ def _add_recipe_flags(group: Any) -> None:
     group.add_argument(
         "--prompt", choices=PROMPT_NAMES, help=f"prompt around every caption; {recipes}"
     )
-    group.add_argument("--prefix", help=f"text in front of every caption; {recipes}")
-    group.add_argument("--suffix", help=f"text behind every caption; {recipes}")
+    group.add_argument(
+        "--prefix", dest="prompt_prefix", help=f"text in front of every caption; {recipes}"
+    )
+    group.add_argument(
+        "--suffix", dest="prompt_suffix", help=f"text behind every caption; {recipes}"
+    )
     group.add_argument(
         "--max-text-length", type=int, help=f"most tokens of a text, with its prompt; {recipes}"
     )
@@ -174,7 +170,7 @@ def choose_recipe(arguments: argparse.Namespace) -> SourceFormat:
                 f"{_flag(name)} goes with the recipes {recipes}; {arguments.recipe!r} has no use "
                 "for it. Leave it out."
             )
-    if "prefix" in given or "suffix" in given:
+    if "prompt_prefix" in given or "prompt_suffix" in given:
         given.setdefault("prompt", None)
     return replace(SOURCE_FORMATS[arguments.recipe], **given)
 
@@ -190,13 +186,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.llm is None or arguments.vision is not None:
         raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
     recipe = choose_recipe(arguments)
-    device = choose_device(arguments)
+    arguments.device = str(choose_device(arguments))
+    config = _read_config(arguments)
+    if arguments.push is not None:
+        _require_publishable(arguments)
     from ..conversion.convert_checkpoint import convert_checkpoint
     from ..conversion.source_checkpoint import CheckpointSource
     from ..conversion.source_llm import LLMSource
 
-    destination = _read_destination(arguments)
-    report = convert_checkpoint(
+    folder = convert_checkpoint(
         CheckpointSource(arguments.source, arguments.file, arguments.revision),
         LLMSource(
             arguments.llm,
@@ -205,25 +203,37 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.accept_lora_base,
         ),
         arguments.output,
-        recipe=recipe,
-        arguments=OutputArguments(
-            arguments.components,
-            arguments.dtype,
-            arguments.shard_size_mb,
-            base_models=arguments.base_models and tuple(arguments.base_models),
-            name=arguments.push,
-            requires_license=destination is not None,
-        ),
-        facts=pick_licenses(arguments),
-        device=str(device),
+        recipe,
+        config,
+        name=arguments.push,
     )
-    print(report.diagnosis.report())
-    for reason in sorted(set(report.dropped.values())):
-        keys = sorted(key for key, why in report.dropped.items() if why == reason)
+    record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+    print(f"{folder}: healthy")
+    for reason, keys in sorted(record["dropped"].items()):
         print(f"left out, {reason}: {', '.join(keys)}")
-    print(f"Wrote {report.folder}: {report.num_parameters:,} parameters. {_what_next(arguments)}")
-    _push(arguments, destination)
+    print(f"Wrote {folder}: {record['num_parameters']:,} parameters. {_what_next(arguments)}")
+    _push(arguments)
     return 0
+
+
+def _read_config(arguments: argparse.Namespace) -> ConvertConfig:
+    return ConvertConfig(
+        components=arguments.components,
+        dtype=arguments.dtype,
+        max_shard_size=f"{arguments.shard_size_mb}MB",
+        base_models=arguments.base_models and tuple(arguments.base_models),
+        device=arguments.device,
+        **pick_licenses(arguments),
+    )
+
+
+def _require_publishable(arguments: argparse.Namespace) -> None:
+    """Refuse, before anything is opened, what could not be published."""
+    from ..model_folders.model_card_data import CardData, require_license
+    from ..publishing.push_to_hub import require_repo_id
+
+    require_repo_id(arguments.push)
+    require_license(CardData(**pick_licenses(arguments)), arguments.source)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -233,53 +243,42 @@ def _build(arguments: argparse.Namespace) -> int:
         *list_needs_of_adapter(arguments.source),
     )
     _require_llm2vec_flags(arguments)
-    device = choose_device(arguments)
-    import torch
+    arguments.device = str(choose_device(arguments))
+    _read_config(arguments)  # checked before anything is loaded
+    if arguments.push is not None:
+        from ..publishing.push_to_hub import require_repo_id
 
-    from ..building.build_model import BuildArguments
-    from ..conversion.llm2vec import build_from_llm2vec
-    from ..publishing.export_model import save_model
-
-    destination = _read_destination(arguments)
-    facts = _gather_facts(arguments)
-    if destination is not None:
+        require_repo_id(arguments.push)
         raise ValueError(
             f"--push: the recipe {_LLM2VEC!r} makes an untrained model, and none is published. "
             "Leave --push out, align the model (llm2clip align), and export that with --push."
         )
+    from ..configs.export_config import CardConfig
+    from ..conversion.llm2vec import build_from_llm2vec
+
+    base_models = arguments.base_models and tuple(arguments.base_models)
     normalizes = arguments.normalize_text_before_adapter
-    model, processor = build_from_llm2vec(
+    folder = build_from_llm2vec(
         arguments.vision,
         Path(arguments.source),
-        BuildArguments(
+        arguments.output,
+        BuildConfig(
             prompt=arguments.prompt,
-            prefix=arguments.prefix,
-            suffix=arguments.suffix,
+            prompt_prefix=arguments.prompt_prefix,
+            prompt_suffix=arguments.prompt_suffix,
             normalize_text_before_adapter=True if normalizes is None else normalizes,
+            accept_lora_base=arguments.accept_lora_base,
+            dtype=arguments.dtype,
+            device=arguments.device,
         ),
         base=arguments.llm,
-        accept_lora_base=arguments.accept_lora_base,
-        dtype=getattr(torch, arguments.dtype),
-    )
-    model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    if arguments.base_models:
-        towers = (model.config.vision_config, model.config.text_config)
-        for tower, name in zip(towers, arguments.base_models, strict=True):
-            tower._name_or_path = name
-    folder = save_model(
-        model,
-        processor,
-        arguments.output,
-        facts=facts,
-        max_shard_size=f"{arguments.shard_size_mb}MB",
+        card=CardConfig(base_models=base_models, **pick_licenses(arguments)),
     )
     print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
-    _push(arguments, destination)
     return 0
 
 
 def _require_llm2vec_flags(arguments: argparse.Namespace) -> None:
-    pick(OutputArguments, arguments)  # checked before anything is loaded
     if arguments.vision is None:
         raise ValueError("An LLM2Vec folder becomes half of a new model: give --vision.")
     given = [
@@ -295,17 +294,6 @@ def _require_llm2vec_flags(arguments: argparse.Namespace) -> None:
         )
 
 
-def _gather_facts(arguments: argparse.Namespace) -> CardData:
-    from ..model_folders.model_card_data import CardData, find_license
-
-    facts = CardData(**pick_licenses(arguments))
-    return replace(
-        facts,
-        vision_license=facts.vision_license or find_license(arguments.vision),
-        text_license=facts.text_license or find_license(arguments.llm or arguments.source),
-    )
-
-
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -314,16 +302,10 @@ def _what_next(arguments: argparse.Namespace) -> str:
     return f"Its embeddings are recorded; check any copy with: llm2clip doctor {arguments.output}"
 
 
-def _read_destination(arguments: argparse.Namespace) -> Destination | None:
-    from ..publishing.push_to_hub import Destination
-
-    return None if arguments.push is None else Destination(arguments.push)
-
-
-def _push(arguments: argparse.Namespace, destination: Destination | None) -> None:
-    if destination is None:
+def _push(arguments: argparse.Namespace) -> None:
+    if arguments.push is None:
         return
     from ..publishing.push_to_hub import push_to_hub
 
-    address = push_to_hub(arguments.output, destination, device=arguments.device)
+    address = push_to_hub(arguments.output, arguments.push, device=arguments.device)
     print(f"Published {address}. Pin its last part with revision=… when you load it.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import DEMO, require
-from ..building.prompt_presets import PROMPT_NAMES
+from ..configs.build_config import PROMPT_NAMES
 from .parser import add_device_flag, choose_device
 from .pick import pick
 
@@ -81,7 +81,7 @@ def _describe(report: dict[str, Any]) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Run it and return the exit code."""
     require(*DEMO)
-    from ..building.tower_sources import require_sources
+    from ..building.tower_loading import require_sources
 
     if arguments.llm is not None and arguments.prompt is None:
         raise ValueError(
@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     own_adapter = arguments.caption_lora in (None, "embedded", "none")
     require_sources(
         vision=arguments.vision,
-        llm=arguments.llm,
-        caption_lora=None if own_adapter else arguments.caption_lora,
+        text=arguments.llm,
+        lora=None if own_adapter else arguments.caption_lora,
     )
     arguments.device = str(choose_device(arguments))
 

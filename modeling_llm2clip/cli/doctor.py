@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_own_model(arguments.model, revision=arguments.revision)
     device = choose_device(arguments)
 
-    from ..doctor import check_model
+    from ..doctor.check_model import check_model
 
     diagnosis = check_model(arguments.model, revision=arguments.revision, device=str(device))
     print(diagnosis.report())

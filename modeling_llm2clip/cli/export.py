@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._extras import require
-from .card_flags import LICENSE_FLAGS, add_card_flags, pick_licenses
+from .card_flags import LICENSE_FLAGS, add_card_flags
 from .extras import list_needs_of_model
 from .parser import add_device_flag, choose_device
 
 if TYPE_CHECKING:
-    from ..publishing.export_model import ExportArguments
-    from ..publishing.push_to_hub import Destination
+    from ..configs.export_config import ExportConfig
 
 _HUB = ("push", "public", "branch", "commit_message", "dry_run")
 _CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data", "results")
@@ -37,9 +36,9 @@ def add_parser(commands: Any) -> None:
         help="branch, tag or commit of MODEL, where it is a Hub id; default: its main branch",
     )
     export.add_argument(
-        "--components", choices=("full", "text", "vision", "tower"), default="full",
-        help="the whole model, a half of it, or (tower) the vision tower as an ordinary one of "
-        "transformers, for LLaVA and the like",
+        "--components", choices=("full", "text", "vision", "vision-tower"), default="full",
+        help="the whole model, a half of it, or (vision-tower) the vision tower as an ordinary one "
+        "of transformers, for LLaVA and the like",
     )  # fmt: skip
     export.add_argument(
         "--dtype",
@@ -99,28 +98,29 @@ def run(arguments: argparse.Namespace) -> int:
         require_new_folder(arguments.folder)
     require_own_model(arguments.model, revision=arguments.revision)
     arguments.device = str(choose_device(arguments))
-    from ..publishing.push_to_hub import push_to_hub
+    from ..publishing.push_to_hub import push_to_hub, require_repo_id
 
-    destination = _read_destination(arguments)
-    if arguments.components == "tower":
+    if arguments.push is not None:
+        require_repo_id(arguments.push)
+        if arguments.commit_message is not None and not arguments.commit_message.strip():
+            raise ValueError("The commit message is blank; describe the commit.")
+    if arguments.components == "vision-tower":
         return _write_tower(arguments)
     if arguments.dry_run:
-        return _list(arguments, destination)
+        return _list(arguments)
     folder = Path(arguments.model) if arguments.folder is None else _write(arguments)
-    if destination:
-        address = push_to_hub(folder, destination, device=arguments.device)
+    if arguments.push is not None:
+        chosen = {"revision": arguments.branch, "commit_message": arguments.commit_message}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        address = push_to_hub(
+            folder,
+            arguments.push,
+            private=not arguments.public,
+            device=arguments.device,
+            **given,
+        )
         print(f"Published {address}. Pin its last part with revision=… when you load it.")
     return 0
-
-
-def _read_destination(arguments: argparse.Namespace) -> Destination | None:
-    from ..publishing.push_to_hub import Destination
-
-    stated = {name: getattr(arguments, name) for name in ("branch", "commit_message")}
-    given = {name: value for name, value in stated.items() if value is not None}
-    if arguments.push is None:
-        return None
-    return Destination(arguments.push, private=not arguments.public, **given)
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
@@ -130,32 +130,26 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise ValueError("--public, --branch and --commit-message go with --push OWNER/NAME.")
     if arguments.folder is None:
         _require_folder_as_it_is(arguments)
-    elif arguments.components == "tower":
+    elif arguments.components == "vision-tower":
         unused = [n for n in (*LICENSE_FLAGS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
         if unused:
             raise ValueError(
-                f"--components tower goes with --revision and --license; got {unused}."
+                f"--components vision-tower goes with --revision and --license; got {unused}."
             )
 
 
-def _list(arguments: argparse.Namespace, destination: Destination | None) -> int:
+def _list(arguments: argparse.Namespace) -> int:
     """Print what would be written and uploaded, after the same checks; write nothing."""
-    from ..publishing.dry_run import plan_export
+    from ..publishing.export_plan import plan_export
     from ..publishing.push_to_hub import check_publishable
 
     if arguments.folder is None:
         files = check_publishable(arguments.model, device=arguments.device)
         rest = ""
     else:
-        settings, facts = _gather(arguments)
-        files = plan_export(
-            arguments.model,
-            arguments.folder,
-            settings,
-            facts=facts,
-            revision=arguments.revision,
-            device=arguments.device,
-        )
+        config = _read_config(arguments)
+        _require_publishable(arguments, config)
+        files = plan_export(arguments.model, arguments.folder, config, revision=arguments.revision)
         rest = (
             f"Nothing was written to {arguments.folder}. Sizes of weight files are exact but for "
             "their headers, the others' are those in MODEL. The checks were made on MODEL; what "
@@ -163,48 +157,50 @@ def _list(arguments: argparse.Namespace, destination: Destination | None) -> int
         )
     for file in files:
         print(f"{file.num_bytes:>15,}  {file.path}")
-    print(f"{rest}Nothing was uploaded{_describe(destination)}. Leave out --dry-run to do it.")
+    print(f"{rest}Nothing was uploaded{_describe(arguments)}. Leave out --dry-run to do it.")
     return 0
 
 
-def _describe(destination: Destination | None) -> str:
-    if destination is None:
+def _describe(arguments: argparse.Namespace) -> str:
+    if arguments.push is None:
         return ""
-    kind = "private" if destination.private else "public"
-    return f" to {destination.repo_id} ({kind}, branch {destination.branch})"
+    access = "public" if arguments.public else "private"
+    return f" to {arguments.push} ({access}, branch {arguments.branch or 'main'})"
 
 
-def _gather(arguments: argparse.Namespace) -> tuple[ExportArguments, dict[str, Any]]:
-    from ..model_folders.model_card_data import read_results
-    from ..publishing.export_model import SHARD_SIZE, ExportArguments
+def _read_config(arguments: argparse.Namespace) -> ExportConfig:
+    from ..configs.export_config import ExportConfig
 
-    facts = pick_licenses(arguments)
-    if arguments.training_data:
-        facts["training_data"] = tuple(arguments.training_data)
-    if arguments.results:
-        facts["results"] = read_results(arguments.results)
-    settings = ExportArguments(
-        components=arguments.components,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size or SHARD_SIZE,
-        base_models=arguments.base_models and tuple(arguments.base_models),
-        name=arguments.push,
-        requires_license=bool(arguments.push or arguments.dry_run),
-    )
-    return settings, facts
+    names = (*LICENSE_FLAGS, "base_models", "training_data", "results", "dtype", "max_shard_size")
+    given = {name: value for name in names if (value := getattr(arguments, name))}
+    return ExportConfig(components=arguments.components, device=arguments.device, **given)
+
+
+def _require_publishable(arguments: argparse.Namespace, config: ExportConfig) -> None:
+    """Refuse, before anything is loaded, what could not be published."""
+    from ..configuration_llm2clip import LLM2CLIPConfig
+    from ..model_folders.model_card_data import require_license
+    from ..model_folders.model_folder import find_model_folder
+    from ..model_folders.training_state import require_trained
+    from ..publishing.export_model import plan_card
+
+    found = find_model_folder(arguments.model, revision=arguments.revision)
+    require_license(plan_card(found, config), found)
+    require_trained(LLM2CLIPConfig.from_pretrained(found), purpose="publishing", source=found)
 
 
 def _write(arguments: argparse.Namespace) -> Path:
     from ..publishing.export_model import export_model
 
-    settings, facts = _gather(arguments)
+    config = _read_config(arguments)
+    if arguments.push is not None:
+        _require_publishable(arguments, config)
     folder = export_model(
         arguments.model,
         arguments.folder,
-        settings,
-        facts=facts,
+        config,
         revision=arguments.revision,
-        device=arguments.device,
+        name=arguments.push,
     )
     print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
     return folder
@@ -218,7 +214,7 @@ def _write_tower(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.folder,
         revision=arguments.revision,
-        license_id=arguments.license_id,
+        license=arguments.license,
     )
     print(f"Wrote {folder}. AutoModel and LlavaConfig(vision_config=…) take it unchanged.")
     return 0

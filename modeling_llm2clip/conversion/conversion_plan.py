@@ -14,7 +14,10 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 
-from ..building.build_model import BuildArguments, configure_model
+from ..building.build_model import configure_model
+from ..configs.build_config import BuildConfig
+from ..configs.export_config import ConvertConfig
+from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..model_folders.weights import LazyTensor
@@ -22,7 +25,6 @@ from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVision
 from .key_mapping import RenamedWeights, Rule, apply_rules, rename
 from .layouts.layout import Layout
 from .source_checkpoint import Checkpoint, public_name, require_layout
-from .source_formats import PREPROCESSINGS, OutputArguments, SourceFormat
 from .source_llm import LanguageModel, open_llm_weights
 
 MODEL_CLASSES: dict[str, Any] = {
@@ -77,7 +79,7 @@ def plan_conversion(
     checkpoint: Checkpoint,
     language: LanguageModel,
     source_format: SourceFormat,
-    config: OutputArguments,
+    config: ConvertConfig,
 ) -> ConversionPlan:
     """Settle the configuration and the origin of every weight; reads shapes only.
 
@@ -155,10 +157,10 @@ def _configure(
         checkpoint.tensors, source_format, checkpoint.stated_config
     )
     vision_config._name_or_path = public_name(checkpoint.source.name)
-    chosen = BuildArguments(
+    chosen = BuildConfig(
         prompt=source_format.prompt,
-        prefix=source_format.prefix,
-        suffix=source_format.suffix,
+        prompt_prefix=source_format.prompt_prefix,
+        prompt_suffix=source_format.prompt_suffix,
         projection_dim=sizes.projection_dim,
         max_text_length=source_format.max_text_length,
         text_pooling=source_format.text_pooling,

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..configs.source_format import SOURCE_FORMATS
 from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
@@ -18,7 +19,6 @@ from .layouts.hub_clip import HUB_CLIP
 from .layouts.layout import Layout
 from .layouts.openai import OPENAI
 from .layouts.siglip2 import SIGLIP2
-from .source_formats import SOURCE_FORMATS
 
 _LAYOUTS = (HUB_CLIP, OPENAI, EVA02, SIGLIP2)
 _KEYS_SHOWN = 6

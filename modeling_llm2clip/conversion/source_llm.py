@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..building.lora_merging import merge_lora_weights
-from ..building.towers import require_decoder, require_own_tokenizer
+from ..building.text_towers import require_decoder, require_own_tokenizer
 from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder

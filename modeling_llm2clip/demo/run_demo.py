@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..building.build_model import BuildArguments, join_towers
-from ..building.tower_sources import require_sources
+from ..building.build_model import join_towers
+from ..building.tower_loading import require_sources
+from ..configs.build_config import BuildConfig
 from ..data.example_data import find_example_data
 from ..data.record_loading import load_records
 from ..data.records import CaptionedImage
@@ -24,9 +25,9 @@ from ..data.splits import split_records
 from ..encoding.devices import find_device
 from ..evaluation.datasets.readers.own_records import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
+from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..publishing.export_model import save_model
 from ..search.results_page import SearchResult, write_contact_sheet, write_page
 from .feature_alignment import AlignmentArguments
 from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
@@ -54,7 +55,7 @@ class DemoArguments:
         output: folder that is made; must not hold an earlier run.
         vision, llm: Hub ids or folders; None for the embedded real parts.
         images: a folder with `captions.jsonl`; None for the embedded emoji and photographs.
-        prompt: see `hub.prompts`; needed with another LLM.
+        prompt: see `building.prompts`; needed with another LLM.
         caption_lora: folder of a LoRA that taught the LLM to tell captions apart, merged into
             it before anything is encoded; "embedded" for that of the embedded LLM, which is also
             the default for it; "none" for the LLM as it is, which is the default for another.
@@ -95,10 +96,14 @@ class DemoArguments:
         )
 
     @property
-    def building(self) -> BuildArguments:
-        """Settings of the model that is put together."""
-        return BuildArguments(
-            prompt=self.prompt or "chatml", visual_projection_bias=True, seed=self.seed
+    def building(self) -> BuildConfig:
+        """How the towers are joined."""
+        return BuildConfig(
+            prompt=self.prompt or "chatml",
+            visual_projection_bias=True,
+            seed=self.seed,
+            lora=self.find_adapter(),
+            accept_lora_base=self.accepted_base,
         )
 
     def __post_init__(self) -> None:
@@ -111,7 +116,7 @@ class DemoArguments:
             )
         if self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty. Remove it, or name another --output.")
-        require_sources(vision=self.vision, llm=self.llm, caption_lora=self.find_adapter())
+        require_sources(vision=self.vision, text=self.llm, lora=self.find_adapter())
 
 
 def run_demo(arguments: DemoArguments) -> dict[str, Any]:
@@ -126,13 +131,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     llm = arguments.llm or fetch_tower(SMOLLM2)
     started = time.monotonic()
     print("Building the model from its towers …", flush=True)
-    model, processor = join_towers(
-        vision,
-        llm,
-        arguments.building,
-        caption_lora=arguments.find_adapter(),
-        accept_lora_base=arguments.accepted_base,
-    )
+    model, processor = join_towers(vision, llm, arguments.building)
     model.to(find_device(arguments.device))  # type: ignore[arg-type]
     images = encode_records(model, processor, records)
     print(f"Aligning adapter and projections, {arguments.alignment.steps} steps …", flush=True)
@@ -145,7 +144,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         model,
         processor,
         arguments.output / "model",
-        facts=_state_facts(arguments, scores),
+        card=_state_card(arguments, scores),
     )
     found = search(model, processor, images, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
@@ -185,10 +184,10 @@ def read_images(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[Ca
 
 
 @torch.inference_mode()
-def _state_facts(arguments: DemoArguments, scores: dict[str, float]) -> CardData:
+def _state_card(arguments: DemoArguments, scores: dict[str, float]) -> CardData:
     is_embedded = arguments.vision is None and arguments.llm is None
     return CardData(
-        license_id="apache-2.0" if is_embedded else None,
+        license="apache-2.0" if is_embedded else None,
         vision_license=find_license(arguments.vision) if arguments.vision else "apache-2.0",
         text_license=find_license(arguments.llm) if arguments.llm else "apache-2.0",
         training_data=(arguments.images.name if arguments.images else "embedded emoji",),

@@ -30,8 +30,8 @@ GOLDEN_TEXTS = (
 
 # Distances of unit embeddings. One machine, another order of sums: rounding that adds up over
 # layers. Measured on a CPU with SmolLM2-135M (30 layers) and five texts, alone, batched, padded
-# left: at most 7e-6 in float32, 0.02 in float16, 0.14 in bfloat16. Different texts were 0.67 or more
-# apart, and attention to padding moved one of them by 0.9.
+# left: at most 7e-6 in float32, 0.02 in float16, 0.14 in bfloat16. Different texts were at least
+# 0.67 apart, and attention to padding moved one of them by 0.9.
 _SAME_MACHINE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 # Another machine has other kernels too, and may resize images by other library code; in half
 # precision that is no worse than another order of sums (0.03 and 0.14 from float32).

@@ -313,9 +313,7 @@ def _list_modalities(model: Any) -> list[str]:
     return [name for name in ("text", "image") if name in model_class.input_modalities]
 
 
-def _write_golden(
-    folder: Path, model: Any, processor: LLM2CLIPProcessor, *, device: str
-) -> None:
+def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, device: str) -> None:
     if not isinstance(model, LazyModel):
         write_golden(folder, model, processor)
         return

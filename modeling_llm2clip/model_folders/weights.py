@@ -221,7 +221,7 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
             heads = {n: (tuple(part.get_shape()), part.get_dtype()) for n, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is truncated or corrupt ({error}). Download it again and compare its size "
+            f"{file} is truncated or damaged ({error}). Download it again and compare its size "
             "and SHA-256 with the source's."
         ) from error
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))

@@ -20,7 +20,7 @@ from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.alignment.align import AlignResult, align
 from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
+from ...configs.source_format import SourceFormat
 from ..key_mapping import Drop, rename
-from ..source_formats import SourceFormat
 from .layout import Layout, Tensors
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ...configs.source_format import SourceFormat
 from ...model_folders.weights import LazyTensor
 from ..key_mapping import Drop, Rule
-from ..source_formats import SourceFormat
 
 Tensors = Mapping[str, LazyTensor]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
+from ...configs.source_format import SourceFormat
 from ..key_mapping import Make, Rule, rename
-from ..source_formats import SourceFormat
 from .layout import Layout, Tensors, count_blocks, count_heads, square_side
 
 _BLOCK = r"visual\.transformer\.resblocks\.(\d+)\."

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from ...configs.source_format import SourceFormat
 from ..key_mapping import rename
-from ..source_formats import SourceFormat
 from .layout import (
     Layout,
     Tensors,
     count_blocks,
     count_heads,
-    make_timm_config,
     find_ratio,
+    make_timm_config,
     square_side,
 )
 

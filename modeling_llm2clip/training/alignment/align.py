@@ -1,7 +1,7 @@
 """Stage 3: checks everything that is cheap, loads what is needed, trains, and merges.
 
 Writes into the output folder: `run.json`, `metrics.jsonl`, `checkpoints/`. The new Hub folder is
-made of the result by `hub.assemble`.
+made of the result by `save_trained_model`.
 """
 
 from __future__ import annotations

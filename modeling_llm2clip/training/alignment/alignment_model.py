@@ -7,35 +7,23 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...loading_llm2clip import build_tower
-from ...modeling_llm2clip import LLM2CLIPModel
+from ...model_folders.model_loading import PartialModel
 
 HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
 
 
-class _AbsentTower(nn.Module):
-    """Stands where a tower would: has its configuration and no weights."""
-
-    config: Any = None
-
-    def get_input_embeddings(self) -> None:
-        """There are none; FSDP asks."""
-
-
-class AlignmentModel(LLM2CLIPModel):
+class AlignmentModel(PartialModel):
     """Both sides in one forward pass, as distributed training wants it.
 
-    Loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It is
-    never saved: what is trained is, and `hub.assemble` makes a folder of it.
+    It is never saved as a model: `save_trained_model` writes what was trained.
 
     Args:
         with_llm: False where caption embeddings are stored.
@@ -45,26 +33,12 @@ class AlignmentModel(LLM2CLIPModel):
         trains_text, trains_vision: whether gradients reach the towers; set before training.
     """
 
-    _auto_class = None  # type: ignore[assignment]
     packs_in_training = True
 
     def __init__(
         self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
     ) -> None:
-        self._keys_to_ignore_on_load_unexpected = [
-            *([] if with_llm else [r"^text_model\."]),
-            *([] if with_vision_tower else [r"^vision_model\."]),
-        ]
-        vision_model = None
-        if not with_vision_tower:
-            # Built without memory, because only the network knows how wide its embeddings are.
-            with torch.device("meta"):
-                vision_model = build_tower(config.vision_config)
-        text_model: Any = None if with_llm else _AbsentTower()
-        super().__init__(config, vision_model, text_model)
-        if not with_vision_tower:
-            self.vision_model = _AbsentTower()
-            self.prune_no_split_modules()
+        super().__init__(config, with_llm, with_vision_tower)
         self.trains_text = self.trains_vision = False
 
     def forward(

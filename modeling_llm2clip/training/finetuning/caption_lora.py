@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ...building.lora_merging import merge_lora
 from ...model_folders.atomic_folder import require_new_folder
-from ...model_folders.model_card_data import read_card_facts
-from ...model_folders.model_folder import find_model_folder, find_records
+from ...model_folders.model_card_data import read_card_data
+from ...model_folders.model_folder import find_model_folder
+from ...model_folders.model_writing import find_carried_files, read_instructions, save_model
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.export_model import read_prompts, save_model
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:
@@ -24,7 +24,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         model: Hub id or folder the adapter was trained on.
         adapter: Hub id or folder of the LoRA.
         output: folder to write.
-    Raises: FileExistsError when `output` is not empty; ValueError as `adapters.merge_lora`.
+    Raises: FileExistsError when `output` is not empty; ValueError as `merge_lora`.
     """
     require_new_folder(output)
     loaded = LLM2CLIPModel.from_pretrained(model)
@@ -34,7 +34,7 @@ def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) 
         loaded,
         LLM2CLIPProcessor.from_pretrained(model),
         output,
-        prompts=read_prompts(folder),
-        records=find_records(folder, trained_since=True),
-        facts=replace(read_card_facts(folder), results=()),  # of other weights
+        instructions=read_instructions(folder),
+        files=find_carried_files(folder, trained_since=True),
+        card=replace(read_card_data(folder), results=()),  # of other weights
     )

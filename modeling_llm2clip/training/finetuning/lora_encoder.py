@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...encoding.text_encoding import encode_captions
 from ...model_folders.lora_base import (
+    BASE_WEIGHTS,
     LORA_CONFIG,
     LORA_WEIGHTS,
-    BASE_WEIGHTS,
     PLAIN_STARTS,
     is_same_base,
 )
