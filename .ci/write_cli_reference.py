@@ -16,7 +16,14 @@ _PAGE = _ROOT / "docs" / "reference" / "cli.md"
 _INTRODUCTION = """# Command line
 
 Generated from `llm2clip --help` and the help of each command. `python -m modeling_llm2clip` is the
-same program. An error ends with exit code 1, a wrong command line with 2, Ctrl-C with 130.
+same program.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | success |
+| 1 | `doctor` found a check that fails |
+| 2 | an error, or a wrong command line |
+| 130, 143 | stopped by Ctrl-C or SIGTERM |
 """
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.demo.pretrained_towers import (
     EFFICIENTNET,
     SMOLLM2,
@@ -31,7 +30,7 @@ from modeling_llm2clip.demo.pretrained_towers import (
     fetch_tower,
 )
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
 
 
 def main() -> None:
@@ -86,7 +85,7 @@ def _run(
         model, processor = join_towers(*towers, chosen)
         # Neither tower depends on the seed.
         encoded = encoded or encode_records(model, processor, records, vision_embeds=vision_embeds)
-        held_out = split_records(records, seed=seed)
+        held_out = hold_out(records, seed=seed)
         align(model, encoded, held_out, _settings(seed).alignment)
         runs.append({"seed": seed, **evaluate(model, encoded, held_out)})
         print(runs[-1], flush=True)

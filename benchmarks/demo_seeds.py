@@ -18,7 +18,6 @@ from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.demo.pretrained_towers import (
     EFFICIENTNET,
     SMOLLM2,
@@ -26,7 +25,7 @@ from modeling_llm2clip.demo.pretrained_towers import (
     fetch_tower,
 )
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
         )  # fmt: skip
         model, processor = join_towers(*towers, chosen)
         images = images or encode_records(model, processor, records)
-        held_out = split_records(records, seed=seed)
+        held_out = hold_out(records, seed=seed)
         chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment
         align(model, images, held_out, chosen_alignment)
         scores.append({"seed": seed, **evaluate(model, images, held_out)})

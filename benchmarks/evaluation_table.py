@@ -43,9 +43,9 @@ from provenance import describe_processor, read_commit
 from transformers import AutoModel
 
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
+from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.evaluation.arguments import (
     EvaluatedDataset,
     EvaluatedModel,
@@ -191,7 +191,7 @@ def _parse() -> argparse.Namespace:
 def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     """Yield name, folder and what was done, one baseline a number of steps."""
     records, _ = read_images(DemoArguments(output=work / "nothing-is-written-here"))
-    held_out = split_records(records, seed=0)
+    held_out = hold_out(records, seed=0)
     chosen = [record for record in records if record.group_id not in held_out]
     chosen = list(islice(chosen, arguments.most_images))
     tower = AutoModel.from_pretrained(fetch_tower(EFFICIENTNET)).timm_model

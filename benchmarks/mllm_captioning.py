@@ -43,11 +43,10 @@ from modeling_llm2clip.building.text_towers import load_text_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.example_data import find_example_data
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.demo.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
+from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.encoding.image_encoding import encode_images
 from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
@@ -88,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
     records = [r for r in load_records(arguments.images) if r.lang == "en"]
-    held_out = split_records(records, seed=0)
+    held_out = hold_out(records, seed=0)
     trained = [r for r in records if r.group_id not in held_out]
     tested = list({r.group_id: r for r in records if r.group_id in held_out}.values())
     tested = random.Random(0).sample(tested, min(arguments.tested, len(tested)))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.feature_alignment import sample_batches
 from modeling_llm2clip.demo.stages import list_training_texts
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
 

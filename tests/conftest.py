@@ -88,8 +88,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     model, processor = tiny_model("clip", "llama")
     folder = tmp_path_factory.mktemp("exported") / "good"
-    facts = CardData(license="mit")
-    return save_model(model, processor, folder, instructions={"query": "Find an image: "}, card=facts)
+    card = CardData(license="mit")
+    instructions = {"query": "Find an image: "}
+    return save_model(model, processor, folder, instructions=instructions, card=card)
 
 
 @pytest.fixture

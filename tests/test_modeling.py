@@ -358,6 +358,30 @@ def test_projected_vision_embeds_are_the_image_features(vision: str) -> None:
         assert torch.equal(model.project_vision_embeds(stored), features)
 
 
+@every_vision
+def test_stored_embeds_give_the_embeds_of_forward(vision: str) -> None:
+    model, _ = shared_model(vision)
+    batch = shared_batch(vision)
+    with torch.no_grad():
+        output = model(**batch)
+        text_embeds = model.to_text_embeds(model.get_caption_embeds(**texts_of(batch)))
+        image_embeds = model.to_image_embeds(model.get_vision_embeds(**images_of(batch)))
+    assert torch.equal(text_embeds, output.text_embeds)
+    assert torch.equal(image_embeds, output.image_embeds)
+
+
+@pytest.mark.parametrize("name", ["caption", "vision"])
+def test_embeds_of_stored_embeds_have_unit_length_and_gradients(name: str) -> None:
+    model, _ = tiny_model()
+    to_embeds = {"caption": model.to_text_embeds, "vision": model.to_image_embeds}[name]
+    stored = torch.rand(3, 32, requires_grad=True)
+    embeds = to_embeds(stored)
+    # One division in float32.
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
+    embeds.sum().backward()
+    assert stored.grad is not None and bool((stored.grad != 0).all())
+
+
 @pytest.mark.parametrize("name", ["caption", "vision"])
 @pytest.mark.parametrize(
     ("embeds", "shown"),

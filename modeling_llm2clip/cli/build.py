@@ -153,7 +153,7 @@ def _take_embedded(arguments: argparse.Namespace) -> dict[str, str]:
     if not taken:
         return {}
     require(*DEMO)
-    from ..data.example_data import find_example_data
+    from ..data.record_loading import find_example_data
     from ..demo.pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 
     if "vision" in taken:

@@ -58,6 +58,6 @@ def read_data(arguments: argparse.Namespace, *, require_images: bool) -> list[Ca
         image_dir=arguments.image_dir,
         require_images=require_images or check_images,
         check_images=check_images,
-        ignored_fields=arguments.ignore_fields,
+        ignore_fields=arguments.ignore_fields,
         show_progress=True,
     )

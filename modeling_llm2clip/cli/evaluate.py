@@ -299,7 +299,7 @@ def _build_arguments(arguments: argparse.Namespace) -> EvaluationArguments:
         class_names=_read_lines(arguments.class_names, flag="--class-names"),
         templates=_read_lines(arguments.templates, flag="--templates"),
         allow_repeated_class_names=arguments.allow_repeated_class_names,
-        ignored_fields=tuple(arguments.ignore_fields),
+        ignore_fields=tuple(arguments.ignore_fields),
         encoder=settings,
         max_memory_mb=arguments.max_memory_mb,
     )

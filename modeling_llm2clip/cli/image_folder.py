@@ -134,7 +134,7 @@ def _open_kept(arguments: argparse.Namespace, model_folder: Path) -> KeptEmbeddi
 
 
 def _leave_out_errors(paths: list[Path], kept: KeptEmbeddings, *, allowed: bool) -> list[Path]:
-    from ..data.image_checks import find_unreadable_images
+    from ..data.image_sources import find_unreadable_images
 
     new = kept.find_new(paths, show_progress=True)
     place = f"embeddings in {kept.file}" if kept.file else "embeddings are not kept"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.suggestions import did_you_mean
+from .._suggestions import did_you_mean
 from ..encoding.devices import DEVICE_NAMES, is_device_name
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ _OTHER_NAMES = {
     "repo_id": "push",
     "dropout": "lora_dropout",
     "targets": "lora_targets",
-    "ignored_fields": "ignore_fields",
 }
 _GPU_WORDS = {"gpu": "cuda", "metal": "mps", "nvidia": "cuda"}
 

@@ -87,8 +87,7 @@ def _require_queries(arguments: argparse.Namespace) -> None:
 
 
 def _check_queries(sentences: list[str], images: list[Path]) -> None:
-    from ..data.image_checks import find_unreadable_images
-    from ..data.image_sources import register_heif_reader
+    from ..data.image_sources import find_unreadable_images, register_heif_reader
     from ..processing_llm2clip import clean_list
 
     if sentences:

@@ -36,7 +36,7 @@ FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.safetensors"
 EMBEDDINGS = "embeddings"
-CONTENTS = ("caption_embeds", "vision_embeds")
+_CONTENTS = ("caption_embeds", "vision_embeds")
 _TEXT_COLUMNS = ("names", "group_ids", "langs")
 _ROW_LISTS = ("short", "long")
 # Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
@@ -320,7 +320,7 @@ class EmbeddingStore:
         return mapped
 
     def _announce(self, shard: int, within: np.ndarray[Any, Any]) -> None:
-        """Tell the kernel which rows come next, so that the disk reads them in parallel."""
+        """Advise the kernel which rows come next, so that the disk reads them in parallel."""
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
         mapped = self._map(shard)
@@ -447,8 +447,8 @@ def _check_bytes(file: Path, size: int, sha256: str, *, check: str) -> None:
 
 def _check_manifest(file: Path, manifest: StoreManifest) -> None:
     errors = []
-    if manifest.content not in CONTENTS:
-        errors.append(f"content is {manifest.content!r}, not one of {CONTENTS}")
+    if manifest.content not in _CONTENTS:
+        errors.append(f"content is {manifest.content!r}, not one of {_CONTENTS}")
     if manifest.dtype not in STORED_DTYPES:
         errors.append(f"dtype is {manifest.dtype!r}, not one of {tuple(STORED_DTYPES)}")
     if min(manifest.dim, manifest.num_rows, manifest.num_items, manifest.rows_per_shard) < 1:

@@ -18,10 +18,8 @@ from .. import __version__
 from ..building.build_model import join_towers
 from ..building.tower_loading import require_sources
 from ..configs.build_config import BuildConfig
-from ..data.example_data import find_example_data
-from ..data.record_loading import load_records
+from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
-from ..data.splits import split_records
 from ..encoding.devices import find_device
 from ..evaluation.datasets.readers.own_records import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
@@ -31,7 +29,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..search.results_page import SearchResult, write_contact_sheet, write_page
 from .feature_alignment import AlignmentArguments
 from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
-from .stages import align, encode_records, evaluate, search
+from .stages import align, encode_records, evaluate, hold_out, search
 from .verify import verify_in_clean_process
 
 SENTENCES = (
@@ -126,7 +124,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         folder does not give the same embeddings again.
     """
     records, gallery = read_images(arguments)
-    held_out = split_records(records, seed=arguments.seed)
+    held_out = hold_out(records, seed=arguments.seed)
     vision = arguments.vision or fetch_tower(EFFICIENTNET)
     llm = arguments.llm or fetch_tower(SMOLLM2)
     started = time.monotonic()

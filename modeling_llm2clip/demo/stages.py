@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.records import CaptionedImage
-from ..data.splits import choose_test_rows
+from ..data.splits import choose_test_rows, split_records
 from ..encoding.image_encoding import encode_images
 from ..encoding.text_encoding import encode_captions
 from ..evaluation.metrics.correspondence import Correspondence
@@ -21,6 +21,26 @@ from ..search.gallery import find_images, make_gallery
 from ..search.results_page import SearchResult
 from ..training.alignment.cca_init import init_projections_by_cca
 from .feature_alignment import AlignmentArguments, AlignmentPairs, align_features
+
+_MOST_HELD_OUT = 300
+
+
+def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
+    """Choose the groups that the demo tests on: a fifth of them, 300 at most.
+
+    Args:
+        records: images of one language.
+        seed: another seed chooses others.
+
+    Returns:
+        Their group ids.
+
+    Raises:
+        ValueError: there are fewer than ten groups, or a caption is on both sides of the split.
+    """
+    num_groups = len({record.group_id for record in records})
+    size = min(_MOST_HELD_OUT, num_groups // 5)
+    return {record.group_id for record in split_records(records, test_size=size, seed=seed)[1]}
 
 
 @dataclass(frozen=True)

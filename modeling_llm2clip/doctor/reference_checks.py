@@ -21,7 +21,11 @@ from ..model_folders.golden_embeddings import (
     read_temperature,
     render_golden_images,
 )
-from ..model_folders.sentence_transformers_files import SETTINGS_FILE, check_instructions
+from ..sentence_transformers_llm2clip import (
+    SETTINGS_FILE,
+    check_instructions,
+    find_instructions,
+)
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
@@ -89,14 +93,25 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
     if not (tested.folder / "modules.json").is_file():
         raise NotApplicableError(
             "the folder has no modules.json: sentence-transformers would load it, but not bring "
-            "its embeddings to unit length; llm2clip export writes such a folder"
+            "its embeddings to unit length; save_pretrained of the model writes that file"
+        )
+    if tested.processor is None:
+        raise NotApplicableError(
+            "sentence-transformers loads no model without its processor; save_pretrained of the "
+            "processor adds it"
         )
     tolerance, dtype = find_tolerance(tested.model.dtype), tested.model.dtype
     settings = _read_settings(tested)
     _require_plain_settings(settings)
     prompts = _list_instructions(settings) if tested.encodes_texts else {}
     if prompts:
-        check_instructions(tested.tokenizer, tested.config, prompts)
+        check_instructions(
+            tested.tokenizer,
+            prompts,
+            num_suffix=len(tested.config.prompt_suffix_ids),
+            max_text_length=tested.config.max_text_length,
+        )
+    _require_equal_instructions(tested)
     wanted = _encode_with_model(tested, prompts)
     tested.model = None
     gc.collect()  # a large LLM does not fit twice
@@ -122,6 +137,16 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
     )
     largest = max(distances.values())
     return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
+
+
+def _require_equal_instructions(tested: ModelUnderTest) -> None:
+    in_config = tested.config.instructions
+    if find_instructions(tested.folder, in_config) != in_config:
+        raise ValueError(
+            f"config.json has the instructions {in_config}, {SETTINGS_FILE} has others: a model "
+            "that is loaded and saved elsewhere would lose these. Make both equal, or save the "
+            "folder again with SentenceTransformer(folder).save_pretrained(folder)."
+        )
 
 
 def _read_settings(tested: ModelUnderTest) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batching_llm2clip import plan_token_batches
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
 from .eval_mode import eval_mode
 from .float32 import float32_as_such

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.suggestions import did_you_mean
+from .._suggestions import did_you_mean
 from .datasets.dataset_registry import find_dataset
 from .encoders.auto import KINDS
 from .encoders.encoder import EncoderSettings
@@ -81,7 +81,7 @@ class EvaluationArguments:
         skip_invalid: leave invalid samples out and report how many, instead of raising.
         check_images: decode every image before a model is loaded.
         class_names, templates, allow_repeated_class_names: of a classification; see `load_dataset`.
-        ignored_fields: of one's own data.
+        ignore_fields: of one's own data.
         encoder: how models are run.
         max_memory_mb: of the ranks, beyond the embeddings, in 10^6 bytes; moves no score.
     """
@@ -97,7 +97,7 @@ class EvaluationArguments:
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: tuple[str, ...] | None = None
     allow_repeated_class_names: bool = False
-    ignored_fields: tuple[str, ...] = ()
+    ignore_fields: tuple[str, ...] = ()
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     max_memory_mb: float = DEFAULT_MEMORY_MB
 

@@ -95,7 +95,7 @@ def _read_datasets(
             data.folder,
             image_dir=data.image_dir,
             require_images=_wants_images(task, data, arguments),
-            ignored_fields=arguments.ignored_fields,
+            ignore_fields=arguments.ignore_fields,
             cache=cache,
         )
     if not task.languages and len(languages) > 1:
@@ -116,7 +116,7 @@ def _read_datasets(
             class_names=arguments.class_names if is_classification else None,
             templates=arguments.templates if is_classification else None,
             allow_repeated_class_names=arguments.allow_repeated_class_names,
-            ignored_fields=arguments.ignored_fields,
+            ignore_fields=arguments.ignore_fields,
             show_progress=arguments.encoder.show_progress,
             cache=cache,
         )

@@ -7,7 +7,6 @@ everything is written into a temporary folder beside the target, which is rename
 from __future__ import annotations
 
 import gc
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,18 +21,21 @@ from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..sentence_transformers_llm2clip import (
+    check_instructions,
+    read_instructions,
+    write_sentence_transformers_files,
+)
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
 from .golden_embeddings import renew_golden, write_golden
 from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
 from .model_folder import find_records, list_uploaded_files
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
-from .sentence_transformers_files import SETTINGS_FILE, write_sentence_transformers_files
 from .weights import LazyTensor, open_weights, require_disk_space, write_weights
 
 # As transformers has it; the Hub takes files up to 50 GB.
 SHARD_SIZE = "50GB"
-_DEFAULT_INSTRUCTIONS = {"query": "", "document": ""}
 _LEGAL_FILE = re.compile(r"(licen[cs]e|notice|use_policy|copying|copyright)\b.*", re.IGNORECASE)
 _NAMES_SHOWN = 5
 
@@ -103,7 +105,8 @@ def save_model(
             model keeps the whole processor.
         processor: Its processor.
         folder: New or empty folder.
-        instructions: Name → instruction for sentence-transformers; see `check_instructions`.
+        instructions: Name → instruction for sentence-transformers, see `check_instructions`; None
+            for those in the model's configuration.
         card: What the card states beside what it reads in the folder.
         name: What the card calls the model; None for the folder's last name.
         files: Name → further file, copied, or text; see `find_carried_files`.
@@ -117,10 +120,19 @@ def save_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The model is of another class, whose code is not uploaded with it, or gives NaN.
+        ValueError: The model is of another class, whose code is not uploaded with it, or gives NaN;
+            or an instruction cannot be used.
         OSError: There is no room for the weights of a lazy model, or a file cannot be written.
     """
     _require_own_class(model)
+    config: LLM2CLIPConfig = model.config
+    instructions = config.instructions if instructions is None else dict(instructions)
+    check_instructions(
+        processor.tokenizer,
+        instructions,
+        num_suffix=len(config.prompt_suffix_ids),
+        max_text_length=config.max_text_length,
+    )
     folder = Path(folder)
     require_new_folder(folder)
     if isinstance(model, LazyModel):
@@ -128,23 +140,17 @@ def save_model(
         clear_leftovers(folder)
         require_disk_space(model.weights, folder.parent)
     with atomic_folder(folder) as unfinished:
-        if isinstance(model, LazyModel):
-            write_weights(model.weights, unfinished, max_shard_size=max_shard_size)
-        else:
-            model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         processor.save_pretrained(unfinished)
         for file, content in (files or {}).items():
             _write_file(unfinished / file, content)
-        if isinstance(model, LazyModel):
-            # After the weights, so that what a killed process leaves does not load without them.
-            _write_config(unfinished, model)
-        write_sentence_transformers_files(
-            unfinished,
-            model.config,
-            processor.tokenizer,
-            prompts=_DEFAULT_INSTRUCTIONS if instructions is None else instructions,
-            modalities=_list_modalities(model),
-        )
+        own, config.instructions = config.instructions, instructions
+        try:
+            if isinstance(model, LazyModel):
+                _save_lazy_model(model, unfinished, max_shard_size=max_shard_size)
+            else:
+                model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        finally:
+            config.instructions = own
         _write_golden(unfinished, model, processor, device=device)
         write_model_card(unfinished, card or CardData(), name=name or folder.name)
         if verify is not None:
@@ -241,21 +247,6 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
     return {**legal, **find_records(source, trained_since=trained_since)}
 
 
-def read_instructions(source: Path) -> dict[str, str] | None:
-    """Read the instructions for sentence-transformers of a model folder.
-
-    Args:
-        source: Model folder.
-
-    Returns:
-        Name → instruction; None where it has no files of sentence-transformers.
-    """
-    path = source / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {})
-
-
 def _require_own_class(model: Any) -> None:
     """The folder's code is the package's, so any other class would load as another model."""
     if isinstance(model, LazyModel):
@@ -297,20 +288,21 @@ def _write_file(path: Path, content: Path | str) -> None:
         path.write_text(content, encoding="utf-8")
 
 
-def _write_config(folder: Path, model: LazyModel) -> None:
-    """Write `config.json` as `save_pretrained` of a loaded model would, and the code."""
+def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:
+    """Write what `save_pretrained` of a loaded model would write.
+
+    The configuration comes last: what a killed process leaves does not load without all weights.
+    """
+    write_weights(model.weights, folder, max_shard_size=max_shard_size)
     config = model.config
     config.architectures = [model.model_class.__name__]
     config.auto_map = {**_CODE_OF_EVERY_FOLDER, **model.model_class._auto_classes}
     for path in list_uploaded_files():
         shutil.copy2(path, folder / path.name)
+    write_sentence_transformers_files(
+        folder, instructions=config.instructions, modalities=model.model_class.input_modalities
+    )
     config.save_pretrained(folder)
-
-
-def _list_modalities(model: Any) -> list[str]:
-    """List what a model takes, in sentence-transformers' words."""
-    model_class = model.model_class if isinstance(model, LazyModel) else type(model)
-    return [name for name in ("text", "image") if name in model_class.input_modalities]
 
 
 def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, device: str) -> None:

@@ -19,8 +19,9 @@ from ..model_folders.model_card_data import (
 )
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
-from ..model_folders.model_writing import find_carried_files, read_instructions, save_model
+from ..model_folders.model_writing import find_carried_files, save_model
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..sentence_transformers_llm2clip import read_instructions
 from .card_results import read_card_results, require_own_results
 from .vision_tower_export import export_vision_tower
 

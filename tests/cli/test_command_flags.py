@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modeling_llm2clip.conversion.source_formats import OutputArguments
 
 from modeling_llm2clip import cli as command_modules
 from modeling_llm2clip.__main__ import _build_parser, main
 from modeling_llm2clip.cli.parser import name_flags, takes_value
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.export_config import ConvertConfig
 from modeling_llm2clip.demo.run_demo import DemoArguments
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
@@ -31,7 +31,7 @@ COMMANDS = _build_parser().commands
 SETTINGS = {
     "align": AlignArguments,
     "build": BuildConfig,
-    "convert": OutputArguments,
+    "convert": ConvertConfig,
     "demo": DemoArguments,
     "evaluate": EncoderSettings,
     "extract": ExtractionArguments,

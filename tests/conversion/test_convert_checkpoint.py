@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -34,9 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.__main__ import _build_parser, main
-from modeling_llm2clip.cli.convert import choose_recipe
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, make_image_processor
 from modeling_llm2clip.conversion.source_llm import LLMSource
 from modeling_llm2clip.doctor.check_model import check_model
@@ -317,19 +313,6 @@ def test_a_trained_folder_calls_the_record_one_of_before_training(converted, tmp
     assert not (tmp_path / "trained" / RECORD_FILE).exists()
     record = tmp_path / "trained" / RECORD_BEFORE_TRAINING
     assert record.read_bytes() == (source / RECORD_FILE).read_bytes()
-
-
-def test_the_documents_commands_parse_and_name_a_recipe() -> None:
-    text = (GOLDEN.parent / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    lines = blocks.replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if line.startswith("llm2clip convert")]
-    assert len(commands) > 7
-    for command in commands:
-        arguments = _build_parser().parse_args(shlex.split(command)[1:])
-        if arguments.recipe in SOURCE_FORMATS:
-            assert choose_recipe(arguments).preprocessing is not None
-            assert arguments.llm is not None
 
 
 def test_the_script_is_the_command() -> None:

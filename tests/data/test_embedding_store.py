@@ -1,8 +1,7 @@
-"""Laws of the store of embeddings: what was written is read, damage is found and named."""
+"""Embedding store: what was written is read, damage is found and named."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import pickle
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from stores import list_complete_shards
 from torch import Tensor
 
-from modeling_llm2clip.data.atomic_files import write_atomically
 from modeling_llm2clip.data.embedding_store import EmbeddingStore, StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 
@@ -121,13 +119,13 @@ def test_an_item_has_its_own_rows_however_many_they_are(store: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [[-1], [0, NUM_ROWS], [0.0], [[1, 2]], [True]])
-def test_numbers_that_are_no_rows_are_refused(store: Path, rows: list[object]) -> None:
+def test_numbers_that_are_not_rows_are_refused(store: Path, rows: list[object]) -> None:
     with pytest.raises(ValueError, match=r"(?i)row"):
         EmbeddingStore.open(store).read(rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("item", [3, -4])
-def test_items_that_it_does_not_have_are_refused(store: Path, item: int) -> None:
+def test_items_that_the_store_does_not_have_are_refused(store: Path, item: int) -> None:
     opened = EmbeddingStore.open(store)
     for ask in (opened.rows_of, opened.names.__getitem__):
         with pytest.raises(IndexError, match=f"no item {item}"):
@@ -224,7 +222,7 @@ def test_a_manifest_of_another_format_or_a_damaged_one_is_refused(
         EmbeddingStore.open(store)
 
 
-def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no embedding store"):
         EmbeddingStore.open(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
@@ -232,13 +230,15 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
         EmbeddingStore.open(tmp_path)
 
 
-def test_another_makers_fingerprint_is_refused_with_both_values(store: Path) -> None:
+def test_the_fingerprint_of_another_model_is_refused_with_both_values(store: Path) -> None:
     opened = EmbeddingStore.open(store)
     opened.require_fingerprint(FINGERPRINT)
-    with pytest.raises(ValueError, match=r"pooling: 'mean' in the store, 'last_token' now") as told:
+    with pytest.raises(
+        ValueError, match=r"pooling: 'mean' in the store, 'last_token' now"
+    ) as caught:
         opened.require_fingerprint({**FINGERPRINT, "pooling": "last_token", "weights": "cc"})
-    assert "weights: 'aa' in the store, 'cc' now" in str(told.value)
-    assert "prompt:" not in str(told.value)
+    assert "weights: 'aa' in the store, 'cc' now" in str(caught.value)
+    assert "prompt:" not in str(caught.value)
 
 
 def test_an_incomplete_store_is_refused_and_keeps_its_complete_shards(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_left_over_files_do_not_disturb_and_are_removed(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", make_embeddings(), shards=(0,))
     left_over = ["shard-00001.safetensors.tmp", "shard-00001.json.tmp", "manifest.json.tmp"]
     for name in left_over:
-        (folder / name).write_bytes(b"half")
-    # A shard whose note is missing was cut off between the two: it is written again.
+        (folder / name).write_bytes(b"part")
+    # A shard without its record was interrupted between the two files: it is written again.
     (folder / "shard-00002.safetensors").write_bytes(b"unnoted")
     write_store(folder, make_embeddings(), shards=(1, 2))
     assert torch.equal(EmbeddingStore.open(folder, check="full").read(range(23)), make_embeddings())
@@ -309,12 +309,3 @@ def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> No
     embeddings[9, 2] = torch.nan
     with pytest.raises(ValueError, match=r"first in row 9; the model computes NaN or infinity"):
         write_store(tmp_path / "whole", embeddings)
-
-
-def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "taken"
-    file.mkdir()  # a file cannot take the place of a folder
-    with pytest.raises(OSError) as caught:
-        write_atomically(file, b"content")
-    assert caught.value.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -184,7 +184,7 @@ CASES = {
         "remote code", r"altered: \['pooling_llm2clip.py'\]", alone=True,
     ),
     "remote code lost": Case(
-        remove("batching_llm2clip.py"), "remote code", r"missing: \['batching_llm2clip.py'\]"
+        remove("packing_llm2clip.py"), "remote code", r"missing: \['packing_llm2clip.py'\]"
     ),
     "remote code elsewhere": Case(
         edit_json("config.json", lambda c: c["auto_map"].update(AutoModel="o/n--m.LLM2CLIPModel")),
@@ -302,14 +302,39 @@ def test_a_source_that_is_nowhere_fails_and_skips_the_rest(source: str | Path) -
     assert len(diagnosis.checks) == len(_PLANNED_CHECKS) + 1
 
 
-def test_a_folder_that_was_saved_and_not_exported_is_told_what_it_lacks(
-    good: Path, tmp_path: Path
-) -> None:
+def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_path: Path) -> None:
     tested = load_tested(good)
     tested.model.save_pretrained(tmp_path)
     tested.processor.save_pretrained(tmp_path)
-    with pytest.raises(NotApplicableError, match=r"modules.json: .* unit length; llm2clip export"):
-        check_sentence_transformers(load_tested(tmp_path))
+    diagnosis = check_model(tmp_path)
+    assert diagnosis.healthy, diagnosis.report()
+    assert [check.name for check in diagnosis.checks if check.skipped] == ["golden embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "remedy"),
+    [
+        ("modules.json", r"modules.json: .* unit length; save_pretrained of the model writes"),
+        ("processor", r"without its processor; save_pretrained of the processor"),
+    ],
+)
+def test_a_folder_that_sentence_transformers_cannot_load_is_reported_with_the_remedy(
+    lost: str, remedy: str, copy: Path
+) -> None:
+    tested = load_tested(copy)
+    if lost == "processor":
+        tested.processor = None
+    else:
+        (copy / lost).unlink()
+    with pytest.raises(NotApplicableError, match=remedy):
+        check_sentence_transformers(tested)
+
+
+def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
+    edit_json("config_sentence_transformers.json", lambda s: s["prompts"].update(a="A dog: "))(copy)
+    found = {check.name: check for check in check_model(copy).checks}["sentence-transformers"]
+    assert not found.passed
+    assert "a model that is loaded and saved elsewhere would lose these" in found.message
 
 
 def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:

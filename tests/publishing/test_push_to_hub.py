@@ -395,6 +395,20 @@ def test_a_dry_run_knows_the_weight_files_before_they_are_written(
     components: str, dtype: str | None, max_shard_size: str, source: Path, tmp_path: Path
 ) -> None:
     config = ExportConfig(components=components, dtype=dtype, max_shard_size=max_shard_size)
+    compare_weight_files(source, tmp_path, config)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_a_dry_run_knows_the_weight_files_of_a_tower_with_batch_norm(
+    dtype: str | None, tmp_path: Path
+) -> None:
+    # It counts its batches in an integer, and keeps statistics beside its parameters.
+    model, processor = tiny_model("timm with batch norm")
+    source = save_model(model, processor, tmp_path / "source", card=STATED)
+    compare_weight_files(source, tmp_path, ExportConfig(dtype=dtype))
+
+
+def compare_weight_files(source: Path, tmp_path: Path, config: ExportConfig) -> None:
     planned = plan_export(source, tmp_path / "new", config)
     written = export_model(source, tmp_path / "new", config)
     tensors = {}

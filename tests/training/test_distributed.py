@@ -145,7 +145,10 @@ def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_fo
             str(script), str(tmp_path),
         ],
         check=True, capture_output=True, timeout=200,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+        },
     )  # fmt: skip
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     assert torch.equal(found[0]["together"], found[1]["together"])

@@ -16,7 +16,8 @@ from tiny import tiny_model
 from torch import Tensor
 from tuning import GROUPS, SHORT, tune
 
-from modeling_llm2clip.data.caption_groups import TextPair, hold_out_groups
+from modeling_llm2clip.data.caption_groups import TextPair
+from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel

@@ -6,14 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.example_data import find_example_data
-from ...data.suggestions import did_you_mean
+from ..._suggestions import did_you_mean
+from ...data.record_loading import fetch_dataset_folder, find_example_data
 from .catalog import compositional as choices
 from .catalog import cross_lingual, long_captions, short_captions
 from .catalog import custom_folder as own
 from .catalog import image_classification as classification
 from .dataset_spec import DatasetSpec, ReadRequest
-from .readers.parquet_columns import fetch_hub_folder
 from .schema import EvaluationSet
 from .validation import DatasetValidator, ReadingCache
 
@@ -52,7 +51,7 @@ def find_languages(
     name: str | DatasetSpec,
     folder: str | Path | None = None,
     *,
-    ignored_fields: Collection[str] = (),
+    ignore_fields: Collection[str] = (),
     image_dir: str | Path | None = None,
     require_images: bool = True,
     cache: ReadingCache | None = None,
@@ -67,7 +66,7 @@ def find_languages(
     request = ReadRequest(
         find_folder(card, folder),
         image_dir=_find_images(image_dir),
-        ignored_fields=tuple(ignored_fields),
+        ignore_fields=tuple(ignore_fields),
         require_images=require_images,
     )
     return card.find_languages(request, DatasetValidator(card.name, cache=cache))
@@ -85,7 +84,7 @@ def load_dataset(
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     allow_repeated_class_names: bool = False,
-    ignored_fields: Collection[str] = (),
+    ignore_fields: Collection[str] = (),
     show_progress: bool = False,
     cache: ReadingCache | None = None,
 ) -> EvaluationSet:
@@ -106,7 +105,7 @@ def load_dataset(
         allow_repeated_class_names: of a classification: keep classes that share a name and list
             them in `protocol["repeated_class_names"]`; their images count as wrong. Some of the
             published names of ImageNet repeat.
-        ignored_fields: of a folder of one's own: further fields, which are not used.
+        ignore_fields: of a folder of one's own: further fields, which are not used.
         show_progress: show a bar while images are decoded.
         cache: give the same one for every language of a folder, which is then read once, and its
             images decoded once.
@@ -124,7 +123,7 @@ def load_dataset(
         class_names=_freeze(class_names),
         templates=None if templates is None else tuple(templates),
         allow_repeated_class_names=allow_repeated_class_names,
-        ignored_fields=tuple(ignored_fields),
+        ignore_fields=tuple(ignore_fields),
         show_progress=show_progress,
     )
     intake = DatasetValidator(f"{card.name} in {place}", exclude=skip_invalid, cache=cache)
@@ -146,7 +145,7 @@ def find_folder(card: DatasetSpec, folder: str | Path | None, *, lang: str | Non
             f"{card.name} needs a folder with {card.files}. Get it from {card.source}."
         )
     if str(folder).startswith("hub:"):
-        return fetch_hub_folder(str(folder), card.hub_files.format(lang=lang or "*"))
+        return fetch_dataset_folder(str(folder), card.hub_files.format(lang=lang or "*"))
     if not Path(folder).exists():
         raise ValueError(
             f"{card.name}: {folder} does not exist. Give a folder with {card.files}, from "
@@ -157,7 +156,9 @@ def find_folder(card: DatasetSpec, folder: str | Path | None, *, lang: str | Non
 
 def _find_images(image_dir: str | Path | None) -> Path | None:
     if image_dir is not None and not Path(image_dir).is_dir():
-        raise ValueError(f"image_dir={str(image_dir)!r} is no folder. Give the images' folder.")
+        raise ValueError(
+            f"image_dir={str(image_dir)!r} is not a folder. Give the folder of images."
+        )
     return None if image_dir is None else Path(image_dir)
 
 

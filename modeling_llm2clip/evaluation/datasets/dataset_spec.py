@@ -35,7 +35,7 @@ class ReadRequest:
     class_names: Mapping[str, str] | tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     allow_repeated_class_names: bool = False
-    ignored_fields: tuple[str, ...] = ()
+    ignore_fields: tuple[str, ...] = ()
     show_progress: bool = False
 
 

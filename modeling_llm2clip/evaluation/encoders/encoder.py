@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ...data.image_sources import open_image
 from ...encoding.devices import find_device
 from ...encoding.float32 import float32_as_such
-from ...processing_llm2clip import load_images
+from ...image_loading_llm2clip import load_images
 
 DTYPES = ("saved", "float32", "bfloat16", "float16")
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
+from ...data.data_hashes import hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
-from ...data.records import CaptionedImage, hash_records
+from ...data.records import CaptionedImage
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...data.suggestions import did_you_mean
+from ..._suggestions import did_you_mean
 from .caption_retrieval import CRA
 from .choices import CHOICES
 from .classification import CLASSIFICATION

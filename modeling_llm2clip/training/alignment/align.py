@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import set_seed
 
 from ...data.atomic_files import hash_file
-from ...data.data_hashes import describe_images
+from ...data.data_hashes import describe_images, hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
-from ...data.records import CaptionedImage, hash_records
+from ...data.records import CaptionedImage
 from ...encoding.float32 import float32_as_such
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor

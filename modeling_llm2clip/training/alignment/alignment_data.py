@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.data_hashes import hash_image_sizes
+from ...data.data_hashes import hash_image_sizes, hash_records
 from ...data.embedding_store import EmbeddingStore
 from ...data.image_sources import open_image
-from ...data.records import CaptionedImage, hash_records
-from ...processing_llm2clip import LLM2CLIPProcessor, read_header
+from ...data.records import CaptionedImage
+from ...processing_llm2clip import LLM2CLIPProcessor
 from .sampling import sample_caption, sample_normal
 
 _NAMES_SHOWN = 5
-# JPEG is decoded at least this much larger than the tower sees, so that resizing still smooths.
-_OVERSIZE = 2
 
 
 class AlignmentDataset(Dataset[Any]):
@@ -73,7 +70,6 @@ class AlignmentDataset(Dataset[Any]):
             _require_images(records)
         elif self._image_items is not None:
             _require_same_images(records, image_store, self._image_items)
-        self._needed_size = None if image_store else find_needed_size(processor.image_processor)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -152,7 +148,7 @@ class AlignmentDataset(Dataset[Any]):
         if self.image_store is not None:
             rows = np.array([self.image_row(item) for item in items])
             return {"vision_embeds": self.image_store.read(rows)}
-        images = [open_near_size(self.records[item].image, self._needed_size) for item in items]
+        images = [open_image(self.records[item].image) for item in items]
         return dict(self.processor(images=images))
 
 
@@ -190,41 +186,6 @@ def pair_items(records: Sequence[CaptionedImage], store: EmbeddingStore) -> list
             f"{store.folder} belongs to other data: {'; '.join(errors)}. Extract this data again."
         )
     return [stored[pair] for pair in wanted]
-
-
-def open_near_size(image: Any, size: int | None) -> Any:
-    """Open an image so that a JPEG is decoded no larger than needed; pass all others on.
-
-    Args:
-        size: pixels of the tower's square; None to decode in full.
-    Returns: what `LLM2CLIPProcessor` takes.
-    Raises: ValueError naming a packed image that cannot be opened.
-    """
-    opened = open_image(image)
-    if size is None:
-        return opened
-    if isinstance(opened, Path):
-        try:
-            opened = read_header(opened, name=str(opened))
-        except ValueError:
-            return opened  # the processor opens it again, and tells all of a batch at once
-    if getattr(opened, "format", None) == "JPEG":
-        opened.draft(None, (_OVERSIZE * size, _OVERSIZE * size))
-    return opened
-
-
-def find_needed_size(image_processor: Any) -> int | None:
-    """Longest side that an image processor hands on; None where it does not resize to a square."""
-    if not getattr(image_processor, "do_resize", True):
-        return None
-    crops = getattr(image_processor, "do_center_crop", True)  # a size that is not used may stand
-    sides = [
-        side
-        for name in ("size", "crop_size")[: 1 + bool(crops)]
-        for side in dict(getattr(image_processor, name, None) or {}).values()
-        if isinstance(side, int)
-    ]
-    return max(sides, default=None)
 
 
 def _require_images(records: Sequence[CaptionedImage]) -> None:

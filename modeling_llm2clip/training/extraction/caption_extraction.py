@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ...data.data_hashes import hash_records
 from ...data.embedding_store import StoreManifest
 from ...data.embedding_store_writer import EmbeddingStoreWriter
-from ...data.records import CaptionedImage, hash_records
+from ...data.records import CaptionedImage
 from ...encoding.text_encoding import default_token_budget, encode_token_ids
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...data.data_hashes import count_bytes, hash_image_sizes
+from ...data.data_hashes import count_bytes, hash_image_sizes, hash_records
 from ...data.embedding_store import StoreManifest
 from ...data.embedding_store_writer import EmbeddingStoreWriter
 from ...data.image_sources import ImageSource
-from ...data.records import CaptionedImage, hash_records
+from ...data.records import CaptionedImage
 from ...encoding.image_encoding import default_batch_size, encode_images
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel

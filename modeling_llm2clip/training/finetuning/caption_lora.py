@@ -9,9 +9,10 @@ from ...building.lora_merging import merge_lora
 from ...model_folders.atomic_folder import require_new_folder
 from ...model_folders.model_card_data import read_card_data
 from ...model_folders.model_folder import find_model_folder
-from ...model_folders.model_writing import find_carried_files, read_instructions, save_model
+from ...model_folders.model_writing import find_carried_files, save_model
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
+from ...sentence_transformers_llm2clip import read_instructions
 
 
 def merge_caption_adapter(model: str | Path, adapter: str | Path, output: Path) -> Path:

@@ -29,10 +29,9 @@ from ...data.atomic_files import hash_file, write_atomically
 from ...data.caption_groups import (
     CaptionGroup,
     TextPair,
-    hold_out_groups,
-    leave_out_texts,
     sample_pairs,
 )
+from ...data.splits import exclude_texts, hold_out_groups
 from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
@@ -352,11 +351,11 @@ def _prepare_data(
     if num_held_out is None:
         num_held_out = min(_MOST_HELD_OUT, max(2, len(groups) // 5))
     to_train, held_out, num_lost = hold_out_groups(groups, num_held_out, seed=arguments.seed)
-    pairs = sample_pairs(to_train, seed=arguments.seed, pairings=arguments.pairings)
+    pairs = sample_pairs(to_train, seed=arguments.seed, num_pairings=arguments.pairings)
     tables = DatasetDict(captions=make_pair_table(pairs))
     num_pairs_lost = 0
     for number, (others, _) in enumerate(other_pairs, start=1):
-        kept, lost = leave_out_texts(others, held_out)
+        kept, lost = exclude_texts(others, held_out)
         if not kept:
             raise ValueError(
                 f"{lost} of the {len(others)} pairs of number {number} of other_pairs hold a "

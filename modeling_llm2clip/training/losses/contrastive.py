@@ -40,7 +40,7 @@ def grouped_contrastive_loss(
             so that memory holds (chunk, A) numbers, never (B, A). The same loss and gradients.
         over_processes: compare with the rows of all processes of the default group.
     Returns: () float32, the mean over this process's rows; equal to
-        `modeling_llm2clip.contrastive_loss` on one process when all group ids differ.
+        `heads_llm2clip.contrastive_loss` on one process when all group ids differ.
     Raises: ValueError when the shapes differ.
     """
     if image_embeds.shape != text_embeds.shape or len(group_ids) != len(image_embeds):

@@ -219,7 +219,7 @@ def test_files_of_multi30k_of_different_length_are_refused_even_with_exclusions(
 
 
 def test_a_list_of_sharegpt4v_that_is_cut_off_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no JSON list, or cut off"):
+    with pytest.raises(ValueError, match="not a JSON list, or truncated"):
         load_dataset("sharegpt4v-1k", write_sharegpt4v(tmp_path, records=3))
 
 
@@ -415,7 +415,7 @@ def test_a_missing_file_is_named_with_where_to_get_it(
         ("coco", {"folder": None}, "coco needs a folder with coco_karpathy_test.json"),
         ("coco", {"folder": "nowhere"}, "nowhere does not exist"),
         ("coco", {"lang": "de"}, "coco has no language 'de'. It has en."),
-        ("coco", {"image_dir": "nowhere"}, "image_dir='nowhere' is no folder"),
+        ("coco", {"image_dir": "nowhere"}, "image_dir='nowhere' is not a folder"),
         ("xm3600", {}, "xm3600 has several languages. Choose one: ar, bn"),
         ("emoji", {"lang": "en"}, "emoji is in the package and takes no folder"),
     ],

@@ -17,7 +17,6 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     load_dataset,
 )
 from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec
-from modeling_llm2clip.evaluation.datasets.readers import text_files
 from modeling_llm2clip.evaluation.datasets.schema import (
     ChoiceDataset,
     ChoiceItem,
@@ -104,28 +103,6 @@ def test_a_protocol_can_be_written_as_json_and_names_no_folder_of_this_machine(
     assert str(tmp_path) not in json.dumps(dict(found.protocol))
     wanted = {"set", "lang", "split", "source", "images", "captions", "published", "excluded"}
     assert wanted <= set(found.protocol)
-
-
-@pytest.mark.parametrize("read_at_once", [1, 2, 7, 1000])
-def test_a_json_list_is_read_object_by_object_whatever_the_pieces(
-    read_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_files, "_READ_AT_ONCE", read_at_once)
-    items: list[Any] = [{"a": "]},{\u2028é"}, {"b": [1, {"c": None}]}, {}]
-    file = tmp_path / "list.json"
-    for indent in (None, 2):
-        file.write_text(json.dumps(items, indent=indent), encoding="utf-8")
-        assert list(text_files.iterate_json_list(file)) == items
-    file.write_text("[]", encoding="utf-8")
-    assert list(text_files.iterate_json_list(file)) == []
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[", '[{"a": 1}', '[{"a": 1} {"b": 2}]', '[{"a": 1}, '])
-def test_what_is_no_json_list_is_named(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "list.json"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"list\.json: no JSON list, or cut off"):
-        list(text_files.iterate_json_list(file))
 
 
 def test_a_retrieval_set_refuses_a_correspondence_of_other_counts() -> None:

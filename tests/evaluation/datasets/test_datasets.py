@@ -36,10 +36,9 @@ from published_datasets import (
     write_xm3600,
 )
 
-from modeling_llm2clip.data.example_data import find_example_data
 from modeling_llm2clip.data.image_sources import ParquetImage
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.data.record_loading import find_example_data, load_records
+from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
     find_languages,
@@ -293,7 +292,7 @@ def test_parquet_of_a_hub_is_read_at_its_commit_from_the_cache(
     assert found.protocol["source"] == f"hub:mteb/xm3600@{commit}"
     with pytest.raises(ValueError, match="cannot be fetched"):
         load_dataset(card, f"hub:mteb/xm3600@{'6' * 40}", lang="de")
-    with pytest.raises(ValueError, match="pins no commit"):
+    with pytest.raises(ValueError, match="does not pin a commit"):
         load_dataset(card, "hub:mteb/xm3600@main", lang="de")
 
 
@@ -413,7 +412,7 @@ def test_languages_of_a_folder_share_one_reading(tmp_path: Path) -> None:
 def test_the_emoji_are_those_that_the_demo_holds_out_in_every_language() -> None:
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
-    held_out = split_records(english, seed=0)
+    held_out = hold_out(english, seed=0)
     cache = ReadingCache()
     names = {}
     for lang in find_languages("emoji"):

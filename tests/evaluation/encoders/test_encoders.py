@@ -18,7 +18,7 @@ from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_e
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 
 BATCH_SIZES = (1, 7, 64)
 LONG_TEXT = "a dog and a cat " * 60

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tiny_encoders import TEXTS, save_tiny_images
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.data.named_embeddings import (
-    read_named_embeddings,
     side_file,
     write_named_embeddings,
 )
@@ -72,46 +70,6 @@ def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
     write_sides(tmp_path, width=4, image_width=6)
     with pytest.raises(ValueError, match=r"widths \{'texts': 4, 'images': 6\}"):
         load_encoder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "embeddings", "message"),
-    [
-        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"1 embeddings have a NaN.*\['b'\]"),
-        (["a", "a"], torch.ones(2, 3), r"1 names repeat: \['a'\]"),
-        (["a"], torch.ones(2, 3), r"embeddings \(2, 3\) must have one row for each of the 1 names"),
-        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
-    ],
-)
-def test_broken_embeddings_are_refused_on_writing_and_reading(
-    names: list[str], embeddings: torch.Tensor, message: str, tmp_path: Path
-) -> None:
-    file = side_file(tmp_path, "texts")
-    with pytest.raises(ValueError, match=message):
-        write_named_embeddings(file, names, embeddings)
-    assert not file.exists()
-    save_file({"embeddings": embeddings}, file, metadata={"names": json.dumps(names)})
-    with pytest.raises(ValueError, match=rf"texts\.safetensors: .*{message}"):
-        read_named_embeddings(file)
-
-
-def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
-    file = side_file(tmp_path, "texts")
-    save_file({"weight": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds 'weight' and"):
-        read_named_embeddings(file)
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"not a whole safetensors file"):
-        read_named_embeddings(file)
-
-
-def test_a_file_with_the_weights_of_a_model_is_told_in_a_few_words(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    names = [f"text_model.layers.{number}.mlp.weight" for number in range(700)]
-    save_file({name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"mlp.weight' and 695 more") as told:
-        read_named_embeddings(file)
-    assert len(str(told.value)) < 500 + len(str(file))
 
 
 def test_other_names_of_the_same_embeddings_are_other_embeddings(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def test_sharded_processes_train_as_one_does_with_the_whole_batch(
     }  # fmt: skip
     assert main(command_of(prepared, tmp_path / "one", **changed)) == 0
     launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/fsdp.yaml",
-              "--main_process_port", str(find_free_port()), "tests/helpers/fsdp_on_cpu.py"]  # fmt: skip
+              "--main_process_port", str(find_free_port()),
+              "tests/helpers/fsdp_on_cpu.py"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *launch, *command_of(prepared, tmp_path / "two", **changed)],
         cwd=ROOT, capture_output=True, text=True, timeout=400,

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
+from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.export_model import export_model, read_prompts, save_model
+from modeling_llm2clip.publishing.export_model import export_model, save_model
+from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
 from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
@@ -112,11 +114,12 @@ def test_merged_equals_unmerged(run, tmp_path):
 
 
 def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
-    instructions = {"query": "Find the image: ", "document": ""}
+    instructions = {"query": "Find the image: "}
     source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
     (source / "conversion.json").write_text("{}")
     merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
-    assert read_prompts(merged) == instructions
+    assert read_instructions(merged) == instructions
+    assert LLM2CLIPConfig.from_pretrained(merged).instructions == instructions
     assert (merged / "conversion_before_training.json").read_text() == "{}"
     assert not (merged / "conversion.json").exists()
     again = export_model(merged, tmp_path / "again")

@@ -11,7 +11,8 @@ from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.caption_groups import TextPair, hold_out_groups
+from modeling_llm2clip.data.caption_groups import TextPair
+from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
 from modeling_llm2clip.training.checkpoints import find_last_checkpoint

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ....data.sources.json_files import read_json
 from ..dataset_spec import ReadRequest
 from ..retrieval_dataset import RawRecord
 from ..validation import DatasetValidator
-from .text_files import read_json
 
 
 def read_karpathy(

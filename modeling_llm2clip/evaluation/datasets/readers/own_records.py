@@ -7,9 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....data.example_data import find_example_data
 from ....data.image_sources import IMAGE_SUFFIXES
-from ....data.record_loading import CollectedRecord, iterate_records, load_records
+from ....data.record_loading import (
+    CollectedRecord,
+    find_example_data,
+    iterate_records,
+    load_records,
+)
 from ....data.records import CaptionedImage
 from ....data.splits import choose_test_rows, split_records
 from ....data.validation_errors import ErrorCollector
@@ -19,6 +23,7 @@ from ..validation import DatasetValidator
 
 # What `llm2clip demo` holds out unless it is given another seed.
 EMOJI_SEED = 0
+_NUM_EMOJI_GROUPS = 300
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def find_own_languages(request: ReadRequest, intake: DatasetValidator) -> tuple[
 
 def _collect(request: ReadRequest, intake: DatasetValidator) -> _Collected:
     """Read the folder, once for all languages."""
-    how = (request.folder, request.image_dir, request.require_images, request.ignored_fields)
+    how = (request.folder, request.image_dir, request.require_images, request.ignore_fields)
     if how not in intake.cache.records:
         stray = ErrorCollector()
         records = iterate_records(
@@ -95,7 +100,7 @@ def _collect(request: ReadRequest, intake: DatasetValidator) -> _Collected:
             stray,
             image_dir=request.image_dir,
             require_images=request.require_images,
-            ignored_fields=request.ignored_fields,
+            ignore_fields=request.ignore_fields,
         )
         intake.cache.records[how] = _Collected(stray, records, _count_unused(request, records))
     collected: _Collected = intake.cache.records[how]
@@ -141,6 +146,7 @@ def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[s
     """The records that test English, and of each image and language the first caption."""
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
-    held_out = split_records(english, seed=EMOJI_SEED)
-    tested = [english[row] for row in choose_test_rows(english, held_out)]
+    _, held_out = split_records(english, test_size=_NUM_EMOJI_GROUPS, seed=EMOJI_SEED)
+    groups = {record.group_id for record in held_out}
+    tested = [english[row] for row in choose_test_rows(english, groups)]
     return tested, {(record.name, record.lang): record.captions[:1] for record in records}

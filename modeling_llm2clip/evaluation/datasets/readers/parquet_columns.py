@@ -1,11 +1,7 @@
-"""Reads Parquet, from a folder or from the Hugging Face Hub, through `datasets`.
-
-A hub's files are fetched at one commit and then read like any folder's, so that both are one path.
-"""
+"""Reads a publisher's Parquet files through `datasets`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +11,6 @@ from ....data.image_sources import ParquetImage, import_datasets, open_table
 from ..dataset_spec import ReadRequest
 from ..retrieval_dataset import EntryReader, RawRecord
 from ..validation import DatasetValidator
-
-_HUB_FOLDER = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -34,35 +28,6 @@ class Columns:
     captions: str
     only: Mapping[str, str] = field(default_factory=dict)
     files: str = "**/*.parquet"
-
-
-def fetch_hub_folder(reference: str, pattern: str) -> Path:
-    """Fetch the files of `hub:owner/name@commit` that a pattern names, or find them in the cache.
-
-    Raises: ValueError for a reference that does not pin a commit, and when it cannot be fetched.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    match = _HUB_FOLDER.fullmatch(reference)
-    if match is None:
-        raise ValueError(
-            f"{reference!r} pins no commit. Give hub:owner/name@ and the 40 digits of a commit, so "
-            "that the set stays the same tomorrow."
-        )
-    try:
-        folder = snapshot_download(
-            match["name"],
-            revision=match["revision"],
-            repo_type="dataset",
-            allow_patterns=[pattern],
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{reference} cannot be fetched ({error}). Check name, commit and license agreement, "
-            "or give a local folder."
-        ) from error
-    return Path(folder)
 
 
 def read_either(

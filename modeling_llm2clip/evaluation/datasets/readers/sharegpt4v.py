@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from ....data.sources.json_files import iterate_json_list
 from ..dataset_spec import ReadRequest
 from ..retrieval_dataset import RawRecord
 from ..validation import DatasetValidator
-from .text_files import iterate_json_list
 
 FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
 

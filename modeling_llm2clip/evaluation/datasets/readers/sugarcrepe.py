@@ -11,11 +11,11 @@ from typing import Any
 
 from ....data.records import clean_text
 from ....data.sources.coco import read_coco
+from ....data.sources.json_files import read_json
 from ..choice_dataset import ChoiceEntry
 from ..dataset_spec import ReadRequest
 from ..validation import DatasetValidator
 from .coco_captions import ADVICE, FILES
-from .text_files import read_json
 
 CATEGORIES = (
     "add_att",

@@ -1,4 +1,4 @@
-"""Every error of a source of captioned images is told at once; what is no source is refused."""
+"""Every error of a source is reported at once; what is not a source is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def errors_of(source: Path | str, **options: Any) -> DataValidationError:
     return caught.value
 
 
-def test_every_error_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
     write_images(tmp_path)
     (tmp_path / "images/broken.png").write_bytes(encode("images/red.png")[:45])
     good = {"image": "images/red.png", "captions": ["a square"]}
@@ -58,7 +58,7 @@ def test_every_error_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
         {"captions": ["of nothing"]},
         {"image": 5, "captions": ["a number"]},
         b'{"image": "\xff"}',
-        {"image": "images/broken.png", "captions": ["half an image"]},
+        {"image": "images/broken.png", "captions": ["a part of an image"]},
         {"image": "images/blue.png", "file_name": "images/red.png", "text": "two names"},
         {**good, "lang": "de", "keywords": ["", "rot"]},
     ]
@@ -99,15 +99,15 @@ def test_the_message_counts_all_and_shows_the_first(tmp_path: Path) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_a_field_is_no_error_when_it_is_named(tmp_path: Path) -> None:
+def test_a_field_that_is_named_is_not_an_error(tmp_path: Path) -> None:
     source = write_lines(tmp_path, [{"group_id": "1", "caption": "a", "coco_id": 4}])
     options = {"require_images": False}
     error = errors_of(source, **options)
-    assert error.counts == {"unknown field 'coco_id'": 1} and "ignored_fields" in str(error)
-    assert len(load_records(source, ignored_fields={"coco_id"}, require_images=False)) == 1
+    assert error.counts == {"unknown field 'coco_id'": 1} and "ignore_fields" in str(error)
+    assert len(load_records(source, ignore_fields={"coco_id"}, require_images=False)) == 1
 
 
-def test_every_error_of_shards_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_shards_is_reported_at_once(tmp_path: Path) -> None:
     red = encode("images/red.png")
     write_shard(
         tmp_path / "0.tar",
@@ -126,7 +126,7 @@ def test_every_error_of_shards_is_told_at_once(tmp_path: Path) -> None:
     whole = (tmp_path / "0.tar").read_bytes()
     with tarfile.open(tmp_path / "2.tar", "w:gz") as archive:
         add_member(archive, "a.txt", b"a")
-    # Cut in the middle of the first image.
+    # Truncated in the middle of the first image.
     (tmp_path / "3.tar").write_bytes(whole[: 512 + 20])
     with tarfile.open(tmp_path / "4.tar", "w") as archive:
         link = tarfile.TarInfo("link.png")
@@ -148,7 +148,9 @@ def test_every_error_of_shards_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("damage", ["a bit", "a cut header", "a cut end", "another shard behind"])
+@pytest.mark.parametrize(
+    "damage", ["a bit", "a truncated header", "no end", "another shard behind"]
+)
 def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path: Path) -> None:
     members = {f"{i}.{end}": b for i in range(6) for end, b in (("png", b"-"), ("txt", b"a text"))}
     shard = write_shard(tmp_path / "0.tar", members)
@@ -159,19 +161,19 @@ def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path:
     flipped[header + 150] ^= 1  # in the checksum of a header
     damaged = {
         "a bit": bytes(flipped),
-        "a cut header": whole[: header + 100],
-        "a cut end": whole[:header],
+        "a truncated header": whole[: header + 100],
+        "no end": whole[:header],
         "another shard behind": whole + whole,
     }
     shard.write_bytes(damaged[damage])
     error = errors_of(tmp_path, check_images=False)
     (place,) = error.places["not a tar shard, or compressed, or broken"]
-    assert place.startswith("0.tar (the archive is cut off or damaged at byte ")
+    assert place.startswith("0.tar (the archive is truncated or damaged at byte ")
     shard.write_bytes(whole)
     assert len(load_records(tmp_path)) == 6
 
 
-def test_a_field_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+def test_a_field_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
     line = b'{"group_id": "1", "captions": ["a"], "captions": ["b"]}'
     error = errors_of(write_lines(tmp_path, [line]), require_images=False)
     assert list(error.places) == ["field 'captions' twice in one object"]
@@ -185,7 +187,7 @@ def test_one_name_written_in_two_ways_is_repeated(tmp_path: Path) -> None:
     assert error.places == {"image and language repeated": ["captions.jsonl line 2"]}
 
 
-def test_every_error_of_parquet_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_parquet_is_reported_at_once(tmp_path: Path) -> None:
     red = {"bytes": encode("images/red.png"), "path": None}
     rows = {
         "image": [red, {**red, "bytes": None}, {"bytes": b"text", "path": "t.png"}, red],
@@ -204,7 +206,7 @@ def test_every_error_of_parquet_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_every_error_of_coco_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_coco_is_reported_at_once(tmp_path: Path) -> None:
     file = write_coco(
         tmp_path / "captions.json",
         images=[coco_image(1), coco_image(2), coco_image(1), {"file_name": "x.jpg"}, coco_image(3)],
@@ -241,7 +243,7 @@ def test_every_error_of_coco_is_told_at_once(tmp_path: Path) -> None:
         ("torn.json", r"torn\.json: not JSON"),
     ],
 )
-def test_a_source_that_is_none_is_refused(source: str, message: str, tmp_path: Path) -> None:
+def test_what_is_not_a_source_is_refused(source: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_lines(tmp_path / "lines", ["", " "])
     write_lines(tmp_path / "both", [])
@@ -254,34 +256,34 @@ def test_a_source_that_is_none_is_refused(source: str, message: str, tmp_path: P
         load_records(f"{tmp_path}/{source}", require_images=False)
 
 
-def test_a_folder_of_images_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"image_dir='nowhere' is no folder"):
+def test_an_image_dir_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_dir='nowhere' is not a folder"):
         load_records(write_folder(tmp_path / "data"), image_dir="nowhere")
 
 
-def test_images_cut_in_their_headers_are_errors_like_others(tmp_path: Path) -> None:
+def test_images_truncated_in_their_headers_are_errors_like_others(tmp_path: Path) -> None:
     whole: dict[str, bytes] = {}
     for suffix in ("jpeg", "png"):
         buffer = io.BytesIO()
         make_image("images/red.png").save(buffer, suffix)
         whole[suffix] = buffer.getvalue()
-    cuts = {
+    truncated = {
         f"{length:02}.{suffix}": content[:length]
         for suffix, content in whole.items()
         for length in (2, 8, 10, 17, 21, 28, 40)
     }
-    for name, content in cuts.items():
+    for name, content in truncated.items():
         (tmp_path / name).write_bytes(content)
-    lines = [{"image": name, "captions": "cut"} for name in cuts]
+    lines = [{"image": name, "captions": "truncated"} for name in truncated]
     write_lines(tmp_path, lines)
-    assert errors_of(tmp_path, check_images=True).counts == {"image unreadable": len(cuts)}
+    assert errors_of(tmp_path, check_images=True).counts == {"image unreadable": len(truncated)}
     members = {}
-    for number, (name, content) in enumerate(cuts.items()):
-        members[f"{number:02}.json"] = b'{"captions": "cut"}'
+    for number, (name, content) in enumerate(truncated.items()):
+        members[f"{number:02}.json"] = b'{"captions": "truncated"}'
         members[f"{number:02}.{name[3:]}"] = content
     write_shard(tmp_path / "shards" / "0.tar", members)
     assert errors_of(tmp_path / "shards", check_images=True).counts == {
-        "image unreadable": len(cuts)
+        "image unreadable": len(truncated)
     }
 
 
