@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -21,7 +22,6 @@ from modeling_llm2clip.encoding.devices import (
     to_float64,
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.distributed import training_arguments_on
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 from modeling_llm2clip.training.extraction.extract import choose_device as choose

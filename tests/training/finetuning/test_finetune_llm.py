@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from aligning import read_losses, read_tensorboard_losses
+from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
@@ -19,7 +20,6 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import export_model, save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
-from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 
