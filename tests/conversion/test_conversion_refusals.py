@@ -213,9 +213,7 @@ def test_keys_of_another_family(tmp_path, family, chosen) -> None:
     if family == chosen:
         assert plan(source, source_format=FORMAT_OF[chosen])
         return
-    with pytest.raises(
-        ValueError, match=f"of the family '{family}', the source format is for"
-    ):
+    with pytest.raises(ValueError, match=f"of the family '{family}', the source format is for"):
         plan(source, source_format=FORMAT_OF[chosen])
 
 
