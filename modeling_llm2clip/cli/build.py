@@ -189,10 +189,10 @@ def _require_order(arguments: argparse.Namespace) -> None:
         found = find_model_type(source)
         if found is None:
             continue
-        if what := _SWAPPED.get((place, found.kind)):
+        if what := _SWAPPED.get((place, found.content)):
             raise ValueError(
                 f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
                 "VISION LLM OUTPUT."
             )
-        if found.kind in ("above", "lora", "store"):
+        if found.content in ("above", "lora", "store"):
             raise ValueError(f"{found.advice} It cannot be {place}.")

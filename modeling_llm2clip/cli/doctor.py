@@ -35,6 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..doctor.check_model import check_model
 
-    diagnosis = check_model(arguments.model, revision=arguments.revision, device=str(device))
-    print(diagnosis.report())
-    return 0 if diagnosis.healthy else 1
+    report = check_model(arguments.model, revision=arguments.revision, device=str(device))
+    print(report)
+    return 0 if report.healthy else 1

@@ -231,7 +231,7 @@ def _require_models(arguments: argparse.Namespace) -> None:
         if not path.is_dir() or arguments.kind or any((path / name).exists() for name in _OTHERS):
             continue
         found = find_model_type(path)
-        if found is not None and found.kind in ("above", "lora", "text", "vision"):
+        if found is not None and found.content in ("above", "lora", "text", "vision"):
             raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
 
 

@@ -291,8 +291,8 @@ OF_A_MODEL = {
         ("LLM", "`llm2clip build VISION {} OUTPUT`"),
         ("VISION", "`llm2clip build {} LLM OUTPUT`"),
         ("BERT", "{} is a 'vits', which no command takes"),
-        ("ABOVE", "it is the folder above {}/model. Give that one."),
-        ("LORA", "--caption-lora {}`"),
+        ("ABOVE", "it is the parent folder of {}/model. Give that one."),
+        ("LORA", "--lora {}`"),
         ("STORE", "--caption-store {}`"),
     ],
 )
