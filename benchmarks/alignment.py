@@ -79,9 +79,12 @@ def _run(
     runs = []
     for seed in seeds:
         chosen = BuildConfig(
-            prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional, seed=seed,
-            lora=adapter, accept_lora_base=SMOLLM2_BASE,
-        )  # fmt: skip
+            prompt="chatml",
+            bidirectional=bidirectional,
+            lora=adapter,
+            accept_lora_base=SMOLLM2_BASE,
+            seed=seed,
+        )
         model, processor = join_towers(*towers, chosen)
         # Neither tower depends on the seed.
         encoded = encoded or encode_records(model, processor, records, vision_embeds=vision_embeds)

@@ -54,10 +54,11 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
     scores = []
     for seed in seeds:
         chosen = BuildConfig(
-            prompt="chatml", visual_projection_bias=True, seed=seed,
+            prompt="chatml",
             lora=DemoArguments(output=nothing_written).find_adapter(),
             accept_lora_base=SMOLLM2_BASE,
-        )  # fmt: skip
+            seed=seed,
+        )
         model, processor = join_towers(*towers, chosen)
         images = images or encode_records(model, processor, records)
         held_out = hold_out(records, seed=seed)

@@ -140,5 +140,5 @@ def results(
     from modeling_llm2clip.evaluation.evaluate import evaluate
 
     output = tmp_path_factory.mktemp("results")
-    evaluate(arguments(output, data, sources("clip"), sources("siglip")))
+    evaluate(**arguments(output, data, sources("clip"), sources("siglip")))
     return output

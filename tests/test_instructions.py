@@ -46,7 +46,9 @@ def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.
 def test_an_instruction_is_attended_to_and_not_pooled(
     prefix: str, suffix: str, ends_special: bool, tmp_path: Path
 ) -> None:
-    chosen = {"prompt": "none"} if not prefix else {"prompt_prefix": prefix, "prompt_suffix": suffix}
+    chosen = (
+        {"prompt": "none"} if not prefix else {"prompt_prefix": prefix, "prompt_suffix": suffix}
+    )
     model, processor = tiny_model(max_text_length=64, **chosen)
     assert model.config.prompt_suffix_ends_special == ends_special
     folder = save_model(model, processor, tmp_path / "model", instructions={"query": INSTRUCTION})

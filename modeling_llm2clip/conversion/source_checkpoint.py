@@ -98,7 +98,9 @@ def require_layout(checkpoint: Checkpoint, name: str) -> Layout:
     if chosen in fitting and len(fitting) == 1:
         return chosen
     source = checkpoint.source.name
-    formats = {source_format.layout: name for name, source_format in SOURCE_FORMATS.items()}
+    formats: dict[str, str] = {
+        source_format.layout: name for name, source_format in SOURCE_FORMATS.items()
+    }
     if len(fitting) == 1:
         found = fitting[0].name
         raise ValueError(

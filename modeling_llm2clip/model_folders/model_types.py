@@ -89,27 +89,27 @@ def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
         return FoundModel(
             "official",
             f"{name} is an official LLM2CLIP checkpoint. `llm2clip convert {name} OUTPUT "
-            "--source-format NAME --text-model LLM` makes a model of it.",
+            "--source-format NAME --text-model TEXT_MODEL` makes a model of it.",
         )
     if model_type in _CLIPS:
         return FoundModel(
             "clip",
             f"{name} is a {model_type!r}, which has a text encoder of its own. `llm2clip build "
-            f"{name} LLM OUTPUT` makes an LLM2CLIP model of its vision tower, `llm2clip evaluate "
-            f"{name}` measures it as it is.",
+            f"{name} TEXT_MODEL OUTPUT` makes an LLM2CLIP model of its vision tower, `llm2clip "
+            f"evaluate {name}` measures it as it is.",
         )
     writes = any(item.endswith(("ForCausalLM", "ConditionalGeneration")) for item in architectures)
     if writes or "vocab_size" in config:
         return FoundModel(
             "text",
-            f"{name} is a language model ({model_type!r}). `llm2clip build VISION {name} OUTPUT` "
-            "makes an LLM2CLIP model of it and a vision tower.",
+            f"{name} is a language model ({model_type!r}). `llm2clip build VISION_MODEL "
+            f"{name} OUTPUT` makes an LLM2CLIP model of it and a vision tower.",
         )
     if model_type == "timm_wrapper" or any(field in config for field in _VISION_FIELDS):
         return FoundModel(
             "vision",
-            f"{name} is a vision tower ({model_type!r}). `llm2clip build {name} LLM OUTPUT` makes "
-            "an LLM2CLIP model of it and a language model.",
+            f"{name} is a vision tower ({model_type!r}). `llm2clip build {name} TEXT_MODEL "
+            "OUTPUT` makes an LLM2CLIP model of it and a language model.",
         )
     if model_type is None:
         return None
@@ -121,9 +121,9 @@ def _judge_other_files(folder: Path) -> FoundModel | None:
     if (folder / "adapter_config.json").is_file():
         return FoundModel(
             "lora",
-            f"{folder} is a LoRA. `llm2clip build VISION LLM OUTPUT --lora {folder}` merges it "
-            f"into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT --init-lora {folder}` "
-            "continues from it.",
+            f"{folder} is a LoRA. `llm2clip build VISION_MODEL TEXT_MODEL OUTPUT "
+            f"--lora {folder}` merges it into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT "
+            f"--init-lora {folder}` continues from it.",
         )
     if (folder / "manifest.json").is_file():
         return FoundModel(

@@ -197,8 +197,7 @@ def save_trained_model(
     model = open_model(source)
     _require_places(source, model.weights, trained)
     replaced = {
-        name: LazyTensor.of(value).then(lambda value, to=model.weights[name].dtype: value.to(to))
-        for name, value in trained.items()
+        name: LazyTensor.of(value.to(model.weights[name].dtype)) for name, value in trained.items()
     }
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
     model.config.text_adapter_trained = text_adapter_trained

@@ -239,7 +239,7 @@ def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     output = tmp_path / "model"
     command = ["build", str(vision), str(llm), str(output), "--prompt", "llama-3"]
-    command += ["--max-text-length", "64", "--caption-lora", str(folder)]
+    command += ["--max-text-length", "64", "--lora", str(folder)]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "is for the base 'owner/Other-7B', but the LLM is 'llm'" in error

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from modeling_llm2clip.encoding.text_encoding import encode_captions
 from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -15,7 +16,6 @@ from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.tower_checks import find_attention_errors, require_bidirectional
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel

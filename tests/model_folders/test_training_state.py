@@ -16,9 +16,9 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
 from modeling_llm2clip.model_folders.model_card_data import CardData
 from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
@@ -143,7 +143,7 @@ def test_doctor_warns_of_an_untrained_model_that_is_healthy_as_a_folder(
 def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
     untrained: Path, good: Path
 ) -> None:
-    settings = EncoderSettings(device="cpu")
+    settings = EncoderConfig(device="cpu")
     with pytest.warns(UserWarning, match="named is untrained: random weights"):
         encoder = LLM2CLIPEncoder(untrained, settings, source="named")
     found = encoder.describe().to_json()

@@ -10,12 +10,8 @@ import pytest
 from published_datasets import write_own_folder
 from tiny_folders import export_tiny_model
 
+from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.model_folders.model_card_data import CardResult, read_card_data
 from modeling_llm2clip.publishing.card_results import read_card_results
@@ -26,13 +22,10 @@ def test_a_card_takes_results_of_its_own_model_in_its_own_dtype_alone(tmp_path: 
     model = export_tiny_model(tmp_path / "model")
     data = write_own_folder(tmp_path / "data")
     evaluate(
-        EvaluationArguments(
-            models=(EvaluatedModel(str(model), "ours"),),
-            data=(EvaluatedDataset("folder", str(data)),),
-            tasks=("retrieval",),
-            languages=("de",),
-            output=tmp_path / "out",
-        )
+        EvaluatedModel(source=str(model), name="ours"),
+        data,
+        EvaluationConfig(languages=("de",), output=tmp_path / "out"),
+        tasks=("retrieval",),
     )
     file = tmp_path / "out" / "ours" / "folder.retrieval.json"
     (result,) = read_card_results([file])

@@ -91,7 +91,17 @@ def test_a_caption_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys
     data.write_text(
         "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
     )
-    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    flags = [
+        "--max-steps",
+        "1",
+        "--per-device-train-batch-size",
+        "4",
+        "--num-held-out",
+        "4",
+        "--device",
+        "cpu",
+        "--no-merge",
+    ]
     command = ["finetune-llm", str(folder), str(data), str(tmp_path / "run"), *flags]
     assert main(command) == 0
     move_weight(folder, "text_model.norm.weight")

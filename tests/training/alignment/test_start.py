@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from aligning import Prepared, prepare
+from modeling_llm2clip.training.alignment.align_arguments import LEAST_DEFAULT_STEPS, AlignArguments
 
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.align_arguments import LEAST_DEFAULT_STEPS, AlignArguments
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import (

@@ -29,8 +29,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.embedding_store import EmbeddingStore, read_manifest
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
@@ -114,7 +113,17 @@ class StopAfterOneShard(StopRequest):
 
 
 def shorten(command: list[str]) -> list[str]:
-    return [*command, "--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+    return [
+        *command,
+        "--modality",
+        "text",
+        "--rows-per-shard",
+        "16",
+        "--token-budget",
+        "256",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_every_record_finds_the_embeddings_of_its_captions(
@@ -133,7 +142,7 @@ def test_every_record_finds_the_embeddings_of_its_captions(
             rows = store.rows_of(item, long=long)
             assert len(rows) == len(texts)
             if texts:
-                expected = encode_captions(whole, processor, texts).caption_embeds
+                expected = encode_texts(whole, processor, texts, project=False)
                 # Sums of float32 in another order: the captions had other neighbors.
                 torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
     store.require_fingerprint(fingerprint_text(model))
@@ -413,7 +422,8 @@ def test_images_are_stored_once_and_found_by_every_record(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
-    options = ["--images", "--rows-per-shard", "4", "--batch-size", "3", "--dtype", "float32"]
+    options = ["--modality", "image", "--rows-per-shard", "4", "--batch-size", "3"]
+    options += ["--store-dtype", "float32"]
     command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
     assert main(command) == 0
     assert "9 embeddings of 32 for 13 records (13 images, 9 distinct)" in capsys.readouterr().out
@@ -423,7 +433,7 @@ def test_images_are_stored_once_and_found_by_every_record(
         LLM2CLIPModel.from_pretrained(model),
         LLM2CLIPProcessor.from_pretrained(model),
     )
-    expected = encode_images(whole, processor, [record.path for record in records])
+    expected = encode_images(whole, processor, [record.path for record in records], project=False)
     rows = [int(store.rows_of(item)[0]) for item in range(len(store))]
     # Sums of float32 in another order: the images had other neighbors.
     torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
@@ -438,12 +448,12 @@ def test_images_are_stored_once_and_found_by_every_record(
     ("flags", "told"),
     [
         (
-            ["--batch-size", "3", "--num-workers", "1"],
-            "--batch-size, --num-workers: of the extraction",
+            ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
+            "--batch-size, --num-workers: for --modality image alone",
         ),
         (
-            ["--token-budget", "64", "--images"],
-            "--token-budget: of the extraction of captions only",
+            ["--modality", "image", "--token-budget", "64"],
+            "--token-budget: for --modality text alone",
         ),
     ],
 )
