@@ -58,11 +58,12 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
 
     model, processor = join_towers(vision_model, text_model, config)
     model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    licenses = {
-        f"{name}_license": "apache-2.0" if name in embedded else find_license(source)
+    vision_license, text_license = (
+        "apache-2.0" if name in embedded else find_license(source)
         for name, source in (("vision", vision_model), ("text", text_model))
-    }
-    folder = save_model(model, processor, output, facts=CardData(**licenses))
+    )
+    card = CardData(vision_license=vision_license, text_license=text_license)
+    folder = save_model(model, processor, output, facts=card)
     print(f"Wrote {folder}. Text adapter and projections are random: align it before use.")
     return 0
 
