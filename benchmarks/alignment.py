@@ -21,8 +21,8 @@ from typing import Any
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
-from modeling_llm2clip.building.build_model import BuildArguments, join_towers
-from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.demo.pretrained_towers import (
     EFFICIENTNET,
     SMOLLM2,
@@ -30,7 +30,7 @@ from modeling_llm2clip.demo.pretrained_towers import (
     fetch_tower,
 )
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
 
 
 def main() -> None:
@@ -78,15 +78,17 @@ def _run(
     encoded = None
     runs = []
     for seed in seeds:
-        chosen = BuildArguments(
-            prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional, seed=seed
+        chosen = BuildConfig(
+            prompt="chatml",
+            bidirectional=bidirectional,
+            lora=adapter,
+            accept_lora_base=SMOLLM2_BASE,
+            seed=seed,
         )
-        model, processor = join_towers(
-            *towers, chosen, caption_lora=adapter, accept_lora_base=SMOLLM2_BASE
-        )
+        model, processor = join_towers(*towers, chosen)
         # Neither tower depends on the seed.
         encoded = encoded or encode_records(model, processor, records, vision_embeds=vision_embeds)
-        held_out = split_records(records, seed=seed)
+        held_out = hold_out(records, seed=seed)
         align(model, encoded, held_out, _settings(seed).alignment)
         runs.append({"seed": seed, **evaluate(model, encoded, held_out)})
         print(runs[-1], flush=True)

@@ -176,7 +176,7 @@ def _write_llm(folder: Path, num_layers: int) -> Path:
 
 def _convert(checkpoint: Path, llm: Path, output: Path, dtype: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "modeling_llm2clip", "convert", str(checkpoint), str(output)]
-    command += ["--recipe", "openai", "--llm", str(llm), "--dtype", dtype]
+    command += ["--source-format", "openai", "--text-model", str(llm), "--dtype", dtype]
     root = Path(__file__).resolve().parent.parent
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=root)

@@ -16,8 +16,8 @@ from typing import Any
 
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.building.build_model import BuildArguments, join_towers
-from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.demo.pretrained_towers import (
     EFFICIENTNET,
     SMOLLM2,
@@ -25,7 +25,7 @@ from modeling_llm2clip.demo.pretrained_towers import (
     fetch_tower,
 )
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate
+from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
 
 
 def main() -> None:
@@ -53,13 +53,15 @@ def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
     images = None
     scores = []
     for seed in seeds:
-        chosen = BuildArguments(prompt="chatml", visual_projection_bias=True, seed=seed)
-        adapter = DemoArguments(output=nothing_written).find_adapter()
-        model, processor = join_towers(
-            *towers, chosen, caption_lora=adapter, accept_lora_base=SMOLLM2_BASE
+        chosen = BuildConfig(
+            prompt="chatml",
+            lora=DemoArguments(output=nothing_written).find_adapter(),
+            accept_lora_base=SMOLLM2_BASE,
+            seed=seed,
         )
+        model, processor = join_towers(*towers, chosen)
         images = images or encode_records(model, processor, records)
-        held_out = split_records(records, seed=seed)
+        held_out = hold_out(records, seed=seed)
         chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment
         align(model, images, held_out, chosen_alignment)
         scores.append({"seed": seed, **evaluate(model, images, held_out)})

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -50,14 +49,14 @@ LEAST_SHARE_OF_BEST = 0.9
 MOST_TEST_IMAGES = 300
 # Flags of `align` beside the recipe's own.
 OTHER_SETTINGS = {
-    "closed form alone": ["--steps", "1", "--lr", "1e-9"],
+    "closed form alone": ["--max-steps", "1", "--learning-rate", "1e-9"],
     "closed form, trained without noise": ["--image-noise", "0", "--caption-noise", "0"],
-    "closed form, trained at 3e-4": ["--lr", "3e-4"],
-    "closed form, 1,000 steps": ["--steps", "1000"],
-    "from random, 300 steps": ["--start", "as-is"],
-    "from random, 1,000 steps": ["--start", "as-is", "--steps", "1000"],
+    "closed form, trained at 3e-4": ["--learning-rate", "3e-4"],
+    "closed form, 1,000 steps": ["--max-steps", "1000"],
+    "from random, 300 steps": ["--projection-init", "model"],
+    "from random, 1,000 steps": ["--projection-init", "model", "--max-steps", "1000"],
     "from random, 300 steps without noise": [
-        "--start", "as-is", "--image-noise", "0", "--caption-noise", "0",
+        "--projection-init", "model", "--image-noise", "0", "--caption-noise", "0",
     ],
 }  # fmt: skip
 
@@ -212,9 +211,11 @@ def encode_test_images(model_folder: Path, test: list[CaptionedImage]) -> tuple[
     """Embeddings of the frozen towers, of each image and of its first caption."""
     model = LLM2CLIPModel.from_pretrained(model_folder).eval()
     processor = LLM2CLIPProcessor.from_pretrained(model_folder)
-    captions = encode_captions(model, processor, [record.captions[0] for record in test])
-    images = encode_images(model, processor, [record.image for record in test])
-    return captions.caption_embeds, images
+    captions = encode_texts(
+        model, processor, [record.captions[0] for record in test], project=False
+    )
+    images = encode_images(model, processor, [record.image for record in test], project=False)
+    return captions, images
 
 
 @torch.no_grad()

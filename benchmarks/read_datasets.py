@@ -58,7 +58,7 @@ def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, A
     """Read every language of one set."""
     cache = ReadingCache()
     shared: dict[str, Any] = {
-        "ignored_fields": arguments.ignore_fields,
+        "ignore_fields": arguments.ignore_fields,
         "require_images": not arguments.captions_only,
         "cache": cache,
     }

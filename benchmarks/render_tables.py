@@ -20,14 +20,15 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
     RESULTS / "README.md",
-    ROOT / "conversion" / "README.md",
+    ROOT / "docs" / "benchmarks.md",
     ROOT / "examples" / "data" / "caption_lora" / "README.md",
-    ROOT / "examples" / "recipes" / "README.md",
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
 # Tables that share the file of another one.
 _RECORDED_WITH = {"existing_model": "first_run"}
+# A record keeps the words of its time; tables use those of the documents.
+_RECORDED_WORDS = {"pictures": "images"}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
     "unseen_text_to_image_r1",
@@ -57,7 +58,10 @@ def _render(name: str, results: Path) -> str:
     file = results / f"{_RECORDED_WITH.get(name, name)}.json"
     if not file.is_file():
         return f"\n{NOT_RECORDED}\n\n"
-    return "\n" + _RENDERERS[name](json.loads(file.read_text(encoding="utf-8"))) + "\n"
+    table = _RENDERERS[name](json.loads(file.read_text(encoding="utf-8")))
+    for recorded, word in _RECORDED_WORDS.items():
+        table = re.sub(rf"\b{recorded}\b", word, table)
+    return f"\n{table}\n"
 
 
 def _read_card_sections() -> str:
@@ -423,6 +427,33 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _render_house(report: dict[str, Any]) -> str:
+    measures: dict[str, Callable[[dict[str, Any]], str]] = {
+        "lines of the package": lambda entry: f"{entry['package_lines']:,}",
+        "modules": lambda entry: str(entry["package_files"]),
+        "lines of the tests": lambda entry: f"{entry['test_lines']:,}",
+        "tests, without slow and GPU ones": lambda entry: f"{entry['num_tests']:,}",
+        "seconds of `pytest -n 2`": lambda entry: f"{entry['test_seconds']:.0f}",
+        "lines of the README": lambda entry: str(entry["readme_lines"]),
+        "functions over 40 lines": lambda entry: str(entry["functions_over_40_lines"]),
+        "files over 500 lines": lambda entry: str(len(entry["files_over_500_lines"])),
+        "files under 25 lines": lambda entry: str(len(entry["files_under_25_lines"])),
+        "file names used more than once": lambda entry: str(len(entry["repeated_file_names"])),
+        "import circles": lambda entry: str(len(entry["import_circles"])),
+        "commands": lambda entry: str(len(entry["commands"])),
+        "flags, over all commands": lambda entry: str(entry["num_flags"]),
+        "flags with different names": lambda entry: str(entry["num_distinct_flags"]),
+        "flags whose help shows the default": lambda entry: str(entry["num_flags_with_default"]),
+        "seconds of `import modeling_llm2clip`": lambda entry: f"{entry['import_seconds']:.3f}",
+        "seconds of `llm2clip --help`": lambda entry: f"{entry['help_seconds']:.2f}",
+    }
+    labels = [label for label in ("before", "after") if label in report]
+    heads = ("", *(f"{label} ({report[label]['commit']})" for label in labels))
+    rows = [[name, *(show(report[label]) for label in labels)] for name, show in measures.items()]
+    hardware = " and ".join(dict.fromkeys(report[label]["hardware"] for label in labels))
+    return _draw(heads, rows) + f"\n{hardware}.\n"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -447,6 +478,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "conversion": _render_conversion,
     "llm2vec_parity": _render_llm2vec_parity,
     "datasets_read": _render_datasets_read,
+    "house": _render_house,
 }
 
 

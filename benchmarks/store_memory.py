@@ -108,7 +108,8 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPVisionModel,
     )
 
-    from modeling_llm2clip.building.build_model import BuildArguments, build_model
+    from modeling_llm2clip.building.build_model import build_model
+    from modeling_llm2clip.configs.build_config import BuildConfig
     from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
     torch.manual_seed(0)
@@ -127,7 +128,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         AutoModel.from_config(config),
         AutoTokenizer.from_pretrained(llm),
-        BuildArguments(prompt="chatml", projection_dim=32, text_adapter_layers=1),
+        BuildConfig(prompt="chatml", projection_dim=32, text_adapter_layers=1),
     )
     model.save_pretrained(arguments.folder / "model")
     processor.save_pretrained(arguments.folder / "model")
@@ -152,15 +153,14 @@ def _write_captions(folder: Path, count: int) -> None:
 def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
     import modeling_llm2clip.training.extraction.caption_extraction  # noqa: F401
-
     from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
-    from modeling_llm2clip.encoding.text_encoding import encode_captions
+    from modeling_llm2clip.encoding.encode import encode_texts
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
     from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
     processor = LLM2CLIPProcessor.from_pretrained(arguments.folder / "model")
     model = LLM2CLIPTextModel.from_pretrained(arguments.folder / "model")
-    encode_captions(model, processor, ["a dog"])
+    encode_texts(model, processor, ["a dog"], project=False)
     return {"rss_mb": _read_memory("VmRSS")}
 
 
@@ -187,7 +187,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write random embeddings; item i has five rows, of the last one fewer where they run out."""
     import torch
 
-    from modeling_llm2clip.data.embedding_store_layout import StoreManifest
+    from modeling_llm2clip.data.embedding_store import StoreManifest
     from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 
     starts = range(0, arguments.rows, _CAPTIONS_A_RECORD)
@@ -198,7 +198,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         {"short": short, "long": [[] for _ in texts]},
     )
     manifest = StoreManifest(
-        kind="caption_embeds", fingerprint={}, dtype="float16", dim=arguments.dim,
+        content="caption_embeds", fingerprint={}, dtype="float16", dim=arguments.dim,
         num_rows=arguments.rows, num_items=len(texts), rows_per_shard=arguments.rows_per_shard,
         plan={}, counts={}, index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),

@@ -35,17 +35,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.building.build_model import BuildArguments, join_towers
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.example_data import find_example_data
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.image_extraction import extract_images
 
@@ -102,7 +102,7 @@ def _parse() -> argparse.Namespace:
 def _prepare(arguments: argparse.Namespace) -> dict[str, float]:
     """Build the model, extract both stores, and return seconds an image of either."""
     torch.set_num_threads(arguments.threads)
-    chosen = BuildArguments(prompt="chatml", visual_projection_bias=True)
+    chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
     built = join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)
     model = save_model(*built, arguments.work / "model")
     records = _read_records(arguments)

@@ -1,7 +1,8 @@
-"""`llm2clip`: parse, dispatch, and turn errors into one line and an exit code."""
+"""`llm2clip`: dispatch, and errors into one line and an exit code."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -9,65 +10,90 @@ from safetensors import SafetensorError
 
 from . import __version__
 from ._extras import MissingExtraError
-from .cli import (
-    align,
-    build,
-    convert,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    extract,
-    search,
-    tag,
-)
-from .cli import (
-    finetune_llm as finetune_llm,
-)
+from .cli.align import align
+from .cli.build import build
+from .cli.command import Command, UsageError
+from .cli.convert import convert
+from .cli.demo import demo
+from .cli.doctor import doctor
+from .cli.env import env
+from .cli.evaluate import evaluate
+from .cli.export import export
+from .cli.extract import extract
+from .cli.finetune_llm import finetune_llm
+from .cli.flags import CommandLine
 from .cli.library_warnings import hide_known_warnings
-from .cli.parser import Parser, name_flags
+from .cli.push import push
+from .cli.search import search
+from .cli.tag import tag
+from .training.graceful_stop import StageInterrupt
 
+LINE = CommandLine(
+    "llm2clip",
+    [
+        search, tag, evaluate, doctor,
+        build, finetune_llm, extract, align,
+        export, push, convert,
+        demo, env,
+    ],
+    description="CLIP with an LLM as text encoder.",
+    version=__version__,
+    examples=("llm2clip demo", "llm2clip build --help"),
+)  # fmt: skip
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 for success, 1 for an unhealthy checkpoint, 2 for bad input.
+    """Run one command.
 
-    A command that SIGINT or SIGTERM stopped in good order returns 130 or 143 itself.
+    Args:
+        argv: The command line without the name of the program; None for that of the process.
+
+    Returns:
+        0 for success, 1 for an unhealthy model, 2 for what cannot be run, 130 and 143 after SIGINT
+        and SIGTERM.
     """
-    parser = _build_parser()
-    arguments = parser.parse_args(argv)
-    hide_known_warnings()
+    words = sys.argv[1:] if argv is None else [*argv]
+    command = LINE.find_command(words)
+    name = f"llm2clip {command.name}" if command else "llm2clip"
     try:
-        return int(arguments.run(arguments))
-    except MissingExtraError as error:
-        print(f"llm2clip {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"llm2clip {arguments.command}: {error}. {_EXTRAS}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        message = name_flags(str(error), parser.commands[arguments.command])
-        remedy = _name_remedy_of_device(error)
-        print(f"llm2clip {arguments.command}: {message}{remedy}", file=sys.stderr)
-        return 2
-    except TypeError as error:
-        if not (remedy := _name_remedy_of_device(error)):
-            raise
-        print(f"llm2clip {arguments.command}: {error}{remedy}", file=sys.stderr)
-        return 2
-    except SafetensorError as error:  # whose only base is Exception
-        print(
-            f"llm2clip {arguments.command}: a weight file could not be read or written ({error}). "
-            "Look for room on the disk; download or save again what is truncated.",
-            file=sys.stderr,
-        )
-        return 2
+        run = LINE.parse(words)
+        hide_known_warnings()
+        return run() or 0
+    except StageInterrupt as error:
+        if message := str(error):  # that of the main process
+            print(f"llm2clip: {message}", file=sys.stderr)
+        return 128 + error.signal
     except KeyboardInterrupt:
-        print(
-            "llm2clip: stopped. What is half written is in no folder that loads.", file=sys.stderr
-        )
-        return 130
+        print("llm2clip: Interrupted. No partially written folder will load as a model.",
+              file=sys.stderr)  # fmt: skip
+        return 128 + signal.SIGINT
+    except Exception as error:
+        described = _describe(error, command)
+        if described is None:  # an error of ours, whose traceback is wanted
+            raise
+        print(f"{name}: {described}", file=sys.stderr)
+        return 2
+
+
+def _describe(error: Exception, command: Command | None) -> str | None:
+    """Say what a user can do about an error; None for one of this package."""
+    message, remedy = str(error), _name_remedy_of_device(error)
+    match error:
+        case UsageError() | MissingExtraError():
+            return message
+        case ImportError():
+            return f"{message}. {_EXTRAS}"
+        case ValueError() | OSError() | RuntimeError() | ArithmeticError():
+            return f"{command.name_flags(message) if command else message}{remedy}"
+        case SafetensorError():  # whose only base is Exception
+            return (
+                f"a weight file could not be read or written ({message}). Look for room on the "
+                "disk; download or save again what is truncated."
+            )
+        case TypeError() if remedy:
+            return f"{message}{remedy}"
+    return None
 
 
 def _name_remedy_of_device(error: Exception) -> str:
@@ -77,22 +103,6 @@ def _name_remedy_of_device(error: Exception) -> str:
     if "MPS" in str(error):  # which has no float64, and not every operation
         return " The device mps cannot compute this. Give --device cpu."
     return ""
-
-
-def _build_parser() -> Parser:
-    parser = Parser(
-        "llm2clip",
-        description="CLIP with an LLM as text encoder",
-        examples=("llm2clip demo", "llm2clip build --help"),
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (
-        demo, build, convert, finetune_llm, extract, align, evaluate, search, tag, export,
-        doctor,
-    ):  # fmt: skip
-        command.add_parser(commands)
-    return parser
 
 
 if __name__ == "__main__":

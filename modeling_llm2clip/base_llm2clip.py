@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -18,7 +19,10 @@ from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import LogitScale, TextAdapter
 from .loading_llm2clip import build_tower, refuse_unaccounted_keys
 from .quantization_llm2clip import quantize_llm_only, require_restorable
-from .training_modes_llm2clip import settle_frozen
+from .sentence_transformers_llm2clip import (
+    find_instructions,
+    write_sentence_transformers_files,
+)
 from .vision_llm2clip import find_width, has_class_token
 
 if TYPE_CHECKING:
@@ -30,6 +34,10 @@ _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
     "AutoProcessor": "processing_llm2clip.LLM2CLIPProcessor",
 }
+# Arguments of `save_pretrained` that go to `push_to_hub`.
+_UPLOAD_OPTIONS = (
+    "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
+)  # fmt: skip
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
@@ -103,26 +111,50 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save as transformers does, with code and every Auto class that can load the folder.
+        """Save as transformers does, with the code and the files of sentence-transformers.
 
-        Warns where the towers differ in dtype, because a loaded model has one dtype.
+        With the processor saved beside it, AutoModel, pipelines and sentence-transformers load the
+        folder and give the same embeddings. Warns where the towers differ in dtype, because a
+        loaded model has one dtype.
+
+        Args:
+            save_directory: folder to write. Instructions that sentence-transformers or a user put
+                into its `config_sentence_transformers.json` since the last save are kept.
+            push_to_hub: upload the model too, once the folder is complete.
+            **kwargs: as transformers takes them.
 
         Raises:
             ValueError: bitsandbytes would not give the same weights back.
         """
+        folder = Path(save_directory)
         require_restorable(self)
         towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
         if len(set(towers.values())) > 1:
             warnings.warn(
                 f"The towers have different dtypes ({towers}), and all will be loaded as "
-                f"{self.dtype}: the embeddings will differ by rounding. Cast the whole model "
-                "first.",
+                f"{self.dtype}: embeddings will differ by rounding. Cast the whole model first.",
                 stacklevel=2,
             )
         self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
-        super().save_pretrained(save_directory, **kwargs)
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_OPTIONS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", folder.name)
+        own = self.config.instructions
+        self.config.instructions = find_instructions(folder, own)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+            if kwargs.get("is_main_process", True):
+                write_sentence_transformers_files(
+                    folder,
+                    instructions=self.config.instructions,
+                    modalities=self.input_modalities,
+                )
+        finally:
+            self.config.instructions = own
+        if push_to_hub:  # transformers would upload before the folder is complete
+            shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(repo_id, **upload, **shared)
 
     def post_init(self) -> None:
         """Finish as transformers does, and keep no name of a layer that is not there."""
@@ -194,3 +226,26 @@ def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool)
     for module in text_model.modules():
         if hasattr(module, "is_causal"):
             setattr(module, "is_causal", not bidirectional)  # noqa: B010 (mypy: not a Tensor)
+
+
+def settle_frozen(tower: nn.Module) -> None:
+    """Put a frozen tower, or the frozen batch normalization inside a tower, into evaluation mode.
+
+    In training mode batch normalization moves its statistics by every batch, even where its
+    weights are frozen. No optimizer and no LoRA knows of them, so they would be lost on saving.
+
+    Args:
+        tower: changed in place. Statistics without weights of their own move only where every
+            parameter of the tower is trained.
+    """
+    parameters = list(tower.parameters())
+    if not any(p.requires_grad for p in parameters):
+        tower.eval()
+        return
+    trains_all = all(p.requires_grad for p in parameters)
+    for module in tower.modules():
+        # Not getattr: peft's wrapper shows the statistics of the layer inside it.
+        if any(name == "running_mean" for name, _ in module.named_buffers(recurse=False)):
+            own = list(module.parameters(recurse=False))
+            if not (any(p.requires_grad for p in own) if own else trains_all):
+                module.eval()

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 TEXT_POOLINGS = ("mean", "last_token")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
@@ -46,6 +46,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         prompt_suffix_ends_special: whether the last suffix id is a special token of the
             tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
         max_text_length: most tokens a text may have, prompt included.
+        instructions: name → text that sentence-transformers puts in front of a caption on demand
+            (`prompt_name`): attended to and not pooled.
         normalize_text_before_adapter: unit length before the adapter (most official
             checkpoints; not those trained with the LLM in the loop).
         text_adapter_layers, text_adapter_expansion: residual blocks of the adapter and how many
@@ -86,6 +88,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         prompt_suffix_ids: Sequence[int] = (),
         prompt_suffix_ends_special: bool = False,
         max_text_length: int = 512,
+        instructions: Mapping[str, str] | None = None,
         normalize_text_before_adapter: bool = True,
         text_adapter_layers: int = 4,
         text_adapter_expansion: int = 2,
@@ -116,6 +119,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.prompt_suffix_ids = [int(i) for i in prompt_suffix_ids]
         self.prompt_suffix_ends_special = prompt_suffix_ends_special
         self.max_text_length = max_text_length
+        self.instructions = dict(instructions or {})
         self.normalize_text_before_adapter = normalize_text_before_adapter
         self.text_adapter_layers = text_adapter_layers
         self.text_adapter_expansion = text_adapter_expansion
@@ -183,8 +187,8 @@ _LEAST_VALUES = {
 _SAVED_FIELDS = {
     "vision_config", "text_config", "projection_dim", "text_width", "bidirectional", "text_pooling",
     "prompt_prefix_ids", "prompt_suffix_ids", "prompt_suffix_ends_special", "max_text_length",
-    "normalize_text_before_adapter", "text_adapter_layers", "text_adapter_expansion",
-    "vision_pooling", "visual_projection_bias", "logit_scale_init_value",
+    "instructions", "normalize_text_before_adapter", "text_adapter_layers",
+    "text_adapter_expansion", "vision_pooling", "visual_projection_bias", "logit_scale_init_value",
     "text_adapter_trained", "projections_trained", "format_version",
 }  # fmt: skip
 
@@ -195,6 +199,12 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text_by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(text, str) for name, text in value.items()
+    )
 
 
 def _is_list_of_ids(value: Any) -> bool:
@@ -213,6 +223,10 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt_suffix_ids": _IDS,
     "prompt_suffix_ends_special": _TRUTH,
     "max_text_length": _WHOLE,
+    "instructions": (
+        "texts by name, or None",
+        lambda value: value is None or _is_text_by_name(value),
+    ),
     "normalize_text_before_adapter": _TRUTH,
     "text_adapter_layers": _WHOLE,
     "text_adapter_expansion": _WHOLE,

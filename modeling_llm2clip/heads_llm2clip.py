@@ -1,6 +1,6 @@
-"""The parts between towers and embeddings: the text adapter and the temperature.
+"""The parts beside the towers: the text adapter, the temperature, the contrastive loss.
 
-Uploaded with the weights. Shapes: B texts, D width of the LLM.
+Uploaded with the weights. Shapes: B images or texts, D width of a tower.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 
 
 class LogitScale(nn.Module):
-    """The learned inverse temperature, kept as its logarithm between 0 and ln 100.
+    """The learned inverse temperature, stored as its logarithm between 0 and ln 100.
 
     A module of its own and of shape (1,): FSDP2 refuses parameters without dimensions, and a
-    float32 parameter directly on the model would change the dtype that is saved. `half()` and its
-    like leave it float32 too: a step of float16 at ln 100 is half a per cent of every logit.
+    float32 parameter directly on the model would change the dtype that is saved. `half()` and
+    similar calls leave it float32 too: a step of float16 at ln 100 is 0.5% of every logit.
+
+    Args:
+        initial_value: the logarithm of the initial inverse temperature.
     """
 
     def __init__(self, initial_value: float) -> None:
@@ -42,7 +45,12 @@ class LogitScale(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """`x + Linear(GELU(Linear(LayerNorm(x))))` (upstream `eva_clip/model.py`, LinearBlock)."""
+    """`x + Linear(GELU(Linear(LayerNorm(x))))` (upstream `eva_clip/model.py`, LinearBlock).
+
+    Args:
+        width: D.
+        expansion: how many times wider the inner layer is.
+    """
 
     def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
@@ -51,12 +59,26 @@ class AdapterBlock(nn.Module):
         self.down = nn.Linear(expansion * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, D) to (B, D)."""
+        """Apply the block.
+
+        Args:
+            hidden: (B, D).
+
+        Returns:
+            (B, D).
+        """
         return hidden + self.down(F.gelu(self.up(self.norm(hidden))))  # type: ignore[no-any-return]
 
 
 class TextAdapter(nn.Module):
-    """Residual blocks and a final LayerNorm over a caption's embedding."""
+    """Residual blocks and a final LayerNorm over a caption embedding.
+
+    Args:
+        width: D.
+        num_layers: number of blocks.
+        expansion: how many times wider their inner layer is.
+        normalize: bring caption embeddings to unit length first.
+    """
 
     def __init__(self, width: int, *, num_layers: int, expansion: int, normalize: bool) -> None:
         super().__init__()
@@ -65,11 +87,60 @@ class TextAdapter(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, caption_embeds: Tensor) -> Tensor:
-        """Map (B, D) of any float dtype to (B, D) of the weights' dtype."""
+        """Apply the adapter.
+
+        Args:
+            caption_embeds: (B, D) of any float dtype.
+
+        Returns:
+            (B, D) of the weights' dtype.
+        """
         if self.normalize:
             caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
-        # The norm is never quantised, so its dtype is the dtype of the computation.
+        # The norm is never quantized, so its dtype is the dtype of the computation.
         hidden = caption_embeds.to(self.norm.weight.dtype)
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)  # type: ignore[no-any-return]
+
+
+def contrastive_loss(logits_per_image: Tensor) -> Tensor:
+    """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3).
+
+    Args:
+        logits_per_image: (B, B) float32; row i and column i belong together.
+
+    Returns:
+        () float32; ln(B) when no pair scores higher than the others.
+
+    Raises:
+        ValueError: there are more images than texts, or fewer.
+    """
+    num_images, num_texts = logits_per_image.shape
+    if num_images != num_texts:
+        raise ValueError(
+            f"The loss pairs image i with text i, but got {num_images} images and {num_texts} "
+            "texts. Give as many images as texts, or leave return_loss out."
+        )
+    labels = torch.arange(num_images, device=logits_per_image.device)
+    per_image = F.cross_entropy(logits_per_image, labels)
+    return (per_image + F.cross_entropy(logits_per_image.T, labels)) / 2
+
+
+def check_width(embeds: Tensor, width: int, *, name: str) -> None:
+    """Refuse what a projection does not take.
+
+    Args:
+        embeds: (B, `width`) floating point is wanted.
+        width: of the tower.
+        name: of the argument, for the error.
+
+    Raises:
+        ValueError: they are integers, or of another shape.
+    """
+    if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "
+            f"{tuple(embeds.shape)}. Token ids go into get_text_features, pixels into "
+            "get_image_features; embeddings of another tower do not fit this model."
+        )

@@ -1,14 +1,15 @@
 """The whole forward pass: two towers, a text adapter, two projections, one temperature.
 
-Travels to the Hub beside the weights. Shapes: B images or texts, L tokens, D width of a tower,
-P `projection_dim`. Embeddings are float32 whatever the dtype of the weights.
+Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower, P
+`projection_dim`. Embeddings are float32 whatever the dtype of the weights. As in transformers, a
+method that returns an output returns a tuple of its fields with `return_dict=False`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,113 +19,26 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from .base_llm2clip import LLM2CLIPPreTrainedModel
-from .batching_llm2clip import plan_token_batches
+from .base_llm2clip import LLM2CLIPPreTrainedModel, settle_frozen
 from .configuration_llm2clip import LLM2CLIPConfig
-from .heads_llm2clip import LogitScale
+from .heads_llm2clip import LogitScale, check_width, contrastive_loss
 from .outputs_llm2clip import LLM2CLIPOutput, find_requested_states, keep_states, name_requests
-from .packing_llm2clip import (
-    acquire_text_forward_lock,
-    can_pack,
-    is_traced,
-    keep_freed_memory,
-    packing_allowed,
-    plan_packs,
-    run_packed,
-)
+from .packing_llm2clip import acquire_text_forward_lock, is_traced, pool_on_cpu, splits_batches
 from .pooling_llm2clip import (
     build_pooling_mask,
     build_position_ids,
     check_token_rows,
+    count_unpooled,
     mask_unpadded,
     pool_tokens,
 )
-from .training_modes_llm2clip import settle_frozen
-from .vision_llm2clip import (
-    check_pixels,
-    choose_interpolation,
-    pool_vision,
-)
-
-CPU_TOKEN_BUDGET = 2048
+from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 
 
 class _TextMixin(LLM2CLIPPreTrainedModel):
-    """Text in, embeddings out; shared by the whole model and the text-only one."""
+    """Texts in, embeddings out; shared by the whole model and the text-only one."""
 
-    # Set by a training on a processor, which gains the time of the padding. Otherwise a batch with
-    # gradients stays whole, as on other devices.
-    packs_in_training = False
-    _can_pack: bool | None = None  # found out when it first matters
-
-    def get_caption_embeds(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        prompt_length: int | None = None,
-    ) -> Tensor:
-        """Pool the LLM's last hidden states over each caption; what a caption store holds.
-
-        Args:
-            input_ids: (B, L) from the checkpoint's own tokenizer, padded on either side.
-            attention_mask: (B, L); needed where there is padding.
-            prompt_length: tokens of the tokenized instruction alone, as sentence-transformers
-                counts them; the instruction is attended to and not pooled.
-        Returns: (B, D) float32, neither projected nor normalized.
-        Raises: ValueError when the ids do not carry the checkpoint's prompt, are too long or
-            empty.
-        """
-        return self._encode_texts(input_ids, attention_mask, prompt_length).pooler_output  # type: ignore[return-value]
-
-    def _encode_texts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        prompt_length: int | None,
-        *,
-        requested: tuple[str, ...] = (),
-        keeps_tokens: bool = False,
-    ) -> BaseModelOutputWithPooling:
-        """Run the LLM and pool it; with `keeps_tokens` return its last hidden states too."""
-        config = self.config
-        if attention_mask is None:
-            pad_token_id = None if is_traced() else self._padding_id
-            attention_mask = mask_unpadded(input_ids, pad_token_id=pad_token_id)
-        num_unpooled = len(config.prompt_prefix_ids) + self._count_instruction(prompt_length)
-        if not is_traced():
-            check_token_rows(
-                input_ids,
-                attention_mask,
-                prefix_ids=config.prompt_prefix_ids,
-                suffix_ids=config.prompt_suffix_ids,
-                max_length=config.max_text_length,
-                vocabulary_size=config.text_config.vocab_size,
-                num_unpooled=num_unpooled,
-            )
-        if input_ids.device.type != "cpu" or requested or not self._splits_batches():
-            return self._pool_batch(input_ids, attention_mask, num_unpooled, requested)
-        return self._pool_on_processor(
-            input_ids, attention_mask, num_unpooled, keeps_tokens=keeps_tokens
-        )
-
-    def _splits_batches(self) -> bool:
-        """Whether the CPU takes texts in packs or token batches, instead of as one padded batch.
-
-        While the LLM is trained, a pass without gradients takes the same path as one with them:
-        gradient caching runs both, and dropout must draw the same masks for both.
-        """
-        if is_traced():
-            return False
-        may_learn = torch.is_grad_enabled() or self.text_model.training
-        return self._packs_with_gradients() if may_learn else True
-
-    def project_caption_embeds(self, caption_embeds: Tensor) -> Tensor:
-        """Map stored caption embeddings (B, D) to features (B, P) float32, not normalized.
-
-        Raises: ValueError when they are token ids, or of another width than the LLM's.
-        """
-        _check_width(caption_embeds, self.config.text_width, name="caption_embeds")
-        return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
+    packs_in_training = False  # set by a training on a CPU; else its batches stay whole
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_text_features(
@@ -135,20 +49,25 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Encode texts; arguments and errors as `get_caption_embeds`.
+        """Encode texts and project them, not normalized.
 
         Args:
-            output_attentions, output_hidden_states: add the LLM's `attentions` and
-                `hidden_states`. On a CPU the texts then run as one padded batch.
-            return_dict: False for a tuple of the fields that are not None.
+            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side.
+            attention_mask: (B, L), 1 at real tokens; required where there is padding.
+            prompt_length: tokens of the tokenized instruction alone, as sentence-transformers
+                counts them; the instruction is attended to and not pooled.
+            output_attentions: add the LLM's `attentions`. On a CPU the texts then run as one padded
+                batch.
+            output_hidden_states: add the LLM's `hidden_states`, with the same effect.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
-            (B, L, D) of the LLM. At padding it holds nothing of meaning: zeros where the CPU ran
-            the texts without padding.
+            (B, L, D) of the LLM. At padding it is meaningless: zeros where the CPU ran the texts
+            without padding.
 
         Raises:
-            ValueError: also for states that the LLM does not return as it was loaded.
+            ValueError: the ids lack the model's prompt, or are too long or empty; or the LLM does
+                not return the requested states as it was loaded.
         """
         requested = find_requested_states(
             self.config,
@@ -157,46 +76,126 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         output = self._encode_texts(
-            input_ids, attention_mask, prompt_length, requested=requested, keeps_tokens=True
+            input_ids, attention_mask, prompt_length, requested=requested, keep_tokens=True
         )
         output.pooler_output = self.project_caption_embeds(output.pooler_output)  # type: ignore[arg-type]
         return output
 
-    @property
-    def _padding_id(self) -> int | None:
-        """The id of padding, unless a prompt has it too."""
-        config = self.config
-        pad = getattr(config.text_config, "pad_token_id", None)
-        return None if pad in (*config.prompt_prefix_ids, *config.prompt_suffix_ids) else pad
+    def get_caption_embeds(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_length: int | None = None,
+    ) -> Tensor:
+        """Pool the LLM's last hidden states over each caption; what a caption store holds.
+
+        Args:
+            input_ids: as in `get_text_features`.
+            attention_mask: as there.
+            prompt_length: as there.
+
+        Returns:
+            (B, D) float32, neither projected nor normalized.
+
+        Raises:
+            ValueError: the ids lack the model's prompt, or are too long or empty.
+        """
+        return self._encode_texts(input_ids, attention_mask, prompt_length).pooler_output  # type: ignore[return-value]
+
+    def project_caption_embeds(self, caption_embeds: Tensor) -> Tensor:
+        """Map caption embeddings through adapter and projection, without normalizing them.
+
+        Args:
+            caption_embeds: (B, D) floating point, as `get_caption_embeds` returns them.
+
+        Returns:
+            (B, P) float32, differentiable.
+
+        Raises:
+            ValueError: they are token ids, or of another width than the LLM's.
+        """
+        check_width(caption_embeds, self.config.text_width, name="caption_embeds")
+        return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
+
+    def to_text_embeds(self, caption_embeds: Tensor) -> Tensor:
+        """Map caption embeddings into the space that texts and images share.
+
+        Args:
+            caption_embeds: (B, D) floating point, as `get_caption_embeds` returns them.
+
+        Returns:
+            (B, P) float32 of unit length, differentiable.
+
+        Raises:
+            ValueError: they are token ids, or of another width than the LLM's.
+        """
+        return F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
 
     def text_forward_lock(self) -> AbstractContextManager[None]:
-        """Let other threads' passes through the LLM wait, while its layers are not as they were."""
+        """Make other threads' passes through the LLM wait while its layers are replaced."""
         return acquire_text_forward_lock()
 
-    def _count_instruction(self, prompt_length: int | None) -> int:
-        """Tokens of the instruction itself, from the length of the enclosed instruction."""
-        if not prompt_length:
-            return 0
+    def _encode_texts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_length: int | None,
+        *,
+        requested: tuple[str, ...] = (),
+        keep_tokens: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Run the LLM and pool it; with `keep_tokens` return its last hidden states too."""
         config = self.config
-        enclosing = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
-        count = int(prompt_length) - enclosing + bool(config.prompt_suffix_ends_special)
-        if count < 0:
-            raise ValueError(
-                f"prompt_length={prompt_length} is shorter than the checkpoint's own prompt "
-                f"({enclosing} tokens): it must be the length of the tokenized instruction, "
-                "prefix and suffix included."
+        if attention_mask is None:
+            pad_token_id = None if is_traced() else self._padding_id
+            attention_mask = mask_unpadded(input_ids, pad_token_id=pad_token_id)
+        num_unpooled = count_unpooled(
+            prompt_length,
+            num_prefix=len(config.prompt_prefix_ids),
+            num_suffix=len(config.prompt_suffix_ids),
+            suffix_ends_special=config.prompt_suffix_ends_special,
+        )
+        if not is_traced():
+            check_token_rows(
+                input_ids,
+                attention_mask,
+                prefix_ids=config.prompt_prefix_ids,
+                suffix_ids=config.prompt_suffix_ids,
+                max_length=config.max_text_length,
+                vocabulary_size=config.text_config.vocab_size,
+                num_unpooled=num_unpooled,
             )
-        return count
+        in_pieces = (
+            input_ids.device.type == "cpu"
+            and not requested
+            and splits_batches(self.text_model, packs_in_training=self.packs_in_training)
+        )
+        if not in_pieces:
+            return self._pool_batch(
+                input_ids, attention_mask, num_unpooled=num_unpooled, requested=requested
+            )
+        return pool_on_cpu(
+            self.text_model,
+            input_ids,
+            attention_mask,
+            num_unpooled=num_unpooled,
+            pooling=config.text_pooling,
+            width=config.text_width,
+            pool_padded=partial(self._pool_batch, num_unpooled=num_unpooled),
+            keep_tokens=keep_tokens,
+        )
 
     def _pool_batch(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
+        *,
         num_unpooled: int,
         requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
-        position_ids = build_position_ids(attention_mask)
-        inputs = {"position_ids": position_ids} if self._takes_position_ids else {}
+        """Run one padded batch through the LLM, and pool it."""
+        takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
+        inputs = {"position_ids": build_position_ids(attention_mask)} if takes_positions else {}
         with nullcontext() if is_traced() else acquire_text_forward_lock():
             output = self.text_model(
                 input_ids=input_ids,
@@ -207,85 +206,61 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             )
         hidden_states = output.last_hidden_state  # (B, L, D)
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
-        pooled = pool_tokens(
-            hidden_states, mask.to(hidden_states.device), pooling=self.config.text_pooling
-        )
+        mask = mask.to(hidden_states.device)
+        pooled = pool_tokens(hidden_states, mask, pooling=self.config.text_pooling)
         return keep_states(output, self.text_model, requested, pooled=pooled)
 
-    def _pool_on_processor(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        num_unpooled: int,
-        *,
-        keeps_tokens: bool,
-    ) -> BaseModelOutputWithPooling:
-        """Give the processor small pieces without padding, which its caches like best."""
-        keep_freed_memory()
-        starts = attention_mask.long().argmax(dim=1).tolist()
-        lengths = attention_mask.long().sum(dim=1).tolist()
-        texts = [
-            ids[start : start + length]
-            for ids, start, length in zip(input_ids, starts, lengths, strict=True)
-        ]
-        packs = self._packs(max(lengths), input_ids.device)
-        plan = plan_packs if packs else plan_token_batches
-        pool = self._pool_pack if packs else self._pool_padded
-        width = self.config.text_width
-        pooled = torch.empty(len(texts), width)
-        tokens = torch.zeros(*input_ids.shape, width, dtype=self.text_model.dtype)
-        for rows in plan(lengths, token_budget=CPU_TOKEN_BUDGET):
-            embeds, of_texts = pool([texts[row] for row in rows], num_unpooled)
-            pooled[rows] = embeds.to(pooled.device)
-            if keeps_tokens:
-                for row, states in zip(rows, of_texts, strict=True):
-                    tokens[row, starts[row] : starts[row] + lengths[row]] = states.to(tokens)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=tokens if keeps_tokens else None, pooler_output=pooled
-        )
-
-    def _packs_with_gradients(self) -> bool:
-        # Recomputing a packed pass in the backward one would find the attention switched back.
-        return self.packs_in_training and not any(
-            getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules()
-        )
-
-    def _packs(self, longest: int, device: torch.device) -> bool:
-        window = getattr(self.config.text_config, "sliding_window", None)
-        if (window is not None and longest > window) or not packing_allowed(self.text_model):
-            return False
-        if self._can_pack is None:
-            self._can_pack = can_pack(self.text_model, device)
-        return self._can_pack
-
-    def _pool_pack(self, texts: list[Tensor], num_unpooled: int) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the pooled texts, and the hidden states (L_i, D) of each."""
-        hidden_states = run_packed(self.text_model, texts)  # (sum of lengths, D)
-        of_texts = hidden_states.split([len(text) for text in texts])
-        if self.config.text_pooling == "mean":
-            pooled = [states[num_unpooled:].float().mean(dim=0) for states in of_texts]
-        else:
-            pooled = [states[-1].float() for states in of_texts]
-        return torch.stack(pooled), of_texts
-
-    def _pool_padded(
-        self, texts: list[Tensor], num_unpooled: int
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        lengths = torch.tensor([len(text) for text in texts])
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        output = self._pool_batch(input_ids, attention_mask, num_unpooled)
-        assert output.pooler_output is not None and output.last_hidden_state is not None
-        states = zip(output.last_hidden_state, texts, strict=True)
-        return output.pooler_output, [of_text[: len(text)] for of_text, text in states]
-
     @property
-    def _takes_position_ids(self) -> bool:
-        return "position_ids" in inspect.signature(self.text_model.forward).parameters
+    def _padding_id(self) -> int | None:
+        """The id of padding, unless a prompt has it too."""
+        config = self.config
+        pad = getattr(config.text_config, "pad_token_id", None)
+        return None if pad in (*config.prompt_prefix_ids, *config.prompt_suffix_ids) else pad
 
 
 class _VisionMixin(LLM2CLIPPreTrainedModel):
-    """Images in, embeddings out; shared by the whole model and the image-only one."""
+    """Images in, embeddings out; shared by the whole model and the vision-only one."""
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images and project them, not normalized.
+
+        Args:
+            pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
+            pixel_attention_mask: SigLIP2's, as its image processor returns it.
+            spatial_shapes: SigLIP2's too.
+            interpolate_pos_encoding: allow another image size than the tower's own. Towers that
+                take any size by themselves (DINO, convolutional networks) do not need it.
+            output_attentions: add the vision tower's `attentions`.
+            output_hidden_states: add its `hidden_states`.
+
+        Returns:
+            `pooler_output` (B, P) float32, projected and not normalized, and the tower's
+            `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
+
+        Raises:
+            ValueError: the pixels are integers, or of a size that the tower has no positions for;
+                or the tower does not return the requested states as it was loaded.
+        """
+        requested = find_requested_states(
+            self.config,
+            self.vision_model,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        output = self._encode_images(
+            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, requested
+        )
+        output.pooler_output = self.project_vision_embeds(output.pooler_output)  # type: ignore[arg-type]
+        return output
 
     def get_vision_embeds(
         self,
@@ -294,20 +269,55 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
-        """Run the vision tower; what a store of image embeddings holds.
+        """Run the vision tower and pool it; what an image store holds.
 
         Args:
-            pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
-            pixel_attention_mask, spatial_shapes: SigLIP2's, as its image processor returns them.
-            interpolate_pos_encoding: allow another image size than the tower's own. Towers that
-                take any size by themselves (DINO, convolutional networks) need it not.
-        Returns: (B, D) float32, neither projected nor normalized.
-        Raises: ValueError for whole numbers, and for an image size that the tower has no
-            positions for.
+            pixel_values: as in `get_image_features`.
+            pixel_attention_mask: as there.
+            spatial_shapes: as there.
+            interpolate_pos_encoding: as there.
+
+        Returns:
+            (B, D) float32, neither projected nor normalized.
+
+        Raises:
+            ValueError: the pixels are integers, or of a size that the tower has no positions for.
         """
         return self._encode_images(  # type: ignore[return-value]
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
         ).pooler_output
+
+    def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
+        """Map vision embeddings through the projection, without normalizing them.
+
+        Args:
+            vision_embeds: (B, D) floating point, as `get_vision_embeds` returns them.
+
+        Returns:
+            (B, P) float32, differentiable.
+
+        Raises:
+            ValueError: they are integers, or of another width than the tower's.
+        """
+        check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
+        dtype = self.visual_projection.weight.dtype
+        if dtype.is_floating_point:  # a quantized layer casts by itself
+            vision_embeds = vision_embeds.to(dtype)
+        return self.visual_projection(vision_embeds).float()  # type: ignore[no-any-return]
+
+    def to_image_embeds(self, vision_embeds: Tensor) -> Tensor:
+        """Map vision embeddings into the space that texts and images share.
+
+        Args:
+            vision_embeds: (B, D) floating point, as `get_vision_embeds` returns them.
+
+        Returns:
+            (B, P) float32 of unit length, differentiable.
+
+        Raises:
+            ValueError: they are integers, or of another width than the tower's.
+        """
+        return F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
 
     def _encode_images(
         self,
@@ -317,6 +327,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         interpolate_pos_encoding: bool,
         requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
+        """Run the vision tower and pool it."""
         check_pixels(pixel_values)
         if self.training and not is_traced():
             settle_frozen(self.vision_model)  # it may have been frozen since `train`
@@ -329,7 +340,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         }
         pixel_values = pixel_values.to(self.vision_model.dtype)
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
-            # Convolutions on a processor are two to three times faster in this layout.
+            # Convolutions on a CPU are two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         output = self.vision_model(
             pixel_values=pixel_values,
@@ -345,58 +356,15 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         )
         return keep_states(output, self.vision_model, requested, pooled=pooled.flatten(1).float())
 
-    def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
-        """Map stored image embeddings (B, D) to features (B, P) float32, not normalized."""
-        _check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
-        dtype = self.visual_projection.weight.dtype
-        if dtype.is_floating_point:  # a quantized layer casts by itself
-            vision_embeds = vision_embeds.to(dtype)
-        return self.visual_projection(vision_embeds).float()  # type: ignore[no-any-return]
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPooling:
-        """Encode images; arguments as `get_vision_embeds`.
-
-        Args:
-            output_attentions, output_hidden_states: add the vision tower's `attentions` and
-                `hidden_states`.
-            return_dict: False for a tuple of the fields that are not None.
-
-        Returns:
-            `pooler_output` (B, P) float32, projected and not normalized, and the tower's
-            `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
-
-        Raises:
-            ValueError: also for states that the tower does not return as it was loaded.
-        """
-        requested = find_requested_states(
-            self.config,
-            self.vision_model,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        output = self._encode_images(
-            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, requested
-        )
-        output.pooler_output = self.project_vision_embeds(output.pooler_output)  # type: ignore[arg-type]
-        return output
-
 
 class LLM2CLIPModel(_TextMixin, _VisionMixin):
     """CLIP with a language model as its text encoder (arXiv:2411.04997).
 
     Args:
         config: the whole configuration.
-        vision_model, text_model: towers with trained weights; built from the configuration
-            where they are not given. Not a peft-wrapped one: wrap the whole model instead.
+        vision_model: a vision tower with trained weights; built from the configuration where it is
+            not given. Not wrapped by peft: wrap the whole model instead.
+        text_model: an LLM, likewise.
     """
 
     _auto_classes = {  # noqa: RUF012
@@ -434,18 +402,30 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     ) -> LLM2CLIPOutput:
         """Encode images, texts, or both, in any numbers; with both, compare all with all.
 
-        Args: as `get_text_features` and `get_image_features`.
-            return_loss: add the symmetric contrastive loss; row i of the images belongs to
-                row i of the texts. In training mode with gradients this also notes in the config
-                that adapter and projections are trained; see `LLM2CLIPConfig`.
-            return_dict: False for a tuple of the fields that are not None.
-        Raises: ValueError when there is no input, or `return_loss` without equally many
-            images and texts.
+        Args:
+            input_ids: as in `get_text_features`.
+            pixel_values: as in `get_image_features`.
+            attention_mask: as in `get_text_features`.
+            return_loss: add the symmetric contrastive loss; image i belongs to text i. In training
+                mode with gradients this also notes in the config that adapter and projections are
+                trained; see `LLM2CLIPConfig`.
+            prompt_length: as in `get_text_features`.
+            pixel_attention_mask: as in `get_image_features`.
+            spatial_shapes: as in `get_image_features`.
+            interpolate_pos_encoding: as in `get_image_features`.
+            output_attentions: add both towers' `attentions`.
+            output_hidden_states: add both towers' `hidden_states`.
+
+        Returns:
+            Embeddings of unit length, `logits_per_image`, and the towers' outputs.
+
+        Raises:
+            ValueError: there is no input, or `return_loss` without as many images as texts.
         """
         if return_loss and self.training and torch.is_grad_enabled():
             # A step of training; without a read, so that a compiled graph has no guard on it.
             self.config.text_adapter_trained = self.config.projections_trained = True
-        states = {
+        want = {  # of both towers
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
@@ -457,12 +437,12 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 pixel_attention_mask,
                 spatial_shapes,
                 interpolate_pos_encoding,
-                **states,
+                **want,
             )
-            image_embeds = _normalize(images)
+            image_embeds = F.normalize(images.pooler_output, dim=-1)
         if input_ids is not None:
-            texts = self.get_text_features(input_ids, attention_mask, prompt_length, **states)
-            text_embeds = _normalize(texts)
+            texts = self.get_text_features(input_ids, attention_mask, prompt_length, **want)
+            text_embeds = F.normalize(texts.pooler_output, dim=-1)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
         output.text_model_output, output.vision_model_output = texts, images
         return output
@@ -470,7 +450,19 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     def compare(
         self, image_embeds: Tensor | None, text_embeds: Tensor | None, *, return_loss: bool = False
     ) -> LLM2CLIPOutput:
-        """Compare unit-length image and text embeddings, (B, P) each; either may be None."""
+        """Compare embeddings of unit length, all images with all texts.
+
+        Args:
+            image_embeds: (B images, P) float32, or None.
+            text_embeds: (B texts, P) float32, or None; not both.
+            return_loss: add the symmetric contrastive loss.
+
+        Returns:
+            The embeddings, and `logits_per_image` where there are both.
+
+        Raises:
+            ValueError: both are None, or `return_loss` without as many images as texts.
+        """
         if image_embeds is None and text_embeds is None:
             raise ValueError("Got neither pixel_values nor input_ids; give one of them, or both.")
         if image_embeds is None or text_embeds is None:
@@ -495,7 +487,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
 
 
 class LLM2CLIPTextModel(_TextMixin):
-    """The text half alone; loads from the folder of a whole model without reading its images."""
+    """The text tower and its heads; loads from a whole model's folder without its vision tower."""
 
     _auto_classes = {  # noqa: RUF012
         "AutoModel": "modeling_llm2clip.LLM2CLIPTextModel",
@@ -503,9 +495,7 @@ class LLM2CLIPTextModel(_TextMixin):
     }
     input_modalities = ["text"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^vision_model\.",
-        r"^visual_projection\.",
-        r"^logit_scale\.",
+        r"^(vision_model|visual_projection|logit_scale)\."
     ]
 
     def __init__(self, config: LLM2CLIPConfig, text_model: PreTrainedModel | None = None) -> None:
@@ -522,7 +512,18 @@ class LLM2CLIPTextModel(_TextMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
-        """Encode texts; see `LLM2CLIPModel.get_text_features`. Returns unit-length embeds."""
+        """Encode texts.
+
+        Args:
+            input_ids: as in `get_text_features`.
+            attention_mask: as there.
+            prompt_length: as there.
+            output_attentions: as there.
+            output_hidden_states: as there.
+
+        Returns:
+            `text_embeds` and `pooler_output`, the same (B, P) float32 of unit length.
+        """
         features = self.get_text_features(
             input_ids,
             attention_mask,
@@ -531,23 +532,20 @@ class LLM2CLIPTextModel(_TextMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        text_embeds = _normalize(features)
+        text_embeds = F.normalize(features.pooler_output, dim=-1)
         return LLM2CLIPOutput(
             text_embeds=text_embeds, pooler_output=text_embeds, text_model_output=features
         )
 
 
 class LLM2CLIPVisionModel(_VisionMixin):
-    """The image half alone; loads from the folder of a whole model without reading its LLM."""
+    """The vision tower and its head; loads from a whole model's folder without its LLM."""
 
     _auto_classes = {"AutoModel": "modeling_llm2clip.LLM2CLIPVisionModel"}  # noqa: RUF012
     main_input_name = "pixel_values"
     input_modalities = ["image"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^text_model\.",
-        r"^text_adapter\.",
-        r"^text_projection\.",
-        r"^logit_scale\.",
+        r"^(text_model|text_adapter|text_projection|logit_scale)\."
     ]
 
     def __init__(self, config: LLM2CLIPConfig, vision_model: PreTrainedModel | None = None) -> None:
@@ -573,7 +571,19 @@ class LLM2CLIPVisionModel(_VisionMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
-        """Encode images; see `LLM2CLIPModel.get_image_features`. Returns unit-length embeds."""
+        """Encode images.
+
+        Args:
+            pixel_values: as in `get_image_features`.
+            pixel_attention_mask: as there.
+            spatial_shapes: as there.
+            interpolate_pos_encoding: as there.
+            output_attentions: as there.
+            output_hidden_states: as there.
+
+        Returns:
+            `image_embeds` and `pooler_output`, the same (B, P) float32 of unit length.
+        """
         features = self.get_image_features(
             pixel_values,
             pixel_attention_mask,
@@ -583,40 +593,7 @@ class LLM2CLIPVisionModel(_VisionMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        image_embeds = _normalize(features)
+        image_embeds = F.normalize(features.pooler_output, dim=-1)
         return LLM2CLIPOutput(
             image_embeds=image_embeds, pooler_output=image_embeds, vision_model_output=features
-        )
-
-
-def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3).
-
-    Args:
-        logits_per_image: (B, B) float32; row i and column i belong together.
-    Returns: () float32; ln(B) when no pair stands out.
-    Raises: ValueError when images and texts are not equally many.
-    """
-    num_images, num_texts = logits_per_image.shape
-    if num_images != num_texts:
-        raise ValueError(
-            f"The loss pairs image i with text i, but got {num_images} images and "
-            f"{num_texts} texts. Give equally many, or leave return_loss out."
-        )
-    labels = torch.arange(num_images, device=logits_per_image.device)
-    per_image = F.cross_entropy(logits_per_image, labels)
-    return (per_image + F.cross_entropy(logits_per_image.T, labels)) / 2
-
-
-def _normalize(features: BaseModelOutputWithPooling) -> Tensor:
-    assert features.pooler_output is not None
-    return F.normalize(features.pooler_output, dim=-1)
-
-
-def _check_width(embeds: Tensor, width: int, *, name: str) -> None:
-    if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "
-            f"{tuple(embeds.shape)}. Token ids go into get_text_features, images into "
-            "get_image_features; embeddings of another tower do not fit this checkpoint."
         )

@@ -1,8 +1,11 @@
-"""Runs texts of unequal length through an LLM in one row, without any padding.
+"""The CPU engine: runs texts of unequal length through an LLM without wasting time on padding.
 
-Travels to the Hub beside the weights. It goes through transformers' public attention interface, so
-no model code is copied. Whether a family passes everything through to its attention is tested on
-the model itself before the first use.
+A CPU gains from small pieces: rows of several texts without any padding ("packs"), or, for LLMs
+that cannot run those, batches of texts of similar length. Packing goes through transformers' public
+attention interface, so no model code is copied. Whether a family passes everything through to its
+attention is checked on the model itself before the first use.
+
+Uploaded with the weights. Shapes: B texts, L tokens, T tokens of a pack, D width of the LLM.
 """
 
 from __future__ import annotations
@@ -10,16 +13,24 @@ from __future__ import annotations
 import itertools
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+CPU_TOKEN_BUDGET = 2048
+# A pass over the weights costs about as much as this many tokens; merging two small batches pays
+# as long as it pads less than that.
+PASS_COST_TOKENS = 64
+MAX_PADDING_SHARE = 0.1
 
 # The package and its copy on the Hub may both be loaded: each has names of its own.
 _MODULE = re.sub(r"\W", "_", __name__)
@@ -33,6 +44,115 @@ _MOST_DIFFERENCE = 1e-3
 # The implementation is a setting of the shared configuration, so one pass at a time, of any kind:
 # a plain pass that met the packed setting midway would attend without its mask.
 _switch = threading.RLock()
+# LLM → whether packing gives its own numbers, checked when it first matters.
+_checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def splits_batches(text_model: PreTrainedModel, *, packs_in_training: bool) -> bool:
+    """Return whether the CPU runs texts in packs or token batches, not as one padded batch.
+
+    While the LLM is trained, a pass without gradients takes the same path as one with them:
+    gradient caching runs both, and dropout must draw the same masks for both.
+
+    Args:
+        text_model: the LLM.
+        packs_in_training: whether a training on a CPU asked for packs.
+    """
+    if is_traced():
+        return False
+    if not (torch.is_grad_enabled() or text_model.training):
+        return True
+    # Recomputing a packed pass in the backward one would find the attention switched back.
+    return packs_in_training and not any(
+        getattr(module, "gradient_checkpointing", False) for module in text_model.modules()
+    )
+
+
+def pool_on_cpu(
+    text_model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    num_unpooled: int,
+    pooling: str,
+    width: int,
+    pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling],
+    keep_tokens: bool = False,
+) -> BaseModelOutputWithPooling:
+    """Pool texts of unequal length in small pieces, in packs where the LLM can run them.
+
+    Args:
+        text_model: the LLM.
+        input_ids: (B, L) int64, padded on either side.
+        attention_mask: (B, L), 1 at real tokens, which are contiguous.
+        num_unpooled: tokens of prompt and instruction in front of each caption.
+        pooling: `"mean"` or `"last_token"`.
+        width: of the last hidden states.
+        pool_padded: encodes a right-padded batch (ids, mask) for LLMs that cannot run packs.
+        keep_tokens: whether to return the last hidden states too.
+
+    Returns:
+        `pooler_output` (B, D) float32, and with `keep_tokens` `last_hidden_state` (B, L, D) of the
+        LLM's dtype, zeros at padding.
+    """
+    keep_freed_memory()
+    starts = attention_mask.long().argmax(dim=1).tolist()
+    lengths = attention_mask.long().sum(dim=1).tolist()
+    texts = [
+        ids[start : start + length]
+        for ids, start, length in zip(input_ids, starts, lengths, strict=True)
+    ]
+    packs = _runs_packs(text_model, max(lengths), input_ids.device)
+    plan = plan_packs if packs else plan_token_batches
+    pooled = torch.empty(len(texts), width)
+    tokens = None
+    if keep_tokens:
+        tokens = torch.zeros(*input_ids.shape, width, dtype=text_model.dtype)
+    for rows in plan(lengths, token_budget=CPU_TOKEN_BUDGET):
+        batch = [texts[row] for row in rows]
+        if packs:
+            embeds, states = _pool_pack(text_model, batch, num_unpooled, pooling)
+        else:
+            embeds, states = _pool_token_batch(batch, pool_padded)
+        pooled[rows] = embeds.to(pooled.device)
+        if tokens is not None:
+            for row, of_text in zip(rows, states, strict=True):
+                tokens[row, starts[row] : starts[row] + lengths[row]] = of_text.to(tokens)
+    return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
+
+
+def _runs_packs(text_model: PreTrainedModel, longest: int, device: torch.device) -> bool:
+    window = getattr(text_model.config, "sliding_window", None)
+    if (window is not None and longest > window) or not packing_allowed(text_model):
+        return False
+    if text_model not in _checked:
+        _checked[text_model] = can_pack(text_model, device)
+    return _checked[text_model]
+
+
+def _pool_pack(
+    text_model: PreTrainedModel, texts: list[Tensor], num_unpooled: int, pooling: str
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the pooled texts, (B, D), and the hidden states of each, (L_i, D)."""
+    of_texts = run_packed(text_model, texts).split([len(text) for text in texts])
+    if pooling == "mean":
+        pooled = [states[num_unpooled:].float().mean(dim=0) for states in of_texts]
+    else:
+        pooled = [states[-1].float() for states in of_texts]
+    return torch.stack(pooled), of_texts
+
+
+def _pool_token_batch(
+    texts: list[Tensor], pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Do the same with padding."""
+    input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    output = pool_padded(input_ids, attention_mask)
+    assert output.pooler_output is not None and output.last_hidden_state is not None
+    states = zip(output.last_hidden_state, texts, strict=True)
+    return output.pooler_output, [of_text[: len(text)] for of_text, text in states]
 
 
 @dataclass(frozen=True)
@@ -65,6 +185,42 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
             packs.append([index])
             filled = lengths[index]
     return packs
+
+
+def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
+    """Group texts of similar length into batches that fit a budget of tokens, padding included.
+
+    Args:
+        lengths: tokens per text.
+        token_budget: most tokens a batch may hold, padding included; a longer text goes alone.
+
+    Returns:
+        Batches of indices into `lengths`, longest texts first, each index once. Padding is at most
+        a tenth of all tokens, and of a batch's tokens at most a tenth, or 64.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    num_tokens = all_padding = padding = 0
+    for index in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        padded_size = longest * (len(batches[-1]) + 1) if batches else 0
+        more = longest - lengths[index]
+        allowed = max(MAX_PADDING_SHARE * padded_size, PASS_COST_TOKENS)
+        if (
+            batches
+            and padded_size <= token_budget
+            and padding + more <= allowed
+            and all_padding + more <= MAX_PADDING_SHARE * (num_tokens + longest)
+        ):
+            batches[-1].append(index)
+            padding += more
+            all_padding += more
+            num_tokens += longest
+        else:
+            batches.append([index])
+            padding = 0
+            num_tokens += lengths[index]
+    return batches
 
 
 def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:

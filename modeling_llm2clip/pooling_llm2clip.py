@@ -21,6 +21,34 @@ def build_position_ids(attention_mask: Tensor) -> Tensor:
     return (positions - first_real).clamp(min=0)
 
 
+def count_unpooled(
+    prompt_length: int | None, *, num_prefix: int, num_suffix: int, suffix_ends_special: bool
+) -> int:
+    """Count the tokens in front of each caption that are not pooled: prompt and instruction.
+
+    Args:
+        prompt_length: tokens of the tokenized instruction alone, prompt included, as
+            sentence-transformers counts them: without a special token at the end. None or 0 where
+            there is no instruction.
+        num_prefix: tokens of the prompt's prefix.
+        num_suffix: tokens of its suffix.
+        suffix_ends_special: whether the last of these is a special token.
+
+    Raises:
+        ValueError: `prompt_length` is shorter than the prompt.
+    """
+    if not prompt_length:
+        return num_prefix
+    num_instruction = int(prompt_length) - num_prefix - num_suffix + bool(suffix_ends_special)
+    if num_instruction < 0:
+        raise ValueError(
+            f"prompt_length={prompt_length} is shorter than the model's own prompt "
+            f"({num_prefix + num_suffix} tokens): it must be the length of the tokenized "
+            "instruction, prefix and suffix included."
+        )
+    return num_prefix + num_instruction
+
+
 def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
     """Mark the tokens to pool: the real ones after the first `num_unpooled` real ones.
 
@@ -111,7 +139,8 @@ def check_token_rows(
     _refuse((last_real - first_real + 1 != lengths) & (lengths > 0), attention_mask,
             "have a hole in their attention_mask: real tokens must be contiguous")  # fmt: skip
     _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
-            "tokenize with truncation=True, or raise max_text_length in the config")  # fmt: skip
+            f"tokenize with truncation=True and max_length={max_length} at most, or raise "
+            "max_text_length in the config")  # fmt: skip
     least = len(prefix_ids) + len(suffix_ids) - bool(suffix_ids)
     _refuse(lengths <= least, lengths, "have no token to pool: the text is empty")
     if num_unpooled > len(prefix_ids):

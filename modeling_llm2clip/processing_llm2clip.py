@@ -6,25 +6,18 @@ tokenizer, so that a bare tokenizer and a pipeline give the same ids as this pro
 
 from __future__ import annotations
 
-import http.client
-import io
 import os
 import threading
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
+from .image_loading_llm2clip import load_images
 from .loading_llm2clip import naming_code
 
-# What Pillow's decoders raise, each in its own way.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
-# What urllib, http and sockets raise; ValueError for an address that is none.
-_FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 # Options of any processor that make something else of a row than one caption or one image; a
 # caller of many kinds of processors may name them, but not use them.
 _NOT_TAKEN = {
@@ -38,9 +31,6 @@ _PLACE_OPTIONS = (
 )  # fmt: skip
 # What transformers puts into a processor's dictionary beside processor_config.json.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
-_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_UNSCALED = "do_rescale=False is for floats in [0, 1]; leave it out, or give those."
-_MOST_SHOWN = 200  # characters of what was given for a path
 # A tokenizer keeps truncation and padding as its state between being told and reading a text, so
 # threads that share one would get each other's lengths.
 _tokenizing = threading.RLock()
@@ -167,17 +157,24 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
 
-    def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], int]:
-        """Return the token ids of each text as calling would, unpadded, and how many were cut.
+    def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
+        """Return the token ids of each text as calling would, unpadded.
 
-        Raises: ValueError naming every blank or non-text caption.
+        Args:
+            texts: non-blank texts, N of them.
+
+        Returns:
+            Ids of each text, and whether it was truncated, N of each.
+
+        Raises:
+            ValueError: a text is blank or not a string; all of them are named.
         """
         texts = clean_list(texts)
         with _tokenizing:
             encoded = self.tokenizer(
                 texts, truncation=True, max_length=self.longest_text, padding=False
             )
-        return encoded["input_ids"], sum(bool(row.overflowing) for row in encoded.encodings)
+        return encoded["input_ids"], [bool(row.overflowing) for row in encoded.encodings]
 
     @property
     def longest_text(self) -> int:
@@ -341,166 +338,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def load_images(images: Any, *, rescales: bool | None = True) -> Any:
-    """Turn an image or a list of images into RGB PIL images; arrays and tensors stay such.
-
-    Args:
-        rescales: whether pixels will be divided by 255. If not, only floats in [0, 1] are taken;
-            None: nor would they be for any image, so floats in [0, 1] are taken too.
-    Raises: ValueError naming every image that is missing, broken, too large or of an unknown
-        range.
-    """
-    if len(getattr(images, "shape", ())) == 4:
-        images = list(images)
-    if not isinstance(images, list | tuple):
-        return _load_image(images, 0, rescales=rescales)
-    if not images:
-        raise ValueError("images is an empty list; give at least one image.")
-    loaded, errors = [], []
-    for number, image in enumerate(images):
-        try:
-            loaded.append(_load_image(image, number, rescales=rescales))
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        more = f"\nand {len(errors) - 8} more" if len(errors) > 8 else ""
-        raise ValueError("\n".join(errors[:8]) + more)
-    return loaded
-
-
-def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
-    if hasattr(image, "shape") and hasattr(image, "dtype"):
-        return _check_array(image, f"image number {number}", rescales=rescales)
-    if isinstance(image, str | os.PathLike):
-        loaded = _open_image(os.fspath(image))
-    elif isinstance(image, Image.Image):
-        loaded = _decode(image, getattr(image, "filename", "") or f"image number {number}")
-    else:
-        held = isinstance(image, bytes | memoryview | io.IOBase)
-        way_out = " Open it with PIL.Image.open, bytes as io.BytesIO." if held else ""
-        raise ValueError(
-            f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, "
-            f"an array or a tensor.{way_out}"
-        )
-    if rescales is False:
-        raise ValueError(f"Image number {number} has 8 bits a color. {_UNSCALED}")
-    return loaded
-
-
-def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
-    """Refuse pixels whose place or range is not known, and make 16 bit 8 bit.
-
-    A float's range cannot be told from its values: a dark image in 0 to 255 is a bright one in
-    0 to 1.
-    """
-    shape = tuple(image.shape)
-    if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
-        raise ValueError(
-            f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Of another "
-            "array, Image.fromarray makes an image that is taken, gray or with transparency too."
-        )
-    image = image.detach() if hasattr(image, "detach") else image
-    dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
-    if dtype in ("uint8", "uint16") and rescales is False:
-        raise ValueError(f"{name} has {dtype} pixels. {_UNSCALED}")
-    if dtype not in ("uint8", "uint16"):
-        _check_floats(image, dtype, name, rescales=rescales)
-    if dtype == "bfloat16":  # which NumPy has not
-        image = image.float()
-    if dtype == "uint16":
-        pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
-        image = (pixels // 257).astype(np.uint8)
-    if shape[0] == 1:  # one row of pixels would be taken for one channel
-        image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
-    return image
-
-
-def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -> None:
-    if "float" not in dtype or rescales:
-        raise ValueError(
-            f"{name} has {dtype} pixels, whose range is not known. Give uint8 (0 to 255), uint16 "
-            "(0 to 65535), or floats in [0, 1] together with do_rescale=False."
-        )
-    low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):  # NaN fails both
-        raise ValueError(
-            f"{name} has pixels from {low:g} to {high:g}; with do_rescale=False they must be in "
-            "[0, 1]."
-        )
-
-
-def _open_image(path: str) -> Image.Image:
-    if path.startswith("data:"):
-        raise ValueError(
-            f"{path[:40]}…: data URIs are not read. Decode it (base64.b64decode), and open "
-            "the bytes with PIL.Image.open(io.BytesIO(…))."
-        )
-    # Not transformers' load_image, which turns transparency black and clips 16 bit.
-    source = _fetch(path) if path.lower().startswith(("http://", "https://")) else path
-    if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for what is no path
-        raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
-    with read_header(source, name=path) as image:
-        return _decode(image, path)
-
-
-def read_header(source: Any, *, name: str) -> Image.Image:
-    """Open an image without decoding it.
-
-    Args:
-        source: what Pillow opens: a path, or a file of bytes.
-    Raises: ValueError with the name: not an image, broken within its header, or too large.
-    """
-    try:
-        return Image.open(source)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image that Pillow reads, or empty.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: {error} Shrink the image first.") from error
-    except _DECODER_ERRORS as error:
-        from_system = getattr(error, "errno", None) is not None  # no permission, for one
-        problem = "cannot be read" if from_system else "the image is truncated or corrupt"
-        raise ValueError(f"{name}: {problem} ({error}).") from error
-
-
-def _fetch(address: str) -> io.BytesIO:
-    request = urllib.request.Request(address, headers={"User-Agent": "modeling_llm2clip"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return io.BytesIO(response.read())
-    except _FETCH_ERRORS as error:
-        raise ValueError(f"{address}: the image cannot be fetched ({error}).") from error
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Decode fully, turn upright, and make it RGB on white."""
-    if 0 in image.size:
-        raise ValueError(f"{name}: the image has no pixels ({image.size}).")
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except _DECODER_ERRORS as error:
-        raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
-    except (AssertionError, AttributeError) as error:  # how Pillow says it
-        raise ValueError(f"{name}: the image's file is closed. Open it anew.") from error
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in _SIXTEEN_BIT_MODES:
-        return _scale_sixteen_bit(image, name)
-    if image.mode == "F":
-        raise ValueError(f"{name}: float pixels have no known range. Convert it to 8 or 16 bit.")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
-    # Pillow's own conversion clips at 255 and would turn almost every image white.
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"{name}: pixels outside 0 to 65535. Convert it to 8 or 16 bit.")
-    pixels[pixels == image.info.get("transparency", -1)] = 65535  # the one transparent gray
-    return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")

@@ -25,6 +25,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "prompt_suffix_ids": [7, 2],
     "prompt_suffix_ends_special": True,
     "max_text_length": 40,
+    "instructions": {"query": "Find: "},
     "normalize_text_before_adapter": False,
     "text_adapter_layers": 1,
     "text_adapter_expansion": 3,

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 from benchmarks.render_tables import DOCUMENTS as TABLED
 from benchmarks.render_tables import NOT_RECORDED, RESULTS, render_document
-from modeling_llm2clip.__main__ import _build_parser, main
+from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -151,8 +153,20 @@ def test_the_readme_has_the_two_commands(command: str) -> None:
 
 @pytest.mark.parametrize("command", find_shell_commands())
 def test_the_readmes_commands_parse(command: str) -> None:
-    arguments = _build_parser().parse_args(shlex.split(command)[1:])
-    assert callable(arguments.run)
+    assert callable(LINE.parse(shlex.split(command)[1:]))
+
+
+def test_no_two_examples_of_the_readme_write_to_the_same_place() -> None:
+    # A folder that is there is refused, so a reader who goes from top to bottom would be stopped.
+    calls = [LINE.parse(shlex.split(command)[1:]) for command in find_shell_commands()]
+    bound = [signature(call.func).bind(*call.args, **call.keywords).arguments for call in calls]
+    written = [str(given["output"]) for given in bound if given.get("output") is not None]
+    written += [str(given["config"].output) for given in bound
+                if isinstance(given.get("config"), EvaluationConfig)]  # fmt: skip
+    for snippet in find_blocks(README, "python"):
+        written += re.findall(r'export_model\(.*"(.+)"\)', snippet)
+    assert "my-model" in written
+    assert sorted(written) == sorted(set(written))
 
 
 @pytest.mark.slow
@@ -190,8 +204,7 @@ def save_captioned_images(folder: Path, *, count: int) -> None:
 
 def test_the_readme_shows_every_command() -> None:
     shown = {shlex.split(command)[1] for command in find_shell_commands()}
-    actions = _build_parser()._subparsers._group_actions  # type: ignore[union-attr]
-    assert shown == set(actions[0].choices)  # type: ignore[arg-type]
+    assert shown == set(LINE.commands)
 
 
 def test_five_files_are_to_be_read_first() -> None:
@@ -214,7 +227,7 @@ def test_the_readmes_snippets_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("ran README.md") == len(snippets)
-    assert (tmp_path / "my-model" / "config.json").is_file()
+    assert (tmp_path / "my-llama-clip-64" / "config.json").is_file()
 
 
 def test_every_snippet_names_the_package_first() -> None:

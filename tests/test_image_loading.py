@@ -26,7 +26,7 @@ from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
 
 from modeling_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
@@ -290,7 +290,7 @@ def test_a_decompression_bomb_is_refused_by_its_path(
 
 def test_float_pixels_are_refused_by_path(processor: LLM2CLIPProcessor, tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"float\.tif: float pixels have no known range"):
+    with pytest.raises(ValueError, match=r"float\.tif: float pixels have an unknown range"):
         processor(images=tmp_path / "float.tif")
 
 
@@ -374,7 +374,7 @@ def test_floats_are_taken_when_said_to_be_from_0_to_1(
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
-FLOAT_RANGE = r"whose range is not known\. Give uint8.*do_rescale=False"
+FLOAT_RANGE = r"whose range is unknown\. Give uint8.*do_rescale=False"
 ODD_ARRAYS: dict[str, tuple[Any, str]] = {
     "float in 0 to 1": (np.full((8, 8, 3), 0.5, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
     "float in 0 to 255": (np.full((8, 8, 3), 128.0), f"float64.*{FLOAT_RANGE}"),

@@ -19,6 +19,7 @@ from shared_models import (
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.packing_llm2clip import _checked
 
 CLASSES = ("whole", "text", "vision")
 # An instance takes no arguments of another kind of input.
@@ -118,7 +119,7 @@ def test_features_are_a_tuple_too_when_asked_for() -> None:
 def test_text_features_carry_the_tokens_that_were_pooled(path: str, pooling: str) -> None:
     model, processor = tiny_model(text_pooling=pooling)
     if path == "token batches":
-        model._can_pack = False
+        _checked[model.text_model] = False
     batch = texts_of(dict(processor(text=["a dog", "two red apples on a table", "x"])))
     if path == "left padding":
         num_padding = (1 - batch["attention_mask"]).sum(dim=1).tolist()

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 
 LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"initializer_range": 0.2},
@@ -138,8 +139,8 @@ def test_left_padding_does_not_shift_learned_positions(llm: str) -> None:
     decoder = AutoModel.from_config(
         AutoConfig.for_model(llm, **size, **tokens, **LEARNED_POSITIONS[llm])
     ).eval()
-    arguments = BuildArguments(prompt="llama-3", projection_dim=32, max_text_length=32)
-    model, processor = build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+    arguments = BuildConfig(prompt="llama-3", projection_dim=32, max_text_length=32)
+    model, processor = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
     right = texts_of(processor(text=CAPTIONS))
     before, after = (
         F.normalize(model.get_text_features(**batch).pooler_output, dim=-1)
@@ -355,6 +356,30 @@ def test_projected_vision_embeds_are_the_image_features(vision: str) -> None:
         stored = model.get_vision_embeds(**images)
         features = model.get_image_features(**images).pooler_output
         assert torch.equal(model.project_vision_embeds(stored), features)
+
+
+@every_vision
+def test_stored_embeds_give_the_embeds_of_forward(vision: str) -> None:
+    model, _ = shared_model(vision)
+    batch = shared_batch(vision)
+    with torch.no_grad():
+        output = model(**batch)
+        text_embeds = model.to_text_embeds(model.get_caption_embeds(**texts_of(batch)))
+        image_embeds = model.to_image_embeds(model.get_vision_embeds(**images_of(batch)))
+    assert torch.equal(text_embeds, output.text_embeds)
+    assert torch.equal(image_embeds, output.image_embeds)
+
+
+@pytest.mark.parametrize("name", ["caption", "vision"])
+def test_embeds_of_stored_embeds_have_unit_length_and_gradients(name: str) -> None:
+    model, _ = tiny_model()
+    to_embeds = {"caption": model.to_text_embeds, "vision": model.to_image_embeds}[name]
+    stored = torch.rand(3, 32, requires_grad=True)
+    embeds = to_embeds(stored)
+    # One division in float32.
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
+    embeds.sum().backward()
+    assert stored.grad is not None and bool((stored.grad != 0).all())
 
 
 @pytest.mark.parametrize("name", ["caption", "vision"])

@@ -22,8 +22,7 @@ from tiny import tiny_images
 from modeling_llm2clip import (
     LLM2CLIPModel,
 )
-from modeling_llm2clip.heads_llm2clip import LogitScale
-from modeling_llm2clip.modeling_llm2clip import contrastive_loss
+from modeling_llm2clip.heads_llm2clip import LogitScale, contrastive_loss
 
 # Loss and gradients
 

@@ -1,4 +1,4 @@
-"""Packing changes no embedding, and refuses what it cannot compute."""
+"""Packs and token batches lose no text and change no embedding; packing refuses the rest."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llm, tiny_model
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.packing_llm2clip import (
+    MAX_PADDING_SHARE,
+    PASS_COST_TOKENS,
     PackedTexts,
     _attend_in_graph,
+    _checked,
     attend_packed,
     can_pack,
     plan_packs,
+    plan_token_batches,
     run_packed,
 )
 
@@ -40,7 +44,7 @@ def test_packed_embeddings_equal_those_of_one_padded_batch(family, bidirectional
     padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
     with torch.inference_mode():
         packed = model.get_caption_embeds(**inputs)
-    assert model._can_pack is True
+    assert _checked[model.text_model] is True
     # Same products in float32, added up in another order.
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
 
@@ -138,3 +142,66 @@ def test_an_instruction_with_nothing_behind_it_is_refused():
     count = alone["input_ids"].shape[1]
     with pytest.raises(ValueError, match="nothing behind their instruction"):
         model.get_caption_embeds(**alone, prompt_length=count)
+
+
+# Token batches, for LLMs that cannot run packs
+
+LENGTHS = st.lists(st.integers(1, 400), max_size=60)
+BUDGETS = st.integers(1, 2000)
+
+
+@given(LENGTHS, BUDGETS)
+@settings(deadline=None)
+def test_batches_cover_every_index_once(lengths: list[int], token_budget: int) -> None:
+    batches = plan_token_batches(lengths, token_budget=token_budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(batches)
+
+
+@given(LENGTHS, BUDGETS)
+@settings(deadline=None)
+def test_a_batch_keeps_the_budget_or_is_one_text(lengths: list[int], token_budget: int) -> None:
+    for batch in plan_token_batches(lengths, token_budget=token_budget):
+        padded_size = len(batch) * max(lengths[index] for index in batch)
+        assert padded_size <= token_budget or len(batch) == 1
+
+
+@given(LENGTHS, BUDGETS)
+@settings(deadline=None)
+def test_padding_is_at_most_a_tenth_or_64_tokens(lengths: list[int], token_budget: int) -> None:
+    for batch in plan_token_batches(lengths, token_budget=token_budget):
+        padded_size = len(batch) * max(lengths[index] for index in batch)
+        padding = padded_size - sum(lengths[index] for index in batch)
+        assert padding <= max(MAX_PADDING_SHARE * padded_size, PASS_COST_TOKENS)
+
+
+@given(LENGTHS, BUDGETS)
+@settings(deadline=None)
+def test_all_padding_is_at_most_a_tenth_of_all_tokens(
+    lengths: list[int], token_budget: int
+) -> None:
+    batches = plan_token_batches(lengths, token_budget=token_budget)
+    num_tokens = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    assert num_tokens - sum(lengths) <= MAX_PADDING_SHARE * num_tokens
+
+
+@given(LENGTHS, BUDGETS)
+@settings(deadline=None)
+def test_longest_texts_come_first(lengths: list[int], token_budget: int) -> None:
+    batches = plan_token_batches(lengths, token_budget=token_budget)
+    planned = [lengths[index] for batch in batches for index in batch]
+    assert planned == sorted(lengths, reverse=True)
+
+
+def test_equal_lengths_fill_the_budget() -> None:
+    # 100 texts of 10 tokens, 250 tokens a batch: 25 texts fit, so 4 batches and not one more.
+    batches = plan_token_batches([10] * 100, token_budget=250)
+    assert [len(batch) for batch in batches] == [25, 25, 25, 25]
+
+
+def test_no_texts_give_no_batches() -> None:
+    assert plan_token_batches([], token_budget=100) == []
+
+
+def test_a_text_longer_than_the_budget_goes_alone() -> None:
+    assert plan_token_batches([5, 500, 5], token_budget=100) == [[1], [0, 2]]

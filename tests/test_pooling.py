@@ -147,7 +147,10 @@ def test_ids_with_prompt_pass_on_either_side(side: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ([5, 6, 1, 1, 1, 1, 1, 1, 8], r"1 of 2 texts have more than max_text_length=8.*row: 1"),
+        (
+            [5, 6, 1, 1, 1, 1, 1, 1, 8],
+            r"1 of 2 texts have more than max_text_length=8 .*max_length=8 at most.*row: 1",
+        ),
         ([5, 6], r"1 of 2 texts have no token to pool.*row: 1"),
         ([5, 6, 100, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
         ([5, 6, -1, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),

@@ -28,23 +28,16 @@ RECORDED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 # What cannot hold yet. A row that occurs nowhere moves to `PHRASES` or `FLAGS`; a word goes.
 PENDING_PHRASES = {
     # Things
-    r"kept[ _]vectors?|KeptVectors": "image index",
     r"data sets?\b": "dataset",
-    r"SetCard|\bset cards?\b": "DatasetSpec",
-    r"\b(find|read|list|hash)_sets?\b": "find_dataset, load_dataset, list_datasets, hash_dataset",
-    r"\b(Retrieval|Classification|Choice)Set\b": "RetrievalDataset, …",
     r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|(?<!fine-)tuned on captions": "fine-tuned, …",
     r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
-    r"\b(accept|merge|write)_adapter": "accept_lora, merge_lora, write_lora",
     r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
-    r"KeyedBatch|keyed_contrastive|gather_keys": "group_id",
     r"\b(?!Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
     r"\b[A-Z]\w*Settings\b": "…Config",
     r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
     r"tell_kind|model_kind|kinds? of (a )?models?": "model type",
     r"(Text|Vision|text|vision|image|other|either)[ _-]?[Hh]alf\b": "text-only, vision-only model",
     r"\b(is|are|was|were|texts?|captions?)[ _]cut\b": "truncated",
-    r"\bdraw_(captions?|pairs|batch(es)?|golden)": "sample_…, render_…",
     r"[Bb]oth[ _]ways|TwoWay": "i2t and t2i; bidirectional",
     r"image_to_text|text_to_image": "i2t, t2i",
     r"take_best": "ImageIndex.search",
@@ -57,10 +50,8 @@ PENDING_PHRASES = {
     r"(?<![Tt]here\s)(?<!it\s)\bis no (?!longer\b|more\b|less\b|fewer\b|default\b)\w+": "is not a",
 }  # fmt: skip
 PENDING_FLAGS = {
-    r"--(pictures|check-pictures|no-check-pictures|picture-store)\b": "--modality image, …",
     r"--images\b": "--image-dir",
     r"--kind\b": "--model-type",
-    r"--exclude-faults\b": "--skip-invalid",
     r"--start\b": "--init-lora, --projection-init",
     r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
     r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
@@ -77,22 +68,30 @@ PENDING_FLAGS = {
 }  # fmt: skip
 PENDING_WORDS = frozenset(
     """
-    aeroplane amortise amortised behaviour blanks capitals centre colour
-    coloured colours diagnose diagnosis fault faults faulty floor
-    floors gallery halves hangs initialisation labelled lettering licence
-    licences lies neighbours normalisation normalise normalised patient picture
-    pictured pictureless pictures probe probes quantised quantising spoilt
-    stands stood summarise tells told travel travelling travels
+    aeroplane amortise amortised blanks capitals centre colour coloured colours
+    diagnosis faults floor floors gallery halves hangs initialisation lettering
+    licence licences lies normalisation patient picture pictures probe probes
+    quantised quantising spoilt stands stood summarise tells told travel travels
     vector vectors
     """.split()
 )
 
 # Banned phrase, a regular expression in which a space is any white space: the field's term.
-PHRASES: dict[str, str] = {}
+PHRASES: dict[str, str] = {
+    r"kept[ _]vectors?|KeptVectors": "image index",
+    r"SetCard|\bset cards?\b": "DatasetSpec",
+    r"\b(find|read|list|hash)_sets?\b": "find_dataset, load_dataset, list_datasets, hash_dataset",
+    r"\b(Retrieval|Classification|Choice)Set\b": "RetrievalDataset, …",
+    r"\b(accept|merge|write)_adapter": "accept_lora, merge_lora, write_lora",
+    r"KeyedBatch|keyed_contrastive|gather_keys": "group_id",
+    r"\bdraw_(captions?|pairs|batch(es)?|golden)": "sample_…, render_…",
+}  # fmt: skip
 # Banned flag of a command: the one spelling over all commands.
 FLAGS: dict[str, str] = {
     r"--vectors\b": "--index",
-}
+    r"--(pictures|check-pictures|no-check-pictures|picture-store)\b": "--modality image, …",
+    r"--exclude-faults\b": "--skip-invalid",
+}  # fmt: skip
 
 
 @cache

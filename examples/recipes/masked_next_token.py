@@ -1,7 +1,7 @@
 """Stage 0, optional: get an LLM used to seeing both ways, by masked next-token prediction.
 
     python examples/recipes/masked_next_token.py LLM captions.jsonl stage0 --steps 1000
-    llm2clip build VISION LLM model --prompt chatml --caption-lora stage0
+    llm2clip build VISION LLM model --prompt chatml --lora stage0
 
 A fifth of the tokens is replaced by a mask, and each is predicted from the position in front of it,
 because that is where the LLM learned to predict it (LLM2Vec, arXiv:2404.05961; upstream uses a
@@ -97,7 +97,7 @@ def main() -> None:
     trainer.train()
     name_base_without_path(adapted)
     adapted.save_pretrained(str(arguments.output))
-    print(f"Wrote {arguments.output}. Next: llm2clip build … --caption-lora {arguments.output}")
+    print(f"Wrote {arguments.output}. Next: llm2clip build … --lora {arguments.output}")
 
 
 def _tokenize(tokenizer: Any, arguments: argparse.Namespace) -> Dataset:

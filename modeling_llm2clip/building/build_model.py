@@ -1,210 +1,212 @@
-"""Builds an untrained LLM2CLIP model from two trained towers."""
+"""Builds an untrained model from a vision tower and a language model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_llm2clip import TEXT_POOLINGS, VISION_POOLINGS, LLM2CLIPConfig
+from ..configs.build_config import BuildConfig
+from ..configs.export_config import CardConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.devices import find_device
+from ..model_folders.atomic_folder import require_new_folder
+from ..model_folders.model_card_data import (
+    CardData,
+    find_license,
+    set_base_models,
+    update_card_data,
+)
+from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .attention_checks import measure_text_width, require_bidirectional
-from .image_choices import NORMALIZATIONS
 from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
-from .prompt_presets import PROMPT_NAMES
 from .prompts import derive_prompt, resolve_template, write_prompt
-from .tokenizer_code import require_pinned
+from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
+from .tower_checks import (
+    measure_text_width,
+    require_bidirectional,
+    require_deterministic,
+    require_pixels_alone,
+)
 from .tower_sources import require_sources
-from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
-from .vision_checks import require_deterministic, require_pixels_alone
+from .vision_towers import load_vision_tower
+
+# A Hub id or folder, or a loaded tower with its image processor.
+VisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
+# A Hub id, folder or .gguf file, or a loaded LLM with its tokenizer.
+TextSource: TypeAlias = str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-@dataclass(frozen=True)
-class BuildArguments:
-    """What is chosen when a model is put together.
+def build_model(
+    vision: VisionSource,
+    text: TextSource,
+    output: str | Path,
+    config: BuildConfig,
+    *,
+    card: CardConfig | None = None,
+) -> Path:
+    """Build an untrained model from two towers and write its folder.
 
-    Attributes:
-        prompt: a name of `prompts.PROMPT_PRESETS`, `"chat-template"`, or None with `prefix` or
-            `suffix` given.
-        projection_dim: width of the shared space.
-        max_text_length: most tokens of a text, prompt included.
-        bidirectional: False keeps the LLM causal, to compare with.
-        vision_pooling, text_pooling, text_adapter_layers, normalize_text_before_adapter,
-        visual_projection_bias: see `LLM2CLIPConfig`.
-        image_size: side of the images in pixels, where the tower's own is not wanted; see
-            `images.set_image_size`.
-        normalization: mean and std of the images; see `images.set_normalization`.
-        seed: of adapter and projections, which start at random.
+    >>> build_model("openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...             "my-model", BuildConfig(prompt="chatml"))  # doctest: +SKIP
+
+    Args:
+        vision: As in `join_towers`.
+        text: As in `join_towers`.
+        output: New or empty folder.
+        config: As in `join_towers`; the golden embeddings are computed on its `device`.
+        card: What the card states; licenses of the towers that are not given are those on their own
+            cards.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
+        ValueError: As `join_towers`.
     """
-
-    prompt: str | None = None
-    prefix: str | None = None
-    suffix: str | None = None
-    projection_dim: int = 512
-    max_text_length: int = 512
-    bidirectional: bool = True
-    text_pooling: str = "mean"
-    vision_pooling: str = "pooler"
-    text_adapter_layers: int = 4
-    normalize_text_before_adapter: bool = True
-    visual_projection_bias: bool = True
-    image_size: int | None = None
-    normalization: str = "own"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.prompt is None and self.prefix is None and self.suffix is None:
-            raise ValueError(
-                f"Choose a prompt: one of {PROMPT_NAMES}, or a prefix and suffix of your own. It "
-                "is never guessed, because the embeddings depend on it."
-            )
-        errors = []
-        if self.prompt is not None:
-            if self.prefix is not None or self.suffix is not None:
-                errors.append(
-                    f"prompt={self.prompt!r} excludes a prefix or suffix; give one choice"
-                )
-            if self.prompt not in PROMPT_NAMES:
-                errors.append(f"prompt={self.prompt!r} must be one of {PROMPT_NAMES}")
-        for name, least in _LEAST_VALUES.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                errors.append(f"{name}={value} must be at least {least}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                errors.append(f"{name}={getattr(self, name)!r} must be one of {known}")
-        if errors:
-            raise ValueError(f"{'; '.join(errors)}.")
-
-
-_LEAST_VALUES = {
-    "projection_dim": 1,
-    "max_text_length": 1,
-    "text_adapter_layers": 0,
-    "image_size": 1,
-}
-_CHOICES = {
-    "text_pooling": TEXT_POOLINGS,
-    "vision_pooling": VISION_POOLINGS,
-    "normalization": NORMALIZATIONS,
-}
+    require_new_folder(Path(output))
+    model, processor = join_towers(vision, text, config)
+    card = card or CardConfig()
+    stated = CardData(
+        vision_license=card.vision_license or _find_license(vision),
+        text_license=card.text_license or _find_license(text),
+    )
+    set_base_models(model.config, card.base_models)
+    model.to(find_device(config.device))  # type: ignore[arg-type]
+    return save_model(model, processor, output, card=update_card_data(stated, card))
 
 
 def join_towers(
-    vision: str | Path,
-    llm: str | Path,
-    arguments: BuildArguments,
-    *,
-    dtype: torch.dtype = torch.float32,
-    caption_lora: str | Path | None = None,
-    accept_lora_base: str | None = None,
-    tokenizer_code: str | None = None,
+    vision: VisionSource, text: TextSource, config: BuildConfig
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
+    """Build an untrained model from two towers in memory; text adapter and projections are random.
 
     Args:
-        caption_lora: Hub id or folder of a LoRA for the LLM, merged into it.
-        accept_lora_base: what the LoRA calls its base, where that is this LLM under another
-            name.
-        tokenizer_code: commit of the LLM's Hub repository at which its tokenizer's code is run.
-    Raises: ValueError when a source is nowhere, which is told before any is loaded, or a tower does
-        not fit its place; see `towers`, `adapters` and `build_model`.
+        vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
+        text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
+            and its tokenizer. A LoRA is merged into a loaded LLM in place.
+        config: How they are joined; its `dtype` is that of towers that are loaded here.
+
+    Returns:
+        The model on the CPU, in evaluation mode, and its processor.
+
+    Raises:
+        ValueError: No prompt is chosen; a source does not exist, which is reported before any is
+            loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
+            tower cannot take the image size, or samples at random; the LoRA is for another LLM; or
+            the LLM's family cannot be made bidirectional.
     """
-    require_sources(vision=vision, llm=llm, caption_lora=caption_lora)
-    if tokenizer_code is not None:
-        require_pinned(llm, tokenizer_code)
-    vision_model, image_processor = load_vision_tower(
-        vision, dtype=dtype, allow_missing_pooler=arguments.vision_pooling != "pooler"
-    )
-    text_model, tokenizer = load_text_tower(llm, dtype=dtype, tokenizer_code=tokenizer_code)
-    if caption_lora is not None:
-        text_model = merge_lora(text_model, caption_lora, accepted_base=accept_lora_base)
-    return build_model(vision_model, image_processor, text_model, tokenizer, arguments)
+    config.require_prompt()
+    vision_name = None if isinstance(vision, tuple) else vision
+    text_name = None if isinstance(text, tuple) else text
+    require_sources(vision=vision_name, text=text_name, lora=config.lora)
+    if config.tokenizer_code is not None and text_name is not None:
+        require_pinned(text_name, config.tokenizer_code)
+    dtype = getattr(torch, config.dtype)
+    if isinstance(vision, tuple):
+        vision_model, image_processor = vision
+    else:
+        vision_model, image_processor = load_vision_tower(
+            vision, dtype=dtype, allow_missing_pooler=config.vision_pooling != "pooler"
+        )
+    if isinstance(text, tuple):
+        text_model, tokenizer = text
+    else:
+        text_model, tokenizer = load_text_tower(
+            text, dtype=dtype, tokenizer_code=config.tokenizer_code
+        )
+    if config.lora is not None:
+        merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
+    return _join(vision_model, image_processor, text_model, tokenizer, config)
 
 
 def configure_model(
     vision_config: PreTrainedConfig,
     text_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: BuildArguments,
+    config: BuildConfig,
     *,
     text_width: int | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
     Args:
-        text_width: of the hidden states that the LLM returns; None for its `hidden_size`.
-    Raises: ValueError when the tokenizer is another model's, or the prompt does not fit it.
+        vision_config: Configuration of the vision tower.
+        text_config: Configuration of the LLM; changed in place.
+        tokenizer: Tokenizer of the LLM.
+        config: How the towers are joined.
+        text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
+
+    Raises:
+        ValueError: The tokenizer is another model's, or the prompt does not fit it.
     """
     require_own_tokenizer(text_config, tokenizer, "The LLM")
     template = resolve_template(
-        tokenizer, arguments.prompt, prefix=arguments.prefix, suffix=arguments.suffix
+        tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
     )
     prompt = derive_prompt(tokenizer, template)
-    tokenizer = write_prompt(tokenizer, prompt, max_length=arguments.max_text_length)
-    # Asked of the tokenizer as it is saved: writing the prompt drops extra special tokens.
+    tokenizer = write_prompt(tokenizer, prompt, max_length=config.max_text_length)
+    # The saved tokenizer decides: writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
-    # A stated direction of the bare LLM gives way to the one chosen here.
-    text_config.is_causal = not arguments.bidirectional
-    config = LLM2CLIPConfig(
+    # A direction that the bare LLM states gives way to the one chosen here.
+    text_config.is_causal = not config.bidirectional
+    model_config = LLM2CLIPConfig(
         vision_config,
         text_config,
-        projection_dim=arguments.projection_dim,
+        projection_dim=config.projection_dim,
         text_width=text_width,
-        bidirectional=arguments.bidirectional,
-        text_pooling=arguments.text_pooling,
+        bidirectional=config.bidirectional,
+        text_pooling=config.text_pooling,
         prompt_prefix_ids=prompt.prefix_ids,
         prompt_suffix_ids=prompt.suffix_ids,
         prompt_suffix_ends_special=ends_special,
-        max_text_length=arguments.max_text_length,
-        normalize_text_before_adapter=arguments.normalize_text_before_adapter,
-        text_adapter_layers=arguments.text_adapter_layers,
-        vision_pooling=arguments.vision_pooling,
-        visual_projection_bias=arguments.visual_projection_bias,
+        max_text_length=config.max_text_length,
+        normalize_text_before_adapter=config.normalize_text_before_adapter,
+        text_adapter_layers=config.text_adapter_layers,
+        vision_pooling=config.vision_pooling,
+        visual_projection_bias=config.visual_projection_bias,
     )
-    return config, tokenizer
+    return model_config, tokenizer
 
 
-def build_model(
+def _join(
     vision_model: PreTrainedModel,
     image_processor: Any,
     text_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: BuildArguments,
+    config: BuildConfig,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Build a model and its processor from loaded towers; adapter and projections are random.
-
-    Raises: ValueError when the tokenizer is another model's, the prompt does not fit it, the
-        vision tower cannot take the image size or draws at random, or the LLM's family cannot
-        be made bidirectional.
-    """
     require_pixels_alone(vision_model)
-    image_processor = set_normalization(image_processor, arguments.normalization)
-    if arguments.image_size is not None:
+    image_processor = set_normalization(image_processor, config.normalization)
+    if config.image_size is not None:
         vision_model, image_processor = set_image_size(
-            vision_model, image_processor, arguments.image_size
+            vision_model, image_processor, config.image_size
         )
-    config, tokenizer = configure_model(
+    model_config, tokenizer = configure_model(
         vision_model.config,
         text_model.config,
         tokenizer,
-        arguments,
+        config,
         text_width=measure_text_width(text_model),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        model = LLM2CLIPModel(config, vision_model, text_model)
+        torch.manual_seed(config.seed)
+        model = LLM2CLIPModel(model_config, vision_model, text_model)
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32
-    if arguments.bidirectional:
+    if config.bidirectional:
         require_bidirectional(model.text_model)
-    processor = LLM2CLIPProcessor(image_processor, tokenizer, arguments.max_text_length)
+    processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
     require_deterministic(model, processor)
     return model, processor
+
+
+def _find_license(source: VisionSource | TextSource) -> str | None:
+    return None if isinstance(source, tuple) else find_license(source)

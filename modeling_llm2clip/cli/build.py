@@ -2,203 +2,103 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .._extras import DEMO, require
-from ..building.image_choices import NORMALIZATIONS
-from ..building.prompt_presets import PROMPT_NAMES
-from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
-from .parser import add_device_flag, choose_device
-from .pick import pick
+from ..configs.build_config import BuildConfig
+from ..configs.export_config import CardConfig
+from .chosen_device import choose_device
+from .command import command
+from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
-# In the place of a tower: the demo's own, which needs no hub.
-EMBEDDED = "embedded"
+# In the place of a tower: the demo's own, which needs no Hub.
+_EMBEDDED = "embedded"
 # What stands in the place of the other tower: (argument, kind) → what it is.
-_SWAPPED = {("VISION", "text"): "a language model", ("LLM", "vision"): "a vision tower"}
+_SWAPPED = {
+    ("VISION_MODEL", "text"): "a language model",
+    ("TEXT_MODEL", "vision"): "a vision tower",
+}
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    build = commands.add_parser(
-        "build",
-        help="put an untrained model together from two towers",
-        examples=(
-            "llm2clip build openai/clip-vit-large-patch14-336 meta-llama/Llama-3.2-1B-Instruct "
-            "my-model --prompt llama-3",
-        ),
-    )
-    build.add_argument("vision", help="Hub id or folder of a vision tower; embedded: the demo's")
-    build.add_argument(
-        "llm", help="Hub id, folder or .gguf file of a language model; embedded: the demo's"
-    )
-    build.add_argument("output", type=Path, help="folder to write")
-    _add_prompt_flags(
-        build.add_argument_group("prompt around every caption (required: one choice)")
-    )
-    _add_architecture_flags(build)
-    _add_weight_flags(build)
-    add_device_flag(build)
-    build.set_defaults(run=run)
+@command(
+    group="Train",
+    examples=(
+        "llm2clip build openai/clip-vit-large-patch14-336 meta-llama/Llama-3.2-1B-Instruct "
+        "my-model --prompt llama-3",
+        "llm2clip build embedded embedded my-model",
+    ),
+)
+def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildConfig) -> int:
+    """Joins two towers into an untrained model.
 
-
-def _add_prompt_flags(prompt: Any) -> None:
-    prompt.add_argument("--prompt", choices=PROMPT_NAMES, help="a known prompt; no default")
-    prompt.add_argument(
-        "--prefix", help="text in front of every caption; default: that of --prompt"
-    )
-    prompt.add_argument("--suffix", help="text behind every caption; default: that of --prompt")
-
-
-def _add_architecture_flags(build: Any) -> None:
-    build.add_argument(
-        "--projection-dim", type=int, default=512, help="width of the space of both embeddings"
-    )
-    build.add_argument(
-        "--max-text-length", type=int, default=512, help="most tokens of a text, with its prompt"
-    )
-    build.add_argument(
-        "--text-pooling", choices=("mean", "last_token"), default="mean",
-        help="what represents a text: the mean of its tokens, or the last one",
-    )  # fmt: skip
-    build.add_argument(
-        "--vision-pooling", choices=("pooler", "cls", "mean", "patch_mean"), default="pooler",
-        help="what represents an image: the tower's pooler, its CLS token, the mean of all tokens, "
-        "CLS and registers too, or of the patches alone",
-    )  # fmt: skip
-    build.add_argument("--image-size", type=int, help="side of the images; default: the tower's")
-    build.add_argument(
-        "--normalization",
-        choices=NORMALIZATIONS,
-        default="own",
-        help="mean and std of the images: the tower's own, CLIP's, 0.5, or ImageNet's",
-    )
-    build.add_argument(
-        "--text-adapter-layers", type=int, default=4, help="residual blocks of the text adapter"
-    )
-    build.add_argument(
-        "--normalize-text-before-adapter", action=argparse.BooleanOptionalAction, default=True,
-        help="scale the LLM's embeddings to unit length before the text adapter",
-    )  # fmt: skip
-    build.add_argument(
-        "--visual-projection-bias", action=argparse.BooleanOptionalAction, default=True,
-        help="bias of the image projection, which the closed-form start of align needs",
-    )  # fmt: skip
-
-
-def _add_weight_flags(build: Any) -> None:
-    build.add_argument(
-        "--caption-lora", type=Path, help="LoRA of a caption-tuned LLM; default: none"
-    )
-    build.add_argument(
-        "--accept-lora-base", metavar="NAME",
-        help="the LoRA's name for this LLM; default: the LLM's own",
-    )  # fmt: skip
-    build.add_argument(
-        "--tokenizer-code", metavar="COMMIT",
-        help="run the code of the LLM's tokenizer as it is in this commit of its Hub repository; "
-        "default: none is run",
-    )  # fmt: skip
-    build.add_argument(
-        "--causal", dest="bidirectional", action="store_false",
-        help="keep the LLM causal, to compare with",
-    )  # fmt: skip
-    build.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="dtype of the weights",
-    )  # fmt: skip
-    build.add_argument(
-        "--seed", type=int, default=0, help="seed of the text adapter and the projections"
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
+    Args:
+        vision_model: Hub id or folder of a vision tower; embedded for the demo's.
+        text_model: Hub id, folder or .gguf file of a language model; embedded for the demo's.
+        output: Folder to write.
+        config: How they are joined.
+    """
     from ..building.tower_sources import require_sources
     from ..model_folders.atomic_folder import require_new_folder
 
-    require_new_folder(arguments.output)
-    licenses = _take_embedded(arguments)
-    require(*list_needs_of_llm(arguments.llm), *list_needs_of_adapter(arguments.caption_lora))
-    require(*list_needs_of_model(arguments.vision))
-    _require_prompt(arguments)
-    _require_order(arguments)
-    require_sources(vision=arguments.vision, llm=arguments.llm, caption_lora=arguments.caption_lora)
-    device = choose_device(arguments)
+    require_new_folder(output)
+    embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))
+                if tower == _EMBEDDED}  # fmt: skip
+    if embedded:
+        vision_model, text_model, config = _fetch_embedded(vision_model, text_model, config)
+    require(*list_needs_of_llm(text_model), *list_needs_of_lora(config.lora))
+    require(*list_needs_of_model(vision_model))
+    config.require_prompt()
+    _require_order(vision_model, text_model)
+    require_sources(vision=vision_model, text=text_model, lora=config.lora)
+    config = replace(config, device=str(choose_device(config.device)))
 
-    import torch
+    from ..building.build_model import build_model
 
-    from ..building.build_model import BuildArguments, join_towers
-    from ..model_folders.model_card_data import CardData, find_license
-    from ..publishing.export_model import save_model
-
-    model, processor = join_towers(
-        arguments.vision,
-        arguments.llm,
-        pick(BuildArguments, arguments),
-        dtype=getattr(torch, arguments.dtype),
-        caption_lora=arguments.caption_lora,
-        accept_lora_base=arguments.accept_lora_base,
-        tokenizer_code=arguments.tokenizer_code,
+    card = CardConfig(
+        vision_license="apache-2.0" if "vision" in embedded else None,
+        text_license="apache-2.0" if "text" in embedded else None,
     )
-    model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    facts = CardData(
-        vision_license=licenses.get("vision") or find_license(arguments.vision),
-        text_license=licenses.get("llm") or find_license(arguments.llm),
-    )
-    folder = save_model(model, processor, arguments.output, facts=facts)
-    print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
+    folder = build_model(vision_model, text_model, output, config, card=card)
+    print(f"Wrote {folder}. Text adapter and projections are random: align it before use.")
     return 0
 
 
-def _take_embedded(arguments: argparse.Namespace) -> dict[str, str]:
-    """Put the demo's towers in the place of their name, fetched where they are not in the cache.
+def _fetch_embedded(
+    vision_model: str, text_model: str, config: BuildConfig
+) -> tuple[str, str, BuildConfig]:
+    """Put the demo's towers in the place of their name, fetched where the cache has none.
 
-    Its language model comes with its caption-tuned LoRA and its prompt, unless others are given.
-
-    Returns: licenses of the towers that were taken, by `"vision"` and `"llm"`.
+    The language model comes with its fine-tuned LoRA and its prompt, unless others are given.
     """
-    taken = [place for place in ("vision", "llm") if getattr(arguments, place) == EMBEDDED]
-    if not taken:
-        return {}
     require(*DEMO)
-    from ..data.example_data import find_example_data
+    from ..data.record_loading import find_example_data
     from ..demo.pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 
-    if "vision" in taken:
-        arguments.vision = str(fetch_tower(EFFICIENTNET))
-    if "llm" in taken:
-        arguments.llm = str(fetch_tower(SMOLLM2))
-        arguments.accept_lora_base = arguments.accept_lora_base or SMOLLM2_BASE
-        if arguments.caption_lora is None and arguments.bidirectional:
-            arguments.caption_lora = find_example_data() / "caption_lora"
-        if arguments.prefix is None and arguments.suffix is None:
-            arguments.prompt = arguments.prompt or "chatml"
-    return dict.fromkeys(taken, "apache-2.0")
+    if vision_model == _EMBEDDED:
+        vision_model = str(fetch_tower(EFFICIENTNET))
+    if text_model == _EMBEDDED:
+        text_model = str(fetch_tower(SMOLLM2))
+        config = replace(config, accept_lora_base=config.accept_lora_base or SMOLLM2_BASE)
+        if config.lora is None and config.bidirectional:
+            config = replace(config, lora=find_example_data() / "caption_lora")
+        if config.prompt_prefix is None and config.prompt_suffix is None:
+            config = replace(config, prompt=config.prompt or "chatml")
+    return vision_model, text_model, config
 
 
-def _require_prompt(arguments: argparse.Namespace) -> None:
-    """Raise ValueError where no prompt is chosen, before anything is imported."""
-    if arguments.prompt is None and arguments.prefix is None and arguments.suffix is None:
-        raise ValueError(
-            f"Give --prompt, one of {', '.join(PROMPT_NAMES)}, or a --prefix and --suffix of your "
-            "own. A prompt is never guessed, because the embeddings depend on it."
-        )
-
-
-def _require_order(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for a tower in the other's place, told from its `config.json`."""
+def _require_order(vision_model: str, text_model: str) -> None:
+    """Raise ValueError for a tower in the other's place, judged by its `config.json`."""
     from ..model_folders.model_types import find_model_type
 
-    for place, source in (("VISION", arguments.vision), ("LLM", arguments.llm)):
+    for place, source in (("VISION_MODEL", vision_model), ("TEXT_MODEL", text_model)):
         found = find_model_type(source)
         if found is None:
             continue
-        if what := _SWAPPED.get((place, found.kind)):
+        if what := _SWAPPED.get((place, found.content)):
             raise ValueError(
                 f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
-                "VISION LLM OUTPUT."
+                "VISION_MODEL TEXT_MODEL OUTPUT."
             )
-        if found.kind in ("above", "lora", "store"):
+        if found.content in ("above", "lora", "store"):
             raise ValueError(f"{found.advice} It cannot be {place}.")

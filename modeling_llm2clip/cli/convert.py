@@ -2,328 +2,186 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import fields, replace
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 from .._extras import TIMM_TOWER, require
-from ..building.prompt_presets import PROMPT_NAMES
-from ..conversion.source_formats import (
-    ACTIVATIONS,
-    COMPONENTS,
-    DTYPES,
-    PREPROCESSINGS,
-    SOURCE_FORMATS,
-    OutputArguments,
-    SourceFormat,
-)
-from .card_flags import add_card_flags, pick_licenses
-from .extras import list_needs_of_adapter, list_needs_of_llm, list_needs_of_model
-from .parser import add_device_flag, choose_device
-from .pick import pick
-
-if TYPE_CHECKING:
-    from ..model_folders.model_card_data import CardData
-    from ..publishing.push_to_hub import Destination
+from ..configs.build_config import BuildConfig
+from ..configs.config_fields import Config
+from ..configs.export_config import CardConfig, ConvertConfig
+from ..configs.source_format import SOURCE_FORMATS, SourceFormat
+from .chosen_device import choose_device
+from .command import Changes, Repeated, command
+from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
 _LLM2VEC = "llm2vec"
-_TIMM_RECIPES = ("eva02", "siglip2")
-# What an LLM2Vec folder says itself, or a model without official weights has not → its default.
-_NOT_WITH_LLM2VEC: dict[str, Any] = {
-    "file": None,
-    "revision": None,
-    "llm_revision": None,
-    "llm_lora": [],
-    "max_text_length": None,
-    "text_pooling": None,
-    "activation": None,
-    "preprocessing": None,
-    "head_width": None,
-    "rope_reference_size": None,
-    "components": "full",
-}
-# Flags that only some recipes use → these.
-_RECIPES_WITH = {
+_TIMM_FORMATS = ("eva02", "siglip2")
+# Flags that only some formats use → these.
+_FORMATS_WITH = {
     "head_width": ("openai", "eva02", "siglip2"),
     "rope_reference_size": ("eva02",),
 }
+# What an LLM2Vec folder does not say itself.
+_CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    convert = commands.add_parser(
-        "convert",
-        help="an official checkpoint into a model folder",
-        examples=(
-            "llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 model --recipe openai-hub --llm "
-            "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned --dtype bfloat16",
-        ),
-    )
-    add_flags(convert)
-    convert.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Config):
+    """Which files are converted."""
+
+    file: str | None = None
+    """Weight file inside a Hub repository or folder. Default: the only one."""
+    revision: str | None = None
+    """Branch, tag or commit of the checkpoint's Hub repository. Default: its main branch."""
+    text_model: str | None = None
+    """Hub id or folder of the language model; of a LoRA, its base. No default, and needed unless
+    the source is a merged llm2vec folder."""
+    text_revision: str | None = None
+    """Branch, tag or commit of the language model's Hub repository. Default: its main branch."""
+    llm_lora: Annotated[tuple[str, ...], Repeated] = ()
+    """LoRA to merge: folder, ID or ID@REVISION; repeatable. Default: none."""
+    accept_lora_base: str | None = None
+    """Name that the LoRA has for this language model. Default: the language model's own."""
+    vision_model: str | None = None
+    """Vision tower of a new model, for llm2vec alone. No default, and needed there."""
 
 
-def add_flags(convert: argparse.ArgumentParser) -> None:
-    """Add the flags."""
-    convert.add_argument("source", help="weight file, folder or Hub id of the checkpoint")
-    convert.add_argument("output", type=Path, help="folder to write")
-    convert.add_argument(
-        "--recipe",
-        required=True,
-        choices=(*SOURCE_FORMATS, _LLM2VEC),
-        help="family of the checkpoint, and what its weights do not say; "
-        f"{_LLM2VEC}: an LLM2Vec folder as text tower of a new model",
-    )
-    convert.add_argument(
-        "--file", help="weight file inside a Hub repository or folder; default: the only one"
-    )
-    convert.add_argument(
-        "--revision",
-        help="branch, tag or commit of the checkpoint's Hub repository; default: its main branch",
-    )
-    llm = convert.add_argument_group("language model")
-    llm.add_argument(
-        "--llm",
-        help="Hub id or folder of the LLM; of a LoRA, its base; no default, and needed unless the "
-        f"source is a merged {_LLM2VEC} folder",
-    )
-    llm.add_argument(
-        "--llm-revision",
-        help="branch, tag or commit of the LLM's Hub repository; default: its main branch",
-    )
-    llm.add_argument(
-        "--llm-lora",
-        action="append",
-        default=[],
-        metavar="LORA",
-        help="LoRA to merge: a folder, ID or ID@REVISION; repeatable; default: none",
-    )
-    llm.add_argument(
-        "--accept-lora-base",
-        metavar="NAME",
-        help="the LoRA's name for this LLM; default: the LLM's own",
-    )
-    llm.add_argument(
-        "--vision", help=f"vision tower of a new model ({_LLM2VEC} only, needed there; no default)"
-    )
-    _add_recipe_flags(convert.add_argument_group("in place of what the recipe says"))
-    convert.add_argument(
-        "--components", choices=COMPONENTS, default="full",
-        help="the whole model, or its vision or text half alone",
-    )  # fmt: skip
-    convert.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
-    convert.add_argument(
-        "--shard-size-mb", type=int, default=1000, help="most megabytes of a weight file"
-    )
-    add_device_flag(convert)
-    add_card_flags(convert.add_argument_group("the model card"))
-    convert.add_argument(
-        "--push", metavar="ORG/NAME", help="upload it, private, once healthy; default: no upload"
-    )
+@command(
+    group="Publish",
+    examples=(
+        "llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 model --source-format openai-hub "
+        "--text-model microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned --dtype bfloat16",
+    ),
+)
+def convert(
+    checkpoint: str,
+    output: Path,
+    /,
+    *,
+    source_format: Literal["openai-hub", "openai", "eva02", "siglip2", "llm2vec"],
+    source: SourceConfig,
+    changes: Annotated[
+        dict[str, Any],
+        Changes(config_type=SourceFormat, default="the source format's", without=("layout",)),
+    ],
+    config: ConvertConfig,
+) -> int:
+    """Turns a checkpoint of another project into a model folder.
 
-
-def _add_recipe_flags(group: Any) -> None:
-    recipes = "default: the recipe's"
-    group.add_argument(
-        "--prompt", choices=PROMPT_NAMES, help=f"prompt around every caption; {recipes}"
-    )
-    group.add_argument("--prefix", help=f"text in front of every caption; {recipes}")
-    group.add_argument("--suffix", help=f"text behind every caption; {recipes}")
-    group.add_argument(
-        "--max-text-length", type=int, help=f"most tokens of a text, with its prompt; {recipes}"
-    )
-    group.add_argument(
-        "--text-pooling", choices=("mean", "last_token"),
-        help=f"mean of the tokens of a text, or the last one; {recipes}",
-    )  # fmt: skip
-    group.add_argument(
-        "--normalize-text-before-adapter", action=argparse.BooleanOptionalAction, default=None,
-        help=f"give texts unit length before the text adapter; {recipes}",
-    )  # fmt: skip
-    group.add_argument(
-        "--activation", choices=ACTIVATIONS, help=f"activation of the vision tower; {recipes}"
-    )
-    group.add_argument(
-        "--preprocessing", choices=tuple(PREPROCESSINGS),
-        help=f"mean and std of the images: OpenAI's, or 0.5; {recipes}",
-    )  # fmt: skip
-    group.add_argument(
-        "--head-width", type=int,
-        help=f"width of an attention head of the vision tower; {recipes}",
-    )  # fmt: skip
-    group.add_argument(
-        "--rope-reference-size", type=int,
-        help=f"side in patches that EVA02's rotary positions are scaled to; {recipes}",
-    )  # fmt: skip
-
-
-def choose_recipe(arguments: argparse.Namespace) -> SourceFormat:
-    """Take the named recipe with what other flags say in its place.
-
-    Raises: ValueError for a flag that the recipe has no use for.
+    Args:
+        checkpoint: Weight file, folder or Hub id.
+        output: Folder to write.
+        source_format: Family of the checkpoint, and what its weights do not say; llm2vec for an
+            LLM2Vec folder as text tower of a new model. No default, and needed.
+        source: Which files are converted.
+        changes: What the source format does not say for this checkpoint.
+        config: What is written.
     """
-    given = {
-        field.name: value
-        for field in fields(SourceFormat)
-        if (value := getattr(arguments, field.name, None)) is not None
-    }
-    for name, recipes in _RECIPES_WITH.items():
-        if name in given and arguments.recipe not in recipes:
-            raise ValueError(
-                f"{_flag(name)} goes with the recipes {recipes}; {arguments.recipe!r} has no use "
-                "for it. Leave it out."
-            )
-    if "prefix" in given or "suffix" in given:
-        given.setdefault("prompt", None)
-    return replace(SOURCE_FORMATS[arguments.recipe], **given)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
     from ..model_folders.atomic_folder import require_new_folder
 
-    require_new_folder(arguments.output)
-    if arguments.recipe == _LLM2VEC:
-        return _build(arguments)
-    require(*([TIMM_TOWER] if arguments.recipe in _TIMM_RECIPES else []))
-    if arguments.llm is None or arguments.vision is not None:
-        raise ValueError("A checkpoint is converted with its LLM: give --llm, and no --vision.")
-    recipe = choose_recipe(arguments)
-    device = choose_device(arguments)
+    require_new_folder(output)
+    if source_format == _LLM2VEC:
+        return _build(checkpoint, output, source, changes, config)
+    require(*([TIMM_TOWER] if source_format in _TIMM_FORMATS else []))
+    if source.text_model is None or source.vision_model is not None:
+        raise ValueError(
+            "A checkpoint is converted with its language model: give --text-model, and no "
+            "--vision-model."
+        )
+    chosen = _change(source_format, changes)
+    config = replace(config, device=str(choose_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
     from ..conversion.source_checkpoint import CheckpointSource
     from ..conversion.source_llm import LLMSource
+    from ..model_folders.model_folder import RECORD_FILE
 
-    destination = _read_destination(arguments)
-    report = convert_checkpoint(
-        CheckpointSource(arguments.source, arguments.file, arguments.revision),
+    folder = convert_checkpoint(
+        CheckpointSource(checkpoint, source.file, source.revision),
         LLMSource(
-            arguments.llm,
-            arguments.llm_revision,
-            tuple(arguments.llm_lora),
-            arguments.accept_lora_base,
+            source.text_model,
+            source.text_revision,
+            source.llm_lora,
+            source.accept_lora_base,
         ),
-        arguments.output,
-        recipe=recipe,
-        arguments=OutputArguments(
-            arguments.components,
-            arguments.dtype,
-            arguments.shard_size_mb,
-            base_models=arguments.base_models and tuple(arguments.base_models),
-            name=arguments.push,
-            requires_license=destination is not None,
-        ),
-        facts=pick_licenses(arguments),
-        device=str(device),
+        output,
+        chosen,
+        config,
     )
-    print(report.diagnosis.report())
-    for reason in sorted(set(report.dropped.values())):
-        keys = sorted(key for key, why in report.dropped.items() if why == reason)
+    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    for reason, keys in sorted(record["dropped"].items()):
         print(f"left out, {reason}: {', '.join(keys)}")
-    print(f"Wrote {report.folder}: {report.num_parameters:,} parameters. {_what_next(arguments)}")
-    _push(arguments, destination)
+    print(
+        f"Wrote {folder}, healthy: {record['num_parameters']:,} parameters. Its embeddings are "
+        f"recorded; check any copy with: llm2clip doctor {output}"
+    )
     return 0
 
 
-def _build(arguments: argparse.Namespace) -> int:
+def _change(name: str, changes: dict[str, Any]) -> SourceFormat:
+    """Return the named source format with what was given in its place.
+
+    Raises:
+        ValueError: The format has no use for an option.
+    """
+    for option, formats in _FORMATS_WITH.items():
+        if option in changes and name not in formats:
+            raise ValueError(
+                f"`{option}` goes with the source formats {', '.join(formats)}; {name} has no use "
+                "for it. Leave it out."
+            )
+    if "prompt_prefix" in changes or "prompt_suffix" in changes:
+        changes = {"prompt": None, **changes}
+    return replace(SOURCE_FORMATS[name], **changes)
+
+
+def _build(
+    folder: str, output: Path, source: SourceConfig, changes: dict[str, Any], config: ConvertConfig
+) -> int:
+    """Build an untrained model on an LLM2Vec folder."""
     require(
-        *(list_needs_of_model(arguments.vision) if arguments.vision else ()),
-        *(list_needs_of_llm(arguments.llm) if arguments.llm else ()),
-        *list_needs_of_adapter(arguments.source),
+        *(list_needs_of_model(source.vision_model) if source.vision_model else ()),
+        *(list_needs_of_llm(source.text_model) if source.text_model else ()),
+        *list_needs_of_lora(folder),
     )
-    _require_llm2vec_flags(arguments)
-    device = choose_device(arguments)
-    import torch
+    if source.vision_model is None:
+        raise ValueError("An LLM2Vec folder becomes the text tower of a new model: give "
+                         "--vision-model.")  # fmt: skip
+    _refuse_unused(source, changes, config)
+    building = BuildConfig(
+        **changes,
+        accept_lora_base=source.accept_lora_base,
+        dtype=config.dtype,
+        device=str(choose_device(config.device)),
+    )
+    building.require_prompt()
+    card = CardConfig(**{field.name: getattr(config, field.name) for field in fields(CardConfig)})
 
-    from ..building.build_model import BuildArguments
     from ..conversion.llm2vec import build_from_llm2vec
-    from ..publishing.export_model import save_model
 
-    destination = _read_destination(arguments)
-    facts = _gather_facts(arguments)
-    if destination is not None:
-        raise ValueError(
-            f"--push: the recipe {_LLM2VEC!r} makes an untrained model, and none is published. "
-            "Leave --push out, align the model (llm2clip align), and export that with --push."
-        )
-    normalizes = arguments.normalize_text_before_adapter
-    model, processor = build_from_llm2vec(
-        arguments.vision,
-        Path(arguments.source),
-        BuildArguments(
-            prompt=arguments.prompt,
-            prefix=arguments.prefix,
-            suffix=arguments.suffix,
-            normalize_text_before_adapter=True if normalizes is None else normalizes,
-        ),
-        base=arguments.llm,
-        accept_lora_base=arguments.accept_lora_base,
-        dtype=getattr(torch, arguments.dtype),
+    build_from_llm2vec(
+        source.vision_model, Path(folder), output, building, base=source.text_model, card=card
     )
-    model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    if arguments.base_models:
-        towers = (model.config.vision_config, model.config.text_config)
-        for tower, name in zip(towers, arguments.base_models, strict=True):
-            tower._name_or_path = name
-    folder = save_model(
-        model,
-        processor,
-        arguments.output,
-        facts=facts,
-        max_shard_size=f"{arguments.shard_size_mb}MB",
-    )
-    print(f"Wrote {folder}. Adapter and projections are random: align it before use.")
-    _push(arguments, destination)
+    print(f"Wrote {output}. Text adapter and projections are random: align it before use.")
     return 0
 
 
-def _require_llm2vec_flags(arguments: argparse.Namespace) -> None:
-    pick(OutputArguments, arguments)  # checked before anything is loaded
-    if arguments.vision is None:
-        raise ValueError("An LLM2Vec folder becomes half of a new model: give --vision.")
-    given = [
-        _flag(name)
-        for name, default in _NOT_WITH_LLM2VEC.items()
-        if getattr(arguments, name) != default
-    ]
+def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: ConvertConfig) -> None:
+    """Raise ValueError for options that an LLM2Vec folder decides itself."""
+    of_source = {
+        "file": source.file,
+        "revision": source.revision,
+        "text_revision": source.text_revision,
+        "llm_lora": source.llm_lora,
+        "components": config.components != "full",
+    }
+    given = [name for name, value in of_source.items() if value]
+    given += [name for name in changes if name not in _CHANGES_OF_LLM2VEC]
     if given:
         raise ValueError(
-            f"The recipe {_LLM2VEC!r} has no use for {', '.join(given)}: the folder says how texts "
-            "are pooled and how long they may be, the vision tower how images are prepared, and "
-            "no half is written alone. Leave them out; a revision is had by downloading it."
+            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}: the "
+            "folder says how texts are pooled and how long they may be, the vision tower how "
+            "images are prepared, and no part is written alone. Leave them out; a revision is had "
+            "by downloading it."
         )
-
-
-def _gather_facts(arguments: argparse.Namespace) -> CardData:
-    from ..model_folders.model_card_data import CardData, find_license
-
-    facts = CardData(**pick_licenses(arguments))
-    return replace(
-        facts,
-        vision_license=facts.vision_license or find_license(arguments.vision),
-        text_license=facts.text_license or find_license(arguments.llm or arguments.source),
-    )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _what_next(arguments: argparse.Namespace) -> str:
-    return f"Its embeddings are recorded; check any copy with: llm2clip doctor {arguments.output}"
-
-
-def _read_destination(arguments: argparse.Namespace) -> Destination | None:
-    from ..publishing.push_to_hub import Destination
-
-    return None if arguments.push is None else Destination(arguments.push)
-
-
-def _push(arguments: argparse.Namespace, destination: Destination | None) -> None:
-    if destination is None:
-        return
-    from ..publishing.push_to_hub import push_to_hub
-
-    address = push_to_hub(arguments.output, destination, device=arguments.device)
-    print(f"Published {address}. Pin its last part with revision=… when you load it.")

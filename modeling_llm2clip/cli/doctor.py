@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from .._extras import require
+from ..configs.config_fields import DeviceConfig
+from .chosen_device import choose_device
+from .command import command
 from .extras import list_needs_of_model
-from .parser import add_device_flag, choose_device
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    doctor = commands.add_parser(
-        "doctor",
-        help="check a checkpoint from the outside",
-        examples=("llm2clip doctor llm2clip-demo/model",),
-    )
-    doctor.add_argument("model", help="Hub id or folder")
-    doctor.add_argument(
-        "--revision", help="branch, tag or commit of a Hub repository; default: its main branch"
-    )
-    add_device_flag(doctor)
-    doctor.set_defaults(run=run)
+@command(group="Use", examples=("llm2clip doctor llm2clip-demo/model",))
+def doctor(model: str, /, *, config: DeviceConfig, revision: str | None = None) -> int:
+    """Checks a model folder from the outside.
 
+    The exit code is 0 for a healthy model and 1 for any other.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
-    require(*list_needs_of_model(arguments.model, revision=arguments.revision))
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        config: Where it runs.
+        revision: Branch, tag or commit of a Hub repository. Default: its main branch.
+    """
+    require(*list_needs_of_model(model, revision=revision))
     from ..model_folders.model_types import require_own_model
 
-    require_own_model(arguments.model, revision=arguments.revision)
-    device = choose_device(arguments)
+    require_own_model(model, revision=revision)
+    device = choose_device(config.device)
 
-    from ..doctor import check_model
+    from ..doctor.check_model import check_model
 
-    diagnosis = check_model(arguments.model, revision=arguments.revision, device=str(device))
-    print(diagnosis.report())
-    return 0 if diagnosis.healthy else 1
+    report = check_model(model, revision=revision, device=str(device))
+    print(report)
+    return 0 if report.healthy else 1

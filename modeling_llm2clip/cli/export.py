@@ -2,236 +2,92 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .._extras import require
-from .card_flags import LICENSE_FLAGS, add_card_flags, pick_licenses
+from ..configs.export_config import ExportConfig
+from .chosen_device import choose_device
+from .command import command
 from .extras import list_needs_of_model
-from .parser import add_device_flag, choose_device
 
-if TYPE_CHECKING:
-    from ..publishing.export_model import ExportArguments
-    from ..publishing.push_to_hub import Destination
-
-_HUB = ("push", "public", "branch", "commit_message", "dry_run")
-_CHANGES = ("revision", "dtype", "max_shard_size", "base_models", "training_data", "results")
+_OF_VISION_TOWER = {"components", "license", "device"}
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    export = commands.add_parser(
-        "export",
-        help="write a model folder anew, and publish it",
-        examples=(
-            "llm2clip export aligned/model to-publish --license apache-2.0 --push my-name/my-model",
-        ),
-    )
-    export.add_argument("model", help="Hub id or folder of an LLM2CLIP model")
-    export.add_argument(
-        "folder", nargs="?", type=Path, help="folder to write; left out: publish MODEL as it is"
-    )
-    export.add_argument(
-        "--revision",
-        help="branch, tag or commit of MODEL, where it is a Hub id; default: its main branch",
-    )
-    export.add_argument(
-        "--components", choices=("full", "text", "vision", "tower"), default="full",
-        help="the whole model, a half of it, or (tower) the vision tower as an ordinary one of "
-        "transformers, for LLaVA and the like",
-    )  # fmt: skip
-    export.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights; default: as it is",
-    )
-    export.add_argument(
-        "--max-shard-size", metavar="SIZE", help="of a weight file, e.g. 5GB; default: 50GB"
-    )
-    add_device_flag(export)
-    _add_card_flags(export.add_argument_group("the model card"))
-    _add_hub_flags(export.add_argument_group("publishing (token: HF_TOKEN or `hf auth login`)"))
-    export.set_defaults(run=run)
+@command(
+    group="Publish",
+    examples=(
+        "llm2clip export aligned/model to-publish --license apache-2.0 --dtype bfloat16",
+        "llm2clip export aligned/model vision-tower --components vision-tower",
+    ),
+)
+def export(
+    model: str,
+    output: Path,
+    /,
+    *,
+    config: ExportConfig,
+    revision: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Writes a model folder anew: in part, in another dtype, with another card.
 
-
-def _add_card_flags(card: Any) -> None:
-    add_card_flags(card)
-    card.add_argument(
-        "--training-data",
-        nargs="+",
-        metavar="NAME",
-        help="names or Hub ids of datasets; default: those on MODEL's card",
-    )
-    card.add_argument(
-        "--results",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="JSON of evaluations of these weights; default: those on MODEL's card, if the weights "
-        "stay the same",
-    )
-
-
-def _add_hub_flags(hub: Any) -> None:
-    hub.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload it, in one commit; default: no upload"
-    )
-    hub.add_argument("--public", action="store_true", help="for all to see; default: private")
-    hub.add_argument("--branch", help="branch to upload to; default: main")
-    hub.add_argument(
-        "--commit-message", help="message of that commit; default: Upload LLM2CLIP model"
-    )
-    hub.add_argument(
-        "--dry-run", action="store_true",
-        help="check, and list files and sizes; write and upload nothing",
-    )  # fmt: skip
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
-    require(*list_needs_of_model(arguments.model, revision=arguments.revision))
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        output: Folder to write.
+        config: What is written.
+        revision: Branch, tag or commit of a Hub repository. Default: its main branch.
+        dry_run: Check the model, and list files and sizes; write nothing.
+    """
+    require(*list_needs_of_model(model, revision=revision))
     from ..model_folders.atomic_folder import require_new_folder
     from ..model_folders.model_types import require_own_model
 
-    _refuse_contradictions(arguments)
-    if arguments.folder is not None:
-        require_new_folder(arguments.folder)
-    require_own_model(arguments.model, revision=arguments.revision)
-    arguments.device = str(choose_device(arguments))
-    from ..publishing.push_to_hub import push_to_hub
-
-    destination = _read_destination(arguments)
-    if arguments.components == "tower":
-        return _write_tower(arguments)
-    if arguments.dry_run:
-        return _list(arguments, destination)
-    folder = Path(arguments.model) if arguments.folder is None else _write(arguments)
-    if destination:
-        address = push_to_hub(folder, destination, device=arguments.device)
-        print(f"Published {address}. Pin its last part with revision=… when you load it.")
-    return 0
-
-
-def _read_destination(arguments: argparse.Namespace) -> Destination | None:
-    from ..publishing.push_to_hub import Destination
-
-    stated = {name: getattr(arguments, name) for name in ("branch", "commit_message")}
-    given = {name: value for name, value in stated.items() if value is not None}
-    if arguments.push is None:
-        return None
-    return Destination(arguments.push, private=not arguments.public, **given)
-
-
-def _refuse_contradictions(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together, before anything is imported."""
-    hub_flags = ("public", "branch", "commit_message")
-    if arguments.push is None and any(getattr(arguments, name) for name in hub_flags):
-        raise ValueError("--public, --branch and --commit-message go with --push OWNER/NAME.")
-    if arguments.folder is None:
-        _require_folder_as_it_is(arguments)
-    elif arguments.components == "tower":
-        unused = [n for n in (*LICENSE_FLAGS[1:], *_CHANGES[1:], *_HUB) if getattr(arguments, n)]
-        if unused:
-            raise ValueError(
-                f"--components tower goes with --revision and --license; got {unused}."
-            )
-
-
-def _list(arguments: argparse.Namespace, destination: Destination | None) -> int:
-    """Print what would be written and uploaded, after the same checks; write nothing."""
-    from ..publishing.dry_run import plan_export
-    from ..publishing.push_to_hub import check_publishable
-
-    if arguments.folder is None:
-        files = check_publishable(arguments.model, device=arguments.device)
-        rest = ""
-    else:
-        settings, facts = _gather(arguments)
-        files = plan_export(
-            arguments.model,
-            arguments.folder,
-            settings,
-            facts=facts,
-            revision=arguments.revision,
-            device=arguments.device,
-        )
-        rest = (
-            f"Nothing was written to {arguments.folder}. Sizes of weight files are exact but for "
-            "their headers, the others' are those in MODEL. The checks were made on MODEL; what "
-            "is written is checked again before it is uploaded.\n"
-        )
-    for file in files:
-        print(f"{file.num_bytes:>15,}  {file.path}")
-    print(f"{rest}Nothing was uploaded{_describe(destination)}. Leave out --dry-run to do it.")
-    return 0
-
-
-def _describe(destination: Destination | None) -> str:
-    if destination is None:
-        return ""
-    kind = "private" if destination.private else "public"
-    return f" to {destination.repo_id} ({kind}, branch {destination.branch})"
-
-
-def _gather(arguments: argparse.Namespace) -> tuple[ExportArguments, dict[str, Any]]:
-    from ..model_folders.model_card_data import read_results
-    from ..publishing.export_model import SHARD_SIZE, ExportArguments
-
-    facts = pick_licenses(arguments)
-    if arguments.training_data:
-        facts["training_data"] = tuple(arguments.training_data)
-    if arguments.results:
-        facts["results"] = read_results(arguments.results)
-    settings = ExportArguments(
-        components=arguments.components,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size or SHARD_SIZE,
-        base_models=arguments.base_models and tuple(arguments.base_models),
-        name=arguments.push,
-        requires_license=bool(arguments.push or arguments.dry_run),
-    )
-    return settings, facts
-
-
-def _write(arguments: argparse.Namespace) -> Path:
+    is_tower = config.components == "vision-tower"
+    if is_tower:
+        _refuse_unused(config, dry_run=dry_run)
+    require_new_folder(output)
+    require_own_model(model, revision=revision)
+    config = replace(config, device=str(choose_device(config.device)))
+    if is_tower:
+        return _write_tower(model, output, config, revision)
+    if dry_run:
+        return _list_files(model, output, config, revision)
     from ..publishing.export_model import export_model
 
-    settings, facts = _gather(arguments)
-    folder = export_model(
-        arguments.model,
-        arguments.folder,
-        settings,
-        facts=facts,
-        revision=arguments.revision,
-        device=arguments.device,
-    )
+    folder = export_model(model, output, config, revision=revision)
     print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
-    return folder
-
-
-def _write_tower(arguments: argparse.Namespace) -> int:
-    """Write the vision tower alone, which is no LLM2CLIP model any more."""
-    from ..publishing.vision_tower_export import export_vision_tower
-
-    folder = export_vision_tower(
-        arguments.model,
-        arguments.folder,
-        revision=arguments.revision,
-        license_id=arguments.license_id,
-    )
-    print(f"Wrote {folder}. AutoModel and LlavaConfig(vision_config=…) take it unchanged.")
     return 0
 
 
-def _require_folder_as_it_is(arguments: argparse.Namespace) -> None:
-    """Raise ValueError unless MODEL can be published unchanged."""
-    changing = [name for name in (*LICENSE_FLAGS, *_CHANGES) if getattr(arguments, name)]
-    changing += ["components"] if arguments.components != "full" else []
-    if not (arguments.push or arguments.dry_run):
-        raise ValueError("Name a FOLDER to write, or --push OWNER/NAME to publish MODEL as it is.")
-    if changing or not Path(arguments.model).is_dir():
-        raise ValueError(
-            f"Without a FOLDER to write, MODEL must be a folder and is published unchanged; got "
-            f"{arguments.model} with {changing or 'no changes'}. Name a FOLDER."
-        )
+def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
+    """Raise ValueError for options that a plain vision tower has no place for."""
+    unused = [
+        field.name
+        for field in fields(config)
+        if field.name not in _OF_VISION_TOWER and getattr(config, field.name) != field.default
+    ]
+    if unused := [*unused, *(["dry_run"] if dry_run else [])]:
+        named = ", ".join(f"`{name}`" for name in unused)
+        raise ValueError(f"--components vision-tower has no use for {named}. Leave it out.")
+
+
+def _list_files(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
+    """Print what would be written, after the same checks."""
+    from ..publishing.export_plan import plan_export
+
+    for file in plan_export(model, output, config, revision=revision):
+        print(f"{file.num_bytes:>15,}  {file.path}")
+    print(
+        f"Nothing was written to {output}. Sizes of weight files are exact but for their headers, "
+        "the others are those in MODEL. Leave out --dry-run to write it."
+    )
+    return 0
+
+
+def _write_tower(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
+    from ..publishing.vision_tower_export import export_vision_tower
+
+    folder = export_vision_tower(model, output, revision=revision, license=config.license)
+    print(f"Wrote {folder}. AutoModel and LlavaConfig(vision_config=…) take it unchanged.")
+    return 0

@@ -57,7 +57,7 @@ def list_needs_of_llm(source: str | Path) -> Iterator[Need]:
         yield GGUF
 
 
-def list_needs_of_adapter(source: str | Path | None) -> Iterator[Need]:
+def list_needs_of_lora(source: str | Path | None) -> Iterator[Need]:
     """List what merging a LoRA needs; a folder without one needs nothing."""
     if source is not None and (not Path(source).is_dir() or (Path(source) / _LORA_FILE).is_file()):
         yield LORA

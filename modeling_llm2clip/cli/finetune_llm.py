@@ -2,202 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .._extras import CAPTION_TUNING, require
-from .captioned_data import add_data_flags, read_data, require_data
+from ..configs.data_config import DataConfig
+from ..configs.finetune_config import FinetuneConfig
+from .captioned_data import read_data, require_data
+from .chosen_device import choose_device
+from .command import command
 from .extras import list_needs_of_model
-from .parser import add_device_flag, choose_device
-from .pick import pick
-
-if TYPE_CHECKING:
-    from ..training.finetuning.finetune_llm import TuneResult
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    tune = commands.add_parser(
-        "finetune-llm",
-        help="teach the LLM to tell captions apart (LoRA)",
-        examples=("llm2clip finetune-llm my-model my-images tuned --merge",),
-    )
-    tune.add_argument("model", help="folder or Hub id, from llm2clip build")
-    add_data_flags(tune)  # the images themselves are not needed
-    tune.add_argument("output", type=Path, help="folder to write")
-    tune.add_argument(
-        "--skip-single-captions", action="store_true",
-        help="leave out images with one caption only, and say how many",
-    )  # fmt: skip
-    tune.add_argument("--merge", action="store_true", help="also write output/model, LoRA merged")
-    tune.add_argument(
-        "--start", type=Path, help="adapter of an earlier tuning to begin from; default: a new one"
-    )
-    tune.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    add_device_flag(tune)
-    tune.add_argument(
-        "--other-pairs", nargs=2, action="append", default=[], metavar=("FILE", "WEIGHT"),
-        help="JSON lines of query, positive, negatives, and how many of their batches come for one "
-        "of captions; repeatable; default: none",
-    )  # fmt: skip
-    _add_settings(tune.add_argument_group("training"))
-    tune.set_defaults(run=run)
+@command(group="Train", examples=("llm2clip finetune-llm my-model my-images tuned",))
+def finetune_llm(
+    model: str,
+    data: str,
+    output: Path,
+    /,
+    *,
+    reading: DataConfig,
+    config: FinetuneConfig,
+    resume: bool = False,
+) -> int:
+    """Fine-tunes the LLM on captions, with a LoRA (stage 1).
 
+    The model with the LoRA merged goes to output/model.
 
-def _add_settings(group: Any) -> None:
-    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
-    group.add_argument("--steps", type=int, help="number of steps; default: what --epochs comes to")
-    group.add_argument("--pairings", type=int, default=1, help="of an image's captions an epoch")
-    group.add_argument("--batch-size", type=int, default=64, help="pairs a process and step")
-    group.add_argument(
-        "--mini-batch-size", type=int,
-        help="pairs at a time, with cached gradients; default: the whole batch",
-    )  # fmt: skip
-    group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
-    group.add_argument(
-        "--warmup-steps",
-        type=float,
-        default=0.1,
-        help="steps until the learning rate is at its peak; below 1 a share of the run",
-    )
-    group.add_argument("--scale", type=float, default=50.0, help="inverse temperature")
-    group.add_argument(
-        "--negatives", choices=("one-way", "both-ways", "all-captions"), default="both-ways",
-        help="texts of the batch that a text is compared with: for first captions the second "
-        "ones, the reverse too, or all others",
-    )  # fmt: skip
-    group.add_argument(
-        "--num-alike", type=int, default=0,
-        help="hard batches: images that come with each, those it is still confused with",
-    )  # fmt: skip
-    group.add_argument(
-        "--held-out", type=int, help="images for the accuracy; default: a fifth, 1,000 at most"
-    )
-    group.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
-    group.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory for more time"
-    )
-    group.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto: bfloat16 on a GPU that computes in it",
-    )  # fmt: skip
-    group.add_argument(
-        "--adapter-dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-        help="dtype of the written LoRA",
-    )  # fmt: skip
-    group.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
-    group.add_argument("--alpha", type=int, default=32, help="alpha of the LoRA")
-    group.add_argument("--lora-dropout", type=float, default=0.0, help="dropout of the LoRA")
-    group.add_argument(
-        "--lora-targets", nargs="+", default=["all-linear"],
-        help="names of the linear layers with a LoRA",
-    )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar,
+            COCO *.json.
+        output: Folder to write.
+        reading: How the data are read.
+        config: How the LLM is trained.
+        resume: Continue a run that was stopped.
+    """
     require(*CAPTION_TUNING)
-    require(*list_needs_of_model(arguments.model, extra="train"))
+    require(*list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_types import require_own_model
-    from ..training.run_record import require_fresh_or_resumed
+    from ..training.run_folder import require_fresh_or_resumed
 
-    weights = [_read_weight(file, text) for file, text in arguments.other_pairs]
-    merged = arguments.output / "model"
-    if arguments.merge:
+    merged = output / "model"
+    if config.merge:
         clear_leftovers(merged)
         require_new_folder(merged)
-    require_fresh_or_resumed(arguments.output, resume=arguments.resume)
-    require_own_model(arguments.model)
-    require_data(arguments)
-    device = choose_device(arguments)
+    require_fresh_or_resumed(output, resume=resume)
+    require_own_model(model)
+    require_data(data, reading)
+    choose_device(config.device)
 
-    from ..data.caption_groups import group_captions, read_text_pairs, skip_single_captions
-    from ..modeling_llm2clip import LLM2CLIPTextModel
-    from ..processing_llm2clip import LLM2CLIPProcessor
-    from ..training.distributed import join_processes
-    from ..training.finetuning.caption_lora import merge_caption_adapter
-    from ..training.finetuning.finetune_llm import TuneArguments, plan_tuning, run_tuning
+    from accelerate import PartialState
 
-    state = join_processes(cpu=device.type == "cpu")
-    if arguments.merge:
-        _require_whole_model(arguments.model)
-    arguments.lora = _pick_lora(arguments)
-    settings = pick(TuneArguments, arguments)
-    records, num_skipped = read_data(arguments, require_images=False), 0
-    if arguments.skip_single_captions:
-        records, num_skipped = skip_single_captions(records)
-        if state.is_main_process:
-            print(f"Skipped {num_skipped} images with one caption only.")
-    groups = group_captions(records)
-    others = [read_text_pairs(file) for file, _ in arguments.other_pairs]
-    plan = plan_tuning(
-        arguments.model,
-        groups,
-        arguments.output,
-        settings,
-        other_pairs=[*zip(others, weights, strict=True)],
-        start=arguments.start,
-        resume=arguments.resume,
-        num_skipped=num_skipped,
-    )
-    processor = LLM2CLIPProcessor.from_pretrained(arguments.model)
-    model = LLM2CLIPTextModel.from_pretrained(arguments.model).to(device)
-    result = run_tuning(model, processor, plan)
-    if not state.is_main_process:
-        return result.exit_code
-    if result.adapter is None:
-        print(f"Stopped; continue with --resume. The last checkpoint is in {arguments.output}.")
-        return result.exit_code
-    _print_result(result, processor.longest_text)
-    if arguments.merge:
-        merge_caption_adapter(arguments.model, result.adapter, merged)
-        print(f"Wrote {merged}. Next: llm2clip extract {merged} DATA STORE")
+    from ..training.finetuning.finetune_llm import describe_finetuning
+    from ..training.finetuning.finetune_llm import finetune_llm as run
+
+    records = read_data(data, reading, require_images=False)
+    run(model, records, output, config, resume=resume)
+    if PartialState().is_main_process:
+        print("\n".join(describe_finetuning(output)))
     return 0
-
-
-def _print_result(result: TuneResult, longest_text: int) -> None:
-    print(f"Wrote {result.adapter}. CRA {result.cra_before:.1%} -> {result.cra_after:.1%}.")
-    print(
-        f"{result.counts['num_truncated']} of {result.counts['num_texts']} texts are longer than "
-        f"{longest_text} tokens and cut."
-    )
-
-
-def _read_weight(file: str, text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        raise ValueError(f"--other-pairs {file} {text}: the weight is no number.") from None
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"--other-pairs {file} {text}: give a finite weight above 0.")
-    return weight
-
-
-def _require_whole_model(model: str) -> None:
-    """Raise ValueError for half a model, which cannot be written with the LoRA merged."""
-    from ..configuration_llm2clip import LLM2CLIPConfig
-    from ..model_folders.model_folder import find_model_folder
-
-    found = LLM2CLIPConfig.from_pretrained(find_model_folder(model)).architectures
-    if found != ["LLM2CLIPModel"]:
-        raise ValueError(
-            f"{model} holds {found}, and --merge writes a whole model. Give that of the whole, or "
-            "leave --merge out."
-        )
-
-
-def _pick_lora(arguments: argparse.Namespace) -> Any:
-    from ..training.finetuning.lora_encoder import LoraArguments
-
-    targets = arguments.lora_targets
-    return LoraArguments(
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        dropout=arguments.lora_dropout,
-        targets=targets[0] if targets == ["all-linear"] else targets,
-    )

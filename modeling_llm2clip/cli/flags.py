@@ -7,7 +7,9 @@ converts them, and prints the help. Limits, files of options and defaults are `c
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -50,14 +52,14 @@ class CommandLine:
         self.version = version
         self.examples = tuple(examples)
 
-    def parse(self, words: Sequence[str]) -> Callable[[], int | None]:
+    def parse(self, words: Sequence[str]) -> partial[int | None]:
         """Read a command line.
 
         Args:
             words: Without the name of the program.
 
         Returns:
-            What runs it: the command, or the printing of help or version.
+            The call that runs it, of the command or of what prints help or version.
 
         Raises:
             UsageError: There is no such command or flag, or a value is not what it may be.
@@ -66,14 +68,14 @@ class CommandLine:
         try:
             if chosen is None:
                 run, bound, _ = self._parse_with(self._make_app(), _require_words(words, self))
-                return lambda: run(*bound.args, **bound.kwargs)
+                return partial(run, *bound.args, **bound.kwargs)
             shell = _make_shell(chosen)
             words = [words[0], *_prepare(chosen, words[1:])]
             run, bound, _ = self._parse_with(self._make_app(chosen, shell), words)
             if run is not shell:  # prints the help
-                return lambda: run(*bound.args, **bound.kwargs)
+                return partial(run, *bound.args, **bound.kwargs)
             arguments = chosen.bind(bound.kwargs)
-            return lambda: chosen.function(*bound.args, **arguments)
+            return partial(chosen.function, *bound.args, **arguments)
         except UsageError as error:
             name = f"{self.program} {chosen.name}" if chosen else self.program
             raise UsageError(f"{error} See `{name} --help`.") from None
@@ -110,12 +112,13 @@ class CommandLine:
         root["--help"].group = root["--version"].group = Group("Options", sort_key=99)
         names = dict.fromkeys(command.group for command in self.commands.values())
         groups = {name: Group(name, sort_key=number) for number, name in enumerate(names)}
-        for command in self.commands.values():
+        for number, command in enumerate(self.commands.values()):
             app = App(
                 name=command.name,
                 help=command.summary,
                 help_epilogue=_show_examples(command.examples),
                 group=groups[command.group],
+                sort_key=number,
                 version_flags=(),
             )
             if command is chosen and shell is not None:
@@ -167,33 +170,42 @@ def _make_shell(command: Command) -> Callable[..., None]:
     ]
     names = dict.fromkeys(flag.group for flag in command.flags.values())
     groups = {name: Group(name, sort_key=number) for number, name in enumerate(names)}
-    parameters += [
-        _make_parameter(command, flag, groups[flag.group]) for flag in command.flags.values()
-    ]
-    shell.__name__, shell.__doc__ = command.function.__name__, command.function.__doc__
+    documented = dict(re.findall(r"^ {4}(\w+): (.*)$", _join_lines(command.function), re.MULTILINE))
+    for flag in command.flags.values():
+        help = command.name_flags(flag.help) or documented.get(flag.name, "")
+        parameters.append(_make_parameter(flag, help, groups[flag.group]))
+    shell.__name__, shell.__doc__ = command.function.__name__, _join_lines(command.function)
     shell.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     shell.__annotations__ = {p.name: p.annotation for p in parameters}
     return shell
 
 
-def _make_parameter(command: Command, flag: Flag, group: Group) -> inspect.Parameter:
+def _join_lines(function: Callable[..., Any]) -> str:
+    """Return a docstring with every paragraph and every entry of `Args:` in one line."""
+    doc = inspect.getdoc(function) or ""
+    return re.sub(r"(?<=\S)\n(?! {4}\w+: )(?! *Args:) *(?=\S)", " ", doc)
+
+
+def _make_parameter(flag: Flag, help: str, group: Group) -> inspect.Parameter:
+    """Make the keyword of a flag; None is its default here, and `bind` knows the real one."""
     hint = _simplify(flag.hint)
-    is_shown = flag.default is not MISSING and flag.default is not None and flag.default != ()
+    if flag.default is not MISSING and flag.default is not None and flag.default != ():
+        help += f" [default: {_show_default(flag.default)}]"
     options: dict[str, Any] = {
         "group": group,
         "negative": None if flag.is_switch else (),
         "consume_multiple": Repeated not in getattr(flag.hint, "__metadata__", ()),
-        "show_default": _show_default if is_shown else False,
+        "show_default": False,
+        "help": help,
     }
-    if flag.help:
-        options["help"] = command.name_flags(flag.help)
     if hint is int:
         options["converter"] = _to_int
     return inspect.Parameter(
         flag.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=None if flag.default is MISSING else flag.default,
-        annotation=Annotated[hint, Parameter(**options)],
+        default=None,
+        # Where pydantic is imported, the library checks the default too.
+        annotation=Annotated[hint | None, Parameter(**options)],
     )
 
 

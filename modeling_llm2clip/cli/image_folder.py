@@ -1,17 +1,17 @@
-"""The flags of commands that encode a folder of images, and the encoding of it.
+"""The encoding of a folder of images, for `search` and `tag`.
 
-What these commands find goes to stdout; all else that they say goes to stderr.
+The results of these commands go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .parser import add_device_flag, choose_device
+from ..configs.search_config import IndexConfig
+from .chosen_device import choose_device
 
 if TYPE_CHECKING:
     from ..modeling_llm2clip import LLM2CLIPModel
@@ -29,41 +29,30 @@ class EncodedFolder:
     gallery: Gallery
 
 
-def add_folder_arguments(parser: Any) -> None:
-    """Add MODEL and IMAGES."""
-    parser.add_argument("model", help="Hub id or folder of a whole model")
-    parser.add_argument("images", type=Path, help="folder of images; subfolders are included")
+def require_image_folder(image_dir: Path) -> None:
+    """Raise ValueError where there is no folder of images, before anything is imported.
+
+    Args:
+        image_dir: Folder of images.
+    """
+    if not image_dir.is_dir():
+        raise ValueError(f"{image_dir}: no such folder. Give one that holds images.")
 
 
-def add_folder_flags(parser: Any) -> None:
-    """Add the flags that say how the folder is encoded."""
-    kept = parser.add_mutually_exclusive_group()
-    kept.add_argument(
-        "--embeddings", type=Path, metavar="FILE",
-        help="keep the image embeddings in this safetensors file, so that the next call encodes "
-        "only new images; default: a file in the cache, one per model and folder",
-    )  # fmt: skip
-    kept.add_argument("--no-keep", action="store_true", help="do not keep the image embeddings")
-    parser.add_argument(
-        "--skip-invalid", action="store_true", help="leave broken images out, and count them"
-    )
-    parser.add_argument("--batch-size", type=int, help="images of a batch; default: by device")
-    parser.add_argument("--num-workers", type=int, default=1, help="threads that decode images")
-    add_device_flag(parser)
+def encode_folder(
+    source: str, image_dir: Path, config: IndexConfig, *, purpose: str
+) -> EncodedFolder:
+    """Find, check and encode the images, and report on stderr what is skipped, known and kept.
 
-
-def require_folder(arguments: argparse.Namespace) -> None:
-    """Raise ValueError where there is no folder of images, before anything is imported."""
-    if not arguments.images.is_dir():
-        raise ValueError(f"{arguments.images}: no such folder. Give one that holds images.")
-
-
-def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
-    """Find, check and encode the images, and tell on stderr what is skipped, known and kept.
+    Args:
+        source: Hub id or folder of the model.
+        image_dir: Folder of images.
+        config: How they are encoded, and where their embeddings are kept.
+        purpose: What the model is used for, in the error for an untrained one.
 
     Raises:
-        ValueError: the device is not there, there is no image, one is broken and
-            `--skip-invalid` is not given, or the model was never trained.
+        ValueError: There is no such device, no image, an image is broken and they are not
+            skipped, or the model was never trained.
     """
     from ..configuration_llm2clip import LLM2CLIPConfig
     from ..model_folders.model_folder import find_model_folder
@@ -73,15 +62,14 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
     from ..search.gallery import make_gallery
     from ..search.image_files import find_image_files
 
-    device = choose_device(arguments)
-    files = find_image_files(arguments.images)
+    device = choose_device(config.device)
+    files = find_image_files(image_dir)
     if files.skipped:
-        tell(files.describe_skipped())
-    folder = find_model_folder(arguments.model)
-    config = LLM2CLIPConfig.from_pretrained(folder)
-    require_trained(config, purpose=arguments.command, source=arguments.model)
-    kept = _open_kept(arguments, folder)
-    paths = _leave_out_errors(files.readable, kept, allowed=arguments.skip_invalid)
+        report(files.describe_skipped())
+    folder = find_model_folder(source)
+    require_trained(LLM2CLIPConfig.from_pretrained(folder), purpose=purpose, source=source)
+    kept = _open_kept(folder, image_dir, config)
+    paths = _leave_out_errors(files.readable, kept, allowed=config.skip_invalid)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPModel.from_pretrained(folder)
     model = model.to(device)
@@ -90,55 +78,67 @@ def encode_folder(arguments: argparse.Namespace) -> EncodedFolder:
             model,
             processor,
             paths,
-            batch_size=arguments.batch_size,
-            num_workers=arguments.num_workers,
-            show_progress=True,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            show_progress=config.show_progress,
         )
     except KeyboardInterrupt:
         if kept.file is not None:
-            tell(f"What was encoded is kept in {kept.file}; the same command goes on from there.")
+            report(f"What was encoded is kept in {kept.file}; the same command goes on from there.")
         raise
     return EncodedFolder(model, processor, make_gallery(model, paths, vision_embeds))
 
 
-def tell(text: str) -> None:
-    """Print to stderr, so that stdout holds nothing but results."""
+def report(text: str) -> None:
+    """Print to stderr, so that stdout holds nothing but results.
+
+    Args:
+        text: One or several lines.
+    """
     print(text, file=sys.stderr, flush=True)
 
 
 def report_truncated(processor: LLM2CLIPProcessor, texts: list[str], what: str) -> None:
-    """Tell how many texts are longer than the model reads."""
-    if count := processor.list_ids(texts)[1]:
-        tell(
+    """Report how many texts are longer than the model reads.
+
+    Args:
+        processor: Of the model.
+        texts: What it will read.
+        what: Word for them.
+    """
+    from ..encoding.encode import measure_texts
+
+    if count := int(measure_texts(processor, texts)[1].sum()):
+        report(
             f"Truncated {count:,} of {len(texts):,} {what} to the {processor.longest_text} tokens "
             "that the model reads."
         )
 
 
-def _open_kept(arguments: argparse.Namespace, model_folder: Path) -> KeptEmbeddings:
+def _open_kept(model_folder: Path, image_dir: Path, config: IndexConfig) -> KeptEmbeddings:
     from ..model_folders.fingerprint import fingerprint_vision
     from ..search.image_index import KeptEmbeddings, find_default_file, require_writable
 
-    if arguments.no_keep:
+    if not config.keep_index:
         return KeptEmbeddings()
     fingerprint = fingerprint_vision(model_folder)
-    if arguments.embeddings is not None:
-        return KeptEmbeddings(arguments.embeddings, fingerprint)
-    file = find_default_file(arguments.images, fingerprint)
+    if config.index is not None:
+        return KeptEmbeddings(config.index, fingerprint)
+    file = find_default_file(image_dir, fingerprint)
     try:
         require_writable(file)
     except ValueError as error:  # nobody asked for this file, so the search goes on
-        tell(f"The image embeddings are not kept: {error}")
+        report(f"The image embeddings are not kept: {error}")
         return KeptEmbeddings()
     return KeptEmbeddings(file, fingerprint)
 
 
 def _leave_out_errors(paths: list[Path], kept: KeptEmbeddings, *, allowed: bool) -> list[Path]:
-    from ..data.image_checks import find_unreadable_images
+    from ..data.image_sources import find_unreadable_images
 
     new = kept.find_new(paths, show_progress=True)
     place = f"embeddings in {kept.file}" if kept.file else "embeddings are not kept"
-    tell(f"{len(paths):,} images, {len(paths) - len(new):,} of them known; {place}.")
+    report(f"{len(paths):,} images, {len(paths) - len(new):,} of them known; {place}.")
     unreadable = find_unreadable_images(new, show_progress=bool(new))
     if not unreadable:
         return paths
@@ -150,5 +150,5 @@ def _leave_out_errors(paths: list[Path], kept: KeptEmbeddings, *, allowed: bool)
             f"{len(errors)} of {len(paths)} images cannot be read:\n{shown}\nMend or remove "
             "them, or leave them out with --skip-invalid."
         )
-    tell(f"Left out {len(errors)} of {len(paths)} images:\n{shown}")
+    report(f"Left out {len(errors)} of {len(paths)} images:\n{shown}")
     return readable

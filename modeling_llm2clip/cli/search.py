@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from .._extras import require
-from ..search.result_formats import FORMATS, render_search_results
+from ..configs.config_fields import Range
+from ..configs.search_config import IndexConfig
+from .command import Repeated, command
 from .extras import list_needs_of_model
 from .image_folder import (
     EncodedFolder,
-    add_folder_arguments,
-    add_folder_flags,
     encode_folder,
+    report,
     report_truncated,
-    require_folder,
-    tell,
+    require_image_folder,
 )
 
 if TYPE_CHECKING:
@@ -25,92 +25,89 @@ if TYPE_CHECKING:
 _NOTE = "The number under an image is its cosine with the query."
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    search = commands.add_parser(
-        "search",
-        help="the images of a folder that fit a sentence, or an image, best",
-        examples=(
-            'llm2clip search aligned/model my-images "a dog in the snow" --output found',
-            "llm2clip search aligned/model my-images --image dog.jpg --format json",
-        ),
-    )
-    add_folder_arguments(search)
-    sentences = search.add_argument(
-        "sentences", nargs="+", default=[], metavar="sentence",
-        help="what the images should show; may be left out with --image",
-    )  # fmt: skip
-    # With --image there may be none. Of nargs="*", argparse would take none before a flag.
-    sentences.required = False
-    search.add_argument(
-        "--image", action="append", type=Path, default=[], metavar="FILE",
-        help="query image, instead of a sentence or beside it; repeatable; default: none",
-    )  # fmt: skip
-    search.add_argument("--count", type=int, default=6, help="images a query")
-    search.add_argument(
-        "--format", choices=FORMATS, default="table", help="of the results on stdout"
-    )
-    search.add_argument(
-        "--output", type=Path, help="new folder for search.png and search.html; default: none"
-    )
-    add_folder_flags(search)
-    search.set_defaults(run=run)
+@command(
+    group="Use",
+    examples=(
+        'llm2clip search aligned/model my-images "a dog in the snow" --output found',
+        "llm2clip search aligned/model my-images --image dog.jpg --format json",
+    ),
+)
+def search(
+    model: str,
+    image_dir: Path,
+    /,
+    *queries: str,
+    image: Annotated[tuple[Path, ...], Repeated] = (),
+    top_k: Annotated[int, Range(min=1)] = 6,
+    format: Literal["table", "json", "csv"] = "table",
+    output: Path | None = None,
+    config: IndexConfig,
+) -> int:
+    """Finds the images of a folder that fit a sentence, or an image, best.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
-    require(*list_needs_of_model(arguments.model))
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        image_dir: Folder of images; subfolders are included.
+        queries: What the images should show; may be left out with --image.
+        image: Query image, instead of a sentence or beside it; repeatable. Default: none.
+        top_k: Images per query.
+        format: Format of the results on stdout.
+        output: New folder for search.png and search.html. Default: none.
+        config: How the folder is encoded.
+    """
+    require(*list_needs_of_model(model))
     from ..model_folders.atomic_folder import require_new_folder
     from ..model_folders.model_types import require_own_model
+    from ..search.result_formats import render_search_results
 
-    if arguments.count < 1:
-        raise ValueError(f"--count {arguments.count} finds nothing. Give at least 1.")
-    _require_queries(arguments)
-    if arguments.output is not None:
-        require_new_folder(arguments.output)
-    require_folder(arguments)
-    require_own_model(arguments.model)
-    _check_queries(arguments.sentences, arguments.image)  # before what takes long
-    found = _search(encode_folder(arguments), arguments)
-    print(render_search_results(found, arguments.format))
-    if arguments.output is not None:
-        _write(found, arguments.output)
+    _require_queries(queries, image)
+    if output is not None:
+        require_new_folder(output)
+    require_image_folder(image_dir)
+    require_own_model(model)
+    _check_queries(queries, image)  # before what takes long
+    encoded = encode_folder(model, image_dir, config, purpose="search")
+    found = _find(encoded, queries, image, top_k=top_k)
+    print(render_search_results(found, format))
+    if output is not None:
+        _write(found, output)
     return 0
 
 
-def _require_queries(arguments: argparse.Namespace) -> None:
+def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
     """Raise ValueError where no query or no such file is given, before anything is imported."""
-    if not arguments.sentences and not arguments.image:
+    if not queries and not images:
         raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
-    if missing := [file for file in arguments.image if not file.exists()]:
+    if missing := [file for file in images if not file.exists()]:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
 
 
-def _check_queries(sentences: list[str], images: list[Path]) -> None:
-    from ..data.image_checks import find_unreadable_images
-    from ..data.image_sources import register_heif_reader
+def _check_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
+    from ..data.image_sources import find_unreadable_images, register_heif_reader
     from ..processing_llm2clip import clean_list
 
-    if sentences:
-        clean_list(sentences)
+    if queries:
+        clean_list(list(queries))
     register_heif_reader()
-    if unreadable := find_unreadable_images(images):
+    if unreadable := find_unreadable_images(list(images)):
         raise ValueError("\n".join(f"--image {error}" for error in unreadable.values()))
 
 
-def _search(encoded: EncodedFolder, arguments: argparse.Namespace) -> list[SearchResult]:
-    from ..encoding.image_encoding import encode_images
+def _find(
+    encoded: EncodedFolder, queries: Sequence[str], images: Sequence[Path], *, top_k: int
+) -> list[SearchResult]:
+    from ..encoding.encode import encode_images
     from ..search.gallery import find_images, find_similar_images, make_gallery
 
     model, processor, gallery = encoded.model, encoded.processor, encoded.gallery
     found: list[SearchResult] = []
-    if arguments.sentences:
-        report_truncated(processor, arguments.sentences, "sentences")
-        found += find_images(model, processor, gallery, arguments.sentences, count=arguments.count)
-    if arguments.image:
-        vision_embeds = encode_images(model, processor, arguments.image)
-        queries = make_gallery(model, arguments.image, vision_embeds)
-        found += find_similar_images(gallery, queries, count=arguments.count)
+    if queries:
+        report_truncated(processor, list(queries), "sentences")
+        found += find_images(model, processor, gallery, list(queries), count=top_k)
+    if images:
+        vision_embeds = encode_images(model, processor, list(images), project=False)
+        of_images = make_gallery(model, list(images), vision_embeds)
+        found += find_similar_images(gallery, of_images, count=top_k)
     return found
 
 
@@ -120,4 +117,4 @@ def _write(found: list[SearchResult], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_contact_sheet(found, output / "search.png")
     write_page(found, output / "search.html", title="Images by query", note=_NOTE)
-    tell(f"Wrote {output / 'search.png'} and {output / 'search.html'}.")
+    report(f"Wrote {output / 'search.png'} and {output / 'search.html'}.")

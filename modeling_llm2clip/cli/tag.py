@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 from .._extras import require
+from ..configs.config_fields import Range
+from ..configs.search_config import IndexConfig
+from .command import command
 from .extras import list_needs_of_model
-from .image_folder import (
-    add_folder_arguments,
-    add_folder_flags,
-    encode_folder,
-    report_truncated,
-    require_folder,
-    tell,
-)
+from .image_folder import encode_folder, report, report_truncated, require_image_folder
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -25,73 +20,66 @@ if TYPE_CHECKING:
 _SUFFIXES = (".csv", ".jsonl")
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its flags."""
-    tag = commands.add_parser(
-        "tag",
-        help="label the images of a folder, into CSV or JSON lines",
-        examples=(
-            "llm2clip tag aligned/model my-images --labels labels.txt --template "
-            '"a photo of a {}" --output tags.csv',
-        ),
-    )
-    add_folder_arguments(tag)
-    tag.add_argument(
-        "--labels", type=Path, required=True, metavar="FILE",
-        help="one label per line; *.csv with columns label and prompt; *.json, a list of labels "
-        "or an object of label to prompts",
-    )  # fmt: skip
-    tag.add_argument(
-        "--template", nargs="+", default=["{}"], metavar="TEXT",
-        help="prompts for labels that bring none, with {} for the label; several are averaged",
-    )  # fmt: skip
-    tag.add_argument("--top-k", type=int, default=3, help="labels per image")
-    tag.add_argument(
-        "--threshold", type=float, metavar="COSINE", help="least cosine of a label; default: none"
-    )
-    tag.add_argument(
-        "--output", type=Path, metavar="FILE",
-        help="new file, *.csv or *.jsonl; default: CSV on stdout",
-    )  # fmt: skip
-    add_folder_flags(tag)
-    tag.set_defaults(run=run)
+@command(
+    group="Use",
+    examples=(
+        'llm2clip tag aligned/model my-images --labels labels.txt --template "a photo of a {}" '
+        "--output tags.csv",
+    ),
+)
+def tag(
+    model: str,
+    image_dir: Path,
+    /,
+    *,
+    labels: Path,
+    template: tuple[str, ...] = ("{}",),
+    top_k: Annotated[int, Range(min=1)] = 3,
+    threshold: Annotated[float, Range(min=-1, max=1)] | None = None,
+    output: Path | None = None,
+    config: IndexConfig,
+) -> int:
+    """Labels the images of a folder, into CSV or JSON lines.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run it and return the exit code."""
-    require(*list_needs_of_model(arguments.model))
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        image_dir: Folder of images; subfolders are included.
+        labels: One label per line; *.csv with columns label and prompt; *.json, a list of labels
+            or an object of label to prompts. No default, and needed.
+        template: Prompts for labels that bring none, with {} for the label; several are averaged.
+        top_k: Labels per image.
+        threshold: Smallest cosine of a label. Default: none.
+        output: New file, *.csv or *.jsonl. Default: CSV on stdout.
+        config: How the folder is encoded.
+    """
+    require(*list_needs_of_model(model))
     from ..model_folders.model_types import require_own_model
     from ..search.tag_labels import read_labels
 
-    labels = read_labels(arguments.labels, templates=arguments.template)
-    _check_flags(arguments)  # before what takes long
-    require_folder(arguments)
-    require_own_model(arguments.model)
+    found = read_labels(labels, templates=list(template))
+    _check_output(output)  # before what takes long
+    require_image_folder(image_dir)
+    require_own_model(model)
     from ..search.tag_images import encode_labels, tag_images
 
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    encoded = encode_folder(arguments)
-    prompts = [prompt for label in labels for prompt in label.prompts]
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    encoded = encode_folder(model, image_dir, config, purpose="tag")
+    prompts = [prompt for label in found for prompt in label.prompts]
     report_truncated(encoded.processor, prompts, "prompts")
     tagged = tag_images(
         encoded.model,
         encoded.gallery,
-        labels,
-        encode_labels(encoded.model, encoded.processor, labels),
-        top_k=arguments.top_k,
-        threshold=arguments.threshold,
+        found,
+        encode_labels(encoded.model, encoded.processor, found),
+        top_k=top_k,
+        threshold=threshold,
     )
-    _write(tagged, arguments.output, threshold=arguments.threshold)
+    _write(tagged, output, threshold=threshold)
     return 0
 
 
-def _check_flags(arguments: argparse.Namespace) -> None:
-    output = arguments.output
-    if arguments.top_k < 1:
-        raise ValueError(f"--top-k {arguments.top_k} gives no label. Give at least 1.")
-    if arguments.threshold is not None and not -1 <= arguments.threshold <= 1:
-        raise ValueError(f"--threshold {arguments.threshold} is no cosine. Give one in [-1, 1].")
+def _check_output(output: Path | None) -> None:
     if output is None:
         return
     if output.suffix not in _SUFFIXES:
@@ -113,6 +101,6 @@ def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: flo
             unfinished.replace(output)
         finally:
             unfinished.unlink(missing_ok=True)
-        tell(f"Wrote the labels of {num_images:,} images to {output}.")
+        report(f"Wrote the labels of {num_images:,} images to {output}.")
     if num_untagged:
-        tell(f"{num_untagged:,} of {num_images:,} images have no label; threshold {threshold}.")
+        report(f"{num_untagged:,} of {num_images:,} images have no label; threshold {threshold}.")

@@ -1,1 +1,1 @@
-"""Images with captions, as they lie in a user's folder."""
+"""Records, their sources, the embedding store, and the files they are in."""

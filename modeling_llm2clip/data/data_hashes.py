@@ -1,4 +1,4 @@
-"""Which images a data set has, told by their names and sizes; no image is read."""
+"""Hashes that identify a dataset: its texts, and its images by name and size; no image is read."""
 
 from __future__ import annotations
 
@@ -15,26 +15,36 @@ from .records import CaptionedImage
 _TABLES_HELD = 256
 
 
-def describe_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
-    """Say which images a run reads, to compare with those of another day.
+def hash_records(records: Sequence[CaptionedImage]) -> str:
+    """Hash the names, group ids, languages and texts of a dataset.
 
     Args:
-        records: all with their images.
-    Returns: `first`, where the first one lies, and `sizes`, see `hash_image_sizes`.
+        records: records of the dataset; their order matters.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
     """
-    first = Path(str(records[0].image)).absolute()
-    return {"first": str(first), "sizes": hash_image_sizes(records)}
+    digest = hashlib.sha256()
+    for r in records:
+        line = json.dumps([r.name, r.group_id, r.lang, r.captions, r.long_captions])
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
 
 
 def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
-    """SHA-256 of the names and sizes in bytes of images, whatever they lie in.
+    """Hash the names of images and their sizes in bytes, whatever they are stored in.
 
-    Their order does not matter, nor how many languages share one. Another image of exactly as
-    many bytes is not noticed.
+    Neither their order matters nor how many languages share an image. Another image of exactly the
+    same size is not noticed.
 
     Args:
-        records: all with their images.
-    Raises: OSError when an image's file is gone.
+        records: records that all have their image.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+
+    Raises:
+        OSError: the file of an image no longer exists.
     """
     digest = hashlib.sha256()
     for size in sorted({(record.name, count_bytes(record.image)) for record in records}):
@@ -42,8 +52,31 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
     return digest.hexdigest()
 
 
+def describe_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
+    """Describe the images that a run reads, to compare them with those of another run.
+
+    Args:
+        records: records that all have their image.
+
+    Returns:
+        `first`, the path of the first image, and `sizes`, from `hash_image_sizes`.
+
+    Raises:
+        OSError: the file of an image no longer exists.
+    """
+    first = Path(str(records[0].image)).absolute()
+    return {"first": str(first), "sizes": hash_image_sizes(records)}
+
+
 def count_bytes(image: ImageSource | None) -> int:
-    """Size of an encoded image."""
+    """Return the size of an encoded image in bytes.
+
+    Args:
+        image: address of the image; not None, which a record may have.
+
+    Raises:
+        OSError: its file no longer exists.
+    """
     assert image is not None
     if isinstance(image, TarImage):
         return image.size
@@ -55,7 +88,7 @@ def count_bytes(image: ImageSource | None) -> int:
 
 @lru_cache(maxsize=_TABLES_HELD)
 def _row_sizes(file: Path, column: str, changed_ns: int) -> list[int | None]:  # noqa: ARG001
-    """Sizes of the images of a Parquet file, from their offsets."""
+    """Return the sizes of the images of a Parquet file, from their offsets."""
     # Comes with `datasets`, which reads the file.
     from pyarrow import compute, types  # type: ignore[import-untyped]
 

@@ -1,12 +1,12 @@
-"""Embeddings made elsewhere, each with the name of what it is of: one safetensors file a side.
+"""Embeddings that were made elsewhere, with the names of what they are of.
 
 | file | names |
 | --- | --- |
 | `texts.safetensors` | the texts themselves |
-| `images.safetensors` | what the set calls its images, e.g. their paths within its folder |
+| `images.safetensors` | the dataset's names of its images, such as their paths in its folder |
 
-Each holds a tensor `embeddings` (N, D) of any float dtype, and in its metadata `names`: a JSON list
-of N names, all different.
+Each file has a tensor `embeddings` (N, D) of any float dtype and, in its metadata, `names`: a JSON
+list of N different names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .embedding_store_layout import write_atomically
+from .atomic_files import write_atomically
 
 SIDES = ("texts", "images")
 _SHOWN = 5
@@ -34,7 +34,7 @@ class NamedEmbeddings:
     Attributes:
         names: N different names.
         embeddings: (N, D) of any float dtype, finite.
-        notes: what else the file says of itself.
+        notes: further metadata of the file.
     """
 
     names: tuple[str, ...]
@@ -44,8 +44,8 @@ class NamedEmbeddings:
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or len(self.embeddings) != len(self.names) or not self.names:
             raise ValueError(
-                f"embeddings {tuple(self.embeddings.shape)} must have one row for each of the "
-                f"{len(self.names)} names, and at least one."
+                f"embeddings of shape {tuple(self.embeddings.shape)} must have one row for each of "
+                f"the {len(self.names)} names, and at least one."
             )
         if not self.embeddings.is_floating_point():
             raise ValueError(f"embeddings are {self.embeddings.dtype}; give floating-point ones.")
@@ -58,17 +58,29 @@ class NamedEmbeddings:
 
 
 def side_file(folder: Path, side: str) -> Path:
-    """The file of a side, `"texts"` or `"images"`."""
+    """Return the file of one side.
+
+    Args:
+        folder: folder of the files.
+        side: `"texts"` or `"images"`.
+    """
     return folder / f"{side}.safetensors"
 
 
 def read_named_embeddings(file: Path) -> NamedEmbeddings:
     """Read and check one file.
 
-    Raises: ValueError saying what is wrong with it.
+    Args:
+        file: safetensors file of named embeddings.
+
+    Returns:
+        Its embeddings.
+
+    Raises:
+        ValueError: the file is missing or damaged, or its names or embeddings are invalid.
     """
     if not file.is_file():
-        raise ValueError(f"{file} is no file. Give a safetensors file of named embeddings.")
+        raise ValueError(f"{file} does not exist. Give a safetensors file of named embeddings.")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -80,16 +92,18 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
                 )
             names = json.loads(metadata.pop("names"))
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("the names are no JSON list of texts. Write each name as a text.")
+                raise ValueError(
+                    "the names are not a JSON list of texts. Write each name as a text."
+                )
             return NamedEmbeddings(tuple(names), opened.get_tensor("embeddings"), metadata)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}).") from error
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def _shorten(names: Iterable[str]) -> str:
-    """Name a few of what a file holds: one with the weights of a model has hundreds."""
+    """Name the first few; a file with the weights of a model has hundreds."""
     listed = sorted(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return (", ".join(map(repr, listed[:_SHOWN])) or "nothing") + more
@@ -98,11 +112,16 @@ def _shorten(names: Iterable[str]) -> str:
 def write_named_embeddings(
     file: Path, names: Sequence[str], embeddings: Tensor, *, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write one file, whole or not at all.
+    """Write one file, complete or not at all.
 
     Args:
-        embeddings: (N, D) of any float dtype, finite, one row a name.
-        notes: more for its metadata.
+        file: where to write; its folder is created.
+        names: N different names.
+        embeddings: (N, D) of any float dtype, finite, one row per name.
+        notes: further metadata.
+
+    Raises:
+        ValueError: names or embeddings are invalid.
     """
     checked = NamedEmbeddings(tuple(names), embeddings.detach().cpu().contiguous())
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,16 @@
-"""Reads images with captions, whatever they lie in, and tells every error of a source at once.
+"""Loads captioned images from any source and reports all its errors at once.
 
-The fields are the schema of `captioned_images.py`. A source is one of:
+The fields of a record are in `records.py`. A source is one of:
 
 | source | what it is |
 | --- | --- |
-| a folder with `captions.jsonl` or `metadata.jsonl`, or that file | one line a record; images are
-files beside it, or in `images` | | `*.parquet`: a file, a folder of them, a pattern | one row a
-record; see `sources/parquet.py` | | `*.tar`: a file, a folder of them, a pattern | webdataset's
-shards; see `sources/tar_shards.py` | | `*.json`: a file | COCO's captions as published; images are
-files in `images`; see `sources/coco.py` |
+| a folder with `captions.jsonl` or `metadata.jsonl`, or that file | a record per line |
+| `*.parquet`: a file, a folder of them, a pattern | a record per row; see `sources/parquet.py` |
+| `*.tar`: a file, a folder of them, a pattern | webdataset shards; see `sources/tar_shards.py` |
+| `*.json`: a file | COCO's captions as published; see `sources/coco.py` |
 
-A pattern has `*`, `?` or `[…]`. Files are read in the order of their names. Several languages of a
-image are several records.
+A pattern contains `*`, `?` or `[…]`. Files are read in the order of their names. Images that are
+files are beside the source, those of COCO in a folder that is named.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .image_checks import find_unreadable_images
+from .image_sources import find_unreadable_images
 from .records import CaptionedImage, RawRecord, build_record
 from .sources.coco import read_coco
 from .sources.json_files import read_json_lines
@@ -30,8 +29,10 @@ from .sources.parquet import read_parquet
 from .sources.tar_shards import read_tar_shards
 from .validation_errors import ErrorCollector
 
-LINES_FILES = ("captions.jsonl", "metadata.jsonl")
+_LINES_FILES = ("captions.jsonl", "metadata.jsonl")
 _SEVERAL_FILES = (".parquet", ".tar")
+_PACKAGE = Path(__file__).resolve().parent.parent
+_HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class _Source:
 
     Attributes:
         files: in the order in which they are read.
-        base: folder that the names of shards are relative to, and images that are files.
-        suffix: their format.
+        base: folder that the names of shards and images are relative to.
+        suffix: of all files, in lower case.
     """
 
     files: list[Path]
@@ -51,7 +52,12 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class CollectedRecord:
-    """A record and what is wrong with it; None is one that cannot be told from others."""
+    """A record and its errors.
+
+    Attributes:
+        record: built from what is left of it; None if its name or language cannot be read.
+        errors: of this record.
+    """
 
     record: CaptionedImage | None
     errors: ErrorCollector
@@ -63,23 +69,31 @@ def load_records(
     image_dir: str | Path | None = None,
     require_images: bool = True,
     check_images: bool = False,
-    ignored_fields: Collection[str] = (),
+    ignore_fields: Collection[str] = (),
     show_progress: bool = False,
 ) -> list[CaptionedImage]:
-    """Read every record of a source, or raise once with every error.
+    """Load the captioned images of a source, or raise once with every error.
 
     Args:
         source: a folder, file or pattern; see the top of this file.
-        image_dir: folder of the images that are files; default: where the source lies.
-        require_images: whether a record without its image is an error. Otherwise its `image`
-            is None, which is enough for whatever reads captions only.
-        check_images: decode every image too, in threads; takes as long as a pass over them.
-        ignored_fields: names of further fields, which are not used and then no error.
-        show_progress: show a bar while images are decoded.
-    Returns: the records in the source's order, at least one.
+        image_dir: folder of the images that are files. Default: the folder of the source.
+        require_images: whether a record without its image is an error. If not, its `image` is
+            None, which is enough where only captions are read.
+        check_images: decode every image too, in threads, which takes as long as a pass over them.
+        ignore_fields: names of further fields, which are not read and not errors.
+        show_progress: show a progress bar while images are decoded.
+
+    Returns:
+        At least one record, in the order of the source.
+
     Raises:
-        DataValidationError: what is wrong with the records, how many of each kind, and where first.
-        ValueError: the source is missing, empty, ambiguous, or of no known format.
+        DataValidationError: records have errors: how many of each kind, and where the first are.
+        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
+
+    Example:
+        >>> records = load_records(find_example_data() / "photographs")
+        >>> records[0].name, records[0].captions[0]
+        ('images/astronaut.jpg', 'A smiling astronaut in an orange space suit.')
     """
     errors = ErrorCollector()
     collected = iterate_records(
@@ -87,13 +101,13 @@ def load_records(
         errors,
         image_dir=image_dir,
         require_images=require_images,
-        ignored_fields=ignored_fields,
+        ignore_fields=ignore_fields,
     )
     for item in collected:
         errors.extend(item.errors)
     records = [item.record for item in collected if item.record is not None]
     if check_images:
-        # Several languages may share an image, which is then decoded and told once.
+        # Several languages may share an image, which is then decoded and reported once.
         images = (record.image for record in records if record.image is not None)
         for error in find_unreadable_images(images, show_progress=show_progress).values():
             errors.add("image unreadable", error)
@@ -109,28 +123,36 @@ def iterate_records(
     *,
     image_dir: str | Path | None = None,
     require_images: bool = True,
-    ignored_fields: Collection[str] = (),
+    ignore_fields: Collection[str] = (),
 ) -> list[CollectedRecord]:
     """Read a source as `load_records` does, for a caller that decides about its errors.
 
     Args:
-        errors: gets those that belong to no record.
-    Returns: each record, made of what is left of it, and its own errors.
-    Raises: ValueError when the source is missing, empty, ambiguous, or of no known format.
+        source: a folder, file or pattern; see the top of this file.
+        errors: gets the errors that belong to no record.
+        image_dir: folder of the images that are files. Default: the folder of the source.
+        require_images: whether a record without its image is an error.
+        ignore_fields: names of further fields, which are not errors.
+
+    Returns:
+        Each record, built from what is left of it, and its errors.
+
+    Raises:
+        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
     """
     found = _find_source(str(source))
-    images = _find_images(found, image_dir, required=require_images)
+    images_in = _find_images(found, image_dir, required=require_images)
     records: list[CollectedRecord] = []
     seen: set[tuple[str, str]] = set()
-    # Records without errors share one collector, which nothing is added to.
+    # Records without errors share one collector, to which nothing is added.
     nothing, own = ErrorCollector(), ErrorCollector()
     for raw in _read_raw(found, errors):
         record = build_record(
             raw,
             own,
-            images=images,
+            image_dir=images_in,
             require_images=require_images,
-            ignored_fields=ignored_fields,
+            ignore_fields=ignore_fields,
         )
         if record is not None:
             if (record.name, record.lang) in seen:
@@ -168,16 +190,16 @@ def _find_source(source: str) -> _Source:
 def _search_folder(folder: Path) -> _Source:
     sources = [
         _Source([folder / name], folder, ".jsonl")
-        for name in LINES_FILES
+        for name in _LINES_FILES
         if (folder / name).is_file()
     ]
     for suffix in _SEVERAL_FILES:
-        # As a pattern's files are told: capitals are no other format.
+        # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(_Source(files, folder, suffix))
     if not sources:
         raise ValueError(
-            f"{folder} has no {' or '.join(LINES_FILES)}, no *.parquet and no *.tar. Give the "
+            f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "
             "folder that has, or a pattern."
         )
     if len(sources) > 1:
@@ -189,13 +211,15 @@ def _search_folder(folder: Path) -> _Source:
 def _find_images(source: _Source, image_dir: str | Path | None, *, required: bool) -> Path | None:
     if image_dir is not None:
         if not Path(image_dir).is_dir():
-            raise ValueError(f"image_dir={str(image_dir)!r} is no folder. Give the images' folder.")
+            raise ValueError(
+                f"image_dir={str(image_dir)!r} is not a folder. Give the folder of images."
+            )
         return Path(image_dir)
     if source.suffix == ".json":
         if required:
             raise ValueError(
-                f"{source.files[0]}: COCO's captions lie apart from their images. Give "
-                "image_dir=<folder>, or require_images=False to read the captions alone."
+                f"{source.files[0]}: COCO's captions do not say where their images are. Give "
+                "image_dir=<folder>, or require_images=False to read only the captions."
             )
         return None
     return None if source.suffix == ".tar" else source.base
@@ -209,3 +233,59 @@ def _read_raw(source: _Source, errors: ErrorCollector) -> Iterator[RawRecord]:
     if source.suffix == ".json":
         return read_coco(source.files[0], errors)
     return read_json_lines(source.files[0], errors)
+
+
+def find_example_data() -> Path:
+    """Find the images that come with the package.
+
+    Returns:
+        The folder that contains `emoji` and `photographs`.
+
+    Raises:
+        FileNotFoundError: the installation lacks it.
+    """
+    # A wheel has the folder inside the package; a repository has it where people look for it.
+    for folder in (_PACKAGE / "example_data", _PACKAGE.parent / "examples" / "data"):
+        if (folder / "emoji").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"The example images are not beside {_PACKAGE}. Install the package again, or give a "
+        "folder of your own images."
+    )
+
+
+def fetch_dataset_folder(reference: str, pattern: str) -> Path:
+    """Fetch files of a dataset on the Hub at one commit, or find them in the cache.
+
+    Args:
+        reference: `hub:OWNER/NAME@COMMIT`, with all 40 digits of the commit.
+        pattern: of the files to fetch, such as `data/*.parquet`.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        ValueError: the reference does not pin a commit, or cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    match = _HUB_DATASET.fullmatch(reference)
+    if match is None:
+        raise ValueError(
+            f"{reference!r} does not pin a commit. Give hub:OWNER/NAME@COMMIT with all 40 digits, "
+            "so that the dataset stays the same."
+        )
+    try:
+        folder = snapshot_download(
+            match["name"],
+            revision=match["revision"],
+            repo_type="dataset",
+            allow_patterns=[pattern],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{reference} cannot be fetched ({error}). Check name, commit and license agreement, "
+            "or give a local folder."
+        ) from error
+    return Path(folder)

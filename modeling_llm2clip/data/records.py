@@ -1,38 +1,42 @@
-"""One captioned image, and the fields that describe it in every format.
+"""A captioned image, and the fields that describe it in every format.
 
-The schema, the same for a line of JSON, a row of Parquet, and the JSON member of a tar sample. An
-absent field and one that is null are the same.
+The fields are the same in a line of JSON, a row of Parquet and the JSON member of a tar sample. A
+field that is null counts as absent.
 
 | field | meaning |
 | --- | --- |
-| `image` or `file_name` | the image: its path, relative to the folder of images. In Parquet `image`
-may hold the encoded image itself, in a tar shard the image is a member; `file_name` then only names
-it | | `captions`, `caption` or `text` | one text or a list of them, each of which describes the
-image; required | | `long_captions` | one longer text or a list of them; optional | | `keywords` |
-words that belong to the image; optional | | `group_id` | what is shown: images of one group show
-the same thing and are never each other's negatives; default: the image's name | | `lang` |
-language of the texts, BCP 47; default `en`. An image has one record per language | | `category`,
-`group`, `license`, `notes`, `source`, `style` | notes; optional, kept out of training | |
-`shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions`: what published
-re-captionings of CC3M and CC12M call theirs | | `longIB_captions`, `longSV_captions`,
-`longLLA_captions` | as `long_captions`: the same |
+| `image` or `file_name` | path of the image, relative to the folder of images |
+| `captions`, `caption` or `text` | one or several texts that describe the image; required |
+| `long_captions` | one or several longer texts |
+| `keywords` | words that belong to the image |
+| `group_id` | what the image shows; default: the image's name |
+| `lang` | language of the texts, BCP 47; default: `en` |
+| `category`, `group`, `license`, `notes`, `source`, `style` | notes that training does not read |
+| `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions` |
+| `longIB_captions`, `longSV_captions`, `longLLA_captions` | as `long_captions` |
 
-Any other field is an error: it may be a misspelt one. `load_records(…, ignored_fields=…)` names
-those that are meant to be there. Texts lose the white space around them, and a line break inside
-becomes one space, because captions are one line to every later stage.
+Images of one group are never each other's negatives. An image has one record per language. The last
+two rows are the fields of published re-captionings of CC3M and CC12M.
+
+In Parquet, `image` may hold the encoded image itself; in a tar shard, the image is a member. Then
+`file_name` only names it.
+
+Any other field is an error, because it may be a misspelled one; `load_records(…, ignore_fields=…)`
+names those to ignore. Whitespace around texts is removed and a line break inside becomes one space,
+because later stages take captions as single lines.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .image_sources import ImageSource, PackedImage
 from .validation_errors import ErrorCollector
+
+if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
+    from .image_sources import ImageSource, PackedImage
 
 _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
@@ -40,7 +44,7 @@ _LONG_CAPTIONS = ("long_captions", "longIB_captions", "longSV_captions", "longLL
 CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
 _NAMES = ("image", "file_name")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
-KNOWN_FIELDS = frozenset(
+_KNOWN_FIELDS = frozenset(
     (
         *_NAMES,
         *_CAPTIONS,
@@ -59,15 +63,14 @@ class CaptionedImage:
     """One image and its texts in one language.
 
     Attributes:
-        image: where it lies; None when it was read without asking for images and has none.
-        name: the image's name within its source; with `lang` it is unique.
-        group_id: what is shown: images of one group show the same thing.
+        image: where the image is; None if images were not required and it has none.
+        name: name of the image in its source; unique together with `lang`.
+        group_id: what the image shows: images of one group show the same thing.
         captions: texts, each of which describes the image; at least one.
-        long_captions: longer texts that do so; may be empty.
+        long_captions: longer texts that describe it; may be empty.
         keywords: words that belong to the image; may be empty.
         lang: language of the texts, BCP 47.
-        place: where the record is written, for errors; two records that differ in it alone are
-            equal.
+        place: where the record is written, for errors; not compared.
     """
 
     image: ImageSource | None
@@ -81,9 +84,10 @@ class CaptionedImage:
 
     @property
     def path(self) -> Path:
-        """The image's file.
+        """File of the image.
 
-        Raises: ValueError when it has none of its own.
+        Raises:
+            ValueError: the image has no file of its own.
         """
         if isinstance(self.image, Path):
             return self.image
@@ -93,13 +97,13 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class RawRecord:
-    """The fields of one record as its source has them, not yet checked.
+    """The fields of a record as its source has them, not yet checked.
 
     Attributes:
         place: where the record is written, for errors.
-        fields: as in the schema, without those that are null.
-        packed: the image where the source holds it itself.
-        default_name: what to call a record that has no `image` and no `file_name`.
+        fields: as in the table above, without those that are null.
+        packed: the image, if the source holds it.
+        default_name: name of a record without `image` and `file_name`.
     """
 
     place: str
@@ -108,32 +112,27 @@ class RawRecord:
     default_name: str | None = None
 
 
-def read_captioned_folder(folder: str | Path) -> list[CaptionedImage]:
-    """Read a folder of images with a `captions.jsonl`: `load_records` by its first name."""
-    # Readers build the records of this file, so they are imported when called.
-    from .record_loading import load_records
-
-    return load_records(folder)
-
-
 def build_record(
     raw: RawRecord,
     errors: ErrorCollector,
     *,
-    images: Path | None,
+    image_dir: Path | None,
     require_images: bool,
-    ignored_fields: Collection[str] = (),
+    ignore_fields: Collection[str] = (),
 ) -> CaptionedImage | None:
-    """Check the fields and make a record of them; None when it has no name or language.
+    """Check the fields of a record and build it.
 
-    A record with errors is made of what is left, so that the checks that compare records see it.
+    A record with errors is built from what is left, so that checks over several records see it.
 
     Args:
         raw: what the source has.
         errors: gets every error of this record.
-        images: folder of images that are files; None when there is none.
+        image_dir: folder of the images that are files; None if there is none.
         require_images: whether a record without an image is an error.
-        ignored_fields: names of fields that are known to be there and not used.
+        ignore_fields: names of further fields, which are not errors.
+
+    Returns:
+        The record; None if its name or language cannot be read.
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
@@ -141,7 +140,7 @@ def build_record(
     has_identity = not found
     image: ImageSource | None = raw.packed
     if has_identity and image is None:
-        image = _find_file(name, images, found, required=require_images)
+        image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
     name = name or raw.default_name or group_id
     if name is None and not require_images:
@@ -149,7 +148,7 @@ def build_record(
     captions = _read_captions(raw.fields, found)
     long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
-    unknown = sorted(set(raw.fields) - KNOWN_FIELDS - set(ignored_fields))
+    unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
     found += [f"unknown field {field!r}" for field in unknown]
     for kind in found:
         errors.add(kind, raw.place)
@@ -167,17 +166,15 @@ def build_record(
     )
 
 
-def hash_records(records: Sequence[CaptionedImage]) -> str:
-    """SHA-256 of the names, group ids, languages and texts of a dataset, in its order."""
-    digest = hashlib.sha256()
-    for r in records:
-        line = json.dumps([r.name, r.group_id, r.lang, r.captions, r.long_captions])
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()
-
-
 def clean_text(text: str) -> str:
-    """Strip a text and make each line break inside, with the space around it, one space."""
+    """Strip a text, and replace each line break and the whitespace around it by one space.
+
+    Args:
+        text: any text.
+
+    Returns:
+        One line; empty for a blank text.
+    """
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -198,7 +195,7 @@ def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list
 
 
 def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
-    """Read a field that is one text or a list of texts; an error is told once a field."""
+    """Read a field that is a text or a list of texts; an error is noted once per field."""
     value = fields.get(name, [])
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -236,10 +233,10 @@ def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
 
 
 def _find_file(
-    name: str | None, images: Path | None, found: list[str], *, required: bool
+    name: str | None, image_dir: Path | None, found: list[str], *, required: bool
 ) -> Path | None:
-    if name is not None and images is not None and (images / name).is_file():
-        return images / name
+    if name is not None and image_dir is not None and (image_dir / name).is_file():
+        return image_dir / name
     if required:
         found.append("no image" if name is None else "image missing")
     return None

@@ -1,43 +1,129 @@
-"""Which of a folder's images training never sees."""
+"""Splits data into a part to train on and a part to test on, so that neither knows the other."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
 
+from .caption_groups import CaptionGroup, TextPair
 from .records import CaptionedImage
 
-_MOST_HELD_OUT = 300
+_SHOWN = 5
 
 
-def split_records(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
-    """Choose a fifth of the groups, 300 at most, whose images and captions training never sees.
+def split_records(
+    records: Sequence[CaptionedImage], *, test_size: float, seed: int
+) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """Split records at random, by group: all images and languages of a group are on one side.
 
-    Raises: ValueError for fewer than ten groups, or a caption on both sides of the split.
+    Args:
+        records: records of a dataset; their order does not matter to the split.
+        test_size: share of the groups to test on, below 1, or their number.
+        seed: another seed gives another split.
+
+    Returns:
+        Records to train on and records to test on, each in the order of `records`.
+
+    Raises:
+        ValueError: a side would have fewer than two groups, or both have the same caption.
+
+    Example:
+        >>> records = [CaptionedImage(None, f"{n}.jpg", f"{n // 2}", (f"{n}",)) for n in range(20)]
+        >>> train, test = split_records(records, test_size=0.2, seed=0)
+        >>> len(train), len(test)
+        (16, 4)
     """
-    group_ids = sorted({record.group_id for record in records})
-    if len(group_ids) < 10:
+    groups = sorted({record.group_id for record in records})
+    count = round(test_size * len(groups)) if 0 < test_size < 1 else int(test_size)
+    if not 2 <= count <= len(groups) - 2:
         raise ValueError(
-            f"{len(group_ids)} groups of images are too few to train and test on. Give at least 10."
+            f"test_size={test_size!r} puts {count} of {len(groups)} groups of images on the test "
+            "side. Each side needs at least 2: choose another size, or give more images."
         )
-    random.Random(seed).shuffle(group_ids)
-    held_out = set(group_ids[: min(_MOST_HELD_OUT, len(group_ids) // 5)])
-    captions: dict[bool, set[str]] = {True: set(), False: set()}
-    for record in records:
-        captions[record.group_id in held_out].update(record.captions)
-    leaked = sorted(captions[True] & captions[False])
-    if leaked:
+    random.Random(seed).shuffle(groups)
+    chosen = set(groups[:count])
+    train = [record for record in records if record.group_id not in chosen]
+    test = [record for record in records if record.group_id in chosen]
+    if shared := sorted(_list_texts(train) & _list_texts(test)):
         raise ValueError(
-            f"{len(leaked)} held-out captions are training captions too: {leaked[:5]}. Give "
-            "images that show the same thing the same group_id."
+            f"{len(shared)} captions are on both sides of the split, such as {shared[:_SHOWN]}. "
+            "Give images that show the same thing the same group_id, or remove these captions."
         )
-    return held_out
+    return train, test
 
 
-def choose_test_rows(records: Sequence[CaptionedImage], held_out: Collection[str]) -> list[int]:
-    """Rows that test: of each held-out group its last record, in the order of the groups.
+def _list_texts(records: Sequence[CaptionedImage]) -> set[str]:
+    return {text for record in records for text in (*record.captions, *record.long_captions)}
 
-    So an image is asked for once, in whatever styles it was drawn.
+
+def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:
+    """Choose one record per group to test with, so that each group is asked for once.
+
+    Args:
+        records: all records.
+        groups: ids of the groups to test with.
+
+    Returns:
+        Row of the last record of each group, in the order in which the groups first occur.
     """
-    rows = (row for row, record in enumerate(records) if record.group_id in held_out)
+    rows = (row for row, record in enumerate(records) if record.group_id in groups)
     return list({records[row].group_id: row for row in rows}.values())
+
+
+def hold_out_groups(
+    groups: Sequence[CaptionGroup], count: int, *, seed: int
+) -> tuple[list[CaptionGroup], list[CaptionGroup], int]:
+    """Hold out groups at random; training loses the captions that the held-out groups have too.
+
+    Args:
+        groups: groups of captions.
+        count: how many to hold out.
+        seed: another seed holds out other groups.
+
+    Returns:
+        Groups to train on, groups held out, and the number of captions that training lost.
+
+    Raises:
+        ValueError: a side would have fewer than two groups.
+    """
+    if not 2 <= count <= len(groups) - 2:
+        raise ValueError(
+            f"Cannot hold out {count} of {len(groups)} images: each side needs at least two. "
+            "Choose another number (--num-held-out), or give more images."
+        )
+    order = list(range(len(groups)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[:count])
+    held_out = [groups[i] for i in sorted(chosen)]
+    seen = {caption for group in held_out for caption in group.captions}
+    remaining, num_lost = [], 0
+    for index, group in enumerate(groups):
+        if index in chosen:
+            continue
+        kept = tuple(caption for caption in group.captions if caption not in seen)
+        num_lost += len(group.captions) - len(kept) if len(kept) > 1 else len(group.captions)
+        if len(kept) > 1:
+            remaining.append(CaptionGroup(group.group_id, kept))
+    if len(remaining) < 2:
+        raise ValueError(
+            "Nearly every caption to train on is also one of a held-out image. Give more images, "
+            "or images that show the same thing the same group_id."
+        )
+    return remaining, held_out, num_lost
+
+
+def exclude_texts(
+    pairs: Sequence[TextPair], groups: Sequence[CaptionGroup]
+) -> tuple[list[TextPair], int]:
+    """Drop the pairs that contain a caption of held-out groups.
+
+    Args:
+        pairs: pairs to train on.
+        groups: held-out groups.
+
+    Returns:
+        The other pairs, and how many were dropped.
+    """
+    seen = {caption for group in groups for caption in group.captions}
+    kept = [p for p in pairs if not seen & {p.anchor, p.positive, *p.negatives}]
+    return kept, len(pairs) - len(kept)

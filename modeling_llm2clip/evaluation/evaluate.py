@@ -19,6 +19,7 @@ from .._extras import PLOTS, is_installed, require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
 from ..data.record_loading import load_records
 from ..data.records import CaptionedImage
+from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
 from .datasets.dataset_spec import DatasetSpec
 from .datasets.validation import ReadingCache, read_lines
@@ -82,10 +83,9 @@ def evaluate(
         MissingExtraError: An optional package is not installed.
     """
     config = _read_prompt_files(config or EvaluationConfig())
+    find_device(config.device)  # raises for one that does not exist, before anything is read
     chosen = _list_models(models)
-    jobs = _read_jobs(
-        _list_datasets(data), [find_task(name) for name in dict.fromkeys(tasks)], config
-    )
+    jobs = _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
     encoders = {model.name: _open_model(model, config) for model in chosen}
     descriptions = {name: encoder.describe() for name, encoder in encoders.items()}
     for job in jobs:
@@ -158,6 +158,12 @@ def _list_models(models: ModelSource | Sequence[ModelSource]) -> list[EvaluatedM
     return chosen
 
 
+def _list_tasks(names: Sequence[str]) -> list[Task]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
+    return [find_task(name) for name in names]
+
+
 def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     several: Any = data
     is_records = isinstance(data, Sequence) and data and isinstance(data[0], CaptionedImage)
@@ -186,7 +192,7 @@ def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
         file = getattr(config, field)
         if isinstance(file, Path):
             if not file.is_file():
-                raise ValueError(f"{field}={file}: there is no such file.")
+                raise ValueError(f"{field}={file} is not a file. Correct the path.")
             read[field] = tuple(line.strip() for line in read_lines(file) if line.strip())
     return replace(config, **read) if read else config
 
@@ -231,7 +237,7 @@ def _refuse_unused(sources: Sequence[_Source], config: EvaluationConfig) -> None
         "templates": config.templates is not None,
         "allow_repeated_class_names": config.allow_repeated_class_names,
     }
-    given = [name for name, is_given in of_classification.items() if is_given]
+    given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
     if given and "classification" not in types.values():
         listed = ", ".join(f"{name} ({of_dataset})" for name, of_dataset in types.items())
         raise ValueError(

@@ -1,7 +1,13 @@
 """A saved model as mteb takes it, and a retrieval dataset as two tasks of mteb.
 
-mteb wraps a `SentenceTransformer` by itself, but then takes it for a model of texts and knows
-neither its name nor its revision. On the Hub it reads all of these from the repository.
+A published model needs this only for tasks that join an image and a text in one input:
+`mteb.get_model("owner/model")` reads from the repository that it is a sentence-transformers model
+for texts and images (`trust_remote_code=True` where this package is not imported).
+
+A local folder needs it always. mteb reads no file of it: it looks up the path as a name, first in
+its registry, then on the Hub, and raises "No model implementation is available for this model". It
+has no entry points, and a folder cannot change that. A `SentenceTransformer` object is taken for a
+model of texts, without name and revision.
 
 Datasets are found by their names in the registry, as in `llm2clip evaluate`.
 """
@@ -81,8 +87,7 @@ def load_for_mteb(
 
     The revision is a digest of weights and configuration, so that mteb's store of results cannot
     give one model's scores for another of the same name. From then on mteb knows the model:
-    `mteb.get_model(str(folder))` and `mteb.get_model(name)` load it too. By itself mteb takes any
-    name for one on the Hub.
+    `mteb.get_model(str(folder))` and `mteb.get_model(name)` load it too, in this process alone.
 
     Args:
         folder: A model folder of this package.

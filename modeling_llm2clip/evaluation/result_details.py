@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..model_folders.fingerprint import hash_json
+from ..data.atomic_files import hash_json
 from .results import OWN_PACKAGE, Result
 
 ABSENT = "–"

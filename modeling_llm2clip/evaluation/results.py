@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .._environment import list_versions
-from ..data.embedding_store_layout import write_atomically
+from ..data.atomic_files import hash_json, write_atomically
 from ..data.image_sources import ImageSource, ParquetImage, TarImage
-from ..model_folders.fingerprint import hash_json
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-
-from .. import configuration_llm2clip
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
 # The same, where the weights were trained since: they are no longer those of the listed files.
 RECORD_BEFORE_TRAINING = "conversion_before_training.json"
+_DEMO_MODEL = Path("..") / "llm2clip-demo" / "model"  # as a notebook in examples/ sees it
 # Other formats of the same weights, which are read only where they are asked for by name.
 _NOT_DOWNLOADED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
@@ -46,9 +47,37 @@ def find_model_folder(
         return Path(source)
     if not is_hub_id(source):
         raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
-    if only is not None:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(only)))
-    return Path(snapshot_download(str(source), revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=_NOT_DOWNLOADED if only is None else None,
+            )
+        )
+    except LocalEntryNotFoundError as error:  # which names no repository
+        raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
+
+
+def find_demo_model() -> str:
+    """Find the model that the notebooks use: `LLM2CLIP_MODEL`, or the folder that the demo wrote.
+
+    Returns:
+        Folder or Hub id.
+
+    Raises:
+        FileNotFoundError: there is no such model; the message names the command that writes one.
+    """
+    source = os.environ.get("LLM2CLIP_MODEL") or str(_DEMO_MODEL)
+    on_hub = is_hub_id(source) and not Path(source).parent.exists()
+    if not on_hub and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"There is no model in {source}. Run `llm2clip demo` at the root of the repository; it "
+            "writes llm2clip-demo/model in a few minutes. Or set LLM2CLIP_MODEL to another model "
+            "folder or Hub id."
+        )
+    return source
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -84,7 +113,7 @@ def find_source_file(source: str | Path, name: str, *, revision: str | None = No
 
 def list_uploaded_files() -> list[Path]:
     """List the package's files that are copied beside the weights, as remote code."""
-    package = Path(configuration_llm2clip.__file__).parent
+    package = Path(__file__).parents[1]
     return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
 
 

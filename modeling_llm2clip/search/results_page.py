@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..processing_llm2clip import load_images
+from ..image_loading_llm2clip import load_images
 from .lettering import Font, find_font
 
 _SIDE = 160

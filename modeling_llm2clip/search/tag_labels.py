@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.json_objects import parse_object
+from ..data.sources.json_files import parse_object
 
 _MOST_NAMED = 5
 

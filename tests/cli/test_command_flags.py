@@ -2,141 +2,137 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
+import re
 import shlex
+import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modeling_llm2clip import cli as command_modules
-from modeling_llm2clip.__main__ import _build_parser, main
-from modeling_llm2clip.building.build_model import BuildArguments
-from modeling_llm2clip.cli.parser import name_flags, takes_value
-from modeling_llm2clip.conversion.source_formats import OutputArguments
-from modeling_llm2clip.demo.run_demo import DemoArguments
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
-from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments
+from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import MISSING, Command, UsageError
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.search.result_formats import FORMATS
+from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = _build_parser().commands
-# The dataclass that each command fills from its flags.
-SETTINGS = {
-    "align": AlignArguments,
-    "build": BuildArguments,
-    "convert": OutputArguments,
-    "demo": DemoArguments,
-    "evaluate": EncoderSettings,
-    "extract": ExtractionArguments,
-    "finetune-llm": TuneArguments,
-}
+COMMANDS = LINE.commands
 COSTLY = ("torch", "transformers", "datasets", "peft", "sentence_transformers", "accelerate")
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
 
-def list_actions(name: str) -> list[argparse.Action]:
-    return [a for a in COMMANDS[name]._actions if not isinstance(a, argparse._HelpAction)]
+def show_help(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([name, "--help"]) == 0
+    return capsys.readouterr().out
 
 
-def call(action: argparse.Action) -> str:
-    return max(action.option_strings, key=len, default=action.dest)
-
-
-@every_command
-def test_every_flag_has_help(name: str) -> None:
-    without = [call(action) for action in list_actions(name) if not (action.help or "").strip()]
-    assert not without, (
-        f'llm2clip {name}: add help="…" to the add_argument of {", ".join(without)}.'
-    )
+def test_every_module_of_a_command_is_on_the_command_line() -> None:
+    modules = {path.stem for path in (ROOT / "modeling_llm2clip" / "cli").glob("*.py")}
+    assert {name.replace("-", "_") for name in COMMANDS} <= modules
+    for name, command in COMMANDS.items():
+        assert command.function.__module__.endswith(f".cli.{name.replace('-', '_')}")
 
 
 @every_command
-def test_every_flag_with_a_value_shows_its_default(name: str) -> None:
-    formatter = COMMANDS[name]._get_formatter()
-    without = [
-        call(action)
-        for action in list_actions(name)
-        if takes_value(action)
-        and not action.required
-        and "default" not in formatter._get_help_string(action)  # type: ignore[operator]
-    ]
-    assert not without, (
-        f"llm2clip {name}: the help of {', '.join(without)} shows no default. A default that is "
-        "not None is shown by itself. Where it is None, end the help with what happens then, as "
-        'in help="number of steps; default: what --epochs comes to"; where a value is needed, '
-        'with "no default".'
-    )
+def test_every_argument_and_flag_has_help_with_its_default(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    lines = {words[0]: line for line in show_help(name, capsys).splitlines()
+             if line.startswith("  ") and len(words := line.split()) > 1}  # fmt: skip
+    for flag in COMMANDS[name].flags.values():
+        shown = f"--[no-]{flag.spelling[2:]}" if flag.is_switch else flag.spelling
+        assert "." in lines[shown], f"llm2clip {name}: document {flag.name} in the docstring."
+        assert (
+            "[default: " in lines[shown]
+            or "Default: " in lines[shown]
+            or ("No default" in lines[shown])
+        ), f"llm2clip {name} {flag.spelling}: say what happens where it is not given."
+        assert (flag.default is MISSING) <= ("No default" in lines[shown])
 
 
 @every_command
-def test_the_default_of_a_flag_is_that_of_the_python_function(name: str) -> None:
-    given = {action.dest: action.default for action in list_actions(name)}
-    different = {
-        field.name: (given[field.name], field.default)
-        for field in fields(SETTINGS[name])
-        if field.name in given and given[field.name] not in (field.default, argparse.SUPPRESS)
-    } if name in SETTINGS else {}  # fmt: skip
-    # Commands run where they are fastest, functions where they are told to.
-    different.pop("device", None)
-    assert not different, f"llm2clip {name}: flag and dataclass differ: {different}."
+def test_a_command_has_a_summary_and_help_of_its_arguments(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMANDS[name]
+    assert command.summary.endswith(".") and len(command.summary) < 100
+    shown = show_help(name, capsys)
+    code = command.function.__code__
+    arguments = code.co_varnames[: code.co_posonlyargcount]
+    assert all(f"  {argument.upper()}" in shown for argument in arguments)
 
 
 @every_command
-def test_the_help_ends_with_an_example_that_parses(name: str) -> None:
+def test_the_help_ends_with_an_example_that_parses(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
     examples = COMMANDS[name].examples
-    assert examples, f'llm2clip {name}: give add_parser(…, examples=("llm2clip {name} …",)).'
+    assert examples
     for example in examples:
-        assert example.startswith(f"llm2clip {name} "), example
-        assert callable(_build_parser().parse_args(shlex.split(example)[1:]).run)
-    assert COMMANDS[name].format_help().rstrip().endswith(examples[-1])
+        assert shlex.split(example)[:2] == ["llm2clip", name], example
+        assert LINE.parse(shlex.split(example)[1:]).func is COMMANDS[name].function
+    assert show_help(name, capsys).rstrip().endswith(examples[-1])
 
 
 @every_command
 def test_every_command_has_the_same_device_flag(name: str) -> None:
-    [device] = [action for action in list_actions(name) if action.dest == "device"]
-    [reference] = [action for action in list_actions("doctor") if action.dest == "device"]
-    assert device.default == "auto", f"llm2clip {name}: add the flag with add_device_flag(parser)."
-    assert (device.help, device.type) == (reference.help, reference.type)
+    if name == "env":
+        return
+    device, reference = COMMANDS[name].flags["device"], COMMANDS["doctor"].flags["device"]
+    assert device.default == "auto"
+    assert (device.help, device.hint) == (reference.help, reference.hint)
+
+
+def test_a_name_takes_values_of_one_type_in_all_commands() -> None:
+    types: dict[str, set[str]] = {}
+    for command in COMMANDS.values():
+        for flag in command.flags.values():
+            found = re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", str(flag.hint))
+            found = re.sub(r"typing\.|Optional|[][]| \| None|<class '|pathlib\.|'>", "", found)
+            types.setdefault(flag.name, set()).add(re.sub(r"Literal.*", "Literal", found))
+    several = {name for name, found in types.items() if len(found) > 1}
+    assert several == {
+        "image_dir",  # evaluate has several datasets: NAME=FOLDER
+        "activation",  # and several models
+    }
 
 
 def refuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
+    assert main(words) == 2
     return capsys.readouterr().err
 
 
-@every_command
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "env"])
 def test_no_flag_can_be_abbreviated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = refuse([name, "--devic", "cpu"], capsys)
-    assert "unknown flag --devic. Did you mean --device?" in told
+    assert told.startswith(f"llm2clip {name}: Unknown flag --devic. Did you mean --device?")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serach"], "invalid choice: 'serach', choose from"),
-        (["serach"], "Did you mean search?"),
-        (["--versoin"], "unknown flag --versoin. Did you mean --version?"),
-        (["align", "m", "d", "o", "--batch", "4"], "Did you mean --batch-size?"),
-        (["align", "m", "d", "o", "--learning-rate", "1"], "unknown flag --learning-rate."),
-        # Without the pre-check argparse would only say that --recipe is required.
-        (["convert", "a", "b", "--recipie", "openai"], "Did you mean --recipe?"),
-        (["align", "m", "d", "o", "--vision-training", "Lora"], "Did you mean lora?"),
-        (["build", "v", "l", "o", "--prompt", "lama-3"], "Did you mean llama-3?"),
-        (["demo", "--llm", "x", "--prompt", "chat-ml"], "Did you mean chatml?"),
-        (["doctor", "m", "--device", "gpu"], "'gpu' is no device, choose from auto, cpu, cuda, "),
+        (["serach"], 'Did you mean "search"?'),
+        (["--versoin"], "Unknown flag --versoin. Did you mean --version?"),
+        (["align", "m", "d", "o", "--batch", "4"], "Did you mean --global-batch-size?"),
+        (["align", "m", "d", "o", "--lr", "1"], "Unknown flag --lr."),
+        # Without the pre-check the parser would only say that --source-format is required.
+        (["convert", "a", "b", "--source-formt", "openai"], "Did you mean --source-format?"),
+        (["align", "m", "d", "o", "--vision-training", "Lora"], 'Did you mean "lora"?'),
+        (["build", "v", "l", "o", "--prompt", "lama-3"], 'Did you mean "llama-3"?'),
+        (["build", "v", "l", "o", "--prompt", "chat-ml"], 'Did you mean "chatml"?'),
+        (["doctor", "m", "--device", "gpu"], "'gpu' must be one of auto, cpu, cuda, cuda:N, mps."),
         (["doctor", "m", "--device", "gpu"], "Did you mean cuda?"),
-        (["doctor", "m", "--device", "cuda:x"], "argument --device: 'cuda:x' is no device"),
-        (["doctor", "m", "extra"], "unrecognized arguments: extra"),
+        (["doctor", "m", "--device", "cuda:x"], "--device 'cuda:x' must be one of"),
+        (["doctor", "m", "extra"], "Unexpected arguments: extra"),
     ],
 )
 def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(
@@ -147,22 +143,28 @@ def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:11", "mps"])
 def test_these_devices_can_be_named(device: str) -> None:
-    parsed = _build_parser().parse_args(["doctor", "model", "--device", device])
-    assert parsed.device == device
+    call = LINE.parse(["doctor", "model", "--device", device])
+    assert call.keywords["config"].device == device
 
 
 def test_a_value_that_looks_like_a_flag_can_be_given() -> None:
-    words = ["build", "v", "l", "o", "--prefix=--query: ", "--suffix", "-- end"]
-    parsed = _build_parser().parse_args(words)
-    assert (parsed.prefix, parsed.suffix) == ("--query: ", "-- end")
+    words = ["build", "v", "l", "o", "--prompt-prefix=--query: ", "--prompt-suffix", "-- end"]
+    config = LINE.parse(words).keywords["config"]
+    assert (config.prompt_prefix, config.prompt_suffix) == ("--query: ", "-- end")
+
+
+def test_choices_that_a_command_repeats_are_those_of_their_owner() -> None:
+    shown = COMMANDS["convert"].flags["source_format"].hint.__args__
+    assert shown == (*SOURCE_FORMATS, "llm2vec")
+    assert COMMANDS["search"].flags["format"].hint.__args__ == FORMATS
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["m", "--data", "emojis"], "Did you mean emoji?"),
-        (["m", "--data", "emoji", "--tasks", "retreival"], "Did you mean retrieval?"),
-        (["m", "--data", "emoji", "--kind", "openclip"], "Did you mean open_clip?"),
+        (["m", "--datasets", "emojis"], "Did you mean emoji?"),
+        (["m", "--datasets", "emoji", "--tasks", "retreival"], "Did you mean retrieval?"),
+        (["m", "--datasets", "emoji", "--model-type", "openclip"], 'Did you mean "open_clip"?'),
     ],
 )
 def test_misspelt_names_of_the_evaluation_are_answered_too(
@@ -175,29 +177,20 @@ def test_misspelt_names_of_the_evaluation_are_answered_too(
 @pytest.mark.parametrize(
     ("command", "message", "named"),
     [
-        ("align", "batch_size=5 cannot be shared", "--batch-size 5 cannot be shared"),
-        ("align", "num_workers=-1, wanted at least 0", "--workers -1, wanted at least 0"),
-        ("align", "Set batch_size to at most 4.", "Set --batch-size to at most 4."),
+        ("align", "global_batch_size=5 cannot", "--global-batch-size 5 cannot"),
+        ("align", "num_workers=-1 must be at least 0", "--num-workers -1 must be at least 0"),
+        ("align", "Set global_batch_size to 4.", "Set --global-batch-size to 4."),
         ("align", "text_training='lora' runs", "--text-training 'lora' runs"),
-        ("align", "/data/batch_size/x: gone", "/data/batch_size/x: gone"),
-        ("align", "/data/steps=5/x: gone", "/data/steps=5/x: gone"),
-        ("align", "'batch_size' is a column", "'batch_size' is a column"),
-        ("align", "config.batch_size differs", "config.batch_size differs"),
-        ("extract", "ExtractionArguments: dtype='x' must", "--dtype 'x' must"),
-        ("evaluate", "['class_names', 'templates'] is for", "--class-names, --templates is for"),
-        ("evaluate", "['folder', 'templates'] is for", "['folder', 'templates'] is for"),
-        ("finetune-llm", "alpha=0 positive, dropout=2", "--alpha 0 positive, --lora-dropout 2"),
+        ("extract", "store_dtype='x' must", "--store-dtype 'x' must"),
         ("align", "check_images is off", "--check-images is off"),
-        ("export", "repo_id='x' must be", "--push 'x' must be"),
         ("doctor", "text_pooling=1 in config.json", "text_pooling=1 in config.json"),
-        # It turns off what the name says, so the name stays.
-        ("build", "bidirectional=False keeps", "bidirectional=False keeps"),
+        ("build", "bidirectional=False keeps", "--no-bidirectional keeps"),
     ],
 )
 def test_an_error_names_the_flag_and_not_the_python_argument(
     command: str, message: str, named: str
 ) -> None:
-    assert name_flags(message, COMMANDS[command]) == named
+    assert COMMANDS[command].name_flags(message) == named
 
 
 def test_the_command_prints_such_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +201,12 @@ def test_the_command_prints_such_an_error(capsys: pytest.CaptureFixture[str]) ->
 
 class OutOfMemoryError(RuntimeError):
     """As torch calls it."""
+
+
+def put_in_place_of_doctor(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    function.__name__ = "doctor"
+    command: Command = replace(COMMANDS["doctor"], function=function)
+    monkeypatch.setitem(LINE.commands, "doctor", command)
 
 
 @pytest.mark.parametrize(
@@ -224,19 +223,50 @@ def test_what_a_device_cannot_do_is_an_error_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: Any) -> int:
+    def fail(_: str, /) -> int:
+        """Fails."""
         raise error
 
-    monkeypatch.setattr(command_modules.doctor, "run", fail)
+    put_in_place_of_doctor(monkeypatch, fail)
     assert main(["doctor", "model"]) == 2
     told = capsys.readouterr().err
     assert str(error) in told and remedy in told
 
 
 def test_a_type_error_of_our_own_is_no_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_modules.doctor, "run", lambda _: len(3))  # type: ignore[arg-type]
+    def fail(_: str, /) -> int:
+        """Fails."""
+        return len(3)  # type: ignore[arg-type]
+
+    put_in_place_of_doctor(monkeypatch, fail)
     with pytest.raises(TypeError):
         main(["doctor", "model"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "llm2clip: Interrupted. No partially written folder will load"),
+        (StageInterrupt("Continue with: x", signal.SIGTERM), 143, "llm2clip: Continue with: x\n"),
+        (StageInterrupt("", signal.SIGINT), 130, ""),  # not the main process
+    ],
+    ids=["anywhere", "stage", "stage of another process"],
+)
+def test_an_interrupted_command_says_what_is_left_and_how_to_continue(
+    error: BaseException,
+    code: int,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(_: str, /) -> int:
+        """Stops."""
+        raise error
+
+    put_in_place_of_doctor(monkeypatch, stop)
+    assert main(["doctor", "model"]) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(shown) and bool(printed) == bool(shown)
 
 
 def write_config(folder: Path, **config: Any) -> str:
@@ -277,22 +307,23 @@ OF_A_MODEL = {
     "doctor": ["doctor", "MODEL"],
     "search": ["search", "MODEL", "FULL", "a dog"],
     "tag": ["tag", "MODEL", "FULL", "--labels", "LABELS"],
-    "extract": ["extract", "MODEL", "FULL", "NEW"],
+    "extract": ["extract", "MODEL", "FULL", "NEW", "--modality", "text"],
     "align": ["align", "MODEL", "FULL", "NEW", "--text-training", "lora"],
     "finetune-llm": ["finetune-llm", "MODEL", "FULL", "NEW"],
     "export": ["export", "MODEL", "NEW"],
+    "push": ["push", "MODEL", "owner/name"],
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("CLIP", "`llm2clip build {} LLM OUTPUT`"),
-        ("LLM", "`llm2clip build VISION {} OUTPUT`"),
-        ("VISION", "`llm2clip build {} LLM OUTPUT`"),
+        ("CLIP", "`llm2clip build {} TEXT_MODEL OUTPUT`"),
+        ("LLM", "`llm2clip build VISION_MODEL {} OUTPUT`"),
+        ("VISION", "`llm2clip build {} TEXT_MODEL OUTPUT`"),
         ("BERT", "{} is a 'vits', which no command takes"),
-        ("ABOVE", "it is the folder above {}/model. Give that one."),
-        ("LORA", "--caption-lora {}`"),
+        ("ABOVE", "it is the parent folder of {}/model. Give that one."),
+        ("LORA", "--lora {}`"),
         ("STORE", "--caption-store {}`"),
     ],
 )
@@ -310,57 +341,66 @@ def test_a_folder_of_another_kind_is_answered_with_the_command_that_takes_it(
     assert not Path(places["NEW"]).exists()
 
 
-# Commands that cannot run, and what is told; CHEAP_CHECKS runs all in one fresh process.
+CONVERT = ["convert", "a/b", "NEW", "--source-format", "openai"]
+ALIGN = ["align", "OWN", "FULL", "NEW"]
+STORED = [*ALIGN, "--caption-store", "STORE"]
+TAG = ["tag", "OWN", "FULL", "--labels", "LABELS"]
+TEXT = ["--modality", "text"]
+# Commands that cannot run, and the message; CHEAP_CHECKS runs all in one fresh process.
 REFUSED_AT_ONCE = [
     (["build", "a/b", "c/d", "FULL", "--prompt", "none"], "is not empty"),
     (["build", "a/b", "c/d", "NEW"], "A prompt is never guessed"),
     (["build", "/nowhere", "c/d", "NEW", "--prompt", "none"], "/nowhere: no such vision tower"),
-    (["build", "LLM", "VISION", "NEW", "--prompt", "none"], "in the place of VISION. The order is"),
-    (["build", "VISION", "ABOVE", "NEW", "--prompt", "none"], "It cannot be LLM."),
-    (["convert", "a/b", "FULL", "--recipe", "openai", "--llm", "c/d"], "is not empty"),
-    (["convert", "a/b", "NEW", "--recipe", "openai"], "give --llm"),
-    (["convert", "a/b", "NEW", "--recipe", "openai", "--llm", "c/d", "--head-width", "8",
-      "--rope-reference-size", "2"], "--rope-reference-size goes with"),
-    (["convert", "a/b", "NEW", "--recipe", "llm2vec"], "give --vision"),
-    (["finetune-llm", "OWN", "FULL", "FULL"], "holds no run.json"),
+    (["build", "LLM", "VISION", "NEW", "--prompt", "none"], "in the place of VISION_MODEL. The or"),
+    (["build", "VISION", "ABOVE", "NEW", "--prompt", "none"], "It cannot be TEXT_MODEL."),
+    (["convert", "a/b", "FULL", "--source-format", "openai", "--text-model", "c"], "is not empty"),
+    (["convert", "a/b", "NEW"], "--source-format is required"),
+    (CONVERT, "give --text-model"),
+    ([*CONVERT, "--text-model", "c/d", "--head-width", "8", "--rope-reference-size", "2"],
+     "--rope-reference-size goes with"),
+    (["convert", "a/b", "NEW", "--source-format", "llm2vec"], "give --vision-model"),
+    (["finetune-llm", "OWN", "FULL", "FULL"], "has no run.json"),
     (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
     (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),
-    (["finetune-llm", "OWN", "FULL", "NEW", "--other-pairs", "f", "0"], "weight above 0"),
-    (["extract", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
-    (["extract", "CLIP", "FULL", "NEW"], "This command takes an LLM2CLIP model."),
-    (["extract", "OWN", "FULL", "NEW", "--batch-size", "2"], "of the extraction of images only"),
-    (["align", "OWN", "FULL", "NEW"], "needs a caption store"),
-    (["align", "OWN", "FULL", "NEW", "--lr", "0", "--device", "mps"], "--lr 0.0, wanted more"),
-    (["align", "OWN", "FULL", "NEW", "--caption-store", "/nowhere"], "--caption-store /nowhere"),
-    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "holds no run.json"),
+    (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "must be above 0"),
+    (["extract", "OWN", "FULL", "NEW"], "--modality is required"),
+    (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
+    (["extract", "CLIP", "FULL", "NEW", *TEXT], "This command takes an LLM2CLIP model."),
+    (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "for --modality image alone"),
+    (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "--image-dir /no: no such fo"),
+    (ALIGN, "needs a caption store"),
+    ([*ALIGN, "--learning-rate", "0", "--device", "mps"], "--learning-rate 0.0 must be above 0"),
+    ([*ALIGN, "--caption-store", "/nowhere"], "--caption-store /nowhere"),
+    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "has no run.json"),
     (["align", "OWN", "/nowhere", "NEW", "--caption-store", "STORE"], "no such data"),
-    (["evaluate", "OWN"], "at least one model and one set"),
-    (["evaluate", "no-model", "--data", "emoji"], "no-model: no such folder"),
-    (["evaluate", "ours=ABOVE", "--data", "emoji"], "is the folder above"),
-    (["evaluate", "LLM", "--data", "emoji"], "is a language model"),
+    (["evaluate", "OWN"], "at least one model and one dataset"),
+    (["evaluate", "no-model", "--datasets", "emoji"], "no-model: no such folder"),
+    (["evaluate", "ours=ABOVE", "--datasets", "emoji"], "is the folder above"),
+    (["evaluate", "LLM", "--datasets", "emoji"], "is a language model"),
     (["search", "OWN", "/nowhere", "a dog"], "/nowhere: no such folder"),
     (["search", "OWN", "FULL", "a dog", "--output", "FULL"], "is not empty"),
     (["search", "OWN", "FULL"], "There is nothing to search for"),
-    (["search", "OWN", "FULL", "a dog", "--count", "0"], "--count 0 finds nothing"),
+    (["search", "OWN", "FULL", "a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
     (["search", "OWN", "FULL", "--image", "/nowhere"], "--image /nowhere: no such image"),
     (["search", "no-model", "FULL", "a dog"], "no-model: no such folder"),
     (["search", "CLIP", "FULL", "a dog"], "This command takes an LLM2CLIP model."),
     (["tag", "OWN", "FULL", "--labels", "/nowhere"], "/nowhere: "),
     (["tag", "OWN", "/nowhere", "--labels", "LABELS"], "/nowhere: no such folder"),
-    (["tag", "OWN", "FULL", "--labels", "LABELS", "--top-k", "0"], "--top-k 0 gives no label"),
-    (["tag", "OWN", "FULL", "--labels", "LABELS", "--output", "NEW"], "must end in .csv or"),
-    (["tag", "OWN", "FULL", "--labels", "LABELS", "--output", "LABELS"], "Name a new file"),
+    ([*TAG, "--top-k", "0"], "--top-k 0 must be at least 1"),
+    ([*TAG, "--output", "NEW"], "must end in .csv or"),
+    ([*TAG, "--output", "LABELS"], "Name a new file"),
     (["tag", "no-model", "FULL", "--labels", "LABELS"], "no-model: no such folder"),
     (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "takes an LLM2CL"),
     (["export", "OWN", "FULL"], "is not empty"),
-    (["export", "OWN"], "Name a FOLDER to write"),
-    (["export", "OWN", "NEW", "--public"], "go with --push"),
-    (["export", "OWN", "NEW", "--components", "tower", "--dtype", "float16"], "--dtype"),
+    (["export", "OWN"], "OUTPUT is missing"),
+    (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "--dtype"),
+    (["export", "OWN", "NEW", "--components", "vision-tower", "--dry-run"], "no use for --dry-run"),
+    (["push", "FULL"], "REPO_ID is missing"),
+    (["push", "CLIP", "owner/name"], "This command takes an LLM2CLIP model."),
     (["doctor", "CLIP"], "is a 'clip'"),
     (["doctor", "/nowhere"], "/nowhere: no such folder"),
     (["demo", "--output", "FULL"], "is not empty"),
-    (["demo", "--llm", "a/b"], "--llm needs --prompt"),
-    (["demo", "--vision", "/nowhere", "--output", "NEW"], "/nowhere: no such vision tower"),
+    (["demo", "--max-steps", "0"], "--max-steps 0 must be at least 1"),
 ]  # fmt: skip
 CHEAP_CHECKS = f"""
 import contextlib, io, json, sys
@@ -397,6 +437,7 @@ def test_what_cannot_run_is_told_before_anything_costly_is_imported(
     answers = json.loads(done.stdout.splitlines()[-1])
     for (words, message), (code, told, costly) in zip(REFUSED_AT_ONCE, answers, strict=False):
         assert code == 2 and message in told, f"{words}: wanted {message!r}, got {code}: {told}"
+        assert told.startswith(f"llm2clip {words[0]}: "), told
         assert not costly, f"{words}: {costly} were imported first. Check before the imports."
     assert len(answers) == len(REFUSED_AT_ONCE)
     assert not Path(places["NEW"]).exists()
@@ -418,12 +459,23 @@ def test_no_parser_of_the_repository_takes_abbreviated_flags() -> None:
 def test_the_help_of_every_command_imports_nothing_costly() -> None:
     code = f"""
 import contextlib, io, sys
-from modeling_llm2clip.__main__ import _build_parser
-parser = _build_parser()
-texts = [parser.format_help(), *(p.format_help() for p in parser.commands.values())]
-print([name for name in {COSTLY!r} if name in sys.modules], min(map(len, texts)) > 100)
+from modeling_llm2clip.__main__ import LINE, main
+texts = []
+for words in (["--help"], *([name, "--help"] for name in LINE.commands)):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert main(words) == 0
+    texts.append(shown.getvalue())
+print([name for name in {(*COSTLY, "numpy", "PIL", "huggingface_hub")!r} if name in sys.modules],
+      min(map(len, texts)) > 50)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "[] True", done.stderr
+
+
+def test_a_wrong_command_line_is_one_line_that_names_the_help() -> None:
+    for words in ([], ["serach"], ["doctor"], ["doctor", "m", "--device", "x"]):
+        with pytest.raises(UsageError, match=r"^[^\n]*See `llm2clip.* --help`\.$"):
+            LINE.parse(words)

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_llm2clip.__main__ import _build_parser, main
-from modeling_llm2clip.cli.evaluate import _build_arguments, _read_lines
-from modeling_llm2clip.evaluation.arguments import EvaluatedDataset
+from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.evaluate import _choose_datasets, _choose_models
+from modeling_llm2clip.configs.evaluation_config import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationConfig,
+)
+from modeling_llm2clip.evaluation.evaluate import _read_files
 from modeling_llm2clip.evaluation.results import read_result
 
 
@@ -19,7 +24,13 @@ def test_the_command_evaluates_and_draws(
     sources: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out")
-    words = ["evaluate", f"ours={sources('llm2clip')}", sources("clip"), "--data", f"folder={data}"]
+    words = [
+        "evaluate",
+        f"ours={sources('llm2clip')}",
+        sources("clip"),
+        "--datasets",
+        f"folder={data}",
+    ]
     words += ["--tasks", "cra", "--languages", "en", "--output", output]
     assert main(words) == 0
     shown = capsys.readouterr()
@@ -40,29 +51,35 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Name a MODEL and --data"),
-        (["some-model"], "at least one model and one set"),
-        (["o/m", "--data", "folder="], "--data 'folder=' is not NAME=FOLDER"),
+        ([], "Name a MODEL and --datasets"),
+        (["some-model"], "at least one model and one dataset"),
+        (["o/m", "--datasets", "folder="], "--datasets 'folder=' is not NAME=FOLDER"),
         (
-            ["o/m", "--data", "folder=x", "--image-dir", "coco=y"],
-            "--image-dir names sets that --data",
+            ["o/m", "--datasets", "folder=x", "--image-dir", "coco=y"],
+            "--image-dir names datasets that --datasets",
         ),
-        (["o/m", "--data", "emoji", "--kind", "clip"], "No kind is called 'clip'"),
-        (["o/m", "--data", "emoji", "--kind", "embeddings", "clip"], "2 values for 1 models"),
+        (["o/m", "--datasets", "emoji", "--model-type", "clip"], "Choose from"),
         (
-            ["o/m", "--data", "emoji", "--architecture", "ViT-B-32"],
+            ["o/m", "--datasets", "emoji", "--model-type", "embeddings", "open_clip"],
+            "2 values for 1 models",
+        ),
+        (
+            ["o/m", "--datasets", "emoji", "--architecture", "ViT-B-32"],
             "is for a weights file, and none",
         ),
-        (["o/m", "--data", "emoji", "--templates", __file__], "--templates is for a classif"),
-        (["o/m", "--data", "emoji", "--plot", "x.txt"], "x.txt ends in none of ('.png', "),
-        (["o/m", "--data", "emoji", "--plot", "gone/x.png"], "gone is no folder. Make it"),
-        (["o/m", "--data", "emoji", "--plot", "x.png"], "there would be results on none"),
-        (["o/m", "--data", "emoji", "--templates", "gone.txt"], "--templates gone.txt is no text"),
-        (["o/m", "--data", "emoji", "--languages", "en", "en"], "languages has a name twice"),
-        (["o/m", "--data", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
+        (["o/m", "--datasets", "emoji", "--templates", __file__], "--templates is for a classif"),
+        (["o/m", "--datasets", "emoji", "--plot", "x.txt"], "x.txt ends in none of ('.png', "),
+        (["o/m", "--datasets", "emoji", "--plot", "gone/x.png"], "gone is no folder. Make it"),
+        (["o/m", "--datasets", "emoji", "--plot", "x.png"], "there would be results on none"),
         (
-            ["o/m", "--data", "emoji", "--skip-invalid", "--no-image-check"],
-            "--skip-invalid needs check_images",
+            ["o/m", "--datasets", "emoji", "--templates", "gone.txt"],
+            "--templates gone.txt is not a text",
+        ),
+        (["o/m", "--datasets", "emoji", "--languages", "en", "en"], "languages has a name twice"),
+        (["o/m", "--datasets", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
+        (
+            ["o/m", "--datasets", "emoji", "--skip-invalid", "--no-check-images"],
+            "--skip-invalid needs --check-images",
         ),
     ],
 )
@@ -75,21 +92,34 @@ def test_a_wrong_command_says_what_is_wrong(
 
 def test_a_mark_that_an_editor_wrote_is_no_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
-    assert _read_lines(tmp_path / "names.txt", flag="--class-names") == ("cat", "dog")
+    config = EvaluationConfig(class_names=tmp_path / "names.txt")
+    assert _read_files(config).class_names == ("cat", "dog")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "o/m", "--data", "emoji", "--device", "cuda"]) == 2
+    assert main(["evaluate", "o/m", "--datasets", "emoji", "--device", "cuda"]) == 2
     assert "--device 'cuda' is not there" in capsys.readouterr().err
+
+
+def choose_models(words: list[str]) -> list[EvaluatedModel]:
+    call = LINE.parse(words)
+    return _choose_models(call.args, call.keywords["of_models"])
 
 
 def test_a_flag_goes_to_the_models_that_it_suits(sources: Any, tmp_path: Path) -> None:
     weights = tmp_path / "eva02.pt"
     weights.touch()
-    words = ["evaluate", sources("clip"), f"eva={weights}", "owner/hub-model", "--data", "emoji"]
+    words = [
+        "evaluate",
+        sources("clip"),
+        f"eva={weights}",
+        "owner/hub-model",
+        "--datasets",
+        "emoji",
+    ]
     words += ["--architecture", "EVA02-B-16", "--revision", "main"]
-    chosen = _build_arguments(_build_parser().parse_args(words)).models
+    chosen = choose_models(words)
     assert [model.architecture for model in chosen] == [None, "EVA02-B-16", None]
     assert [model.revision for model in chosen] == [None, None, "main"]
 
@@ -98,14 +128,14 @@ def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Pat
     first, second = tmp_path / "one.pt", tmp_path / "two.pt"
     first.touch()
     second.touch()
-    words = ["evaluate", str(first), "owner/hub-model", str(second), "--data", "emoji"]
+    words = ["evaluate", str(first), "owner/hub-model", str(second), "--datasets", "emoji"]
     words += ["--architecture", "EVA02-B-16", "RN50", "--activation", "quick_gelu"]
-    chosen = _build_arguments(_build_parser().parse_args(words)).models
+    chosen = choose_models(words)
     assert [model.architecture for model in chosen] == ["EVA02-B-16", None, "RN50"]
     assert [model.activation for model in chosen] == ["quick_gelu", None, "quick_gelu"]
     words[words.index("RN50") + 1 : words.index("RN50") + 1] = ["RN101"]
     with pytest.raises(ValueError, match="--architecture has 3 values for 2 weights files"):
-        _build_arguments(_build_parser().parse_args(words))
+        choose_models(words)
 
 
 def test_the_name_of_a_set_is_never_a_folder_of_that_name(
@@ -114,6 +144,9 @@ def test_the_name_of_a_set_is_never_a_folder_of_that_name(
     (tmp_path / "emoji").mkdir()
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    words = ["evaluate", "owner/model", "--data", "emoji", "mine"]
-    chosen = _build_arguments(_build_parser().parse_args(words)).data
-    assert chosen == (EvaluatedDataset("emoji"), EvaluatedDataset("folder", "mine"))
+    words = ["evaluate", "owner/model", "--datasets", "emoji", "mine"]
+    chosen = _choose_datasets(LINE.parse(words).keywords["datasets"], ())
+    assert chosen == [
+        EvaluatedDataset(name="emoji"),
+        EvaluatedDataset(name="folder", folder="mine"),
+    ]

@@ -15,23 +15,23 @@ from typing import Any
 import pytest
 import torch
 from aligning import Prepared
+from modeling_llm2clip.training.alignment.optimization import descend
+from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 from safetensors.torch import load_file
 from tiny import tiny_model
 
 from modeling_llm2clip.cli.library_warnings import hide_known_warnings
-from modeling_llm2clip.data.embedding_store_layout import StoreManifest
+from modeling_llm2clip.data.embedding_store import StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.encoding import text_encoding as captions
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding import encode as captions
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
-from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.extraction.extract import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (
     CaptionEncoder,
     LoraArguments,
     write_lora,
 )
-from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 
 ROOT = Path(__file__).parents[2]
 NUMBER = r"-?[\d,.]+(e[+-]\d+)?"
@@ -70,19 +70,19 @@ def find_steps(shown: str) -> list[str]:
 
 @pytest.mark.slow
 def test_no_command_prints_a_dictionary_or_a_warning(prepared: Prepared, tmp_path: Path) -> None:
-    short = "--batch-size 8 --steps 6"
+    short = "--max-steps 6"
     data = prepared.data
     shown = run_commands(
         tmp_path,
-        f"finetune-llm {prepared.model} {data} tuned --merge {short} --held-out 4 --eval-every 3 "
-        "--save-every 2 --gradient-checkpointing",
-        f"extract tuned/model {data} captions",
-        f"extract tuned/model {data} images --images",
+        f"finetune-llm {prepared.model} {data} tuned {short} --per-device-train-batch-size 8 "
+        "--num-held-out 4 --eval-steps 3 --save-steps 2 --gradient-checkpointing",
+        f"extract tuned/model {data} captions --modality text",
+        f"extract tuned/model {data} images --modality image",
         f"align tuned/model {data} aligned --caption-store captions --image-store images "
-        f"{short} --log-every 2 --save-every 2",
+        f"{short} --global-batch-size 8 --logging-steps 2 --save-steps 2",
         f"align tuned/model {data} loras --text-training lora --vision-training lora {short} "
-        "--log-every 3 --gradient-checkpointing --workers 1",
-        f"evaluate ours=aligned/model --data folder={data} --tasks retrieval cra length",
+        "--global-batch-size 8 --logging-steps 3 --gradient-checkpointing --num-workers 1",
+        f"evaluate ours=aligned/model --datasets folder={data} --tasks retrieval cra length",
         f"search aligned/model {data} dog",
         "doctor aligned/model",
         "export aligned/model exported",
@@ -162,7 +162,9 @@ def test_the_progress_of_captions_is_in_tokens(monkeypatch: pytest.MonkeyPatch) 
     model, processor = tiny_model()
     texts = ["a dog", "two red apples on a wooden table by the window", "x", "a dog"]
     lengths = [len(row) for row in processor.list_ids(list(dict.fromkeys(texts)))[0]]
-    encode_captions(model, processor, texts, token_budget=max(lengths), show_progress=True)
+    encode_texts(
+        model, processor, texts, token_budget=max(lengths), show_progress=True, project=False
+    )
     (bar,) = bars
     assert bar.total == bar.n == sum(lengths)
     assert bar.unit == " tokens" and bar.seen[0] == max(lengths)
@@ -172,7 +174,7 @@ def test_a_continued_store_counts_the_tokens_that_are_left(tmp_path: Path) -> No
     """And takes what an earlier run computed for no speed of this one."""
     lengths = [9, 7, 5, 3, 1]
     manifest = StoreManifest(
-        kind="caption_embeds", fingerprint={}, dtype="float32", dim=2, num_rows=5, num_items=5,
+        content="caption_embeds", fingerprint={}, dtype="float32", dim=2, num_rows=5, num_items=5,
         rows_per_shard=2, plan={}, counts={}, index_bytes=1, index_sha256="",
     )  # fmt: skip
     writer = EmbeddingStoreWriter.open(tmp_path / "store", manifest, b"x")

@@ -37,18 +37,20 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
         hub.repositories["official/lora"].add_commit("main", "later, and empty", {})
         command = [
             sys.executable, "-m", "modeling_llm2clip", "convert", "official/eva02",
-            str(tmp_path / "model"), "--recipe", "eva02", "--file", "epoch_3.pt",
-            "--revision", first, "--llm", "official/llama",
+            str(tmp_path / "model"), "--source-format", "eva02", "--file", "epoch_3.pt",
+            "--revision", first, "--text-model", "official/llama",
             "--llm-lora", f"official/lora@{lora}",
             "--head-width", "12", "--rope-reference-size", "4", "--max-text-length", "200",
-            "--license", "mit", "--push", "me/model",
+            "--license", "mit",
         ]  # fmt: skip
-        done = subprocess.run(
-            command, cwd=ROOT, env=hub.environment(tmp_path / "cache"), capture_output=True,
-            text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Published " in done.stdout
+        push = [*command[:3], "push", str(tmp_path / "model"), "me/model"]
+        for words, shown in ((command, "healthy"), (push, "Published ")):
+            done = subprocess.run(
+                words, cwd=ROOT, env=hub.environment(tmp_path / "cache"), capture_output=True,
+                text=True, check=False, timeout=300,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert shown in done.stdout
         repository = hub.repositories["me/model"]
         uploaded = repository.commits[repository.find()]
     assert {"model.safetensors", "config.json", "modeling_llm2clip.py"} <= set(uploaded)
@@ -57,4 +59,4 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
     assert record["checkpoint"] == {"name": "official/eva02", "revision": first}
     assert record["llm"]["adapters"] == [{"name": "official/lora", "revision": lora}]
     assert record["llm"]["revision"] == llm
-    assert "# me/model\n" in uploaded["README.md"].content.decode()
+    assert "# model\n" in uploaded["README.md"].content.decode()

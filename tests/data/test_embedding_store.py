@@ -1,8 +1,7 @@
-"""Laws of the store of embeddings: what was written is read, damage is found and named."""
+"""Embedding store: what was written is read, damage is found and named."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import pickle
@@ -16,10 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import list_complete_shards
 from torch import Tensor
 
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.embedding_store_layout import StoreManifest, write_atomically
+from modeling_llm2clip.data.embedding_store import EmbeddingStore, StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
 
 NUM_ROWS, DIM, ROWS_PER_SHARD = 23, 5, 8
@@ -40,7 +39,7 @@ def make_index() -> bytes:
 
 def make_manifest(index: bytes, **changes: object) -> StoreManifest:
     manifest = StoreManifest(
-        kind="caption_embeds",
+        content="caption_embeds",
         fingerprint=FINGERPRINT,
         dtype="float32",
         dim=DIM,
@@ -120,13 +119,13 @@ def test_an_item_has_its_own_rows_however_many_they_are(store: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [[-1], [0, NUM_ROWS], [0.0], [[1, 2]], [True]])
-def test_numbers_that_are_no_rows_are_refused(store: Path, rows: list[object]) -> None:
+def test_numbers_that_are_not_rows_are_refused(store: Path, rows: list[object]) -> None:
     with pytest.raises(ValueError, match=r"(?i)row"):
         EmbeddingStore.open(store).read(rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("item", [3, -4])
-def test_items_that_it_does_not_have_are_refused(store: Path, item: int) -> None:
+def test_items_that_the_store_does_not_have_are_refused(store: Path, item: int) -> None:
     opened = EmbeddingStore.open(store)
     for ask in (opened.rows_of, opened.names.__getitem__):
         with pytest.raises(IndexError, match=f"no item {item}"):
@@ -201,7 +200,7 @@ def test_every_damaged_file_is_named_at_once(store: Path) -> None:
     ("change", "message"),
     [
         (lambda m: {**m, "format_version": 1}, "format_version 1, this code reads 2"),
-        (lambda m: {**m, "kind": "audio"}, "kind is 'audio'"),
+        (lambda m: {**m, "content": "audio"}, "content is 'audio'"),
         (lambda m: {**m, "dtype": "int8"}, "dtype is 'int8'"),
         (lambda m: {**m, "shards": m["shards"][:2]}, "do not make up its rows"),
         (lambda m: {k: v for k, v in m.items() if k != "dim"}, r"lacks \['dim'\]"),
@@ -223,32 +222,30 @@ def test_a_manifest_of_another_format_or_a_damaged_one_is_refused(
         EmbeddingStore.open(store)
 
 
-def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no store of embeddings"):
+def test_what_is_not_a_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no embedding store"):
         EmbeddingStore.open(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         EmbeddingStore.open(tmp_path)
 
 
-def test_another_makers_fingerprint_is_refused_with_both_values(store: Path) -> None:
+def test_the_fingerprint_of_another_model_is_refused_with_both_values(store: Path) -> None:
     opened = EmbeddingStore.open(store)
     opened.require_fingerprint(FINGERPRINT)
-    with pytest.raises(ValueError, match=r"pooling: 'mean' in the store, 'last_token' now") as told:
+    with pytest.raises(
+        ValueError, match=r"pooling: 'mean' in the store, 'last_token' now"
+    ) as caught:
         opened.require_fingerprint({**FINGERPRINT, "pooling": "last_token", "weights": "cc"})
-    assert "weights: 'aa' in the store, 'cc' now" in str(told.value)
-    assert "prompt:" not in str(told.value)
+    assert "weights: 'aa' in the store, 'cc' now" in str(caught.value)
+    assert "prompt:" not in str(caught.value)
 
 
-def test_a_store_in_the_making_is_read_only_when_asked_and_up_to_its_shards(tmp_path: Path) -> None:
+def test_an_incomplete_store_is_refused_and_keeps_its_complete_shards(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", make_embeddings(), shards=(0, 2))
     with pytest.raises(ValueError, match="not complete: 2 of 3 shards"):
         EmbeddingStore.open(folder)
-    partial = EmbeddingStore.open(folder, allow_partial=True, check="full")
-    assert partial.has_rows([7, 8, 15, 16]).tolist() == [True, False, False, True]
-    assert torch.equal(partial.read([16, 0, 7]), make_embeddings()[[16, 0, 7]])
-    with pytest.raises(ValueError, match=r"2 rows are not extracted yet, among them \[8, 15\]"):
-        partial.read([0, 8, 15])
+    assert list_complete_shards(folder) == [0, 2]
 
 
 def test_a_complete_store_holds_nothing_but_its_files(store: Path) -> None:
@@ -261,8 +258,8 @@ def test_left_over_files_do_not_disturb_and_are_removed(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", make_embeddings(), shards=(0,))
     left_over = ["shard-00001.safetensors.tmp", "shard-00001.json.tmp", "manifest.json.tmp"]
     for name in left_over:
-        (folder / name).write_bytes(b"half")
-    # A shard whose note is missing was cut off between the two: it is written again.
+        (folder / name).write_bytes(b"part")
+    # A shard without its record was interrupted between the two files: it is written again.
     (folder / "shard-00002.safetensors").write_bytes(b"unnoted")
     write_store(folder, make_embeddings(), shards=(1, 2))
     assert torch.equal(EmbeddingStore.open(folder, check="full").read(range(23)), make_embeddings())
@@ -310,14 +307,5 @@ def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"first in row 9; they do not fit .* store float32"):
         write_store(tmp_path / "half", embeddings, dtype="float16")
     embeddings[9, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"first in row 9; the model gives no numbers"):
+    with pytest.raises(ValueError, match=r"first in row 9; the model computes NaN or infinity"):
         write_store(tmp_path / "whole", embeddings)
-
-
-def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "taken"
-    file.mkdir()  # a file cannot take the place of a folder
-    with pytest.raises(OSError) as caught:
-        write_atomically(file, b"content")
-    assert caught.value.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

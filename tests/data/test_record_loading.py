@@ -1,7 +1,8 @@
-"""Every format of captioned images gives the same records and images."""
+"""Every source gives the same records and images."""
 
 from __future__ import annotations
 
+import doctest
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -33,11 +34,11 @@ from captioned_files import (
 )
 from tiny import tiny_model
 
+from modeling_llm2clip.data import record_loading
 from modeling_llm2clip.data.image_sources import ParquetImage, TarImage, open_image
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.records import read_captioned_folder
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 
 WRITERS = (
     write_folder,
@@ -47,6 +48,10 @@ WRITERS = (
     write_parquet_of_bytes,
     write_shards,
 )
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    assert doctest.testmod(record_loading) == (0, 2)
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
@@ -66,13 +71,13 @@ def test_images_are_read_in_any_order_and_after_pickling(
         assert np.array_equal(np.asarray(loaded), wanted), record
 
 
-def test_all_kinds_of_images_have_the_same_embeddings(tmp_path: Path) -> None:
+def test_images_of_every_source_have_the_same_embeddings(tmp_path: Path) -> None:
     model, processor = tiny_model()
-    kinds = [write_folder, write_parquet, write_shards]
-    images = [load_records(w(tmp_path / w.__name__))[2].image for w in kinds]
+    writers = [write_folder, write_parquet, write_shards]
+    images = [load_records(w(tmp_path / w.__name__))[2].image for w in writers]
     assert [type(image) for image in images[1:]] == [ParquetImage, TarImage]
     images.append(make_image("images/blue.png"))
-    embeddings = encode_images(model, processor, images, batch_size=1)
+    embeddings = encode_images(model, processor, images, batch_size=1, project=False)
     assert all(embedding.equal(embeddings[0]) for embedding in embeddings)
 
 
@@ -84,10 +89,9 @@ def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None
     assert load_records(shards / "00001.tar") == whole[2:]
     folder = write_folder(tmp_path / "folder")
     assert load_records(folder / "captions.jsonl") == load_records(folder)
-    assert read_captioned_folder(folder) == load_records(folder)
 
 
-def test_images_may_lie_in_another_folder(tmp_path: Path) -> None:
+def test_images_may_be_in_another_folder(tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     source = write_lines(tmp_path / "captions", LINES)
     records = load_records(source, image_dir=tmp_path / "images")
@@ -135,14 +139,14 @@ def test_packed_images_may_lack_a_field(kept: str, tmp_path: Path) -> None:
     assert record.captions == ("a square",) and record.image is not None
 
 
-def test_files_of_a_folder_are_found_in_capitals_too(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_found_in_uppercase_too(tmp_path: Path) -> None:
     for number, name in enumerate(("a.parquet", "b.PARQUET")):
         rows = {"file_name": [f"{number}.png"], "caption": ["a square"]}
         datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / name))
     assert len(load_records(tmp_path, require_images=False)) == 2
 
 
-def test_a_group_id_is_the_same_with_white_space_around_it(tmp_path: Path) -> None:
+def test_a_group_id_is_the_same_with_whitespace_around_it(tmp_path: Path) -> None:
     lines = [
         {"image": f"{n}.png", "captions": ["a"], "group_id": group_id}
         for n, group_id in ((1, "k"), (2, " k "))
@@ -151,7 +155,7 @@ def test_a_group_id_is_the_same_with_white_space_around_it(tmp_path: Path) -> No
     assert first.group_id == second.group_id == "k"
 
 
-def test_a_parquet_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_parquet_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "data.parquet"
     for caption in ("first", "second"):
         rows = {"file_name": ["a.png"], "caption": [caption]}
@@ -166,7 +170,7 @@ def test_published_recaptionings_are_short_and_long_captions(tmp_path: Path) -> 
 
 
 def test_line_separators_inside_a_text_do_not_end_its_line(tmp_path: Path) -> None:
-    # JSON allows U+2028 unescaped; Python's splitlines would cut the object there.
+    # JSON allows U+2028 unescaped; Python's splitlines would split the object there.
     line = '{"group_id": "1", "caption": "one\u2028two"}'
     (record,) = load_records(write_lines(tmp_path, [line]), require_images=False)
     assert record.captions == ("one two",)

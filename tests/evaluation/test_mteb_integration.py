@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import mteb
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import HubServer
 from mteb.mocks import mock_tasks
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
@@ -27,7 +30,7 @@ from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 from modeling_llm2clip.evaluation.mteb_integration import open_for_mteb
 from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_datasets, make_mteb_tasks
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 TASKS = (
     "MockRetrievalTask", "MockSTSTask", "MockAny2AnyRetrievalI2TTask",
@@ -38,6 +41,29 @@ MORE_TASKS = (
     "MockBitextMiningTask", "MockTextZeroShotClassificationTask", "MockImageClassificationTask",
     "MockImageTextPairClassificationTask", "MockImageClusteringFastTask",
 )  # fmt: skip
+# Publishes a folder and takes it as a user of mteb would, with this package or without.
+FROM_HUB = """
+import sys
+import huggingface_hub
+folder, name, way, output = sys.argv[1:]
+huggingface_hub.create_repo(name, exist_ok=True)
+huggingface_hub.upload_folder(repo_id=name, folder_path=folder)
+if way == "package":
+    import modeling_llm2clip
+else:
+    sys.modules["modeling_llm2clip"] = None
+import mteb
+import torch
+from mteb.mocks import mock_tasks
+trust = {} if way == "package" else {"trust_remote_code": True}
+model = mteb.get_model(name, device="cpu", **trust)
+assert model.mteb_model_meta.modalities == ["image", "text"]
+result = mteb.evaluate(
+    model, mock_tasks.MockAny2AnyRetrievalI2TTask(), cache=None, show_progress_bar=False
+)
+assert 0 <= result.task_results[0].get_score() <= 1
+torch.save(torch.from_numpy(model.model.encode(["a dog"])), output)
+"""
 COLORS = ("red", "green", "blue", "black", "white", "orange", "purple")
 
 
@@ -133,6 +159,31 @@ def test_from_the_hub_mteb_reads_by_itself_that_the_model_takes_images(folder):
     loader, kind, modalities = mteb.models.ModelMeta._resolve_loader("owner/model", *files.values())
     assert loader is mteb.models.SentenceTransformerEncoderWrapper
     assert (kind, modalities) == ("dense", ["image", "text"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["package", "remote"])
+def test_mteb_gets_a_published_model_by_its_name(model, folder, tmp_path, way):
+    arguments = [str(folder), "owner/model", way, str(tmp_path / "out")]
+    with HubServer() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_HUB, *arguments],
+            env=hub.environment(tmp_path / "cache"), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    wanted = torch.from_numpy(model.model.encode(["a dog"]))
+    # Equal weights at other addresses, whose alignment picks other kernels.
+    torch.testing.assert_close(torch.load(tmp_path / "out"), wanted, atol=ROUNDING, rtol=0)
+
+
+def test_mteb_reads_nothing_of_a_folder_that_was_not_opened(folder, tmp_path):
+    unopened = shutil.copytree(folder, tmp_path / "unopened")
+    with (
+        pytest.warns(UserWarning, match="Could not find model"),
+        pytest.raises(NotImplementedError, match="No model implementation is available"),
+    ):
+        mteb.get_model(str(unopened))
 
 
 def test_a_folder_that_was_not_exported_or_a_name_mteb_cannot_file_is_refused(tmp_path, folder):

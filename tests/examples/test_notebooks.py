@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from machine_paths import MACHINE_PATH
+from nbclient import NotebookClient
 from tiny_folders import export_tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -38,7 +38,7 @@ COLORS = {"images/red.png": (250, 5, 40), "images/blue.png": (0, 30, 200)}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds in every file that imports it: what `datasets` keeps of one test is no other's."""
+    """Runs in every file that imports it, so that no test reads the `datasets` cache of another."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 

@@ -211,6 +211,13 @@ class HubServer(ThreadingHTTPServer):
         flags = {"private": repository.private, "gated": False, "tags": []}
         return Reply({"id": repository.name, "sha": sha, "siblings": siblings, **flags})
 
+    def _commits(self, request: Request) -> Reply:
+        """List the newest commit alone: the server remembers no parents."""
+        repository = self._find(request)
+        sha = repository.find(request.parts["revision"])
+        date = "2025-01-01T00:00:00.000Z"
+        return Reply([{"id": sha, "title": "", "message": "", "date": date, "authors": []}])
+
     def _tree(self, request: Request) -> Reply:
         repository = self._find(request)
         sha = repository.find(request.parts["revision"])
@@ -319,6 +326,7 @@ class HubServer(ThreadingHTTPServer):
 ROUTES: list[tuple[str, str, Callable[[HubServer, Request], Reply]]] = [
     ("POST", "/api/repos/create", HubServer._create),
     ("GET", "/api/models/{repo}(?:/revision/{revision})?", HubServer._model_info),
+    ("GET", "/api/models/{repo}/commits/{revision}", HubServer._commits),
     ("GET", "/api/models/{repo}/tree/{revision}(?:/(?P<folder>.+))?", HubServer._tree),
     ("POST", "/api/models/{repo}/(?:branch|tag)/{name}", HubServer._create_reference),
     ("POST", "/api/models/{repo}/preupload/{revision}", HubServer._preupload),

@@ -1,8 +1,8 @@
 """Kills an `llm2clip` command at random moments until it has died often enough.
 
     python tests/helpers/kill_repeatedly.py --times 20 FOLDER -- extract MODEL DATA {output}
-    python tests/helpers/kill_repeatedly.py --times 5 --again=--resume --at run.json --at '.model-*' \
-        FOLDER -- align MODEL DATA {output}
+    python tests/helpers/kill_repeatedly.py --times 5 --again=--resume --at run.json \
+        --at '.model-*' FOLDER -- align MODEL DATA {output}
 
 The command first runs undisturbed into FOLDER/undisturbed, which also tells how long it takes until
 it writes and until it ends. Then it runs into FOLDER/killed-0, is killed (SIGKILL) at a random
@@ -33,10 +33,11 @@ from pathlib import Path
 
 # Imported by every run of a training command; imports alone start no threads.
 _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
-              "modeling_llm2clip.training.extraction.caption_extraction",
-              "modeling_llm2clip.training.extraction.image_extraction",
+              "modeling_llm2clip.training.caption_extraction",
+              "modeling_llm2clip.training.image_extraction",
               "modeling_llm2clip.training.alignment.align",
-              "modeling_llm2clip.publishing.assemble", "torch.utils.tensorboard")  # fmt: skip
+              "modeling_llm2clip.model_folders.model_writing",
+              "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50
 
 

@@ -20,8 +20,9 @@ from transformers import (
     Siglip2ImageProcessorPil,
 )
 
-from modeling_llm2clip.building.build_model import BuildArguments, build_model
-from modeling_llm2clip.building.timm_images import image_processor_from_timm
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.vision_towers import image_processor_from_timm
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
@@ -176,7 +177,7 @@ def tiny_model(
 
     Args:
         trained: whether its config says so, as if its weights came of a training.
-        arguments: of `BuildArguments`; by default the llama-3 prompt, at most 32 tokens, a
+        arguments: of `BuildConfig`; by default the llama-3 prompt, at most 32 tokens, a
             shared space as wide as the LLM (so that `text_projection` is square), two adapter
             blocks.
     """
@@ -184,18 +185,16 @@ def tiny_model(
         "projection_dim": 32,
         "max_text_length": 32,
         "text_adapter_layers": 2,
-        **({} if {"prefix", "suffix"} & set(arguments) else {"prompt": "llama-3"}),
+        **({} if {"prompt_prefix", "prompt_suffix"} & set(arguments) else {"prompt": "llama-3"}),
         **arguments,
     }
     vision_model, image_processor = tiny_vision(vision)
     tokenizer = tokenizer or tiny_tokenizer()
     text_model = tiny_llm(llm, vocabulary_size=len(tokenizer))
-    model, processor = build_model(
-        _cast_parameters(vision_model, dtype),
-        image_processor,
-        _cast_parameters(text_model, dtype),
-        tokenizer,
-        BuildArguments(**chosen),
+    model, processor = join_towers(
+        (_cast_parameters(vision_model, dtype), image_processor),
+        (_cast_parameters(text_model, dtype), tokenizer),
+        BuildConfig(**chosen),
     )
     model.config.text_adapter_trained = model.config.projections_trained = trained
     return model, processor

@@ -126,7 +126,7 @@ def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> No
     for file in folder.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+    with pytest.raises(ValueError, match=r"none of model\.safetensors"):
         fingerprint_text(tmp_path)
 
 

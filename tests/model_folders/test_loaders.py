@@ -29,13 +29,11 @@ from transformers import AutoModel, AutoProcessor, pipeline
 import modeling_llm2clip
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
+from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.model_folders.golden_embeddings import read_golden
 from modeling_llm2clip.model_folders.model_card_data import CardData
-from modeling_llm2clip.model_folders.sentence_transformers_files import (
-    write_sentence_transformers_files,
-)
-from modeling_llm2clip.processing_llm2clip import load_images
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.sentence_transformers_llm2clip import write_sentence_transformers_files
 
 PROMPTS = {"query": INSTRUCTION, "document": ""}
 REPOSITORY, RESAVED = "owner/model", "owner/resaved"
@@ -175,8 +173,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model,
         processor,
         tmp_path_factory.mktemp("faces") / "model",
-        prompts=PROMPTS,
-        facts=CardData(license_id="mit"),
+        instructions=PROMPTS,
+        card=CardData(license="mit"),
     )
 
 
@@ -191,8 +189,8 @@ def seen(
     other = save_model(
         *tiny_model(seed=1, max_text_length=64),
         here / "other",
-        prompts=PROMPTS,
-        facts=CardData(license_id="mit"),
+        instructions=PROMPTS,
+        card=CardData(license="mit"),
     )
     with HubServer() as hub:
         environment = hub.environment(here / "publisher")
@@ -404,11 +402,8 @@ def test_a_path_that_is_not_there_is_a_caption_to_sentence_transformers(
 def test_the_text_only_form_encodes_texts_alike_and_refuses_images(
     folder: Path, auto_embeddings: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    model, processor = tiny_model(max_text_length=64)
     copied = Path(shutil.copytree(folder, tmp_path / "text-only"))
-    write_sentence_transformers_files(
-        copied, model.config, processor.tokenizer, prompts=PROMPTS, modalities=["text"]
-    )
+    write_sentence_transformers_files(copied, instructions=PROMPTS, modalities=["text"])
     text_only = SentenceTransformer(str(copied))
     assert torch.equal(text_only.encode(CAPTIONS, convert_to_tensor=True), auto_embeddings["text"])
     with pytest.raises(ValueError, match="image"):

@@ -27,17 +27,19 @@ from tiny import tiny_model
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.model_folders.model_card_data import CardData
-from modeling_llm2clip.publishing.dry_run import plan_export
-from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+from modeling_llm2clip.configs.export_config import ExportConfig
+from modeling_llm2clip.model_folders.model_card_data import CardData, read_card_data
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.publishing.export_plan import plan_export
 from modeling_llm2clip.publishing.push_to_hub import (
-    Destination,
     check_publishable,
     list_files,
     push_to_hub,
+    require_repo_id,
 )
 
-FACTS = CardData(license_id="mit")
+STATED = CardData(license="mit")
 NAME, OPEN = "owner/model", "owner/open"
 # As if not installed: its import takes long, and `doctor` skips it then.
 PRELUDE = """
@@ -52,15 +54,15 @@ def run(*arguments):
     answers.append([code, out.getvalue(), err.getvalue()])
 """
 PUBLISH = f"""
-source, again, other = sys.argv[1:4]
+source, again, other, opened = sys.argv[1:5]
 # The Hub refuses one of the large files of the first upload.
 run("export", source, again, "--max-shard-size", "50KB", "--push", "{NAME}")
 run("export", again, "--push", "{NAME}", "--commit-message", "Second try")
 run("export", other, "--push", "{NAME}")
 run("export", again, "--push", "{NAME}", "--branch", "sharded")
 run("export", again, "--push", "{NAME}", "--public")
-run("export", other, "--push", "{OPEN}", "--public")
-run("export", other, "--push", "{OPEN}")
+run("export", opened, "--push", "{OPEN}", "--public")
+run("export", opened, "--push", "{OPEN}")
 del os.environ["HF_TOKEN"]  # a stranger from here on
 run("export", source, "--push", "{NAME}")
 run("doctor", "{NAME}")
@@ -132,18 +134,19 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy folder with a license; not to be changed."""
-    return save_model(*shared_model(), tmp_path_factory.mktemp("source") / "model", facts=FACTS)
+    return save_model(*shared_model(), tmp_path_factory.mktemp("source") / "model", card=STATED)
 
 
 @pytest.fixture(scope="module")
 def published(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     here = tmp_path_factory.mktemp("published")
-    other = save_model(*tiny_model(seed=1), here / "other", facts=FACTS)
+    other = save_model(*tiny_model(seed=1), here / "other", card=STATED)
+    opened = shutil.copytree(other, here / "opened")
+    pushed = shutil.copytree(source, here / "source")  # pushing names the repository on its card
     with HubServer() as hub:
         hub.fail_next_uploads, hub.upload_failure_status = 1, 403
-        answers = run_client(
-            PRELUDE + PUBLISH, hub.environment(here / "cache"), source, here / "sharded", other
-        )
+        folders = (pushed, here / "sharded", other, opened)
+        answers = run_client(PRELUDE + PUBLISH, hub.environment(here / "cache"), *folders)
         yield Published(hub, answers, here / "sharded", other)
 
 
@@ -174,7 +177,7 @@ def test_what_the_hub_calls_a_bad_request_is_explained(
     assert issubclass(BadRequestError, ValueError)
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(RuntimeError, match=r"broke off.*BadRequestError: the name is taken"):
-        push_to_hub(source, Destination(NAME))
+        push_to_hub(source, NAME)
 
 
 def test_hidden_files_stay_at_home(source: Path, tmp_path: Path) -> None:
@@ -205,7 +208,10 @@ def break_golden_embeddings(folder: Path) -> None:
             "not healthy, and an unhealthy folder never is.*golden embeddings: ",
         ),
         (lambda folder: (folder / "old.bin").touch(), r"can carry code: \['old.bin'\]"),
-        (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "is not a model folder: it has no",
+        ),
     ],
     ids=["no license", "unhealthy", "pickle", "no config"],
 )
@@ -216,6 +222,21 @@ def test_a_folder_that_nobody_should_get_is_refused(
     change(folder)
     with pytest.raises(ValueError, match=message):
         check_publishable(folder)
+
+
+def test_a_given_license_is_stated_on_the_card_before_the_upload(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    remove_license(folder)
+    with pytest.raises(ValueError, match="states no license"):
+        push_to_hub(folder, NAME)
+    assert check_publishable(folder, license="cc-by-4.0")  # which writes nothing
+    assert read_card_data(folder).license is None
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("reached the Hub"))
+    with pytest.raises(pytest.fail.Exception, match="reached the Hub"):
+        push_to_hub(folder, NAME, license="cc-by-4.0")
+    assert read_card_data(folder).license == "cc-by-4.0"
 
 
 def test_a_missing_license_stops_an_export_that_is_to_be_pushed_before_it_loads(
@@ -232,7 +253,7 @@ def test_a_missing_license_stops_an_export_that_is_to_be_pushed_before_it_loads(
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
 def test_a_name_that_is_no_hub_id_is_refused(repo_id: str) -> None:
     with pytest.raises(ValueError, match=r"owner/name|repo"):
-        Destination(repo_id)
+        require_repo_id(repo_id)
 
 
 # One commit
@@ -244,7 +265,7 @@ def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     code, _, error = published.answers[0]
     assert code == 2
     assert f"The upload to {NAME} broke off, and nothing of it is visible there" in error
-    assert f"Repeat it with `llm2clip export {published.sharded} --push {NAME}`" in error
+    assert f"Repeat it with `llm2clip push {published.sharded} {NAME}`" in error
     first, second, *_ = published.snapshots()
     assert set(first) == {".gitattributes"}
     del second[".gitattributes"]
@@ -287,11 +308,11 @@ def test_a_repository_is_private_unless_it_is_to_be_public(published: Published)
     assert not published.hub.repositories[OPEN].private
 
 
-def test_a_repository_of_the_other_kind_is_not_published_into(published: Published) -> None:
+def test_a_repository_of_other_access_is_not_published_into(published: Published) -> None:
     to_private, made, to_public = published.answers[4:7]
     assert made[0] == 0 and to_private[0] == to_public[0] == 2
-    assert f"{NAME} exists and is private, but it was to be public" in to_private[2]
-    assert f"{OPEN} exists and is public, but it was to be private" in to_public[2]
+    assert f"{NAME} exists and is private, but public was wanted" in to_private[2]
+    assert f"{OPEN} exists and is public, but private was wanted" in to_public[2]
     assert len(published.hub.repositories[OPEN].commits) == 2
 
 
@@ -299,12 +320,12 @@ def test_no_token_is_ever_shown(published: Published) -> None:
     assert published.hub.token not in json.dumps(published.answers)
 
 
-def test_without_a_token_nothing_is_published_and_the_way_out_is_named(
+def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
     published: Published,
 ) -> None:
     push, doctor = published.answers[7:]
     assert push[0] == 2
-    assert "no valid token came along. Log in with `hf auth login` or set HF_TOKEN" in push[2]
+    assert "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN" in push[2]
     assert doctor[0] == 1 and "RepositoryNotFoundError" in doctor[1]
 
 
@@ -373,9 +394,23 @@ def test_a_dry_run_of_an_export_refuses_what_the_real_one_would(
 def test_a_dry_run_knows_the_weight_files_before_they_are_written(
     components: str, dtype: str | None, max_shard_size: str, source: Path, tmp_path: Path
 ) -> None:
-    arguments = ExportArguments(components, dtype, max_shard_size)
-    planned = plan_export(source, tmp_path / "new", arguments)
-    written = export_model(source, tmp_path / "new", arguments)
+    config = ExportConfig(components=components, dtype=dtype, max_shard_size=max_shard_size)
+    compare_weight_files(source, tmp_path, config)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_a_dry_run_knows_the_weight_files_of_a_tower_with_batch_norm(
+    dtype: str | None, tmp_path: Path
+) -> None:
+    # It counts its batches in an integer, and keeps statistics beside its parameters.
+    model, processor = tiny_model("timm with batch norm")
+    source = save_model(model, processor, tmp_path / "source", card=STATED)
+    compare_weight_files(source, tmp_path, ExportConfig(dtype=dtype))
+
+
+def compare_weight_files(source: Path, tmp_path: Path, config: ExportConfig) -> None:
+    planned = plan_export(source, tmp_path / "new", config)
+    written = export_model(source, tmp_path / "new", config)
     tensors = {}
     for file in sorted(written.glob("*.safetensors")):
         if file.name.startswith("model"):

@@ -54,7 +54,7 @@ def test_the_first_search_keeps_its_embeddings_outside_the_image_folder(
 ) -> None:
     command = ["search", save_model(tmp_path / "model"), str(images), "a dog"]
     before = sorted(images.rglob("*"))
-    assert main([*command, "--no-keep"]) == 0
+    assert main([*command, "--no-keep-index"]) == 0
     assert find_known(capsys.readouterr().err).endswith("embeddings are not kept.")
     assert list_kept(own_cache) == []
     assert main(command) == 0
@@ -95,10 +95,9 @@ def test_a_cache_that_cannot_be_written_is_told_and_the_search_goes_on(
 def test_a_file_to_keep_in_and_no_keeping_exclude_each_other(
     images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["search", "m", str(images), "a dog", "--no-keep", "--embeddings", "a.safetensors"])
-    assert stopped.value.code == 2
-    assert "not allowed with" in capsys.readouterr().err
+    words = ["search", "m", str(images), "a dog", "--no-keep-index", "--index", "a.safetensors"]
+    assert main(words) == 2
+    assert "--index a.safetensors excludes --no-keep-index" in capsys.readouterr().err
 
 
 def test_every_whole_batch_before_a_break_is_kept(images: Path, tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_more_embeddings_than_a_file_holds_are_refused_before_anything_is_encode
     assert main(command) == 2
     assert "holds at most 5 embeddings; with 6 new images" in capsys.readouterr().err
     assert list_kept(own_cache) == []
-    assert main([*command, "--no-keep"]) == 0
+    assert main([*command, "--no-keep-index"]) == 0
 
 
 def test_a_header_has_room_for_the_most_that_is_kept(tmp_path: Path) -> None:

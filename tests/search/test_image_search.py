@@ -16,7 +16,7 @@ from tiny import draw_noise
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.named_embeddings import read_named_embeddings, write_named_embeddings
-from modeling_llm2clip.encoding.image_encoding import encode_images
+from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 from modeling_llm2clip.search import image_index as kept_embeddings
 from modeling_llm2clip.search import lettering
@@ -75,7 +75,9 @@ def test_the_best_images_are_those_of_the_greatest_cosine(images: Path) -> None:
     with torch.no_grad():
         output = model(**processor(text=SENTENCES, images=[str(path) for path in paths]))
     cosines = output.text_embeds @ output.image_embeds.T
-    gallery = make_gallery(model, paths, encode_images(model, processor, paths, batch_size=3))
+    gallery = make_gallery(
+        model, paths, encode_images(model, processor, paths, batch_size=3, project=False)
+    )
     for count in (1, 4, 50):
         results = find_images(model, processor, gallery, SENTENCES, count=count)
         for sentence, result, row in zip(SENTENCES, results, cosines, strict=True):
@@ -93,7 +95,7 @@ def test_the_command_prints_and_draws_what_it_found(
     images: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "found"
-    flags = ["--count", "3", "--output", str(output)]
+    flags = ["--top-k", "3", "--output", str(output)]
     assert main(["search", model_folder, str(images), *SENTENCES, *flags]) == 0
     tables = [table.splitlines() for table in capsys.readouterr().out.split("\n\n")]
     assert [lines[0] for lines in tables] == SENTENCES
@@ -162,7 +164,7 @@ def test_kept_embeddings_spare_what_was_encoded_before(
 ) -> None:
     gallery = Path(shutil.copytree(images, tmp_path / "gallery"))
     kept = tmp_path / "kept" / "embeddings.safetensors"
-    command = ["search", model_folder, str(gallery), "a dog", "--count", "20"]
+    command = ["search", model_folder, str(gallery), "a dog", "--top-k", "20"]
 
     def search(*flags: str) -> tuple[str, str]:
         assert main([*command, *flags]) == 0
@@ -170,7 +172,7 @@ def test_kept_embeddings_spare_what_was_encoded_before(
         (told,) = [line for line in shown.err.splitlines() if "of them known" in line]
         return told, shown.out
 
-    keep = ("--embeddings", str(kept))
+    keep = ("--index", str(kept))
     assert search(*keep)[0] == f"10 images, 0 of them known; embeddings in {kept}."
     (gallery / "1.png").rename(gallery / "other name.png")
     shutil.copy(gallery / "3.png", gallery / "copy of 3.png")
@@ -178,7 +180,7 @@ def test_kept_embeddings_spare_what_was_encoded_before(
     draw_noise(seed=77).save(gallery / "7.png")
     told, found = search(*keep)
     assert told == f"10 images, 9 of them known; embeddings in {kept}."
-    assert search("--no-keep") == (
+    assert search("--no-keep-index") == (
         "10 images, 0 of them known; embeddings are not kept.", found
     )  # fmt: skip
     names, stored = read_named_embeddings(kept).names, read_named_embeddings(kept).embeddings
@@ -206,7 +208,7 @@ def test_embeddings_of_another_model_or_use_are_refused(
     fingerprint = fingerprint_vision(model_folder)
     kept = tmp_path / "kept.safetensors"
     KeptEmbeddings(kept, {**fingerprint, "pooling": "another"}).encode(model, processor, paths[:1])
-    command = ["search", model_folder, str(images), "a dog", "--embeddings"]
+    command = ["search", model_folder, str(images), "a dog", "--index"]
     assert main([*command, str(kept)]) == 2
     assert "embeddings of another model: pooling: 'another'" in capsys.readouterr().err
     write_named_embeddings(kept, ["a"], torch.ones(1, 4))

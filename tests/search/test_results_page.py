@@ -49,7 +49,7 @@ def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
 ) -> None:
     shown = {}
     for style in ("table", "json", "csv"):
-        flags = ["--count", "2", "--format", style]
+        flags = ["--top-k", "2", "--format", style]
         assert main(["search", model_folder, str(images), *SENTENCES, *flags]) == 0
         shown[style] = capsys.readouterr().out
     records = json.loads(shown["json"])
@@ -87,7 +87,7 @@ def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
     [
         ([], "nothing to search for"),
         (["--image", "missing.png"], "--image missing.png: no such image"),
-        (["a dog", "--count", "0"], "--count 0 finds nothing"),
+        (["a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
     ],
 )
 def test_a_search_for_nothing_is_refused_before_the_model_is_looked_at(

@@ -13,19 +13,14 @@ import pytest
 from aligning import NUM_RECORDS, Prepared
 from captioned_files import (
     own_cache,  # noqa: F401
-    write_folder,
-    write_parquet,
-    write_shards,
 )
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.data_hashes import hash_image_sizes
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
@@ -96,7 +91,17 @@ def test_a_caption_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys
     data.write_text(
         "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
     )
-    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    flags = [
+        "--max-steps",
+        "1",
+        "--per-device-train-batch-size",
+        "4",
+        "--num-held-out",
+        "4",
+        "--device",
+        "cpu",
+        "--no-merge",
+    ]
     command = ["finetune-llm", str(folder), str(data), str(tmp_path / "run"), *flags]
     assert main(command) == 0
     move_weight(folder, "text_model.norm.weight")
@@ -151,13 +156,6 @@ def test_without_the_images_a_store_of_them_belongs_to_its_own_data(prepared: Pr
     edited = [replace(record, captions=("another",)) for record in bare]
     with pytest.raises(ValueError, match=r"other images of these names \(data \w+ then, \w+ now"):
         open_dataset(prepared, edited)
-
-
-def test_images_have_the_same_sizes_in_every_format(tmp_path: Path) -> None:
-    sources = [write(tmp_path / write.__name__) for write in (write_folder, write_shards)]
-    sources.append(write_parquet(tmp_path / "parquet"))
-    hashes = {hash_image_sizes(load_records(source)) for source in sources}
-    assert len(hashes) == 1
 
 
 def test_a_name_that_stands_for_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> None:

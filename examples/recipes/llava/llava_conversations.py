@@ -25,7 +25,7 @@ from typing import Any
 from modeling_llm2clip.data.image_sources import ImageSource, open_image
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import ErrorCollector
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 
 PLACEHOLDER = "<image>"  # where the image stands in a question
 _FIELDS = {"id", "image", "conversations", "model"}

@@ -1,1 +1,1 @@
-"""One file a format: each yields the raw records of its source, and knows no other."""
+"""One file per format; each yields raw records and knows no other format."""

@@ -1,24 +1,32 @@
-"""Reads COCO's caption files as they are published, such as `captions_val2017.json`.
+"""Reads COCO's caption files as published, such as `captions_val2017.json`.
 
-Their `images` name the images, their `annotations` hold one caption each: five an image, of some
-six or seven. The captions of an image are in the order of their annotations' numbers.
+`images` names the images; each of `annotations` holds one caption. An image has five captions, some
+have six or seven, in the order of their annotations' numbers.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..records import RawRecord
 from ..validation_errors import ErrorCollector
+from .json_files import read_json
 
 
 def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield one raw record an image, in the order of `images`.
+    """Yield a raw record per image, in the order of `images`.
 
-    Raises: ValueError when the file is not a COCO caption file.
+    Args:
+        file: COCO caption file.
+        errors: gets images and annotations that lack a field, repeat or do not belong together.
+
+    Yields:
+        The records; an image without a caption has an empty list.
+
+    Raises:
+        ValueError: the file is not a COCO caption file.
     """
     content = _load(file)
     captions = _group_captions(file, content["annotations"], errors)
@@ -32,7 +40,7 @@ def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
             errors.add("image 'id' repeated", place)
             continue
         seen.add(image["id"])
-        # Sizes, dates and addresses of the image are published too, and are no part of a record.
+        # An image's size, date and URLs are published too and are not part of a record.
         fields: dict[str, Any] = {"captions": captions.pop(image["id"], [])}
         if image.get("file_name") is not None:
             fields["file_name"] = image["file_name"]
@@ -42,10 +50,7 @@ def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON ({error}). Give COCO's caption file.") from error
+    content = read_json(file)
     lists = ("images", "annotations")
     if not isinstance(content, dict) or any(not isinstance(content.get(n), list) for n in lists):
         raise ValueError(f"{file}: no 'images' and 'annotations' lists. Give COCO's caption file.")
@@ -55,7 +60,7 @@ def _load(file: Path) -> dict[str, Any]:
 def _group_captions(
     file: Path, annotations: list[Any], errors: ErrorCollector
 ) -> dict[int, list[str]]:
-    """The captions of each image number, by annotation number."""
+    """Return the captions of each image number, by annotation number."""
     numbered: dict[int, list[tuple[int, str]]] = {}
     for index, annotation in enumerate(annotations):
         fields = annotation if isinstance(annotation, dict) else {}

@@ -1,17 +1,33 @@
-"""Reads JSON lines: `captions.jsonl`, or `metadata.jsonl` as `datasets` has it beside images."""
+"""Reads JSON: objects in lines, lists that are too large for memory, whole files.
+
+`captions.jsonl` has a record per line, and so has `metadata.jsonl`, the name that `datasets` gives
+such a file in a folder of images.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
-from ..json_objects import iterate_lines, parse_object
 from ..records import RawRecord
 from ..validation_errors import ErrorCollector
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
+_READ_AT_ONCE = 2**20  # characters
+
 
 def read_json_lines(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield one raw record a line; blank lines are none."""
+    """Yield a raw record per line that is not blank.
+
+    Args:
+        file: JSON lines, UTF-8.
+        errors: gets every line that is not a JSON object.
+
+    Yields:
+        The record of each other line, without the fields that are null.
+    """
     for number, line in iterate_lines(file):
         place = f"{file.name} line {number}"
         fields = parse_object(line)
@@ -19,3 +35,139 @@ def read_json_lines(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
             errors.add(fields, place)
         else:
             yield RawRecord(place, {k: v for k, v in fields.items() if v is not None})
+
+
+def iterate_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank.
+
+    Args:
+        file: text file. Only a line feed ends a line: a text may hold other separators.
+
+    Yields:
+        Number of the line, from 1, and its bytes.
+    """
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if line.strip():
+                yield number, line
+
+
+def parse_object(content: bytes) -> dict[str, Any] | str:
+    """Parse a JSON object.
+
+    Args:
+        content: of a line or a file.
+
+    Returns:
+        The object, or the error as a text.
+    """
+    try:
+        fields = json.loads(content.decode("utf-8"), object_pairs_hook=_make_object)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except json.JSONDecodeError:
+        return "not JSON"
+    except _RepeatedFieldError as error:
+        return str(error)
+    return fields if isinstance(fields, dict) else "not an object"
+
+
+class _RepeatedFieldError(Exception):
+    """A field occurs twice; json would silently keep the last one."""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedFieldError(f"field {twice!r} twice in one object")
+    return fields
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        file: UTF-8, with or without a byte order mark.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error}). Download it again.") from error
+
+
+def iterate_json_list(file: Path) -> Iterator[Any]:
+    """Yield the objects of a JSON list one by one; nothing after the last one taken is read.
+
+    Args:
+        file: UTF-8, with or without a byte order mark.
+
+    Yields:
+        The objects, in their order.
+
+    Raises:
+        ValueError: the file is not a JSON list, or is truncated.
+    """
+    with file.open(encoding="utf-8-sig") as stream:
+        text = _JsonStream(stream)
+        try:
+            text.take("[")
+            while text.peek() != "]":
+                yield text.decode()
+                if text.peek() != "]":
+                    text.take(",")
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file}: not a JSON list, or truncated ({error}). Download it again."
+            ) from error
+
+
+class _JsonStream:
+    """JSON that is read piece by piece."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._text = ""
+        self._position = 0
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """Return the next character that is not whitespace; empty at the end."""
+        while True:
+            while self._position < len(self._text) and self._text[self._position].isspace():
+                self._position += 1
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._read_more():
+                return ""
+
+    def take(self, mark: str) -> None:
+        """Skip a character that must come next."""
+        if self.peek() != mark:
+            raise json.JSONDecodeError(f"Expected {mark!r}", self._text, self._position)
+        self._position += 1
+
+    def decode(self) -> Any:
+        """Decode the next object, which may not have been read to its end yet."""
+        self.peek()
+        while True:
+            try:
+                value, self._position = self._decoder.raw_decode(self._text, self._position)
+                return value
+            except json.JSONDecodeError:
+                if not self._read_more():
+                    raise
+
+    def _read_more(self) -> bool:
+        part = self._stream.read(_READ_AT_ONCE)
+        self._text = self._text[self._position :] + part
+        self._position = 0
+        return bool(part)

@@ -1,11 +1,11 @@
-"""Reads Parquet through `datasets`: one row a record, columns as in the schema.
+"""Reads Parquet through `datasets`: a row is a record.
 
-The column `image` is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone.
+An image is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +14,133 @@ from ..records import RawRecord
 from ..validation_errors import ErrorCollector
 
 _ROWS_AT_ONCE = 1000
+_PACKED = object()  # an image whose bytes are in the file
 
 
-def read_parquet(files: Sequence[Path], base: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield one raw record a row; the bytes of images are left where they are.
+def read_parquet(
+    files: Sequence[Path],
+    base: Path,
+    errors: ErrorCollector,
+    *,
+    columns: Mapping[str, str] | None = None,
+    only: Mapping[str, str] | None = None,
+) -> Iterator[RawRecord]:
+    """Yield a raw record per row; the bytes of images are not read.
 
     Args:
         files: Parquet files, in their order.
-        base: folder that names are relative to.
-        errors: gets the files that cannot be read.
+        base: folder that names and places are relative to.
+        errors: gets the files that cannot be read, and those that lack a column.
+        columns: field of a record to the column that holds it, such as
+            `{"image": "img", "file_name": "id", "captions": "raw"}`; other columns are not read.
+            Default: every column, named as the fields of a record.
+        only: column to the value that a row must have, such as `{"split": "test"}`; other rows are
+            skipped.
+
+    Yields:
+        The records, without the fields that are null.
     """
-    broken = (import_datasets().exceptions.DatasetGenerationError, ValueError, OSError)
+    only = only or {}
     for file in files:
         name = file.relative_to(base).as_posix()
-        try:
-            table = open_table(file)
-        except broken as error:
-            reason = str(error.__cause__ or error).partition("\n")[0]
-            errors.add("not a Parquet file, or broken", f"{name} ({reason})")
+        table = _open(file, name, errors)
+        if table is None:
             continue
-        yield from _read_rows(file, name, table)
+        sources = columns or {column: column for column in table.column_names}
+        lost = {*sources.values(), *only} - set(table.column_names)
+        if lost:
+            errors.add(f"no column {', '.join(sorted(lost))}", name)
+            continue
+        for number, row, paths in _read_rows(file, table, {*sources.values(), *only}):
+            if any(row[column] != value for column, value in only.items()):
+                continue
+            fields = {field: row[column] for field, column in sources.items()}
+            path = paths.get(sources.get("image", ""))
+            yield _make_record(f"{name} row {number}", fields, f"{name}/{path or number}")
 
 
-def _read_rows(file: Path, name: str, table: Any) -> Iterator[RawRecord]:
-    columns = [column for column in table.column_names if column != "image"]
-    has_image = "image" in table.column_names
+def iterate_rows(
+    files: Sequence[Path], base: Path, errors: ErrorCollector
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of Parquet files whose rows are not records, such as pairs of images.
+
+    Args:
+        files: Parquet files, in their order.
+        base: folder that places are relative to.
+        errors: gets the files that cannot be read.
+
+    Yields:
+        The place of the row, for errors, and its columns; an image whose bytes are in the file is
+        a `ParquetImage`.
+    """
+    for file in files:
+        name = file.relative_to(base).as_posix()
+        table = _open(file, name, errors)
+        if table is not None:
+            for number, row, _ in _read_rows(file, table, table.column_names):
+                yield f"{name} row {number}", row
+
+
+def _open(file: Path, name: str, errors: ErrorCollector) -> Any:
+    """Open a file; None if it cannot be read, which is noted."""
+    broken = (import_datasets().exceptions.DatasetGenerationError, ValueError, OSError)
+    try:
+        return open_table(file)
+    except broken as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        errors.add("not a Parquet file, or broken", f"{name} ({reason})")
+        return None
+
+
+def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRecord:
+    given = {name: value for name, value in fields.items() if value is not None}
+    packed = None
+    if isinstance(given.get("image"), ParquetImage):
+        packed = given.pop("image")
+    return RawRecord(place, given, packed=packed, default_name=default_name)
+
+
+def _read_rows(
+    file: Path, table: Any, columns: Collection[str]
+) -> Iterator[tuple[int, dict[str, Any], dict[str, str | None]]]:
+    """Yield number and columns of each row, and the path that each packed image came with."""
+    chosen = table.data.select([name for name in table.column_names if name in columns])
     for start in range(0, len(table), _ROWS_AT_ONCE):
-        rows = table.data.slice(start, _ROWS_AT_ONCE)
-        texts = rows.select(columns).to_pylist() if columns else [{} for _ in range(len(rows))]
-        images = _describe_images(rows.column("image")) if has_image else [None] * len(texts)
-        for offset, (fields, image) in enumerate(zip(texts, images, strict=True)):
-            number = start + offset
-            place = f"{name} row {number}"
-            given = {k: v for k, v in fields.items() if v is not None}
-            if isinstance(image, str):
-                given["image"] = image
-            packed = ParquetImage(file, "image", number) if isinstance(image, tuple) else None
-            inner = (image[0] if isinstance(image, tuple) else None) or str(number)
-            yield RawRecord(place, given, packed=packed, default_name=f"{name}/{inner}")
+        part = chosen.slice(start, _ROWS_AT_ONCE)
+        read = {name: _read_column(part.column(name)) for name in part.column_names}
+        for offset in range(min(_ROWS_AT_ONCE, len(table) - start)):
+            row: dict[str, Any] = {}
+            paths: dict[str, str | None] = {}
+            for name, (values, packed_paths) in read.items():
+                row[name] = values[offset]
+                if row[name] is _PACKED:
+                    row[name] = ParquetImage(file, name, start + offset)
+                    paths[name] = packed_paths[offset]
+            yield start + offset, row, paths
 
 
-def _describe_images(column: Any) -> list[str | tuple[str | None] | None]:
-    """For each row: a path, or (the packed image's own path or None,), or None for no image."""
-    described: list[str | tuple[str | None] | None] = []
+def _read_column(column: Any) -> tuple[list[Any], list[Any]]:
+    """Return the values, `_PACKED` for the bytes of an image, and the paths of images."""
+    values: list[Any] = []
+    paths: list[Any] = []
     for chunk in column.chunks:
         kind = str(chunk.type)
+        names = []
         if kind.startswith("struct"):
-            # Fields of a struct are read without the others: no image's bytes are touched.
             names = [chunk.type.field(index).name for index in range(chunk.type.num_fields)]
-            nothing = [None] * len(chunk)
-            paths = chunk.field("path").to_pylist() if "path" in names else nothing
+        nothing = [None] * len(chunk)
+        valid = chunk.is_valid().to_pylist()
+        if {"bytes", "path"} & set(names):
+            # Fields of a struct are read without the others: no image's bytes are touched.
+            of_chunk = chunk.field("path").to_pylist() if "path" in names else nothing
             packed = chunk.field("bytes").is_valid().to_pylist() if "bytes" in names else nothing
-            valid = chunk.is_valid().to_pylist()
-            for path, has_bytes, is_there in zip(paths, packed, valid, strict=True):
-                described.append((path,) if has_bytes and is_there else path if is_there else None)
-        elif "binary" in kind:
-            described += [
-                (None,) if is_there else None for is_there in chunk.is_valid().to_pylist()
+            values += [
+                (_PACKED if has_bytes else path) if is_there else None
+                for path, has_bytes, is_there in zip(of_chunk, packed, valid, strict=True)
             ]
+            paths += of_chunk
         else:
-            described += chunk.to_pylist()
-    return described
+            is_binary = "binary" in kind
+            values += [_PACKED if v else None for v in valid] if is_binary else chunk.to_pylist()
+            paths += nothing
+    return values, paths

@@ -1,13 +1,12 @@
-"""Reads webdataset's tar shards: members `key.jpg`, `key.json`, `key.txt` are one sample.
+"""Reads webdataset's tar shards: the members `KEY.jpg`, `KEY.json` and `KEY.txt` are one sample.
 
-Python's own tarfile does it, not `webdataset`: that library streams shards from front to back,
-while training here draws images at random, and its stages must agree on their order. So the
-headers are read once, the texts with them, and of an image only its offset and size are kept; a
-image is later one read at that offset, from a shard that is never unpacked. Compressed tars have
-no such offsets and are refused.
+`KEY.json` holds fields of a record; `KEY.txt` is the caption of a sample whose JSON has none. It is
+not read beside one that has, because downloading tools write the same caption into both.
 
-`key.json` holds fields of the schema; `key.txt` is the caption of a sample whose JSON has none, and
-is not read beside one that has, since downloading tools write the same caption into both.
+Python's own tarfile reads them, not `webdataset`, which streams shards from front to back: training
+here samples images at random, and its stages must agree on their order. So the headers and texts
+are read once, and of an image only offset and size are kept. An image is later one read at that
+offset, from a shard that is never unpacked. Compressed tars have no such offsets and are refused.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..image_sources import IMAGE_SUFFIXES, TarImage
-from ..json_objects import parse_object
 from ..records import CAPTION_FIELDS, RawRecord
 from ..validation_errors import ErrorCollector
+from .json_files import parse_object
 
 # What img2dataset writes beside the caption; its `key` is the sample's name, not what it shows.
 _DOWNLOAD_NOTES = frozenset(
@@ -32,7 +31,7 @@ _DOWNLOAD_NOTES = frozenset(
 
 @dataclass
 class _Sample:
-    """The members of one key, as far as they have been met."""
+    """The members of one sample that have been read so far."""
 
     images: list[TarImage] = field(default_factory=list)
     fields: dict[str, Any] | None = None
@@ -43,12 +42,15 @@ class _Sample:
 def read_tar_shards(
     shards: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[RawRecord]:
-    """Yield one raw record a sample, in the order of the shards and of their members.
+    """Yield a raw record per sample, in the order of the shards and of their members.
 
     Args:
-        shards: tar files that are not compressed.
+        shards: uncompressed tar files, in their order.
         base: folder that names are relative to.
         errors: gets shards and members that cannot be read.
+
+    Yields:
+        The records of the samples without such errors.
     """
     for shard in shards:
         name = shard.relative_to(base).as_posix()
@@ -65,7 +67,7 @@ def read_tar_shards(
 
 
 def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, _Sample]:
-    """Read every header of a shard once, and the texts; pass over the images."""
+    """Read every header of a shard once, and the texts; skip the images."""
     samples: dict[str, _Sample] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -81,15 +83,15 @@ def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, _S
     except (tarfile.TarError, OSError) as error:
         errors.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
-            sample.is_broken = True  # what it lacks may have been cut off
+            sample.is_broken = True  # its other members may be missing
     return samples
 
 
 def _require_end(shard: Path, offset: int) -> None:
-    """Raise tarfile.ReadError unless nothing but the end of an archive lies behind its members.
+    """Raise tarfile.ReadError unless the members are followed by nothing but the archive's end.
 
-    `tarfile` ends at a header that is damaged, cut off or behind another archive's end as if there
-    were no more.
+    At a header that is damaged, truncated or that follows another archive's end, `tarfile` stops as
+    if there were no more.
     """
     with shard.open("rb") as opened:
         opened.seek(offset)
@@ -99,7 +101,7 @@ def _require_end(shard: Path, offset: int) -> None:
             is_whole = not rest.strip(b"\0")
             rest = opened.read(2**20)
     if not is_whole:
-        raise tarfile.ReadError(f"the archive is cut off or damaged at byte {offset}")
+        raise tarfile.ReadError(f"the archive is truncated or damaged at byte {offset}")
 
 
 def _split(member: str) -> tuple[str, str]:
@@ -116,7 +118,7 @@ def _add_member(
     shard: Path,
     extension: str,
 ) -> str:
-    """Take a member into its sample; returns its error, which is empty for a good one."""
+    """Add a member to its sample; return its error, empty if there is none."""
     if not member.isreg() or member.issparse():
         return "member is not a plain file"
     if extension in IMAGE_SUFFIXES:
@@ -157,7 +159,7 @@ def _add_text(sample: _Sample, content: bytes) -> str:
 
 
 def _merge(sample: _Sample) -> dict[str, Any]:
-    """The sample's fields, with its `.txt` as the caption where they have none."""
+    """Return the sample's fields, with its `.txt` as the caption if they have none."""
     fields = dict(sample.fields or {})
     if sample.text is not None and not CAPTION_FIELDS & set(fields):
         fields["caption"] = sample.text

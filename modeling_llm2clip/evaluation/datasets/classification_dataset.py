@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ...data.atomic_files import hash_file
 from ...data.image_sources import ImageSource
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_repeated
-from .validation import DatasetValidator, hash_with
+from .validation import DatasetValidator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,7 @@ def _describe_names(
         return {"from": "given", **used}
     if found.names_file is None:
         return {"from": "names of the folders", **used}
-    file_sha256 = hash_with(found.names_file, "sha256")
+    file_sha256 = hash_file(found.names_file)
     return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
 
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
-from ...data.record_loading import load_records
+from ...data.record_loading import fetch_dataset_folder, load_records
 from ...data.records import CaptionedImage
 from .catalog import (
     compositional,
@@ -22,7 +22,6 @@ from .catalog import (
     short_captions,
 )
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest
-from .readers.parquet_columns import fetch_hub_folder
 from .retrieval_dataset import RetrievalDataset
 from .validation import DatasetValidator, ReadingCache
 
@@ -238,7 +237,7 @@ def read_data(
             image_dir=config.image_dir,
             require_images=require_images,
             check_images=check_images,
-            ignored_fields=config.ignore_fields,
+            ignore_fields=config.ignore_fields,
             show_progress=True,
         )
     spec, folder = resolve_dataset(data)
@@ -285,7 +284,7 @@ def _find_folder(
             f"{spec.name} needs a folder with {spec.files}. Get it from {spec.source}."
         )
     if _is_on_hub(folder):
-        return fetch_hub_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
+        return fetch_dataset_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
     if not Path(folder).exists():
         raise ValueError(
             f"{spec.name}: {folder} does not exist. Give a folder with {spec.files}, from "

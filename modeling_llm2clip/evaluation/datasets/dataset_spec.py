@@ -102,6 +102,14 @@ class ReadRequest:
         assert self.folder is not None
         return self.folder
 
+    def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
+        """List the Parquet files in the folder and its subfolders, by path.
+
+        Args:
+            pattern: As `Path.glob` takes it; `{lang}` is the language.
+        """
+        return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from ...data.caption_groups import CaptionGroup
 from ...data.image_sources import ImageSource
 from ...data.records import CaptionedImage, clean_text
+from ...data.sources.parquet import read_parquet
 from ..metrics.correspondence import Correspondence
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
 from .validation import DatasetValidator
@@ -164,6 +165,48 @@ def build_retrieval_dataset(
     valid = [record for record in records if record.is_valid]
     validator.notes["skipped_samples"] = num_lost + len(records) - len(valid)
     return _assemble(spec, request, validator, valid, skipped)
+
+
+def read_parquet_or(
+    request: ReadRequest,
+    validator: DatasetValidator,
+    *,
+    columns: Mapping[str, str],
+    otherwise: RecordReader,
+    only: Mapping[str, str] | None = None,
+    files: str = "**/*.parquet",
+) -> Iterator[PublishedRecord]:
+    """Read the folder's Parquet files if it has any, and the publisher's other form if not.
+
+    Args:
+        request: How the dataset is to be read.
+        validator: Collects the errors.
+        columns: Columns of `image`, `file_name` and `captions`; see `read_parquet`.
+        otherwise: Reads the other form.
+        only: Column to the value that a row must have.
+        files: Pattern of the files; `{lang}` is the language.
+
+    Raises:
+        ValueError: There are Parquet files, but not of the language.
+    """
+    if not request.list_parquet_files():
+        yield from otherwise(request, validator)
+        return
+    found = request.list_parquet_files(files)
+    if not found:
+        raise ValueError(
+            f"{validator.source}: no {files.format(lang=request.lang)} in {request.folder}. Get "
+            "the files of this language."
+        )
+    for raw in read_parquet(
+        found, request.data_folder, validator.errors, columns=columns, only=only
+    ):
+        name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
+        texts = captions if isinstance(captions, list) else [captions]
+        if name is None or not all(isinstance(text, str) for text in texts):
+            validator.errors.add("no name of an image, or captions that are not texts", raw.place)
+            continue
+        yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
 
 
 def _check_record(

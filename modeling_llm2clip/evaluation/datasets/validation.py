@@ -7,17 +7,14 @@ samples are skipped instead, and every skipped one is counted in the dataset's p
 from __future__ import annotations
 
 import gzip
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data.image_checks import find_unreadable_images
-from ...data.image_sources import ImageSource
+from ...data.atomic_files import hash_file
+from ...data.image_sources import ImageSource, find_unreadable_images
 from ...data.validation_errors import ErrorCollector
-
-_HASHED_AT_ONCE = 2**20  # bytes
 
 
 @dataclass
@@ -144,7 +141,7 @@ class DatasetValidator:
         ]
         for name, file in known:
             algorithm, _, wanted = published[name].partition(":")
-            is_same = hash_with(file, algorithm) == wanted
+            is_same = hash_file(file, algorithm) == wanted
             self.notes.setdefault("checksums", {})[name] = "published" if is_same else "differs"
             if not (is_same or self.skip_invalid):
                 self.errors.add("file is not the published one", f"{name}: {algorithm} differs")
@@ -186,20 +183,3 @@ def read_lines(file: Path) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
-
-
-def hash_with(file: Path, algorithm: str) -> str:
-    """Hash a file.
-
-    Args:
-        file: The file.
-        algorithm: Name of the algorithm in `hashlib`.
-
-    Returns:
-        Hexadecimal digits.
-    """
-    digest = hashlib.new(algorithm)
-    with file.open("rb") as content:
-        while part := content.read(_HASHED_AT_ONCE):
-            digest.update(part)
-    return digest.hexdigest()

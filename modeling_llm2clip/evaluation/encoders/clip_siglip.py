@@ -32,7 +32,7 @@ from .encoder import (
     EncoderDescription,
     choose_dtype,
     describe_run,
-    encode_distinct,
+    encode_batches,
     find_loading_dtype,
     load_rgb,
     require_images,
@@ -96,7 +96,7 @@ class ClipSiglipEncoder:
         check_texts(list(texts))
         chosen = [text.lower() for text in texts] if self._rules.lower_case else list(texts)
         lengths = self._count_tokens(list(dict.fromkeys(chosen)))
-        embeds = encode_distinct(
+        embeds = encode_batches(
             chosen,
             self._tokenize,
             lambda inputs: self._find_pooled(self._model.get_text_features(**inputs)),
@@ -115,7 +115,7 @@ class ClipSiglipEncoder:
             names: Not used.
         """
         require_images(images)
-        return encode_distinct(
+        return encode_batches(
             images,
             self._prepare_images,
             lambda inputs: self._find_pooled(self._model.get_image_features(**inputs)),

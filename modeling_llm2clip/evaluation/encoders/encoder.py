@@ -5,20 +5,18 @@ N is a number of texts or images, D the width of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ...configs.evaluation_config import EncoderConfig
 from ...data.image_sources import open_image
 from ...encoding.devices import find_device
-from ...encoding.float32 import float32_as_such
-from ...processing_llm2clip import load_images
+from ...encoding.encode import encode_distinct
+from ...image_loading_llm2clip import load_images
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,8 @@ def describe_run(config: EncoderConfig) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
-def encode_distinct(
-    items: Sequence[Hashable],
+def encode_batches(
+    items: Sequence[Any],
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
     config: EncoderConfig,
@@ -151,14 +148,11 @@ def encode_distinct(
     unit: str,
     size_of: Callable[[Any], int] | None = None,
 ) -> Tensor:
-    """Encode every distinct item once, in batches, and return the embedding of each item.
-
-    Equal items get the same embedding, bit for bit: from two batches they would differ in the last
-    bit, and no longer tie.
+    """Encode every distinct item once, in batches that are prepared ahead.
 
     Args:
         items: Texts or images; at least one.
-        prepare: Makes what `encode` takes of a batch of items; runs ahead in a thread.
+        prepare: Makes what `encode` takes of a batch of items; runs in threads.
         encode: Makes (B, D), on any device and of any float dtype.
         config: How the model is run.
         unit: Name of the items in the progress bar.
@@ -166,29 +160,28 @@ def encode_distinct(
 
     Returns:
         (N, D) float32 on the CPU.
+
+    Raises:
+        ValueError: An embedding has NaN or infinity.
     """
-    distinct = {item: row for row, item in enumerate(dict.fromkeys(items))}
-    ordered = list(distinct)
-    if size_of is not None:
-        ordered.sort(key=size_of, reverse=True)
     size = choose_batch_size(config)
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    embeddings: Tensor | None = None
-    progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not config.show_progress)
-    with ThreadPoolExecutor(1) as pool, float32_as_such():
-        ahead = pool.submit(prepare, batches[0])
-        for number, batch in enumerate(batches):
-            prepared = ahead.result()
-            if number + 1 < len(batches):
-                ahead = pool.submit(prepare, batches[number + 1])
-            embeds = encode(prepared).float().cpu()
-            if embeddings is None:
-                embeddings = torch.empty(len(ordered), embeds.shape[1])
-            embeddings[[distinct[item] for item in batch]] = embeds
-            progress.update(len(batch))
-    progress.close()
-    assert embeddings is not None
-    return embeddings[[distinct[item] for item in items]]
+
+    def plan(rows: Sequence[int]) -> list[list[int]]:
+        places = list(range(len(rows)))
+        if size_of is not None:
+            places.sort(key=lambda place: size_of(items[rows[place]]), reverse=True)
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+    total = len(dict.fromkeys(items))
+    with tqdm(total=total, unit=f" {unit}", disable=not config.show_progress) as progress:
+        return encode_distinct(
+            list(items),
+            batches=plan,
+            prepare=prepare,
+            encode=encode,
+            num_workers=config.num_workers,
+            on_batch=lambda rows, _: progress.update(len(rows)),
+        )
 
 
 def require_images(images: Sequence[Any]) -> None:

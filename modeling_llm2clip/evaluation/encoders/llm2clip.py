@@ -13,13 +13,11 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.devices import find_device
-from ...encoding.float32 import float32_as_such
-from ...encoding.image_encoding import encode_images
-from ...encoding.text_encoding import encode_captions
+from ...encoding.encode import encode_images, encode_texts, measure_texts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
-from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
+from ...processing_llm2clip import LLM2CLIPProcessor
 from .descriptions import describe_activation, describe_image_processor, is_uncased
 from .encoder import (
     EncodedTexts,
@@ -61,21 +59,15 @@ class LLM2CLIPEncoder:
             texts: At least one.
         """
         size = self._run_config.batch_size
-        encoded = encode_captions(
+        embeds = encode_texts(
             self._model,
             self._processor,
             texts,
             token_budget=None if size is None else size * _TOKENS_PER_TEXT,
             show_progress=self._run_config.show_progress,
         )
-        project = self._model.project_caption_embeds
-        whole = clean_list(texts)
-        ids = self._processor.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
-        longest = self._processor.longest_text
-        return EncodedTexts(
-            embeds=self._project(project, encoded.caption_embeds),
-            is_truncated=torch.tensor([len(row) > longest for row in ids]),
-        )
+        _, is_truncated = measure_texts(self._processor, texts)
+        return EncodedTexts(embeds, torch.from_numpy(is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode images with vision tower and projection.
@@ -84,22 +76,14 @@ class LLM2CLIPEncoder:
             images: At least one.
             names: Not used.
         """
-        distinct = {image: row for row, image in enumerate(dict.fromkeys(images))}
-        embeds = encode_images(
+        return encode_images(
             self._model,
             self._processor,
-            list(distinct),
+            images,
             batch_size=self._run_config.batch_size,
+            num_workers=self._run_config.num_workers,
             show_progress=self._run_config.show_progress,
         )
-        projected = self._project(self._model.project_vision_embeds, embeds)
-        return projected[[distinct[image] for image in images]]
-
-    @torch.inference_mode()
-    def _project(self, project: Any, embeds: Tensor) -> Tensor:
-        with float32_as_such():
-            projected: Tensor = project(embeds.to(self._model.device)).cpu()
-        return projected
 
     @cached_property
     def _model(self) -> LLM2CLIPModel:

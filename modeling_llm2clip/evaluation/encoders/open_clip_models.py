@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..._extras import OPEN_CLIP, Need, require
 from ...configs.evaluation_config import EncoderConfig
-from ...data.embedding_store_layout import hash_file
+from ...data.atomic_files import hash_file
 from ...encoding.devices import find_device
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ...processing_llm2clip import check_texts
@@ -31,7 +31,7 @@ from .encoder import (
     EncodedTexts,
     EncoderDescription,
     describe_run,
-    encode_distinct,
+    encode_batches,
     load_rgb,
     require_images,
 )
@@ -106,7 +106,7 @@ class OpenClipEncoder:
             texts: At least one.
         """
         check_texts(list(texts))
-        embeds = encode_distinct(
+        embeds = encode_batches(
             texts,
             self._tokenizer,
             lambda ids: self._model.encode_text(ids.to(find_device(self._run_config.device))),
@@ -124,7 +124,7 @@ class OpenClipEncoder:
             names: Not used.
         """
         require_images(images)
-        return encode_distinct(
+        return encode_batches(
             images,
             lambda batch: torch.stack([self._transform(p) for p in load_rgb(batch)]),
             lambda pixels: self._model.encode_image(self._cast(pixels)),

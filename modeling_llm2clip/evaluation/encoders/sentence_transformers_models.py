@@ -30,7 +30,7 @@ from .encoder import (
     EncoderDescription,
     choose_dtype,
     describe_run,
-    encode_distinct,
+    encode_batches,
     find_loading_dtype,
     load_rgb,
     require_images,
@@ -77,7 +77,7 @@ class SentenceTransformerEncoder:
             texts: At least one.
         """
         check_texts(list(texts))
-        embeds = encode_distinct(
+        embeds = encode_batches(
             texts, list, self._encode, self._run_config, unit="texts", size_of=len
         )
         return EncodedTexts(embeds, self._find_truncated(texts))
@@ -95,7 +95,7 @@ class SentenceTransformerEncoder:
                 f"{self._source} is a sentence-transformers model for "
                 f"{', '.join(self._facts.modalities)}; it takes no images. Give it text tasks."
             )
-        return encode_distinct(images, load_rgb, self._encode, self._run_config, unit="images")
+        return encode_batches(images, load_rgb, self._encode, self._run_config, unit="images")
 
     def _encode(self, batch: list[Any]) -> Tensor:
         embeddings: Tensor = self._model.encode(

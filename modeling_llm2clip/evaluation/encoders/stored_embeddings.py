@@ -19,25 +19,26 @@ from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.embedding_store import EmbeddingStore
-from ...data.embedding_store_layout import MANIFEST_FILE
+from ...data.atomic_files import hash_json
+from ...data.data_hashes import hash_records
+from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
-from ...data.records import CaptionedImage, hash_records
-from ...encoding.devices import find_device
+from ...data.records import CaptionedImage
+from ...encoding.encode import project_captions, project_images
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,
     fingerprint_vision,
     fingerprint_weights,
-    hash_json,
 )
+from ...model_folders.model_loading import load_partial_model
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
-from .encoder import EncodedTexts, EncoderDescription, choose_dtype, find_loading_dtype
+from .encoder import EncodedTexts, EncoderDescription, choose_dtype
 
 _SHOWN = 5
-_SIDE_OF_KIND = {"caption_embeds": "texts", "vision_embeds": "images"}
+_SIDE_OF_CONTENT = {"caption_embeds": "texts", "vision_embeds": "images"}
 _STORE_FOLDERS = (".", "captions", "images")
 
 
@@ -131,7 +132,7 @@ class StoredEmbeddingsEncoder:
         check_texts(list(texts))
         embeds = self._look_up("texts", texts)
         if self._head is not None:
-            embeds = self._project(self._head.project_caption_embeds, embeds)
+            embeds = project_captions(self._head, embeds)
         return EncodedTexts(embeds, None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
@@ -143,7 +144,7 @@ class StoredEmbeddingsEncoder:
         """
         embeds = self._look_up("images", names)
         if self._head is not None:
-            embeds = self._project(self._head.project_vision_embeds, embeds)
+            embeds = project_images(self._head, embeds)
         return embeds
 
     def _look_up(self, name: str, wanted: Sequence[str]) -> Tensor:
@@ -169,17 +170,13 @@ class StoredEmbeddingsEncoder:
             )
         return embeds
 
-    @torch.inference_mode()
-    def _project(self, project: Callable[[Tensor], Tensor], embeds: Tensor) -> Tensor:
-        return project(embeds.to(find_device(self._run_config.device))).cpu()
-
     @cached_property
     def _head(self) -> LLM2CLIPModel | None:
         if self._head_folder is None:
             return None
-        dtype = find_loading_dtype(self._run_config)
-        model = LLM2CLIPModel.from_pretrained(self._head_folder, dtype=dtype)
-        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return,arg-type]
+        model = load_partial_model(self._head_folder, device=self._run_config.device)
+        dtype = self._run_config.dtype
+        return model if dtype == "saved" else model.to(dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
 
     @cached_property
     def _description(self) -> EncoderDescription:
@@ -252,7 +249,7 @@ def _open_stores(
     sides = {}
     for store in stores:
         _require_data(store, records)
-        side = _SIDE_OF_KIND[store.manifest.kind]
+        side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
             store.require_fingerprint(of_head(head))

@@ -14,11 +14,11 @@ from published_datasets import (
     write_iiw,
 )
 
+from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     load_dataset,
 )
-from modeling_llm2clip.evaluation.datasets.validation import hash_with
 
 
 def test_a_wrong_count_names_both_numbers_and_what_to_do(tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_a_file_with_the_published_checksum_is_reported_as_such(tmp_path: Path) 
     # The digest of `md5sum`, of bytes that are known.
     file_of_known_digest = tmp_path / "known"
     file_of_known_digest.write_bytes(b"abc")
-    assert hash_with(file_of_known_digest, "md5") == "900150983cd24fb0d6963f7d28e17f72"
+    assert hash_file(file_of_known_digest, "md5") == "900150983cd24fb0d6963f7d28e17f72"
     spec = tiny_spec("coco", images=3, captions=15)
-    good = replace(spec, checksums={file.name: f"md5:{hash_with(file, 'md5')}"})
+    good = replace(spec, checksums={file.name: f"md5:{hash_file(file, 'md5')}"})
     assert load_dataset(good, folder).protocol["checksums"] == {file.name: "published"}
     bad = replace(spec, checksums={file.name: "md5:900150983cd24fb0d6963f7d28e17f72"})
     with pytest.raises(ValueError, match=r"not the published one: 1 \(coco_karpathy_test.json"):

@@ -19,7 +19,7 @@ from modeling_llm2clip.evaluation.encoders.open_clip_published import (
     find_preprocessing,
     refuse_torchscript,
 )
-from modeling_llm2clip.processing_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
 
 
 def test_open_clip_embeddings_are_its_own(models: Any, images: list[Path]) -> None:
@@ -163,7 +163,7 @@ def test_an_open_clip_repository_of_bin_weights_alone_is_fetched_with_them(
         "pytorch_model.bin": b"of another library",
     }
     code = (
-        "from modeling_llm2clip.evaluation.encoders.auto import load_encoder\n"
+        "from modeling_llm2clip.evaluation.encoders.kinds import load_encoder\n"
         "encoder = load_encoder('owner/model')\n"
         "print(encoder.describe().kind, tuple(encoder.encode_texts(['a dog']).embeds.shape))\n"
     )

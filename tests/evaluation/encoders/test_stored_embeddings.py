@@ -10,23 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tiny_encoders import TEXTS, save_tiny_images
 from tiny_folders import export_tiny_model
 
+from modeling_llm2clip.configs.evaluation_config import (
+    EncoderConfig,
+    EvaluatedModel,
+    EvaluationConfig,
+)
 from modeling_llm2clip.data.named_embeddings import (
-    read_named_embeddings,
     side_file,
     write_named_embeddings,
 )
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
@@ -72,46 +69,6 @@ def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
     write_sides(tmp_path, width=4, image_width=6)
     with pytest.raises(ValueError, match=r"widths \{'texts': 4, 'images': 6\}"):
         load_encoder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "embeddings", "message"),
-    [
-        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"1 embeddings have a NaN.*\['b'\]"),
-        (["a", "a"], torch.ones(2, 3), r"1 names repeat: \['a'\]"),
-        (["a"], torch.ones(2, 3), r"embeddings \(2, 3\) must have one row for each of the 1 names"),
-        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
-    ],
-)
-def test_broken_embeddings_are_refused_on_writing_and_reading(
-    names: list[str], embeddings: torch.Tensor, message: str, tmp_path: Path
-) -> None:
-    file = side_file(tmp_path, "texts")
-    with pytest.raises(ValueError, match=message):
-        write_named_embeddings(file, names, embeddings)
-    assert not file.exists()
-    save_file({"embeddings": embeddings}, file, metadata={"names": json.dumps(names)})
-    with pytest.raises(ValueError, match=rf"texts\.safetensors: .*{message}"):
-        read_named_embeddings(file)
-
-
-def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
-    file = side_file(tmp_path, "texts")
-    save_file({"weight": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds 'weight' and"):
-        read_named_embeddings(file)
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"not a whole safetensors file"):
-        read_named_embeddings(file)
-
-
-def test_a_file_with_the_weights_of_a_model_is_told_in_a_few_words(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    names = [f"text_model.layers.{number}.mlp.weight" for number in range(700)]
-    save_file({name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"mlp.weight' and 695 more") as told:
-        read_named_embeddings(file)
-    assert len(str(told.value)) < 500 + len(str(file))
 
 
 def test_other_names_of_the_same_embeddings_are_other_embeddings(tmp_path: Path) -> None:
@@ -170,9 +127,9 @@ def test_the_head_and_its_dtype_are_of_the_run(extracted: Any, tmp_path: Path) -
     described = [
         load_encoder(root / "stores", settings, records=records, head=head).describe()
         for head, settings in (
-            (model, EncoderSettings()),
-            (other, EncoderSettings()),
-            (model, EncoderSettings(dtype="bfloat16")),
+            (model, EncoderConfig()),
+            (other, EncoderConfig()),
+            (model, EncoderConfig(dtype="bfloat16")),
         )
     ]
     assert described[0].fingerprint != described[1].fingerprint
@@ -208,15 +165,13 @@ def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -
 def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
     root, model, _ = extracted
     stores = EvaluatedModel(
-        str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
+        source=str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
     )
     stored, ours = evaluate(
-        EvaluationArguments(
-            models=(stores, EvaluatedModel(str(model))),
-            data=(EvaluatedDataset("folder", str(root / "data")),),
-            tasks=("retrieval",),
-            output=tmp_path,
-        )
+        [stores, model],
+        root / "data",
+        EvaluationConfig(output=tmp_path, show_progress=False),
+        tasks=("retrieval",),
     )
     assert stored.scores == ours.scores
     assert stored.protocol["model"]["kind"] == "embeddings"

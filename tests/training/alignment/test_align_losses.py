@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from aligning import SHORT_RUN, Prepared, command_of, prepare, read_losses, read_tensorboard_losses
 from gloo_workers import find_free_port
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 
 ROOT = Path(__file__).parents[3]
 
@@ -125,7 +125,8 @@ def test_sharded_processes_train_as_one_does_with_the_whole_batch(
     }  # fmt: skip
     assert main(command_of(prepared, tmp_path / "one", **changed)) == 0
     launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/fsdp.yaml",
-              "--main_process_port", str(find_free_port()), "tests/helpers/fsdp_on_cpu.py"]  # fmt: skip
+              "--main_process_port", str(find_free_port()),
+              "tests/helpers/fsdp_on_cpu.py"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *launch, *command_of(prepared, tmp_path / "two", **changed)],
         cwd=ROOT, capture_output=True, text=True, timeout=400,

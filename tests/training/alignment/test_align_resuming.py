@@ -16,11 +16,11 @@ import pytest
 import torch
 from aligning import LONG_RUN, SHORT_RUN, Prepared, command_of, names_that_differ, read_losses
 from killed_writers import leave_unfinished
+from modeling_llm2clip.training.checkpoints import forget_what_came_after
+from modeling_llm2clip.training.run_record import write_run_record
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.training.checkpoints import forget_what_came_after
-from modeling_llm2clip.training.run_record import write_run_record
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,7 +49,7 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
     assert main(command_of(prepared, tmp_path / "whole")) == 0
     killed = tmp_path / "killed"
     command = command_of(prepared, killed)
-    code = run_until([*command, "--workers", "1"], killed, lines=25, by=signal.SIGKILL)
+    code = run_until([*command, "--num-workers", "1"], killed, lines=25, by=signal.SIGKILL)
     assert code == -signal.SIGKILL and not (killed / "model").exists()
     assert main([*command, "--resume"]) == 0
     # Bit for bit.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from aligning import NUM_RECORDS, Prepared
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import (
     AlignmentDataset,
-    find_needed_size,
-    open_near_size,
 )
 from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler, sample_caption
 
@@ -73,21 +72,13 @@ def test_stored_and_online_captions_are_the_same_draws(prepared: Prepared) -> No
     torch.testing.assert_close(embeddings, wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_a_jpeg_is_decoded_near_the_needed_size_and_looks_the_same(tmp_path: Path) -> None:
-    ramp = Image.linear_gradient("L").resize((1024, 768)).convert("RGB")
-    ramp.save(tmp_path / "ramp.jpg", quality=95)
-    near = open_near_size(tmp_path / "ramp.jpg", 64)
-    assert near.size == (256, 192)  # an eighth would be 96 high, less than twice 64
-    full = Image.open(tmp_path / "ramp.jpg").resize((64, 64), Image.Resampling.BICUBIC)
-    difference = torch.tensor(list(near.resize((64, 64), Image.Resampling.BICUBIC).tobytes()))
-    difference = (difference - torch.tensor(list(full.tobytes()))).abs()
-    assert difference.max() <= 4  # gray levels of 255
-
-
-@pytest.mark.parametrize(("crops", "size"), [(True, 224), (False, 32)])
-def test_a_crop_that_is_not_made_needs_no_pixels(crops: bool, size: int) -> None:
-    processor = CLIPImageProcessorPil(
-        size={"height": 32, "width": 32}, crop_size={"height": 224, "width": 224},
-        do_center_crop=crops,
-    )  # fmt: skip
-    assert find_needed_size(processor) == size
+def test_training_and_extraction_see_the_same_pixels_of_a_large_jpeg(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    record = replace(prepared.records[0], image=tmp_path / "large.jpg")
+    trained_on = AlignmentDataset([record], processor).read_pairs([(0, (False, 0))])
+    extracted = processor(images=[Image.open(tmp_path / "large.jpg")])
+    assert torch.equal(trained_on["pixel_values"], extracted["pixel_values"])

@@ -20,16 +20,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from stores import list_complete_shards
 from tiny import tiny_model
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.embedding_store import EmbeddingStore, read_manifest
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
@@ -113,7 +113,17 @@ class StopAfterOneShard(StopRequest):
 
 
 def shorten(command: list[str]) -> list[str]:
-    return [*command, "--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+    return [
+        *command,
+        "--modality",
+        "text",
+        "--rows-per-shard",
+        "16",
+        "--token-budget",
+        "256",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_every_record_finds_the_embeddings_of_its_captions(
@@ -132,7 +142,7 @@ def test_every_record_finds_the_embeddings_of_its_captions(
             rows = store.rows_of(item, long=long)
             assert len(rows) == len(texts)
             if texts:
-                expected = encode_captions(whole, processor, texts).caption_embeds
+                expected = encode_texts(whole, processor, texts, project=False)
                 # Sums of float32 in another order: the captions had other neighbors.
                 torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
     store.require_fingerprint(fingerprint_text(model))
@@ -256,9 +266,7 @@ def test_a_signal_ends_the_command_after_a_whole_shard_with_its_own_code(
     assert main(shorten(["extract", str(model), str(data), str(folder)])) == code
     thread.join()
     assert not list(folder.glob("*.tmp"))
-    partial = EmbeddingStore.open(folder, allow_partial=True, check="full")
-    assert not partial.manifest.complete
-    assert 0 < partial.has_rows(range(partial.manifest.num_rows)).sum() < partial.manifest.num_rows
+    assert 0 < len(list_complete_shards(folder)) < read_manifest(folder).num_shards
     assert main(shorten(["extract", str(model), str(data), str(folder)])) == 0
     assert EmbeddingStore.open(folder, check="full").manifest.complete
 
@@ -384,8 +392,7 @@ def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
         with pytest.raises(OSError, match=r"No room to write shard .*No space left"):
             extract_captions(model, records, disk / "store", EXACT)
         assert not list((disk / "store").glob("*.tmp"))
-        partial = EmbeddingStore.open(disk / "store", allow_partial=True, check="full")
-        assert partial.has_rows(range(EXACT.rows_per_shard)).all()
+        assert 0 in list_complete_shards(disk / "store")
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         extract_captions(model, records, disk / "store", EXACT)
         assert read_bytes(disk / "store") == undisturbed
@@ -395,9 +402,7 @@ def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
 
 def require_one_shard(folder: Path) -> None:
     assert not list(folder.glob("*.tmp"))
-    partial = EmbeddingStore.open(folder, allow_partial=True, check="full")
-    there = partial.has_rows(range(partial.manifest.num_rows))
-    assert there[: EXACT.rows_per_shard].all() and not there[EXACT.rows_per_shard :].any()
+    assert list_complete_shards(folder) == [0]
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +422,8 @@ def test_images_are_stored_once_and_found_by_every_record(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
-    options = ["--images", "--rows-per-shard", "4", "--batch-size", "3", "--dtype", "float32"]
+    options = ["--modality", "image", "--rows-per-shard", "4", "--batch-size", "3"]
+    options += ["--store-dtype", "float32"]
     command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
     assert main(command) == 0
     assert "9 embeddings of 32 for 13 records (13 images, 9 distinct)" in capsys.readouterr().out
@@ -427,7 +433,7 @@ def test_images_are_stored_once_and_found_by_every_record(
         LLM2CLIPModel.from_pretrained(model),
         LLM2CLIPProcessor.from_pretrained(model),
     )
-    expected = encode_images(whole, processor, [record.path for record in records])
+    expected = encode_images(whole, processor, [record.path for record in records], project=False)
     rows = [int(store.rows_of(item)[0]) for item in range(len(store))]
     # Sums of float32 in another order: the images had other neighbors.
     torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
@@ -442,12 +448,12 @@ def test_images_are_stored_once_and_found_by_every_record(
     ("flags", "told"),
     [
         (
-            ["--batch-size", "3", "--num-workers", "1"],
-            "--batch-size, --num-workers: of the extraction",
+            ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
+            "--batch-size, --num-workers: for --modality image alone",
         ),
         (
-            ["--token-budget", "64", "--images"],
-            "--token-budget: of the extraction of captions only",
+            ["--modality", "image", "--token-budget", "64"],
+            "--token-budget: for --modality text alone",
         ),
     ],
 )
@@ -468,8 +474,7 @@ def test_a_broken_image_is_named_and_whole_shards_stay(
     arguments = replace(EXACT, rows_per_shard=4)
     with pytest.raises(ValueError, match=r"broken\.png"):
         extract_images(model, spoilt, tmp_path / "store", arguments)
-    partial = EmbeddingStore.open(tmp_path / "store", allow_partial=True, check="full")
-    assert partial.has_rows(range(8)).all()
+    assert {0, 1} <= set(list_complete_shards(tmp_path / "store"))
 
 
 def test_records_without_images_are_refused_before_the_model_is_loaded(

@@ -9,15 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 from aligning import read_losses, read_tensorboard_losses
+from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
+from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.export_model import export_model, read_prompts, save_model
-from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
+from modeling_llm2clip.publishing.export_model import export_model, save_model
+from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 
@@ -112,11 +114,12 @@ def test_merged_equals_unmerged(run, tmp_path):
 
 
 def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
-    instructions = {"query": "Find the image: ", "document": ""}
-    source = save_model(*tiny_model(), tmp_path / "base", prompts=instructions)
+    instructions = {"query": "Find the image: "}
+    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
     (source / "conversion.json").write_text("{}")
     merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
-    assert read_prompts(merged) == instructions
+    assert read_instructions(merged) == instructions
+    assert LLM2CLIPConfig.from_pretrained(merged).instructions == instructions
     assert (merged / "conversion_before_training.json").read_text() == "{}"
     assert not (merged / "conversion.json").exists()
     again = export_model(merged, tmp_path / "again")
@@ -130,8 +133,16 @@ def test_skipped_images_with_one_caption_are_told_and_recorded(tmp_path, capsys)
     lines += [json.dumps({"group_id": name, "captions": [name]}) for name in ("lone", "lonely")]
     data.write_text("\n".join(lines))
     output = tmp_path / "tuned"
-    command = ["finetune-llm", str(folder), str(data), str(output), "--steps", "1"]
-    command += ["--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    command = ["finetune-llm", str(folder), str(data), str(output), "--max-steps", "1"]
+    command += [
+        "--per-device-train-batch-size",
+        "4",
+        "--num-held-out",
+        "4",
+        "--device",
+        "cpu",
+        "--no-merge",
+    ]
     assert main(command) == 2
     assert "2 of 26 images" in (told := capsys.readouterr().err) and "--skip-single" in told
     assert main([*command, "--skip-single-captions"]) == 0
@@ -147,7 +158,7 @@ def test_the_command_tunes_merges_and_refuses_one_caption_an_image(tmp_path, cap
     lines = [json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS]
     data.write_text("\n".join(lines))
     output = tmp_path / "tuned"
-    flags = ["--steps", "2", "--batch-size", "4", "--held-out", "4", "--merge"]
+    flags = ["--max-steps", "2", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
     assert main(["finetune-llm", str(folder), str(data), str(output), *flags]) == 0
     assert "Next: llm2clip extract" in capsys.readouterr().out
     assert (output / "model" / "model.safetensors").is_file()
@@ -170,10 +181,20 @@ def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
     others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]
     pairs.write_text("\n".join(map(json.dumps, [*others, {"query": "q", "positive": long * 2}])))
     output = tmp_path / "run"
-    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--other-pairs", str(pairs)]
+    flags = [
+        "--max-steps",
+        "1",
+        "--per-device-train-batch-size",
+        "4",
+        "--num-held-out",
+        "4",
+        "--no-merge",
+        "--text-pairs",
+        str(pairs),
+    ]
     command = ["finetune-llm", str(folder), str(data), str(output), *flags, "1"]
     assert main(command) == 0
     saved = json.loads((output / "caption_retrieval.json").read_text())
     # Two captions of each of 24 images, and five other pairs.
     assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
-    assert "9 of 58 texts are longer than 32 tokens and cut." in capsys.readouterr().out
+    assert "9 of 58 texts are longer than 32 tokens and truncated." in capsys.readouterr().out

@@ -7,14 +7,17 @@ import math
 from dataclasses import replace
 
 import pytest
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.caption_groups import TextPair, hold_out_groups
+from modeling_llm2clip.configs.export_config import ExportConfig
+from modeling_llm2clip.data.caption_groups import TextPair
+from modeling_llm2clip.data.splits import hold_out_groups
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
+from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import NEGATIVES
 
@@ -81,9 +84,9 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "llm2clip"}')
     command = ["finetune-llm", str(model), str(data)]
-    assert main([*command, str(tmp_path / "new"), "--batch-size", "1000"]) == 2
+    assert main([*command, str(tmp_path / "new"), "--per-device-train-batch-size", "1000"]) == 2
     assert "1000" in capsys.readouterr().err
-    assert main([*command, str(data.parent), "--batch-size", "4"]) == 2
+    assert main([*command, str(data.parent), "--per-device-train-batch-size", "4"]) == 2
     assert "is not empty and holds no run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -103,10 +106,11 @@ def test_fsdp_is_refused_before_anything_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "much"])
 def test_other_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, capsys, weight):
-    flags = ["--other-pairs", "pairs.jsonl", weight]
+    flags = ["--text-pairs", "pairs.jsonl", weight]
     assert main(["finetune-llm", "a-model", "no-data", str(tmp_path / "run"), *flags]) == 2
-    assert "--other-pairs pairs.jsonl" in (told := capsys.readouterr().err)
-    assert "the weight is no number" in told if weight == "much" else "above 0" in told
+    assert "--text-pairs" in (told := capsys.readouterr().err)
+    wanted = {"much": 'unable to convert "much" into float', "inf": "finite", "nan": "finite"}
+    assert wanted.get(weight, "must be above 0") in told
 
 
 def test_other_pairs_of_no_weight_are_refused_by_the_function_too(tmp_path):
@@ -127,9 +131,9 @@ def test_other_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
 
 def test_half_a_model_is_refused_before_it_is_tuned_to_be_merged(tmp_path, capsys, monkeypatch):
     whole = save_model(*tiny_model(), tmp_path / "whole")
-    half = export_model(whole, tmp_path / "half", ExportArguments(components="text"))
+    half = export_model(whole, tmp_path / "half", ExportConfig(components="text"))
     monkeypatch.setattr(stage, "plan_tuning", lambda *_, **__: pytest.fail("the run was planned"))
-    command = ["finetune-llm", str(half), str(tmp_path), str(tmp_path / "run"), "--merge"]
+    command = ["finetune-llm", str(half), str(tmp_path), str(tmp_path / "run")]
     assert main(command) == 2
     assert "half holds ['LLM2CLIPTextModel'], and --merge writes a" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.finetuning.lora_encoder import LoraArguments
 
@@ -89,14 +89,31 @@ def test_a_model_that_an_adapter_is_merged_into_is_not_tuned_from_it_again(
     data.write_text(
         "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
     )
-    flags = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    flags = [
+        "--max-steps",
+        "1",
+        "--per-device-train-batch-size",
+        "4",
+        "--num-held-out",
+        "4",
+        "--device",
+        "cpu",
+    ]
     first = tmp_path / "first"
-    assert main(["finetune-llm", str(folder), str(data), str(first), *flags, "--merge"]) == 0
+    assert main(["finetune-llm", str(folder), str(data), str(first), *flags]) == 0
     with safe_open(first / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
         assert opened.metadata()["base_weights"] == fingerprint_text(folder)["weights"]
-    flags += ["--start", str(first / "adapter")]
-    command = ["finetune-llm", str(first / "model"), str(data), str(tmp_path / "twice"), *flags]
+    flags += ["--init-lora", str(first / "adapter")]
+    command = [
+        "finetune-llm",
+        str(first / "model"),
+        str(data),
+        str(tmp_path / "twice"),
+        *flags,
+        "--no-merge",
+    ]
     assert main(command) == 2
     assert "trained on an LLM with other weights" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
-    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "second"), *flags]) == 0
+    second = ["finetune-llm", str(folder), str(data), str(tmp_path / "second"), "--no-merge"]
+    assert main([*second, *flags]) == 0

@@ -1,4 +1,4 @@
-"""Stage 1, what is learned from: pairs of captions, and batches without false negatives."""
+"""Batches of stage 1: no false negatives, and hard ones where they are asked for."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from tuning import GROUPS
 
-from modeling_llm2clip.data.caption_groups import (
-    CaptionGroup,
-    TextPair,
-    group_captions,
-    hold_out_groups,
-    leave_out_texts,
-    read_text_pairs,
-    sample_pairs,
-    skip_single_captions,
-)
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair, sample_pairs
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.training.finetuning import hard_batches as alike_images
 from modeling_llm2clip.training.finetuning.pair_sampling import (
@@ -125,79 +115,6 @@ def test_a_run_of_several_epochs_mixes_tables_by_weight():
     for epoch in (batches[:15], batches[15:]):
         assert sum(row >= 24 for batch in epoch for row in batch) == 6
     assert batches[:15] != batches[15:]
-
-
-def test_pairs_use_each_caption_once_and_an_odd_one_twice_at_most():
-    pairs = sample_pairs([CaptionGroup("k", ("a", "b", "c"))], seed=0)
-    used = [text for pair in pairs for text in (pair.anchor, pair.positive)]
-    assert sorted(set(used)) == ["a", "b", "c"] and len(used) == 4
-    assert all(pair.anchor != pair.positive for pair in pairs)
-
-
-def test_held_out_captions_are_never_trained_on():
-    groups = [CaptionGroup(str(n), ("shared", f"{n} one", f"{n} two")) for n in range(10)]
-    trained, held_out, num_lost = hold_out_groups(groups, 4, seed=0)
-    seen = {caption for group in held_out for caption in group.captions}
-    assert len(held_out) == 4 and num_lost == 6
-    assert not any(seen & set(group.captions) for group in trained)
-
-
-def make_records(captions):
-    return [
-        CaptionedImage(
-            image=None, name=f"{n}.jpg", group_id=f"{n}.jpg", captions=texts,
-            place=f"captions.jsonl line {n + 1}",
-        )
-        for n, texts in enumerate(captions)
-    ]  # fmt: skip
-
-
-def test_images_with_one_caption_are_counted_and_named_with_both_ways_around_them():
-    with pytest.raises(
-        ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
-    ) as refused:
-        group_captions(make_records([("one",), ("one", "one")]))
-    ways = ("--skip-single-captions", "build --caption-lora", "llm2clip extract")
-    assert all(way in str(refused.value) for way in ways)
-
-
-def test_images_with_one_caption_are_skipped_by_group_and_counted():
-    records = make_records([("a",), ("b", "c"), ("d", "d")])
-    # Another record of the first group gives it a second caption.
-    records.append(replace(records[0], captions=("e",), lang="de"))
-    kept, num_skipped = skip_single_captions(records)
-    assert num_skipped == 1
-    assert [group.captions for group in group_captions(kept)] == [("a", "e"), ("b", "c")]
-    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--caption-lora"):
-        skip_single_captions(records[2:3])
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ("{", "not JSON"),
-        ('{"query": "a", "positive": " "}', "non-blank"),
-        ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
-        ('{"query": "a", "positive": "b", "negatives": [" a "]}', "the query is among its neg"),
-        ('{"query": "a", "positive": "b", "positive": "c"}', "field 'positive' twice"),
-        ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
-        ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
-    ],
-)
-def test_broken_text_pairs_are_named_by_line(tmp_path, line, error):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=error):
-        read_text_pairs(file)
-
-
-def test_text_pairs_are_read_as_captions_are(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    file.write_bytes('\ufeff{"query": " a\u2028dog ", "positive": "on a mat\\n"}\n'.encode())
-    (pair,) = read_text_pairs(file)
-    assert (pair.anchor, pair.positive) == ("a dog", "on a mat")
-    held_out = [CaptionGroup("k", ("a dog", "another"))]
-    assert leave_out_texts([pair], held_out) == ([], 1)
 
 
 def test_caption_retrieval_counts_first_captions_that_find_their_second():

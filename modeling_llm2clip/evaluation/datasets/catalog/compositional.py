@@ -10,11 +10,10 @@ from typing import Any
 from ....data.image_sources import ImageSource, ParquetImage
 from ....data.records import clean_text
 from ....data.sources.coco import read_coco
-from ....data.sources.json_files import read_json_lines
+from ....data.sources.json_files import read_json, read_json_lines
+from ....data.sources.parquet import iterate_rows
 from ..choice_dataset import ChoiceEntry, build_choice_dataset
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
-from ..readers.parquet_columns import has_parquet, iterate_rows
-from ..readers.text_files import read_json
 from ..validation import DatasetValidator
 from .short_captions import COCO_ADVICE, COCO_FILES
 
@@ -101,9 +100,10 @@ def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterat
         request: How the dataset is to be read.
         validator: Collects the errors.
     """
-    if has_parquet(request.data_folder):
-        for place, file, row, fields in iterate_rows(request, validator, "**/*.parquet"):
-            packed = tuple(ParquetImage(file, n, row) for n in _WINOGROUND_IMAGES if fields.get(n))
+    if tables := request.list_parquet_files():
+        for place, fields in iterate_rows(tables, request.data_folder, validator.errors):
+            found = [fields.get(name) for name in _WINOGROUND_IMAGES]
+            packed = tuple(image for image in found if isinstance(image, ParquetImage))
             yield from _build_winoground(place, fields, packed, validator)
         return
     lines = validator.find_file(
@@ -114,8 +114,8 @@ def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterat
     )
     image_dir = request.image_dir or lines.parent / "images"
     for raw in read_json_lines(lines, validator.errors):
-        found = [_find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES]
-        images = tuple(image for image in found if image is not None)
+        paths = [_find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES]
+        images = tuple(path for path in paths if path is not None)
         yield from _build_winoground(raw.place, dict(raw.fields), images, validator)
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from ....data.sources.json_files import read_json_lines
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
-from ..readers.parquet_columns import Columns, read_either
-from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
+from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset, read_parquet_or
 from ..validation import DatasetValidator, read_lines
 from .long_captions import are_texts, find_in_subfolder
 
@@ -38,9 +37,7 @@ _XM3600_CAPTIONS = {
     "pt": 7243, "quz": 7200, "ro": 7123, "ru": 7200, "sv": 7273, "sw": 7046, "te": 7200, "th": 7200,
     "tr": 7233, "uk": 7215, "vi": 7350, "zh": 7174,
 }  # fmt: skip
-_XM3600_COLUMNS = Columns(
-    image="image", name="image_id", captions="captions", files="**/{lang}-*.parquet"
-)
+_XM3600_COLUMNS = {"image": "image", "file_name": "image_id", "captions": "captions"}
 
 
 def read_xm3600(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
@@ -268,7 +265,12 @@ DATASETS = (
         protocol={"split": "all", **CLEANED_TEXTS},
         build=partial(
             build_retrieval_dataset,
-            read=partial(read_either, columns=_XM3600_COLUMNS, other=read_xm3600),
+            read=partial(
+                read_parquet_or,
+                columns=_XM3600_COLUMNS,
+                files="**/{lang}-*.parquet",
+                otherwise=read_xm3600,
+            ),
         ),
         # The files of each language contain the images once more.
         hub_files="*/{lang}-*.parquet",

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ....data.data_hashes import hash_records
 from ....data.image_sources import IMAGE_SUFFIXES
 from ....data.record_loading import CollectedRecord, iterate_records
-from ....data.records import CaptionedImage, hash_records
+from ....data.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
@@ -100,7 +101,7 @@ def _collect(request: ReadRequest, validator: DatasetValidator) -> _Collected:
             stray,
             image_dir=request.image_dir,
             require_images=request.require_images,
-            ignored_fields=request.ignore_fields,
+            ignore_fields=request.ignore_fields,
         )
         num_unused = _count_unused(request, records)
         validator.cache.records[how] = _Collected(stray, records, num_unused)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ....data.example_data import find_example_data
-from ....data.record_loading import load_records
+from ....data.record_loading import find_example_data, load_records
 from ....data.records import CaptionedImage
 from ....data.splits import choose_test_rows, split_records
 from ..dataset_spec import DatasetSpec, ReadRequest
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
 from ..validation import DatasetValidator
 
-# Seed of the split: that of `llm2clip demo` unless it is given another one.
+# The split: that of `llm2clip demo` unless it is given another seed.
 EMOJI_SEED = 0
+_NUM_GROUPS = 300
 
 
 def read_emoji(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
@@ -42,8 +42,9 @@ def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[s
     """Return the records that test English, and the first caption by image and language."""
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
-    held_out = split_records(english, seed=EMOJI_SEED)
-    tested = [english[row] for row in choose_test_rows(english, held_out)]
+    _, held_out = split_records(english, test_size=_NUM_GROUPS, seed=EMOJI_SEED)
+    groups = {record.group_id for record in held_out}
+    tested = [english[row] for row in choose_test_rows(english, groups)]
     return tested, {(record.name, record.lang): record.captions[:1] for record in records}
 
 

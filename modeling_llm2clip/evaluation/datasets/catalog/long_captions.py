@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ....data.image_sources import IMAGE_SUFFIXES
-from ....data.sources.json_files import read_json_lines
+from ....data.sources.json_files import iterate_json_list, read_json_lines
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
-from ..readers.text_files import iterate_json_list
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
 from ..validation import DatasetValidator, read_lines
 

@@ -19,10 +19,9 @@ from functools import partial
 from typing import Any
 
 from ....data.sources.coco import read_coco
+from ....data.sources.json_files import read_json
 from ..dataset_spec import DatasetSpec, ReadRequest
-from ..readers.parquet_columns import Columns, read_either
-from ..readers.text_files import read_json
-from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
+from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset, read_parquet_or
 from ..validation import DatasetValidator
 
 COCO_FILES = ("captions_val2017.json", "annotations/captions_val2017.json")
@@ -33,9 +32,7 @@ COCO_ADVICE = (
 _SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 _COCO_CITATION = "Lin et al., Microsoft COCO, ECCV 2014, arXiv:1405.0312; captions arXiv:1504.00325"
 _COCO_LICENSE = "captions CC BY 4.0 (COCO Consortium); images: Flickr terms of use"
-_FLICKR30K_COLUMNS = Columns(
-    image="image", name="filename", captions="caption", only={"split": "test"}
-)
+_FLICKR30K_COLUMNS = {"image": "image", "file_name": "filename", "captions": "caption"}
 _FIRST_FIVE = {"texts": "whitespace at the ends and line breaks removed; first five of an image"}
 
 
@@ -124,9 +121,10 @@ DATASETS = (
         build=partial(
             build_retrieval_dataset,
             read=partial(
-                read_either,
+                read_parquet_or,
                 columns=_FLICKR30K_COLUMNS,
-                other=partial(
+                only={"split": "test"},
+                otherwise=partial(
                     read_karpathy,
                     files=("flickr30k_test.json", "dataset_flickr30k.json"),
                     advice=f"Get it from {_SALESFORCE}/flickr30k_test.json.",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modeling_llm2clip.data.example_data import find_example_data
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.data.record_loading import find_example_data, load_records
+from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,
     load_dataset,
@@ -20,7 +19,7 @@ from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
 def test_the_emoji_are_those_that_the_demo_holds_out_in_every_language() -> None:
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
-    held_out = split_records(english, seed=0)
+    held_out = hold_out(english, seed=0)
     cache = ReadingCache()
     names = {}
     for lang in find_languages("emoji"):

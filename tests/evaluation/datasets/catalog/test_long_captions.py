@@ -80,7 +80,7 @@ def test_only_the_wanted_records_of_sharegpt4v_are_read(tmp_path: Path) -> None:
 
 
 def test_a_truncated_list_of_sharegpt4v_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no JSON list, or cut off"):
+    with pytest.raises(ValueError, match="not a JSON list, or truncated"):
         load_dataset("sharegpt4v-1k", write_sharegpt4v(tmp_path, records=3))
 
 

@@ -1,0 +1,77 @@
+"""`llm2clip push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._extras import require
+from ..configs.config_fields import DeviceConfig
+from ..configs.export_config import License
+from .chosen_device import choose_device
+from .command import command
+from .extras import list_needs_of_model
+
+
+@command(
+    group="Publish",
+    examples=(
+        "llm2clip push to-publish my-name/my-model --license apache-2.0",
+        "llm2clip push to-publish my-name/my-model --dry-run",
+    ),
+)
+def push(
+    folder: Path,
+    repo_id: str,
+    /,
+    *,
+    license: License | None = None,
+    private: bool = True,
+    revision: str = "main",
+    commit_message: str = "Upload LLM2CLIP model",
+    dry_run: bool = False,
+    config: DeviceConfig,
+) -> int:
+    """Uploads a model folder to the Hub: checked first, then in one commit or not at all.
+
+    The token is that of HF_TOKEN or `hf auth login`.
+
+    Args:
+        folder: Model folder.
+        repo_id: Repository, OWNER/NAME; made if it does not exist.
+        license: License of the weights, an identifier of the Hub such as apache-2.0, stated on
+            the card before the upload. Default: that on the card.
+        private: Show the repository to its owners alone; a model that was public once cannot be
+            taken back.
+        revision: Branch to upload to; made if it does not exist.
+        commit_message: Message of the commit.
+        dry_run: Check the folder, and list files and sizes; upload nothing.
+        config: Where the model runs while it is checked.
+    """
+    require(*list_needs_of_model(folder))
+    from ..model_folders.model_types import require_own_model
+
+    require_own_model(folder)
+    device = str(choose_device(config.device))
+    from ..publishing.push_to_hub import check_publishable, push_to_hub, require_repo_id
+
+    require_repo_id(repo_id)
+    if dry_run:
+        for file in check_publishable(folder, license=license, device=device):
+            print(f"{file.num_bytes:>15,}  {file.path}")
+        shown = "private" if private else "public"
+        print(
+            f"Nothing was uploaded to {repo_id} ({shown}, branch {revision}). "
+            "Leave out --dry-run to upload it."
+        )
+        return 0
+    address = push_to_hub(
+        folder,
+        repo_id,
+        license=license,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        device=device,
+    )
+    print(f"Published {address}. Pin its last part with revision=… when you load it.")
+    return 0

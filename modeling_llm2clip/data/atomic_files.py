@@ -1,0 +1,146 @@
+"""Files that are complete or absent: written atomically, locked, hashed, compared."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_UNFINISHED = ".tmp"
+_HASHED_AT_ONCE = 2**20  # bytes
+
+
+def default_cache_folder() -> Path:
+    """Return the folder for files that the package can make again.
+
+    Returns:
+        `$XDG_CACHE_HOME/llm2clip`, usually `~/.cache/llm2clip`. It may not exist yet.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip"
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file that is complete or absent, even after a power failure.
+
+    The content is written to a file beside the target, synced and renamed; then the folder is
+    synced. Only one process at a time may write the same file.
+
+    Args:
+        file: target; an existing file is replaced. Its folder must exist.
+        content: all of it.
+
+    Raises:
+        OSError: the content could not be written, for example because the disk is full. The
+            target is as it was.
+    """
+    unfinished = file.with_name(file.name + _UNFINISHED)
+    try:
+        with unfinished.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        unfinished.replace(file)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_folder(file.parent)
+
+
+def is_unfinished(file: Path) -> bool:
+    """Whether a file was left behind by a `write_atomically` that was killed.
+
+    Args:
+        file: any file; only its name is looked at.
+    """
+    return file.name.endswith(_UNFINISHED)
+
+
+def lock_file(opened: IO[Any], *, shared: bool = False, wait: bool = True) -> bool:
+    """Take the kernel's lock on an open file.
+
+    The lock is released when the file is closed or its process ends, however that happens. Needs
+    a file system with `flock`: Linux or macOS, local or NFS 4.
+
+    Args:
+        opened: the file to lock; keep it open as long as the lock is needed.
+        shared: let others hold it too if they also ask for a shared lock.
+        wait: wait for another holder.
+
+    Returns:
+        Whether the lock is held; False only with `wait=False`.
+
+    Raises:
+        OSError: the operating system or the file system has no such locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, "This operating system has no flock. Use Linux or macOS")
+    flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(opened, flags)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def hash_file(file: Path, algorithm: str = "sha256") -> str:
+    """Hash a file; it is read in pieces.
+
+    Args:
+        file: file to read.
+        algorithm: a name that `hashlib.new` takes.
+
+    Returns:
+        The digest in hexadecimal digits.
+    """
+    digest = hashlib.new(algorithm)
+    with file.open("rb") as opened:
+        while piece := opened.read(_HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Hash a value that JSON can hold; the order of names in objects does not matter.
+
+    Args:
+        value: hashed as JSON with sorted names; what JSON cannot hold counts as its `str`.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def list_differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
+    """List every entry in which a store and what is wanted of it differ, with both values.
+
+    Args:
+        found: entries of the store.
+        wanted: entries of today's run.
+
+    Returns:
+        One text per entry that differs or that only one of them has, in the order of the names.
+    """
+    return [
+        f"{name}: {found.get(name)!r} in the store, {wanted.get(name)!r} now"
+        for name in sorted(set(found) | set(wanted))
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

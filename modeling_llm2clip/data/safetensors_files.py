@@ -1,0 +1,179 @@
+"""Weight files: which of them a folder has, where a tensor is in a file, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# What safetensors itself refuses to read as a header.
+_MOST_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor is in a safetensors file, so that numpy can map it without reading it.
+
+    Attributes:
+        dtype: as safetensors names it, such as `F32`.
+        shape: of the tensor.
+        offset: of its first byte in the file.
+        bytes: how many bytes it has.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+    def require_size(self, file: Path, item_bytes: int) -> None:
+        """Check that the tensor has as many bytes as its shape needs.
+
+        Args:
+            file: file that it is in, for the error.
+            item_bytes: bytes per element.
+
+        Raises:
+            ValueError: it has more or fewer.
+        """
+        wanted = math.prod(self.shape) * item_bytes
+        if self.bytes != wanted:
+            raise ValueError(
+                f"{file.name}: a tensor of shape {self.shape} needs {wanted} bytes, the file has "
+                f"{self.bytes}"
+            )
+
+
+def list_weight_files(path: Path, *, names: Sequence[str] = ("model.safetensors",)) -> list[Path]:
+    """List the weight files of a saved model.
+
+    Args:
+        path: folder as transformers saves it, or a weight file, which is returned as it is.
+        names: file names to look for, in this order: first the index of each, `NAME.index.json`,
+            which lists the files of sharded weights, then the file itself.
+
+    Returns:
+        The files, sorted by name.
+
+    Raises:
+        ValueError: there is none of these, or a file that the index lists is missing.
+    """
+    if path.is_file():
+        return [path]
+    for index in (path / f"{name}.index.json" for name in names):
+        if index.is_file():
+            return _read_index(index)
+    for file in (path / name for name in names):
+        if file.is_file():
+            return [file]
+    raise ValueError(
+        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
+        f"of a saved model, or the weight file itself.{_explain_bin(names)}"
+    )
+
+
+def _explain_bin(names: Sequence[str]) -> str:
+    if not any(name.endswith(".bin") for name in names):
+        return ""
+    return (
+        " From a repository on the Hub, .bin files are not fetched: download such a file yourself "
+        "and give its folder."
+    )
+
+
+def _read_index(index: Path) -> list[Path]:
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [index.parent / name for name in sorted(set(listed))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
+    if lost := [file.name for file in files if not file.is_file()]:
+        raise ValueError(
+            f"{index.parent} lacks the weight files {lost}. Save or download it again."
+        )
+    return files
+
+
+def read_header(file: Path) -> dict[str, TensorPlace]:
+    """Read the header of a safetensors file.
+
+    Args:
+        file: safetensors file.
+
+    Returns:
+        Name of each tensor to its place in the file.
+
+    Raises:
+        ValueError: the header is damaged, or the file is longer or shorter than it says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 0 < length <= min(size - 8, _MOST_HEADER_BYTES):
+            raise ValueError(f"{file}: not a safetensors file.")
+        try:
+            header = json.loads(opened.read(length))
+            places = {
+                name: TensorPlace(
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    8 + length + entry["data_offsets"][0],
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: its safetensors header is damaged.") from error
+    end = max((place.offset + place.bytes for place in places.values()), default=0)
+    if end != size:
+        raise ValueError(f"{file}: it has {size} bytes, its header says {end}.")
+    return places
+
+
+def iterate_tensors(
+    files: Iterable[Path], *, prefix: str = "", base: Path | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of safetensors files by name; one is in memory at a time.
+
+    Args:
+        files: safetensors files; see `list_weight_files`.
+        prefix: yield only names that begin so.
+        base: put the folder of a file, relative to this one, before its names: `vision/weight`.
+
+    Yields:
+        Name and tensor, in the order of the names over all files.
+
+    Raises:
+        ValueError: a file is not a complete safetensors file, or two files have the same name.
+    """
+    places: dict[str, tuple[Path, str]] = {}
+    for file in files:
+        folder = Path() if base is None else file.parent.relative_to(base)
+        for name in _read_names(file):
+            full_name = str(folder / name)
+            if full_name in places:
+                raise ValueError(
+                    f"{full_name} is in two files, {places[full_name][0]} and {file}. Keep one."
+                )
+            if full_name.startswith(prefix):
+                places[full_name] = (file, name)
+    for full_name, (file, name) in sorted(places.items()):
+        # Opened anew for each tensor, so that the memory of those before is given back.
+        with safe_open(file, framework="pt") as opened:
+            yield full_name, opened.get_tensor(name)
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is truncated or damaged ({error}). Save or download it again."
+        ) from error

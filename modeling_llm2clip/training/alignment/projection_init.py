@@ -1,0 +1,143 @@
+"""Where the projections start: as they are in the model, or from canonical correlation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...configs.align_config import AlignConfig
+from .alignment_data import AlignmentDataset
+from .alignment_model import HEADS, AlignmentModel
+from .cca_init import FittedCCA, fit_temperature, init_projections_by_cca
+from .held_out import HeldOutImages
+
+# These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
+_MAX_PAIRS = 50_000
+# Trained projections are only refined; random weights have a long way to go.
+_RATE_FROM_TRAINED = 1e-4
+_RATE_FROM_RANDOM = 1e-3
+
+
+@dataclass(frozen=True)
+class ProjectionInit:
+    """Where the projections of a run started, for its record.
+
+    Attributes:
+        method: model or cca.
+        cca: How the canonical correlation was fitted; None with `method="model"`.
+        is_trained: Whether the projections were trained or fitted, rather than random.
+        has_new_adapter: Whether the blocks of the text adapter were made the identity.
+    """
+
+    method: str
+    cca: dict[str, Any] | None
+    is_trained: bool
+    has_new_adapter: bool
+
+    @property
+    def default_learning_rate(self) -> float:
+        """Peak learning rate that suits this start."""
+        return _RATE_FROM_TRAINED if self.is_trained else _RATE_FROM_RANDOM
+
+
+def init_projections(
+    model: AlignmentModel,
+    dataset: AlignmentDataset,
+    items: Sequence[int],
+    held_out: HeldOutImages | None,
+    config: AlignConfig,
+) -> ProjectionInit:
+    """Choose where the projections start, and set them in place.
+
+    Args:
+        model: The model that is trained.
+        dataset: The data.
+        items: Its items that are trained on.
+        held_out: Fits the temperature, and decides for `auto` between trained projections and
+            canonical correlation; None where nothing is held out: then trained projections stay.
+        config: Options of the alignment.
+    """
+    trained = model.config.projections_trained
+    unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
+    wanted: str = config.projection_init
+    if wanted == "auto":
+        is_possible = dataset.is_stored and model.visual_projection.bias is not None
+        wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
+    if wanted == "model":
+        return unchanged
+    before: dict[str, Tensor] = {}
+    loss_before = None
+    if config.projection_init == "auto" and trained and held_out is not None:
+        before = {name: value.clone() for name, value in _list_head(model).items()}
+        loss_before = _measure(model, held_out)
+    fitted = init_projections_by_cca(model, *_pair_embeddings(dataset, items, config.seed))
+    loss = _set_temperature(model, held_out) if held_out is not None else None
+    if loss is not None and loss_before is not None and loss_before <= loss:
+        _restore(model, before)
+        return unchanged
+    return ProjectionInit(
+        "cca",
+        _describe(fitted),
+        is_trained=True,
+        has_new_adapter=not model.config.text_adapter_trained,
+    )
+
+
+def _describe(fitted: FittedCCA) -> dict[str, Any]:
+    return {name: value for name, value in asdict(fitted).items() if value is not None}
+
+
+def _list_head(model: AlignmentModel) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] in HEADS
+    }
+
+
+@torch.no_grad()
+def _restore(model: AlignmentModel, head: dict[str, Tensor]) -> None:
+    for name, value in _list_head(model).items():
+        value.copy_(head[name])
+
+
+def _measure(model: AlignmentModel, held_out: HeldOutImages) -> float:
+    embeds = held_out.embed(model, torch.device("cpu"), nullcontext)
+    return held_out.score(*embeds).loss
+
+
+@torch.no_grad()
+def _set_temperature(model: AlignmentModel, held_out: HeldOutImages) -> float:
+    images, texts, _ = held_out.embed(model, torch.device("cpu"), nullcontext)
+    log_scale, loss = fit_temperature(images, texts, held_out.group_ids)
+    model.logit_scale.log_scale.fill_(log_scale)
+    return loss
+
+
+def _pair_embeddings(
+    dataset: AlignmentDataset, items: Sequence[int], seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions beside their images, and their groups; a random sample where there are very many."""
+    generator = torch.Generator().manual_seed(seed)
+    captions: list[int] = []
+    images: list[int] = []
+    groups: list[int] = []
+    for number in torch.randperm(len(items), generator=generator).tolist():
+        item = items[number]
+        rows = dataset.caption_rows(item).tolist()
+        captions += rows
+        images += [dataset.image_row(item)] * len(rows)
+        groups += [int(dataset.group_ids[item])] * len(rows)
+        if len(captions) >= _MAX_PAIRS:
+            break
+    assert dataset.caption_store is not None and dataset.image_store is not None
+    return (
+        dataset.caption_store.read(captions),
+        dataset.image_store.read(images),
+        torch.tensor(groups),
+    )

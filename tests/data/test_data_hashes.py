@@ -1,0 +1,43 @@
+"""Hashes of a dataset: equal for equal texts and images, whatever they are stored in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from captioned_files import (
+    RECORDS,
+    own_cache,  # noqa: F401
+    write_folder,
+    write_parquet,
+    write_shards,
+)
+
+from modeling_llm2clip.data.data_hashes import hash_image_sizes, hash_records
+from modeling_llm2clip.data.record_loading import load_records
+
+
+def test_images_have_the_same_sizes_in_every_format(tmp_path: Path) -> None:
+    sources = [write(tmp_path / write.__name__) for write in (write_folder, write_shards)]
+    sources.append(write_parquet(tmp_path / "parquet"))
+    hashes = {hash_image_sizes(load_records(source)) for source in sources}
+    assert len(hashes) == 1
+
+
+def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> None:
+    # The hash of these records when it was first written: stores and runs recorded it.
+    assert hash_records(RECORDS) == (
+        "96f57811b546a66ff0750f1890b17eb578f5e18834b4a87873ffb702e247ecc9"
+    )
+    first = RECORDS[0]
+    changes = [
+        {"name": "x"},
+        {"group_id": "x"},
+        {"lang": "fr"},
+        {"captions": ("x",)},
+        {"long_captions": ()},
+    ]
+    hashes = {hash_records([replace(first, **change)]) for change in changes}  # type: ignore[arg-type]
+    assert len({hash_records([first]), *hashes}) == 6
+    same = replace(first, image=Path("a.png"), keywords=(), place="line 3")
+    assert hash_records([same]) == hash_records([first])

@@ -1,0 +1,121 @@
+"""Weight files: all of a folder's are found, every tensor comes once, damage is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from modeling_llm2clip.data.safetensors_files import (
+    iterate_tensors,
+    list_weight_files,
+    read_header,
+)
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_sharded(folder: Path) -> dict[str, torch.Tensor]:
+    folder.mkdir(exist_ok=True)
+    tensors = {f"layer.{n}": torch.randn(2, n + 1) for n in range(4)}
+    tensors["head"] = torch.ones(3, dtype=torch.bfloat16)
+    files = {name: f"model-0000{n % 2 + 1}-of-00002.safetensors" for n, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    return tensors
+
+
+def test_tensors_come_once_in_the_order_of_their_names_however_they_are_sharded(
+    tmp_path: Path,
+) -> None:
+    tensors = write_sharded(tmp_path / "sharded")
+    save_file(tensors, tmp_path / "model.safetensors")
+    for source in (tmp_path / "sharded", tmp_path, tmp_path / "model.safetensors"):
+        found = list(iterate_tensors(list_weight_files(source)))
+        assert [name for name, _ in found] == sorted(tensors)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
+    layers = iterate_tensors(list_weight_files(tmp_path), prefix="layer.")
+    assert [name for name, _ in layers] == [f"layer.{n}" for n in range(4)]
+
+
+def test_a_folder_belongs_to_the_names_where_a_base_is_given(tmp_path: Path) -> None:
+    (tmp_path / "vision").mkdir()
+    files = [tmp_path / "a.safetensors", tmp_path / "vision" / "a.safetensors"]
+    for file in files:
+        save_file({"weight": torch.ones(1)}, file)
+    assert [name for name, _ in iterate_tensors(files, base=tmp_path)] == [
+        "vision/weight",
+        "weight",
+    ]
+    with pytest.raises(ValueError, match=r"weight is in two files, .*a\.safetensors and .*vision"):
+        list(iterate_tensors(files))
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no weights: none of model\.safetensors"):
+        list_weight_files(tmp_path)
+    write_sharded(tmp_path)
+    lost = tmp_path / "model-00002-of-00002.safetensors"
+    content = lost.read_bytes()
+    lost.write_bytes(content[:-3])
+    with pytest.raises(ValueError, match=r"00002\.safetensors is truncated or damaged"):
+        list(iterate_tensors(list_weight_files(tmp_path)))
+    lost.unlink()
+    with pytest.raises(ValueError, match=r"lacks the weight files \['model-00002-of-00002"):
+        list_weight_files(tmp_path)
+    for damaged in ("{", "[]", "{}", '{"weight_map": [1]}'):
+        (tmp_path / INDEX).write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json is damaged"):
+            list_weight_files(tmp_path)
+
+
+def test_names_are_looked_for_in_their_order_and_indexes_first(tmp_path: Path) -> None:
+    names = ("model.safetensors", "adapter_model.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / names[1])
+    assert list_weight_files(tmp_path, names=names) == [tmp_path / names[1]]
+    save_file({"a": torch.ones(1)}, tmp_path / names[0])
+    assert list_weight_files(tmp_path, names=names) == [tmp_path / names[0]]
+    write_sharded(tmp_path)
+    assert len(list_weight_files(tmp_path, names=names)) == 2
+
+
+def test_a_header_says_where_every_tensor_is(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2).half()}, file)
+    places = read_header(file)
+    with safe_open(file, framework="np") as opened:
+        for name, place in places.items():
+            wanted = opened.get_tensor(name)
+            found = np.memmap(
+                file, dtype=wanted.dtype, mode="r", offset=place.offset, shape=place.shape
+            )
+            assert np.array_equal(found, wanted) and place.bytes == wanted.nbytes
+    assert (places["a"].dtype, places["b"].dtype) == ("F32", "F16")
+    places["a"].require_size(file, 4)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) needs 48 bytes, the file has 24"):
+        places["a"].require_size(file, 8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-1], r"it has \d+ bytes, its header says \d+"),
+        (lambda content: content + b"0", r"it has \d+ bytes, its header says \d+"),
+        (lambda content: content[:0], "not a safetensors file"),
+        (lambda content: b"\xff" * 8 + content[8:], "not a safetensors file"),
+        (lambda content: content[:8] + b"[" + content[9:], "header is damaged"),
+    ],
+    ids=["short", "long", "empty", "length", "json"],
+)  # fmt: skip
+def test_a_damaged_header_is_refused(damage, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(3)}, file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_header(file)
