@@ -43,7 +43,6 @@ from .tables import EvaluationResults
 from .tasks.task import Datasets, Task
 from .tasks.task_registry import DEFAULT_TASKS, find_task
 
-_SHOWN = 5
 ModelSource: TypeAlias = str | Path | EvaluatedModel
 DataSource: TypeAlias = DatasetSource | EvaluatedDataset
 _Cell: TypeAlias = tuple[str, str, str]  # model, task, dataset
@@ -359,7 +358,10 @@ def _run(
 ) -> Result:
     before = dict(encoder.encoded)
     started = time.monotonic()
-    found = job.task.run(encoder, job.datasets)
+    try:
+        found = job.task.run(encoder, job.datasets)
+    except ValueError as error:
+        raise ValueError(f"{model}, {job.task.name} on {job.dataset}: {error}") from error
     seconds = time.monotonic() - started
     encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
     file = find_result_file(output, model=model, dataset=job.dataset, task=job.task.name)
@@ -387,10 +389,6 @@ def _run(
 class _OnceEncoder:
     """Asks an encoder for each text and each image once, for all tasks and languages.
 
-    Every embedding of an evaluation passes through here, and none that is not finite goes further:
-    NaN is greater than nothing, so that a task that counts nearer candidates would take it for
-    right or for wrong.
-
     Args:
         encoder: The encoder.
 
@@ -414,14 +412,10 @@ class _OnceEncoder:
 
         Args:
             texts: At least one.
-
-        Raises:
-            ValueError: An embedding is not finite.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
             encoded = self._encoder.encode_texts(new)
-            self._require_finite(encoded.embeds, new, unit="texts")
             self._texts.update(zip(new, encoded.embeds, strict=True))
             self.encoded["texts"] += len(new)
             if encoded.is_truncated is not None:
@@ -436,26 +430,13 @@ class _OnceEncoder:
         Args:
             images: At least one.
             names: Their names in the dataset.
-
-        Raises:
-            ValueError: An embedding is not finite.
         """
         wanted = list(zip(images, names, strict=True))
         new = [pair for pair in dict.fromkeys(wanted) if pair not in self._images]
         if new:
-            new_names = [name for _, name in new]
-            embeds = self._encoder.encode_images([image for image, _ in new], names=new_names)
-            self._require_finite(embeds, new_names, unit="images")
+            embeds = self._encoder.encode_images(
+                [image for image, _ in new], names=[name for _, name in new]
+            )
             self._images.update(zip(new, embeds, strict=True))
             self.encoded["images"] += len(new)
         return torch.stack([self._images[pair] for pair in wanted])
-
-    def _require_finite(self, embeds: Tensor, names: Sequence[str], *, unit: str) -> None:
-        rows = (~embeds.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if rows:
-            described = self.describe()
-            raise ValueError(
-                f"{described.source} gives {len(rows)} of {len(names)} {unit} embeddings with NaN "
-                f"or infinity, in {described.dtype}: {[names[row] for row in rows[:_SHOWN]]}. Run "
-                "it with dtype=float32; if they persist, its weights are damaged."
-            )
