@@ -191,7 +191,7 @@ def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
         file = getattr(config, field)
         if isinstance(file, Path):
             if not file.is_file():
-                raise ValueError(f"{field}={file} is not a file. Correct the path.")
+                raise ValueError(f"{field}={file} is not a text file. Correct the path.")
             read[field] = tuple(line.strip() for line in read_lines(file) if line.strip())
     return replace(config, **read) if read else config
 
