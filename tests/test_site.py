@@ -31,7 +31,7 @@ from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records import _KNOWN_FIELDS
-from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS
 from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets
 from modeling_llm2clip.evaluation.tasks.task_registry import TASKS
 
@@ -319,7 +319,7 @@ def test_the_page_of_the_doctor_has_every_check() -> None:
     page = (DOCS / "publish-and-doctor.md").read_text("utf-8")
     listed = re.findall(r"^\| ([^|]+) \| ", page.split("# Check a model\n")[1], re.MULTILINE)
     names = {name.strip() for cell in listed for name in cell.split(",")}
-    assert {plan.name for plan in _PLANS} <= names
+    assert {planned.name for planned in _PLANNED_CHECKS} <= names
 
 
 @pytest.mark.slow
