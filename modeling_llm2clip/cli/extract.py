@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .._extras import require
 from ..configs.data_config import DataConfig
@@ -14,7 +14,10 @@ from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
 
 # Options of one modality alone, with their defaults.
-_FOREIGN = {"text": {"batch_size": None, "num_workers": 1}, "image": {"token_budget": None}}
+_FOREIGN: dict[str, dict[str, int | None]] = {
+    "text": {"batch_size": None, "num_workers": 1},
+    "image": {"token_budget": None},
+}
 
 
 @command(
