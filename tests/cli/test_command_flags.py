@@ -322,7 +322,7 @@ OF_A_MODEL = {
         ("LLM", "`llm2clip build VISION_MODEL {} OUTPUT`"),
         ("VISION", "`llm2clip build {} TEXT_MODEL OUTPUT`"),
         ("BERT", "{} is a 'vits', which no command takes"),
-        ("ABOVE", "it is the folder above {}/model. Give that one."),
+        ("ABOVE", "it is the parent folder of {}/model. Give that one."),
         ("LORA", "--lora {}`"),
         ("STORE", "--caption-store {}`"),
     ],
