@@ -35,7 +35,7 @@ from modeling_llm2clip.data.caption_groups import group_captions
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
 from modeling_llm2clip.model_folders.lora_base import ADAPTER_WEIGHTS
 from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments, finetune_llm
@@ -89,7 +89,7 @@ def main() -> None:
     record = _describe(arguments, recipe, cra)
     # Not better than on unseen ones: then it is not for lack of images.
     record["cra_on_trained_images"] = measure_caption_retrieval(
-        lambda texts: encode_captions(model, processor, texts).caption_embeds,
+        lambda texts: encode_texts(model, processor, texts, project=False),
         trained[: recipe.held_out],
     )
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -121,7 +121,7 @@ def _build(*, bidirectional: bool) -> tuple[Any, Any]:
 def _measure_untuned(held_out: Any, *, bidirectional: bool) -> float:
     model, processor = _build(bidirectional=bidirectional)
     return measure_caption_retrieval(
-        lambda texts: encode_captions(model, processor, texts).caption_embeds, held_out
+        lambda texts: encode_texts(model, processor, texts, project=False), held_out
     )
 
 

@@ -154,13 +154,13 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
     import modeling_llm2clip.training.extraction.caption_extraction  # noqa: F401
     from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
-    from modeling_llm2clip.encoding.text_encoding import encode_captions
+    from modeling_llm2clip.encoding.encode import encode_texts
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
     from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
     processor = LLM2CLIPProcessor.from_pretrained(arguments.folder / "model")
     model = LLM2CLIPTextModel.from_pretrained(arguments.folder / "model")
-    encode_captions(model, processor, ["a dog"])
+    encode_texts(model, processor, ["a dog"], project=False)
     return {"rss_mb": _read_memory("VmRSS")}
 
 

@@ -157,17 +157,24 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
 
-    def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], int]:
-        """Return the token ids of each text as calling would, unpadded, and how many were cut.
+    def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
+        """Return the token ids of each text as calling would, unpadded.
 
-        Raises: ValueError naming every blank or non-text caption.
+        Args:
+            texts: non-blank texts, N of them.
+
+        Returns:
+            Ids of each text, and whether it was truncated, N of each.
+
+        Raises:
+            ValueError: a text is blank or not a string; all of them are named.
         """
         texts = clean_list(texts)
         with _tokenizing:
             encoded = self.tokenizer(
                 texts, truncation=True, max_length=self.longest_text, padding=False
             )
-        return encoded["input_ids"], sum(bool(row.overflowing) for row in encoded.encodings)
+        return encoded["input_ids"], [bool(row.overflowing) for row in encoded.encodings]
 
     @property
     def longest_text(self) -> int:

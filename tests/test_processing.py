@@ -293,12 +293,12 @@ def test_listed_ids_are_those_of_a_call() -> None:
     for longest in (512, 20):  # what sentence-transformers' max_seq_length sets
         processor.tokenizer.model_max_length = longest
         called = processor(text=texts)
-        listed, num_cut = processor.list_ids(texts)
+        listed, is_truncated = processor.list_ids(texts)
         lengths = called["attention_mask"].sum(dim=1).tolist()
         assert listed == [
             row[:length] for row, length in zip(called["input_ids"].tolist(), lengths, strict=True)
         ]
-        assert num_cut == 1
+        assert is_truncated == [False, False, True]
     with pytest.raises(ValueError, match=r"Got one string \('a dog'\); give a list"):
         processor.list_ids("a dog")
 

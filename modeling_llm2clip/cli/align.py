@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
@@ -12,12 +11,6 @@ from .captioned_data import read_data, require_data
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
-
-if TYPE_CHECKING:
-    from ..training.alignment.align import AlignResult
-    from ..training.alignment.align_arguments import AlignArguments
-
-_STARTS = {"auto": "auto", "model": "as-is", "cca": "canonical-correlation"}
 
 
 @command(
@@ -60,7 +53,7 @@ def align(
     require(*list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_types import require_own_model
-    from ..training.run_record import require_fresh_or_resumed
+    from ..training.run_folder import require_fresh_or_resumed
 
     folder = output / "model"
     _require_stores(config, caption_store, image_store)
@@ -71,29 +64,28 @@ def align(
     require_data(data, reading)
     choose_device(config.device)
 
-    from ..data.embedding_store import EmbeddingStore
+    from accelerate import PartialState
+
     from ..model_folders.model_folder import find_model_folder
     from ..training.alignment.align import align as run
-    from ..training.alignment.align import check_settings
+    from ..training.alignment.align_checks import check_align
+    from ..training.alignment.alignment_report import describe_alignment
 
-    arguments = _to_arguments(config)
-    source = find_model_folder(model)
-    stores = {
-        "caption_store": caption_store and EmbeddingStore.open(caption_store),
-        "image_store": image_store and EmbeddingStore.open(image_store),
-    }
-    check_settings(arguments, **stores)  # reading the data may take long
+    find_model_folder(model)  # reading the data may take long
+    check_align(config, caption_store=caption_store, image_store=image_store)
     records = read_data(data, reading, require_images=image_store is None, resume=resume)
-    result = run(source, records, output, arguments, resume=resume, **stores)
-    if not result.is_main_process:
-        return result.exit_code
-    if result.trained is None:
-        print(
-            f"Stopped after step {result.steps}; continue with --resume. The last checkpoint is "
-            f"in {output}."
-        )
-        return result.exit_code
-    _write(result, source, folder, Path(data).resolve().name)
+    run(
+        model,
+        records,
+        output,
+        config,
+        caption_store=caption_store,
+        image_store=image_store,
+        data_name=Path(data).resolve().name,
+        resume=resume,
+    )
+    if PartialState().is_main_process:
+        print("\n".join(describe_alignment(output)))
     return 0
 
 
@@ -109,72 +101,3 @@ def _require_stores(
     for flag, store in (("--caption-store", caption_store), ("--image-store", image_store)):
         if store is not None and not store.is_dir():
             raise ValueError(f"{flag} {store}: no such folder. Give one of llm2clip extract.")
-
-
-def _write(result: AlignResult, model: Path, folder: Path, data: str) -> None:
-    from ..publishing.assemble import assemble_folder
-    from ..training.alignment.alignment_report import (
-        NEAR_CHANCE,
-        describe_result,
-        find_caution,
-        list_results,
-    )
-
-    assert result.trained is not None
-    has_golden = assemble_folder(
-        model,
-        result.trained,
-        folder,
-        training_data=[data],
-        results=list_results(result, data),
-        caution=find_caution(result),
-        projections_trained=result.has_trained_projections,
-        text_adapter_trained=result.has_trained_adapter,
-    )
-    for line in describe_result(result):
-        print(line)
-    print(f"Wrote {folder} after {result.steps} steps, loss {result.final_loss:.4f}.")
-    if not has_golden:
-        print(
-            f"{model} has no recorded caption embeddings, so {folder} has no golden embeddings. "
-            "`llm2clip build` records them now."
-        )
-    print(f"Next: llm2clip doctor {folder}")
-    if find_caution(result):
-        print(NEAR_CHANCE)
-
-
-def _to_arguments(config: AlignConfig) -> AlignArguments:
-    from ..training.alignment.align_arguments import AlignArguments
-
-    return AlignArguments(
-        vision_training=config.vision_training,
-        text_training=config.text_training,
-        epochs=config.num_train_epochs,
-        steps=config.max_steps,
-        batch_size=config.global_batch_size,
-        lr=config.learning_rate,
-        vision_lr=config.vision_learning_rate,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-        long_share=config.long_caption_ratio,
-        loss_chunk=config.loss_chunk_size,
-        start=_STARTS[config.projection_init],
-        image_noise=config.image_noise,
-        caption_noise=config.caption_noise,
-        held_out_share=config.held_out_ratio,
-        evaluate_every=config.eval_steps,
-        patience=config.early_stopping_patience or None,
-        vision_rank=config.vision_lora_rank,
-        vision_alpha=config.vision_lora_alpha,
-        text_rank=config.lora_rank,
-        text_alpha=config.lora_alpha,
-        clip_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        num_workers=config.num_workers,
-        precision=config.precision,
-        device=config.device,
-        log_every=config.logging_steps,
-        save_every=config.save_steps,
-        seed=config.seed,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from .._extras import require
 from ..configs.data_config import DataConfig
@@ -13,11 +13,11 @@ from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
 
-if TYPE_CHECKING:
-    from ..training.extraction.extract import ExtractionArguments, ExtractionReport
-
 # Options of one modality alone, with their defaults.
-_FOREIGN = {"text": {"batch_size": None, "num_workers": 1}, "image": {"token_budget": None}}
+_FOREIGN: dict[str, dict[str, int | None]] = {
+    "text": {"batch_size": None, "num_workers": 1},
+    "image": {"token_budget": None},
+}
 
 
 @command(
@@ -51,28 +51,26 @@ def extract(
     """
     require(*list_needs_of_data(data, extra="train"), *list_needs_of_model(model, extra="train"))
     from ..model_folders.model_types import require_own_model
-    from ..training.graceful_stop import stop_on_signals
 
     _refuse_foreign(config, modality)
     require_own_model(model)
     require_data(data, reading)
-    with stop_on_signals() as stop:  # before what takes long to import
-        choose_device(config.device)
-        from accelerate import PartialState
+    choose_device(config.device)
+    from accelerate import PartialState
 
-        from ..model_folders.model_folder import find_model_folder
-        from ..training.extraction.caption_extraction import extract_captions
-        from ..training.extraction.image_extraction import extract_images
+    from ..model_folders.model_folder import find_model_folder
+    from ..training.extraction.extract import describe_extraction
+    from ..training.extraction.extract import extract as run
 
-        find_model_folder(model)  # reading the data may take long
-        records = read_data(data, reading, require_images=modality == "image")
-        run = extract_images if modality == "image" else extract_captions
-        report = run(model, records, output, _to_arguments(config), stop=stop)
-        state = PartialState()
-        if state.is_main_process:
-            _print_report(report)
-        state.destroy_process_group()
-        return 0 if report.complete else stop.exit_code
+    find_model_folder(model)  # reading the data may take long
+    records = read_data(data, reading, require_images=modality == "image")
+    run(model, records, output, config, modality=modality)
+    state = PartialState()
+    if state.is_main_process:
+        print("\n".join(describe_extraction(output)))
+        print("Align a model on it: llm2clip align --help")
+    state.destroy_process_group()
+    return 0
 
 
 def _refuse_foreign(config: ExtractConfig, modality: str) -> None:
@@ -84,28 +82,3 @@ def _refuse_foreign(config: ExtractConfig, modality: str) -> None:
         raise ValueError(
             f"{', '.join(given)}: for --modality {other} alone. Leave it out, or extract that."
         )
-
-
-def _to_arguments(config: ExtractConfig) -> ExtractionArguments:
-    from ..training.extraction.extract import ExtractionArguments
-
-    return ExtractionArguments(
-        dtype=config.store_dtype,
-        rows_per_shard=config.rows_per_shard,
-        token_budget=config.token_budget,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        device=config.device,
-        show_progress=config.show_progress,
-    )
-
-
-def _print_report(report: ExtractionReport) -> None:
-    counts = ", ".join(f"{number} {name}" for name, number in report.counts.items())
-    if not report.complete:
-        print(f"Stopped after a whole shard. The same command goes on in {report.folder}.")
-        return
-    print(
-        f"Wrote {report.folder}: {report.num_rows} embeddings of {report.dim} for "
-        f"{report.num_items} records ({counts}). Align a model on it: llm2clip align --help"
-    )

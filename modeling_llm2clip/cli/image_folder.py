@@ -106,7 +106,9 @@ def report_truncated(processor: LLM2CLIPProcessor, texts: list[str], what: str) 
         texts: What it will read.
         what: Word for them.
     """
-    if count := processor.list_ids(texts)[1]:
+    from ..encoding.encode import measure_texts
+
+    if count := int(measure_texts(processor, texts)[1].sum()):
         report(
             f"Truncated {count:,} of {len(texts):,} {what} to the {processor.longest_text} tokens "
             "that the model reads."

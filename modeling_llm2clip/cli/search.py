@@ -96,7 +96,7 @@ def _check_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
 def _find(
     encoded: EncodedFolder, queries: Sequence[str], images: Sequence[Path], *, top_k: int
 ) -> list[SearchResult]:
-    from ..encoding.image_encoding import encode_images
+    from ..encoding.encode import encode_images
     from ..search.gallery import find_images, find_similar_images, make_gallery
 
     model, processor, gallery = encoded.model, encoded.processor, encoded.gallery
@@ -105,7 +105,7 @@ def _find(
         report_truncated(processor, list(queries), "sentences")
         found += find_images(model, processor, gallery, list(queries), count=top_k)
     if images:
-        vision_embeds = encode_images(model, processor, list(images))
+        vision_embeds = encode_images(model, processor, list(images), project=False)
         of_images = make_gallery(model, list(images), vision_embeds)
         found += find_similar_images(gallery, of_images, count=top_k)
     return found

@@ -22,6 +22,8 @@ class AlignConfig(TrainingConfig):
     """Where the projections start: as they are in the model, or where the canonical correlation of
     the stored embeddings puts them; auto is cca where both stores are given, and for a model with
     trained projections the one with the lower held-out loss."""
+    loss: str = "contrastive"
+    """Name of the loss, one of `training/losses/loss.py`."""
     num_train_epochs: Annotated[float, Range(above=0)] | None = None
     """Passes over the data. Default: 10, and at least 300 steps."""
     global_batch_size: Annotated[int, Range(min=2)] | None = None

@@ -6,18 +6,20 @@ milliseconds. Memory holds all embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..modeling_llm2clip import LLM2CLIPModel
-from ..training.alignment.optimization import descend
-from ..training.losses.contrastive import grouped_contrastive_loss
-from ..training.settings import list_errors
+from ..training.alignment.alignment_trainer import warm_up_then_cosine
+from ..training.alignment.trained_parts import split_by_decay
+from ..training.losses.contrastive import ContrastiveLoss
+from ..training.losses.loss import LossInputs
 
 _Caption = TypeVar("_Caption")
 
@@ -27,7 +29,7 @@ class AlignmentPairs:
     """Which stored embeddings belong together.
 
     Attributes:
-        caption_embeds: (T, D) float32, from `encode_captions`.
+        caption_embeds: (T, D) float32, from `encode_texts`.
         vision_embeds: (V, D') float32, from `encode_images`.
         captions_of_image: for each image, the rows of its captions; one is drawn per step.
         group_ids: for each image, what it shows.
@@ -90,9 +92,13 @@ class AlignmentArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        errors = list_errors(
-            self, least={"steps": 1, "batch_size": 2}, positive=("lr",), choices={}
-        )
+        errors = [
+            f"{name}={getattr(self, name)}, wanted at least {least}"
+            for name, least in (("steps", 1), ("batch_size", 2))
+            if getattr(self, name) < least
+        ]
+        if not 0 < self.lr < float("inf"):
+            errors.append(f"lr={self.lr}, wanted a finite number above 0")
         errors += [
             f"{name}={getattr(self, name)}, wanted 0 or more"
             for name in ("weight_decay", "feature_dropout", "feature_noise")
@@ -161,9 +167,10 @@ def _compute_loss(
         caption_embeds = caption_embeds * kept / (1 - arguments.feature_dropout)
     image_embeds = F.normalize(model.project_vision_embeds(vision_embeds.to(device)), dim=-1)
     text_embeds = F.normalize(model.project_caption_embeds(caption_embeds.to(device)), dim=-1)
-    return grouped_contrastive_loss(
+    inputs = LossInputs(
         image_embeds, text_embeds, model.logit_scale(), group_ids[images].to(device)
     )
+    return ContrastiveLoss()(inputs)
 
 
 def sample_batches(
@@ -190,3 +197,55 @@ def sample_batches(
                 for captions, draw in zip(theirs, draws, strict=True)
             ],
         )
+
+
+def descend(
+    losses: Iterable[Tensor],
+    parameters: Sequence[nn.Parameter],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    show_progress: bool = False,
+) -> list[float]:
+    """Take a step of AdamW down each loss, in memory and without checkpoints.
+
+    Args:
+        losses: () each, as many as `steps`; the next is asked for when the step before is done.
+        lr: peak learning rate; see `warm_up_then_cosine`.
+    Returns: the loss of every step.
+    Raises: FloatingPointError at the first loss or gradient that is not finite, before its step,
+        and when a weight is not finite at the end; naming the step.
+    """
+    optimizer = torch.optim.AdamW(
+        split_by_decay(parameters, weight_decay), lr=lr, betas=(0.9, 0.98)
+    )
+    factor = warm_up_then_cosine(steps, warmup_steps=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    done: list[float] = []
+    progress = tqdm(total=steps, unit=" steps", disable=not show_progress)
+    for loss in losses:
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {len(done)}. Lower the learning rate ({lr}), "
+                "or look for broken embeddings."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"The gradient's norm is {norm.item()} at step {len(done)}, although the loss is "
+                f"finite. Lower the learning rate ({lr})."
+            )
+        optimizer.step()
+        schedule.step()
+        done.append(loss.item())
+        progress.update()
+        progress.set_postfix(loss=f"{done[-1]:.4g}", refresh=False)
+    progress.close()
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise FloatingPointError(
+            f"A weight is not finite after step {len(done)}. Lower the learning rate ({lr})."
+        )
+    return done

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..data.records import CaptionedImage
 from ..data.splits import choose_test_rows, split_records
-from ..encoding.image_encoding import encode_images
-from ..encoding.text_encoding import encode_captions
+from ..encoding.encode import encode_images, encode_texts
 from ..evaluation.metrics.correspondence import Correspondence
 from ..evaluation.metrics.ranking import rank_retrieval
 from ..evaluation.metrics.scores import hit_rate_at
@@ -87,15 +86,15 @@ def encode_records(
     if vision_embeds is None:
         print(f"Encoding {len(records)} images …", flush=True)
         paths = [record.path for record in records]
-        vision_embeds = encode_images(model, processor, paths, show_progress=True)
+        vision_embeds = encode_images(model, processor, paths, project=False, show_progress=True)
     rows: dict[str, int] = {}
     captions_of_image = [
         [rows.setdefault(text, len(rows)) for text in list_training_texts(record)]
         for record in records
     ]
     print(f"Encoding {len(rows)} captions …", flush=True)
-    captions = encode_captions(model, processor, list(rows), show_progress=True)
-    return EncodedImages(records, vision_embeds, captions.caption_embeds, captions_of_image)
+    caption_embeds = encode_texts(model, processor, list(rows), project=False, show_progress=True)
+    return EncodedImages(records, vision_embeds, caption_embeds, captions_of_image)
 
 
 def align(
@@ -150,7 +149,8 @@ def search(
     paths = [images.records[row].path for row in rows]
     vision_embeds = images.vision_embeds[rows]
     if gallery:
-        extra = encode_images(model, processor, [record.path for record in gallery])
+        paths_of_gallery = [record.path for record in gallery]
+        extra = encode_images(model, processor, paths_of_gallery, project=False)
         vision_embeds = torch.cat([vision_embeds, extra])
         paths += [record.path for record in gallery]
     return find_images(model, processor, make_gallery(model, paths, vision_embeds), sentences)

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding.text_encoding import encode_captions
+from ..encoding.encode import encode_texts, project_images
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .results_page import SearchResult
@@ -29,14 +27,11 @@ class Gallery:
     image_embeds: Tensor
 
 
-@torch.inference_mode()
 def make_gallery(model: LLM2CLIPModel, paths: Sequence[Path], vision_embeds: Tensor) -> Gallery:
     """Project what `encode_images` computed of these paths, (N, D)."""
-    image_embeds = model.project_vision_embeds(vision_embeds.to(model.device))
-    return Gallery(paths, F.normalize(image_embeds, dim=-1).cpu())
+    return Gallery(paths, project_images(model, vision_embeds))
 
 
-@torch.inference_mode()
 def find_images(
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
@@ -51,9 +46,7 @@ def find_images(
         count: images a sentence; all of them where there are fewer.
     Raises: ValueError for a count below 1, or naming every sentence that is blank.
     """
-    captions = encode_captions(model, processor, sentences).caption_embeds
-    text_embeds = F.normalize(model.project_caption_embeds(captions.to(model.device)), dim=-1)
-    cosines = text_embeds.cpu() @ gallery.image_embeds.T
+    cosines = encode_texts(model, processor, sentences) @ gallery.image_embeds.T
     return take_best(sentences, cosines, gallery.paths, count=count)
 
 

@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.atomic_files import default_cache_folder, hash_file, hash_json, list_differences
 from ..data.named_embeddings import read_named_embeddings, write_named_embeddings
-from ..encoding.image_encoding import encode_image_batches
+from ..encoding.encode import encode_images
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -89,7 +89,7 @@ class KeptEmbeddings:
         embeddings.
 
         Args:
-            settings: those of `encode_image_batches`.
+            settings: those of `encode_images`.
         Returns: embeddings of all of them, (N, D) float32 on the CPU, before the projection.
         Raises: ValueError as `encode_images`, or naming an image whose embedding is not finite.
             What was encoded before is kept then, and when the user breaks off. Embeddings that
@@ -99,28 +99,29 @@ class KeptEmbeddings:
         new = list({self._digest(path): path for path in self.find_new(paths)}.values())
         if new:
             try:
-                self._encode_new(encode_image_batches(model, processor, new, **settings), new)
+                self._encode_new(model, processor, new, **settings)
             finally:
                 self._try_to_write()
         return torch.stack([self._embeddings[self._digest(path)] for path in paths])
 
-    def _encode_new(self, batches: Iterator[Tensor], paths: Sequence[Path]) -> None:
-        start, written = 0, time.monotonic()
-        for embeds in batches:
-            self._keep(paths[start : start + len(embeds)], embeds)
-            start += len(embeds)
+    def _encode_new(
+        self,
+        model: LLM2CLIPModel,
+        processor: LLM2CLIPProcessor,
+        paths: Sequence[Path],
+        **settings: Any,
+    ) -> None:
+        written = time.monotonic()
+
+        def keep(rows: Sequence[int], embeds: Tensor) -> None:
+            nonlocal written
+            digests = [self._digest(paths[row]) for row in rows]
+            self._embeddings.update(zip(digests, embeds, strict=True))
             if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
                 self._try_to_write()
                 written = time.monotonic()
 
-    def _keep(self, paths: Sequence[Path], embeddings: Tensor) -> None:
-        broken = (~embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(
-                f"The model gave {len(broken)} images of a batch of {len(paths)} a NaN or an "
-                f"infinity, {paths[broken[0]]} first. Examine it with llm2clip doctor."
-            )
-        self._embeddings.update(zip(map(self._digest, paths), embeddings, strict=True))
+        encode_images(model, processor, paths, project=False, on_batch=keep, **settings)
 
     def _digest(self, path: Path) -> str:
         if path not in self._digests:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding.text_encoding import encode_captions
+from ..encoding.encode import encode_texts
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .gallery import Gallery, require_finite
@@ -46,7 +46,6 @@ class TaggedImage:
     tags: Sequence[Tag]
 
 
-@torch.inference_mode()
 def encode_labels(
     model: LLM2CLIPModel, processor: LLM2CLIPProcessor, labels: Sequence[Label]
 ) -> Tensor:
@@ -56,8 +55,7 @@ def encode_labels(
         (labels, P) float32 on the CPU.
     """
     prompts = [prompt for label in labels for prompt in label.prompts]
-    captions = encode_captions(model, processor, prompts).caption_embeds
-    embeds = F.normalize(model.project_caption_embeds(captions.to(model.device)), dim=-1).cpu()
+    embeds = encode_texts(model, processor, prompts)
     means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
     return F.normalize(torch.stack(means), dim=-1)
 

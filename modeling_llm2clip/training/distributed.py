@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that a launcher started; and the device of each."""
+"""The processes of a run, one or several that a launcher started, and the device of each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor
 from transformers import TrainingArguments
 
 from ..encoding.devices import find_device
@@ -21,15 +23,37 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 LONGEST_WAIT = timedelta(hours=3)
 
 
-def join_processes(*, cpu: bool | None = None) -> PartialState:
-    """Join this process to the others of `accelerate launch` or `torchrun`, or be alone.
-
-    accelerate takes processes of a launcher on a machine without a GPU for as many runs of one
-    process, unless it is told to stay on the CPU.
+def choose_device(name: str) -> torch.device:
+    """Return the device that an option names, and join this process to the others of a launcher.
 
     Args:
-        cpu: whether to stay on the CPU; None where `find_device` finds nothing better.
-    Raises: RuntimeError when the launcher started several processes and this one is alone.
+        name: As `find_device` takes it; of several processes each gets its own GPU.
+
+    Raises:
+        ValueError: The device is not there.
+        RuntimeError: As `join_processes`.
+    """
+    device = find_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # otherwise kernels of other libraries run on the first
+    join_processes(cpu=device.type == "cpu")
+    return device
+
+
+def join_processes(*, cpu: bool | None = None) -> PartialState:
+    """Join this process to the others of `accelerate launch` or `torchrun`, if there are any.
+
+    On a machine without a GPU, accelerate treats the processes of a launcher as separate runs of
+    one process, unless the CPU is asked for.
+
+    Args:
+        cpu: Whether to stay on the CPU; None for what `find_device` chooses.
+
+    Returns:
+        accelerate's state of the processes.
+
+    Raises:
+        RuntimeError: The launcher started several processes, and this one is alone.
     """
     stays_on_cpu = find_device().type == "cpu" if cpu is None else cpu
     state = PartialState(cpu=stays_on_cpu, timeout=LONGEST_WAIT)
@@ -39,11 +63,16 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
 
 
 def warn_of_idle_gpus(device: torch.device, num_processes: int) -> None:
-    """Warn where a machine has more GPUs than processes: each process uses one."""
+    """Warn if a machine has more GPUs than processes: each process uses one.
+
+    Args:
+        device: Device of this process.
+        num_processes: Number of processes of the run.
+    """
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if num_processes < count:
         warnings.warn(
-            f"{count} GPUs are seen, and {num_processes} used: one a process. Start as many "
+            f"{num_processes} of {count} GPUs are used: one per process. Start as many "
             "processes (accelerate launch --config_file examples/accelerate/ddp.yaml "
             f"--num_processes {count} -m modeling_llm2clip …) to use all.",
             stacklevel=3,
@@ -51,24 +80,32 @@ def warn_of_idle_gpus(device: torch.device, num_processes: int) -> None:
 
 
 def require_all_processes(num_processes: int) -> None:
-    """Raise RuntimeError when a launcher started other processes than this run works with.
+    """Require that a run works with all processes of its launcher.
 
-    Each would compute the whole run by itself, and they would write the same files.
+    Args:
+        num_processes: Number of processes that this one works with.
+
+    Raises:
+        RuntimeError: The launcher started another number. Each process would compute the whole
+            run by itself, and all would write the same files.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes != started:
         raise RuntimeError(
             f"The launcher started {started} processes (WORLD_SIZE), and this one works with "
-            f"{num_processes}. Give every process a GPU, or all the CPU (--device cpu), or start "
-            "one process without a launcher."
+            f"{num_processes}. Give every process a GPU, or all of them the CPU (--device cpu), or "
+            "start one process without a launcher."
         )
 
 
 def keep_to_one_gpu(arguments: TrainingArguments) -> None:
-    """Make a Trainer use one GPU in one process, and never torch's DataParallel.
+    """Make a Trainer use one GPU per process, and never torch's DataParallel.
 
-    That would multiply the batch by the number of GPUs and compute in float32, whatever the
-    precision of the run.
+    DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
+    the precision of the run.
+
+    Args:
+        arguments: Of the Trainer; changed in place.
     """
     arguments._n_gpu = min(1, arguments.n_gpu)
 
@@ -79,23 +116,44 @@ def is_sharded() -> bool:
 
 
 def refuse_fsdp_for_lora() -> None:
-    """Raise ValueError under FSDP, where no process has the whole matrices that a LoRA needs."""
+    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into.
+
+    Raises:
+        ValueError: The launcher was given a configuration for FSDP.
+    """
     if is_sharded():
         raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
 
 
 def training_arguments_on(
-    device: torch.device, arguments_class: type[Arguments], **settings: Any
+    device: torch.device, arguments_class: type[Arguments], **options: Any
 ) -> Arguments:
-    """Make transformers' arguments of a run on this device; by themselves they take the first GPU.
+    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU.
 
-    Of several processes each has its own already.
+    Args:
+        device: Device of the run; of several processes each has its own already.
+        arguments_class: `TrainingArguments` or a class derived from it.
+        **options: Further arguments of that class.
     """
-    arguments = arguments_class(use_cpu=device.type == "cpu", **settings)
+    arguments = arguments_class(use_cpu=device.type == "cpu", **options)
     state = PartialState()
     if state.num_processes == 1:
         state.device = device
-        arguments.__dict__["_setup_devices"] = device  # a cached property, asked for before
+        arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
         arguments._n_gpu = int(device.type != "cpu")
     keep_to_one_gpu(arguments)
     return arguments
+
+
+def gather_group_ids(group_ids: Tensor) -> Tensor:
+    """Concatenate the group ids of all processes in the order of their ranks.
+
+    Args:
+        group_ids: (B,) int64, of this process; equally many on every process.
+
+    Returns:
+        (A,) int64.
+    """
+    gathered = [torch.empty_like(group_ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, group_ids.contiguous())
+    return torch.cat(gathered)

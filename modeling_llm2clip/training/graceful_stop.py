@@ -1,39 +1,68 @@
-"""A wish to stop, kept until the work in hand is whole: SIGINT (Ctrl-C) and SIGTERM."""
+"""Stopping in good order: SIGINT (Ctrl-C) and SIGTERM wait for the next checkpoint or shard."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 _log = logging.getLogger(__name__)
+_PROGRAM = "llm2clip"
+
+
+class StageInterrupt(KeyboardInterrupt):
+    """A signal stopped a stage after its checkpoint or shard; the message says how to continue.
+
+    Args:
+        message: What was stopped where, and the command that continues it; empty in all processes
+            of a launcher but the main one.
+        signal: The signal.
+    """
+
+    def __init__(self, message: str, signal: signal.Signals) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class StopRequest:
-    """What has been asked so far.
+    """Whether a signal came.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: The first signal that came, or None.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
-    @property
-    def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM, 0 where none came."""
-        return 0 if self.signal is None else 128 + self.signal
+    def raise_interrupt(self, stopped: str, *, resume: bool, is_main_process: bool) -> None:
+        """Raise `StageInterrupt` if a signal came.
+
+        Args:
+            stopped: Sentence that says what was stopped, and where its files are.
+            resume: Whether the stage continues with `--resume`, or by the same command.
+            is_main_process: Whether this process shows the message.
+
+        Raises:
+            StageInterrupt: A signal came.
+        """
+        if self.signal is not None:
+            message = f"{stopped} {_describe_continuation(resume=resume)}"
+            raise StageInterrupt(message if is_main_process else "", self.signal)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM instead of dying of it; a second one does as it always did.
+    """Note the first SIGINT or SIGTERM instead of ending; a second one ends the process as usual.
 
-    Outside the main thread, where Python takes no handlers, nothing is changed.
+    Outside the main thread, where Python installs no handlers, nothing changes.
     """
     request = StopRequest()
     before: dict[signal.Signals, Any] = {}
@@ -45,13 +74,26 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, _: FrameType | None) -> None:
         request.signal = signal.Signals(number)
         restore()
-        _log.warning("%s: stopping when the work in hand is whole.", request.signal.name)
+        _log.warning("%s: stopping after the current step or shard.", request.signal.name)
 
     if threading.current_thread() is threading.main_thread():
         for wanted in (signal.SIGINT, signal.SIGTERM):
-            # None stands for a handler that was not installed from Python: it cannot be put back.
+            # None means a handler that was not installed by Python and cannot be restored.
             before[wanted] = signal.signal(wanted, note) or signal.SIG_DFL
     try:
         yield request
     finally:
         restore()
+
+
+def _describe_continuation(*, resume: bool) -> str:
+    """Name the command line that continues, or the call where no command line started this."""
+    program = Path(sys.argv[0])
+    package = __name__.partition(".")[0]  # `python -m` runs its __main__.py
+    if program.stem != _PROGRAM and program.parent.name != package:
+        return f"Continue with the same call{' and resume=True' if resume else ''}."
+    words = [_PROGRAM, *sys.argv[1:]]
+    if resume and "--resume" not in words:
+        words.append("--resume")
+    launched = " under the same launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"Continue{launched} with: {shlex.join(words)}"

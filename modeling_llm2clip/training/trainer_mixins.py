@@ -1,24 +1,59 @@
-"""What both training stages name before a transformers Trainer as a base: stopping, checkpoints."""
+"""What both training stages add to a transformers Trainer: mixins, callbacks, precision.
+
+A mixin precedes the Trainer among the bases of a class.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from .checkpoints import find_trained, mark_complete, require_finite
+from .graceful_stop import StopRequest
+from .run_folder import list_trained, mark_complete, require_finite
 
 _WEIGHTS = "trained.safetensors"
 _NAMES_SHOWN = 5
+_SECONDS_BETWEEN_UPDATES = 10.0  # where every update of a bar stays visible, as in a file
+# Logged numbers that the progress bar shows, and under which name.
+_SHOWN = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "eval_cra": "held-out CRA",
+    "held_out_loss": "held-out loss",
+    "held_out_t2i_r1": "t2i R@1",
+    "held_out_i2t_r1": "i2t R@1",
+}
+_PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1"}
 
 
-class FiniteGradients:
-    """Makes a Trainer stop before a step whose gradient is not finite.
+class FiniteGradientMixin:
+    """Stops a Trainer before a step whose gradient is not finite.
 
-    One such step makes every weight NaN, since the gradient is clipped as a whole.
+    Such a step would make every weight NaN, since the gradient is clipped as a whole.
     """
 
     state: Any
@@ -36,22 +71,22 @@ class FiniteGradients:
 
 
 class ResumedMetricsMixin:
-    """Makes a Trainer leave figures of the whole run out of its log where it did a part of it.
+    """Keeps numbers of the whole run out of a Trainer's log if it ran only a part of it.
 
-    Mean loss and speed of a run that was stopped or resumed: some versions of transformers divide
-    the sums of the part by the steps of the whole.
+    These are the mean loss and the speed: some versions of transformers divide the sums of the
+    part by the steps of the whole.
     """
 
     state: Any
     _is_resumed = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and note whether from the beginning."""
+        """Train, and note whether the run is resumed; arguments as `Trainer.train`."""
         self._is_resumed = resume_from_checkpoint is not None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what holds."""
+        """Log what is true of this run; arguments as `Trainer.log`."""
         if self._is_resumed or self.state.global_step < self.state.max_steps:
             logs = {name: value for name, value in logs.items() if not _is_of_whole_run(name)}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -61,8 +96,8 @@ def _is_of_whole_run(name: str) -> bool:
     return name == "train_loss" or (name.startswith("train_") and name.endswith("_per_second"))
 
 
-class MarkedCheckpoints:
-    """Makes a Trainer mark a checkpoint when all of it is written."""
+class CheckpointMarkMixin:
+    """Marks a checkpoint of a Trainer when all of it is written."""
 
     state: Any
     args: Any
@@ -73,10 +108,10 @@ class MarkedCheckpoints:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
 
-class TrainedCheckpoints(MarkedCheckpoints):
-    """Makes a Trainer save and load what is trained, and nothing that the model's folder has.
+class TrainedCheckpointMixin(CheckpointMarkMixin):
+    """Makes a Trainer save and load the trained weights alone; the others are in the model folder.
 
-    Nothing is saved when a weight is not finite.
+    Nothing is saved if a weight is not finite.
     """
 
     model: Any
@@ -89,9 +124,9 @@ class TrainedCheckpoints(MarkedCheckpoints):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        # Given, and whole, where the parameters themselves are sharded.
+        # Where the parameters are sharded, the Trainer gives the whole ones.
         state = dict(self.model.named_parameters()) if state_dict is None else state_dict
-        kept = {name: state[name].detach().cpu().contiguous() for name in find_trained(self.model)}
+        kept = {name: state[name].detach().cpu().contiguous() for name in list_trained(self.model)}
         require_finite(kept, step=self.state.global_step)
         save_file(kept, folder / _WEIGHTS)
 
@@ -102,11 +137,236 @@ class TrainedCheckpoints(MarkedCheckpoints):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        names = find_trained(self.model)
+        names = list_trained(self.model)
         if names != saved.keys():
             raise ValueError(
-                f"{resume_from_checkpoint} does not hold what is trained now: missing "
-                f"{sorted(names - saved.keys())[:_NAMES_SHOWN]}, without a place "
+                f"{resume_from_checkpoint} has other weights than those that are trained now: "
+                f"missing {sorted(names - saved.keys())[:_NAMES_SHOWN]}, unexpected "
                 f"{sorted(saved.keys() - names)[:_NAMES_SHOWN]}."
             )
         self.model.load_state_dict(saved, strict=False)
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Appends every log of a Trainer to a file, one JSON object per line, with its step.
+
+    Args:
+        file: The file; made if it does not exist.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_log(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class LogLastStepCallback(TrainerCallback):
+    """Logs the last step too, whatever the number of steps between two logs."""
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class StopCallback(TrainerCallback):
+    """After a signal, finishes the step, saves a checkpoint, and stops the Trainer.
+
+    A signal that one process received stops all of them, at the same step.
+
+    Args:
+        stop: The request that `stop_on_signals` gives.
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if args.world_size > 1:
+            number = torch.tensor(int(self.stop.signal or 0), device=args.device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            if number and self.stop.signal is None:
+                self.stop.signal = signal.Signals(int(number))
+        if self.stop.signal:
+            control.should_save = control.should_training_stop = True
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows a run in one line on stderr: steps, rate, time left, and the latest numbers.
+
+    Args:
+        name: Name of the stage, in front of the bar.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bar: tqdm[Any] | None = None
+        self._numbers: dict[str, str] = {}
+
+    def on_train_begin(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        self._bar = tqdm(
+            desc=self._name,
+            total=state.max_steps,
+            initial=state.global_step,
+            unit=" steps",
+            disable=not state.is_world_process_zero,
+            mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_UPDATES,
+        )
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self._numbers |= describe_numbers(logs or {})
+        if self._bar is not None:
+            self._bar.set_postfix(self._numbers, refresh=False)
+
+    def on_train_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
+    """Choose the numbers of a Trainer's log that a progress bar shows.
+
+    Args:
+        logs: What a Trainer logs.
+
+    Returns:
+        Name → number with at most four digits, or a percentage; times and sums are left out.
+    """
+    return {
+        name: f"{logs[key]:.1%}" if key in _PERCENTAGES else f"{logs[key]:.4g}"
+        for key, name in _SHOWN.items()
+        if key in logs
+    }
+
+
+def show_progress(trainer: Trainer, name: str) -> None:
+    """Replace a Trainer's own bar and the dictionaries that it prints by `ProgressCallback`.
+
+    Args:
+        trainer: A Trainer that has not begun.
+        name: Name of the stage, in front of the bar.
+    """
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressCallback(name))
+
+
+def choose_reports(report_to: Sequence[str] | None) -> list[str]:
+    """Choose where a Trainer reports metrics, as its `report_to` takes it.
+
+    Args:
+        report_to: Names of integrations of transformers, all or none; None for tensorboard where
+            it is installed.
+
+    Raises:
+        ValueError: transformers has no such integration, or its package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    if report_to is None:
+        return [name for name in ("tensorboard",) if name in available]
+    if list(report_to) in (["all"], ["none"]):
+        return list(report_to)
+    for name in report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to={name!r} must be one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}; "
+                "or all or none, alone."
+            )
+        if name not in available:
+            raise ValueError(f"report_to={name!r} needs its package: pip install {name}.")
+    return list(report_to)
+
+
+def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
+    """Count the warm-up steps of a run; in the step after them the learning rate is at its peak.
+
+    Args:
+        warmup_steps: Below 1 a share of the run, rounded down; else a number of steps.
+        num_steps: Steps of the run.
+
+    Raises:
+        ValueError: The run ends before the learning rate is at its peak.
+    """
+    counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
+    if counted >= num_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps:g} in a run of {num_steps} steps: the learning rate would "
+            f"never reach its peak. Give fewer than {num_steps} steps, or a share of the run below "
+            "1, such as 0.1; or train longer (max_steps, num_train_epochs)."
+        )
+    return counted
+
+
+def recompute_activations(tower: Any) -> None:
+    """Make a tower recompute its activations in the backward pass: slower, in less memory.
+
+    Args:
+        tower: A model of transformers.
+    """
+    # Newer versions of transformers call it so, and warn of the old name.
+    enable = getattr(tower, "activation_checkpointing_enable", None)
+    (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
+    """Whether a run computes its products in bfloat16; weights stay float32.
+
+    Args:
+        precision: float32, bfloat16, or auto, which takes bfloat16 on a GPU that supports it and
+            never on a CPU: without its instructions bfloat16 is several times slower there, with
+            them no faster, and its gradients are noisier everywhere.
+        on_gpu: Whether the run is on a GPU.
+    """
+    if precision != "auto":
+        return precision == "bfloat16"
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

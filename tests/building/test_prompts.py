@@ -14,14 +14,15 @@ from tiny import VOCABULARY_SIZE, tiny_llm, tiny_model, tiny_tokenizer, tiny_vis
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.prompts import (
+    PROMPT_PRESETS,
     Prompt,
     derive_prompt,
     resolve_template,
     write_prompt,
 )
-from modeling_llm2clip.configs.build_config import PROMPT_PRESETS, BuildConfig
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 CAPTIONS = [
@@ -247,8 +248,8 @@ def test_the_given_tokenizer_is_left_as_it_was() -> None:
     [
         ({"prompt": "llama-3"}, False),
         ({"prompt": "none"}, False),
-        ({"suffix": "<|eot_id|>"}, False),
-        ({"suffix": "<|end|>"}, True),
+        ({"prompt_suffix": "<|eot_id|>"}, False),
+        ({"prompt_suffix": "<|end|>"}, True),
     ],
 )
 def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_names(
@@ -265,7 +266,7 @@ def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_nam
 def test_a_tokenizer_larger_than_the_embedding_table_builds_no_model() -> None:
     tokenizer = tiny_tokenizer(vocabulary_size=VOCABULARY_SIZE + 10)
     with pytest.raises(ValueError, match=r"ids up to 329, the embedding table only 320 rows"):
-        build_model(*tiny_vision(), tiny_llm(), tokenizer, BuildConfig(prompt="llama-3"))
+        join_towers(tiny_vision(), (tiny_llm(), tokenizer), BuildConfig(prompt="llama-3"))
 
 
 def test_extra_special_tokens_of_the_bare_tokenizer_do_not_mislead() -> None:
@@ -282,7 +283,7 @@ def test_extra_special_tokens_of_the_bare_tokenizer_do_not_mislead() -> None:
 
 @pytest.mark.parametrize("prompt", ["llama3", None])
 def test_an_unknown_or_missing_prompt_is_answered_with_the_known(prompt: str | None) -> None:
-    with pytest.raises(ValueError, match=rf"prompt={prompt!r} must be one of llama-3, .*chat-"):
+    with pytest.raises(ValueError, match=rf"prompt={prompt!r} must be one of .*'llama-3'.*'chat-"):
         resolve_template(tiny_tokenizer(), prompt)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_llm2clip.building.timm_images import image_processor_from_timm
+from modeling_llm2clip.building.vision_towers import image_processor_from_timm
 
 SETTINGS: dict[str, Any] = {
     "input_size": (3, 44, 44),

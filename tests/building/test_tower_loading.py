@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_llm2clip.building.build_model import build_model
-from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.text_towers import load_text_tower
+from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 # Names of a llama's weights in a GGUF file; its specification is ggml/docs/gguf.md.
 GGUF_NAMES = {
@@ -204,7 +205,7 @@ def test_of_a_model_that_also_sees_the_language_model_is_taken(tmp_path: Path) -
     assert set(loaded.state_dict()) == set(wanted)
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
     arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
-    built, processor = build_model(*tiny_vision(), loaded, tokenizer, arguments)
+    built, processor = join_towers(tiny_vision(), (loaded, tokenizer), arguments)
     save_model(built, processor, tmp_path / "model")
     again = AutoModel.from_pretrained(tmp_path / "model")
     assert type(again.text_model) is type(whole)

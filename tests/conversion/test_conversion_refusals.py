@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 from converting import (
+    FORMAT_OF,
     LLM,
     LLM2VEC,
-    RECIPE_OF,
     convert,
     copy_llm,
     plan,
@@ -34,12 +34,14 @@ from tiny import tiny_llm, tiny_tokenizer
 from transformers import AutoModel, CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
-from modeling_llm2clip.conversion.lazy_tensors import open_weights
-from modeling_llm2clip.conversion.output_arguments import OutputArguments
-from modeling_llm2clip.conversion.public_names import split_revision
-from modeling_llm2clip.conversion.source_checkpoint import CheckpointSource, open_checkpoint
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.conversion.source_checkpoint import (
+    CheckpointSource,
+    open_checkpoint,
+    split_revision,
+)
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
+from modeling_llm2clip.model_folders.weights import open_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:
     """Plan a conversion of a family's checkpoint, which must be refused in these words."""
     state = settings.pop("state", None)
-    settings.setdefault("recipe", RECIPE_OF[family])
+    settings.setdefault("source_format", FORMAT_OF[family])
     source = save_checkpoint(family, folder / "source", state)
     with pytest.raises(ValueError, match=match):
         plan(source, **settings)
@@ -92,8 +94,8 @@ def test_truncated_safetensors(tmp_path, where) -> None:
     source = save_checkpoint("hub_clip", tmp_path / "source")
     path = (source if where == "checkpoint" else llm) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or corrupt .*SHA-256"):
-        plan(source, recipe=RECIPE_OF["hub_clip"], llm=LLMSource(llm))
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged .*SHA-256"):
+        plan(source, source_format=FORMAT_OF["hub_clip"], llm=LLMSource(llm))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1"])
@@ -170,11 +172,11 @@ def test_names_of_which_only_some_are_wrapped(tmp_path) -> None:
 
 def test_a_lora_for_another_base_by_name(tmp_path) -> None:
     llm = copy_llm(tmp_path / "Llama-3.1-8B")
-    source = LLMSource(llm, adapters=(LLM2VEC / "llama_lora",))
+    source = LLMSource(llm, loras=(LLM2VEC / "llama_lora",))
     refuse("openai", tmp_path, r"is for the base 'llama', but the LLM is .*Llama-3\.1-8B'",
            llm=source)  # fmt: skip
     accepted = replace(source, accept_lora_base="llama")
-    assert plan(tmp_path / "source" / "epoch_3.pt", recipe=RECIPE_OF["openai"], llm=accepted)
+    assert plan(tmp_path / "source" / "epoch_3.pt", source_format=FORMAT_OF["openai"], llm=accepted)
 
 
 def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
@@ -183,36 +185,36 @@ def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
     name = next(name for name in factors if name.endswith("q_proj.lora_A.weight"))
     factors[name] = torch.ones(4, 48)
     save_file(factors, adapter / "adapter_model.safetensors")
-    refuse("openai", tmp_path, r"another base than .*the LoRA makes \(32, 48\), .*\(32, 32\)",
-           llm=LLMSource(LLM, adapters=(adapter,)))  # fmt: skip
+    refuse("openai", tmp_path, r"is for another LLM: .*q_proj\.lora_A.*Give the LLM that it was",
+           llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("use_dora", True),
+        ("lora_bias", True),
         ("bias", "all"),
         ("modules_to_save", ["norm"]),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
     ],
 )
 def test_a_lora_that_is_more_than_a_lora(tmp_path, setting, value) -> None:
     adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
-    refuse("openai", tmp_path, f"more than a plain LoRA .*{setting}",
-           llm=LLMSource(LLM, adapters=(adapter,)))  # fmt: skip
+    refuse("openai", tmp_path, f"more than the low-rank matrices of a LoRA .*{setting}",
+           llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
-@pytest.mark.parametrize("family", RECIPE_OF)
-@pytest.mark.parametrize("chosen", RECIPE_OF)
+@pytest.mark.parametrize("family", FORMAT_OF)
+@pytest.mark.parametrize("chosen", FORMAT_OF)
 def test_keys_of_another_family(tmp_path, family, chosen) -> None:
     source = save_checkpoint(family, tmp_path)
     if family == chosen:
-        assert plan(source, recipe=RECIPE_OF[chosen])
+        assert plan(source, source_format=FORMAT_OF[chosen])
         return
-    with pytest.raises(ValueError, match=f"keys of the family '{family}', the recipe is for"):
-        plan(source, recipe=RECIPE_OF[chosen])
+    with pytest.raises(ValueError, match=f"of the family '{family}', the source format is for"):
+        plan(source, source_format=FORMAT_OF[chosen])
 
 
 def test_keys_of_no_family_are_shown(tmp_path) -> None:
@@ -224,7 +226,7 @@ def test_keys_without_an_account_are_all_printed(tmp_path) -> None:
     extra = {f"visual.extra_{i}": torch.ones(i) for i in range(1, 30)}
     source = save_checkpoint("eva02", tmp_path, {**read_checkpoint("eva02"), **extra})
     with pytest.raises(ValueError, match="29 of 114 keys that are neither used") as refused:
-        plan(source, recipe=RECIPE_OF["eva02"])
+        plan(source, source_format=FORMAT_OF["eva02"])
     assert all(f"{name} ({i},)" in str(refused.value) for i, name in enumerate(extra, 1))
 
 
@@ -264,7 +266,7 @@ def test_a_lora_where_its_base_belongs(tmp_path) -> None:
 
 def test_a_lora_beside_an_llm_that_the_checkpoint_holds(tmp_path) -> None:
     refuse("siglip2", tmp_path, "holds the LLM's weights, merged",
-           llm=LLMSource(LLM, adapters=(LLM2VEC / "llama_lora",)))  # fmt: skip
+           llm=LLMSource(LLM, loras=(LLM2VEC / "llama_lora",)))  # fmt: skip
 
 
 def test_a_temperature_that_no_training_leaves(tmp_path) -> None:
@@ -274,25 +276,32 @@ def test_a_temperature_that_no_training_leaves(tmp_path) -> None:
 
 
 def test_preprocessing_that_nobody_chose(tmp_path) -> None:
-    recipe = replace(RECIPE_OF["siglip2"], preprocessing=None)
-    refuse("siglip2", tmp_path, "Choose the preprocessing .*'openai'.*'half'", recipe=recipe)
+    source_format = replace(FORMAT_OF["siglip2"], preprocessing=None)
+    refuse(
+        "siglip2",
+        tmp_path,
+        "Choose the preprocessing .*'openai'.*'half'",
+        source_format=source_format,
+    )
     assert SOURCE_FORMATS["siglip2"].preprocessing is None
 
 
 def test_a_head_width_that_does_not_divide_the_tower(tmp_path) -> None:
-    recipe = replace(RECIPE_OF["openai"], head_width=7)
-    refuse("openai", tmp_path, "24 wide, which heads of 7 do not divide", recipe=recipe)
+    source_format = replace(FORMAT_OF["openai"], head_width=7)
+    refuse(
+        "openai", tmp_path, "24 wide, which heads of 7 do not divide", source_format=source_format
+    )
 
 
 def test_an_activation_that_contradicts_the_repository(tmp_path) -> None:
-    recipe = replace(RECIPE_OF["hub_clip"], activation="gelu")
-    refuse("hub_clip", tmp_path, "hidden_act='quick_gelu', the recipe activation='gelu'",
-           recipe=recipe)  # fmt: skip
+    source_format = replace(FORMAT_OF["hub_clip"], activation="gelu")
+    refuse("hub_clip", tmp_path, "hidden_act='quick_gelu', the source format has activation='gelu'",
+           source_format=source_format)  # fmt: skip
 
 
 def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
-    recipe = replace(RECIPE_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
-    refuse("openai", tmp_path, "does not know as special tokens", recipe=recipe)
+    source_format = replace(FORMAT_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
+    refuse("openai", tmp_path, "does not know as special tokens", source_format=source_format)
 
 
 def test_a_file_that_is_not_there(tmp_path) -> None:
@@ -311,26 +320,11 @@ def test_a_lost_shard_is_named(tmp_path) -> None:
         open_weights(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: SourceFormat(layout="resnet"), "layout='resnet' must be one of"),
-        (lambda: SourceFormat(layout="openai", activation="relu"), "activation='relu'"),
-        (lambda: SourceFormat(layout="openai", head_width=0), "head_width=0 must be at least 1"),
-        (lambda: OutputArguments(dtype="int8"), "dtype='int8'"),
-        (lambda: OutputArguments(components="head"), "components='head'"),
-    ],
-)
-def test_settings_that_there_are_not(make, match) -> None:
-    with pytest.raises(ValueError, match=match):
-        make()
-
-
 def test_an_existing_target_is_not_touched(tmp_path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is not empty"):
-        convert(tmp_path / "no-such.pt", tmp_path / "model", recipe=RECIPE_OF["openai"])
+        convert(tmp_path / "no-such.pt", tmp_path / "model", source_format=FORMAT_OF["openai"])
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
 
 
@@ -339,7 +333,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     usage = shutil.disk_usage(tmp_path)._replace(free=60 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"has 0\.06 GB free, the model takes 0\.07 GB"):
-        convert(source, tmp_path / "model", recipe=RECIPE_OF["openai"])
+        convert(source, tmp_path / "model", source_format=FORMAT_OF["openai"])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -350,16 +344,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 from modeling_llm2clip.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
-FLAGS = [
-    "--source-format",
-    "openai",
-    "--text-model",
-    str(LLM),
-    "--head-width",
-    "12",
-    "--max-text-length",
-    "200",
-]
+FLAGS = ["--recipe", "openai", "--llm", str(LLM), "--head-width", "12", "--max-text-length", "200"]
 
 
 @pytest.mark.slow
@@ -411,13 +396,12 @@ def test_a_conversion_killed_before_its_examination_has_no_target(tmp_path) -> N
 def test_a_bad_source_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
     source = save_checkpoint("eva02", tmp_path / "source")
     assert main(["convert", str(source), str(tmp_path / "model"), *FLAGS]) == 2
-    assert "Choose the recipe 'eva02'" in capsys.readouterr().err
-    assert main(["convert", str(source), str(tmp_path / "model"), "--source-format", "eva02"]) == 2
-    assert "give --text-model" in capsys.readouterr().err
+    assert "Choose the source format 'eva02'" in capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "model"), "--recipe", "eva02"]) == 2
+    assert "give --llm" in capsys.readouterr().err
 
 
-LLM2VEC_FLAGS = ["--source-format", "llm2vec", "--vision-model", "no-such-tower"]
-LLM2VEC_FLAGS += ["--prompt", "llama-3"]
+LLM2VEC_FLAGS = ["--recipe", "llm2vec", "--vision", "no-such-tower", "--prompt", "llama-3"]
 
 
 @pytest.mark.parametrize(
@@ -425,15 +409,34 @@ LLM2VEC_FLAGS += ["--prompt", "llama-3"]
     [
         (["--license", "Apache 2"], "--license 'Apache 2' must be an identifier"),
         (["--license", "other"], "needs --license-name and --license-link"),
+        (["--license", "mit", "--push", "bad name"], "--push 'bad name' must be 'owner/name'"),
     ],
 )
 @pytest.mark.parametrize("recipe", [FLAGS, LLM2VEC_FLAGS], ids=["checkpoint", "llm2vec"])
-def test_a_license_that_is_none_is_refused_before_a_source_is_opened(
+def test_what_cannot_be_published_is_refused_before_a_source_is_opened(
     tmp_path, capsys, recipe, flags, match
 ) -> None:
     # There is no source: whatever opened it would complain of that.
     command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
     assert main(command) == 2
+    assert match in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "match"),
+    [
+        (FLAGS, [], "states no license"),
+        # With a license too: what is built is untrained.
+        (LLM2VEC_FLAGS, ["--license", "mit"], "makes an untrained model, and none is published"),
+    ],
+    ids=["checkpoint", "llm2vec"],
+)
+def test_a_model_that_may_not_be_published_is_not_pushed(
+    tmp_path, capsys, recipe, flags, match
+) -> None:
+    command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *recipe, *flags]
+    assert main([*command, "--push", "me/model"]) == 2
     assert match in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -447,7 +450,7 @@ def test_a_license_that_is_none_is_refused_before_a_source_is_opened(
         ["--components", "text"],
         ["--revision", "main"],
         ["--file", "a.pt"],
-        ["--text-revision", "main"],
+        ["--llm-revision", "main"],
         ["--llm-lora", "a/lora"],
         ["--activation", "gelu"],
         ["--head-width", "64"],
@@ -465,9 +468,9 @@ def test_a_flag_that_llm2vec_has_no_use_for_is_named(tmp_path, capsys, flags) ->
     ("recipe", "flag"), [("openai-hub", "--head-width"), ("openai", "--rope-reference-size")]
 )
 def test_a_flag_of_another_recipe_is_named(tmp_path, capsys, recipe, flag) -> None:
-    command = ["convert", "no-such.pt", str(tmp_path / "model"), "--source-format", recipe]
-    assert main([*command, "--text-model", str(LLM), flag, "8"]) == 2
-    assert f"{flag} goes with the source formats" in capsys.readouterr().err
+    command = ["convert", "no-such.pt", str(tmp_path / "model"), "--recipe", recipe]
+    assert main([*command, "--llm", str(LLM), flag, "8"]) == 2
+    assert f"{flag} goes with the recipes" in capsys.readouterr().err
 
 
 def test_a_local_source_has_no_revision(tmp_path) -> None:
@@ -485,7 +488,7 @@ def test_the_revision_of_a_lora_stands_behind_its_hub_id(tmp_path) -> None:
     assert split_revision("me/lora") == ("me/lora", None)
     (tmp_path / "a@b").mkdir()
     assert split_revision(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
-    with pytest.raises(ValueError, match="no revision behind its '@'"):
+    with pytest.raises(ValueError, match="no revision after its '@'"):
         split_revision("me/lora@")
     with pytest.raises(ValueError, match="has no revision 'abc'"):
         split_revision(f"{tmp_path}@abc")

@@ -15,19 +15,22 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
-from modeling_llm2clip.doctor import Check, check_model
-from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
+from modeling_llm2clip.doctor.model_report import Check
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_folder import list_uploaded_files
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.publishing.export_model import save_model
 
 
 def test_a_healthy_checkpoint_passes_every_check_and_skips_none(good: Path) -> None:
     diagnosis = check_model(good)
     assert diagnosis.healthy, diagnosis.report()
     assert [check for check in diagnosis.checks if not check.passed] == []
-    assert [c.name for c in diagnosis.checks] == ["folder", *(plan.name for plan in _PLANS)]
+    assert [c.name for c in diagnosis.checks] == [
+        "folder",
+        *(plan.name for plan in _PLANNED_CHECKS),
+    ]
 
 
 def test_a_checkpoint_without_golden_embeddings_is_told_so(copy: Path) -> None:
@@ -78,7 +81,7 @@ def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
     diagnosis = check_model(tmp_path)
     assert diagnosis.healthy, diagnosis.report()
     assert find(diagnosis, "pooled span").passed
-    assert find(diagnosis, "temperature").message == "the folder holds a LLM2CLIPTextModel alone"
+    assert find(diagnosis, "temperature").message == "the folder holds an LLM2CLIPTextModel"
 
 
 @pytest.mark.parametrize("option", ["eos_token", "extra_special_tokens"])
@@ -91,7 +94,7 @@ def test_a_suffix_that_is_a_special_token_is_flagged_as_the_saved_tokenizer_has_
     )
     model, processor = tiny_model(tokenizer=tokenizer)
     folder = save_model(
-        model, processor, tmp_path / "exported", prompts={"query": "Find an image: "}
+        model, processor, tmp_path / "exported", instructions={"query": "Find an image: "}
     )
     diagnosis = check_model(folder)
     assert diagnosis.healthy, diagnosis.report()
@@ -122,9 +125,9 @@ def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None
     code = """
 import sys
 sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
-from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.publishing.push_to_hub import Destination, push_to_hub
-push_to_hub(sys.argv[1], Destination("owner/model"))
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.publishing.push_to_hub import push_to_hub
+push_to_hub(sys.argv[1], "owner/model")
 diagnosis = check_model("owner/model")
 print(diagnosis.report())
 assert diagnosis.healthy

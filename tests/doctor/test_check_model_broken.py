@@ -17,7 +17,7 @@ from breaking import (
     edit_json,
     edit_weights,
     find,
-    load_patient,
+    load_tested,
     remove,
     rename_adapter_key,
     set_causal,
@@ -27,13 +27,12 @@ from breaking import (
     take_other_tokenizer,
 )
 
-from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_report import NotApplicableError
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.doctor.reference_checks import check_sentence_transformers
-from modeling_llm2clip.model_folders.quantization import text_quantization_config
+from modeling_llm2clip.model_folders.model_loading import text_quantization_config
 
 
 class Case(NamedTuple):
@@ -124,18 +123,18 @@ CASES = {
     ),
     "dtype mixed": Case(
         set_weight("text_adapter.norm.weight", lambda w: w.bfloat16()),
-        "weight dtype", r"1 of \d+ weights are not F32: \['text_adapter.norm.weight \(BF16\)'\]",
+        "weight dtype", r"1 of \d+ weights are not float32: \['text_adapter.norm.weight \(bf.*",
     ),
     "temperature in half precision": Case(
         set_weight("logit_scale.log_scale", lambda w: w.half()),
-        "weight dtype", r"logit_scale.log_scale is F16, not F32",
+        "weight dtype", r"logit_scale.log_scale is float16, not float32",
     ),
     "dtype misstated": Case(
-        set_config(dtype="bfloat16"), "weight dtype", r"states torch.bfloat16, the weights are F32"
+        set_config(dtype="bfloat16"), "weight dtype", r"has bfloat16, the weights are float32"
     ),
     "falsely marked as quantised": Case(
         set_config(quantization_config=text_quantization_config("4bit").to_dict()),
-        "weight dtype", r"says that weights are quantised, the files hold \['F32'\] alone",
+        "weight dtype", r"says that weights are quantized, but the files hold \['float32'\]",
     ),
     "temperature altered": Case(
         set_weight("logit_scale.log_scale", lambda w: w + 1),
@@ -236,7 +235,7 @@ def test_a_broken_checkpoint_fails_the_check_that_names_the_error(name: str, cop
     assert (check.passed, check.skipped) == (False, False), diagnosis.report()
     assert re.search(case.says, check.message), check.message
     assert len(diagnosis.failed) == 1 or not case.alone, diagnosis.report()
-    assert len(diagnosis.checks) == len(_PLANS) + 1  # nothing is silently left out
+    assert len(diagnosis.checks) == len(_PLANNED_CHECKS) + 1  # nothing is silently left out
     assert all(check.message for check in diagnosis.checks)
 
 
@@ -300,13 +299,13 @@ def test_a_source_that_is_nowhere_fails_and_skips_the_rest(source: str | Path) -
     assert [check.name for check in diagnosis.failed] == ["folder"]
     assert "no such folder" in diagnosis.checks[0].message
     assert all(check.skipped for check in diagnosis.checks[1:])
-    assert len(diagnosis.checks) == len(_PLANS) + 1
+    assert len(diagnosis.checks) == len(_PLANNED_CHECKS) + 1
 
 
 def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_path: Path) -> None:
-    patient = load_patient(good)
-    patient.model.save_pretrained(tmp_path)
-    patient.processor.save_pretrained(tmp_path)
+    tested = load_tested(good)
+    tested.model.save_pretrained(tmp_path)
+    tested.processor.save_pretrained(tmp_path)
     diagnosis = check_model(tmp_path)
     assert diagnosis.healthy, diagnosis.report()
     assert [check.name for check in diagnosis.checks if check.skipped] == ["golden embeddings"]
@@ -322,13 +321,13 @@ def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_pat
 def test_a_folder_that_sentence_transformers_cannot_load_is_reported_with_the_remedy(
     lost: str, remedy: str, copy: Path
 ) -> None:
-    patient = load_patient(copy)
+    tested = load_tested(copy)
     if lost == "processor":
-        patient.processor = None
+        tested.processor = None
     else:
         (copy / lost).unlink()
     with pytest.raises(NotApplicableError, match=remedy):
-        check_sentence_transformers(patient)
+        check_sentence_transformers(tested)
 
 
 def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
@@ -341,7 +340,7 @@ def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
 def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:
     CASES["remote code altered"].break_it(copy)
     lines = check_model(copy).report().splitlines()
-    assert len(lines) == len(_PLANS) + 2
+    assert len(lines) == len(_PLANNED_CHECKS) + 2
     assert sum(line.startswith("FAILED") for line in lines) == 1
-    assert lines[-1] == f"{copy}: 1 of {len(_PLANS) + 1} FAILED"
+    assert lines[-1] == f"{copy}: 1 of {len(_PLANNED_CHECKS) + 1} FAILED"
     assert str(check_model(good)).endswith(f"{good}: healthy")

@@ -17,32 +17,28 @@ from torch import Tensor
 from transformers import __version__ as transformers_version
 
 from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.publishing.export_model import save_model
-from modeling_llm2clip.training.alignment.align import AlignResult, align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
-from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
-from modeling_llm2clip.training.extraction.image_extraction import extract_images
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.held_out import HeldOutScores
+from modeling_llm2clip.training.extraction.extract import extract
+from modeling_llm2clip.training.run_folder import read_results
 
 NUM_RECORDS = 24
 SHORT_RUN: dict[str, Any] = {
-    "steps": 6, "batch_size": 8, "lr": 1e-3, "log_every": 1, "save_every": 2, "device": "cpu",
-    "held_out_share": 0.0, "start": "as-is", "image_noise": 0.0, "caption_noise": 0.0,
+    "max_steps": 6, "global_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1,
+    "save_steps": 2, "device": "cpu", "held_out_ratio": 0.0, "projection_init": "model",
+    "image_noise": 0.0, "caption_noise": 0.0,
 }  # fmt: skip
 # Long enough to be killed in the middle.
 LONG_RUN: dict[str, Any] = {
-    "steps": 120, "batch_size": 8, "log_every": 1, "save_every": 7, "device": "cpu",
-    "vision_training": "full", "layer_decay": 0.9, "lr": 1e-4, "patience": 100,
-}  # fmt: skip
-# Options of the command that have other names in `AlignArguments`.
-_FLAGS = {
-    "steps": "max_steps", "batch_size": "global_batch_size", "lr": "learning_rate",
-    "log_every": "logging_steps", "save_every": "save_steps", "held_out_share": "held_out_ratio",
-    "start": "projection_init", "patience": "early_stopping_patience",
-    "evaluate_every": "eval_steps", "text_rank": "lora_rank", "vision_rank": "vision_lora_rank",
+    "max_steps": 120, "global_batch_size": 8, "logging_steps": 1, "save_steps": 7,
+    "device": "cpu", "vision_training": "full", "layer_decay": 0.9, "learning_rate": 1e-4,
+    "early_stopping_patience": 100,
 }  # fmt: skip
 COLORS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0),
@@ -72,29 +68,59 @@ class Prepared:
     def image_store(self) -> EmbeddingStore:
         return EmbeddingStore.open(self.images)
 
-    def align(self, output: Path, *, resume: bool = False, **changed: Any) -> AlignResult:
+    def align(self, output: Path, *, resume: bool = False, **changed: Any) -> Run:
         """Run a few steps; stores are given where they are read."""
-        arguments = AlignArguments(**{**SHORT_RUN, **changed})
-        stored = arguments.text_training == "stored"
-        return align(
+        config = AlignConfig(**{**SHORT_RUN, **changed})
+        stored = config.text_training == "stored"
+        align(
             self.model,
             self.records,
             output,
-            arguments,
+            config,
             caption_store=self.caption_store if stored else None,
             resume=resume,
         )
+        return Run(output)
 
-    def align_stored(self, output: Path, **settings: Any) -> AlignResult:
-        """Align from both stores, with the settings' own defaults."""
-        return align(
+    def align_stored(self, output: Path, *, resume: bool = False, **options: Any) -> Run:
+        """Align from both stores, with the defaults of the other options."""
+        align(
             self.model,
             self.records,
             output,
-            AlignArguments(**{"device": "cpu", **settings}),
-            caption_store=self.caption_store,
-            image_store=self.image_store,
+            AlignConfig(**{"device": "cpu", **options}),
+            caption_store=self.captions,
+            image_store=self.images,
+            resume=resume,
         )
+        return Run(output)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished alignment, as its folder describes it."""
+
+    output: Path
+
+    @property
+    def model(self) -> Path:
+        return self.output / "model"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return read_results(self.output)
+
+    @property
+    def before(self) -> HeldOutScores:
+        return HeldOutScores(**self.results["held_out"]["before"])
+
+    @property
+    def after(self) -> HeldOutScores:
+        return HeldOutScores(**self.results["held_out"]["best"])
+
+    @property
+    def best_step(self) -> int:
+        return int(self.results["held_out"]["best_step"])
 
 
 def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
@@ -158,9 +184,9 @@ def prepare(
     model, processor = tiny_model(vision, visual_projection_bias=True, max_text_length=64, **build)
     save_model(model, processor, folder / "exported")
     records = load_records(data)
-    settings = ExtractionArguments(dtype="float32", device="cpu")
-    extract_captions(folder / "exported", records, folder / "captions", settings)
-    extract_images(folder / "exported", records, folder / "images", settings)
+    config = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
+    extract(folder / "exported", records, folder / "captions", config, modality="text")
+    extract(folder / "exported", records, folder / "images", config, modality="image")
     return Prepared(data, folder / "exported", folder / "captions", folder / "images")
 
 
@@ -184,16 +210,12 @@ def read_tensorboard_losses(output: Path) -> dict[int, float]:
 
 
 def command_of(prepared: Prepared, output: Path, **changed: Any) -> list[str]:
-    """Arguments of `llm2clip` for a long run with some settings changed."""
-    settings = {**LONG_RUN, **changed}
-    renamed = {_FLAGS.get(name, name): value for name, value in settings.items()}
-    renamed["projection_init"] = {"as-is": "model"}.get(
-        renamed.get("projection_init", "auto"), "auto"
-    )
+    """Arguments of `llm2clip` for a long run with some options changed."""
+    options = {**LONG_RUN, **changed}
     flags = [
-        part for name, value in renamed.items() for part in (f"--{name.replace('_', '-')}", value)
+        part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)
     ]
-    online = settings.get("text_training", "stored") != "stored"
+    online = options.get("text_training", "stored") != "stored"
     stored = [] if online else ["--caption-store", prepared.captions]
     return [str(p) for p in ("align", prepared.model, prepared.data, output, *stored, *flags)]
 

@@ -12,11 +12,11 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from modeling_llm2clip.building.prompts import Prompt, write_prompt
-from modeling_llm2clip.doctor import Check, ModelReport
 from modeling_llm2clip.doctor.file_checks import check_config
-from modeling_llm2clip.doctor.forward_checks import load_model
+from modeling_llm2clip.doctor.forward_checks import check_loading
+from modeling_llm2clip.doctor.model_report import Check, ModelReport
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
-from modeling_llm2clip.doctor.tokenizer_checks import load_processor, load_tokenizer
+from modeling_llm2clip.doctor.tokenizer_checks import check_processor, check_tokenizer
 
 Break = Callable[[Path], None]
 OTHER_TEXTS = (
@@ -106,8 +106,8 @@ def cut_in_half(name: str) -> Break:
     return apply
 
 
-def load_patient(folder: Path) -> ModelUnderTest:
-    patient = ModelUnderTest(folder, "cpu")
-    for load in (check_config, load_model, load_tokenizer, load_processor):
-        load(patient)
-    return patient
+def load_tested(folder: Path) -> ModelUnderTest:
+    tested = ModelUnderTest(folder, "cpu")
+    for check in (check_config, check_loading, check_tokenizer, check_processor):
+        check(tested)
+    return tested

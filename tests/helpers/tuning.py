@@ -1,29 +1,55 @@
-"""Captions of two dozen images and a short run on them, for the tests of the caption tuning."""
+"""Captions of two dozen images and a short run on them, for the tests of the fine-tuning."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tiny import tiny_model
 
-from modeling_llm2clip.data.caption_groups import CaptionGroup
-from modeling_llm2clip.training.finetuning.finetune_llm import (
-    TuneArguments,
-    TuneResult,
-    finetune_llm,
-)
+from modeling_llm2clip.configs.finetune_config import FinetuneConfig
+from modeling_llm2clip.data.caption_groups import CaptionGroup, group_captions
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.run_folder import read_results
 
-GROUPS = [
-    CaptionGroup(f"image {n}", tuple(f"{view} of {n} {n * 7 % 31}" for view in "abcde"))
+RECORDS = [
+    CaptionedImage(
+        image=None,
+        name=f"{n}.jpg",
+        group_id=f"image {n}",
+        captions=tuple(f"{view} of {n} {n * 7 % 31}" for view in "abcde"),
+    )
     for n in range(24)
 ]
+GROUPS: list[CaptionGroup] = group_captions(RECORDS)
 # Long enough for two checkpoints, short enough for a test.
-SHORT = TuneArguments(
-    steps=6, batch_size=8, lr=1e-2, warmup_steps=1 / 3, held_out=4, save_every=3,
-    precision="float32",
+SHORT = FinetuneConfig(
+    max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, warmup_steps=1 / 3,
+    num_held_out=4, save_steps=3, precision="float32", merge=False, device="cpu",
 )  # fmt: skip
 
 
-def tune(output: Path, arguments: TuneArguments = SHORT, **settings: Any) -> TuneResult:
-    return finetune_llm(*tiny_model(), GROUPS, output, arguments, **settings)
+@dataclass(frozen=True)
+class Tuned:
+    """A finished fine-tuning, as its folder describes it."""
+
+    output: Path
+
+    @property
+    def lora(self) -> Path:
+        return self.output / "lora"
+
+    @property
+    def weights(self) -> Path:
+        return self.lora / "adapter_model.safetensors"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return read_results(self.output)
+
+
+def tune(output: Path, config: FinetuneConfig = SHORT, **options: Any) -> Tuned:
+    finetune_llm(tiny_model(), RECORDS, output, config, **options)
+    return Tuned(output)

@@ -16,7 +16,7 @@ from tiny import draw_noise
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.named_embeddings import read_named_embeddings, write_named_embeddings
-from modeling_llm2clip.encoding.image_encoding import encode_images
+from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 from modeling_llm2clip.search import image_index as kept_embeddings
 from modeling_llm2clip.search import lettering
@@ -75,7 +75,9 @@ def test_the_best_images_are_those_of_the_greatest_cosine(images: Path) -> None:
     with torch.no_grad():
         output = model(**processor(text=SENTENCES, images=[str(path) for path in paths]))
     cosines = output.text_embeds @ output.image_embeds.T
-    gallery = make_gallery(model, paths, encode_images(model, processor, paths, batch_size=3))
+    gallery = make_gallery(
+        model, paths, encode_images(model, processor, paths, batch_size=3, project=False)
+    )
     for count in (1, 4, 50):
         results = find_images(model, processor, gallery, SENTENCES, count=count)
         for sentence, result, row in zip(SENTENCES, results, cosines, strict=True):

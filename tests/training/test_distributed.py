@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from transformers import TrainingArguments
 from tuning import SHORT, tune
 
 from modeling_llm2clip.encoding.devices import find_device
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.distributed import (
     LONGEST_WAIT,
@@ -109,7 +109,7 @@ import torch
 import torch.distributed as dist
 from tiny import tiny_model
 from tuning import GROUPS
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alike_images import encode_groups, encode_groups_together
 from modeling_llm2clip.training.distributed import join_processes
 
@@ -118,7 +118,7 @@ counts = []
 
 def encode(captions):
     counts.append(len(captions))
-    return encode_captions(*model, captions).caption_embeds
+    return encode_texts(*model, captions, project=False)
 
 groups = GROUPS[:7]
 together = encode_groups_together(encode, groups)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._extras import Need
 from ..datasets.schema import EvaluationSet
 from ..encoders.encoder import EncodedTexts, Encoder
-from ..metrics.confidence import bootstrap_mean, bootstrap_mean_of_means
+from ..metrics.scores import bootstrap_mean, bootstrap_mean_of_means
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000

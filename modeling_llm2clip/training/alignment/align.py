@@ -1,256 +1,290 @@
-"""Stage 3: checks everything that is cheap, loads what is needed, trains, and merges.
+"""Stage 3: aligns images with captions, and writes the model (paper, section 3.2).
 
-Writes into the output folder: `run.json`, `metrics.jsonl`, `checkpoints/`. The new Hub folder is
-made of the result by `hub.assemble`.
+Everything cheap is checked first; then what is needed is loaded, trained, and merged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
-from transformers import set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from ...configs.align_config import AlignConfig
 from ...data.atomic_files import hash_file
 from ...data.data_hashes import describe_images, hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.records import CaptionedImage
 from ...encoding.float32 import float32_as_such
+from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.golden_embeddings import GOLDEN_FILE
+from ...model_folders.model_writing import save_trained_model
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..callbacks import JsonLinesCallback, ShareSignal, StopOnSignal, show_readable_progress
-from ..checkpoints import (
-    find_last_checkpoint,
-    forget_what_came_after,
-    require_finite,
-)
-from ..distributed import refuse_fsdp_for_lora
 from ..graceful_stop import StopRequest, stop_on_signals
-from ..run_record import (
+from ..losses.loss import Loss, load_loss, require_no_parameters
+from ..run_folder import (
     METRICS_FILE,
-    read_run_entry,
+    add_results,
+    discard_later_steps,
+    find_last_checkpoint,
+    list_trained,
+    read_results,
+    require_finite,
     require_fresh_or_resumed,
-    require_fresh_or_same_run,
-    write_run_entry,
+    require_same_run,
     write_run_record,
 )
-from .align_arguments import AlignArguments
+from ..stage_source import Source, StageSource, open_source
+from ..trainer_mixins import JsonLinesCallback, StopCallback, count_warmup_steps, show_progress
+from .align_checks import (
+    check_align,
+    check_batch,
+    check_data,
+    check_processes,
+    check_stores,
+    open_store,
+)
 from .alignment_data import AlignmentDataset
 from .alignment_model import AlignmentModel
-from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
-from .held_out import HeldOutImages, HeldOutScores, choose_held_out
-from .selection import KeepBest, restore
-from .start import Start, make_start
+from .alignment_report import make_card_results, make_caution
+from .alignment_trainer import (
+    AlignmentTrainer,
+    choose_batch_size,
+    count_steps,
+    make_training_arguments,
+    plan_length,
+)
+from .held_out import BestWeightsCallback, HeldOutImages, choose_held_out
+from .projection_init import ProjectionInit, init_projections
 from .trained_parts import choose_trained_parts, merge_loras
 
-_NAMES_SHOWN = 5
-# What is decided or found while a run goes on, in its record.
-_START, _HELD_OUT = "start", "held_out"
-_SHARE_BEFORE_ADAPTER = 0.25
-# Settings of the same name of `AlignmentDataset`.
-_OF_DATASET = ("long_share", "image_noise", "caption_noise", "seed")
-
-
-@dataclass(frozen=True)
-class AlignResult:
-    """What came of a run.
-
-    Attributes:
-        trained: what differs from the model's folder now, by its name there, on the CPU, LoRAs
-            merged; empty in all but the main process; None when a signal stopped the run early.
-            With held-out images, the best weights that the run has seen.
-        steps: steps done, those before a resumption included.
-        final_loss: of the last step, with `log_every` above 1 the mean of the steps since the
-            last line of metrics before it.
-        exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
-        is_main_process: whether this process is the one that writes.
-        start: where it started.
-        before, after: scores on the held-out images at the start, and of `trained`; None without
-            held-out images.
-        best_step: the step whose weights `trained` holds.
-        has_trained_adapter: whether its text adapter has no random weights left.
-    """
-
-    trained: dict[str, Tensor] | None
-    steps: int
-    final_loss: float
-    exit_code: int
-    is_main_process: bool
-    start: Start
-    before: HeldOutScores | None = None
-    after: HeldOutScores | None = None
-    best_step: int | None = None
-    has_trained_adapter: bool = False
-
-    @property
-    def has_trained_projections(self) -> bool:
-        """Whether `trained` holds projections that were fitted or trained, now or before."""
-        return self.start.is_trained or bool(self.best_step)
+MODEL_FOLDER = "model"
+_NUM_EVALUATIONS = 20
 
 
 def align(
-    model: Path,
-    records: Sequence[CaptionedImage],
-    output: Path,
-    arguments: AlignArguments,
+    source: Source,
+    data: Sequence[CaptionedImage],
+    output: str | Path,
+    config: AlignConfig | None = None,
     *,
-    caption_store: EmbeddingStore | None = None,
-    image_store: EmbeddingStore | None = None,
+    caption_store: str | Path | EmbeddingStore | None = None,
+    image_store: str | Path | EmbeddingStore | None = None,
+    loss: Loss | None = None,
+    data_name: str | None = None,
     resume: bool = False,
-) -> AlignResult:
-    """Align images with captions.
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Align the images and captions of a model, and write the aligned model.
+
+    `output` also gets `run.json` with the scores on held-out images, `metrics.jsonl`, checkpoints
+    and the best weights.
 
     Args:
-        model: folder of a built or exported model.
-        records: the data; their images are needed where there is no `image_store`.
-        output: folder for the run's files; must be new, or the same run's with `resume`.
-        caption_store: caption embeddings of these records by this model's LLM; needed for
-            `text_training="stored"`, and only for it.
-        image_store: image embeddings by this model's frozen tower.
-        resume: continue from the last whole checkpoint in `output`, which must be of the same
-            settings, weights, stores, captions and images (by name and size).
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        data: Records; their images are needed where there is no `image_store`.
+        output: Folder of the run: new, or that of the same run with `resume`.
+        config: Options; None for the defaults.
+        caption_store: Caption embeddings of these records by this model's LLM, as `extract` wrote
+            them; needed with `text_training="stored"`, and only then.
+        image_store: Image embeddings by this model's frozen vision tower; None to run the tower at
+            each step.
+        loss: What is trained on, instead of the loss that `config.loss` names.
+        data_name: Name of the data on the model card; None for no name.
+        resume: Continue from the last checkpoint in `output`, which must be of the same options,
+            weights, stores, captions and images (by name and size).
+        callbacks: Callbacks of transformers' Trainer.
+
+    Returns:
+        `output/model`.
+
     Raises:
-        ValueError: before any tower is loaded: no data, too little for a batch, groups that leave
-            nothing to tell apart, a batch that the processes cannot share, an output folder of
-            another run, stores of another model or of other data, settings that contradict each
-            other.
-        FloatingPointError: at a loss, a gradient or a weight that is not finite, before anything
-            is kept of it.
+        ValueError: Before any tower is loaded: no data, too little for a batch, groups that leave
+            no negatives, a batch that the processes cannot share, an `output` of another run,
+            stores of another model or of other data, options that contradict each other.
+        FileExistsError: `output/model` exists.
+        FloatingPointError: A loss, gradient or weight is not finite; it is not written.
+        StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
     """
-    check_settings(arguments, caption_store=caption_store, image_store=image_store)
-    _check_data(records, arguments)
-    require_fresh_or_resumed(output, resume=resume)  # weights are read next, which takes a while
-    made_by = {"text": fingerprint_text(model), "vision": fingerprint_vision(model)}
-    _check_stores(made_by, caption_store, image_store)
-    dataset = AlignmentDataset(
-        records,
-        LLM2CLIPProcessor.from_pretrained(model),
-        caption_store=caption_store,
-        image_store=image_store,
-        **{name: getattr(arguments, name) for name in _OF_DATASET},
+    config, output = config or AlignConfig(), Path(output)
+    check_align(config, caption_store=caption_store, image_store=image_store)
+    loss = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
+    require_no_parameters(loss)
+    model_folder = output / MODEL_FOLDER
+    clear_leftovers(model_folder)
+    require_new_folder(model_folder)
+    check_data(data, config)
+    require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
+    with open_source(source) as found:
+        fingerprints = {
+            "text": fingerprint_text(found.folder),
+            "vision": fingerprint_vision(found.folder),
+        }
+        caption_store, image_store = open_store(caption_store), open_store(image_store)
+        check_stores(fingerprints, caption_store, image_store)
+        dataset = AlignmentDataset(
+            data,
+            LLM2CLIPProcessor.from_pretrained(found.folder),
+            caption_store=caption_store,
+            image_store=image_store,
+            long_caption_ratio=config.long_caption_ratio,
+            image_noise=config.image_noise,
+            caption_noise=config.caption_noise,
+            seed=config.seed,
+        )
+        inputs = {**_identify(found, dataset, fingerprints), "loss_class": type(loss).__name__}
+        require_same_run(output, config, inputs, resume=resume)
+        trained = _train(found, dataset, output, config, inputs, loss, resume, callbacks)
+        if PartialState().is_main_process:
+            _write_model(found, trained, output, data_name)
+        PartialState().wait_for_everyone()
+    return model_folder
+
+
+def _train(
+    source: StageSource,
+    dataset: AlignmentDataset,
+    output: Path,
+    config: AlignConfig,
+    inputs: dict[str, Any],
+    loss: Loss,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Tensor]:
+    """Train, record how the run ended, and return the weights that differ from the source's.
+
+    They are on the CPU, with LoRAs merged, by their names in the source's folder; empty in all but
+    the main process. With held-out images they are the best ones of the run.
+    """
+    arguments = make_training_arguments(output, config)
+    items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
+    batch_size = _check_length(config, arguments, len(items), len(held_items))
+    PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
+    set_seed(config.seed)
+    model = AlignmentModel.from_pretrained(
+        source.folder,
+        with_llm=config.text_training != "stored",
+        with_vision_tower=dataset.image_store is None,
     )
-    record = _identify_run(model, dataset, arguments, made_by)
-    require_fresh_or_same_run(output, record, resume=resume)
-    training_arguments = make_training_arguments(output, arguments)
-    num_processes = training_arguments.world_size
-    items, held_items = choose_held_out(dataset, arguments.held_out_share, seed=arguments.seed)
-    batch_size = arguments.choose_batch_size(len(items), num_processes)
-    check_processes(arguments, batch_size, num_processes)
-    _check_batch(batch_size, len(items), len(held_items))
-    PartialState().wait_for_everyone()  # everybody has looked at the folder before it is filled
-    set_seed(arguments.seed)
-    aligned = AlignmentModel.from_pretrained(
-        model, with_llm=arguments.needs_llm, with_vision_tower=image_store is None
-    )
-    adapted = choose_trained_parts(aligned, arguments)
+    adapted = choose_trained_parts(model, config)
     last = find_last_checkpoint(output) if resume else None
     held_out = HeldOutImages(dataset, held_items) if held_items else None
     if last is None:
-        start = make_start(aligned, dataset, items, held_out, arguments)
+        start = init_projections(model, dataset, items, held_out, config)
     else:
-        start = Start(**read_run_entry(output, _START))
-    _record_beginning(output, record, start, last=last, model=aligned)
-    length = _find_length(arguments, start, num_items=len(items), batch_size=batch_size)
+        start = ProjectionInit(**read_results(output)["start"])
+    _record_start(output, config, inputs, start, last=last, model=model)
+    length = plan_length(config, start, num_items=len(items), batch_size=batch_size)
     with float32_as_such(), stop_on_signals() as stop:
         trainer = AlignmentTrainer(
-            aligned,
+            model,
             dataset,
             items=items,
-            arguments=arguments,
+            config=config,
+            loss=loss,
             length=length,
-            training_arguments=training_arguments,
-            callbacks=[
-                JsonLinesCallback(output / METRICS_FILE), ShareSignal(stop), StopOnSignal(stop),
-            ],
-            keep_best=_make_keep_best(held_out, output, arguments, length),
-        )  # fmt: skip
-        show_readable_progress(trainer)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return _conclude(trainer, adapted, output, start, stop)
+            training_arguments=arguments,
+            callbacks=[JsonLinesCallback(output / METRICS_FILE), StopCallback(stop), *callbacks],
+            best_weights=_make_best_weights(
+                held_out, output, config, length.num_steps, length.adapter_begin
+            ),
+        )
+        show_progress(trainer, "align")
+        trainer.run(last)
+    _record_end(trainer, output, start, stop)
+    return _collect(trainer, adapted, output)
 
 
-def _record_beginning(
-    output: Path, record: dict[str, Any], start: Start, *, last: Path | None, model: AlignmentModel
+def _check_length(
+    config: AlignConfig, arguments: TrainingArguments, num_items: int, num_held_out: int
+) -> int:
+    """Return the batch size of all processes, if the run can have it."""
+    batch_size = choose_batch_size(config, num_items, arguments.world_size)
+    check_processes(config, batch_size, arguments.world_size)
+    check_batch(batch_size, num_items, num_held_out)
+    count_warmup_steps(config.warmup_steps, count_steps(config, num_items, batch_size))
+    return batch_size
+
+
+def _record_start(
+    output: Path,
+    config: AlignConfig,
+    inputs: dict[str, Any],
+    start: ProjectionInit,
+    *,
+    last: Path | None,
+    model: AlignmentModel,
 ) -> None:
     """Write the run's record in the main process, and let the others wait for it."""
     state = PartialState()
     if state.is_main_process:
-        write_run_record(output, arguments=record, seed=record["seed"], model=model)
-        write_run_entry(output, _START, asdict(start))
-        forget_what_came_after(output, last)
+        write_run_record(output, config, inputs, model=model)
+        add_results(output, start=asdict(start))
+        discard_later_steps(output, last)
     state.wait_for_everyone()
 
 
-def _find_length(
-    arguments: AlignArguments, start: Start, *, num_items: int, batch_size: int
-) -> RunLength:
-    num_steps = arguments.count_steps(num_items, batch_size)
-    return RunLength(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        lr=start.default_lr if arguments.lr is None else arguments.lr,
-        # A new adapter is the identity, and joins when the projections have settled.
-        adapter_begin=round(_SHARE_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
-    )
-
-
-def _make_keep_best(
-    held_out: HeldOutImages | None, output: Path, arguments: AlignArguments, length: RunLength
-) -> KeepBest | None:
+def _make_best_weights(
+    held_out: HeldOutImages | None,
+    output: Path,
+    config: AlignConfig,
+    num_steps: int,
+    adapter_begin: int,
+) -> BestWeightsCallback | None:
     if held_out is None:
         return None
-    return KeepBest(
+    return BestWeightsCallback(
         held_out,
         output,
-        every=arguments.space_evaluations(length.num_steps),
-        patience=arguments.patience,
-        patient_until=length.adapter_begin,
+        eval_steps=config.eval_steps or max(1, num_steps // _NUM_EVALUATIONS),
+        patience=config.early_stopping_patience,
+        patience_begin=adapter_begin,
     )
 
 
-def _conclude(
-    trainer: AlignmentTrainer,
-    adapted: dict[str, Any],
-    output: Path,
-    start: Start,
-    stop: StopRequest,
-) -> AlignResult:
-    """Take the weights that the run ends with, and record how they do."""
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    keep_best = trainer.keep_best
-    finished = trainer.state.global_step >= trainer.state.max_steps
-    finished = finished or (keep_best is not None and keep_best.has_stopped_early)
-    if finished and keep_best is not None and trainer.args.should_save:
-        write_run_entry(output, _HELD_OUT, keep_best.as_record())
-    best_step = trainer.state.global_step if keep_best is None else keep_best.best_step
+def _record_end(
+    trainer: AlignmentTrainer, output: Path, start: ProjectionInit, stop: StopRequest
+) -> None:
+    """Add what came of a finished run to its record; raise StageInterrupt for a stopped one."""
+    state, best = trainer.state, trainer.best_weights
+    stopped_early = best is not None and best.has_stopped_early
+    if state.global_step < state.max_steps and not stopped_early:
+        stop.raise_interrupt(
+            f"Stopped after step {state.global_step} of {state.max_steps}; the checkpoint is in "
+            f"{output}.",
+            resume=True,
+            is_main_process=trainer.args.should_save,
+        )
+    if not trainer.args.should_save:
+        return
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    best_step = state.global_step if best is None else best.best_step
     was_trained = trainer.alignment_model.config.text_adapter_trained
-    return AlignResult(
-        trained=_collect(trainer, adapted, output) if finished else None,
-        steps=trainer.state.global_step,
-        final_loss=losses[-1] if losses else float("nan"),
-        exit_code=0 if finished else stop.exit_code,
-        is_main_process=trainer.args.should_save,
-        start=start,
-        before=None if keep_best is None else keep_best.before,
-        after=None if keep_best is None else keep_best.best,
-        best_step=best_step,
-        # The identity, which the closed form starts from, is not random either.
-        has_trained_adapter=was_trained or start.has_new_adapter or best_step > 0,
+    add_results(
+        output,
+        steps=state.global_step,
+        final_loss=losses[-1] if losses else None,
+        held_out=None if best is None else best.as_record(),
+        projections_trained=start.is_trained or bool(best_step),
+        # A new adapter is the identity, which is not random either.
+        text_adapter_trained=was_trained or start.has_new_adapter or best_step > 0,
     )
 
 
 def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -> dict[str, Tensor]:
     model = trainer.alignment_model
-    best = trainer.keep_best and trainer.keep_best.load_best()
+    best = trainer.best_weights and trainer.best_weights.load_best()
     if trainer.is_fsdp_enabled:
         state = best or trainer.collect_trained()
     else:
         if best:
-            restore(trainer, best)
+            assert set(best) == list_trained(model)
+            model.load_state_dict(best, strict=False)
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
     if not trainer.args.should_save:
@@ -258,99 +292,31 @@ def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -
     return model.name_as_saved({name: value.cpu() for name, value in state.items()}, output)
 
 
-def check_settings(
-    arguments: AlignArguments,
-    *,
-    caption_store: EmbeddingStore | None,
-    image_store: EmbeddingStore | None,
+def _write_model(
+    source: StageSource, trained: dict[str, Tensor], output: Path, data_name: str | None
 ) -> None:
-    """Raise ValueError when settings and stores contradict each other; asks for no data."""
-    errors = []
-    if arguments.needs_llm and caption_store is not None:
-        errors.append(
-            f"text_training={arguments.text_training!r} runs the LLM and reads no caption store"
-        )
-    if not arguments.needs_llm and caption_store is None:
-        errors.append("text_training='stored' needs a caption store; llm2clip extract makes one")
-    if image_store is not None and arguments.vision_training != "frozen":
-        errors.append(
-            f"vision_training={arguments.vision_training!r} changes the image embeddings, so that "
-            "a "
-            "image store is of no use"
-        )
-    if arguments.start == "canonical-correlation" and (
-        caption_store is None or image_store is None
-    ):
-        errors.append(f"start={arguments.start!r} needs a caption store and an image store")
-    for store, content in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
-        if store is not None and store.manifest.content != content:
-            errors.append(f"{store.folder} holds {store.manifest.content}, wanted {content}")
-    if errors:
-        raise ValueError("; ".join(errors) + ".")
+    results = read_results(output)
+    folder = save_trained_model(
+        source.folder,
+        trained,
+        output / MODEL_FOLDER,
+        training_data=[] if data_name is None else [data_name],
+        results=make_card_results(results, data_name),
+        caution=make_caution(results),
+        projections_trained=results["projections_trained"],
+        text_adapter_trained=results["text_adapter_trained"],
+    )
+    add_results(output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 
 
-def _check_data(records: Sequence[CaptionedImage], arguments: AlignArguments) -> None:
-    if not records:
-        raise ValueError("Got no images to align with; give at least a batch of them.")
-    _check_batch(arguments.batch_size or 1, len(records), 0)
-    _check_group_ids(records)
-
-
-def _check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
-    if num_images < batch_size:
-        raise ValueError(
-            f"{num_images} images to train on ({num_held_out} are held out) are too few for a "
-            f"batch of {batch_size}. Set batch_size to at most {num_images}, leave it out, or give "
-            "more data."
-        )
-
-
-def _check_group_ids(records: Sequence[CaptionedImage]) -> None:
-    """Raise ValueError where groups leave no negatives, or make an image its own."""
-    group_ids_of: dict[str, set[str]] = {}
-    for record in records:
-        group_ids_of.setdefault(record.name, set()).add(record.group_id)
-    if len(group_ids := set().union(*group_ids_of.values())) < 2:
-        raise ValueError(
-            f"All {len(records)} records have the group_id {group_ids.pop()!r}, so that no image "
-            "has a negative. Give images that show different things different group_ids, or none."
-        )
-    torn = {
-        name: sorted(group_ids) for name, group_ids in group_ids_of.items() if len(group_ids) > 1
-    }
-    if torn:
-        shown = "; ".join(
-            f"{name} {group_ids}" for name, group_ids in [*torn.items()][:_NAMES_SHOWN]
-        )
-        raise ValueError(
-            f"{len(torn)} images have several group_ids over their languages and would be their "
-            f"own negatives: {shown}. Give all records of an image one group_id."
-        )
-
-
-def _check_stores(
-    made_by: dict[str, dict[str, str]],
-    caption_store: EmbeddingStore | None,
-    image_store: EmbeddingStore | None,
-) -> None:
-    if caption_store is not None:
-        caption_store.require_fingerprint(made_by["text"])
-    if image_store is not None:
-        image_store.require_fingerprint(made_by["vision"])
-
-
-def _identify_run(
-    model: Path,
-    dataset: AlignmentDataset,
-    arguments: AlignArguments,
-    made_by: dict[str, dict[str, str]],
+def _identify(
+    source: StageSource, dataset: AlignmentDataset, fingerprints: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
-    """All that the run's numbers hang on, for its record."""
+    """What the numbers of a run depend on beside its options."""
     reads_images = dataset.image_store is None
     return {
-        **asdict(arguments),
-        "model": str(model),
-        "fingerprint": {**made_by, "all": fingerprint_model(model)},
+        "source": source.name,
+        "fingerprint": {**fingerprints, "all": fingerprint_model(source.folder)},
         "caption_store": _identify_store(dataset.caption_store),
         "image_store": _identify_store(dataset.image_store),
         "num_records": len(dataset.records),
@@ -360,23 +326,7 @@ def _identify_run(
 
 
 def _identify_store(store: EmbeddingStore | None) -> dict[str, str] | None:
-    """Where a store lies, and what its embeddings are: the manifest has the hash of every file."""
+    """Folder of a store, and the hash of its manifest, which has the hash of every file."""
     if store is None:
         return None
     return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}
-
-
-def check_processes(arguments: AlignArguments, batch_size: int, num_processes: int) -> None:
-    """Raise ValueError when so many processes cannot share a batch, or the work."""
-    if batch_size < num_processes:
-        raise ValueError(
-            f"batch_size={batch_size} is smaller than the number of processes "
-            f"({num_processes}). It counts the images of all processes together."
-        )
-    if batch_size % num_processes:
-        raise ValueError(
-            f"batch_size={batch_size} cannot be shared evenly by {num_processes} "
-            "processes. Choose a multiple of their number."
-        )
-    if "lora" in (arguments.vision_training, arguments.text_training):
-        refuse_fsdp_for_lora()

@@ -22,18 +22,22 @@ _NAMES_SHOWN = 5
 
 
 class AlignmentDataset(Dataset[Any]):
-    """Records of a data set, each an image and its captions; hands out whole batches.
+    """Records of a dataset, each an image and its captions; returns whole batches.
 
     Args:
-        records: at least one.
-        processor: the model's.
-        caption_store: caption embeddings; None to hand out tokens.
-        image_store: image embeddings; None to hand out pixels.
-        long_share, seed: see `draws.sample_caption`.
-        image_noise, caption_noise: standard deviation of the noise on stored embeddings of
-            training batches, as a share of their length.
-    Raises: ValueError when a store has other records, or was made from other captions or other
-        images; or an image is missing; with counts and the first names.
+        records: At least one.
+        processor: The model's.
+        caption_store: Caption embeddings; None for tokens.
+        image_store: Image embeddings; None for pixels.
+        long_caption_ratio: As `sample_caption` takes it.
+        image_noise: Standard deviation of the noise on stored image embeddings of training
+            batches, as a share of their length.
+        caption_noise: The same on stored caption embeddings.
+        seed: Of captions and noise.
+
+    Raises:
+        ValueError: A store has other records, or was made from other captions or images, or an
+            image is missing; with counts and the first names.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class AlignmentDataset(Dataset[Any]):
         *,
         caption_store: EmbeddingStore | None = None,
         image_store: EmbeddingStore | None = None,
-        long_share: float = 0.5,
+        long_caption_ratio: float = 0.5,
         image_noise: float = 0.0,
         caption_noise: float = 0.0,
         seed: int = 0,
@@ -54,7 +58,7 @@ class AlignmentDataset(Dataset[Any]):
         self.processor = processor
         self.caption_store = caption_store
         self.image_store = image_store
-        self.long_share = long_share
+        self.long_caption_ratio = long_caption_ratio
         self.seed = seed
         numbers = {
             group_id: i for i, group_id in enumerate(dict.fromkeys(r.group_id for r in records))
@@ -74,31 +78,45 @@ class AlignmentDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Return a batch for (epoch, item) pairs: what `AlignmentModel` takes, and `group_ids`."""
-        items = [item for _, item in draws]
-        batch = self.read_pairs([(item, self._draw(epoch, item)) for epoch, item in draws])
-        for name, share, side in (
+    def __getitems__(self, samples: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return a batch for (epoch, item) pairs: inputs of `AlignmentModel`, and `group_ids`."""
+        items = [item for _, item in samples]
+        batch = self.read_pairs([(item, self._sample(epoch, item)) for epoch, item in samples])
+        for name, noise, side in (
             ("vision_embeds", self.image_noise, 2),
             ("caption_embeds", self.caption_noise, 3),
         ):
-            if share and name in batch:
-                batch[name] = _add_noise(batch[name], share, draws, seed=self.seed, side=side)
+            if noise and name in batch:
+                batch[name] = _add_noise(batch[name], noise, samples, seed=self.seed, side=side)
         return {"group_ids": self.group_ids[items], **batch}
 
     @property
     def is_stored(self) -> bool:
-        """Whether no tower runs: both embeddings are read."""
+        """Whether both embeddings are stored, so that no tower runs."""
         return self.caption_store is not None and self.image_store is not None
 
     def list_captions(self, item: int) -> list[tuple[bool, int]]:
-        """All captions of an item: whether a long one, and its number among its kind."""
+        """List all captions of an item.
+
+        Args:
+            item: Number of the record.
+
+        Returns:
+            Whether each is a long one, and its number among the long or short ones.
+        """
         record = self.records[item]
         short = [(False, number) for number in range(len(record.captions))]
         return short + [(True, number) for number in range(len(record.long_captions))]
 
     def read_pairs(self, pairs: Sequence[tuple[int, tuple[bool, int]]]) -> dict[str, Tensor]:
-        """Read items, each with one of its captions: the arguments of `AlignmentModel`."""
+        """Read items, each with one of its captions.
+
+        Args:
+            pairs: Number of a record, and a caption as `list_captions` returns it.
+
+        Returns:
+            Inputs of `AlignmentModel`.
+        """
         items = [item for item, _ in pairs]
         return {
             **self._read_captions(items, [caption for _, caption in pairs]),
@@ -106,23 +124,31 @@ class AlignmentDataset(Dataset[Any]):
         }
 
     def caption_rows(self, item: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Rows of all captions of an item in the store."""
+        """Return the rows of all captions of an item in the store.
+
+        Args:
+            item: Number of the record.
+        """
         assert self.caption_store is not None and self._caption_items is not None
         stored = self._caption_items[item]
         rows = [self.caption_store.rows_of(stored, long=long) for long in (False, True)]
         return np.concatenate(rows)
 
     def image_row(self, item: int) -> int:
-        """Row of an item's image in the store."""
+        """Return the row of an item's image in the store.
+
+        Args:
+            item: Number of the record.
+        """
         assert self.image_store is not None and self._image_items is not None
         return int(self.image_store.rows_of(self._image_items[item])[0])
 
-    def _draw(self, epoch: int, item: int) -> tuple[bool, int]:
+    def _sample(self, epoch: int, item: int) -> tuple[bool, int]:
         record = self.records[item]
         return sample_caption(
             len(record.captions),
             len(record.long_captions),
-            long_share=self.long_share,
+            long_caption_ratio=self.long_caption_ratio,
             seed=self.seed,
             epoch=epoch,
             item=item,
@@ -131,16 +157,16 @@ class AlignmentDataset(Dataset[Any]):
     def _read_captions(
         self, items: Sequence[int], captions: Sequence[tuple[bool, int]]
     ) -> dict[str, Tensor]:
-        drawn = list(zip(items, captions, strict=True))
+        sampled = list(zip(items, captions, strict=True))
         if self.caption_store is not None and self._caption_items is not None:
             rows = [
                 self.caption_store.rows_of(self._caption_items[item], long=is_long)[number]
-                for item, (is_long, number) in drawn
+                for item, (is_long, number) in sampled
             ]
             return {"caption_embeds": self.caption_store.read(np.array(rows))}
         texts = [
             (self.records[item].long_captions if is_long else self.records[item].captions)[number]
-            for item, (is_long, number) in drawn
+            for item, (is_long, number) in sampled
         ]
         return dict(self.processor(text=texts))
 
@@ -153,26 +179,37 @@ class AlignmentDataset(Dataset[Any]):
 
 
 def _add_noise(
-    embeds: Tensor, share: float, draws: Sequence[tuple[int, int]], *, seed: int, side: int
+    embeds: Tensor, noise: float, samples: Sequence[tuple[int, int]], *, seed: int, side: int
 ) -> Tensor:
-    """Move stored embeddings, (B, D), by a random embedding of about this share of their length."""
+    """Move stored embeddings, (B, D), by a random vector of about this share of their length."""
     width = embeds.shape[1]
-    noise = sample_normal([(seed, epoch, item, side) for epoch, item in draws], width)
+    normal = sample_normal([(seed, epoch, item, side) for epoch, item in samples], width)
     length = embeds.norm(dim=1, keepdim=True)
-    moved: Tensor = embeds + share * width**-0.5 * length * noise
+    moved: Tensor = embeds + noise * width**-0.5 * length * normal
     return moved
 
 
 def keep_batch(batch: Any) -> Any:
-    """Collate nothing: the data set hands out whole batches. A function, so that it is pickled."""
+    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled.
+
+    Args:
+        batch: From `AlignmentDataset`.
+    """
     return batch
 
 
 def pair_items(records: Sequence[CaptionedImage], store: EmbeddingStore) -> list[int]:
     """Find each record in a store by name and language.
 
-    Returns: numbers of the store's items, in the order of the records.
-    Raises: ValueError when either has a record that the other lacks.
+    Args:
+        records: The data.
+        store: A store of the same data.
+
+    Returns:
+        Numbers of the store's items, in the order of the records.
+
+    Raises:
+        ValueError: Either has a record that the other lacks.
     """
     stored = {pair: i for i, pair in enumerate(zip(store.names, store.langs, strict=True))}
     wanted = [(record.name, record.lang) for record in records]
@@ -183,7 +220,7 @@ def pair_items(records: Sequence[CaptionedImage], store: EmbeddingStore) -> list
         errors.append(f"{len(extra)} of its items are not in the data: {_show(extra)}")
     if errors:
         raise ValueError(
-            f"{store.folder} belongs to other data: {'; '.join(errors)}. Extract this data again."
+            f"{store.folder} is of other data: {'; '.join(errors)}. Extract this data again."
         )
     return [stored[pair] for pair in wanted]
 
@@ -216,7 +253,7 @@ def _require_same_counts(
 def _require_same_texts(
     records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
 ) -> None:
-    """Compare hashes, which cannot tell what differs."""
+    """Compare hashes, which do not show what differs."""
     stored, now = store.manifest.plan.get("data"), _hash_as_stored(records, store, items)
     if stored != now:
         raise ValueError(
@@ -228,22 +265,21 @@ def _require_same_texts(
 def _require_same_images(
     records: Sequence[CaptionedImage], store: EmbeddingStore, items: Sequence[int]
 ) -> None:
-    """Compare the images themselves, by name and size, whatever is said of them now.
+    """Compare the images themselves, by name and size, whatever their captions are now.
 
-    Where they are not at hand, or the store is of a version that did not look at them, only the
-    whole data can tell, captions and all.
+    Where the images are not there, only the hash of the whole data, captions included, is left.
     """
     stored = store.manifest.plan.get("images")
     if stored is not None and all(record.image is not None for record in records):
-        kind, now = "images", hash_image_sizes(records)
+        compared, now = "images", hash_image_sizes(records)
     else:
-        kind, stored = "data", store.manifest.plan.get("data")
+        compared, stored = "data", store.manifest.plan.get("data")
         now = _hash_as_stored(records, store, items)
     if stored != now:
         raise ValueError(
-            f"{store.folder} was made from other images of these names ({kind} {stored} then, "
-            f"{now} now). Extract these again (extract --modality image), or give the data that "
-            "the store was made from."
+            f"{store.folder} was made from other images of these names ({compared} {stored} then, "
+            f"{now} now). Extract these again (--modality image), or give the data that the "
+            "store was made from."
         )
 
 

@@ -1,4 +1,4 @@
-"""The module that is trained: a whole model without the towers that are not run.
+"""The module that is trained: a model without the towers that are not run.
 
 B images and captions, D width of the LLM, D' of the vision tower, P `projection_dim`.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,26 +22,28 @@ HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
 
 
 class _AbsentTower(nn.Module):
-    """Stands where a tower would: has its configuration and no weights."""
+    """Takes the place of a tower: has its configuration and no weights."""
 
     config: Any = None
 
     def get_input_embeddings(self) -> None:
-        """There are none; FSDP asks."""
+        """Return None; FSDP calls this."""
 
 
 class AlignmentModel(LLM2CLIPModel):
-    """Both sides in one forward pass, as distributed training wants it.
+    """Both sides in one forward pass, as distributed training needs it.
 
     Loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It is
-    never saved: what is trained is, and `hub.assemble` makes a folder of it.
+    never saved; a model folder is made of the trained weights.
 
     Args:
+        config: Configuration of the whole model.
         with_llm: False where caption embeddings are stored.
         with_vision_tower: False where image embeddings are stored.
 
     Attributes:
-        trains_text, trains_vision: whether gradients reach the towers; set before training.
+        trains_text: Whether gradients reach the LLM; set before training.
+        trains_vision: Whether gradients reach the vision tower; set before training.
     """
 
     _auto_class = None  # type: ignore[assignment]
@@ -80,11 +81,16 @@ class AlignmentModel(LLM2CLIPModel):
         """Encode images and captions, or start from their stored embeddings.
 
         Args:
-            pixel_values: what the image processor returns, or
+            pixel_values: As the image processor returns them; or `vision_embeds`.
             vision_embeds: (B, D') float32, stored.
-            input_ids, attention_mask: (B, L), or
+            input_ids: (B, L), with `attention_mask`; or `caption_embeds`.
+            attention_mask: (B, L).
             caption_embeds: (B, D) float32, stored.
-        Returns: image_embeds and text_embeds, (B, P) float32 of unit length, and the inverse
+            pixel_attention_mask: As image processors of variable sizes return it.
+            spatial_shapes: As image processors of variable sizes return it.
+
+        Returns:
+            image_embeds and text_embeds, (B, P) float32 of unit length, and the inverse
             temperature, (1,).
         """
         if vision_embeds is None:
@@ -97,16 +103,21 @@ class AlignmentModel(LLM2CLIPModel):
             assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
-        image_embeds = F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
-        text_embeds = F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
-        return image_embeds, text_embeds, self.logit_scale()
+        return (
+            self.to_image_embeds(vision_embeds),
+            self.to_text_embeds(caption_embeds),
+            self.logit_scale(),
+        )
 
     def train(self, mode: bool = True) -> AlignmentModel:
-        """Switch to training; a tower that is not trained keeps evaluating.
+        """Switch to training; a tower that is not trained stays in evaluation mode.
 
-        So does batch normalisation. Statistics of the batch would come from each process's part of
+        So does batch normalization. Statistics of the batch would come from each process's part of
         it, so that two processes would not train as one does, and an image's embedding would depend
         on its neighbors; and a tower's own come from far more images than it is aligned on.
+
+        Args:
+            mode: Whether to train.
         """
         super().train(mode)
         for tower, trains in (
@@ -120,17 +131,17 @@ class AlignmentModel(LLM2CLIPModel):
         return self
 
     def train_heads_only(self) -> None:
-        """Freeze all but adapter, projections and temperature, which become float32."""
+        """Freeze all but text adapter, projections and temperature, which become float32."""
         self.requires_grad_(False)
         for name in HEADS:
             getattr(self, name).float().requires_grad_(True)
 
     def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
-        """Give weights the names they have in a folder; transformers renames some on loading.
+        """Give weights the names that they have in a folder; transformers renames some on loading.
 
         Args:
-            state: whole towers and heads.
-            scratch: an existing folder with room for them for a moment.
+            state: Weights by their names in the model, of whole towers and heads.
+            scratch: An existing folder, into which they are written for a moment.
         """
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             self.save_pretrained(folder, state_dict=state)

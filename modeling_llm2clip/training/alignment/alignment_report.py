@@ -1,73 +1,102 @@
-"""What an alignment says of itself: on the terminal, and on the card of the model it made."""
+"""What `run.json` of an alignment says, for a terminal and for the card of the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from ...model_folders.model_card_data import CardResult
-from .align import AlignResult
+from ..run_folder import read_run_record
 from .held_out import HeldOutScores
 
 NEAR_CHANCE = (
     "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
     "use it for search. Give more images, check that captions describe them, start from a "
-    "caption-tuned language model, or train longer (--max-steps)."
+    "fine-tuned language model (finetune-llm), or train longer (--max-steps)."
 )
 
 
-def find_caution(result: AlignResult) -> str | None:
-    """What the card must warn of, if anything."""
-    is_near_chance = result.after is not None and result.after.is_near_chance
-    return (
-        "On held-out images this model is near chance, or they were too few to tell."
-        if is_near_chance
-        else None
-    )
-
-
-def list_results(result: AlignResult, data: str) -> tuple[CardResult, ...]:
-    """The held-out scores as a card has them.
+def describe_alignment(output: Path) -> list[str]:
+    """Describe a finished run in lines for a terminal.
 
     Args:
-        data: name of the dataset that was trained on.
+        output: Folder of the run.
     """
-    if result.after is None:
-        return ()
-    scores = {
-        name: value for name, value in result.after.as_record().items() if name.endswith("_r1")
-    }
-    dataset = f"{data}, {result.after.num_images} images held out of the alignment"
-    return (CardResult("retrieval", dataset, scores),)
-
-
-def describe_result(result: AlignResult) -> list[str]:
-    """Lines that say where a run started and what came of it."""
-    lines = [f"Start: {_describe_start(result)}."]
-    if result.before is None or result.after is None:
-        lines.append("No images were held out, so that nothing tells whether the training helped.")
-        return lines
-    after = result.after
-    lines.append(
-        f"R@1 among {after.num_images} held-out images and {after.num_texts} captions "
-        "(text to image, image to text):"
-    )
-    chance = (after.chance_text_to_image_r1, after.chance_image_to_text_r1)
-    lines += [
-        f"  at the start      {_show(result.before)}",
-        f"  after step {result.best_step:<6} {_show(after)}",
-        f"  chance            {chance[0]:6.1%} {chance[1]:6.1%}",
-    ]
+    record = read_run_record(output)
+    results, model = record["results"], output / "model"
+    lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
+    loss = results["final_loss"]
+    shown = "" if loss is None else f", loss {loss:.4f}"
+    lines.append(f"Wrote {model} after {results['steps']} steps{shown}.")
+    if not results["has_golden_embeddings"]:
+        source = record["inputs"]["source"]
+        lines.append(
+            f"{source} has no recorded caption embeddings, so {model} has no golden embeddings. "
+            "llm2clip build records them now."
+        )
+    lines.append(f"Next: llm2clip doctor {model}")
+    if make_caution(results):
+        lines.append(NEAR_CHANCE)
     return lines
 
 
-def _describe_start(result: AlignResult) -> str:
-    closed_form = result.start.closed_form
-    if closed_form is not None:
+def make_caution(results: Mapping[str, Any]) -> str | None:
+    """Make the warning on the model card; None for a model that needs none.
+
+    Args:
+        results: Of the run.
+    """
+    scores = _read_best(results)
+    if scores is None or not scores.is_near_chance:
+        return None
+    return "On held-out images this model is near chance, or they were too few to tell."
+
+
+def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tuple[CardResult, ...]:
+    """Make the held-out scores as a model card has them.
+
+    Args:
+        results: Of the run.
+        data_name: Name of the dataset that was trained on; None for no name.
+    """
+    scores = _read_best(results)
+    if scores is None:
+        return ()
+    shown = {name: value for name, value in scores.as_record().items() if name.endswith("_r1")}
+    held_out = f"{scores.num_images} images held out of the alignment"
+    dataset = held_out if data_name is None else f"{data_name}, {held_out}"
+    return (CardResult("retrieval", dataset, shown),)
+
+
+def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
+    held_out = results["held_out"]
+    return None if held_out is None else HeldOutScores(**held_out["best"])
+
+
+def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
+    after = _read_best(results)
+    if after is None:
+        return ["No images were held out, so nothing shows whether the training helped."]
+    before = HeldOutScores(**results["held_out"]["before"])
+    return [
+        f"R@1 among {after.num_images} held-out images and {after.num_texts} captions "
+        "(text to image, image to text):",
+        f"  at the start      {_show(before)}",
+        f"  after step {results['held_out']['best_step']:<6} {_show(after)}",
+        f"  chance            {after.chance_t2i_r1:6.1%} {after.chance_i2t_r1:6.1%}",
+    ]
+
+
+def _describe_start(start: Mapping[str, Any]) -> str:
+    cca = start["cca"]
+    if cca is not None:
         return (
-            f"closed form of {closed_form['num_pairs']:,} pairs, shrinkage "
-            f"{closed_form['text_shrinkage']:g} for texts and "
-            f"{closed_form['image_shrinkage']:g} for images"
+            f"canonical correlation of {cca['num_pairs']:,} pairs, shrinkage "
+            f"{cca['text_shrinkage']:g} for texts and {cca['image_shrinkage']:g} for images"
         )
-    return "the model as it is" if result.start.is_trained else "random projections"
+    return "the model's projections" if start["is_trained"] else "random projections"
 
 
 def _show(scores: HeldOutScores) -> str:
-    return f"{scores.text_to_image_r1:6.1%} {scores.image_to_text_r1:6.1%}   loss {scores.loss:.3f}"
+    return f"{scores.t2i_r1:6.1%} {scores.i2t_r1:6.1%}   loss {scores.loss:.3f}"

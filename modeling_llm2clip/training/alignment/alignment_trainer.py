@@ -1,8 +1,9 @@
-"""transformers' Trainer with our loss, groups of parameters, batches and checkpoints."""
+"""transformers' Trainer with our loss, parameter groups, batches and checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,91 +18,188 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ...encoding.devices import find_device
+from ...configs.align_config import AlignConfig
 from ...heads_llm2clip import MAX_LOG_SCALE
-from ..callbacks import LogLastStep, choose_reports
-from ..checkpoints import CHECKPOINTS, find_trained
-from ..distributed import join_processes, require_all_processes, training_arguments_on
-from ..losses.contrastive import grouped_contrastive_loss
-from ..trainer_mixins import FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints
-from ..training_precision import computes_in_bfloat16
-from .align_arguments import AlignArguments
+from ...modeling_llm2clip import LLM2CLIPModel
+from ..distributed import choose_device, require_all_processes, training_arguments_on
+from ..losses.loss import Loss, LossInputs
+from ..run_folder import CHECKPOINTS, list_trained
+from ..trainer_mixins import (
+    FiniteGradientMixin,
+    LogLastStepCallback,
+    ResumedMetricsMixin,
+    TrainedCheckpointMixin,
+    choose_reports,
+    computes_in_bfloat16,
+    count_warmup_steps,
+)
 from .alignment_data import AlignmentDataset, keep_batch
 from .alignment_model import AlignmentModel
-from .optimization import split_by_decay, warm_up_then_cosine
+from .held_out import BestWeightsCallback
+from .projection_init import ProjectionInit
 from .sampling import ResumableBatchSampler
-from .selection import KeepBest
-from .sharding import keep_scores_in_float32
-from .trained_parts import scale_by_layer
+from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
+_MAX_DEFAULT_BATCH = 512
+_DEFAULT_EPOCHS = 10
+_MIN_DEFAULT_STEPS = 300
+_RATIO_BEFORE_ADAPTER = 0.25
 
 
-def make_training_arguments(output: Path, arguments: AlignArguments) -> TrainingArguments:
-    """Translate our settings; also joins the process group where there is one.
+def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
+    """Make the Trainer's arguments; joins the process group of a launcher.
 
-    Batch size, number of steps and learning rate follow from data and start: see `RunLength`.
+    Batch size, number of steps and learning rate depend on the data and on where the projections
+    start: see `RunLength`.
+
+    Args:
+        output: Folder of the run.
+        config: Options of the alignment.
+
+    Raises:
+        ValueError: The device is not there, or `report_to` names what is not installed.
     """
-    device = find_device(arguments.device)
-    join_processes(cpu=device.type == "cpu")
-    found = training_arguments_on(
+    device = choose_device(config.device)
+    arguments = training_arguments_on(
         device,
         TrainingArguments,
         output_dir=str(output / CHECKPOINTS),
-        weight_decay=arguments.weight_decay,
-        max_grad_norm=arguments.clip_norm,
-        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-        logging_steps=arguments.log_every,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
+        logging_steps=config.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # such a loss stops the run
+        logging_nan_inf_filter=False,  # a loss that is not finite stops the run
         save_strategy="steps",
-        save_steps=arguments.save_every,
+        save_steps=config.save_steps,
         save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],
-        # A tower may have weights that its pooling never asks.
-        ddp_find_unused_parameters=arguments.vision_training == "full",
-        report_to=choose_reports(),
-        seed=arguments.seed,
+        # A tower may have weights that its pooling never uses.
+        ddp_find_unused_parameters=config.vision_training == "full",
+        report_to=choose_reports(config.report_to),
+        seed=config.seed,
     )
-    require_all_processes(found.world_size)
-    return found
+    require_all_processes(arguments.world_size)
+    return arguments
+
+
+def choose_batch_size(config: AlignConfig, num_items: int, num_processes: int) -> int:
+    """Choose the images per batch of all processes, by default as many as the data allow.
+
+    Args:
+        config: Options of the alignment.
+        num_items: Items to train on.
+        num_processes: Number of processes.
+    """
+    if config.global_batch_size is not None:
+        return config.global_batch_size
+    largest = min(_MAX_DEFAULT_BATCH, num_items)
+    return max(largest // num_processes, 1) * num_processes
+
+
+def count_steps(config: AlignConfig, num_items: int, batch_size: int) -> int:
+    """Count the steps of a run; an epoch leaves out the last, smaller batch.
+
+    Args:
+        config: Options of the alignment.
+        num_items: Items to train on.
+        batch_size: Images per batch of all processes.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    steps_per_epoch = num_items // batch_size
+    if config.num_train_epochs is not None:
+        return max(1, round(config.num_train_epochs * steps_per_epoch))
+    return max(_MIN_DEFAULT_STEPS, _DEFAULT_EPOCHS * steps_per_epoch)
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """What a run comes to with the data that it got.
+    """Numbers of a run that depend on its data and on where the projections start.
 
     Attributes:
-        num_steps: of the whole run.
-        batch_size: over all processes together.
-        lr: peak rate of adapter, projections and LoRAs.
-        adapter_begin: steps before the text adapter is trained too.
+        num_steps: Of the whole run.
+        batch_size: Of all processes together.
+        learning_rate: Peak rate of adapter, projections and LoRAs.
+        adapter_begin: Steps before the text adapter is trained too.
     """
 
     num_steps: int
     batch_size: int
-    lr: float
+    learning_rate: float
     adapter_begin: int = 0
 
 
-class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints, Trainer):
+def plan_length(
+    config: AlignConfig, start: ProjectionInit, *, num_items: int, batch_size: int
+) -> RunLength:
+    """Find the numbers of a run.
+
+    Args:
+        config: Options of the alignment.
+        start: Where the projections start.
+        num_items: Items to train on.
+        batch_size: Images per batch of all processes.
+    """
+    num_steps = count_steps(config, num_items, batch_size)
+    return RunLength(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        learning_rate=config.learning_rate or start.default_learning_rate,
+        # A new adapter is the identity, and joins when the projections have settled.
+        adapter_begin=round(_RATIO_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
+    )
+
+
+def warm_up_then_cosine(
+    num_steps: int, *, warmup_steps: float, begin: int = 0
+) -> Callable[[int], float]:
+    """Make the factor of the learning rate at each step: linearly up, then down as a cosine.
+
+    Args:
+        num_steps: Steps of the run.
+        warmup_steps: Steps until the factor is 1; below 1, a share of the steps after `begin`.
+        begin: Steps at the start during which the factor is 0.
+    """
+    left = num_steps - begin
+    # Parameters that begin late warm up in what is left of the run.
+    warmup = max(1, count_warmup_steps(min(warmup_steps, max(left - 1, 0)), left))
+
+    def factor(step: int) -> float:
+        if step < begin:
+            return 0.0
+        if step - begin < warmup:
+            return (step - begin + 1) / warmup
+        done = (step - begin - warmup) / max(1, left - warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
     """Trains an `AlignmentModel` on an `AlignmentDataset`.
 
     To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
-    a run is resumed anywhere by leaving out batches that are not even read.
+    a run is resumed anywhere by skipping batches, which are not read.
 
     Args:
-        model: with its trained parts chosen.
-        items: of the dataset, those that are trained on.
-        length: what the run comes to.
-        training_arguments: from `make_training_arguments`.
-        keep_best: what looks at held-out images; None without any.
+        model: With its trained parts chosen.
+        dataset: The data.
+        items: Its items that are trained on.
+        config: Options of the alignment.
+        loss: Compares a batch.
+        length: Numbers of the run.
+        training_arguments: From `make_training_arguments`.
+        callbacks: Further callbacks.
+        best_weights: Evaluates on held-out images; None without any.
     """
 
     def __init__(
@@ -110,18 +208,20 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
         dataset: AlignmentDataset,
         *,
         items: Sequence[int],
-        arguments: AlignArguments,
+        config: AlignConfig,
+        loss: Loss,
         length: RunLength,
         training_arguments: TrainingArguments,
-        callbacks: list[TrainerCallback],
-        keep_best: KeepBest | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        best_weights: BestWeightsCallback | None = None,
     ) -> None:
-        self.settings = arguments
+        self.config = config
         self.alignment_model = model
-        self.keep_best = keep_best
+        self.best_weights = best_weights
         self.length = length
+        self._loss = loss
         training_arguments.max_steps = length.num_steps
-        training_arguments.learning_rate = length.lr
+        training_arguments.learning_rate = length.learning_rate
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
@@ -129,69 +229,99 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
             items,
             batch_size=length.batch_size,
             num_steps=length.num_steps,
-            seed=arguments.seed,
+            seed=config.seed,
             rank=training_arguments.process_index,
             num_processes=training_arguments.world_size,
         )
-        self._rates = find_learning_rates(model, arguments, lr=length.lr)
+        self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
         self._inverse_temperature = model.logit_scale().detach()
         super().__init__(
             model=model,
             args=training_arguments,
             train_dataset=dataset,
-            callbacks=[ClampTemperature(), LogLastStep(), *callbacks],
+            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), *callbacks],
         )
-        if keep_best is not None:
-            keep_best.trainer = self
-            self.add_callback(keep_best)
+        if best_weights is not None:
+            best_weights.trainer = self
+            self.add_callback(best_weights)
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train from the beginning or from a checkpoint.
+
+        Args:
+            checkpoint: Last complete checkpoint of the run; None to begin.
+        """
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.best_weights is not None:
+            self.best_weights.read_earlier(state.global_step)
+            if self.best_weights.has_stopped_early and state.global_step < state.max_steps:
+                self.state = state  # a step more would be one that the run never had
+                return
+        self.train(resume_from_checkpoint=str(checkpoint))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create it, and have FSDP leave scores and temperature in float32."""
+        """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
         super().create_accelerator_and_postprocess()
         keep_scores_in_float32(self.accelerator, self.alignment_model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return this process's batches of the whole run."""
+        """Make the loader of this process's batches of the whole run."""
         assert isinstance(self.train_dataset, AlignmentDataset)
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=keep_batch,
-            num_workers=self.settings.num_workers,
+            num_workers=self.config.num_workers,
             pin_memory=self.args.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.settings.seed),
+            generator=torch.Generator().manual_seed(self.config.seed),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by when they begin, by learning rate, and by whether they decay."""
+        """Group parameters by when they begin, by learning rate, and by whether they decay.
+
+        Args:
+            model: The model, wrapped; None for the model itself.
+        """
         if self.optimizer is None:
-            of_kind: dict[tuple[int, float], list[nn.Parameter]] = {}
+            grouped: dict[tuple[int, float], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
                 if parameter.requires_grad:
                     name = _unwrap(name)
                     begin = self.length.adapter_begin if name.startswith(_ADAPTER) else 0
-                    of_kind.setdefault((begin, self._rates[name]), []).append(parameter)
+                    grouped.setdefault((begin, self._rates[name]), []).append(parameter)
             groups = [
                 group
-                for begin, rate in sorted(of_kind, key=lambda kind: (kind[0], -kind[1]))
+                for begin, rate in sorted(grouped, key=lambda key: (key[0], -key[1]))
                 for group in split_by_decay(
-                    of_kind[begin, rate], self.settings.weight_decay, lr=rate, begin=begin
+                    grouped[begin, rate], self.config.weight_decay, lr=rate, begin=begin
                 )
             ]
-            self.optimizer = torch.optim.AdamW(groups, lr=self.length.lr, betas=_BETAS)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.length.learning_rate, betas=_BETAS)
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm up for a tenth of the steps, then fall as a cosine."""
+        """Warm up, then fall as a cosine.
+
+        Args:
+            num_training_steps: Steps of the run.
+            optimizer: Its groups have a `begin` each; None for the Trainer's.
+        """
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 chosen,
                 [
-                    warm_up_then_cosine(num_training_steps, begin=group["begin"])
+                    warm_up_then_cosine(
+                        num_training_steps,
+                        warmup_steps=self.config.warmup_steps,
+                        begin=group["begin"],
+                    )
                     for group in chosen.param_groups
                 ],
             )
@@ -199,11 +329,11 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
         return self.lr_scheduler
 
     def collect_trained(self) -> dict[str, Tensor]:
-        """Everything that training changes, whole, by its name while training.
+        """Collect every weight that training changes, unsharded, by its name while training.
 
         Under FSDP all processes must call it together.
         """
-        names = find_trained(self.alignment_model)
+        names = list_trained(self.alignment_model)
         if self.is_fsdp_enabled:
             state = self.accelerator.get_state_dict(self.model_wrapped)
         else:
@@ -217,33 +347,33 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Compare this process's rows with those of all.
+        """Compute the loss of a batch of this process.
 
-        Raises: FloatingPointError when the loss is not finite: the step and the batch's groups.
+        Args:
+            model: The model, wrapped.
+            inputs: A batch of `AlignmentDataset`.
+            return_outputs: Whether to return the model's outputs too.
+            num_items_in_batch: Not used.
+
+        Raises:
+            FloatingPointError: The loss is not finite; the step and the batch's groups are named.
         """
         group_ids = inputs["group_ids"]
         outputs = model(**{name: value for name, value in inputs.items() if name != "group_ids"})
         image_embeds, text_embeds, scale = outputs
-        loss = grouped_contrastive_loss(
-            image_embeds,
-            text_embeds,
-            scale,
-            group_ids,
-            chunk_size=self.settings.loss_chunk,
-            over_processes=True,
-        )
+        loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
         self._inverse_temperature = scale.detach()
         if not loss.isfinite():
             broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
                 f"{self._describe_broken(group_ids, broken)} or lower the learning rate "
-                f"({self.length.lr})."
+                f"({self.length.learning_rate})."
             )
         return (loss, outputs) if return_outputs else loss
 
     def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
-        """Name the pairs whose rows, (B,) bool, are broken; all of the batch where none is."""
+        """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         assert isinstance(self.train_dataset, AlignmentDataset)
         shown = group_ids[broken] if broken.any() else group_ids
         names = [
@@ -253,22 +383,27 @@ class AlignmentTrainer(FiniteGradients, ResumedMetricsMixin, TrainedCheckpoints,
         if broken.any():
             return (
                 f"{len(shown)} of {len(group_ids)} pairs have embeddings that are not finite, with "
-                f"the group_ids {listed}. Look at what these are made from,"
+                f"the group_ids {listed}. Check their data,"
             )
         return (
             f"The embeddings of this process's {len(group_ids)} pairs are finite, with the "
             f"group_ids {listed}. "
-            "Look at the other processes' messages,"
+            "Check the other processes' messages,"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log passes over the data, since the Trainer's own epoch is the whole run."""
+        """Log passes over the data as the epoch, since the Trainer's own is the whole run.
+
+        Args:
+            logs: What is logged.
+            start_time: As `Trainer.log` takes it.
+        """
         self.state.epoch = self.state.global_step / self.batches.steps_per_epoch
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
 
 
-class ClampTemperature(TrainerCallback):
+class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
     def on_optimizer_step(  # noqa: D102
@@ -283,20 +418,35 @@ class ClampTemperature(TrainerCallback):
             model.logit_scale.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
 
-def find_learning_rates(
-    model: AlignmentModel, arguments: AlignArguments, *, lr: float
-) -> dict[str, float]:
-    """Peak learning rate of each trained parameter, by name.
+def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
+    """Set FSDP's policy so that it computes the model in bfloat16, and scores in float32.
+
+    By default accelerate makes FSDP gather the temperature in bfloat16, which at 50 moves in steps
+    of 0.25, cast the model's outputs to it, and add up gradients in it. Under DDP autocast does
+    none of that. Without FSDP or in float32, nothing changes. Call it before anything is prepared.
 
     Args:
-        lr: of all but a wholly trained vision tower with a rate of its own.
+        accelerator: accelerate's `Accelerator`.
+        model: The model that is trained.
+
+    Raises:
+        ValueError: FSDP's first version is configured, which has no such policy.
     """
-    rates = {name: lr for name, p in model.named_parameters() if p.requires_grad}
-    if arguments.vision_training == "full":
-        factors = scale_by_layer(model.vision_model, arguments.layer_decay)
-        rate = arguments.vision_lr or lr
-        rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
-    return rates
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or accelerator.mixed_precision != "bf16":
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP's first version would round the temperature to bfloat16. Set fsdp_version: 2 in "
+            "the configuration, as examples/accelerate/fsdp.yaml does, or give precision=float32."
+        )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # A unit of its own, so that its dtype stays.
+    fully_shard(model.logit_scale, mp_policy=MixedPrecisionPolicy())
 
 
 def _unwrap(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Starts both projections from a closed form: canonical correlation analysis of the embeddings.
+"""Initializes both projections by canonical correlation analysis (CCA) of stored embeddings.
 
-It finds the directions in which captions and images agree most, without a step of training. How
-much each side is regularized decides how good the result is, and depends on the data, so that it is
-chosen by cross-validation. Two sides with a thousand elements each take seconds.
+CCA finds the directions in which captions and images agree most, in closed form. The quality
+depends on how much each side is regularized, and this on the data, so that it is chosen by
+cross-validation. Two sides with a thousand elements each take seconds.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from torch import Tensor, nn
 
 from ...heads_llm2clip import MAX_LOG_SCALE
 from ...modeling_llm2clip import LLM2CLIPModel
-from ..losses.contrastive import grouped_contrastive_loss
+from ..losses.contrastive import ContrastiveLoss
+from ..losses.loss import LossInputs
 
 # Shares of the mean variance that may be added to every variance, two a decade.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_FIRST_TRIED = (2, 4)  # where good values mostly are: 0.1 for texts, 1 for images
+_FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for images
 _NUM_FOLDS = 4
-# So many pairs estimate a rank well, and comparing them costs little beside the fit.
-_MOST_PAIRS_COMPARED = 1_000
+# These many pairs estimate a rank well, and comparing them costs little beside the fit.
+_MAX_PAIRS_COMPARED = 1_000
 _TEMPERATURE_STEPS = 16
 
 
 @dataclass(frozen=True)
-class ClosedForm:
-    """What the closed form was fitted with.
+class FittedCCA:
+    """How a canonical correlation was fitted.
 
     Attributes:
-        text_shrinkage, image_shrinkage: added to every variance of a side, as a share of the mean
-            variance.
-        mean_reciprocal_rank: of the cross-validation; None where both were given.
-        num_pairs: pairs of a caption and an image that it was fitted on.
+        text_shrinkage: Added to every variance of the texts, as a share of the mean variance.
+        image_shrinkage: The same of the images.
+        mean_reciprocal_rank: Of the cross-validation; None where both shrinkages were given.
+        num_pairs: Pairs of a caption and an image that it was fitted on.
     """
 
     text_shrinkage: float
@@ -52,34 +53,35 @@ def init_projections_by_cca(
     groups: Tensor,
     *,
     shrinkages: tuple[float, float] | None = None,
-) -> ClosedForm:
+) -> FittedCCA:
     """Set both projections in place.
 
     The blocks of a text adapter that was not trained become the identity; a trained one stays, and
-    the projections are fitted to what it returns. Each projection gets the scale of an ordinary
+    the projections are fitted to its output. Each projection gets the scale of an ordinary
     initialization: embeddings are normalized, so that the scale is free, and an optimizer's first
-    steps overwrite weights that are much smaller.
+    steps would overwrite much smaller weights.
 
     Args:
-        model: its image projection needs a bias, which takes the mean away.
+        model: Its image projection needs a bias, which subtracts the mean.
         caption_embeds: (N, D) float32, stored.
         vision_embeds: (N, D') float32, stored; row i belongs to row i of the captions.
         groups: (N,) int64, what each pair shows. Pairs of one group are never each other's
             negatives, and cross-validation never separates them.
-        shrinkages: of texts and of images; None to choose them by cross-validation.
-    Returns: what it was fitted with.
-    Raises: ValueError without `visual_projection_bias`, or for fewer groups than two.
+        shrinkages: Of texts and of images; None to choose them by cross-validation.
+
+    Raises:
+        ValueError: The model has no `visual_projection_bias`, or there are fewer than two groups.
     """
     if model.visual_projection.bias is None:
         raise ValueError(
-            "The closed form needs a bias in the image projection. Build the model with "
-            "visual_projection_bias=True, or choose start='as-is'."
+            "projection_init=cca needs a bias in the image projection. Build the model with "
+            "visual_projection_bias=True, or choose projection_init=model."
         )
     num_groups = len(groups.unique())
     if not len(caption_embeds) == len(vision_embeds) == len(groups) or num_groups < 2:
         raise ValueError(
-            f"{len(caption_embeds)} captions, {len(vision_embeds)} images, {len(groups)} group "
-            f"numbers of {num_groups} groups; the closed form needs equally many, and two groups."
+            f"{len(caption_embeds)} captions, {len(vision_embeds)} images and {len(groups)} group "
+            f"numbers of {num_groups} groups: CCA needs equally many, of at least two groups."
         )
     if not model.config.text_adapter_trained:
         for block in model.text_adapter.blocks:
@@ -102,11 +104,11 @@ def init_projections_by_cca(
         strict=True,
     ):
         _fill(projection, (side.directions @ rotated).T, side.mean)
-    return ClosedForm(*shrinkages, rank, len(text))
+    return FittedCCA(*shrinkages, rank, len(text))
 
 
 def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
-    """Set a projection to weights (directions, D) float64 at an ordinary scale, mean taken away."""
+    """Set a projection to weights (directions, D) float64 at an ordinary scale, mean subtracted."""
     weight = weight * (weight.shape[1] * weight.square().mean()).rsqrt()
     projection.weight.zero_()  # where the space is wider than there are directions
     projection.weight[: len(weight)] = weight.to(projection.weight)
@@ -118,23 +120,24 @@ def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
 def fit_temperature(
     image_embeds: Tensor, text_embeds: Tensor, groups: Tensor, *, chunk_size: int | None = None
 ) -> tuple[float, float]:
-    """Find the temperature at which the contrastive loss of some pairs is least.
+    """Find the temperature with the lowest contrastive loss of some pairs.
 
     Golden-section search: the loss is convex in the inverse temperature.
 
     Args:
-        image_embeds, text_embeds: (N, P) of unit length; row i belongs to row i.
+        image_embeds: (N, P) of unit length.
+        text_embeds: (N, P) of unit length; row i belongs to row i of the images.
         groups: (N,) int64, what each pair shows.
-        chunk_size: see `grouped_contrastive_loss`.
-    Returns: the logarithm of the inverse temperature, in [0, ln 100], and the loss.
+        chunk_size: Rows compared at a time; None for all.
+
+    Returns:
+        The logarithm of the inverse temperature, in [0, ln 100], and the loss.
     """
+    compute_loss = ContrastiveLoss(chunk_size=chunk_size, over_processes=False)
 
     def measure(log_scale: float) -> float:
         scale = torch.tensor([math.exp(log_scale)], device=image_embeds.device)
-        loss = grouped_contrastive_loss(
-            image_embeds, text_embeds, scale, groups, chunk_size=chunk_size
-        )
-        return float(loss)
+        return float(compute_loss(LossInputs(image_embeds, text_embeds, scale, groups)))
 
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, MAX_LOG_SCALE
@@ -168,7 +171,7 @@ class _Correlation:
     ) -> tuple[Tensor, Tensor]:
         """Return weights on rotated embeddings, (D, directions) and (D', directions) float64.
 
-        Each direction weighs as it correlates.
+        Each direction is weighted by its correlation.
         """
         text_scale = self.text.whiten(text_shrinkage)[:, None]
         vision_scale = self.vision.whiten(image_shrinkage)[:, None]
@@ -188,7 +191,7 @@ class _Side:
         self._variances = variances.clamp(min=0)
 
     def rotate(self, embeds: Tensor) -> Tensor:
-        """Take the mean away and turn into the principal directions, (M, D) float32."""
+        """Subtract the mean and rotate into the principal directions, (M, D) float32."""
         rotated: Tensor = (embeds - self.mean) @ self.directions.float()
         return rotated
 
@@ -216,7 +219,7 @@ def _choose_shrinkages(
 ) -> tuple[tuple[float, float], float]:
     """Walk over the grid of shrinkages to the best mean reciprocal rank of held-out pairs.
 
-    Not to the least loss: that asks for more shrinkage than finding does.
+    Not to the lowest loss, which wants more shrinkage than retrieval does.
     """
     folds = _make_folds(text, vision, groups)
     ranks: dict[tuple[int, int], float] = {}
@@ -276,7 +279,7 @@ def _make_folds(text: Tensor, vision: Tensor, groups: Tensor) -> list[_Fold]:
     folds = []
     for number in range(num_folds):
         rows = (fold_of_row == number).nonzero().flatten()
-        chosen = torch.randperm(len(rows), generator=generator)[:_MOST_PAIRS_COMPARED]
+        chosen = torch.randperm(len(rows), generator=generator)[:_MAX_PAIRS_COMPARED]
         rows, others = rows[chosen.to(rows.device)], fold_of_row != number
         fitted = _Correlation(text[others], vision[others])
         folds.append(

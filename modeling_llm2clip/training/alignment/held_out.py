@@ -1,48 +1,65 @@
-"""Images that training never sees: which ones, and how well the model finds their captions."""
+"""Images that training never sees: they choose the best weights of a run, and stop it."""
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...data.atomic_files import write_atomically
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
-from ..losses.contrastive import grouped_contrastive_loss
+from ..losses.contrastive import ContrastiveLoss
+from ..losses.loss import LossInputs
 from .alignment_data import AlignmentDataset
 
-_MOST_HELD_OUT = 1_000
-# In small data a tenth is too few to tell two models apart, and more than a fifth is missed.
-_LEAST_HELD_OUT = 20
-_LARGEST_SHARE_OF_SMALL_DATA = 0.2
-_ROWS_AT_A_TIME = 512
-# A score is near chance unless it is above so many times chance with 95 % confidence.
+if TYPE_CHECKING:
+    from .alignment_trainer import AlignmentTrainer
+
+BEST_FILE = "best.safetensors"
+_METADATA = "held_out"
+_MAX_HELD_OUT = 1_000
+# In small data a tenth is too few to compare two models, and more than a fifth is missed.
+_MIN_HELD_OUT = 20
+_MAX_SHARE_OF_SMALL_DATA = 0.2
+_ROWS_PER_BATCH = 512
+# A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """How well captions and images find each other among the held-out ones.
+    """How well held-out captions and images find each other.
 
     Attributes:
-        loss: contrastive loss, every pair against all others.
-        text_to_image_r1, image_to_text_r1: share of queries whose first hit is right.
-        chance_text_to_image_r1, chance_image_to_text_r1: what a random order would reach.
-        num_images, num_texts: what was compared.
+        loss: Contrastive loss, every pair against all others, whatever loss is trained on.
+        t2i_r1: Share of texts whose first image is right.
+        i2t_r1: Share of images whose first text is right.
+        chance_t2i_r1: Expected `t2i_r1` of a random order.
+        chance_i2t_r1: Expected `i2t_r1` of a random order.
+        num_images: Images that were compared.
+        num_texts: Texts that were compared.
     """
 
     loss: float
-    text_to_image_r1: float
-    image_to_text_r1: float
-    chance_text_to_image_r1: float
-    chance_image_to_text_r1: float
+    t2i_r1: float
+    i2t_r1: float
+    chance_t2i_r1: float
+    chance_i2t_r1: float
     num_images: int
     num_texts: int
 
@@ -50,8 +67,8 @@ class HeldOutScores:
     def is_near_chance(self) -> bool:
         """Whether a direction is not above three times chance with 95 % confidence (Wilson)."""
         directions = (
-            (self.text_to_image_r1, self.chance_text_to_image_r1),
-            (self.image_to_text_r1, self.chance_image_to_text_r1),
+            (self.t2i_r1, self.chance_t2i_r1),
+            (self.i2t_r1, self.chance_i2t_r1),
         )
         # The texts of an image succeed and fail together, so that images alone are counted.
         return any(
@@ -60,29 +77,37 @@ class HeldOutScores:
         )
 
     def as_record(self) -> dict[str, Any]:
-        """The fields as JSON holds them."""
+        """Return the fields as JSON holds them."""
         return asdict(self)
 
 
 def choose_held_out(
-    dataset: AlignmentDataset, share: float, *, seed: int
+    dataset: AlignmentDataset, ratio: float, *, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Split a dataset by what its images show (`group_id`).
+    """Split a dataset by the groups of its images.
 
-    Returns: the items to train on, and the held-out items; both in the order of the dataset.
-    Raises: ValueError where so few things are shown that none can be held out.
+    Args:
+        dataset: The dataset.
+        ratio: Share of the groups that is held out; 0 for none.
+        seed: Of the choice.
+
+    Returns:
+        Items to train on, and held-out items, both in the order of the dataset.
+
+    Raises:
+        ValueError: There are too few groups to hold out two.
     """
     everything = list(range(len(dataset)))
-    if not share:
+    if not ratio:
         return everything, []
     num_groups = len(dataset.group_names)
-    least = min(_LEAST_HELD_OUT, int(num_groups * _LARGEST_SHARE_OF_SMALL_DATA))
-    count = min(_MOST_HELD_OUT, max(round(share * num_groups), least))
+    minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
+    count = min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
     if count < 2:
         raise ValueError(
-            f"{num_groups} different things are shown, too few to hold out two of them. Give at "
-            "least ten, or hold out none with held_out_share=0 (--held-out-ratio 0): then nothing "
-            "tells whether the training helped."
+            f"The images have {num_groups} groups, too few to hold out two of them. Give images of "
+            "at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
+            "training helped."
         )
     order = list(range(num_groups))
     random.Random(seed).shuffle(order)
@@ -95,14 +120,14 @@ def choose_held_out(
 
 
 class HeldOutImages:
-    """The held-out images of a run, and what measures a model on them.
+    """The held-out images of a run, on which a model is measured.
+
+    All captions of an image are queries where image embeddings are stored; otherwise its first
+    one, because each pair costs a pass of the vision tower.
 
     Args:
-        dataset: holds them and the training images.
-        items: which of its items are held out.
-
-    All captions of an image ask where image embeddings are stored; else its first one, because
-    each costs a pass of the vision tower.
+        dataset: Holds them and the training images.
+        items: Its items that are held out.
     """
 
     def __init__(self, dataset: AlignmentDataset, items: Sequence[int]) -> None:
@@ -114,7 +139,7 @@ class HeldOutImages:
         ]
         rows = [item for item, _ in self.rows]
         self.group_ids = dataset.group_ids[rows]
-        # The row of each image's first caption stands for the image.
+        # An image is represented by the row of its first caption.
         self.image_rows = [row for row, item in enumerate(rows) if not row or rows[row - 1] != item]
 
     @torch.no_grad()
@@ -126,14 +151,20 @@ class HeldOutImages:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode every pair, in evaluation mode.
 
-        Returns: image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU, and the
+        Args:
+            model: An `AlignmentModel`, wrapped or not.
+            device: Where it is.
+            make_context: Makes the context of a forward pass.
+
+        Returns:
+            image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU, and the
             inverse temperature, (1,).
         """
         was_training = model.training
         model.eval()
         images, texts, scale = [], [], torch.ones(1)
-        for start in range(0, len(self.rows), _ROWS_AT_A_TIME):
-            batch = self.dataset.read_pairs(self.rows[start : start + _ROWS_AT_A_TIME])
+        for start in range(0, len(self.rows), _ROWS_PER_BATCH):
+            batch = self.dataset.read_pairs(self.rows[start : start + _ROWS_PER_BATCH])
             with make_context():
                 outputs = model(**{name: value.to(device) for name, value in batch.items()})
             images.append(outputs[0].float().cpu())
@@ -143,10 +174,15 @@ class HeldOutImages:
         return torch.cat(images), torch.cat(texts), scale
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> HeldOutScores:
-        """Compare the embeddings of all pairs; arguments as `embed` returns them."""
-        loss = grouped_contrastive_loss(
-            image_embeds, text_embeds, scale, self.group_ids, chunk_size=_ROWS_AT_A_TIME
-        )
+        """Compare the embeddings of all pairs.
+
+        Args:
+            image_embeds: As `embed` returns them.
+            text_embeds: As `embed` returns them.
+            scale: As `embed` returns it.
+        """
+        compute_loss = ContrastiveLoss(chunk_size=_ROWS_PER_BATCH, over_processes=False)
+        loss = compute_loss(LossInputs(image_embeds, text_embeds, scale, self.group_ids))
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
@@ -157,20 +193,172 @@ class HeldOutImages:
         to_image, to_text = ranking.t2i, ranking.i2t
         return HeldOutScores(
             loss=float(loss),
-            text_to_image_r1=float(hits_at(to_image, k=1).mean()),
-            image_to_text_r1=float(hits_at(to_text, k=1).mean()),
-            chance_text_to_image_r1=float(
-                (to_image.num_positives / to_image.num_candidates).mean()
-            ),
-            chance_image_to_text_r1=float((to_text.num_positives / to_text.num_candidates).mean()),
+            t2i_r1=float(hits_at(to_image, k=1).mean()),
+            i2t_r1=float(hits_at(to_text, k=1).mean()),
+            chance_t2i_r1=float((to_image.num_positives / to_image.num_candidates).mean()),
+            chance_i2t_r1=float((to_text.num_positives / to_text.num_candidates).mean()),
             num_images=len(of_image),
             num_texts=len(of_text),
         )
 
 
-def _lower_bound(share: float, count: int) -> float:
-    """Wilson's lower bound of a share, at 95 % confidence (doi:10.1080/01621459.1927.10502953)."""
+def _lower_bound(ratio: float, count: int) -> float:
+    """Wilson's lower bound of a ratio, at 95 % confidence (doi:10.1080/01621459.1927.10502953)."""
     square = _NORMAL_QUANTILE**2
-    center = share + square / (2 * count)
-    spread = _NORMAL_QUANTILE * (share * (1 - share) / count + square / (4 * count**2)) ** 0.5
+    center = ratio + square / (2 * count)
+    spread = _NORMAL_QUANTILE * (ratio * (1 - ratio) / count + square / (4 * count**2)) ** 0.5
     return float((center - spread) / (1 + square / count))
+
+
+class BestWeightsCallback(TrainerCallback):
+    """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
+
+    It evaluates before the run, every few steps and at the end. The best weights are written to
+    `best.safetensors` in the run's folder; those of the start count, so that a run never ends with
+    worse weights than it started from.
+
+    Args:
+        images: The held-out images.
+        output: Folder of the run.
+        eval_steps: Steps between two evaluations.
+        patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
+        patience_begin: Steps before which the run never stops.
+
+    Attributes:
+        before: Scores at the start.
+        best: Scores of the best weights.
+        best_step: Step of the best weights.
+        has_stopped_early: Whether patience ran out.
+        trainer: The trainer that calls back; set by it.
+    """
+
+    def __init__(
+        self,
+        images: HeldOutImages,
+        output: Path,
+        *,
+        eval_steps: int,
+        patience: int,
+        patience_begin: int,
+    ) -> None:
+        self.images = images
+        self.output = output
+        self.eval_steps = eval_steps
+        self.patience = patience
+        self.patience_begin = patience_begin
+        self.before: HeldOutScores | None = None
+        self.best: HeldOutScores | None = None
+        self.best_step = 0
+        self.has_stopped_early = False
+        self.trainer: AlignmentTrainer | None = None
+
+    @property
+    def file(self) -> Path:
+        """File of the best weights."""
+        return self.output / BEST_FILE
+
+    def on_train_begin(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self.before is None:
+            self._evaluate(step=state.global_step)
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        step = state.global_step
+        if step % self.eval_steps and step < state.max_steps:
+            return
+        should_log = control.should_log
+        self._evaluate(step=step)
+        control.should_log = should_log  # which logging resets; this step's loss would be lost
+        if step < state.max_steps and self._is_out_of_patience(step):
+            self.has_stopped_early = True
+            control.should_training_stop = control.should_log = control.should_save = True
+
+    def read_earlier(self, step: int) -> None:
+        """Read what an earlier part of this run kept, and whether the run stopped early.
+
+        Args:
+            step: Of the checkpoint that the run continues from.
+        """
+        if not self.file.is_file():
+            return
+        with safe_open(self.file, framework="pt") as file:
+            entry = json.loads(file.metadata()[_METADATA])
+        self.before = HeldOutScores(**entry["before"])
+        self.best, self.best_step = HeldOutScores(**entry["best"]), entry["best_step"]
+        self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the scores of the start and of the best weights, and the step of the latter."""
+        assert self.before is not None and self.best is not None
+        return {
+            "before": self.before.as_record(),
+            "best": self.best.as_record(),
+            "best_step": self.best_step,
+        }
+
+    def load_best(self) -> dict[str, Tensor]:
+        """Return the best weights by their names while training, on the CPU."""
+        return load_file(self.file)
+
+    def _is_out_of_patience(self, step: int) -> bool:
+        waited = (step - max(self.best_step, self.patience_begin)) // self.eval_steps
+        return 0 < self.patience <= waited
+
+    def _evaluate(self, *, step: int) -> None:
+        """Measure, and keep the weights if none were better."""
+        assert self.trainer is not None
+        scores = self._measure(self.trainer)
+        if self.before is None:
+            self.before = scores
+        else:
+            self.trainer.log(
+                {
+                    "held_out_loss": scores.loss,
+                    "held_out_t2i_r1": scores.t2i_r1,
+                    "held_out_i2t_r1": scores.i2t_r1,
+                }
+            )
+        if self.best is None or scores.loss < self.best.loss:
+            self.best, self.best_step = scores, step
+            self._keep(self.trainer)
+
+    def _measure(self, trainer: AlignmentTrainer) -> HeldOutScores:
+        model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
+        is_stored = self.images.dataset.is_stored
+        embeds = self.images.embed(
+            model, trainer.args.device, nullcontext if is_stored else self._autocast
+        )
+        found: list[Any] = [self.images.score(*embeds)]
+        # Other hardware may round differently; all processes must keep and stop alike.
+        broadcast_object_list(found)
+        scores: HeldOutScores = found[0]
+        if not math.isfinite(scores.loss):
+            raise FloatingPointError(
+                f"The held-out loss is {scores.loss} at step {trainer.state.global_step}. Lower "
+                f"the learning rate ({trainer.args.learning_rate}), or look for broken embeddings."
+            )
+        return scores
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        assert self.trainer is not None
+        context: AbstractContextManager[Any] = self.trainer.compute_loss_context_manager()
+        return context
+
+    def _keep(self, trainer: AlignmentTrainer) -> None:
+        state = trainer.collect_trained()
+        if not trainer.args.should_save:
+            return
+        weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        metadata = {_METADATA: json.dumps(self.as_record())}
+        write_atomically(self.file, save(weights, metadata=metadata))

@@ -1,7 +1,7 @@
 """Which images a step sees, and which caption of each: functions of the seed alone.
 
-Nothing is remembered between steps and no generator is shared, so a run that is resumed, or has
-another number of workers or processes, draws the same.
+There is no state between steps and no shared generator, so a run that is resumed, or has another
+number of workers or processes, samples the same.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ _WORD = (1 << 64) - 1
 class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """The batches of a whole run, as one process sees them: lists of (epoch, item).
 
-    Every epoch has its own order of all items, and leaves out those that do not fill a batch.
+    Every epoch has its own order of all items, and leaves out the last ones, which do not fill a
+    batch.
 
     Args:
-        items: what is drawn from.
-        batch_size: over all processes; divisible by their number.
-        num_steps: batches of the run.
+        items: Items to sample.
+        batch_size: Of all processes together; divisible by their number.
+        num_steps: Batches of the run.
+        seed: Of the order.
+        rank: Number of this process.
+        num_processes: Number of processes.
     """
 
     def __init__(
@@ -58,32 +62,42 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.num_steps):
             epoch, number = divmod(step, self.steps_per_epoch)
             if number == 0:
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch) >> 1)
+                generator = torch.Generator().manual_seed(_mix(self.seed, epoch) >> 1)
                 order = torch.randperm(len(self.items), generator=generator)
             start = number * self.batch_size + self.rank * own_size
-            drawn = order[start : start + own_size].tolist()
-            yield [(epoch, self.items[number]) for number in drawn]
+            sampled = order[start : start + own_size].tolist()
+            yield [(epoch, self.items[number]) for number in sampled]
 
 
 def sample_caption(
-    num_short: int, num_long: int, *, long_share: float, seed: int, epoch: int, item: int
+    num_short: int, num_long: int, *, long_caption_ratio: float, seed: int, epoch: int, item: int
 ) -> tuple[bool, int]:
-    """Draw one caption of an item: whether a long one, and its number among its kind.
+    """Sample one caption of an item.
 
     Args:
-        long_share: probability of a long caption where both kinds exist.
+        num_short: Short captions of the item.
+        num_long: Long captions of the item.
+        long_caption_ratio: Probability of a long caption where there are both.
+        seed: Of the run.
+        epoch: Pass over the data.
+        item: Number of the item.
+
+    Returns:
+        Whether it is a long one, and its number among the long or short ones.
     """
-    is_long = num_short == 0 or (num_long > 0 and draw(seed, epoch, item, 0) < long_share)
-    return is_long, int(draw(seed, epoch, item, 1) * (num_long if is_long else num_short))
+    is_long = num_short == 0 or (
+        num_long > 0 and _sample(seed, epoch, item, 0) < long_caption_ratio
+    )
+    return is_long, int(_sample(seed, epoch, item, 1) * (num_long if is_long else num_short))
 
 
-def draw(*numbers: int) -> float:
-    """A number in [0, 1), even and independent for each combination of whole numbers."""
-    return (mix(*numbers) >> 11) / (1 << 53)
+def _sample(*numbers: int) -> float:
+    """A number in [0, 1), uniform and independent for each combination of integers."""
+    return (_mix(*numbers) >> 11) / (1 << 53)
 
 
-def mix(*numbers: int) -> int:
-    """Mix whole numbers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195)."""
+def _mix(*numbers: int) -> int:
+    """Mix integers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195)."""
     state = 0
     for number in numbers:
         state = (state ^ (number & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
@@ -94,11 +108,18 @@ def mix(*numbers: int) -> int:
 
 
 def sample_normal(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
-    """Standard normal numbers, (len(rows), width) float32; each row by its own numbers alone.
+    """Sample standard normal numbers; each row depends on its own integers alone.
 
     splitmix64 counts through a row, and Box and Muller's method makes two numbers of each word.
+
+    Args:
+        rows: Integers that identify each row.
+        width: Numbers per row.
+
+    Returns:
+        (len(rows), width) float32.
     """
-    states = np.array([mix(*numbers) for numbers in rows], dtype=np.uint64)
+    states = np.array([_mix(*numbers) for numbers in rows], dtype=np.uint64)
     counts = np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     words = states[:, None] + counts  # wraps around, as it should
     words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,46 +1,54 @@
-"""What of the towers is trained, and how fast: LoRA, or everything with slower lower layers."""
+"""Which parameters are trained, and how fast: LoRA, or all with slower lower layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...encoding.layers import find_layers
-from ..checkpoints import find_trained
-from .align_arguments import AlignArguments
+from ...configs.align_config import AlignConfig
+from ...encoding.compilation import find_layers
+from ..run_folder import list_trained
+from ..trainer_mixins import recompute_activations
 from .alignment_model import AlignmentModel
-from .optimization import recompute_activations
 
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 
 
-def choose_trained_parts(model: AlignmentModel, arguments: AlignArguments) -> dict[str, Any]:
-    """Freeze and thaw the model's parts, and put LoRAs into its towers, in place.
+def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
+    """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
 
-    Returns: peft's wrapper of each tower that got a LoRA, by the tower's name; see `merge_loras`.
-    Raises: ValueError when the vision tower has no layers that the wish can be met with.
+    Args:
+        model: The model that is trained.
+        config: Options of the alignment.
+
+    Returns:
+        peft's wrapper of each tower that got a LoRA, by the tower's name; see `merge_loras`.
+
+    Raises:
+        ValueError: The vision tower has no layers for a LoRA or for `layer_decay`.
     """
     model.train_heads_only()
     adapted: dict[str, Any] = {}
-    if arguments.vision_training == "full":
+    if config.vision_training == "full":
         model.vision_model.float().requires_grad_(True)
-        if arguments.layer_decay < 1:
+        if config.layer_decay < 1:
             find_layers(model.vision_model)
-    elif arguments.vision_training == "lora":
+    elif config.vision_training == "lora":
         adapted["vision_model"] = _add_lora(
             model.vision_model,
             find_attention_linears(model.vision_model),
-            rank=arguments.vision_rank,
-            alpha=arguments.vision_alpha,
+            rank=config.vision_lora_rank,
+            alpha=config.vision_lora_alpha,
         )
-    if arguments.text_training == "lora":
+    if config.text_training == "lora":
         adapted["text_model"] = _add_lora(
-            model.text_model, "all-linear", rank=arguments.text_rank, alpha=arguments.text_alpha
+            model.text_model, "all-linear", rank=config.lora_rank, alpha=config.lora_alpha
         )
-    model.trains_vision = arguments.vision_training != "frozen"
-    model.trains_text = arguments.text_training == "lora"
-    if arguments.gradient_checkpointing:
+    model.trains_vision = config.vision_training != "frozen"
+    model.trains_text = config.text_training == "lora"
+    if config.gradient_checkpointing:
         for tower, trains in (
             (model.vision_model, model.trains_vision),
             (model.text_model, model.trains_text),
@@ -53,9 +61,14 @@ def choose_trained_parts(model: AlignmentModel, arguments: AlignArguments) -> di
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:
     """Merge the LoRAs into their towers, in place.
 
-    Returns: everything that differs from the model's folder now, by its name in the model.
+    Args:
+        model: The model that was trained.
+        adapted: From `choose_trained_parts`.
+
+    Returns:
+        Every weight that differs from the model's folder now, by its name in the model.
     """
-    names = {name for name in find_trained(model) if ".lora_" not in name}
+    names = {name for name in list_trained(model) if ".lora_" not in name}
     for tower, wrapper in adapted.items():
         setattr(model, tower, wrapper.merge_and_unload())
         names |= {f"{tower}.{name}" for name in getattr(model, tower).state_dict()}
@@ -63,12 +76,16 @@ def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Ten
 
 
 def find_attention_linears(tower: nn.Module) -> list[str]:
-    """Names of the linear layers in a vision transformer's attention.
+    """List the linear layers in a vision transformer's attention by name.
 
-    Raises: ValueError for a tower that has none.
+    Args:
+        tower: The vision tower.
+
+    Raises:
+        ValueError: It has none.
     """
     modules = dict(tower.named_modules())
-    # torch's own attention reads the weights itself, so that a layer in their place is not run.
+    # torch's own attention reads the weights itself, so that a layer in their place is never run.
     fused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
     names = [
         name
@@ -80,16 +97,23 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
     if not names:
         raise ValueError(
             f"{type(tower).__name__} has no linear layers in an attention, which a LoRA needs. "
-            "Choose vision_training 'frozen' or 'full'."
+            "Choose vision_training=frozen or vision_training=full."
         )
     return names
 
 
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
-    """Factor of the learning rate of each parameter of a tower, by name.
+    """Compute the factor of the learning rate of each parameter of a tower.
 
-    What stands before the layers (patches, positions) learns slowest, what stands behind them
-    at the full rate; of L layers, layer i (from 0) at `decay ** (L - i)`.
+    Parameters before the layers (patches, positions) learn slowest, those after them at the full
+    rate; of L layers, layer i (from 0) at `decay ** (L - i)`.
+
+    Args:
+        tower: The vision tower.
+        decay: Factor from one layer to the one below it; 1 for all alike.
+
+    Returns:
+        Name of the parameter → factor.
     """
     names = [name for name, _ in tower.named_parameters()]
     if decay == 1:
@@ -101,14 +125,58 @@ def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
     for name in names:
         if name.startswith(f"{prefix}."):
             depth = numbers[name[len(prefix) + 1 :].split(".")[0]] + 1
-        elif depth:  # behind the layers: parameters are listed in the order they were built
+        elif depth:  # after the layers: parameters are listed in the order they were built
             depth = num_layers + 1
         depths[name] = depth
     return {name: decay ** (num_layers + 1 - depth) for name, depth in depths.items()}
 
 
+def find_learning_rates(
+    model: AlignmentModel, config: AlignConfig, *, learning_rate: float
+) -> dict[str, float]:
+    """Find the peak learning rate of each trained parameter.
+
+    Args:
+        model: The model, with its trained parts chosen.
+        config: Options of the alignment.
+        learning_rate: Of all but a fully trained vision tower with a rate of its own.
+
+    Returns:
+        Name of the parameter → learning rate.
+    """
+    rates = {name: learning_rate for name, p in model.named_parameters() if p.requires_grad}
+    if config.vision_training == "full":
+        factors = scale_by_layer(model.vision_model, config.layer_decay)
+        rate = config.vision_learning_rate or learning_rate
+        rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
+    return rates
+
+
+def split_by_decay(
+    parameters: Iterable[nn.Parameter], weight_decay: float, **options: Any
+) -> list[dict[str, Any]]:
+    """Split parameters into groups of an optimizer: matrices decay, and nothing else does.
+
+    Norms, biases and the temperature do not decay (arXiv:2103.00020).
+
+    Args:
+        parameters: Those of one learning rate.
+        weight_decay: Of the matrices.
+        **options: Of both groups, e.g. `lr`.
+
+    Returns:
+        One or two groups, none of them empty.
+    """
+    listed = list(parameters)
+    groups = [
+        {"params": [p for p in listed if p.ndim > 1], "weight_decay": weight_decay, **options},
+        {"params": [p for p in listed if p.ndim <= 1], "weight_decay": 0.0, **options},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def _add_lora(tower: nn.Module, targets: str | list[str], *, rank: int, alpha: int) -> Any:
-    from peft import LoraConfig, get_peft_model  # a dependency of few
+    from peft import LoraConfig, get_peft_model  # needed for LoRA alone
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     return get_peft_model(tower, config)

@@ -1,130 +1,122 @@
-"""The work of an extraction, captions or images: shard after shard, by any number of processes.
+"""Stage 2: captions or images into an embedding store, shard by shard, by any number of processes.
 
 Under `accelerate launch` or `torchrun` every process takes shards in turn, and then those that
-others have not begun. A run on its own that meets one that already works on the same store helps
-it in the same way. No process waits for another but to see the last shards done.
+others have not begun. A separate run on the same store helps in the same way. No process waits for
+another but for the last shards.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ...data.embedding_store import STORED_DTYPES, EmbeddingStore
-from ...data.embedding_store_writer import EmbeddingStoreWriter, pack_index
+from ...configs.extract_config import ExtractConfig
+from ...data.embedding_store import EmbeddingStore, read_manifest
+from ...data.embedding_store_writer import EmbeddingStoreWriter
 from ...data.records import CaptionedImage
-from ...encoding.devices import find_device
-from ..distributed import join_processes
-from ..graceful_stop import StopRequest
+from ..distributed import choose_device
+from ..graceful_stop import StopRequest, stop_on_signals
+from ..stage_source import Source, open_source
+from .caption_extraction import plan_captions
+from .extraction_plan import ComputeRows
+from .image_extraction import plan_images
 
-# Rows to compute, and whom to tell of each batch how much it was; returns their embeddings (rows,
-# D).
-ComputeRows = Callable[[range, Callable[[int], object]], torch.Tensor]
 _SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_BETWEEN_COUNTS = 10.0  # which look at every shard
+_SECONDS_BETWEEN_COUNTS = 10.0  # a count reads the record of every shard
 
 
-@dataclass(frozen=True)
-class ExtractionArguments:
-    """How to extract; none of it but `device`, `num_workers`, `show_progress` may change midway.
-
-    Attributes:
-        dtype: of the stored embeddings: `"float16"`, `"bfloat16"` or `"float32"`. Embeddings that
-            float16 cannot hold are refused, never clipped.
-        rows_per_shard: what is computed again after a kill is at most this.
-        token_budget: most tokens of a batch of captions, padding included; default by device.
-        batch_size: images of a batch; default by device.
-        num_workers: threads that decode images.
-        device: see `find_device`.
-    """
-
-    dtype: str = "float16"
-    rows_per_shard: int = 2048
-    token_budget: int | None = None
-    batch_size: int | None = None
-    num_workers: int = 1
-    device: str = "auto"
-    show_progress: bool = False
-
-    def __post_init__(self) -> None:
-        errors = []
-        if self.dtype not in STORED_DTYPES:
-            errors.append(f"dtype={self.dtype!r} must be one of {tuple(STORED_DTYPES)}")
-        for name in ("rows_per_shard", "token_budget", "batch_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                errors.append(f"{name}={value} must be at least 1")
-        if errors:
-            raise ValueError("ExtractionArguments: " + "; ".join(errors) + ".")
-        if self.device != "auto":
-            find_device(self.device)
-
-
-@dataclass(frozen=True)
-class ExtractionReport:
-    """What a run came to.
-
-    Attributes:
-        folder: the store.
-        complete: False where a signal stopped the run first; the same call goes on.
-        num_items, num_rows, dim: of the complete store.
-        num_computed: rows that this process computed now.
-        counts: of the whole data set, as in the manifest.
-    """
-
-    folder: Path
-    complete: bool
-    num_items: int
-    num_rows: int
-    dim: int
-    num_computed: int
-    counts: dict[str, int]
-
-
-def choose_device(arguments: ExtractionArguments) -> torch.device:
-    """Return the device asked for, of several processes this one's; joins it to the others."""
-    device = find_device(arguments.device)
-    join_processes(cpu=device.type == "cpu")
-    return device
-
-
-def pack_records(
-    records: Sequence[CaptionedImage],
+def extract(
+    source: Source,
+    data: Sequence[CaptionedImage],
+    output: str | Path,
+    config: ExtractConfig | None = None,
     *,
-    short: Sequence[Sequence[int]],
-    long: Sequence[Sequence[int]],
-) -> bytes:
-    """Content of the index: item i is record i, with its rows of either kind."""
-    return pack_index(
-        {
-            "names": [r.name for r in records],
-            "group_ids": [r.group_id for r in records],
-            "langs": [r.lang for r in records],
-        },
-        {"short": short, "long": long},
-    )
+    modality: Literal["text", "image"],
+) -> Path:
+    """Compute the embeddings of all captions or images into a store, or continue one.
+
+    The embeddings are for `align`: taken before text adapter and projections. Only the tower that
+    is needed is loaded.
+
+    Args:
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        data: Records; item i of the store is record i.
+        output: Folder of the store: new, empty, or of the same store, which is continued.
+        config: Options; None for the defaults. `token_budget` is for captions alone, `batch_size`
+            and `num_workers` for images alone.
+        modality: What is extracted: text or image.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: No captions or images, or broken ones; or `output` is a store of another model,
+            prompt, dataset or option, with both values.
+        OSError: The disk is full; complete shards stay.
+        RuntimeError: Another program deleted shards.
+        StageInterrupt: SIGINT or SIGTERM stopped the extraction after a shard.
+    """
+    if modality not in ("text", "image"):
+        raise ValueError(f"modality={modality!r} must be text or image.")
+    config, output = config or ExtractConfig(), Path(output)
+    with stop_on_signals() as stop, open_source(source) as found:
+        device = choose_device(config.device)
+        make_plan = plan_captions if modality == "text" else plan_images
+        plan = make_plan(found.folder, data, config, device)
+        writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.index)
+        progress = StoreProgress(
+            writer,
+            name=f"extract {modality}",
+            unit=plan.unit,
+            sizes=plan.sizes,
+            shown=config.show_progress,
+        )
+        if not write_missing_shards(writer, plan.compute, stop=stop, progress=progress):
+            stop.raise_interrupt(
+                f"Stopped after a shard; the store is in {output}.",
+                resume=False,
+                is_main_process=PartialState().is_main_process,
+            )
+            raise RuntimeError(f"{output} lost shards at its end. Run the same command again.")
+    return output
+
+
+def describe_extraction(store: Path) -> list[str]:
+    """Describe a complete store in lines for a terminal.
+
+    Args:
+        store: Folder of the store.
+    """
+    manifest = read_manifest(store)
+    counts = ", ".join(f"{number} {name}" for name, number in manifest.counts.items())
+    return [
+        f"Wrote {store}: {manifest.num_rows} embeddings of {manifest.dim} for "
+        f"{manifest.num_items} records ({counts})."
+    ]
 
 
 class StoreProgress:
-    """A bar over a whole store, whoever computes it; what an earlier run computed is no speed.
+    """A bar over a whole store, whoever computes it; the rate is that of this run.
 
     Args:
-        unit: what is counted.
-        sizes: how much of it each row is, where rows cost unlike much; one each unless given.
-        shown: whether there is a bar, in one process of each machine.
+        writer: Of the store.
+        name: In front of the bar.
+        unit: What is counted.
+        sizes: Units of each row, where rows differ in cost; None for one each.
+        shown: Whether there is a bar, in one process of each machine.
     """
 
     def __init__(
         self,
         writer: EmbeddingStoreWriter,
         *,
+        name: str = "",
         unit: str = " rows",
         sizes: Sequence[int] | None = None,
         shown: bool = False,
@@ -133,6 +125,7 @@ class StoreProgress:
         self._ends = None if sizes is None else [0, *accumulate(sizes)]
         self._total = self._measure(range(writer.manifest.num_rows))
         self._bar = tqdm(
+            desc=name or None,
             total=self._total,
             initial=self._count_done(writer.list_missing()),
             unit=unit,
@@ -142,11 +135,19 @@ class StoreProgress:
         self._counted = time.monotonic()
 
     def add(self, amount: int) -> None:
-        """Note what this process has computed."""
+        """Count what this process has computed.
+
+        Args:
+            amount: Units of a batch.
+        """
         self._bar.update(amount)
 
     def recount(self, missing: Sequence[int] | None = None) -> None:
-        """Take in what other processes have done; without `missing`, not more often than needed."""
+        """Count what other processes have done.
+
+        Args:
+            missing: Shards that are missing now; None to look, at most every ten seconds.
+        """
         if missing is None:
             if time.monotonic() - self._counted < _SECONDS_BETWEEN_COUNTS:
                 return
@@ -171,58 +172,52 @@ def write_missing_shards(
     writer: EmbeddingStoreWriter,
     compute: ComputeRows,
     *,
-    stop: StopRequest | None,
+    stop: StopRequest,
     progress: StoreProgress,
-) -> ExtractionReport:
+) -> bool:
     """Compute every shard that is missing, then complete the manifest.
 
     Args:
-        compute: gives the same embeddings for the same rows, whatever was computed before.
-        stop: looked at between shards.
-        progress: told of every batch, in its unit.
+        writer: Of the store.
+        compute: Computes rows; the same embeddings whatever was computed before.
+        stop: Checked between shards.
+        progress: Counts every batch, in its unit.
+
+    Returns:
+        Whether the store is complete; False if a signal came first.
+
     Raises:
-        OSError: the disk is full; whole shards stay.
-        ValueError: the store was complete and is damaged now.
+        OSError: The disk is full; complete shards stay.
+        ValueError: The store was complete and is damaged now.
     """
-    manifest = writer.manifest
     missing = writer.list_missing()
-    num_computed = 0
-    while missing and not (stop and stop.signal):
-        num_now = _work_through(writer, compute, missing, stop, progress)
-        num_computed += num_now
+    while missing and not stop.signal:
+        num_computed = _work_through(writer, compute, missing, stop, progress)
         missing = writer.list_missing()
         progress.recount(missing)
-        if missing and not num_now:  # other processes are at work on all of them
+        if missing and not num_computed:  # other processes are computing all of them
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     progress.close()
     complete = not missing and writer.finish()
     if complete:
         EmbeddingStore.open(writer.folder)  # a store of an earlier run may have lost files since
-    return ExtractionReport(
-        folder=writer.folder,
-        complete=complete,
-        num_items=manifest.num_items,
-        num_rows=manifest.num_rows,
-        dim=manifest.dim,
-        num_computed=num_computed,
-        counts=manifest.counts,
-    )
+    return complete
 
 
 def _work_through(
     writer: EmbeddingStoreWriter,
     compute: ComputeRows,
     shards: Sequence[int],
-    stop: StopRequest | None,
+    stop: StopRequest,
     progress: StoreProgress,
 ) -> int:
-    """Compute those shards that nobody holds; returns how many rows that were."""
+    """Compute those shards that no other process claims; returns how many rows that were."""
     num_computed = 0
     for shard in _in_turn(shards):
-        if stop and stop.signal:
+        if stop.signal:
             break
-        with writer.claim(shard) as ours:
-            if ours:
+        with writer.claim(shard) as is_ours:
+            if is_ours:
                 rows = writer.manifest.rows_of_shard(shard)
                 writer.write_shard(shard, compute(rows, progress.add))
                 num_computed += len(rows)

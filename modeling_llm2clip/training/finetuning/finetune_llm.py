@@ -1,7 +1,7 @@
-"""Stage 1: teaches the LLM to tell captions apart, with a LoRA (paper, section 3.1).
+"""Stage 1: fine-tunes the LLM with a LoRA until it separates captions (paper, section 3.1).
 
-Captions of one image are pulled together, captions of different images are pushed apart, by
-sentence-transformers' trainer and losses.
+Captions of one image are pulled together and captions of different images pushed apart, by the
+trainer and the losses of sentence-transformers.
 """
 
 from __future__ import annotations
@@ -9,540 +9,335 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.evaluation import BaseEvaluator
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
-from torch import nn
+from transformers import TrainerCallback
 
-from ...data.atomic_files import hash_file, write_atomically
+from ...building.lora_merging import merge_lora
+from ...configs.finetune_config import FinetuneConfig
+from ...configuration_llm2clip import LLM2CLIPConfig
+from ...data.atomic_files import hash_file
 from ...data.caption_groups import (
     CaptionGroup,
     TextPair,
-    sample_pairs,
+    group_captions,
+    read_text_pairs,
+    skip_single_captions,
 )
-from ...data.splits import exclude_texts, hold_out_groups
+from ...data.records import CaptionedImage
+from ...encoding.encode import measure_texts
 from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
-from ...model_folders.lora_base import ADAPTER_WEIGHTS, require_base_weights
+from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
+from ...model_folders.model_card_data import read_card_data
+from ...model_folders.model_writing import find_carried_files, save_model
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..alignment.optimization import count_warmup_steps, recompute_activations
-from ..callbacks import (
-    JsonLinesCallback,
-    LogLastStep,
-    ShareSignal,
-    StopOnSignal,
-    choose_reports,
-    show_readable_progress,
-)
-from ..checkpoints import (
-    CHECKPOINTS,
-    find_last_checkpoint,
-    forget_what_came_after,
-    require_finite,
-)
-from ..distributed import join_processes, refuse_fsdp_for_lora, training_arguments_on
-from ..extraction.text_lengths import measure_texts
+from ...sentence_transformers_llm2clip import read_instructions
+from ..distributed import choose_device, refuse_fsdp_for_lora
 from ..graceful_stop import stop_on_signals
-from ..run_record import (
-    METRICS_FILE,
+from ..run_folder import (
+    add_results,
+    discard_later_steps,
+    find_last_checkpoint,
+    read_results,
+    read_run_record,
+    require_finite,
     require_fresh_or_resumed,
-    require_fresh_or_same_run,
+    require_same_run,
     write_run_record,
 )
-from ..settings import list_errors
-from ..trainer_mixins import FiniteGradients, MarkedCheckpoints, ResumedMetricsMixin
-from ..training_precision import computes_in_bfloat16
-from .hard_batches import encode_groups_together, find_nearest_groups, read_alike, write_alike
-from .lora_encoder import (
-    CaptionEncoder,
-    LoraArguments,
-    configure_lora,
-    require_same_meaning,
-    wrap_encoder,
-    write_lora,
+from ..stage_source import Source, StageSource, open_source
+from ..trainer_mixins import (
+    StopCallback,
+    choose_reports,
+    count_warmup_steps,
+    recompute_activations,
+    show_progress,
 )
-from .pair_sampling import (
-    GROUP_COLUMN,
-    NoDuplicateGroupsBatchSampler,
-    PairCollator,
-    WeightedBatchSampler,
-    count_steps,
-    make_pair_table,
-    require_weight,
+from .finetune_trainer import count_run_steps, make_trainer
+from .hard_batches import (
+    encode_groups_together,
+    find_nearest_groups,
+    read_nearest_groups,
+    write_nearest_groups,
 )
+from .lora_encoder import CaptionEncoder, make_lora_config, require_same_meaning, write_lora
+from .pair_sampling import FinetuneData, list_texts, prepare_data
 
-ADAPTER_FOLDER = "adapter"
-RESULT_FILE = "caption_retrieval.json"
-ALIKE_FILE = "alike.safetensors"
-_MOST_HELD_OUT = 1000
-_FEW_STEPS = 200  # each of which is logged
-_ALIKE_TO_DRAW_FROM = 2  # times as many as are drawn: the same images do not always meet
-_DIRECTIONS = {
-    "one-way": (("query_to_doc",), "joint"),
-    "both-ways": (("query_to_doc", "doc_to_query"), "per_direction"),
-    "all-captions": (("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"), "joint"),
-}
-NEGATIVES = tuple(_DIRECTIONS)
-
-
-@dataclass(frozen=True)
-class TuneArguments:
-    """Settings of the caption tuning.
-
-    Attributes:
-        epochs, steps: how long; `steps`, where given, counts.
-        pairings: how often the captions of each image are paired anew in an epoch.
-        batch_size: pairs in a batch of one process; all processes' pairs are negatives.
-        mini_batch_size: pairs run at a time, by cached gradients (arXiv:2101.06983): any batch
-            fits the memory, for a third more time. None runs the batch at once.
-        lr, scale: upstream's 2e-4 and 50.
-        warmup_steps: below 1 a share of the run, else a number of steps, as in transformers.
-        negatives: which other texts of a batch a text is compared with: "one-way", a first
-            caption with all second ones, as upstream does; "both-ways", as CLIP does;
-            "all-captions", with every other text.
-        num_alike: hard batches: each image comes with this many of those whose captions the
-            model, as it starts, holds most alike (hard negatives within the batch). 0 draws at
-            random, which is right until a model is tuned somewhat.
-        held_out: images kept apart to measure the caption retrieval accuracy on; None for a
-            fifth of them, at most 1,000.
-        eval_every: steps between two measurements; 0 for only before and after.
-        gradient_checkpointing: less memory for a third more time.
-        precision: "auto" computes in bfloat16 on GPUs that can; weights stay float32.
-        adapter_dtype: of the written adapter.
-    """
-
-    epochs: float = 1.0
-    steps: int | None = None
-    pairings: int = 1
-    batch_size: int = 64
-    mini_batch_size: int | None = None
-    lr: float = 2e-4
-    warmup_steps: float = 0.1
-    scale: float = 50.0
-    negatives: str = "both-ways"
-    num_alike: int = 0
-    held_out: int | None = None
-    eval_every: int = 0
-    gradient_checkpointing: bool = False
-    precision: str = "auto"
-    adapter_dtype: str = "float32"
-    save_every: int = 100
-    seed: int = 0
-    lora: LoraArguments = field(default_factory=LoraArguments)
-
-    def __post_init__(self) -> None:
-        errors = list_errors(
-            self,
-            least={
-                "batch_size": 2, "pairings": 1, "steps": 1, "mini_batch_size": 1, "held_out": 2,
-                "eval_every": 0, "save_every": 1, "warmup_steps": 0, "num_alike": 0,
-            },
-            positive=("epochs", "lr", "scale"),
-            choices={
-                "negatives": NEGATIVES,
-                "precision": ("auto", "float32", "bfloat16"),
-                "adapter_dtype": ("float32", "float16", "bfloat16"),
-            },
-        )  # fmt: skip
-        if self.warmup_steps > 1 and self.warmup_steps % 1:
-            errors.append(
-                f"warmup_steps={self.warmup_steps}, wanted a share below 1 or whole steps"
-            )
-        if errors:
-            raise ValueError("; ".join(errors) + ".")
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What came of it.
-
-    Attributes:
-        adapter: folder of the LoRA; None when a signal stopped the run before its end.
-        cra_before, cra_after: caption retrieval accuracy on the held-out images.
-        counts: as in `caption_retrieval.json`: images trained on and held out, what was left out
-            for these, different texts of all, and how many of them are cut at the longest text.
-        exit_code: 0, or 130 and 143 after SIGINT and SIGTERM.
-    """
-
-    adapter: Path | None
-    cra_before: float
-    cra_after: float | None
-    exit_code: int
-    counts: dict[str, int] = field(default_factory=dict)
+LORA_FOLDER = "lora"
+MODEL_FOLDER = "model"
+_NEAREST_FILE = "nearest_groups.safetensors"
+_POOL_OF_HARD_NEGATIVES = 2  # times as many as are sampled: the same images do not always meet
 
 
 def finetune_llm(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    groups: Sequence[CaptionGroup],
-    output: Path,
-    arguments: TuneArguments,
+    source: Source,
+    data: Sequence[CaptionedImage],
+    output: str | Path,
+    config: FinetuneConfig | None = None,
     *,
-    other_pairs: Sequence[tuple[list[TextPair], float]] = (),
-    start: Path | None = None,
     resume: bool = False,
-    num_skipped: int = 0,
-) -> TuneResult:
-    """Train a LoRA on the model's LLM and write it to `output/adapter`.
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Fine-tune the LLM of a model with a LoRA, and write the model with the LoRA merged.
 
-    The same as `plan_tuning`, then `run_tuning`.
+    `output` also gets the LoRA (`lora/`), `run.json` with the caption retrieval accuracy before
+    and after, `metrics.jsonl` and checkpoints.
 
     Args:
-        model: its LLM gets LoRA layers in place; nothing else changes.
-        groups: captions by image, from `group_captions`.
-        other_pairs: other text pairs, and how many of their batches there are for one of the
-            captions'.
-        start: folder of an adapter of the same shape, of this very LLM, to begin from, instead of
-            from nothing.
-        resume: continue from the last checkpoint in `output`.
-        num_skipped: images that `skip_single_captions` left out of the groups, for the record.
-    Raises: ValueError for data that cannot fill a batch, a warm-up that is as long as the run, or
-        an output folder of another run
-        (settings, data, or the LLM where it was loaded from a folder or the Hub), before anything
-        is computed; FloatingPointError at a loss, a gradient or a weight that
-        is not finite, before anything is kept of it.
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        data: Records with at least two captions per image; the images are not read.
+        output: Folder of the run: new, or that of the same run with `resume`.
+        config: Options; None for the defaults.
+        resume: Continue from the last checkpoint in `output`.
+        callbacks: Callbacks of transformers' Trainer.
+
+    Returns:
+        `output/model`, or `output/lora` with `merge=False`.
+
+    Raises:
+        ValueError: Before anything is computed: images with one caption, data that cannot fill a
+            batch, a text-only model that is to be merged, an `output` of another run, a LoRA in
+            `init_lora` of another shape or LLM.
+        FileExistsError: `output/model` exists.
+        FloatingPointError: A loss, gradient or weight is not finite; it is not written.
+        StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
     """
-    plan = plan_tuning(
-        model.name_or_path or "",
-        groups,
-        output,
-        arguments,
-        other_pairs=other_pairs,
-        start=start,
-        resume=resume,
-        num_skipped=num_skipped,
-    )
-    return run_tuning(model, processor, plan)
+    config, output = config or FinetuneConfig(), Path(output)
+    refuse_fsdp_for_lora()
+    model_folder = output / MODEL_FOLDER
+    if config.merge:
+        clear_leftovers(model_folder)
+        require_new_folder(model_folder)
+    require_fresh_or_resumed(output, resume=resume)
+    choose_reports(config.report_to)
+    device = choose_device(config.device)
+    with open_source(source) as found:
+        if config.merge:
+            _require_whole_model(found)
+        plan = _plan(found, data, output, config, resume=resume)
+        processor = LLM2CLIPProcessor.from_pretrained(found.folder)
+        model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
+        _train(model, processor, plan, callbacks)
+        state = PartialState()
+        if config.merge and state.is_main_process:
+            _write_merged(found.folder, output / LORA_FOLDER, model_folder)
+        state.wait_for_everyone()
+    return model_folder if config.merge else output / LORA_FOLDER
+
+
+def describe_finetuning(output: Path) -> list[str]:
+    """Describe a finished run in lines for a terminal.
+
+    Args:
+        output: Folder of the run.
+    """
+    record = read_run_record(output)
+    results, inputs = record["results"], record["inputs"]
+    lines = []
+    if skipped := inputs["num_single_captions_skipped"]:
+        lines.append(f"Skipped {skipped} images with one caption only.")
+    lines += [
+        f"Wrote {output / LORA_FOLDER}. Caption retrieval accuracy on {results['num_held_out']} "
+        f"held-out images: {results['cra_before']:.1%} -> {results['cra_after']:.1%}.",
+        f"{results['num_truncated']} of {results['num_texts']} texts are longer than "
+        f"{inputs['fingerprint']['max_text_length']} tokens and were truncated.",
+    ]
+    if record["config"]["merge"]:
+        model = output / MODEL_FOLDER
+        lines.append(f"Wrote {model}. Next: llm2clip extract {model} DATA STORE --modality text")
+    return lines
 
 
 @dataclass(frozen=True)
-class _Data:
-    """Tables to train on, how often each is drawn from, and the images held out."""
-
-    tables: DatasetDict
-    weights: list[float]
-    to_train: list[CaptionGroup]
-    held_out: list[CaptionGroup]
-    counts: dict[str, int]
-
-
-@dataclass(frozen=True)
-class TuningPlan:
-    """A run that nothing is wrong with as far as can be told without its LLM."""
+class _Plan:
+    """A run that has passed every check that needs no LLM."""
 
     output: Path
-    arguments: TuneArguments
-    start: Path | None
+    config: FinetuneConfig
     resume: bool
-    record: dict[str, Any]
-    data: _Data
+    inputs: dict[str, Any]
+    data: FinetuneData
 
 
-def plan_tuning(
-    model_name: str,
-    groups: Sequence[CaptionGroup],
+def _plan(
+    source: StageSource,
+    records: Sequence[CaptionedImage],
     output: Path,
-    arguments: TuneArguments,
+    config: FinetuneConfig,
     *,
-    other_pairs: Sequence[tuple[list[TextPair], float]] = (),
-    start: Path | None = None,
-    resume: bool = False,
-    num_skipped: int = 0,
-) -> TuningPlan:
-    """Check and prepare everything that needs no LLM; arguments and errors as `finetune_llm`.
-
-    Args:
-        model_name: what the model is loaded from: folder or Hub id; "" for one built in memory.
-    """
-    refuse_fsdp_for_lora()
-    join_processes()
-    for number, (_, weight) in enumerate(other_pairs, start=1):
-        require_weight(weight, f"Number {number} of other_pairs")
-    require_fresh_or_resumed(output, resume=resume)
-    data = _prepare_data(groups, other_pairs, arguments)
-    num_steps = _count_steps(data, arguments)[0]
-    warmup_steps = count_warmup_steps(arguments.warmup_steps, num_steps)
-    if start is not None:
-        require_same_meaning(start, configure_lora(arguments.lora))
-    record = {
-        **asdict(arguments),
-        **_identify(model_name, groups, other_pairs, start),
+    resume: bool,
+) -> _Plan:
+    """Check and prepare everything that needs no LLM."""
+    num_skipped = 0
+    if config.skip_single_captions:
+        records, num_skipped = skip_single_captions(records)
+    groups = group_captions(records)
+    text_pairs = [(read_text_pairs(file), weight) for file, weight in config.text_pairs]
+    data = prepare_data(groups, text_pairs, config)
+    num_steps = count_run_steps(data, config)[0]
+    warmup_steps = count_warmup_steps(config.warmup_steps, num_steps)
+    if config.init_lora is not None:
+        require_same_meaning(config.init_lora, make_lora_config(config))
+    inputs = {
+        **_identify(source, groups, text_pairs, config.init_lora),
         "schedule": {"steps": num_steps, "warmup_steps": warmup_steps},
         "num_single_captions_skipped": num_skipped,
     }
-    require_fresh_or_same_run(output, record, resume=resume)
-    if start is not None and model_name:
-        require_base_weights(start / ADAPTER_WEIGHTS, record["fingerprint"]["weights"])
-    return TuningPlan(output, arguments, start, resume, record, data)
-
-
-def run_tuning(
-    model: LLM2CLIPModel | LLM2CLIPTextModel, processor: LLM2CLIPProcessor, plan: TuningPlan
-) -> TuneResult:
-    """Do what was planned; see `finetune_llm`."""
-    output, arguments, start, data = plan.output, plan.arguments, plan.start, plan.data
-    counts = {**data.counts, **_count_truncated(processor, data)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        encoder = CaptionEncoder(model, processor, arguments.lora)
-    if start is not None:
-        encoder.load_adapter(start)
-    if arguments.gradient_checkpointing:
-        recompute_activations(model.text_model)
-    last = find_last_checkpoint(output) if plan.resume else None
-    state = PartialState()
-    state.wait_for_everyone()  # everybody has looked at the folder before it is filled
-    if state.is_main_process:
-        if last is None:
-            write_run_record(output, arguments=plan.record, seed=arguments.seed, model=model)
-        forget_what_came_after(output, last)
-    with stop_on_signals() as stop:
-        before = _measure_before(encoder, data.held_out, output, resumed=last is not None)
-        alike = _find_alike(encoder, data.to_train, output, arguments, resumed=last is not None)
-        trainer = _make_trainer(encoder, data, alike, output, arguments)
-        show_readable_progress(trainer)
-        trainer.add_callback(ShareSignal(stop))
-        trainer.add_callback(StopOnSignal(stop))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    if trainer.state.global_step < trainer.args.max_steps:
-        return TuneResult(None, before, None, stop.exit_code, counts)
-    require_finite(encoder.trained_weights, step=trainer.state.global_step)
-    after = measure_caption_retrieval(encoder.encode, data.held_out)
-    if state.is_main_process:
-        write_lora(
-            encoder,
-            output / ADAPTER_FOLDER,
-            dtype=getattr(torch, arguments.adapter_dtype),
-            base_weights=(plan.record["fingerprint"] or {}).get("weights"),
-        )
-        result = {"cra_before": before, "cra_after": after, **counts}
-        write_atomically(output / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
-    state.wait_for_everyone()
-    return TuneResult(output / ADAPTER_FOLDER, before, after, 0, counts)
-
-
-def _count_truncated(processor: LLM2CLIPProcessor, data: _Data) -> dict[str, int]:
-    """Count all different texts, trained on and measured on, and those that lose their ends."""
-    texts = {text for group in (*data.to_train, *data.held_out) for text in group.captions}
-    for table in data.tables.values():
-        for name in set(table.column_names) - {GROUP_COLUMN}:
-            texts.update(table[name][:])
-    return {"num_texts": len(texts), "num_truncated": measure_texts(processor, [*texts])[1]}
-
-
-def _prepare_data(
-    groups: Sequence[CaptionGroup],
-    other_pairs: Sequence[tuple[list[TextPair], float]],
-    arguments: TuneArguments,
-) -> _Data:
-    num_held_out = arguments.held_out
-    if num_held_out is None:
-        num_held_out = min(_MOST_HELD_OUT, max(2, len(groups) // 5))
-    to_train, held_out, num_lost = hold_out_groups(groups, num_held_out, seed=arguments.seed)
-    pairs = sample_pairs(to_train, seed=arguments.seed, num_pairings=arguments.pairings)
-    tables = DatasetDict(captions=make_pair_table(pairs))
-    num_pairs_lost = 0
-    for number, (others, _) in enumerate(other_pairs, start=1):
-        kept, lost = exclude_texts(others, held_out)
-        if not kept:
-            raise ValueError(
-                f"{lost} of the {len(others)} pairs of number {number} of other_pairs hold a "
-                f"caption of the {len(held_out)} held-out images, which leaves none. Hold out "
-                "fewer images (--num-held-out), or leave these pairs out (--text-pairs)."
-            )
-        num_pairs_lost += lost
-        tables[f"pairs_{number}"] = make_pair_table(kept)
-    for table in tables.values():  # what cannot fill a batch shows now
-        next(iter(NoDuplicateGroupsBatchSampler(table, arguments.batch_size, drop_last=True)))
-    counts = {
-        "num_held_out": len(held_out),
-        "num_trained": len(to_train),
-        "num_captions_lost": num_lost,
-        "num_other_pairs_lost": num_pairs_lost,
-    }
-    weights = [1.0, *(weight for _, weight in other_pairs)]
-    return _Data(tables, weights, to_train, held_out, counts)
+    require_same_run(output, config, inputs, resume=resume)
+    if config.init_lora is not None:
+        file = config.init_lora / LORA_WEIGHTS
+        require_base_weights(file, inputs["fingerprint"]["weights"])
+    return _Plan(output, config, resume, inputs, data)
 
 
 def _identify(
-    model_name: str,
+    source: StageSource,
     groups: Sequence[CaptionGroup],
-    other_pairs: Sequence[tuple[list[TextPair], float]],
-    start: Path | None,
+    text_pairs: Sequence[tuple[list[TextPair], float]],
+    init_lora: Path | None,
 ) -> dict[str, Any]:
-    """What makes another run of the same settings: model, data, number of processes."""
+    """What the numbers of a run depend on beside its options."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update(json.dumps([group.group_id, group.captions]).encode())
-    for pairs, weight in other_pairs:
+    for pairs, weight in text_pairs:
         digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
     return {
-        "model": model_name,
-        "fingerprint": fingerprint_text(model_name) if model_name else None,
-        "start": None if start is None else hash_file(start / ADAPTER_WEIGHTS),
+        "source": source.name,
+        "fingerprint": fingerprint_text(source.folder),
+        "init_lora_weights": None if init_lora is None else hash_file(init_lora / LORA_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
     }
 
 
-class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
-    """The accuracy as sentence-transformers' trainer asks for it between steps."""
-
-    def __init__(self, encoder: CaptionEncoder, groups: Sequence[CaptionGroup]) -> None:
-        super().__init__()
-        self.encoder, self.groups = encoder, groups
-        self.primary_metric = "cra"
-
-    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
-        return {"cra": measure_caption_retrieval(self.encoder.encode, self.groups)}
-
-
-class _Trainer(FiniteGradients, ResumedMetricsMixin, MarkedCheckpoints, SentenceTransformerTrainer):  # type: ignore[misc]
-    """Saves and loads an adapter where sentence-transformers has a whole model; stops at NaN.
-
-    To it the whole run is one epoch; see `WeightedBatchSampler`.
-    """
-
-    encoder: CaptionEncoder
-    steps_per_epoch: int
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        self.state.epoch = self.state.global_step / self.steps_per_epoch
-        super().log(logs, *args, **kwargs)
-
-    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Collect nothing for a card: this model lives only while it is trained."""
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        require_finite(self.encoder.trained_weights, step=self.state.global_step)
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        self.encoder.load_adapter(Path(checkpoint_path))
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}. Lower the learning "
-                f"rate ({self.args.learning_rate}), or train in float32."
-            )
-        return loss
-
-
-def _count_steps(data: _Data, arguments: TuneArguments) -> tuple[int, int]:
-    """Steps of the whole run, and of an epoch."""
-    lengths = [len(table) for table in data.tables.values()]
-    window_size = arguments.batch_size * PartialState().num_processes
-    steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
-    return arguments.steps or max(1, round(arguments.epochs * steps_per_epoch)), steps_per_epoch
+def _train(
+    model: LLM2CLIPTextModel,
+    processor: LLM2CLIPProcessor,
+    plan: _Plan,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """Train the LoRA and write it to `output/lora`."""
+    output, config, data = plan.output, plan.config, plan.data
+    counts = {**data.counts, **_count_truncated(processor, data)}
+    encoder = _make_encoder(model, processor, config)
+    last = find_last_checkpoint(output) if plan.resume else None
+    state = PartialState()
+    state.wait_for_everyone()  # every process has checked the folder before it is filled
+    if state.is_main_process:
+        if last is None:
+            write_run_record(output, config, plan.inputs, model=model)
+        discard_later_steps(output, last)
+    with stop_on_signals() as stop:
+        before = _measure_before(encoder, data, output, resumed=last is not None)
+        nearest = _find_nearest(encoder, data, output, config, resumed=last is not None)
+        trainer = make_trainer(encoder, data, nearest, output, config, callbacks)
+        show_progress(trainer, "finetune-llm")
+        trainer.add_callback(StopCallback(stop))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    step, num_steps = trainer.state.global_step, trainer.args.max_steps
+    if step < num_steps:  # a callback of the user may have stopped the run, too
+        stop.raise_interrupt(
+            f"Stopped after step {step} of {num_steps}; the checkpoint is in {output}.",
+            resume=True,
+            is_main_process=state.is_main_process,
+        )
+    require_finite(encoder.trained_weights, step=step)
+    after = measure_caption_retrieval(encoder.encode, data.held_out)
+    if state.is_main_process:
+        write_lora(
+            encoder,
+            output / LORA_FOLDER,
+            dtype=getattr(torch, config.lora_dtype),
+            base_weights=plan.inputs["fingerprint"]["weights"],
+        )
+        add_results(output, steps=step, cra_before=before, cra_after=after, **counts)
+    state.wait_for_everyone()
 
 
-def _make_trainer(
-    encoder: CaptionEncoder,
-    data: _Data,
-    alike: dict[str, list[str]],
-    output: Path,
-    arguments: TuneArguments,
-) -> _Trainer:
-    wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
-    num_steps, steps_per_epoch = _count_steps(data, arguments)
-    training_arguments = training_arguments_on(
-        device,
-        SentenceTransformerTrainingArguments,
-        output_dir=str(output / CHECKPOINTS),
-        max_steps=num_steps,
-        per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.lr,
-        warmup_steps=count_warmup_steps(arguments.warmup_steps, num_steps),
-        lr_scheduler_type="cosine",
-        bf16=computes_in_bfloat16(arguments.precision, on_gpu=device.type == "cuda"),
-        batch_sampler=partial(
-            NoDuplicateGroupsBatchSampler, alike=alike, num_alike=arguments.num_alike
-        ),
-        multi_dataset_batch_sampler=partial(
-            WeightedBatchSampler, weights=data.weights, num_steps=num_steps
-        ),
-        eval_strategy="steps" if arguments.eval_every else "no",
-        eval_steps=arguments.eval_every or None,
-        save_strategy="steps",
-        save_steps=arguments.save_every,
-        save_total_limit=2,
-        logging_steps=1 if num_steps < _FEW_STEPS else 10,
-        dataloader_drop_last=True,
-        ddp_find_unused_parameters=False,
-        report_to=choose_reports(),
-        seed=arguments.seed,
-    )
-    trainer = _Trainer(
-        model=wrapped,
-        args=training_arguments,
-        train_dataset=data.tables,
-        loss=_make_loss(wrapped, arguments),
-        evaluator=_CaptionRetrieval(encoder, data.held_out) if arguments.eval_every else None,
-        data_collator=PairCollator(wrapped.preprocess),
-        callbacks=[LogLastStep(), JsonLinesCallback(output / METRICS_FILE)],
-    )
-    trainer.encoder, trainer.steps_per_epoch = encoder, steps_per_epoch
-    return trainer
+def _make_encoder(
+    model: LLM2CLIPTextModel, processor: LLM2CLIPProcessor, config: FinetuneConfig
+) -> CaptionEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = CaptionEncoder(model, processor, make_lora_config(config))
+    if config.init_lora is not None:
+        encoder.load_lora(config.init_lora)
+    if config.gradient_checkpointing:
+        recompute_activations(model.text_model)
+    return encoder
 
 
-def _make_loss(wrapped: Any, arguments: TuneArguments) -> nn.Module:
-    directions, partition_mode = _DIRECTIONS[arguments.negatives]
-    settings: dict[str, Any] = {
-        "scale": arguments.scale,
-        "directions": directions,
-        "partition_mode": partition_mode,
-        "gather_across_devices": PartialState().num_processes > 1,
-    }
-    if arguments.mini_batch_size is None:
-        return MultipleNegativesRankingLoss(wrapped, **settings)  # type: ignore[no-any-return]
-    return CachedMultipleNegativesRankingLoss(  # type: ignore[no-any-return]
-        wrapped, mini_batch_size=arguments.mini_batch_size, **settings
-    )
+def _count_truncated(processor: LLM2CLIPProcessor, data: FinetuneData) -> dict[str, int]:
+    """Count all different texts, trained on and measured on, and those that are truncated."""
+    texts = list_texts(data)
+    return {"num_texts": len(texts), "num_truncated": int(measure_texts(processor, texts)[1].sum())}
 
 
 def _measure_before(
-    encoder: CaptionEncoder, held_out: Sequence[CaptionGroup], output: Path, *, resumed: bool
+    encoder: CaptionEncoder, data: FinetuneData, output: Path, *, resumed: bool
 ) -> float:
-    """The accuracy of the untuned LLM; a resumed run takes what it measured the first time."""
-    file = output / RESULT_FILE
+    """The accuracy before training; a resumed run takes what it measured the first time."""
     if resumed:
-        return float(json.loads(file.read_text(encoding="utf-8"))["cra_before"])
-    before = measure_caption_retrieval(encoder.encode, held_out)
+        return float(read_results(output)["cra_before"])
+    before = measure_caption_retrieval(encoder.encode, data.held_out)
     if PartialState().is_main_process:
-        write_atomically(file, (json.dumps({"cra_before": before}) + "\n").encode())
+        add_results(output, cra_before=before)
     return before
 
 
-def _find_alike(
+def _find_nearest(
     encoder: CaptionEncoder,
-    groups: Sequence[CaptionGroup],
+    data: FinetuneData,
     output: Path,
-    arguments: TuneArguments,
+    config: FinetuneConfig,
     *,
     resumed: bool,
 ) -> dict[str, list[str]]:
-    """The most alike images of each, once a run: all processes encode, one compares."""
-    if not arguments.num_alike:
+    """The nearest groups of each group, once per run: all processes encode, one compares."""
+    if not config.num_hard_negatives:
         return {}
-    file, state = output / ALIKE_FILE, PartialState()
+    file, state = output / _NEAREST_FILE, PartialState()
     if not resumed:
-        embeddings = encode_groups_together(encoder.encode, groups)
+        embeddings = encode_groups_together(encoder.encode, data.to_train)
         if state.is_main_process:
-            count = min(_ALIKE_TO_DRAW_FROM * arguments.num_alike, len(groups) - 1)
-            write_alike(find_nearest_groups(embeddings, count).cpu(), file)
+            wanted = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
+            top_k = min(wanted, len(data.to_train) - 1)
+            write_nearest_groups(find_nearest_groups(embeddings, top_k).cpu(), file)
     state.wait_for_everyone()
-    return read_alike(file, groups)
+    return read_nearest_groups(file, data.to_train)
+
+
+def _require_whole_model(source: StageSource) -> None:
+    """Raise ValueError for a text-only model, which cannot be written with the LoRA merged."""
+    found = LLM2CLIPConfig.from_pretrained(source.folder).architectures
+    if found != ["LLM2CLIPModel"]:
+        raise ValueError(
+            f"{source.name} is {found}, and merging writes a whole model. Give the whole model, or "
+            "merge=False, which writes the LoRA alone."
+        )
+
+
+def _write_merged(source: Path, lora: Path, folder: Path) -> None:
+    """Write the model with the LoRA added to the weights of its LLM.
+
+    The embeddings are those of the unmerged LLM up to the rounding of one sum per weight.
+    Instructions, licenses and the record of a conversion are taken over.
+    """
+    model = LLM2CLIPModel.from_pretrained(source)
+    merge_lora(model.text_model, lora)
+    save_model(
+        model,
+        LLM2CLIPProcessor.from_pretrained(source),
+        folder,
+        instructions=read_instructions(source),
+        card=replace(read_card_data(source), results=()),  # measured with other weights
+        files=find_carried_files(source, trained_since=True),
+    )

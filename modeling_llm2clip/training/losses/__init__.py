@@ -1,1 +1,1 @@
-"""One file per loss."""
+"""Losses of the alignment, one file each."""

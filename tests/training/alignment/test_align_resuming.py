@@ -16,11 +16,11 @@ import pytest
 import torch
 from aligning import LONG_RUN, SHORT_RUN, Prepared, command_of, names_that_differ, read_losses
 from killed_writers import leave_unfinished
+from modeling_llm2clip.training.checkpoints import forget_what_came_after
+from modeling_llm2clip.training.run_record import write_run_record
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.training.checkpoints import forget_what_came_after
-from modeling_llm2clip.training.run_record import write_run_record
 
 ROOT = Path(__file__).parents[3]
 

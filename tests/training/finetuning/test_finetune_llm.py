@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from aligning import read_losses, read_tensorboard_losses
+from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
@@ -19,7 +20,6 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import export_model, save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
-from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 
@@ -115,7 +115,7 @@ def test_merged_equals_unmerged(run, tmp_path):
 
 def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
     instructions = {"query": "Find the image: "}
-    source = save_model(*tiny_model(), tmp_path / "base", prompts=instructions)
+    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
     (source / "conversion.json").write_text("{}")
     merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
     assert read_instructions(merged) == instructions

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
@@ -15,7 +16,6 @@ from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import NEGATIVES
 

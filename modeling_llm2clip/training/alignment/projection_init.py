@@ -1,4 +1,4 @@
-"""Where a run starts: the model as it is, or the closed form of its stored embeddings."""
+"""Where the projections start: as they are in the model, or from canonical correlation."""
 
 from __future__ import annotations
 
@@ -10,84 +10,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .align_arguments import AlignArguments
+from ...configs.align_config import AlignConfig
 from .alignment_data import AlignmentDataset
 from .alignment_model import HEADS, AlignmentModel
-from .cca_init import ClosedForm, fit_temperature, init_projections_by_cca
+from .cca_init import FittedCCA, fit_temperature, init_projections_by_cca
 from .held_out import HeldOutImages
 
-# So many pairs fix a linear fit of embeddings of a few thousand elements, and fit into memory.
-_MOST_PAIRS = 50_000
-# A trained start is only refined; random weights have far to go.
-_LR_FROM_TRAINED = 1e-4
-_LR_FROM_RANDOM = 1e-3
+# These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
+_MAX_PAIRS = 50_000
+# Trained projections are only refined; random weights have a long way to go.
+_RATE_FROM_TRAINED = 1e-4
+_RATE_FROM_RANDOM = 1e-3
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run started, for its record.
+class ProjectionInit:
+    """Where the projections of a run started, for its record.
 
     Attributes:
-        kind: `"as-is"` or `"canonical-correlation"`.
-        closed_form: how it was fitted, where it was.
-        is_trained: whether the projections were trained or fitted, rather than random.
-        has_new_adapter: whether the blocks of the text adapter were made the identity.
+        method: model or cca.
+        cca: How the canonical correlation was fitted; None with `method="model"`.
+        is_trained: Whether the projections were trained or fitted, rather than random.
+        has_new_adapter: Whether the blocks of the text adapter were made the identity.
     """
 
-    kind: str
-    closed_form: dict[str, Any] | None
+    method: str
+    cca: dict[str, Any] | None
     is_trained: bool
     has_new_adapter: bool
 
     @property
-    def default_lr(self) -> float:
+    def default_learning_rate(self) -> float:
         """Peak learning rate that suits this start."""
-        return _LR_FROM_TRAINED if self.is_trained else _LR_FROM_RANDOM
+        return _RATE_FROM_TRAINED if self.is_trained else _RATE_FROM_RANDOM
 
 
-def make_start(
+def init_projections(
     model: AlignmentModel,
     dataset: AlignmentDataset,
     items: Sequence[int],
     held_out: HeldOutImages | None,
-    arguments: AlignArguments,
-) -> Start:
-    """Choose the start, and set the model's head to it in place.
+    config: AlignConfig,
+) -> ProjectionInit:
+    """Choose where the projections start, and set them in place.
 
     Args:
-        items: of the dataset, those that are trained on.
-        held_out: fits the temperature, and decides for `"auto"` between a trained model as it is
-            and the closed form; None where nothing is held out: then a trained model stays.
+        model: The model that is trained.
+        dataset: The data.
+        items: Its items that are trained on.
+        held_out: Fits the temperature, and decides for `auto` between trained projections and
+            canonical correlation; None where nothing is held out: then trained projections stay.
+        config: Options of the alignment.
     """
     trained = model.config.projections_trained
-    as_is = Start("as-is", None, trained, has_new_adapter=False)
-    wanted = arguments.start
+    unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
+    wanted: str = config.projection_init
     if wanted == "auto":
         is_possible = dataset.is_stored and model.visual_projection.bias is not None
-        wanted = "canonical-correlation" if is_possible else "as-is"
-        if trained and held_out is None:
-            wanted = "as-is"
-    if wanted == "as-is":
-        return as_is
+        wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
+    if wanted == "model":
+        return unchanged
     before: dict[str, Tensor] = {}
     loss_before = None
-    if arguments.start == "auto" and trained and held_out is not None:
+    if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.clone() for name, value in _list_head(model).items()}
         loss_before = _measure(model, held_out)
-    fitted = init_projections_by_cca(model, *_pair_embeddings(dataset, items, arguments.seed))
+    fitted = init_projections_by_cca(model, *_pair_embeddings(dataset, items, config.seed))
     loss = _set_temperature(model, held_out) if held_out is not None else None
     if loss is not None and loss_before is not None and loss_before <= loss:
         _restore(model, before)
-        return as_is
-    return Start(
-        "canonical-correlation",
+        return unchanged
+    return ProjectionInit(
+        "cca",
         _describe(fitted),
         is_trained=True,
         has_new_adapter=not model.config.text_adapter_trained,
     )
 
 
-def _describe(fitted: ClosedForm) -> dict[str, Any]:
+def _describe(fitted: FittedCCA) -> dict[str, Any]:
     return {name: value for name, value in asdict(fitted).items() if value is not None}
 
 
@@ -121,7 +122,7 @@ def _set_temperature(model: AlignmentModel, held_out: HeldOutImages) -> float:
 def _pair_embeddings(
     dataset: AlignmentDataset, items: Sequence[int], seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions beside their images, and what these show; evenly drawn where there are very many."""
+    """Captions beside their images, and their groups; a random sample where there are very many."""
     generator = torch.Generator().manual_seed(seed)
     captions: list[int] = []
     images: list[int] = []
@@ -132,7 +133,7 @@ def _pair_embeddings(
         captions += rows
         images += [dataset.image_row(item)] * len(rows)
         groups += [int(dataset.group_ids[item])] * len(rows)
-        if len(captions) >= _MOST_PAIRS:
+        if len(captions) >= _MAX_PAIRS:
             break
     assert dataset.caption_store is not None and dataset.image_store is not None
     return (

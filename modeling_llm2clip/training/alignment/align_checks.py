@@ -1,0 +1,170 @@
+"""What an alignment refuses before any tower is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...configs.align_config import AlignConfig
+from ...data.embedding_store import EmbeddingStore
+from ...data.records import CaptionedImage
+from ..distributed import refuse_fsdp_for_lora
+
+_NAMES_SHOWN = 5
+
+
+def open_store(store: str | Path | EmbeddingStore | None) -> EmbeddingStore | None:
+    """Open a store that is given by its folder.
+
+    Args:
+        store: Folder, opened store, or None.
+
+    Raises:
+        ValueError: The folder has no complete store.
+    """
+    return EmbeddingStore.open(store) if isinstance(store, str | Path) else store
+
+
+def check_align(
+    config: AlignConfig,
+    *,
+    caption_store: str | Path | EmbeddingStore | None,
+    image_store: str | Path | EmbeddingStore | None,
+) -> None:
+    """Refuse options and stores that contradict each other; reads no data, which may take long.
+
+    Args:
+        config: Options of the alignment.
+        caption_store: As `align` takes it.
+        image_store: As `align` takes it.
+
+    Raises:
+        ValueError: A store is missing, superfluous or of other content; all errors are named.
+    """
+    errors = []
+    if config.text_training == "stored" and caption_store is None:
+        errors.append(
+            "text_training=stored needs a caption_store, which llm2clip extract writes; or choose "
+            "text_training=frozen-online or text_training=lora"
+        )
+    if config.text_training != "stored" and caption_store is not None:
+        errors.append(
+            f"text_training={config.text_training} runs the LLM and reads no caption_store"
+        )
+    if image_store is not None and config.vision_training != "frozen":
+        errors.append(
+            f"vision_training={config.vision_training} changes the image embeddings, so an "
+            "image_store is of no use"
+        )
+    if config.projection_init == "cca" and (caption_store is None or image_store is None):
+        errors.append("projection_init=cca needs a caption_store and an image_store")
+    for store, content in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
+        opened = open_store(store)
+        if opened is not None and opened.manifest.content != content:
+            errors.append(f"{opened.folder} has {opened.manifest.content}, wanted {content}")
+    if errors:
+        raise ValueError("; ".join(errors) + ".")
+
+
+def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
+    """Refuse data that no batch can be made of.
+
+    Args:
+        records: The data.
+        config: Options of the alignment.
+
+    Raises:
+        ValueError: There are no records, too few for a batch, or their groups leave no negatives.
+    """
+    if not records:
+        raise ValueError("There are no images. Give at least a batch of them.")
+    check_batch(config.global_batch_size or 1, len(records), 0)
+    _check_group_ids(records)
+
+
+def check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
+    """Refuse a batch that is larger than the data.
+
+    Args:
+        batch_size: Images per batch of all processes.
+        num_images: Images to train on.
+        num_held_out: Images that are held out, for the message.
+
+    Raises:
+        ValueError: There are fewer images than in a batch.
+    """
+    if num_images < batch_size:
+        raise ValueError(
+            f"{num_images} images to train on ({num_held_out} are held out) are too few for a "
+            f"batch of {batch_size}. Set global_batch_size to at most {num_images}, leave it out, "
+            "or give more data."
+        )
+
+
+def check_processes(config: AlignConfig, batch_size: int, num_processes: int) -> None:
+    """Refuse processes that cannot share a batch, or the work.
+
+    Args:
+        config: Options of the alignment.
+        batch_size: Images per batch of all processes.
+        num_processes: Number of processes.
+
+    Raises:
+        ValueError: The batch cannot be shared evenly, or a LoRA is trained under FSDP.
+    """
+    if batch_size < num_processes:
+        raise ValueError(
+            f"global_batch_size={batch_size} is smaller than the number of processes "
+            f"({num_processes}). It counts the images of all processes together."
+        )
+    if batch_size % num_processes:
+        raise ValueError(
+            f"global_batch_size={batch_size} cannot be shared evenly by {num_processes} "
+            "processes. Choose a multiple of their number."
+        )
+    if "lora" in (config.vision_training, config.text_training):
+        refuse_fsdp_for_lora()
+
+
+def check_stores(
+    fingerprints: Mapping[str, Mapping[str, str]],
+    caption_store: EmbeddingStore | None,
+    image_store: EmbeddingStore | None,
+) -> None:
+    """Refuse stores that another model made.
+
+    Args:
+        fingerprints: Of the model's `text` and `vision` towers.
+        caption_store: Caption embeddings.
+        image_store: Image embeddings.
+
+    Raises:
+        ValueError: A store has another fingerprint; every difference is named.
+    """
+    if caption_store is not None:
+        caption_store.require_fingerprint(fingerprints["text"])
+    if image_store is not None:
+        image_store.require_fingerprint(fingerprints["vision"])
+
+
+def _check_group_ids(records: Sequence[CaptionedImage]) -> None:
+    """Raise ValueError where groups leave no negatives, or make an image its own negative."""
+    group_ids_of: dict[str, set[str]] = {}
+    for record in records:
+        group_ids_of.setdefault(record.name, set()).add(record.group_id)
+    if len(group_ids := set().union(*group_ids_of.values())) < 2:
+        raise ValueError(
+            f"All {len(records)} records have the group_id {group_ids.pop()!r}, so that no image "
+            "has a negative. Give images that show different things different group_ids, or none."
+        )
+    torn = {
+        name: sorted(group_ids) for name, group_ids in group_ids_of.items() if len(group_ids) > 1
+    }
+    if torn:
+        shown = "; ".join(
+            f"{name} {group_ids}" for name, group_ids in [*torn.items()][:_NAMES_SHOWN]
+        )
+        raise ValueError(
+            f"{len(torn)} images have several group_ids over their languages and would be their "
+            f"own negatives: {shown}. Give all records of an image one group_id."
+        )

@@ -1,0 +1,81 @@
+"""What a loss of the alignment is, and which there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor, nn
+
+# Name in `AlignConfig.loss` → file of this folder and class, imported when it is used. Every class
+# takes `chunk_size`: rows of the logits computed at a time, or None for all.
+LOSSES = {
+    "contrastive": ("contrastive", "ContrastiveLoss"),
+}
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """A batch of one process, as a loss sees it; a loss that needs more adds a field here.
+
+    Attributes:
+        image_embeds: (B, P) float32, unit length.
+        text_embeds: (B, P) float32, unit length; row i belongs to row i of the images.
+        logit_scale: (1,) float32, the inverse temperature.
+        group_ids: (B,) int64, what each row shows; the same numbers on every process.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    logit_scale: Tensor
+    group_ids: Tensor
+
+
+class Loss(Protocol):
+    """Anything that makes a number of a batch."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            inputs: Rows of this process; every process calls the loss at the same time.
+
+        Returns:
+            () float32. The mean over the processes is what is trained on.
+        """
+        ...
+
+
+def load_loss(name: str, *, chunk_size: int | None = None) -> Loss:
+    """Make a loss of its name.
+
+    Args:
+        name: One of `LOSSES`.
+        chunk_size: Rows of the logits computed at a time, to save memory; None for all at once.
+
+    Raises:
+        ValueError: There is no such loss.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss={name!r} must be one of {', '.join(LOSSES)}.")
+    file, class_name = LOSSES[name]
+    module = import_module(f".{file}", __package__)
+    loss: Loss = getattr(module, class_name)(chunk_size=chunk_size)
+    return loss
+
+
+def require_no_parameters(loss: Loss) -> None:
+    """Refuse a loss with weights of its own, which the alignment would neither train nor save.
+
+    Args:
+        loss: Any loss.
+
+    Raises:
+        ValueError: The loss has parameters that ask for gradients.
+    """
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        raise ValueError(
+            f"{type(loss).__name__} has parameters, which align does not train. Freeze them "
+            "(requires_grad_(False)), or train with a loop of your own."
+        )

@@ -1,0 +1,277 @@
+"""The files of a training run: `run.json`, `metrics.jsonl` and its checkpoints.
+
+`run.json` holds the command, `config` (the options), `inputs` (model, data and stores, by hash),
+versions, commit, hardware, the parameters that are trained, and `results`. Importing this module
+does not import torch, so that a command can check a folder before anything slow.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._environment import describe_hardware, list_versions, read_commit
+from ..data.atomic_files import is_unfinished, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..configs.config_fields import Config
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+# The last file of a checkpoint: without it, the checkpoint is incomplete.
+_COMPLETE = "complete"
+# Options that change no number, so that a run may be resumed with other values.
+_MAY_DIFFER = {"num_workers", "report_to"}
+_NAMES_SHOWN = 5
+
+
+def write_run_record(
+    folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module
+) -> None:
+    """Write `run.json`, or renew what it says of a run that is resumed.
+
+    Args:
+        folder: Folder of the run, made if it does not exist.
+        config: Options of the stage.
+        inputs: What the numbers depend on beside the options; what is not JSON is written as text.
+        model: Module that is trained, ready for the first step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config": _to_json(asdict(config)),
+        "inputs": _to_json(inputs),
+        "versions": list_versions(),
+        "commit": read_commit(),
+        "hardware": describe_hardware(),
+        "parameters": count_parameters(model),
+    }
+    _write(folder, {**_read(folder), **record})
+
+
+def add_results(folder: Path, **results: Any) -> None:
+    """Add numbers to the results of a run.
+
+    Args:
+        folder: Folder of the run.
+        **results: Names and values as JSON holds them; a name that is there is replaced.
+    """
+    record = _read(folder)
+    _write(folder, {**record, "results": {**record.get("results", {}), **results}})
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read what `add_results` wrote; empty for a run without results.
+
+    Args:
+        folder: Folder of the run.
+    """
+    results: dict[str, Any] = _read(folder).get("results", {})
+    return results
+
+
+def read_run_record(folder: Path) -> dict[str, Any]:
+    """Read all of `run.json`.
+
+    Args:
+        folder: Folder of the run.
+
+    Raises:
+        ValueError: The folder has no such file, or another program's.
+    """
+    file = folder / RUN_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # the latter also for bytes that are not text
+        raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
+    if not isinstance(record, dict) or not {"config", "inputs"} <= record.keys():
+        raise ValueError(
+            f"{file} has no config and inputs, so this package did not write it. Choose a new "
+            "folder."
+        )
+    return record
+
+
+def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
+    """Require an empty folder, or one of a run that is resumed.
+
+    Args:
+        folder: Folder of the run; it may not exist yet.
+        resume: Whether the run in it is resumed.
+
+    Raises:
+        ValueError: The folder has other files, or a run that is not resumed.
+    """
+    # A run that was killed while it wrote its record has done nothing yet.
+    if not folder.exists() or all(is_unfinished(path) for path in folder.iterdir()):
+        return
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"{folder} is not empty and has no {RUN_FILE}. Choose a new folder.")
+    if not resume:
+        raise ValueError(
+            f"{folder} has an earlier run. Continue it with --resume (resume=True), or choose a "
+            "new folder."
+        )
+
+
+def require_same_run(
+    folder: Path, config: Config, inputs: Mapping[str, Any], *, resume: bool
+) -> None:
+    """Require that a run in a folder, if there is one, was begun with the same options and inputs.
+
+    Args:
+        folder: Folder of the run; it may not exist yet.
+        config: Options of the stage.
+        inputs: What the numbers depend on beside the options.
+        resume: Whether a run in the folder is resumed.
+
+    Raises:
+        ValueError: As `require_fresh_or_resumed`; or every option and input that differs, with
+            both values.
+    """
+    require_fresh_or_resumed(folder, resume=resume)
+    if not (folder / RUN_FILE).is_file():
+        return
+    record = read_run_record(folder)
+    earlier = {**record["config"], **record["inputs"]}
+    now = {**_to_json(asdict(config)), **_to_json(inputs)}
+    if unknown := sorted(set(now) - set(earlier) - _MAY_DIFFER):
+        raise ValueError(
+            f"{folder / RUN_FILE} has no {', '.join(unknown)}: another version of this package "
+            "began the run, and may have begun it differently. Choose a new folder."
+        )
+    earlier, now = _flatten(earlier), _flatten(now)
+    different = [
+        f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(set(earlier) | set(now))
+        if name not in _MAY_DIFFER and earlier.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Count the parameters of each direct child of a module, and of `all` together.
+
+    Args:
+        model: Module with the parameters.
+
+    Returns:
+        `{child: {"total": …, "trainable": …}}`.
+    """
+    table: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        for part in (name.split(".")[0], "all"):
+            row = table.setdefault(part, {"total": 0, "trainable": 0})
+            row["total"] += parameter.numel()
+            row["trainable"] += parameter.numel() * parameter.requires_grad
+    return table
+
+
+def list_trained(model: nn.Module) -> set[str]:
+    """List the names of the parameters that training changes; tied parameters count once.
+
+    Buffers do not change: batch normalization keeps its statistics.
+
+    Args:
+        model: Module with the parameters.
+    """
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
+    """Refuse weights that are not finite, before they are written.
+
+    Args:
+        weights: Name → weight.
+        step: Step of the run, for the message.
+
+    Raises:
+        FloatingPointError: Some weights have NaN or infinity; the first of them are named.
+    """
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} of {len(weights)} trained weights are not finite after step {step}: "
+            f"{broken[:_NAMES_SHOWN]}. Nothing was written. Lower the learning rate, or train in "
+            "float32."
+        )
+
+
+def mark_complete(output: Path, step: int) -> None:
+    """Mark the checkpoint of a step as complete.
+
+    Args:
+        output: Folder of the run.
+        step: Step of the checkpoint.
+    """
+    (output / CHECKPOINTS / f"checkpoint-{step}" / _COMPLETE).touch()
+
+
+def find_last_checkpoint(output: Path) -> Path | None:
+    """Return the last complete checkpoint of a run, or None.
+
+    Args:
+        output: Folder of the run.
+    """
+    folders = (output / CHECKPOINTS).glob("checkpoint-*")
+    complete = [folder for folder in folders if (folder / _COMPLETE).is_file()]
+    return max(complete, key=_step_of, default=None)
+
+
+def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
+    """Delete metrics and incomplete checkpoints of steps that will be run again.
+
+    Args:
+        output: Folder of the run.
+        checkpoint: Checkpoint that the run continues from; None for a run from the beginning.
+    """
+    step = 0 if checkpoint is None else _step_of(checkpoint)
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+        if _step_of(folder) > step:
+            shutil.rmtree(folder)
+    file = output / METRICS_FILE
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        # The last line of a killed run may be incomplete.
+        complete = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in complete if json.loads(line)["step"] <= step]
+        # A second kill, here, must not lose the lines of the steps that remain.
+        write_atomically(file, "".join(kept).encode())
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / RUN_FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    # Atomically: a run that is killed here must still be known when it is resumed.
+    write_atomically(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give every nested value a name of its own, so that a difference is named alone."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat.update(nested if nested is not None else {prefix + name: value})
+    return flat
+
+
+def _to_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as they are after a round trip through `run.json`."""
+    return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]
