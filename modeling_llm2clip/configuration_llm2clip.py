@@ -33,8 +33,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
     """Configuration of an LLM2CLIP model (arXiv:2411.04997, section 3).
 
     Args:
-        vision_config, text_config: configuration of the two towers, as an object or as the
-            dictionary that `config.json` holds; a dictionary needs its `model_type`.
+        vision_config: configuration of the two towers, as an object or as the dictionary that
+            `config.json` holds; a dictionary needs its `model_type`.
+        text_config: see `vision_config`.
         projection_dim: width of the space that images and texts share.
         text_width: width of the hidden states that the LLM returns; None for its `hidden_size`,
             which some (EmbeddingGemma 2) project to another one.
@@ -50,17 +51,19 @@ class LLM2CLIPConfig(PreTrainedConfig):
             (`prompt_name`): attended to and not pooled.
         normalize_text_before_adapter: unit length before the adapter (most official
             checkpoints; not those trained with the LLM in the loop).
-        text_adapter_layers, text_adapter_expansion: residual blocks of the adapter and how many
-            times wider than the LLM their inner layer is.
+        text_adapter_layers: residual blocks of the adapter and how many times wider than the LLM
+            their inner layer is.
+        text_adapter_expansion: see `text_adapter_layers`.
         vision_pooling: what represents an image: the tower's own `"pooler"` output, its `"cls"`
             token, the `"mean"` of all its tokens (class token and registers too), or the
             `"patch_mean"`, of its patches alone.
         visual_projection_bias: whether the image projection has a bias.
         logit_scale_init_value: logarithm of the initial inverse temperature.
-        text_adapter_trained, projections_trained: whether the text adapter and both projections
-            were trained, or still have the random weights they start with. `LLM2CLIPModel.forward`
-            sets both when it computes a loss for training; a training loop that computes its loss
-            elsewhere sets them itself.
+        text_adapter_trained: whether the text adapter and both projections were trained, or still
+            have the random weights they start with. `LLM2CLIPModel.forward` sets both when it
+            computes a loss for training; a training loop that computes its loss elsewhere sets them
+            itself.
+        projections_trained: see `text_adapter_trained`.
         format_version: layout of weights and settings; checked on loading.
 
     Raises:

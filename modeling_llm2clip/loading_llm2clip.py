@@ -30,8 +30,9 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
     transformers would ask on the terminal whether to run it. Where transformers has a class of its
     own, it takes that.
 
-    Raises: ValueError naming the file that names the code, where loading fails without it; else
-        what the loader raises.
+    Raises:
+        ValueError: naming the file that names the code, where loading fails without it.
+        Exception: what the loader raises.
     """
     with naming_code(source, revision=settings.get("revision")):
         return loader.from_pretrained(source, trust_remote_code=False, **settings)
@@ -60,7 +61,8 @@ def naming_code(
 def find_foreign_code(source: Any, *, revision: str | None = None) -> dict[str, list[str]]:
     """List the code that is not this package's and that files of a folder or repository name.
 
-    Returns: file → `Auto class: module.Class`; of the Hub, only what is in the cache already.
+    Returns:
+        file → `Auto class: module.Class`; of the Hub, only what is in the cache already.
     """
     found = {
         name: list_foreign_code(_read_settings(source, name, revision=revision))

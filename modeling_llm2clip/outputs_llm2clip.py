@@ -25,10 +25,12 @@ class LLM2CLIPOutput(ModelOutput):
         loss: () float32, with `return_loss=True`.
         logits_per_image: (B images, B texts) float32, cosine times the inverse temperature.
         logits_per_text: its transpose.
-        text_embeds, image_embeds: (B, P) float32, unit length.
+        text_embeds: (B, P) float32, unit length.
+        image_embeds: see `text_embeds`.
         pooler_output: the only embeds there are, in a call with one kind of input.
-        text_model_output, vision_model_output: as `get_text_features` and `get_image_features`
-            return them: features before they get unit length, and states of the towers.
+        text_model_output: as `get_text_features` and `get_image_features` return them: features
+            before they get unit length, and states of the towers.
+        vision_model_output: see `text_model_output`.
     """
 
     loss: Tensor | None = None
@@ -59,7 +61,8 @@ def find_requested_states(
     Args:
         config: of the whole model. It and the tower's own count where the caller leaves it open.
         tower: the LLM or the vision tower.
-        output_attentions, output_hidden_states: what the caller gave.
+        output_attentions: what the caller gave.
+        output_hidden_states: what the caller gave.
     """
     given = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
     configs = (config, tower.config)

@@ -172,8 +172,8 @@ class PackedTexts:
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     """Fill rows up to a budget of tokens, longest texts first; equal lengths lie together.
 
-    Returns: rows of indices into `lengths`, each index once; a longer text than the budget goes
-        alone.
+    Returns:
+        rows of indices into `lengths`, each index once; a longer text than the budget goes alone.
     """
     packs: list[list[int]] = []
     filled = 0
@@ -228,8 +228,12 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
 
     Args:
         texts: token ids of each text, (L_i,) int64, equal lengths together.
-    Returns: last hidden states, (sum of L_i, D).
-    Raises: ValueError when the attention of this family asks for more than packing offers.
+
+    Returns:
+        last hidden states, (sum of L_i, D).
+
+    Raises:
+        ValueError: the attention of this family asks for more than packing offers.
     """
     lengths = [len(text) for text in texts]
     is_causal = getattr(text_model.config, "is_causal", True)  # as transformers' masks read it
@@ -257,8 +261,10 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
 
     Args:
         device: where inputs go; the model's own says nothing when it is offloaded.
-    Returns: False where this family drops what packing needs, or its attention does more than plain
-    scaled dot products; such a family is run with padding.
+
+    Returns:
+        False where this family drops what packing needs, or its attention does more than plain
+        scaled dot products; such a family is run with padding.
     """
     rows = torch.arange(12, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
@@ -296,8 +302,11 @@ def attend_packed(
 ) -> tuple[Tensor, None]:
     """Attention within each text of the row; query (1, heads, T, d), key and value alike.
 
-    Returns: (1, T, heads, d) and no weights, as transformers' attention interface wants it.
-    Raises: ValueError for what it does not compute: soft caps, sinks, windows, a mask.
+    Returns:
+        (1, T, heads, d) and no weights, as transformers' attention interface wants it.
+
+    Raises:
+        ValueError: what it does not compute: soft caps, sinks, windows, a mask.
     """
     if packed_texts is None or attention_mask is not None or softcap or s_aux is not None:
         raise ValueError(f"{type(module).__name__} {_NEEDS_MORE}")

@@ -14,7 +14,9 @@ def build_position_ids(attention_mask: Tensor) -> Tensor:
 
     Args:
         attention_mask: (B, L), 1 at real tokens, which are contiguous.
-    Returns: (B, L) int64; equal to 0, 1, 2, … where there is no left padding.
+
+    Returns:
+        (B, L) int64; equal to 0, 1, 2, … where there is no left padding.
     """
     first_real = attention_mask.long().argmax(dim=1, keepdim=True)  # (B, 1)
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -55,7 +57,9 @@ def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
     Args:
         attention_mask: (B, L), 1 at real tokens.
         num_unpooled: tokens of prompt and instruction in front of each caption.
-    Returns: (B, L) bool.
+
+    Returns:
+        (B, L) bool.
     """
     real = attention_mask.bool()
     return real & (real.long().cumsum(dim=1) > num_unpooled)
@@ -68,7 +72,9 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
         hidden_states: (B, L, D) of any float dtype.
         pooling_mask: (B, L) bool, at least one mark a row.
         pooling: `"mean"` or `"last_token"`.
-    Returns: (B, D) float32.
+
+    Returns:
+        (B, D) float32.
     """
     if pooling == "last_token":
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
@@ -90,8 +96,12 @@ def mask_unpadded(input_ids: Tensor, *, pad_token_id: int | None) -> Tensor:
     Args:
         input_ids: (B, L).
         pad_token_id: None where padding cannot be told from text.
-    Returns: (B, L) int64.
-    Raises: ValueError for rows with padding at an end.
+
+    Returns:
+        (B, L) int64.
+
+    Raises:
+        ValueError: rows with padding at an end.
     """
     if pad_token_id is not None and input_ids.ndim == 2:
         ends = input_ids[:, :1], input_ids[:, -1:]
@@ -114,12 +124,16 @@ def check_token_rows(
     """Refuse token ids that this checkpoint's own tokenizer cannot have written.
 
     Args:
-        input_ids, attention_mask: (B, L), padded on either side.
-        prefix_ids, suffix_ids: the prompt that must enclose every text.
+        input_ids: (B, L), padded on either side.
+        attention_mask: see `input_ids`.
+        prefix_ids: the prompt that must enclose every text.
+        suffix_ids: see `prefix_ids`.
         max_length: most real tokens a text may have.
         vocabulary_size: rows of the LLM's embedding table.
         num_unpooled: tokens of prompt and instruction, behind which something must be left.
-    Raises: ValueError naming the first bad row and what to do.
+
+    Raises:
+        ValueError: naming the first bad row and what to do.
     """
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(

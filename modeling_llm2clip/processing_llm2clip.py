@@ -49,7 +49,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     Threads may share it. Beside them, leave its tokenizer alone: a bare tokenizer is not safe.
 
-    Raises: ValueError when `max_text_length` is no positive integer.
+    Raises:
+        ValueError: `max_text_length` is no positive integer.
     """
 
     _auto_class = "AutoProcessor"
@@ -69,7 +70,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but never ask whether to run code of the folder.
 
-        Raises: ValueError naming the file that names code without which nothing can be loaded.
+        Raises:
+            ValueError: naming the file that names code without which nothing can be loaded.
         """
         if kwargs.get("trust_remote_code"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -100,8 +102,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> LLM2CLIPProcessor:
         """Build from the dictionary of a saved `processor_config.json`.
 
-        Raises: ValueError when it has no `max_text_length`, misspelt or lost: a default in its
-            place would cut texts elsewhere than the checkpoint does.
+        Raises:
+            ValueError: it has no `max_text_length`, misspelt or lost: a default in its place would
+                cut texts elsewhere than the checkpoint does.
         """
         if "max_text_length" not in {*processor_dict, *kwargs}:
             raise ValueError(
@@ -131,9 +134,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
             on_long_text: `"truncate"` and count in `num_truncated_texts`, or `"error"`.
             **kwargs: for the tokenizer and the image processor, flat or as `text_kwargs`,
                 `images_kwargs`, `common_kwargs`.
-        Returns: `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L).
-        Raises: ValueError naming every blank or non-text caption, the image that is broken, or
-            the option that is not known.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L).
+
+        Raises:
+            ValueError: naming every blank or non-text caption, the image that is broken, or the
+                option that is not known.
         """
         if on_long_text not in ("truncate", "error"):
             raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
@@ -288,7 +295,8 @@ def clean_texts(text: Any) -> str | list[str]:
 
     The tokenizer strips too, but not blanks that are tokens of their own in some.
 
-    Raises: ValueError for what is neither, or naming every caption that is not text or is blank.
+    Raises:
+        ValueError: what is neither, or naming every caption that is not text or is blank.
     """
     if isinstance(text, str):
         check_texts(text)

@@ -27,7 +27,8 @@ def check_pixels(pixel_values: Tensor) -> None:
 def find_width(vision_model: nn.Module) -> int:
     """Width of a tower's image embedding; timm networks know it themselves.
 
-    Raises: ValueError for a family whose configuration does not state it.
+    Raises:
+        ValueError: a family whose configuration does not state it.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
@@ -82,9 +83,11 @@ def choose_interpolation(
     Args:
         pixel_values: (B, 3, H, W), or patches, which carry their own positions.
         wanted: whether positions may be interpolated for another size than the tower's.
-    Raises: ValueError for a size the tower has no positions for, if interpolation is not wanted,
-        not possible, or would cut a part of a patch off. Some towers would take such images
-        without a word and give them the positions of other patches.
+
+    Raises:
+        ValueError: a size the tower has no positions for, if interpolation is not wanted, not
+            possible, or would cut a part of a patch off. Some towers would take such images without
+            a word and give them the positions of other patches.
     """
     found = (pixel_values.shape[-2], pixel_values.shape[-1])
     own = find_fixed_size(vision_model)
@@ -175,7 +178,8 @@ def pool_vision(
 
     Args:
         pooling: `"pooler"`, `"cls"`, `"mean"` or `"patch_mean"`, see `LLM2CLIPConfig`.
-        vision_model, pixel_values: the tower and its input, which say what tokens are patches.
+        vision_model: the tower and its input, which say what tokens are patches.
+        pixel_values: see `vision_model`.
         patch_mask: (B, L), 0 where a patch is padding.
     """
     if pooling == "pooler":
