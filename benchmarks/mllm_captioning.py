@@ -57,7 +57,7 @@ from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 
@@ -176,7 +176,7 @@ def _make_towers(
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
     extract_captions(work / "built", texts, work / "captions", ExtractionArguments())
-    settings = AlignArguments(
+    settings = AlignConfig(
         vision_training="full", steps=arguments.align_steps, lr=1e-3, vision_lr=1e-4,
         batch_size=arguments.align_batch_size, precision="bfloat16", device="cpu",
     )  # fmt: skip

@@ -45,7 +45,7 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.image_extraction import extract_images
 
@@ -157,7 +157,7 @@ def _run_mode(arguments: argparse.Namespace) -> dict[str, float]:
             arguments.work / "model",
             _read_records(arguments),
             output,
-            AlignArguments(
+            AlignConfig(
                 text_training=text_training,
                 vision_training=arguments.vision,
                 steps=arguments.steps,

@@ -12,6 +12,7 @@ from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
 
+
 @command(
     group="Train",
     examples=(

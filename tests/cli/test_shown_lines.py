@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from aligning import Prepared
+from modeling_llm2clip.training.alignment.optimization import descend
+from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 from safetensors.torch import load_file
 from tiny import tiny_model
 
@@ -24,14 +26,12 @@ from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.encoding import text_encoding as captions
 from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
-from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.extraction.extract import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (
     CaptionEncoder,
     LoraArguments,
     write_lora,
 )
-from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 
 ROOT = Path(__file__).parents[2]
 NUMBER = r"-?[\d,.]+(e[+-]\d+)?"

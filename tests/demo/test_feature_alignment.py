@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from modeling_llm2clip.training.alignment.optimization import descend
 from PIL import Image
 from tiny import tiny_model
 
@@ -21,7 +22,6 @@ from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.training.alignment.cca_init import init_projections_by_cca
-from modeling_llm2clip.training.alignment.optimization import descend
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from modeling_llm2clip.cli.chosen_device import choose_device
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import (
     find_device,
@@ -20,7 +21,6 @@ from modeling_llm2clip.encoding.devices import (
     to_float64,
 )
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.distributed import training_arguments_on
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 from modeling_llm2clip.training.extraction.extract import choose_device as choose
@@ -112,13 +112,13 @@ def test_auto_is_the_cpu_where_the_launcher_was_told_so(
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
 def test_the_alignment_takes_every_device(device: str) -> None:
-    assert AlignArguments(device=device).device == device
+    assert AlignConfig(device=device).device == device
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cpu:0", ""])
 def test_the_alignment_refuses_what_is_no_device(device: str) -> None:
     with pytest.raises(ValueError, match=r"device=.*wanted one of"):
-        AlignArguments(device=device)
+        AlignConfig(device=device)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
+from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 SHORT = LlavaArguments(
     steps=4, batch_size=4, lr=1e-2, log_every=1, save_every=2, device="cpu", max_length=128

@@ -33,10 +33,8 @@ from pathlib import Path
 
 # Imported by every run of a training command; imports alone start no threads.
 _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
-              "modeling_llm2clip.training.caption_extraction",
-              "modeling_llm2clip.training.image_extraction",
-              "modeling_llm2clip.training.alignment.align",
-              "modeling_llm2clip.publishing.assemble", "torch.utils.tensorboard")  # fmt: skip
+              "modeling_llm2clip.training.extraction.extract",
+              "modeling_llm2clip.training.alignment.align", "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50
 
 

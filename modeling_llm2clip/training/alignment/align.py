@@ -24,6 +24,7 @@ from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...publishing.assemble import assemble_folder
+from ..distributed import choose_device
 from ..graceful_stop import StopRequest, stop_on_signals
 from ..losses.loss import Loss, load_loss, require_no_parameters
 from ..run_folder import (
@@ -119,7 +120,8 @@ def align(
     require_new_folder(model_folder)
     check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
-    with open_source(source) as found:
+    choose_device(config.device)
+    with open_source(source, output) as found:
         fingerprints = {
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),
