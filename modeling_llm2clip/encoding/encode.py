@@ -101,7 +101,9 @@ def encode_texts(
                 [len(ids_of[texts[row]]) for row in rows], token_budget=budget
             ),
             prepare=lambda part: _pad([ids_of[text] for text in part], processor),
-            encode=lambda inputs: model.get_caption_embeds(*_to_device(inputs, model.device)),
+            encode=lambda inputs: model.get_caption_embeds(
+                inputs[0].to(model.device), inputs[1].to(model.device)
+            ),
             on_batch=count_tokens,
         )
     return project_captions(model, embeds) if project else embeds
@@ -350,7 +352,8 @@ def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
     by_value = (str, os.PathLike, TarImage, ParquetImage)
-    return [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
+    keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
+    return keys
 
 
 def _prepare_ahead(
@@ -395,10 +398,6 @@ def _project(
             to_embeds(part.to(model.device)).cpu() for part in embeds.split(_PROJECTED_AT_ONCE)
         ]
     return torch.cat(parts)
-
-
-def _to_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    return [value.to(device) for value in inputs]
 
 
 def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
