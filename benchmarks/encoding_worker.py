@@ -103,10 +103,10 @@ COMPILED = ("ours, compiled",)
 def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     """Build a model whose vision tower is tiny: only its text side is measured."""
     import torch
+    from modeling_llm2clip.building.towers import load_text_tower
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     from modeling_llm2clip.building.build_model import build_model
-    from modeling_llm2clip.building.towers import load_text_tower
     from modeling_llm2clip.configs.build_config import BuildConfig
 
     # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.

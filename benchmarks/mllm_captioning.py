@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from provenance import describe_processor, read_commit
 from torch import Tensor
@@ -40,7 +42,6 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.lora_merging import merge_lora
-from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
@@ -53,7 +54,6 @@ from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align

@@ -17,6 +17,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from modeling_llm2clip.training.alignment.optimization import descend
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.feature_alignment import sample_batches
 from modeling_llm2clip.demo.stages import list_training_texts
 from modeling_llm2clip.image_loading_llm2clip import load_images
-from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
 
 _LARGEST_SCALE = 100.0

@@ -1,10 +1,8 @@
 """The whole forward pass: two towers, a text adapter, two projections, one temperature.
 
-As in transformers, `return_dict=False` makes every method that returns an output return a tuple of
-its fields instead, without those that are None.
-
 Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower, P
-`projection_dim`. Embeddings are float32 whatever the dtype of the weights.
+`projection_dim`. Embeddings are float32 whatever the dtype of the weights. As in transformers, a
+method that returns an output returns a tuple of its fields with `return_dict=False`.
 """
 
 from __future__ import annotations
@@ -40,9 +38,7 @@ from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 class _TextMixin(LLM2CLIPPreTrainedModel):
     """Texts in, embeddings out; shared by the whole model and the text-only one."""
 
-    # Set by a training on a CPU, which saves the time that padding costs. Otherwise a batch with
-    # gradients stays whole, as on other devices.
-    packs_in_training = False
+    packs_in_training = False  # set by a training on a CPU; else its batches stay whole
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_text_features(
@@ -198,10 +194,8 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
         """Run one padded batch through the LLM, and pool it."""
-        parameters = inspect.signature(self.text_model.forward).parameters
-        inputs = {}
-        if "position_ids" in parameters:
-            inputs["position_ids"] = build_position_ids(attention_mask)
+        takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
+        inputs = {"position_ids": build_position_ids(attention_mask)} if takes_positions else {}
         with nullcontext() if is_traced() else acquire_text_forward_lock():
             output = self.text_model(
                 input_ids=input_ids,
@@ -212,9 +206,8 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             )
         hidden_states = output.last_hidden_state  # (B, L, D)
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
-        pooled = pool_tokens(
-            hidden_states, mask.to(hidden_states.device), pooling=self.config.text_pooling
-        )
+        mask = mask.to(hidden_states.device)
+        pooled = pool_tokens(hidden_states, mask, pooling=self.config.text_pooling)
         return keep_states(output, self.text_model, requested, pooled=pooled)
 
     @property
@@ -432,7 +425,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         if return_loss and self.training and torch.is_grad_enabled():
             # A step of training; without a read, so that a compiled graph has no guard on it.
             self.config.text_adapter_trained = self.config.projections_trained = True
-        states = {
+        want = {  # of both towers
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
@@ -444,11 +437,11 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 pixel_attention_mask,
                 spatial_shapes,
                 interpolate_pos_encoding,
-                **states,
+                **want,
             )
             image_embeds = F.normalize(images.pooler_output, dim=-1)
         if input_ids is not None:
-            texts = self.get_text_features(input_ids, attention_mask, prompt_length, **states)
+            texts = self.get_text_features(input_ids, attention_mask, prompt_length, **want)
             text_embeds = F.normalize(texts.pooler_output, dim=-1)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
         output.text_model_output, output.vision_model_output = texts, images

@@ -84,12 +84,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_model
 
     from modeling_llm2clip.model_folders.model_card_data import CardData
-    from modeling_llm2clip.publishing.export_model import save_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
 
     model, processor = tiny_model("clip", "llama")
     folder = tmp_path_factory.mktemp("exported") / "good"
-    facts = CardData(license_id="mit")
-    return save_model(model, processor, folder, prompts={"query": "Find an image: "}, facts=facts)
+    card = CardData(license="mit")
+    instructions = {"query": "Find an image: "}
+    return save_model(model, processor, folder, instructions=instructions, card=card)
 
 
 @pytest.fixture
@@ -139,5 +140,5 @@ def results(
     from modeling_llm2clip.evaluation.evaluate import evaluate
 
     output = tmp_path_factory.mktemp("results")
-    evaluate(arguments(output, data, sources("clip"), sources("siglip")))
+    evaluate(**arguments(output, data, sources("clip"), sources("siglip")))
     return output

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
 
 LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
@@ -140,7 +140,7 @@ def test_left_padding_does_not_shift_learned_positions(llm: str) -> None:
         AutoConfig.for_model(llm, **size, **tokens, **LEARNED_POSITIONS[llm])
     ).eval()
     arguments = BuildConfig(prompt="llama-3", projection_dim=32, max_text_length=32)
-    model, processor = build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+    model, processor = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
     right = texts_of(processor(text=CAPTIONS))
     before, after = (
         F.normalize(model.get_text_features(**batch).pooler_output, dim=-1)

@@ -62,12 +62,10 @@ PENDING_PATHS: frozenset[str] = frozenset(
         "examples/scripts/llava/tune_instructions.py",
         "examples/scripts/masked_next_token.py",
         "modeling_llm2clip/building/vision_towers.py",
-        "modeling_llm2clip/encoding/encode.py",
-        "modeling_llm2clip/training/losses/loss.py",
     }
 )
 PENDING_COMMANDS: frozenset[str] = frozenset({"train"})
-PENDING_FLAGS: frozenset[str] = frozenset({"--loss"})
+PENDING_FLAGS: frozenset[str] = frozenset()
 PENDING_NAMES: frozenset[str] = frozenset(
     {
         "AlignConfig",

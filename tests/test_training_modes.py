@@ -148,7 +148,7 @@ def test_cached_gradients_are_those_of_the_masks_that_were_drawn(tmp_path: Path)
         CachedMultipleNegativesRankingLoss,
     )
 
-    from modeling_llm2clip.publishing.export_model import save_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
 
     save_model(*shared_model(), tmp_path / "model")
     encoder = SentenceTransformer(str(tmp_path / "model"), device="cpu")

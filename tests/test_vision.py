@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImagePro
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.image_settings import set_image_size, set_normalization
-from modeling_llm2clip.building.towers import load_vision_tower
+from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_vision
 
@@ -313,7 +313,7 @@ def build_patch_mean(vision_model: Any, image_processor: Any) -> Any:
     tokenizer = tiny_tokenizer()
     text_model = tiny_llm(vocabulary_size=len(tokenizer))
     arguments = BuildConfig(prompt="llama-3", vision_pooling="patch_mean")
-    return build_model(vision_model, image_processor, text_model, tokenizer, arguments)[0]
+    return join_towers((vision_model, image_processor), (text_model, tokenizer), arguments)[0]
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_towers_own_mean_and_std_are_left_alone() -> None:
 
 
 def test_an_unknown_normalization_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*openai"):
+    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*'openai'"):
         tiny_model(normalization="clip")
 
 
@@ -445,7 +445,7 @@ def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> N
     tower = AutoModel.from_config(AutoConfig.for_model(family, **CONVOLUTIONAL[family])).eval()
     llm, tokenizer = tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
     arguments = BuildConfig(prompt="llama-3", projection_dim=24, text_adapter_layers=0)
-    model, processor = build_model(tower, CLIPImageProcessorPil(), llm, tokenizer, arguments)
+    model, processor = join_towers((tower, CLIPImageProcessorPil()), (llm, tokenizer), arguments)
     assert model.visual_projection.in_features == 20
     images = processor(images=tiny_images(2))
     with torch.no_grad():
@@ -488,7 +488,7 @@ def test_a_tower_that_needs_more_than_pixels_is_refused_by_name_before_the_llm_i
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     with pytest.raises(ValueError, match=refusal):
-        build_model(tower, tiny_vision()[1], llm, tokenizer, BuildConfig(prompt="llama-3"))
+        join_towers((tower, tiny_vision()[1]), (llm, tokenizer), BuildConfig(prompt="llama-3"))
 
 
 def test_a_tower_whose_pass_fails_is_refused_by_name_with_its_error() -> None:
@@ -497,7 +497,7 @@ def test_a_tower_whose_pass_fails_is_refused_by_name_with_its_error() -> None:
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: visio"):
-        build_model(tower, image_processor, llm, tokenizer, BuildConfig(prompt="llama-3"))
+        join_towers((tower, image_processor), (llm, tokenizer), BuildConfig(prompt="llama-3"))
 
 
 def test_a_tower_that_draws_at_random_is_refused() -> None:
@@ -510,4 +510,4 @@ def test_a_tower_that_draws_at_random_is_refused() -> None:
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     arguments = BuildConfig(prompt="llama-3", vision_pooling="mean")
     with pytest.raises(ValueError, match=r"'vit_mae' tower gives one image another embedding"):
-        build_model(tower, tiny_vision()[1], llm, tokenizer, arguments)
+        join_towers((tower, tiny_vision()[1]), (llm, tokenizer), arguments)

@@ -102,7 +102,7 @@ def encode_texts(
             ),
             prepare=lambda part: _pad([ids_of[text] for text in part], processor),
             encode=lambda inputs: model.get_caption_embeds(
-                inputs[0].to(model.device), inputs[1].to(model.device)
+                input_ids=inputs[0].to(model.device), attention_mask=inputs[1].to(model.device)
             ),
             on_batch=count_tokens,
         )

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .._environment import list_versions
+from ..configs.config_fields import Config
+from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
 from ..data.record_loading import load_records
-from .arguments import EvaluatedModel, EvaluationArguments
+from ..encoding.devices import find_device
+from .datasets.dataset_registry import find_dataset, list_datasets
 from .encoders.auto import load_encoder
-from .encoders.encoder import Encoder, EncoderDescription, EncoderSettings
+from .encoders.encoder import Encoder, EncoderDescription
 from .encoders.remembering import RememberingEncoder
 from .jobs import Job, read_jobs, require_abilities
 from .metrics.ranking import ranking_memory
@@ -30,39 +34,136 @@ from .results import (
     result_file,
     write_result,
 )
+from .tasks.task_registry import find_task
+
+ModelChoice: TypeAlias = EvaluatedModel | str | Path
+DatasetChoice: TypeAlias = EvaluatedDataset | str | Path
 
 
 def evaluate(
-    arguments: EvaluationArguments, *, on_result: Callable[[Result], object] | None = None
+    models: ModelChoice | Sequence[ModelChoice],
+    data: DatasetChoice | Sequence[DatasetChoice],
+    config: EvaluationConfig | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    on_result: Callable[[Result], object] | None = None,
 ) -> list[Result]:
-    """Run every task that suits a set for every model; finished ones are not computed again.
+    """Run every task that suits a dataset for every model; finished ones are not computed again.
 
     Args:
-        on_result: told each result when it is there, computed now or before.
-    Raises: ValueError, before any model is loaded, for bad data (DataValidationError), a task that
-        suits no set, a model of no known kind, a model without images for a task with them, or a
-        result of another run in the output folder.
+        models: One or several models: Hub ids, folders, or `EvaluatedModel`s.
+        data: One or several datasets: names, folders, or `EvaluatedDataset`s.
+        config: How datasets are read and models run.
+        tasks: Names of tasks; empty for what suits each dataset.
+        on_result: Called with each result when it is there, computed now or before.
+
+    Returns:
+        The results, model by model.
+
+    Raises:
+        ValueError: Before any model is loaded: bad data (DataValidationError), a task that suits no
+            dataset, a model of unknown type, a model without images for a task with them, or a
+            result of another run in the output folder.
     """
-    jobs = read_jobs(arguments)
-    encoders = {choice.name: _open(choice, arguments.encoder) for choice in arguments.models}
+    config = _read_files(config or EvaluationConfig())
+    chosen = [_make_model(model) for model in _as_list(models)]
+    datasets = [make_dataset(one) for one in _as_list(data)]
+    _require_choices(chosen, datasets, tasks)
+    find_device(config.device)  # or an error, before anything is read
+    jobs = read_jobs(datasets, tasks, config)
+    encoders = {choice.name: _open(choice, config) for choice in chosen}
     descriptions = {name: encoder.describe() for name, encoder in encoders.items()}
     for job in jobs:
         for description in descriptions.values():
             require_abilities(description, job)
     protocols = _build_protocols(jobs, descriptions)
-    finished = _find_all_finished(arguments.output, protocols, descriptions)
+    finished = _find_all_finished(config.output, protocols, descriptions)
     results: dict[str, list[Result]] = {name: [] for name in encoders}
-    # Stored embeddings first: one that is missing is told before any model is loaded.
+    # Stored embeddings first: one that is missing is reported before any model is loaded.
     for name in sorted(encoders, key=lambda name: descriptions[name].kind != "embeddings"):
         encoder = RememberingEncoder(encoders.pop(name))  # so that a model goes with its turn
         for job in jobs:
             key = (name, job.task.name, job.set_name)
-            with ranking_memory(arguments.max_memory_mb):
-                result = finished[key] or _run(encoder, name, job, protocols[key], arguments.output)
+            with ranking_memory(config.max_memory_mb):
+                result = finished[key] or _run(encoder, name, job, protocols[key], config.output)
             results[name].append(result)
             if on_result is not None:
                 on_result(result)
     return [result for of_model in results.values() for result in of_model]
+
+
+def make_dataset(choice: DatasetChoice, *, image_dir: str | None = None) -> EvaluatedDataset:
+    """Make a choice of dataset of its name, or of a folder of custom data.
+
+    Args:
+        choice: A name, `NAME=FOLDER`, or a folder; a name is never taken for a folder.
+        image_dir: Folder of its images.
+
+    Raises:
+        ValueError: There is no such dataset.
+    """
+    if isinstance(choice, EvaluatedDataset):
+        return choice
+    text = str(choice)
+    known = {spec.name for spec in list_datasets()}
+    name, sign, folder = text.partition("=")
+    if text not in known and Path(text).exists():
+        name, folder = "folder", text
+    elif sign and not (name and folder):
+        raise ValueError(f"{text!r} is not NAME=FOLDER.")
+    find_dataset(name)
+    return EvaluatedDataset(name=name, folder=folder or None, image_dir=image_dir)
+
+
+def _make_model(choice: ModelChoice) -> EvaluatedModel:
+    if isinstance(choice, EvaluatedModel):
+        return choice
+    return EvaluatedModel(source=str(choice))
+
+
+def _as_list(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | Path | Config) else list(given)
+
+
+def _require_choices(
+    models: Sequence[EvaluatedModel], data: Sequence[EvaluatedDataset], tasks: Sequence[str]
+) -> None:
+    """Raise ValueError for nothing to evaluate, for one name twice, and for unknown names."""
+    if not models or not data:
+        raise ValueError("Evaluation needs at least one model and one dataset.")
+    for what, names in (
+        ("models", [model.name for model in models]),
+        ("datasets", [dataset.name for dataset in data]),
+    ):
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Two {what} have one name, and their results would be one: {names}. Name models "
+                "as NAME=SOURCE; evaluate two folders of one dataset in two runs."
+            )
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks has a name twice: {', '.join(tasks)}. Give each once.")
+    for dataset in data:
+        find_dataset(dataset.name)
+    for task in tasks:
+        find_task(task)
+
+
+def _read_files(config: EvaluationConfig) -> EvaluationConfig:
+    """Put the lines of files in the place of their paths."""
+    lines = {
+        name: _read_lines(path, option=name)
+        for name in ("class_names", "templates")
+        if isinstance(path := getattr(config, name), Path)
+    }
+    return replace(config, **lines)
+
+
+def _read_lines(file: Path, *, option: str) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors write the mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}={file} is not a text file in UTF-8: {error}.") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _build_protocols(
@@ -76,14 +177,14 @@ def _build_protocols(
     }
 
 
-def _open(choice: EvaluatedModel, settings: EncoderSettings) -> Encoder:
+def _open(choice: EvaluatedModel, config: EvaluationConfig) -> Encoder:
     records = None
     if choice.extracted_from is not None:
         records = load_records(choice.extracted_from, require_images=False)
     return load_encoder(
         choice.source,
-        settings,
-        kind=choice.kind,
+        config,
+        model_type=choice.model_type,
         revision=choice.revision,
         architecture=choice.architecture,
         activation=choice.activation,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .._extras import require
-from .arguments import EvaluatedDataset, EvaluationArguments
+from ..configs.evaluation_config import EvaluatedDataset, EvaluationConfig
 from .datasets.dataset_registry import find_dataset, find_languages, load_dataset
 from .datasets.schema import ChoiceDataset, EvaluationSet
 from .datasets.validation import ReadingCache
@@ -29,41 +30,43 @@ class Job:
     sets: tuple[EvaluationSet, ...]
 
 
-def read_jobs(arguments: EvaluationArguments) -> list[Job]:
+def read_jobs(
+    data: Sequence[EvaluatedDataset], names: Sequence[str], config: EvaluationConfig
+) -> list[Job]:
     """Choose the tasks of every set, and read it as they want it.
 
     Raises: ValueError for a task without a set or a set without a task; DataValidationError.
         MissingExtraError for a task whose optional package is not installed.
     """
-    chosen = {data.name: _tasks_for(data, arguments.tasks) for data in arguments.data}
+    chosen = {dataset.name: _tasks_for(dataset, names) for dataset in data}
     used = {task.name for tasks in chosen.values() for task in tasks}
-    if idle := [task for task in arguments.tasks if task not in used]:
+    if idle := [task for task in names if task not in used]:
         kinds = {task: find_task(task).kinds for task in idle}
         raise ValueError(f"No set suits these tasks, which take sets of a kind: {kinds}.")
     if idle := [name for name, tasks in chosen.items() if not tasks]:
-        raise ValueError(f"None of the tasks {list(arguments.tasks)} suits the sets {idle}.")
+        raise ValueError(f"None of the tasks {list(names)} suits the sets {idle}.")
     require(*(need for tasks in chosen.values() for task in tasks for need in task.needs))
-    _refuse_unused(arguments)
+    _refuse_unused(data, config)
     jobs = []
-    for data in arguments.data:
+    for dataset in data:
         cache = ReadingCache()
         read: dict[tuple[bool, bool], tuple[EvaluationSet, ...]] = {}
-        for task in chosen[data.name]:
-            key = (task.languages, _wants_images(task, data, arguments))
+        for task in chosen[dataset.name]:
+            key = (task.languages, _wants_images(task, dataset, config))
             if key not in read:
-                read[key] = _read_datasets(data, task, arguments, cache)
+                read[key] = _read_datasets(dataset, task, config, cache)
             task.check(read[key])
-            jobs.append(Job(task, data.name, read[key]))
+            jobs.append(Job(task, dataset.name, read[key]))
     return jobs
 
 
-def _refuse_unused(arguments: EvaluationArguments) -> None:
+def _refuse_unused(data: Sequence[EvaluatedDataset], config: EvaluationConfig) -> None:
     """Raise ValueError for what only a classification takes, where there is none."""
-    kinds = {data.name: find_dataset(data.name).kind for data in arguments.data}
+    kinds = {dataset.name: find_dataset(dataset.name).kind for dataset in data}
     of_classification = {
-        "class_names": arguments.class_names is not None,
-        "templates": arguments.templates is not None,
-        "allow_repeated_class_names": arguments.allow_repeated_class_names,
+        "class_names": config.class_names is not None,
+        "templates": config.templates is not None,
+        "allow_repeated_class_names": config.allow_repeated_class_names,
     }
     given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
     if given and "classification" not in kinds.values():
@@ -79,24 +82,24 @@ def _tasks_for(data: EvaluatedDataset, names: Sequence[str]) -> list[Task]:
     return [task for task in map(find_task, wanted) if kind in task.kinds]
 
 
-def _wants_images(task: Task, data: EvaluatedDataset, arguments: EvaluationArguments) -> bool:
-    if task.needs_images and arguments.captions_only:
+def _wants_images(task: Task, data: EvaluatedDataset, config: EvaluationConfig) -> bool:
+    if task.needs_images and config.captions_only:
         raise ValueError(f"{task.name} needs images. Leave out captions_only (--captions-only).")
-    is_without = arguments.captions_only or find_dataset(data.name).kind == "captions"
+    is_without = config.captions_only or find_dataset(data.name).kind == "captions"
     return not is_without and task.needs_images is not False
 
 
 def _read_datasets(
-    data: EvaluatedDataset, task: Task, arguments: EvaluationArguments, cache: ReadingCache
+    data: EvaluatedDataset, task: Task, config: EvaluationConfig, cache: ReadingCache
 ) -> tuple[EvaluationSet, ...]:
-    languages: tuple[str | None, ...] = arguments.languages or (None,)
-    if task.languages and not arguments.languages:
+    languages: tuple[str | None, ...] = config.languages or (None,)
+    if task.languages and not config.languages:
         languages = find_languages(
             data.name,
             data.folder,
             image_dir=data.image_dir,
-            require_images=_wants_images(task, data, arguments),
-            ignore_fields=arguments.ignore_fields,
+            require_images=_wants_images(task, data, config),
+            ignore_fields=config.ignore_fields,
             cache=cache,
         )
     if not task.languages and len(languages) > 1:
@@ -105,20 +108,21 @@ def _read_datasets(
             "once for each, or take cross-lingual."
         )
     is_classification = find_dataset(data.name).kind == "classification"
+    assert not isinstance(config.class_names, Path) and not isinstance(config.templates, Path)
     return tuple(
         load_dataset(
             data.name,
             data.folder,
             image_dir=data.image_dir,
             lang=lang,
-            skip_invalid=arguments.skip_invalid,
-            require_images=_wants_images(task, data, arguments),
-            check_images=arguments.check_images,
-            class_names=arguments.class_names if is_classification else None,
-            templates=arguments.templates if is_classification else None,
-            allow_repeated_class_names=arguments.allow_repeated_class_names,
-            ignore_fields=arguments.ignore_fields,
-            show_progress=arguments.encoder.show_progress,
+            skip_invalid=config.skip_invalid,
+            require_images=_wants_images(task, data, config),
+            check_images=config.check_images,
+            class_names=config.class_names if is_classification else None,
+            templates=config.templates if is_classification else None,
+            allow_repeated_class_names=config.allow_repeated_class_names,
+            ignore_fields=config.ignore_fields,
+            show_progress=config.show_progress,
             cache=cache,
         )
         for lang in languages

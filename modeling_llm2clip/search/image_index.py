@@ -22,6 +22,7 @@ from ..encoding.devices import find_device
 from ..encoding.encode import encode_images, encode_texts, project_images
 from ..model_folders.fingerprint import fingerprint_vision
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_loading import load_model
 from ..model_folders.model_types import require_own_model
 from ..model_folders.training_state import require_trained
 from ..modeling_llm2clip import LLM2CLIPModel
@@ -130,7 +131,7 @@ class ImageIndex:
                 model.
         """
         config = config or IndexConfig()
-        device = find_device(config.device)
+        find_device(config.device)  # before what takes long
         files = list_images(image_dir)
         if files.skipped:
             (report or _warn)(files.describe_skipped())
@@ -139,7 +140,7 @@ class ImageIndex:
         require_trained(LLM2CLIPConfig.from_pretrained(folder), purpose="search", source=model)
         cache = _open_cache(folder, Path(image_dir), path, config, report or _warn)
         paths = _list_valid(files.readable, cache, config, report)
-        loaded, processor = _load(folder, device)
+        loaded, processor = _load_whole(folder, device=config.device)
         try:
             vision_embeds = cache.encode(
                 loaded,
@@ -195,7 +196,7 @@ class ImageIndex:
                 f"{len(new)} of {len(found)} images in {image_dir} are not in {path}. "
                 "ImageIndex.build adds them."
             )
-        loaded, processor = _load(folder, find_device(device))
+        loaded, processor = _load_whole(folder, device=device)
         vision_embeds = cache.encode(loaded, processor, paths)
         return cls(loaded, processor, paths, project_images(loaded, vision_embeds))
 
@@ -369,10 +370,14 @@ def _list_valid(
     return readable
 
 
-def _load(folder: Path, device: object) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    model = LLM2CLIPModel.from_pretrained(folder, local_files_only=True)
-    processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return model.to(device), processor
+def _load_whole(folder: Path, *, device: str) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    model, processor = load_model(folder, device=device)
+    if not isinstance(model, LLM2CLIPModel):
+        raise ValueError(
+            f"{folder} holds a {type(model).__name__}; a search needs a whole model, with both "
+            "towers."
+        )
+    return model, processor
 
 
 def _warn(text: str) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from ..model_folders.model_card_data import read_card_facts
+from ..model_folders.model_card_data import read_card_data
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..publishing.export_model import save_model
 
 LoadedModel: TypeAlias = tuple[
     LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor
@@ -54,9 +54,7 @@ def open_source(source: Source) -> Iterator[StageSource]:
         return
     model, processor = source
     origin = Path(model.name_or_path or "")
-    facts = (
-        replace(read_card_facts(origin), results=()) if (origin / "README.md").is_file() else None
-    )
+    card = replace(read_card_data(origin), results=()) if (origin / "README.md").is_file() else None
     with tempfile.TemporaryDirectory(prefix="llm2clip-") as scratch:
-        folder = save_model(model, processor, Path(scratch) / "model", facts=facts)
+        folder = save_model(model, processor, Path(scratch) / "model", card=card)
         yield StageSource(folder, type(model).__name__)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from modeling_llm2clip.training.alignment.optimization import descend
 from tiny import tiny_model
 
 from modeling_llm2clip.demo.feature_alignment import (
@@ -18,7 +19,6 @@ from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.training.alignment.cca_init import init_projections_by_cca
-from modeling_llm2clip.training.alignment.optimization import descend
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 from modeling_llm2clip.evaluation.mteb_integration import open_for_mteb
 from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_datasets, make_mteb_tasks
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 TASKS = (
     "MockRetrievalTask", "MockSTSTask", "MockAny2AnyRetrievalI2TTask",

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperature
 from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts

@@ -36,7 +36,8 @@ _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__
               "modeling_llm2clip.training.caption_extraction",
               "modeling_llm2clip.training.image_extraction",
               "modeling_llm2clip.training.alignment.align",
-              "modeling_llm2clip.publishing.assemble", "torch.utils.tensorboard")  # fmt: skip
+              "modeling_llm2clip.model_folders.model_writing",
+              "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50
 
 

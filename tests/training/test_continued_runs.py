@@ -19,8 +19,8 @@ from tiny import draw_noise, tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from transformers import TrainingArguments
 from tuning import SHORT, tune
 
 from modeling_llm2clip.encoding.devices import find_device
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.distributed import (
     LONGEST_WAIT,

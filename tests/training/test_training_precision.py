@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from modeling_llm2clip.training.training_precision import computes_in_bfloat16
 
 

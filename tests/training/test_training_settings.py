@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from aligning import SHORT_RUN, Prepared, read_losses, weights_of
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.optimization import count_warmup_steps
 from safetensors.torch import load_file
 from tiny import tiny_model
 from torch import Tensor
@@ -19,9 +21,7 @@ from tuning import GROUPS, SHORT, tune
 from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
-from modeling_llm2clip.training.alignment.optimization import count_warmup_steps
 from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import (

@@ -17,17 +17,6 @@ from accelerate import PartialState
 from llava_batches import ConversationDataset, PadOnTheRight
 from llava_conversations import Conversation, hash_conversations
 from llava_model import find_tokens_of
-from torch import Tensor, nn
-from torch.utils.data import RandomSampler
-from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
-
-from modeling_llm2clip.data.atomic_files import write_atomically
-from modeling_llm2clip.encoding.devices import find_device
-from modeling_llm2clip.model_folders.atomic_folder import (
-    atomic_folder,
-    clear_leftovers,
-    require_new_folder,
-)
 from modeling_llm2clip.training.callbacks import (
     JsonLinesCallback,
     ShareSignal,
@@ -39,13 +28,6 @@ from modeling_llm2clip.training.checkpoints import (
     find_last_checkpoint,
     forget_what_came_after,
 )
-from modeling_llm2clip.training.distributed import (
-    is_sharded,
-    join_processes,
-    keep_to_one_gpu,
-    require_all_processes,
-)
-from modeling_llm2clip.training.graceful_stop import stop_on_signals
 from modeling_llm2clip.training.run_record import (
     METRICS_FILE,
     RUN_FILE,
@@ -53,8 +35,26 @@ from modeling_llm2clip.training.run_record import (
     write_run_record,
 )
 from modeling_llm2clip.training.settings import list_errors
-from modeling_llm2clip.training.trainer_mixins import FiniteGradients, TrainedCheckpoints
 from modeling_llm2clip.training.training_precision import computes_in_bfloat16
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
+
+from modeling_llm2clip.data.atomic_files import write_atomically
+from modeling_llm2clip.encoding.devices import find_device
+from modeling_llm2clip.model_folders.atomic_folder import (
+    atomic_folder,
+    clear_leftovers,
+    require_new_folder,
+)
+from modeling_llm2clip.training.distributed import (
+    is_sharded,
+    join_processes,
+    keep_to_one_gpu,
+    require_all_processes,
+)
+from modeling_llm2clip.training.graceful_stop import stop_on_signals
+from modeling_llm2clip.training.trainer_mixins import FiniteGradients, TrainedCheckpoints
 
 _WARM_UP_SHARE = 0.03  # as the decay, arXiv:2310.03744, appendix
 _CHECKPOINTING: dict[str, Any] = {

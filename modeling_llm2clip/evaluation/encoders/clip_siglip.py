@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from ...configs.evaluation_config import EncoderConfig
+from ...encoding.devices import find_device
 from ...loading_llm2clip import load_without_code
 from ...model_folders.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
@@ -29,7 +31,9 @@ from .descriptions import describe_image_processor
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    EncoderSettings,
+    choose_dtype,
+    describe_run,
+    dtype_argument,
     encode_distinct,
     load_rgb,
     require_images,
@@ -62,18 +66,19 @@ class ClipSiglipEncoder:
     Raises: ValueError when the folder's `model_type` is another one.
     """
 
-    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._settings = settings
+        self._config = config
         self._source = source
-        self._config: Any = load_without_code(AutoConfig, folder)
-        if self._config.model_type not in _RULES:
+        self._model_config: Any = load_without_code(AutoConfig, folder)
+        if self._model_config.model_type not in _RULES:
             raise ValueError(
-                f"{source} is a {self._config.model_type!r} model; this kind takes {FAMILIES}."
+                f"{source} is a {self._model_config.model_type!r} model; this type takes one of "
+                f"{', '.join(FAMILIES)}."
             )
-        self._rules = _RULES[self._config.model_type]
+        self._rules = _RULES[self._model_config.model_type]
         self._processor: Any = load_without_code(AutoProcessor, folder)
-        self._max_tokens = int(self._config.text_config.max_position_embeddings)
+        self._max_tokens = int(self._model_config.text_config.max_position_embeddings)
 
     def describe(self) -> EncoderDescription:
         """Say what decides the embeddings."""
@@ -88,7 +93,7 @@ class ClipSiglipEncoder:
             chosen,
             self._tokenize,
             lambda inputs: self._pooled(self._model.get_text_features(**inputs)),
-            self._settings,
+            self._config,
             unit="texts",
             size_of=lengths.__getitem__,
         )
@@ -102,7 +107,7 @@ class ClipSiglipEncoder:
             images,
             self._prepare_images,
             lambda inputs: self._pooled(self._model.get_image_features(**inputs)),
-            self._settings,
+            self._config,
             unit="images",
         )
 
@@ -139,7 +144,7 @@ class ClipSiglipEncoder:
     @cached_property
     def _model(self) -> Any:
         model, info = load_without_code(
-            AutoModel, self._folder, dtype=self._settings.dtype_argument, output_loading_info=True
+            AutoModel, self._folder, dtype=dtype_argument(self._config), output_loading_info=True
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -147,14 +152,14 @@ class ClipSiglipEncoder:
                 f"{self._source} lacks weights, which would be random: {lost[:5]}. Save the whole "
                 "model again."
             )
-        return model.to(self._settings.find_device()).eval()
+        return model.to(find_device(self._config.device)).eval()
 
     @cached_property
     def _description(self) -> EncoderDescription:
         weights = fingerprint_weights(self._folder)
         files = hash_files(self._folder, ("*.json", "*.txt", "*.model"))
         return EncoderDescription(
-            kind=self._config.model_type,
+            kind=self._model_config.model_type,
             source=self._source,
             fingerprint={"weights": weights["weights"], "files": files},
             text={
@@ -162,12 +167,12 @@ class ClipSiglipEncoder:
                 "max_tokens": self._max_tokens,
                 "padding": self._rules.padding + (", masked" if self._rules.masked else ", seen"),
                 "lower_case": self._rules.lower_case or is_uncased(self._processor.tokenizer),
-                "activation": describe_activation(self._config.text_config),
+                "activation": describe_activation(self._model_config.text_config),
             },
             images={
                 **describe_image_processor(self._processor.image_processor),
-                "activation": describe_activation(self._config.vision_config),
+                "activation": describe_activation(self._model_config.vision_config),
             },
-            dtype=self._settings.choose_dtype(weights["dtype"]),
-            run=self._settings.run,
+            dtype=choose_dtype(self._config, weights["dtype"]),
+            run=describe_run(self._config),
         )

@@ -14,63 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...configs.evaluation_config import EncoderConfig
 from ...data.image_sources import open_image
 from ...encoding.devices import find_device
 from ...encoding.float32 import float32_as_such
 from ...image_loading_llm2clip import load_images
-
-DTYPES = ("saved", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """How a model is run; nothing of it moves a score in float32.
-
-    Attributes:
-        device: see `find_device`.
-        dtype: of the weights: as they were `"saved"`, or cast to another one.
-        batch_size: most texts or images at a time; None for the default of the device.
-        show_progress: draw progress bars.
-    """
-
-    device: str = "auto"
-    dtype: str = "saved"
-    batch_size: int | None = None
-    show_progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is none of {DTYPES}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
-        if self.device != "auto":
-            self.find_device()
-
-    def find_device(self) -> torch.device:
-        """The device that these settings name."""
-        return find_device(self.device)
-
-    def choose_batch_size(self) -> int:
-        """The batch size, or the default of the device."""
-        return self.batch_size or (16 if self.find_device().type == "cpu" else 128)
-
-    def choose_dtype(self, saved: str) -> str:
-        """Name of the dtype of the weights, given that of the saved ones."""
-        return saved if self.dtype == "saved" else self.dtype
-
-    @property
-    def dtype_argument(self) -> str:
-        """What `from_pretrained` takes as `dtype`."""
-        return "auto" if self.dtype == "saved" else self.dtype
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """What a description says of them."""
-        return {
-            "device": str(self.find_device()),
-            "batch_size": self.choose_batch_size(),
-            "float32_products": "ieee",  # never TF32; see `encoding.float32`
-        }
 
 
 @dataclass(frozen=True)
@@ -140,12 +88,53 @@ class Encoder(Protocol):
         ...
 
 
+def choose_batch_size(config: EncoderConfig) -> int:
+    """Return the batch size, or the default of the device.
+
+    Args:
+        config: How a model is run.
+    """
+    return config.batch_size or (16 if find_device(config.device).type == "cpu" else 128)
+
+
+def choose_dtype(config: EncoderConfig, saved: str) -> str:
+    """Return the name of the dtype in which a model runs.
+
+    Args:
+        config: How it is run.
+        saved: Name of the dtype of its saved weights.
+    """
+    return saved if config.dtype == "saved" else config.dtype
+
+
+def dtype_argument(config: EncoderConfig) -> str:
+    """Return what `from_pretrained` takes as `dtype`.
+
+    Args:
+        config: How a model is run.
+    """
+    return "auto" if config.dtype == "saved" else config.dtype
+
+
+def describe_run(config: EncoderConfig) -> dict[str, Any]:
+    """Return what a description says of the run; it changes no score in float32.
+
+    Args:
+        config: How a model is run.
+    """
+    return {
+        "device": str(find_device(config.device)),
+        "batch_size": choose_batch_size(config),
+        "float32_products": "ieee",  # never TF32; see `encoding.float32`
+    }
+
+
 @torch.inference_mode()
 def encode_distinct(
     items: Sequence[Hashable],
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
-    settings: EncoderSettings,
+    config: EncoderConfig,
     *,
     unit: str,
     size_of: Callable[[Any], int] | None = None,
@@ -166,10 +155,10 @@ def encode_distinct(
     ordered = list(distinct)
     if size_of is not None:
         ordered.sort(key=size_of, reverse=True)
-    size = settings.choose_batch_size()
+    size = choose_batch_size(config)
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     embeddings: Tensor | None = None
-    progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not settings.show_progress)
+    progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not config.show_progress)
     with ThreadPoolExecutor(1) as pool, float32_as_such():
         ahead = pool.submit(prepare, batches[0])
         for number, batch in enumerate(batches):

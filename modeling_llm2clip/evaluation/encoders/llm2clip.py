@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...encoding.devices import find_device
 from ...encoding.encode import encode_images, encode_texts, measure_texts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
@@ -18,7 +20,7 @@ from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .activations import describe_activation
 from .descriptions import describe_image_processor
-from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
+from .encoder import EncodedTexts, EncoderDescription, choose_dtype, describe_run, dtype_argument
 from .letter_case import is_uncased
 
 # A batch of texts is given to the model as so many tokens a text.
@@ -28,13 +30,13 @@ _TOKENS_OF_A_TEXT = 64
 class LLM2CLIPEncoder:
     """An LLM2CLIP folder."""
 
-    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._settings = settings
+        self._config = config
         self._source = source
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
-        self._config = LLM2CLIPConfig.from_pretrained(folder)
-        warn_of_untrained(self._config, source)
+        self._model_config = LLM2CLIPConfig.from_pretrained(folder)
+        warn_of_untrained(self._model_config, source)
 
     def describe(self) -> EncoderDescription:
         """Say what decides the embeddings."""
@@ -42,13 +44,13 @@ class LLM2CLIPEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts through LLM, adapter and projection."""
-        size = self._settings.batch_size
+        size = self._config.batch_size
         embeds = encode_texts(
             self._model,
             self._processor,
             texts,
             token_budget=None if size is None else size * _TOKENS_OF_A_TEXT,
-            show_progress=self._settings.show_progress,
+            show_progress=self._config.show_progress,
         )
         _, is_truncated = measure_texts(self._processor, texts)
         return EncodedTexts(embeds, torch.from_numpy(is_truncated))
@@ -59,18 +61,18 @@ class LLM2CLIPEncoder:
             self._model,
             self._processor,
             images,
-            batch_size=self._settings.batch_size,
-            show_progress=self._settings.show_progress,
+            batch_size=self._config.batch_size,
+            show_progress=self._config.show_progress,
         )
 
     @cached_property
     def _model(self) -> LLM2CLIPModel:
-        model = LLM2CLIPModel.from_pretrained(self._folder, dtype=self._settings.dtype_argument)
-        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+        model = LLM2CLIPModel.from_pretrained(self._folder, dtype=dtype_argument(self._config))
+        return model.to(find_device(self._config.device)).eval()  # type: ignore[no-any-return]
 
     @cached_property
     def _description(self) -> EncoderDescription:
-        config = self._config
+        config = self._model_config
         text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
         model = fingerprint_model(self._folder)
         saved = model.pop("dtype")
@@ -103,7 +105,7 @@ class LLM2CLIPEncoder:
                 "pooling": vision["pooling"],
                 "activation": describe_activation(config.vision_config),
             },
-            dtype=self._settings.choose_dtype(saved),
-            run=self._settings.run,
+            dtype=choose_dtype(self._config, saved),
+            run=describe_run(self._config),
             untrained_parts=find_untrained_parts(config),
         )

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
+from ...encoding.devices import find_device
 from ...model_folders.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
 from .activations import describe_open_clip_activations
@@ -23,7 +25,7 @@ from .descriptions import OPENING
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    EncoderSettings,
+    describe_run,
     encode_distinct,
     load_rgb,
     require_images,
@@ -61,14 +63,14 @@ class OpenClipEncoder:
     def __init__(
         self,
         path: Path,
-        settings: EncoderSettings,
+        config: EncoderConfig,
         *,
         source: str,
         architecture: str | None = None,
         activation: str | None = None,
     ) -> None:
         self._open_clip = import_open_clip()
-        self._settings = settings
+        self._config = config
         self._source = source
         self._path = path
         given = {"architecture": architecture, "activation": activation}
@@ -98,8 +100,8 @@ class OpenClipEncoder:
         embeds = encode_distinct(
             texts,
             self._tokenizer,
-            lambda ids: self._model.encode_text(ids.to(self._settings.find_device())),
-            self._settings,
+            lambda ids: self._model.encode_text(ids.to(find_device(self._config.device))),
+            self._config,
             unit="texts",
         )
         is_truncated = {text: self._count_tokens(text) > self._max_tokens for text in set(texts)}
@@ -112,13 +114,13 @@ class OpenClipEncoder:
             images,
             lambda batch: torch.stack([self._transform(p) for p in load_rgb(batch)]),
             lambda pixels: self._model.encode_image(self._cast(pixels)),
-            self._settings,
+            self._config,
             unit="images",
         )
 
     def _cast(self, pixels: Tensor) -> Tensor:
         dtype = getattr(torch, self._description.dtype)
-        return pixels.to(self._settings.find_device(), dtype=dtype)
+        return pixels.to(find_device(self._config.device), dtype=dtype)
 
     def _count_tokens(self, text: str) -> int:
         """Tokens with the begin and end, before anything is cut."""
@@ -160,7 +162,7 @@ class OpenClipEncoder:
             pretrained=self._pretrained,
             force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
             precision=_PRECISIONS[self._description.dtype],
-            device=self._settings.find_device(),
+            device=find_device(self._config.device),
             require_pretrained=True,
         )
         return model.eval()
@@ -210,8 +212,8 @@ class OpenClipEncoder:
                 "activation": activations["images"],
             },
             # What open_clip saves in half precision it still runs in float32, unless told.
-            dtype="float32" if self._settings.dtype == "saved" else self._settings.dtype,
-            run={**self._settings.run, "saved_dtype": saved},
+            dtype="float32" if self._config.dtype == "saved" else self._config.dtype,
+            run={**describe_run(self._config), "saved_dtype": saved},
         )
 
     def _fingerprint(self) -> tuple[dict[str, str], str]:

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from ..._extras import SENTENCE_TRANSFORMERS, require
+from ...configs.evaluation_config import EncoderConfig
+from ...encoding.devices import find_device
 from ...loading_llm2clip import naming_code
 from ...model_folders.fingerprint import fingerprint_weights
 from ...processing_llm2clip import check_texts
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    EncoderSettings,
+    choose_dtype,
+    describe_run,
+    dtype_argument,
     encode_distinct,
     load_rgb,
     require_images,
@@ -40,9 +44,9 @@ class SentenceTransformerEncoder:
     Raises: ValueError when sentence-transformers is not installed or `modules.json` is damaged.
     """
 
-    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._settings = settings
+        self._config = config
         self._source = source
         _import_sentence_transformers()
         first = list_modules(folder)[:1]
@@ -55,9 +59,7 @@ class SentenceTransformerEncoder:
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts with `encode`."""
         check_texts(list(texts))
-        embeds = encode_distinct(
-            texts, list, self._encode, self._settings, unit="texts", size_of=len
-        )
+        embeds = encode_distinct(texts, list, self._encode, self._config, unit="texts", size_of=len)
         return EncodedTexts(embeds, self._find_cut(texts))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
@@ -68,7 +70,7 @@ class SentenceTransformerEncoder:
                 f"{self._source} is a sentence-transformers model for "
                 f"{list(self._facts.modalities)}; it takes no images. Give it text tasks."
             )
-        return encode_distinct(images, load_rgb, self._encode, self._settings, unit="images")
+        return encode_distinct(images, load_rgb, self._encode, self._config, unit="images")
 
     def _encode(self, batch: list[Any]) -> Tensor:
         embeddings: Tensor = self._model.encode(
@@ -98,11 +100,11 @@ class SentenceTransformerEncoder:
 
     @cached_property
     def _model(self) -> Any:
-        dtype = self._settings.dtype_argument
+        dtype = dtype_argument(self._config)
         with naming_code(self._folder):
             model = _import_sentence_transformers().SentenceTransformer(
                 str(self._folder),
-                device=str(self._settings.find_device()),
+                device=str(find_device(self._config.device)),
                 model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
                 trust_remote_code=False,
                 local_files_only=True,
@@ -127,8 +129,8 @@ class SentenceTransformerEncoder:
                 "activation": facts.activation,
             },
             images=facts.images,
-            dtype=self._settings.choose_dtype(weights["dtype"]),
-            run=self._settings.run,
+            dtype=choose_dtype(self._config, weights["dtype"]),
+            run=describe_run(self._config),
         )
 
 

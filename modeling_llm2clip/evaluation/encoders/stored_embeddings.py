@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
 from ...data.data_hashes import hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage
+from ...encoding.devices import find_device
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,
@@ -32,7 +34,7 @@ from ...model_folders.fingerprint import (
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
-from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
+from .encoder import EncodedTexts, EncoderDescription, choose_dtype, dtype_argument
 
 _SHOWN = 5
 _SIDE_OF_CONTENT = {"caption_embeds": "texts", "vision_embeds": "images"}
@@ -72,14 +74,14 @@ class StoredEmbeddingsEncoder:
     def __init__(
         self,
         folder: Path,
-        settings: EncoderSettings,
+        config: EncoderConfig,
         *,
         source: str,
         records: Sequence[CaptionedImage] | None = None,
         head: Path | None = None,
     ) -> None:
         self._folder = folder
-        self._settings = settings
+        self._config = config
         self._source = source
         self._head_folder = head
         self._untrained_parts: tuple[str, ...] = ()
@@ -153,16 +155,14 @@ class StoredEmbeddingsEncoder:
 
     @torch.inference_mode()
     def _project(self, project: Callable[[Tensor], Tensor], embeds: Tensor) -> Tensor:
-        return project(embeds.to(self._settings.find_device())).cpu()
+        return project(embeds.to(find_device(self._config.device))).cpu()
 
     @cached_property
     def _head(self) -> LLM2CLIPModel | None:
         if self._head_folder is None:
             return None
-        model = LLM2CLIPModel.from_pretrained(
-            self._head_folder, dtype=self._settings.dtype_argument
-        )
-        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+        model = LLM2CLIPModel.from_pretrained(self._head_folder, dtype=dtype_argument(self._config))
+        return model.to(find_device(self._config.device)).eval()  # type: ignore[no-any-return]
 
     @cached_property
     def _description(self) -> EncoderDescription:
@@ -175,7 +175,7 @@ class StoredEmbeddingsEncoder:
         dtypes = {side.dtype for side in self._sides.values()}
         if head is not None:
             of_head = fingerprint_model(head)
-            dtypes.add(self._settings.choose_dtype(of_head.pop("dtype")))
+            dtypes.add(choose_dtype(self._config, of_head.pop("dtype")))
             fingerprint |= {f"head {name}": value for name, value in of_head.items()}
         kind = "stores" if self._is_store else "named embeddings"
         sides = {

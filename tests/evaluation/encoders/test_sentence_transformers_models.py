@@ -28,7 +28,10 @@ def test_our_folder_is_a_sentence_transformer_where_that_is_asked_for(
     models: Any, images: list[Path]
 ) -> None:
     folder = models("llm2clip")
-    as_ours, as_theirs = load_encoder(folder), load_encoder(folder, kind="sentence-transformers")
+    as_ours, as_theirs = (
+        load_encoder(folder),
+        load_encoder(folder, model_type="sentence-transformers"),
+    )
     ours, theirs = encode(as_ours, images), encode(as_theirs, images)
     described = [encoder.describe().images or {} for encoder in (as_ours, as_theirs)]
     assert described[0]["resize"] == described[1]["resize"] == {"height": 32, "width": 32}

@@ -13,18 +13,17 @@ import torch.nn.functional as F
 from tiny_encoders import TEXTS, save_tiny_images
 from tiny_folders import export_tiny_model
 
+from modeling_llm2clip.configs.evaluation_config import (
+    EncoderConfig,
+    EvaluatedModel,
+    EvaluationConfig,
+)
 from modeling_llm2clip.data.named_embeddings import (
     side_file,
     write_named_embeddings,
 )
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
@@ -128,9 +127,9 @@ def test_the_head_and_its_dtype_are_of_the_run(extracted: Any, tmp_path: Path) -
     described = [
         load_encoder(root / "stores", settings, records=records, head=head).describe()
         for head, settings in (
-            (model, EncoderSettings()),
-            (other, EncoderSettings()),
-            (model, EncoderSettings(dtype="bfloat16")),
+            (model, EncoderConfig()),
+            (other, EncoderConfig()),
+            (model, EncoderConfig(dtype="bfloat16")),
         )
     ]
     assert described[0].fingerprint != described[1].fingerprint
@@ -166,15 +165,13 @@ def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -
 def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
     root, model, _ = extracted
     stores = EvaluatedModel(
-        str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
+        source=str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
     )
     stored, ours = evaluate(
-        EvaluationArguments(
-            models=(stores, EvaluatedModel(str(model))),
-            data=(EvaluatedDataset("folder", str(root / "data")),),
-            tasks=("retrieval",),
-            output=tmp_path,
-        )
+        [stores, model],
+        root / "data",
+        EvaluationConfig(output=tmp_path, show_progress=False),
+        tasks=("retrieval",),
     )
     assert stored.scores == ours.scores
     assert stored.protocol["model"]["kind"] == "embeddings"

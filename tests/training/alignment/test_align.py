@@ -22,10 +22,10 @@ from shared_models import every_vision
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
-from modeling_llm2clip.model_folders.model_card_data import read_card_facts
-from modeling_llm2clip.publishing.assemble import assemble_folder
+from modeling_llm2clip.model_folders.model_card_data import read_card_data
+from modeling_llm2clip.model_folders.model_writing import save_trained_model
 
 
 def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
@@ -33,15 +33,15 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
 ) -> None:
     result = prepared.align(tmp_path / "run")
     assert result.trained is not None
-    assert assemble_folder(prepared.model, result.trained, tmp_path / "model")
+    assert save_trained_model(prepared.model, result.trained, tmp_path / "model")
     changed = names_that_differ(prepared.model, tmp_path / "model")
     assert changed and not [name for name in changed if name.startswith(TOWERS)]
     assert changed <= set(result.trained)
     losses = read_losses(tmp_path / "run")
     assert len(losses) == SHORT_RUN["steps"] and losses[6] < losses[1]
-    diagnosis = check_model(tmp_path / "model")
-    assert diagnosis.healthy, diagnosis.report()
-    golden = next(check for check in diagnosis.checks if check.name == "golden embeddings")
+    report = check_model(tmp_path / "model")
+    assert report.healthy, str(report)
+    golden = next(check for check in report.checks if check.name == "golden embeddings")
     assert golden.passed and not golden.skipped
 
 
@@ -53,7 +53,7 @@ def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
     here = prepare(tmp_path / "parts", vision=vision)
     result = here.align(tmp_path / "run", vision_training="full", steps=2, lr=0.05)
     assert result.trained is not None
-    assemble_folder(here.model, result.trained, tmp_path / "model")
+    save_trained_model(here.model, result.trained, tmp_path / "model")
     changed = names_that_differ(here.model, tmp_path / "model")
     assert any(name.startswith("vision_model.") for name in changed)
     assert not any(name.startswith("text_model.") for name in changed)
@@ -69,7 +69,7 @@ def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype
     result = here.align(tmp_path / "run", vision_training=vision, text_training=text)
     assert result.trained is not None
     assert result.trained["text_projection.weight"].dtype == torch.float32
-    assemble_folder(here.model, result.trained, tmp_path / "model")
+    save_trained_model(here.model, result.trained, tmp_path / "model")
     before, after = weights_of(here.model), weights_of(tmp_path / "model")
     assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
     assert check_model(tmp_path / "model").healthy
@@ -83,7 +83,7 @@ def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> 
     model.save_pretrained(sharded, max_shard_size="60KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     moved = model.text_projection.weight.detach() + 1
-    assemble_folder(sharded, {"text_projection.weight": moved}, tmp_path / "model")
+    save_trained_model(sharded, {"text_projection.weight": moved}, tmp_path / "model")
     names = {path.name for path in sharded.iterdir()}
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
     assert names_that_differ(sharded, tmp_path / "model") == {"text_projection.weight"}
@@ -97,7 +97,7 @@ def test_a_source_without_recorded_captions_gets_no_golden_embeddings(
     shutil.copytree(prepared.model, old)
     (old / "golden_embeddings.safetensors").unlink()
     trained = {"logit_scale.log_scale": torch.ones(1)}
-    assert not assemble_folder(old, trained, tmp_path / "model")
+    assert not save_trained_model(old, trained, tmp_path / "model")
     assert not (tmp_path / "model" / "golden_embeddings.safetensors").exists()
     assert check_model(tmp_path / "model").healthy
 
@@ -109,7 +109,7 @@ def test_a_lora_trains_and_merges_into_the_folder(
     pytest.importorskip("peft")
     result = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, lr=0.02)
     assert result.trained is not None
-    assemble_folder(prepared.model, result.trained, tmp_path / "model")
+    save_trained_model(prepared.model, result.trained, tmp_path / "model")
     changed = names_that_differ(prepared.model, tmp_path / "model")
     prefix = f"{training}_model."
     assert any(name.startswith(prefix) for name in changed)
@@ -119,9 +119,9 @@ def test_a_lora_trains_and_merges_into_the_folder(
 
 def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no place for 1 trained weights \['elsewhere'\]"):
-        assemble_folder(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
+        save_trained_model(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
     with pytest.raises(ValueError, match=r"1 have another shape.*\(2,\), \(1,\)"):
-        assemble_folder(
+        save_trained_model(
             prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
         )
     assert not (tmp_path / "model").exists()
@@ -134,4 +134,4 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     command = command_of(prepared, tmp_path / "run", steps=1, vision_training="frozen")
     command[2] = "."
     assert main(command) == 0
-    assert read_card_facts(tmp_path / "run" / "model").training_data == ("data",)
+    assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from aligning import SHORT_RUN, Prepared, command_of, prepare, read_losses, read_tensorboard_losses
 from gloo_workers import find_free_port
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 
 ROOT = Path(__file__).parents[3]
 

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, read_losses
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from transformers import Trainer
 
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
     AlignmentTrainer,
     ClampTemperature,
 )
 from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_groups(

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, write_data
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.training.alignment.align import align, check_processes
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 

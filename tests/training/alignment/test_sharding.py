@@ -15,9 +15,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from aligning import Prepared, prepare
 from gloo_workers import NUM_ROWS, backward_module, load_trained, make_batch
-from torch import Tensor
-
 from modeling_llm2clip.training.alignment.sharding import keep_scores_in_float32
+from torch import Tensor
 
 
 @pytest.fixture

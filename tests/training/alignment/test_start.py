@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from aligning import Prepared, prepare
-
-from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.training.alignment.align_arguments import LEAST_DEFAULT_STEPS, AlignArguments
+
+from modeling_llm2clip.model_folders.model_writing import save_trained_model
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import (
@@ -119,7 +119,7 @@ def test_auto_keeps_a_trained_model_that_is_better_than_the_closed_form(
     many = prepare(tmp_path / "many", num_colored=600, trained=False)
     first = many.align_stored(tmp_path / "first", steps=1)
     assert first.trained is not None
-    assemble_folder(many.model, first.trained, tmp_path / "model")
+    save_trained_model(many.model, first.trained, tmp_path / "model")
     trained = Prepared(few.data, tmp_path / "model", few.captions, few.images)
     result = trained.align_stored(tmp_path / "kept", steps=1)
     assert result.start.kind == "as-is" and result.start.is_trained
@@ -133,7 +133,7 @@ def test_a_model_of_noise_is_near_chance_and_says_so(prepared: Prepared, tmp_pat
     assert result.after is not None and result.after.is_near_chance
     caution = find_caution(result)
     assert caution is not None and result.trained is not None
-    assemble_folder(
+    save_trained_model(
         prepared.model,
         result.trained,
         tmp_path / "model",

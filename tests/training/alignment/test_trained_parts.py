@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from aligning import SHORT_RUN, TOWERS, Prepared, skip_where_transformers_renames
+from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.training.alignment.optimization import warm_up_then_cosine
 from shared_models import every_vision
 from tiny import draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.encoding.compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
-from modeling_llm2clip.publishing.export_model import save_model
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
@@ -24,7 +25,6 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     RunLength,
     make_training_arguments,
 )
-from modeling_llm2clip.training.alignment.optimization import warm_up_then_cosine
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
     find_attention_linears,

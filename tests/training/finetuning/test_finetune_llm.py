@@ -115,7 +115,7 @@ def test_merged_equals_unmerged(run, tmp_path):
 
 def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
     instructions = {"query": "Find the image: "}
-    source = save_model(*tiny_model(), tmp_path / "base", prompts=instructions)
+    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
     (source / "conversion.json").write_text("{}")
     merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
     assert read_instructions(merged) == instructions

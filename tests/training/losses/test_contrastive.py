@@ -24,7 +24,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, contrastive_loss
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
 
 WHOLE = slice(0, NUM_ROWS)

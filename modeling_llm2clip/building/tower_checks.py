@@ -1,34 +1,47 @@
-"""Tests from the outside whether every token of a text tower sees every other one."""
+"""Checks of a tower by running it: attention in both directions, the same embedding every time."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..model_folders.golden_embeddings import render_golden_images
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+
 _LENGTH = 6
-# What a forward pass raises that does not take to being bidirectional.
+# What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
 _MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 # A causal position does not move at all. A bidirectional one moves by far more than rounding.
 _LEAST_MOVE = 1e-4
-# One layer alone: how far tokens move with a later one, as a share of how far with an earlier one.
+# One layer alone: how far tokens move with a later one, relative to how far with an earlier one.
 # Bidirectional layers have at least 0.4 (tiny ones of every family, all 30 of SmolLM2-135M, float32
 # and bfloat16), causal ones 0 or rounding (at most 1e-7).
 _LEAST_SHARE_AHEAD = 1e-2
-# Experts that get another number of tokens add up in another order, so that tokens that see no
-# other move all the same: at most 3e-7 in float32. A state space moves by 0.1 and more.
+# Experts that get another number of tokens sum in another order, so that tokens that see no other
+# one move nevertheless: at most 3e-7 in float32. A state space model moves by 0.1 and more.
 _ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 # Padded and unpadded runs differ by the order of sums only.
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
+# Two runs over an image may sum in another order; random sampling moves the embedding far more.
+_MOST_DIFFERENCE = 0.02
+# What a model passes to a vision tower.
+_VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
 
 @torch.no_grad()
 def measure_text_width(text_model: PreTrainedModel) -> int:
-    """Width of the hidden states that a text tower returns, which its configuration may not say.
+    """Return the width of a text tower's hidden states, which its configuration may not state.
 
-    Raises: ValueError for one that returns none for a few tokens.
+    Args:
+        text_model: LLM without its head.
+
+    Raises:
+        ValueError: Its forward pass fails on a few tokens.
     """
     ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
     try:
@@ -42,12 +55,15 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
-    """Change the last token and watch those before it, with and without padding.
+    """Perturb the last token and check that the first one changes, with and without padding.
 
-    Of the whole the first position is watched. One layer that looks both ways is enough to move
-    it, so each layer is also tried alone.
+    Each layer is also tested separately, because one bidirectional layer can mask a causal one.
 
-    Returns: what is wrong, in words; empty for a tower that is bidirectional on every path.
+    Args:
+        text_model: LLM without its head.
+
+    Returns:
+        What is wrong, in words; empty for a tower that is bidirectional on every path.
     """
     ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
     ids = ids % text_model.config.vocab_size
@@ -57,19 +73,19 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
     errors = []
     plain: Tensor | None = None
     for num_pads, name in ((0, "without padding"), (3, "with padding")):
-        with _LayerCheck(layers) as probe:
+        with _LayerCheck(layers) as check:
             before = _run(text_model, ids, num_pads=num_pads)
         plain = before if plain is None else plain
         after = _run(text_model, changed, num_pads=num_pads)
         moved = _relative(before[0, 0], after[0, 0])
         if not moved > _LEAST_MOVE:
             errors.append(f"{name}, the first token does not see the last (moved by {moved:.1e})")
-        elif causal := probe.list_causal():
+        elif causal := check.list_causal():
             errors.append(
                 f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
                 f"number {causal[0]})"
             )
-        elif parts := probe.list_causal_parts():
+        elif parts := check.list_causal_parts():
             errors.append(
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
                 "beside them does, which hides it)"
@@ -78,12 +94,19 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
         if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
             errors.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
     if not layers:
-        errors.append("its layers are in no list of modules, so that each could be tried alone")
+        errors.append("its layers are not in a list of modules, so none can be tested alone")
     return errors
 
 
 def require_bidirectional(text_model: PreTrainedModel) -> None:
-    """Raise ValueError with the reason when a tower is not bidirectional on every path."""
+    """Refuse a text tower that is not bidirectional on every path.
+
+    Args:
+        text_model: LLM without its head.
+
+    Raises:
+        ValueError: It is not; the message says where.
+    """
     try:
         errors = find_attention_errors(text_model)
     except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
@@ -99,8 +122,8 @@ def require_bidirectional(text_model: PreTrainedModel) -> None:
 class _LayerCheck:
     """While it is open, runs every layer again: with another last token, and another first one.
 
-    So it does with the parts of a layer: one that is causal by its nature, as a state space is, may
-    stand beside attention that looks ahead.
+    It does the same with the parts of a layer, because a part that is causal by nature, such as a
+    state space model, may be beside attention that is bidirectional.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -126,11 +149,11 @@ class _LayerCheck:
             handle.remove()
 
     def list_causal(self) -> list[int]:
-        """Numbers of the layers that look back and not ahead; one that never ran counts too."""
+        """List the layers that look back but not ahead, by number, or that never ran."""
         return [n for n in range(len(self._layers)) if not self._looks_ahead.get(n, False)]
 
     def list_causal_parts(self) -> list[str]:
-        """Names of the parts of any layer that look back and not ahead."""
+        """List the parts of any layer that look back but not ahead, by name."""
         return list(self._causal_parts)
 
     def _make_hook(self, number: int) -> Any:
@@ -159,7 +182,7 @@ class _LayerCheck:
         output: Any,
         residual: Tensor | None,
     ) -> bool:
-        """Whether it looks ahead, or neither way, since no token of it sees another."""
+        """Return whether a module looks ahead, or neither way, as one without attention."""
         self._is_running_again = True
         ahead, back = (
             _move_between(output, _run_changed(module, own, args, kwargs, position), residual)
@@ -181,17 +204,16 @@ def _run_changed(
 
 
 def _is_of_tokens(value: Any) -> bool:
-    """Whether it is, or begins with, floating-point states of the probe's tokens, (…, L, D)."""
+    """Return whether it is, or begins with, floating-point states of the tokens, (…, L, D)."""
     hidden = _take_hidden(value)
     is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim >= 2
     return is_tensor and hidden.shape[-2] >= _LENGTH
 
 
 def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
-    """How far the tokens between the ends move at most, relative to what is made of them.
+    """Return how far the tokens between the ends move at most, relative to their own size.
 
-    Args:
-        residual: what a layer adds to, which is taken off: large numbers in it would hide a change.
+    A layer's residual is subtracted first: large numbers in it would hide a change.
     """
     base = 0.0 if residual is None else residual.float()
     before, after = (
@@ -202,7 +224,7 @@ def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
 
 
 def _list_layers(text_model: nn.Module) -> nn.ModuleList:
-    """Find the decoder's layers, under whatever name; empty where there is no such list."""
+    """Find the decoder's layers, under any name; empty where there is no such list."""
     config: Any = text_model.config
     count = getattr(config, "num_hidden_layers", None)
     lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
@@ -226,3 +248,61 @@ def _run(text_model: PreTrainedModel, ids: Tensor, *, num_pads: int) -> Tensor:
 def _relative(before: Tensor, after: Tensor) -> float:
     difference = (before.float() - after.float()).norm()
     return float(difference / before.float().norm().clamp(min=1e-12))
+
+
+def require_pixels_alone(vision_model: PreTrainedModel) -> None:
+    """Refuse a vision tower that needs more than pixels, as those inside some MLLMs do.
+
+    Args:
+        vision_model: Vision tower.
+
+    Raises:
+        ValueError: It has further required inputs.
+    """
+    parameters = inspect.signature(vision_model.forward).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in _VISION_INPUTS
+    ]
+    if needed:
+        raise ValueError(
+            f"The {vision_model.config.model_type!r} tower needs {' and '.join(needed)}, which its "
+            "MLLM computes for it, and gives no embedding of the whole image. LLM2CLIP gives a "
+            "tower pixel_values alone. Take CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT or a timm "
+            "network."
+        )
+
+
+@torch.inference_mode()
+def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a model whose vision tower gives an image another embedding in a second run.
+
+    Masked autoencoders, for one, also mask random patches when they encode.
+
+    Args:
+        model: Whole model.
+        processor: Its processor.
+
+    Raises:
+        ValueError: The embeddings differ, or the forward pass fails.
+    """
+    inputs = processor(images=render_golden_images()[:1]).to(model.device)
+    try:
+        first, second = (model.get_image_features(**inputs).pooler_output for _ in range(2))
+    except _MODEL_ERRORS as error:
+        raise ValueError(
+            f"The {model.config.vision_config.model_type!r} tower cannot be used as it is built "
+            f"here: its forward pass fails ({type(error).__name__}: {error}). Choose another "
+            "vision pooling, or take another vision tower."
+        ) from error
+    assert first is not None and second is not None
+    difference = float((first - second).norm() / first.norm())
+    if not difference <= _MOST_DIFFERENCE:
+        raise ValueError(
+            f"The {model.config.vision_config.model_type!r} tower gives one image another "
+            f"embedding each time (they differ by {difference:.0%}): it samples at random when it "
+            "encodes, or gives NaN. Take another vision tower."
+        )

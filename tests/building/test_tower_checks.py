@@ -1,4 +1,4 @@
-"""The probe tells from outside whether a decoder sees both ways, on every path."""
+"""The checks find from outside whether a decoder is bidirectional on every path."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from modeling_llm2clip.encoding.text_encoding import encode_captions
 from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.building.attention_checks import find_attention_errors, require_bidirectional
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.tower_checks import find_attention_errors, require_bidirectional
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 
 BLIND = r"first token does not see the last"
@@ -106,7 +106,7 @@ def test_building_refuses_a_decoder_that_stays_causal(family: str) -> None:
     decoder = build_decoder(family, REFUSED[family])
     arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
     with pytest.raises(ValueError, match=rf"{family}' family cannot be made bidirectional"):
-        build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
 
 
 # Families with causal layers among others: each passes where the first token alone is watched.
@@ -159,7 +159,7 @@ def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
     with pytest.raises(
         ValueError, match=r"'falcon_h1' family cannot .* do not look ahead: mamba \(FalconH1Mixer\)"
     ):
-        build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -176,16 +176,16 @@ def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_come
     pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
     decoder = build_decoder(family, OTHER_WIDTHS[family])
     arguments = BuildConfig(prompt="llama-3", max_text_length=32, projection_dim=8)
-    model, processor = build_model(*tiny_vision(), decoder, tiny_tokenizer(), arguments)
+    model, processor = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
     assert model.config.text_width == 48 != model.config.text_config.hidden_size
     captions = ["a dog", "two red apples on a wooden table"]
-    before = encode_texts(model, processor, captions, project=False)
+    before = encode_captions(model, processor, captions).caption_embeds
     assert before.shape == (2, 48)
     folder = save_model(model, processor, tmp_path / "model")
-    diagnosis = check_model(folder)
-    assert diagnosis.healthy, diagnosis.report()
+    report = check_model(folder)
+    assert report.healthy, str(report)
     loaded = LLM2CLIPModel.from_pretrained(folder)
-    assert torch.equal(encode_texts(loaded, processor, captions, project=False), before)
+    assert torch.equal(encode_captions(loaded, processor, captions).caption_embeds, before)
     assert AlignmentModel.from_pretrained(folder).text_projection.in_features == 48
 
 
@@ -238,4 +238,4 @@ def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
 
 def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:
     errors = find_attention_errors(LeakyPadding(Mixing()))  # type: ignore[arg-type]
-    assert errors[-1].startswith("its layers are in no list of modules")
+    assert errors[-1].startswith("its layers are not in a list of modules")
