@@ -400,10 +400,6 @@ def _project(
     return torch.cat(parts)
 
 
-def _to_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    return [value.to(device) for value in inputs]
-
-
 def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
     longest = max(len(row) for row in ids)
     input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)

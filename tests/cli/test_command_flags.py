@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modeling_llm2clip.search.result_formats import FORMATS
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
-from modeling_llm2clip.search.result_formats import FORMATS
 from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
