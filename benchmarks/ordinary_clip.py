@@ -26,6 +26,8 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.feature_alignment import descend, sample_batches
 from modeling_llm2clip.demo.stages import list_training_texts
 from modeling_llm2clip.image_loading_llm2clip import load_images
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 _LARGEST_SCALE = 100.0
 _TEXTS_AT_A_TIME = 64
