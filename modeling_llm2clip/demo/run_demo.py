@@ -21,7 +21,7 @@ from ..configs.build_config import BuildConfig, Prompt
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..encoding.devices import find_device
-from ..evaluation.datasets.readers.own_records import EMOJI_SEED
+from ..evaluation.datasets.catalog.emoji import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
 from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from shared_models import CAPTIONS, shared_model
-from tiny_encoders import MODEL_KINDS, TEXTS
+from tiny_encoders import MODEL_TYPES, TEXTS
 from torch import nn
 
 from modeling_llm2clip.doctor.check_model import check_model
@@ -63,7 +63,7 @@ def test_images_and_captions_are_encoded_without_it(
     assert seen == EXACT
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_every_encoder_is_evaluated_without_it(
     kind: str, models: Any, images: list[Path], seen: set[tuple[str, str]]
 ) -> None:
