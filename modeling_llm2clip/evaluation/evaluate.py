@@ -150,15 +150,15 @@ def _require_choices(
 
 def _read_files(config: EvaluationConfig) -> EvaluationConfig:
     """Put the lines of files in the place of their paths."""
-    lines = {
-        name: _read_lines(path, option=name)
-        for name in ("class_names", "templates")
-        if isinstance(path := getattr(config, name), Path)
-    }
-    return replace(config, **lines)
+    names, templates = config.class_names, config.templates
+    return replace(
+        config,
+        class_names=_read_lines(names, "class_names") if isinstance(names, Path) else names,
+        templates=_read_lines(templates, "templates") if isinstance(templates, Path) else templates,
+    )
 
 
-def _read_lines(file: Path, *, option: str) -> tuple[str, ...]:
+def _read_lines(file: Path, option: str) -> tuple[str, ...]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors write the mark
     except (OSError, UnicodeDecodeError) as error:

@@ -86,9 +86,9 @@ class StoredEmbeddingsEncoder:
         self._head_folder = head
         self._untrained_parts: tuple[str, ...] = ()
         if head is not None:
-            config = LLM2CLIPConfig.from_pretrained(head)
-            self._untrained_parts = find_untrained_parts(config)
-            warn_of_untrained(config, head)
+            model_config = LLM2CLIPConfig.from_pretrained(head)
+            self._untrained_parts = find_untrained_parts(model_config)
+            warn_of_untrained(model_config, head)
         named = {side: side_file(folder, side) for side in SIDES}
         self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
         self._is_store = not self._sides
