@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..encoding.float32 import float32_as_such
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -64,16 +64,12 @@ def compute_golden(
         `text_embeds` (T, P) and `image_embeds` (2, P), float32 of unit length on the CPU; only one
         of them for a text-only or vision-only model.
     """
-    features = {}
+    embeddings = {}
     if hasattr(model, "text_model"):
-        inputs = processor(text=list(texts)).to(model.device)
-        features["text_embeds"] = model.get_text_features(**inputs)
+        embeddings["text_embeds"] = encode_texts(model, processor, texts)
     if hasattr(model, "vision_model"):
-        inputs = processor(images=render_golden_images()).to(model.device)
-        features["image_embeds"] = model.get_image_features(**inputs)
-    return {
-        name: F.normalize(output.pooler_output, dim=-1).cpu() for name, output in features.items()
-    }
+        embeddings["image_embeds"] = encode_images(model, processor, render_golden_images())
+    return embeddings
 
 
 @torch.inference_mode()
@@ -94,8 +90,7 @@ def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None
     """
     embeddings = compute_golden(model, processor)
     if hasattr(model, "text_model"):
-        inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
-        embeddings["caption_embeds"] = model.get_caption_embeds(**inputs)
+        embeddings["caption_embeds"] = encode_texts(model, processor, GOLDEN_TEXTS, project=False)
     _save(folder, {**embeddings, **read_temperature(model)}, list(GOLDEN_TEXTS), model.dtype)
 
 
@@ -123,13 +118,9 @@ def renew_golden(
         return False
     texts, recorded = golden
     caption_embeds = recorded["caption_embeds"]
-    images = processor(images=render_golden_images()).to(model.device)
-    text_features = model.project_caption_embeds(caption_embeds.to(model.device))
-    image_features = model.get_image_features(**images).pooler_output
-    assert image_features is not None
     embeddings = {
-        "text_embeds": F.normalize(text_features, dim=-1),
-        "image_embeds": F.normalize(image_features, dim=-1),
+        "text_embeds": project_captions(model, caption_embeds),
+        "image_embeds": encode_images(model, processor, render_golden_images()),
         "caption_embeds": caption_embeds,
         **read_temperature(model),
     }
