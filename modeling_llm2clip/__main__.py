@@ -26,6 +26,7 @@ from .cli.library_warnings import hide_known_warnings
 from .cli.push import push
 from .cli.search import search
 from .cli.tag import tag
+from .training.graceful_stop import StageInterrupt
 
 LINE = CommandLine(
     "llm2clip",
@@ -59,15 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = LINE.parse(words)
         hide_known_warnings()
         return run() or 0
-    except KeyboardInterrupt as error:
-        said = str(error) or "Interrupted. No partially written folder will load as a model."
-        print(f"llm2clip: {said}", file=sys.stderr)
-        return 128 + int(getattr(error, "signal", signal.SIGINT))
+    except StageInterrupt as error:
+        if message := str(error):  # that of the main process
+            print(f"llm2clip: {message}", file=sys.stderr)
+        return 128 + error.signal
+    except KeyboardInterrupt:
+        print("llm2clip: Interrupted. No partially written folder will load as a model.",
+              file=sys.stderr)  # fmt: skip
+        return 128 + signal.SIGINT
     except Exception as error:
-        message = _describe(error, command)
-        if message is None:  # an error of ours, whose traceback is wanted
+        described = _describe(error, command)
+        if described is None:  # an error of ours, whose traceback is wanted
             raise
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {described}", file=sys.stderr)
         return 2
 
 

@@ -32,7 +32,7 @@ from .tower_checks import (
     require_deterministic,
     require_pixels_alone,
 )
-from .tower_loading import require_sources
+from .tower_sources import require_sources
 from .vision_towers import load_vision_tower
 
 # A Hub id or folder, or a loaded tower with its image processor.

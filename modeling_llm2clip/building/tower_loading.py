@@ -1,9 +1,8 @@
-"""What loading both towers shares: an account of every key, sources that exist, clear errors."""
+"""What loading both towers shares: an account of every key, and errors that name the source."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,43 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..loading_llm2clip import load_without_code
-from ..model_folders.lora_base import LORA_CONFIG
 
-# Older Hub repositories have no owner ("gpt2").
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
 _NAMES_SHOWN = 8
-
-
-def require_sources(
-    *,
-    vision: str | Path | None = None,
-    text: str | Path | None = None,
-    lora: str | Path | None = None,
-) -> None:
-    """Refuse sources that are neither there nor named as on the Hub, before anything is loaded.
-
-    Args:
-        vision: Hub id or folder of a vision tower.
-        text: Hub id, folder, or a `.gguf` file of a language model, also of a Hub repository
-            (`owner/name/FILE.gguf`).
-        lora: Hub id or folder of a LoRA.
-
-    Raises:
-        ValueError: It names every such source.
-    """
-    errors = []
-    if vision is not None:
-        errors.append(_find_error("vision tower", Path(vision), file="config.json"))
-    if text is not None and Path(text).suffix == ".gguf":
-        errors.append(_find_error_of_gguf(Path(text)))
-    elif text is not None:
-        errors.append(_find_error("language model", Path(text), file="config.json"))
-    if lora is not None:
-        errors.append(_find_error("LoRA", Path(lora), file=LORA_CONFIG))
-    if found := [error for error in errors if error]:
-        raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
 
 
 @contextmanager
@@ -176,21 +142,3 @@ def _is_needed(record: logging.LogRecord) -> bool:
     """Return whether it is not a table of keys, or one that an error of transformers refers to."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
-
-
-def _find_error(what: str, source: Path, *, file: str) -> str | None:
-    if source.is_dir():
-        if (source / file).is_file():
-            return None
-        return f"{source}: the folder has no {file}, so it does not hold a {what}"
-    if source.exists():
-        return f"{source}: a file; the {what} must be a folder or a Hub id"
-    if _HUB_ID.fullmatch(str(source)):
-        return None
-    return f"{source}: no such {what}: no folder of this name, and no Hub id like 'owner/name'"
-
-
-def _find_error_of_gguf(source: Path) -> str | None:
-    if source.is_file() or (_HUB_ID.fullmatch(str(source.parent)) and "/" in str(source.parent)):
-        return None
-    return f"{source}: no such .gguf file, and no file of a Hub repository like 'owner/name/FILE'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
             f"No image processor of transformers prepares images as this timm network needs them: "
             f"{'; '.join(errors)}. Take another network of timm."
         )
-    resized = {"height": math.floor(height / ratio), "width": math.floor(width / ratio)}
+    resized = {"height": int(height / ratio), "width": int(width / ratio)}
     return CLIPImageProcessor(
         size={"shortest_edge": resized["height"]} if crop_mode == "center" else resized,
         do_center_crop=crop_mode == "center" or ratio != 1.0,

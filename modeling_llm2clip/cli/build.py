@@ -38,7 +38,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         output: Folder to write.
         config: How they are joined.
     """
-    from ..building.tower_loading import require_sources
+    from ..building.tower_sources import require_sources
     from ..model_folders.atomic_folder import require_new_folder
 
     require_new_folder(output)
@@ -95,10 +95,10 @@ def _require_order(vision_model: str, text_model: str) -> None:
         found = find_model_type(source)
         if found is None:
             continue
-        if what := _SWAPPED.get((place, found.kind)):
+        if what := _SWAPPED.get((place, found.content)):
             raise ValueError(
                 f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
                 "VISION_MODEL TEXT_MODEL OUTPUT."
             )
-        if found.kind in ("above", "lora", "store"):
+        if found.content in ("above", "lora", "store"):
             raise ValueError(f"{found.advice} It cannot be {place}.")

@@ -29,5 +29,5 @@ def doctor(model: str, /, *, config: DeviceConfig, revision: str | None = None) 
     from ..doctor.check_model import check_model
 
     report = check_model(model, revision=revision, device=str(device))
-    print(report.report())
+    print(report)
     return 0 if report.healthy else 1

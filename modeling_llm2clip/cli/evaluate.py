@@ -168,7 +168,7 @@ def _require_models(
         if not path.is_dir() or of_models.model_type or has_other:
             continue
         found = find_model_type(path)
-        if found is not None and found.kind in ("above", "lora", "text", "vision"):
+        if found is not None and found.content in ("above", "lora", "text", "vision"):
             raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
 
 

@@ -111,7 +111,7 @@ def _gather_card(source: CheckpointSource, llm: LLMSource, config: ConvertConfig
 def _require_healthy(folder: Path, *, device: str) -> None:
     report = check_model(folder, device=device)
     if not report.healthy:
-        raise RuntimeError(f"The converted model is not healthy:\n{report.report()}")
+        raise RuntimeError(f"The converted model is not healthy:\n{report}")
 
 
 def _make_record(

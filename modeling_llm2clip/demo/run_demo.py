@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..building.build_model import join_towers
-from ..building.tower_loading import require_sources
+from ..building.tower_sources import require_sources
 from ..configs.build_config import BuildConfig, Prompt
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage

@@ -61,7 +61,7 @@ class ModelReport:
         """Whether no check found an error."""
         return not self.failed
 
-    def report(self) -> str:
+    def __str__(self) -> str:
         """Return one line per check, and a last line that sums up."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
@@ -70,5 +70,3 @@ class ModelReport:
         verdict += "".join(f", but {check.message}" for check in self.checks if check.concern)
         skipped = f", {num_skipped} skipped" if num_skipped else ""
         return "\n".join([*lines, f"{self.source}: {verdict}{skipped}"])
-
-    __str__ = report

@@ -1,7 +1,7 @@
 """Writes a model's vision tower as an ordinary model folder of transformers.
 
 `AutoModel` and `AutoImageProcessor` load it without this package, and so does whatever is built on
-a vision tower: a detector, a linear probe, a multimodal LLM.
+a vision tower: a detector, a classifier, a multimodal LLM.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def test_a_folder_without_a_lora_is_refused(tmp_path: Path) -> None:
         merge_lora(tiny_llm(), folder)
 
 
-def test_the_command_refuses_a_lora_of_another_base_unless_told(
+def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")

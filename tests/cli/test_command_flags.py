@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.search.result_formats import FORMATS
+from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = LINE.commands
@@ -241,17 +243,30 @@ def test_a_type_error_of_our_own_is_no_error_of_the_user(monkeypatch: pytest.Mon
         main(["doctor", "model"])
 
 
-@pytest.mark.parametrize(("said", "shown"), [("", "No partially written folder"), ("a", ": a\n")])
-def test_an_interrupted_command_exits_with_130_and_says_what_is_left(
-    said: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "llm2clip: Interrupted. No partially written folder will load"),
+        (StageInterrupt("Continue with: x", signal.SIGTERM), 143, "llm2clip: Continue with: x\n"),
+        (StageInterrupt("", signal.SIGINT), 130, ""),  # not the main process
+    ],
+    ids=["anywhere", "stage", "stage of another process"],
+)
+def test_an_interrupted_command_says_what_is_left_and_how_to_continue(
+    error: BaseException,
+    code: int,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop(_: str, /) -> int:
         """Stops."""
-        raise KeyboardInterrupt(*([said] if said else []))
+        raise error
 
     put_in_place_of_doctor(monkeypatch, stop)
-    assert main(["doctor", "model"]) == 130
-    assert shown in capsys.readouterr().err
+    assert main(["doctor", "model"]) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(shown) and bool(printed) == bool(shown)
 
 
 def write_config(folder: Path, **config: Any) -> str:
@@ -307,7 +322,7 @@ OF_A_MODEL = {
         ("LLM", "`llm2clip build VISION_MODEL {} OUTPUT`"),
         ("VISION", "`llm2clip build {} TEXT_MODEL OUTPUT`"),
         ("BERT", "{} is a 'vits', which no command takes"),
-        ("ABOVE", "it is the folder above {}/model. Give that one."),
+        ("ABOVE", "it is the parent folder of {}/model. Give that one."),
         ("LORA", "--lora {}`"),
         ("STORE", "--caption-store {}`"),
     ],
@@ -344,7 +359,7 @@ REFUSED_AT_ONCE = [
     ([*CONVERT, "--text-model", "c/d", "--head-width", "8", "--rope-reference-size", "2"],
      "--rope-reference-size goes with"),
     (["convert", "a/b", "NEW", "--source-format", "llm2vec"], "give --vision-model"),
-    (["finetune-llm", "OWN", "FULL", "FULL"], "holds no run.json"),
+    (["finetune-llm", "OWN", "FULL", "FULL"], "has no run.json"),
     (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
     (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),
     (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "must be above 0"),
@@ -356,7 +371,7 @@ REFUSED_AT_ONCE = [
     (ALIGN, "needs a caption store"),
     ([*ALIGN, "--learning-rate", "0", "--device", "mps"], "--learning-rate 0.0 must be above 0"),
     ([*ALIGN, "--caption-store", "/nowhere"], "--caption-store /nowhere"),
-    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "holds no run.json"),
+    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "has no run.json"),
     (["align", "OWN", "/nowhere", "NEW", "--caption-store", "STORE"], "no such data"),
     (["evaluate", "OWN"], "at least one model and one dataset"),
     (["evaluate", "no-model", "--datasets", "emoji"], "no-model: no such folder"),

@@ -39,7 +39,7 @@ from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images
 from modeling_llm2clip.model_folders.model_folder import RECORD_BEFORE_TRAINING, RECORD_FILE
 from modeling_llm2clip.model_folders.model_writing import cast_weights, save_trained_model
-from modeling_llm2clip.model_folders.weights import open_weights, write_weights
+from modeling_llm2clip.model_folders.weights import write_weights
 from modeling_llm2clip.publishing.export_model import export_model
 
 FAMILIES = tuple(FORMAT_OF)
@@ -64,7 +64,7 @@ def load_weights(folder: Path) -> dict[str, Any]:
 def assert_nothing_is_skipped(folder: Path) -> None:
     """What users load the folder through can be checked: no file for it is missing."""
     report = check_model(folder, device="cpu")
-    assert report.healthy, report.report()
+    assert report.healthy, str(report)
     passed = {check.name for check in report.checks if check.passed}
     assert {"golden embeddings", "sentence-transformers", "processor", "remote code"} <= passed
 
@@ -144,21 +144,6 @@ def rename_to_old_eva(state: dict[str, Any]) -> dict[str, Any]:
         name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): value
         for name, value in state.items()
     }
-
-
-def wrap(state: dict[str, Any], *, under: str | None, prefix: str) -> dict[str, Any]:
-    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
-    return wrapped if under is None else {under: wrapped, "epoch": 1, "optimizer": {"lr": 1e-5}}
-
-
-@pytest.mark.parametrize("under", [None, "model", "module", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_names_may_be_nested_and_wrapped(tmp_path, under, prefix) -> None:
-    state = read_checkpoint("eva02")
-    torch.save(wrap(state, under=under, prefix=prefix), tmp_path / "c.pt")
-    opened = open_weights(tmp_path / "c.pt")
-    assert set(opened) == set(state)
-    assert all(torch.equal(opened[name].read(), state[name]) for name in state)
 
 
 def test_older_eva02_names_make_the_same_model(converted, tmp_path) -> None:
@@ -331,3 +316,20 @@ def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(
     save_file(read_checkpoint("openai"), tmp_path / "weights.safetensors")
     planned = plan(tmp_path / "weights.safetensors", source_format=FORMAT_OF["openai"])
     assert_makes(planned, converted["openai"])
+
+
+def test_an_existing_target_is_not_touched(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        convert(tmp_path / "no-such.pt", tmp_path / "model", source_format=FORMAT_OF["openai"])
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    source = save_checkpoint("openai", tmp_path / "source")
+    usage = shutil.disk_usage(tmp_path)._replace(free=60 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"has 0\.06 GB free, the model takes 0\.07 GB"):
+        convert(source, tmp_path / "model", source_format=FORMAT_OF["openai"])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

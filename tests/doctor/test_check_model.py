@@ -24,20 +24,20 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 
 
 def test_a_healthy_checkpoint_passes_every_check_and_skips_none(good: Path) -> None:
-    diagnosis = check_model(good)
-    assert diagnosis.healthy, diagnosis.report()
-    assert [check for check in diagnosis.checks if not check.passed] == []
-    assert [c.name for c in diagnosis.checks] == [
+    report = check_model(good)
+    assert report.healthy, str(report)
+    assert [check for check in report.checks if not check.passed] == []
+    assert [c.name for c in report.checks] == [
         "folder",
         *(plan.name for plan in _PLANNED_CHECKS),
     ]
 
 
-def test_a_checkpoint_without_golden_embeddings_is_told_so(copy: Path) -> None:
+def test_missing_golden_embeddings_are_reported(copy: Path) -> None:
     (copy / GOLDEN_FILE).unlink()
-    diagnosis = check_model(copy)
-    assert diagnosis.healthy
-    assert find(diagnosis, "golden embeddings") == Check(
+    report = check_model(copy)
+    assert report.healthy
+    assert find(report, "golden embeddings") == Check(
         "golden embeddings", False, f"the folder has no {GOLDEN_FILE} to compare with", skipped=True
     )
 
@@ -46,9 +46,9 @@ def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if not installed
-    diagnosis = check_model(good)
-    check = find(diagnosis, "sentence-transformers")
-    assert diagnosis.healthy
+    report = check_model(good)
+    check = find(report, "sentence-transformers")
+    assert report.healthy
     assert check.skipped
     assert "not installed" in check.message
 
@@ -68,8 +68,8 @@ def test_other_families_dtypes_and_settings_are_healthy_too(
     vision: str, llm: str, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     model, processor = tiny_model(vision, llm, **arguments)
-    diagnosis = check_model(save_model(model, processor, tmp_path / "exported"))
-    assert [check for check in diagnosis.checks if not check.passed] == [], diagnosis.report()
+    report = check_model(save_model(model, processor, tmp_path / "exported"))
+    assert [check for check in report.checks if not check.passed] == [], str(report)
 
 
 def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
@@ -78,10 +78,10 @@ def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
     LLM2CLIPTextModel.from_pretrained(good).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(good / name, tmp_path / name)
-    diagnosis = check_model(tmp_path)
-    assert diagnosis.healthy, diagnosis.report()
-    assert find(diagnosis, "pooled span").passed
-    assert find(diagnosis, "temperature").message == "the folder holds an LLM2CLIPTextModel"
+    report = check_model(tmp_path)
+    assert report.healthy, str(report)
+    assert find(report, "pooled span").passed
+    assert find(report, "temperature").message == "the folder holds an LLM2CLIPTextModel"
 
 
 @pytest.mark.parametrize("option", ["eos_token", "extra_special_tokens"])
@@ -96,8 +96,8 @@ def test_a_suffix_that_is_a_special_token_is_flagged_as_the_saved_tokenizer_has_
     folder = save_model(
         model, processor, tmp_path / "exported", instructions={"query": "Find an image: "}
     )
-    diagnosis = check_model(folder)
-    assert diagnosis.healthy, diagnosis.report()
+    report = check_model(folder)
+    assert report.healthy, str(report)
 
 
 def test_weights_in_several_files_are_all_read(copy: Path) -> None:
@@ -128,9 +128,9 @@ sys.modules["sentence_transformers"] = None  # as if not installed: its import t
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.publishing.push_to_hub import push_to_hub
 push_to_hub(sys.argv[1], "owner/model")
-diagnosis = check_model("owner/model")
-print(diagnosis.report())
-assert diagnosis.healthy
+report = check_model("owner/model")
+print(report)
+assert report.healthy
 assert "RepositoryNotFoundError" in check_model("owner/absent").checks[0].message
 """
     with HubServer() as hub:

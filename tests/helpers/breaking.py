@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint's folder, for the tests of its examination."""
+"""Ways to break a model folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OTHER_TEXTS = (
 )  # fmt: skip
 
 
-def find(diagnosis: ModelReport, name: str) -> Check:
-    return next(check for check in diagnosis.checks if check.name == name)
+def find(report: ModelReport, name: str) -> Check:
+    return next(check for check in report.checks if check.name == name)
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Break:
@@ -98,7 +98,16 @@ def remove(name: str) -> Break:
     return lambda folder: (folder / name).unlink()
 
 
-def cut_in_half(name: str) -> Break:
+def drop_weights(folder: Path, part: str) -> None:
+    """Remove the weights with this in their names."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def truncate(name: str) -> Break:
     def apply(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])

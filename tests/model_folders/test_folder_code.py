@@ -187,9 +187,9 @@ def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
         assert code == 0  # a vision tower comes without a tokenizer
         return
     assert code == (1 if command == "doctor" else 2), (code, out, err)
-    told = out if command == "doctor" else err
-    assert "brings code of its own, which is never run here" in told
-    assert f"{file} names Auto" in told and "evil.Evil" in told
+    error = out if command == "doctor" else err
+    assert "brings code of its own, which is never run here" in error
+    assert f"{file} names Auto" in error and "evil.Evil" in error
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -85,9 +85,9 @@ def test_search_refuses_an_untrained_model_by_name_before_its_weights_are_read(
     without_weights = tmp_path / "model"
     shutil.copytree(untrained, without_weights, ignore=shutil.ignore_patterns("model*"))
     assert main(["search", str(without_weights), str(tmp_path), "a dog"]) == 2
-    told = capsys.readouterr().err
-    assert f"{without_weights} is refused for search. It is untrained: random weights" in told
-    assert "model.config.projections_trained = True; model.save_pretrained" in told
+    found = capsys.readouterr().err
+    assert f"{without_weights} is refused for search. It is untrained: random weights" in found
+    assert "model.config.projections_trained = True; model.save_pretrained" in found
 
 
 def test_an_untrained_model_is_not_published_by_any_way(
@@ -136,7 +136,7 @@ def test_doctor_warns_of_an_untrained_model_that_is_healthy_as_a_folder(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("warning  training") for line in lines) == 1
     assert f"{untrained}: healthy, but untrained: random weights are left in its" in lines[-1]
-    report = check_model(good).report()
+    report = str(check_model(good))
     assert "untrained" not in report and report.endswith(": healthy")
 
 
@@ -146,8 +146,8 @@ def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
     settings = EncoderConfig(device="cpu")
     with pytest.warns(UserWarning, match="named is untrained: random weights"):
         encoder = LLM2CLIPEncoder(untrained, settings, source="named")
-    told = encoder.describe().to_json()
-    assert told["untrained_parts"] == ["text adapter", "projections"]
+    found = encoder.describe().to_json()
+    assert found["untrained_parts"] == ["text adapter", "projections"]
     assert len(encoder.encode_texts(CAPTIONS).embeds) == len(CAPTIONS)
     assert "untrained_parts" not in LLM2CLIPEncoder(good, settings, source="x").describe().to_json()
 

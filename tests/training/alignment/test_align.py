@@ -39,9 +39,9 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     assert changed <= set(result.trained)
     losses = read_losses(tmp_path / "run")
     assert len(losses) == SHORT_RUN["steps"] and losses[6] < losses[1]
-    diagnosis = check_model(tmp_path / "model")
-    assert diagnosis.healthy, diagnosis.report()
-    golden = next(check for check in diagnosis.checks if check.name == "golden embeddings")
+    report = check_model(tmp_path / "model")
+    assert report.healthy, str(report)
+    golden = next(check for check in report.checks if check.name == "golden embeddings")
     assert golden.passed and not golden.skipped
 
 

@@ -12,10 +12,12 @@ from tiny import tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.data.splits import hold_out_groups
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import NEGATIVES
 
@@ -129,7 +131,7 @@ def test_other_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
 
 def test_half_a_model_is_refused_before_it_is_tuned_to_be_merged(tmp_path, capsys, monkeypatch):
     whole = save_model(*tiny_model(), tmp_path / "whole")
-    half = export_model(whole, tmp_path / "half", ExportArguments(components="text"))
+    half = export_model(whole, tmp_path / "half", ExportConfig(components="text"))
     monkeypatch.setattr(stage, "plan_tuning", lambda *_, **__: pytest.fail("the run was planned"))
     command = ["finetune-llm", str(half), str(tmp_path), str(tmp_path / "run")]
     assert main(command) == 2

@@ -1,4 +1,4 @@
-"""What towers are read from, and what is refused as a tower."""
+"""What a text tower is read from, and what is refused as one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from breaking import drop_weights
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
-from tiny_folders import save_tiny_llm, save_tiny_vision
+from tiny_folders import save_tiny_llm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,7 +25,6 @@ from transformers import (
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.text_towers import load_text_tower
-from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.model_folders.model_writing import save_model
 
@@ -105,7 +105,7 @@ def name_in_gguf(name: str) -> str:
 
 
 def turn_for_gguf(name: str, value: torch.Tensor, config: Any) -> np.ndarray:
-    """Rows of query and key in llama.cpp's order: the halves of a head interleaved."""
+    """Rows of query and key in llama.cpp's order: the two parts of a head interleaved."""
     if "q_proj" in name or "k_proj" in name:
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         value = value.view(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
@@ -134,7 +134,7 @@ def test_a_gguf_file_gives_the_weights_it_was_written_from(
     torch.testing.assert_close(found, hidden, atol=1e-6, rtol=1e-5)
 
 
-def test_a_quantised_gguf_file_is_saved_as_an_ordinary_model(
+def test_a_quantized_gguf_file_is_saved_as_an_ordinary_model(
     llm: PreTrainedModel, tmp_path: Path
 ) -> None:
     pytest.importorskip("gguf")
@@ -159,7 +159,7 @@ def test_a_quantised_gguf_file_is_saved_as_an_ordinary_model(
 @pytest.mark.parametrize(
     ("model_type", "named"), [("clip", "clip_text_model"), ("bert", "bert"), ("vit", "vit")]
 )
-def test_what_is_no_decoder_is_refused_by_its_kind(
+def test_what_is_not_a_decoder_is_refused_by_its_model_type(
     model_type: str, named: str, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
@@ -194,7 +194,7 @@ def save_gemma3(folder: Path) -> PreTrainedModel:
     return model
 
 
-def test_of_a_model_that_also_sees_the_language_model_is_taken(tmp_path: Path) -> None:
+def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path: Path) -> None:
     whole = save_gemma3(tmp_path).model.language_model
     file = tmp_path / "model.safetensors"  # published ones differ in where the tied head is, if any
     head = {"language_model.lm_head.weight": whole.embed_tokens.weight.detach()}
@@ -231,7 +231,7 @@ def test_weights_within_an_llm_that_nobody_reads_are_named_and_a_head_is_not(
     assert "lm_head" not in caplog.text
     file = tmp_path / "model.safetensors"
     AutoModel.from_pretrained(tmp_path)
-    assert "lm_head" in caplog.text  # which transformers would have told
+    assert "lm_head" in caplog.text  # which transformers would have reported
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
     save_file({**load_file(file), **bias}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"has 1 weights that LlamaModel does not read"):
@@ -298,80 +298,3 @@ def test_an_llm_may_state_no_end_another_special_token_or_several(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*came with the LLM")
         load_text_tower(folder)
-
-
-# Vision towers
-
-
-def drop_weights(folder: Path, part: str) -> None:
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    kept = {name: value for name, value in weights.items() if part not in name}
-    assert len(kept) < len(weights)
-    save_file(kept, file, metadata={"format": "pt"})
-
-
-def test_the_vision_part_of_a_whole_clip_is_taken(tmp_path: Path) -> None:
-    tower, image_processor = tiny_vision("clip")
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = AutoConfig.for_model(
-        "clip",
-        vision_config=tower.config.to_dict(),
-        text_config={**text, "num_attention_heads": 2, "vocab_size": 50},
-    )
-    whole = AutoModel.from_config(config)
-    whole.save_pretrained(tmp_path)
-    image_processor.save_pretrained(tmp_path)
-    loaded, _ = load_vision_tower(tmp_path)
-    assert loaded.config.model_type == "clip_vision_model"
-    assert {name for name, _ in loaded.named_parameters()} == {
-        name for name, _ in tower.named_parameters()
-    }
-    pixels = torch.rand(1, 3, 32, 32)
-    with torch.no_grad():
-        found = loaded(pixels).pooler_output
-        wanted = whole.eval().vision_model(pixels).pooler_output
-    # Equal weights at other addresses.
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
-
-
-def test_a_language_model_is_refused_as_a_vision_tower(tmp_path: Path) -> None:
-    save_tiny_llm(tmp_path)
-    with pytest.raises(ValueError, match="is a 'llama', not a vision tower"):
-        load_vision_tower(tmp_path)
-
-
-def test_weights_that_a_vision_tower_lacks_are_named(tmp_path: Path) -> None:
-    save_tiny_vision(tmp_path)
-    drop_weights(tmp_path, "layers.0.mlp.fc1")
-    with pytest.raises(ValueError, match=r"lacks 2 weights .*'encoder.layers.0.mlp.fc1.bias'"):
-        load_vision_tower(tmp_path, allow_missing_pooler=True)
-
-
-def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Path) -> None:
-    save_tiny_vision(tmp_path)
-    file = tmp_path / "model.safetensors"
-    buffers = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
-    head = {"classifier.weight": torch.ones(3, 32)}
-    save_file({**load_file(file), **buffers, **head}, file, metadata={"format": "pt"})
-    load_vision_tower(tmp_path)
-    norm = {"vision_model.encoder.layers.0.self_attn.q_norm.weight": torch.ones(8)}
-    save_file({**load_file(file), **norm}, file, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"has 1 weights that CLIPVisionModel does not read.*q_norm"
-    ):
-        load_vision_tower(tmp_path)
-
-
-def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) -> None:
-    tower, image_processor = tiny_vision("vit")
-    tower.save_pretrained(tmp_path)
-    image_processor.save_pretrained(tmp_path)
-    drop_weights(tmp_path, "pooler")
-    with pytest.raises(
-        ValueError, match=r"lacks 2 weights .*vision_pooling 'cls', 'mean' or 'patch_mean'"
-    ):
-        load_vision_tower(tmp_path)
-    loaded, _ = load_vision_tower(tmp_path, allow_missing_pooler=True)
-    kept = {n: v for n, v in loaded.state_dict().items() if "pooler" not in n}
-    assert kept and all(torch.equal(value, tower.state_dict()[n]) for n, value in kept.items())

@@ -1,4 +1,4 @@
-"""The probe tells from outside whether a decoder sees both ways, on every path."""
+"""The checks find from outside whether a decoder is bidirectional on every path."""
 
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_come
     before = encode_captions(model, processor, captions).caption_embeds
     assert before.shape == (2, 48)
     folder = save_model(model, processor, tmp_path / "model")
-    diagnosis = check_model(folder)
-    assert diagnosis.healthy, diagnosis.report()
+    report = check_model(folder)
+    assert report.healthy, str(report)
     loaded = LLM2CLIPModel.from_pretrained(folder)
     assert torch.equal(encode_captions(loaded, processor, captions).caption_embeds, before)
     assert AlignmentModel.from_pretrained(folder).text_projection.in_features == 48
