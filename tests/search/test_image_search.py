@@ -167,13 +167,8 @@ def test_a_sentence_keeps_within_its_place_on_the_sheet(
 def test_letters_that_the_fonts_lack_are_not_drawn_as_boxes(images: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")  # its font has the umlaut
     found = [(list_images(images).readable[0], 0.5)]
-    for name, query in (
-        ("a", "ネコ"),
-        ("b", "イヌ"),
-        ("c", "a dog, 1862"),
-        ("d", "ein Käfig"),
-        ("e", "ein Kofig"),
-    ):
+    queries = {"a": "ネコ", "b": "イヌ", "c": "a dog, 1862", "d": "ein Käfig", "e": "ein Kofig"}
+    for name, query in queries.items():
         write_results_sheet([SearchResult(query, found)], tmp_path / f"{name}.png")
     drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "abcde"]
     assert drawn[0] == drawn[1]  # both are named by their number
