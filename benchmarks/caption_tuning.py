@@ -36,7 +36,7 @@ from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS
 from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments, finetune_llm
 

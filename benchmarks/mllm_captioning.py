@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from provenance import describe_processor, read_commit
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,6 +39,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import load_vision_tower
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
@@ -171,7 +171,7 @@ def _make_towers(
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
     extract_captions(work / "built", texts, work / "captions", ExtractionArguments())
-    settings = AlignArguments(
+    settings = AlignConfig(
         vision_training="full", steps=arguments.align_steps, lr=1e-3, vision_lr=1e-4,
         batch_size=arguments.align_batch_size, precision="bfloat16", device="cpu",
     )  # fmt: skip

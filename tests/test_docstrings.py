@@ -23,8 +23,8 @@ _NOT_DOCUMENTED = {"self", "cls"}
 # How many docstrings break a rule today; lower it, never raise it.
 PENDING: dict[str, int] = {
     "griffe warns of nothing": 28,
-    "section headers are on lines of their own": 77,
-    "every parameter of a public function has an entry": 208,
+    "section headers are on lines of their own": 71,
+    "every parameter of a public function has an entry": 197,
 }
 
 

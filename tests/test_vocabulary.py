@@ -62,10 +62,9 @@ PENDING_FLAGS = {
 PENDING_WORDS = frozenset(
     """
     aeroplane amortise amortised blanks capitals centre colour coloured colours
-    diagnosis faults floor floors gallery halves hangs initialisation lettering
-    licence licences lies normalisation picture pictures probe probes quantised
-    quantising spoilt stands stood summarise tells told travel travels vector
-    vectors
+    faults floors gallery halves hangs initialisation lettering licence licences
+    lies normalisation picture pictures probe probes quantised quantising spoilt
+    stands stood summarise tells told travel travels vector vectors
     """.split()
 )
 
