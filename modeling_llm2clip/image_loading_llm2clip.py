@@ -134,11 +134,11 @@ def _open_image(path: str) -> Image.Image:
     source = _fetch(path) if path.lower().startswith(("http://", "https://")) else path
     if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for what is no path
         raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
-    with read_header(source, name=path) as image:
+    with read_image_header(source, name=path) as image:
         return _decode(image, path)
 
 
-def read_header(source: Any, *, name: str) -> Image.Image:
+def read_image_header(source: Any, *, name: str) -> Image.Image:
     """Open an image without decoding it.
 
     Args:

@@ -101,17 +101,17 @@ def copy(good: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny model by the kind that is evaluated, which no test may change."""
+    """Folder of a tiny model by its type, which no test may change."""
     from tiny_encoders import save_tiny_encoder
 
     root = tmp_path_factory.mktemp("models")
-    return cache(lambda kind: save_tiny_encoder(kind, root / kind))
+    return cache(lambda model_type: save_tiny_encoder(model_type, root / model_type))
 
 
 @pytest.fixture(scope="session")
 def sources(models: Callable[[str], Path]) -> Callable[[str], str]:
     """The same folders as a user names them."""
-    return lambda kind: str(models(kind))
+    return lambda model_type: str(models(model_type))
 
 
 @pytest.fixture(scope="session")

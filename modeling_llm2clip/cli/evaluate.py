@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -116,7 +115,7 @@ def _show_results(
     output: Path, *, table: Literal["text", "markdown"], details: bool, plot: Path | None
 ) -> None:
     from ..evaluation.results import read_results
-    from ..evaluation.tables import render_results
+    from ..evaluation.tables import find_width, render_results
 
     results = read_results(output)
     if plot is not None:
@@ -125,8 +124,7 @@ def _show_results(
         plot_lengths([result for result in results if result.task == "length"], plot)
         print(f"Wrote {plot}.", file=sys.stderr)
     print()
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(render_results(results, style=table, width=width, details=details))
+    print(render_results(results, style=table, width=find_width(), details=details))
     if not details:
         again = f"llm2clip evaluate --table text --details --output {output}"
         print(f"What the scores depend on: {again}", file=sys.stderr)
@@ -181,10 +179,10 @@ def _require_lengths(
     from ..evaluation.tasks.task_registry import find_task
 
     there = read_results(output) if any(output.glob("*/*.length.json")) else []
-    names = {result.set for result in there if result.task == "length"}
+    names = {result.dataset for result in there if result.task == "length"}
     if "length" in tasks:
-        kinds = find_task("length").kinds
-        names |= {data.name for data in datasets if find_dataset(data.name).kind in kinds}
+        types = find_task("length").dataset_types
+        names |= {one.name for one in datasets if find_dataset(one.name).dataset_type in types}
     if len(names) != 1:
         raise ValueError(
             "--plot shows results of the task length (--tasks length) on one dataset; with those "
@@ -194,11 +192,11 @@ def _require_lengths(
 
 
 def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:
-    from ..evaluation.evaluate import make_dataset
+    from ..evaluation.datasets.dataset_registry import parse_dataset
 
     images = dict(_split(text, flag="--image-dir") for text in image_dir)
     try:
-        chosen = [make_dataset(text) for text in datasets]
+        chosen = [parse_dataset(text) for text in datasets]
     except ValueError as error:
         raise ValueError(f"--datasets {error}") from error
     chosen = [replace(one, image_dir=images.pop(one.name, None)) for one in chosen]
@@ -305,14 +303,14 @@ def _print_lists() -> None:
         print(f"      license {spec.license}; from {spec.source}; files: {spec.files}")
     print("Tasks (--tasks NAME):")
     for task in TASKS.values():
-        print(f"  {task.name}: {task.title}; on datasets of type {' or '.join(task.kinds)}")
+        print(f"  {task.name}: {task.title}; on datasets of type {' or '.join(task.dataset_types)}")
 
 
 def _print_result(result: Result) -> None:
-    from ..evaluation.tables import write_headline
+    from ..evaluation.tables import describe_scores
 
     print(
-        f"{result.model}: {result.task} on {result.set}: {write_headline(result)}; "
+        f"{result.model}: {result.task} on {result.dataset}: {describe_scores(result)}; "
         f"{result.seconds:.1f} s",
         file=sys.stderr,
     )

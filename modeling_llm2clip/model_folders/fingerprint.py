@@ -27,6 +27,10 @@ _NOT_OF_THE_TOWER = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
+# What of the small files of any model changes no embedding: where it was saved, and by whom.
+_NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+# Files of this package and of downloads that say nothing of how a text or an image is read.
+_IGNORED_FILES = ("model.safetensors.index.json", "README.md")
 # They name the library that an image processor computes with, not what it computes.
 _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
 
@@ -157,3 +161,30 @@ def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
     written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     # These two are state of the last call.
     return hash_json({**written, "truncation": None, "padding": None})
+
+
+def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:
+    """Hash the small files that decide a model's embeddings beside its weights.
+
+    Args:
+        folder: Folder of a model of any type.
+        patterns: As `Path.glob` takes them.
+
+    Returns:
+        SHA-256 of names and contents, of JSON without what changes no embedding.
+    """
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        if file.name not in _IGNORED_FILES:
+            digest.update(f"{file.relative_to(folder)}\n".encode())
+            digest.update(_read_relevant(file))
+    return digest.hexdigest()
+
+
+def _read_relevant(file: Path) -> bytes:
+    if file.suffix != ".json":
+        return file.read_bytes()
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in _NOT_OF_THE_FILES}
+    return json.dumps(content, sort_keys=True).encode()

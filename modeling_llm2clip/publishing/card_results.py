@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.labels import name_data
+from ..evaluation.result_details import label_dataset
 from ..evaluation.results import is_result, parse_result
 from ..model_folders.fingerprint import fingerprint_model
 from ..model_folders.model_card_data import CardResult
@@ -22,15 +22,15 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
     """Read recorded evaluation results.
 
     Args:
-        files: JSON files with an object each, or a list of them. An object has `task`, `set` (or
-            `dataset`) and `scores`: numbers by name, nested to any depth, with an interval as
+        files: JSON files with an object each, or a list of them. An object has `task`, `dataset`
+            and `scores`: numbers by name, nested to any depth, with an interval as
             `{"value", "low", "high"}`. A nested score is named by its path, such as
             `t2i.hit_rate_at_1`. Scores per language, class or category, and everything else, are
             left to the file. For results of `llm2clip evaluate`, the dataset's name states its
             language and what was left out.
 
     Raises:
-        ValueError: A file is not of this kind, a score is not a finite number, or a task occurs
+        ValueError: A file has another form, a score is not a finite number, or a task occurs
             twice on one dataset. All errors are named at once.
     """
     results: dict[tuple[str, str], CardResult] = {}
@@ -53,8 +53,8 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
             results[task] = result
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)}. Wanted: JSON with 'task' and 'set' (text) and 'scores' (names "
-            "and numbers), as `llm2clip evaluate` writes it."
+            f"{'; '.join(errors)}. Wanted: JSON with 'task' and 'dataset' (text) and 'scores' "
+            "(names and numbers), as `llm2clip evaluate` writes it."
         )
     return tuple(results.values())
 
@@ -90,8 +90,8 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
 def _read_result(entry: Any, file: Path) -> CardResult:
     if not isinstance(entry, dict):
         raise ValueError(f"holds {type(entry).__name__}, wanted an object")
-    task, dataset = entry.get("task"), entry.get("set", entry.get("dataset"))
-    absent = [name for name, value in (("task", task), ("set", dataset)) if not value]
+    task, dataset = entry.get("task"), entry.get("dataset")
+    absent = [name for name, value in (("task", task), ("dataset", dataset)) if not value]
     if absent:
         raise ValueError(f"has no {absent}")
     found = dict(_iterate_scores(entry.get("scores"), ""))
@@ -104,7 +104,8 @@ def _read_result(entry: Any, file: Path) -> CardResult:
         return CardResult(str(task), str(dataset), found, entry.get("fingerprint"))
     result = parse_result(entry, file)
     dtype = result.protocol["model"]["dtype"]
-    return CardResult(result.task, name_data(result), found, result.fingerprint, dtype)
+    label = label_dataset(result, with_languages=True)
+    return CardResult(result.task, label, found, result.fingerprint, dtype)
 
 
 def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:

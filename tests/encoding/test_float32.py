@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from shared_models import CAPTIONS, shared_model
-from tiny_encoders import MODEL_KINDS, TEXTS
+from tiny_encoders import MODEL_TYPES, TEXTS
 from torch import nn
 
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.encoding.float32 import float32_as_such
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
@@ -63,7 +63,7 @@ def test_images_and_captions_are_encoded_without_it(
     assert seen == EXACT
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_every_encoder_is_evaluated_without_it(
     kind: str, models: Any, images: list[Path], seen: set[tuple[str, str]]
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 from evaluating import TASKS, arguments, change, read_table, write_data
+from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
 from PIL import Image
 from tiny_encoders import save_named_embeddings, save_tiny_images
 
@@ -24,7 +25,6 @@ from modeling_llm2clip.configs.evaluation_config import (
 from modeling_llm2clip.data.image_sources import ParquetImage
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation import evaluate as evaluation
-from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.results import (

@@ -1,6 +1,6 @@
-"""Which kind of model lies somewhere, told from its files and never from its name.
+"""Which type of model a folder contains, detected from its files and never from its name.
 
-| files | kind |
+| files | model type |
 | --- | --- |
 | `config.json` with `model_type` `llm2clip` | `llm2clip` |
 | `modules.json` | `sentence-transformers` |
@@ -8,7 +8,7 @@
 | `open_clip_config.json` | `open_clip` |
 | `texts.safetensors`, `images.safetensors`, or a store of `llm2clip extract` | `embeddings` |
 
-The first line that fits is taken; another kind can be asked for.
+The first line that fits decides, unless a type is given.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ..._suggestions import did_you_mean
 from ...configs.evaluation_config import EncoderConfig, ModelType
 from ...data.records import CaptionedImage
 from ...model_folders.model_folder import find_model_folder
@@ -46,14 +47,14 @@ def load_encoder(
     """Open a model for evaluation; its weights are loaded when they are needed.
 
     Args:
-        source: Folder, Hub id, or (open_clip only) a weights file.
-        config: How it is run.
+        source: Folder, Hub id, or (only open_clip) a weights file.
+        config: How the model is run.
         model_type: One of `MODEL_TYPES`; None to detect it from the files.
         revision: Branch, tag or commit of a Hub repository.
         architecture: open_clip's name of the architecture in a weights file.
-        activation: Activation in a weights file, where its architecture leaves it open.
-        records: Captioned data of stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
-        head: Model whose projections the stores go through; see `StoredEmbeddingsEncoder`.
+        activation: Activation in a weights file, if its architecture does not say it.
+        records: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
+        head: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
 
     Raises:
         ValueError: There is no such model, its type cannot be detected, or an argument is for
@@ -61,18 +62,22 @@ def load_encoder(
     """
     config = config or EncoderConfig()
     if model_type is not None and model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type={model_type!r} must be one of {', '.join(MODEL_TYPES)}.")
+        raise ValueError(
+            f"model_type={model_type!r} must be one of {', '.join(MODEL_TYPES)}."
+            f"{did_you_mean(model_type, MODEL_TYPES)}"
+        )
     is_file = Path(source).is_file()
     path = Path(source) if is_file else find_model_folder(source, revision=revision)
     model_type = model_type or ("open_clip" if is_file else detect_model_type(path))
     if model_type == "open_clip" and not (is_file or Path(source).is_dir() or has_weights(path)):
-        # Older repositories hold them in another format alone, which nothing else reads. A snapshot
-        # is called by its commit, so that configuration and weights are of one.
+        # Older repositories have them in another format only, which nothing else reads. A snapshot
+        # is named by its commit, so that configuration and weights are of one.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
     if is_file and model_type != "open_clip":
         raise ValueError(f"{source} is a file; {model_type} takes a folder or a Hub id.")
-    _refuse_foreign(model_type, open_clip={"architecture": architecture, "activation": activation},
-                    embeddings={"records": records, "head": head})  # fmt: skip
+    of_files = {"architecture": architecture, "activation": activation}
+    _refuse_unused(model_type, of_files, only_for="open_clip")
+    _refuse_unused(model_type, {"records": records, "head": head}, only_for="embeddings")
     name = str(source)
     if model_type == "llm2clip":
         return LLM2CLIPEncoder(path, config, source=name)
@@ -89,9 +94,16 @@ def load_encoder(
 
 
 def detect_model_type(folder: Path) -> str:
-    """Tell the kind of what lies in a folder.
+    """Detect the type of the model in a folder.
 
-    Raises: ValueError naming what was found and what was looked for.
+    Args:
+        folder: The folder.
+
+    Returns:
+        One of `MODEL_TYPES`.
+
+    Raises:
+        ValueError: No type fits its files.
     """
     model_type = _read_model_type(folder)
     if model_type == "llm2clip":
@@ -106,8 +118,8 @@ def detect_model_type(folder: Path) -> str:
         return "embeddings"
     found = "no config.json" if model_type is None else f"model_type {model_type!r}"
     raise ValueError(
-        f"{folder} has {found}: cannot detect the model type, one of "
-        f"{', '.join(MODEL_TYPES)}. Pass --model-type."
+        f"Cannot detect the model type of {folder}, which has {found}. Pass --model-type if it is "
+        f"one of {', '.join(MODEL_TYPES)}."
     )
 
 
@@ -122,10 +134,10 @@ def _read_model_type(folder: Path) -> str | None:
     return str(content.get("model_type")) if isinstance(content, dict) else None
 
 
-def _refuse_foreign(kind: str, **arguments_of: dict[str, Any]) -> None:
-    for other, arguments in arguments_of.items():
-        given = [f"`{name}`" for name, value in arguments.items() if value is not None]
-        if given and other.replace("_", "-") != kind and other != kind:
-            raise ValueError(
-                f"{', '.join(given)} is for {other}, and this is {kind}. Leave it out."
-            )
+def _refuse_unused(model_type: str, arguments: dict[str, Any], *, only_for: str) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given and model_type != only_for:
+        raise ValueError(
+            f"{', '.join(given)} is only for a model of type {only_for}, and this one has type "
+            f"{model_type}. Leave it out."
+        )

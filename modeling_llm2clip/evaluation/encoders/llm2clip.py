@@ -1,4 +1,4 @@
-"""A model of this package: the embeddings that `AutoModel` gives, made by the fast paths."""
+"""A model of this package: the embeddings that `AutoModel` returns, computed on the fast paths."""
 
 from __future__ import annotations
 
@@ -18,61 +18,83 @@ from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fi
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .activations import describe_activation
-from .descriptions import describe_image_processor
-from .encoder import EncodedTexts, EncoderDescription, choose_dtype, describe_run, dtype_argument
-from .letter_case import is_uncased
+from .descriptions import describe_activation, describe_image_processor, is_uncased
+from .encoder import (
+    EncodedTexts,
+    EncoderDescription,
+    choose_dtype,
+    describe_run,
+    find_loading_dtype,
+)
 
-# A batch of texts is given to the model as so many tokens a text.
-_TOKENS_OF_A_TEXT = 64
+# A batch of texts is that many tokens per text.
+_TOKENS_PER_TEXT = 64
 
 
 class LLM2CLIPEncoder:
-    """An LLM2CLIP folder."""
+    """A model folder of this package.
+
+    Args:
+        folder: The folder.
+        config: How the model is run.
+        source: What the user gave.
+    """
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._config = config
+        self._run_config = config
         self._source = source
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
-        self._model_config = LLM2CLIPConfig.from_pretrained(folder)
-        warn_of_untrained(self._model_config, source)
+        self._config = LLM2CLIPConfig.from_pretrained(folder)
+        warn_of_untrained(self._config, source)
 
     def describe(self) -> EncoderDescription:
         """Say what decides the embeddings."""
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts through LLM, adapter and projection."""
-        size = self._config.batch_size
+        """Encode texts with LLM, text adapter and projection.
+
+        Args:
+            texts: At least one.
+        """
+        size = self._run_config.batch_size
         embeds = encode_texts(
             self._model,
             self._processor,
             texts,
-            token_budget=None if size is None else size * _TOKENS_OF_A_TEXT,
-            show_progress=self._config.show_progress,
+            token_budget=None if size is None else size * _TOKENS_PER_TEXT,
+            show_progress=self._run_config.show_progress,
         )
         _, is_truncated = measure_texts(self._processor, texts)
         return EncodedTexts(embeds, torch.from_numpy(is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images through the vision tower and its projection."""
+        """Encode images with vision tower and projection.
+
+        Args:
+            images: At least one.
+            names: Not used.
+        """
         return encode_images(
             self._model,
             self._processor,
             images,
-            batch_size=self._config.batch_size,
-            show_progress=self._config.show_progress,
+            batch_size=self._run_config.batch_size,
+            num_workers=self._run_config.num_workers,
+            show_progress=self._run_config.show_progress,
         )
 
     @cached_property
     def _model(self) -> LLM2CLIPModel:
-        model = LLM2CLIPModel.from_pretrained(self._folder, dtype=dtype_argument(self._config))
-        return model.to(find_device(self._config.device)).eval()  # type: ignore[no-any-return]
+        model = LLM2CLIPModel.from_pretrained(
+            self._folder, dtype=find_loading_dtype(self._run_config)
+        )
+        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return,arg-type]
 
     @cached_property
     def _description(self) -> EncoderDescription:
-        config = self._model_config
+        config = self._config
         text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
         model = fingerprint_model(self._folder)
         saved = model.pop("dtype")
@@ -85,7 +107,7 @@ class LLM2CLIPEncoder:
         }
         tokenizer = self._processor.tokenizer
         return EncoderDescription(
-            kind="llm2clip",
+            model_type="llm2clip",
             source=self._source,
             fingerprint=fingerprint,
             text={
@@ -105,7 +127,7 @@ class LLM2CLIPEncoder:
                 "pooling": vision["pooling"],
                 "activation": describe_activation(config.vision_config),
             },
-            dtype=choose_dtype(self._config, saved),
-            run=describe_run(self._config),
+            dtype=choose_dtype(self._run_config, saved),
+            run=describe_run(self._run_config),
             untrained_parts=find_untrained_parts(config),
         )

@@ -30,7 +30,7 @@ from ...data.caption_groups import (
 )
 from ...data.records import CaptionedImage
 from ...encoding.encode import measure_texts
-from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
@@ -118,7 +118,7 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with open_source(source) as found:
+    with open_source(source, output) as found:
         if config.merge:
             _require_whole_model(found)
         plan = _plan(found, data, output, config, resume=resume)

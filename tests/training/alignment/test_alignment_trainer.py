@@ -1,0 +1,106 @@
+"""Stage 3, how long a run is, and what FSDP computes in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from aligning import Prepared, prepare
+from gloo_workers import NUM_ROWS, backward_module, load_trained, make_batch
+from torch import Tensor
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.training.alignment.alignment_trainer import (
+    choose_batch_size,
+    count_steps,
+    keep_scores_in_float32,
+)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def stand_in(**changed: Any) -> SimpleNamespace:
+    """What FSDP2 asks of an Accelerator, with the plugin that accelerate itself makes."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **changed
+    )
+    plugin.set_mixed_precision("bf16")
+    return SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=True,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def compute(prepared: Prepared, *, sharded: bool, autocast: bool) -> dict[str, Tensor]:
+    """Loss, temperature and gradients of one batch through the real module."""
+    model = load_trained(prepared.model)
+    if sharded:
+        accelerator = stand_in()
+        keep_scores_in_float32(accelerator, model)
+        fsdp2_prepare_model(accelerator, model)
+    batch = make_batch(prepared.model, prepared.records)
+    with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+        outputs = model(**batch)
+        scale = outputs[2].detach()
+        loss = backward_module(lambda **_: outputs, batch, slice(NUM_ROWS))
+    found = {"loss": loss, "scale": scale, "dtypes": {output.dtype for output in outputs}}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            found[name] = gradient.full_tensor() if sharded else gradient
+    return found
+
+
+def join_gradients(found: dict[str, Any]) -> Tensor:
+    names = sorted(found.keys() - {"loss", "scale", "dtypes"})
+    return torch.cat([found[name].flatten() for name in names])
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
+def test_scores_temperature_and_gradients_are_those_of_autocast(
+    vision: str, tmp_path: Path
+) -> None:
+    prepared = prepare(tmp_path, vision=vision)
+    exact = compute(prepared, sharded=False, autocast=False)
+    usual = compute(prepared, sharded=False, autocast=True)
+    sharded = compute(prepared, sharded=True, autocast=False)
+    assert sharded["dtypes"] == {torch.float32}
+    assert sharded["loss"].dtype == torch.float32
+    # A step of bfloat16 at a temperature of 14.3 is 0.4 %; this is float32's own rounding.
+    torch.testing.assert_close(sharded["scale"], exact["scale"], rtol=1e-6, atol=0)
+    # Rounding of bfloat16 inside the towers, of 0.4 % a number, which autocast has as well.
+    assert sharded["loss"] == pytest.approx(float(exact["loss"]), rel=5e-3)
+    wanted = join_gradients(exact)
+    errors = [(join_gradients(found) - wanted).norm() / wanted.norm() for found in (usual, sharded)]
+    assert errors[1] < 2 * errors[0] < 0.05  # the residual stream is rounded too
+
+
+def test_the_first_version_which_rounds_the_temperature_is_refused() -> None:
+    accelerator = stand_in()
+    accelerator.state.fsdp_plugin.fsdp_version = 1
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        keep_scores_in_float32(accelerator, torch.nn.Module())  # type: ignore[arg-type]
+
+
+def test_a_run_without_a_length_is_long_enough() -> None:
+    config = AlignConfig()
+    assert choose_batch_size(config, 720, 1) == 512
+    assert choose_batch_size(config, 90, 1) == 90
+    assert choose_batch_size(config, 91, 2) == 90
+    assert count_steps(config, 720, 512) == 300
+    assert count_steps(config, 512_000, 512) == 10_000
+    assert count_steps(AlignConfig(num_train_epochs=1), 720, 128) == 5

@@ -1,0 +1,535 @@
+"""Laws of extraction: the embeddings are the model's, and no interruption shows in the bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from stores import list_complete_shards
+from tiny import tiny_model
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.data.embedding_store import EmbeddingStore, read_manifest
+from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
+from modeling_llm2clip.training.extraction import extract as stage
+from modeling_llm2clip.training.extraction.extract import describe_extraction, extract
+from modeling_llm2clip.training.graceful_stop import (
+    StageInterrupt,
+    StopRequest,
+    stop_on_signals,
+)
+
+ROOT = Path(__file__).parents[3]
+WORDS = (
+    "a red green old small dog cat apple house tree on under beside the wooden table sea".split()
+)
+EXACT = ExtractConfig(
+    store_dtype="float32", rows_per_shard=16, token_budget=256, device="cpu", show_progress=False
+)
+
+
+def make_records(count: int) -> list[CaptionedImage]:
+    """Images with 5, 6 or 7 captions, up to two long ones, and captions that return."""
+    generator = random.Random(0)
+
+    def draw(most: int) -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
+
+    return [
+        CaptionedImage(
+            image=None,
+            name=f"{number}.png",
+            group_id=str(number // 2),
+            captions=(*(draw(9) for _ in range(4 + number % 3)), "a photo"),
+            long_captions=tuple(draw(40) for _ in range(number % 3)),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[CaptionedImage]:
+    return make_records(30)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "store"
+    return read_bytes(extract_captions(model, records, folder))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of a larger set as a user has them: enough work to be interrupted in."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [
+        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
+        for r in make_records(250)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def extract_captions(
+    model: Path, records: list[CaptionedImage], folder: Path, config: ExtractConfig = EXACT
+) -> Path:
+    return extract(model, records, folder, config, modality="text")
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every shard that is written."""
+    rows: list[int] = []
+    write = EmbeddingStoreWriter.write_shard
+
+    def count(self: EmbeddingStoreWriter, shard: int, embeddings: torch.Tensor) -> None:
+        rows.append(len(embeddings))
+        write(self, shard, embeddings)
+
+    monkeypatch.setattr(EmbeddingStoreWriter, "write_shard", count)
+    return rows
+
+
+class StopAfterOneShard(StopRequest):
+    """Asks for a stop as soon as one more shard is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.before = self._count()
+
+    def _count(self) -> int:
+        return len(list(self.folder.glob("shard-*.json")))
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        return signal.SIGTERM if self._count() > self.before else None
+
+
+def shorten(command: list[str]) -> list[str]:
+    return [
+        *command,
+        "--modality",
+        "text",
+        "--rows-per-shard",
+        "16",
+        "--token-budget",
+        "256",
+        "--device",
+        "cpu",
+    ]
+
+
+def test_every_record_finds_the_embeddings_of_its_captions(
+    model: Path, records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    extract_captions(model, records, tmp_path / "store")
+    store = EmbeddingStore.open(tmp_path / "store", check="full")
+    whole, processor = (
+        LLM2CLIPModel.from_pretrained(model),
+        LLM2CLIPProcessor.from_pretrained(model),
+    )
+    assert len(store) == len(records)
+    for item, record in enumerate(records):
+        assert (store.names[item], store.group_ids[item]) == (record.name, record.group_id)
+        for texts, long in ((record.captions, False), (record.long_captions, True)):
+            rows = store.rows_of(item, long=long)
+            assert len(rows) == len(texts)
+            if texts:
+                expected = encode_texts(whole, processor, texts, project=False)
+                # Sums of float32 in another order: the captions had other neighbors.
+                torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
+    store.require_fingerprint(fingerprint_text(model))
+
+
+def test_duplicates_are_computed_once_and_truncated_captions_counted(
+    model: Path, tmp_path: Path
+) -> None:
+    records = [
+        CaptionedImage(None, "a", "a", ("a dog", "a cat"), ("dog " * 200,)),
+        CaptionedImage(None, "b", "b", ("a cat", "a cat"), ("dog " * 200, "cat " * 200)),
+    ]
+    folder = extract_captions(model, records, tmp_path / "store")
+    store = EmbeddingStore.open(folder)
+    assert store.manifest.counts == {"captions": 7, "distinct": 4, "truncated": 2}
+    assert store.manifest.num_rows == 4
+    assert "(7 captions, 4 distinct, 2 truncated)" in describe_extraction(folder)[0]
+    assert store.rows_of(1).tolist() == [store.rows_of(0)[1]] * 2
+    assert store.rows_of(1, long=True)[0] == store.rows_of(0, long=True)[0]
+
+
+def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
+    model: Path, records: list[CaptionedImage], tmp_path: Path, written: list[int]
+) -> None:
+    for computes in (True, False):
+        extract_captions(model, records, tmp_path / "store")
+        assert bool(written) == computes
+        written.clear()
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: missing"):
+        extract_captions(model, records, tmp_path / "store")
+
+
+def test_rows_are_by_length_and_then_by_first_occurrence(model: Path, tmp_path: Path) -> None:
+    texts = ("b", "a", "one two three", "c")  # single letters are one token each
+    extract_captions(model, [CaptionedImage(None, "x", "x", texts)], tmp_path / "store")
+    assert EmbeddingStore.open(tmp_path / "store").rows_of(0).tolist() == [1, 2, 0, 3]
+
+
+def stop_after_one_shard(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfterOneShard(folder)))
+
+
+def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    written: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "store"
+    for number in range(1, 100):
+        stop_after_one_shard(monkeypatch, folder)
+        try:
+            extract_captions(model, records, folder)
+        except StageInterrupt as error:
+            assert f"the store is in {folder}. Continue with the same call." in str(error)
+            assert written == [EXACT.rows_per_shard] * number
+        else:
+            break
+    assert sum(written) == read_manifest(folder).num_rows  # nothing was computed twice
+    assert read_bytes(folder) == undisturbed
+
+
+def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]:
+    command = shorten(["extract", str(model), str(data), "{output}"])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
+         str(folder), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_leaves_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, times: int
+) -> None:
+    report = kill(tmp_path, model, data, times=times)
+    assert len(report["kills"]) == times
+    undisturbed = read_bytes(tmp_path / "undisturbed")
+    assert len(undisturbed) > 20
+    for folder in report["folders"]:
+        assert read_bytes(Path(folder)) == undisturbed
+
+
+def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "modeling_llm2clip", *shorten(["extract", str(model), str(data), str(together)])],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote") == 1  # the main process alone says so
+    assert read_bytes(together) == read_bytes(alone)
+
+
+def test_two_runs_on_one_folder_share_the_work_and_write_no_shard_twice(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    written: list[int],
+) -> None:
+    folders = []
+
+    def run() -> None:
+        folders.append(extract_captions(model, records, tmp_path / "store"))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folders == [tmp_path / "store"] * 2
+    assert sum(written) == read_manifest(folders[0]).num_rows
+    assert read_bytes(tmp_path / "store") == undisturbed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_after_a_whole_shard_with_its_own_code(
+    model: Path, data: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = tmp_path / "store"
+    thread = threading.Thread(target=send_once, args=(number, folder))
+    thread.start()
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == code
+    thread.join()
+    assert not list(folder.glob("*.tmp"))
+    assert 0 < len(list_complete_shards(folder)) < read_manifest(folder).num_shards
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == 0
+    assert EmbeddingStore.open(folder, check="full").manifest.complete
+
+
+def send_once(number: signal.Signals, folder: Path) -> None:
+    """Send this process a signal when the first shard is noted."""
+    while not list(folder.glob("shard-*.json")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def python_handles_sigint() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore SIGINT, this test run perhaps."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
+def test_the_first_signal_is_noted_and_the_second_ends_the_process_as_usual() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    extract_captions(model, records, folder)
+
+    def refused(parts: Any, data: Any, config: ExtractConfig, *entries: str) -> None:
+        other = model
+        if parts is not None:
+            other = tmp_path / entries[0]
+            parts[0].save_pretrained(other)
+            parts[1].save_pretrained(other)
+        with pytest.raises(ValueError, match="holds another store") as told:
+            extract_captions(other, data, folder, config)
+        for entry in entries:
+            assert f"{entry}: " in str(told.value), entry
+        assert str(told.value).count(" in the store, ") == len(entries)
+        assert read_bytes(folder) == undisturbed
+
+    changed = tiny_model(max_text_length=128)
+    with torch.no_grad():
+        changed[0].text_model.norm.weight[0] += 0.5
+    refused(changed, records, EXACT, "weights")
+    refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
+    refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
+    refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
+    refused(None, records, replace(EXACT, store_dtype="float16"), "stored dtype")
+    refused(None, records, replace(EXACT, token_budget=128), "token_budget")
+    swapped = [records[1], records[0], *records[2:]]
+    refused(None, swapped, EXACT, "data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"store_dtype": "int8"}, "store_dtype='int8'"),
+        ({"rows_per_shard": 0, "num_workers": 0}, "num_workers=0 .*rows_per_shard=0"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExtractConfig(**changes)
+
+
+def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
+    for modality in ("text", "image"):
+        with pytest.raises(ValueError, match=r"(?i)empty|no images"):
+            extract(model, [], tmp_path / "store", EXACT, modality=modality)
+    assert not (tmp_path / "store").exists()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the kernel refuse longer files, as a full disk and a full quota do."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "store"
+    with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
+        stop_after_one_shard(patch, folder)
+        extract_captions(model, records, folder)
+    with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
+        extract_captions(model, records, folder)
+    require_one_shard(folder)
+    extract_captions(model, records, folder)
+    assert read_bytes(folder) == undisturbed
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a small disk"
+)
+def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        with pytest.raises(OSError, match=r"No room to write shard .*No space left"):
+            extract_captions(model, records, disk / "store")
+        assert not list((disk / "store").glob("*.tmp"))
+        assert 0 in list_complete_shards(disk / "store")
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        extract_captions(model, records, disk / "store")
+        assert read_bytes(disk / "store") == undisturbed
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the store is still mapped
+
+
+def require_one_shard(folder: Path) -> None:
+    assert not list(folder.glob("*.tmp"))
+    assert list_complete_shards(folder) == [0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    lines = []
+    for number in range(9):
+        Image.new("RGB", (40, 40 + number), (25 * number, 80, 10)).save(folder / f"{number}.png")
+        for lang in ("en", "de")[: 1 + number % 2]:
+            lines.append({"image": f"{number}.png", "captions": ["it"], "lang": lang})
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_images_are_stored_once_and_found_by_every_record(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    options = ["--modality", "image", "--rows-per-shard", "4", "--batch-size", "3"]
+    options += ["--store-dtype", "float32"]
+    command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
+    assert main(command) == 0
+    assert "9 embeddings of 32 for 13 records (13 images, 9 distinct)" in capsys.readouterr().out
+    store = EmbeddingStore.open(folder, check="full")
+    records = load_records(images)
+    whole, processor = (
+        LLM2CLIPModel.from_pretrained(model),
+        LLM2CLIPProcessor.from_pretrained(model),
+    )
+    expected = encode_images(whole, processor, [record.path for record in records], project=False)
+    rows = [int(store.rows_of(item)[0]) for item in range(len(store))]
+    # Sums of float32 in another order: the images had other neighbors.
+    torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
+    assert store.manifest.num_rows == len(set(rows)) == 9
+    assert list(store.names) == [record.name for record in records]
+    assert list(store.langs) == [record.lang for record in records]
+    assert store.rows_of(0, long=True).tolist() == []
+    store.require_fingerprint(fingerprint_vision(model))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
+            "--batch-size, --num-workers: for --modality image alone",
+        ),
+        (
+            ["--modality", "image", "--token-budget", "64"],
+            "--token-budget: for --modality text alone",
+        ),
+    ],
+)
+def test_a_flag_of_the_other_extraction_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    assert main(["extract", "no-model", "no-data", str(tmp_path / "store"), *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_broken_image_is_named_and_whole_shards_stay(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    records = load_records(images)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    spoilt = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
+    config = replace(EXACT, rows_per_shard=4)
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        extract(model, spoilt, tmp_path / "store", config, modality="image")
+    assert {0, 1} <= set(list_complete_shards(tmp_path / "store"))
+
+
+def test_records_without_images_are_refused_before_the_model_is_loaded(
+    records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"30 records have no image: \['0\.png'"):
+        extract(tmp_path / "empty", records, tmp_path / "store", EXACT, modality="image")
+
+
+def test_a_loaded_pair_gives_the_store_of_its_folder(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    loaded = (LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model))
+    folder = extract(loaded, records, tmp_path / "store", EXACT, modality="text")
+    assert read_bytes(folder) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
