@@ -302,7 +302,7 @@ def test_float_pixels_are_rejected_by_path(processor: LLM2CLIPProcessor, tmp_pat
 @pytest.mark.parametrize("value", [-1, 65536])
 def test_integers_beyond_sixteen_bits_are_rejected(value: int) -> None:
     pixels = np.full((2, 2), value, dtype=np.int32)
-    with pytest.raises(ValueError, match="image number 0: pixels are outside \[0, 65535\]"):
+    with pytest.raises(ValueError, match=r"image number 0: pixels are outside \[0, 65535\]"):
         load_images([Image.fromarray(pixels)])
 
 
