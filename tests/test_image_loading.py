@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared_models import fresh_processor
+from shared_models import fresh_processor, run_docstring_example
 from tiny import draw_noise, tiny_images
 
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -41,6 +41,10 @@ def load(image: Any) -> Image.Image:
     loaded: Image.Image = load_images(image)
     assert loaded.mode == "RGB"
     return loaded
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    assert run_docstring_example(load_images) == (0, 3)
 
 
 def test_images_become_float32_tensors_of_the_towers_size(
@@ -302,7 +306,7 @@ def test_float_pixels_are_rejected_by_path(processor: LLM2CLIPProcessor, tmp_pat
 @pytest.mark.parametrize("value", [-1, 65536])
 def test_integers_beyond_sixteen_bits_are_rejected(value: int) -> None:
     pixels = np.full((2, 2), value, dtype=np.int32)
-    with pytest.raises(ValueError, match="image number 0: pixels are outside \[0, 65535\]"):
+    with pytest.raises(ValueError, match=r"image number 0: pixels are outside \[0, 65535\]"):
         load_images([Image.fromarray(pixels)])
 
 
