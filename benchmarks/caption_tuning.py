@@ -37,7 +37,7 @@ from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
-from modeling_llm2clip.model_folders.lora_base import ADAPTER_WEIGHTS
+from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS
 from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments, finetune_llm
 
 RECIPE = TuneArguments(
@@ -142,7 +142,7 @@ def _describe(
             for name in ("torch", "transformers", "sentence-transformers", "peft")
         },
         "data": f"COCO val2017 captions; {recipe.held_out} images held out",
-        "start": hash_file(arguments.start / ADAPTER_WEIGHTS) if arguments.start else None,
+        "start": hash_file(arguments.start / LORA_WEIGHTS) if arguments.start else None,
         "recipe": asdict(recipe),
         "cra": cra,
         "cra_by_step": {log["step"]: log["eval_cra"] for log in logs if "eval_cra" in log},

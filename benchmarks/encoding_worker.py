@@ -103,10 +103,9 @@ COMPILED = ("ours, compiled",)
 def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     """Build a model whose vision tower is tiny: only its text side is measured."""
     import torch
-    from modeling_llm2clip.building.towers import load_text_tower
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    from modeling_llm2clip.building.build_model import build_model
+    from modeling_llm2clip.building.build_model import join_towers
     from modeling_llm2clip.configs.build_config import BuildConfig
 
     # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.
@@ -116,12 +115,9 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
                          num_attention_heads=2, image_size=32, patch_size=16)
     )  # fmt: skip
     size = {"height": 32, "width": 32}
-    text_model, tokenizer = load_text_tower(llm)
-    return build_model(
-        vision,
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
-        text_model,
-        tokenizer,
+    return join_towers(
+        (vision, CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)),
+        llm,
         BuildConfig(prompt=prompt, projection_dim=576),
     )
 

@@ -32,16 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
-from modeling_llm2clip.publishing.assemble import assemble_folder
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from provenance import describe_processor, read_commit
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from modeling_llm2clip.building.build_model import build_model
-from modeling_llm2clip.building.lora_merging import merge_lora
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.vision_towers import load_vision_tower
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
@@ -52,9 +50,9 @@ from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
+from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
@@ -166,23 +164,21 @@ def _make_towers(
         size=side, do_center_crop=False,
         image_mean=image_processor.image_mean, image_std=image_processor.image_std,
     )  # fmt: skip
-    text_model, tokenizer = load_text_tower(fetch_tower(SMOLLM2))
-    text_model = merge_lora(
-        text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE
+    config = BuildConfig(
+        prompt="chatml", lora=find_example_data() / "caption_lora", accept_lora_base=SMOLLM2_BASE
     )
-    chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
-    built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
+    built = join_towers((vision_model, image_processor), fetch_tower(SMOLLM2), config)
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
     extract_captions(work / "built", texts, work / "captions", ExtractionArguments())
-    settings = AlignArguments(
+    settings = AlignConfig(
         vision_training="full", steps=arguments.align_steps, lr=1e-3, vision_lr=1e-4,
         batch_size=arguments.align_batch_size, precision="bfloat16", device="cpu",
     )  # fmt: skip
     store = EmbeddingStore.open(work / "captions")
     result = align(work / "built", texts, work / "run", settings, caption_store=store)
     assert result.trained is not None, "a signal stopped the alignment"
-    assemble_folder(work / "built", result.trained, work / "aligned")
+    save_trained_model(work / "built", result.trained, work / "aligned")
     towers = {
         name: export_vision_tower(work / folder, work / f"{folder}-tower")
         for name, folder in (("before", "built"), ("after", "aligned"))

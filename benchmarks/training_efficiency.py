@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
@@ -157,7 +157,7 @@ def _run_mode(arguments: argparse.Namespace) -> dict[str, float]:
             arguments.work / "model",
             _read_records(arguments),
             output,
-            AlignArguments(
+            AlignConfig(
                 text_training=text_training,
                 vision_training=arguments.vision,
                 steps=arguments.steps,

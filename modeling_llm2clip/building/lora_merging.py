@@ -142,10 +142,7 @@ class _Headed(PreTrainedModel):
 def _wrap(
     config: PreTrainedConfig, folder: Path, factors: Mapping[str, Tensor], *, shown: str
 ) -> tuple[nn.Module, str]:
-    """Put a LoRA around an LLM whose weights take no memory.
-
-    Returns: the wrapped LLM, and what its module names begin with.
-    """
+    """Put a LoRA around an LLM without weights, and find what its module names begin with."""
     from peft import LoraConfig, get_peft_model
 
     lora_config = LoraConfig.from_pretrained(str(folder))

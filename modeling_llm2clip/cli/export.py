@@ -49,14 +49,17 @@ def export(
     require_new_folder(output)
     require_own_model(model, revision=revision)
     config = replace(config, device=str(choose_device(config.device)))
-    if is_tower:
-        return _write_tower(model, output, config, revision)
     if dry_run:
         return _list_files(model, output, config, revision)
     from ..publishing.export_model import export_model
 
     folder = export_model(model, output, config, revision=revision)
-    print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
+    following = (
+        "AutoModel and LlavaConfig(vision_config=…) take it unchanged."
+        if is_tower
+        else f"Next: llm2clip doctor {folder}"
+    )
+    print(f"Wrote {folder}. {following}")
     return 0
 
 
@@ -82,12 +85,4 @@ def _list_files(model: str, output: Path, config: ExportConfig, revision: str | 
         f"Nothing was written to {output}. Sizes of weight files are exact but for their headers, "
         "the others are those in MODEL. Leave out --dry-run to write it."
     )
-    return 0
-
-
-def _write_tower(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
-    from ..publishing.vision_tower_export import export_vision_tower
-
-    folder = export_vision_tower(model, output, revision=revision, license=config.license)
-    print(f"Wrote {folder}. AutoModel and LlavaConfig(vision_config=…) take it unchanged.")
     return 0

@@ -202,8 +202,8 @@ def _rename_checkpoint(
 def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[Rule]:
     """List the rules for the text adapter and the temperature, which all official layouts share.
 
-    The adapter is `Sequential(block, …, LayerNorm, Linear)`; a block is `Sequential(Linear, GELU,
-    Dropout, Linear)` as `fn`, and a LayerNorm as `ln`.
+    The text adapter is `Sequential(block, …, LayerNorm, Linear)`; a block is `Sequential(Linear,
+    GELU, Dropout, Linear)` as `fn`, and a LayerNorm as `ln`.
     """
     start, num_layers = re.escape(prefix), _count_blocks(prefix, tensors)
     part = r"(weight|bias)"

@@ -26,7 +26,8 @@ from ..model_folders.model_card_data import CardData, CardResult, find_license
 from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..search.results_page import SearchResult, write_contact_sheet, write_page
+from ..search.image_index import SearchResult
+from ..search.results_page import write_results_page, write_results_sheet
 from .feature_alignment import AlignmentArguments
 from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from .stages import align, encode_records, evaluate, hold_out, search
@@ -212,13 +213,15 @@ def _verify(
 
 
 def _show(found: list[SearchResult], output: Path, scores: dict[str, float]) -> None:
-    write_contact_sheet(found, output / "search.png")
+    write_results_sheet(found, output / "search.png")
     note = (
         f"Unseen text to image R@1 {scores['unseen_text_to_image_r1']:.1%}, image to text "
         f"{scores['unseen_image_to_text_r1']:.1%}, chance {scores['chance_r1']:.1%}. The number "
         "under an image is its cosine with the sentence."
     )
-    write_page(found, output / "search.html", title="LLM2CLIP: images by sentence", note=note)
+    write_results_page(
+        found, output / "search.html", title="LLM2CLIP: images by sentence", note=note
+    )
 
 
 def _peak_rss_gb() -> float:

@@ -32,7 +32,7 @@ from .model_under_test import SHORT_TEXTS, ModelUnderTest
 # All equal for unit embeddings; without a setting sentence-transformers takes the cosine.
 _COSINES = ("cosine", "dot", None)
 _PARTS = {
-    "text_embeds": "tokenizer, LLM, adapter or text projection",
+    "text_embeds": "tokenizer, LLM, text adapter or text projection",
     "image_embeds": "image processor, vision tower or visual projection",
 }
 

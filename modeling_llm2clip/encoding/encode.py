@@ -106,7 +106,7 @@ def encode_texts(
             ),
             on_batch=count_tokens,
         )
-    return project_captions(model, embeds) if project else embeds
+    return _project(model, model.to_text_embeds, embeds, inputs=texts) if project else embeds
 
 
 def encode_images(
@@ -174,7 +174,7 @@ def encode_images(
             num_workers=num_workers,
             on_batch=count_images,
         )
-    return project_images(model, embeds) if project else embeds
+    return _project(model, model.to_image_embeds, embeds, inputs=images) if project else embeds
 
 
 def project_captions(model: LLM2CLIPModel | LLM2CLIPTextModel, caption_embeds: Tensor) -> Tensor:
@@ -188,7 +188,8 @@ def project_captions(model: LLM2CLIPModel | LLM2CLIPTextModel, caption_embeds: T
         (N, P) of unit length.
 
     Raises:
-        ValueError: They are integers, or of another width than the LLM's.
+        ValueError: They are integers, or of another width than the LLM's, or the model gives NaN or
+            infinity.
     """
     return _project(model, model.to_text_embeds, caption_embeds)
 
@@ -204,7 +205,8 @@ def project_images(model: LLM2CLIPModel | LLM2CLIPVisionModel, vision_embeds: Te
         (N, P) of unit length.
 
     Raises:
-        ValueError: They are integers, or of another width than the tower's.
+        ValueError: They are integers, or of another width than the tower's, or the model gives NaN
+            or infinity.
     """
     return _project(model, model.to_image_embeds, vision_embeds)
 
@@ -278,7 +280,7 @@ def encode_distinct(
         prepared = _prepare_ahead(pool, prepare, parts, count=num_workers + 1)
         for rows, batch in zip(plan, prepared, strict=True):
             embeds = encode(batch).float().cpu()
-            _require_finite(embeds, inputs, rows)
+            _require_finite(embeds, rows, inputs)
             if embeddings is None:
                 embeddings = torch.empty(len(firsts), embeds.shape[1])
             embeddings[[place_of[row] for row in rows]] = embeds
@@ -373,16 +375,21 @@ def _prepare_ahead(
         yield running.popleft().result()
 
 
-def _require_finite(embeds: Tensor, inputs: Sequence[Any], rows: Sequence[int]) -> None:
+def _require_finite(
+    embeds: Tensor, rows: Sequence[int], inputs: Sequence[Any] | None = None
+) -> None:
     broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if not broken:
         return
-    named = [f"number {rows[place]} ({str(inputs[rows[place]])[:80]!r})" for place in broken]
-    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    named = [
+        f"number {row}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
+        for row in (rows[place] for place in broken[:_SHOWN])
+    ]
+    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
     raise ValueError(
-        f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs of a batch: "
-        f"{', '.join(named[:_SHOWN])}{more}. Run it in float32 (--dtype float32); if they remain, "
-        "its weights are damaged: check its folder with llm2clip doctor."
+        f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
+        f"{', '.join(named)}{more}. Run it in float32 (--dtype float32); if they remain, its "
+        "weights are damaged: check its folder with llm2clip doctor."
     )
 
 
@@ -391,17 +398,15 @@ def _project(
     model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
     to_embeds: Callable[[Tensor], Tensor],
     embeds: Tensor,
+    *,
+    inputs: Sequence[Any] | None = None,
 ) -> Tensor:
     """Project in parts, because all embeddings of a large dataset may not fit on the device."""
     with eval_mode(model), float32_as_such():
-        parts = [
-            to_embeds(part.to(model.device)).cpu() for part in embeds.split(_PROJECTED_AT_ONCE)
-        ]
-    return torch.cat(parts)
-
-
-def _to_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    return [value.to(device) for value in inputs]
+        parts = embeds.split(_PROJECTED_AT_ONCE)
+        projected = torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
+    _require_finite(projected, range(len(projected)), inputs)
+    return projected
 
 
 def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:

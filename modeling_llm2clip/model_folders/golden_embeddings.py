@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..encoding.float32 import float32_as_such
+from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -48,8 +48,6 @@ def render_golden_images() -> list[Image.Image]:
     return [Image.fromarray(image.astype(np.uint8)) for image in (ramp, disc)]
 
 
-@torch.inference_mode()
-@float32_as_such()
 def compute_golden(
     model: Any, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
 ) -> dict[str, Tensor]:
@@ -64,20 +62,14 @@ def compute_golden(
         `text_embeds` (T, P) and `image_embeds` (2, P), float32 of unit length on the CPU; only one
         of them for a text-only or vision-only model.
     """
-    features = {}
+    embeddings = {}
     if hasattr(model, "text_model"):
-        inputs = processor(text=list(texts)).to(model.device)
-        features["text_embeds"] = model.get_text_features(**inputs)
+        embeddings["text_embeds"] = encode_texts(model, processor, texts)
     if hasattr(model, "vision_model"):
-        inputs = processor(images=render_golden_images()).to(model.device)
-        features["image_embeds"] = model.get_image_features(**inputs)
-    return {
-        name: F.normalize(output.pooler_output, dim=-1).cpu() for name, output in features.items()
-    }
+        embeddings["image_embeds"] = encode_images(model, processor, render_golden_images())
+    return embeddings
 
 
-@torch.inference_mode()
-@float32_as_such()
 def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
     """Record the embeddings that a model gives now, beside its weights.
 
@@ -92,15 +84,15 @@ def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None
     Raises:
         ValueError: An embedding has NaN or infinity.
     """
-    embeddings = compute_golden(model, processor)
-    if hasattr(model, "text_model"):
-        inputs = processor(text=list(GOLDEN_TEXTS)).to(model.device)
-        embeddings["caption_embeds"] = model.get_caption_embeds(**inputs)
+    with _naming_the_save():
+        embeddings = compute_golden(model, processor)
+        if hasattr(model, "text_model"):
+            embeddings["caption_embeds"] = encode_texts(
+                model, processor, GOLDEN_TEXTS, project=False
+            )
     _save(folder, {**embeddings, **read_temperature(model)}, list(GOLDEN_TEXTS), model.dtype)
 
 
-@torch.inference_mode()
-@float32_as_such()
 def renew_golden(
     source: Path, folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
 ) -> bool:
@@ -123,17 +115,13 @@ def renew_golden(
         return False
     texts, recorded = golden
     caption_embeds = recorded["caption_embeds"]
-    images = processor(images=render_golden_images()).to(model.device)
-    text_features = model.project_caption_embeds(caption_embeds.to(model.device))
-    image_features = model.get_image_features(**images).pooler_output
-    assert image_features is not None
-    embeddings = {
-        "text_embeds": F.normalize(text_features, dim=-1),
-        "image_embeds": F.normalize(image_features, dim=-1),
-        "caption_embeds": caption_embeds,
-        **read_temperature(model),
-    }
-    _save(folder, embeddings, texts, model.dtype)
+    with _naming_the_save():
+        embeddings = {
+            "text_embeds": project_captions(model, caption_embeds),
+            "image_embeds": encode_images(model, processor, render_golden_images()),
+            "caption_embeds": caption_embeds,
+        }
+    _save(folder, {**embeddings, **read_temperature(model)}, texts, model.dtype)
     return True
 
 
@@ -189,16 +177,23 @@ def measure_distances(first: Tensor, second: Tensor) -> Tensor:
     return distances
 
 
+@contextmanager
+def _naming_the_save() -> Iterator[None]:
+    """Say of broken embeddings that the model is therefore not saved."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"The model is not saved. {error} After a training, take the last weights that give "
+            "finite embeddings."
+        ) from error
+
+
 def _save(
     folder: Path, embeddings: dict[str, Tensor], texts: list[str], dtype: torch.dtype
 ) -> None:
-    errors = [name for name, embedding in embeddings.items() if not embedding.isfinite().all()]
-    if errors:
-        raise ValueError(
-            f"The model gives NaN or infinity in {errors}, computed in {dtype}, so it is not "
-            "saved. Take the last weights without them; if these are finite, the dtype is too "
-            "narrow: use bfloat16 or float32."
-        )
+    if not embeddings.get("logit_scale", torch.zeros(1)).isfinite().all():
+        raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
     save_file(
         {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
         folder / GOLDEN_FILE,

@@ -30,7 +30,7 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
             language and what was left out.
 
     Raises:
-        ValueError: A file is not of this kind, a score is not a finite number, or a task occurs
+        ValueError: A file has another form, a score is not a finite number, or a task occurs
             twice on one dataset. All errors are named at once.
     """
     results: dict[tuple[str, str], CardResult] = {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..model_folders.model_card_data import read_card_data
 from ..model_folders.model_folder import find_model_folder
@@ -35,26 +38,39 @@ class StageSource:
 
 
 @contextmanager
-def open_source(source: Source) -> Iterator[StageSource]:
-    """Give the folder of a model.
+def open_source(source: Source, output: Path) -> Iterator[StageSource]:
+    """Give the folder of a model; the processes of a launcher must have joined.
 
-    A loaded pair is written to a temporary folder, so that a stage works on exactly these weights,
-    knows them by their hash, and leaves the pair as it is. Licenses and training data are taken
-    from the card of the folder that it was loaded from.
+    A loaded pair is written to a temporary folder beside the output, so that a stage works on
+    exactly these weights, knows them by their hash, and leaves the pair as it is. Licenses and
+    training data are taken from the card of the folder that it was loaded from.
 
     Args:
         source: Folder, Hub id, or (model, processor).
+        output: Folder of the stage.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The source is none of these.
         OSError: The download failed, or the disk is full.
     """
     if isinstance(source, str | Path):
         yield StageSource(find_model_folder(source), str(source))
         return
+    state, folders = PartialState(), [""]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            temporary = TemporaryDirectory(prefix=f".{output.name}-source-", dir=output.parent)
+            folders = [str(_save(source, Path(stack.enter_context(temporary)) / "model"))]
+        broadcast_object_list(folders)
+        yield StageSource(Path(folders[0]), type(source[0]).__name__)
+        state.wait_for_everyone()  # before the folder is deleted
+
+
+def _save(source: LoadedModel, folder: Path) -> Path:
     model, processor = source
     origin = Path(model.name_or_path or "")
-    card = replace(read_card_data(origin), results=()) if (origin / "README.md").is_file() else None
-    with tempfile.TemporaryDirectory(prefix="llm2clip-") as scratch:
-        folder = save_model(model, processor, Path(scratch) / "model", card=card)
-        yield StageSource(folder, type(model).__name__)
+    card = None
+    if (origin / "README.md").is_file():
+        card = replace(read_card_data(origin), results=())
+    return save_model(model, processor, folder, card=card)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from modeling_llm2clip.encoding.text_encoding import encode_captions
 from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -16,6 +15,7 @@ from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.tower_checks import find_attention_errors, require_bidirectional
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
@@ -179,13 +179,13 @@ def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_come
     model, processor = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
     assert model.config.text_width == 48 != model.config.text_config.hidden_size
     captions = ["a dog", "two red apples on a wooden table"]
-    before = encode_captions(model, processor, captions).caption_embeds
+    before = encode_texts(model, processor, captions, project=False)
     assert before.shape == (2, 48)
     folder = save_model(model, processor, tmp_path / "model")
     report = check_model(folder)
     assert report.healthy, str(report)
     loaded = LLM2CLIPModel.from_pretrained(folder)
-    assert torch.equal(encode_captions(loaded, processor, captions).caption_embeds, before)
+    assert torch.equal(encode_texts(loaded, processor, captions, project=False), before)
     assert AlignmentModel.from_pretrained(folder).text_projection.in_features == 48
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modeling_llm2clip.search.result_formats import FORMATS
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
-from modeling_llm2clip.search.result_formats import FORMATS
 from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
@@ -365,7 +365,7 @@ REFUSED_AT_ONCE = [
     (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "must be above 0"),
     (["extract", "OWN", "FULL", "NEW"], "--modality is required"),
     (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
-    (["extract", "CLIP", "FULL", "NEW", *TEXT], "This command takes an LLM2CLIP model."),
+    (["extract", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "for --modality image alone"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "--image-dir /no: no such fo"),
     (ALIGN, "needs a caption store"),
@@ -375,7 +375,7 @@ REFUSED_AT_ONCE = [
     (["align", "OWN", "/nowhere", "NEW", "--caption-store", "STORE"], "no such data"),
     (["evaluate", "OWN"], "at least one model and one dataset"),
     (["evaluate", "no-model", "--datasets", "emoji"], "no-model: no such folder"),
-    (["evaluate", "ours=ABOVE", "--datasets", "emoji"], "is the folder above"),
+    (["evaluate", "ours=ABOVE", "--datasets", "emoji"], "is the parent folder of"),
     (["evaluate", "LLM", "--datasets", "emoji"], "is a language model"),
     (["search", "OWN", "/nowhere", "a dog"], "/nowhere: no such folder"),
     (["search", "OWN", "FULL", "a dog", "--output", "FULL"], "is not empty"),
@@ -383,20 +383,20 @@ REFUSED_AT_ONCE = [
     (["search", "OWN", "FULL", "a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
     (["search", "OWN", "FULL", "--image", "/nowhere"], "--image /nowhere: no such image"),
     (["search", "no-model", "FULL", "a dog"], "no-model: no such folder"),
-    (["search", "CLIP", "FULL", "a dog"], "This command takes an LLM2CLIP model."),
+    (["search", "CLIP", "FULL", "a dog"], "An LLM2CLIP model is needed here."),
     (["tag", "OWN", "FULL", "--labels", "/nowhere"], "/nowhere: "),
     (["tag", "OWN", "/nowhere", "--labels", "LABELS"], "/nowhere: no such folder"),
     ([*TAG, "--top-k", "0"], "--top-k 0 must be at least 1"),
     ([*TAG, "--output", "NEW"], "must end in .csv or"),
     ([*TAG, "--output", "LABELS"], "Name a new file"),
     (["tag", "no-model", "FULL", "--labels", "LABELS"], "no-model: no such folder"),
-    (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "takes an LLM2CL"),
+    (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "An LLM2CLIP"),
     (["export", "OWN", "FULL"], "is not empty"),
     (["export", "OWN"], "OUTPUT is missing"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "--dtype"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dry-run"], "no use for --dry-run"),
     (["push", "FULL"], "REPO_ID is missing"),
-    (["push", "CLIP", "owner/name"], "This command takes an LLM2CLIP model."),
+    (["push", "CLIP", "owner/name"], "An LLM2CLIP model is needed here."),
     (["doctor", "CLIP"], "is a 'clip'"),
     (["doctor", "/nowhere"], "/nowhere: no such folder"),
     (["demo", "--output", "FULL"], "is not empty"),

@@ -238,7 +238,7 @@ ABSENT = "/nowhere"
         (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
         (["build", "VISION", "/no.gguf", "--prompt", "none"], r"/no.gguf: no such .gguf file"),
         (["build", "VISION", "LLM", "--prompt", "llama-3", "--lora", ABSENT],
-         f"{ABSENT}: no such caption adapter"),
+         f"{ABSENT}: no such LoRA"),
         (["build", "VISION", "LLM", "--prompt", "none", "--projection-dim", "0"],
          "--projection-dim 0 must be at least 1"),
         (["build", "VISION", "LLM", "--prompt", "none", "--text-adapter-layers", "-1"],

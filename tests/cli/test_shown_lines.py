@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from aligning import Prepared
-from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -23,6 +22,7 @@ from tiny import tiny_model
 from modeling_llm2clip.cli.library_warnings import hide_known_warnings
 from modeling_llm2clip.data.embedding_store import StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.demo.feature_alignment import descend
 from modeling_llm2clip.encoding import encode as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE

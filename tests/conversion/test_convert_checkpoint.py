@@ -272,7 +272,16 @@ def test_a_temperature_rounded_up_to_half_precision_is_100(tmp_path) -> None:
 
 def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> None:
     source = save_checkpoint("eva02", tmp_path / "source")
-    flags = ["--recipe", "eva02", "--llm", str(LLM), "--head-width", "12", "--dtype", "float32"]
+    flags = [
+        "--source-format",
+        "eva02",
+        "--text-model",
+        str(LLM),
+        "--head-width",
+        "12",
+        "--dtype",
+        "float32",
+    ]
     flags += ["--rope-reference-size", "4", "--max-text-length", "200", "--license", "mit"]
     flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
     (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
@@ -307,7 +316,7 @@ def test_the_script_is_the_command() -> None:
         capture_output=True, text=True, check=False, timeout=120,
         env={"PYTHONPATH": str(GOLDEN.parent.parent), "PATH": "", "COLUMNS": "100"},
     )  # fmt: skip
-    assert done.returncode == 0 and "usage: llm2clip convert" in done.stdout
+    assert done.returncode == 0 and "Usage: llm2clip convert" in done.stdout
 
 
 def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(

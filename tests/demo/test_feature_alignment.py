@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from modeling_llm2clip.training.alignment.optimization import descend
 from tiny import tiny_model
 
 from modeling_llm2clip.demo.feature_alignment import (
     AlignmentArguments,
     AlignmentPairs,
     align_features,
+    descend,
     sample_batches,
 )
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from modeling_llm2clip.cli.chosen_device import choose_device
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import (
@@ -114,13 +114,13 @@ def test_auto_is_the_cpu_where_the_launcher_was_told_so(
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
 def test_the_alignment_takes_every_device(device: str) -> None:
-    assert AlignArguments(device=device).device == device
+    assert AlignConfig(device=device).device == device
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cpu:0", ""])
 def test_the_alignment_refuses_what_is_no_device(device: str) -> None:
     with pytest.raises(ValueError, match=r"device=.*wanted one of"):
-        AlignArguments(device=device)
+        AlignConfig(device=device)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from shared_models import CAPTIONS, shared_model
 from tiny_encoders import MODEL_TYPES, TEXTS
 from torch import nn
 
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.encoding.float32 import float32_as_such
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder

@@ -20,7 +20,6 @@ from llava_conversations import Conversation, conversations_of_captions, read_co
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
 from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
 from llava_trainer import LlavaArguments, LlavaTrainer, make_training_arguments, train_llava
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 SHORT = LlavaArguments(
     steps=4, batch_size=4, lr=1e-2, log_every=1, save_every=2, device="cpu", max_length=128

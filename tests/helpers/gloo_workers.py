@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_gather
 
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
-from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperature
+from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperatureCallback
 from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
-from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss, gather_with_gradient
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 NUM_ROWS = 8
 CHUNK = 3
@@ -37,18 +40,29 @@ def loss_and_gradients(part: slice, *, chunk_size: int | None = None) -> dict[st
     leaves = [image[part].clone(), text[part].clone(), scale]
     for leaf in leaves:
         leaf.requires_grad_(True)
-    loss = grouped_contrastive_loss(
-        *leaves, group_ids[part], chunk_size=chunk_size, over_processes=True
-    )
+    loss = ContrastiveLoss(chunk_size=chunk_size)(LossInputs(*leaves, group_ids[part]))
     loss.backward()
     image_grad, text_grad, scale_grad = (leaf.grad for leaf in leaves)
     return {"loss": loss.detach(), "image": image_grad, "text": text_grad, "scale": scale_grad}
 
 
+def gather_gradients(part: slice, *, library: bool) -> dict[str, Tensor]:
+    """Gradients of the loss through our gather, or through that of torch."""
+    image, text, scale, group_ids = make_rows()
+    rows = torch.cat([image, text], dim=1)[part].clone().requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's is deprecated
+        whole = torch.cat(all_gather(rows)) if library else gather_with_gradient(rows)
+    images, texts = whole.chunk(2, dim=1)
+    ContrastiveLoss(over_processes=False)(LossInputs(images, texts, scale, group_ids)).backward()
+    assert rows.grad is not None
+    return {"rows": rows.grad}
+
+
 def load_trained(folder: Path) -> AlignmentModel:
     """The real module with everything in it trained but the LLM, which is not there."""
     model = AlignmentModel.from_pretrained(folder)
-    choose_trained_parts(model, AlignArguments(vision_training="full", layer_decay=1.0))
+    choose_trained_parts(model, AlignConfig(vision_training="full", layer_decay=1.0))
     return model.train()
 
 
@@ -66,7 +80,7 @@ def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
 def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slice) -> Tensor:
     """One forward and backward pass of some rows through a module, wrapped or not."""
     outputs = model(**{name: value[part] for name, value in batch.items()})
-    loss = grouped_contrastive_loss(*outputs, make_rows()[3][part], over_processes=True)
+    loss = ContrastiveLoss()(LossInputs(*outputs, make_rows()[3][part]))
     loss.backward()
     return loss.detach()
 
@@ -85,7 +99,7 @@ def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice)
     }
     with torch.no_grad():
         model.logit_scale.log_scale.fill_(9.0)
-    ClampTemperature().on_optimizer_step(None, None, None, model=model)
+    ClampTemperatureCallback().on_optimizer_step(None, None, None, model=model)
     clamped = model.logit_scale.log_scale.full_tensor().detach()
     return {"sharded_loss": loss, "sharded": gradients, "clamped": clamped}
 
@@ -114,6 +128,8 @@ def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
     result: dict[str, Any] = {
         "plain": loss_and_gradients(part),
         "chunked": loss_and_gradients(part, chunk_size=CHUNK),
+        "gathered": gather_gradients(part, library=False),
+        "gathered by torch": gather_gradients(part, library=True),
         "module_loss": backward_module(wrapped, batch, part),
         "module": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
     }

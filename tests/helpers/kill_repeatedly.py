@@ -33,8 +33,7 @@ from pathlib import Path
 
 # Imported by every run of a training command; imports alone start no threads.
 _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
-              "modeling_llm2clip.training.caption_extraction",
-              "modeling_llm2clip.training.image_extraction",
+              "modeling_llm2clip.training.extraction.extract",
               "modeling_llm2clip.training.alignment.align",
               "modeling_llm2clip.model_folders.model_writing",
               "torch.utils.tensorboard")  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from tiny import tiny_model
 
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.caption_groups import CaptionGroup, group_captions
+from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair, group_captions
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
@@ -48,6 +50,16 @@ class Tuned:
     @property
     def results(self) -> dict[str, Any]:
         return read_results(self.output)
+
+
+def write_pairs(file: Path, pairs: Iterable[TextPair]) -> Path:
+    """Write text pairs as `text_pairs` takes them."""
+    lines = [
+        json.dumps({"query": p.anchor, "positive": p.positive, "negatives": list(p.negatives)})
+        for p in pairs
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
 
 
 def tune(output: Path, config: FinetuneConfig = SHORT, **options: Any) -> Tuned:

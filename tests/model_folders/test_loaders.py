@@ -382,7 +382,7 @@ def test_a_pipeline_gives_the_embeddings_of_the_processor_but_for_odd_images(
             torch.tensor(pipe(image)).reshape(1, -1)
             for image in (str(path), load_images(str(path)))
         )
-        # The same numbers in the same kernels; another image lies further off by far.
+        # The same numbers in the same kernels; another image is much further away.
         assert (float((by_path - wanted).norm()) > 0.01) == (kind in ODD), kind
         torch.testing.assert_close(opened, wanted, atol=ROUNDING, rtol=0)
         encoded = torch.from_numpy(sentence_model.encode([str(path)]))

@@ -143,7 +143,7 @@ def test_trained_weights_keep_licenses_add_their_data_and_drop_old_results(
 def test_a_model_that_gives_nan_is_not_written(part: str, tmp_path: Path) -> None:
     model, processor = tiny_model()
     getattr(model, part).weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"gives NaN or infinity in \['(text|image)_embeds'\]"):
+    with pytest.raises(ValueError, match=r"not saved.*gives NaN or infinity for "):
         save_model(model, processor, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

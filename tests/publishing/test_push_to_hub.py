@@ -56,15 +56,16 @@ def run(*arguments):
 PUBLISH = f"""
 source, again, other, opened = sys.argv[1:5]
 # The Hub refuses one of the large files of the first upload.
-run("export", source, again, "--max-shard-size", "50KB", "--push", "{NAME}")
-run("export", again, "--push", "{NAME}", "--commit-message", "Second try")
-run("export", other, "--push", "{NAME}")
-run("export", again, "--push", "{NAME}", "--branch", "sharded")
-run("export", again, "--push", "{NAME}", "--public")
-run("export", opened, "--push", "{OPEN}", "--public")
-run("export", opened, "--push", "{OPEN}")
+assert main(["export", source, again, "--max-shard-size", "50KB"]) == 0
+run("push", again, "{NAME}")
+run("push", again, "{NAME}", "--commit-message", "Second try")
+run("push", other, "{NAME}")
+run("push", again, "{NAME}", "--revision", "sharded")
+run("push", again, "{NAME}", "--no-private")
+run("push", opened, "{OPEN}", "--no-private")
+run("push", opened, "{OPEN}")
 del os.environ["HF_TOKEN"]  # a stranger from here on
-run("export", source, "--push", "{NAME}")
+run("push", source, "{NAME}")
 run("doctor", "{NAME}")
 print(json.dumps(answers))
 """
@@ -157,7 +158,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The tests are offline, so whatever asked the Hub would raise.
-    assert main(["export", str(source), "--push", NAME, "--dry-run"]) == 0
+    assert main(["push", str(source), NAME, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert f"Nothing was uploaded to {NAME} (private, branch main)." in printed
     listed = re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.MULTILINE)
@@ -239,15 +240,14 @@ def test_a_given_license_is_stated_on_the_card_before_the_upload(
     assert read_card_data(folder).license == "cc-by-4.0"
 
 
-def test_a_missing_license_stops_an_export_that_is_to_be_pushed_before_it_loads(
+def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     remove_license(folder)
     (folder / "model.safetensors").unlink()  # what loads would name the missing weights
-    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME]) == 2
+    assert main(["push", str(folder), NAME]) == 2
     assert "states no license" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
@@ -365,26 +365,22 @@ def test_a_dry_run_of_an_export_writes_nothing_and_does_not_block_the_real_one(
 ) -> None:
     before = list_everything(source)
     command = ["export", str(source), str(tmp_path / "new"), "--dtype", "bfloat16"]
-    assert main([*command, "--push", NAME, "--public", "--dry-run"]) == 0
+    assert main([*command, "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == [] and list_everything(source) == before
     printed = capsys.readouterr().out
-    assert f"Nothing was uploaded to {NAME} (public, branch main)." in printed
+    assert f"Nothing was written to {tmp_path / 'new'}." in printed
     listed = re.findall(r"^ *[\d,]+  (\S+)$", printed, re.MULTILINE)
     assert main(command) == 0
     assert sorted(listed) == [file.path for file in list_files(tmp_path / "new")]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(remove_license, "states no license"), (break_golden_embeddings, "is not healthy")],
-)
-def test_a_dry_run_of_an_export_refuses_what_the_real_one_would(
-    change: Any, message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_of_an_export_refuses_an_unhealthy_model(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "model"))
-    change(folder)
-    assert main(["export", str(folder), str(tmp_path / "new"), "--push", NAME, "--dry-run"]) == 2
-    assert message in capsys.readouterr().err
+    break_golden_embeddings(folder)
+    assert main(["export", str(folder), str(tmp_path / "new"), "--dry-run"]) == 2
+    assert "is not healthy" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

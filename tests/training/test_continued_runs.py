@@ -11,21 +11,17 @@ from typing import Any
 
 import pytest
 from aligning import NUM_RECORDS, Prepared
-from captioned_files import (
-    own_cache,  # noqa: F401
-)
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.data.embedding_store import read_manifest
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
-from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
-from modeling_llm2clip.training.extraction.image_extraction import extract_images
-from modeling_llm2clip.training.finetuning.lora_encoder import LoraArguments
+from modeling_llm2clip.training.extraction.extract import extract
 
 
 @pytest.fixture
@@ -34,7 +30,7 @@ def here(prepared: Prepared, tmp_path: Path) -> Prepared:
     root = tmp_path / "prepared"
     shutil.copytree(prepared.model.parent, root)
     copied = Prepared(root / "data", root / "exported", root / "captions", root / "images")
-    copied.align(root / "run", steps=2)
+    shutil.rmtree(copied.align(root / "run", max_steps=2).model)
     return copied
 
 
@@ -61,8 +57,8 @@ def move_images(here: Prepared) -> Prepared:
 
 def store_in_another_dtype(here: Prepared) -> Prepared:
     shutil.rmtree(here.captions)
-    settings = ExtractionArguments(dtype="float16", device="cpu")
-    extract_captions(here.model, here.records, here.captions, settings)
+    config = ExtractConfig(store_dtype="float16", device="cpu")
+    extract(here.model, here.records, here.captions, config, modality="text")
     return here
 
 
@@ -79,13 +75,15 @@ def test_an_alignment_is_not_continued_on(
     here: Prepared, change: Callable[[Prepared], Prepared], named: str
 ) -> None:
     run = here.model.parent / "run"
-    assert here.align(run, steps=2, resume=True).steps == 2
+    resumed = here.align(run, max_steps=2, resume=True)
+    assert resumed.results["steps"] == 2
+    shutil.rmtree(resumed.model)
     changed = change(here)
     with pytest.raises(ValueError, match=rf"another run: {named}: '[^']+' then, '[^']+' now\. "):
-        changed.align(run, steps=2, resume=True)
+        changed.align(run, max_steps=2, resume=True)
 
 
-def test_a_caption_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
+def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "captions.jsonl"
     data.write_text(
@@ -112,10 +110,13 @@ def test_a_caption_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{}", "run.json has no arguments: it is not the record of a run of this package"),
-        ("[]", "run.json has no arguments"),
+        ("{}", "run.json has no config and inputs, so this package did not write it"),
+        ("[]", "run.json has no config and inputs"),
         ("half", "run.json cannot be read"),
-        ('{"arguments": {"steps": 2}}', "does not say batch_size, .*fingerprint, .*another versio"),
+        (
+            '{"config": {"max_steps": 2}, "inputs": {}}',
+            "has no caption_noise, .*fingerprint, .*another version",
+        ),
     ],
 )
 def test_a_record_that_is_not_ours_or_older_is_refused_as_such(
@@ -126,12 +127,18 @@ def test_a_record_that_is_not_ours_or_older_is_refused_as_such(
         prepared.align(tmp_path, resume=True)
 
 
-def test_what_differs_in_a_nested_setting_is_named_alone(tmp_path: Path) -> None:
-    arguments = replace(SHORT, steps=1)
-    tune(tmp_path / "run", arguments)
-    other = replace(arguments, lora=LoraArguments(dropout=0.5))
-    with pytest.raises(ValueError, match=r"another run: lora\.dropout: 0\.0 then, 0\.5 now\. Name"):
+def test_an_option_that_differs_is_named_alone(tmp_path: Path) -> None:
+    config = replace(SHORT, max_steps=1)
+    tune(tmp_path / "run", config)
+    other = replace(config, lora_dropout=0.5)
+    with pytest.raises(ValueError, match=r"another run: lora_dropout: 0\.0 then, 0\.5 now\. Cho"):
         tune(tmp_path / "run", other, resume=True)
+
+
+def test_options_that_change_no_number_may_differ(tmp_path: Path) -> None:
+    config = replace(SHORT, max_steps=1)
+    tune(tmp_path / "run", config)
+    tune(tmp_path / "run", replace(config, report_to=("none",)), resume=True)
 
 
 def open_dataset(here: Prepared, records: Any) -> AlignmentDataset:
@@ -158,13 +165,14 @@ def test_without_the_images_a_store_of_them_belongs_to_its_own_data(prepared: Pr
         open_dataset(prepared, edited)
 
 
-def test_a_name_that_stands_for_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_name_of_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     first, second = prepared.records[:2]
     twice = [first, replace(second, name=first.name, lang="de")]
-    with pytest.raises(ValueError, match=r"1 names stand for several images: \['00\.jpg'\]"):
-        extract_images(prepared.model, twice, tmp_path / "store")
+    config = ExtractConfig(device="cpu")
+    with pytest.raises(ValueError, match=r"1 names are those of several images: \['00\.jpg'\]"):
+        extract(prepared.model, twice, tmp_path / "store", config, modality="image")
     copied = tmp_path / "copy.jpg"
     shutil.copy(first.path, copied)
     same = [first, replace(first, image=copied, lang="de")]
-    report = extract_images(prepared.model, same, tmp_path / "store")
-    assert report.num_rows == 1
+    folder = extract(prepared.model, same, tmp_path / "store", config, modality="image")
+    assert read_manifest(folder).num_rows == 1

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 from transformers import TrainingArguments
 from tuning import SHORT, tune
 
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.distributed import (
@@ -25,7 +25,7 @@ from modeling_llm2clip.training.distributed import (
     require_all_processes,
     warn_of_idle_gpus,
 )
-from modeling_llm2clip.training.finetuning import finetune_llm as stage
+from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,29 +43,29 @@ def test_a_process_that_works_alone_beside_others_is_refused(
     require_all_processes(2)
 
 
-@pytest.mark.parametrize("told", ["by its settings", "by the launcher", "by nobody"])
-def test_a_run_stays_on_the_cpu_where_it_is_told_to_or_has_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, told: str
+@pytest.mark.parametrize("chosen", ["by its options", "by the launcher", "by nobody"])
+def test_a_run_stays_on_the_cpu_if_asked_to_or_without_another_device(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: told != "by nobody")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: chosen != "by nobody")
     for kind in (torch.backends.mps,):
         monkeypatch.setattr(kind, "is_available", lambda: False)
-    if told == "by the launcher":
+    if chosen == "by the launcher":
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert find_device("cpu" if told == "by its settings" else "auto").type == "cpu"
+    assert find_device("cpu" if chosen == "by its options" else "auto").type == "cpu"
 
 
-def test_the_trainer_of_the_alignment_is_told_to_stay_where_the_run_is(
+def test_the_trainer_of_the_alignment_stays_on_the_device_of_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for kind in (torch.cuda, torch.xpu, torch.backends.mps):
         monkeypatch.setattr(kind, "is_available", lambda: False)
-    assert make_training_arguments(tmp_path, AlignArguments()).use_cpu
+    assert make_training_arguments(tmp_path, AlignConfig()).use_cpu
 
 
 @pytest.fixture
 def many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three GPUs for one process, as far as a Trainer's settings tell."""
+    """Three GPUs for one process, as far as a Trainer knows."""
     finish = TrainingArguments.__post_init__
 
     def see_three(self: Any) -> None:
@@ -80,21 +80,21 @@ def test_a_machine_with_many_gpus_gives_one_process_no_larger_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    collate = stage.PairCollator.__call__
+    collate = PairCollator.__call__
 
     def note(self: Any, rows: list[Any]) -> Any:
         sizes.append(len(rows))
         return collate(self, rows)
 
-    monkeypatch.setattr(stage.PairCollator, "__call__", note)
-    tune(tmp_path / "run", replace(SHORT, steps=2, batch_size=4))
+    monkeypatch.setattr(PairCollator, "__call__", note)
+    tune(tmp_path / "run", replace(SHORT, max_steps=2, per_device_train_batch_size=4))
     assert sizes == [4, 4]
-    assert make_training_arguments(tmp_path, AlignArguments()).n_gpu <= 1  # 0 on the CPU
+    assert make_training_arguments(tmp_path, AlignConfig()).n_gpu <= 1  # 0 on the CPU
 
 
-def test_gpus_that_no_process_uses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_no_process_uses_give_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with pytest.warns(UserWarning, match=r"3 GPUs are seen, and 1 used.*--num_processes 3"):
+    with pytest.warns(UserWarning, match=r"1 of 3 GPUs are used.*--num_processes 3"):
         warn_of_idle_gpus(torch.device("cuda"), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -109,8 +109,11 @@ import torch
 import torch.distributed as dist
 from tiny import tiny_model
 from tuning import GROUPS
-from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.training.alike_images import encode_groups, encode_groups_together
+from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.training.finetuning.hard_batches import (
+    encode_groups,
+    encode_groups_together,
+)
 from modeling_llm2clip.training.distributed import join_processes
 
 state, model = join_processes(cpu=True), tiny_model()

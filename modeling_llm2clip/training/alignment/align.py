@@ -25,6 +25,7 @@ from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fi
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_writing import save_trained_model
 from ...processing_llm2clip import LLM2CLIPProcessor
+from ..distributed import choose_device
 from ..graceful_stop import StopRequest, stop_on_signals
 from ..losses.loss import Loss, load_loss, require_no_parameters
 from ..run_folder import (
@@ -120,7 +121,8 @@ def align(
     require_new_folder(model_folder)
     check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
-    with open_source(source) as found:
+    choose_device(config.device)
+    with open_source(source, output) as found:
         fingerprints = {
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),

@@ -65,8 +65,8 @@ def extract(
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
     config, output = config or ExtractConfig(), Path(output)
-    with stop_on_signals() as stop, open_source(source) as found:
-        device = choose_device(config.device)
+    device = choose_device(config.device)
+    with stop_on_signals() as stop, open_source(source, output) as found:
         make_plan = plan_captions if modality == "text" else plan_images
         plan = make_plan(found.folder, data, config, device)
         writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.index)

@@ -118,7 +118,7 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with open_source(source) as found:
+    with open_source(source, output) as found:
         if config.merge:
             _require_whole_model(found)
         plan = _plan(found, data, output, config, resume=resume)

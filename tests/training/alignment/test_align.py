@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,29 +19,30 @@ from aligning import (
     skip_where_transformers_renames,
     weights_of,
 )
+from safetensors.torch import load_file
 from shared_models import every_vision
+from transformers import TrainerCallback
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 from modeling_llm2clip.model_folders.model_card_data import read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
+from modeling_llm2clip.training.alignment.align import align
 
 
 def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    result = prepared.align(tmp_path / "run")
-    assert result.trained is not None
-    assert save_trained_model(prepared.model, result.trained, tmp_path / "model")
-    changed = names_that_differ(prepared.model, tmp_path / "model")
+    run = prepared.align(tmp_path / "run")
+    changed = names_that_differ(prepared.model, run.model)
     assert changed and not [name for name in changed if name.startswith(TOWERS)]
-    assert changed <= set(result.trained)
     losses = read_losses(tmp_path / "run")
-    assert len(losses) == SHORT_RUN["steps"] and losses[6] < losses[1]
-    report = check_model(tmp_path / "model")
-    assert report.healthy, str(report)
+    assert len(losses) == SHORT_RUN["max_steps"] and losses[6] < losses[1]
+    report = check_model(run.model)
+    assert report.healthy, report.report()
     golden = next(check for check in report.checks if check.name == "golden embeddings")
     assert golden.passed and not golden.skipped
 
@@ -51,10 +53,8 @@ def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
 ) -> None:
     skip_where_transformers_renames(vision)
     here = prepare(tmp_path / "parts", vision=vision)
-    result = here.align(tmp_path / "run", vision_training="full", steps=2, lr=0.05)
-    assert result.trained is not None
-    save_trained_model(here.model, result.trained, tmp_path / "model")
-    changed = names_that_differ(here.model, tmp_path / "model")
+    run = here.align(tmp_path / "run", vision_training="full", max_steps=2, learning_rate=0.05)
+    changed = names_that_differ(here.model, run.model)
     assert any(name.startswith("vision_model.") for name in changed)
     assert not any(name.startswith("text_model.") for name in changed)
     here.image_store.require_fingerprint(fingerprint_vision(here.model))
@@ -66,13 +66,12 @@ def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype
 ) -> None:
     here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
     vision, text = parts
-    result = here.align(tmp_path / "run", vision_training=vision, text_training=text)
-    assert result.trained is not None
-    assert result.trained["text_projection.weight"].dtype == torch.float32
-    save_trained_model(here.model, result.trained, tmp_path / "model")
-    before, after = weights_of(here.model), weights_of(tmp_path / "model")
+    run = here.align(tmp_path / "run", vision_training=vision, text_training=text)
+    checkpoint = load_file(run.output / "checkpoints" / "checkpoint-6" / "trained.safetensors")
+    assert checkpoint["text_projection.weight"].dtype == torch.float32
+    before, after = weights_of(here.model), weights_of(run.model)
     assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
-    assert check_model(tmp_path / "model").healthy
+    assert check_model(run.model).healthy
 
 
 def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:
@@ -97,7 +96,7 @@ def test_a_source_without_recorded_captions_gets_no_golden_embeddings(
     shutil.copytree(prepared.model, old)
     (old / "golden_embeddings.safetensors").unlink()
     trained = {"logit_scale.log_scale": torch.ones(1)}
-    assert not save_trained_model(old, trained, tmp_path / "model")
+    save_trained_model(old, trained, tmp_path / "model")
     assert not (tmp_path / "model" / "golden_embeddings.safetensors").exists()
     assert check_model(tmp_path / "model").healthy
 
@@ -107,14 +106,42 @@ def test_a_lora_trains_and_merges_into_the_folder(
     prepared: Prepared, tmp_path: Path, training: str
 ) -> None:
     pytest.importorskip("peft")
-    result = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, lr=0.02)
-    assert result.trained is not None
-    save_trained_model(prepared.model, result.trained, tmp_path / "model")
-    changed = names_that_differ(prepared.model, tmp_path / "model")
+    run = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, learning_rate=0.02)
+    changed = names_that_differ(prepared.model, run.model)
     prefix = f"{training}_model."
     assert any(name.startswith(prefix) for name in changed)
     assert not any(name.startswith(TOWERS) and not name.startswith(prefix) for name in changed)
-    assert check_model(tmp_path / "model").healthy
+    assert check_model(run.model).healthy
+
+
+def test_a_loaded_pair_is_aligned_as_its_folder_is_and_left_as_it_was(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    wanted = prepared.align(tmp_path / "folder")
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = AlignConfig(**SHORT_RUN)
+    loaded = (model, LLM2CLIPProcessor.from_pretrained(prepared.model))
+    found = align(
+        loaded, prepared.records, tmp_path / "pair", config, caption_store=prepared.captions
+    )
+    assert not names_that_differ(found, wanted.model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_callbacks_of_the_user_are_called(prepared: Prepared, tmp_path: Path) -> None:
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+
+    count = Count()
+    align(
+        prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
+        caption_store=prepared.captions, callbacks=[count],
+    )  # fmt: skip
+    assert count.steps == SHORT_RUN["max_steps"]
 
 
 def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -131,7 +158,7 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prepared.data)
-    command = command_of(prepared, tmp_path / "run", steps=1, vision_training="frozen")
+    command = command_of(prepared, tmp_path / "run", max_steps=1, vision_training="frozen")
     command[2] = "."
     assert main(command) == 0
     assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)

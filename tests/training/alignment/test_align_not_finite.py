@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, read_losses
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from transformers import Trainer
 
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
     AlignmentTrainer,
-    ClampTemperature,
+    ClampTemperatureCallback,
 )
 from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler
+from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_groups(
@@ -34,7 +34,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_groups(
     store.__class__ = Broken
     with pytest.raises(FloatingPointError, match=r"nan at step 0\. 8 of 8 pairs .*group_ids \['"):
         align(
-            prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
+            prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
             caption_store=store,
         )  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
     message = f"2 of 8 pairs have embeddings that are not finite, with the group_ids {group_ids}."
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         align(
-            prepared.model, prepared.records, tmp_path / "run", AlignArguments(**SHORT_RUN),
+            prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
             caption_store=store,
         )  # fmt: skip
 
@@ -72,10 +72,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_is_in_no_checkp
     with monkeypatch.context() as patch:
         patch.setattr(AlignmentTrainer, "training_step", break_fourth_gradient)
         with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 3"):
-            prepared.align(tmp_path / "run", save_every=1)
+            prepared.align(tmp_path / "run", save_steps=1)
     folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     assert sorted(folder.name for folder in folders) == ["checkpoint-2", "checkpoint-3"]
-    prepared.align(tmp_path / "run", save_every=1, resume=True)
+    prepared.align(tmp_path / "run", save_steps=1, resume=True)
     prepared.align(tmp_path / "whole")
     assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
 
@@ -87,8 +87,8 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(
         with torch.no_grad():
             model.text_projection.bias[0] = torch.inf
 
-    monkeypatch.setattr(ClampTemperature, "on_optimizer_step", step_too_far)
+    monkeypatch.setattr(ClampTemperatureCallback, "on_optimizer_step", step_too_far)
     message = r"1 of \d+ trained weights are not finite after step 1: \['text_projection.bias'\]"
     with pytest.raises(FloatingPointError, match=message):
-        prepared.align(tmp_path / "run", steps=1)
+        prepared.align(tmp_path / "run", max_steps=1)
     assert find_last_checkpoint(tmp_path / "run") is None

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, write_data
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
 
 from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.training.alignment.align import align, check_processes
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.align_checks import check_processes
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 
@@ -23,49 +25,55 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"long_share": 1.5, "lr": 0.0}, r"lr=0.0.*long_share=1.5"),
-        ({"vision_training": "some"}, r"vision_training='some'.*'frozen', 'lora', 'full'"),
-        ({"batch_size": 1}, "batch_size=1, wanted at least 2"),
+        (
+            {"long_caption_ratio": 1.5, "learning_rate": 0.0},
+            r"learning_rate=0.*long_caption_ratio=1.5",
+        ),
+        ({"vision_training": "some"}, r"vision_training=.?some.*frozen, lora, full"),
+        ({"global_batch_size": 1}, "global_batch_size=1 must be at least 2"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
         (
-            {"lr": math.inf, "vision_lr": math.inf, "epochs": math.nan, "weight_decay": math.inf},
-            "epochs=nan, wanted a finite.* lr=inf.*vision_lr=inf.*weight_decay=inf",
+            {
+                "learning_rate": math.inf,
+                "vision_learning_rate": math.inf,
+                "num_train_epochs": math.nan,
+                "weight_decay": math.inf,
+            },
+            "num_train_epochs=nan.* learning_rate=inf.*vision_learning_rate=inf.*weight_decay=inf",
         ),
     ],
 )
-def test_impossible_settings_are_all_named(changed: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_all_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AlignArguments(**changed)
+        AlignConfig(**changed)
 
 
 def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None:
     """Call align with something wrong; no tower may be loaded before it says so."""
-    changed = {k: given.pop(k) for k in list(given) if k in AlignArguments.__dataclass_fields__}
-    inputs = {
-        "model": prepared.model, "records": prepared.records,
-        "caption_store": prepared.caption_store, **given,
-    }  # fmt: skip
+    changed = {k: given.pop(k) for k in list(given) if k in AlignConfig.__dataclass_fields__}
+    inputs = {"records": prepared.records, "caption_store": prepared.caption_store, **given}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
-        align(
-            inputs.pop("model"), inputs.pop("records"), output,
-            AlignArguments(**{**SHORT_RUN, **changed}), **inputs,
-        )  # fmt: skip
+        config = AlignConfig(**{**SHORT_RUN, **changed})
+        align(prepared.model, inputs.pop("records"), output, config, **inputs)
     assert not (output / "run.json").exists()
 
 
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    refuse(prepared, out, "Got no images", records=[])
-    refuse(prepared, out, "24 images to train on .* are too few for a batch of 25", batch_size=25)
-    refuse(prepared, out, "needs a caption store", caption_store=None)
-    refuse(prepared, out, "reads no caption store", text_training="frozen-online")
+    refuse(prepared, out, "There are no images", records=[])
+    message = "24 images to train on .* are too few for a batch of 25"
+    refuse(prepared, out, message, global_batch_size=25)
+    refuse(prepared, out, "needs a caption_store", caption_store=None)
+    refuse(prepared, out, "reads no caption_store", text_training="frozen-online")
     refuse(
-        prepared, out, "image store is of no use",
+        prepared, out, "image_store is of no use",
         image_store=prepared.image_store, vision_training="full",
     )  # fmt: skip
-    refuse(prepared, out, "holds vision_embeds", caption_store=prepared.image_store)
-    refuse(prepared, out, "needs a caption store and an image", start="canonical-correlation")
+    refuse(prepared, out, "has vision_embeds, wanted", caption_store=prepared.image_store)
+    refuse(prepared, out, "needs a caption_store and an image_store", projection_init="cca")
+    refuse(prepared, out, "loss='other' must be one of contrastive", loss="other")
+    refuse(prepared, out, "report_to='unknown' must be one of", report_to=("unknown",))
     without = [dataclasses.replace(record, image=None) for record in prepared.records]
     refuse(prepared, out, r"24 records have no image: 00.jpg \(en\)", records=without)
     fewer = prepared.records[:-2]
@@ -93,16 +101,16 @@ def test_an_image_that_would_be_its_own_negative_is_refused(
 def test_a_batch_that_the_processes_cannot_share_is_refused(
     batch_size: int, num_processes: int, message: str
 ) -> None:
-    arguments = AlignArguments(batch_size=batch_size, device="cpu")
+    config = AlignConfig(global_batch_size=batch_size, device="cpu")
     with pytest.raises(ValueError, match=message):
-        check_processes(arguments, batch_size, num_processes)
+        check_processes(config, batch_size, num_processes)
 
 
 def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    arguments = AlignArguments(batch_size=8, device="cpu", vision_training="lora")
+    config = AlignConfig(global_batch_size=8, device="cpu", vision_training="lora")
     with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
-        check_processes(arguments, 8, 1)
+        check_processes(config, 8, 1)
 
 
 def test_other_captions_than_the_stored_ones_are_refused(
@@ -126,7 +134,7 @@ def test_other_captions_than_the_stored_ones_are_refused(
 
 
 def edit_captions(folder: Path) -> list[CaptionedImage]:
-    """The data set of `prepared` with one word of one caption changed, and as many captions."""
+    """The dataset of `prepared` with one word of one caption changed, and as many captions."""
     file = write_data(folder) / "captions.jsonl"
     file.write_text(file.read_text().replace("a photo of thing 7", "a photo of thing 8"))
     return load_records(folder)
@@ -151,11 +159,11 @@ def test_neither_order_nor_group_ids_of_the_records_matter_to_a_store(prepared: 
 
 
 def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path: Path) -> None:
-    settings = AlignArguments(**{**SHORT_RUN, "steps": 1, "text_training": "frozen-online"})
-    align(prepared.model, prepared.records, tmp_path / "run", settings)
+    config = AlignConfig(**{**SHORT_RUN, "max_steps": 1, "text_training": "frozen-online"})
+    shutil.rmtree(align(prepared.model, prepared.records, tmp_path / "run", config))
     edited = edit_captions(tmp_path / "edited")
     with pytest.raises(ValueError, match=r"another run: data: '\w+' then, '\w+' now"):
-        align(prepared.model, edited, tmp_path / "run", settings, resume=True)
+        align(prepared.model, edited, tmp_path / "run", config, resume=True)
 
 
 def test_a_store_of_another_model_is_refused_with_both_values(
@@ -167,11 +175,14 @@ def test_a_store_of_another_model_is_refused_with_both_values(
 
 
 def test_another_run_s_folder_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    prepared.align(tmp_path / "run")
-    with pytest.raises(ValueError, match="holds an earlier run"):
+    run = prepared.align(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="model exists and is not empty"):
+        prepared.align(tmp_path / "run", resume=True)
+    shutil.rmtree(run.model)
+    with pytest.raises(ValueError, match="has an earlier run"):
         prepared.align(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"another run: lr: 0.001 then, 0.01 now"):
-        prepared.align(tmp_path / "run", lr=0.01, resume=True)
+    with pytest.raises(ValueError, match=r"another run: learning_rate: 0.001 then, 0.01 now"):
+        prepared.align(tmp_path / "run", learning_rate=0.01, resume=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):

@@ -14,13 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import LONG_RUN, SHORT_RUN, Prepared, command_of, names_that_differ, read_losses
+from aligning import (
+    LONG_RUN,
+    SHORT_RUN,
+    Prepared,
+    command_of,
+    names_that_differ,
+    prepare,
+    read_losses,
+)
 from killed_writers import leave_unfinished
-from modeling_llm2clip.training.checkpoints import forget_what_came_after
-from modeling_llm2clip.training.run_record import write_run_record
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.training.run_folder import discard_later_steps, write_run_record
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,7 +62,7 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
     assert main([*command, "--resume"]) == 0
     # Bit for bit.
     assert read_losses(killed) == read_losses(tmp_path / "whole")
-    assert len(read_losses(killed)) == LONG_RUN["steps"]
+    assert len(read_losses(killed)) == LONG_RUN["max_steps"]
     assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
 
 
@@ -78,7 +86,7 @@ def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["kills"]) == 5 and set(report["kills_at"]) == set(WORST_MOMENTS)
     whole = tmp_path / "undisturbed"
-    assert len(read_losses(whole)) == LONG_RUN["steps"]
+    assert len(read_losses(whole)) == LONG_RUN["max_steps"]
     for folder in map(Path, report["folders"]):
         # Bit for bit.
         assert read_losses(folder) == read_losses(whole)
@@ -92,7 +100,7 @@ def test_a_model_that_a_killed_run_left_half_written_is_gone_after_the_next(
     prepared: Prepared, tmp_path: Path, is_begun: bool
 ) -> None:
     output = tmp_path / "run"
-    command = command_of(prepared, output, steps=2, vision_training="frozen")
+    command = command_of(prepared, output, max_steps=2, vision_training="frozen")
     if is_begun:
         assert main(command) == 0
         shutil.rmtree(output / "model")
@@ -107,7 +115,7 @@ def test_what_a_kill_interrupts_is_whole_or_not_there(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, empty = tmp_path / "run", tmp_path / "empty"
-    prepared.align(run)
+    shutil.rmtree(prepared.align(run).model)
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -121,7 +129,7 @@ def test_what_a_kill_interrupts_is_whole_or_not_there(
         prepared.align(empty)
     assert before == {name: (run / name).read_bytes() for name in before}
     assert [path.name for path in empty.iterdir()] == ["run.json.tmp"]
-    assert prepared.align(empty).steps == SHORT_RUN["steps"]
+    assert prepared.align(empty).results["steps"] == SHORT_RUN["max_steps"]
 
 
 @pytest.mark.slow
@@ -129,7 +137,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    command = command_of(prepared, output, save_every=1000, steps=200, vision_training="frozen")
+    command = command_of(prepared, output, save_steps=1000, max_steps=200, vision_training="frozen")
     assert run_until(command, output, lines=5, by=signal.SIGTERM) == 143
     steps = max(read_losses(output))
     assert 5 <= steps < 200 and (output / "checkpoints" / f"checkpoint-{steps}").is_dir()
@@ -138,24 +146,24 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     assert check_model(output / "model").healthy
 
 
-def test_a_broken_off_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Path) -> None:
-    prepared.align(tmp_path / "run")
+def test_an_incomplete_checkpoint_is_ignored(prepared: Prepared, tmp_path: Path) -> None:
+    shutil.rmtree(prepared.align(tmp_path / "run").model)
     last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
     (last / "complete").unlink()
     (last / "optimizer.pt").write_bytes(b"half")
     wanted = read_losses(tmp_path / "run")
-    assert prepared.align(tmp_path / "run", resume=True).steps == 6
+    assert prepared.align(tmp_path / "run", resume=True).results["steps"] == 6
     assert read_losses(tmp_path / "run") == wanted
 
 
-def test_only_a_run_of_one_piece_tells_figures_of_the_whole(
+def test_only_an_uninterrupted_run_logs_numbers_of_the_whole(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     def read_summary(output: Path) -> dict[str, float]:
         last: dict[str, float] = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
         return {name: value for name, value in last.items() if name.startswith("train_")}
 
-    prepared.align(tmp_path / "run")
+    shutil.rmtree(prepared.align(tmp_path / "run").model)
     whole = read_summary(tmp_path / "run")
     losses = read_losses(tmp_path / "run").values()
     # Losses are added up in float32.
@@ -164,7 +172,7 @@ def test_only_a_run_of_one_piece_tells_figures_of_the_whole(
     for last in ("checkpoint-6", None):  # resumed in the middle, and where nothing is left
         if last:
             shutil.rmtree(tmp_path / "run" / "checkpoints" / last)
-        prepared.align(tmp_path / "run", resume=True)
+        shutil.rmtree(prepared.align(tmp_path / "run", resume=True).model)
         assert set(read_summary(tmp_path / "run")) == {"train_runtime"}
 
 
@@ -172,12 +180,28 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
-    prepared.align(output, steps=2)
+    prepared.align(output, max_steps=2)
     files = [output / name for name in ("run.json", "metrics.jsonl")]
     before = [file.read_bytes() for file in files]
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
-        write_run_record(output, arguments={}, seed=0, model=torch.nn.Linear(1, 1))
+        write_run_record(output, AlignConfig(), {}, model=torch.nn.Linear(1, 1))
     with pytest.raises(OSError, match="power cut"):
-        forget_what_came_after(output, None)
+        discard_later_steps(output, None)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_a_run_that_stopped_early_and_was_killed_before_its_model_takes_no_further_step(
+    tmp_path: Path,
+) -> None:
+    few = prepare(tmp_path / "few", num_colored=60, trained=False)
+    options: dict[str, Any] = {
+        "max_steps": 100, "learning_rate": 1.0, "eval_steps": 1, "early_stopping_patience": 3,
+    }  # fmt: skip
+    whole = few.align_stored(tmp_path / "whole", **options)
+    killed = few.align_stored(tmp_path / "killed", **options)
+    shutil.rmtree(killed.model)
+    few.align_stored(tmp_path / "killed", resume=True, **options)
+    assert killed.results["steps"] == whole.results["steps"] < 100
+    # Bit for bit.
+    assert not names_that_differ(killed.model, whole.model)

@@ -1,4 +1,4 @@
-"""Stage 3, what a step sees: the captions, the batches and the images that are drawn."""
+"""Stage 3, what a step sees: captions, batches and images."""
 
 from __future__ import annotations
 
@@ -17,27 +17,37 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import (
     AlignmentDataset,
 )
-from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler, sample_caption
+from modeling_llm2clip.training.alignment.sampling import (
+    ResumableBatchSampler,
+    sample_caption,
+    sample_normal,
+)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_long_captions_are_drawn_as_often_as_asked(share: float) -> None:
-    drawn = [sample_caption(2, 3, long_share=share, seed=1, epoch=0, item=i) for i in range(4000)]
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_long_captions_are_sampled_as_often_as_asked(ratio: float) -> None:
+    sampled = [
+        sample_caption(2, 3, long_caption_ratio=ratio, seed=1, epoch=0, item=i) for i in range(4000)
+    ]
     # Four standard deviations of 4000 coins are 0.03.
-    assert sum(is_long for is_long, _ in drawn) / 4000 == pytest.approx(share, abs=0.03)
-    for kind, num_kind in ((False, 2), (True, 3)):
-        counts = Counter(number for is_long, number in drawn if is_long == kind)
+    assert sum(is_long for is_long, _ in sampled) / 4000 == pytest.approx(ratio, abs=0.03)
+    for wanted, num_captions in ((False, 2), (True, 3)):
+        counts = Counter(number for is_long, number in sampled if is_long == wanted)
         total = sum(counts.values())
-        for number in range(num_kind if total else 0):
+        for number in range(num_captions if total else 0):
             # The same for the smallest group, about 1200.
-            assert counts[number] / total == pytest.approx(1 / num_kind, abs=0.06)
+            assert counts[number] / total == pytest.approx(1 / num_captions, abs=0.06)
 
 
 @pytest.mark.parametrize(("num_short", "num_long", "is_long"), [(2, 0, False), (0, 2, True)])
-def test_the_only_kind_there_is_is_drawn(num_short: int, num_long: int, is_long: bool) -> None:
+def test_an_image_without_long_captions_shows_short_ones_and_the_reverse(
+    num_short: int, num_long: int, is_long: bool
+) -> None:
     for item in range(50):
-        drawn = sample_caption(num_short, num_long, long_share=0.5, seed=0, epoch=0, item=item)
-        assert drawn[0] == is_long and drawn[1] in (0, 1)
+        sampled = sample_caption(
+            num_short, num_long, long_caption_ratio=0.5, seed=0, epoch=0, item=item
+        )
+        assert sampled[0] == is_long and sampled[1] in (0, 1)
 
 
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
@@ -59,13 +69,16 @@ def test_processes_share_the_batches_of_one() -> None:
         assert whole == parts[0] + parts[1]
 
 
-def test_stored_and_online_captions_are_the_same_draws(prepared: Prepared) -> None:
+def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> None:
     records, processor = prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model)
     online = AlignmentDataset(records, processor, seed=5)
     stored = AlignmentDataset(records, processor, seed=5, caption_store=prepared.caption_store)
-    draws = [(3, item) for item in range(NUM_RECORDS)]
+    samples = [(3, item) for item in range(NUM_RECORDS)]
     model = LLM2CLIPModel.from_pretrained(prepared.model)
-    tokens, embeddings = online.__getitems__(draws), stored.__getitems__(draws)["caption_embeds"]
+    tokens, embeddings = (
+        online.__getitems__(samples),
+        stored.__getitems__(samples)["caption_embeds"],
+    )
     with torch.no_grad():
         wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])
     # Another batch, so sums in another order; embeddings of length about 5.
@@ -82,3 +95,15 @@ def test_training_and_extraction_see_the_same_pixels_of_a_large_jpeg(
     trained_on = AlignmentDataset([record], processor).read_pairs([(0, (False, 0))])
     extracted = processor(images=[Image.open(tmp_path / "large.jpg")])
     assert torch.equal(trained_on["pixel_values"], extracted["pixel_values"])
+
+
+def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
+    rows = [(0, 1, item, 2) for item in range(500)]
+    noise = sample_normal(rows, 200)
+    # Of 100,000 numbers the mean is within four standard errors of 0, the deviation of 1.
+    assert abs(float(noise.mean())) < 4 * 100_000**-0.5
+    assert abs(float(noise.std()) - 1) < 4 * 200_000**-0.5
+    assert torch.equal(sample_normal(rows[7:9], 200), noise[7:9])
+    # Neither side nor epoch repeats another's.
+    assert not torch.equal(sample_normal([(0, 1, 7, 3)], 200)[0], noise[7])
+    assert abs(float((noise[0] * noise[1]).mean())) < 4 * 200**-0.5

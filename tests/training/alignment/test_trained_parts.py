@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from aligning import SHORT_RUN, TOWERS, Prepared, skip_where_transformers_renames
-from modeling_llm2clip.training.alignment.align_arguments import AlignArguments
-from modeling_llm2clip.training.alignment.optimization import warm_up_then_cosine
+from aligning import SHORT_RUN, TOWERS, Prepared, skip_where_transformers_renames, weights_of
 from shared_models import every_vision
 from tiny import draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.encoding.compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
-from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
     AlignmentTrainer,
     RunLength,
     make_training_arguments,
+    warm_up_then_cosine,
 )
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
@@ -31,6 +31,7 @@ from modeling_llm2clip.training.alignment.trained_parts import (
     merge_loras,
     scale_by_layer,
 )
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 
 
 def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
 ) -> None:
     pytest.importorskip("peft")
     model = AlignmentModel.from_pretrained(prepared.model, with_llm=True)
-    adapted = choose_trained_parts(model, AlignArguments(**{f"{training}_training": "lora"}))
+    adapted = choose_trained_parts(model, AlignConfig(**{f"{training}_training": "lora"}))
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith(TOWERS)}
     assert trained and all(f"{training}_model." in name and "lora_" in name for name in trained)
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
@@ -80,9 +81,8 @@ def test_the_temperature_is_clamped_after_each_step(
     folder = tmp_path / "hot"
     save_model(model, LLM2CLIPProcessor.from_pretrained(prepared.model), folder)
     here = Prepared(prepared.data, folder, prepared.captions, prepared.images)
-    result = here.align(tmp_path / "run", steps=1, lr=1e-6)
-    assert result.trained is not None
-    assert result.trained["logit_scale.log_scale"].item() == pytest.approx(kept_at)
+    run = here.align(tmp_path / "run", max_steps=1, learning_rate=1e-6)
+    assert weights_of(run.model)["logit_scale.log_scale"].item() == pytest.approx(kept_at)
 
 
 @every_vision
@@ -103,19 +103,19 @@ def test_lower_layers_learn_slower_and_only_matrices_decay(vision: str) -> None:
 
 
 def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path: Path) -> None:
-    arguments = AlignArguments(
-        **{**SHORT_RUN, "vision_training": "full", "layer_decay": 0.5, "vision_lr": 1e-4}
+    config = AlignConfig(
+        **{**SHORT_RUN, "vision_training": "full", "layer_decay": 0.5, "vision_learning_rate": 1e-4}
     )
     model = AlignmentModel.from_pretrained(prepared.model)
-    choose_trained_parts(model, arguments)
+    choose_trained_parts(model, config)
     dataset = AlignmentDataset(
         prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
         caption_store=prepared.caption_store,
     )  # fmt: skip
     trainer = AlignmentTrainer(
-        model, dataset, items=range(len(dataset)), arguments=arguments, callbacks=[],
-        length=RunLength(num_steps=40, batch_size=8, lr=1e-3, adapter_begin=10),
-        training_arguments=make_training_arguments(tmp_path, arguments),
+        model, dataset, items=range(len(dataset)), config=config, loss=ContrastiveLoss(),
+        length=RunLength(num_steps=40, batch_size=8, learning_rate=1e-3, adapter_begin=10),
+        training_arguments=make_training_arguments(tmp_path, config),
     )  # fmt: skip
     optimizer = trainer.create_optimizer()
     groups = optimizer.param_groups
@@ -124,7 +124,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
     for name, group in found.items():
         is_matrix = dict(model.named_parameters())[name].ndim > 1
-        assert group["weight_decay"] == (arguments.weight_decay if is_matrix else 0.0)
+        assert group["weight_decay"] == (config.weight_decay if is_matrix else 0.0)
     rates = {name: group["lr"] for name, group in found.items()}
     assert rates["text_adapter.blocks.0.up.weight"] == rates["logit_scale.log_scale"] == 1e-3
     assert rates["vision_model.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(1e-4 / 2)
@@ -136,7 +136,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     assert {name for name, rate in now.items() if rate == 0} == {
         name for name in rates if name.startswith("text_adapter.")
     }
-    factor = warm_up_then_cosine(40, begin=10)
+    factor = warm_up_then_cosine(40, warmup_steps=0.1, begin=10)
     assert [factor(step) for step in range(10)] == [0.0] * 10
     assert 0 < factor(10) < factor(12) == 1.0 > factor(39) > 0
 
@@ -147,7 +147,7 @@ def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
     model, processor = tiny_model("timm with batch norm")
     save_model(model, processor, tmp_path / "exported")
     trained = AlignmentModel.from_pretrained(tmp_path / "exported")
-    choose_trained_parts(trained, AlignArguments(vision_training="full", layer_decay=1.0))
+    choose_trained_parts(trained, AlignConfig(vision_training="full", layer_decay=1.0))
     before = {n: b.clone() for n, b in trained.vision_model.named_buffers()}
     assert any("running_var" in name for name in before)
     pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
@@ -185,7 +185,7 @@ def test_only_layers_that_are_there_are_named_for_sharding(vision: str, tmp_path
 
 def test_a_tower_without_attention_gets_no_lora() -> None:
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"no linear layers in an attention.*'frozen' or 'full'"):
+    with pytest.raises(ValueError, match=r"no linear layers in an attention.*=frozen or vision"):
         find_attention_linears(tower)
     with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
         find_layers(tower)

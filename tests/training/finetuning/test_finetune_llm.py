@@ -1,4 +1,4 @@
-"""Stage 1, a run: what it leaves, from where it begins and goes on, and its adapter merged."""
+"""Stage 1, a run: its files, where it begins and continues, and its LoRA merged."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from aligning import read_losses, read_tensorboard_losses
-from modeling_llm2clip.training.finetuning.caption_lora import merge_caption_adapter
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tuning import GROUPS, SHORT, tune
+from tuning import GROUPS, RECORDS, SHORT, tune
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
@@ -29,17 +28,17 @@ def run(tmp_path_factory):
     return output, tune(output)
 
 
-def test_a_run_leaves_adapter_record_and_metrics(run):
-    output, result = run
-    assert result.adapter == output / "adapter" and result.exit_code == 0
+def test_a_run_leaves_lora_record_and_metrics(run):
+    output, tuned = run
+    assert (output / "lora" / "adapter_config.json").is_file()
     record = json.loads((output / "run.json").read_text())
     assert record["parameters"]["all"]["trainable"] > 0
-    assert record["arguments"]["lora"]["rank"] == 16
+    assert record["config"]["lora_rank"] == 16
     assert set(record["parameters"]) > {"text_model", "all"}
     losses = read_losses(output)
     assert len(losses) == 6 and losses[6] < losses[1]
-    saved = json.loads((output / "caption_retrieval.json").read_text())
-    assert saved["cra_before"] == result.cra_before and saved["num_trained"] == 20
+    assert record["results"] == tuned.results and tuned.results["num_trained"] == 20
+    assert 0 <= tuned.results["cra_before"] <= tuned.results["cra_after"] <= 1
 
 
 def test_tensorboard_shows_the_losses_of_the_metrics(run):
@@ -49,75 +48,89 @@ def test_tensorboard_shows_the_losses_of_the_metrics(run):
     assert read_tensorboard_losses(output) == pytest.approx(read_losses(output), rel=1e-7)
 
 
-def test_a_run_left_to_choose_its_precision_is_the_one_in_float32_on_a_processor(run, tmp_path):
+def test_precision_auto_is_float32_on_a_cpu(run, tmp_path):
     tune(tmp_path / "run", replace(SHORT, precision="auto"))
     assert read_losses(tmp_path / "run") == read_losses(run[0])
 
 
 def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):
-    output, result = run
+    output, tuned = run
     again = tmp_path / "run"
     shutil.copytree(output, again)
     shutil.rmtree(again / "checkpoints" / "checkpoint-6")
-    shutil.rmtree(again / "adapter")
+    shutil.rmtree(again / "lora")
     continued = tune(again, resume=True)
-    assert continued.cra_before == result.cra_before
-    ours, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, again))
+    assert continued.results == tuned.results
+    ours, theirs = (load_file(run.weights) for run in (tuned, continued))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_hard_batches_from_an_adapter_begin_where_it_ended_and_resume_bit_for_bit(run, tmp_path):
+def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(run, tmp_path):
     first = tmp_path / "first"
-    hard = replace(SHORT, num_alike=3, lr=1e-3)
-    result = tune(first, hard, start=run[1].adapter)
-    assert result.cra_before == run[1].cra_after
-    alike = load_file(first / "alike.safetensors")["alike"]
-    assert alike.shape == (20, 6)  # twice as many as come together, of each trained image
+    hard = replace(SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=run[1].lora)
+    tuned = tune(first, hard)
+    assert tuned.results["cra_before"] == run[1].results["cra_after"]
+    nearest = load_file(first / "nearest_groups.safetensors")["nearest"]
+    assert nearest.shape == (20, 6)  # twice as many as are sampled, of each trained image
     again = tmp_path / "again"
     shutil.copytree(first, again)
     shutil.rmtree(again / "checkpoints" / "checkpoint-6")
-    shutil.rmtree(again / "adapter")
-    tune(again, hard, start=run[1].adapter, resume=True)
-    weights = [load_file(o / "adapter" / "adapter_model.safetensors") for o in (first, again)]
+    shutil.rmtree(again / "lora")
+    weights = [load_file(each.weights) for each in (tuned, tune(again, hard, resume=True))]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    with pytest.raises(ValueError, match="start: '"):
-        tune(again, hard, resume=True)
+    with pytest.raises(ValueError, match="init_lora: '"):
+        tune(again, replace(hard, init_lora=None), resume=True)
 
 
 def test_another_runs_folder_is_refused_with_what_differs(run):
-    with pytest.raises(ValueError, match=r"lr: 0\.01 then, 0\.02 now"):
-        tune(run[0], replace(SHORT, lr=2e-2), resume=True)
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.01 then, 0\.02 now"):
+        tune(run[0], replace(SHORT, learning_rate=2e-2), resume=True)
     with pytest.raises(ValueError, match="--resume"):
         tune(run[0])
     with pytest.raises(ValueError, match="data: '"):
-        finetune_llm(*tiny_model(), GROUPS[1:], run[0], SHORT, resume=True)
+        finetune_llm(tiny_model(), RECORDS[1:], run[0], SHORT, resume=True)
 
 
-def test_merged_equals_unmerged(run, tmp_path):
+def test_merged_equals_unmerged(tmp_path):
     from peft import PeftModel
 
-    model, processor = tiny_model()
-    folder = save_model(model, processor, tmp_path / "base")
+    folder = save_model(*tiny_model(), tmp_path / "base")
     merged = LLM2CLIPModel.from_pretrained(
-        merge_caption_adapter(folder, run[1].adapter, tmp_path / "merged")
+        finetune_llm(folder, RECORDS, tmp_path / "run", replace(SHORT, merge=True))
     )
     unmerged = LLM2CLIPModel.from_pretrained(folder)
     inputs = LLM2CLIPProcessor.from_pretrained(folder)(text=["a of 3", "b of 4 five"])
     before = unmerged.get_caption_embeds(**inputs)
-    PeftModel.from_pretrained(unmerged.text_model, str(run[1].adapter))  # in place
+    PeftModel.from_pretrained(unmerged.text_model, str(tmp_path / "run" / "lora"))  # in place
     with torch.no_grad():
         adapted = unmerged.get_caption_embeds(**inputs)
-        # One sum a weight in another order, over two layers, on values of about one.
+        # One sum per weight in another order, over two layers, on values of about one.
         assert torch.allclose(merged.get_caption_embeds(**inputs), adapted, atol=1e-4)
     assert not torch.allclose(before, adapted, atol=1e-2)
 
 
-def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path):
+def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tmp_path):
+    model, processor = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folder = save_model(model, processor, tmp_path / "base")
+    config = replace(SHORT, max_steps=2)
+    written = [
+        finetune_llm(source, RECORDS, tmp_path / name, config) / "adapter_model.safetensors"
+        for source, name in ((folder, "folder"), ((model, processor), "pair"))
+    ]
+    ours, theirs = map(load_file, written)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_merging_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     instructions = {"query": "Find the image: "}
     source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
     (source / "conversion.json").write_text("{}")
-    merged = merge_caption_adapter(source, run[1].adapter, tmp_path / "merged")
+    config = replace(SHORT, max_steps=1, merge=True)
+    merged = finetune_llm(source, RECORDS, tmp_path / "run", config)
     assert read_instructions(merged) == instructions
     assert LLM2CLIPConfig.from_pretrained(merged).instructions == instructions
     assert (merged / "conversion_before_training.json").read_text() == "{}"
@@ -126,7 +139,7 @@ def test_merging_keeps_instructions_and_the_record_of_a_conversion(run, tmp_path
     assert (again / "conversion_before_training.json").is_file()
 
 
-def test_skipped_images_with_one_caption_are_told_and_recorded(tmp_path, capsys):
+def test_skipped_images_with_one_caption_are_reported_and_recorded(tmp_path, capsys):
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "captions.jsonl"
     lines = [json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS]
@@ -147,11 +160,11 @@ def test_skipped_images_with_one_caption_are_told_and_recorded(tmp_path, capsys)
     assert "2 of 26 images" in (told := capsys.readouterr().err) and "--skip-single" in told
     assert main([*command, "--skip-single-captions"]) == 0
     assert "Skipped 2 images with one caption only." in capsys.readouterr().out
-    record = json.loads((output / "run.json").read_text())["arguments"]
+    record = json.loads((output / "run.json").read_text())["inputs"]
     assert record["num_single_captions_skipped"] == 2
 
 
-def test_the_command_tunes_merges_and_refuses_one_caption_an_image(tmp_path, capsys):
+def test_the_command_merges_and_refuses_images_with_one_caption(tmp_path, capsys):
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "data" / "captions.jsonl"
     data.parent.mkdir()
@@ -171,7 +184,7 @@ def test_the_command_tunes_merges_and_refuses_one_caption_an_image(tmp_path, cap
     assert "b (captions.jsonl line 2)" in error
 
 
-def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
+def test_truncated_texts_are_counted_and_reported(tmp_path, capsys):
     folder = save_model(*tiny_model(max_text_length=32), tmp_path / "base")
     long = "a text that has more words than a model of so few tokens can take, of which there are "
     lines = [{"group_id": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
@@ -194,7 +207,7 @@ def test_texts_that_are_cut_are_counted_and_told(tmp_path, capsys):
     ]
     command = ["finetune-llm", str(folder), str(data), str(output), *flags, "1"]
     assert main(command) == 0
-    saved = json.loads((output / "caption_retrieval.json").read_text())
+    saved = json.loads((output / "run.json").read_text())["results"]
     # Two captions of each of 24 images, and five other pairs.
     assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
-    assert "9 of 58 texts are longer than 32 tokens and truncated." in capsys.readouterr().out
+    assert "9 of 58 texts are longer than 32 tokens and were truncated." in capsys.readouterr().out

@@ -20,9 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from transformers import TrainerCallback
-from tiny import tiny_model
-from tuning import GROUPS, SHORT
-from modeling_llm2clip.training import finetune_llm as stage
+from tuning import SHORT, tune
+from modeling_llm2clip.training.finetuning import finetune_llm as stage
 
 class Keep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
@@ -31,8 +30,8 @@ class Keep(TrainerCallback):
                      if p.grad is not None}
             torch.save(named, sys.argv[1])
 
-def keeping(*arguments, **settings):
-    trainer = make(*arguments, **settings)
+def keeping(*arguments):
+    trainer = make(*arguments)
     trainer.add_callback(Keep())
     # The second matrix of a LoRA starts at zero and would hide the first one's gradient.
     for name, p in trainer.model.named_parameters():
@@ -40,16 +39,16 @@ def keeping(*arguments, **settings):
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return trainer
 
-make, stage._make_trainer = stage._make_trainer, keeping
+make, stage.make_trainer = stage.make_trainer, keeping
 mini = int(sys.argv[4]) or None
-arguments = replace(SHORT, steps=1, batch_size=int(sys.argv[3]), mini_batch_size=mini,
-                    negatives=sys.argv[5])
-stage.finetune_llm(*tiny_model(), GROUPS, Path(sys.argv[2]), arguments)
+config = replace(SHORT, max_steps=1, per_device_train_batch_size=int(sys.argv[3]),
+                 mini_batch_size=mini, negatives=sys.argv[5])
+tune(Path(sys.argv[2]), config)
 """
 
 
 def compute_gradients(
-    folder: Path, *, processes: int = 1, mini_batch_size: int = 0, negatives: str = "both-ways"
+    folder: Path, *, processes: int = 1, mini_batch_size: int = 0, negatives: str = "symmetric"
 ):
     """Gradients of the first step, and its loss, with a batch of eight over all processes."""
     folder.mkdir()
@@ -72,9 +71,9 @@ def compute_gradients(
 @pytest.mark.parametrize(
     ("negatives", "processes", "mini_batch_size"),
     [
-        ("all-captions", 2, 3),
-        pytest.param("both-ways", 2, 0, marks=pytest.mark.slow),
-        pytest.param("all-captions", 1, 3, marks=pytest.mark.slow),
+        ("all", 2, 3),
+        pytest.param("symmetric", 2, 0, marks=pytest.mark.slow),
+        pytest.param("all", 1, 3, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_and_cached_gradients_equal_one_whole_batch(
@@ -98,12 +97,14 @@ STOPPED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from tiny import tiny_model
-from tuning import GROUPS, SHORT
-from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from tuning import SHORT, tune
+from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
-arguments = replace(SHORT, steps=10_000, save_every=5_000)
-sys.exit(finetune_llm(*tiny_model(), GROUPS, Path(sys.argv[1]), arguments).exit_code)
+try:
+    tune(Path(sys.argv[1]), replace(SHORT, max_steps=10_000, save_steps=5_000))
+except StageInterrupt as error:
+    print(error)
+    sys.exit(128 + error.signal)
 """
 
 
@@ -116,11 +117,13 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
     with subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     ) as process:  # fmt: skip
         while process.poll() is None and not metrics.is_file():
             pass
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 143
+        shown = process.communicate(timeout=120)[0]
+        assert process.returncode == 143
+    assert "Continue with the same call and resume=True." in shown
     assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "lora").exists()

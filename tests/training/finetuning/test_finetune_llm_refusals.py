@@ -7,9 +7,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from modeling_llm2clip.training.checkpoints import find_last_checkpoint
 from tiny import tiny_model
-from tuning import GROUPS, SHORT, tune
+from tuning import GROUPS, RECORDS, SHORT, tune, write_pairs
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
@@ -19,35 +18,38 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
-from modeling_llm2clip.training.finetuning.finetune_llm import NEGATIVES
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.finetuning.finetune_trainer import FinetuneTrainer
+from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 
 def test_too_few_images_for_a_batch_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="20 different images are too few for a batch of 64"):
-        tune(tmp_path / "run", replace(SHORT, batch_size=64))
+        tune(tmp_path / "run", replace(SHORT, per_device_train_batch_size=64))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("settings", "error"),
+    ("options", "error"),
     [
         (
-            {"pairings": 0, "held_out": 0},
-            "pairings=0, wanted at least 1; held_out=0|held_out=0.*pai",
+            {"num_pairings": 0, "num_held_out": 0},
+            "num_pairings=0 must be at least 1.*num_held_out=0 must be at least 2",
         ),
-        ({"adapter_dtype": "fp16"}, "adapter_dtype='fp16', wanted one of"),
-        ({"lr": 0.0}, "lr=0.0, wanted more than 0"),
-        ({"warmup_steps": 2.5}, "warmup_steps=2.5, wanted a share below 1 or whole steps"),
-        ({"lr": math.inf, "scale": math.nan}, "lr=inf, wanted a finite number; scale=nan"),
+        ({"lora_dtype": "fp16"}, "lora_dtype='fp16' must be one of float32, float16, bfloat16"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"warmup_steps": 2.5}, "warmup_steps=2.5 must be a share below 1 or an integer"),
+        ({"learning_rate": math.inf, "scale": math.nan}, "learning_rate=inf.*scale=nan"),
+        ({"negatives": "none"}, "negatives='none' must be one of query-to-doc, symmetric, all"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_runs(settings, error):
+def test_bad_options_are_refused_before_anything_runs(options, error):
     with pytest.raises(ValueError, match=error):
-        replace(SHORT, **settings)
+        replace(SHORT, **options)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
-    step = stage._Trainer.training_step
+    step = FinetuneTrainer.training_step
 
     def break_third_gradient(self, *args, **kwargs):
         loss = step(self, *args, **kwargs)
@@ -56,16 +58,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypat
             trained[0].grad[0, 0] = math.inf
         return loss
 
-    monkeypatch.setattr(stage._Trainer, "training_step", break_third_gradient)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", break_third_gradient)
     with pytest.raises(FloatingPointError, match="gradient's norm is inf at step 2"):
         tune(tmp_path / "run")
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "lora").exists()
 
 
 def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
     # A finite gradient, times a rate that float32 cannot hold in Adam's first step.
     with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
-        tune(tmp_path / "run", replace(SHORT, lr=1e38, warmup_steps=0, steps=1))
+        tune(tmp_path / "run", replace(SHORT, learning_rate=1e38, warmup_steps=0, max_steps=1))
     assert find_last_checkpoint(tmp_path / "run") is None
 
 
@@ -83,16 +85,16 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "llm2clip"}')
-    command = ["finetune-llm", str(model), str(data)]
+    command = ["finetune-llm", "--no-merge", str(model), str(data)]
     assert main([*command, str(tmp_path / "new"), "--per-device-train-batch-size", "1000"]) == 2
     assert "1000" in capsys.readouterr().err
     assert main([*command, str(data.parent), "--per-device-train-batch-size", "4"]) == 2
-    assert "is not empty and holds no run.json" in capsys.readouterr().err
+    assert "is not empty and has no run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
 def test_a_rate_that_would_never_reach_its_peak_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match=r"warmup_steps=6 of a run of 6 steps.*--warmup-steps"):
+    with pytest.raises(ValueError, match=r"warmup_steps=6 in a run of 6 steps.*max_steps"):
         tune(tmp_path / "run", replace(SHORT, warmup_steps=6))
     assert not (tmp_path / "run").exists()
 
@@ -105,7 +107,7 @@ def test_fsdp_is_refused_before_anything_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "much"])
-def test_other_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, capsys, weight):
+def test_text_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, capsys, weight):
     flags = ["--text-pairs", "pairs.jsonl", weight]
     assert main(["finetune-llm", "a-model", "no-data", str(tmp_path / "run"), *flags]) == 2
     assert "--text-pairs" in (told := capsys.readouterr().err)
@@ -113,32 +115,21 @@ def test_other_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, 
     assert wanted.get(weight, "must be above 0") in told
 
 
-def test_other_pairs_of_no_weight_are_refused_by_the_function_too(tmp_path):
-    others = [
-        ([TextPair(f"q{n}", f"q{n}", f"p{n}") for n in range(9)], weight) for weight in (1, 0)
-    ]
-    with pytest.raises(ValueError, match="Number 2 of other_pairs has the weight 0"):
-        tune(tmp_path / "run", other_pairs=others)
-
-
-def test_other_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
+def test_text_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
     _, held_out, _ = hold_out_groups(GROUPS, 4, seed=SHORT.seed)
-    others = [TextPair("q", "q", group.captions[0]) for group in held_out]
-    with pytest.raises(ValueError, match=r"4 of the 4 pairs of number 1 .* the 4 held-out"):
-        tune(tmp_path / "run", other_pairs=[(others, 1.0)])
+    pairs = [TextPair("q", "q", group.captions[0]) for group in held_out]
+    file = write_pairs(tmp_path / "pairs.jsonl", pairs)
+    with pytest.raises(ValueError, match=r"All 4 pairs of number 1 .* the 4 held-out"):
+        tune(tmp_path / "run", replace(SHORT, text_pairs=[(file, 1.0)]))
     assert not (tmp_path / "run").exists()
 
 
-def test_half_a_model_is_refused_before_it_is_tuned_to_be_merged(tmp_path, capsys, monkeypatch):
+def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path, monkeypatch):
     whole = save_model(*tiny_model(), tmp_path / "whole")
-    half = export_model(whole, tmp_path / "half", ExportConfig(components="text"))
-    monkeypatch.setattr(stage, "plan_tuning", lambda *_, **__: pytest.fail("the run was planned"))
-    command = ["finetune-llm", str(half), str(tmp_path), str(tmp_path / "run")]
-    assert main(command) == 2
-    assert "half holds ['LLM2CLIPTextModel'], and --merge writes a" in capsys.readouterr().err
-
-
-def test_every_choice_of_negatives_is_known():
-    assert set(NEGATIVES) == {"one-way", "both-ways", "all-captions"}
-    with pytest.raises(ValueError, match="all-captions"):
-        replace(SHORT, negatives="none")
+    text_only = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_plan", lambda *_, **__: pytest.fail("the run was planned"))
+        config = replace(SHORT, merge=True)
+        with pytest.raises(ValueError, match=r"LLM2CLIPTextModel.*merging writes a whole"):
+            finetune_llm(text_only, RECORDS, tmp_path / "run", config)
+    finetune_llm(text_only, RECORDS, tmp_path / "run", replace(SHORT, max_steps=1))

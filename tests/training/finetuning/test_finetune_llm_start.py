@@ -1,4 +1,4 @@
-"""Stage 1, the adapter that a tuning begins from: of the same meaning, and of this very LLM."""
+"""Stage 1, the LoRA that a run begins from: of the same shape, and of this very LLM."""
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from tiny import tiny_model
-from tuning import GROUPS, SHORT, tune
+from tuning import GROUPS, RECORDS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.finetuning.lora_encoder import LoraArguments
 
-ONE_STEP = replace(SHORT, steps=1)
+ONE_STEP = replace(SHORT, max_steps=1)
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    result = tune(tmp_path_factory.mktemp("tuned") / "run", ONE_STEP)
-    assert result.adapter is not None
-    return result.adapter
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tune(tmp_path_factory.mktemp("tuned") / "run", ONE_STEP).lora
 
 
-def edit_settings(adapter: Path, copy: Path, **changed: Any) -> Path:
-    shutil.copytree(adapter, copy)
+def edit_config(lora: Path, copy: Path, **changed: Any) -> Path:
+    shutil.copytree(lora, copy)
     file = copy / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
     return copy
 
 
-def test_an_adapter_of_another_scale_is_no_start(adapter: Path, tmp_path: Path) -> None:
-    other = replace(ONE_STEP, lora=LoraArguments(rank=8, alpha=16))
+def test_a_lora_of_another_scale_is_refused(lora: Path, tmp_path: Path) -> None:
+    other = replace(ONE_STEP, lora_rank=8, lora_alpha=16, init_lora=lora)
     with pytest.raises(ValueError, match=r"r=16, in this run 8; lora_alpha=32, in this run 16"):
-        tune(tmp_path / "run", other, start=adapter)
+        tune(tmp_path / "run", other)
     assert not (tmp_path / "run").exists()
 
 
@@ -55,33 +52,32 @@ def test_an_adapter_of_another_scale_is_no_start(adapter: Path, tmp_path: Path) 
         ("init_lora_weights", "pissa"),
     ],
 )
-def test_an_adapter_whose_weights_mean_something_else_is_no_start(
-    adapter: Path, tmp_path: Path, name: str, value: Any
+def test_a_lora_whose_weights_mean_something_else_is_refused(
+    lora: Path, tmp_path: Path, name: str, value: Any
 ) -> None:
-    other = edit_settings(adapter, tmp_path / "adapter", **{name: value})
-    with pytest.raises(ValueError, match=rf"adapter has {name}="):
-        tune(tmp_path / "run", ONE_STEP, start=other)
+    other = edit_config(lora, tmp_path / "lora", **{name: value})
+    with pytest.raises(ValueError, match=rf"lora has {name}="):
+        tune(tmp_path / "run", replace(ONE_STEP, init_lora=other))
 
 
-def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_lora_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing has no adapter_config\.json\. Give the folder"):
-        tune(tmp_path / "run", ONE_STEP, start=tmp_path / "nothing")
+        tune(tmp_path / "run", replace(ONE_STEP, init_lora=tmp_path / "nothing"))
 
 
-def test_an_adapter_of_another_base_is_no_start(adapter: Path, tmp_path: Path) -> None:
-    other = edit_settings(
-        adapter, tmp_path / "adapter", base_model_name_or_path="someone/Another-LLM"
-    )
+def test_a_lora_of_another_base_is_refused(lora: Path, tmp_path: Path) -> None:
+    other = edit_config(lora, tmp_path / "lora", base_model_name_or_path="someone/Another-LLM")
+    config = replace(ONE_STEP, init_lora=other)
     model, processor = tiny_model()
     model.text_model.config._name_or_path = "owner/tiny-llm"
     with pytest.raises(ValueError, match=r"base 'someone/Another-LLM', but the LLM is 'owner/tiny"):
-        finetune_llm(model, processor, GROUPS, tmp_path / "run", ONE_STEP, start=other)
+        finetune_llm((model, processor), RECORDS, tmp_path / "run", config)
     model, processor = tiny_model()
     model.text_model.config._name_or_path = "a-mirror/another-llm"  # as for merging
-    finetune_llm(model, processor, GROUPS, tmp_path / "run", ONE_STEP, start=other)
+    finetune_llm((model, processor), RECORDS, tmp_path / "other", config)
 
 
-def test_a_model_that_an_adapter_is_merged_into_is_not_tuned_from_it_again(
+def test_a_model_that_a_lora_is_merged_into_is_not_fine_tuned_from_it_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
@@ -101,9 +97,9 @@ def test_a_model_that_an_adapter_is_merged_into_is_not_tuned_from_it_again(
     ]
     first = tmp_path / "first"
     assert main(["finetune-llm", str(folder), str(data), str(first), *flags]) == 0
-    with safe_open(first / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+    with safe_open(first / "lora" / "adapter_model.safetensors", framework="pt") as opened:
         assert opened.metadata()["base_weights"] == fingerprint_text(folder)["weights"]
-    flags += ["--init-lora", str(first / "adapter")]
+    flags += ["--init-lora", str(first / "lora")]
     command = [
         "finetune-llm",
         str(first / "model"),

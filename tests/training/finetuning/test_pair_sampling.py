@@ -11,7 +11,7 @@ from tuning import GROUPS
 
 from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair, sample_pairs
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
-from modeling_llm2clip.training.finetuning import hard_batches as alike_images
+from modeling_llm2clip.training.finetuning import hard_batches
 from modeling_llm2clip.training.finetuning.pair_sampling import (
     NoDuplicateGroupsBatchSampler,
     WeightedBatchSampler,
@@ -44,23 +44,23 @@ def test_no_batch_of_all_processes_repeats_an_image_or_a_text(num_processes, epo
 
 
 def test_epochs_differ_and_repeat_with_the_seed():
-    def draw(epoch):
+    def sample(epoch):
         sampler = NoDuplicateGroupsBatchSampler(make_table(), 5, drop_last=True, seed=3)
         sampler.set_epoch(epoch)
         return list(sampler)
 
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
 
 
-def test_hard_batches_bring_alike_images_together_and_each_pair_once_an_epoch():
+def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch():
     table = make_table(12)  # two or three pairs of each image
     group_ids = table["group_id"][:]
     names = list(dict.fromkeys(group_ids))
-    alike = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
-    alike = {name: [other for other in near if other != name] for name, near in alike.items()}
+    near = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
+    near = {name: [other for other in all_ if other != name] for name, all_ in near.items()}
     sampler = NoDuplicateGroupsBatchSampler(
-        table, 6, drop_last=True, seed=2, alike=alike, num_alike=2
+        table, 6, drop_last=True, seed=2, nearest=near, num_hard_negatives=2
     )
     batches = list(sampler)
     rows = [row for batch in batches for row in batch]
@@ -68,7 +68,7 @@ def test_hard_batches_bring_alike_images_together_and_each_pair_once_an_epoch():
 
     def count_met(batches):
         return sum(
-            any(group_ids[other] in alike[group_ids[row]] for other in batch)
+            any(group_ids[other] in near[group_ids[row]] for other in batch)
             for batch in batches
             for row in batch
         )
@@ -77,13 +77,13 @@ def test_hard_batches_bring_alike_images_together_and_each_pair_once_an_epoch():
     assert count_met(batches) > 0.9 * len(rows) > by_chance
 
 
-def test_the_most_alike_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch):
-    monkeypatch.setattr(alike_images, "_ROWS_A_TILE", 3)
+def test_the_nearest_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch):
+    monkeypatch.setattr(hard_batches, "_ROWS_PER_TILE", 3)
     embeddings = torch.randn(8, 5)
     cosines = torch.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
     cosines.fill_diagonal_(-2)
     assert torch.equal(
-        alike_images.find_nearest_groups(embeddings, 4), cosines.topk(4, dim=1).indices
+        hard_batches.find_nearest_groups(embeddings, 4), cosines.topk(4, dim=1).indices
     )
 
 
@@ -91,14 +91,14 @@ def test_an_images_embedding_is_the_mean_of_its_captions_unit_embeddings():
     embeddings = {"a": [3.0, 0], "b": [0, 0.5], "c": [-2.0, 0], "d": [-1.0, 0]}
     encode = lambda texts: torch.tensor([embeddings[text] for text in texts])  # noqa: E731
     groups = [CaptionGroup("x", ("a", "b")), CaptionGroup("y", ("c", "d", "d"))]
-    found = alike_images.encode_groups(encode, groups)
+    found = hard_batches.encode_groups(encode, groups)
     assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
 
 
 def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever():
     pairs = [TextPair(f"q{n}", f"q{n}", "the same positive") for n in range(9)]
     sampler = NoDuplicateGroupsBatchSampler(make_pair_table(pairs), 2, drop_last=True)
-    with pytest.raises(ValueError, match="only 1 fit"):
+    with pytest.raises(ValueError, match="only 1 rows fit"):
         next(iter(sampler))
 
 

@@ -24,8 +24,9 @@ from tiny import tiny_model
 
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, contrastive_loss
-from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.training.losses.contrastive import grouped_contrastive_loss
+from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 WHOLE = slice(0, NUM_ROWS)
 # Sums of a few float32 numbers in another order.
@@ -35,14 +36,15 @@ ROUNDING = {"atol": 2e-6, "rtol": 1e-5}
 def test_the_grouped_loss_is_the_plain_one_when_all_groups_differ() -> None:
     image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
     scale = torch.tensor([10.0])
-    grouped = grouped_contrastive_loss(image, text, scale, torch.arange(6))
+    grouped = ContrastiveLoss()(LossInputs(image, text, scale, torch.arange(6)))
     torch.testing.assert_close(grouped, contrastive_loss(scale * image @ text.T), **ROUNDING)
 
 
 def test_rows_of_the_same_group_do_not_repel_each_other() -> None:
     image = F.normalize(torch.randn(2, 8), dim=-1)
     # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
-    loss = grouped_contrastive_loss(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
+    inputs = LossInputs(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
+    loss = ContrastiveLoss()(inputs)
     assert loss.item() == 0.0
 
 
@@ -52,11 +54,10 @@ def test_rounded_embeddings_are_compared_in_float32() -> None:
         for part in (*(F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2)), torch.ones(1))
     ]
     group_ids = torch.arange(6)
-    found = grouped_contrastive_loss(*rounded, group_ids)
+    found = ContrastiveLoss()(LossInputs(*rounded, group_ids))
     assert found.dtype == torch.float32
-    assert torch.equal(
-        found, grouped_contrastive_loss(*(part.float() for part in rounded), group_ids)
-    )
+    wanted = ContrastiveLoss()(LossInputs(*(part.float() for part in rounded), group_ids))
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("chunk_size", [1, CHUNK, NUM_ROWS, 100])
@@ -79,16 +80,17 @@ def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
     for chunk_size in (None, 16):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            grouped_contrastive_loss(
-                image, text, torch.tensor([10.0]), torch.arange(256), chunk_size=chunk_size
-            )
+            inputs = LossInputs(image, text, torch.tensor([10.0]), torch.arange(256))
+            ContrastiveLoss(chunk_size=chunk_size)(inputs)
         # What is kept for the backward pass: the matrix of logits, or rows of four numbers.
         assert (max(kept) >= 256 * 256) == (chunk_size is None)
 
 
 def test_rows_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must pair row by row"):
-        grouped_contrastive_loss(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1), torch.zeros(2))
+        ContrastiveLoss()(
+            LossInputs(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1), torch.zeros(2))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,12 @@ def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, ki
         # Distributed training divides by the number of processes.
         rows = torch.cat([half[name] for half in halves]) / 2
         torch.testing.assert_close(rows, whole[name], **ROUNDING)
+
+
+def test_gathering_gives_the_gradients_of_torch(two_processes: Any) -> None:
+    for half in two_processes[2]:
+        # A sum of two numbers is the same in either order.
+        assert torch.equal(half["gathered"]["rows"], half["gathered by torch"]["rows"])
 
 
 @pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])

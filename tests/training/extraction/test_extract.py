@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,28 @@ from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore, read_manifest
+from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
-from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
-from modeling_llm2clip.training.extraction.image_extraction import extract_images
-from modeling_llm2clip.training.graceful_stop import StopRequest, stop_on_signals
+from modeling_llm2clip.training.extraction import extract as stage
+from modeling_llm2clip.training.extraction.extract import describe_extraction, extract
+from modeling_llm2clip.training.graceful_stop import (
+    StageInterrupt,
+    StopRequest,
+    stop_on_signals,
+)
 
 ROOT = Path(__file__).parents[3]
 WORDS = (
     "a red green old small dog cat apple house tree on under beside the wooden table sea".split()
 )
-EXACT = ExtractionArguments(dtype="float32", rows_per_shard=16, token_budget=256, device="cpu")
+EXACT = ExtractConfig(
+    store_dtype="float32", rows_per_shard=16, token_budget=256, device="cpu", show_progress=False
+)
 
 
 def make_records(count: int) -> list[CaptionedImage]:
@@ -77,8 +84,7 @@ def undisturbed(
     model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    assert extract_captions(model, records, folder, EXACT).complete
-    return read_bytes(folder)
+    return read_bytes(extract_captions(model, records, folder))
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +103,28 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+def extract_captions(
+    model: Path, records: list[CaptionedImage], folder: Path, config: ExtractConfig = EXACT
+) -> Path:
+    return extract(model, records, folder, config, modality="text")
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every shard that is written."""
+    rows: list[int] = []
+    write = EmbeddingStoreWriter.write_shard
+
+    def count(self: EmbeddingStoreWriter, shard: int, embeddings: torch.Tensor) -> None:
+        rows.append(len(embeddings))
+        write(self, shard, embeddings)
+
+    monkeypatch.setattr(EmbeddingStoreWriter, "write_shard", count)
+    return rows
+
+
 class StopAfterOneShard(StopRequest):
-    """Asks for a stop as soon as one more shard is whole."""
+    """Asks for a stop as soon as one more shard is complete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,7 +155,7 @@ def shorten(command: list[str]) -> list[str]:
 def test_every_record_finds_the_embeddings_of_its_captions(
     model: Path, records: list[CaptionedImage], tmp_path: Path
 ) -> None:
-    extract_captions(model, records, tmp_path / "store", EXACT)
+    extract_captions(model, records, tmp_path / "store")
     store = EmbeddingStore.open(tmp_path / "store", check="full")
     whole, processor = (
         LLM2CLIPModel.from_pretrained(model),
@@ -148,34 +174,42 @@ def test_every_record_finds_the_embeddings_of_its_captions(
     store.require_fingerprint(fingerprint_text(model))
 
 
-def test_duplicates_are_computed_once_and_cut_captions_counted(model: Path, tmp_path: Path) -> None:
+def test_duplicates_are_computed_once_and_truncated_captions_counted(
+    model: Path, tmp_path: Path
+) -> None:
     records = [
         CaptionedImage(None, "a", "a", ("a dog", "a cat"), ("dog " * 200,)),
         CaptionedImage(None, "b", "b", ("a cat", "a cat"), ("dog " * 200, "cat " * 200)),
     ]
-    report = extract_captions(model, records, tmp_path / "store", EXACT)
-    assert report.counts == {"captions": 7, "distinct": 4, "truncated": 2}
-    store = EmbeddingStore.open(tmp_path / "store")
-    assert store.manifest.counts == report.counts and store.manifest.num_rows == 4
+    folder = extract_captions(model, records, tmp_path / "store")
+    store = EmbeddingStore.open(folder)
+    assert store.manifest.counts == {"captions": 7, "distinct": 4, "truncated": 2}
+    assert store.manifest.num_rows == 4
+    assert "(7 captions, 4 distinct, 2 truncated)" in describe_extraction(folder)[0]
     assert store.rows_of(1).tolist() == [store.rows_of(0)[1]] * 2
     assert store.rows_of(1, long=True)[0] == store.rows_of(0, long=True)[0]
 
 
 def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
-    model: Path, records: list[CaptionedImage], tmp_path: Path
+    model: Path, records: list[CaptionedImage], tmp_path: Path, written: list[int]
 ) -> None:
-    for num_computed in (True, False):
-        report = extract_captions(model, records, tmp_path / "store", EXACT)
-        assert report.complete and bool(report.num_computed) == num_computed
+    for computes in (True, False):
+        extract_captions(model, records, tmp_path / "store")
+        assert bool(written) == computes
+        written.clear()
     (tmp_path / "store" / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors: missing"):
-        extract_captions(model, records, tmp_path / "store", EXACT)
+        extract_captions(model, records, tmp_path / "store")
 
 
 def test_rows_are_by_length_and_then_by_first_occurrence(model: Path, tmp_path: Path) -> None:
     texts = ("b", "a", "one two three", "c")  # single letters are one token each
-    extract_captions(model, [CaptionedImage(None, "x", "x", texts)], tmp_path / "store", EXACT)
+    extract_captions(model, [CaptionedImage(None, "x", "x", texts)], tmp_path / "store")
     assert EmbeddingStore.open(tmp_path / "store").rows_of(0).tolist() == [1, 2, 0, 3]
+
+
+def stop_after_one_shard(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfterOneShard(folder)))
 
 
 def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
@@ -183,17 +217,21 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     records: list[CaptionedImage],
     undisturbed: dict[str, bytes],
     tmp_path: Path,
+    written: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    num_computed = 0
-    for _ in range(100):
-        stop = StopAfterOneShard(tmp_path / "store")
-        report = extract_captions(model, records, tmp_path / "store", EXACT, stop=stop)
-        num_computed += report.num_computed
-        if report.complete:
+    folder = tmp_path / "store"
+    for number in range(1, 100):
+        stop_after_one_shard(monkeypatch, folder)
+        try:
+            extract_captions(model, records, folder)
+        except StageInterrupt as error:
+            assert f"the store is in {folder}. Continue with the same call." in str(error)
+            assert written == [EXACT.rows_per_shard] * number
+        else:
             break
-        assert report.num_computed == EXACT.rows_per_shard
-    assert num_computed == report.num_rows  # nothing was computed twice
-    assert read_bytes(tmp_path / "store") == undisturbed
+    assert sum(written) == read_manifest(folder).num_rows  # nothing was computed twice
+    assert read_bytes(folder) == undisturbed
 
 
 def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]:
@@ -231,7 +269,7 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Wrote") == 1  # the main process alone tells
+    assert done.stdout.count("Wrote") == 1  # the main process alone says so
     assert read_bytes(together) == read_bytes(alone)
 
 
@@ -240,19 +278,20 @@ def test_two_runs_on_one_folder_share_the_work_and_write_no_shard_twice(
     records: list[CaptionedImage],
     undisturbed: dict[str, bytes],
     tmp_path: Path,
+    written: list[int],
 ) -> None:
-    reports = []
+    folders = []
 
     def run() -> None:
-        reports.append(extract_captions(model, records, tmp_path / "store", EXACT))
+        folders.append(extract_captions(model, records, tmp_path / "store"))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [report.complete for report in reports] == [True, True]
-    assert sum(report.num_computed for report in reports) == reports[0].num_rows
+    assert folders == [tmp_path / "store"] * 2
+    assert sum(written) == read_manifest(folders[0]).num_rows
     assert read_bytes(tmp_path / "store") == undisturbed
 
 
@@ -287,11 +326,11 @@ def python_handles_sigint() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("python_handles_sigint")
-def test_the_first_signal_is_noted_and_the_second_does_as_always() -> None:
+def test_the_first_signal_is_noted_and_the_second_ends_the_process_as_usual() -> None:
     with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
-        assert (stop.signal, stop.exit_code) == (None, 0)
+        assert stop.signal is None
         os.kill(os.getpid(), signal.SIGINT)
-        assert (stop.signal, stop.exit_code) == (signal.SIGINT, 130)
+        assert stop.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -300,16 +339,16 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = tmp_path / "store"
-    extract_captions(model, records, folder, EXACT)
+    extract_captions(model, records, folder)
 
-    def refused(parts: Any, data: Any, arguments: Any, *entries: str) -> None:
+    def refused(parts: Any, data: Any, config: ExtractConfig, *entries: str) -> None:
         other = model
         if parts is not None:
             other = tmp_path / entries[0]
             parts[0].save_pretrained(other)
             parts[1].save_pretrained(other)
         with pytest.raises(ValueError, match="holds another store") as told:
-            extract_captions(other, data, folder, arguments)
+            extract_captions(other, data, folder, config)
         for entry in entries:
             assert f"{entry}: " in str(told.value), entry
         assert str(told.value).count(" in the store, ") == len(entries)
@@ -322,7 +361,7 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
     refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
     refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
-    refused(None, records, replace(EXACT, dtype="float16"), "stored dtype")
+    refused(None, records, replace(EXACT, store_dtype="float16"), "stored dtype")
     refused(None, records, replace(EXACT, token_budget=128), "token_budget")
     swapped = [records[1], records[0], *records[2:]]
     refused(None, swapped, EXACT, "data")
@@ -331,19 +370,19 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int8"}, "dtype='int8'"),
-        ({"rows_per_shard": 0, "num_workers": 0}, "rows_per_shard=0 .*num_workers=0"),
+        ({"store_dtype": "int8"}, "store_dtype='int8'"),
+        ({"rows_per_shard": 0, "num_workers": 0}, "num_workers=0 .*rows_per_shard=0"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ExtractionArguments(**changes)
+        ExtractConfig(**changes)
 
 
-def test_an_empty_data_set_is_refused(model: Path, tmp_path: Path) -> None:
-    for extract in (extract_captions, extract_images):
+def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
+    for modality in ("text", "image"):
         with pytest.raises(ValueError, match=r"(?i)empty|no images"):
-            extract(model, [], tmp_path / "store", EXACT)
+            extract(model, [], tmp_path / "store", EXACT, modality=modality)
     assert not (tmp_path / "store").exists()
 
 
@@ -363,14 +402,16 @@ def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
     records: list[CaptionedImage],
     undisturbed: dict[str, bytes],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "store"
-    stop = StopAfterOneShard(folder)
-    extract_captions(model, records, folder, EXACT, stop=stop)
+    with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
+        stop_after_one_shard(patch, folder)
+        extract_captions(model, records, folder)
     with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
-        extract_captions(model, records, folder, EXACT)
+        extract_captions(model, records, folder)
     require_one_shard(folder)
-    extract_captions(model, records, folder, EXACT)
+    extract_captions(model, records, folder)
     assert read_bytes(folder) == undisturbed
 
 
@@ -390,11 +431,11 @@ def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
         pytest.skip("this machine lets nobody mount")
     try:
         with pytest.raises(OSError, match=r"No room to write shard .*No space left"):
-            extract_captions(model, records, disk / "store", EXACT)
+            extract_captions(model, records, disk / "store")
         assert not list((disk / "store").glob("*.tmp"))
         assert 0 in list_complete_shards(disk / "store")
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        extract_captions(model, records, disk / "store", EXACT)
+        extract_captions(model, records, disk / "store")
         assert read_bytes(disk / "store") == undisturbed
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the store is still mapped
@@ -471,14 +512,24 @@ def test_a_broken_image_is_named_and_whole_shards_stay(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     spoilt = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
-    arguments = replace(EXACT, rows_per_shard=4)
+    config = replace(EXACT, rows_per_shard=4)
     with pytest.raises(ValueError, match=r"broken\.png"):
-        extract_images(model, spoilt, tmp_path / "store", arguments)
+        extract(model, spoilt, tmp_path / "store", config, modality="image")
     assert {0, 1} <= set(list_complete_shards(tmp_path / "store"))
 
 
 def test_records_without_images_are_refused_before_the_model_is_loaded(
     records: list[CaptionedImage], tmp_path: Path
 ) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"30 records have no image: \['0\.png'"):
-        extract_images(tmp_path / "no-model", records, tmp_path / "store", EXACT)
+        extract(tmp_path / "empty", records, tmp_path / "store", EXACT, modality="image")
+
+
+def test_a_loaded_pair_gives_the_store_of_its_folder(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    loaded = (LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model))
+    folder = extract(loaded, records, tmp_path / "store", EXACT, modality="text")
+    assert read_bytes(folder) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

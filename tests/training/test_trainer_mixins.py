@@ -1,24 +1,25 @@
-"""A training left to choose takes bfloat16 on a GPU that computes in it, and float32 elsewhere."""
+"""What both training stages add to a Trainer: precision, reports, warm-up, progress."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from modeling_llm2clip.training.training_precision import computes_in_bfloat16
+
+from modeling_llm2clip.training.trainer_mixins import computes_in_bfloat16
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 @pytest.mark.parametrize(("precision", "wanted"), [("bfloat16", True), ("float32", False)])
-def test_a_named_precision_is_taken_everywhere(precision: str, wanted: bool, on_gpu: bool) -> None:
+def test_a_given_precision_is_used_everywhere(precision: str, wanted: bool, on_gpu: bool) -> None:
     assert computes_in_bfloat16(precision, on_gpu=on_gpu) is wanted
 
 
-def test_a_run_that_is_left_to_choose_stays_in_float32_on_a_processor() -> None:
+def test_precision_auto_is_float32_on_a_cpu() -> None:
     assert not computes_in_bfloat16("auto", on_gpu=False)
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_a_gpu_that_only_emulates_bfloat16_is_left_in_float32(
+def test_precision_auto_is_float32_on_a_gpu_that_only_emulates_bfloat16(
     monkeypatch: pytest.MonkeyPatch, has_instructions: bool
 ) -> None:
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Under FSDP2 a training in bfloat16 computes what autocast computes under DDP."""
+"""Stage 3, how long a run is, and what FSDP computes in float32."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from aligning import Prepared, prepare
 from gloo_workers import NUM_ROWS, backward_module, load_trained, make_batch
-from modeling_llm2clip.training.alignment.sharding import keep_scores_in_float32
 from torch import Tensor
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.training.alignment.alignment_trainer import (
+    choose_batch_size,
+    count_steps,
+    keep_scores_in_float32,
+)
 
 
 @pytest.fixture
@@ -88,3 +94,13 @@ def test_the_first_version_which_rounds_the_temperature_is_refused() -> None:
     accelerator.state.fsdp_plugin.fsdp_version = 1
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         keep_scores_in_float32(accelerator, torch.nn.Module())  # type: ignore[arg-type]
+
+
+def test_a_run_without_a_length_is_long_enough() -> None:
+    config = AlignConfig()
+    assert choose_batch_size(config, 720, 1) == 512
+    assert choose_batch_size(config, 90, 1) == 90
+    assert choose_batch_size(config, 91, 2) == 90
+    assert count_steps(config, 720, 512) == 300
+    assert count_steps(config, 512_000, 512) == 10_000
+    assert count_steps(AlignConfig(num_train_epochs=1), 720, 128) == 5

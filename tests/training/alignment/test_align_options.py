@@ -1,0 +1,127 @@
+"""Every option of stage 3 does what it says: laws that an unused option would break."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import SHORT_RUN, Prepared, read_losses, weights_of
+from torch import Tensor
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
+
+
+def saves_memory(tower: torch.nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_ratio_of_zero_or_one_is_as_if_there_were_only_short_or_long_captions(
+    prepared: Prepared, tmp_path: Path, ratio: float
+) -> None:
+    def drop_others(record: Any) -> Any:
+        if ratio:
+            return replace(record, captions=() if record.long_captions else record.captions)
+        return replace(record, long_captions=())
+
+    alone = [drop_others(record) for record in prepared.records]
+    options = {**SHORT_RUN, "max_steps": 3, "text_training": "frozen-online"}
+    for name, records, chosen in (("both", prepared.records, ratio), ("one", alone, 0.5)):
+        config = AlignConfig(**{**options, "long_caption_ratio": chosen})
+        align(prepared.model, records, tmp_path / name, config)
+    assert read_losses(tmp_path / "both") == read_losses(tmp_path / "one")
+
+
+def change_by_one_step(prepared: Prepared, output: Path, **changed: Any) -> dict[str, Tensor]:
+    """How far one step moves the weights, without weight decay unless asked for."""
+    run = prepared.align(output, **{"max_steps": 1, "weight_decay": 0.0, **changed})
+    before = weights_of(prepared.model)
+    return {name: value - before[name] for name, value in weights_of(run.model).items()}
+
+
+def test_a_gradient_is_clipped_to_the_length_asked_for(prepared: Prepared, tmp_path: Path) -> None:
+    name, rate = "text_projection.weight", SHORT_RUN["learning_rate"]
+    plain = change_by_one_step(prepared, tmp_path / "plain")[name].abs()
+    clipped = change_by_one_step(prepared, tmp_path / "clipped", max_grad_norm=1e-12)[name].abs()
+    # Adam's first step is the rate, unless the gradient is small beside its epsilon of 1e-8.
+    assert plain.median() == pytest.approx(rate, rel=1e-2)
+    assert clipped.max() < rate * 1e-3
+
+
+def test_weight_decay_takes_its_share_of_matrices(prepared: Prepared, tmp_path: Path) -> None:
+    without = change_by_one_step(prepared, tmp_path / "without")
+    with_decay = change_by_one_step(prepared, tmp_path / "with", weight_decay=0.5)
+    before = weights_of(prepared.model)
+    for name, share in (("text_projection.weight", 0.5), ("visual_projection.bias", 0.0)):
+        wanted = without[name] - SHORT_RUN["learning_rate"] * share * before[name]
+        # Differences of float32 numbers of about one.
+        torch.testing.assert_close(with_decay[name], wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_lora_has_the_rank_and_weighs_the_alpha_asked_for(
+    prepared: Prepared, tmp_path: Path, tower: str
+) -> None:
+    pytest.importorskip("peft")
+    changes, sizes = {}, {}
+    for rank, alpha in ((4, 8), (4, 16), (8, 8)):
+        prefix = "vision_" if tower == "vision" else ""
+        sizes_of = {f"{prefix}lora_rank": rank, f"{prefix}lora_alpha": alpha}
+        changed = {f"{tower}_training": "lora", **sizes_of}
+        output = tmp_path / f"{rank}-{alpha}"
+        changes[rank, alpha] = change_by_one_step(prepared, output, **changed)
+        record = json.loads((output / "run.json").read_text())
+        sizes[rank, alpha] = record["parameters"][f"{tower}_model"]["trainable"]
+    assert sizes[8, 8] == 2 * sizes[4, 8] > 0
+    end = "layers.0.self_attn.q_proj.weight"
+    (name,) = [n for n in changes[4, 8] if n.startswith(tower) and n.endswith(end)]
+    # Adam's first step of B, which starts at zero, is the rate whatever alpha, which then weighs.
+    ratio = changes[4, 16][name] / changes[4, 8][name]
+    assert ratio.median() == pytest.approx(2, rel=1e-2)
+
+
+@pytest.mark.parametrize("trained", ["neither", "vision", "text"])
+def test_a_tower_that_is_not_trained_stays_in_evaluation_mode(
+    prepared: Prepared, trained: str
+) -> None:
+    model = AlignmentModel.from_pretrained(prepared.model, with_llm=True)
+    options = {} if trained == "neither" else {f"{trained}_training": "lora"}
+    choose_trained_parts(model, AlignConfig(**options))
+    model.train()
+    assert model.text_adapter.training
+    for name, tower in (("vision", model.vision_model), ("text", model.text_model)):
+        assert any(module.training for module in tower.modules()) == (name == trained)
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_gradient_checkpointing_saves_memory_and_moves_no_loss(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"vision_training": "full", "gradient_checkpointing": True}
+    model = AlignmentModel.from_pretrained(prepared.model)
+    choose_trained_parts(model, AlignConfig(**options))
+    assert saves_memory(model.vision_model)
+    prepared.align(tmp_path / "saving", max_steps=2, **options)
+    prepared.align(tmp_path / "plain", max_steps=2, vision_training="full")
+    assert read_losses(tmp_path / "saving") == read_losses(tmp_path / "plain")
+
+
+def test_the_learning_rate_rises_for_the_steps_of_the_warm_up(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    peaks = {}
+    for warmup_steps in (1, 4):
+        run = prepared.align(tmp_path / str(warmup_steps), warmup_steps=warmup_steps)
+        lines = (run.output / "metrics.jsonl").read_text().splitlines()
+        rates = [line["learning_rate"] for line in map(json.loads, lines) if "loss" in line]
+        peaks[warmup_steps] = rates.index(max(rates))
+        assert max(rates) == SHORT_RUN["learning_rate"]
+    assert peaks[4] - peaks[1] == 3

@@ -1,0 +1,69 @@
+"""Stage 3, canonical correlation: its projections, regularization and temperature."""
+
+from __future__ import annotations
+
+import torch
+from tiny import tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.training.alignment.cca_init import (
+    SHRINKAGES,
+    fit_temperature,
+    init_projections_by_cca,
+)
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.loss import LossInputs
+
+
+def test_cca_gives_weights_of_ordinary_scale_and_finds_unseen_pairs() -> None:
+    model, pairs, groups = make_pairs()
+    fitted = init_projections_by_cca(model, *(part[:300] for part in pairs), groups[:300])
+    assert {fitted.text_shrinkage, fitted.image_shrinkage} <= set(SHRINKAGES)
+    for projection in (model.text_projection, model.visual_projection):
+        used = projection.weight[projection.weight.abs().sum(dim=1) > 0]
+        scale = used.square().mean().sqrt()
+        # As the initialization has it, so that AdamW's steps are small beside it.
+        torch.testing.assert_close(scale, torch.tensor(projection.in_features**-0.5))
+    assert find_first(model, [part[300:] for part in pairs]) > 0.5  # chance is 1 in 100
+
+
+def test_noise_asks_for_more_shrinkage() -> None:
+    chosen = []
+    for noise in (0.01, 3.0):
+        model, pairs, groups = make_pairs(noise=noise)
+        fitted = init_projections_by_cca(model, *pairs, groups)
+        chosen.append(fitted.text_shrinkage * fitted.image_shrinkage)
+    assert chosen[0] < chosen[1]
+
+
+def test_the_fitted_temperature_is_where_the_loss_is_lowest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.normalize(torch.randn(64, 8, generator=generator), dim=-1)
+    noise = 0.3 * torch.randn(64, 8, generator=generator)
+    text = torch.nn.functional.normalize(image + noise, dim=-1)
+    groups = torch.arange(64)
+    log_scale, loss = fit_temperature(image, text, groups)
+    for moved in (log_scale - 0.05, log_scale + 0.05):
+        scale = torch.tensor([moved]).exp()
+        assert ContrastiveLoss()(LossInputs(image, text, scale, groups)) > loss
+
+
+def make_pairs(
+    *, noise: float = 0.3
+) -> tuple[LLM2CLIPModel, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A small head, and 400 pairs of embeddings that share eight numbers."""
+    model, _ = tiny_model(visual_projection_bias=True, projection_dim=16, trained=False)
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 8, generator=generator)
+    sides = []
+    for width in (model.text_projection.in_features, model.visual_projection.in_features):
+        mixed = shared @ torch.randn(8, width, generator=generator)
+        sides.append(mixed + noise * 8**0.5 * torch.randn(400, width, generator=generator))
+    return model, (sides[0], sides[1]), torch.arange(400)
+
+
+@torch.no_grad()
+def find_first(model: LLM2CLIPModel, pairs: list[torch.Tensor]) -> float:
+    text = torch.nn.functional.normalize(model.project_caption_embeds(pairs[0]), dim=-1)
+    image = torch.nn.functional.normalize(model.project_vision_embeds(pairs[1]), dim=-1)
+    return float(((text @ image.T).argmax(dim=1) == torch.arange(len(text))).double().mean())

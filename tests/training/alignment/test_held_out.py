@@ -1,0 +1,112 @@
+"""Stage 3, images that training never sees: they choose the best weights, and warn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from aligning import Prepared, prepare, weights_of
+
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_report import (
+    NEAR_CHANCE,
+    describe_alignment,
+    make_caution,
+)
+from modeling_llm2clip.training.alignment.held_out import HeldOutScores, choose_held_out
+
+
+@pytest.fixture(scope="module", params=[100, 800])
+def colored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp(f"colored-{request.param}")
+    return prepare(folder, num_colored=request.param, trained=False)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
+
+
+def read_lines(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Path) -> None:
+    run = colored.align_stored(tmp_path / "run", max_steps=40)
+    assert run.after.loss <= run.before.loss
+    losses = {line["step"]: line["held_out_loss"] for line in read_lines(run.output)
+              if "held_out_loss" in line}  # fmt: skip
+    losses[0] = run.before.loss
+    assert run.after.loss == min(losses.values()) == losses[run.best_step]
+
+
+def test_a_run_that_only_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) -> None:
+    run = few.align_stored(
+        tmp_path / "run", max_steps=20, learning_rate=1.0, early_stopping_patience=0
+    )
+    assert (run.best_step, run.results["steps"], run.after) == (0, 20, run.before)
+    assert run.results["projections_trained"]
+    start = weights_of(few.align_stored(tmp_path / "other", max_steps=1, learning_rate=1e-30).model)
+    for name, value in weights_of(run.model).items():
+        # A step of 1e-30 rounds to none, but for what Adam divides by.
+        torch.testing.assert_close(value, start[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_stops_when_no_lower_loss_comes(few: Prepared, tmp_path: Path) -> None:
+    # Nothing is learned before the text adapter joins, after a quarter of the run.
+    run = few.align_stored(
+        tmp_path / "run", max_steps=100, learning_rate=1.0, eval_steps=1, early_stopping_patience=3
+    )
+    assert (run.best_step, run.results["steps"]) == (0, 25 + 3)
+    assert run.model.is_dir()
+
+
+def test_held_out_images_are_never_trained_on(few: Prepared) -> None:
+    dataset = AlignmentDataset(
+        few.records,
+        LLM2CLIPProcessor.from_pretrained(few.model),
+        caption_store=few.caption_store,
+        image_store=few.image_store,
+    )
+    items, held_out = choose_held_out(dataset, 0.1, seed=0)
+    # A tenth of 60 is too few to tell models apart, and more than a fifth would be missed.
+    assert len(held_out) == 12 and not set(items) & set(held_out)
+    assert sorted([*items, *held_out]) == list(range(60))
+    assert choose_held_out(dataset, 0.1, seed=1)[1] != held_out
+    assert choose_held_out(dataset, 0.0, seed=0) == (list(range(60)), [])
+
+
+def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:
+    dataset = AlignmentDataset(
+        prepared.records,
+        LLM2CLIPProcessor.from_pretrained(prepared.model),
+        caption_store=prepared.caption_store,
+    )
+    for seed in range(8):
+        items, held_out = choose_held_out(dataset, 0.1, seed=seed)
+        group_ids = [{int(dataset.group_ids[item]) for item in part} for part in (items, held_out)]
+        assert not group_ids[0] & group_ids[1]
+
+
+def test_a_model_of_noise_is_near_chance_and_says_so(prepared: Prepared, tmp_path: Path) -> None:
+    run = prepared.align_stored(tmp_path / "run", max_steps=2)
+    assert run.after.is_near_chance
+    caution = make_caution(run.results)
+    card = (run.model / "README.md").read_text(encoding="utf-8")
+    assert caution and caution in card and "chance_t2i_r1" in card
+    assert describe_alignment(run.output)[-1] == NEAR_CHANCE
+
+
+@pytest.mark.parametrize(
+    ("score", "count", "is_near"),
+    # 1.9 % of 240 is 4.6 images; three times chance is 3. Half of ten is two of what chance gives.
+    [(0.019, 240, True), (0.3, 240, False), (0.5, 10, True), (1.0, 10, False), (0.0, 1000, True)],
+)
+def test_near_chance_is_what_does_not_exceed_three_times_chance(
+    score: float, count: int, is_near: bool
+) -> None:
+    scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count)
+    assert scores.is_near_chance == is_near
