@@ -387,7 +387,7 @@ def _run(
 
 
 class _OnceEncoder:
-    """Asks an encoder for each text and each image once, for all tasks and languages.
+    """Encodes each text and each image once, for all tasks and languages.
 
     Args:
         encoder: The encoder.

@@ -148,10 +148,10 @@ def _find_question(result: Result) -> tuple[str, str]:
 
 def _list_scores(results: Sequence[Result]) -> Iterator[Table]:
     for question in dict.fromkeys(map(_find_question, results)):
-        asked = [result for result in results if _find_question(result) == question]
-        yield _compare_models(*question, asked)
-        for dataset in dict.fromkeys(result.dataset for result in asked):
-            chosen = [result for result in asked if result.dataset == dataset]
+        answers = [result for result in results if _find_question(result) == question]
+        yield _compare_models(*question, answers)
+        for dataset in dict.fromkeys(result.dataset for result in answers):
+            chosen = [result for result in answers if result.dataset == dataset]
             if "languages" in chosen[0].scores:
                 yield _compare_languages(chosen)
             if "buckets" in chosen[0].scores:

@@ -200,7 +200,7 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
     assert max(map(len, whole.splitlines())) > 120
     assert max(map(len, fitted.splitlines())) <= width
     left_out = Counter(re.findall(r"\w", whole)) - Counter(re.findall(r"\w", fitted))
-    assert not left_out  # what stands before each block is there more than once
+    assert not left_out  # the text before each block occurs more than once
 
 
 def test_a_table_that_is_too_wide_has_a_column_a_model(results: Path) -> None:

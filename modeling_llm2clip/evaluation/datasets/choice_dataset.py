@@ -179,8 +179,8 @@ def _check_entry(
         images = tuple(image for image in candidates if image is not None)
         if not images or len(images) < len(candidates):
             found.append("image missing")
-    for kind in found:
-        validator.errors.add(kind, f"{entry.place}: {' '.join(entry.image_names) or entry.name}")
+    for error in found:
+        validator.errors.add(error, f"{entry.place}: {' '.join(entry.image_names) or entry.name}")
     if found:
         return None
     return ChoiceItem(

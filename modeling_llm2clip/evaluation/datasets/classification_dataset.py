@@ -225,7 +225,7 @@ def _check_request(spec: DatasetSpec, request: ReadRequest) -> None:
 def _count_lost(validator: DatasetValidator) -> int:
     """Count the images that were lost in reading, before any is checked."""
     counts = validator.errors.counts
-    return validator.errors.total - sum(counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
+    return validator.errors.total - sum(counts.get(error, 0) for error in _ERRORS_OF_CLASSES)
 
 
 def _require_a_choice(validator: DatasetValidator, *, images: int, classes: int) -> None:

@@ -11,7 +11,7 @@ protocol has:
 | `images`, `captions` (or `items`, `classes`) | how many the dataset has |
 | `with_images` | of a retrieval dataset: false if only its captions were read |
 | `published` | the counts that the publisher gives; empty if none are known |
-| `skipped` | kind of error to its count; empty unless invalid samples were to be skipped |
+| `skipped` | error to its count; empty unless invalid samples were to be skipped |
 | `skipped_samples` | how many images, items or lines were skipped, each counted once |
 
 Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether

@@ -231,8 +231,8 @@ def _check_record(
         found.append("blank caption")
     if captions and wanted is not None and len(captions) < wanted:
         found.append(f"fewer than {wanted} captions")
-    for kind in found:
-        validator.errors.add(kind, f"{record.place}: {record.name}")
+    for error in found:
+        validator.errors.add(error, f"{record.place}: {record.name}")
     return replace(
         record,
         captions=tuple(captions),

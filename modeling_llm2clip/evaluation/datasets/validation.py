@@ -154,7 +154,7 @@ class DatasetValidator:
         """Raise the errors, or return their counts if invalid samples are to be skipped.
 
         Returns:
-            Kind of error to its count.
+            Error to its count.
 
         Raises:
             DataValidationError: There are errors, and invalid samples are not to be skipped.

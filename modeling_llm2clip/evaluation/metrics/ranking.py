@@ -41,7 +41,7 @@ class Ranking:
         num_positives: (Q,) int64, number of right ones among them.
         best_ranks: (Q,) int64, rank of the best positive of each query; 1 is best.
         positive_ranks: (num_pairs,) int64, ranks of all positives of query 0, then of query 1, …,
-            ascending within a query; None when they were not asked for.
+            ascending within a query; None unless requested.
     """
 
     num_candidates: int

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...encoding.float32 import float32_as_such
 from .correspondence import Correspondence
 
-# A tile of float32 scores should fit into the cache of a CPU; a GPU wants large ones.
+# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones.
 _MAX_TEXTS_CPU = 512
 _MAX_TEXTS_GPU = 2048
 # A block of images is normalized once, the texts for every block anew.
@@ -69,7 +69,7 @@ class UnitRows:
     Args:
         name: Name of the embeddings in errors.
         embeds: (N, P) of any float dtype, on any device.
-        device: Where rows are wanted.
+        device: Where the rows go.
         rows_at_a_time: How many rows are held in float64 while lengths are computed.
 
     Raises:
@@ -159,7 +159,7 @@ class TileScorer:
         texts: Embeddings of the texts.
         correspondence: Its pairs get minus infinity.
         shape: Largest size of a tile.
-        device: Where tiles are computed; the rows must be wanted there.
+        device: Where tiles are computed; the rows must be on it.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class TileScorer:
 def full_float32(device_type: str) -> Iterator[None]:
     """Compute float32 products in float32: no TF32, no bfloat16, no autocast.
 
-    Both have 10 bits of mantissa or fewer, and the settings that choose them hold for the whole
+    Both have 10 bits of mantissa or fewer, and the switches that choose them hold for the whole
     program; candidates with nearly equal scores would swap ranks.
 
     Args:

@@ -95,7 +95,7 @@ def test_class_names_that_some_model_cannot_distinguish_are_repeats(
     assert isinstance(found, ClassificationDataset)
     assert found.class_names == tuple(names)
     assert found.protocol["repeated_class_names"] == [names[2]]
-    # Other words: a model that lower-cases tells them apart.
+    # Other words: a model that does not lower-case has two classes.
     assert load_dataset(spec, folder, class_names=["Maße", "dog", "Masse"])
 
 

@@ -24,7 +24,7 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
 def test_imagenet_has_eighty_different_templates() -> None:
     assert len(set(IMAGENET_TEMPLATES)) == len(IMAGENET_TEMPLATES) == 80
     assert all(text.count("{}") == 1 for text in IMAGENET_TEMPLATES)
-    # Spelt as published, with their grammar: the score hangs on it.
+    # Spelt as published, with their grammar: the score depends on it.
     assert {"itap of my {}.", "a origami {}.", "a embroidered {}."} <= set(IMAGENET_TEMPLATES)
     assert {"a photo of the hard to see {}.", "the {} in a video game."} <= set(IMAGENET_TEMPLATES)
 
