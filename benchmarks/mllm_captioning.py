@@ -5,7 +5,7 @@
 A vision transformer with real weights (DINOv2-small, tuned for saliency) is aligned with captions
 of the embedded emoji by SmolLM2-135M (caption-tuned), the whole tower trained. The tower as it came
 and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
-`examples/recipes/llava`: same images, steps and seeds. Neither step nor the alignment sees a
+`examples/scripts/llava`: same images, steps and seeds. Neither step nor the alignment sees a
 held-out thing, its images or its names.
 
 | figure | what |
@@ -40,6 +40,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.lora_merging import merge_lora
 from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
@@ -57,12 +58,11 @@ from modeling_llm2clip.publishing.assemble import assemble_folder
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.extract import ExtractionArguments
 
 # The recipes are scripts: their folder is no package.
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "recipes" / "llava"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "scripts" / "llava"))
 
 from llava_batches import ConversationDataset, PadOnTheRight
 from llava_conversations import PLACEHOLDER, Conversation, conversations_of_captions
@@ -75,7 +75,7 @@ from llava_model import (
 )
 from llava_trainer import LlavaArguments, train_llava
 
-TEMPLATE = Path(__file__).parent.parent / "examples" / "recipes" / "llava" / "vicuna.jinja"
+TEMPLATE = Path(__file__).parent.parent / "examples" / "scripts" / "llava" / "vicuna.jinja"
 QUESTION = f"{PLACEHOLDER}\nWhat does this image show?"
 LORA_RANK, LORA_ALPHA = 16, 32
 _EVALUATION_BATCH = 25

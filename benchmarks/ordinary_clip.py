@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.demo.feature_alignment import sample_batches
+from modeling_llm2clip.demo.feature_alignment import descend, sample_batches
 from modeling_llm2clip.demo.stages import list_training_texts
 from modeling_llm2clip.image_loading_llm2clip import load_images
-from modeling_llm2clip.training.alignment.optimization import descend
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
 
@@ -113,7 +112,7 @@ def _compute_loss(model: Any, features: Tensor, ids: Tensor, group_ids: Tensor) 
     image_embeds = F.normalize(model.visual.head(features), dim=-1)
     text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
     scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
-    return grouped_contrastive_loss(image_embeds, text_embeds, scale, group_ids)
+    return ContrastiveLoss()(LossInputs(image_embeds, text_embeds, scale, group_ids))
 
 
 def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipArguments) -> Path:

@@ -38,6 +38,7 @@ import torch
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
@@ -45,7 +46,6 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
 from modeling_llm2clip.training.extraction.image_extraction import extract_images
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from modeling_llm2clip.training.alignment.optimization import descend
 from PIL import Image
 from tiny import tiny_model
 
@@ -14,6 +13,7 @@ from modeling_llm2clip.demo.feature_alignment import (
     AlignmentArguments,
     AlignmentPairs,
     align_features,
+    descend,
     sample_batches,
 )
 from modeling_llm2clip.encoding.image_encoding import encode_images

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tiny_encoders import TEXTS, save_tiny_images
 from tiny_folders import export_tiny_model
 
+from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.named_embeddings import (
     side_file,
     write_named_embeddings,
@@ -26,9 +27,7 @@ from modeling_llm2clip.evaluation.arguments import (
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
 from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
-from modeling_llm2clip.training.extraction.image_extraction import extract_images
+from modeling_llm2clip.training.extraction.extract import extract
 
 # float32 stores hold what the model computed; the sums of one text do not change with its batch
 # by more than their rounding.
@@ -97,9 +96,9 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ]
     (root / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     records = load_records(root / "data")
-    exact = ExtractionArguments(dtype="float32")
-    extract_captions(model, records, root / "stores" / "captions", exact)
-    extract_images(model, records, root / "stores" / "images", exact)
+    exact = ExtractConfig(store_dtype="float32")
+    extract(model, records, root / "stores" / "captions", exact, modality="text")
+    extract(model, records, root / "stores" / "images", exact, modality="image")
     return root, model, records
 
 

@@ -185,9 +185,7 @@ def test_only_layers_that_are_there_are_named_for_sharding(vision: str, tmp_path
 
 def test_a_tower_without_attention_gets_no_lora() -> None:
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
-    with pytest.raises(
-        ValueError, match=r"no linear layers in an attention.*=frozen or vision"
-    ):
+    with pytest.raises(ValueError, match=r"no linear layers in an attention.*=frozen or vision"):
         find_attention_linears(tower)
     with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
         find_layers(tower)
