@@ -17,7 +17,7 @@ test-slow:
 	pytest -m "slow and not gpu"
 
 docs:
-	python .ci/write_cli_reference.py && zensical build --clean --strict --config-file mkdocs.yml
+	python .ci/write_references.py && zensical build --clean --strict --config-file mkdocs.yml
 
 benchmarks:
 	python benchmarks/house.py --label after --run-tests && python benchmarks/render_tables.py

@@ -37,9 +37,9 @@ from modeling_llm2clip.data.caption_groups import group_captions
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
-from modeling_llm2clip.encoding.text_encoding import encode_captions
-from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
-from modeling_llm2clip.model_folders.lora_base import ADAPTER_WEIGHTS
+from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
 
@@ -98,7 +98,7 @@ def main() -> None:
     model.text_model = merge_lora(model.text_model, lora)
     # Not better than on unseen ones: then it is not for lack of images.
     record["cra_on_trained_images"] = measure_caption_retrieval(
-        lambda texts: encode_captions(model, processor, texts).caption_embeds,
+        lambda texts: encode_texts(model, processor, texts, project=False),
         trained[: config.num_held_out],
     )
     arguments.output.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
@@ -130,7 +130,7 @@ def _build(*, bidirectional: bool) -> tuple[Any, Any]:
 def _measure_untuned(held_out: Any, *, bidirectional: bool) -> float:
     model, processor = _build(bidirectional=bidirectional)
     return measure_caption_retrieval(
-        lambda texts: encode_captions(model, processor, texts).caption_embeds, held_out
+        lambda texts: encode_texts(model, processor, texts, project=False), held_out
     )
 
 
@@ -151,7 +151,7 @@ def _describe(
             for name in ("torch", "transformers", "sentence-transformers", "peft")
         },
         "data": f"COCO val2017 captions; {config.num_held_out} images held out",
-        "start": hash_file(arguments.start / ADAPTER_WEIGHTS) if arguments.start else None,
+        "start": hash_file(arguments.start / LORA_WEIGHTS) if arguments.start else None,
         "config": asdict(config),
         "cra": cra,
         "cra_by_step": {log["step"]: log["eval_cra"] for log in logs if "eval_cra" in log},

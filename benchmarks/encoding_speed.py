@@ -184,8 +184,6 @@ def _summarise(
         ),
         "peak_rss_gb": max(t["peak_rss_gb"] for t in turns),
     }
-    if turns[-1]["setting"]:
-        row["setting"] = turns[-1]["setting"]
     reference = embeddings.get("LLM2Vec", embeddings["sentence-transformers, same ids"])
     if embeddings[name].shape == reference.shape and "through" not in name:
         cosines = _cosines(embeddings[name], reference)

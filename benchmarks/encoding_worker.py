@@ -21,54 +21,20 @@ _KEPT = ExitStack()  # what holds for the life of this process
 
 def build_ours(llm: str) -> Callable[[list[str]], Any]:
     """Build the package's own path for many captions."""
-    from modeling_llm2clip.encoding.text_encoding import encode_captions
+    from modeling_llm2clip.encoding.encode import encode_texts
 
     model, processor = build_model(llm)
-    return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
+    return lambda captions: encode_texts(model, processor, captions, project=False).numpy()
 
 
 def build_ours_compiled(llm: str) -> Callable[[list[str]], Any]:
     """Build the same with the LLM's layers compiled."""
     from modeling_llm2clip.encoding.compilation import compiled_layers
-    from modeling_llm2clip.encoding.text_encoding import encode_captions
+    from modeling_llm2clip.encoding.encode import encode_texts
 
     model, processor = build_model(llm)
     _KEPT.enter_context(compiled_layers(model))
-    return lambda captions: encode_captions(model, processor, captions).caption_embeds.numpy()
-
-
-class EverythingOn:
-    """The same compiled, in the precision that the probe chooses on the first captions it gets."""
-
-    def __init__(self, llm: str) -> None:
-        """Build the model."""
-        self._model, self._processor = build_model(llm)
-        self.setting: str | None = None
-
-    def __call__(self, captions: list[str]) -> Any:
-        """Encode; the first call chooses and compiles."""
-        from modeling_llm2clip.encoding.text_encoding import encode_captions
-
-        if self.setting is None:
-            self._choose(captions)
-        embeddings = encode_captions(
-            self._model, self._processor, captions, precision=self._precision
-        )
-        return embeddings.caption_embeds.numpy()
-
-    def _choose(self, captions: list[str]) -> None:
-        from modeling_llm2clip.encoding.compilation import compiled_layers
-        from modeling_llm2clip.encoding.precision_probe import (
-            pick_fastest,
-            pick_probe_captions,
-            probe_precisions,
-        )
-
-        sample = pick_probe_captions(captions)
-        trials = probe_precisions(self._model, self._processor, sample)
-        self._precision = pick_fastest(trials)
-        _KEPT.enter_context(compiled_layers(self._model))
-        self.setting = f"compiled, {self._precision or 'float32: nothing lower pays'}"
+    return lambda captions: encode_texts(model, processor, captions, project=False).numpy()
 
 
 def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
@@ -124,7 +90,6 @@ def build_llm2vec(llm: str) -> Callable[[list[str]], Any]:
 BUILDERS: dict[str, Callable[[str], Any]] = {
     "ours": build_ours,
     "ours, compiled": build_ours_compiled,
-    "ours, everything on": EverythingOn,
     "ours through sentence-transformers": build_ours_sentence_transformers,
     "sentence-transformers": build_sentence_transformers,
     "sentence-transformers, same ids": build_sentence_transformers_without_template,
@@ -132,7 +97,7 @@ BUILDERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-COMPILED = ("ours, compiled", "ours, everything on")
+COMPILED = ("ours, compiled",)
 
 
 def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
@@ -140,8 +105,7 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    from modeling_llm2clip.building.build_model import build_model
-    from modeling_llm2clip.building.towers import load_text_tower
+    from modeling_llm2clip.building.build_model import join_towers
     from modeling_llm2clip.configs.build_config import BuildConfig
 
     # The vision tower takes no part; a tiny one keeps the memory figure the LLM's.
@@ -151,12 +115,9 @@ def build_model(llm: str, *, prompt: str = "none") -> tuple[Any, Any]:
                          num_attention_heads=2, image_size=32, patch_size=16)
     )  # fmt: skip
     size = {"height": 32, "width": 32}
-    text_model, tokenizer = load_text_tower(llm)
-    return build_model(
-        vision,
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
-        text_model,
-        tokenizer,
+    return join_towers(
+        (vision, CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)),
+        llm,
         BuildConfig(prompt=prompt, projection_dim=576),
     )
 
@@ -186,7 +147,7 @@ def main() -> None:
         np.save(embeddings_file, np.asarray(embeddings))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         figures: dict[str, Any] = {"seconds": seconds, "cpu_seconds": time.process_time() - used}
-        figures |= {"peak_rss_gb": round(peak, 2), "setting": getattr(encode, "setting", None)}
+        figures |= {"peak_rss_gb": round(peak, 2)}
         print(json.dumps(figures), flush=True)
 
 

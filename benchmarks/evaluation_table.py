@@ -42,16 +42,15 @@ from ordinary_clip import (
 from provenance import describe_processor, read_commit
 from transformers import AutoModel
 
+from modeling_llm2clip.configs.evaluation_config import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationConfig,
+)
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
 from modeling_llm2clip.demo.stages import hold_out
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import Result
 from modeling_llm2clip.evaluation.tables import render_results
@@ -80,20 +79,21 @@ def main() -> None:
     if arguments.long_captions is not None:
         captions = _read_captions(arguments.long_captions)[: arguments.most_captions]
     training: dict[str, Any] = {}
-    models = [EvaluatedModel(str(arguments.model), OURS)]
+    models = [EvaluatedModel(source=str(arguments.model), name=OURS)]
     for name, folder, trained in _train_baselines(arguments, work):
-        models.append(EvaluatedModel(str(folder), name))
+        models.append(EvaluatedModel(source=str(folder), name=name))
         training[name] = trained
     tiny_dual, tiny_text = (_save_tiny(kinds, work) for kinds in (_TINY_DUAL, _TINY_TEXT))
     rows = _evaluate(
         [*models, *tiny_dual],
-        EvaluatedDataset("emoji"),
+        EvaluatedDataset(name="emoji"),
         task="cross-lingual",
         work=work / "emoji",
         languages=tuple(arguments.languages),
     )
     if captions is not None:
-        models.insert(1, EvaluatedModel(str(_cut(arguments.model, work / "ours-cut")), OURS_CUT))
+        short = _cut(arguments.model, work / "ours-cut")
+        models.insert(1, EvaluatedModel(source=str(short), name=OURS_CUT))
         rows += _evaluate_texts(arguments, models, [*tiny_dual, *tiny_text], captions, work)
     record = {
         "command": _command(arguments),
@@ -125,14 +125,7 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """Run one task as `llm2clip evaluate` does; returns the rows of the record."""
     started = time.monotonic()
-    chosen = EvaluationArguments(
-        models=tuple(models),
-        data=(data,),
-        tasks=(task,),
-        output=work,
-        encoder=EncoderSettings(show_progress=True),
-        **choices,
-    )
+    config = EvaluationConfig(output=work, **choices)
 
     def tell(result: Result) -> None:
         print(
@@ -141,7 +134,7 @@ def _evaluate(
             file=sys.stderr,
         )
 
-    results = evaluate(chosen, on_result=tell)
+    results = evaluate(models, data, config, tasks=(task,), on_result=tell)
     print(render_results(results, style="markdown", details=True))
     return [_summarize(result) for result in results]
 
@@ -227,7 +220,7 @@ def _save_tiny(kinds: dict[str, str], work: Path) -> list[EvaluatedModel]:
         folder = work / "tiny" / kind
         shutil.rmtree(folder, ignore_errors=True)  # the same weights every time
         folder.parent.mkdir(parents=True, exist_ok=True)
-        choices.append(EvaluatedModel(str(save_tiny_encoder(kind, folder)), name))
+        choices.append(EvaluatedModel(source=str(save_tiny_encoder(kind, folder)), name=name))
     return choices
 
 
@@ -267,7 +260,7 @@ def _write_data(captions: Sequence[Sequence[str]], folder: Path) -> EvaluatedDat
         for number, texts in enumerate(captions)
     ]
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return EvaluatedDataset("folder", str(folder))
+    return EvaluatedDataset(name="folder", folder=str(folder))
 
 
 def _summarize(result: Result) -> dict[str, Any]:

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -207,9 +206,11 @@ def encode_test_images(model_folder: Path, test: list[CaptionedImage]) -> tuple[
     """Embeddings of the frozen towers, of each image and of its first caption."""
     model = LLM2CLIPModel.from_pretrained(model_folder).eval()
     processor = LLM2CLIPProcessor.from_pretrained(model_folder)
-    captions = encode_captions(model, processor, [record.captions[0] for record in test])
-    images = encode_images(model, processor, [record.image for record in test])
-    return captions.caption_embeds, images
+    captions = encode_texts(
+        model, processor, [record.captions[0] for record in test], project=False
+    )
+    images = encode_images(model, processor, [record.image for record in test], project=False)
+    return captions, images
 
 
 @torch.no_grad()

@@ -37,23 +37,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from modeling_llm2clip.building.build_model import build_model
-from modeling_llm2clip.building.lora_merging import merge_lora
-from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from modeling_llm2clip.demo.stages import hold_out
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.extraction.extract import extract
@@ -165,12 +163,10 @@ def _make_towers(
         size=side, do_center_crop=False,
         image_mean=image_processor.image_mean, image_std=image_processor.image_std,
     )  # fmt: skip
-    text_model, tokenizer = load_text_tower(fetch_tower(SMOLLM2))
-    text_model = merge_lora(
-        text_model, find_example_data() / "caption_lora", accepted_base=SMOLLM2_BASE
+    config = BuildConfig(
+        prompt="chatml", lora=find_example_data() / "caption_lora", accept_lora_base=SMOLLM2_BASE
     )
-    chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
-    built = build_model(vision_model, image_processor, text_model, tokenizer, chosen)
+    built = join_towers((vision_model, image_processor), fetch_tower(SMOLLM2), config)
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
     store = extract(work / "built", texts, work / "captions", modality="text")
@@ -211,9 +207,11 @@ def _largest_change(before: Path, after: Path) -> float:
 def _measure_retrieval(folder: Path, tested: Sequence[CaptionedImage]) -> float:
     model = LLM2CLIPModel.from_pretrained(folder).eval()
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    captions = encode_captions(model, processor, [record.captions[0] for record in tested])
-    images = encode_images(model, processor, [record.path for record in tested])
-    text_embeds = model.project_caption_embeds(captions.caption_embeds)
+    captions = encode_texts(
+        model, processor, [record.captions[0] for record in tested], project=False
+    )
+    images = encode_images(model, processor, [record.path for record in tested], project=False)
+    text_embeds = model.project_caption_embeds(captions)
     image_embeds = model.project_vision_embeds(images)
     group_ids = [record.group_id for record in tested]
     ranking = rank_retrieval(

@@ -39,8 +39,8 @@ from modeling_llm2clip.evaluation.metrics.ranking import (
     RetrievalRanks,
     rank_retrieval,
 )
+from modeling_llm2clip.evaluation.metrics.score_tiles import choose_tile_shape
 from modeling_llm2clip.evaluation.metrics.scores import summarize
-from modeling_llm2clip.evaluation.metrics.tiles import choose_tile_shape
 
 _RELATED_NOISE = 12.0
 _UNRELATED_NOISE = 1e4

@@ -108,7 +108,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPVisionModel,
     )
 
-    from modeling_llm2clip.building.build_model import build_model
+    from modeling_llm2clip.building.build_model import join_towers
     from modeling_llm2clip.configs.build_config import BuildConfig
     from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
@@ -123,11 +123,11 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=2, image_size=32, patch_size=16)
     )  # fmt: skip
-    model, processor = build_model(
-        vision,
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        AutoModel.from_config(config),
-        AutoTokenizer.from_pretrained(llm),
+    size = {"height": 32, "width": 32}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    model, processor = join_towers(
+        (vision, image_processor),
+        (AutoModel.from_config(config), AutoTokenizer.from_pretrained(llm)),
         BuildConfig(prompt="chatml", projection_dim=32, text_adapter_layers=1),
     )
     model.save_pretrained(arguments.folder / "model")
@@ -154,13 +154,13 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
     import modeling_llm2clip.training.extraction.extract  # noqa: F401
     from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
-    from modeling_llm2clip.encoding.text_encoding import encode_captions
+    from modeling_llm2clip.encoding.encode import encode_texts
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
     from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
     processor = LLM2CLIPProcessor.from_pretrained(arguments.folder / "model")
     model = LLM2CLIPTextModel.from_pretrained(arguments.folder / "model")
-    encode_captions(model, processor, ["a dog"])
+    encode_texts(model, processor, ["a dog"], project=False)
     return {"rss_mb": _read_memory("VmRSS")}
 
 

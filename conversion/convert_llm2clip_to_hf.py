@@ -1,9 +1,9 @@
-"""Official checkpoints into model folders; `llm2clip convert` by another name.
+"""Converts official checkpoints into model folders; the same as `llm2clip convert`.
 
-python conversion/convert_llm2clip_to_hf.py SOURCE OUTPUT --recipe NAME --llm LLM
+python conversion/convert_llm2clip_to_hf.py SOURCE OUTPUT --source-format NAME --text-model LLM
 
-All of it lies in `modeling_llm2clip/hub/conversion/`, so that the command works where only the
-package is installed.
+The code is in `modeling_llm2clip/conversion/`, so that the command works where only the package is
+installed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LLM2CLIP: CLIP with a language model as its text encoder (arXiv:2411.04997).
 
 Importing the package makes `AutoModel`, `AutoProcessor` and the other Auto classes of transformers
-load its checkpoints without `trust_remote_code`. Names are imported when they are first used, so
-that the import itself costs next to nothing.
+load its models without `trust_remote_code`. All public names can be imported from here. Each is
+loaded on first use, so importing the package is fast.
 """
 
 from __future__ import annotations
@@ -13,7 +13,28 @@ from typing import TYPE_CHECKING, Any
 from ._registration import register_auto_classes
 
 if TYPE_CHECKING:
+    from .building.build_model import build_model, join_towers
+    from .configs.align_config import AlignConfig
+    from .configs.build_config import BuildConfig
+    from .configs.data_config import DataConfig
+    from .configs.encoding_config import EncodingConfig
+    from .configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
+    from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
+    from .configs.extract_config import ExtractConfig
+    from .configs.finetune_config import FinetuneConfig
+    from .configs.source_format import SourceFormat
+    from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
+    from .conversion.convert_checkpoint import convert_checkpoint
+    from .data.embedding_store import EmbeddingStore
+    from .data.record_loading import load_records
+    from .data.splits import split_records
+    from .doctor.check_model import check_model
+    from .encoding.encode import encode_images, encode_texts
+    from .evaluation.datasets.dataset_registry import load_dataset
+    from .evaluation.evaluate import evaluate
+    from .image_loading_llm2clip import load_images
+    from .model_folders.model_loading import load_model
     from .modeling_llm2clip import (
         LLM2CLIPModel,
         LLM2CLIPOutput,
@@ -21,25 +42,58 @@ if TYPE_CHECKING:
         LLM2CLIPVisionModel,
     )
     from .processing_llm2clip import LLM2CLIPProcessor
+    from .publishing.export_model import export_model
+    from .publishing.push_to_hub import push_to_hub
+    from .search.image_index import ImageIndex
+    from .training.alignment.align import align
+    from .training.extraction.extract import extract
+    from .training.finetuning.finetune_llm import finetune_llm
+    from .training.graceful_stop import StageInterrupt
+    from .training.losses.loss import LossInputs
 
 __version__ = "0.1.0"
-__all__ = [
-    "LLM2CLIPConfig",
-    "LLM2CLIPModel",
-    "LLM2CLIPOutput",
-    "LLM2CLIPProcessor",
-    "LLM2CLIPTextModel",
-    "LLM2CLIPVisionModel",
-]
 
-_HOME = {
-    "LLM2CLIPConfig": "configuration_llm2clip",
-    "LLM2CLIPModel": "modeling_llm2clip",
-    "LLM2CLIPOutput": "modeling_llm2clip",
-    "LLM2CLIPTextModel": "modeling_llm2clip",
-    "LLM2CLIPVisionModel": "modeling_llm2clip",
-    "LLM2CLIPProcessor": "processing_llm2clip",
+_HOMES = {
+    "building.build_model": ("build_model", "join_towers"),
+    "configs.align_config": ("AlignConfig",),
+    "configs.build_config": ("BuildConfig",),
+    "configs.data_config": ("DataConfig",),
+    "configs.encoding_config": ("EncodingConfig",),
+    "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
+    "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
+    "configs.extract_config": ("ExtractConfig",),
+    "configs.finetune_config": ("FinetuneConfig",),
+    "configs.source_format": ("SourceFormat",),
+    "configs.train_config": ("TrainConfig",),
+    "configuration_llm2clip": ("LLM2CLIPConfig",),
+    "conversion.convert_checkpoint": ("convert_checkpoint",),
+    "data.embedding_store": ("EmbeddingStore",),
+    "data.record_loading": ("load_records",),
+    "data.splits": ("split_records",),
+    "doctor.check_model": ("check_model",),
+    "encoding.encode": ("encode_images", "encode_texts"),
+    "evaluation.datasets.dataset_registry": ("load_dataset",),
+    "evaluation.evaluate": ("evaluate",),
+    "image_loading_llm2clip": ("load_images",),
+    "model_folders.model_loading": ("load_model",),
+    "modeling_llm2clip": (
+        "LLM2CLIPModel",
+        "LLM2CLIPOutput",
+        "LLM2CLIPTextModel",
+        "LLM2CLIPVisionModel",
+    ),
+    "processing_llm2clip": ("LLM2CLIPProcessor",),
+    "publishing.export_model": ("export_model",),
+    "publishing.push_to_hub": ("push_to_hub",),
+    "search.image_index": ("ImageIndex",),
+    "training.alignment.align": ("align",),
+    "training.extraction.extract": ("extract",),
+    "training.finetuning.finetune_llm": ("finetune_llm",),
+    "training.graceful_stop": ("StageInterrupt",),
+    "training.losses.loss": ("LossInputs",),
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

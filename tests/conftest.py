@@ -84,12 +84,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_model
 
     from modeling_llm2clip.model_folders.model_card_data import CardData
-    from modeling_llm2clip.publishing.export_model import save_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
 
     model, processor = tiny_model("clip", "llama")
     folder = tmp_path_factory.mktemp("exported") / "good"
-    facts = CardData(license_id="mit")
-    return save_model(model, processor, folder, prompts={"query": "Find an image: "}, facts=facts)
+    card = CardData(license="mit")
+    instructions = {"query": "Find an image: "}
+    return save_model(model, processor, folder, instructions=instructions, card=card)
 
 
 @pytest.fixture
@@ -100,17 +101,17 @@ def copy(good: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny model by the kind that is evaluated, which no test may change."""
+    """Folder of a tiny model by its type, which no test may change."""
     from tiny_encoders import save_tiny_encoder
 
     root = tmp_path_factory.mktemp("models")
-    return cache(lambda kind: save_tiny_encoder(kind, root / kind))
+    return cache(lambda model_type: save_tiny_encoder(model_type, root / model_type))
 
 
 @pytest.fixture(scope="session")
 def sources(models: Callable[[str], Path]) -> Callable[[str], str]:
     """The same folders as a user names them."""
-    return lambda kind: str(models(kind))
+    return lambda model_type: str(models(model_type))
 
 
 @pytest.fixture(scope="session")
@@ -139,5 +140,5 @@ def results(
     from modeling_llm2clip.evaluation.evaluate import evaluate
 
     output = tmp_path_factory.mktemp("results")
-    evaluate(arguments(output, data, sources("clip"), sources("siglip")))
+    evaluate(**arguments(output, data, sources("clip"), sources("siglip")))
     return output

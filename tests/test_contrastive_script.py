@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 FAMILIES = ("clip", "siglip", "timm", "timm with batch norm")
 TEXTS = ["a dog", "a red car", "two red apples", "a cat sleeps"]

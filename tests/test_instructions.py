@@ -12,7 +12,7 @@ from shared_models import INSTRUCTION, ROUNDING, shared_model
 from tiny import tiny_model
 from transformers import AutoModel, AutoProcessor
 
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 
 def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.Tensor, str]:
@@ -46,10 +46,12 @@ def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.
 def test_an_instruction_is_attended_to_and_not_pooled(
     prefix: str, suffix: str, ends_special: bool, tmp_path: Path
 ) -> None:
-    chosen = {"prompt": "none"} if not prefix else {"prefix": prefix, "suffix": suffix}
+    chosen = (
+        {"prompt": "none"} if not prefix else {"prompt_prefix": prefix, "prompt_suffix": suffix}
+    )
     model, processor = tiny_model(max_text_length=64, **chosen)
     assert model.config.prompt_suffix_ends_special == ends_special
-    folder = save_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
+    folder = save_model(model, processor, tmp_path / "model", instructions={"query": INSTRUCTION})
     sentence_model = SentenceTransformer(str(folder))
     for caption in ("a dog", "7 red cars"):
         wanted, pooled_text = encode_by_hand(folder, INSTRUCTION, caption)
@@ -65,9 +67,9 @@ def test_an_instruction_is_attended_to_and_not_pooled(
 def test_an_instruction_without_a_caption_behind_it_is_refused(tmp_path: Path) -> None:
     model, processor = shared_model()
     with pytest.raises(ValueError, match=r"'query' leaves no room .* of 32 tokens\. Shorten"):
-        save_model(model, processor, tmp_path / "model", prompts={"query": INSTRUCTION})
+        save_model(model, processor, tmp_path / "model", instructions={"query": INSTRUCTION})
     roomy = tiny_model(max_text_length=64)
-    folder = save_model(*roomy, tmp_path / "roomy", prompts={"query": INSTRUCTION})
+    folder = save_model(*roomy, tmp_path / "roomy", instructions={"query": INSTRUCTION})
     loaded = SentenceTransformer(str(folder))
     num_tokens = loaded.preprocess([INSTRUCTION])["input_ids"].shape[1]
     apart = loaded.encode(["a dog", "a cat"], prompt_name="query")
@@ -86,6 +88,6 @@ def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
 ) -> None:
     model, processor = shared_model()
     with pytest.raises(ValueError, match=r"'query'.*End them with ': '"):
-        save_model(model, processor, tmp_path / "model", prompts={"query": instruction})
+        save_model(model, processor, tmp_path / "model", instructions={"query": instruction})
     assert list(tmp_path.iterdir()) == []
     assert model.config.instructions == {}

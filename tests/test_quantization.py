@@ -15,9 +15,9 @@ from tiny import tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoModel, BitsAndBytesConfig
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.model_folders.quantization import KEPT_IN_FULL, text_quantization_config
+from modeling_llm2clip.model_folders.model_loading import KEPT_IN_FULL, text_quantization_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -32,7 +32,7 @@ def test_only_the_language_model_is_quantised(tmp_path, kind, device):
     tokenizer = tiny_tokenizer()
     text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=BLOCK)
     settings = BuildConfig(prompt="llama-3", max_text_length=32, visual_projection_bias=False)
-    model, processor = build_model(*tiny_vision(), text_model, tokenizer, settings)
+    model, processor = join_towers(tiny_vision(), (text_model, tokenizer), settings)
     model.save_pretrained(tmp_path)
     inputs = processor(text=["a dog", "two cats"], images=tiny_images())
     loaded = LLM2CLIPModel.from_pretrained(
@@ -69,7 +69,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     tokenizer = tiny_tokenizer()
     text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=2 * BLOCK)
     settings = BuildConfig(prompt="llama-3", max_text_length=32)
-    model, processor = build_model(*tiny_vision(), text_model, tokenizer, settings)
+    model, processor = join_towers(tiny_vision(), (text_model, tokenizer), settings)
     folder = tmp_path_factory.mktemp("whole")
     model.save_pretrained(folder)
     return folder, model, dict(processor(text=["a dog", "two cats"], images=tiny_images()))

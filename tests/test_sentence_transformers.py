@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_llm2clip
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
 
 CLASSES: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_saving_into_another_model_folder_changes_no_instruction_in_memory(
 
 def test_an_export_changes_no_instruction_in_memory(tmp_path: Path) -> None:
     model, processor = tiny_model(max_text_length=64)
-    exported = save_model(model, processor, tmp_path / "a", prompts={"query": INSTRUCTION})
+    exported = save_model(model, processor, tmp_path / "a", instructions={"query": INSTRUCTION})
     assert read_instructions(exported) == {"query": INSTRUCTION}
     assert model.config.instructions == {}
 

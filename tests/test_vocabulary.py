@@ -33,7 +33,6 @@ PENDING_PHRASES = {
     r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
     r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
     r"\b(?!Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
-    r"\b[A-Z]\w*Settings\b": "…Config",
     r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
     r"tell_kind|model_kind|kinds? of (a )?models?": "model type",
     r"(Text|Vision|text|vision|image|other|either)[ _-]?[Hh]alf\b": "text-only, vision-only model",
@@ -41,7 +40,6 @@ PENDING_PHRASES = {
     r"[Bb]oth[ _]ways|TwoWay": "i2t and t2i; bidirectional",
     r"image_to_text|text_to_image": "i2t, t2i",
     r"take_best": "ImageIndex.search",
-    r"processors? for the CPU|on_processor": "CPU",
     r"whole numbers?": "integer",
     # English
     r"one \w+ an? (sample|image|caption|line|row|step|file|model|format|command|task)\b": "per",
@@ -51,16 +49,11 @@ PENDING_PHRASES = {
 }  # fmt: skip
 PENDING_FLAGS = {
     r"--images\b": "--image-dir",
-    r"--kind\b": "--model-type",
     r"--start\b": "--init-lora, --projection-init",
     r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
     r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
-    r"--loss-chunk(?!-)\b": "--loss-chunk-size",
     r"--workers\b": "--num-workers",
-    r"--(rank|text-rank|vision-rank)\b": "--lora-rank, --vision-lora-rank",
-    r"--long-share\b": "--long-caption-ratio",
     r"--other-pairs\b": "--text-pairs",
-    r"--count\b": "--top-k",
     r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
     r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
     r"--recipe\b": "--source-format",
@@ -69,10 +62,9 @@ PENDING_FLAGS = {
 PENDING_WORDS = frozenset(
     """
     aeroplane amortise amortised blanks capitals centre colour coloured colours
-    diagnosis faults floor floors gallery halves hangs initialisation lettering
-    licence licences lies normalisation patient picture pictures probe probes
-    quantised quantising spoilt stands stood summarise tells told travel travels
-    vector vectors
+    faults floors gallery halves hangs initialisation lettering licence licences
+    lies normalisation picture pictures probe probes quantised quantising spoilt
+    stands stood summarise tells told travel travels vector vectors
     """.split()
 )
 
@@ -85,12 +77,19 @@ PHRASES: dict[str, str] = {
     r"\b(accept|merge|write)_adapter": "accept_lora, merge_lora, write_lora",
     r"KeyedBatch|keyed_contrastive|gather_keys": "group_id",
     r"\bdraw_(captions?|pairs|batch(es)?|golden)": "sample_…, render_…",
+    r"\b[A-Z]\w*Settings\b": "…Config",
+    r"processors? for the CPU|on_processor": "CPU",
 }  # fmt: skip
 # Banned flag of a command: the one spelling over all commands.
 FLAGS: dict[str, str] = {
     r"--vectors\b": "--index",
     r"--(pictures|check-pictures|no-check-pictures|picture-store)\b": "--modality image, …",
     r"--exclude-faults\b": "--skip-invalid",
+    r"--kind\b": "--model-type",
+    r"--loss-chunk(?!-)\b": "--loss-chunk-size",
+    r"--(rank|text-rank|vision-rank)\b": "--lora-rank, --vision-lora-rank",
+    r"--long-share\b": "--long-caption-ratio",
+    r"--count\b": "--top-k",
 }  # fmt: skip
 
 

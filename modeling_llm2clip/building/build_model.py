@@ -1,57 +1,128 @@
-"""Builds an untrained LLM2CLIP model from two trained towers."""
+"""Builds an untrained model from a vision tower and a language model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configs.build_config import BuildConfig
+from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.devices import find_device
+from ..model_folders.atomic_folder import require_new_folder
+from ..model_folders.model_card_data import (
+    CardData,
+    find_license,
+    set_base_models,
+    update_card_data,
+)
+from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .attention_checks import measure_text_width, require_bidirectional
 from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
 from .prompts import derive_prompt, resolve_template, write_prompt
-from .tokenizer_code import require_pinned
+from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
+from .tower_checks import (
+    measure_text_width,
+    require_bidirectional,
+    require_deterministic,
+    require_pixels_alone,
+)
 from .tower_sources import require_sources
-from .towers import load_text_tower, load_vision_tower, require_own_tokenizer
-from .vision_checks import require_deterministic, require_pixels_alone
+from .vision_towers import load_vision_tower
+
+# A Hub id or folder, or a loaded tower with its image processor.
+VisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
+# A Hub id, folder or .gguf file, or a loaded LLM with its tokenizer.
+TextSource: TypeAlias = str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def build_model(
+    vision: VisionSource,
+    text: TextSource,
+    output: str | Path,
+    config: BuildConfig,
+    *,
+    card: CardConfig | None = None,
+) -> Path:
+    """Build an untrained model from two towers and write its folder.
+
+    >>> build_model("openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...             "my-model", BuildConfig(prompt="chatml"))  # doctest: +SKIP
+
+    Args:
+        vision: As in `join_towers`.
+        text: As in `join_towers`.
+        output: New or empty folder.
+        config: As in `join_towers`; the golden embeddings are computed on its `device`.
+        card: What the card states; licenses of the towers that are not given are those on their own
+            cards.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
+        ValueError: As `join_towers`.
+    """
+    require_new_folder(Path(output))
+    model, processor = join_towers(vision, text, config)
+    card = card or CardConfig()
+    stated = CardData(
+        vision_license=card.vision_license or _find_license(vision),
+        text_license=card.text_license or _find_license(text),
+    )
+    set_base_models(model.config, card.base_models)
+    model.to(find_device(config.device))  # type: ignore[arg-type]
+    return save_model(model, processor, output, card=update_card_data(stated, card))
 
 
 def join_towers(
-    vision: str | Path, llm: str | Path, config: BuildConfig
+    vision: VisionSource, text: TextSource, config: BuildConfig
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Load two towers (Hub ids, folders, a `.gguf` file) and build a model of them.
+    """Build an untrained model from two towers in memory; text adapter and projections are random.
 
     Args:
-        vision: Hub id or folder of a vision tower.
-        llm: Hub id, folder or `.gguf` file of a language model.
-        config: How they are joined; its LoRA is merged into the LLM.
+        vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
+        text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
+            and its tokenizer. A LoRA is merged into a loaded LLM in place.
+        config: How they are joined; its `dtype` is that of towers that are loaded here.
 
     Returns:
-        The untrained model on the CPU, and its processor.
+        The model on the CPU, in evaluation mode, and its processor.
 
     Raises:
-        ValueError: No prompt is chosen, a source is nowhere, which is reported before any is
-            loaded, or a tower does not fit its place; see `towers`, `lora_merging` and
-            `build_model`.
+        ValueError: No prompt is chosen; a source does not exist, which is reported before any is
+            loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
+            tower cannot take the image size, or samples at random; the LoRA is for another LLM; or
+            the LLM's family cannot be made bidirectional.
     """
     config.require_prompt()
-    require_sources(vision=vision, llm=llm, caption_lora=config.lora)
-    if config.tokenizer_code is not None:
-        require_pinned(llm, config.tokenizer_code)
+    vision_name = None if isinstance(vision, tuple) else vision
+    text_name = None if isinstance(text, tuple) else text
+    require_sources(vision=vision_name, text=text_name, lora=config.lora)
+    if config.tokenizer_code is not None and text_name is not None:
+        require_pinned(text_name, config.tokenizer_code)
     dtype = getattr(torch, config.dtype)
-    vision_model, image_processor = load_vision_tower(
-        vision, dtype=dtype, allow_missing_pooler=config.vision_pooling != "pooler"
-    )
-    text_model, tokenizer = load_text_tower(llm, dtype=dtype, tokenizer_code=config.tokenizer_code)
+    if isinstance(vision, tuple):
+        vision_model, image_processor = vision
+    else:
+        vision_model, image_processor = load_vision_tower(
+            vision, dtype=dtype, allow_missing_pooler=config.vision_pooling != "pooler"
+        )
+    if isinstance(text, tuple):
+        text_model, tokenizer = text
+    else:
+        text_model, tokenizer = load_text_tower(
+            text, dtype=dtype, tokenizer_code=config.tokenizer_code
+        )
     if config.lora is not None:
-        text_model = merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
-    return build_model(vision_model, image_processor, text_model, tokenizer, config)
+        merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
+    return _join(vision_model, image_processor, text_model, tokenizer, config)
 
 
 def configure_model(
@@ -65,20 +136,25 @@ def configure_model(
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
     Args:
-        text_width: of the hidden states that the LLM returns; None for its `hidden_size`.
-    Raises: ValueError when the tokenizer is another model's, or the prompt does not fit it.
+        vision_config: Configuration of the vision tower.
+        text_config: Configuration of the LLM; changed in place.
+        tokenizer: Tokenizer of the LLM.
+        config: How the towers are joined.
+        text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
+
+    Raises:
+        ValueError: The tokenizer is another model's, or the prompt does not fit it.
     """
-    config.require_prompt()
     require_own_tokenizer(text_config, tokenizer, "The LLM")
     template = resolve_template(
         tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
     )
     prompt = derive_prompt(tokenizer, template)
     tokenizer = write_prompt(tokenizer, prompt, max_length=config.max_text_length)
-    # Asked of the tokenizer as it is saved: writing the prompt drops extra special tokens.
+    # The saved tokenizer decides: writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
-    # A stated direction of the bare LLM gives way to the one chosen here.
+    # A direction that the bare LLM states gives way to the one chosen here.
     text_config.is_causal = not config.bidirectional
     model_config = LLM2CLIPConfig(
         vision_config,
@@ -99,19 +175,13 @@ def configure_model(
     return model_config, tokenizer
 
 
-def build_model(
+def _join(
     vision_model: PreTrainedModel,
     image_processor: Any,
     text_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: BuildConfig,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Build a model and its processor from loaded towers; adapter and projections are random.
-
-    Raises: ValueError when the tokenizer is another model's, the prompt does not fit it, the
-        vision tower cannot take the image size or draws at random, or the LLM's family cannot
-        be made bidirectional.
-    """
     require_pixels_alone(vision_model)
     image_processor = set_normalization(image_processor, config.normalization)
     if config.image_size is not None:
@@ -136,3 +206,7 @@ def build_model(
     processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
     require_deterministic(model, processor)
     return model, processor
+
+
+def _find_license(source: VisionSource | TextSource) -> str | None:
+    return None if isinstance(source, tuple) else find_license(source)

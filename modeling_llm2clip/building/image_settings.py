@@ -1,13 +1,13 @@
 """Sets, when a model is built, how large its images are and how their colors are scaled.
 
-Both end up as plain numbers in the checkpoint: in the configuration of the vision tower and in the
-image processor. So whoever loads it needs to know nothing.
+Both become plain numbers in the model folder, in the configuration of the vision tower and in the
+image processor, so that loading it needs no options.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,25 @@ _MEAN_AND_STD = {
 }
 
 
-def set_normalization(image_processor: Any, name: Normalization) -> Any:
-    """Return the image processor with another mean and std.
+def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
+    """Return the image processor with another mean and standard deviation.
 
     Args:
-        name: `"own"` leaves them, `"openai"` is CLIP's,
-            with which the official checkpoints of every tower were trained, `"half"` is SigLIP's
-            0.5 and 0.5, `"imagenet"` is DINO's.
+        image_processor: Image processor of the tower; it stays as it is.
+        normalization: `"own"` leaves them, `"openai"` is CLIP's, with which the official
+            checkpoints of every tower were trained, `"half"` is SigLIP's 0.5 and 0.5, `"imagenet"`
+            is DINO's.
+
+    Raises:
+        ValueError: It is something else.
     """
-    if name == "own":
+    if normalization not in get_args(Normalization):
+        raise ValueError(
+            f"normalization={normalization!r} must be one of {get_args(Normalization)}."
+        )
+    if normalization == "own":
         return image_processor
-    mean, std = _MEAN_AND_STD[name]
+    mean, std = _MEAN_AND_STD[normalization]
     return _change(image_processor, image_mean=list(mean), image_std=list(std), do_normalize=True)
 
 
@@ -49,21 +57,28 @@ def set_image_size(
 ) -> tuple[PreTrainedModel, Any]:
     """Make tower and image processor take square images of another size.
 
-    Positions of a tower that has them for one size alone are interpolated once and for all, as the
-    tower itself does it while it runs. A tower that takes any size is left alone.
+    Position embeddings for one size alone are interpolated once and for all, as the tower itself
+    does when it runs. A tower that takes any size is left as it is.
 
     Args:
-        vision_model: a timm network is changed itself, another is left as it is.
-        image_size: side in pixels, a multiple of the tower's patch.
-    Raises: ValueError for another side, or a tower that does not take it, which is tried.
+        vision_model: Vision tower. A timm network is changed in place, another one is not.
+        image_processor: Its image processor; it stays as it is.
+        image_size: Side in pixels, a multiple of the tower's patch size.
+
+    Returns:
+        Tower and image processor.
+
+    Raises:
+        ValueError: The side is not a multiple, or the tower does not take it, which is tried.
     """
     own = find_fixed_size(vision_model)
     patch = find_patch_size(vision_model)
-    # A tower may have been trained with a rest (SigLIP with 384 pixels in patches of 14).
+    # A tower may have been trained with a remainder (SigLIP: 384 pixels in patches of 14).
     if patch and image_size % patch and own != (image_size, image_size):
         raise ValueError(
             f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
-            f"the rest would be cut off. Take {max(image_size // patch, 1) * patch}, for instance."
+            "the remainder would be cropped. Take "
+            f"{max(image_size // patch, 1) * patch}, for instance."
         )
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if own is not None and own != (image_size, image_size):
@@ -101,8 +116,8 @@ def _resize_positions(
     changed = [name for name in weights if weights[name].shape != shapes[name].shape]
     if len(changed) != 1 or ".position_embedding" not in changed[0]:
         raise ValueError(
-            f"In this {config.model_type!r} tower more than the positions hangs on the image "
-            f"size: {changed}. Leave image_size out, and pass interpolate_pos_encoding=True."
+            f"In this {config.model_type!r} tower more than the positions depends on the "
+            f"image size: {changed}. Leave image_size out, and pass interpolate_pos_encoding=True."
         )
     num_patches = (vision_model.config.image_size // patch) ** 2
     num_others = weights[changed[0]].shape[-2] - num_patches  # a class token, or none
@@ -134,7 +149,7 @@ def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
     size = {name: value for name, value in settings["size"].items() if value}
     crops = bool(settings.get("do_center_crop") and settings.get("crop_size"))
     old = settings["crop_size"]["height"] if crops else next(iter(size.values()))
-    # What is cut off keeps its share.
+    # The cropped margin keeps its ratio.
     changes: dict[str, Any] = {
         "size": {name: round(value * image_size / old) for name, value in size.items()}
     }
@@ -144,7 +159,7 @@ def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
 
 
 def _counts_patches(image_processor: Any) -> bool:
-    """Whether images keep their shape and come as so many patches (SigLIP2's own layout)."""
+    """Return whether images keep their shape and become a number of patches (SigLIP2 NaFlex)."""
     return hasattr(image_processor, "max_num_patches")
 
 

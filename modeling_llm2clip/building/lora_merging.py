@@ -1,182 +1,309 @@
-"""Merges a LoRA into a loaded LLM, all of it or nothing."""
+"""Merges a LoRA into an LLM one weight at a time, all of it or nothing.
+
+peft's own LoRA layers do the arithmetic, around one weight of the LLM at a time. So ranks and
+scales per layer, DoRA and LoRAs of expert tensors come out as peft's `merge_and_unload` has them,
+and the LLM need not be in memory. The sum is computed in float32 and rounded once.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
-from ..model_folders.lora_base import (
-    ADAPTER_SETTINGS,
-    ADAPTER_WEIGHTS,
-    PLAIN_STARTS,
-    is_same_base,
-)
+from ..loading_llm2clip import build_tower
+from ..model_folders.lora_base import PLAIN_STARTS, read_lora_config, require_base
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.weights import LazyTensor, open_weights
 
-# peft's wrapper around the LLM, and the LLM's own place inside the class that has its head.
+# peft's wrapper around the LLM, and the LLM's name inside the class that has its head.
 _WRAPPED, _INSIDE_HEADED = "base_model.model.", "model."
-# What peft can train beside the low-rank matrices; their neutral values.
+_ADAPTER = "default"
+# Starts that take a part out of the base, the same one each time. Others sample or need data.
+_REPEATABLE_STARTS = ("pissa", "olora")
+# What peft can train beside the low-rank matrices; neutral values.
 _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
     "bias": ("none", None),
+    "lora_bias": (False, None),
     "modules_to_save": (None, []),
+    "layer_replication": (None, []),
     "trainable_token_indices": (None, []),
-    # The last two take a part out of the base, the same one every time; others that do draw at
-    # random or need data.
-    "init_lora_weights": (*PLAIN_STARTS, "pissa", "olora"),
+    "init_lora_weights": (*PLAIN_STARTS, *_REPEATABLE_STARTS),
 }
 
 
 def merge_lora(
-    text_model: PreTrainedModel, adapter: str | Path, *, accepted_base: str | None = None
-) -> PreTrainedModel:
-    """Merge a LoRA into an LLM without its head, and return a plain LLM.
-
-    A LoRA trained on the class with the head (`…ForCausalLM`), whose keys say `model.` once
-    more, is taken for what it is.
+    text_model: PreTrainedModel, lora: str | Path, *, accepted_base: str | None = None
+) -> None:
+    """Merge a LoRA into a loaded LLM without its head.
 
     Args:
-        text_model: changed in place.
-        adapter: Hub id or folder of `adapter_config.json` and `adapter_model.safetensors`.
-        accepted_base: what the adapter calls its base, where that is this LLM under another
-            name.
-    Raises: ValueError when the LoRA is for another base, trains more than low-rank matrices, has
-        keys without a place here or none for a layer that it names, is not finite, or leaves a
-        weight as it was that it should change.
-    """
-    from peft import LoraConfig, get_peft_model  # a dependency of few
+        text_model: Changed in place, unless an error is raised.
+        lora: Hub id or folder of `adapter_config.json` and `adapter_model.safetensors`. It may have
+            been trained on the class with the head (`…ForCausalLM`).
+        accepted_base: Name that the LoRA has for this LLM, where both are the same weights.
 
-    folder = find_model_folder(str(adapter))
-    settings = read_adapter_settings(folder)
-    _require_low_rank_alone(settings, adapter)
-    base = str(text_model.config._name_or_path or "")
-    if base and settings.get("base_model_name_or_path"):  # both have a name to compare
-        require_base(settings, base, adapter=adapter, accepted_base=accepted_base)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.task_type = None  # a task's wrapper would ask for the head
-    config.base_model_name_or_path = None  # compared above; peft would warn of a folder's path
-    if not isinstance(config.target_modules, str):
-        config.target_modules = {_strip_head(t, text_model) for t in config.target_modules or ()}
-    try:
-        adapted = get_peft_model(text_model, config)
-    except ValueError as error:  # no layer of such a name
-        raise ValueError(f"The LoRA {adapter} does not fit {base or 'the LLM'}: {error}") from error
-    _load_weights(adapted, folder)
-    _require_changes(adapted, adapter)
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    merged.eval()
+    Raises:
+        ValueError: The LoRA is for another base, trains more than low-rank matrices, has keys
+            without a place here, lacks some, is not finite, or changes nothing; or a change is lost
+            in the rounding of the LLM's dtype.
+    """
+    parameters = dict(text_model.named_parameters())
+    merged = merge_lora_weights(
+        {name: LazyTensor.of(parameter) for name, parameter in parameters.items()},
+        text_model.config,
+        lora,
+        base=str(text_model.config._name_or_path or ""),
+        accepted_base=accepted_base,
+        dtype=text_model.dtype,
+    )
+    for tensor in merged.values():
+        tensor.read()  # raises before anything is changed
+    for name, tensor in merged.items():
+        parameters[name].data.copy_(tensor.read())
+
+
+def merge_lora_weights(
+    weights: Mapping[str, LazyTensor],
+    config: PreTrainedConfig,
+    lora: str | Path,
+    *,
+    base: str,
+    accepted_base: str | None = None,
+    dtype: torch.dtype,
+) -> dict[str, LazyTensor]:
+    """Return the weights of an LLM that a LoRA changes, merged when they are read.
+
+    Args:
+        weights: Weights of the LLM without its head, by name.
+        config: Configuration of the LLM.
+        lora: As in `merge_lora`.
+        base: Name of the LLM, compared with the one that the LoRA states; empty where it has none.
+        accepted_base: As in `merge_lora`.
+        dtype: Dtype that the merged weights are going to be saved in.
+
+    Returns:
+        Name → float32 tensor. Reading it raises ValueError where the sum is not finite, or `dtype`
+        would round the change away.
+
+    Raises:
+        ValueError: As in `merge_lora`.
+    """
+    folder = find_model_folder(lora if isinstance(lora, str) else str(lora))
+    stated = read_lora_config(folder)
+    _require_matrices_alone(stated, lora)
+    if base and stated.get("base_model_name_or_path"):  # both have a name to compare
+        require_base(stated, base, lora=lora, accepted_base=accepted_base)
+    factors = {name: tensor.read().float() for name, tensor in open_weights(folder).items()}
+    # peft saves an embedding table beside the LoRA of it.
+    tables = {n: factors.pop(n) for n in list(factors) if n.endswith(".base_layer.weight")}
+    adapted, prefix = _wrap(config, folder, factors, shown=base or "the LLM")
+    layers = _list_layers(adapted, prefix)
+    _require_places(layers, weights, lora=lora, base=base)
+    _require_changes(layers, lora)
+    merged = {}
+    for name, layer in layers.items():
+        table = tables.get(f"{prefix}{name.removesuffix('.weight')}.base_layer.weight")
+        weight = weights[name] if table is None else LazyTensor.of(table)
+        read = partial(_merge, layer, weight, stated, name=f"{lora}: {name}", dtype=dtype)
+        merged[name] = LazyTensor(weights[name].shape, torch.float32, read)
     return merged
 
 
-def read_adapter_settings(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`; ValueError where there is none."""
-    path = folder / ADAPTER_SETTINGS
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {ADAPTER_SETTINGS}; it is not a LoRA that peft saved.")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
-
-
-def require_base(
-    settings: Mapping[str, Any],
-    base: str,
-    *,
-    adapter: str | Path,
-    accepted_base: str | None = None,
-) -> None:
-    """Raise ValueError when an adapter names another base; owners and case are not compared."""
-    stated = str(settings.get("base_model_name_or_path"))
-    if accepted_base is not None and stated == accepted_base:
-        return
-    if not is_same_base(stated, base):
-        raise ValueError(
-            f"The LoRA {adapter} is for the base {stated!r}, but the LLM is {base!r}. Give that "
-            "base; if they are the same weights under two names, say so with "
-            f"accept_lora_base={stated!r}."
-        )
-
-
-def _require_low_rank_alone(settings: Mapping[str, Any], adapter: str | Path) -> None:
+def _require_matrices_alone(lora_config: Mapping[str, Any], lora: str | Path) -> None:
     others = {
-        name: settings[name]
-        for name, neutral in {**_MATRICES_ALONE, "peft_type": ("LORA",)}.items()
-        if settings.get(name, neutral[0]) not in neutral
+        name: lora_config[name]
+        for name, neutral in _MATRICES_ALONE.items()
+        if lora_config.get(name, neutral[0]) not in neutral
     }
     if others:
         raise ValueError(
-            f"{adapter} is not a LoRA alone ({others}). Merge it with peft (merge_and_unload), "
-            "save the LLM, and give that folder."
+            f"{lora} is more than the low-rank matrices of a LoRA ({others}), which is not merged "
+            "here. Merge it with peft (merge_and_unload), save the LLM, and give that folder."
         )
 
 
-def _strip_head(name: str, text_model: nn.Module) -> str:
-    """A module's name without the place that the LLM has in the class with its head."""
-    has_own = hasattr(text_model, _INSIDE_HEADED.rstrip("."))
-    return name if has_own else name.removeprefix(_INSIDE_HEADED)
+class _Headed(PreTrainedModel):
+    """Gives an LLM the names that it has inside the class with its head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.config)
+        self.model = model
 
 
-def _load_weights(adapted: Any, folder: Path) -> None:
-    """Put a saved adapter into LoRA layers; every key must have its place, every place its key."""
+def _wrap(
+    config: PreTrainedConfig, folder: Path, factors: Mapping[str, Tensor], *, shown: str
+) -> tuple[nn.Module, str]:
+    """Put a LoRA around an LLM without weights, and find what its module names begin with."""
+    from peft import LoraConfig, get_peft_model
+
+    lora_config = LoraConfig.from_pretrained(str(folder))
+    lora_config.task_type = None  # a task's wrapper would ask for the head
+    lora_config.base_model_name_or_path = None  # compared before; peft would warn of a path
+    lora_config.init_lora_weights = False  # what a start takes out of the base: see `_merge`
+    skeleton = _build_skeleton(config)
+    has_head = any(key.startswith(_WRAPPED + _INSIDE_HEADED) for key in factors)
+    has_head = has_head and not hasattr(skeleton, _INSIDE_HEADED.rstrip("."))
+    model = _Headed(skeleton) if has_head else skeleton
+    try:
+        adapted: nn.Module = get_peft_model(model, lora_config)
+    except ValueError as error:  # no layer of such a name
+        raise ValueError(f"The LoRA {folder} does not fit {shown}: {error}") from error
+    _load_factors(adapted, factors, folder)
+    return adapted.eval(), _WRAPPED + (_INSIDE_HEADED if has_head else "")
+
+
+def _build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build an LLM whose weights are one zero each, expanded to their shape.
+
+    Not meta tensors: peft would move the LoRA to the device of its base, and lose it.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # every class has it, and none is run
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        skeleton = build_tower(config)
+    for module in skeleton.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            _set_weight(module, name, torch.zeros(()).expand(parameter.shape))
+    return skeleton
+
+
+def _set_weight(module: nn.Module, name: str, weight: Tensor) -> None:
+    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _load_factors(adapted: Any, factors: Mapping[str, Tensor], folder: Path) -> None:
+    """Put a saved LoRA into its layers; every key must have its place, every place its key."""
     from peft import set_peft_model_state_dict
 
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(
-            f"{folder} has no {ADAPTER_WEIGHTS}. Save the adapter again, with safetensors."
-        )
-    weights = load_file(folder / ADAPTER_WEIGHTS)
-    text_model = adapted.get_base_model()
-    weights = {
-        _WRAPPED + _strip_head(key.removeprefix(_WRAPPED), text_model): value
-        for key, value in weights.items()
-    }
     try:
-        result = set_peft_model_state_dict(adapted, weights)
+        result = set_peft_model_state_dict(adapted, dict(factors))
     except RuntimeError as error:  # another shape
-        raise ValueError(f"The LoRA {folder} is for another LLM: {error}") from error
+        raise ValueError(
+            f"The LoRA {folder} is for another LLM: {' '.join(str(error).split())} Give the LLM "
+            "that it was trained on."
+        ) from error
     missing = sorted(key for key in result.missing_keys if "lora_" in key)
     strange = sorted(result.unexpected_keys)
     if missing or strange:
         raise ValueError(
             f"The LoRA {folder} does not fit this LLM, so nothing is merged: {len(strange)} of "
-            f"{len(weights)} weights have no place in it {strange[:3]}, {len(missing)} are "
+            f"{len(factors)} weights have no place in it {strange[:3]}, {len(missing)} are "
             f"missing {missing[:3]}. Give the LLM that it was trained on."
         )
 
 
-def _require_changes(adapted: Any, adapter: str | Path) -> None:
-    """Raise ValueError unless the sum is finite and moves every weight that it has a part for."""
+def _list_layers(adapted: nn.Module, prefix: str) -> dict[str, Any]:
+    """List peft's LoRA layers by the name of the weight that each changes."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = {n: m for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)}
-    errors, num_changed = [], 0
-    for name, layer in layers.items():
-        error, changes = _examine_change(layer)
-        num_changed += changes
-        if error:
-            errors.append(f"{name.removeprefix(_WRAPPED)}: {error}")
-    if errors:
-        raise ValueError(f"The LoRA {adapter} cannot be merged: {'; '.join(errors[:4])}.")
-    if not num_changed:
+    return {
+        f"{name.removeprefix(prefix).replace('.base_layer', '')}.{_name_weight(layer)}": layer
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+
+
+def _name_weight(layer: Any) -> str:
+    return getattr(layer, "parameter_name", "weight")  # the first of a LoRA of an expert tensor
+
+
+def _require_places(
+    layers: Mapping[str, Any],
+    weights: Mapping[str, LazyTensor],
+    *,
+    lora: str | Path,
+    base: str,
+) -> None:
+    places = {name: (layer.get_base_layer(), _name_weight(layer)) for name, layer in layers.items()}
+    shapes = {name: tuple(getattr(*place).shape) for name, place in places.items()}
+    lost = sorted(set(shapes) - set(weights))
+    misshapen = [
+        f"{name}: the LoRA is for {shape}, the LLM has {weights[name].shape}"
+        for name, shape in shapes.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if lost or misshapen:
         raise ValueError(
-            f"The LoRA {adapter} adds zero to all of its {len(layers)} weights: it was not trained."
+            f"The LoRA {lora} is for another base than {base or 'the LLM'}: {len(lost)} of "
+            f"{len(shapes)} weights are not there {lost[:5]}, {len(misshapen)} have another shape "
+            f"{misshapen[:5]}. Give the LLM that it was trained on."
         )
 
 
+def _require_changes(layers: Mapping[str, Any], lora: str | Path) -> None:
+    """Raise ValueError unless the LoRA is of a known variant, finite, and changes something."""
+    variants = {type(x.lora_variant[_ADAPTER]).__name__ for x in layers.values() if x.lora_variant}
+    if others := sorted(name for name in variants if not name.startswith("Dora")):
+        raise ValueError(
+            f"The LoRA {lora} is of the variants {others}, which are not merged here. Merge it "
+            "with peft (merge_and_unload), save the LLM, and give that folder."
+        )
+    bad = [
+        name
+        for name, layer in layers.items()
+        if not all(factor.isfinite().all() for factor in _list_factors(layer))
+    ]
+    if bad:
+        raise ValueError(
+            f"The LoRA {lora} cannot be merged: {len(bad)} of {len(layers)} parts have NaN or "
+            f"infinity ({', '.join(bad[:4])}). Take its last weights without them."
+        )
+    changes = (all(factor.any() for factor in _list_factors(x)) for x in layers.values())
+    if not variants and not any(changes):
+        raise ValueError(
+            f"The LoRA {lora} adds zero to all of its {len(layers)} weights: it was not trained."
+        )
+
+
+def _list_factors(layer: Any) -> list[Tensor]:
+    return [p for name, p in layer.named_parameters() if name.startswith("lora_")]
+
+
 @torch.no_grad()
-def _examine_change(layer: nn.Module) -> tuple[str, bool]:
-    """What is wrong with one layer's sum, and whether it changes the weight."""
-    weight: Tensor = layer.get_base_layer().weight  # type: ignore[operator]
-    change: Tensor = layer.get_delta_weight("default")  # type: ignore[operator]
-    if not change.isfinite().all():
-        return "not finite", False
-    if not change.any():
-        return "", False  # an expert, say, that no caption came to
-    if torch.equal((weight + change).to(weight.dtype), weight):
-        return f"lost in the rounding of {weight.dtype}; load the LLM in float32", False
-    return "", True
+def _merge(
+    layer: Any,
+    weight: LazyTensor,
+    lora_config: Mapping[str, Any],
+    *,
+    name: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Merge one weight, (…) float32."""
+    base, parameter = layer.get_base_layer(), _name_weight(layer)
+    before = weight.read()
+    _set_weight(base, parameter, before.to(torch.float32, copy=True))
+    try:
+        _take_out_start(layer, lora_config.get("init_lora_weights"))
+        layer.merge(adapter_names=[_ADAPTER])
+        layer.merged_adapters.clear()  # so that it can be merged again
+        merged: Tensor = getattr(base, parameter).detach()
+        if not merged.isfinite().all():
+            raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")
+        is_lost = torch.equal(merged.to(dtype), before.to(dtype))
+        if is_lost and layer.get_delta_weight(_ADAPTER).any():
+            raise ValueError(f"{name}: the change is lost in the rounding of {dtype}. Use float32.")
+    finally:
+        _set_weight(base, parameter, torch.zeros(()).expand(before.shape))
+    return merged
+
+
+def _take_out_start(layer: Any, start: Any) -> None:
+    """Take out of the base what the LoRA's matrices began with."""
+    if start not in _REPEATABLE_STARTS:
+        return
+    saved = [factor.clone() for factor in _list_factors(layer)]
+    if start == "pissa":
+        layer.pissa_init(_ADAPTER, start)
+    else:
+        layer.olora_init(_ADAPTER)
+    for factor, value in zip(_list_factors(layer), saved, strict=True):
+        factor.copy_(value)

@@ -1,7 +1,7 @@
 """The prompt around every caption, written into the tokenizer that is saved.
 
-A prompt is chosen explicitly and never guessed from a model's name: upstream chose it by the
-checkpoint's path, and a renamed folder gave other embeddings.
+A prompt is chosen explicitly and never guessed from a model's name: the official code chose it by
+the path of the model, and a renamed folder gave other embeddings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configs.build_config import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
 
-# Captions of several kinds on which the prompt's ids must come out the same.
+# Captions of several forms on which the prompt's ids must come out the same.
 _SAMPLE_CAPTIONS = (
     "A dog.",
     "two cats on a mat",
@@ -32,8 +32,8 @@ class Prompt:
     """Token ids that enclose every caption.
 
     Attributes:
-        prefix_ids: attended to, not pooled.
-        suffix_ids: attended to and pooled, as upstream pools its end-of-turn token.
+        prefix_ids: Attended to, not pooled.
+        suffix_ids: Attended to and pooled, as the official code pools its end-of-turn token.
     """
 
     prefix_ids: tuple[int, ...]
@@ -50,9 +50,14 @@ def resolve_template(
     """Turn a choice of prompt into a template with `{text}` in it.
 
     Args:
-        prompt: a name of `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None
-            with `prefix` or `suffix` given.
-    Raises: ValueError when the choice is unknown, contradictory or missing.
+        tokenizer: Tokenizer of the LLM.
+        prompt: Name in `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None with
+            `prefix` or `suffix` given.
+        prefix: Text in front of every caption.
+        suffix: Text after every caption.
+
+    Raises:
+        ValueError: The choice is unknown, contradictory or missing.
     """
     if prefix is not None or suffix is not None:
         if prompt is not None:
@@ -62,8 +67,8 @@ def resolve_template(
         return _render_chat_template(tokenizer)
     if prompt not in PROMPT_PRESETS:
         raise ValueError(
-            f"prompt={prompt!r} must be one of {', '.join(PROMPT_NAMES)}, or give "
-            "prefix and suffix. It is never guessed: the embeddings depend on it."
+            f"prompt={prompt!r} must be one of {PROMPT_NAMES}, or give prompt_prefix and "
+            "prompt_suffix. It is never guessed: the embeddings depend on it."
         )
     return PROMPT_PRESETS[prompt]
 
@@ -71,11 +76,16 @@ def resolve_template(
 def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
     """Find the ids that a template puts around any caption, and verify them on several.
 
-    Raises: ValueError when the tokenizer merges prompt and caption, so that no fixed ids exist,
-        or does not know the template's special tokens.
+    Args:
+        tokenizer: Tokenizer of the LLM.
+        template: Text with `{text}` in it.
+
+    Raises:
+        ValueError: The tokenizer merges prompt and caption, so that there are no fixed ids, or does
+            not know the template's special tokens.
     """
     _refuse_unknown_special_tokens(tokenizer, template)
-    pieces = {_split_around_caption(tokenizer, template, probe) for probe in _SAMPLE_CAPTIONS}
+    pieces = {_split_around_caption(tokenizer, template, caption) for caption in _SAMPLE_CAPTIONS}
     if len(pieces) != 1:
         raise ValueError(
             f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
@@ -92,12 +102,20 @@ def write_prompt(
     The generic fast class is returned, because the classes of some families rebuild their
     post-processor on loading and would lose the prompt.
 
-    A tokenizer strips each piece between added tokens, not the text alone: blanks beside an added
-    token inside a caption are lost, and blanks that are added tokens stay at its ends, where they
-    stay such. So tokens of blanks are made ordinary where that changes nothing else.
+    A tokenizer strips each piece between added tokens, not the whole text: whitespace beside an
+    added token inside a caption is lost, and whitespace that is an added token stays at the ends.
+    So added tokens of whitespace become ordinary ones where that changes nothing else.
+
+    Args:
+        tokenizer: Tokenizer of the LLM; it stays as it is.
+        prompt: Token ids to write.
+        max_length: Maximum number of tokens of a text, prompt included.
+
+    Raises:
+        ValueError: It has neither a padding nor an end token.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend = _without_added_blanks(backend)
+    backend = _without_added_whitespace(backend)
     stripped = [normalizers.Strip()]
     if backend.normalizer is not None:
         stripped.append(backend.normalizer)
@@ -118,23 +136,23 @@ def write_prompt(
     return result
 
 
-def _without_added_blanks(backend: Tokenizer) -> Tokenizer:
-    """Leave added tokens of blanks, as Gemma's line breaks, to the model if it makes the same."""
+def _without_added_whitespace(backend: Tokenizer) -> Tokenizer:
+    """Leave added tokens of whitespace, such as Gemma's line breaks, to the model if it can."""
     content = json.loads(backend.to_str())
     added = content["added_tokens"]
-    blanks = [t["content"] for t in added if t["content"].isspace() and not t["special"]]
-    if not blanks:
+    spaces = [t["content"] for t in added if t["content"].isspace() and not t["special"]]
+    if not spaces:
         return backend
-    content["added_tokens"] = [t for t in added if t["content"] not in blanks]
+    content["added_tokens"] = [t for t in added if t["content"] not in spaces]
     plain = Tokenizer.from_str(json.dumps(content))
-    signs = set("".join(blanks))
-    # A piece of blanks and letters would be made of some texts, which no probe finds.
+    signs = set("".join(spaces))
+    # Some texts would give a token of whitespace and letters, which no sample would show.
     is_mixed = any(signs & set(p) and not p.isspace() for p in plain.get_vocab())
-    probes = [f"A dog.{one}{other}two" for one in blanks for other in ("", *blanks)]
+    samples = [f"A dog.{one}{other}two" for one in spaces for other in ("", *spaces)]
     same = all(
-        plain.encode(probe, add_special_tokens=False).ids
-        == backend.encode(probe, add_special_tokens=False).ids
-        for probe in probes
+        plain.encode(sample, add_special_tokens=False).ids
+        == backend.encode(sample, add_special_tokens=False).ids
+        for sample in samples
     )
     return plain if same and not is_mixed else backend
 
@@ -156,7 +174,7 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         for name in ("bos_token", "eos_token", "unk_token")
         if (token := getattr(tokenizer, name, None)) is not None
     }
-    # A decoder without a padding token takes its end token, as upstream does: padding is masked.
+    # A decoder without a padding token uses its end token, as the official code does: it is masked.
     padding = tokenizer.pad_token or tokenizer.eos_token
     if padding is None:
         raise ValueError(

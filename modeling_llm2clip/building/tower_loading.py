@@ -1,4 +1,4 @@
-"""Loads a tower's weights with an account of every key: what is missing, and what nobody read."""
+"""What loading both towers shares: an account of every key, and errors that name the source."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..loading_llm2clip import build_tower, load_without_code
+from ..loading_llm2clip import load_without_code
 
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
-_MOST_NAMED = 8
+_NAMES_SHOWN = 8
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """Name the source in transformers' errors about files that are not there.
+
+    Args:
+        source: What the user gave.
+
+    Raises:
+        OSError: One was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{source} cannot be loaded: {error}") from error
 
 
 def load_with_account(
@@ -25,8 +40,16 @@ def load_with_account(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load as `from_pretrained` does, without its table of keys, which the caller judges.
 
-    Returns: the model, and `missing_keys` and `unexpected_keys` among others.
-    Raises: ValueError when a weight file is cut.
+    Args:
+        model_class: Class with a `from_pretrained`.
+        name: Folder or Hub id.
+        **settings: As `from_pretrained` takes them.
+
+    Returns:
+        The model, and among others its `missing_keys` and `unexpected_keys`.
+
+    Raises:
+        ValueError: A weight file is truncated.
     """
     try:
         with _without_table_of_keys():
@@ -40,45 +63,22 @@ def load_with_account(
     return loaded
 
 
-def load_decoder(
-    name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
-) -> PreTrainedModel:
-    """Load an LLM without its head; of a model that also sees or hears, its LLM alone.
-
-    Args:
-        config: what the checkpoint has as its configuration, maybe with an LLM's inside.
-        source: how errors call the checkpoint.
-    Raises: ValueError when weights of the LLM are missing, or it has some that its class does not
-        read and would compute without.
-    """
-    text_config = config.get_text_config(decoder=True)
-    if text_config is config:
-        whole, info = load_with_account(AutoModel, name, config=config, **settings)
-        decoder, prefix = whole, ""
-    else:
-        with torch.device("meta"):  # costs nothing, and the saved model will be of this class
-            wanted = type(build_tower(text_config))
-        whole, info = load_with_account(AutoModel, name, config=config, **settings)
-        prefix, decoder = _find_part(whole, wanted, source)
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
-    if missing:
-        raise ValueError(f"{source} lacks weights of its LLM: {missing[:_MOST_NAMED]}.")
-    refuse_unread_weights(whole, decoder, info, source)
-    decoder.config._name_or_path = whole.config._name_or_path
-    return decoder
-
-
 def refuse_unread_weights(
     whole: PreTrainedModel, tower: PreTrainedModel, info: dict[str, Any], source: str | Path
 ) -> None:
-    """Raise ValueError for weights that lie in a module of the tower and that it does not read.
+    """Refuse weights in a module of the tower that the tower does not read.
 
-    Other parts of the checkpoint lie elsewhere, a head beside the tower's modules; buffers are no
+    Other parts of the checkpoint, such as a head, are beside the tower's modules; buffers are not
     weights.
 
     Args:
-        whole: what was loaded, the tower itself or a model around it.
-        info: what `load_with_account` returned with it.
+        whole: What was loaded: the tower itself, or a model around it.
+        tower: The tower.
+        info: What `load_with_account` returned with it.
+        source: How errors name the checkpoint.
+
+    Raises:
+        ValueError: There are such weights; the tower would give other hidden states.
     """
     parts = set(tower.modules()) - {tower}
     inside = {
@@ -97,21 +97,30 @@ def refuse_unread_weights(
     if unread:
         raise ValueError(
             f"{source} has {len(unread)} weights that {type(tower).__name__} does not read, so it "
-            f"would give other hidden states: {unread[:_MOST_NAMED]}. Correct config.json, or take "
-            "the transformers version that the checkpoint names."
+            f"would give other hidden states: {unread[:_NAMES_SHOWN]}. Correct config.json, or "
+            "take the transformers version that the checkpoint names."
         )
 
 
-def _find_part(
-    whole: PreTrainedModel, wanted: type, source: str | Path
-) -> tuple[str, PreTrainedModel]:
-    for name, module in whole.named_modules():
-        if type(module) is wanted and isinstance(module, PreTrainedModel):
-            return f"{name}.", module
-    raise ValueError(
-        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
-        "configuration promises. Give the language model alone."
-    )
+def forget_code(holder: Any) -> Any:
+    """Remove the name of a repository's code: transformers' own class was loaded.
+
+    Args:
+        holder: Configuration or image processor, changed in place and returned.
+    """
+    holder.__dict__.pop("auto_map", None)
+    return holder
+
+
+def name_without_path(model: PreTrainedModel, source: str | Path) -> None:
+    """Keep a folder's name but not its path in a configuration, which gets published.
+
+    Args:
+        model: Tower, changed in place.
+        source: Hub id, folder or file that it was loaded from.
+    """
+    if Path(source).exists():
+        model.config._name_or_path = Path(source).name
 
 
 def _list_parents(key: str) -> list[str]:
@@ -130,6 +139,6 @@ def _without_table_of_keys() -> Iterator[None]:
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    """Whether it is no table of keys, or one that an error of transformers points to."""
+    """Return whether it is not a table of keys, or one that an error of transformers refers to."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text

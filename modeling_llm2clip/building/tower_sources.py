@@ -1,13 +1,11 @@
-"""Tells of towers and adapters before they are loaded: that they cannot be there, what they say."""
+"""Refuses towers and LoRAs that cannot be there, before anything costly is imported or loaded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from ..model_folders.lora_base import ADAPTER_SETTINGS
+from ..model_folders.lora_base import LORA_CONFIG
 
 # Older Hub repositories have no owner ("gpt2").
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -16,43 +14,38 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def require_sources(
     *,
     vision: str | Path | None = None,
-    llm: str | Path | None = None,
-    caption_lora: str | Path | None = None,
+    text: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> None:
-    """Raise ValueError that names every source which is neither there nor named as on the Hub.
+    """Refuse sources that are neither there nor named as on the Hub, before anything is loaded.
 
     Args:
-        vision: Hub id or folder.
-        llm: Hub id, folder, or a `.gguf` file, also of a Hub repository (`owner/name/FILE.gguf`).
-        caption_lora: Hub id or folder of a LoRA.
+        vision: Hub id or folder of a vision tower.
+        text: Hub id, folder, or a `.gguf` file of a language model, also of a Hub repository
+            (`owner/name/FILE.gguf`).
+        lora: Hub id or folder of a LoRA.
+
+    Raises:
+        ValueError: It names every such source.
     """
     errors = []
     if vision is not None:
         errors.append(_find_error("vision tower", Path(vision), file="config.json"))
-    if llm is not None and Path(llm).suffix == ".gguf":
-        errors.append(_find_error_of_gguf(Path(llm)))
-    elif llm is not None:
-        errors.append(_find_error("language model", Path(llm), file="config.json"))
-    if caption_lora is not None:
-        adapter = Path(caption_lora)
-        errors.append(_find_error("caption adapter", adapter, file=ADAPTER_SETTINGS))
+    if text is not None and Path(text).suffix == ".gguf":
+        errors.append(_find_error_of_gguf(Path(text)))
+    elif text is not None:
+        errors.append(_find_error("language model", Path(text), file="config.json"))
+    if lora is not None:
+        errors.append(_find_error("LoRA", Path(lora), file=LORA_CONFIG))
     if found := [error for error in errors if error]:
         raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
 
 
-@contextmanager
-def naming(source: str | Path) -> Iterator[None]:
-    """Say in transformers' errors about what is not there which source it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{source} cannot be loaded: {error}") from error
-
-
 def _find_error(what: str, source: Path, *, file: str) -> str | None:
     if source.is_dir():
-        there = (source / file).is_file()
-        return None if there else f"{source}: the folder has no {file}, so it holds no {what}"
+        if (source / file).is_file():
+            return None
+        return f"{source}: the folder has no {file}, so it does not hold a {what}"
     if source.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
     if _HUB_ID.fullmatch(str(source)):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .._extras import DEMO, require
 from ..configs.build_config import BuildConfig
+from ..configs.export_config import CardConfig
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
@@ -49,20 +50,16 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     require(*list_needs_of_model(vision_model))
     config.require_prompt()
     _require_order(vision_model, text_model)
-    require_sources(vision=vision_model, llm=text_model, caption_lora=config.lora)
-    device = choose_device(config.device)
+    require_sources(vision=vision_model, text=text_model, lora=config.lora)
+    config = replace(config, device=str(choose_device(config.device)))
 
-    from ..building.build_model import join_towers
-    from ..model_folders.model_card_data import CardData, find_license
-    from ..publishing.export_model import save_model
+    from ..building.build_model import build_model
 
-    model, processor = join_towers(vision_model, text_model, config)
-    model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    licenses = {
-        f"{name}_license": "apache-2.0" if name in embedded else find_license(source)
-        for name, source in (("vision", vision_model), ("text", text_model))
-    }
-    folder = save_model(model, processor, output, facts=CardData(**licenses))
+    card = CardConfig(
+        vision_license="apache-2.0" if "vision" in embedded else None,
+        text_license="apache-2.0" if "text" in embedded else None,
+    )
+    folder = build_model(vision_model, text_model, output, config, card=card)
     print(f"Wrote {folder}. Text adapter and projections are random: align it before use.")
     return 0
 
@@ -98,10 +95,10 @@ def _require_order(vision_model: str, text_model: str) -> None:
         found = find_model_type(source)
         if found is None:
             continue
-        if what := _SWAPPED.get((place, found.kind)):
+        if what := _SWAPPED.get((place, found.content)):
             raise ValueError(
                 f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
                 "VISION_MODEL TEXT_MODEL OUTPUT."
             )
-        if found.kind in ("above", "lora", "store"):
+        if found.content in ("above", "lora", "store"):
             raise ValueError(f"{found.advice} It cannot be {place}.")

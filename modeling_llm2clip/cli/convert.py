@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from .._extras import TIMM_TOWER, require
 from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
-from ..configs.export_config import ConvertConfig
+from ..configs.export_config import CardConfig, ConvertConfig
 from ..configs.source_format import SOURCE_FORMATS, SourceFormat
-from .card_fields import collect_card_fields
 from .chosen_device import choose_device
 from .command import Changes, Repeated, command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
-
-if TYPE_CHECKING:
-    from ..conversion.output_arguments import OutputArguments
 
 _LLM2VEC = "llm2vec"
 _TIMM_FORMATS = ("eva02", "siglip2")
@@ -94,12 +91,13 @@ def convert(
             "--vision-model."
         )
     chosen = _change(source_format, changes)
-    device = choose_device(config.device)
+    config = replace(config, device=str(choose_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
     from ..conversion.source_checkpoint import CheckpointSource
     from ..conversion.source_llm import LLMSource
+    from ..model_folders.model_folder import RECORD_FILE
 
-    report = convert_checkpoint(
+    folder = convert_checkpoint(
         CheckpointSource(checkpoint, source.file, source.revision),
         LLMSource(
             source.text_model,
@@ -108,17 +106,14 @@ def convert(
             source.accept_lora_base,
         ),
         output,
-        recipe=chosen,
-        arguments=_to_arguments(config),
-        facts=collect_card_fields(config),
-        device=str(device),
+        chosen,
+        config,
     )
-    print(report.diagnosis.report())
-    for reason in sorted(set(report.dropped.values())):
-        keys = sorted(key for key, why in report.dropped.items() if why == reason)
+    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    for reason, keys in sorted(record["dropped"].items()):
         print(f"left out, {reason}: {', '.join(keys)}")
     print(
-        f"Wrote {report.folder}: {report.num_parameters:,} parameters. Its embeddings are "
+        f"Wrote {folder}, healthy: {record['num_parameters']:,} parameters. Its embeddings are "
         f"recorded; check any copy with: llm2clip doctor {output}"
     )
     return 0
@@ -154,29 +149,20 @@ def _build(
         raise ValueError("An LLM2Vec folder becomes the text tower of a new model: give "
                          "--vision-model.")  # fmt: skip
     _refuse_unused(source, changes, config)
-    building = BuildConfig(**changes, accept_lora_base=source.accept_lora_base, dtype=config.dtype)
+    building = BuildConfig(
+        **changes,
+        accept_lora_base=source.accept_lora_base,
+        dtype=config.dtype,
+        device=str(choose_device(config.device)),
+    )
     building.require_prompt()
-    device = choose_device(config.device)
+    card = CardConfig(**{field.name: getattr(config, field.name) for field in fields(CardConfig)})
 
     from ..conversion.llm2vec import build_from_llm2vec
-    from ..model_folders.model_card_data import CardData, find_license
-    from ..publishing.export_model import save_model
 
-    card = CardData(**collect_card_fields(config))
-    card = replace(
-        card,
-        vision_license=card.vision_license or find_license(source.vision_model),
-        text_license=card.text_license or find_license(source.text_model or folder),
+    build_from_llm2vec(
+        source.vision_model, Path(folder), output, building, base=source.text_model, card=card
     )
-    model, processor = build_from_llm2vec(
-        source.vision_model, Path(folder), building, base=source.text_model
-    )
-    model.to(device)  # type: ignore[arg-type]  # for the golden embeddings
-    if config.base_models:
-        towers = (model.config.vision_config, model.config.text_config)
-        for tower, name in zip(towers, config.base_models, strict=True):
-            tower._name_or_path = name
-    save_model(model, processor, output, facts=card, max_shard_size=config.max_shard_size)
     print(f"Wrote {output}. Text adapter and projections are random: align it before use.")
     return 0
 
@@ -199,16 +185,3 @@ def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: Conver
             "images are prepared, and no part is written alone. Leave them out; a revision is had "
             "by downloading it."
         )
-
-
-def _to_arguments(config: ConvertConfig) -> OutputArguments:
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    from ..conversion.output_arguments import OutputArguments
-
-    return OutputArguments(
-        components=config.components,
-        dtype=config.dtype,
-        shard_size_mb=max(1, parse_size_to_int(config.max_shard_size) // 1_000_000),
-        base_models=config.base_models,
-    )

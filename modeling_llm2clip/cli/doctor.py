@@ -26,8 +26,8 @@ def doctor(model: str, /, *, config: DeviceConfig, revision: str | None = None) 
     require_own_model(model, revision=revision)
     device = choose_device(config.device)
 
-    from ..doctor import check_model
+    from ..doctor.check_model import check_model
 
     report = check_model(model, revision=revision, device=str(device))
-    print(report.report())
+    print(report)
     return 0 if report.healthy else 1

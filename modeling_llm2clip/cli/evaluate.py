@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
-from ..configs.config_fields import Config
-from ..configs.evaluation_config import EvaluationConfig, ModelType
+from ..configs.config_fields import Config, make_config
+from ..configs.evaluation_config import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationConfig,
+    ModelType,
+)
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_evaluated
 
 if TYPE_CHECKING:
-    from ..evaluation.arguments import EvaluatedDataset, EvaluatedModel, EvaluationArguments
     from ..evaluation.results import Result
 
 # What models and embeddings without a config.json of transformers have.
@@ -97,10 +100,11 @@ def evaluate(
         choose_device(config.device)
         from ..evaluation.evaluate import evaluate as run
 
-        chosen = _to_arguments(models, datasets, tasks, image_dir, of_models, config)
+        chosen = _choose_datasets(datasets, image_dir)
         if plot is not None:
-            _require_lengths(chosen)
-        run(chosen, on_result=_print_result)
+            _require_lengths(config.output, chosen, tasks)
+        scored = _choose_models(models, of_models)
+        run(scored, chosen, config, tasks=tasks, on_result=_print_result)
     elif table is None and plot is None:
         raise ValueError("Name a MODEL and --datasets, or --list, or --table text.")
     _show_results(config.output, table=table or "text", details=details, plot=plot)
@@ -111,7 +115,7 @@ def _show_results(
     output: Path, *, table: Literal["text", "markdown"], details: bool, plot: Path | None
 ) -> None:
     from ..evaluation.results import read_results
-    from ..evaluation.tables import render_results
+    from ..evaluation.tables import find_width, render_results
 
     results = read_results(output)
     if plot is not None:
@@ -120,8 +124,7 @@ def _show_results(
         plot_lengths([result for result in results if result.task == "length"], plot)
         print(f"Wrote {plot}.", file=sys.stderr)
     print()
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(render_results(results, style=table, width=width, details=details))
+    print(render_results(results, style=table, width=find_width(), details=details))
     if not details:
         again = f"llm2clip evaluate --table text --details --output {output}"
         print(f"What the scores depend on: {again}", file=sys.stderr)
@@ -163,82 +166,47 @@ def _require_models(
         if not path.is_dir() or of_models.model_type or has_other:
             continue
         found = find_model_type(path)
-        if found is not None and found.kind in ("above", "lora", "text", "vision"):
+        if found is not None and found.content in ("above", "lora", "text", "vision"):
             raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
 
 
-def _require_lengths(chosen: EvaluationArguments) -> None:
+def _require_lengths(
+    output: Path, datasets: Sequence[EvaluatedDataset], tasks: Sequence[str]
+) -> None:
     """Raise ValueError when the results to come, with those there, make no plot of lengths."""
     from ..evaluation.datasets.dataset_registry import find_dataset
     from ..evaluation.results import read_results
     from ..evaluation.tasks.task_registry import find_task
 
-    there = read_results(chosen.output) if any(chosen.output.glob("*/*.length.json")) else []
-    names = {result.set for result in there if result.task == "length"}
-    if "length" in chosen.tasks:
-        kinds = find_task("length").kinds
-        names |= {data.name for data in chosen.data if find_dataset(data.name).kind in kinds}
+    there = read_results(output) if any(output.glob("*/*.length.json")) else []
+    names = {result.dataset for result in there if result.task == "length"}
+    if "length" in tasks:
+        types = find_task("length").dataset_types
+        names |= {one.name for one in datasets if find_dataset(one.name).dataset_type in types}
     if len(names) != 1:
         raise ValueError(
             "--plot shows results of the task length (--tasks length) on one dataset; with those "
-            f"in {chosen.output} there would be results on {sorted(names) or 'none'}. Evaluate "
+            f"in {output} there would be results on {sorted(names) or 'none'}. Evaluate "
             "other datasets into another --output."
         )
 
 
-def _to_arguments(
-    models: Sequence[str],
-    datasets: Sequence[str],
-    tasks: Sequence[str],
-    image_dir: Sequence[str],
-    of_models: ModelsConfig,
-    config: EvaluationConfig,
-) -> EvaluationArguments:
-    from ..evaluation.arguments import EvaluationArguments
-    from ..evaluation.encoders.encoder import EncoderSettings
-
-    return EvaluationArguments(
-        models=_choose_models(models, of_models),
-        data=_choose_datasets(datasets, image_dir),
-        tasks=tuple(tasks),
-        output=config.output,
-        languages=config.languages,
-        captions_only=config.captions_only,
-        skip_invalid=config.skip_invalid,
-        check_images=config.check_images,
-        class_names=_read_lines(config.class_names, option="class_names"),
-        templates=_read_lines(config.templates, option="templates"),
-        allow_repeated_class_names=config.allow_repeated_class_names,
-        ignore_fields=config.ignore_fields,
-        encoder=EncoderSettings(
-            device=config.device,
-            dtype=config.dtype,
-            batch_size=config.batch_size,
-            show_progress=config.show_progress,
-        ),
-        max_memory_mb=config.max_memory_mb,
-    )
-
-
-def _choose_datasets(
-    datasets: Sequence[str], image_dir: Sequence[str]
-) -> tuple[EvaluatedDataset, ...]:
-    from ..evaluation.arguments import EvaluatedDataset
+def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:
+    from ..evaluation.datasets.dataset_registry import parse_dataset
 
     images = dict(_split(text, flag="--image-dir") for text in image_dir)
-    chosen = tuple(
-        EvaluatedDataset(name, folder, image_dir=images.pop(name, None))
-        for name, folder in map(_read_dataset, datasets)
-    )
+    try:
+        chosen = [parse_dataset(text) for text in datasets]
+    except ValueError as error:
+        raise ValueError(f"--datasets {error}") from error
+    chosen = [replace(one, image_dir=images.pop(one.name, None)) for one in chosen]
     if images:
         raise ValueError(f"--image-dir names datasets that --datasets does not: {sorted(images)}.")
     return chosen
 
 
-def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> tuple[EvaluatedModel, ...]:
-    from ..evaluation.arguments import EvaluatedModel
-
-    types: Sequence[str | None] = of_models.model_type or (None,)
+def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[EvaluatedModel]:
+    types: Sequence[ModelType | None] = of_models.model_type or (None,)
     if len(types) not in (1, len(models)):
         raise ValueError(
             f"--model-type has {len(types)} values for {len(models)} models; give one, or one for "
@@ -248,16 +216,19 @@ def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> tuple[Eval
     named = [_read_model(text) for text in models]
     sources = [source for _, source in named]
     of_files = {name: _spread(of_models, name, sources) for name in _FLAGS_OF_FILES}
-    chosen = tuple(
-        EvaluatedModel(
-            source,
-            name,
-            kind,
-            **_choose_flags(of_models, source, kind),
-            **{flag: values[number] for flag, values in of_files.items()},
+    chosen = [
+        make_config(
+            EvaluatedModel,
+            {
+                "source": source,
+                "name": name,
+                "model_type": model_type,
+                **_choose_flags(of_models, source, model_type),
+                **{flag: values[number] for flag, values in of_files.items()},
+            },
         )
-        for number, ((name, source), kind) in enumerate(zip(named, types, strict=True))
-    )
+        for number, ((name, source), model_type) in enumerate(zip(named, types, strict=True))
+    ]
     _refuse_unused_flags(of_models, chosen)
     return chosen
 
@@ -315,31 +286,11 @@ def _read_model(text: str) -> tuple[str, str]:
     return _split(text, flag="MODEL")
 
 
-def _read_dataset(text: str) -> tuple[str, str | None]:
-    """Name of a dataset and its folder; a folder alone is custom data, unless it is a name."""
-    from ..evaluation.datasets.dataset_registry import list_datasets
-
-    if Path(text).exists() and text not in {spec.name for spec in list_datasets()}:
-        return "folder", text
-    return _split(text, flag="--datasets") if "=" in text else (text, None)
-
-
 def _split(text: str, *, flag: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not (name and sign and value):
         raise ValueError(f"{flag} {text!r} is not NAME=FOLDER.")
     return name, value
-
-
-def _read_lines(source: Any, *, option: str) -> Any:
-    """Read a file of lines; what is no file is returned as it is."""
-    if not isinstance(source, Path):
-        return source
-    try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()  # some editors write the mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{option}` {source} is no text file in UTF-8: {error}.") from error
-    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _print_lists() -> None:
@@ -352,14 +303,14 @@ def _print_lists() -> None:
         print(f"      license {spec.license}; from {spec.source}; files: {spec.files}")
     print("Tasks (--tasks NAME):")
     for task in TASKS.values():
-        print(f"  {task.name}: {task.title}; on datasets of type {' or '.join(task.kinds)}")
+        print(f"  {task.name}: {task.title}; on datasets of type {' or '.join(task.dataset_types)}")
 
 
 def _print_result(result: Result) -> None:
-    from ..evaluation.tables import write_headline
+    from ..evaluation.tables import describe_scores
 
     print(
-        f"{result.model}: {result.task} on {result.set}: {write_headline(result)}; "
+        f"{result.model}: {result.task} on {result.dataset}: {describe_scores(result)}; "
         f"{result.seconds:.1f} s",
         file=sys.stderr,
     )

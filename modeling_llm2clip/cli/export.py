@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .._extras import require
 from ..configs.export_config import ExportConfig
-from .card_fields import collect_card_fields
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_model
-
-if TYPE_CHECKING:
-    from ..publishing.export_model import ExportArguments
 
 _OF_VISION_TOWER = {"components", "license", "device"}
 
@@ -54,17 +49,17 @@ def export(
     require_new_folder(output)
     require_own_model(model, revision=revision)
     config = replace(config, device=str(choose_device(config.device)))
-    if is_tower:
-        return _write_tower(model, output, config, revision)
-    card = collect_card_fields(config)
     if dry_run:
-        return _list_files(model, output, config, card, revision)
+        return _list_files(model, output, config, revision)
     from ..publishing.export_model import export_model
 
-    folder = export_model(
-        model, output, _to_arguments(config), facts=card, revision=revision, device=config.device
+    folder = export_model(model, output, config, revision=revision)
+    following = (
+        "AutoModel and LlavaConfig(vision_config=…) take it unchanged."
+        if is_tower
+        else f"Next: llm2clip doctor {folder}"
     )
-    print(f"Wrote {folder}. Next: llm2clip doctor {folder}")
+    print(f"Wrote {folder}. {following}")
     return 0
 
 
@@ -80,39 +75,14 @@ def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
         raise ValueError(f"--components vision-tower has no use for {named}. Leave it out.")
 
 
-def _list_files(
-    model: str, output: Path, config: ExportConfig, card: dict[str, Any], revision: str | None
-) -> int:
+def _list_files(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
     """Print what would be written, after the same checks."""
-    from ..publishing.dry_run import plan_export
+    from ..publishing.export_plan import plan_export
 
-    arguments = _to_arguments(config)
-    files = plan_export(
-        model, output, arguments, facts=card, revision=revision, device=config.device
-    )
-    for file in files:
+    for file in plan_export(model, output, config, revision=revision):
         print(f"{file.num_bytes:>15,}  {file.path}")
     print(
         f"Nothing was written to {output}. Sizes of weight files are exact but for their headers, "
         "the others are those in MODEL. Leave out --dry-run to write it."
     )
     return 0
-
-
-def _write_tower(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
-    from ..publishing.vision_tower_export import export_vision_tower
-
-    folder = export_vision_tower(model, output, revision=revision, license_id=config.license)
-    print(f"Wrote {folder}. AutoModel and LlavaConfig(vision_config=…) take it unchanged.")
-    return 0
-
-
-def _to_arguments(config: ExportConfig) -> ExportArguments:
-    from ..publishing.export_model import ExportArguments
-
-    return ExportArguments(
-        components=config.components,
-        dtype=config.dtype,
-        max_shard_size=config.max_shard_size,
-        base_models=config.base_models,
-    )

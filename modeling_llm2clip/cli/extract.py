@@ -14,7 +14,10 @@ from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
 
 # Options of one modality alone, with their defaults.
-_FOREIGN = {"text": {"batch_size": None, "num_workers": 1}, "image": {"token_budget": None}}
+_FOREIGN: dict[str, dict[str, int | None]] = {
+    "text": {"batch_size": None, "num_workers": 1},
+    "image": {"token_budget": None},
+}
 
 
 @command(

@@ -170,9 +170,10 @@ def _make_shell(command: Command) -> Callable[..., None]:
     ]
     names = dict.fromkeys(flag.group for flag in command.flags.values())
     groups = {name: Group(name, sort_key=number) for number, name in enumerate(names)}
-    parameters += [
-        _make_parameter(command, flag, groups[flag.group]) for flag in command.flags.values()
-    ]
+    documented = dict(re.findall(r"^ {4}(\w+): (.*)$", _join_lines(command.function), re.MULTILINE))
+    for flag in command.flags.values():
+        help = command.name_flags(flag.help) or documented.get(flag.name, "")
+        parameters.append(_make_parameter(flag, help, groups[flag.group]))
     shell.__name__, shell.__doc__ = command.function.__name__, _join_lines(command.function)
     shell.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     shell.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -185,24 +186,26 @@ def _join_lines(function: Callable[..., Any]) -> str:
     return re.sub(r"(?<=\S)\n(?! {4}\w+: )(?! *Args:) *(?=\S)", " ", doc)
 
 
-def _make_parameter(command: Command, flag: Flag, group: Group) -> inspect.Parameter:
+def _make_parameter(flag: Flag, help: str, group: Group) -> inspect.Parameter:
+    """Make the keyword of a flag; None is its default here, and `bind` knows the real one."""
     hint = _simplify(flag.hint)
-    is_shown = flag.default is not MISSING and flag.default is not None and flag.default != ()
+    if flag.default is not MISSING and flag.default is not None and flag.default != ():
+        help += f" [default: {_show_default(flag.default)}]"
     options: dict[str, Any] = {
         "group": group,
         "negative": None if flag.is_switch else (),
         "consume_multiple": Repeated not in getattr(flag.hint, "__metadata__", ()),
-        "show_default": _show_default if is_shown else False,
+        "show_default": False,
+        "help": help,
     }
-    if flag.help:
-        options["help"] = command.name_flags(flag.help)
     if hint is int:
         options["converter"] = _to_int
     return inspect.Parameter(
         flag.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=None if flag.default is MISSING else flag.default,
-        annotation=Annotated[hint, Parameter(**options)],
+        default=None,
+        # Where pydantic is imported, the library checks the default too.
+        annotation=Annotated[hint | None, Parameter(**options)],
     )
 
 

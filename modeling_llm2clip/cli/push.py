@@ -26,7 +26,7 @@ def push(
     *,
     license: License | None = None,
     private: bool = True,
-    revision: str | None = None,
+    revision: str = "main",
     commit_message: str = "Upload LLM2CLIP model",
     dry_run: bool = False,
     config: DeviceConfig,
@@ -42,7 +42,7 @@ def push(
             the card before the upload. Default: that on the card.
         private: Show the repository to its owners alone; a model that was public once cannot be
             taken back.
-        revision: Branch to upload to; made if it does not exist. Default: main.
+        revision: Branch to upload to; made if it does not exist.
         commit_message: Message of the commit.
         dry_run: Check the folder, and list files and sizes; upload nothing.
         config: Where the model runs while it is checked.
@@ -60,7 +60,7 @@ def push(
             print(f"{file.num_bytes:>15,}  {file.path}")
         shown = "private" if private else "public"
         print(
-            f"Nothing was uploaded to {repo_id} ({shown}, branch {revision or 'main'}). "
+            f"Nothing was uploaded to {repo_id} ({shown}, branch {revision}). "
             "Leave out --dry-run to upload it."
         )
         return 0

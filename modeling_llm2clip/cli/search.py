@@ -11,16 +11,10 @@ from ..configs.config_fields import Range
 from ..configs.search_config import IndexConfig
 from .command import Repeated, command
 from .extras import list_needs_of_model
-from .image_folder import (
-    EncodedFolder,
-    encode_folder,
-    report,
-    report_truncated,
-    require_image_folder,
-)
+from .image_folder import build_index, report, report_truncated, require_image_folder
 
 if TYPE_CHECKING:
-    from ..search.results_page import SearchResult
+    from ..search.image_index import SearchResult
 
 _NOTE = "The number under an image is its cosine with the query."
 
@@ -58,7 +52,7 @@ def search(
     require(*list_needs_of_model(model))
     from ..model_folders.atomic_folder import require_new_folder
     from ..model_folders.model_types import require_own_model
-    from ..search.result_formats import render_search_results
+    from ..search.results_page import render_search_results
 
     _require_queries(queries, image)
     if output is not None:
@@ -66,8 +60,10 @@ def search(
     require_image_folder(image_dir)
     require_own_model(model)
     _check_queries(queries, image)  # before what takes long
-    encoded = encode_folder(model, image_dir, config, purpose="search")
-    found = _find(encoded, queries, image, top_k=top_k)
+    index = build_index(model, image_dir, config)
+    if queries:
+        report_truncated(index.processor, list(queries), "sentences")
+    found = index.search([*queries, *image], top_k=top_k)
     print(render_search_results(found, format))
     if output is not None:
         _write(found, output)
@@ -93,28 +89,10 @@ def _check_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
         raise ValueError("\n".join(f"--image {error}" for error in unreadable.values()))
 
 
-def _find(
-    encoded: EncodedFolder, queries: Sequence[str], images: Sequence[Path], *, top_k: int
-) -> list[SearchResult]:
-    from ..encoding.image_encoding import encode_images
-    from ..search.gallery import find_images, find_similar_images, make_gallery
-
-    model, processor, gallery = encoded.model, encoded.processor, encoded.gallery
-    found: list[SearchResult] = []
-    if queries:
-        report_truncated(processor, list(queries), "sentences")
-        found += find_images(model, processor, gallery, list(queries), count=top_k)
-    if images:
-        vision_embeds = encode_images(model, processor, list(images))
-        of_images = make_gallery(model, list(images), vision_embeds)
-        found += find_similar_images(gallery, of_images, count=top_k)
-    return found
-
-
 def _write(found: list[SearchResult], output: Path) -> None:
-    from ..search.results_page import write_contact_sheet, write_page
+    from ..search.results_page import write_results_page, write_results_sheet
 
     output.mkdir(parents=True, exist_ok=True)
-    write_contact_sheet(found, output / "search.png")
-    write_page(found, output / "search.html", title="Images by query", note=_NOTE)
+    write_results_sheet(found, output / "search.png")
+    write_results_page(found, output / "search.html", title="Images by query", note=_NOTE)
     report(f"Wrote {output / 'search.png'} and {output / 'search.html'}.")

@@ -12,7 +12,7 @@ from ..configs.config_fields import Range
 from ..configs.search_config import IndexConfig
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import encode_folder, report, report_truncated, require_image_folder
+from .image_folder import build_index, report, report_truncated, require_image_folder
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -60,21 +60,14 @@ def tag(
     _check_output(output)  # before what takes long
     require_image_folder(image_dir)
     require_own_model(model)
-    from ..search.tag_images import encode_labels, tag_images
+    from ..search.tag_images import tag_images
 
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    encoded = encode_folder(model, image_dir, config, purpose="tag")
+    index = build_index(model, image_dir, config)
     prompts = [prompt for label in found for prompt in label.prompts]
-    report_truncated(encoded.processor, prompts, "prompts")
-    tagged = tag_images(
-        encoded.model,
-        encoded.gallery,
-        found,
-        encode_labels(encoded.model, encoded.processor, found),
-        top_k=top_k,
-        threshold=threshold,
-    )
+    report_truncated(index.processor, prompts, "prompts")
+    tagged = tag_images(index, found, top_k=top_k, threshold=threshold)
     _write(tagged, output, threshold=threshold)
     return 0
 

@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 
 from ..building.build_model import configure_model
 from ..configs.build_config import BuildConfig
+from ..configs.export_config import ConvertConfig
 from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..heads_llm2clip import MAX_LOG_SCALE
+from ..model_folders.weights import LazyTensor
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from .key_mapping import Renamed, apply_rules
+from .key_mapping import RenamedWeights, Rule, apply_rules, rename
 from .layouts.layout import Layout
-from .lazy_tensors import LazyTensor
-from .output_arguments import OutputArguments
-from .public_names import public_name
-from .source_checkpoint import Checkpoint, require_layout
+from .source_checkpoint import Checkpoint, public_name, require_layout
 from .source_llm import LanguageModel, open_llm_weights
-from .text_adapter_plan import (
-    AdapterSizes,
-    adapter_rules,
-    read_sizes,
-    require_temperature,
-    require_width,
-)
 
 MODEL_CLASSES: dict[str, Any] = {
     "full": LLM2CLIPModel,
     "vision": LLM2CLIPVisionModel,
     "text": LLM2CLIPTextModel,
 }
-_OTHER_HALF = "belongs to the half of the model that was not asked for"
+_NOT_ASKED_FOR = "belongs to the tower that was not asked for"
+# Training clamps to ln 100; a checkpoint in half precision holds it rounded up.
+_LARGEST_LOG_SCALE = float(torch.tensor(MAX_LOG_SCALE, dtype=torch.float16)) + 1e-6
+_LLMS_BY_WIDTH = {
+    2048: "Llama-3.2-1B (official: LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned)",
+    4096: "Llama-3-8B and Llama-3.1-8B (official: LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned, or "
+    "the LoRA LLM2CLIP-Llama-3.1-8B on Llama-3.1-8B-Instruct)",
+}
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A model whose weights are still in the files of others.
 
     Attributes:
-        model_class: whole model, or one half.
-        weights: every weight of the model, by name.
-        dropped: keys of the sources that are not needed → reason.
-        files: every file that weights come from.
+        config: Its configuration.
+        model_class: Class of the whole, the text-only or the vision-only model.
+        tokenizer: Its tokenizer, with the prompt.
+        image_processor: Its image processor.
+        weights: Every weight of the model, by name.
+        dropped: Key of a source that is not needed → reason.
+        files: Every file that weights come from.
     """
 
     config: LLM2CLIPConfig
@@ -60,52 +65,77 @@ class Plan:
     files: list[Path]
 
 
+@dataclass(frozen=True)
+class _AdapterSizes:
+    """Sizes of a text adapter, read off its weights."""
+
+    llm_width: int
+    projection_dim: int
+    num_layers: int
+    expansion: int
+
+
 def plan_conversion(
     checkpoint: Checkpoint,
     language: LanguageModel,
-    recipe: SourceFormat,
-    arguments: OutputArguments,
-) -> Plan:
-    """Settle configuration and origin of every weight; reads shapes only.
+    source_format: SourceFormat,
+    config: ConvertConfig,
+) -> ConversionPlan:
+    """Settle the configuration and the origin of every weight; reads shapes only.
 
-    Raises: ValueError when the checkpoint is of another family, the LLM does not fit its adapter,
-        a key has no account, a weight no origin, or preprocessing is not chosen.
+    Args:
+        checkpoint: The opened checkpoint.
+        language: The opened LLM.
+        source_format: What the weights do not say.
+        config: What is written; its `components` and `dtype` count here.
+
+    Raises:
+        ValueError: The checkpoint is of another family, the LLM does not fit its text adapter, a
+            key is unknown, a weight is missing, or the preprocessing is not chosen.
     """
     source = str(checkpoint.source.name)
-    layout = require_layout(checkpoint, recipe.layout)
-    sizes = read_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
-    require_width(sizes, language.config.hidden_size, source=source, llm=str(language.source.name))
-    config, tokenizer = _configure(checkpoint, layout, sizes, language, recipe)
-    image_processor = make_image_processor(recipe, _image_size(config))
+    layout = require_layout(checkpoint, source_format.layout)
+    sizes = _read_adapter_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
+    _require_width(sizes, language.config.hidden_size, source=source, llm=str(language.source.name))
+    model_config, tokenizer = _configure(checkpoint, layout, sizes, language, source_format)
+    image_processor = make_image_processor(source_format, _find_image_size(model_config))
     inside = _take_llm(checkpoint, layout)
     renamed = _rename_checkpoint(checkpoint, layout, leave_out=set(inside), source=source)
     if not layout.has_projection:
-        renamed.weights["visual_projection.weight"] = _identity(sizes.projection_dim)
+        renamed.weights["visual_projection.weight"] = _make_identity(sizes.projection_dim)
     files = list(checkpoint.files)
-    if arguments.components != "vision":
+    if config.components != "vision":
         stripped = {key.removeprefix(layout.llm_prefix or ""): t for key, t in inside.items()}
-        llm, llm_files = open_llm_weights(language, stripped)
+        dtype = getattr(torch, config.dtype)
+        llm, llm_files = open_llm_weights(language, stripped, dtype=dtype)
         renamed.add(llm)
         files += llm_files
     else:
-        renamed.dropped |= dict.fromkeys(inside, _OTHER_HALF)
-    model_class = MODEL_CLASSES[arguments.components]
-    weights = _fit(renamed, model_class, config, source)
-    return Plan(config, model_class, tokenizer, image_processor, weights, renamed.dropped, files)
+        renamed.dropped |= dict.fromkeys(inside, _NOT_ASKED_FOR)
+    model_class = MODEL_CLASSES[config.components]
+    weights = _fit(renamed, model_class, model_config, source)
+    return ConversionPlan(
+        model_config, model_class, tokenizer, image_processor, weights, renamed.dropped, files
+    )
 
 
-def make_image_processor(recipe: SourceFormat, size: int) -> CLIPImageProcessor:
-    """Shortest side to `size`, bicubic; center crop; mean and standard deviation of the recipe.
+def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImageProcessor:
+    """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
 
-    Raises: ValueError when the recipe leaves the preprocessing open.
+    Args:
+        source_format: Which mean and standard deviation.
+        size: Side of the images in pixels.
+
+    Raises:
+        ValueError: The source format leaves the preprocessing open.
     """
-    if recipe.preprocessing is None:
+    if source_format.preprocessing is None:
         raise ValueError(
             "Choose the preprocessing that the checkpoint was trained with: 'openai' (the official "
             "training code gives every tower OpenAI's mean and standard deviation) or 'half' (0.5, "
             "SigLIP's own). The weights do not say, so it is not guessed."
         )
-    mean, std = PREPROCESSINGS[recipe.preprocessing]
+    mean, std = PREPROCESSINGS[source_format.preprocessing]
     return CLIPImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
@@ -119,30 +149,32 @@ def make_image_processor(recipe: SourceFormat, size: int) -> CLIPImageProcessor:
 def _configure(
     checkpoint: Checkpoint,
     layout: Layout,
-    sizes: AdapterSizes,
+    sizes: _AdapterSizes,
     language: LanguageModel,
-    recipe: SourceFormat,
+    source_format: SourceFormat,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
-    vision_config = layout.make_vision_config(checkpoint.tensors, recipe, checkpoint.stated_config)
+    vision_config = layout.make_vision_config(
+        checkpoint.tensors, source_format, checkpoint.stated_config
+    )
     vision_config._name_or_path = public_name(checkpoint.source.name)
     chosen = BuildConfig(
-        prompt=recipe.prompt,
-        prompt_prefix=recipe.prompt_prefix,
-        prompt_suffix=recipe.prompt_suffix,
+        prompt=source_format.prompt,
+        prompt_prefix=source_format.prompt_prefix,
+        prompt_suffix=source_format.prompt_suffix,
         projection_dim=sizes.projection_dim,
-        max_text_length=recipe.max_text_length,
-        text_pooling=recipe.text_pooling,
+        max_text_length=source_format.max_text_length,
+        text_pooling=source_format.text_pooling,
         text_adapter_layers=sizes.num_layers,
-        normalize_text_before_adapter=recipe.normalize_text_before_adapter,
+        normalize_text_before_adapter=source_format.normalize_text_before_adapter,
         visual_projection_bias=layout.projection_bias,
     )
     config, tokenizer = configure_model(vision_config, language.config, language.tokenizer, chosen)
     config.text_adapter_expansion = sizes.expansion
-    config.text_adapter_trained = config.projections_trained = True  # that is what it converts
+    config.text_adapter_trained = config.projections_trained = True
     return config, tokenizer
 
 
-def _image_size(config: LLM2CLIPConfig) -> int:
+def _find_image_size(config: LLM2CLIPConfig) -> int:
     vision = config.vision_config
     model_args = getattr(vision, "model_args", None)
     return int(model_args["img_size"] if model_args else vision.image_size)
@@ -157,34 +189,95 @@ def _take_llm(checkpoint: Checkpoint, layout: Layout) -> dict[str, LazyTensor]:
 
 def _rename_checkpoint(
     checkpoint: Checkpoint, layout: Layout, *, leave_out: set[str], source: str
-) -> Renamed:
+) -> RenamedWeights:
     own = {key: value for key, value in checkpoint.tensors.items() if key not in leave_out}
-    rules = [*layout.rules, *adapter_rules(layout.adapter_prefix, own)]
+    rules = [*layout.rules, *_list_adapter_rules(layout.adapter_prefix, own)]
     renamed = apply_rules(own, rules, layout.drops, source=source)
     temperature = own.get("logit_scale")
     if temperature is not None:
-        require_temperature(float(temperature.read()), source=source)
+        _require_temperature(float(temperature.read()), source=source)
     return renamed
 
 
-def _identity(width: int) -> LazyTensor:
-    """The projection of a tower whose own embedding is the image's embedding."""
-    return LazyTensor((width, width), lambda: torch.eye(width))
+def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[Rule]:
+    """List the rules for the text adapter and the temperature, which all official layouts share.
+
+    The text adapter is `Sequential(block, …, LayerNorm, Linear)`; a block is `Sequential(Linear,
+    GELU, Dropout, Linear)` as `fn`, and a LayerNorm as `ln`.
+    """
+    start, num_layers = re.escape(prefix), _count_blocks(prefix, tensors)
+    part = r"(weight|bias)"
+    return [
+        rename(rf"{start}(\d+)\.fn\.0\.{part}", r"text_adapter.blocks.\1.up.\2"),
+        rename(rf"{start}(\d+)\.fn\.3\.{part}", r"text_adapter.blocks.\1.down.\2"),
+        rename(rf"{start}(\d+)\.ln\.{part}", r"text_adapter.blocks.\1.norm.\2"),
+        rename(rf"{start}{num_layers}\.{part}", r"text_adapter.norm.\1"),
+        rename(rf"{start}{num_layers + 1}\.{part}", r"text_projection.\1"),
+        rename(r"logit_scale", "logit_scale.log_scale", _reshape_temperature),
+    ]
+
+
+def _read_adapter_sizes(
+    prefix: str, tensors: Mapping[str, LazyTensor], *, source: str
+) -> _AdapterSizes:
+    num_layers = _count_blocks(prefix, tensors)
+    last = tensors.get(f"{prefix}{num_layers + 1}.weight")
+    if last is None or not num_layers:
+        raise ValueError(
+            f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
+            "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official "
+            "EVA02 repositories keep it in their .pt file)."
+        )
+    inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
+    return _AdapterSizes(width, last.shape[0], num_layers, inner // width)
+
+
+def _require_width(sizes: _AdapterSizes, llm_width: int, *, source: str, llm: str) -> None:
+    if sizes.llm_width == llm_width:
+        return
+    fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
+    raise ValueError(
+        f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but {llm} gives "
+        f"{llm_width}. "
+        f"LLMs of {sizes.llm_width}: {fitting}. Give the LLM that the checkpoint was trained with."
+    )
+
+
+def _require_temperature(log_scale: float, *, source: str) -> None:
+    if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
+        raise ValueError(
+            f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
+            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
+        )
+
+
+def _count_blocks(prefix: str, tensors: Mapping[str, LazyTensor]) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.fn\.0\.weight")
+    return sum(1 for key in tensors if pattern.fullmatch(key))
+
+
+def _reshape_temperature(log_scale: Tensor) -> Tensor:
+    return log_scale.reshape(1).float().clamp(max=MAX_LOG_SCALE)
+
+
+def _make_identity(width: int) -> LazyTensor:
+    """Make the projection of a tower whose own embedding is the image's embedding."""
+    return LazyTensor((width, width), torch.float32, lambda: torch.eye(width))
 
 
 def _fit(
-    renamed: Renamed, model_class: Any, config: LLM2CLIPConfig, source: str
+    renamed: RenamedWeights, model_class: Any, config: LLM2CLIPConfig, source: str
 ) -> dict[str, LazyTensor]:
-    """Order the weights as the model has them; each must be there once and have its shape."""
-    wanted = _list_weights(lambda: model_class(config))
+    """Order the weights as the model has them; each must occur once and have its shape."""
+    wanted = _list_shapes(lambda: model_class(config))
     if model_class is LLM2CLIPModel:
         whole = wanted
     else:
-        whole = _list_weights(lambda: LLM2CLIPModel(config))
+        whole = _list_shapes(lambda: LLM2CLIPModel(config))
     for name in sorted(set(renamed.weights) & set(whole) - set(wanted)):
         del renamed.weights[name]
         if name in renamed.origins:
-            renamed.dropped[renamed.origins[name]] = _OTHER_HALF
+            renamed.dropped[renamed.origins[name]] = _NOT_ASKED_FOR
     missing = sorted(set(wanted) - set(renamed.weights))
     unknown = sorted(
         f"{renamed.origins.get(name, name)} (would be {name})"
@@ -197,21 +290,22 @@ def _fit(
     )
     errors = {"missing": missing, "without a place": unknown, "of another shape": misshapen}
     if any(errors.values()):
-        told = "".join(
+        shown = "".join(
             f"\n{len(names)} {what}:\n  " + "\n  ".join(names)
             for what, names in errors.items()
             if names
         )
         raise ValueError(
             f"{source} does not make a whole {model_class.__name__}, so nothing is converted."
-            f"{told}\nGive the whole checkpoint, the LLM it was trained with, and its own recipe."
+            f"{shown}\nGive the whole checkpoint, the LLM it was trained with, and its own source "
+            "format."
         )
     return {name: renamed.weights[name] for name in wanted}
 
 
-def _list_weights(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights, without making them."""
-    # The second: older timm asks numbers of a tensor while it builds, which meta tensors have not.
+def _list_shapes(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:
+    """List names and shapes of a model's weights, without making them."""
+    # The second: older timm computes numbers from a tensor while it builds; meta tensors have none.
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         model = build()
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -8,24 +8,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .lazy_tensors import LazyTensor
+from ..model_folders.weights import LazyTensor
 
 Make = Callable[[Tensor], Tensor]
 
 
-def keep(tensor: Tensor) -> Tensor:
-    """Leave a tensor as it is."""
-    return tensor
-
-
 @dataclass(frozen=True)
 class Rule:
-    """Where the keys that match go.
+    """Where the keys that match a pattern go.
 
     Attributes:
-        pattern: matches a whole key.
-        targets: name in the new model, with `\\1` for a group of the pattern, and what is made of
-            the tensor. Several for a matrix that is split.
+        pattern: Regular expression for a whole key.
+        targets: Pairs of a name in the new model, with `\\1` for a group of the pattern, and what
+            is made of the tensor. Several for a matrix that is split.
     """
 
     pattern: str
@@ -34,35 +29,59 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Keys that are left out on purpose."""
+    """Keys that are left out on purpose.
+
+    Attributes:
+        pattern: Regular expression for a whole key.
+        reason: Why the model does not need them.
+    """
 
     pattern: str
     reason: str
 
 
 @dataclass
-class Renamed:
-    """What a set of rules made of a source.
+class RenamedWeights:
+    """What rules made of the weights of a source.
 
     Attributes:
-        weights: by their names in the new model.
-        origins: key of the source that each was made from.
-        dropped: key of the source → why it is not needed.
+        weights: By their names in the new model.
+        origins: Name in the new model → key of the source that it was made from.
+        dropped: Key of the source → why it is not needed.
     """
 
     weights: dict[str, LazyTensor] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 
-    def add(self, other: Renamed) -> None:
-        """Take in what other rules made of another source."""
+    def add(self, other: RenamedWeights) -> None:
+        """Add what other rules made of another source.
+
+        Args:
+            other: Its weights.
+        """
         self.weights |= other.weights
         self.origins |= other.origins
         self.dropped |= other.dropped
 
 
+def keep(tensor: Tensor) -> Tensor:
+    """Return the tensor itself: what most rules make of it.
+
+    Args:
+        tensor: A weight.
+    """
+    return tensor
+
+
 def rename(pattern: str, target: str, make: Make = keep) -> Rule:
-    """Write a rule with one target."""
+    """Return a rule with one target.
+
+    Args:
+        pattern: As in `Rule`.
+        target: Name in the new model, with `\\1` for a group of the pattern.
+        make: What is made of the tensor.
+    """
     return Rule(pattern, ((target, make),))
 
 
@@ -72,13 +91,20 @@ def apply_rules(
     drops: Iterable[Drop],
     *,
     source: str,
-) -> Renamed:
+) -> RenamedWeights:
     """Rename every tensor of a source.
 
-    Raises: ValueError listing in full the keys that no rule uses and no drop explains, or two
-        keys that would become one weight.
+    Args:
+        tensors: Key → tensor.
+        rules: The first that matches a key counts.
+        drops: Keys to leave out; they win over rules.
+        source: How errors name the source.
+
+    Raises:
+        ValueError: No rule and no drop matches a key, all of which are listed; or two keys would
+            become one weight.
     """
-    rules, drops, result = tuple(rules), tuple(drops), Renamed()
+    rules, drops, result = tuple(rules), tuple(drops), RenamedWeights()
     unaccounted = []
     for key, tensor in tensors.items():
         reason = next((drop.reason for drop in drops if re.fullmatch(drop.pattern, key)), None)
@@ -93,13 +119,13 @@ def apply_rules(
         listed = "\n  ".join(sorted(unaccounted))
         raise ValueError(
             f"{source} has {len(unaccounted)} of {len(tensors)} keys that are neither used nor "
-            f"known to be needless, so nothing is converted:\n  {listed}\nGive the checkpoint's "
-            "own recipe, or report them."
+            f"known to be unnecessary, so nothing is converted:\n  {listed}\nGive the checkpoint's "
+            "own source format, or report these keys."
         )
     return result
 
 
-def _apply(rule: Rule, key: str, tensor: LazyTensor, result: Renamed, source: str) -> None:
+def _apply(rule: Rule, key: str, tensor: LazyTensor, result: RenamedWeights, source: str) -> None:
     match = re.fullmatch(rule.pattern, key)
     assert match is not None
     for template, make in rule.targets:

@@ -7,24 +7,59 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..building.build_model import join_towers
+from ..building.build_model import build_model
 from ..configs.build_config import BuildConfig
-from ..model_folders.lora_base import ADAPTER_SETTINGS
-from ..modeling_llm2clip import LLM2CLIPModel
-from ..processing_llm2clip import LLM2CLIPProcessor
+from ..configs.export_config import CardConfig
+from ..model_folders.lora_base import LORA_CONFIG
 
 SETTINGS_FILE = "llm2vec_config.json"
 _POOLINGS = {"mean": "mean", "eos_token": "last_token", "last_token": "last_token"}
 
 
-def read_llm2vec_settings(folder: Path) -> dict[str, Any]:
+def build_from_llm2vec(
+    vision: str | Path,
+    folder: Path,
+    output: str | Path,
+    config: BuildConfig,
+    *,
+    base: str | Path | None = None,
+    card: CardConfig | None = None,
+) -> Path:
+    """Build an untrained model whose text tower gives the embeddings that LLM2Vec gives.
+
+    Args:
+        vision: Hub id or folder of a vision tower.
+        folder: Folder that `LLM2Vec.save` wrote, merged or a LoRA.
+        output: New or empty folder.
+        config: How the towers are joined; pooling and length give way to the folder's.
+        base: LLM that a LoRA is for; None for a merged folder.
+        card: What the card states; as in `build_model`.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ValueError: The folder's settings do not exist or have no equivalent here; a base is given
+            for a merged folder, or missing for a LoRA; or as `build_model`.
+    """
+    config = replace(config, **_read_settings(folder))
+    is_lora = (folder / LORA_CONFIG).is_file()
+    if is_lora != (base is not None):
+        raise ValueError(
+            f"{folder} is a LoRA, so it needs its base LLM (text_model)."
+            if is_lora
+            else f"{folder} is a whole LLM, so leave {base} out."
+        )
+    if is_lora:
+        config = replace(config, lora=folder)
+    return build_model(vision, folder if base is None else base, output, config, card=card)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
     """Translate an LLM2Vec folder's settings into fields of `BuildConfig`.
 
     `doc_max_length`, by which LLM2Vec shortens a text word by word before it adds the prompt, has
-    no counterpart: it empties texts without spaces.
-
-    Returns: `text_pooling`, `max_text_length`.
-    Raises: ValueError when the settings are not there, or are none that this package has.
+    no equivalent: it empties texts without spaces.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -49,36 +84,3 @@ def read_llm2vec_settings(folder: Path) -> dict[str, Any]:
             f"{path}: {'; '.join(errors)}. Such a tower would get other embeddings here."
         )
     return {"text_pooling": _POOLINGS[pooling], "max_text_length": settings["max_length"]}
-
-
-def build_from_llm2vec(
-    vision: str | Path,
-    folder: Path,
-    config: BuildConfig,
-    *,
-    base: str | Path | None = None,
-) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Build an untrained model whose text tower gives the embeddings that LLM2Vec gives.
-
-    Args:
-        vision: Hub id or folder of a vision tower.
-        folder: Written by `LLM2Vec.save`, merged or a LoRA.
-        config: How the towers are joined; its LoRA, pooling and length give way to the folder's.
-        base: LLM that a LoRA is for; None for a merged folder.
-
-    Returns:
-        The untrained model and its processor.
-
-    Raises:
-        ValueError: As `read_llm2vec_settings` and `join_towers`, and when a base is given for a
-            merged folder or missing for a LoRA.
-    """
-    is_lora = (folder / ADAPTER_SETTINGS).is_file()
-    config = replace(config, **read_llm2vec_settings(folder), lora=folder if is_lora else None)
-    if is_lora != (base is not None):
-        raise ValueError(
-            f"{folder} is a LoRA, so it needs its base LLM (llm)."
-            if is_lora
-            else f"{folder} is a whole LLM, so leave {base} out."
-        )
-    return join_towers(vision, folder if base is None else base, config)

@@ -1,7 +1,8 @@
-"""The checkpoint to convert: where it lies, its weights, and which family they belong to."""
+"""The checkpoint to convert: where it is, its weights, and which family they belong to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,12 @@ from ..configs.source_format import SOURCE_FORMATS
 from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, open_weights
 from .layouts.eva02 import EVA02
 from .layouts.hub_clip import HUB_CLIP
 from .layouts.layout import Layout
 from .layouts.openai import OPENAI
 from .layouts.siglip2 import SIGLIP2
-from .lazy_tensors import WEIGHT_NAMES, LazyTensor, open_weights
-from .public_names import require_no_revision
 
 _LAYOUTS = (HUB_CLIP, OPENAI, EVA02, SIGLIP2)
 _KEYS_SHOWN = 6
@@ -26,13 +26,13 @@ _KEYS_SHOWN = 6
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Where a checkpoint is taken from.
+    """Where a checkpoint is.
 
     Attributes:
-        name: a weight file, a folder, or a Hub id.
-        file: name of the weight file inside a folder or Hub repository; None where it has the
-            names that transformers gives.
-        revision: of the Hub repository.
+        name: A weight file, a folder, or a Hub id.
+        file: Name of the weight file inside a folder or Hub repository; None where it has the names
+            that transformers gives.
+        revision: Branch, tag or commit of the Hub repository.
     """
 
     name: str | Path
@@ -42,10 +42,13 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; its weights lie on the disk.
+    """An opened checkpoint, whose weights are still on the disk.
 
     Attributes:
-        stated_config: the repository's own configuration, where it came with one.
+        source: Where it is.
+        files: Its weight files.
+        tensors: Its weights, by their keys.
+        stated_config: The repository's own configuration; None where there is none.
     """
 
     source: CheckpointSource
@@ -57,7 +60,11 @@ class Checkpoint:
 def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint; a Hub repository is downloaded first.
 
-    Raises: ValueError when there is none, it is broken, or a local one is given a revision.
+    Args:
+        source: Where it is.
+
+    Raises:
+        ValueError: There is none, it is broken, or a local one is given a revision.
     """
     require_no_revision(source.name, source.revision)
     path = Path(source.name)
@@ -71,31 +78,104 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         raise ValueError(f"{path}: no such file. Correct the path or the file's name.")
     has_config = path.is_dir() and (path / "config.json").is_file()
     stated = load_without_code(AutoConfig, path, local_files_only=True) if has_config else None
-    return Checkpoint(
-        source, list_weight_files(path, names=WEIGHT_NAMES), open_weights(path), stated
-    )
+    files = list_weight_files(path, names=WEIGHT_NAMES)
+    return Checkpoint(source, files, open_weights(path), stated)
 
 
 def require_layout(checkpoint: Checkpoint, name: str) -> Layout:
-    """Return the layout of a recipe, which the checkpoint's keys must have.
+    """Return the layout of a source format, which the checkpoint's keys must have.
 
-    Raises: ValueError naming the recipe that fits, or showing keys of a family that none knows.
+    Args:
+        checkpoint: The opened checkpoint.
+        name: Name of the layout.
+
+    Raises:
+        ValueError: The keys have another layout, whose source format is named, or none that is
+            known.
     """
     fitting = [layout for layout in _LAYOUTS if all(m in checkpoint.tensors for m in layout.marks)]
     chosen = next(layout for layout in _LAYOUTS if layout.name == name)
     if chosen in fitting and len(fitting) == 1:
         return chosen
     source = checkpoint.source.name
-    recipes = {recipe.layout: name for name, recipe in SOURCE_FORMATS.items()}
+    formats: dict[str, str] = {
+        source_format.layout: name for name, source_format in SOURCE_FORMATS.items()
+    }
     if len(fitting) == 1:
         found = fitting[0].name
         raise ValueError(
-            f"{source} has keys of the family {found!r}, the recipe is for {name!r}. Choose the "
-            f"recipe {recipes[found]!r}."
+            f"{source} has keys of the family {found!r}, the source format is for {name!r}. Choose "
+            f"the source format {formats[found]!r}."
         )
     shown = sorted(checkpoint.tensors)[:_KEYS_SHOWN]
     raise ValueError(
-        f"{source} has keys of {len(fitting)} known families, wanted one of {sorted(recipes)}. Its "
+        f"{source} has keys of {len(fitting)} known families, wanted one of {sorted(formats)}. Its "
         f"first keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be "
         "converted; build a new model from its tower instead (llm2clip build)."
     )
+
+
+def public_name(source: str | Path) -> str:
+    """Return a Hub id, or the name of a local file or folder without its path.
+
+    What a written model states of its sources gets published, so it holds no paths.
+
+    Args:
+        source: Hub id, file or folder.
+    """
+    return Path(source).name if Path(source).exists() else str(source)
+
+
+def require_no_revision(source: str | Path, revision: str | None) -> None:
+    """Refuse a revision of a local source, which has none.
+
+    Args:
+        source: Hub id, file or folder.
+        revision: Branch, tag or commit; None is always fine.
+
+    Raises:
+        ValueError: The source is local and a revision is given.
+    """
+    if revision is not None and Path(source).exists():
+        raise ValueError(
+            f"{source} is a local file or folder, which has no revision {revision!r}; leave it out."
+        )
+
+
+def split_revision(source: str | Path) -> tuple[str | Path, str | None]:
+    """Split `owner/name@revision` into Hub id and revision; an existing path is never split.
+
+    Args:
+        source: Hub id with or without a revision, or a folder.
+
+    Raises:
+        ValueError: There is no revision after the `@`, or the source is local.
+    """
+    if isinstance(source, Path) or "@" not in source or Path(source).exists():
+        return source, None
+    name, _, revision = source.partition("@")
+    if not revision:
+        raise ValueError(f"{source} has no revision after its '@'. Write one, or leave it out.")
+    require_no_revision(name, revision)
+    return name, revision
+
+
+def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
+    """Find the commit at which files of a Hub repository were downloaded.
+
+    Args:
+        source: Hub id, file or folder.
+        paths: Files and folders, some of them in the repository's snapshot in huggingface_hub's
+            cache: `models--owner--name/snapshots/COMMIT`.
+
+    Returns:
+        The commit; None where none of them is in a snapshot, as with local sources.
+    """
+    cache = f"models--{str(source).replace('/', '--')}"
+    for path in paths:
+        parts = path.parts
+        if cache in parts:
+            folder, *rest = parts[parts.index(cache) + 1 :]
+            if folder == "snapshots" and rest:
+                return rest[0]
+    return None

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..building.towers import require_decoder, require_own_tokenizer
+from ..building.lora_merging import merge_lora_weights
+from ..building.text_towers import require_decoder, require_own_tokenizer
 from ..data.safetensors_files import list_weight_files
 from ..loading_llm2clip import load_without_code
 from ..model_folders.model_folder import find_model_folder
-from .key_mapping import Drop, Renamed, apply_rules, rename
-from .lazy_tensors import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
-from .lora_factors import merge_lora
-from .public_names import public_name, require_no_revision, split_revision
+from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
+from .key_mapping import Drop, RenamedWeights, apply_rules, rename
+from .source_checkpoint import public_name, require_no_revision, split_revision
 
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
 _DROPS = (
@@ -30,26 +31,32 @@ _PREFIX = "text_model."
 
 @dataclass(frozen=True)
 class LLMSource:
-    """Where an LLM is taken from.
+    """Where an LLM is.
 
     Attributes:
-        name: Hub id or folder with configuration, tokenizer and, as a rule, weights.
-        revision: of the Hub repository.
-        adapters: folders or Hub ids of LoRAs, these as `owner/name` or `owner/name@revision`;
-            merged in this order.
-        accept_lora_base: what the adapters call their base, where that is this LLM under
-            another name.
+        name: Hub id, or folder with configuration, tokenizer and, usually, weights.
+        revision: Branch, tag or commit of the Hub repository.
+        loras: Folders or Hub ids of LoRAs, Hub ids as `owner/name` or `owner/name@revision`; merged
+            in this order.
+        accept_lora_base: Name that the LoRAs have for this LLM, where both are the same weights.
     """
 
     name: str | Path
     revision: str | None = None
-    adapters: Sequence[str | Path] = ()
+    loras: Sequence[str | Path] = ()
     accept_lora_base: str | None = None
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """An opened LLM; its weights lie on the disk."""
+    """An opened LLM, whose weights are still on the disk.
+
+    Attributes:
+        source: Where it is.
+        folder: Its folder.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+    """
 
     source: LLMSource
     folder: Path
@@ -60,15 +67,19 @@ class LanguageModel:
 def open_language_model(source: LLMSource) -> LanguageModel:
     """Read configuration and tokenizer; code that the folder brings is not run.
 
-    Raises: ValueError when it is not a decoder or a LoRA without its base, or the tokenizer is
-        another model's.
+    Args:
+        source: Where the LLM is.
+
+    Raises:
+        ValueError: It is not a decoder, or a LoRA without its base, or the tokenizer is another
+            model's.
     """
     require_no_revision(source.name, source.revision)
     folder = find_model_folder(source.name, revision=source.revision)
     if is_lora_alone(folder):
         raise ValueError(
-            f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as an "
-            "adapter."
+            f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as the "
+            "LLM's LoRA."
         )
     config = load_without_code(AutoConfig, folder, local_files_only=True)
     config = config.get_text_config(decoder=True)
@@ -82,19 +93,25 @@ def open_language_model(source: LLMSource) -> LanguageModel:
 
 
 def open_llm_weights(
-    language: LanguageModel, inside: Mapping[str, LazyTensor]
-) -> tuple[Renamed, list[Path]]:
+    language: LanguageModel, inside: Mapping[str, LazyTensor], *, dtype: torch.dtype
+) -> tuple[RenamedWeights, list[Path]]:
     """Open the weights, under `text_model.`, from the LLM's folder or the checkpoint itself.
 
     Args:
-        inside: weights of the LLM that the checkpoint holds, empty where it holds none. They are
-            the ones it was trained with, so they come before the folder's.
-    Returns: the weights, and the files that they come from beside the checkpoint.
-    Raises: ValueError for keys without an account, and for a LoRA that does not fit.
+        language: The opened LLM.
+        inside: Weights of the LLM that the checkpoint holds, empty where it holds none. The
+            checkpoint was trained with these, so they win over the folder's.
+        dtype: Dtype that the weights are going to be saved in.
+
+    Returns:
+        The weights, and the files that they come from beside the checkpoint.
+
+    Raises:
+        ValueError: A key is unknown, or a LoRA does not fit.
     """
     source = language.source
     if inside:
-        if source.adapters:
+        if source.loras:
             raise ValueError(
                 "The checkpoint holds the LLM's weights, merged as they were trained. Leave the "
                 "LoRA out."
@@ -104,16 +121,17 @@ def open_llm_weights(
     renamed = apply_rules(
         open_weights(language.folder), _RULES, _DROPS, source=f"The LLM {source.name}"
     )
-    for adapter in source.adapters:
-        name, revision = split_revision(adapter)
+    for lora in source.loras:
+        name, revision = split_revision(lora)
         folder = find_model_folder(name, revision=revision)
-        bare = {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()}
-        merged = merge_lora(
-            bare,
+        merged = merge_lora_weights(
+            {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()},
+            language.config,
             folder,
             base=str(source.name),
             accepted_base=source.accept_lora_base,
+            dtype=dtype,
         )
-        renamed.weights = {f"{_PREFIX}{key}": value for key, value in merged.items()}
+        renamed.weights |= {f"{_PREFIX}{key}": value for key, value in merged.items()}
         files += list_weight_files(folder, names=WEIGHT_NAMES)
     return renamed, files

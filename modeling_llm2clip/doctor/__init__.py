@@ -1,6 +1,1 @@
-"""Examines a checkpoint from the outside: does it give the embeddings it was made to give?"""
-
-from .check_model import check_model
-from .model_report import Check, ModelReport
-
-__all__ = ["Check", "ModelReport", "check_model"]
+"""Checks of a model folder: does it give the embeddings that it was written with?"""

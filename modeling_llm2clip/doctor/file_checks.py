@@ -1,4 +1,4 @@
-"""Checks that read files and need no model: settings, weight files, uploaded code."""
+"""Checks that read files and need no model: configuration, weight files, uploaded code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
@@ -16,47 +15,42 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import iterate_tensors, list_weight_files
 from ..loading_llm2clip import list_foreign_code
 from ..model_folders.model_folder import list_uploaded_files
+from ..model_folders.model_loading import MODEL_CLASSES
 from ..model_folders.training_state import describe_untrained
-from ..modeling_llm2clip import (
-    LLM2CLIPModel,
-    LLM2CLIPTextModel,
-    LLM2CLIPVisionModel,
-)
+from ..model_folders.weights import open_weights
+from ..modeling_llm2clip import LLM2CLIPModel
 from .model_report import ConcernError, NotApplicableError
 from .model_under_test import ModelUnderTest
 
-_MODEL_CLASSES = {
-    cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
-}
-_FLOAT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-# Files in which AutoProcessor looks for code before it asks config.json. The first decides; what
-# another program saved again may lack it in the others.
+# Files in which AutoProcessor looks for code before it looks in config.json. The first decides; in
+# the others, what another program saved again may not name it.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _MAY_NAME_NO_CODE = _PROCESSOR_FILES[1:]
-_MOST_NAMED = 8
+_NAMES_SHOWN = 8
+# Of weights that are not quantized, and of masks.
+_PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
 
 
-def check_config(patient: ModelUnderTest) -> str:
-    """Read config.json, which must be whole, of this format, and free of contradictions."""
-    raw = _read_json(patient.folder / "config.json")
+def check_config(tested: ModelUnderTest) -> str:
+    """Read config.json, which must be complete, of this format, and free of contradictions.
+
+    Args:
+        tested: Gets its configuration and class.
+    """
+    raw = _read_json(tested.folder / "config.json")
     if raw.get("model_type") != LLM2CLIPConfig.model_type:
         raise ValueError(
             f"config.json has model_type={raw.get('model_type')!r}, wanted "
-            f"{LLM2CLIPConfig.model_type!r}. Convert or build the checkpoint first."
+            f"{LLM2CLIPConfig.model_type!r}. Convert or build the model first."
         )
     architecture = (raw.get("architectures") or ["nothing"])[0]
-    if architecture not in _MODEL_CLASSES:
+    if architecture not in MODEL_CLASSES:
         raise ValueError(
             f"config.json has architectures={raw.get('architectures')}, wanted one of "
-            f"{sorted(_MODEL_CLASSES)}. Save the model with save_pretrained."
+            f"{sorted(MODEL_CLASSES)}. Save the model with save_pretrained."
         )
-    config = LLM2CLIPConfig.from_pretrained(patient.folder, local_files_only=True)
-    patient.config, patient.model_class = config, _MODEL_CLASSES[architecture]
+    config = LLM2CLIPConfig.from_pretrained(tested.folder, local_files_only=True)
+    tested.config, tested.model_class = config, MODEL_CLASSES[architecture]
     direction = "bidirectional" if config.bidirectional else "causal"
     return (
         f"{architecture}, format {config.format_version}, {direction}, "
@@ -64,57 +58,67 @@ def check_config(patient: ModelUnderTest) -> str:
     )
 
 
-def check_training(patient: ModelUnderTest) -> str:
-    """Say which parts are random: no error of a folder, but of no use before they are trained."""
-    if state := describe_untrained(patient.config):
+def check_training(tested: ModelUnderTest) -> str:
+    """Report parts with random weights: not an error, but useless before they are trained.
+
+    Args:
+        tested: The model.
+    """
+    if state := describe_untrained(tested.config):
         raise ConcernError(state)
-    return "text adapter and projections are stated to be trained"
+    return "by its configuration, text adapter and projections are trained"
 
 
-def check_weight_dtypes(patient: ModelUnderTest) -> str:
-    """Find one floating dtype in all weight files, float32 for the temperature alone."""
-    dtypes = _read_dtypes(patient.folder)
-    if getattr(patient.config, "quantization_config", None):
-        found = sorted(set(dtypes.values()))
-        if {*found} <= {*_FLOAT_DTYPES, "BOOL"}:
+def check_weight_dtypes(tested: ModelUnderTest) -> str:
+    """Require one floating-point dtype in all weight files, and float32 for the temperature.
+
+    Args:
+        tested: The model.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in open_weights(tested.folder).items()}
+    if getattr(tested.config, "quantization_config", None):
+        found = sorted({_name(dtype) for dtype in dtypes.values()})
+        if set(dtypes.values()) <= _PLAIN_DTYPES:
             raise ValueError(
-                f"config.json says that weights are quantised, the files hold {found} alone."
-                " Take quantization_config out of config.json, or save the model again."
+                f"config.json says that weights are quantized, but the files hold {found} only. "
+                "Take quantization_config out of config.json, or save the model again."
             )
-        raise NotApplicableError("the weights are quantised, so their dtypes differ by design")
-    dtypes = {name: dtype for name, dtype in dtypes.items() if dtype[0] in "FB" and dtype != "BOOL"}
+        raise NotApplicableError("the weights are quantized, so their dtypes differ by design")
+    dtypes = {name: dtype for name, dtype in dtypes.items() if dtype.is_floating_point}
     temperature = {
         name: dtypes.pop(name) for name in list(dtypes) if name.startswith("logit_scale.")
     }
     errors = [
-        f"{name} is {dtype}, not F32" for name, dtype in temperature.items() if dtype != "F32"
+        f"{name} is {_name(dtype)}, not float32"
+        for name, dtype in temperature.items()
+        if dtype != torch.float32
     ]
-    counts = Counter(dtypes.values())
-    common = counts.most_common(1)[0][0] if counts else "nothing"
-    odd = sorted(f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype != common)
+    common = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else None
+    odd = sorted(f"{name} ({_name(dtype)})" for name, dtype in dtypes.items() if dtype != common)
     if odd:
-        errors.append(f"{len(odd)} of {len(dtypes)} weights are not {common}: {odd[:_MOST_NAMED]}")
-    stated = getattr(patient.config, "dtype", None)
-    if stated is not None and _FLOAT_DTYPES.get(common) != stated:
-        errors.append(f"config.json states {stated}, the weights are {common}")
+        errors.append(
+            f"{len(odd)} of {len(dtypes)} weights are not {_name(common)}: {odd[:_NAMES_SHOWN]}"
+        )
+    stated = getattr(tested.config, "dtype", None)
+    if stated is not None and common != stated:
+        errors.append(f"config.json has {_name(stated)}, the weights are {_name(common)}")
     if errors:
         raise ValueError("; ".join(errors) + ". Load the model in one dtype and save it again.")
-    return f"{len(dtypes)} weights are {common}"
+    return f"{len(dtypes)} weights are {_name(common)}"
 
 
-def _read_dtypes(folder: Path) -> dict[str, str]:
-    """Dtypes of all weights, as safetensors names them, by the name of the weight."""
-    dtypes = {}
-    for path in list_weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            dtypes.update({name: file.get_slice(name).get_dtype() for name in file.keys()})
-    return dtypes
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def check_finite_weights(patient: ModelUnderTest) -> str:
-    """Look for NaN and infinity in every weight, naming the tensor and the row."""
+def check_finite_weights(tested: ModelUnderTest) -> str:
+    """Look for NaN and infinity in every weight.
+
+    Args:
+        tested: The model.
+    """
     count, errors = 0, []
-    for name, tensor in iterate_tensors(list_weight_files(patient.folder)):
+    for name, tensor in iterate_tensors(list_weight_files(tested.folder)):
         count += 1
         # One-byte floats have no isfinite of their own.
         wide = tensor.float() if tensor.element_size() == 1 else tensor
@@ -126,15 +130,19 @@ def check_finite_weights(patient: ModelUnderTest) -> str:
             )
     if errors:
         raise ValueError(
-            f"{'; '.join(errors[:_MOST_NAMED])} ({len(errors)} of {count} tensors). "
-            "Take the last checkpoint without them, or download the files again."
+            f"{'; '.join(errors[:_NAMES_SHOWN])} ({len(errors)} of {count} tensors). "
+            "Take the last training checkpoint without them, or download the files again."
         )
     return f"{count} tensors without NaN or infinity"
 
 
-def check_remote_code(patient: ModelUnderTest) -> str:
-    """Compare the folder's code with the installed package, and where its files send a loader."""
-    folder = patient.folder
+def check_remote_code(tested: ModelUnderTest) -> str:
+    """Compare the folder's code with the installed package, and the code that its files name.
+
+    Args:
+        tested: The model.
+    """
+    folder = tested.folder
     wanted = {path.name: path for path in list_uploaded_files()}
     config = _read_json(folder / "config.json")
     inside = _find_code_inside(folder)
@@ -165,7 +173,7 @@ def check_remote_code(patient: ModelUnderTest) -> str:
 
 
 def _find_code_inside(folder: Path) -> list[str]:
-    """Code that is named below the top of a file: of a tower, or of the image processor."""
+    """Find code that is named below the top level of a file, for a tower or the image processor."""
     contents = {
         name: list(_read_json(folder / name).items())
         for name in ("config.json", *_PROCESSOR_FILES)
@@ -179,9 +187,9 @@ def _find_code_inside(folder: Path) -> list[str]:
 
 
 def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What saving writes as `auto_map` into each file of the folder that a loader looks at."""
+    """List what saving writes as `auto_map` into each file of the folder that a loader reads."""
     architecture = (config.get("architectures") or [""])[0]
-    model_class = _MODEL_CLASSES.get(architecture, LLM2CLIPModel)
+    model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
     of_processor = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
     return {
         "config.json": {**_CODE_OF_EVERY_FOLDER, **model_class._auto_classes},
@@ -206,13 +214,13 @@ def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Look at the extremes, which NaN spreads to: no copy of an embedding table is made."""
+    """Check the extremes, which NaN propagates to: no copy of an embedding table is made."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; it is not a saved checkpoint.")
+        raise ValueError(f"{path.parent} has no {path.name}; it is not a saved model.")
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, wanted an object.")

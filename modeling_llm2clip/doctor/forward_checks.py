@@ -1,4 +1,4 @@
-"""Checks that run the model on its own: loading, attention, the pooled span, invariances."""
+"""Checks that run the model alone: loading, attention, the pooled span, invariances."""
 
 from __future__ import annotations
 
@@ -7,28 +7,39 @@ import math
 import torch
 from torch import Tensor
 
-from ..building.attention_checks import find_attention_errors
+from ..building.tower_checks import find_attention_errors
 from ..heads_llm2clip import MAX_LOG_SCALE
-from ..model_folders.golden_embeddings import render_golden_images
-from ..model_folders.tolerances import find_tolerance, measure_distances
+from ..model_folders.golden_embeddings import (
+    find_tolerance,
+    measure_distances,
+    render_golden_images,
+)
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 # Long enough that half-precision sums overflow if they ever do, short enough for one core.
-_MOST_LONG_WORDS = 512
+_MAX_LONG_WORDS = 512
 
 
-def load_model(patient: ModelUnderTest) -> str:
-    """Load strictly; every weight must be used and none may be missing."""
-    model = patient.model_class.from_pretrained(patient.folder, local_files_only=True)
-    patient.model = model.eval().requires_grad_(False).to(patient.device)
+def check_loading(tested: ModelUnderTest) -> str:
+    """Load strictly: every weight must be used, and none may be missing.
+
+    Args:
+        tested: Gets its model.
+    """
+    model = tested.model_class.from_pretrained(tested.folder, local_files_only=True)
+    tested.model = model.eval().requires_grad_(False).to(tested.device)
     size = sum(parameter.numel() for parameter in model.parameters())
     return f"{len(model.state_dict())} tensors used, none missing ({size:,} parameters)"
 
 
-def check_temperature(patient: ModelUnderTest) -> str:
-    """The saved inverse temperature must lie in [1, 100], outside which it has no effect."""
-    log_scale = float(patient.model.logit_scale.log_scale)
+def check_temperature(tested: ModelUnderTest) -> str:
+    """Require an inverse temperature in [1, 100]; outside, it is clamped.
+
+    Args:
+        tested: The model.
+    """
+    log_scale = float(tested.model.logit_scale.log_scale)
     # float32 rounds ln 100 by up to 5e-7; anything further was not written by a training.
     if not -1e-6 <= log_scale <= MAX_LOG_SCALE + 1e-6:
         raise ValueError(
@@ -36,12 +47,16 @@ def check_temperature(patient: ModelUnderTest) -> str:
             "wanted one within [1, 100]. The logits are clamped, so the training diverged or the "
             "value was written by hand."
         )
-    return f"inverse temperature {_exp(log_scale):.2f} lies within [1, 100]"
+    return f"inverse temperature {_exp(log_scale):.2f} is within [1, 100]"
 
 
-def check_attention_direction(patient: ModelUnderTest) -> str:
-    """Every token must see every other one, or only those before it, as the settings say."""
-    config, text_model = patient.model.config, patient.model.text_model
+def check_attention_direction(tested: ModelUnderTest) -> str:
+    """Require that tokens attend to all others, or only to earlier ones, as configured.
+
+    Args:
+        tested: The model.
+    """
+    config, text_model = tested.model.config, tested.model.text_model
     errors = []
     if bool(config.text_config.is_causal) == config.bidirectional:
         errors.append(
@@ -58,7 +73,7 @@ def check_attention_direction(patient: ModelUnderTest) -> str:
     if config.bidirectional:
         errors += find_attention_errors(text_model)
     else:
-        moved = _move_first_token(patient)
+        moved = _move_first_token(tested)
         # A causal first position does not depend on the last token at all.
         if moved > 0:
             errors.append(f"the first token sees the last (moved by {moved:.1e}), though causal")
@@ -70,36 +85,44 @@ def check_attention_direction(patient: ModelUnderTest) -> str:
     return "every token sees every other" if config.bidirectional else "causal, as configured"
 
 
-def check_finite_outputs(patient: ModelUnderTest) -> str:
-    """Encode short, foreign and longest texts, and images; none may give NaN or infinity."""
+def check_finite_outputs(tested: ModelUnderTest) -> str:
+    """Encode short, foreign and maximum-length texts, and images; none may give NaN or infinity.
+
+    Args:
+        tested: The model.
+    """
     errors, count = [], 0
-    if patient.encodes_texts:
-        num_words = min(patient.config.max_text_length, _MOST_LONG_WORDS)
+    if tested.encodes_texts:
+        num_words = min(tested.config.max_text_length, _MAX_LONG_WORDS)
         texts = [*SHORT_TEXTS, "a dog on a mat " * (num_words // 5 + 1)]
-        for row in _find_bad_rows(patient.encode_texts(texts)):
+        for row in _find_bad_rows(tested.encode_texts(texts)):
             errors.append(f"text_embeds row {row} ({texts[row][:24]!r})")
         count += len(texts)
-    if patient.encodes_images:
+    if tested.encodes_images:
         images = render_golden_images()
-        errors += [f"image_embeds row {r}" for r in _find_bad_rows(patient.encode_images(images))]
+        errors += [f"image_embeds row {r}" for r in _find_bad_rows(tested.encode_images(images))]
         count += len(images)
     if not count:
         raise NotApplicableError("there is neither a tokenizer nor a processor to encode with")
     if errors:
         raise ValueError(
-            f"NaN or infinity in {', '.join(errors)}, computed in {patient.model.dtype}. If the "
+            f"NaN or infinity in {', '.join(errors)}, computed in {tested.model.dtype}. If the "
             "weights are finite, the dtype is too narrow: use bfloat16 or float32."
         )
-    return f"{count} embeddings without NaN or infinity in {patient.model.dtype}"
+    return f"{count} embeddings without NaN or infinity in {tested.model.dtype}"
 
 
-def check_pooled_span(patient: ModelUnderTest) -> str:
-    """The pooled tokens must be those of the caption and the suffix: counted, and by value."""
-    config = patient.config
+def check_pooled_span(tested: ModelUnderTest) -> str:
+    """Require that caption and suffix are pooled: by number of tokens, and by value.
+
+    Args:
+        tested: The model.
+    """
+    config = tested.config
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
     for text in SHORT_TEXTS:
-        whole, caption = patient.list_ids(text), patient.list_ids(text, enclosed=False)
+        whole, caption = tested.list_ids(text), tested.list_ids(text, enclosed=False)
         pooled, num_wanted = whole[num_prefix:], len(caption) + num_suffix
         if len(pooled) != num_wanted or pooled[: len(caption)] != caption:
             errors.append(
@@ -107,47 +130,55 @@ def check_pooled_span(patient: ModelUnderTest) -> str:
                 f"{len(pooled)} are pooled ({pooled[:6]}…, wanted {caption[:6]}…)"
             )
             continue
-        by_hand = patient.pool_by_hand(whole, num_unpooled=len(whole) - num_wanted)
-        by_model = patient.model.get_caption_embeds(torch.tensor([whole], device=patient.device))
+        by_hand = tested.pool_by_hand(whole, num_unpooled=len(whole) - num_wanted)
+        by_model = tested.model.get_caption_embeds(torch.tensor([whole], device=tested.device))
         distance = float((by_hand - by_model).norm() / by_hand.norm())
-        if not distance <= find_tolerance(patient.model.dtype):
+        if not distance <= find_tolerance(tested.model.dtype):
             errors.append(f"{text!r} is pooled {distance:.1e} away from its caption and suffix")
     if errors:
         raise ValueError(f"{'; '.join(errors[:3])}. Restore prompt_prefix_ids in config.json.")
     return f"caption and suffix, after {num_prefix} tokens of prompt"
 
 
-def check_batch_invariance(patient: ModelUnderTest) -> str:
-    """A text or image alone must get the embedding it gets in a batch."""
+def check_batch_invariance(tested: ModelUnderTest) -> str:
+    """Require that a text or image alone has the embedding that it has in a batch.
+
+    Args:
+        tested: The model.
+    """
     compared: dict[str, tuple[Tensor, Tensor]] = {}
-    if patient.encodes_texts:
-        alone = torch.cat([patient.encode_texts([text]) for text in SHORT_TEXTS])
-        compared["texts"] = alone, patient.encode_texts(SHORT_TEXTS)
-        compared["texts in one batch"] = alone, patient.encode_texts(SHORT_TEXTS, as_one_batch=True)
-    if patient.encodes_images:
+    if tested.encodes_texts:
+        alone = torch.cat([tested.encode_texts([text]) for text in SHORT_TEXTS])
+        compared["texts"] = alone, tested.encode_texts(SHORT_TEXTS)
+        compared["texts in one batch"] = alone, tested.encode_texts(SHORT_TEXTS, as_one_batch=True)
+    if tested.encodes_images:
         images = render_golden_images()
-        alone = torch.cat([patient.encode_images([image]) for image in images])
-        compared["images"] = alone, patient.encode_images(images)
-    return _require_equal(patient, compared, advice="Padding or neighbors leak into the embeddings")
+        alone = torch.cat([tested.encode_images([image]) for image in images])
+        compared["images"] = alone, tested.encode_images(images)
+    return _require_equal(tested, compared, advice="Padding or neighbors leak into the embeddings")
 
 
-def check_padding_invariance(patient: ModelUnderTest) -> str:
-    """Padding on the left must give the embeddings of padding on the right."""
+def check_padding_invariance(tested: ModelUnderTest) -> str:
+    """Require that padding on the left gives the embeddings of padding on the right.
+
+    Args:
+        tested: The model.
+    """
     left, right = (
-        patient.encode_texts(SHORT_TEXTS, padding_side=side, as_one_batch=True)
+        tested.encode_texts(SHORT_TEXTS, padding_side=side, as_one_batch=True)
         for side in ("left", "right")
     )
     return _require_equal(
-        patient,
+        tested,
         {"left- and right-padded texts": (left, right)},
         advice="Positions or the attention mask depend on padding",
     )
 
 
 def _require_equal(
-    patient: ModelUnderTest, compared: dict[str, tuple[Tensor, Tensor]], *, advice: str
+    tested: ModelUnderTest, compared: dict[str, tuple[Tensor, Tensor]], *, advice: str
 ) -> str:
-    tolerance = find_tolerance(patient.model.dtype)
+    tolerance = find_tolerance(tested.model.dtype)
     distances = {what: measure_distances(*pair) for what, pair in compared.items()}
     errors = [
         f"{what}: row {int(distance.argmax())} moves by {float(distance.max()):.1e}"
@@ -156,7 +187,7 @@ def _require_equal(
     ]
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)} (allowed in {patient.model.dtype}: {tolerance:.0e}). {advice}; "
+            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.0e}). {advice}; "
             "load with attn_implementation='eager', and report the tower's family."
         )
     largest = max(float(distance.max()) for distance in distances.values())
@@ -164,14 +195,14 @@ def _require_equal(
 
 
 @torch.no_grad()
-def _move_first_token(patient: ModelUnderTest) -> float:
-    """How far the first position moves when the last token changes."""
-    ids = torch.arange(1, 7, device=patient.device).unsqueeze(0)
+def _move_first_token(tested: ModelUnderTest) -> float:
+    """Return how far the first position moves when the last token changes."""
+    ids = torch.arange(1, 7, device=tested.device).unsqueeze(0)
     changed = ids.clone()
     changed[0, -1] += 7
-    num_rows = patient.config.text_config.vocab_size
+    num_rows = tested.config.text_config.vocab_size
     first, second = (
-        patient.model.text_model(input_ids=row % num_rows, use_cache=False).last_hidden_state[0, 0]
+        tested.model.text_model(input_ids=row % num_rows, use_cache=False).last_hidden_state[0, 0]
         for row in (ids, changed)
     )
     return float((first - second).float().norm())

@@ -1,4 +1,4 @@
-"""What an examination found, and how it is told."""
+"""The result of checking a model, as data and as text."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from dataclasses import dataclass, field
 
 
 class NotApplicableError(Exception):
-    """A check has nothing to look at in this checkpoint or on this machine; the text says why."""
+    """A check has nothing to look at in this folder or on this machine; the text says why."""
 
 
 class ConcernError(Exception):
-    """A check found no error in the folder, but what its user must know; the text says what."""
+    """A check found no error, but something that a user must know; the text says what."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question to a checkpoint and its answer.
+    """The result of one check.
 
     Attributes:
-        name: what was asked.
+        name: Name of the check.
         passed: False also where it was skipped.
-        message: what was seen; for an error, what was wanted and what to do.
-        skipped: it could not be asked; `message` says why.
-        concern: it passed, and `message` says what the user must know; the summary repeats it.
+        message: What was found; for an error, what was wanted and what to do.
+        skipped: Whether it could not run; `message` says why.
+        concern: Whether it passed and `message` says what a user must know; the summary repeats it.
     """
 
     name: str
@@ -41,7 +41,12 @@ class Check:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All checks of one checkpoint, in the order they were made."""
+    """All checks of one model; printing it shows a line per check.
+
+    Attributes:
+        source: Folder or Hub id of the model.
+        checks: The checks, in the order in which they were made.
+    """
 
     source: str
     checks: list[Check] = field(default_factory=list)
@@ -56,8 +61,8 @@ class ModelReport:
         """Whether no check found an error."""
         return not self.failed
 
-    def report(self) -> str:
-        """One line a check, and a last line that sums up."""
+    def __str__(self) -> str:
+        """Return one line per check, and a last line that sums up."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
         num_skipped = sum(check.skipped for check in self.checks)
@@ -65,5 +70,3 @@ class ModelReport:
         verdict += "".join(f", but {check.message}" for check in self.checks if check.concern)
         skipped = f", {num_skipped} skipped" if num_skipped else ""
         return "\n".join([*lines, f"{self.source}: {verdict}{skipped}"])
-
-    __str__ = report

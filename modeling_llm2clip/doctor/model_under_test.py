@@ -1,4 +1,4 @@
-"""The checkpoint under examination, and what later checks use of it.
+"""The model that is checked, by a second, naive path that the package's own is compared with.
 
 Shapes: B texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -28,7 +28,17 @@ SHORT_TEXTS = (
 
 @dataclass
 class ModelUnderTest:
-    """A checkpoint; the loading checks fill in its parts, which stay None where there are none."""
+    """A model folder; the loading checks fill in its parts, which stay None where there are none.
+
+    Attributes:
+        folder: The folder.
+        device: Where the model runs.
+        config: Its configuration.
+        model_class: Class that saved it.
+        model: The loaded model.
+        tokenizer: Its tokenizer, as AutoTokenizer loads it.
+        processor: Its processor, as AutoProcessor loads it.
+    """
 
     folder: Path
     device: str
@@ -40,23 +50,31 @@ class ModelUnderTest:
 
     @property
     def encodes_texts(self) -> bool:
-        """Whether there are a loaded text half and a tokenizer."""
+        """Whether there are a loaded text tower and a tokenizer."""
         return hasattr(self.model, "text_model") and self.tokenizer is not None
 
     @property
     def encodes_images(self) -> bool:
-        """Whether there are a loaded image half and a processor."""
+        """Whether there are a loaded vision tower and a processor."""
         return hasattr(self.model, "vision_model") and self.processor is not None
 
     @property
     def has_processor_files(self) -> bool:
-        """Whether a processor is, or should be, in the folder; half a model may come without."""
+        """Whether a processor is, or should be, in the folder; a single tower may have none."""
         names = ("processor_config.json", "preprocessor_config.json")
-        is_half = self.model_class is not None and self.model_class.__name__ != "LLM2CLIPModel"
-        return not is_half or any((self.folder / name).is_file() for name in names)
+        is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
+        return is_whole or any((self.folder / name).is_file() for name in names)
 
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
-        """Tokenize as any user of the bare tokenizer would: padded and truncated, (B, L)."""
+        """Tokenize as a user of the bare tokenizer would, padded and truncated.
+
+        Args:
+            texts: B texts.
+            padding_side: `"right"` or `"left"`.
+
+        Returns:
+            `input_ids` and `attention_mask`, (B, L) int64.
+        """
         return self.tokenizer(
             list(texts),
             padding=True,
@@ -69,11 +87,16 @@ class ModelUnderTest:
     def encode_texts(
         self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
     ) -> Tensor:
-        """Encode texts into (B, P) float32 of unit length.
+        """Encode texts.
 
         Args:
-            as_one_batch: keep the padding, as training and accelerators do; without gradients, a
-                processor would be given small batches that have almost none.
+            texts: B texts.
+            padding_side: `"right"` or `"left"`.
+            as_one_batch: Keep the padding, as training and accelerators do; without gradients, a
+                CPU would get small batches that have almost none.
+
+        Returns:
+            (B, P) float32 of unit length.
         """
         batch = self.tokenize(texts, padding_side=padding_side)
         with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
@@ -82,12 +105,24 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Any]) -> Tensor:
-        """Encode images into (B, P) float32 of unit length."""
+        """Encode images.
+
+        Args:
+            images: B images.
+
+        Returns:
+            (B, P) float32 of unit length.
+        """
         batch = self.processor(images=list(images)).to(self.device)
         return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
-        """Tokenize one text, truncated, with or without the prompt around it."""
+        """Tokenize one text, truncated.
+
+        Args:
+            text: A text.
+            enclosed: Whether the prompt is put around it.
+        """
         longest = self.config.max_text_length
         if not enclosed:
             longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
@@ -98,7 +133,15 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Pool the LLM's hidden states of one text without the model's own helpers, (1, D)."""
+        """Pool the LLM's hidden states of one text without the model's own functions.
+
+        Args:
+            ids: Token ids of the text, prompt included.
+            num_unpooled: How many of the first are not pooled.
+
+        Returns:
+            (1, D) float32.
+        """
         row = torch.tensor([list(ids)], device=self.device)
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False

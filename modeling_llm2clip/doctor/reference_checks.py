@@ -15,11 +15,12 @@ from ..loading_llm2clip import naming_code
 from ..model_folders.golden_embeddings import (
     GOLDEN_FILE,
     compute_golden,
+    find_tolerance,
+    measure_distances,
     read_golden,
     read_temperature,
     render_golden_images,
 )
-from ..model_folders.tolerances import find_tolerance, measure_distances
 from ..sentence_transformers_llm2clip import (
     SETTINGS_FILE,
     check_instructions,
@@ -28,24 +29,28 @@ from ..sentence_transformers_llm2clip import (
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
-# Of unit embeddings; without a setting sentence-transformers takes the cosine.
+# All equal for unit embeddings; without a setting sentence-transformers takes the cosine.
 _COSINES = ("cosine", "dot", None)
-_HALVES = {
-    "text_embeds": "tokenizer, LLM, adapter or text projection",
+_PARTS = {
+    "text_embeds": "tokenizer, LLM, text adapter or text projection",
     "image_embeds": "image processor, vision tower or visual projection",
 }
 
 
-def check_golden_embeddings(patient: ModelUnderTest) -> str:
-    """The embeddings must be those recorded when the folder was written."""
-    golden = read_golden(patient.folder)
+def check_golden_embeddings(tested: ModelUnderTest) -> str:
+    """Require the embeddings that were recorded when the folder was written.
+
+    Args:
+        tested: The model.
+    """
+    golden = read_golden(tested.folder)
     if golden is None:
         raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
-    if patient.processor is None:
+    if tested.processor is None:
         raise NotApplicableError("there is no processor to prepare the recorded inputs with")
     texts, recorded = golden
-    found = compute_golden(patient.model, patient.processor, texts)
-    tolerance = find_tolerance(patient.model.dtype, other_machine=True)
+    found = compute_golden(tested.model, tested.processor, texts)
+    tolerance = find_tolerance(tested.model.dtype, other_machine=True)
     errors, largest = [], 0.0
     for name, embeddings in found.items():
         if name not in recorded or recorded[name].shape != embeddings.shape:
@@ -55,11 +60,11 @@ def check_golden_embeddings(patient: ModelUnderTest) -> str:
         row, furthest = int(distances.argmax()), float(distances.max())
         largest = max(largest, furthest)
         if not furthest <= tolerance:
-            errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_HALVES[name]})")
-    errors += _compare_temperatures(read_temperature(patient.model), recorded)
+            errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_PARTS[name]})")
+    errors += _compare_temperatures(read_temperature(tested.model), recorded)
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)}; allowed in {patient.model.dtype}: {tolerance:.0e}. Weights, "
+            f"{'; '.join(errors)}; allowed in {tested.model.dtype}: {tolerance:.0e}. Weights, "
             "settings or code are not those the folder was written with: restore it."
         )
     count = sum(map(len, found.values()))
@@ -67,7 +72,7 @@ def check_golden_embeddings(patient: ModelUnderTest) -> str:
 
 
 def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
-    # A folder of an earlier version has none recorded. It is saved and loaded as it is, in float32.
+    # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
     return [
         f"{name} is {float(found[name]):.4f}, recorded was {float(recorded[name]):.4f}"
         for name in set(found) & set(recorded)
@@ -75,38 +80,42 @@ def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor])
     ]
 
 
-def check_sentence_transformers(patient: ModelUnderTest) -> str:
-    """sentence-transformers must give the model's own embeddings; runs last: it frees the model."""
+def check_sentence_transformers(tested: ModelUnderTest) -> str:
+    """Require that sentence-transformers gives the model's own embeddings.
+
+    Args:
+        tested: The model; it is freed.
+    """
     if find_spec("sentence_transformers") is None:
         raise NotApplicableError(
             "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"
         )
-    if not (patient.folder / "modules.json").is_file():
+    if not (tested.folder / "modules.json").is_file():
         raise NotApplicableError(
             "the folder has no modules.json: sentence-transformers would load it, but not bring "
             "its embeddings to unit length; save_pretrained of the model writes that file"
         )
-    if patient.processor is None:
+    if tested.processor is None:
         raise NotApplicableError(
             "sentence-transformers loads no model without its processor; save_pretrained of the "
             "processor adds it"
         )
-    tolerance, dtype = find_tolerance(patient.model.dtype), patient.model.dtype
-    settings = _read_settings(patient)
+    tolerance, dtype = find_tolerance(tested.model.dtype), tested.model.dtype
+    settings = _read_settings(tested)
     _require_plain_settings(settings)
-    prompts = _list_instructions(settings) if patient.encodes_texts else {}
+    prompts = _list_instructions(settings) if tested.encodes_texts else {}
     if prompts:
         check_instructions(
-            patient.tokenizer,
+            tested.tokenizer,
             prompts,
-            num_suffix=len(patient.config.prompt_suffix_ids),
-            max_text_length=patient.config.max_text_length,
+            num_suffix=len(tested.config.prompt_suffix_ids),
+            max_text_length=tested.config.max_text_length,
         )
-    _require_equal_instructions(patient)
-    wanted = _encode_with_model(patient, prompts)
-    patient.model = None
+    _require_equal_instructions(tested)
+    wanted = _encode_with_model(tested, prompts)
+    tested.model = None
     gc.collect()  # a large LLM does not fit twice
-    found = _encode_with_sentence_transformers(patient, prompts, kinds=set(wanted))
+    found = _encode_with_sentence_transformers(tested, prompts, content=set(wanted))
     distances = {
         what: float(measure_distances(found[what], embeddings).max())
         for what, embeddings in wanted.items()
@@ -130,9 +139,9 @@ def check_sentence_transformers(patient: ModelUnderTest) -> str:
     return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
 
 
-def _require_equal_instructions(patient: ModelUnderTest) -> None:
-    in_config = patient.config.instructions
-    if find_instructions(patient.folder, in_config) != in_config:
+def _require_equal_instructions(tested: ModelUnderTest) -> None:
+    in_config = tested.config.instructions
+    if find_instructions(tested.folder, in_config) != in_config:
         raise ValueError(
             f"config.json has the instructions {in_config}, {SETTINGS_FILE} has others: a model "
             "that is loaded and saved elsewhere would lose these. Make both equal, or save the "
@@ -140,8 +149,8 @@ def _require_equal_instructions(patient: ModelUnderTest) -> None:
         )
 
 
-def _read_settings(patient: ModelUnderTest) -> dict[str, Any]:
-    path = patient.folder / SETTINGS_FILE
+def _read_settings(tested: ModelUnderTest) -> dict[str, Any]:
+    path = tested.folder / SETTINGS_FILE
     settings: dict[str, Any] = {}
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -167,32 +176,32 @@ def _require_plain_settings(settings: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _encode_with_model(patient: ModelUnderTest, prompts: dict[str, str]) -> dict[str, Tensor]:
+def _encode_with_model(tested: ModelUnderTest, prompts: dict[str, str]) -> dict[str, Tensor]:
     embeddings = {}
-    if patient.encodes_texts:
-        embeddings["texts"] = patient.encode_texts(SHORT_TEXTS)
-    if patient.encodes_images:
-        embeddings["images"] = patient.encode_images(render_golden_images())
-    num_prefix = len(patient.config.prompt_prefix_ids)
+    if tested.encodes_texts:
+        embeddings["texts"] = tested.encode_texts(SHORT_TEXTS)
+    if tested.encodes_images:
+        embeddings["images"] = tested.encode_images(render_golden_images())
+    num_prefix = len(tested.config.prompt_prefix_ids)
     for name, instruction in prompts.items():
-        num_ids = len(patient.list_ids(instruction, enclosed=False))
-        pooled = patient.pool_by_hand(
-            patient.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
+        num_ids = len(tested.list_ids(instruction, enclosed=False))
+        pooled = tested.pool_by_hand(
+            tested.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
         )
-        features = patient.model.project_caption_embeds(pooled)
+        features = tested.model.project_caption_embeds(pooled)
         embeddings[f"texts with {name!r}"] = F.normalize(features, dim=-1).cpu()
     return embeddings
 
 
 def _encode_with_sentence_transformers(
-    patient: ModelUnderTest, prompts: dict[str, str], *, kinds: set[str]
+    tested: ModelUnderTest, prompts: dict[str, str], *, content: set[str]
 ) -> dict[str, Tensor]:
     from sentence_transformers import SentenceTransformer
 
-    with naming_code(patient.folder):
+    with naming_code(tested.folder):
         encoder = SentenceTransformer(
-            str(patient.folder),
-            device=patient.device,
+            str(tested.folder),
+            device=tested.device,
             local_files_only=True,
             trust_remote_code=False,
         )
@@ -207,9 +216,9 @@ def _encode_with_sentence_transformers(
         return embeddings.float().cpu()
 
     found = {}
-    if "texts" in kinds:
+    if "texts" in content:
         found["texts"] = encode(list(SHORT_TEXTS))
-    if "images" in kinds and "image" in encoder.modalities:
+    if "images" in content and "image" in encoder.modalities:
         found["images"] = encode(list(render_golden_images()))
     for name in prompts:
         found[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)

@@ -13,10 +13,14 @@ from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 
-def load_tokenizer(patient: ModelUnderTest) -> str:
-    """Load the tokenizer as pipelines do; its ids must be rows of the embedding table."""
-    tokenizer = load_without_code(AutoTokenizer, patient.folder, local_files_only=True)
-    rows = patient.config.text_config.vocab_size
+def check_tokenizer(tested: ModelUnderTest) -> str:
+    """Load the tokenizer as pipelines do; its ids must be rows of the embedding table.
+
+    Args:
+        tested: Gets its tokenizer.
+    """
+    tokenizer = load_without_code(AutoTokenizer, tested.folder, local_files_only=True)
+    rows = tested.config.text_config.vocab_size
     largest = max(tokenizer.get_vocab().values())
     errors = []
     if largest >= rows:
@@ -28,13 +32,17 @@ def load_tokenizer(patient: ModelUnderTest) -> str:
         errors.append("it has no padding token, so batches cannot be made")
     if errors:
         raise ValueError(f"The saved tokenizer: {'; '.join(errors)}. Restore the original one.")
-    patient.tokenizer = tokenizer
+    tested.tokenizer = tokenizer
     return f"{largest + 1} ids fit the {rows} rows, padding is {tokenizer.pad_token!r}"
 
 
-def check_padding_side(patient: ModelUnderTest) -> str:
-    """Padding goes to the right, where no position moves."""
-    side = patient.tokenizer.padding_side
+def check_padding_side(tested: ModelUnderTest) -> str:
+    """Require padding on the right, where no position moves.
+
+    Args:
+        tested: The model.
+    """
+    side = tested.tokenizer.padding_side
     if side != "right":
         raise ValueError(
             f"The saved tokenizer pads on the {side}, wanted right. Set padding_side in "
@@ -43,17 +51,21 @@ def check_padding_side(patient: ModelUnderTest) -> str:
     return "the saved tokenizer pads on the right"
 
 
-def check_prompt(patient: ModelUnderTest) -> str:
-    """The saved tokenizer alone must strip a text and put the configured prompt around it."""
-    config, tokenizer = patient.config, patient.tokenizer
+def check_prompt(tested: ModelUnderTest) -> str:
+    """Require that the saved tokenizer alone strips a text and puts the prompt around it.
+
+    Args:
+        tested: The model.
+    """
+    config, tokenizer = tested.config, tested.tokenizer
     prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
     errors = [
         error
         for text in SHORT_TEXTS
-        for error in _find_prompt_errors(text, patient, truncated=False)
+        for error in _find_prompt_errors(text, tested, truncated=False)
     ]
     errors += _find_prompt_errors(
-        "a dog on a mat " * config.max_text_length, patient, truncated=True
+        "a dog on a mat " * config.max_text_length, tested, truncated=True
     )
     text = SHORT_TEXTS[0]
     if tokenizer(f" \n{text}\t ")["input_ids"] != tokenizer(text)["input_ids"]:
@@ -68,50 +80,62 @@ def check_prompt(patient: ModelUnderTest) -> str:
     if errors:
         raise ValueError(
             f"{'; '.join(errors[:3])}. Restore tokenizer.json, or write the prompt again with "
-            "hub.prompts.write_prompt."
+            "building.prompts.write_prompt."
         )
     return f"{tokenizer.decode(prefix)!r} … {tokenizer.decode(suffix)!r}, also when truncated"
 
 
-def check_text_length(patient: ModelUnderTest) -> str:
-    """Tokenizer, configuration and processor must agree how long a text may be."""
+def check_text_length(tested: ModelUnderTest) -> str:
+    """Require one maximum text length in tokenizer, configuration and processor.
+
+    Args:
+        tested: The model.
+    """
     found = {
-        "config.max_text_length": patient.config.max_text_length,
-        "tokenizer.model_max_length": patient.tokenizer.model_max_length,
+        "config.max_text_length": tested.config.max_text_length,
+        "tokenizer.model_max_length": tested.tokenizer.model_max_length,
     }
-    if patient.processor is not None:
-        found["processor.max_text_length"] = patient.processor.max_text_length
+    if tested.processor is not None:
+        found["processor.max_text_length"] = tested.processor.max_text_length
     if len(set(found.values())) != 1:
         raise ValueError(
-            "How long a text may be is stated differently: "
+            "There are different maximum text lengths: "
             f"{', '.join(f'{name}={value}' for name, value in found.items())}. Where they differ, "
             "long texts get different embeddings or are refused. Make them equal."
         )
-    return f"{len(found)} places say {patient.config.max_text_length} tokens"
+    return f"{tested.config.max_text_length} tokens in {len(found)} places"
 
 
-def load_processor(patient: ModelUnderTest) -> str:
-    """Load the processor as AutoProcessor does."""
-    if not patient.has_processor_files:
-        raise NotApplicableError(f"a {patient.model_class.__name__} was saved without a processor")
-    processor = load_without_code(AutoProcessor, patient.folder, local_files_only=True)
+def check_processor(tested: ModelUnderTest) -> str:
+    """Load the processor as AutoProcessor does.
+
+    Args:
+        tested: Gets its processor.
+    """
+    if not tested.has_processor_files:
+        raise NotApplicableError(f"a {tested.model_class.__name__} was saved without a processor")
+    processor = load_without_code(AutoProcessor, tested.folder, local_files_only=True)
     if not isinstance(processor, LLM2CLIPProcessor):
         raise ValueError(
             f"AutoProcessor gives {type(processor).__name__}, wanted LLM2CLIPProcessor. Save the "
             "processor with save_pretrained into the folder."
         )
-    patient.processor = processor
+    tested.processor = processor
     return f"AutoProcessor loads it, with {type(processor.image_processor).__name__}"
 
 
-def check_tokenizer_path(patient: ModelUnderTest) -> str:
-    """A bare tokenizer, which pipelines use, must give the processor's ids."""
-    if patient.processor is None:
+def check_tokenizer_path(tested: ModelUnderTest) -> str:
+    """Require that the bare tokenizer, which pipelines use, gives the processor's ids.
+
+    Args:
+        tested: The model.
+    """
+    if tested.processor is None:
         raise NotApplicableError("there is no processor to compare with")
-    bare = patient.tokenizer(
+    bare = tested.tokenizer(
         list(SHORT_TEXTS), padding=True, truncation=True, return_tensors="pt"
     )  # fmt: skip
-    processed = patient.processor(text=list(SHORT_TEXTS))
+    processed = tested.processor(text=list(SHORT_TEXTS))
     for name in ("input_ids", "attention_mask"):
         if not torch.equal(bare[name], processed[name]):
             raise ValueError(
@@ -122,12 +146,10 @@ def check_tokenizer_path(patient: ModelUnderTest) -> str:
     return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
 
 
-def _find_prompt_errors(text: str, patient: ModelUnderTest, *, truncated: bool) -> list[str]:
-    config = patient.config
+def _find_prompt_errors(text: str, tested: ModelUnderTest, *, truncated: bool) -> list[str]:
+    config = tested.config
     prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
-    ids = (
-        patient.list_ids(text) if truncated else patient.tokenizer(text, verbose=False)["input_ids"]
-    )
+    ids = tested.list_ids(text) if truncated else tested.tokenizer(text, verbose=False)["input_ids"]
     when = f" truncated to {config.max_text_length} tokens" if truncated else ""
     shown = f"{text[:24]!r}{when} gives {ids[:12]}…{ids[-4:]}"
     errors = []

@@ -1,1 +1,1 @@
-"""Many captions or images into embeddings, fast and without a trace of the batch they were in."""
+"""Texts and images into embeddings: one facade, which takes loaded models and knows no folders."""

@@ -1,1 +1,1 @@
-"""How good the embeddings are. The metrics know no model."""
+"""How good embeddings are: any model on any dataset, with the protocol of every score."""

@@ -1,115 +1,351 @@
 """Evaluates models: reads and checks everything first, then loads one model after the other.
 
-Order: settings, data sets with every error, kinds and configurations of the models, results that
-are there already; only then weights.
+The order is: options, datasets with all their errors, types and configurations of the models,
+results that exist already; only then weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from .._environment import list_versions
+import torch
+from torch import Tensor
+
+from .._extras import PLOTS, is_installed, require
+from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
 from ..data.record_loading import load_records
-from .arguments import EvaluatedModel, EvaluationArguments
+from ..data.records import CaptionedImage
+from ..encoding.devices import find_device
+from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
+from .datasets.dataset_spec import DatasetSpec
+from .datasets.validation import ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import Encoder, EncoderDescription, EncoderSettings
-from .encoders.remembering import RememberingEncoder
-from .jobs import Job, read_jobs, require_abilities
+from .encoders.encoder import EncodedTexts, Encoder, EncoderDescription
 from .metrics.ranking import ranking_memory
+from .plots import plot_confusion
 from .results import (
-    PACKAGES,
     Result,
     build_protocol,
     find_finished,
-    list_files,
+    find_result_file,
+    list_result_files,
+    list_result_versions,
     read_result,
+    require_comparable,
     require_one_model,
-    result_file,
     write_result,
 )
+from .tables import EvaluationResults
+from .tasks.task import Datasets, Task
+from .tasks.task_registry import DEFAULT_TASKS, find_task
+
+ModelSource: TypeAlias = str | Path | EvaluatedModel
+DataSource: TypeAlias = DatasetSource | EvaluatedDataset
+_Cell: TypeAlias = tuple[str, str, str]  # model, task, dataset
 
 
 def evaluate(
-    arguments: EvaluationArguments, *, on_result: Callable[[Result], object] | None = None
-) -> list[Result]:
-    """Run every task that suits a set for every model; finished ones are not computed again.
+    models: ModelSource | Sequence[ModelSource],
+    data: DataSource | Sequence[DataSource],
+    config: EvaluationConfig | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    on_result: Callable[[Result], object] | None = None,
+) -> EvaluationResults:
+    """Run every task that suits a dataset for every model; finished results are not repeated.
+
+        print(evaluate("my-model", "emoji", tasks=["cross-lingual"]))
+        print(evaluate(["my-model", "openai/clip-vit-base-patch16"], "coco=my-coco"))
+        print(evaluate("my-model", test_records, EvaluationConfig(languages=("en",))))
 
     Args:
-        on_result: told each result when it is there, computed now or before.
-    Raises: ValueError, before any model is loaded, for bad data (DataValidationError), a task that
-        suits no set, a model of no known kind, a model without images for a task with them, or a
-        result of another run in the output folder.
+        models: One or several: folder, Hub id, weights file, or an `EvaluatedModel`, which has
+            further options. Models of one name are refused.
+        data: One or several: name of a dataset, as `NAME=FOLDER` if it needs a folder; a folder of
+            captioned images; records; or an `EvaluatedDataset`.
+        config: How datasets are read, models run and scores computed.
+        tasks: Names of tasks. Default: the task of each dataset's type.
+        on_result: Called with each result as soon as it is available.
+
+    Returns:
+        All results, which print as a table; each is also a JSON file in `config.output`.
+
+    Raises:
+        DataValidationError: A dataset has invalid samples.
+        ValueError: Before any model is loaded: a task suits no dataset, a model's type cannot be
+            detected, a model takes no images and a task has them, or the output folder has results
+            of another run.
+        MissingExtraError: An optional package is not installed.
     """
-    jobs = read_jobs(arguments)
-    encoders = {choice.name: _open(choice, arguments.encoder) for choice in arguments.models}
+    config = _read_prompt_files(config or EvaluationConfig())
+    find_device(config.device)  # raises for one that does not exist, before anything is read
+    chosen = _list_models(models)
+    jobs = _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
+    encoders = {model.name: _open_model(model, config) for model in chosen}
     descriptions = {name: encoder.describe() for name, encoder in encoders.items()}
     for job in jobs:
         for description in descriptions.values():
-            require_abilities(description, job)
-    protocols = _build_protocols(jobs, descriptions)
-    finished = _find_all_finished(arguments.output, protocols, descriptions)
-    results: dict[str, list[Result]] = {name: [] for name in encoders}
-    # Stored embeddings first: one that is missing is told before any model is loaded.
-    for name in sorted(encoders, key=lambda name: descriptions[name].kind != "embeddings"):
-        encoder = RememberingEncoder(encoders.pop(name))  # so that a model goes with its turn
-        for job in jobs:
-            key = (name, job.task.name, job.set_name)
-            with ranking_memory(arguments.max_memory_mb):
-                result = finished[key] or _run(encoder, name, job, protocols[key], arguments.output)
-            results[name].append(result)
-            if on_result is not None:
-                on_result(result)
-    return [result for of_model in results.values() for result in of_model]
-
-
-def _build_protocols(
-    jobs: Sequence[Job], descriptions: Mapping[str, EncoderDescription]
-) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The protocol of every model, task and dataset."""
-    return {
-        (name, job.task.name, job.set_name): build_protocol(job.task, job.sets, description)
+            _require_abilities(description, job)
+    protocols = {
+        (name, job.task.name, job.dataset): build_protocol(job.task, job.datasets, description)
         for name, description in descriptions.items()
         for job in jobs
     }
+    finished = _find_all_finished(config.output, protocols, descriptions)
+    results: dict[str, list[Result]] = {name: [] for name in encoders}
+    # Stored embeddings first: a missing one is reported before any model is loaded.
+    for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):
+        encoder = _OnceEncoder(encoders.pop(name))  # so that a model is freed after its turn
+        for job in jobs:
+            cell = (name, job.task.name, job.dataset)
+            with ranking_memory(config.max_memory_mb):
+                result = finished[cell] or _run(encoder, name, job, protocols[cell], config.output)
+            results[name].append(result)
+            if on_result is not None:
+                on_result(result)
+    return EvaluationResults(result for of_model in results.values() for result in of_model)
 
 
-def _open(choice: EvaluatedModel, settings: EncoderSettings) -> Encoder:
-    records = None
-    if choice.extracted_from is not None:
-        records = load_records(choice.extracted_from, require_images=False)
-    return load_encoder(
-        choice.source,
-        settings,
-        kind=choice.kind,
-        revision=choice.revision,
-        architecture=choice.architecture,
-        activation=choice.activation,
-        records=records,
-        head=choice.head,
+@dataclass(frozen=True)
+class _Source:
+    """A dataset that is not read yet.
+
+    Attributes:
+        spec: What is known of it.
+        folder: Folder of its files.
+        image_dir: Folder of its images.
+    """
+
+    spec: DatasetSpec
+    folder: str | Path | None
+    image_dir: str | Path | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One task on one dataset.
+
+    Attributes:
+        task: The task.
+        dataset: Name of the dataset.
+        datasets: The dataset as it was read, one per language.
+    """
+
+    task: Task
+    dataset: str
+    datasets: Datasets
+
+
+def _list_models(models: ModelSource | Sequence[ModelSource]) -> list[EvaluatedModel]:
+    several = [models] if isinstance(models, str | Path | EvaluatedModel) else list(models)
+    chosen = [
+        model if isinstance(model, EvaluatedModel) else EvaluatedModel(source=str(model))
+        for model in several
+    ]
+    names = [model.name for model in chosen]
+    if not chosen:
+        raise ValueError("Got no models to evaluate; give at least one.")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"Two models have one name, and their results would be mixed up: {', '.join(names)}. "
+            "Name them: NAME=SOURCE, or EvaluatedModel(source=…, name=…)."
+        )
+    return chosen
+
+
+def _list_tasks(names: Sequence[str]) -> list[Task]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
+    return [find_task(name) for name in names]
+
+
+def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
+    several: Any = data
+    is_records = isinstance(data, Sequence) and data and isinstance(data[0], CaptionedImage)
+    if isinstance(data, str | Path | DatasetSpec | EvaluatedDataset) or is_records:
+        several = [data]
+    found = []
+    for item in several:
+        spec, folder = resolve_dataset(item)
+        image_dir = item.image_dir if isinstance(item, EvaluatedDataset) else None
+        found.append(_Source(spec, folder, image_dir))
+    names = [source.spec.name for source in found]
+    if not found:
+        raise ValueError("Got no datasets to evaluate on; give at least one.")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"Two datasets have one name, and their results would be mixed up: {', '.join(names)}. "
+            "Evaluate on them in two runs, with two output folders."
+        )
+    return found
+
+
+def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
+    """Replace files of class names and templates by their lines."""
+    read: dict[str, tuple[str, ...]] = {}
+    for field in ("class_names", "templates"):
+        file = getattr(config, field)
+        if isinstance(file, Path):
+            if not file.is_file():
+                raise ValueError(f"{field}={file} is not a file. Correct the path.")
+            read[field] = tuple(line.strip() for line in read_lines(file) if line.strip())
+    return replace(config, **read) if read else config
+
+
+def _read_jobs(
+    sources: Sequence[_Source], tasks: Sequence[Task], config: EvaluationConfig
+) -> list[_Job]:
+    """Choose the tasks of every dataset, and read it as they want it."""
+    chosen = {source.spec.name: _choose_tasks(source.spec, tasks) for source in sources}
+    used = {task.name for of_dataset in chosen.values() for task in of_dataset}
+    if idle := {task.name: task.dataset_types for task in tasks if task.name not in used}:
+        wanted = "; ".join(f"{name} ({' or '.join(types)})" for name, types in idle.items())
+        raise ValueError(f"None of the datasets has the type that a task takes: {wanted}.")
+    if unused := [name for name, of_dataset in chosen.items() if not of_dataset]:
+        names = ", ".join(task.name for task in tasks)
+        raise ValueError(f"None of the tasks {names} suits the datasets {', '.join(unused)}.")
+    require(*(need for of_dataset in chosen.values() for task in of_dataset for need in task.needs))
+    _refuse_unused(sources, config)
+    jobs = []
+    for source in sources:
+        cache = ReadingCache()
+        read: dict[tuple[bool, bool], Datasets] = {}
+        for task in chosen[source.spec.name]:
+            how = (task.all_languages, _wants_images(task, source, config))
+            if how not in read:
+                read[how] = _read_datasets(source, task, config, cache)
+            task.check(read[how])
+            jobs.append(_Job(task, source.spec.name, read[how]))
+    return jobs
+
+
+def _choose_tasks(spec: DatasetSpec, tasks: Sequence[Task]) -> list[Task]:
+    wanted = tasks or [DEFAULT_TASKS[spec.dataset_type]]
+    return [task for task in wanted if spec.dataset_type in task.dataset_types]
+
+
+def _refuse_unused(sources: Sequence[_Source], config: EvaluationConfig) -> None:
+    """Raise ValueError for options that only a classification takes, if there is none."""
+    types = {source.spec.name: source.spec.dataset_type for source in sources}
+    of_classification = {
+        "class_names": config.class_names is not None,
+        "templates": config.templates is not None,
+        "allow_repeated_class_names": config.allow_repeated_class_names,
+    }
+    given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
+    if given and "classification" not in types.values():
+        listed = ", ".join(f"{name} ({of_dataset})" for name, of_dataset in types.items())
+        raise ValueError(
+            f"{', '.join(given)} is only for classification, and the datasets are {listed}. Leave "
+            "it out."
+        )
+
+
+def _wants_images(task: Task, source: _Source, config: EvaluationConfig) -> bool:
+    if task.needs_images and config.captions_only:
+        raise ValueError(f"{task.name} needs images. Leave captions_only=True out.")
+    is_without = config.captions_only or source.spec.dataset_type == "captions"
+    return not is_without and task.needs_images is not False
+
+
+def _read_datasets(
+    source: _Source, task: Task, config: EvaluationConfig, cache: ReadingCache
+) -> Datasets:
+    shared: dict[str, Any] = {
+        "image_dir": source.image_dir,
+        "require_images": _wants_images(task, source, config),
+        "ignore_fields": config.ignore_fields,
+        "cache": cache,
+    }
+    languages: tuple[str | None, ...] = config.languages or (None,)
+    if task.all_languages and not config.languages:
+        languages = find_languages(source.spec, source.folder, **shared)
+    if not task.all_languages and len(languages) > 1:
+        raise ValueError(
+            f"The task {task.name} takes one language at a time, got "
+            f"{', '.join(config.languages)}. Run it once for each, or take cross-lingual."
+        )
+    is_classification = source.spec.dataset_type == "classification"
+    assert not isinstance(config.class_names, Path) and not isinstance(config.templates, Path)
+    return tuple(
+        load_dataset(
+            source.spec,
+            source.folder,
+            lang=lang,
+            skip_invalid=config.skip_invalid,
+            check_images=config.check_images,
+            class_names=config.class_names if is_classification else None,
+            templates=config.templates if is_classification else None,
+            allow_repeated_class_names=config.allow_repeated_class_names,
+            show_progress=config.show_progress,
+            **shared,
+        )
+        for lang in languages
     )
+
+
+def _open_model(model: EvaluatedModel, config: EvaluationConfig) -> Encoder:
+    records = None
+    if model.extracted_from is not None:
+        records = load_records(model.extracted_from, require_images=False)
+    return load_encoder(
+        model.source,
+        config,
+        model_type=model.model_type,
+        revision=model.revision,
+        architecture=model.architecture,
+        activation=model.activation,
+        records=records,
+        head=model.head,
+    )
+
+
+def _require_abilities(description: EncoderDescription, job: _Job) -> None:
+    """Raise ValueError if a model does not encode what a job gives it."""
+    has_images = job.datasets[0].has_images and job.task.needs_images is not False
+    lacking = [
+        side
+        for side, how, is_needed in (
+            ("texts", description.text, True),
+            ("images", description.images, has_images),
+        )
+        if is_needed and how is None
+    ]
+    if lacking:
+        raise ValueError(
+            f"{description.source} encodes no {' and no '.join(lacking)}, which "
+            f"{job.task.name} on {job.dataset} needs. Leave out one of them."
+        )
 
 
 def _find_all_finished(
     output: Path,
-    protocols: Mapping[tuple[str, str, str], dict[str, Any]],
+    protocols: Mapping[_Cell, dict[str, Any]],
     descriptions: Mapping[str, EncoderDescription],
-) -> dict[tuple[str, str, str], Result | None]:
+) -> dict[_Cell, Result | None]:
+    """Find the results that exist; raise ValueError with every reason not to add to them."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; results need a folder. Name another output.")
-    found: dict[tuple[str, str, str], Result | None] = {}
-    errors = _find_broken(output)
-    for name, description in descriptions.items():
+    errors: list[str] = []
+    existing: dict[Path, Result] = {}
+    for file in list_result_files(output):
         try:
-            require_one_model(output / name, fingerprint=description.fingerprint)
+            existing[file] = read_result(file)
         except ValueError as error:
             errors.append(str(error))
-    for (model, task, set_name), protocol in protocols.items():
-        file = result_file(output, model=model, set_name=set_name, task=task)
+    found: dict[_Cell, Result | None] = {}
+    for (model, task, dataset), protocol in protocols.items():
+        file = find_result_file(output, model=model, dataset=dataset, task=task)
+        fingerprint = descriptions[model].fingerprint
+        others = {path: result for path, result in existing.items() if path != file}
         try:
-            found[model, task, set_name] = find_finished(file, protocol=protocol)
+            require_one_model(existing, model=model, fingerprint=fingerprint)
+            found[model, task, dataset] = find_finished(file, protocol=protocol)
+            require_comparable(others, task=task, dataset=dataset, protocol=protocol)
         except ValueError as error:
             errors.append(str(error))
     if errors:
@@ -117,42 +353,90 @@ def _find_all_finished(
     return found
 
 
-def _find_broken(output: Path) -> list[str]:
-    """Files of other runs in the folder that cannot be read, as the table of all results would."""
-    errors = []
-    for file in list_files(output):
-        try:
-            read_result(file)
-        except ValueError as error:
-            errors.append(str(error))
-    return errors
-
-
 def _run(
-    encoder: RememberingEncoder, model: str, job: Job, protocol: dict[str, Any], output: Path
+    encoder: _OnceEncoder, model: str, job: _Job, protocol: dict[str, Any], output: Path
 ) -> Result:
     before = dict(encoder.encoded)
     started = time.monotonic()
-    found = job.task.run(encoder, job.sets)
+    try:
+        found = job.task.run(encoder, job.datasets)
+    except ValueError as error:
+        raise ValueError(f"{model}, {job.task.name} on {job.dataset}: {error}") from error
     seconds = time.monotonic() - started
     encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
-    file = result_file(output, model=model, set_name=job.set_name, task=job.task.name)
+    file = find_result_file(output, model=model, dataset=job.dataset, task=job.task.name)
     description = encoder.describe()
     result = Result(
         model=model,
         task=job.task.name,
-        set=job.set_name,
+        dataset=job.dataset,
         scores=dict(found.scores),
         protocol=protocol,
         counts=dict(found.counts),
         fingerprint=description.fingerprint,
         run={**description.run, "model": description.source, "encoded": encoded},
-        versions=list_versions(PACKAGES),
+        versions=list_result_versions(),
         seconds=round(seconds, 2),
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The scores come last: where they are, the images are too.
-    for name, image in found.images.items():
-        image.save(file.with_suffix(f".{name}.png"))
+    # The scores come last: if they exist, so does the plot.
+    if found.confusion is not None and is_installed(PLOTS.module):
+        plot_confusion(*found.confusion, file.with_suffix(".confusion.png"))
     write_result(file, result)
     return result
+
+
+class _OnceEncoder:
+    """Asks an encoder for each text and each image once, for all tasks and languages.
+
+    Args:
+        encoder: The encoder.
+
+    Attributes:
+        encoded: How many texts and images were encoded so far.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoded = {"texts": 0, "images": 0}
+        self._encoder = encoder
+        self._texts: dict[Hashable, Tensor] = {}
+        self._is_truncated: dict[str, bool] = {}
+        self._images: dict[Hashable, Tensor] = {}
+
+    def describe(self) -> EncoderDescription:
+        """Say what decides the embeddings."""
+        return self._encoder.describe()
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts.
+
+        Args:
+            texts: At least one.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            encoded = self._encoder.encode_texts(new)
+            self._texts.update(zip(new, encoded.embeds, strict=True))
+            self.encoded["texts"] += len(new)
+            if encoded.is_truncated is not None:
+                self._is_truncated.update(zip(new, encoded.is_truncated.tolist(), strict=True))
+        is_truncated = [self._is_truncated.get(text) for text in texts]
+        known = None if None in is_truncated else torch.tensor(is_truncated)
+        return EncodedTexts(torch.stack([self._texts[text] for text in texts]), known)
+
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
+        """Encode images, which are identified by their address and their name.
+
+        Args:
+            images: At least one.
+            names: Their names in the dataset.
+        """
+        wanted = list(zip(images, names, strict=True))
+        new = [pair for pair in dict.fromkeys(wanted) if pair not in self._images]
+        if new:
+            embeds = self._encoder.encode_images(
+                [image for image, _ in new], names=[name for _, name in new]
+            )
+            self._images.update(zip(new, embeds, strict=True))
+            self.encoded["images"] += len(new)
+        return torch.stack([self._images[pair] for pair in wanted])

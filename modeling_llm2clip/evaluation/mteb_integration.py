@@ -1,4 +1,4 @@
-"""A saved model as mteb takes it: mteb's own wrapper of sentence-transformers, fully described.
+"""A saved model as mteb takes it, and a retrieval dataset as two tasks of mteb.
 
 A published model needs this only for tasks that join an image and a text in one input:
 `mteb.get_model("owner/model")` reads from the repository that it is a sentence-transformers model
@@ -8,72 +8,100 @@ A local folder needs it always. mteb reads no file of it: it looks up the path a
 its registry, then on the Hub, and raises "No model implementation is available for this model". It
 has no entry points, and a folder cannot change that. A `SentenceTransformer` object is taken for a
 model of texts, without name and revision.
+
+Datasets are found by their names in the registry, as in `llm2clip evaluate`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, Features, Image, Value
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..model_folders.fingerprint import fingerprint_weights
+from ..data.image_sources import ImageSource
+from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ..model_folders.training_state import warn_of_untrained
-from .encoders.files import hash_files
+from .datasets.dataset_registry import find_dataset, list_datasets, load_dataset
+from .datasets.retrieval_dataset import RetrievalDataset
+from .metrics.correspondence import PositiveLists
+from .results import hash_dataset
 
 _FUSED = ("image", "text")
+_SPLIT = "test"
+_SHOWN_OF_DIGEST = 8
+# R@1 of CLIP papers.
+_MAIN_SCORE = "hit_rate_at_1"
+# Regions that write a language in another script than most of its readers (CLDR, likely subtags).
+_SCRIPT_OF_REGION = {
+    ("zh", "TW"): "Hant", ("zh", "HK"): "Hant", ("zh", "MO"): "Hant", ("yue", "CN"): "Hans",
+    ("pa", "PK"): "Arab", ("uz", "AF"): "Arab", ("az", "IR"): "Arab", ("kk", "CN"): "Arab",
+    ("mn", "CN"): "Mong", ("sr", "ME"): "Latn",
+}  # fmt: skip
 
 
 class FusingWrapper(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     """mteb's wrapper, which also takes inputs of an image and a text together.
 
-    Their embeddings are added up, as mteb's own wrapper of CLIP does; here both have unit length.
+    Their embeddings are added up, as in mteb's own wrapper of CLIP; here both have unit length.
     """
 
     mteb_model_meta: ModelMeta
 
-    def encode(self, inputs: Any, **settings: Any) -> Any:
-        """Encode what mteb's loader gives; see mteb's `EncoderProtocol`."""
+    def encode(self, inputs: Any, **options: Any) -> Any:
+        """Encode what mteb's loader gives; see mteb's `EncoderProtocol`.
+
+        Args:
+            inputs: Batches of texts, of images, or of both.
+            options: Passed on to mteb's wrapper.
+        """
         if not set(_FUSED) <= set(inputs.dataset.features):
-            return super().encode(inputs, **settings)
+            return super().encode(inputs, **options)
         whole = self.mteb_model_meta
         try:
-            return sum(self._encode_one(whole, name, inputs, settings) for name in _FUSED)
+            return sum(self._encode_one(whole, name, inputs, options) for name in _FUSED)
         finally:
             self.mteb_model_meta = whole
 
-    def _encode_one(self, meta: ModelMeta, modality: str, inputs: Any, settings: Any) -> Any:
+    def _encode_one(self, meta: ModelMeta, modality: str, inputs: Any, options: Any) -> Any:
         """Encode one modality; of a row mteb's wrapper takes those that the description names."""
         self.mteb_model_meta = meta.model_copy(update={"modalities": [modality]})
-        return torch.as_tensor(super().encode(inputs, **settings)).float()
+        return torch.as_tensor(super().encode(inputs, **options)).float()
 
 
-def open_for_mteb(
+def load_for_mteb(
     folder: str | Path, *, name: str | None = None, device: str | None = None
 ) -> SentenceTransformerEncoderWrapper:
-    """Load an exported folder for `mteb.evaluate`, texts and images alike.
+    """Load a model folder for `mteb.evaluate`, texts and images alike.
 
-    The revision is a digest of weights and settings, so that mteb's store of results cannot give
-    one model's scores for another of the same name. From then on mteb knows the model:
+    The revision is a digest of weights and configuration, so that mteb's store of results cannot
+    give one model's scores for another of the same name. From then on mteb knows the model:
     `mteb.get_model(str(folder))` and `mteb.get_model(name)` load it too, in this process alone.
 
     Args:
-        folder: as `save_model` writes it.
-        name: `organization/model` in mteb's results; `local/` and the folder's name unless given.
-        device: where to load it; sentence-transformers chooses unless given.
-    Raises: ValueError for a folder without `modules.json`, or a name without organization.
+        folder: A model folder of this package.
+        name: `organization/model` in mteb's results. Default: `local/` and the folder's name.
+        device: Where to load it. Default: sentence-transformers chooses.
+
+    Raises:
+        ValueError: The folder has no `modules.json`, or the name has no organization.
     """
     folder = Path(folder)
     if not (folder / "modules.json").is_file():
         raise ValueError(
-            f"{folder} has no modules.json, which sentence-transformers needs. Give the folder of "
-            "an exported model (`llm2clip export`, or `save_model`)."
+            f"{folder} has no modules.json, which sentence-transformers needs. Give a folder that "
+            "this package wrote, for example with `llm2clip export`."
         )
     name = f"local/{folder.resolve().name}" if name is None else name
     if name.count("/") != 1:
@@ -83,26 +111,23 @@ def open_for_mteb(
         str(folder), device=device, trust_remote_code=False, local_files_only=True
     )
     wrapper = FusingWrapper(model)
-    wrapper.mteb_model_meta = _describe(wrapper.mteb_model_meta, model, folder, name=name)
+    wrapper.mteb_model_meta = _describe_model(wrapper.mteb_model_meta, model, folder, name=name)
     MODEL_REGISTRY[name] = MODEL_REGISTRY[str(folder)] = wrapper.mteb_model_meta
     return wrapper
 
 
-def _load_for_mteb(
+def _load_again(
     name: str, *, folder: Path, revision: str, device: str | None = None
 ) -> SentenceTransformerEncoderWrapper:
-    """Load a folder that was opened before.
-
-    Raises: ValueError where its files are others now.
-    """
-    if _digest(folder) != revision:
+    """Load a folder that was loaded before; raise ValueError if its files changed."""
+    if _hash_folder(folder) != revision:
         raise ValueError(
-            f"{folder} changed since it was opened as {name}. Open it again with open_for_mteb."
+            f"{folder} changed since it was loaded as {name}. Load it again with load_for_mteb."
         )
-    return open_for_mteb(folder, name=name, device=device)
+    return load_for_mteb(folder, name=name, device=device)
 
 
-def _describe(
+def _describe_model(
     found: ModelMeta, model: SentenceTransformer, folder: Path, *, name: str
 ) -> ModelMeta:
     """Complete what mteb finds by itself: widths, longest text, similarity, framework."""
@@ -111,8 +136,8 @@ def _describe(
     described: ModelMeta = found.model_copy(
         update={
             "name": name,
-            "loader": partial(_load_for_mteb, folder=folder),
-            "revision": _digest(folder),
+            "loader": partial(_load_again, folder=folder),
+            "revision": _hash_folder(folder),
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),
             # mteb multiplies the vocabulary by the width of the shared space.
@@ -124,7 +149,170 @@ def _describe(
     return described
 
 
-def _digest(folder: Path) -> str:
-    """Forty hexadecimal digits, as a commit has."""
-    weights, settings = fingerprint_weights(folder)["weights"], hash_files(folder, ["**/*.json"])
-    return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()[:40]
+def _hash_folder(folder: Path) -> str:
+    """Return forty hexadecimal digits, as a commit has."""
+    weights, files = fingerprint_weights(folder)["weights"], hash_model_files(folder, ["**/*.json"])
+    return hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40]
+
+
+class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
+    """One direction of a retrieval dataset.
+
+    Args:
+        data: Dataset with its images. Those in tar or Parquet files are read into memory.
+        from_images: Whether images are the queries; else texts are.
+        options: Passed on to mteb's task.
+
+    Raises:
+        ValueError: The dataset has no images, or mteb does not know the code of its language.
+    """
+
+    data_loaded: bool = False  # read and set by mteb too
+
+    def __init__(self, data: RetrievalDataset, *, from_images: bool, **options: Any) -> None:
+        if not data.images:
+            raise ValueError(
+                f"{data.name} was read without its images, which its tasks need. Read it with "
+                "require_images=True."
+            )
+        self._data = data
+        self._from_images = from_images
+        super().__init__(**options)
+
+    @cached_property
+    def metadata(self) -> TaskMetadata:
+        """What mteb knows of the task; made again after mteb has unloaded its data."""
+        return _describe_task(self._data, from_images=self._from_images)
+
+    def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
+        """Make queries, corpus and relevance as mteb reads them; nothing is fetched.
+
+        Args:
+            num_proc: Not used.
+        """
+        if self.data_loaded:
+            return
+        pairs = self._data.correspondence
+        images, texts = _tabulate_images(self._data.images), _tabulate_texts(self._data.captions)
+        if self._from_images:
+            split = _make_split(images, texts, pairs.texts_of_images())
+        else:
+            split = _make_split(texts, images, pairs.images_of_texts())
+        self.dataset = {"default": {_SPLIT: split}}
+        self.data_loaded = True
+
+
+def make_mteb_tasks(
+    data: RetrievalDataset | str, folder: str | Path | None = None, **options: Any
+) -> tuple[RetrievalTask, RetrievalTask]:
+    """Make the tasks of both directions, for `mteb.evaluate`: image to text, text to image.
+
+        mteb.evaluate(model, make_mteb_tasks("docci", "my-docci"))
+        mteb.evaluate(model, make_mteb_tasks("xm3600", "my-xm3600", lang="de"))
+
+    Name and revision have a digest of the data, so that mteb's store of results cannot give the
+    scores of other data for them.
+
+    mteb's `hit_rate_at_k` and `recall_at_k` are those of `metrics.scores`, except if candidates
+    tie: it then prefers the one with the greater id, right or wrong.
+
+    Args:
+        data: A dataset that was loaded, or the name of one (see `list_mteb_datasets`).
+        folder: Folder of the named dataset, as `load_dataset` takes it.
+        options: How it is read, as `load_dataset` takes them.
+
+    Raises:
+        ValueError: The name is unknown, the dataset has another type, or `load_dataset` refuses it.
+    """
+    if isinstance(data, str):
+        data = _load_by_name(data, folder, options)
+    elif folder is not None or options:
+        raise ValueError(
+            f"{data.name} was loaded already and takes no folder={folder!r} and no "
+            f"{', '.join(sorted(options)) or 'options'}. Give the name of a dataset to have it "
+            "loaded."
+        )
+    return RetrievalTask(data, from_images=True), RetrievalTask(data, from_images=False)
+
+
+def list_mteb_datasets() -> list[str]:
+    """List the names of the datasets that `make_mteb_tasks` loads: those for retrieval."""
+    return [spec.name for spec in list_datasets() if spec.dataset_type == "retrieval"]
+
+
+def _load_by_name(
+    name: str, folder: str | Path | None, options: dict[str, Any]
+) -> RetrievalDataset:
+    dataset_type = find_dataset(name).dataset_type
+    if dataset_type != "retrieval":
+        raise ValueError(
+            f"{name} is a {dataset_type} dataset; mteb tasks are made of "
+            f"{', '.join(list_mteb_datasets())}."
+        )
+    data = load_dataset(name, folder, **options)
+    assert isinstance(data, RetrievalDataset)
+    return data
+
+
+def _describe_task(data: RetrievalDataset, *, from_images: bool) -> TaskMetadata:
+    direction = "image-to-text" if from_images else "text-to-image"
+    digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
+    return TaskMetadata(
+        name=f"{data.name}-{data.lang}-{digest}-{direction}",
+        description=f"{direction} retrieval on {data.name} ({data.lang}), "
+        f"{len(data.images)} images and {len(data.captions)} texts.",
+        type="Any2AnyRetrieval",
+        category="i2t" if from_images else "t2i",
+        modalities=["image", "text"],
+        eval_splits=[_SPLIT],
+        eval_langs=[_find_language(data.lang)],
+        main_score=_MAIN_SCORE,
+        dataset={"path": data.name, "revision": digest},
+        bibtex_citation="",
+    )
+
+
+def _find_language(lang: str) -> str:
+    """Convert BCP 47 (`zh`, `zh-Hant`, `zh-TW`) to mteb's language and script (`zho-Hans`)."""
+    language, *subtags = lang.split("-")
+    found = _hf_langs_to_iso_lang_scripts(language)
+    if not found:
+        raise ValueError(
+            f"mteb knows no language {language!r} (of {lang!r}). Languages are BCP 47, such as en."
+        )
+    scripts = [tag.capitalize() for tag in subtags if len(tag) == 4]
+    scripts += [_SCRIPT_OF_REGION.get((language, tag.upper()), "") for tag in subtags]
+    scripts = [script for script in scripts if script]
+    return f"{found[0].split('-')[0]}-{scripts[0]}" if scripts else str(found[0])
+
+
+def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
+    rows = [
+        {"bytes": None, "path": str(image)}
+        if isinstance(image, Path)
+        else {"bytes": image.read_bytes(), "path": None}
+        for image in images
+    ]
+    return Dataset.from_dict(
+        {"id": _name_rows("image", len(rows)), "image": rows},
+        features=Features({"id": Value("string"), "image": Image()}),
+    )
+
+
+def _tabulate_texts(texts: tuple[str, ...]) -> Dataset:
+    return Dataset.from_dict({"id": _name_rows("text", len(texts)), "text": list(texts)})
+
+
+def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:
+    candidates = corpus["id"][:]
+    relevant = {
+        query: {candidates[row]: 1 for row in positives.of(number).tolist()}
+        for number, query in enumerate(queries["id"])
+    }
+    return RetrievalSplitData(
+        queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None
+    )
+
+
+def _name_rows(side: str, count: int) -> list[str]:
+    return [f"{side}-{row}" for row in range(count)]

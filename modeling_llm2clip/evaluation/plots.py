@@ -1,4 +1,4 @@
-"""R@1 against the length of the text, several models in one image; needs matplotlib."""
+"""Plots of results; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -6,29 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._extras import PLOTS, require
-from .labels import disambiguate, list_digests, list_sides
-from .results import Result, find_differences
-from .tasks.clip_tokens import CLIP_TEXT_TOKENS
+from torch import Tensor
 
-_ENDINGS = (".png", ".svg", ".pdf")
+from .._extras import PLOTS, require
+from .result_details import label_dataset, list_sides
+from .results import Result, find_differences
+from .tasks.text_length import CLIP_TEXT_TOKENS
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+_MAX_NAMED = 60
+_INCHES_PER_CLASS = 0.25
 
 
 def plot_lengths(results: Sequence[Result], file: Path) -> None:
-    """Draw the R@1 of every bucket with its interval, one line a model.
+    """Plot R@1 against the length of the text, with intervals, one line per model.
 
     Args:
-        results: of the task `length`, all on one set.
-        file: PNG, SVG or PDF, by its ending.
-    Raises: ValueError for other results, results on different data or under different protocols
-        of the task, another ending, a missing folder, or when matplotlib is not installed.
+        results: Results of the task `length`, all on one dataset.
+        file: PNG, SVG or PDF, by its suffix.
+
+    Raises:
+        ValueError: A result is of another task, or they are on different data or were scored in
+            different ways; or the file cannot be written.
+        MissingExtraError: matplotlib is not installed.
     """
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")
     _require_one_protocol(results)
-    results = disambiguate(results)
     require_plot_file(file)
-    plt = import_matplotlib()
+    plt = _import_pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for result in results:
         buckets = result.scores["buckets"]
@@ -45,46 +51,68 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     axes.set_xlabel("length of the text, tokens of CLIP's vocabulary")
     axes.set_ylabel("R@1, %")
     axes.set_ylim(bottom=0)
-    axes.set_title("\n".join([results[0].set, *list_sides(results[0])]))
+    axes.set_title("\n".join([label_dataset(results[0]), *list_sides(results[0])]))
     axes.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-def _require_one_protocol(results: Sequence[Result]) -> None:
-    if len(sets := {result.set for result in results}) > 1:
-        raise ValueError(f"The results are of different sets, {sorted(sets)}; plot each by itself.")
-    models_of: dict[tuple[str, ...], list[str]] = {}
-    for result in results:
-        models_of.setdefault(list_digests(result), []).append(result.model)
-    if len(models_of) > 1:
-        raise ValueError(
-            f"The results are of different data of the set {results[0].set}: the models "
-            f"{' and '.join(map(str, models_of.values()))} were shown other languages, captions or "
-            "images. Evaluate all of them on the same data."
-        )
-    first = results[0].protocol["task"]
-    for result in results:
-        if differences := list(find_differences(first, result.protocol["task"])):
-            raise ValueError(
-                f"{results[0].model} and {result.model} were scored in different ways: "
-                f"{'; '.join(differences)}. Evaluate both again in the same way."
-            )
+def plot_confusion(confusion: Tensor, names: Sequence[str], file: Path) -> None:
+    """Plot a confusion matrix: rows are the images' own classes, columns the predicted ones.
+
+    Args:
+        confusion: (C, C) integers; each row is scaled to its number of images.
+        names: Names of the classes; up to 60 are written.
+        file: PNG, SVG or PDF, by its suffix.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    plt = _import_pyplot()
+    number = len(confusion)
+    side = max(4.0, min(10.0, 2 + _INCHES_PER_CLASS * number))
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("class")
+    if number <= _MAX_NAMED:
+        axes.set_xticks(range(number), names, rotation=90)
+        axes.set_yticks(range(number), names)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def require_plot_file(file: Path) -> None:
-    """Raise ValueError for a file that no plot can be written into."""
-    if file.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"{file} ends in none of {_ENDINGS}. Name an image of one of them.")
-    if not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is no folder. Make it, or name the plot elsewhere.")
+    """Raise ValueError for a file that no plot can be written into.
 
-
-def import_matplotlib() -> Any:
-    """Import matplotlib's pyplot, for files.
-
-    Raises: MissingExtraError saying how to install it.
+    Args:
+        file: The file.
     """
+    if file.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{file} must end in one of {', '.join(_SUFFIXES)}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file.parent} is not a folder. Make it, or name the plot elsewhere.")
+
+
+def _require_one_protocol(results: Sequence[Result]) -> None:
+    if len(names := {result.dataset for result in results}) > 1:
+        raise ValueError(
+            f"The results are on different datasets: {', '.join(sorted(names))}. Plot each by "
+            "itself."
+        )
+    first = results[0]
+    for result in results:
+        for what in ("data", "task"):
+            then, now = {what: first.protocol[what]}, {what: result.protocol[what]}
+            if differences := list(find_differences(then, now)):
+                raise ValueError(
+                    f"{first.model} and {result.model} were evaluated on different data or in "
+                    f"different ways: {'; '.join(differences)}. Evaluate both in the same way."
+                )
+
+
+def _import_pyplot() -> Any:
     require(PLOTS)
     import matplotlib
 

@@ -1,8 +1,9 @@
-"""One JSON file a task: scores, every choice that moved them, the model's fingerprint.
+"""One JSON file per task: scores, every choice that changed them, the model's fingerprint.
 
-The file is written whole or not at all, with a digest that a damaged or edited one no longer has.
-A later run with the same model, data, protocol and version of this package finds it and computes
-nothing; a file of another run is never overwritten. The results of one name are of one model.
+A file is written whole or not at all, with a digest that a damaged or edited one no longer has. A
+later run with the same model, data, protocol and version of this package finds it and computes
+nothing; a file of another run is never overwritten. In one folder, all results of a name are of one
+model, and all scores of a task on a dataset can be compared.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import Any
 from .._environment import list_versions
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.image_sources import ImageSource, ParquetImage, TarImage
-from .datasets.schema import ChoiceDataset, ClassificationDataset, EvaluationSet
+from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
 
-FORMAT_VERSION = 2
-_DIGEST = "digest"
-# Where a set or a model lies moves no score: the digests say what it is.
-_MAY_DIFFER = re.compile(r"protocol\.data\.(.*\.)?(source|revision)")
+FORMAT_VERSION = 3
 OWN_PACKAGE = "modeling_llm2clip"
-PACKAGES = (
+_DIGEST = "digest"
+# Where a dataset or a model is stored changes no score: the digests identify it.
+_MAY_DIFFER = re.compile(r"(protocol\.)?data\.(.*\.)?(source|revision)")
+_PACKAGES = (
     OWN_PACKAGE, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
@@ -38,26 +39,29 @@ _SHOWN_OF_VALUE = 60  # characters
 _SHOWN_BEFORE = 15  # of what two values have in common
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one task found for one model on one set.
+    """What one task found for one model on one dataset.
 
     Attributes:
-        model, task, set: names: the model's as in tables, the others as commands take them.
-        scores: from the task.
-        protocol: every choice that moves a score: of the `data`, of the `model` (prompt, maximum
+        model: Name of the model in tables.
+        task: Name of the task.
+        dataset: Name of the dataset.
+        scores: Scores of the task.
+        protocol: Every choice that changes a score: of the `data`, of the `model` (prompt, maximum
             tokens, resolution, preprocessing, dtype) and of the `task`.
-        counts: what there was, and how many texts were cut.
-        fingerprint: which model.
-        run: moves no score: device, batch size, where the model lay, and how many texts and
-            images were `encoded`; embeddings of an earlier task are not made again.
-        versions: of the packages.
-        seconds: of what was done: `encoded` embeddings and their scores.
+        counts: How many images and texts there were, and how many texts were truncated.
+        fingerprint: Digests that identify the model.
+        run: What changes no score: device, batch size, where the model was, and how many texts and
+            images were `encoded`; embeddings of an earlier task are not computed again.
+        versions: Versions of the packages.
+        seconds: How long it took to compute the `encoded` embeddings and the scores.
+        format_version: Format of the file.
     """
 
     model: str
     task: str
-    set: str
+    dataset: str
     scores: dict[str, Any]
     protocol: dict[str, Any]
     counts: dict[str, Any]
@@ -68,55 +72,65 @@ class Result:
     format_version: int = FORMAT_VERSION
 
 
-def result_file(folder: Path, *, model: str, set_name: str, task: str) -> Path:
-    """Where a result lies."""
-    return folder / model / f"{set_name}.{task}.json"
+def find_result_file(folder: Path, *, model: str, dataset: str, task: str) -> Path:
+    """Return the file of a result, which need not exist.
+
+    Args:
+        folder: Folder of all results.
+        model: Name of the model.
+        dataset: Name of the dataset.
+        task: Name of the task.
+    """
+    return folder / model / f"{dataset}.{task}.json"
 
 
 def build_protocol(
-    task: Task, sets: Sequence[EvaluationSet], description: EncoderDescription
+    task: Task, datasets: Sequence[EvaluationDataset], description: EncoderDescription
 ) -> dict[str, Any]:
-    """Every choice that moves a score, known before the model is loaded."""
+    """Collect every choice that changes a score, before the model is loaded.
+
+    Args:
+        task: The task.
+        datasets: One per language.
+        description: What decides the embeddings.
+    """
     described = description.to_json()
-    of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in sets}
-    data = {"languages": of_data} if task.languages else next(iter(of_data.values()))
+    of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in datasets}
+    data = {"languages": of_data} if task.all_languages else next(iter(of_data.values()))
     protocol = {
         "data": data,
-        "model": {name: described[name] for name in ("kind", "text", "images", "dtype")},
-        "task": {**task.protocol, **task.protocol_of(tuple(sets))},
+        "model": {name: described[name] for name in ("model_type", "text", "images", "dtype")},
+        "task": {**task.protocol, **task.describe_data(tuple(datasets))},
     }
-    # As it will be read again: tuples are lists then.
+    # As it will be read again: tuples become lists.
     return json.loads(json.dumps(protocol, ensure_ascii=False))  # type: ignore[no-any-return]
 
 
-def hash_dataset(data: EvaluationSet) -> str:
-    """SHA-256 of a set's texts, names and correspondence, and of the bytes of its images.
+def hash_dataset(dataset: EvaluationDataset) -> str:
+    """Hash a dataset's texts, names and correspondence, and the bytes of its images.
 
-    Each image file is read once in a process, unless it has changed.
+    Each image file is read once per process, unless it changes.
+
+    Args:
+        dataset: The dataset.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256()
-    if isinstance(data, ChoiceDataset):
-        parts: list[Any] = [
-            [item.name, item.captions, item.anchor, list(map(_hash_image, item.images))]
-            for item in data.items
-        ]
-    elif isinstance(data, ClassificationDataset):
-        parts = [data.image_names, data.labels, data.class_names, data.templates]
-        parts += [list(map(_hash_image, data.images))]
-    else:
-        pairs = (data.correspondence.image_of_pair, data.correspondence.text_of_pair)
-        parts = [data.image_names, data.captions, *(rows.tolist() for rows in pairs)]
-        parts += [list(map(_hash_image, data.images))]
-    for part in parts:
-        digest.update(json.dumps(part).encode())
+    for part in dataset.list_content():
+        digest.update(json.dumps(part, default=_hash_image).encode())
     return digest.hexdigest()
 
 
 def read_result(file: Path) -> Result:
     """Read one result.
 
-    Raises: ValueError when the file is damaged or changed, or written by another version of the
-        format.
+    Args:
+        file: Its file.
+
+    Raises:
+        ValueError: The file is damaged or changed, or has another format.
     """
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -126,14 +140,26 @@ def read_result(file: Path) -> Result:
 
 
 def is_result(content: Any) -> bool:
-    """Whether this is what an evaluation wrote, of whatever version of the format."""
+    """Return whether a JSON value was written by an evaluation, in any version of the format.
+
+    Args:
+        content: Content of a file.
+    """
     return isinstance(content, dict) and {_DIGEST, "format_version"} <= set(content)
 
 
 def parse_result(content: Any, file: Path) -> Result:
-    """Make a result of a file's content; errors as `read_result`."""
+    """Make a result of a file's content.
+
+    Args:
+        content: Content of the file.
+        file: The file, for errors.
+
+    Raises:
+        ValueError: The content is damaged or changed, or has another format.
+    """
     if not isinstance(content, dict) or "format_version" not in content:
-        raise ValueError(f"{file} is no result of an evaluation. Name another folder.")
+        raise ValueError(f"{file} is not a result of an evaluation. Name another folder.")
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{file} has format_version {content['format_version']!r}, this code reads "
@@ -146,45 +172,88 @@ def parse_result(content: Any, file: Path) -> Result:
     return Result(**content)
 
 
-def list_files(folder: Path) -> list[Path]:
-    """The files of all results of a folder, by model, set and task."""
+def list_result_files(folder: Path) -> list[Path]:
+    """List the files of all results in a folder by model, dataset and task.
+
+    Args:
+        folder: The folder, which need not exist.
+    """
     return sorted(folder.glob("*/*.json"))
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read all results of a folder, by model, set and task.
+    """Read all results in a folder by model, dataset and task.
 
-    Raises: ValueError when there are none.
+    Args:
+        folder: The folder.
+
+    Raises:
+        ValueError: There are no results, or one cannot be read.
     """
-    files = list_files(folder)
+    files = list_result_files(folder)
     if not files:
-        raise ValueError(f"{folder} holds no results. Evaluate something into it first.")
+        raise ValueError(f"{folder} has no results. Evaluate something into it first.")
     return [read_result(file) for file in files]
 
 
-def require_one_model(folder: Path, *, fingerprint: Mapping[str, str]) -> None:
-    """Raise ValueError when the results of one name are of another model than this one.
+def require_one_model(
+    results: Mapping[Path, Result], *, model: str, fingerprint: Mapping[str, str]
+) -> None:
+    """Refuse a name that is already the name of another model.
 
     Args:
-        folder: of all results of the name; need not be there.
+        results: Results that exist, by their files.
+        model: The name.
+        fingerprint: Digests that identify the model.
+
+    Raises:
+        ValueError: A result of this name is of another model.
     """
-    for file in sorted(folder.glob("*.json")):
-        then = {"fingerprint": read_result(file).fingerprint}
-        _require_no_difference(file, "model", then, {"fingerprint": fingerprint})
+    for file, result in results.items():
+        if result.model == model:
+            then, now = {"fingerprint": result.fingerprint}, {"fingerprint": fingerprint}
+            _require_no_difference(file, "model", then, now)
+
+
+def require_comparable(
+    results: Mapping[Path, Result], *, task: str, dataset: str, protocol: Mapping[str, Any]
+) -> None:
+    """Refuse scores that would be in one column of a table with scores that differ in meaning.
+
+    Args:
+        results: Results that exist, by their files.
+        task: Name of the task.
+        dataset: Name of the dataset.
+        protocol: From `build_protocol`.
+
+    Raises:
+        ValueError: A result of the same task on a dataset of this name has other data, or was
+            scored in another way.
+    """
+    now = _select_comparable(protocol)
+    for file, result in results.items():
+        if (result.task, result.dataset) == (task, dataset):
+            then = _select_comparable(result.protocol)
+            _require_no_difference(file, "data or in another way", then, now)
 
 
 def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
-    """Return the result that is there already, or None.
+    """Return the result that exists already, or None.
 
     Another version of this package may score otherwise, and is another run. Another version of a
-    package that it calls is warned of.
+    package that it calls causes a warning.
 
-    Raises: ValueError naming every choice in which the file's run differs from this one.
+    Args:
+        file: File of the result.
+        protocol: From `build_protocol`.
+
+    Raises:
+        ValueError: The file is of another run; every difference is named.
     """
     if not file.is_file():
         return None
     found = read_result(file)
-    versions = list_versions(PACKAGES)
+    versions = list_versions(_PACKAGES)
     _require_no_difference(
         file,
         "run",
@@ -200,6 +269,45 @@ def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
     return found
 
 
+def list_result_versions() -> dict[str, str]:
+    """List the versions of Python and of every package that takes part in an embedding."""
+    return list_versions(_PACKAGES)
+
+
+def write_result(file: Path, result: Result) -> None:
+    """Write one result, whole or not at all.
+
+    Args:
+        file: File of the result.
+        result: The result.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(file, text.encode())
+
+
+def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Yield for every value in which two protocols differ what it was and what it is.
+
+    Args:
+        then: JSON values.
+        now: JSON values.
+        path: Where they are, for the message.
+    """
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in sorted(set(then) | set(now)):
+            below = f"{path}.{name}" if path else name
+            yield from find_differences(then.get(name), now.get(name), below)
+    elif then != now and not _MAY_DIFFER.fullmatch(path):
+        was, now_is = _shorten(repr(then), repr(now))
+        yield f"{path} was {was} and is {now_is}"
+
+
+def _select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    return {"data": protocol["data"], "task": protocol["task"]}
+
+
 def _require_no_difference(file: Path, what: str, then: Any, now: Any) -> None:
     differences = list(find_differences(then, now))
     if differences:
@@ -210,27 +318,8 @@ def _require_no_difference(file: Path, what: str, then: Any, now: Any) -> None:
         )
 
 
-def write_result(file: Path, result: Result) -> None:
-    """Write one result, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(file, text.encode())
-
-
-def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Say of every value in which two protocols differ what it was and what it is."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for name in sorted(set(then) | set(now)):
-            below = f"{path}.{name}" if path else name
-            yield from find_differences(then.get(name), now.get(name), below)
-    elif then != now and not _MAY_DIFFER.fullmatch(path):
-        was, now_is = _shorten(repr(then), repr(now))
-        yield f"{path} was {was} and is {now_is}"
-
-
 def _shorten(*texts: str) -> list[str]:
-    """Cut long texts so that the first place where they differ is seen."""
+    """Shorten long texts so that the first place where they differ is seen."""
     if max(map(len, texts)) <= _SHOWN_OF_VALUE:
         return list(texts)
     differ = (i for i, signs in enumerate(zip(*texts, strict=False)) if len(set(signs)) > 1)
@@ -245,7 +334,7 @@ def _shorten(*texts: str) -> list[str]:
 
 
 def _hash_image(image: ImageSource) -> str:
-    """SHA-256 of the encoded bytes, which are the same wherever the data set lies."""
+    """Hash the encoded bytes, which are the same wherever the dataset is."""
     if isinstance(image, TarImage):
         state = image.shard.stat()
     else:

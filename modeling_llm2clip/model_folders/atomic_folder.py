@@ -1,9 +1,9 @@
-"""Writes a folder that is whole or not there, and clears what killed writers of it left behind.
+"""Writes a folder that is complete or absent, and clears what killed writers of it left behind.
 
-Everything is written into a hidden folder beside the target, `.NAME-` and eight characters, which
-also holds a claim: a file with the target's name, under a lock of the kernel that goes with the
-process that holds it, however it ends. A claim that nobody locks is therefore a dead writer's.
-Where the file system has no `flock`, nothing is claimed and nothing is cleared.
+Everything is written into a hidden folder beside the target, `.NAME-` and eight characters. It also
+holds a claim: a file with the target's name, under a lock of the kernel that ends with the process
+that holds it, however that ends. So a claim that nobody locks belongs to a dead writer. Where the
+file system has no `flock`, nothing is claimed and nothing is cleared.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ _CLAIM = ".llm2clip-is-writing"
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder, which takes the target's place when all went well.
+    """Yield a temporary folder, which becomes the target unless an error is raised inside.
 
-    Raises: FileExistsError when the target exists and is not empty.
+    Args:
+        folder: New or empty folder.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
     """
     require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +39,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         with (scratch / _CLAIM).open("w", encoding="utf-8") as claim:
             if _lock(claim, shared=False):
-                claim.write(folder.name)  # only now: an empty claim is not looked at
+                claim.write(folder.name)  # only now: an empty claim is ignored
                 claim.flush()
             unfinished.mkdir()
             yield unfinished
@@ -48,7 +52,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_new_folder(folder: Path) -> None:
-    """Raise FileExistsError when a folder exists and is not empty."""
+    """Refuse a folder that exists and is not empty.
+
+    Args:
+        folder: Folder that is going to be written.
+
+    Raises:
+        FileExistsError: It exists and is not empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
@@ -56,8 +67,11 @@ def require_new_folder(folder: Path) -> None:
 def clear_leftovers(folder: Path) -> None:
     """Remove what writers of this folder left when they were killed.
 
-    Any other hidden folder beside it stays: one without a claim, one that is claimed for another
-    target, one whose writer lives. Several processes may clear at once.
+    Any other hidden folder beside it is kept: one without a claim, one claimed for another target,
+    one whose writer is alive. Several processes may clear at once.
+
+    Args:
+        folder: Target of the writers.
     """
     for claim in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_CLAIM}"):
         if not claim.parent.is_symlink() and _is_abandoned(claim, folder.name):
@@ -67,7 +81,7 @@ def clear_leftovers(folder: Path) -> None:
 def _is_abandoned(claim: Path, name: str) -> bool:
     try:
         with claim.open(encoding="utf-8") as opened:
-            # Its writer may have ended well in between; then it is gone.
+            # Its writer may have finished in between; then it is gone.
             return opened.read() == name and _lock(opened, shared=True) and claim.exists()
     except (FileNotFoundError, PermissionError):  # gone in between, or another user's
         return False

@@ -1,8 +1,8 @@
-"""Which model made these embeddings: everything that decides them, as short texts to compare.
+"""Which model made these embeddings: everything that determines them, as short texts to compare.
 
-Read from a model's folder, whose weights are streamed; no model is built. A loaded model is not
-asked, because transformers renames weights of some towers on loading. Weights of the adapter and
-the projections do not count: stored embeddings are taken before them.
+It is read from the model's folder, one tensor at a time; no model is built. A loaded model would
+not do, because transformers renames weights of some towers on loading. Weights of the text adapter
+and the projections do not count: stored embeddings are taken before them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,31 @@ from ..data.safetensors_files import iterate_tensors, list_weight_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
-# Of a tower's configuration: what changes no number, or has an entry of its own.
+# Fields of a tower's configuration that change no number, or have an entry of their own.
 _NOT_OF_THE_TOWER = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
-# The class of an image processor names what it is computed with, not what it computes.
+# What of the small files of any model changes no embedding: where it was saved, and by whom.
+_NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+# Files of this package and of downloads that say nothing of how a text or an image is read.
+_IGNORED_FILES = ("model.safetensors.index.json", "README.md")
+# They name the library that an image processor computes with, not what it computes.
 _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
 
 
 def fingerprint_text(model: str | Path) -> dict[str, str]:
-    """Say what decides a caption's embedding.
+    """Describe what determines the embedding of a caption.
 
     Args:
-        model: folder or Hub id.
-    Returns: `weights`, `architecture` and `tokenizer` (SHA-256), `dtype`, `prompt`, `pooling`,
+        model: Folder or Hub id.
+
+    Returns:
+        `weights`, `architecture` and `tokenizer` (SHA-256), `dtype`, `prompt`, `pooling`,
         `direction`, `max_text_length`.
-    Raises: ValueError when the folder has no weights.
+
+    Raises:
+        ValueError: The folder has no weights.
     """
     config, tensors, processor = _open(model, prefix="text_model.")
     return {
@@ -53,9 +61,16 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_vision(model: str | Path) -> dict[str, str]:
-    """Say what decides an image's embedding; arguments and errors as `fingerprint_text`.
+    """Describe what determines the embedding of an image.
 
-    Returns: `weights`, `architecture` and `image_processor` (SHA-256), `dtype`, `pooling`.
+    Args:
+        model: Folder or Hub id.
+
+    Returns:
+        `weights`, `architecture` and `image_processor` (SHA-256), `dtype`, `pooling`.
+
+    Raises:
+        ValueError: The folder has no weights.
     """
     config, tensors, processor = _open(model, prefix="vision_model.")
     settings: dict[str, Any] = processor.image_processor.to_dict()
@@ -70,11 +85,17 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_model(folder: Path) -> dict[str, str]:
-    """Say which model a folder holds, towers and head.
+    """Identify the whole model in a folder.
 
-    Returns: `weights` (SHA-256 of all of them), `dtype`, and the one setting of the head that no
-        weight and neither `fingerprint_text` nor `fingerprint_vision` shows.
-    Raises: ValueError when the folder has no weights.
+    Args:
+        folder: Model folder.
+
+    Returns:
+        `weights` (SHA-256 of all of them), `dtype`, and the one setting that changes embeddings and
+        that neither weights nor `fingerprint_text` nor `fingerprint_vision` show.
+
+    Raises:
+        ValueError: The folder has no weights.
     """
     config = LLM2CLIPConfig.from_pretrained(folder)
     setting = "normalize_text_before_adapter"
@@ -82,12 +103,18 @@ def fingerprint_model(folder: Path) -> dict[str, str]:
 
 
 def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") -> dict[str, str]:
-    """Hash all tensors of a folder's safetensors files, however they are spread over files.
+    """Hash all tensors of a folder's safetensors files, however they are distributed over files.
 
     Args:
-        pattern: which files, as `Path.glob` takes it; tensors of a subfolder go by its name too.
-    Returns: `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
-    Raises: ValueError when no file fits, or a name stands in two of them.
+        folder: Folder.
+        pattern: Which files, as `Path.glob` takes it; the name of a subfolder is part of the names
+            of its tensors.
+
+    Returns:
+        `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
+
+    Raises:
+        ValueError: No file fits, or a name occurs in two of them.
     """
     files = sorted(folder.glob(pattern))
     if not files:
@@ -101,7 +128,7 @@ def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") ->
 def _open(
     model: str | Path, *, prefix: str
 ) -> tuple[LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
-    """Configuration, the tower's tensors by name in order, and processor."""
+    """Open configuration, the tower's tensors in the order of their names, and processor."""
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
@@ -124,13 +151,40 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _tower_settings(config: Any) -> dict[str, Any]:
-    # Only what differs from the family's defaults, so that a newer transformers, which knows more
-    # settings, gives the same.
+    # Only what differs from the family's defaults, so that a newer transformers with more fields
+    # gives the same.
     settings: dict[str, Any] = config.to_diff_dict()
     return {k: v for k, v in settings.items() if k not in _NOT_OF_THE_TOWER}
 
 
 def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
     written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    # These two are left from the last call.
+    # These two are state of the last call.
     return hash_json({**written, "truncation": None, "padding": None})
+
+
+def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:
+    """Hash the small files that decide a model's embeddings beside its weights.
+
+    Args:
+        folder: Folder of a model of any type.
+        patterns: As `Path.glob` takes them.
+
+    Returns:
+        SHA-256 of names and contents, of JSON without what changes no embedding.
+    """
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        if file.name not in _IGNORED_FILES:
+            digest.update(f"{file.relative_to(folder)}\n".encode())
+            digest.update(_read_relevant(file))
+    return digest.hexdigest()
+
+
+def _read_relevant(file: Path) -> bytes:
+    if file.suffix != ".json":
+        return file.read_bytes()
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in _NOT_OF_THE_FILES}
+    return json.dumps(content, sort_keys=True).encode()

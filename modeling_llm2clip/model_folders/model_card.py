@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from .golden_embeddings import GOLDEN_FILE
-from .model_card_data import CardData
+from .model_card_data import CardData, read_card_data
 from .training_state import describe_untrained
+from .weights import open_weights
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TASK_TAG = "image-text-retrieval"
 _UNTRAINED_TAG = "untrained"
@@ -28,8 +27,8 @@ _SUMMARIES = {
         "A vision tower and a language model, each followed by a projection into one shared space "
         "of $dim dimensions."
     ),
-    ("vision",): "The image half alone, which projects into a space of $dim dimensions.",
-    ("text",): "The text half alone, which projects into a space of $dim dimensions.",
+    ("vision",): "The vision-only model, which projects into a space of $dim dimensions.",
+    ("text",): "The text-only model, which projects into a space of $dim dimensions.",
 }
 _PIPELINES = {
     ("vision", "text"): "zero-shot-image-classification",
@@ -39,9 +38,9 @@ _PIPELINES = {
 _PURPOSE = re.compile(r"## Intended use\n.*?(?=## )", re.DOTALL)
 _UNTRAINED = """## Untrained: not for use yet
 
-This model was put together and not trained. It is {state}.
+This model was built from two towers and not trained. It is {state}.
 
-Until then its similarities are random numbers. It must be aligned first; what comes of that has a
+Until then its similarities are random. Align it first (`llm2clip align`): the aligned model has a
 card of its own, and this one is not for publication.
 
 """
@@ -51,65 +50,78 @@ _SNIPPETS = {
 }
 
 
-def write_model_card(folder: Path, facts: CardData, *, name: str) -> None:
+def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
     """Write `README.md` with the Hub's metadata.
 
     Args:
-        folder: Holds the saved model already.
-        facts: What the card states beside what it reads in the folder.
-        name: Name of the model on the card: the folder's last name, or its Hub id.
+        folder: Folder that holds the saved model.
+        card: What the card states beside what is in the folder.
+        name: What the card calls the model: the folder's last name, or its Hub id.
     """
-    card = render_model_card(folder, facts, name=name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(_render(folder, card, name=name), encoding="utf-8")
 
 
-def render_model_card(folder: Path, facts: CardData, *, name: str) -> str:
-    """Return what `write_model_card` writes.
+def update_model_card(folder: Path, *, license: str | None, name: str) -> None:
+    """State a license, and rename the model where nobody edited its card.
 
     Args:
-        folder: As there.
-        facts: As there.
-        name: As there.
+        folder: Model folder with a card.
+        license: License of the weights; None keeps the stated one.
+        name: New name.
     """
+    path = folder / "README.md"
+    card = read_card_data(folder)
+    stated = replace(card, license=license) if license else card
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    if not text or (title is not None and text == _render(folder, card, name=title[1])):
+        write_model_card(folder, stated, name=name)
+    elif stated != card:
+        edited = ModelCard.load(path)
+        edited.data.license = license
+        edited.save(path)
+
+
+def _render(folder: Path, card: CardData, *, name: str) -> str:
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     counts = _count_parameters(folder)
-    halves = tuple(half for half, tower in _TOWERS.items() if tower in counts)
-    origins = {half: _name_origin(config, half) for half in halves}
+    sides = tuple(side for side, tower in _TOWERS.items() if tower in counts)
+    origins = {side: _name_origin(config, side) for side in sides}
     trained = config.projections_trained
     data = ModelCardData(
-        **facts.metadata,
+        **card.metadata,
         library_name="sentence-transformers",
-        pipeline_tag=_PIPELINES[halves] if trained else None,
+        pipeline_tag=_PIPELINES[sides] if trained else None,
         tags=["llm2clip", "sentence-transformers", _TASK_TAG if trained else _UNTRAINED_TAG],
         base_model=[origin for origin in origins.values() if _HUB_ID.fullmatch(origin)] or None,
-        datasets=[data for data in facts.training_data if _HUB_ID.fullmatch(data)] or None,
-        model_name=name if facts.results else None,
-        eval_results=facts.eval_results or None,
+        datasets=[data for data in card.training_data if _HUB_ID.fullmatch(data)] or None,
+        model_name=name if card.results else None,
+        eval_results=card.eval_results or None,
     )
     body = Template(_choose_template(config)).substitute(
         name=name,
         summary=f"An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)). "
-        f"{Template(_SUMMARIES[halves]).substitute(dim=config.projection_dim)}"
-        + (f"\n\n**{facts.caution}**" if facts.caution else ""),
-        parts=_draw(_describe_parts(folder, config, counts)),
+        f"{Template(_SUMMARIES[sides]).substitute(dim=config.projection_dim)}"
+        + (f"\n\n**{card.caution}**" if card.caution else ""),
+        parts=_format_rows(_describe_parts(folder, config, counts)),
         snippet="\n".join(
-            [_SNIPPETS[half] for half in halves]
-            + (["print(model.similarity(images, captions))"] if len(halves) == 2 else [])
+            [_SNIPPETS[side] for side in sides]
+            + (["print(model.similarity(images, captions))"] if len(sides) == 2 else [])
         ),
         others="`AutoModel` and `AutoProcessor`"
-        if len(halves) == 1
-        else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[halves]}")`',
-        training=", ".join(facts.training_data) or "Not recorded.",
-        scores=_describe_scores(facts),
-        license=_describe_license(facts),
-        origins=_draw(_describe_origins(origins, facts)),
+        if len(sides) == 1
+        else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[sides]}")`',
+        training=", ".join(card.training_data) or "Not recorded.",
+        scores=_describe_scores(card),
+        license=_describe_license(card),
+        origins=_format_rows(_describe_origins(origins, card)),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:
-    """The template; of an untrained model, what it lacks in place of its intended use."""
-    text = TEMPLATE.read_text(encoding="utf-8")
+    """Return the template; of an untrained model, with what it lacks in place of its use."""
+    text = _TEMPLATE.read_text(encoding="utf-8")
     state = describe_untrained(config)
     if state is None:
         return text
@@ -137,10 +149,10 @@ def _describe_parts(
     return rows
 
 
-def _describe_tower(config: LLM2CLIPConfig, half: str, counts: dict[str, int]) -> str:
-    tower = getattr(config, f"{half}_config")
+def _describe_tower(config: LLM2CLIPConfig, side: str, counts: dict[str, int]) -> str:
+    tower = getattr(config, f"{side}_config")
     architecture = getattr(tower, "architecture", None) or tower.model_type
-    return f"`{architecture}`, {_shorten(counts[_TOWERS[half]])} parameters"
+    return f"`{architecture}`, {_shorten(counts[_TOWERS[side]])} parameters"
 
 
 def _describe_images(folder: Path) -> str:
@@ -170,51 +182,47 @@ def _describe_prompt(folder: Path, config: LLM2CLIPConfig) -> str:
     return f"`{prefix!r}` text `{suffix!r}`, written into the tokenizer"
 
 
-def _describe_scores(facts: CardData) -> str:
-    if not facts.results:
+def _describe_scores(card: CardData) -> str:
+    if not card.results:
         return "None recorded."
     rows = [
         (result.task, result.dataset, name, f"{value:.4g}")
-        for result in facts.results
+        for result in card.results
         for name, value in result.scores.items()
     ]
-    return "\n".join(["| task | data | score | value |", "| --- | --- | --- | --- |", _draw(rows)])
+    head = "| task | data | score | value |\n| --- | --- | --- | --- |"
+    return f"{head}\n{_format_rows(rows)}"
 
 
-def _describe_license(facts: CardData) -> str:
-    if facts.license_id is None:
+def _describe_license(card: CardData) -> str:
+    if card.license is None:
         return "No license is stated for these weights."
-    if facts.license_id == "other":
-        return f"These weights: [{facts.license_name}]({facts.license_link})."
-    return f"These weights: {facts.license_id}."
+    if card.license == "other":
+        return f"These weights: [{card.license_name}]({card.license_link})."
+    return f"These weights: {card.license}."
 
 
-def _describe_origins(origins: dict[str, str], facts: CardData) -> list[tuple[str, ...]]:
-    kinds = {"vision": "vision tower", "text": "language model"}
+def _describe_origins(origins: dict[str, str], card: CardData) -> list[tuple[str, ...]]:
+    names = {"vision": "vision tower", "text": "language model"}
     return [
         (
-            f"{kinds[half]} {f'`{origin}`' if origin else '(name not recorded)'}",
-            getattr(facts, f"{half}_license") or "not recorded",
+            f"{names[side]} {f'`{origin}`' if origin else '(name not recorded)'}",
+            getattr(card, f"{side}_license") or "not recorded",
         )
-        for half, origin in origins.items()
+        for side, origin in origins.items()
     ]
 
 
-def _name_origin(config: LLM2CLIPConfig, half: str) -> str:
-    return str(getattr(config, f"{half}_config")._name_or_path or "")
+def _name_origin(config: LLM2CLIPConfig, side: str) -> str:
+    return str(getattr(config, f"{side}_config")._name_or_path or "")
 
 
 def _count_parameters(folder: Path) -> dict[str, int]:
-    """Parameters of each direct part of the model, from the heads of the weight files."""
+    """Count the parameters of each direct part of the model, by the headers of its weight files."""
     counts: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name == GOLDEN_FILE:
-            continue
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = name.split(".")[0]
-                size = prod(file.get_slice(name).get_shape())
-                counts[part] = counts.get(part, 0) + size
+    for name, tensor in open_weights(folder).items():
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + tensor.num_elements
     return counts
 
 
@@ -225,6 +233,6 @@ def _shorten(count: int) -> str:
     return str(count)
 
 
-def _draw(rows: Sequence[tuple[str, ...]]) -> str:
+def _format_rows(rows: Sequence[tuple[str, ...]]) -> str:
     escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

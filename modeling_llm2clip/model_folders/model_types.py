@@ -1,4 +1,4 @@
-"""Tells from small files what a folder or Hub repository holds, and which command takes it.
+"""Detects from small files what a folder or Hub repository holds, and which command takes it.
 
 Needs no torch and no weights, so that a wrong folder is reported at once.
 """
@@ -17,28 +17,32 @@ from .model_folder import find_model_folder, is_hub_id
 # Whole models with a text encoder of their own.
 _CLIPS = {"clip", "siglip", "siglip2", "chinese_clip", "altclip"}
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
-_FOLDER_SHOWN = 4
+_FOLDERS_SHOWN = 4
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """What lies somewhere.
+    """What a folder or Hub repository holds.
 
     Attributes:
-        kind: `"llm2clip"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`, `"store"`,
-            `"sentence-transformers"`, `"above"` (the folder above models), or `"other"`.
-        advice: what it is, and the command that takes it; empty for `"llm2clip"`.
+        content: `"llm2clip"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`, `"store"`,
+            `"sentence-transformers"`, `"above"` (the parent folder of models), or `"other"`.
+        advice: What it is, and the command that takes it; empty for `"llm2clip"`.
     """
 
-    kind: str
+    content: str
     advice: str = ""
 
 
 def find_model_type(source: str | Path, *, revision: str | None = None) -> FoundModel | None:
     """Look at the small files of a folder or Hub repository.
 
+    Args:
+        source: Folder or Hub id.
+        revision: Branch, tag or commit of the Hub repository.
+
     Returns:
-        What was found; None if the files do not say it, or there is no such place.
+        What was found; None if the files do not show it, or there is no such source.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -58,7 +62,11 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
 
 
 def require_own_model(source: str | Path, *, revision: str | None = None) -> None:
-    """Raise ValueError unless a source is, or may be, an LLM2CLIP model.
+    """Refuse a source that is not an LLM2CLIP model.
+
+    Args:
+        source: Folder or Hub id.
+        revision: Branch, tag or commit of the Hub repository.
 
     Raises:
         ValueError: There is no such folder, or it holds something else; the message names the
@@ -67,12 +75,12 @@ def require_own_model(source: str | Path, *, revision: str | None = None) -> Non
     if not Path(source).is_dir() and not is_hub_id(source):
         find_model_folder(source)  # raises
     found = find_model_type(source, revision=revision)
-    if found is not None and found.kind != "llm2clip":
-        raise ValueError(f"{found.advice} This command takes an LLM2CLIP model.")
+    if found is not None and found.content != "llm2clip":
+        raise ValueError(f"{found.advice} An LLM2CLIP model is needed here.")
 
 
 def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
-    """Judge by `config.json`; None where it says nothing."""
+    """Judge by `config.json`; None where it does not show the model type."""
     model_type = config.get("model_type")
     if model_type == "llm2clip":
         return FoundModel("llm2clip")
@@ -120,17 +128,17 @@ def _judge_other_files(folder: Path) -> FoundModel | None:
     if (folder / "manifest.json").is_file():
         return FoundModel(
             "store",
-            f"{folder} is a store of embeddings. `llm2clip align MODEL DATA OUTPUT "
-            f"--caption-store {folder}` trains on it (--image-store for one of images).",
+            f"{folder} is an embedding store. `llm2clip align MODEL DATA OUTPUT --caption-store "
+            f"{folder}` trains on it (--image-store for one of images).",
         )
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
     if not inside:
         return None
-    shown = ", ".join(map(str, inside[:_FOLDER_SHOWN]))
-    more = f" and {len(inside) - _FOLDER_SHOWN} more" if len(inside) > _FOLDER_SHOWN else ""
+    shown = ", ".join(map(str, inside[:_FOLDERS_SHOWN]))
+    more = f" and {len(inside) - _FOLDERS_SHOWN} more" if len(inside) > _FOLDERS_SHOWN else ""
     return FoundModel(
         "above",
-        f"{folder} has no config.json; it is the folder above {shown}{more}. Give that one.",
+        f"{folder} has no config.json; it is the parent folder of {shown}{more}. Give that one.",
     )
 
 
@@ -139,7 +147,7 @@ def _fetch_config(source: str | Path, revision: str | None) -> dict[str, Any] | 
         return None
     try:
         return _read_json(Path(hf_hub_download(str(source), "config.json", revision=revision)))
-    except (OSError, ValueError):  # no such file, no Hub: the download of the model will say which
+    except (OSError, ValueError):  # no such file, no Hub: downloading the model says which
         return None
 
 

@@ -1,4 +1,4 @@
-"""Whether a model was trained: random projections give embeddings that mean nothing."""
+"""Whether a model was trained: random projections give meaningless embeddings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 
-_NO_TEXT_HALF = ["LLM2CLIPVisionModel"]
+_VISION_ONLY = ["LLM2CLIPVisionModel"]
 
 
 def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
-    """Name the parts that still have the random weights they started with."""
-    has_text = config.architectures != _NO_TEXT_HALF
+    """List the parts that still have their initial random weights.
+
+    Args:
+        config: Configuration of a model.
+    """
+    has_text = config.architectures != _VISION_ONLY
     return (
         *(["text adapter"] if has_text and not config.text_adapter_trained else []),
         *([] if config.projections_trained else ["projections"]),
@@ -21,7 +25,14 @@ def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
 
 
 def describe_untrained(config: LLM2CLIPConfig) -> str | None:
-    """Say which parts are untrained, and what to do; None for a trained model."""
+    """Describe which parts are untrained, and what to do.
+
+    Args:
+        config: Configuration of a model.
+
+    Returns:
+        A sentence without its subject; None for a trained model.
+    """
     parts = find_untrained_parts(config)
     if not parts:
         return None
@@ -39,10 +50,12 @@ def require_trained(
     """Refuse a model whose projections are random.
 
     Args:
-        model_or_config: a loaded model, or its `LLM2CLIPConfig`.
-        purpose: what the model is refused for, e.g. `"search"`.
-        source: how the user named the model.
-    Raises: ValueError.
+        model_or_config: Loaded model, or its `LLM2CLIPConfig`.
+        purpose: What the model is refused for, such as `"search"`.
+        source: How the user named the model.
+
+    Raises:
+        ValueError: They are random.
     """
     config: LLM2CLIPConfig = getattr(model_or_config, "config", model_or_config)
     if not config.projections_trained:
@@ -51,7 +64,12 @@ def require_trained(
 
 
 def warn_of_untrained(config: LLM2CLIPConfig, source: str | Path) -> None:
-    """Warn where an untrained model is measured, which is allowed: it is a baseline."""
+    """Warn where an untrained model is evaluated, which is allowed, as a baseline.
+
+    Args:
+        config: Configuration of the model.
+        source: How the user named the model.
+    """
     if state := describe_untrained(config):
         warnings.warn(f"{source} is {state}.", stacklevel=3)
 

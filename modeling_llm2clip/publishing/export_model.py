@@ -1,208 +1,107 @@
-"""Writes one folder that AutoModel, pipelines and sentence-transformers load."""
+"""Writes a model folder anew: one tower, another dtype, smaller files, another card."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
-from ..model_folders.atomic_folder import atomic_folder, require_new_folder
-from ..model_folders.golden_embeddings import write_golden
-from ..model_folders.model_card import write_model_card
+from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_card_data import (
     CardData,
-    read_card_facts,
-    require_license,
-    require_own_results,
+    read_card_data,
+    set_base_models,
+    update_card_data,
 )
-from ..model_folders.model_folder import find_model_folder, find_records
-from ..model_folders.training_state import require_trained
-from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
+from ..model_folders.model_writing import find_carried_files, save_model
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..sentence_transformers_llm2clip import check_instructions, read_instructions
+from ..sentence_transformers_llm2clip import read_instructions
+from .card_results import read_card_results, require_own_results
+from .vision_tower_export import export_vision_tower
 
-COMPONENTS: dict[str, Any] = {
-    "full": LLM2CLIPModel,
-    "text": LLM2CLIPTextModel,
-    "vision": LLM2CLIPVisionModel,
+CLASS_OF_COMPONENTS = {
+    "full": "LLM2CLIPModel",
+    "text": "LLM2CLIPTextModel",
+    "vision": "LLM2CLIPVisionModel",
 }
-DTYPES = ("float32", "bfloat16", "float16")
-# As transformers has it by default; the Hub takes files up to 50 GB.
-SHARD_SIZE = "50GB"
-
-
-@dataclass(frozen=True)
-class ExportArguments:
-    """What of a checkpoint is written, and how.
-
-    Attributes:
-        components: `"full"`, or a half alone: `"text"` or `"vision"`.
-        dtype: of the weights; None keeps theirs.
-        max_shard_size: of a weight file, e.g. `"5GB"`.
-        base_models: Hub ids of the vision tower and of the language model, for the card; None
-            keeps the names that the configuration has.
-        name: what the card calls the model; None for the folder's last name.
-        requires_license: refuse, before anything is loaded, what could not be published: a model
-            without a license, or an untrained one.
-    """
-
-    components: str = "full"
-    dtype: str | None = None
-    max_shard_size: str = SHARD_SIZE
-    base_models: tuple[str, str] | None = None
-    name: str | None = None
-    requires_license: bool = False
-
-    def __post_init__(self) -> None:
-        errors = []
-        if self.components not in COMPONENTS:
-            errors.append(f"components={self.components!r} must be one of {list(COMPONENTS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            errors.append(f"dtype={self.dtype!r} must be one of {list(DTYPES)}")
-        if errors:
-            raise ValueError(f"ExportArguments: {'; '.join(errors)}.")
 
 
 def export_model(
     source: str | Path,
-    folder: str | Path,
-    arguments: ExportArguments | None = None,
+    output: str | Path,
+    config: ExportConfig | None = None,
     *,
-    facts: Mapping[str, Any] | None = None,
     revision: str | None = None,
-    device: str = "cpu",
+    name: str | None = None,
 ) -> Path:
-    """Write a checkpoint anew: the whole or a half, in another dtype, in smaller files.
+    """Write a model folder anew.
 
-    Instructions, licenses and training data are taken over from its card, and its results where
-    whole model and dtype stay; the record of its conversion too.
+    Instructions, licenses, training data and the record of a conversion are carried over, and
+    results where all weights stay the same.
+
+    >>> export_model("aligned", "to-publish", ExportConfig(dtype="bfloat16"))  # doctest: +SKIP
 
     Args:
-        source: folder or Hub id of an LLM2CLIP model.
-        folder: folder to write.
-        facts: fields of `CardData` that are stated anew.
-        revision: branch, tag or commit of a Hub id.
-        device: where the golden embeddings are computed; see `find_device`.
-    Raises: FileExistsError when `folder` exists and is not empty; ValueError for a source that is
-        neither folder nor Hub id, or lacks the component.
-    """
-    arguments = arguments or ExportArguments()
-    source, card_facts = check_export(source, folder, arguments, facts=facts, revision=revision)
-    before = LLM2CLIPConfig.from_pretrained(source)
-    processor = LLM2CLIPProcessor.from_pretrained(source)
-    model = COMPONENTS[arguments.components].from_pretrained(
-        source, dtype=getattr(torch, arguments.dtype) if arguments.dtype else "auto"
-    )
-    is_same = model.dtype == before.dtype and before.architectures == [type(model).__name__]
-    if not is_same and "results" not in (facts or {}):
-        card_facts = replace(card_facts, results=())
-    if arguments.base_models:
-        towers = (model.config.vision_config, model.config.text_config)
-        for tower, name in zip(towers, arguments.base_models, strict=True):
-            tower._name_or_path = name
-    return save_model(
-        model.eval().to(find_device(device)),
-        processor,
-        folder,
-        prompts=read_instructions(source),
-        facts=card_facts,
-        name=arguments.name,
-        max_shard_size=arguments.max_shard_size,
-        records=find_records(source),
-    )
-
-
-def check_export(
-    source: str | Path,
-    folder: str | Path,
-    arguments: ExportArguments,
-    *,
-    facts: Mapping[str, Any] | None,
-    revision: str | None,
-) -> tuple[Path, CardData]:
-    """Make the checks of `export_model` that need no weights; its arguments and errors.
+        source: Folder or Hub id of an LLM2CLIP model.
+        output: New or empty folder.
+        config: What is written; None for the whole model as it is.
+        revision: Branch, tag or commit of the Hub repository.
+        name: What the card calls the model; None for the folder's last name.
 
     Returns:
-        The source's folder, and what the card will state.
+        The folder.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
+        ValueError: The source is neither a folder nor a Hub id, or lacks the component; or results
+            were measured with another model.
     """
-    require_new_folder(Path(folder))
-    found = find_model_folder(source, revision=revision)
-    card_facts = replace(read_card_facts(found), **(facts or {}))
-    if arguments.requires_license:
-        require_license(card_facts, found)
-        config = LLM2CLIPConfig.from_pretrained(found)
-        require_trained(config, purpose="publishing", source=found)
-    return found, card_facts
+    config = config or ExportConfig()
+    require_new_folder(Path(output))
+    folder = find_model_folder(source, revision=revision)
+    if config.components == "vision-tower":
+        return export_vision_tower(folder, output, license=config.license)
+    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
+    card = plan_card(folder, config)
+    model = model_class.from_pretrained(
+        folder, dtype=getattr(torch, config.dtype) if config.dtype else "auto"
+    )
+    set_base_models(model.config, config.base_models)
+    return save_model(
+        model.eval().to(find_device(config.device)),
+        LLM2CLIPProcessor.from_pretrained(folder),
+        output,
+        instructions=read_instructions(folder),
+        card=card,
+        name=name,
+        files=find_carried_files(folder),
+        max_shard_size=config.max_shard_size,
+        verify=lambda written: require_own_results(card.results, written),
+    )
 
 
-def save_model(
-    model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
-    processor: LLM2CLIPProcessor,
-    folder: str | Path,
-    *,
-    prompts: Mapping[str, str] | None = None,
-    facts: CardData | None = None,
-    name: str | None = None,
-    max_shard_size: str = SHARD_SIZE,
-    records: Mapping[str, Path] | None = None,
-) -> Path:
-    """Write weights, code, processor, sentence-transformers files, golden embeddings and a card.
-
-    Everything goes into a temporary folder beside the target, which is renamed when complete: a
-    broken-off export leaves nothing that loads.
+def plan_card(folder: Path, config: ExportConfig) -> CardData:
+    """Return what the card of an export states.
 
     Args:
-        model: a whole model, or a half of one; a half keeps the whole processor.
-        prompts: instructions for sentence-transformers, see `check_instructions`; None for those
-            in the model's config.
-        facts: what the card states beside what it reads in the folder.
-        name: what the card calls the model; None for the folder's last name.
-        max_shard_size: of a weight file.
-        records: files of the model's history, copied under these names; see `find_records`.
-    Returns: the folder.
-    Raises: FileExistsError when the folder exists and is not empty; ValueError for a model of
-        another class, whose code does not travel with it.
+        folder: Folder of the model that is exported.
+        config: What is written, and what the card states anew.
+
+    Raises:
+        ValueError: A file of results is not one; see `read_card_results`.
     """
-    _require_own_class(model)
-    folder = Path(folder)
-    config = model.config
-    instructions = config.instructions if prompts is None else dict(prompts)
-    check_instructions(
-        processor.tokenizer,
-        instructions,
-        num_suffix=len(config.prompt_suffix_ids),
-        max_text_length=config.max_text_length,
-    )
-    with atomic_folder(folder) as unfinished:
-        own, config.instructions = config.instructions, instructions
-        try:
-            model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-        finally:
-            config.instructions = own
-        processor.save_pretrained(unfinished)
-        write_golden(unfinished, model, processor)
-        for record, path in (records or {}).items():
-            shutil.copy2(path, unfinished / record)
-        require_own_results(facts.results if facts else (), unfinished)
-        write_model_card(unfinished, facts or CardData(), name=name or folder.name)
-    return folder
-
-
-def _require_own_class(model: Any) -> None:
-    """The folder's code is the package's, so any other class would load as another model."""
-    own = [kind.__name__ for kind in COMPONENTS.values()]
-    found = type(model)
-    if found.__name__ in own and found.__module__.rsplit(".", 1)[-1] == "modeling_llm2clip":
-        return
-    way_out = (
-        "Merge the adapter into it first (merge_and_unload)."
-        if hasattr(model, "merge_and_unload")
-        else "A subclass must be published with code of its own (save_pretrained)."
-    )
-    raise ValueError(f"The model is a {found.__name__}; an export takes {own}. {way_out}")
+    card = read_card_data(folder)
+    if config.results:
+        return update_card_data(card, config, results=read_card_results(config.results))
+    saved = LLM2CLIPConfig.from_pretrained(folder).dtype
+    keeps_dtype = config.dtype is None or getattr(torch, config.dtype) == saved
+    name = CLASS_OF_COMPONENTS[config.components]
+    if not (keeps_dtype and find_model_class(folder).__name__ == name):
+        card = replace(card, results=())
+    return update_card_data(card, config)

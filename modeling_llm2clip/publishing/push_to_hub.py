@@ -15,74 +15,119 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import write_atomically
-from ..doctor import check_model
-from ..model_folders.model_card import render_model_card
-from ..model_folders.model_card_data import read_card_facts, require_license
+from ..doctor.check_model import check_model
+from ..model_folders.model_card import update_model_card
+from ..model_folders.model_card_data import read_card_data, require_license
 from ..model_folders.training_state import require_trained
 
+COMMIT_MESSAGE = "Upload LLM2CLIP model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Formats that can carry code which runs when they are opened.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy"}
-_REFUSED = {401: "no valid token came along", 403: "the token may not do this"}
+_REFUSED = {401: "there is no valid token", 403: "the token has no permission"}
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file that is, or would be, uploaded."""
+    """A file that is, or would be, uploaded.
+
+    Attributes:
+        path: Path inside the folder.
+        num_bytes: Its size.
+    """
 
     path: str
     num_bytes: int
 
 
-def list_files(folder: Path) -> list[PlannedFile]:
-    """All files of a folder but hidden ones, by their path inside it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    relative = ((path.relative_to(folder), path.stat().st_size) for path in paths)
-    return [
-        PlannedFile(path.as_posix(), num_bytes)
-        for path, num_bytes in relative
-        if not any(part.startswith(".") for part in path.parts)
-    ]
+def push_to_hub(
+    model_folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    private: bool = True,
+    revision: str = "main",
+    commit_message: str = COMMIT_MESSAGE,
+    token: str | None = None,
+    device: str = "auto",
+) -> str:
+    """Upload a model folder in one commit, after which the branch has its files and no others.
 
+    The card is first written with the repository's name and the license; a card that somebody
+    edited only gets the license. Large files are uploaded next and become visible by the commit
+    alone: an upload that breaks off shows nothing, and when it is repeated, files that had arrived
+    are not sent again.
 
-def require_repo_id(repo_id: str) -> None:
-    """Raise ValueError for a name that no repository of the Hub can have.
+    >>> push_to_hub("my-model", "me/my-model", license="apache-2.0")  # doctest: +SKIP
 
     Args:
-        repo_id: `owner/name`.
+        model_folder: Folder of a trained, healthy model.
+        repo_id: `owner/name`; created where it does not exist.
+        license: License of the weights, stated on the folder's card; None where that has one.
+        private: Whether only its owners see it. A model cannot be taken back once it was public.
+        revision: Branch, created from `main` where it does not exist.
+        commit_message: Message of the commit.
+        token: None for huggingface_hub's own.
+        device: Where the model is checked first; see `find_device`.
+
+    Returns:
+        Address of the commit; its last part is the revision to pin.
+
+    Raises:
+        ValueError: As `check_publishable`; or the repository exists and is public where private was
+            wanted, or the reverse.
+        RuntimeError: The Hub refuses, or the upload breaks off.
     """
-    if not _HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"repo_id={repo_id!r} must be 'owner/name'.")
-    validate_repo_id(repo_id)
+    require_repo_id(repo_id)
+    if not commit_message.strip():
+        raise ValueError("The commit message is blank; describe the commit.")
+    files = check_publishable(model_folder, license=license, device=device)
+    folder = Path(model_folder)
+    update_model_card(folder, license=license, name=repo_id)
+    api = HfApi(token=token)
+    try:
+        _prepare_repository(api, repo_id, private=private, revision=revision)
+        commit: CommitInfo = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[_quote(file.path) for file in files],
+            delete_patterns="*",
+            commit_message=commit_message,
+            revision=revision,
+        )
+    except Exception as error:  # the client raises anything for connections, permissions, disks
+        # Its BadRequestError is a ValueError too.
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise
+        raise RuntimeError(_explain(error, folder, repo_id)) from error
+    return str(commit.commit_url)
 
 
 def check_publishable(
-    folder: str | Path, *, license: str | None = None, device: str = "cpu"
+    model_folder: str | Path, *, license: str | None = None, device: str = "auto"
 ) -> list[PlannedFile]:
-    """Refuse a folder that others should not get; nothing is changed or sent.
+    """Refuse a folder that others should not get; nothing is sent or changed.
 
     Args:
-        folder: Model folder.
-        license: License that will be stated on the card; None for the one that is there.
-        device: Where `check_model` runs the model; see `find_device`.
+        model_folder: Folder of a model.
+        license: License that would be stated on its card; None where that has one.
+        device: Where the model is checked; see `find_device`.
 
     Returns:
-        What would be uploaded.
+        The files that would be uploaded.
 
     Raises:
-        ValueError: It is no model folder, states no license, is untrained, holds files that can
-            carry code, or `check_model` finds an error. There is no way around `check_model`: a
-            folder that gives wrong embeddings here gives wrong embeddings everywhere.
+        ValueError: It is not a model folder, states no license, is untrained, holds files that can
+            carry code, or `check_model` finds an error. There is no way around that: a folder that
+            gives wrong embeddings here gives wrong embeddings everywhere.
     """
-    folder = Path(folder)
+    folder = Path(model_folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json. Export one first.")
-    facts = read_card_facts(folder)
-    if license is None:
-        require_license(facts, folder)
-    elif license != facts.license_id:
-        _render_card_with(folder, license)  # refused now, not after the checks
+        raise ValueError(
+            f"{folder} is not a model folder: it has no config.json. Export a model first."
+        )
+    card = read_card_data(folder)
+    require_license(replace(card, license=license) if license else card, folder)
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)
@@ -95,115 +140,70 @@ def check_publishable(
     return files
 
 
-def _render_card_with(folder: Path, license: str) -> str:
-    """Return the card of a folder with another license.
+def require_healthy(folder: Path, *, device: str = "auto") -> None:
+    """Refuse a folder in which `check_model` finds an error.
+
+    Args:
+        folder: Model folder.
+        device: Where the model is checked; see `find_device`.
 
     Raises:
-        ValueError: The card was edited, and would lose what was written there.
+        ValueError: There is an error.
     """
-    file = folder / "README.md"
-    facts = read_card_facts(folder)
-    said = file.read_text(encoding="utf-8") if file.is_file() else ""
-    title = re.search(r"^# (.+)$", said, re.MULTILINE)
-    name = title[1] if title else folder.resolve().name
-    if said and said != render_model_card(folder, facts, name=name):
-        raise ValueError(
-            f"{file} was edited, so license={license} is not written over it. State the license "
-            "in the card, in its metadata (license: …) and its text, and push without license."
-        )
-    return render_model_card(folder, replace(facts, license_id=license), name=name)
-
-
-def require_healthy(folder: Path, *, device: str = "cpu") -> None:
-    """Raise ValueError when `doctor` finds an error."""
-    diagnosis = check_model(folder, device=device)
-    if not diagnosis.healthy:
-        failed = "; ".join(f"{check.name}: {check.message}" for check in diagnosis.failed)
+    report = check_model(folder, device=device)
+    if not report.healthy:
+        failed = "; ".join(f"{check.name}: {check.message}" for check in report.failed)
         raise ValueError(
             f"{folder} is not published, because it is not healthy, and an unhealthy folder never "
             f"is. {failed} Repair it until `llm2clip doctor {folder}` passes."
         )
 
 
-def push_to_hub(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    license: str | None = None,
-    private: bool = True,
-    revision: str | None = None,
-    commit_message: str = "Upload LLM2CLIP model",
-    token: str | None = None,
-    device: str = "cpu",
-) -> str:
-    """Upload a folder in one commit, after which the branch holds its files and no others.
-
-    Large files are sent first and become visible by the commit alone. So an upload that breaks off
-    shows nothing, and when it is repeated, files that had arrived are not sent again.
+def require_repo_id(repo_id: str) -> None:
+    """Refuse a name that cannot be a repository's.
 
     Args:
-        folder: Model folder.
-        repo_id: `owner/name`; made where it does not exist.
-        license: License of the weights, an identifier of the Hub, stated on the folder's card
-            first; None for the one that is there.
-        private: Whether the repository is shown to its owners alone. Unlike the Hub's own calls
-            True by default: a model that was public once cannot be taken back.
-        revision: Branch, made from `main` where it does not exist; None for `main`.
-        commit_message: Message of the one commit.
-        token: None for huggingface_hub's own.
-        device: Where `check_model` runs the model first; see `find_device`.
-
-    Returns:
-        The commit's address; the last part of it is the revision to pin.
+        repo_id: Name of a Hub repository.
 
     Raises:
-        ValueError: As `check_publishable`, or a repository exists and is public where private was
-            wanted, or the other way about.
-        RuntimeError: The Hub refuses, or the upload breaks off.
+        ValueError: It is not like `owner/name`.
     """
-    folder, branch = Path(folder), revision or "main"
-    require_repo_id(repo_id)
-    if not commit_message.strip():
-        raise ValueError("The commit message is blank; say what the commit is.")
-    files = check_publishable(folder, license=license, device=device)
-    if license is not None and license != read_card_facts(folder).license_id:
-        card = _render_card_with(folder, license)
-        write_atomically(folder / "README.md", card.encode())
-        files = list_files(folder)
-    api = HfApi(token=token)
-    try:
-        _prepare_repository(api, repo_id, private=private, branch=branch)
-        commit: CommitInfo = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[_quote(file.path) for file in files],
-            delete_patterns="*",
-            commit_message=commit_message,
-            revision=branch,
-        )
-    except Exception as error:  # what the client raises for lost lines, permissions, full disks
-        # Its BadRequestError is a ValueError too.
-        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
-            raise
-        raise RuntimeError(_explain(error, folder, repo_id)) from error
-    return str(commit.commit_url)
+    if not _HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} must be 'owner/name'.")
+    validate_repo_id(repo_id)
 
 
-def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, branch: str) -> None:
+def list_files(folder: Path) -> list[PlannedFile]:
+    """List all files of a folder but hidden ones, by their path inside it.
+
+    Args:
+        folder: Any folder.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    relative = ((path.relative_to(folder), path.stat().st_size) for path in paths)
+    return [
+        PlannedFile(path.as_posix(), num_bytes)
+        for path, num_bytes in relative
+        if not any(part.startswith(".") for part in path.parts)
+    ]
+
+
+def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: str) -> None:
     api.create_repo(repo_id, private=private, exist_ok=True)
     found = bool(api.model_info(repo_id).private)
     if found != private:
-        kinds = {True: "private", False: "public"}
+        names = {True: "private", False: "public"}
         raise ValueError(
-            f"{repo_id} exists and is {kinds[found]}, but it was to be {kinds[private]}. Change it "
-            f"in its settings on the Hub, set private={found}, or name another."
+            f"{repo_id} exists and is {names[found]}, but {names[private]} was wanted. Change it "
+            "in its settings on the Hub, "
+            f"{'leave out' if found else 'pass'} --no-private, or name another."
         )
-    if branch != "main":
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    if revision != "main":
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
 def _quote(path: str) -> str:
-    """A pattern that matches this path alone."""
+    """Return a pattern that matches this path alone."""
     return re.sub(r"([*?[])", r"[\1]", path)
 
 
@@ -212,11 +212,11 @@ def _explain(error: Exception, folder: Path, repo_id: str) -> str:
     reason = _REFUSED.get(getattr(response, "status_code", 0))
     if reason is not None:
         return (
-            f"The Hub refuses the upload to {repo_id}: {reason}. Log in with `hf auth "
-            "login` or set HF_TOKEN to a token that may write there."
+            f"The Hub refuses the upload to {repo_id}: {reason}. Log in with `hf auth login`, or "
+            "set HF_TOKEN to a token that may write there."
         )
     return (
         f"The upload to {repo_id} broke off, and nothing of it is visible there "
-        f"({type(error).__name__}: {error}). Repeat it with `llm2clip push {folder} "
-        f"{repo_id}`: files that had arrived are not sent again."
+        f"({type(error).__name__}: {error}). Repeat it with `llm2clip push {folder} {repo_id}`: "
+        "files that had arrived are not sent again."
     )

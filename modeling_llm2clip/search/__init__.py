@@ -1,1 +1,1 @@
-"""Images found by sentences."""
+"""Images found and labeled by texts."""

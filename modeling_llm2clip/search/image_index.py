@@ -1,232 +1,411 @@
-"""Image embeddings kept from search to search, by what the image files hold.
-
-A file that was renamed, moved or copied is known again; one that was changed is not.
-"""
+"""Images that are encoded once and searched by any number of sentences and images."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, overload
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..data.atomic_files import default_cache_folder, hash_file, hash_json, list_differences
-from ..data.named_embeddings import read_named_embeddings, write_named_embeddings
-from ..encoding.image_encoding import encode_image_batches
+from ..configs.search_config import IndexConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.image_sources import (
+    OPTIONAL_IMAGE_SUFFIXES,
+    find_unreadable_images,
+    list_readable_suffixes,
+)
+from ..encoding.devices import find_device
+from ..encoding.encode import encode_images, encode_texts, project_images
+from ..model_folders.fingerprint import fingerprint_vision
+from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_loading import load_model
+from ..model_folders.model_types import require_own_model
+from ..model_folders.training_state import require_trained
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .embedding_cache import EmbeddingCache, find_default_file, read_notes, require_writable
 
-_MOST_THREADS = 8
-_HASHED_AT_ONCE = 1024
-# A safetensors header has at most 100 MB, and a name takes 70 bytes of it.
-_MOST_KEPT = 1_400_000
-# A search that is killed loses no more than this; the whole file is written each time.
-_SECONDS_BETWEEN_WRITES = 300
+Report: TypeAlias = Callable[[str], object]
+Query: TypeAlias = str | Path
+
+_SHOWN = 8
+_REMEDIES = {
+    "pip install pillow-heif": {"heic", "heif", "hif"},
+    "pip install --upgrade pillow (11.3 or later)": {"avif"},
+}
 
 
-class KeptEmbeddings:
-    """Embeddings of image files, by the SHA-256 of a file; in memory, or in a file as well.
+@dataclass(frozen=True)
+class SearchResult:
+    """A query and the images found for it, best first.
 
-    Args:
-        file: safetensors file of earlier searches, or a new one; None keeps them in memory only.
-        fingerprint: what decides the embeddings, as `fingerprint_vision` says it of the model.
-    Raises: ValueError for a file of another model, one that is broken or holds something else, or
-        one that cannot be written.
+    Attributes:
+        query: The sentence, or the path of the query image.
+        hits: Path and cosine of each image.
+        query_image: The query image, where there is one.
     """
 
-    def __init__(self, file: Path | None = None, fingerprint: Mapping[str, str] | None = None):
-        self._file = file
-        self._fingerprint = dict(fingerprint or {})
-        self._embeddings: dict[str, Tensor] = {}
-        self._digests: dict[Path, str] = {}
-        if file is not None:
-            require_writable(file)
-            self._read(file)
+    query: str
+    hits: Sequence[tuple[Path, float]]
+    query_image: Path | None = None
 
-    def __contains__(self, path: Path) -> bool:
-        """Whether there is an embedding of what this file holds; not, where it cannot be read."""
-        return not self.find_new([path])
+    def __str__(self) -> str:
+        lines = [self.query, "  rank  cosine  image"]
+        for rank, (path, cosine) in enumerate(self.hits, start=1):
+            lines.append(f"  {rank:>4}  {cosine:>6.3f}  {path}")
+        return "\n".join(lines)
 
-    @property
-    def file(self) -> Path | None:
-        """Where they are kept."""
-        return self._file
 
-    def find_new(self, paths: Sequence[Path], *, show_progress: bool = False) -> list[Path]:
-        """Find the images that have no embedding yet, or that cannot be read.
+class ImageIndex:
+    """Images and their embeddings, searched by sentences and images.
 
-        Raises:
-            ValueError: there are more than the file can hold.
-        """
-        if self._embeddings:
-            self._hash(paths, show_progress=show_progress)
-        new = [path for path in paths if self._digests.get(path) not in self._embeddings]
-        if self._file is not None and len(self._embeddings) + len(new) > _MOST_KEPT:
-            raise ValueError(
-                f"{self._file} holds at most {_MOST_KEPT:,} embeddings; with {len(new):,} new "
-                f"images there would be {len(self._embeddings) + len(new):,}. Pass "
-                "--no-keep-index, or search fewer images."
-            )
-        return new
+    Args:
+        model: A whole model, which encodes the queries.
+        processor: Its processor.
+        paths: N images.
+        image_embeds: (N, P) float32 on the CPU, of unit length, in the order of the paths.
 
-    def encode(
+    Raises:
+        ValueError: There is not one finite embedding per path.
+
+    Example:
+        >>> index = ImageIndex.build("llm2clip-demo/model", "my-images", "my-index")
+        >>> print(index.search("two dogs on a beach", top_k=5))
+        >>> index = ImageIndex.open("my-index")
+    """
+
+    def __init__(
         self,
         model: LLM2CLIPModel,
         processor: LLM2CLIPProcessor,
         paths: Sequence[Path],
-        **settings: Any,
-    ) -> Tensor:
-        """Encode the images that have no embedding yet, each content once, and keep their
-        embeddings.
+        image_embeds: Tensor,
+    ) -> None:
+        if image_embeds.ndim != 2 or len(image_embeds) != len(paths) or not len(paths):
+            raise ValueError(
+                f"image_embeds has shape {tuple(image_embeds.shape)}; give one row for each of the "
+                f"{len(paths)} images, and at least one."
+            )
+        _require_finite(image_embeds, "embeddings")
+        self.model = model
+        self.processor = processor
+        self.paths = list(paths)
+        self.image_embeds = image_embeds
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.paths)
+
+    @classmethod
+    def build(
+        cls,
+        model: str | Path,
+        image_dir: str | Path,
+        path: str | Path | None = None,
+        config: IndexConfig | None = None,
+        *,
+        report: Report | None = None,
+    ) -> ImageIndex:
+        """Encode the images of a folder, or only those that the index does not have yet.
 
         Args:
-            settings: those of `encode_image_batches`.
-        Returns: embeddings of all of them, (N, D) float32 on the CPU, before the projection.
-        Raises: ValueError as `encode_images`, or naming an image whose embedding is not finite.
-            What was encoded before is kept then, and when the user breaks off. Embeddings that
-            cannot be written any more are warned of.
+            model: Folder or Hub id of a whole, trained model.
+            image_dir: Folder of images; subfolders are included.
+            path: File of the image embeddings, new or of an earlier call. Default: `config.index`;
+                without it a file in the cache, one per model and folder.
+            config: How images are encoded.
+            report: Called with each line on what is skipped, known and kept. Default: what is
+                skipped is warned of.
+
+        Returns:
+            The index. Embeddings are bound to the fingerprint of the vision tower; a file that was
+            renamed or copied is not encoded again.
+
+        Raises:
+            ValueError: There is no such device, no image, an image cannot be read and
+                `config.skip_invalid` is off, the model is not trained, or the file is of another
+                model.
         """
-        self._require_width(model.visual_projection.in_features)
-        new = list({self._digest(path): path for path in self.find_new(paths)}.values())
-        if new:
-            try:
-                self._encode_new(encode_image_batches(model, processor, new, **settings), new)
-            finally:
-                self._try_to_write()
-        return torch.stack([self._embeddings[self._digest(path)] for path in paths])
-
-    def _encode_new(self, batches: Iterator[Tensor], paths: Sequence[Path]) -> None:
-        start, written = 0, time.monotonic()
-        for embeds in batches:
-            self._keep(paths[start : start + len(embeds)], embeds)
-            start += len(embeds)
-            if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                self._try_to_write()
-                written = time.monotonic()
-
-    def _keep(self, paths: Sequence[Path], embeddings: Tensor) -> None:
-        broken = (~embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(
-                f"The model gave {len(broken)} images of a batch of {len(paths)} a NaN or an "
-                f"infinity, {paths[broken[0]]} first. Examine it with llm2clip doctor."
-            )
-        self._embeddings.update(zip(map(self._digest, paths), embeddings, strict=True))
-
-    def _digest(self, path: Path) -> str:
-        if path not in self._digests:
-            self._digests[path] = hash_file(path)
-        return self._digests[path]
-
-    def _hash(self, paths: Sequence[Path], *, show_progress: bool) -> None:
-        """Hash the files in threads; one that cannot be read stays without a digest."""
-        unhashed = [path for path in dict.fromkeys(paths) if path not in self._digests]
-        with (
-            ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
-            tqdm(total=len(unhashed), unit=" files", disable=not show_progress) as progress,
-        ):
-            # A pool takes all its work at once, so it gets a part of it at a time.
-            for start in range(0, len(unhashed), _HASHED_AT_ONCE):
-                part = unhashed[start : start + _HASHED_AT_ONCE]
-                for path, digest in zip(part, pool.map(_try_to_hash, part), strict=True):
-                    if digest is not None:
-                        self._digests[path] = digest
-                    progress.update()
-
-    def _read(self, file: Path) -> None:
-        """Add what the file holds to what is known."""
-        if not file.exists():
-            return
-        found = read_named_embeddings(file)
-        made_by = _read_fingerprint(found.notes)
-        if made_by is None:
-            raise ValueError(f"{file} was not written by a search. Name a new file.")
-        if differences := list_differences(made_by, self._fingerprint):
-            raise ValueError(
-                f"{file} holds embeddings of another model: {'; '.join(differences)}. Name a new "
-                "file, or remove this one."
-            )
-        self._embeddings = {
-            **dict(zip(found.names, found.embeddings, strict=True)),
-            **self._embeddings,
-        }
-
-    def _require_width(self, width: int) -> None:
-        others = {len(embedding) for embedding in self._embeddings.values()} - {width}
-        if others:
-            raise ValueError(
-                f"{self._file} holds embeddings of width {sorted(others)}, the model's have "
-                f"{width}. "
-                "Remove the file."
-            )
-
-    def _try_to_write(self) -> None:
-        if self._file is None or not self._embeddings:
-            return
+        config = config or IndexConfig()
+        find_device(config.device)  # before what takes long
+        files = list_images(image_dir)
+        if files.skipped:
+            (report or _warn)(files.describe_skipped())
+        require_own_model(model)
+        folder = find_model_folder(model)
+        require_trained(LLM2CLIPConfig.from_pretrained(folder), purpose="search", source=model)
+        cache = _open_cache(folder, Path(image_dir), path, config, report or _warn)
+        paths = _list_valid(files.readable, cache, config, report)
+        loaded, processor = _load_whole(folder, device=config.device)
         try:
-            self._read(self._file)  # what another search has kept there since
-            self._write(self._file)
-        except (OSError, ValueError) as error:
-            warnings.warn(f"No embeddings were kept in {self._file}: {error}", stacklevel=4)
-
-    def _write(self, file: Path) -> None:
-        embeddings = torch.stack(list(self._embeddings.values()))
-        notes = {"fingerprint": json.dumps(self._fingerprint)}
-        # A name of its own, because another search may write the same file at the same time.
-        unfinished = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
-        write_named_embeddings(unfinished, list(self._embeddings), embeddings, notes=notes)
-        try:
-            unfinished.replace(file)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
+            vision_embeds = cache.encode(
+                loaded,
+                processor,
+                paths,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                show_progress=config.show_progress,
+            )
+        except KeyboardInterrupt:
+            if cache.file is not None and report is not None:
+                report(f"What was encoded is kept in {cache.file}; the same call continues there.")
             raise
+        return cls(loaded, processor, paths, project_images(loaded, vision_embeds))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: str | Path | None = None,
+        image_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> ImageIndex:
+        """Open an index that `build` wrote, without encoding anything.
+
+        Args:
+            path: File of the index.
+            model: Folder or Hub id of the model, if it is no longer where it was.
+            image_dir: Folder of the images, if it is no longer where it was.
+            device: Where the model runs; see `find_device`.
+
+        Returns:
+            The index of all images in the folder that were encoded. Others are warned of.
+
+        Raises:
+            ValueError: The file is not an index, is damaged or of another model, or has none of
+                the images.
+        """
+        notes = read_notes(Path(path))
+        model, image_dir = model or notes.get("model"), image_dir or notes.get("image_dir")
+        if model is None or image_dir is None:
+            raise ValueError(f"{path} does not name its model and its images. Give both.")
+        folder = find_model_folder(model)
+        cache = EmbeddingCache(Path(path), fingerprint_vision(folder))
+        found = list_images(image_dir).readable
+        new = set(cache.find_new(found))
+        paths = [file for file in found if file not in new]
+        if not paths:
+            raise ValueError(f"{path} has none of the {len(found)} images in {image_dir}.")
+        if new:
+            _warn(
+                f"{len(new)} of {len(found)} images in {image_dir} are not in {path}. "
+                "ImageIndex.build adds them."
+            )
+        loaded, processor = _load_whole(folder, device=device)
+        vision_embeds = cache.encode(loaded, processor, paths)
+        return cls(loaded, processor, paths, project_images(loaded, vision_embeds))
+
+    @overload
+    def search(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
+        self, query: Query, *, top_k: int = ...
+    ) -> SearchResult: ...
+
+    @overload
+    def search(self, query: Sequence[Query], *, top_k: int = ...) -> list[SearchResult]: ...
+
+    def search(
+        self, query: Query | Sequence[Query], *, top_k: int = 6
+    ) -> SearchResult | list[SearchResult]:
+        """Find the images of the greatest cosine.
+
+        Args:
+            query: A sentence, or a `Path` of an image; or a list of both. An image of the index
+                finds itself.
+            top_k: Images per query; all of them where there are fewer.
+
+        Returns:
+            A result, which prints as a table; for a list of queries a list of results.
+
+        Raises:
+            ValueError: `top_k` is below 1, a sentence is blank, or a query image is missing or
+                broken; all of them are named.
+        """
+        if isinstance(query, str | Path):
+            return self.search([query], top_k=top_k)[0]
+        texts = [one for one in query if not isinstance(one, Path)]
+        images = [one for one in query if isinstance(one, Path)]
+        of_texts: Iterator[SearchResult] = iter(())
+        of_images: Iterator[SearchResult] = iter(())
+        if texts or not images:  # an empty list is refused as one of texts
+            cosines = encode_texts(self.model, self.processor, texts) @ self.image_embeds.T
+            of_texts = iter(rank_images(texts, cosines, self.paths, top_k=top_k))
+        if images:
+            cosines = encode_images(self.model, self.processor, images) @ self.image_embeds.T
+            results = rank_images(list(map(str, images)), cosines, self.paths, top_k=top_k)
+            pairs = zip(results, images, strict=True)
+            of_images = iter([replace(result, query_image=image) for result, image in pairs])
+        return [next(of_images if isinstance(one, Path) else of_texts) for one in query]
 
 
-def find_default_file(folder: Path, fingerprint: Mapping[str, str]) -> Path:
-    """Name the file in the user's cache that keeps the embeddings of a folder's images.
-
-    Each model has a folder there, and each folder of images has a file of its own, because the
-    whole file is read and written.
+def rank_images(
+    queries: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, top_k: int = 6
+) -> list[SearchResult]:
+    """Take for each query the images of the greatest cosine, best first.
 
     Args:
-        folder: folder of images.
-        fingerprint: of the model, from `fingerprint_vision`.
+        queries: What the rows are called.
+        cosines: (queries, images).
+        paths: One per image.
+        top_k: Images per query; all of them where there are fewer.
+
+    Returns:
+        One result per query.
+
+    Raises:
+        ValueError: `top_k` is below 1, or a cosine is not finite.
     """
-    place = folder.resolve()
-    name = f"{place.name[:40]}-{hash_json(str(place))[:8]}.safetensors"
-    of_model = hash_json(dict(fingerprint))[:12]
-    return default_cache_folder() / "image-embeddings" / of_model / name
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1.")
+    _require_finite(cosines, "cosines")  # a NaN would come first
+    best = cosines.topk(min(top_k, len(paths)))
+    return [
+        SearchResult(query, [(paths[i], float(s)) for s, i in zip(scores, rows, strict=True)])
+        for query, scores, rows in zip(queries, best.values, best.indices, strict=True)
+    ]
 
 
-def _try_to_hash(path: Path) -> str | None:
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder.
+
+    Attributes:
+        readable: Files of a format that can be decoded here, in order.
+        skipped: Image files of any other format, in order.
+    """
+
+    readable: list[Path]
+    skipped: list[Path]
+
+    def describe_skipped(self) -> str:
+        """Count and name the skipped files, and say how to read them.
+
+        Returns:
+            One line, which lists at most eight names; empty where no file is skipped.
+        """
+        if not self.skipped:
+            return ""
+        counts = Counter(map(_suffix, self.skipped))
+        counted = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
+        more = ", …" if len(self.skipped) > _SHOWN else ""
+        named = ", ".join(map(str, self.skipped[:_SHOWN])) + more
+        return (
+            f"Skipped {len(self.skipped):,} image files that Pillow cannot read here ({counted}): "
+            f"{named}. {_describe_remedies(set(counts))}"
+        )
+
+
+def list_images(image_dir: str | Path) -> ImageFiles:
+    """List the image files in a folder and its subfolders by their suffixes.
+
+    Args:
+        image_dir: Folder of images.
+
+    Returns:
+        Its image files, those that cannot be decoded here apart.
+
+    Raises:
+        ValueError: There is no such folder, or no readable image in it.
+    """
+    folder = Path(image_dir)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give one that holds images.")
+    readable = list_readable_suffixes()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = ImageFiles(
+        readable=[path for path in files if _suffix(path) in readable],
+        skipped=[path for path in files if _suffix(path) in OPTIONAL_IMAGE_SUFFIXES - readable],
+    )
+    if not found.readable:
+        suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
+        raise ValueError(
+            f"{folder}: no image in it or below it ({suffixes}). {found.describe_skipped()}"
+        )
+    return found
+
+
+def _open_cache(
+    folder: Path, image_dir: Path, path: str | Path | None, config: IndexConfig, report: Report
+) -> EmbeddingCache:
+    """Open the file of the index; a default one that cannot be written is reported."""
+    fingerprint = fingerprint_vision(folder)
+    notes = {"model": str(folder.resolve()), "image_dir": str(image_dir.resolve())}
+    if file := path or config.index:
+        return EmbeddingCache(Path(file), fingerprint, notes=notes)
+    if not config.keep_index:
+        return EmbeddingCache()
+    file = find_default_file(image_dir, fingerprint)
     try:
-        return hash_file(path)
-    except OSError:
-        return None
+        require_writable(file)
+    except ValueError as error:  # nobody asked for this file, so the search goes on
+        report(f"The image embeddings are not kept: {error}")
+        return EmbeddingCache()
+    return EmbeddingCache(file, fingerprint, notes=notes)
 
 
-def require_writable(file: Path) -> None:
-    """Raise ValueError when a file cannot be written, and make its folder."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be written ({error}). Name another file.") from error
-    if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
-        raise ValueError(f"{file} may not be written by you. Name another file.")
+def _list_valid(
+    paths: list[Path], cache: EmbeddingCache, config: IndexConfig, report: Report | None
+) -> list[Path]:
+    """Decode the images that are not known once, and skip or refuse those that are broken."""
+    new = cache.find_new(paths, show_progress=config.show_progress)
+    if report is not None:
+        place = f"embeddings in {cache.file}" if cache.file else "embeddings are not kept"
+        report(f"{len(paths):,} images, {len(paths) - len(new):,} of them known; {place}.")
+    unreadable = find_unreadable_images(new, show_progress=config.show_progress)
+    if not unreadable:
+        return paths
+    errors = list(unreadable.values())
+    shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
+    readable = [path for path in paths if path not in unreadable]
+    if not config.skip_invalid or not readable:
+        raise ValueError(
+            f"{len(errors)} of {len(paths)} images cannot be read:\n{shown}\nRepair or remove "
+            "them, or skip them (--skip-invalid)."
+        )
+    (report or _warn)(f"Skipped {len(errors)} of {len(paths)} images:\n{shown}")
+    return readable
 
 
-def _read_fingerprint(notes: Mapping[str, str]) -> dict[str, Any] | None:
-    try:
-        found = json.loads(notes.get("fingerprint", ""))
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+def _load_whole(folder: Path, *, device: str) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    model, processor = load_model(folder, device=device)
+    if not isinstance(model, LLM2CLIPModel):
+        raise ValueError(
+            f"{folder} holds a {type(model).__name__}; a search needs a whole model, with both "
+            "towers."
+        )
+    return model, processor
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def _require_finite(numbers: Tensor, name: str) -> None:
+    if broken := int((~numbers.isfinite()).sum()):
+        raise ValueError(
+            f"{broken} of {numbers.numel()} {name} are NaN or infinite: the model gives broken "
+            "embeddings. Check it with llm2clip doctor."
+        )
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def _describe_remedies(suffixes: set[str]) -> str:
+    remedies = [
+        f"To read {_list(suffixes & of_remedy)}: {remedy}."
+        for remedy, of_remedy in _REMEDIES.items()
+        if suffixes & of_remedy
+    ]
+    if others := suffixes.difference(*_REMEDIES.values()):
+        remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
+    return " ".join(remedies)
+
+
+def _list(suffixes: set[str]) -> str:
+    return ", ".join(f".{suffix}" for suffix in sorted(suffixes))

@@ -1,22 +1,34 @@
-"""Shows what a search found: one PNG to look at, one HTML page with links to the files."""
+"""Shows what a search found: an HTML page with links to the files, a PNG sheet, or text.
+
+The sheet is drawn with Pillow's own font, which has the letters of ASCII and few others, or, where
+matplotlib is installed, with its DejaVu Sans: Latin, Greek, Cyrillic, Hebrew, Arabic. A query in
+other letters is named by its number there; the page and the text show every query.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
+import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..image_loading_llm2clip import load_images
-from .lettering import Font, find_font
+from .image_index import SearchResult
 
+ResultFormat: TypeAlias = Literal["table", "json", "csv"]
+_COLUMNS = ("query", "rank", "cosine", "image")
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_NO_LETTER = "\U0010fffd"  # no font has it, so it looks like every missing letter
 _SIDE = 160
 _PAGE_SIDE = 320
 _GAP = 12
@@ -36,25 +48,34 @@ figcaption {{ font-size: .8rem; color: #666; overflow-wrap: anywhere; }}
 """
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """One sentence and the images found for it, best first: path and cosine.
+def write_results_page(
+    results: Sequence[SearchResult], path: Path, *, title: str, note: str
+) -> None:
+    """Write an HTML page that holds small copies of the images and links to their files.
 
-    Attributes:
-        query_image: the image that was searched for; `sentence` is then its path.
+    Links are relative to the page, so that page and images may be moved together.
+
+    Args:
+        results: Queries with the images found for them.
+        path: File to write.
+        title: Heading of the page.
+        note: Text below the heading.
     """
+    rows = "\n".join(_write_section(result, path.parent) for result in results)
+    page = _PAGE.format(title=html.escape(title), note=html.escape(note), rows=rows)
+    path.write_text(page, encoding="utf-8", errors="replace")  # a path may not be Unicode
 
-    sentence: str
-    found: Sequence[tuple[Path, float]]
-    query_image: Path | None = None
 
+def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
+    """Draw one row per query: the query, then its images with their cosines.
 
-def write_contact_sheet(results: Sequence[SearchResult], path: Path) -> None:
-    """Draw one row a sentence: the sentence, then its images with their cosines.
+    A query with letters that Pillow's own font lacks is named by its number.
 
-    A sentence in letters that no font here has is drawn as its number.
+    Args:
+        results: Queries with the images found for them.
+        path: Image file to write, in the format of its suffix.
     """
-    columns = max(len(result.found) for result in results)
+    columns = max(len(result.hits) for result in results)
     width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
     rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _GAP), "white")
@@ -65,17 +86,46 @@ def write_contact_sheet(results: Sequence[SearchResult], path: Path) -> None:
     sheet.save(path)
 
 
+def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
+    """Render search results as text.
+
+    Args:
+        results: Queries with the images found for them.
+        style: `"table"`, one table per query; `"json"`, a list of objects, and `"csv"`, lines
+            below a header, with the keys and columns `query`, `rank`, `cosine` and `image`.
+
+    Returns:
+        The text, without a newline at its end.
+    """
+    if style == "json":
+        return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
+    if style == "csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_list_records(results))
+        return buffer.getvalue().rstrip("\n")
+    return "\n\n".join(map(str, results))
+
+
+def _list_records(results: Sequence[SearchResult]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        for rank, (path, cosine) in enumerate(result.hits, start=1):
+            values = (result.query, rank, round(cosine, 6), str(path))
+            yield dict(zip(_COLUMNS, values, strict=True))
+
+
 def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
-    font, small = find_font(result.sentence, size=18), ImageFont.load_default(12)
-    sentence = result.sentence if font else f"sentence {number}: no font for its letters"
+    font, small = _find_font(result.query, size=18), ImageFont.load_default(12)
+    query = result.query if font else f"query {number}"
     font = font or ImageFont.load_default(18)
-    text = _wrap(sentence, font, _TEXT_WIDTH - 2 * _GAP)
+    text = _wrap(query, font, _TEXT_WIDTH - 2 * _GAP)
     text_height = 26 * (text.count("\n") + 1)
     row = Image.new("RGB", (width, max(_SIDE + 14, text_height) + 2 * _GAP), "white")
     draw = ImageDraw.Draw(row)
     place = (_GAP, max(0, (_SIDE - text_height) // 2))
     draw.multiline_text(place, text, fill="#222222", font=font, spacing=8)
-    for column, (image, cosine) in enumerate(result.found):
+    for column, (image, cosine) in enumerate(result.hits):
         left = _TEXT_WIDTH + column * (_SIDE + _GAP)
         thumbnail = _shrink(image)
         row.paste(
@@ -85,14 +135,28 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
     return row
 
 
-def write_page(results: Sequence[SearchResult], path: Path, *, title: str, note: str) -> None:
-    """Write the same as a page that holds small copies of the images and links to their files.
+def _find_font(text: str, *, size: int) -> _Font | None:
+    """Find a font that has every letter of a text, of Pillow's and matplotlib's own."""
+    letters = {letter for letter in text if not letter.isspace()}
+    return next((font for font in _list_fonts(size) if _has_letters(font, letters)), None)
 
-    Links are relative to the page, so that page and images may be moved together.
-    """
-    rows = "\n".join(_write_section(result, path.parent) for result in results)
-    page = _PAGE.format(title=html.escape(title), note=html.escape(note), rows=rows)
-    path.write_text(page, encoding="utf-8", errors="replace")  # a path may be no Unicode
+
+def _list_fonts(size: int) -> Iterator[_Font]:
+    yield ImageFont.load_default(size)
+    if find_spec("matplotlib") is not None:
+        from matplotlib import get_data_path
+
+        yield ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+
+
+def _has_letters(font: _Font, letters: set[str]) -> bool:
+    missing = _draw_letter(font, _NO_LETTER)
+    return all(_draw_letter(font, letter) != missing for letter in letters)
+
+
+def _draw_letter(font: _Font, letter: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
 
 
 def _write_section(result: SearchResult, folder: Path) -> str:
@@ -101,9 +165,9 @@ def _write_section(result: SearchResult, folder: Path) -> str:
         query = f'<div class="query">{_write_figure(result.query_image, "query", folder)}</div>'
     figures = "".join(
         _write_figure(image, f"{rank}. {cosine:.3f}", folder)
-        for rank, (image, cosine) in enumerate(result.found, start=1)
+        for rank, (image, cosine) in enumerate(result.hits, start=1)
     )
-    heading = html.escape(result.sentence)
+    heading = html.escape(result.query)
     return f'<section><h2>{heading}</h2>{query}<div class="found">{figures}</div></section>'
 
 
@@ -116,7 +180,7 @@ def _write_figure(image: Path, caption: str, folder: Path) -> str:
 
 
 def _find_address(file: Path, folder: Path) -> str:
-    """Where a page in the folder finds a file: relative, unless it lies on another drive."""
+    """Where a page in the folder finds a file: relative, unless it is on another drive."""
     try:
         return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
     except ValueError:
@@ -135,14 +199,14 @@ def _inline(image: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _wrap(text: str, font: Font, width: int) -> str:
+def _wrap(text: str, font: _Font, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) > width and lines[-1]:
             lines.append("")
             longer = word
-        while font.getlength(longer) > width and len(longer) > 1:  # no blanks in Japanese
+        while font.getlength(longer) > width and len(longer) > 1:  # no whitespace in Japanese
             fitting = _count_fitting(longer, font, width)
             lines[-1:] = [longer[:fitting], ""]
             longer = longer[fitting:]
@@ -150,7 +214,7 @@ def _wrap(text: str, font: Font, width: int) -> str:
     return "\n".join(lines)
 
 
-def _count_fitting(word: str, font: Font, width: int) -> int:
+def _count_fitting(word: str, font: _Font, width: int) -> int:
     """How many of a word's letters a line has room for, at least one."""
     lengths = range(2, len(word) + 1)
     return 1 + bisect_right(

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding.text_encoding import encode_captions
+from ..encoding.encode import encode_texts
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .gallery import Gallery, require_finite
+from .image_index import ImageIndex
 from .tag_labels import Label
 
-COLUMNS = ("image", "rank", "label", "cosine", "probability")
+_COLUMNS = ("image", "rank", "label", "cosine", "probability")
 _ROWS_AT_ONCE = 4096
 
 
@@ -28,8 +28,9 @@ class Tag:
     """One label of an image.
 
     Attributes:
-        cosine: of image and label.
-        probability: softmax of the scaled cosines over all labels, as the pipeline
+        label: Name of the label.
+        cosine: Of image and label.
+        probability: Softmax of the scaled cosines over all labels, as the pipeline
             `zero-shot-image-classification` gives it.
     """
 
@@ -40,58 +41,71 @@ class Tag:
 
 @dataclass(frozen=True)
 class TaggedImage:
-    """An image and its labels, best first; none where no cosine reaches the threshold."""
+    """An image and its labels.
+
+    Attributes:
+        path: The image.
+        tags: Its labels, best first; none where no cosine reaches the threshold.
+    """
 
     path: Path
     tags: Sequence[Tag]
 
 
-@torch.inference_mode()
 def encode_labels(
     model: LLM2CLIPModel, processor: LLM2CLIPProcessor, labels: Sequence[Label]
 ) -> Tensor:
     """Encode each label: the mean of its prompts' unit embeddings, of unit length again.
 
+    Args:
+        model: A model with a text tower.
+        processor: Its processor.
+        labels: Labels and their prompts.
+
     Returns:
         (labels, P) float32 on the CPU.
+
+    Raises:
+        ValueError: As `encode_texts`.
     """
     prompts = [prompt for label in labels for prompt in label.prompts]
-    captions = encode_captions(model, processor, prompts).caption_embeds
-    embeds = F.normalize(model.project_caption_embeds(captions.to(model.device)), dim=-1).cpu()
+    embeds = encode_texts(model, processor, prompts)
     means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
     return F.normalize(torch.stack(means), dim=-1)
 
 
 @torch.inference_mode()
 def tag_images(
-    model: LLM2CLIPModel,
-    gallery: Gallery,
+    index: ImageIndex,
     labels: Sequence[Label],
-    label_embeds: Tensor,
     *,
     top_k: int = 3,
     threshold: float | None = None,
 ) -> Iterator[TaggedImage]:
-    """Yield the labels of each image.
+    """Yield the labels of each image; each label is encoded once.
 
     Args:
-        label_embeds: (labels, P) from `encode_labels`.
-        top_k: labels per image; all of them where there are fewer.
-        threshold: least cosine of a label.
+        index: The images.
+        labels: Labels and their prompts.
+        top_k: Labels per image; all of them where there are fewer.
+        threshold: Smallest cosine of a label.
+
+    Yields:
+        Each image of the index, in its order.
 
     Raises:
-        ValueError: `top_k` is below 1, or a cosine is not finite.
+        ValueError: `top_k` is below 1, or a prompt is blank.
     """
     if top_k < 1:
-        raise ValueError(f"top_k={top_k} gives no label; it must be at least 1.")
-    scale = model.logit_scale().float().cpu()
-    for start in range(0, len(gallery.paths), _ROWS_AT_ONCE):
-        cosines = gallery.image_embeds[start : start + _ROWS_AT_ONCE] @ label_embeds.T
-        require_finite(cosines)
+        raise ValueError(f"top_k={top_k} must be at least 1.")
+    label_embeds = encode_labels(index.model, index.processor, labels)
+    scale = index.model.logit_scale().float().cpu()
+    for start in range(0, len(index), _ROWS_AT_ONCE):
+        cosines = index.image_embeds[start : start + _ROWS_AT_ONCE] @ label_embeds.T
         probabilities = (scale * cosines).softmax(dim=-1)
         best = cosines.topk(min(top_k, len(labels)))
         rows = zip(
-            gallery.paths[start : start + _ROWS_AT_ONCE],
+            index.paths[start : start + _ROWS_AT_ONCE],
             best.indices.tolist(),
             best.values.tolist(),
             probabilities.gather(1, best.indices).tolist(),
@@ -112,12 +126,15 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
     An image without a label has a line too; in CSV its other columns are empty.
 
     Args:
+        tagged: Images with their labels.
+        file: Text file, open for writing.
         style: `".csv"` or `".jsonl"`.
+
     Returns:
         How many images there were, and how many of them have no label.
     """
     num_images = num_untagged = 0
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
     if style == ".csv":
         writer.writeheader()
     for image in tagged:

@@ -1,6 +1,8 @@
-"""Reads the labels that images are tagged with, and the prompts that stand for each of them.
+"""Reads the labels that images are tagged with, and the prompts of each of them.
 
-| file | what |
+Imports no torch, so that an invalid file is reported at once.
+
+| file | content |
 | --- | --- |
 | `*.json` | a list of labels, or an object: label to prompt or list of prompts |
 | `*.csv` | columns `label` and, where wanted, `prompt`; a label may have several rows |
@@ -22,12 +24,17 @@ from typing import Any
 
 from ..data.sources.json_files import parse_object
 
-_MOST_NAMED = 5
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Label:
-    """A label and the texts whose mean embedding stands for it."""
+    """A label and the texts whose mean embedding represents it.
+
+    Attributes:
+        name: The label.
+        prompts: The texts, at least one.
+    """
 
     name: str
     prompts: tuple[str, ...]
@@ -37,17 +44,20 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
     """Read a file of labels.
 
     Args:
-        file: text, JSON or CSV, in UTF-8; see the table above.
-        templates: each has one `{}`, where the label goes.
+        file: Text, JSON or CSV, in UTF-8; see the table above.
+        templates: Prompts for labels that have none; each has one `{}`, where the label goes.
+
+    Returns:
+        The labels in the order of the file.
 
     Raises:
-        ValueError: the file cannot be read or has no label, a label repeats or is blank, a prompt
+        ValueError: The file cannot be read or has no label, a label repeats or is blank, a prompt
             is blank, or a template does not have exactly one `{}`.
     """
     if broken := [text for text in templates if text.count("{}") != 1]:
         raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")
     try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors write the mark
+        text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         prompts_of = _parse(text, file.suffix.lower())
         _check(prompts_of)
     except (OSError, ValueError) as error:
@@ -115,6 +125,6 @@ def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
         raise ValueError("there is no label. Write one per line.")
     counts = Counter(name for name, _ in prompts_of)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(twice)} labels repeat: {twice[:_MOST_NAMED]}. Keep one of each.")
+        raise ValueError(f"{len(twice)} labels repeat: {twice[:_SHOWN]}. Keep one of each.")
     if any(not text for name, prompts in prompts_of for text in (name, *prompts)):
         raise ValueError("a label or a prompt is blank. Fill it in, or leave it out.")

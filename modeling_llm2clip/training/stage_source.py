@@ -12,11 +12,11 @@ from typing import TypeAlias
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..model_folders.model_card_data import read_card_facts
+from ..model_folders.model_card_data import read_card_data
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..publishing.export_model import save_model
 
 LoadedModel: TypeAlias = tuple[
     LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor
@@ -70,7 +70,7 @@ def open_source(source: Source, output: Path) -> Iterator[StageSource]:
 def _save(source: LoadedModel, folder: Path) -> Path:
     model, processor = source
     origin = Path(model.name_or_path or "")
-    facts = None
+    card = None
     if (origin / "README.md").is_file():
-        facts = replace(read_card_facts(origin), results=())
-    return save_model(model, processor, folder, facts=facts)
+        card = replace(read_card_data(origin), results=())
+    return save_model(model, processor, folder, card=card)

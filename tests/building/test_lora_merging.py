@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.lora_merging import merge_lora
+from modeling_llm2clip.building.lora_merging import merge_lora, merge_lora_weights
 from modeling_llm2clip.demo.run_demo import DemoArguments
+from modeling_llm2clip.model_folders.weights import open_weights
 
 NUM_MATRICES = 2 * 7  # two layers of seven linear ones
 Weights = dict[str, Tensor]
@@ -36,6 +37,20 @@ def save_lora(model: nn.Module, folder: Path, *, base: str | None = None, **sett
     adapted.peft_config["default"].base_model_name_or_path = base
     adapted.save_pretrained(str(folder))
     return folder
+
+
+def merge(folder: Path, model: PreTrainedModel | None = None) -> Weights:
+    """Weights of a tiny LLM that a LoRA was merged into."""
+    model = model or tiny_llm()
+    merge_lora(model, folder)
+    return model.state_dict()
+
+
+def merge_with_peft(folder: Path, model: PreTrainedModel | None = None) -> Weights:
+    """The same by peft, which needs the whole LLM in memory."""
+    return (
+        PeftModel.from_pretrained(model or tiny_llm(), str(folder)).merge_and_unload().state_dict()
+    )
 
 
 def add_head(model: PreTrainedModel) -> Any:
@@ -64,7 +79,7 @@ def test_a_merged_lora_is_the_sum_worked_out_by_hand(
     task = "CAUSAL_LM" if with_head else "FEATURE_EXTRACTION"
     folder = save_lora(model, tmp_path / "lora", target_modules=targets, task_type=task)
     factors = load_file(folder / "adapter_model.safetensors")
-    merged = merge_lora(tiny_llm(), folder).state_dict()
+    merged = merge(folder)
     assert merged.keys() == before.keys()
     changed = [name for name in merged if not torch.equal(merged[name], before[name])]
     assert len(changed) == (NUM_MATRICES if targets == "all-linear" else 4)
@@ -83,15 +98,92 @@ def test_a_merged_lora_is_the_sum_worked_out_by_hand(
         (rename_layer, r"14 of 28 weights have no place.*layers\.7.*14 are missing.*layers\.1"),
         (lambda w: dict(list(w.items())[2:]), "0 of 26 weights have no place.*2 are missing"),
         (lambda w: {k: torch.zeros_like(v) for k, v in w.items()}, "adds zero to all of its 14"),
-        (lambda w: {k: v * float("nan") for k, v in w.items()}, r"layers\.0\..*: not finite"),
+        (
+            lambda w: {k: v * float("nan") for k, v in w.items()},
+            r"14 of 14 parts have NaN.*layers\.0",
+        ),
         (lambda w: {k: torch.cat([v, v], dim=1) for k, v in w.items()}, "is for another LLM"),
     ],
     ids=["a renamed layer", "a lost matrix", "zeros", "NaN", "another width"],
 )
 def test_a_lora_that_does_not_fit_is_refused(change: Any, error: str, tmp_path: Path) -> None:
     folder = rewrite(save_lora(tiny_llm(), tmp_path / "lora"), change)
+    model = tiny_llm()
     with pytest.raises(ValueError, match=error):
-        merge_lora(tiny_llm(), folder)
+        merge_lora(model, folder)
+    for name, value in tiny_llm().state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+# Of a family, and how its LoRA differs from a plain one.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "scale by the root of the rank": ("llama", {"use_rslora": True}),
+    "DoRA": ("llama", {"use_dora": True}),
+    "DoRA in some layers": ("llama", {"use_dora": True, "target_modules": r".*layers\.1\..*_proj"}),
+    "ranks and scales of their own": (
+        "llama",
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"k_proj": 3}},
+    ),
+    "an embedding table": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "all but some layers": ("llama", {"exclude_modules": ["mlp.up_proj"]}),
+    "expert tensors": (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_merged_as_peft_merges_it_bit_for_bit(
+    variant: str, tmp_path: Path
+) -> None:
+    family, settings = VARIANTS[variant]
+    folder = save_lora(tiny_llm(family), tmp_path / "lora", **settings)
+    wanted, found = merge_with_peft(folder, tiny_llm(family)), merge(folder, tiny_llm(family))
+    before = tiny_llm(family).state_dict()
+    assert found.keys() == wanted.keys()
+    assert any(not torch.equal(before[name], found[name]) for name in found)
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("with_head", [False, True], ids=["headless", "with head"])
+def test_scales_of_single_layers_are_found_with_and_without_the_head(
+    with_head: bool, tmp_path: Path
+) -> None:
+    model = add_head(tiny_llm()) if with_head else tiny_llm()
+    layer = ("model." if with_head else "") + "layers.1.mlp.up_proj"
+    folder = save_lora(model, tmp_path / "lora", alpha_pattern={layer: 40})
+    plain = save_lora(add_head(tiny_llm()) if with_head else tiny_llm(), tmp_path / "plain")
+    before, name = tiny_llm().state_dict(), "layers.1.mlp.up_proj.weight"
+    change, usual = (merge(lora)[name] - before[name] for lora in (folder, plain))
+    # The scale is 40 in place of 8; a sum of numbers of about ten in float32.
+    torch.testing.assert_close(change, 5 * usual, atol=1e-4, rtol=1e-5)
+
+
+def test_merging_file_by_file_gives_the_weights_of_merging_in_memory(tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora")
+    tiny_llm().save_pretrained(tmp_path / "llm")
+    merged = merge_lora_weights(
+        open_weights(tmp_path / "llm"), tiny_llm().config, folder, base="", dtype=torch.float32
+    )
+    wanted = merge(folder)
+    assert len(merged) == NUM_MATRICES
+    for _ in range(2):  # reading again gives the same again
+        for name, tensor in merged.items():
+            assert torch.equal(tensor.read(), wanted[name])
+
+
+def test_a_merge_into_bfloat16_is_rounded_once(tmp_path: Path) -> None:
+    folder = save_lora(tiny_llm(), tmp_path / "lora")
+    rounded = tiny_llm().to(torch.bfloat16)
+    exact = merge(folder, tiny_llm().to(torch.bfloat16).float())
+    for name, value in merge(folder, rounded).items():
+        assert torch.equal(value, exact[name].to(torch.bfloat16)), name
 
 
 def test_a_sum_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
@@ -105,23 +197,22 @@ def test_a_sum_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_more_than_low_rank_matrices_is_refused(tmp_path: Path) -> None:
     folder = save_lora(tiny_llm(), tmp_path / "lora", modules_to_save=["embed_tokens"])
-    with pytest.raises(ValueError, match=r"not a LoRA alone.*embed_tokens.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"more than .*embed_tokens.*merge_and_unload"):
         merge_lora(tiny_llm(), folder)
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "pissa", "olora"])
 def test_a_start_that_changes_the_base_is_merged_as_peft_does(start: Any, tmp_path: Path) -> None:
     folder = save_lora(tiny_llm(), tmp_path / "lora", init_lora_weights=start)
-    merged = merge_lora(tiny_llm(), folder).state_dict()
-    loaded = PeftModel.from_pretrained(tiny_llm(), str(folder)).merge_and_unload().state_dict()
-    for name, value in merged.items():
+    wanted = merge_with_peft(folder)
+    for name, value in merge(folder).items():
         # The same sum of the same numbers; a decomposition may round otherwise.
-        torch.testing.assert_close(value, loaded[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=0)
 
 
 def test_a_start_that_cannot_be_repeated_is_refused(tmp_path: Path) -> None:
     folder = save_lora(tiny_llm(), tmp_path / "lora", init_lora_weights="pissa_niter_4")
-    with pytest.raises(ValueError, match=r"not a LoRA alone.*pissa_niter_4"):
+    with pytest.raises(ValueError, match=r"more than .*pissa_niter_4"):
         merge_lora(tiny_llm(), folder)
 
 
@@ -136,11 +227,11 @@ def test_a_folder_without_a_lora_is_refused(tmp_path: Path) -> None:
         merge_lora(tiny_llm(), tmp_path)
     folder = save_lora(tiny_llm(), tmp_path / "lora")
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no weights: none of .*adapter_model\.safetensors"):
         merge_lora(tiny_llm(), folder)
 
 
-def test_the_command_refuses_a_lora_of_another_base_unless_told(
+def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
@@ -157,7 +248,7 @@ def test_the_command_refuses_a_lora_of_another_base_unless_told(
     built = load_file(output / "model.safetensors")["text_model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(built, tiny_llm().layers[0].self_attn.q_proj.weight)
     # Owners, and the case of letters, are no difference between Hub ids.
-    assert merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
+    merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
 
 
 def named(model: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -14,20 +14,21 @@ from tiny import VOCABULARY_SIZE, tiny_llm, tiny_model, tiny_tokenizer, tiny_vis
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.prompts import (
+    PROMPT_PRESETS,
     Prompt,
     derive_prompt,
     resolve_template,
     write_prompt,
 )
-from modeling_llm2clip.configs.build_config import PROMPT_PRESETS, BuildConfig
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 CAPTIONS = [
     "a dog",
     "Two red apples lie on a wooden table.",
-    "  blanks around \n",
+    "  spaces around \n",
     "東京の夜景 \U0001f5fc",
     "7 [cats] & <dogs>",
     "line\nbreak",
@@ -43,7 +44,7 @@ _TEXTS = ["▁a▁dog", "▁two▁red▁apples▁on▁a▁table", "user", "▁[I
 def sentencepiece_tokenizer(
     normalizer: normalizers.Normalizer, special_tokens: list[str]
 ) -> PreTrainedTokenizerFast:
-    """Build a BPE of characters and bytes with blanks as "▁", as SentencePiece makes them."""
+    """Build a BPE of characters and bytes with spaces as "▁", as SentencePiece makes them."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     begin, end = special_tokens[:2]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -86,7 +87,7 @@ def gemma_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> PreTrainedTokenizerFast:
-    """Add tokens that are not special, as Gemma's line breaks and Phi's runs of blanks."""
+    """Add tokens that are not special, as Gemma's line breaks and Phi's runs of spaces."""
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in tokens])
     return tokenizer
 
@@ -178,7 +179,7 @@ def test_line_breaks_that_are_added_tokens_give_the_ids_of_the_formatted_string(
     assert written(caption)["input_ids"] == ids_of_formatted(bare, "gemma", caption)
 
 
-def test_blanks_that_the_model_would_make_otherwise_stay_tokens_and_the_processor_strips() -> None:
+def test_whitespace_that_the_model_would_tokenize_otherwise_is_kept_and_stripped() -> None:
     bare = add_tokens(tiny_tokenizer(), "\n\n", "<h1>")
     prompt = derive_prompt(bare, PROMPT_PRESETS["llama-3"])
     written = write_prompt(bare, prompt, max_length=24)
@@ -186,7 +187,7 @@ def test_blanks_that_the_model_would_make_otherwise_stay_tokens_and_the_processo
     for caption in ("a dog.\n\na cat", "\n\n a dog\n\n", "a dog<h1>cat"):
         ids = processor(text=caption)["input_ids"][0].tolist()
         assert ids == ids_of_formatted(bare, "llama-3", caption)
-    # The limit: beside an added token inside a caption, blanks are lost, everywhere alike.
+    # The limit: beside an added token inside a caption, whitespace is lost, everywhere alike.
     spaced, tight = ("a dog <h1> cat", "a dog<h1>cat")
     assert written(spaced)["input_ids"] == ids_of_formatted(bare, "llama-3", tight)
     assert processor(text=spaced)["input_ids"][0].tolist() == written(spaced)["input_ids"]
@@ -247,8 +248,8 @@ def test_the_given_tokenizer_is_left_as_it_was() -> None:
     [
         ({"prompt": "llama-3"}, False),
         ({"prompt": "none"}, False),
-        ({"suffix": "<|eot_id|>"}, False),
-        ({"suffix": "<|end|>"}, True),
+        ({"prompt_suffix": "<|eot_id|>"}, False),
+        ({"prompt_suffix": "<|end|>"}, True),
     ],
 )
 def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_names(
@@ -265,7 +266,7 @@ def test_a_model_knows_whether_its_suffix_ends_in_a_token_that_its_tokenizer_nam
 def test_a_tokenizer_larger_than_the_embedding_table_builds_no_model() -> None:
     tokenizer = tiny_tokenizer(vocabulary_size=VOCABULARY_SIZE + 10)
     with pytest.raises(ValueError, match=r"ids up to 329, the embedding table only 320 rows"):
-        build_model(*tiny_vision(), tiny_llm(), tokenizer, BuildConfig(prompt="llama-3"))
+        join_towers(tiny_vision(), (tiny_llm(), tokenizer), BuildConfig(prompt="llama-3"))
 
 
 def test_extra_special_tokens_of_the_bare_tokenizer_do_not_mislead() -> None:
@@ -282,7 +283,7 @@ def test_extra_special_tokens_of_the_bare_tokenizer_do_not_mislead() -> None:
 
 @pytest.mark.parametrize("prompt", ["llama3", None])
 def test_an_unknown_or_missing_prompt_is_answered_with_the_known(prompt: str | None) -> None:
-    with pytest.raises(ValueError, match=rf"prompt={prompt!r} must be one of llama-3, .*chat-"):
+    with pytest.raises(ValueError, match=rf"prompt={prompt!r} must be one of .*'llama-3'.*'chat-"):
         resolve_template(tiny_tokenizer(), prompt)
 
 

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modeling_llm2clip.search.result_formats import FORMATS
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
-from modeling_llm2clip.search.result_formats import FORMATS
+from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = LINE.commands
@@ -241,17 +243,30 @@ def test_a_type_error_of_our_own_is_no_error_of_the_user(monkeypatch: pytest.Mon
         main(["doctor", "model"])
 
 
-@pytest.mark.parametrize(("said", "shown"), [("", "No partially written folder"), ("a", ": a\n")])
-def test_an_interrupted_command_exits_with_130_and_says_what_is_left(
-    said: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "llm2clip: Interrupted. No partially written folder will load"),
+        (StageInterrupt("Continue with: x", signal.SIGTERM), 143, "llm2clip: Continue with: x\n"),
+        (StageInterrupt("", signal.SIGINT), 130, ""),  # not the main process
+    ],
+    ids=["anywhere", "stage", "stage of another process"],
+)
+def test_an_interrupted_command_says_what_is_left_and_how_to_continue(
+    error: BaseException,
+    code: int,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop(_: str, /) -> int:
         """Stops."""
-        raise KeyboardInterrupt(*([said] if said else []))
+        raise error
 
     put_in_place_of_doctor(monkeypatch, stop)
-    assert main(["doctor", "model"]) == 130
-    assert shown in capsys.readouterr().err
+    assert main(["doctor", "model"]) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(shown) and bool(printed) == bool(shown)
 
 
 def write_config(folder: Path, **config: Any) -> str:
@@ -307,7 +322,7 @@ OF_A_MODEL = {
         ("LLM", "`llm2clip build VISION_MODEL {} OUTPUT`"),
         ("VISION", "`llm2clip build {} TEXT_MODEL OUTPUT`"),
         ("BERT", "{} is a 'vits', which no command takes"),
-        ("ABOVE", "it is the folder above {}/model. Give that one."),
+        ("ABOVE", "it is the parent folder of {}/model. Give that one."),
         ("LORA", "--lora {}`"),
         ("STORE", "--caption-store {}`"),
     ],
@@ -344,23 +359,23 @@ REFUSED_AT_ONCE = [
     ([*CONVERT, "--text-model", "c/d", "--head-width", "8", "--rope-reference-size", "2"],
      "--rope-reference-size goes with"),
     (["convert", "a/b", "NEW", "--source-format", "llm2vec"], "give --vision-model"),
-    (["finetune-llm", "OWN", "FULL", "FULL"], "holds no run.json"),
+    (["finetune-llm", "OWN", "FULL", "FULL"], "has no run.json"),
     (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
     (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),
     (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "must be above 0"),
     (["extract", "OWN", "FULL", "NEW"], "--modality is required"),
     (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
-    (["extract", "CLIP", "FULL", "NEW", *TEXT], "This command takes an LLM2CLIP model."),
+    (["extract", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "for --modality image alone"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "--image-dir /no: no such fo"),
     (ALIGN, "needs a caption store"),
     ([*ALIGN, "--learning-rate", "0", "--device", "mps"], "--learning-rate 0.0 must be above 0"),
     ([*ALIGN, "--caption-store", "/nowhere"], "--caption-store /nowhere"),
-    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "holds no run.json"),
+    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "has no run.json"),
     (["align", "OWN", "/nowhere", "NEW", "--caption-store", "STORE"], "no such data"),
     (["evaluate", "OWN"], "at least one model and one dataset"),
     (["evaluate", "no-model", "--datasets", "emoji"], "no-model: no such folder"),
-    (["evaluate", "ours=ABOVE", "--datasets", "emoji"], "is the folder above"),
+    (["evaluate", "ours=ABOVE", "--datasets", "emoji"], "is the parent folder of"),
     (["evaluate", "LLM", "--datasets", "emoji"], "is a language model"),
     (["search", "OWN", "/nowhere", "a dog"], "/nowhere: no such folder"),
     (["search", "OWN", "FULL", "a dog", "--output", "FULL"], "is not empty"),
@@ -368,20 +383,20 @@ REFUSED_AT_ONCE = [
     (["search", "OWN", "FULL", "a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
     (["search", "OWN", "FULL", "--image", "/nowhere"], "--image /nowhere: no such image"),
     (["search", "no-model", "FULL", "a dog"], "no-model: no such folder"),
-    (["search", "CLIP", "FULL", "a dog"], "This command takes an LLM2CLIP model."),
+    (["search", "CLIP", "FULL", "a dog"], "An LLM2CLIP model is needed here."),
     (["tag", "OWN", "FULL", "--labels", "/nowhere"], "/nowhere: "),
     (["tag", "OWN", "/nowhere", "--labels", "LABELS"], "/nowhere: no such folder"),
     ([*TAG, "--top-k", "0"], "--top-k 0 must be at least 1"),
     ([*TAG, "--output", "NEW"], "must end in .csv or"),
     ([*TAG, "--output", "LABELS"], "Name a new file"),
     (["tag", "no-model", "FULL", "--labels", "LABELS"], "no-model: no such folder"),
-    (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "takes an LLM2CL"),
+    (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "An LLM2CLIP"),
     (["export", "OWN", "FULL"], "is not empty"),
     (["export", "OWN"], "OUTPUT is missing"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "--dtype"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dry-run"], "no use for --dry-run"),
     (["push", "FULL"], "REPO_ID is missing"),
-    (["push", "CLIP", "owner/name"], "This command takes an LLM2CLIP model."),
+    (["push", "CLIP", "owner/name"], "An LLM2CLIP model is needed here."),
     (["doctor", "CLIP"], "is a 'clip'"),
     (["doctor", "/nowhere"], "/nowhere: no such folder"),
     (["demo", "--output", "FULL"], "is not empty"),

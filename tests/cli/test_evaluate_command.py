@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from modeling_llm2clip.__main__ import LINE, main
-from modeling_llm2clip.cli.evaluate import _choose_datasets, _choose_models, _read_lines
-from modeling_llm2clip.evaluation.arguments import EvaluatedDataset, EvaluatedModel
+from modeling_llm2clip.cli.evaluate import _choose_datasets, _choose_models
+from modeling_llm2clip.configs.evaluation_config import (
+    EvaluatedDataset,
+    EvaluatedModel,
+    EvaluationConfig,
+)
+from modeling_llm2clip.evaluation.evaluate import _read_files
 from modeling_llm2clip.evaluation.results import read_result
 
 
@@ -68,7 +73,7 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
         (["o/m", "--datasets", "emoji", "--plot", "x.png"], "there would be results on none"),
         (
             ["o/m", "--datasets", "emoji", "--templates", "gone.txt"],
-            "--templates gone.txt is no text",
+            "--templates gone.txt is not a text",
         ),
         (["o/m", "--datasets", "emoji", "--languages", "en", "en"], "languages has a name twice"),
         (["o/m", "--datasets", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
@@ -87,7 +92,8 @@ def test_a_wrong_command_says_what_is_wrong(
 
 def test_a_mark_that_an_editor_wrote_is_no_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
-    assert _read_lines(tmp_path / "names.txt", option="class_names") == ("cat", "dog")
+    config = EvaluationConfig(class_names=tmp_path / "names.txt")
+    assert _read_files(config).class_names == ("cat", "dog")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
@@ -96,7 +102,7 @@ def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> 
     assert "--device 'cuda' is not there" in capsys.readouterr().err
 
 
-def choose_models(words: list[str]) -> tuple[EvaluatedModel, ...]:
+def choose_models(words: list[str]) -> list[EvaluatedModel]:
     call = LINE.parse(words)
     return _choose_models(call.args, call.keywords["of_models"])
 
@@ -140,4 +146,7 @@ def test_the_name_of_a_set_is_never_a_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", "owner/model", "--datasets", "emoji", "mine"]
     chosen = _choose_datasets(LINE.parse(words).keywords["datasets"], ())
-    assert chosen == (EvaluatedDataset("emoji"), EvaluatedDataset("folder", "mine"))
+    assert chosen == [
+        EvaluatedDataset(name="emoji"),
+        EvaluatedDataset(name="folder", folder="mine"),
+    ]

@@ -131,6 +131,15 @@ def test_what_is_not_given_has_the_default_of_the_dataclass() -> None:
     assert (output, config, changes, top_k) == (Path("out"), StageConfig(), {}, 6)
 
 
+def test_a_library_that_is_imported_besides_changes_nothing() -> None:
+    """The parser validates by pydantic where another package has imported it."""
+    pytest.importorskip("pydantic")
+    words = ("stage", "m", "--labels", "none", "--prefix", "none", "--names", "null")
+    _, _, config, changes, labels, _ = run(*words)
+    assert config == StageConfig(prefix="none", names=("null",))
+    assert (changes, labels) == ({}, Path("none"))
+
+
 def test_the_exit_code_is_the_commands() -> None:
     assert LINE.parse(["stage", "m", "--labels", "l"])() == 7
 
@@ -245,7 +254,7 @@ def test_the_help_has_groups_defaults_choices_and_examples(
     for part in (
         "Usage: llm2clip stage", "Runs a stage.", "MODEL Model folder.", "Stage options:",
         "Default: what --learning-rate allows.", "[default: 0.001]", "--[no-]is-merged",
-        "[choices: frozen, lora] [default: frozen]", "[default: all]", "[default: auto]",
+        "[default: frozen] [choices: frozen, lora]", "[default: all]", "[default: auto]",
         "Card options: --width INT Width. Default: the source's.", "[default: 6]",
     ):  # fmt: skip
         assert part in shown

@@ -23,8 +23,8 @@ from modeling_llm2clip.cli.library_warnings import hide_known_warnings
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.embedding_store import StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.encoding import text_encoding as captions
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding import encode as captions
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
 from modeling_llm2clip.training.extraction.extract import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (
@@ -147,7 +147,9 @@ def test_the_progress_of_captions_is_in_tokens(monkeypatch: pytest.MonkeyPatch) 
     model, processor = tiny_model()
     texts = ["a dog", "two red apples on a wooden table by the window", "x", "a dog"]
     lengths = [len(row) for row in processor.list_ids(list(dict.fromkeys(texts)))[0]]
-    encode_captions(model, processor, texts, token_budget=max(lengths), show_progress=True)
+    encode_texts(
+        model, processor, texts, token_budget=max(lengths), show_progress=True, project=False
+    )
     (bar,) = bars
     assert bar.total == bar.n == sum(lengths)
     assert bar.unit == " tokens" and bar.seen[0] == max(lengths)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from converting import (
+    FORMAT_OF,
     GOLDEN,
     LLM,
     LLM2VEC,
-    RECIPE_OF,
     convert,
     convert_family,
     copy_llm,
@@ -29,25 +27,22 @@ from converting import (
     read_golden,
     save_checkpoint,
 )
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.__main__ import LINE, main
-from modeling_llm2clip.conversion.conversion_plan import Plan, make_image_processor
-from modeling_llm2clip.conversion.convert_checkpoint import ConversionReport
-from modeling_llm2clip.conversion.lazy_tensors import open_weights
-from modeling_llm2clip.conversion.lora_factors import merge_lora
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, make_image_processor
 from modeling_llm2clip.conversion.source_llm import LLMSource
-from modeling_llm2clip.conversion.weight_writing import write_weights
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images
 from modeling_llm2clip.model_folders.model_folder import RECORD_BEFORE_TRAINING, RECORD_FILE
-from modeling_llm2clip.publishing.assemble import assemble_folder
+from modeling_llm2clip.model_folders.model_writing import cast_weights, save_trained_model
+from modeling_llm2clip.model_folders.weights import write_weights
 from modeling_llm2clip.publishing.export_model import export_model
 
-FAMILIES = tuple(RECIPE_OF)
+FAMILIES = tuple(FORMAT_OF)
 # Sums of float32 numbers in another order, over a few layers; logits reach 30.
 MOST_DIFFERENCE = 1e-5
 
@@ -55,7 +50,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ConversionReport]:
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: convert_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
@@ -66,15 +61,22 @@ def load_weights(folder: Path) -> dict[str, Any]:
     return weights
 
 
-def assert_faces_were_examined(report: ConversionReport) -> None:
-    """What users load the folder through was checked, not skipped for want of a file."""
-    passed = {check.name for check in report.diagnosis.checks if check.passed}
+def assert_nothing_is_skipped(folder: Path) -> None:
+    """What users load the folder through can be checked: no file for it is missing."""
+    report = check_model(folder, device="cpu")
+    assert report.healthy, str(report)
+    passed = {check.name for check in report.checks if check.passed}
     assert {"golden embeddings", "sentence-transformers", "processor", "remote code"} <= passed
 
 
-def assert_makes(planned: Plan, report: ConversionReport) -> None:
+def read_dropped(folder: Path) -> dict[str, list[str]]:
+    """Keys that were left out, by reason."""
+    return json.loads((folder / RECORD_FILE).read_text())["dropped"]
+
+
+def assert_makes(planned: ConversionPlan, folder: Path) -> None:
     """What is planned from one source is what was written from another."""
-    written = load_weights(report.folder)
+    written = load_weights(folder)
     assert set(planned.weights) == set(written)
     for name, value in written.items():
         assert torch.equal(planned.weights[name].read().float(), value), name
@@ -88,8 +90,8 @@ def same_weights(first: Path, second: Path) -> bool:
 @every_family
 def test_embeddings_and_logits_are_those_of_the_official_code(converted, family) -> None:
     golden = read_golden(family)
-    model = AutoModel.from_pretrained(converted[family].folder).eval()
-    processor = AutoProcessor.from_pretrained(converted[family].folder)
+    model = AutoModel.from_pretrained(converted[family]).eval()
+    processor = AutoProcessor.from_pretrained(converted[family])
     inputs = processor(text=read_captions()[0])
     with torch.inference_mode():
         found = {
@@ -108,33 +110,30 @@ def test_embeddings_and_logits_are_those_of_the_official_code(converted, family)
 def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
     converted, family, tmp_path
 ) -> None:
-    report = converted[family]
-    assert report.diagnosis.healthy
-    assert_faces_were_examined(report)
-    assert str(report.folder) in report.diagnosis.report()
-    assert f".{report.folder.name}-" not in report.diagnosis.report()  # where it was examined
-    model = AutoModel.from_pretrained(report.folder)
+    folder = converted[family]
+    assert_nothing_is_skipped(folder)
+    model = AutoModel.from_pretrained(folder)
     model.save_pretrained(tmp_path)
-    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (report.folder, tmp_path))
+    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
     assert ours == theirs
-    assert same_weights(report.folder, tmp_path)
-    assert report.num_parameters == sum(p.numel() for p in model.parameters())
+    assert same_weights(folder, tmp_path)
+    record = json.loads((folder / RECORD_FILE).read_text())
+    assert record["num_parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_every_key_is_used_or_dropped_with_a_reason(converted) -> None:
-    dropped = converted["eva02"].dropped
-    rotary = {name for name in read_checkpoint("eva02") if "rope" in name}
-    assert set(dropped) == rotary and len(rotary) == 6
-    assert all("rotary frequencies" in reason for reason in dropped.values())
-    assert not any(converted[family].dropped for family in FAMILIES if family != "eva02")
+    ((reason, keys),) = read_dropped(converted["eva02"]).items()
+    assert "rotary frequencies" in reason and len(keys) == 6
+    assert set(keys) == {name for name in read_checkpoint("eva02") if "rope" in name}
+    assert not any(read_dropped(converted[family]) for family in FAMILIES if family != "eva02")
 
 
-def test_the_record_tells_sources_settings_and_what_was_left_out(converted) -> None:
-    record = json.loads((converted["siglip2"].folder / RECORD_FILE).read_text())
-    assert record["recipe"]["preprocessing"] == "openai"
+def test_the_record_has_sources_format_and_what_was_left_out(converted) -> None:
+    record = json.loads((converted["siglip2"] / RECORD_FILE).read_text())
+    assert record["source_format"]["preprocessing"] == "openai"
     assert record["pixels"]["mean"][0] == pytest.approx(0.48145466)
     assert [file["name"] for file in record["files"]] == ["epoch_3.pt"]  # it holds its LLM
-    record = json.loads((converted["eva02"].folder / RECORD_FILE).read_text())
+    record = json.loads((converted["eva02"] / RECORD_FILE).read_text())
     assert [file["name"] for file in record["files"]] == ["epoch_3.pt", "model.safetensors"]
     assert len(record["dropped"]) == 1
     assert str(GOLDEN.parent.parent) not in json.dumps(record)  # names, not paths of this machine
@@ -147,30 +146,15 @@ def rename_to_old_eva(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def wrap(state: dict[str, Any], *, under: str | None, prefix: str) -> dict[str, Any]:
-    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
-    return wrapped if under is None else {under: wrapped, "epoch": 1, "optimizer": {"lr": 1e-5}}
-
-
-@pytest.mark.parametrize("under", [None, "model", "module", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_names_may_be_nested_and_wrapped(tmp_path, under, prefix) -> None:
-    state = read_checkpoint("eva02")
-    torch.save(wrap(state, under=under, prefix=prefix), tmp_path / "c.pt")
-    opened = open_weights(tmp_path / "c.pt")
-    assert set(opened) == set(state)
-    assert all(torch.equal(opened[name].read(), state[name]) for name in state)
-
-
 def test_older_eva02_names_make_the_same_model(converted, tmp_path) -> None:
     source = save_checkpoint("eva02", tmp_path, rename_to_old_eva(read_checkpoint("eva02")))
-    assert_makes(plan(source, recipe=RECIPE_OF["eva02"]), converted["eva02"])
+    assert_makes(plan(source, source_format=FORMAT_OF["eva02"]), converted["eva02"])
 
 
 def test_an_llm_beside_the_checkpoint_takes_the_place_of_one_inside(converted, tmp_path) -> None:
     state = {k: v for k, v in read_checkpoint("siglip2").items() if "text.text.model" not in k}
     source = save_checkpoint("siglip2", tmp_path, state)
-    planned = plan(source, recipe=RECIPE_OF["siglip2"])
+    planned = plan(source, source_format=FORMAT_OF["siglip2"])
     assert_makes(planned, converted["siglip2"])
     assert [path.name for path in planned.files] == ["epoch_3.pt", "model.safetensors"]
 
@@ -188,7 +172,7 @@ def test_an_llm_with_its_head_makes_the_same_model(converted, tmp_path) -> None:
     config["auto_map"] = {"AutoModel": "McGill-NLP/somewhere--modeling_llama_encoder.LlamaBiModel"}
     (llm / "config.json").write_text(json.dumps(config))
     source = save_checkpoint("openai", tmp_path / "source")
-    planned = plan(source, recipe=RECIPE_OF["openai"], llm=LLMSource(llm))
+    planned = plan(source, source_format=FORMAT_OF["openai"], llm=LLMSource(llm))
     assert_makes(planned, converted["openai"])
     assert sorted(planned.dropped) == [
         "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq",
@@ -198,47 +182,41 @@ def test_an_llm_with_its_head_makes_the_same_model(converted, tmp_path) -> None:
 
 def test_a_merged_lora_gives_the_embeddings_of_the_official_loading(tmp_path) -> None:
     source = save_checkpoint("openai", tmp_path / "source")
-    llm = LLMSource(LLM, adapters=(LLM2VEC / "llama_lora",))
-    report = convert(
-        source, tmp_path / "model", recipe=RECIPE_OF["openai"], llm=llm, components="text"
+    llm = LLMSource(LLM, loras=(LLM2VEC / "llama_lora",))
+    folder = convert(
+        source, tmp_path / "model", source_format=FORMAT_OF["openai"], llm=llm, components="text"
     )
-    model = LLM2CLIPTextModel.from_pretrained(report.folder).eval()
-    inputs = AutoProcessor.from_pretrained(report.folder)(text=read_captions()[0])
+    model = LLM2CLIPTextModel.from_pretrained(folder).eval()
+    inputs = AutoProcessor.from_pretrained(folder)(text=read_captions()[0])
     with torch.inference_mode():
         found = model.get_caption_embeds(**inputs)
     wanted = load_file(LLM2VEC / "llama.safetensors")["caption_embeds_with_lora"]
     assert float((found - wanted).abs().max()) <= MOST_DIFFERENCE
 
 
-def test_a_lora_is_merged_as_peft_merges_it() -> None:
-    plain = AutoModel.from_pretrained(LLM)
-    merged = PeftModel.from_pretrained(plain, LLM2VEC / "llama_lora").merge_and_unload()
-    ours = merge_lora(open_weights(LLM), LLM2VEC / "llama_lora", base="llama")
-    for name, value in merged.state_dict().items():
-        # One product and one sum a weight, in another order.
-        torch.testing.assert_close(ours[name].read(), value, rtol=0, atol=1e-6)
-
-
 def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
     converted, tmp_path
 ) -> None:
-    planned = plan(save_checkpoint("openai", tmp_path / "source"), recipe=RECIPE_OF["openai"])
-    folder = Path(shutil.copytree(converted["openai"].folder, tmp_path / "model"))
+    planned = plan(
+        save_checkpoint("openai", tmp_path / "source"), source_format=FORMAT_OF["openai"]
+    )
+    folder = Path(shutil.copytree(converted["openai"], tmp_path / "model"))
     (folder / "model.safetensors").unlink()
-    write_weights(planned.weights, folder, dtype=torch.float32, shard_bytes=60_000)
+    write_weights(planned.weights, folder, max_shard_size=60_000)
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 60_000
-    assert same_weights(folder, converted["openai"].folder)
+    assert same_weights(folder, converted["openai"])
     AutoModel.from_pretrained(folder)  # strictly, by the index
 
 
 def test_another_dtype_rounds_every_weight_but_the_temperature(converted, tmp_path) -> None:
-    planned = plan(save_checkpoint("eva02", tmp_path / "source"), recipe=RECIPE_OF["eva02"])
-    write_weights(planned.weights, tmp_path, dtype=torch.bfloat16, shard_bytes=10**9)
-    wanted = load_weights(converted["eva02"].folder)
+    planned = plan(save_checkpoint("eva02", tmp_path / "source"), source_format=FORMAT_OF["eva02"])
+    weights = cast_weights(planned.weights, torch.bfloat16, planned.model_class)
+    write_weights(weights, tmp_path, max_shard_size="1GB")
+    wanted = load_weights(converted["eva02"])
     for name, value in load_weights(tmp_path).items():
         dtype = torch.float32 if name.startswith("logit_scale") else torch.bfloat16
         assert value.dtype == dtype
@@ -249,36 +227,34 @@ def test_another_dtype_rounds_every_weight_but_the_temperature(converted, tmp_pa
     ("components", "model_class"),
     [("text", LLM2CLIPTextModel), ("vision", LLM2CLIPVisionModel)],
 )
-def test_a_half_has_the_weights_of_the_whole_and_no_others(
+def test_a_text_only_or_vision_only_model_has_the_weights_of_the_whole_and_no_others(
     converted, tmp_path, components, model_class
 ) -> None:
-    report = convert_family("eva02", tmp_path, components=components)
-    assert_faces_were_examined(report)
-    model, whole = (
-        model_class.from_pretrained(folder) for folder in (report.folder, converted["eva02"].folder)
-    )
+    folder = convert_family("eva02", tmp_path, components=components)
+    assert_nothing_is_skipped(folder)
+    model, whole = (model_class.from_pretrained(source) for source in (folder, converted["eva02"]))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True)
     )
-    assert set(load_weights(report.folder)) == set(model.state_dict())
-    assert "belongs to the half" in report.dropped["logit_scale"]
+    assert set(load_weights(folder)) == set(model.state_dict())
+    assert "logit_scale" in read_dropped(folder)["belongs to the tower that was not asked for"]
 
 
-def test_a_vision_half_reads_no_weight_of_the_llm(tmp_path) -> None:
+def test_a_vision_only_model_reads_no_weight_of_the_llm(tmp_path) -> None:
     llm = copy_llm(tmp_path / "llama")
     (llm / "model.safetensors").unlink()
     source = save_checkpoint("eva02", tmp_path / "source")
-    report = convert(
-        source, tmp_path / "model", recipe=RECIPE_OF["eva02"], llm=LLMSource(llm),
+    folder = convert(
+        source, tmp_path / "model", source_format=FORMAT_OF["eva02"], llm=LLMSource(llm),
         components="vision",
     )  # fmt: skip
-    assert report.diagnosis.healthy
+    assert check_model(folder, device="cpu").healthy
 
 
 @pytest.mark.parametrize("preprocessing", ["openai", "half"])
 def test_pixels_are_those_of_the_official_transform(preprocessing) -> None:
-    recipe = replace(RECIPE_OF["siglip2"], preprocessing=preprocessing)
-    processor = make_image_processor(recipe, 40)
+    source_format = replace(FORMAT_OF["siglip2"], preprocessing=preprocessing)
+    processor = make_image_processor(source_format, 40)
     found = processor(images=[render_golden_images()[0]], return_tensors="pt")["pixel_values"][0]
     wanted = load_file(GOLDEN / "preprocessing.safetensors")[preprocessing]
     # Both resize 8-bit pixels, in two libraries: three steps of 255, over a deviation of 0.26.
@@ -289,15 +265,23 @@ def test_a_temperature_rounded_up_to_half_precision_is_100(tmp_path) -> None:
     state = read_checkpoint("openai")
     state["logit_scale"] = torch.tensor(100.0).log().half()
     assert state["logit_scale"].float() > math.log(100)
-    planned = plan(save_checkpoint("openai", tmp_path, state), recipe=RECIPE_OF["openai"])
+    planned = plan(save_checkpoint("openai", tmp_path, state), source_format=FORMAT_OF["openai"])
     written = float(planned.weights["logit_scale.log_scale"].read())
     assert written == pytest.approx(math.log(100), abs=5e-7)  # float32 of ln 100
 
 
 def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> None:
     source = save_checkpoint("eva02", tmp_path / "source")
-    flags = ["--source-format", "eva02", "--text-model", str(LLM), "--head-width", "12"]
-    flags += ["--dtype", "float32"]
+    flags = [
+        "--source-format",
+        "eva02",
+        "--text-model",
+        str(LLM),
+        "--head-width",
+        "12",
+        "--dtype",
+        "float32",
+    ]
     flags += ["--rope-reference-size", "4", "--max-text-length", "200", "--license", "mit"]
     flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
     (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
@@ -311,32 +295,18 @@ def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> Non
 
 
 def test_an_export_keeps_the_record_of_the_conversion(converted, tmp_path) -> None:
-    source = converted["openai"].folder
+    source = converted["openai"]
     folder = export_model(source, tmp_path / "again")
     assert (folder / RECORD_FILE).read_bytes() == (source / RECORD_FILE).read_bytes()
 
 
 def test_a_trained_folder_calls_the_record_one_of_before_training(converted, tmp_path) -> None:
-    source = converted["openai"].folder
+    source = converted["openai"]
     changed = {"text_projection.weight": load_weights(source)["text_projection.weight"] + 1}
-    assemble_folder(source, changed, tmp_path / "trained")
+    save_trained_model(source, changed, tmp_path / "trained")
     assert not (tmp_path / "trained" / RECORD_FILE).exists()
     record = tmp_path / "trained" / RECORD_BEFORE_TRAINING
     assert record.read_bytes() == (source / RECORD_FILE).read_bytes()
-
-
-def test_the_documents_commands_parse_and_name_a_recipe() -> None:
-    text = (GOLDEN.parent / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    lines = blocks.replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if line.startswith("llm2clip convert")]
-    assert len(commands) > 7
-    for command in commands:
-        assert callable(LINE.parse(shlex.split(command)[1:]))
-        given = shlex.split(command)
-        if given[given.index("--source-format") + 1] == "siglip2":
-            assert "--preprocessing" in given
-        assert "--text-model" in given or "llm2vec" in given
 
 
 def test_the_script_is_the_command() -> None:
@@ -353,5 +323,22 @@ def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(
     converted, tmp_path
 ) -> None:
     save_file(read_checkpoint("openai"), tmp_path / "weights.safetensors")
-    planned = plan(tmp_path / "weights.safetensors", recipe=RECIPE_OF["openai"])
+    planned = plan(tmp_path / "weights.safetensors", source_format=FORMAT_OF["openai"])
     assert_makes(planned, converted["openai"])
+
+
+def test_an_existing_target_is_not_touched(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        convert(tmp_path / "no-such.pt", tmp_path / "model", source_format=FORMAT_OF["openai"])
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    source = save_checkpoint("openai", tmp_path / "source")
+    usage = shutil.disk_usage(tmp_path)._replace(free=60 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"has 0\.06 GB free, the model takes 0\.07 GB"):
+        convert(source, tmp_path / "model", source_format=FORMAT_OF["openai"])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

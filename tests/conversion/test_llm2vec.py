@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.conversion.llm2vec import build_from_llm2vec
 from modeling_llm2clip.data.atomic_files import default_cache_folder
 from modeling_llm2clip.demo.pretrained_towers import SMOLLM2
+from modeling_llm2clip.model_folders.model_loading import load_model
 
 # LLM2Vec's own templates; it has none for Gemma's first version. Its Qwen2 is causal.
 PROMPT_OF = {"llama": "llama-3", "mistral": "mistral", "gemma": "none", "qwen2": "chatml"}
@@ -39,10 +41,16 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_vision(tmp_path_factory.mktemp("towers") / "vision")
 
 
+def build(vision: Path, folder: Path, config: BuildConfig, **settings: Any) -> tuple[Any, Any]:
+    """Build from an LLM2Vec folder, and load what was written."""
+    with TemporaryDirectory() as output:
+        return load_model(build_from_llm2vec(vision, folder, output, config, **settings))
+
+
 @pytest.fixture(scope="module")
 def built(vision: Path) -> dict[str, tuple[Any, Any]]:
     return {
-        family: build_from_llm2vec(vision, LLM2VEC / family, BuildConfig(prompt=prompt))
+        family: build(vision, LLM2VEC / family, BuildConfig(prompt=prompt))
         for family, prompt in PROMPT_OF.items()
     }
 
@@ -110,9 +118,7 @@ def test_an_instruction_is_attended_to_and_not_pooled_as_in_llm2vec(built, famil
 
 def test_a_lora_folder_of_llm2vec_is_merged_into_its_base(vision) -> None:
     lora = LLM2VEC / "llama_lora"
-    model, processor = build_from_llm2vec(
-        vision, lora, BuildConfig(prompt="llama-3"), base=LLM2VEC / "llama"
-    )
+    model, processor = build(vision, lora, BuildConfig(prompt="llama-3"), base=LLM2VEC / "llama")
     found = encode(model, processor, read_captions()[0])
     wanted = load_file(LLM2VEC / "llama.safetensors")["caption_embeds_with_lora"]
     assert smallest_cosine(found, wanted) >= LEAST_COSINE
@@ -121,7 +127,7 @@ def test_a_lora_folder_of_llm2vec_is_merged_into_its_base(vision) -> None:
 def test_qwen2_is_causal_in_llm2vec_and_not_here(vision, built) -> None:
     recorded, captions = load_file(LLM2VEC / "qwen2.safetensors"), read_captions()[0]
     causal = BuildConfig(prompt="chatml", bidirectional=False)
-    as_theirs = encode(*build_from_llm2vec(vision, LLM2VEC / "qwen2", causal), captions)
+    as_theirs = encode(*build(vision, LLM2VEC / "qwen2", causal), captions)
     assert smallest_cosine(as_theirs, recorded["caption_embeds"]) >= LEAST_COSINE
     found = encode(*built["qwen2"], captions)
     assert smallest_cosine(found, recorded["caption_embeds"]) < LEAST_COSINE
@@ -171,17 +177,17 @@ def test_settings_that_would_give_other_embeddings_are_refused(
     path = folder / "llm2vec_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     with pytest.raises(ValueError, match=match):
-        build_from_llm2vec(vision, folder, BuildConfig(prompt="llama-3"))
+        build_from_llm2vec(vision, folder, tmp_path / "model", BuildConfig(prompt="llama-3"))
 
 
-def test_a_lora_needs_its_base_and_a_whole_llm_none(vision) -> None:
-    arguments = BuildConfig(prompt="llama-3")
+def test_a_lora_needs_its_base_and_a_whole_llm_none(vision, tmp_path) -> None:
+    config, output = BuildConfig(prompt="llama-3"), tmp_path / "model"
     with pytest.raises(ValueError, match="is a LoRA, so it needs its base"):
-        build_from_llm2vec(vision, LLM2VEC / "llama_lora", arguments)
+        build_from_llm2vec(vision, LLM2VEC / "llama_lora", output, config)
     with pytest.raises(ValueError, match="is a whole LLM, so leave"):
-        build_from_llm2vec(vision, LLM2VEC / "llama", arguments, base=LLM2VEC / "llama")
+        build_from_llm2vec(vision, LLM2VEC / "llama", output, config, base=LLM2VEC / "llama")
     with pytest.raises(ValueError, match="not an LLM2Vec folder"):
-        build_from_llm2vec(vision, vision, arguments)
+        build_from_llm2vec(vision, vision, output, config)
 
 
 def test_the_command_makes_a_new_model_of_an_llm2vec_folder(vision, tmp_path, capsys) -> None:
@@ -223,8 +229,8 @@ def test_images_of_the_new_model_are_those_of_its_tower(built) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2_FOLDER.is_dir(), reason="SmolLM2 is not in the cache")
 def test_smollm2_gives_the_embeddings_that_llm2vec_gives(vision) -> None:
-    arguments = BuildConfig(prompt="chatml", max_text_length=512)
-    model, processor = join_towers(vision, SMOLLM2_FOLDER, arguments)
+    config = BuildConfig(prompt="chatml", max_text_length=512)
+    model, processor = join_towers(vision, SMOLLM2_FOLDER, config)
     found = encode(model, processor, read_captions()[0])
     recorded = load_file(LLM2VEC / "smollm2.safetensors")
     assert smallest_cosine(found, recorded["caption_embeds"]) >= LEAST_COSINE

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from PIL import Image
 from tiny import tiny_model
 
 from modeling_llm2clip.demo.feature_alignment import (
@@ -16,8 +15,6 @@ from modeling_llm2clip.demo.feature_alignment import (
     descend,
     sample_batches,
 )
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -127,34 +124,3 @@ def test_a_batch_larger_than_the_data_is_all_of_it():
     generator = torch.Generator().manual_seed(0)
     draws = sample_batches([["a"], ["b"], ["c"]], steps=2, batch_size=512, generator=generator)
     assert [sorted(captions) for _, captions in draws] == [["a", "b", "c"]] * 2
-
-
-def test_duplicate_captions_are_computed_once_and_come_back_in_order():
-    model, processor = tiny_model()
-    encoded = encode_captions(model, processor, ["a dog", "two cats", "a dog"])
-    assert encoded.num_distinct == 2
-    assert torch.equal(encoded.caption_embeds[0], encoded.caption_embeds[2])
-    alone = encode_captions(model, processor, ["two cats"]).caption_embeds[0]
-    torch.testing.assert_close(encoded.caption_embeds[1], alone, atol=2e-6, rtol=1e-5)  # sum order
-
-
-def test_captions_that_are_cut_are_counted():
-    model, processor = tiny_model()
-    encoded = encode_captions(model, processor, ["a dog", "dog " * 100])
-    assert encoded.num_truncated == 1
-
-
-def test_padding_is_at_most_a_tenth_of_what_is_computed():
-    model, processor = tiny_model()
-    captions = ["dog " * (1 + i % 20) + str(i) for i in range(200)]
-    encoded = encode_captions(model, processor, captions, token_budget=512)
-    # Small batches may pad 64 tokens, so a corpus is asked, not a batch.
-    assert encoded.num_padding <= 0.1 * encoded.num_tokens
-
-
-def test_images_have_the_same_embeddings_in_any_batch():
-    model, processor = tiny_model()
-    images = [Image.new("RGB", (40, 40), (30 * i, 80, 10)) for i in range(5)]
-    together = encode_images(model, processor, images)
-    by_two = encode_images(model, processor, images, batch_size=2, num_workers=2)
-    torch.testing.assert_close(together, by_two, atol=1e-5, rtol=1e-5)  # sum order in float32

@@ -15,26 +15,29 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
-from modeling_llm2clip.doctor import Check, check_model
-from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
+from modeling_llm2clip.doctor.model_report import Check
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_folder import list_uploaded_files
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.publishing.export_model import save_model
 
 
 def test_a_healthy_checkpoint_passes_every_check_and_skips_none(good: Path) -> None:
-    diagnosis = check_model(good)
-    assert diagnosis.healthy, diagnosis.report()
-    assert [check for check in diagnosis.checks if not check.passed] == []
-    assert [c.name for c in diagnosis.checks] == ["folder", *(plan.name for plan in _PLANS)]
+    report = check_model(good)
+    assert report.healthy, str(report)
+    assert [check for check in report.checks if not check.passed] == []
+    assert [c.name for c in report.checks] == [
+        "folder",
+        *(plan.name for plan in _PLANNED_CHECKS),
+    ]
 
 
-def test_a_checkpoint_without_golden_embeddings_is_told_so(copy: Path) -> None:
+def test_missing_golden_embeddings_are_reported(copy: Path) -> None:
     (copy / GOLDEN_FILE).unlink()
-    diagnosis = check_model(copy)
-    assert diagnosis.healthy
-    assert find(diagnosis, "golden embeddings") == Check(
+    report = check_model(copy)
+    assert report.healthy
+    assert find(report, "golden embeddings") == Check(
         "golden embeddings", False, f"the folder has no {GOLDEN_FILE} to compare with", skipped=True
     )
 
@@ -43,9 +46,9 @@ def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if not installed
-    diagnosis = check_model(good)
-    check = find(diagnosis, "sentence-transformers")
-    assert diagnosis.healthy
+    report = check_model(good)
+    check = find(report, "sentence-transformers")
+    assert report.healthy
     assert check.skipped
     assert "not installed" in check.message
 
@@ -65,8 +68,8 @@ def test_other_families_dtypes_and_settings_are_healthy_too(
     vision: str, llm: str, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     model, processor = tiny_model(vision, llm, **arguments)
-    diagnosis = check_model(save_model(model, processor, tmp_path / "exported"))
-    assert [check for check in diagnosis.checks if not check.passed] == [], diagnosis.report()
+    report = check_model(save_model(model, processor, tmp_path / "exported"))
+    assert [check for check in report.checks if not check.passed] == [], str(report)
 
 
 def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
@@ -75,10 +78,10 @@ def test_a_text_only_checkpoint_is_healthy_and_says_what_is_absent(
     LLM2CLIPTextModel.from_pretrained(good).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(good / name, tmp_path / name)
-    diagnosis = check_model(tmp_path)
-    assert diagnosis.healthy, diagnosis.report()
-    assert find(diagnosis, "pooled span").passed
-    assert find(diagnosis, "temperature").message == "the folder holds a LLM2CLIPTextModel alone"
+    report = check_model(tmp_path)
+    assert report.healthy, str(report)
+    assert find(report, "pooled span").passed
+    assert find(report, "temperature").message == "the folder holds an LLM2CLIPTextModel"
 
 
 @pytest.mark.parametrize("option", ["eos_token", "extra_special_tokens"])
@@ -91,10 +94,10 @@ def test_a_suffix_that_is_a_special_token_is_flagged_as_the_saved_tokenizer_has_
     )
     model, processor = tiny_model(tokenizer=tokenizer)
     folder = save_model(
-        model, processor, tmp_path / "exported", prompts={"query": "Find an image: "}
+        model, processor, tmp_path / "exported", instructions={"query": "Find an image: "}
     )
-    diagnosis = check_model(folder)
-    assert diagnosis.healthy, diagnosis.report()
+    report = check_model(folder)
+    assert report.healthy, str(report)
 
 
 def test_weights_in_several_files_are_all_read(copy: Path) -> None:
@@ -122,12 +125,12 @@ def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None
     code = """
 import sys
 sys.modules["sentence_transformers"] = None  # as if not installed: its import takes long
-from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.publishing.push_to_hub import Destination, push_to_hub
-push_to_hub(sys.argv[1], Destination("owner/model"))
-diagnosis = check_model("owner/model")
-print(diagnosis.report())
-assert diagnosis.healthy
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.publishing.push_to_hub import push_to_hub
+push_to_hub(sys.argv[1], "owner/model")
+report = check_model("owner/model")
+print(report)
+assert report.healthy
 assert "RepositoryNotFoundError" in check_model("owner/absent").checks[0].message
 """
     with HubServer() as hub:

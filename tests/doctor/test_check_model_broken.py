@@ -13,11 +13,10 @@ import torch
 from breaking import (
     Break,
     append,
-    cut_in_half,
     edit_json,
     edit_weights,
     find,
-    load_patient,
+    load_tested,
     remove,
     rename_adapter_key,
     set_causal,
@@ -25,15 +24,15 @@ from breaking import (
     set_row,
     set_weight,
     take_other_tokenizer,
+    truncate,
 )
 
-from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.doctor.check_model import _PLANS
+from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_report import NotApplicableError
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.doctor.reference_checks import check_sentence_transformers
-from modeling_llm2clip.model_folders.quantization import text_quantization_config
+from modeling_llm2clip.model_folders.model_loading import text_quantization_config
 
 
 class Case(NamedTuple):
@@ -99,7 +98,7 @@ CASES = {
         "weights", r"shape \(1; saved, wanted\).*visual_projection.weight",
     ),
     "weight file cut": Case(
-        cut_in_half("model.safetensors"), "weights", r"copy: a weight file is truncated"
+        truncate("model.safetensors"), "weights", r"copy: a weight file is truncated"
     ),
     "weight file lost": Case(
         remove("model.safetensors"), "finite weights", r"has no weights"
@@ -112,7 +111,7 @@ CASES = {
         set_weight(VISION_WEIGHT, lambda w: w * 1.1),
         "golden embeddings", r"image_embeds moved by .*vision tower", alone=True,
     ),
-    "adapter normalisation flipped": Case(
+    "adapter normalization flipped": Case(
         set_config(normalize_text_before_adapter=False), "golden embeddings", r"text_embeds moved"
     ),
     "image mean altered": Case(
@@ -124,18 +123,18 @@ CASES = {
     ),
     "dtype mixed": Case(
         set_weight("text_adapter.norm.weight", lambda w: w.bfloat16()),
-        "weight dtype", r"1 of \d+ weights are not F32: \['text_adapter.norm.weight \(BF16\)'\]",
+        "weight dtype", r"1 of \d+ weights are not float32: \['text_adapter.norm.weight \(bf.*",
     ),
     "temperature in half precision": Case(
         set_weight("logit_scale.log_scale", lambda w: w.half()),
-        "weight dtype", r"logit_scale.log_scale is F16, not F32",
+        "weight dtype", r"logit_scale.log_scale is float16, not float32",
     ),
     "dtype misstated": Case(
-        set_config(dtype="bfloat16"), "weight dtype", r"states torch.bfloat16, the weights are F32"
+        set_config(dtype="bfloat16"), "weight dtype", r"has bfloat16, the weights are float32"
     ),
-    "falsely marked as quantised": Case(
+    "falsely marked as quantized": Case(
         set_config(quantization_config=text_quantization_config("4bit").to_dict()),
-        "weight dtype", r"says that weights are quantised, the files hold \['F32'\] alone",
+        "weight dtype", r"says that weights are quantized, but the files hold \['float32'\]",
     ),
     "temperature altered": Case(
         set_weight("logit_scale.log_scale", lambda w: w + 1),
@@ -230,14 +229,14 @@ CASES = {
 def test_a_broken_checkpoint_fails_the_check_that_names_the_error(name: str, copy: Path) -> None:
     case = CASES[name]
     case.break_it(copy)
-    diagnosis = check_model(copy)
-    check = find(diagnosis, case.check)
-    assert not diagnosis.healthy
-    assert (check.passed, check.skipped) == (False, False), diagnosis.report()
+    report = check_model(copy)
+    check = find(report, case.check)
+    assert not report.healthy
+    assert (check.passed, check.skipped) == (False, False), str(report)
     assert re.search(case.says, check.message), check.message
-    assert len(diagnosis.failed) == 1 or not case.alone, diagnosis.report()
-    assert len(diagnosis.checks) == len(_PLANS) + 1  # nothing is silently left out
-    assert all(check.message for check in diagnosis.checks)
+    assert len(report.failed) == 1 or not case.alone, str(report)
+    assert len(report.checks) == len(_PLANNED_CHECKS) + 1  # nothing is silently left out
+    assert all(check.message for check in report.checks)
 
 
 PROCESSOR, TOKENIZER = "processor_config.json", "tokenizer_config.json"
@@ -286,30 +285,30 @@ def test_every_file_that_sends_a_loader_to_other_code_is_named(name: str, copy: 
 
 def test_what_cannot_run_is_skipped_with_the_check_it_needs(copy: Path) -> None:
     CASES["adapter key renamed"].break_it(copy)
-    diagnosis = check_model(copy)
-    skipped = {check.name: check.message for check in diagnosis.checks if check.skipped}
+    report = check_model(copy)
+    skipped = {check.name: check.message for check in report.checks if check.skipped}
     assert skipped["temperature"] == "needs 'weights', which failed"
     assert skipped["golden embeddings"] == "needs 'finite outputs', which did not run"
-    assert [check.name for check in diagnosis.failed] == ["weights"]
-    assert find(diagnosis, "prompt").passed  # what does not need the weights runs
+    assert [check.name for check in report.failed] == ["weights"]
+    assert find(report, "prompt").passed  # what does not need the weights runs
 
 
 @pytest.mark.parametrize("source", ["no such folder", "missing", Path("owner/name")], ids=str)
 def test_a_source_that_is_nowhere_fails_and_skips_the_rest(source: str | Path) -> None:
-    diagnosis = check_model(source)
-    assert [check.name for check in diagnosis.failed] == ["folder"]
-    assert "no such folder" in diagnosis.checks[0].message
-    assert all(check.skipped for check in diagnosis.checks[1:])
-    assert len(diagnosis.checks) == len(_PLANS) + 1
+    report = check_model(source)
+    assert [check.name for check in report.failed] == ["folder"]
+    assert "no such folder" in report.checks[0].message
+    assert all(check.skipped for check in report.checks[1:])
+    assert len(report.checks) == len(_PLANNED_CHECKS) + 1
 
 
 def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_path: Path) -> None:
-    patient = load_patient(good)
-    patient.model.save_pretrained(tmp_path)
-    patient.processor.save_pretrained(tmp_path)
-    diagnosis = check_model(tmp_path)
-    assert diagnosis.healthy, diagnosis.report()
-    assert [check.name for check in diagnosis.checks if check.skipped] == ["golden embeddings"]
+    tested = load_tested(good)
+    tested.model.save_pretrained(tmp_path)
+    tested.processor.save_pretrained(tmp_path)
+    report = check_model(tmp_path)
+    assert report.healthy, str(report)
+    assert [check.name for check in report.checks if check.skipped] == ["golden embeddings"]
 
 
 @pytest.mark.parametrize(
@@ -322,13 +321,13 @@ def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_pat
 def test_a_folder_that_sentence_transformers_cannot_load_is_reported_with_the_remedy(
     lost: str, remedy: str, copy: Path
 ) -> None:
-    patient = load_patient(copy)
+    tested = load_tested(copy)
     if lost == "processor":
-        patient.processor = None
+        tested.processor = None
     else:
         (copy / lost).unlink()
     with pytest.raises(NotApplicableError, match=remedy):
-        check_sentence_transformers(patient)
+        check_sentence_transformers(tested)
 
 
 def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
@@ -341,7 +340,7 @@ def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
 def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:
     CASES["remote code altered"].break_it(copy)
     lines = check_model(copy).report().splitlines()
-    assert len(lines) == len(_PLANS) + 2
+    assert len(lines) == len(_PLANNED_CHECKS) + 2
     assert sum(line.startswith("FAILED") for line in lines) == 1
-    assert lines[-1] == f"{copy}: 1 of {len(_PLANS) + 1} FAILED"
+    assert lines[-1] == f"{copy}: 1 of {len(_PLANNED_CHECKS) + 1} FAILED"
     assert str(check_model(good)).endswith(f"{good}: healthy")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import load_patient
+from breaking import load_tested
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.doctor.forward_checks import (
@@ -18,34 +18,34 @@ from modeling_llm2clip.doctor.forward_checks import (
 
 
 def test_a_loaded_model_that_turned_causal_is_found(good: Path) -> None:
-    patient = load_patient(good)
-    set_attention_direction(patient.model.text_model, bidirectional=False)
+    tested = load_tested(good)
+    set_attention_direction(tested.model.text_model, bidirectional=False)
     with pytest.raises(ValueError, match=r"2 attention modules.*does not see the last"):
-        check_attention_direction(patient)
+        check_attention_direction(tested)
 
 
 def test_a_causal_model_that_sees_ahead_is_found(good: Path) -> None:
-    patient = load_patient(good)
-    patient.model.config.bidirectional = False
+    tested = load_tested(good)
+    tested.model.config.bidirectional = False
     with pytest.raises(ValueError, match=r"contradict.*the first token sees the last .* though"):
-        check_attention_direction(patient)
+        check_attention_direction(tested)
 
 
 def test_a_pooling_that_takes_other_tokens_is_found(good: Path) -> None:
-    patient = load_patient(good)
-    patient.model.config.text_pooling = "last_token"  # another object than patient.config
+    tested = load_tested(good)
+    tested.model.config.text_pooling = "last_token"  # another object than tested.config
     with pytest.raises(ValueError, match=r"'a dog' is pooled .* away from its caption and suffix"):
-        check_pooled_span(patient)
+        check_pooled_span(tested)
 
 
 def test_attention_to_padding_is_found(good: Path) -> None:
-    patient = load_patient(good)
+    tested = load_tested(good)
 
     def forget_mask(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "attention_mask": None}
 
-    patient.model.text_model.register_forward_pre_hook(forget_mask, with_kwargs=True)
+    tested.model.text_model.register_forward_pre_hook(forget_mask, with_kwargs=True)
     with pytest.raises(ValueError, match=r"texts in one batch: row \d moves by"):
-        check_batch_invariance(patient)
+        check_batch_invariance(tested)
     with pytest.raises(ValueError, match=r"left- and right-padded texts: row \d moves by"):
-        check_padding_invariance(patient)
+        check_padding_invariance(tested)

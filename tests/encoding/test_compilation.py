@@ -13,8 +13,7 @@ from tiny import LLM_FAMILIES, tiny_model
 from torch._dynamo.utils import counters
 
 from modeling_llm2clip.encoding.compilation import compiled_layers
-from modeling_llm2clip.encoding.precision import LowerPrecision
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_texts
 
 _CAPTIONS = ["a dog " * count for count in (1, 2, 2, 3, 5, 8)]
 
@@ -31,9 +30,9 @@ def fresh_compiler() -> None:
 )
 def test_compiled_equals_plain(llm: str) -> None:
     model, processor = shared_model("clip", llm)
-    wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    wanted = encode_texts(model, processor, _CAPTIONS, project=False)
     with compiled_layers(model, backend="aot_eager"):
-        found = encode_captions(model, processor, _CAPTIONS).caption_embeds
+        found = encode_texts(model, processor, _CAPTIONS, project=False)
     torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -41,35 +40,26 @@ def test_compiled_equals_plain(llm: str) -> None:
 def test_other_lengths_compile_nothing_anew() -> None:
     model, processor = shared_model()
     with compiled_layers(model, backend="aot_eager"):
-        encode_captions(model, processor, _CAPTIONS[:4])
+        encode_texts(model, processor, _CAPTIONS[:4], project=False)
         before = counters["stats"]["unique_graphs"]
         assert before > 0
         longer = [caption + "and a cat" for caption in _CAPTIONS]
         for some in (_CAPTIONS[1:], _CAPTIONS[4:], _CAPTIONS[4:5], longer):
-            encode_captions(model, processor, some)
+            encode_texts(model, processor, some, project=False)
     assert counters["stats"]["unique_graphs"] == before
 
 
 def test_a_layer_is_one_graph() -> None:
     model, processor = shared_model()
     with compiled_layers(model, backend="aot_eager"):
-        encode_captions(model, processor, _CAPTIONS)
+        encode_texts(model, processor, _CAPTIONS, project=False)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
 
-def test_a_lower_precision_is_compiled_once() -> None:
-    model, processor = shared_model()
-    precision = LowerPrecision(torch.bfloat16)
-    with compiled_layers(model, backend="aot_eager"):
-        for chosen in (precision, None, precision):
-            encode_captions(model, processor, _CAPTIONS, precision=chosen)
-    assert counters["stats"]["unique_graphs"] == 2
-
-
 def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
     model, processor = shared_model()
-    wanted = encode_captions(model, processor, _CAPTIONS).caption_embeds
+    wanted = encode_texts(model, processor, _CAPTIONS, project=False)
     compiles, goes_on = Event(), Event()
 
     def compile_slowly(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -78,14 +68,14 @@ def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
         return graph
 
     with compiled_layers(model, backend=compile_slowly), ThreadPoolExecutor(2) as pool:
-        first = pool.submit(encode_captions, model, processor, _CAPTIONS)
+        first = pool.submit(encode_texts, model, processor, _CAPTIONS, project=False)
         assert compiles.wait(60)
         with pytest.raises(ValueError, match="prompt"):
             model.get_caption_embeds(torch.arange(20, 50)[None])
-        second = pool.submit(encode_captions, model, processor, _CAPTIONS)
+        second = pool.submit(encode_texts, model, processor, _CAPTIONS, project=False)
         goes_on.set()
         for one in (first, second):
-            found = one.result().caption_embeds
+            found = one.result()
             torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -115,15 +105,10 @@ def test_a_graph_of_the_whole_checks_no_ids_but_compiled_layers_do() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a processor need a compiler")
-def test_kernels_equal_plain_in_a_lower_precision_too() -> None:
+@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a compiler")
+def test_kernels_equal_plain_layers() -> None:
     model, processor = shared_model()
-    precision = LowerPrecision(torch.bfloat16, first_layer=1)
-    plain = encode_captions(model, processor, _CAPTIONS).caption_embeds
-    lowered = encode_captions(model, processor, _CAPTIONS, precision=precision).caption_embeds
+    wanted = encode_texts(model, processor, _CAPTIONS, project=False)
     with compiled_layers(model):
-        found = encode_captions(model, processor, _CAPTIONS).caption_embeds
-        both = encode_captions(model, processor, _CAPTIONS, precision=precision).caption_embeds
-    torch.testing.assert_close(found, plain, rtol=ROUNDING, atol=ROUNDING)
-    # Kernels skip roundings between operations, so they lie nearer to float32 than plain bfloat16.
-    assert (both - plain).norm() < 2 * (lowered - plain).norm()
+        found = encode_texts(model, processor, _CAPTIONS, project=False)
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)

@@ -14,13 +14,14 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_llm2clip.cli.chosen_device import choose_device
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import (
     find_device,
     list_devices,
     to_float64,
 )
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
+from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.distributed import choose_device as choose
 from modeling_llm2clip.training.distributed import training_arguments_on
 
@@ -59,7 +60,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any) -> None:
     machine(**there)
     assert find_device("auto") == find_device(None) == torch.device(best)
-    assert EncoderSettings().find_device() == torch.device(best)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "abacus"])
@@ -69,11 +69,13 @@ def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any)
 def test_a_named_device_that_is_not_there_is_an_error(name: str) -> None:
     for ask in (
         find_device,
-        lambda device: EncoderSettings(device=device),
         lambda device: choose(device).type,
     ):
         with pytest.raises(ValueError, match=f"device='{name}' is not there"):
             ask(name)
+    if name != "abacus":  # which is no name of a device at all
+        with pytest.raises(ValueError, match=f"device='{name}' is not there"):
+            evaluate("owner/model", "emoji", EvaluationConfig(device=name))
 
 
 def test_a_gpu_beyond_the_last_is_not_there(machine: Any) -> None:

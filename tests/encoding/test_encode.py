@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_model
 from torch import nn
 
+from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.encoding.encode import (
+    encode_images,
+    encode_texts,
+    measure_texts,
+    project_captions,
+    project_images,
+)
 from modeling_llm2clip.encoding.eval_mode import eval_mode
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.precision_probe import pick_probe_captions
-from modeling_llm2clip.encoding.text_encoding import encode_captions
 
 CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 
@@ -25,7 +33,7 @@ CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 def test_a_model_in_training_encodes_as_at_inference_and_goes_on_training() -> None:
     model, processor = tiny_model()
     model.eval()
-    wanted = encode_captions(model, processor, CAPTIONS).caption_embeds
+    wanted = encode_texts(model, processor, CAPTIONS, project=False)
     model.text_model.config.attention_dropout = 0.5
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -33,7 +41,7 @@ def test_a_model_in_training_encodes_as_at_inference_and_goes_on_training() -> N
     model.train()
     model.text_projection.eval()
     modes = [module.training for module in model.modules()]
-    assert torch.equal(encode_captions(model, processor, CAPTIONS).caption_embeds, wanted)
+    assert torch.equal(encode_texts(model, processor, CAPTIONS, project=False), wanted)
     assert modes == [module.training for module in model.modules()]
 
 
@@ -42,10 +50,10 @@ def test_a_tower_in_training_learns_nothing_from_what_it_encodes() -> None:
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     images = [draw_noise(seed=seed) for seed in range(3)]
     model.eval()
-    wanted = encode_images(model, processor, images)
+    wanted = encode_images(model, processor, images, project=False)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
-    assert torch.equal(encode_images(model, processor, images), wanted)
+    assert torch.equal(encode_images(model, processor, images, project=False), wanted)
     assert model.training
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
@@ -68,7 +76,7 @@ def test_of_two_threads_the_last_one_gives_the_mode_back() -> None:
 
 ERRORS = """
 import resource, torch
-from modeling_llm2clip.encoding.memory import raise_malloc_thresholds
+from modeling_llm2clip.encoding.encode import raise_malloc_thresholds
 def count():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
@@ -97,39 +105,166 @@ def test_large_blocks_are_handed_out_again_without_new_pages() -> None:
     assert run(MALLOC_ARENA_MAX="1")[0] == 0  # what the user has set is left alone
 
 
-def test_captions_are_encoded_as_the_processor_reads_them() -> None:
+def test_texts_are_encoded_as_the_processor_reads_them() -> None:
     model, processor = shared_model()
-    captions = ["\x1fa dog", " two red apples\n\n", "dog " * 60]
+    texts = ["\x1fa dog", " two red apples\n\n", "dog " * 60]
     with torch.inference_mode():
-        wanted = model.get_caption_embeds(**processor(text=captions)).float()
-    found = encode_captions(model, processor, captions)
-    torch.testing.assert_close(found.caption_embeds, wanted, atol=ROUNDING, rtol=ROUNDING)
-    assert found.num_truncated == 1
+        wanted = model.get_caption_embeds(**processor(text=texts)).float()
+    found = encode_texts(model, processor, texts, project=False)
+    torch.testing.assert_close(found, wanted, atol=ROUNDING, rtol=ROUNDING)
 
 
-def test_any_iterable_of_captions_is_taken_and_one_string_refused() -> None:
+def test_both_sides_are_those_of_the_forward_pass_and_have_unit_length() -> None:
     model, processor = shared_model()
-    wanted = encode_captions(model, processor, CAPTIONS).caption_embeds
-    found = encode_captions(model, processor, (caption for caption in CAPTIONS)).caption_embeds
+    images = [draw_noise(seed=seed) for seed in range(3)]
+    with torch.inference_mode():
+        wanted = model(**processor(text=CAPTIONS, images=images))
+    texts = encode_texts(model, processor, CAPTIONS)
+    torch.testing.assert_close(texts, wanted.text_embeds, atol=ROUNDING, rtol=ROUNDING)
+    found = encode_images(model, processor, images)
+    torch.testing.assert_close(found, wanted.image_embeds, atol=ROUNDING, rtol=ROUNDING)
+    for embeds in (texts, found):
+        assert embeds.dtype == torch.float32
+        torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))  # float32 rounding
+
+
+def test_projected_equals_stored_and_projected_later_bit_for_bit() -> None:
+    model, processor = shared_model()
+    images = [draw_noise(seed=seed) for seed in range(3)]
+    captions = encode_texts(model, processor, CAPTIONS, project=False)
+    assert torch.equal(encode_texts(model, processor, CAPTIONS), project_captions(model, captions))
+    vision = encode_images(model, processor, images, project=False)
+    assert torch.equal(encode_images(model, processor, images), project_images(model, vision))
+    assert project_images(model, vision[:0]).shape == (0, model.config.projection_dim)
+
+
+def test_a_text_only_and_a_vision_only_model_encode_as_the_whole_one(tmp_path: Path) -> None:
+    model, processor = shared_model()
+    model.save_pretrained(tmp_path)
+    text_only = LLM2CLIPTextModel.from_pretrained(tmp_path)
+    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    images = [draw_noise(seed=seed) for seed in range(3)]
+    assert torch.equal(
+        encode_texts(text_only, processor, CAPTIONS), encode_texts(model, processor, CAPTIONS)
+    )
+    assert torch.equal(
+        encode_images(vision_only, processor, images), encode_images(model, processor, images)
+    )
+
+
+def test_equal_inputs_are_encoded_once_and_get_the_same_bits(tmp_path: Path) -> None:
+    model, processor = shared_model()
+    seen: list[int] = []
+
+    def note(rows: Sequence[int], embeds: torch.Tensor) -> None:
+        assert len(rows) == len(embeds)
+        seen.extend(rows)
+
+    texts = ["a dog", "two cats", "a dog", " a dog\n"]
+    embeds = encode_texts(model, processor, texts, on_batch=note)
+    assert sorted(seen) == [0, 1]
+    assert torch.equal(embeds[0], embeds[2]) and torch.equal(embeds[0], embeds[3])
+    alone = encode_texts(model, processor, ["two cats"])[0]
+    torch.testing.assert_close(embeds[1], alone, atol=ROUNDING, rtol=ROUNDING)
+    seen.clear()
+    for name in "ab":
+        draw_noise(seed=ord(name)).save(tmp_path / f"{name}.png")
+    a, b, image = tmp_path / "a.png", tmp_path / "b.png", draw_noise(seed=7)
+    embeds = encode_images(model, processor, [a, image, b, a, image], batch_size=2, on_batch=note)
+    assert seen == [0, 1, 2]
+    assert torch.equal(embeds[0], embeds[3]) and torch.equal(embeds[1], embeds[4])
+    assert not torch.equal(embeds[0], embeds[2])
+
+
+def test_images_that_a_sequence_makes_anew_are_not_taken_for_each_other() -> None:
+    """As a column of `datasets` does: an image is gone, and its `id` free, after each access."""
+
+    class Column(Sequence[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, row: Any) -> Any:
+            return draw_noise(seed=row)
+
+    model, processor = shared_model()
+    found = encode_images(model, processor, Column(), batch_size=1)
+    wanted = encode_images(model, processor, [draw_noise(seed=n) for n in range(6)], batch_size=1)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("budget", [1, 60, None])
+def test_texts_have_the_same_embeddings_in_any_batch_and_order(budget: int | None) -> None:
+    model, processor = shared_model()
+    texts = ["dog " * (1 + number % 20) + str(number) for number in range(40)]
+    together = encode_texts(model, processor, texts)
+    found = encode_texts(model, processor, texts[::-1], token_budget=budget)
+    torch.testing.assert_close(found.flip(0), together, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_images_have_the_same_embeddings_in_any_batch() -> None:
+    model, processor = shared_model()
+    images = [Image.new("RGB", (40, 40), (30 * number, 80, 10)) for number in range(5)]
+    together = encode_images(model, processor, images)
+    by_two = encode_images(model, processor, images, batch_size=2, num_workers=2)
+    torch.testing.assert_close(together, by_two, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_padding_is_at_most_a_tenth_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = shared_model()
+    masks: list[torch.Tensor] = []
+    pool = model.get_caption_embeds
+
+    def note(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        masks.append(attention_mask)
+        return pool(input_ids, attention_mask)
+
+    monkeypatch.setattr(model, "get_caption_embeds", note, raising=False)
+    texts = ["dog " * (1 + number % 20) + str(number) for number in range(200)]
+    encode_texts(model, processor, texts, token_budget=512)
+    computed = sum(mask.numel() for mask in masks)
+    # One small batch may pad 64 tokens, so this is a law of a corpus.
+    assert computed - sum(int(mask.sum()) for mask in masks) <= 0.1 * computed
+
+
+def test_lengths_are_counted_as_the_model_reads_the_texts() -> None:
+    _, processor = shared_model()
+    texts = ["a dog", "dog " * 100, "two red apples"]
+    lengths, is_truncated = measure_texts(processor, texts)
+    assert lengths.tolist() == processor(text=texts)["attention_mask"].sum(dim=1).tolist()
+    assert is_truncated.tolist() == [False, True, False]
+
+
+def test_broken_embeddings_are_an_error_that_names_their_inputs() -> None:
+    model, processor = tiny_model()
+    with torch.no_grad():
+        next(model.vision_model.parameters()).fill_(float("nan"))
+        model.text_model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or infinity for .* number \d \('"):
+        encode_texts(model, processor, CAPTIONS)
+    with pytest.raises(ValueError, match=r"2 of 2 inputs: number 0 .* number 1 "):
+        encode_images(model, processor, [draw_noise(), draw_noise()])
+    with torch.no_grad():
+        model.visual_projection.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"1 of 1 inputs: number 0\. Run it in float32"):
+        project_images(model, torch.ones(1, model.visual_projection.in_features))
+
+
+def test_any_iterable_of_texts_is_taken_and_one_string_refused() -> None:
+    model, processor = shared_model()
+    wanted = encode_texts(model, processor, CAPTIONS)
+    found = encode_texts(model, processor, (caption for caption in CAPTIONS))
     assert torch.equal(found, wanted)
     with pytest.raises(ValueError, match=r"Got one string \('a dog'\); give a list of captions"):
-        encode_captions(model, processor, "a dog")
+        encode_texts(model, processor, "a dog")
     with pytest.raises(ValueError, match="text is NoneType"):
-        encode_captions(model, processor, None)  # type: ignore[arg-type]
+        encode_texts(model, processor, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"token_budget": 0}, "token_budget=0 holds no token"),
-        ({"token_budget": -5}, "token_budget=-5 holds no token"),
-        ({"precision": torch.bfloat16}, r"precision=torch.bfloat16; give LowerPrecision\("),
-    ],
-)
-def test_settings_of_no_meaning_are_refused(settings: Any, error: str) -> None:
+@pytest.mark.parametrize("budget", [0, -5])
+def test_a_budget_of_no_token_is_refused(budget: int) -> None:
     model, processor = shared_model()
-    with pytest.raises(ValueError, match=error):
-        encode_captions(model, processor, CAPTIONS, **settings)
+    with pytest.raises(ValueError, match=f"token_budget={budget} holds no token"):
+        encode_texts(model, processor, CAPTIONS, token_budget=budget)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +284,4 @@ def test_images_and_settings_of_no_meaning_are_refused(
 ) -> None:
     model, processor = shared_model()
     with pytest.raises(ValueError, match=error):
-        encode_images(model, processor, images, **settings)
-
-
-def test_a_probe_needs_the_shortest_and_the_longest_caption() -> None:
-    assert pick_probe_captions([*CAPTIONS, "a cat"], count=2) == ["x", CAPTIONS[1]]
-    with pytest.raises(ValueError, match="count=1"):
-        pick_probe_captions(CAPTIONS, count=1)
+        encode_images(model, processor, images, **settings, project=False)

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from shared_models import CAPTIONS, shared_model
-from tiny_encoders import MODEL_KINDS, TEXTS
+from tiny_encoders import MODEL_TYPES, TEXTS
 from torch import nn
 
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.encoding.float32 import float32_as_such
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.model_folders.golden_embeddings import compute_golden
 
@@ -59,12 +58,12 @@ def test_images_and_captions_are_encoded_without_it(
 ) -> None:
     model, processor = shared_model()
     seen.clear()  # of its building
-    encode_images(model, processor, images[:2])
-    encode_captions(model, processor, CAPTIONS)
+    encode_images(model, processor, images[:2], project=False)
+    encode_texts(model, processor, CAPTIONS, project=False)
     assert seen == EXACT
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_every_encoder_is_evaluated_without_it(
     kind: str, models: Any, images: list[Path], seen: set[tuple[str, str]]
 ) -> None:

@@ -12,21 +12,19 @@ from typing import Any
 
 import datasets
 import pytest
-from evaluating import TASKS, arguments, read_table, write_data
+from evaluating import TASKS, arguments, change, read_table, write_data
+from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
 from PIL import Image
 from tiny_encoders import save_named_embeddings, save_tiny_images
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.evaluation_config import (
+    EvaluatedDataset,
+    EvaluatedModel,
+)
 from modeling_llm2clip.data.image_sources import ParquetImage
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation import evaluate as evaluation
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
-from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.results import (
@@ -54,7 +52,7 @@ def _refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_result_says_everything_that_its_score_hangs_on(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
-    evaluate(arguments(tmp_path, data, sources("llm2clip"), sources("clip")))
+    evaluate(**arguments(tmp_path, data, sources("llm2clip"), sources("clip")))
     found = json.loads((tmp_path / "clip" / "folder.retrieval.json").read_text(encoding="utf-8"))
     protocol = found["protocol"]
     assert protocol["data"]["split"] == "all" and protocol["data"]["lang"] == "en"
@@ -81,9 +79,9 @@ def test_batch_sizes_and_order_of_tasks_move_no_score(
     found = []
     for batch_size, tasks in ((1, TASKS), (7, TASKS[::-1]), (64, TASKS)):
         results = evaluate(
-            arguments(
+            **arguments(
                 tmp_path / str(batch_size), data, sources("llm2clip"), sources("siglip"),
-                encoder=EncoderSettings(batch_size=batch_size), tasks=tasks,
+                batch_size=batch_size, tasks=tasks,
             )
         )  # fmt: skip
         found.append({(r.model, r.task): r.scores for r in results})
@@ -93,7 +91,7 @@ def test_batch_sizes_and_order_of_tasks_move_no_score(
 def test_a_result_says_how_many_embeddings_its_seconds_were_spent_on(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
-    found = evaluate(arguments(tmp_path, data, sources("clip"), tasks=("cra", "retrieval")))
+    found = evaluate(**arguments(tmp_path, data, sources("clip"), tasks=("cra", "retrieval")))
     assert [result.run["encoded"] for result in found] == [
         {"texts": 16, "images": 0},
         {"texts": 0, "images": 8},
@@ -104,8 +102,8 @@ def test_a_result_says_whether_a_caption_looked_for_an_image_or_for_its_half(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     chosen = arguments(tmp_path / "with", data, sources("clip"), tasks=("length",))
-    (shown,) = evaluate(chosen)
-    (alone,) = evaluate(replace(chosen, output=tmp_path / "without", captions_only=True))
+    (shown,) = evaluate(**chosen)
+    (alone,) = evaluate(**change(chosen, output=tmp_path / "without", captions_only=True))
     asked = [result.protocol["task"] for result in (shown, alone)]
     assert [task["candidates"] for task in asked] == [
         "all images",
@@ -127,8 +125,8 @@ def test_memory_of_the_ranks_is_settable_and_moves_no_score(
         scores.append([result.scores for result in read_results(output)])
     assert scores[0] == scores[1]
     with pytest.raises(ValueError, match=r"max_memory_mb=1e-06 does not hold a tile"):
-        evaluate(arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=1e-6))
-    with pytest.raises(ValueError, match=r"max_memory_mb=0 must be above 0"):
+        evaluate(**arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=1e-6))
+    with pytest.raises(ValueError, match=r"max_memory_mb=0.0 must be above 0"):
         arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=0)
 
 
@@ -136,7 +134,7 @@ def test_a_finished_task_is_not_computed_again(
     sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = arguments(tmp_path, data, sources("clip"))
-    first = evaluate(replace(chosen, tasks=("retrieval",)))
+    first = evaluate(**change(chosen, tasks=("retrieval",)))
     file = tmp_path / "clip" / "folder.retrieval.json"
     before = file.read_bytes(), file.stat().st_mtime_ns
     computed: list[str] = []
@@ -147,8 +145,8 @@ def test_a_finished_task_is_not_computed_again(
         return run(*args)
 
     monkeypatch.setattr(evaluation, "_run", count)
-    other_batch = EncoderSettings(batch_size=3)  # moves no score, so it is no other run
-    results = evaluate(replace(chosen, encoder=other_batch))
+    # Another batch size changes no score, so it is no other run.
+    results = evaluate(**change(chosen, batch_size=3))
     assert computed == ["cra", "length"]
     assert results[0] == first[0]
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
@@ -163,11 +161,11 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(chosen, on_result=stop)
+        evaluate(**chosen, on_result=stop)
     files = sorted(path.name for path in (tmp_path / "stopped" / "clip").iterdir())
     assert files == ["folder.retrieval.json"]
-    whole = evaluate(replace(chosen, output=tmp_path / "whole"))
-    resumed = evaluate(chosen)
+    whole = evaluate(**change(chosen, output=tmp_path / "whole"))
+    resumed = evaluate(**chosen)
     assert [r.scores for r in resumed] == [r.scores for r in whole]
 
 
@@ -177,14 +175,14 @@ def test_a_file_of_another_run_is_refused_with_what_differs(
 ) -> None:
     monkeypatch.undo()
     chosen = arguments(tmp_path, data, f"{sources('clip')}", tasks=("retrieval",))
-    evaluate(chosen)
+    evaluate(**chosen)
     monkeypatch.setattr(evaluation, "_run", no_model)
     with pytest.raises(ValueError, match=r"another run: .*dtype was 'float32' and is 'bfloat16'"):
-        evaluate(replace(chosen, encoder=EncoderSettings(dtype="bfloat16")))
+        evaluate(**change(chosen, dtype="bfloat16"))
     with pytest.raises(ValueError, match=r"another run: .*protocol\.data\.lang was 'en' and is"):
-        evaluate(replace(chosen, languages=("de",)))
+        evaluate(**change(chosen, languages=("de",)))
     with pytest.raises(ValueError, match=r"fingerprint\.weights was .* and is "):
-        evaluate(replace(chosen, models=(EvaluatedModel(sources("siglip"), name="clip"),)))
+        evaluate(**change(chosen, models=EvaluatedModel(source=sources("siglip"), name="clip")))
 
 
 def test_of_two_long_values_the_first_difference_is_shown() -> None:
@@ -198,11 +196,11 @@ def test_of_two_long_values_the_first_difference_is_shown() -> None:
 def test_other_captions_in_as_many_lines_are_another_run(sources: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
     chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("cra",))
-    evaluate(chosen)
+    evaluate(**chosen)
     lines = (folder / "captions.jsonl").read_text(encoding="utf-8")
     (folder / "captions.jsonl").write_text(lines.replace("a dog en", "a cat en"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
-        evaluate(chosen)
+        evaluate(**chosen)
 
 
 def test_another_image_in_as_many_bytes_is_another_run(sources: Any, tmp_path: Path) -> None:
@@ -213,10 +211,10 @@ def test_another_image_in_as_many_bytes_is_another_run(sources: Any, tmp_path: P
     captions = (folder / "captions.jsonl").read_text(encoding="utf-8").replace(".png", ".bmp")
     (folder / "captions.jsonl").write_text(captions, encoding="utf-8")
     chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",))
-    evaluate(chosen)
+    evaluate(**chosen)
     Image.new("RGB", (32, 32), "white").save(folder / "0.bmp")  # of the same size without packing
     with pytest.raises(ValueError, match=r"protocol\.data\.digest was"):
-        evaluate(chosen)
+        evaluate(**chosen)
 
 
 def test_another_image_in_a_row_of_a_parquet_file_is_another_set(tmp_path: Path) -> None:
@@ -235,10 +233,10 @@ def test_another_image_in_a_row_of_a_parquet_file_is_another_set(tmp_path: Path)
 def test_a_moved_folder_is_the_same_run(sources: Any, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data")
     chosen = arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",))
-    first = evaluate(chosen)
+    first = evaluate(**chosen)
     shutil.move(folder, tmp_path / "elsewhere")
-    moved = replace(chosen, data=(EvaluatedDataset("folder", str(tmp_path / "elsewhere")),))
-    assert evaluate(moved) == first
+    moved = change(chosen, data=tmp_path / "elsewhere")
+    assert evaluate(**moved) == first
 
 
 @pytest.mark.usefixtures("_refuse_models")
@@ -246,48 +244,48 @@ def test_one_name_is_one_model_whatever_its_tasks(
     sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    evaluate(arguments(tmp_path, data, sources("clip"), tasks=("cra",)))
+    evaluate(**arguments(tmp_path, data, sources("clip"), tasks=("cra",)))
     monkeypatch.setattr(evaluation, "_run", no_model)
-    other = EvaluatedModel(sources("siglip"), name="clip")
+    other = EvaluatedModel(source=sources("siglip"), name="clip")
     message = r"folder\.cra\.json is of another model: .*fingerprint\.weights was .* and is "
     with pytest.raises(ValueError, match=message):
-        evaluate(arguments(tmp_path, data, sources("clip"), models=(other,), tasks=("length",)))
+        evaluate(**arguments(tmp_path, data, sources("clip"), models=(other,), tasks=("length",)))
 
 
 def test_a_result_of_another_version_of_the_package_is_another_run(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
-    (result,) = evaluate(chosen)
+    (result,) = evaluate(**chosen)
     file = tmp_path / "clip" / "folder.cra.json"
     older = {**result.versions, "modeling_llm2clip": "0.0.1"}
     write_result(file, replace(result, versions=older))
     with pytest.raises(ValueError, match=r"versions\.modeling_llm2clip was '0\.0\.1' and is"):
-        evaluate(chosen)
+        evaluate(**chosen)
 
 
 def test_a_result_of_another_version_of_a_package_that_is_called_is_warned_of(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
-    (result,) = evaluate(chosen)
+    (result,) = evaluate(**chosen)
     older = replace(result, versions={**result.versions, "transformers": "4.0"})
     write_result(tmp_path / "clip" / "folder.cra.json", older)
     with pytest.warns(UserWarning, match=r"folder\.cra\.json .*transformers was '4\.0' and is"):
-        assert evaluate(chosen) == [older]
+        assert evaluate(**chosen) == [older]
 
 
 def test_a_result_with_another_score_than_was_written_is_refused(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     chosen = arguments(tmp_path, data, sources("clip"), tasks=("cra",))
-    evaluate(chosen)
+    evaluate(**chosen)
     file = tmp_path / "clip" / "folder.cra.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content["scores"]["cra"]["value"] = 0.99
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"folder\.cra\.json was changed after it was written"):
-        evaluate(chosen)
+        evaluate(**chosen)
 
 
 def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -323,7 +321,7 @@ def test_bad_data_fails_before_a_model_is_loaded(
 ) -> None:
     folder = break_data(write_data(tmp_path / "data"), error)
     with pytest.raises(DataValidationError, match=message):
-        evaluate(arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",)))
+        evaluate(**arguments(tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",)))
     assert not (tmp_path / "out").exists()
 
 
@@ -335,7 +333,7 @@ def test_errors_are_left_out_and_counted_where_that_is_asked_for(
     chosen = arguments(
         tmp_path / "out", str(folder), sources("clip"), tasks=("retrieval",), skip_invalid=True
     )
-    (result,) = evaluate(chosen)
+    (result,) = evaluate(**chosen)
     assert result.counts["images"] == 7
     assert sum(result.protocol["data"]["excluded"].values()) == 1
     (row,) = read_table(render_results([result], style="markdown", details=True), "the data")
@@ -360,18 +358,18 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
 ) -> None:
     clip = sources("clip")
     with pytest.raises(ValueError, match=r"No set suits these tasks.*'choices': \('choice',\)"):
-        evaluate(arguments(tmp_path, data, clip, tasks=("choices",)))
+        evaluate(**arguments(tmp_path, data, clip, tasks=("choices",)))
     with pytest.raises(ValueError, match=r"retrieval takes one language at a time.*'de'"):
-        evaluate(arguments(tmp_path, data, clip, tasks=("retrieval",), languages=("en", "de")))
+        evaluate(**arguments(tmp_path, data, clip, tasks=("retrieval",), languages=("en", "de")))
     with pytest.raises(ValueError, match=r"Two models have one name"):
-        arguments(tmp_path, data, clip, clip)
+        evaluate(**arguments(tmp_path, data, clip, clip))
     with pytest.raises(ValueError, match=r"No task is called 'recall'"):
-        arguments(tmp_path, data, clip, tasks=("recall",))
+        evaluate(**arguments(tmp_path, data, clip, tasks=("recall",)))
     with pytest.raises(ValueError, match=r"no set 'flickr'"):
-        EvaluatedDataset("flickr", data)
+        evaluate(**arguments(tmp_path, data, clip, data=f"flickr={data}"))
     embeddings = save_named_embeddings(tmp_path / "embeddings", {"a": [1.0]}, {})
     with pytest.raises(ValueError, match=r"embeddings encodes no images, which retrieval"):
-        evaluate(arguments(tmp_path / "out", data, str(embeddings), tasks=("retrieval",)))
+        evaluate(**arguments(tmp_path / "out", data, str(embeddings), tasks=("retrieval",)))
 
 
 @pytest.mark.usefixtures("_refuse_models")
@@ -387,7 +385,7 @@ def test_captions_that_a_task_cannot_use_fail_before_a_model_is_loaded(
     (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     changes = {"languages": (), "captions_only": True, "tasks": (task,)}
     with pytest.raises(ValueError, match=message):
-        evaluate(arguments(tmp_path / "out", str(tmp_path), sources("clip"), **changes))
+        evaluate(**arguments(tmp_path / "out", str(tmp_path), sources("clip"), **changes))
 
 
 def test_a_missing_embedding_is_told_before_a_model_is_loaded(
@@ -398,21 +396,19 @@ def test_a_missing_embedding_is_told_before_a_model_is_loaded(
         tmp_path / "out", data, sources("clip"), str(embeddings), tasks=("retrieval",)
     )
     with pytest.raises(ValueError, match=r"embeddings has no embedding for 16 of 16 texts"):
-        evaluate(chosen)
+        evaluate(**chosen)
     assert not (tmp_path / "out").exists()
 
 
 def test_classification_saves_its_confusion(sources: Any, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         save_tiny_images(tmp_path / "data" / name, 3)
-    chosen = EvaluationArguments(
-        models=(EvaluatedModel(sources("clip")),),
-        data=(EvaluatedDataset("image-folder", str(tmp_path / "data")),),
-        output=tmp_path / "out",
-        templates=("a photo of a {}", "{}"),
-        class_names=("Katze", "Hund"),
-    )
-    (result,) = evaluate(chosen)
+    folder = EvaluatedDataset(name="image-folder", folder=str(tmp_path / "data"))
+    chosen = arguments(
+        tmp_path / "out", "", sources("clip"), data=folder, tasks=(), languages=(),
+        templates=("a photo of a {}", "{}"), class_names=("Katze", "Hund"),
+    )  # fmt: skip
+    (result,) = evaluate(**chosen)
     assert result.counts == {"images": 6, "classes": 2, "texts": 4, "texts_truncated": 0}
     assert set(result.scores["top_1_of_class"]) == {"Katze", "Hund"}
     Image.open(tmp_path / "out" / "clip" / "image-folder.classification.confusion.png").load()
@@ -422,7 +418,7 @@ def test_classification_saves_its_confusion(sources: Any, tmp_path: Path) -> Non
     )
     assert row["prompt"] == "2 templates, 'a photo of a {}' …"
     with pytest.raises(DataValidationError, match=r"class name repeated: 2"):
-        evaluate(replace(chosen, class_names=("Tier", "Tier")))
+        evaluate(**change(chosen, class_names=("Tier", "Tier")))
 
 
 @pytest.mark.usefixtures("_refuse_models")
@@ -431,8 +427,8 @@ def test_an_output_that_cannot_take_the_results_is_told_first(
 ) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match="taken is a file; results need a folder"):
-        evaluate(arguments(tmp_path / "taken", data, sources("clip")))
+        evaluate(**arguments(tmp_path / "taken", data, sources("clip")))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.json").write_text("[]")
     with pytest.raises(ValueError, match=r"notes\.json is no result of an evaluation"):
-        evaluate(arguments(tmp_path, data, sources("clip")))
+        evaluate(**arguments(tmp_path, data, sources("clip")))

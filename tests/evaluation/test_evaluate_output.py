@@ -19,7 +19,7 @@ from modeling_llm2clip.evaluation.tables import render_results
 
 def test_languages_are_scored_together(sources: Any, data: str, tmp_path: Path) -> None:
     chosen = arguments(tmp_path, data, sources("clip"), tasks=("cross-lingual",), languages=())
-    (result,) = evaluate(chosen)
+    (result,) = evaluate(**chosen)
     assert set(result.scores["languages"]) == {"en", "de"}
     assert set(result.protocol["data"]["languages"]) == {"en", "de"}
     starts = [line.split(" ")[0] for line in render_results([result]).splitlines()]
@@ -60,7 +60,7 @@ def test_scores_on_different_data_of_one_set_share_no_column_and_no_plot(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     for kind, lang in (("clip", "en"), ("siglip", "de")):
-        evaluate(arguments(tmp_path, data, sources(kind), languages=(lang,), tasks=("length",)))
+        evaluate(**arguments(tmp_path, data, sources(kind), languages=(lang,), tasks=("length",)))
     found = read_results(tmp_path)
     rows = [
         line.split("|")[1:-1]
@@ -80,7 +80,7 @@ def test_means_over_different_languages_share_no_column(
 ) -> None:
     for kind, languages in (("clip", ()), ("siglip", ("de",))):
         chosen = {"tasks": ("cross-lingual",), "languages": languages}
-        evaluate(arguments(tmp_path, data, sources(kind), **chosen))
+        evaluate(**arguments(tmp_path, data, sources(kind), **chosen))
     table = render_results(read_results(tmp_path), style="markdown", details=True)
     for name in ("folder (de+en, 8 images)", "folder (de, 8 images)"):
         assert f"{name}, text to image R@1 by language" in table.replace("Folder", "folder")
@@ -90,7 +90,7 @@ def test_the_table_tells_activations_and_excluded_samples(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     chosen = arguments(tmp_path, data, sources("clip"), sources("siglip"), tasks=("retrieval",))
-    results = evaluate(chosen)
+    results = evaluate(**chosen)
     wanted = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
     models = read_table(
         render_results(results, style="markdown", details=True), "what the scores hang on"
@@ -135,14 +135,14 @@ def test_a_mean_over_languages_has_the_interval_of_its_images(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     chosen: dict[str, Any] = {"tasks": ("cross-lingual",), "languages": ("en",)}
-    (one,) = evaluate(arguments(tmp_path / "one", data, sources("clip"), **chosen))
+    (one,) = evaluate(**arguments(tmp_path / "one", data, sources("clip"), **chosen))
     # One language is its own mean, with the same draws.
     of_mean, of_language = one.scores["mean"], one.scores["languages"]["en"]
     for direction in ("t2i", "i2t"):
         for name, interval in of_mean[direction]["intervals"].items():
             assert interval == pytest.approx(of_language[direction]["intervals"][name])
     chosen = {"tasks": ("cross-lingual",), "languages": ()}
-    (both,) = evaluate(arguments(tmp_path / "both", data, sources("clip"), **chosen))
+    (both,) = evaluate(**arguments(tmp_path / "both", data, sources("clip"), **chosen))
     for direction in ("t2i", "i2t"):
         mean = both.scores["mean"][direction]
         interval = mean["intervals"]["hit_rate_at_5"]

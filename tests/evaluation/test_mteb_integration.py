@@ -15,6 +15,8 @@ import pytest
 import torch
 from datasets import Dataset
 from hub_server import HubServer
+from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
+from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_datasets, make_mteb_tasks
 from mteb.mocks import mock_tasks
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
@@ -24,13 +26,11 @@ from torch.utils.data import DataLoader
 
 import modeling_llm2clip
 from modeling_llm2clip.data.image_sources import TarImage
-from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 from modeling_llm2clip.evaluation.mteb_integration import open_for_mteb
-from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_datasets, make_mteb_tasks
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 TASKS = (
     "MockRetrievalTask", "MockSTSTask", "MockAny2AnyRetrievalI2TTask",

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import arguments, read_table
+from evaluating import arguments, change, read_table
 from published_datasets import write_coco_test
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
+from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.plots import plot_lengths
 from modeling_llm2clip.evaluation.results import read_results
@@ -84,8 +80,8 @@ def test_captions_that_look_for_images_and_for_halves_are_two_tables(
 ) -> None:
     chosen = arguments(tmp_path, data, sources("clip"), tasks=("length",))
     for name, captions_only in (("shown", False), ("alone", True)):
-        model = EvaluatedModel(sources("clip"), name)
-        evaluate(replace(chosen, models=(model,), captions_only=captions_only))
+        model = EvaluatedModel(source=sources("clip"), name=name)
+        evaluate(**change(chosen, models=model, captions_only=captions_only))
     table = render_results(read_results(tmp_path), style="markdown", details=True)
     titles = [line.strip("*") for line in table.splitlines() if "; queries: " in line]
     assert [title.split("; ")[1:] for title in titles] == [
@@ -110,13 +106,10 @@ def test_captions_that_look_for_images_and_for_halves_are_two_tables(
 def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
     sources: Any, tmp_path: Path
 ) -> None:
-    chosen = EvaluationArguments(
-        models=(EvaluatedModel(sources("clip")),),
-        data=(EvaluatedDataset("coco", str(write_coco_test(tmp_path / "coco"))),),
-        output=tmp_path / "out",
-        skip_invalid=True,
-    )
-    table = render_results(evaluate(chosen), style="markdown", details=True)
+    coco = f"coco={write_coco_test(tmp_path / 'coco')}"
+    config = EvaluationConfig(output=tmp_path / "out", skip_invalid=True)
+    found = evaluate(sources("clip"), coco, config)
+    table = render_results(found, style="markdown", details=True)
     scored, _ = read_table(table, "images by caption, and captions by image")
     assert list(scored)[1] == "coco (3 of 5,000 images, files differ): text to image R@1"
     (row,) = read_table(table, "the data")

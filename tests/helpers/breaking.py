@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint's folder, for the tests of its examination."""
+"""Ways to break a model folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from modeling_llm2clip.building.prompts import Prompt, write_prompt
-from modeling_llm2clip.doctor import Check, ModelReport
 from modeling_llm2clip.doctor.file_checks import check_config
-from modeling_llm2clip.doctor.forward_checks import load_model
+from modeling_llm2clip.doctor.forward_checks import check_loading
+from modeling_llm2clip.doctor.model_report import Check, ModelReport
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
-from modeling_llm2clip.doctor.tokenizer_checks import load_processor, load_tokenizer
+from modeling_llm2clip.doctor.tokenizer_checks import check_processor, check_tokenizer
 
 Break = Callable[[Path], None]
 OTHER_TEXTS = (
@@ -25,8 +25,8 @@ OTHER_TEXTS = (
 )  # fmt: skip
 
 
-def find(diagnosis: ModelReport, name: str) -> Check:
-    return next(check for check in diagnosis.checks if check.name == name)
+def find(report: ModelReport, name: str) -> Check:
+    return next(check for check in report.checks if check.name == name)
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Break:
@@ -98,7 +98,16 @@ def remove(name: str) -> Break:
     return lambda folder: (folder / name).unlink()
 
 
-def cut_in_half(name: str) -> Break:
+def drop_weights(folder: Path, part: str) -> None:
+    """Remove the weights with this in their names."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def truncate(name: str) -> Break:
     def apply(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
@@ -106,8 +115,8 @@ def cut_in_half(name: str) -> Break:
     return apply
 
 
-def load_patient(folder: Path) -> ModelUnderTest:
-    patient = ModelUnderTest(folder, "cpu")
-    for load in (check_config, load_model, load_tokenizer, load_processor):
-        load(patient)
-    return patient
+def load_tested(folder: Path) -> ModelUnderTest:
+    tested = ModelUnderTest(folder, "cpu")
+    for check in (check_config, check_loading, check_tokenizer, check_processor):
+        check(tested)
+    return tested

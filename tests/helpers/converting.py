@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig
 
+from modeling_llm2clip.configs.export_config import ConvertConfig
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
-from modeling_llm2clip.conversion.conversion_plan import Plan, plan_conversion
-from modeling_llm2clip.conversion.convert_checkpoint import ConversionReport, convert_checkpoint
-from modeling_llm2clip.conversion.output_arguments import OutputArguments
+from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, plan_conversion
+from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
 from modeling_llm2clip.conversion.source_checkpoint import CheckpointSource, open_checkpoint
 from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 
 GOLDEN = Path(__file__).parents[2] / "conversion" / "golden"
 LLM2VEC = GOLDEN / "llm2vec"
 LLM = LLM2VEC / "llama"
-# Which recipe a family's small checkpoint is converted by, and what is smaller in it.
-RECIPE_OF = {
+# Which source format a family's small checkpoint has, and what is smaller in it.
+FORMAT_OF = {
     "hub_clip": replace(SOURCE_FORMATS["openai-hub"], max_text_length=200),
     "openai": replace(SOURCE_FORMATS["openai"], max_text_length=200, head_width=12),
     "eva02": replace(
@@ -83,40 +83,35 @@ def convert(
     source: Path,
     output: Path,
     *,
-    recipe: SourceFormat,
+    source_format: SourceFormat,
     llm: LLMSource | None = None,
-    **arguments: Any,
-) -> ConversionReport:
+    **config: Any,
+) -> Path:
     """Convert with the recorded LLM unless another is given."""
-    return convert_checkpoint(
-        CheckpointSource(source),
-        llm or LLMSource(LLM),
-        output,
-        recipe=recipe,
-        arguments=OutputArguments(**arguments),
-    )
+    chosen = ConvertConfig(device="cpu", **config)
+    return convert_checkpoint(source, llm or LLM, output, source_format, chosen)
 
 
 def plan(
     source: Path,
     *,
-    recipe: SourceFormat,
+    source_format: SourceFormat,
     llm: LLMSource | None = None,
-    **arguments: Any,
-) -> Plan:
+    **config: Any,
+) -> ConversionPlan:
     """Plan a conversion, which writes nothing."""
     return plan_conversion(
         open_checkpoint(CheckpointSource(source)),
         open_language_model(llm or LLMSource(LLM)),
-        recipe,
-        OutputArguments(**arguments),
+        source_format,
+        ConvertConfig(**config),
     )
 
 
-def convert_family(family: str, folder: Path, **arguments: Any) -> ConversionReport:
+def convert_family(family: str, folder: Path, **config: Any) -> Path:
     """Convert a family's small checkpoint into `folder / "model"`."""
     source = save_checkpoint(family, folder / "source")
-    return convert(source, folder / "model", recipe=RECIPE_OF[family], **arguments)
+    return convert(source, folder / "model", source_format=FORMAT_OF[family], **config)
 
 
 def copy_llm(folder: Path, family: str = "llama") -> Path:

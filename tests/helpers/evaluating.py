@@ -9,11 +9,7 @@ from typing import Any
 
 from tiny_encoders import TEXTS, save_tiny_images
 
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
+from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset, EvaluationConfig
 
 TASKS = ("retrieval", "cra", "length")
 
@@ -37,13 +33,18 @@ def read_table(text: str, title: str) -> list[dict[str, str]]:
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def arguments(output: Path, data: str, *sources: str, **changes: Any) -> EvaluationArguments:
-    """Evaluate models on the English captions of such data, unless something is to change."""
-    chosen = EvaluationArguments(
-        models=tuple(map(EvaluatedModel, sources)),
-        data=(EvaluatedDataset("folder", data),),
-        tasks=TASKS,
-        languages=("en",),
-        output=output,
-    )
-    return replace(chosen, **changes)
+def arguments(output: Path, folder: str, *sources: str, **changes: Any) -> dict[str, Any]:
+    """What evaluates models on the English captions of such data, unless something is to change."""
+    chosen = {
+        "models": sources,
+        "data": EvaluatedDataset(name="folder", folder=folder),
+        "tasks": TASKS,
+        "config": EvaluationConfig(languages=("en",), output=output, show_progress=False),
+    }
+    return change(chosen, **changes)
+
+
+def change(chosen: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Change models, data, tasks, or options of the config."""
+    of_call = {name: changes.pop(name) for name in ("models", "data", "tasks") if name in changes}
+    return {**chosen, **of_call, "config": replace(chosen["config"], **changes)}

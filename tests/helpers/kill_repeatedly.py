@@ -34,7 +34,9 @@ from pathlib import Path
 # Imported by every run of a training command; imports alone start no threads.
 _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
               "modeling_llm2clip.training.extraction.extract",
-              "modeling_llm2clip.training.alignment.align", "torch.utils.tensorboard")  # fmt: skip
+              "modeling_llm2clip.training.alignment.align",
+              "modeling_llm2clip.model_folders.model_writing",
+              "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50
 
 

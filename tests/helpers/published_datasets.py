@@ -1,4 +1,4 @@
-"""Tiny sets in the formats of their publishers, written for tests: three images or so each.
+"""Tiny datasets in the formats of their publishers, written for tests: about three images each.
 
 Every function writes into a folder and returns it. Names, fields and layout are the publishers';
 images and captions are made up.
@@ -19,20 +19,39 @@ from PIL import Image
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset, load_dataset
 from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 
 COLORS = ("red", "green", "blue", "white", "black", "yellow")
 
 
-def errors_of(card: DatasetSpec | str, folder: Path, **options: Any) -> dict[str, int]:
-    """Read a set that has errors; returns how many of each kind."""
+def errors_of(spec: DatasetSpec | str, folder: Path, **options: Any) -> dict[str, int]:
+    """Read a dataset that has errors; returns the count of each kind."""
     with pytest.raises(DataValidationError) as error:
-        load_dataset(card, folder, **options)
+        load_dataset(spec, folder, **options)
     return error.value.counts
 
 
-def tiny_card(name: str, **counts: int) -> DatasetSpec:
-    """A card of the registry for a set of other counts, in files that nobody published."""
+def tiny_spec(name: str, **counts: int) -> DatasetSpec:
+    """A spec of the registry with other counts, for files that nobody published."""
     return replace(find_dataset(name), counts=counts, counts_of_language={}, checksums={})
+
+
+def read_retrieval(
+    name: str, folder: Path, counts: dict[str, int], **options: Any
+) -> RetrievalDataset:
+    """Read a dataset of the registry that has other counts."""
+    found = load_dataset(tiny_spec(name, **counts), folder, **options)
+    assert isinstance(found, RetrievalDataset)
+    return found
+
+
+def captions_by_image(found: RetrievalDataset) -> dict[str, list[str]]:
+    """The captions of each image according to the correspondence."""
+    texts = found.correspondence.texts_of_images()
+    return {
+        name: [found.captions[text] for text in texts.of(row).tolist()]
+        for row, name in enumerate(found.image_names)
+    }
 
 
 def write_images(folder: Path, names: Iterable[str]) -> None:
@@ -92,7 +111,7 @@ def write_karpathy_original(folder: Path) -> Path:
 
 
 def write_coco_official(folder: Path) -> Path:
-    """`annotations/captions_val2017.json` and its images, which lie in `val2017`."""
+    """`annotations/captions_val2017.json` and its images, which are in `val2017`."""
     names = ["000000000139.jpg", "000000000285.jpg"]
     annotations = [
         {"id": 10 * number + index, "image_id": number, "caption": f"{text}\n"}
@@ -118,7 +137,7 @@ def write_flickr30k(folder: Path) -> Path:
 
 
 def write_sharegpt4v(folder: Path, *, records: int = 3) -> Path:
-    """A list of conversations; the last record is broken, and stands behind those that count."""
+    """A list of conversations; the last record is broken, and comes after those that are read."""
     names = [f"sam/images/sa_{number}.jpg" for number in range(records)]
     items = [
         {
@@ -248,7 +267,7 @@ SUGARCREPE_CATEGORIES = "add_att add_obj replace_att replace_obj replace_rel swa
 
 
 def write_sugarcrepe(folder: Path) -> Path:
-    """One item a category, all of the first image of `write_coco_official`."""
+    """One item per category, all of the first image of `write_coco_official`."""
     for number, category in enumerate(SUGARCREPE_CATEGORIES.split()):
         item = {
             "filename": "000000000139.jpg",
@@ -310,7 +329,7 @@ def write_imagenet_of_kaggle(folder: Path) -> Path:
 
 
 def write_own_folder(folder: Path) -> Path:
-    """Two things in two languages, one of them drawn twice."""
+    """Two groups in two languages, one of them with two images."""
     lines: list[dict[str, Any]] = [
         {"image": "a.jpg", "group_id": "cat", "captions": ["a cat"], "lang": "en",
          "long_captions": ["A cat, seen from afar."]},

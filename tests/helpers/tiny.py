@@ -20,8 +20,8 @@ from transformers import (
     Siglip2ImageProcessorPil,
 )
 
-from modeling_llm2clip.building.build_model import build_model
-from modeling_llm2clip.building.timm_images import image_processor_from_timm
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.vision_towers import image_processor_from_timm
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -191,11 +191,9 @@ def tiny_model(
     vision_model, image_processor = tiny_vision(vision)
     tokenizer = tokenizer or tiny_tokenizer()
     text_model = tiny_llm(llm, vocabulary_size=len(tokenizer))
-    model, processor = build_model(
-        _cast_parameters(vision_model, dtype),
-        image_processor,
-        _cast_parameters(text_model, dtype),
-        tokenizer,
+    model, processor = join_towers(
+        (_cast_parameters(vision_model, dtype), image_processor),
+        (_cast_parameters(text_model, dtype), tokenizer),
         BuildConfig(**chosen),
     )
     model.config.text_adapter_trained = model.config.projections_trained = trained

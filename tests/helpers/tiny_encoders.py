@@ -1,4 +1,4 @@
-"""Tiny random models of every kind that is evaluated, as folders."""
+"""Tiny random models of every type that is evaluated, as folders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from transformers import (
 from modeling_llm2clip.data.named_embeddings import side_file, write_named_embeddings
 from modeling_llm2clip.evaluation.encoders.encoder import Encoder
 
-MODEL_KINDS = ("llm2clip", "clip", "siglip", "siglip2", "open_clip", "sentence-transformers")
+MODEL_TYPES = ("llm2clip", "clip", "siglip", "siglip2", "open_clip", "sentence-transformers")
 TEXTS = (
     "a dog",
     "two red apples on a wooden table by the window",
@@ -56,13 +56,13 @@ _SIZE: dict[str, Any] = {
 _WIDE = {"initializer_range": 0.2, "initializer_factor": 10.0}
 
 
-def save_tiny_encoder(kind: str, folder: Path) -> Path:
-    """Save a model of the kind, as its publishers do."""
-    if kind == "llm2clip":
+def save_tiny_encoder(model_type: str, folder: Path) -> Path:
+    """Save a model of a type, as its publishers do."""
+    if model_type == "llm2clip":
         return export_tiny_model(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _SAVERS[kind](folder)
+        _SAVERS[model_type](folder)
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tiny import tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 
 def save_tiny_vision(folder: Path) -> Path:

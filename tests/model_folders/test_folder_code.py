@@ -21,8 +21,9 @@ from hub_server import HubServer
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.building.towers import load_text_tower, load_vision_tower
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.building.text_towers import load_text_tower
+from modeling_llm2clip.building.vision_towers import load_vision_tower
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.loading_llm2clip import list_foreign_code
 
 RUN = """
@@ -105,28 +106,24 @@ def change(file: Path, how: Change) -> None:
 
 def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str, list[str]]:
     out = {command: str(output / f"{name} {command}") for command in COMMANDS}
-    online = ["--text-training", "frozen-online", "--max-steps", "1", "--global-batch-size", "8"]
-    tuning = ["--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
-    tuning += ["--warmup-steps", "0", "--device", "cpu"]
+    online = ["--text-training", "frozen-online", "--steps", "1", "--batch-size", "8"]
+    tuning = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    tuning += ["--warmup-steps", "0"]
     return {
         "search": ["search", str(model), str(data), "a dog"],
         "export": ["export", str(model), out["export"]],
         "tower": ["export", str(model), out["tower"], "--components", "vision-tower"],
-        "extract": [
-            "extract", str(model), str(data), out["extract"], "--modality", "text",
-            "--device", "cpu",
-        ],
+        "extract": ["extract", str(model), str(data), out["extract"], "--device", "cpu"],
         "images": [
-            "extract", str(model), str(data), out["images"], "--modality", "image",
-            "--device", "cpu",
+            "extract", str(model), str(data), out["images"], "--images", "--device", "cpu",
         ],
         "evaluate": [
-            "evaluate", str(model), "--datasets", str(data), "--tasks", "cra", "--output",
+            "evaluate", str(model), "--data", str(data), "--tasks", "cra", "--output",
             out["evaluate"], "--device", "cpu",
         ],
         "align": ["align", str(model), str(data), out["align"], "--device", "cpu", *online],
-        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning, "--no-merge"],
-        "merge": ["finetune-llm", str(model), str(data), out["merge"], *tuning],
+        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning],
+        "merge": ["finetune-llm", str(model), str(data), out["merge"], *tuning, "--merge"],
         "doctor": ["doctor", str(model)],
     }  # fmt: skip
 
@@ -190,9 +187,9 @@ def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
         assert code == 0  # a vision tower comes without a tokenizer
         return
     assert code == (1 if command == "doctor" else 2), (code, out, err)
-    told = out if command == "doctor" else err
-    assert "brings code of its own, which is never run here" in told
-    assert f"{file} names Auto" in told and "evil.Evil" in told
+    error = out if command == "doctor" else err
+    assert "brings code of its own, which is never run here" in error
+    assert f"{file} names Auto" in error and "evil.Evil" in error
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -267,7 +264,7 @@ def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_after
 
 def test_code_of_a_folder_cannot_be_pinned(tmp_path: Path) -> None:
     llm = save_tiny_llm(tmp_path / "llm")
-    with pytest.raises(ValueError, match="no Hub repository, so a commit does not pin its code"):
+    with pytest.raises(ValueError, match="not a Hub repository, so a commit does not pin its code"):
         load_text_tower(llm, tokenizer_code="0" * 40)
 
 

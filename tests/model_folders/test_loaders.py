@@ -32,7 +32,7 @@ from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.model_folders.golden_embeddings import read_golden
 from modeling_llm2clip.model_folders.model_card_data import CardData
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import write_sentence_transformers_files
 
 PROMPTS = {"query": INSTRUCTION, "document": ""}
@@ -173,8 +173,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model,
         processor,
         tmp_path_factory.mktemp("faces") / "model",
-        prompts=PROMPTS,
-        facts=CardData(license_id="mit"),
+        instructions=PROMPTS,
+        card=CardData(license="mit"),
     )
 
 
@@ -189,8 +189,8 @@ def seen(
     other = save_model(
         *tiny_model(seed=1, max_text_length=64),
         here / "other",
-        prompts=PROMPTS,
-        facts=CardData(license_id="mit"),
+        instructions=PROMPTS,
+        card=CardData(license="mit"),
     )
     with HubServer() as hub:
         environment = hub.environment(here / "publisher")
@@ -382,7 +382,7 @@ def test_a_pipeline_gives_the_embeddings_of_the_processor_but_for_odd_images(
             torch.tensor(pipe(image)).reshape(1, -1)
             for image in (str(path), load_images(str(path)))
         )
-        # The same numbers in the same kernels; another image lies further off by far.
+        # The same numbers in the same kernels; another image is much further away.
         assert (float((by_path - wanted).norm()) > 0.01) == (kind in ODD), kind
         torch.testing.assert_close(opened, wanted, atol=ROUNDING, rtol=0)
         encoded = torch.from_numpy(sentence_model.encode([str(path)]))

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from shared_models import shared_model
 from tiny import tiny_images, tiny_model
 
+from modeling_llm2clip.model_folders.model_card import update_model_card
 from modeling_llm2clip.model_folders.model_card_data import (
     CardData,
     CardResult,
     find_license,
-    read_card_facts,
-    read_results,
+    read_card_data,
 )
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
-FACTS = CardData(
-    license_id="cc-by-nc-4.0",
+STATED = CardData(
+    license="cc-by-nc-4.0",
     vision_license="mit",
     text_license="llama3.2",
     training_data=("owner/images", "my own photographs"),
@@ -37,9 +37,9 @@ FACTS = CardData(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = tiny_model()
     model.config.vision_config._name_or_path = "openai/clip-vit-large-patch14-336"
-    model.config.text_config._name_or_path = "my-llm"  # a folder, which is no Hub id
+    model.config.text_config._name_or_path = "my-llm"  # a folder, not a Hub id
     return save_model(
-        model, processor, tmp_path_factory.mktemp("card") / "model", facts=FACTS, name="owner/name"
+        model, processor, tmp_path_factory.mktemp("card") / "model", card=STATED, name="owner/name"
     )
 
 
@@ -62,13 +62,13 @@ def test_the_hubs_parser_gives_the_same_results_back(card: ModelCard) -> None:
 
 
 def test_what_was_stated_is_read_back(folder: Path) -> None:
-    assert read_card_facts(folder) == FACTS
+    assert read_card_data(folder) == STATED
 
 
 def test_both_base_models_and_their_licenses_are_on_the_card(card: ModelCard) -> None:
     assert "| vision tower `openai/clip-vit-large-patch14-336` | mit |" in card.text
     assert "| language model `my-llm` | llama3.2 |" in card.text
-    # The Hub refuses a base model that is no Hub id.
+    # The Hub refuses a base model that is not a Hub id.
     assert card.data.base_model == ["openai/clip-vit-large-patch14-336"]
     assert card.data.license == "cc-by-nc-4.0"
     assert card.data.datasets == ["owner/images"]
@@ -128,75 +128,35 @@ def test_the_snippet_of_the_card_runs(
 
 def test_a_license_without_identifier_is_named_and_linked(tmp_path: Path) -> None:
     model, processor = shared_model()
-    facts = CardData(license_id="other", license_name="ours", license_link="https://e.org/l")
-    folder = save_model(model, processor, tmp_path / "model", facts=facts)
-    assert read_card_facts(folder) == facts
+    stated = CardData(license="other", license_name="ours", license_link="https://e.org/l")
+    folder = save_model(model, processor, tmp_path / "model", card=stated)
+    assert read_card_data(folder) == stated
     assert "These weights: [ours](https://e.org/l)." in (folder / "README.md").read_text()
 
 
-# Recorded results
+# Edited and not
 
 
-def write_json(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
+def test_a_card_that_nobody_edited_gets_license_and_name(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    update_model_card(copy, license="mit", name="me/other")
+    assert read_card_data(copy) == replace(STATED, license="mit")
+    text = (copy / "README.md").read_text(encoding="utf-8")
+    assert 'SentenceTransformer("me/other")' in text and "These weights: mit." in text
+    assert "owner/name" not in text
 
 
-def test_results_are_read_from_files_of_one_or_of_many(tmp_path: Path) -> None:
-    one = {"task": "retrieval", "dataset": "A", "scores": {"r1": 0.5}, "versions": {"torch": "2"}}
-    two = [{**one, "dataset": "B"}, {**one, "dataset": "C", "scores": {"r1": 1}}]
-    paths = [write_json(tmp_path / "1.json", one), write_json(tmp_path / "2.json", two)]
-    assert read_results(paths) == (
-        CardResult("retrieval", "A", {"r1": 0.5}),
-        CardResult("retrieval", "B", {"r1": 0.5}),
-        CardResult("retrieval", "C", {"r1": 1}),
-    )
-
-
-def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: Path) -> None:
-    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
-    written = {
-        "model": "m", "task": "retrieval", "set": "coco", "format_version": 1, "seconds": 1.5,
-        "scores": {
-            "t2i": {"hit_rate_at_1": 0.5, "intervals": {"hit_rate_at_1": interval}},
-            "accuracy": {**interval, "chance": 0.125},
-            "languages": {"de": {"hit_rate_at_1": 0.5}},
-            "buckets": [{"hit_rate_at_1": interval}],
-            "share_cut_by_this_encoder": None,
-        },
-    }  # fmt: skip
-    (result,) = read_results([write_json(tmp_path / "coco.json", written)])
-    assert result == CardResult(
-        "retrieval",
-        "coco",
-        {"t2i.hit_rate_at_1": 0.5, "accuracy": 0.5, "accuracy.chance": 0.125},
-    )
-
-
-def test_every_error_of_the_results_is_named_at_once(tmp_path: Path) -> None:
-    good = {"task": "t", "dataset": "d", "scores": {"r1": 0.5}}
-    contents = {
-        "text": "hello",
-        "untold": {"dataset": "d", "scores": {"r1": 0.5}},
-        "unscored": {"task": "t", "dataset": "d", "scores": {}},
-        "endless": {"task": "t", "dataset": "e", "scores": {"r1": float("nan"), "r5": True}},
-        "twice": [good, good],
-    }
-    paths = [write_json(tmp_path / f"{name}.json", value) for name, value in contents.items()]
-    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
-    paths += [tmp_path / "broken.json", tmp_path / "absent.json"]
-    with pytest.raises(ValueError, match=r"Wanted: JSON with 'task'") as caught:
-        read_results(paths)
-    for error in (
-        "text.json: holds str",
-        r"untold.json: has no ['task']",
-        "unscored.json: has no scores",
-        "endless.json: has scores that are no finite numbers: ['r1', 'r5']",
-        "twice.json: t on d is given twice",
-        "broken.json: Expecting",
-        "absent.json: [Errno 2]",
-    ):
-        assert error in str(caught.value)
+def test_an_edited_card_gets_the_license_alone(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / "README.md"
+    edited = path.read_text(encoding="utf-8").replace("## Limits\n", "## Limits\n\nMine.\n")
+    path.write_text(edited, encoding="utf-8")
+    update_model_card(copy, license=None, name="me/other")
+    assert path.read_text(encoding="utf-8") == edited
+    update_model_card(copy, license="mit", name="me/other")
+    assert read_card_data(copy) == replace(STATED, license="mit")
+    body = "# owner/name" + edited.split("# owner/name", 1)[1]
+    assert path.read_text(encoding="utf-8").endswith(body)
 
 
 # Licenses of towers

@@ -14,15 +14,16 @@ from tiny import draw_noise, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.doctor import check_model
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
+from modeling_llm2clip.configs.export_config import ExportConfig
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
 from modeling_llm2clip.model_folders.model_card_data import CardData
+from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
 from modeling_llm2clip.model_folders.training_state import find_untrained_parts, require_trained
-from modeling_llm2clip.publishing.assemble import assemble_folder
-from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.publishing.push_to_hub import check_publishable
 
 REMEDY = r"llm2clip align.*model\.config\.projections_trained = True; model\.save_pretrained"
@@ -31,8 +32,8 @@ REMEDY = r"llm2clip align.*model\.config\.projections_trained = True; model\.sav
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("untrained") / "built"
-    facts = CardData(license_id="mit")
-    return save_model(*tiny_model(trained=False), folder, facts=facts)
+    stated = CardData(license="mit")
+    return save_model(*tiny_model(trained=False), folder, card=stated)
 
 
 def read_state(folder: Path) -> tuple[bool, bool]:
@@ -44,7 +45,7 @@ def test_a_built_model_is_untrained_and_its_folder_says_so(tmp_path: Path) -> No
     arguments = BuildConfig(prompt="llama-3", max_text_length=32)
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
-    model, processor = build_model(*tiny_vision(), llm, tokenizer, arguments)
+    model, processor = join_towers(tiny_vision(), (llm, tokenizer), arguments)
     folder = save_model(model, processor, tmp_path / "built")
     assert read_state(folder) == (False, False)
     assert find_untrained_parts(model.config) == ("text adapter", "projections")
@@ -84,9 +85,9 @@ def test_search_refuses_an_untrained_model_by_name_before_its_weights_are_read(
     without_weights = tmp_path / "model"
     shutil.copytree(untrained, without_weights, ignore=shutil.ignore_patterns("model*"))
     assert main(["search", str(without_weights), str(tmp_path), "a dog"]) == 2
-    told = capsys.readouterr().err
-    assert f"{without_weights} is refused for search. It is untrained: random weights" in told
-    assert "model.config.projections_trained = True; model.save_pretrained" in told
+    found = capsys.readouterr().err
+    assert f"{without_weights} is refused for search. It is untrained: random weights" in found
+    assert "model.config.projections_trained = True; model.save_pretrained" in found
 
 
 def test_an_untrained_model_is_not_published_by_any_way(
@@ -103,12 +104,12 @@ def test_an_untrained_model_is_not_published_by_any_way(
 def test_an_export_carries_the_state_on_and_its_card_says_untrained(
     untrained: Path, components: str, tmp_path: Path
 ) -> None:
-    folder = export_model(untrained, tmp_path / "half", ExportArguments(components))
+    folder = export_model(untrained, tmp_path / "half", ExportConfig(components=components))
     assert read_state(folder) == (False, False)
     card = ModelCard.load(folder / "README.md")
     parts = "projections" if components == "vision" else "text adapter and projections"
     assert f"untrained: random weights are left in its {parts}" in card.text
-    assert "must be aligned first" in card.text
+    assert "Align it first" in card.text
     assert "Intended use" not in card.text and "Search images" not in card.text
     assert card.data.pipeline_tag is None and "untrained" in card.data.tags
 
@@ -132,18 +133,18 @@ def test_doctor_warns_of_an_untrained_model_that_is_healthy_as_a_folder(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("warning  training") for line in lines) == 1
     assert f"{untrained}: healthy, but untrained: random weights are left in its" in lines[-1]
-    report = check_model(good).report()
+    report = str(check_model(good))
     assert "untrained" not in report and report.endswith(": healthy")
 
 
 def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
     untrained: Path, good: Path
 ) -> None:
-    settings = EncoderSettings(device="cpu")
+    settings = EncoderConfig(device="cpu")
     with pytest.warns(UserWarning, match="named is untrained: random weights"):
         encoder = LLM2CLIPEncoder(untrained, settings, source="named")
-    told = encoder.describe().to_json()
-    assert told["untrained_parts"] == ["text adapter", "projections"]
+    found = encoder.describe().to_json()
+    assert found["untrained_parts"] == ["text adapter", "projections"]
     assert len(encoder.encode_texts(CAPTIONS).embeds) == len(CAPTIONS)
     assert "untrained_parts" not in LLM2CLIPEncoder(good, settings, source="x").describe().to_json()
 
@@ -158,12 +159,12 @@ def test_what_a_training_did_is_written_into_the_new_folder(
     untrained: Path, tmp_path: Path
 ) -> None:
     trained = {"logit_scale.log_scale": torch.ones(1)}
-    assemble_folder(untrained, trained, tmp_path / "both")
+    save_trained_model(untrained, trained, tmp_path / "both")
     assert read_state(tmp_path / "both") == (True, True)
     assert "Intended use" in (tmp_path / "both" / "README.md").read_text(encoding="utf-8")
-    assemble_folder(untrained, trained, tmp_path / "one", text_adapter_trained=False)
+    save_trained_model(untrained, trained, tmp_path / "one", text_adapter_trained=False)
     assert read_state(tmp_path / "one") == (False, True)
-    # All else stands as transformers wrote it, byte for byte.
+    # The rest is as transformers wrote it, byte for byte.
     before, after = (
         (folder / "config.json").read_text() for folder in (untrained, tmp_path / "both")
     )
@@ -171,4 +172,4 @@ def test_what_a_training_did_is_written_into_the_new_folder(
 
 
 def test_what_is_converted_was_trained(tmp_path: Path) -> None:
-    assert read_state(convert_family("openai", tmp_path).folder) == (True, True)
+    assert read_state(convert_family("openai", tmp_path)) == (True, True)

@@ -27,9 +27,11 @@ from tiny import tiny_model
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.model_folders.model_card_data import CardData, read_card_facts
-from modeling_llm2clip.publishing.dry_run import plan_export
-from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+from modeling_llm2clip.configs.export_config import ExportConfig
+from modeling_llm2clip.model_folders.model_card_data import CardData, read_card_data
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.publishing.export_plan import plan_export
 from modeling_llm2clip.publishing.push_to_hub import (
     check_publishable,
     list_files,
@@ -37,7 +39,7 @@ from modeling_llm2clip.publishing.push_to_hub import (
     require_repo_id,
 )
 
-FACTS = CardData(license_id="mit")
+STATED = CardData(license="mit")
 NAME, OPEN = "owner/model", "owner/open"
 # As if not installed: its import takes long, and `doctor` skips it then.
 PRELUDE = """
@@ -52,7 +54,7 @@ def run(*arguments):
     answers.append([code, out.getvalue(), err.getvalue()])
 """
 PUBLISH = f"""
-source, again, other = sys.argv[1:4]
+source, again, other, opened = sys.argv[1:5]
 # The Hub refuses one of the large files of the first upload.
 assert main(["export", source, again, "--max-shard-size", "50KB"]) == 0
 run("push", again, "{NAME}")
@@ -60,8 +62,8 @@ run("push", again, "{NAME}", "--commit-message", "Second try")
 run("push", other, "{NAME}")
 run("push", again, "{NAME}", "--revision", "sharded")
 run("push", again, "{NAME}", "--no-private")
-run("push", other, "{OPEN}", "--no-private")
-run("push", other, "{OPEN}")
+run("push", opened, "{OPEN}", "--no-private")
+run("push", opened, "{OPEN}")
 del os.environ["HF_TOKEN"]  # a stranger from here on
 run("push", source, "{NAME}")
 run("doctor", "{NAME}")
@@ -133,18 +135,19 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy folder with a license; not to be changed."""
-    return save_model(*shared_model(), tmp_path_factory.mktemp("source") / "model", facts=FACTS)
+    return save_model(*shared_model(), tmp_path_factory.mktemp("source") / "model", card=STATED)
 
 
 @pytest.fixture(scope="module")
 def published(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     here = tmp_path_factory.mktemp("published")
-    other = save_model(*tiny_model(seed=1), here / "other", facts=FACTS)
+    other = save_model(*tiny_model(seed=1), here / "other", card=STATED)
+    opened = shutil.copytree(other, here / "opened")
+    pushed = shutil.copytree(source, here / "source")  # pushing names the repository on its card
     with HubServer() as hub:
         hub.fail_next_uploads, hub.upload_failure_status = 1, 403
-        answers = run_client(
-            PRELUDE + PUBLISH, hub.environment(here / "cache"), source, here / "sharded", other
-        )
+        folders = (pushed, here / "sharded", other, opened)
+        answers = run_client(PRELUDE + PUBLISH, hub.environment(here / "cache"), *folders)
         yield Published(hub, answers, here / "sharded", other)
 
 
@@ -206,7 +209,10 @@ def break_golden_embeddings(folder: Path) -> None:
             "not healthy, and an unhealthy folder never is.*golden embeddings: ",
         ),
         (lambda folder: (folder / "old.bin").touch(), r"can carry code: \['old.bin'\]"),
-        (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "is not a model folder: it has no",
+        ),
     ],
     ids=["no license", "unhealthy", "pickle", "no config"],
 )
@@ -219,6 +225,21 @@ def test_a_folder_that_nobody_should_get_is_refused(
         check_publishable(folder)
 
 
+def test_a_given_license_is_stated_on_the_card_before_the_upload(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    remove_license(folder)
+    with pytest.raises(ValueError, match="states no license"):
+        push_to_hub(folder, NAME)
+    assert check_publishable(folder, license="cc-by-4.0")  # which writes nothing
+    assert read_card_data(folder).license is None
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("reached the Hub"))
+    with pytest.raises(pytest.fail.Exception, match="reached the Hub"):
+        push_to_hub(folder, NAME, license="cc-by-4.0")
+    assert read_card_data(folder).license == "cc-by-4.0"
+
+
 def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,49 +248,6 @@ def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     (folder / "model.safetensors").unlink()  # what loads would name the missing weights
     assert main(["push", str(folder), NAME]) == 2
     assert "states no license" in capsys.readouterr().err
-
-
-class AskedTheHubError(Exception):
-    """Everything before the upload is done."""
-
-
-@pytest.fixture
-def without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(*_: Any, **__: Any) -> None:
-        raise AskedTheHubError
-
-    monkeypatch.setattr(HfApi, "create_repo", ask)
-
-
-@pytest.mark.usefixtures("without_hub")
-def test_a_license_that_is_given_is_on_the_card_before_the_upload(
-    source: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(source, tmp_path / "model"))
-    before = (folder / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(RuntimeError, match="AskedTheHubError"):
-        push_to_hub(folder, NAME, license="apache-2.0")
-    after = (folder / "README.md").read_text(encoding="utf-8")
-    assert read_card_facts(folder).license_id == "apache-2.0"
-    assert after == before.replace("license: mit", "license: apache-2.0").replace(
-        "weights: mit.", "weights: apache-2.0."
-    )
-
-
-@pytest.mark.usefixtures("without_hub")
-def test_a_card_that_was_edited_is_not_overwritten_by_a_license(
-    source: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(source, tmp_path / "model"))
-    card = folder / "README.md"
-    edited = card.read_text(encoding="utf-8") + "\nTrained on my own photographs.\n"
-    card.write_text(edited, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README.md was edited.*State the license in the card"):
-        push_to_hub(folder, NAME, license="apache-2.0")
-    assert card.read_text(encoding="utf-8") == edited
-    with pytest.raises(RuntimeError, match="AskedTheHubError"):  # what is stated needs no change
-        push_to_hub(folder, NAME, license="mit")
-    assert card.read_text(encoding="utf-8") == edited
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
@@ -330,11 +308,11 @@ def test_a_repository_is_private_unless_it_is_to_be_public(published: Published)
     assert not published.hub.repositories[OPEN].private
 
 
-def test_a_repository_of_the_other_kind_is_not_published_into(published: Published) -> None:
+def test_a_repository_of_other_access_is_not_published_into(published: Published) -> None:
     to_private, made, to_public = published.answers[4:7]
     assert made[0] == 0 and to_private[0] == to_public[0] == 2
-    assert f"{NAME} exists and is private, but it was to be public" in to_private[2]
-    assert f"{OPEN} exists and is public, but it was to be private" in to_public[2]
+    assert f"{NAME} exists and is private, but public was wanted" in to_private[2]
+    assert f"{OPEN} exists and is public, but private was wanted" in to_public[2]
     assert len(published.hub.repositories[OPEN].commits) == 2
 
 
@@ -342,12 +320,12 @@ def test_no_token_is_ever_shown(published: Published) -> None:
     assert published.hub.token not in json.dumps(published.answers)
 
 
-def test_without_a_token_nothing_is_published_and_the_way_out_is_named(
+def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
     published: Published,
 ) -> None:
     push, doctor = published.answers[7:]
     assert push[0] == 2
-    assert "no valid token came along. Log in with `hf auth login` or set HF_TOKEN" in push[2]
+    assert "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN" in push[2]
     assert doctor[0] == 1 and "RepositoryNotFoundError" in doctor[1]
 
 
@@ -412,7 +390,8 @@ def test_a_dry_run_of_an_export_refuses_an_unhealthy_model(
 def test_a_dry_run_knows_the_weight_files_before_they_are_written(
     components: str, dtype: str | None, max_shard_size: str, source: Path, tmp_path: Path
 ) -> None:
-    compare_weight_files(source, tmp_path, ExportArguments(components, dtype, max_shard_size))
+    config = ExportConfig(components=components, dtype=dtype, max_shard_size=max_shard_size)
+    compare_weight_files(source, tmp_path, config)
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
@@ -421,13 +400,13 @@ def test_a_dry_run_knows_the_weight_files_of_a_tower_with_batch_norm(
 ) -> None:
     # It counts its batches in an integer, and keeps statistics beside its parameters.
     model, processor = tiny_model("timm with batch norm")
-    source = save_model(model, processor, tmp_path / "source", facts=FACTS)
-    compare_weight_files(source, tmp_path, ExportArguments(dtype=dtype))
+    source = save_model(model, processor, tmp_path / "source", card=STATED)
+    compare_weight_files(source, tmp_path, ExportConfig(dtype=dtype))
 
 
-def compare_weight_files(source: Path, tmp_path: Path, arguments: ExportArguments) -> None:
-    planned = plan_export(source, tmp_path / "new", arguments)
-    written = export_model(source, tmp_path / "new", arguments)
+def compare_weight_files(source: Path, tmp_path: Path, config: ExportConfig) -> None:
+    planned = plan_export(source, tmp_path / "new", config)
+    written = export_model(source, tmp_path / "new", config)
     tensors = {}
     for file in sorted(written.glob("*.safetensors")):
         if file.name.startswith("model"):

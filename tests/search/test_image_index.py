@@ -18,8 +18,8 @@ from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.named_embeddings import read_named_embeddings
-from modeling_llm2clip.search import image_index as kept_embeddings
-from modeling_llm2clip.search.image_index import KeptEmbeddings
+from modeling_llm2clip.search import embedding_cache
+from modeling_llm2clip.search.embedding_cache import EmbeddingCache
 
 BATCH = 2
 
@@ -80,7 +80,7 @@ def test_each_model_and_each_folder_keeps_its_own_embeddings(
     assert len({file.parent for file in list_kept(own_cache)}) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_the_search_goes_on(
+def test_a_cache_that_cannot_be_written_is_reported_and_the_search_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -104,8 +104,8 @@ def test_every_whole_batch_before_a_break_is_kept(images: Path, tmp_path: Path) 
     paths = sorted(images.iterdir())
     paths[-1].write_bytes(b"no image")  # in the third batch
     with pytest.raises(ValueError, match=r"5\.png: not an image"):
-        KeptEmbeddings(tmp_path / "kept").encode(*shared_model(), paths, batch_size=BATCH)
-    again = KeptEmbeddings(tmp_path / "kept")
+        EmbeddingCache(tmp_path / "kept").encode(*shared_model(), paths, batch_size=BATCH)
+    again = EmbeddingCache(tmp_path / "kept")
     assert again.find_new(paths) == paths[4:]
 
 
@@ -113,7 +113,7 @@ def test_every_whole_batch_before_a_break_is_kept(images: Path, tmp_path: Path) 
 def test_a_killed_search_has_kept_what_was_encoded_before_its_last_write(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_embeddings, "_SECONDS_BETWEEN_WRITES", -1)
+    monkeypatch.setattr(embedding_cache, "_SECONDS_BETWEEN_WRITES", -1)
     model, processor = shared_model()
     paths = sorted(images.iterdir())
     child = os.fork()
@@ -123,11 +123,11 @@ def test_a_killed_search_has_kept_what_was_encoded_before_its_last_write(
         def die_at_the_last(**inputs: Any) -> Any:
             return processor(**inputs) if next(calls) < len(paths) else os._exit(9)
 
-        KeptEmbeddings(tmp_path / "kept").encode(model, die_at_the_last, paths, batch_size=1)
+        EmbeddingCache(tmp_path / "kept").encode(model, die_at_the_last, paths, batch_size=1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     # Three batches are prepared ahead of the tower.
-    assert len(KeptEmbeddings(tmp_path / "kept").find_new(paths)) <= 4
+    assert len(EmbeddingCache(tmp_path / "kept").find_new(paths)) <= 4
 
 
 def test_one_progress_bar_counts_all_images(
@@ -137,7 +137,7 @@ def test_one_progress_bar_counts_all_images(
     paths = [tmp_path / f"{number}.bmp" for number in range(len(pixels))]
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
-    KeptEmbeddings().encode(*shared_model(), paths, batch_size=128, show_progress=True)
+    EmbeddingCache().encode(*shared_model(), paths, batch_size=128, show_progress=True)
     totals = re.findall(r"\d+/(\d+) \[", capsys.readouterr().err)
     assert set(totals) == {"1030"}
 
@@ -147,7 +147,7 @@ def test_more_embeddings_than_a_file_holds_are_refused_before_anything_is_encode
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     command = ["search", save_model(tmp_path / "model"), str(images), "a dog"]
-    monkeypatch.setattr(kept_embeddings, "_MOST_KEPT", 5)
+    monkeypatch.setattr(embedding_cache, "_MAX_EMBEDDINGS", 5)
     assert main(command) == 2
     assert "holds at most 5 embeddings; with 6 new images" in capsys.readouterr().err
     assert list_kept(own_cache) == []
@@ -158,7 +158,7 @@ def test_a_header_has_room_for_the_most_that_is_kept(tmp_path: Path) -> None:
     """What a name takes of the header is measured, since 1.4 million would take minutes."""
     sizes = []
     for count in (100, 200):
-        kept = KeptEmbeddings(tmp_path / f"{count}")
+        kept = EmbeddingCache(tmp_path / f"{count}")
         kept._embeddings = {f"{number:064x}": make_row(number) for number in range(count)}
         kept._try_to_write()
         content = (tmp_path / f"{count}").read_bytes()
@@ -166,7 +166,7 @@ def test_a_header_has_room_for_the_most_that_is_kept(tmp_path: Path) -> None:
         assert len(read_named_embeddings(tmp_path / f"{count}").names) == count
     a_name = (sizes[1] - sizes[0]) / 100
     # 8 bytes of alignment at most, in either of the two.
-    assert sizes[0] + (kept_embeddings._MOST_KEPT - 100) * (a_name + 0.08) < 100_000_000
+    assert sizes[0] + (embedding_cache._MAX_EMBEDDINGS - 100) * (a_name + 0.08) < 100_000_000
 
 
 def make_row(number: int) -> torch.Tensor:
@@ -176,6 +176,6 @@ def make_row(number: int) -> torch.Tensor:
 def test_what_another_search_is_writing_is_left_alone(images: Path, tmp_path: Path) -> None:
     half = tmp_path / "kept.tmp"  # as `write_atomically` calls it
     half.write_bytes(b"half of it")
-    KeptEmbeddings(tmp_path / "kept").encode(*shared_model(), sorted(images.iterdir()))
+    EmbeddingCache(tmp_path / "kept").encode(*shared_model(), sorted(images.iterdir()))
     assert half.read_bytes() == b"half of it"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "kept", "kept.tmp"]

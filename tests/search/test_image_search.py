@@ -10,34 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.search_config import IndexConfig
 from modeling_llm2clip.data.named_embeddings import read_named_embeddings, write_named_embeddings
-from modeling_llm2clip.encoding.image_encoding import encode_images
+from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
-from modeling_llm2clip.search import image_index as kept_embeddings
-from modeling_llm2clip.search import lettering
-from modeling_llm2clip.search import results_page as contact_sheet
-from modeling_llm2clip.search.gallery import (
-    find_images,
-    make_gallery,
-    take_best,
-)
-from modeling_llm2clip.search.image_files import find_image_files
-from modeling_llm2clip.search.image_index import KeptEmbeddings
-from modeling_llm2clip.search.lettering import find_font
-from modeling_llm2clip.search.results_page import SearchResult, write_contact_sheet
+from modeling_llm2clip.search import embedding_cache, results_page
+from modeling_llm2clip.search.embedding_cache import EmbeddingCache
+from modeling_llm2clip.search.image_index import ImageIndex, SearchResult, list_images, rank_images
+from modeling_llm2clip.search.results_page import write_results_sheet
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-def list_images(folder: Path) -> list[Path]:
-    return find_image_files(folder).readable
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +51,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_images_are_found_below_the_folder_in_order(images: Path) -> None:
-    found = [str(path.relative_to(images)) for path in list_images(images)]
+    found = [str(path.relative_to(images)) for path in list_images(images).readable]
     assert found == [
         *(f"{n}.png" for n in (1, 3, 5, 7, 9)),
         *(f"below/{n}.JPG" for n in (0, 2, 4, 6, 8)),
@@ -71,22 +60,71 @@ def test_images_are_found_below_the_folder_in_order(images: Path) -> None:
 
 def test_the_best_images_are_those_of_the_greatest_cosine(images: Path) -> None:
     model, processor = shared_model()
-    paths = list_images(images)
+    paths = list_images(images).readable
     with torch.no_grad():
         output = model(**processor(text=SENTENCES, images=[str(path) for path in paths]))
     cosines = output.text_embeds @ output.image_embeds.T
-    gallery = make_gallery(model, paths, encode_images(model, processor, paths, batch_size=3))
-    for count in (1, 4, 50):
-        results = find_images(model, processor, gallery, SENTENCES, count=count)
+    image_embeds = encode_images(model, processor, paths, batch_size=3)
+    index = ImageIndex(model, processor, paths, image_embeds)
+    for top_k in (1, 4, 50):
+        results = index.search(SENTENCES, top_k=top_k)
+        assert index.search(SENTENCES[0], top_k=top_k).query == SENTENCES[0]
         for sentence, result, row in zip(SENTENCES, results, cosines, strict=True):
-            assert result.sentence == sentence
-            wanted = row.topk(min(count, len(paths)))
-            assert [path for path, _ in result.found] == [paths[i] for i in wanted.indices]
-            assert [c for _, c in result.found] == pytest.approx(
+            assert result.query == sentence
+            wanted = row.topk(min(top_k, len(paths)))
+            assert [path for path, _ in result.hits] == [paths[i] for i in wanted.indices]
+            assert [c for _, c in result.hits] == pytest.approx(
                 wanted.values.tolist(), abs=ROUNDING
             )
-    with pytest.raises(ValueError, match="count=0 finds nothing"):
-        find_images(model, processor, gallery, SENTENCES, count=0)
+    with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
+        index.search(SENTENCES, top_k=0)
+
+
+def test_an_index_that_is_built_is_opened_again_without_encoding(
+    images: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = Path(shutil.copytree(images, tmp_path / "gallery"))
+    built = ImageIndex.build(model_folder, gallery, tmp_path / "index")
+    found = built.search([SENTENCES[0], gallery / "3.png"], top_k=3)
+    assert found[1].hits[0][0] == found[1].query_image == gallery / "3.png"
+    assert str(found[0]).splitlines()[0] == SENTENCES[0]
+    monkeypatch.setattr(embedding_cache, "encode_images", None)
+    opened = ImageIndex.open(tmp_path / "index")
+    assert torch.equal(opened.image_embeds, built.image_embeds)
+    assert opened.search([SENTENCES[0], gallery / "3.png"], top_k=3) == found
+    draw_noise(seed=99).save(gallery / "new.png")
+    with pytest.warns(UserWarning, match="1 of 11 images in .*gallery are not in .*index"):
+        assert len(ImageIndex.open(tmp_path / "index")) == 10
+    moved = gallery.rename(tmp_path / "moved")
+    with pytest.warns(UserWarning, match="1 of 11 images"):
+        opened = ImageIndex.open(tmp_path / "index", model=model_folder, image_dir=moved)
+    assert torch.equal(opened.image_embeds, built.image_embeds)
+    (tmp_path / "others").mkdir()
+    draw_noise(seed=98).save(tmp_path / "others" / "a.png")
+    with pytest.raises(ValueError, match=r"index has none of the 1 images in .*others"):
+        ImageIndex.open(tmp_path / "index", image_dir=tmp_path / "others")
+    with pytest.raises(ValueError, match=r"nowhere does not exist"):
+        ImageIndex.open(tmp_path / "nowhere")
+
+
+def test_an_index_built_in_python_warns_of_what_it_skips(model_folder: str, tmp_path: Path) -> None:
+    draw_noise().save(tmp_path / "whole.png")
+    (tmp_path / "raw.cr2").write_bytes(b"an image of a camera")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"Skipped 1 image files .*raw\.cr2"):
+        with pytest.raises(ValueError, match=r"1 of 2 images cannot be read:\n.*broken\.png"):
+            ImageIndex.build(model_folder, tmp_path)
+    with pytest.warns(UserWarning, match=r"Skipped 1 of 2 images:\n.*broken\.png"):
+        index = ImageIndex.build(model_folder, tmp_path, config=IndexConfig(skip_invalid=True))
+    assert index.paths == [tmp_path / "whole.png"]
+
+
+def test_an_index_needs_one_finite_embedding_per_image(images: Path) -> None:
+    paths = list_images(images).readable
+    with pytest.raises(ValueError, match=r"shape \(2, 4\); give one row for each of the 10"):
+        ImageIndex(*shared_model(), paths, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="40 of 40 embeddings are NaN"):
+        ImageIndex(*shared_model(), paths, torch.full((10, 4), float("nan")))
 
 
 def test_the_command_prints_and_draws_what_it_found(
@@ -114,30 +152,27 @@ def test_the_command_prints_and_draws_what_it_found(
 def test_a_sentence_keeps_within_its_place_on_the_sheet(
     text: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contact_sheet, "find_font", lambda *_, size: ImageFont.load_default(size))
-    found = [(path, 0.5) for path in list_images(images)[:2]]
-    write_contact_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
+    monkeypatch.setattr(results_page, "_has_letters", lambda *_: True)
+    found = [(path, 0.5) for path in list_images(images).readable[:2]]
+    write_results_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         dark = np.asarray(sheet.convert("L")) < 128
-    words, imaged = dark[:, : contact_sheet._TEXT_WIDTH], dark[:, contact_sheet._TEXT_WIDTH :]
+    words, imaged = dark[:, : results_page._TEXT_WIDTH], dark[:, results_page._TEXT_WIDTH :]
     height = len(dark) // 2
     assert words[:height].any() and not words[:, -4:].any()  # none runs into the images
     assert not words[height - 4 : height + 4].any()  # nor into the next row
     assert imaged.any()
 
 
-def test_letters_that_a_font_lacks_are_not_drawn_as_boxes(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = find_font("a dog, 1862", size=18)
-    assert own is not None and own.getname() == ImageFont.load_default(18).getname()
-    monkeypatch.setattr(lettering, "_SYSTEM_FONTS", ())
-    assert find_font("ネコ", size=18) is None
-    found = [(list_images(images)[0], 0.5)]
-    for name, sentence in (("a", "ネコ"), ("b", "イヌ")):
-        write_contact_sheet([SearchResult(sentence, found)], tmp_path / f"{name}.png")
-    drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "ab"]
-    assert drawn[0] == drawn[1]  # both are called by their number
+def test_letters_that_the_fonts_lack_are_not_drawn_as_boxes(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")  # its font has the umlaut
+    found = [(list_images(images).readable[0], 0.5)]
+    queries = {"a": "ネコ", "b": "イヌ", "c": "a dog, 1862", "d": "ein Käfig", "e": "ein Kofig"}
+    for name, query in queries.items():
+        write_results_sheet([SearchResult(query, found)], tmp_path / f"{name}.png")
+    drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "abcde"]
+    assert drawn[0] == drawn[1]  # both are named by their number
+    assert len(set(drawn)) == 4
 
 
 def test_broken_images_are_named_or_left_out_and_counted(
@@ -151,7 +186,7 @@ def test_broken_images_are_named_or_left_out_and_counted(
     assert "broken.png: not an image" in error
     assert main(["search", model_folder, str(tmp_path), "a dog", "--skip-invalid"]) == 0
     shown = capsys.readouterr()
-    assert "Left out 1 of 2 images" in shown.err
+    assert "Skipped 1 of 2 images" in shown.err
     assert str(tmp_path / "whole.png") in shown.out
     (tmp_path / "whole.png").unlink()
     assert main(["search", model_folder, str(tmp_path), "a dog", "--skip-invalid"]) == 2
@@ -167,8 +202,8 @@ def test_kept_embeddings_spare_what_was_encoded_before(
     def search(*flags: str) -> tuple[str, str]:
         assert main([*command, *flags]) == 0
         shown = capsys.readouterr()
-        (told,) = [line for line in shown.err.splitlines() if "of them known" in line]
-        return told, shown.out
+        (report,) = [line for line in shown.err.splitlines() if "of them known" in line]
+        return report, shown.out
 
     keep = ("--index", str(kept))
     assert search(*keep)[0] == f"10 images, 0 of them known; embeddings in {kept}."
@@ -176,8 +211,8 @@ def test_kept_embeddings_spare_what_was_encoded_before(
     shutil.copy(gallery / "3.png", gallery / "copy of 3.png")
     (gallery / "5.png").unlink()
     draw_noise(seed=77).save(gallery / "7.png")
-    told, found = search(*keep)
-    assert told == f"10 images, 9 of them known; embeddings in {kept}."
+    report, found = search(*keep)
+    assert report == f"10 images, 9 of them known; embeddings in {kept}."
     assert search("--no-keep-index") == (
         "10 images, 0 of them known; embeddings are not kept.", found
     )  # fmt: skip
@@ -187,14 +222,14 @@ def test_kept_embeddings_spare_what_was_encoded_before(
 
 def test_kept_embeddings_survive_a_break(images: Path, model_folder: str, tmp_path: Path) -> None:
     model, processor = shared_model()
-    paths, fingerprint = list_images(images), fingerprint_vision(model_folder)
-    kept = KeptEmbeddings(tmp_path / "kept.safetensors", fingerprint)
+    paths, fingerprint = list_images(images).readable, fingerprint_vision(model_folder)
+    kept = EmbeddingCache(tmp_path / "kept.safetensors", fingerprint)
     kept.encode(model, processor, paths[:4])
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png: not an image"):
         kept.encode(model, processor, [*paths, broken])
-    again = KeptEmbeddings(tmp_path / "kept.safetensors", fingerprint)
+    again = EmbeddingCache(tmp_path / "kept.safetensors", fingerprint)
     assert [path for path in paths if path in again] == paths[:4]
 
 
@@ -202,16 +237,16 @@ def test_embeddings_of_another_model_or_use_are_refused(
     images: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, processor = shared_model()
-    paths = list_images(images)
+    paths = list_images(images).readable
     fingerprint = fingerprint_vision(model_folder)
     kept = tmp_path / "kept.safetensors"
-    KeptEmbeddings(kept, {**fingerprint, "pooling": "another"}).encode(model, processor, paths[:1])
+    EmbeddingCache(kept, {**fingerprint, "pooling": "another"}).encode(model, processor, paths[:1])
     command = ["search", model_folder, str(images), "a dog", "--index"]
     assert main([*command, str(kept)]) == 2
     assert "embeddings of another model: pooling: 'another'" in capsys.readouterr().err
     write_named_embeddings(kept, ["a"], torch.ones(1, 4))
     assert main([*command, str(kept)]) == 2
-    assert "was not written by a search" in capsys.readouterr().err
+    assert "is not an index of images" in capsys.readouterr().err
     assert main([*command, str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
@@ -220,24 +255,24 @@ def test_what_another_search_kept_meanwhile_stays(
     images: Path, model_folder: str, tmp_path: Path
 ) -> None:
     model, processor = shared_model()
-    paths, fingerprint = list_images(images), fingerprint_vision(model_folder)
+    paths, fingerprint = list_images(images).readable, fingerprint_vision(model_folder)
     file = tmp_path / "kept.safetensors"
-    first, second = KeptEmbeddings(file, fingerprint), KeptEmbeddings(file, fingerprint)
+    first, second = EmbeddingCache(file, fingerprint), EmbeddingCache(file, fingerprint)
     first.encode(model, processor, paths[:3])
     second.encode(model, processor, paths[3:])
-    again = KeptEmbeddings(file, fingerprint)
+    again = EmbeddingCache(file, fingerprint)
     assert all(path in again for path in paths)
 
 
-def test_a_file_that_cannot_be_kept_in_is_told_first_or_warned_of(
+def test_a_file_that_cannot_be_kept_in_is_reported_first_or_warned_of(
     images: Path, model_folder: str, tmp_path: Path
 ) -> None:
     model, processor = shared_model()
-    paths, fingerprint = list_images(images), fingerprint_vision(model_folder)
+    paths, fingerprint = list_images(images).readable, fingerprint_vision(model_folder)
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match=r"kept\.safetensors cannot be written"):
-        KeptEmbeddings(tmp_path / "taken" / "kept.safetensors", fingerprint)
-    kept = KeptEmbeddings(tmp_path / "gone" / "kept.safetensors", fingerprint)
+        EmbeddingCache(tmp_path / "taken" / "kept.safetensors", fingerprint)
+    kept = EmbeddingCache(tmp_path / "gone" / "kept.safetensors", fingerprint)
     (tmp_path / "gone").rmdir()
     (tmp_path / "gone").write_text("now a file")
     with pytest.warns(UserWarning, match=r"No embeddings were kept in .*kept\.safetensors"):
@@ -250,8 +285,8 @@ def test_a_kept_file_that_says_nothing_of_its_model_is_refused(
 ) -> None:
     file = tmp_path / "kept.safetensors"
     write_named_embeddings(file, ["a"], torch.ones(1, 4), notes={"fingerprint": note})
-    with pytest.raises(ValueError, match=r"kept\.safetensors was not written by a search"):
-        KeptEmbeddings(file, fingerprint_vision(model_folder))
+    with pytest.raises(ValueError, match=r"kept\.safetensors is not an index of images"):
+        EmbeddingCache(file, fingerprint_vision(model_folder))
 
 
 def test_kept_embeddings_of_another_width_are_refused(
@@ -262,19 +297,19 @@ def test_kept_embeddings_of_another_width_are_refused(
         file, ["a"], torch.ones(1, 5), notes={"fingerprint": json.dumps(fingerprint)}
     )
     with pytest.raises(ValueError, match=r"of width \[5\], the model's have"):
-        KeptEmbeddings(file, fingerprint).encode(*shared_model(), list_images(images))
+        EmbeddingCache(file, fingerprint).encode(*shared_model(), list_images(images).readable)
 
 
 def test_an_image_that_may_not_be_read_is_left_out_like_a_broken_one(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed, kept = list_images(images)[0], KeptEmbeddings()
-    kept.encode(*shared_model(), list_images(images)[1:])
+    closed, kept = list_images(images).readable[0], EmbeddingCache()
+    kept.encode(*shared_model(), list_images(images).readable[1:])
 
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(kept_embeddings, "hash_file", refuse)
+    monkeypatch.setattr(embedding_cache, "hash_file", refuse)
     assert closed not in kept  # so that the check of images names it
 
 
@@ -283,10 +318,11 @@ def test_broken_embeddings_are_never_the_best(images: Path) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
         next(broken.vision_model.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="8 images of a batch of 8 a NaN"):
-        KeptEmbeddings().encode(broken, processor, list_images(images))
+    with pytest.raises(ValueError, match="NaN or infinity for 8 of 8 inputs"):
+        EmbeddingCache().encode(broken, processor, list_images(images).readable)
     with pytest.raises(ValueError, match="1 of 4 cosines are NaN"):
-        take_best(SENTENCES, torch.tensor([[0.1, 0.2], [float("nan"), 0.3]]), list("ab"), count=1)
+        cosines = torch.tensor([[0.1, 0.2], [float("nan"), 0.3]])
+        rank_images(SENTENCES, cosines, list("ab"), top_k=1)
 
 
 @pytest.mark.parametrize(

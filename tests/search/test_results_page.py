@@ -20,7 +20,7 @@ from tiny import draw_noise
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search.image_files import find_image_files
+from modeling_llm2clip.search.image_index import list_images
 
 SENTENCES = ["a dog", 'a "red", ripe apple']
 
@@ -63,7 +63,7 @@ def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
 def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
     images: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = find_image_files(images).readable
+    paths = list_images(images).readable
     # Of the folder, whose image processor may be another class, with other rounding.
     model, processor = shared_model()[0], LLM2CLIPProcessor.from_pretrained(model_folder)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_image_files_that_cannot_be_read_are_counted_and_named(
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow 11.3 or later reads AVIF")
 def test_avif_is_searched(model_folder: str, tmp_path: Path) -> None:
     draw_noise().save(tmp_path / "image.AVIF", format="AVIF")
-    assert find_image_files(tmp_path).readable == [tmp_path / "image.AVIF"]
+    assert list_images(tmp_path).readable == [tmp_path / "image.AVIF"]
     assert main(["search", model_folder, str(tmp_path), "a dog"]) == 0
 
 

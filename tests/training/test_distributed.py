@@ -121,7 +121,7 @@ counts = []
 
 def encode(captions):
     counts.append(len(captions))
-    return encode_captions(*model, captions).caption_embeds
+    return encode_texts(*model, captions, project=False)
 
 groups = GROUPS[:7]
 together = encode_groups_together(encode, groups)

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import LlavaProcessor
+from visual_tokens import VisualTokens
 
 from modeling_llm2clip.data.image_sources import open_image
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.image_loading_llm2clip import load_images
-from modeling_llm2clip.publishing.vision_tower_export import VisualTokens
 
 NOT_LEARNED = -100  # what transformers' losses leave out
 

@@ -18,13 +18,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from visual_tokens import LLAVA_LAYER, VisualTokens, find_visual_tokens
 
-from modeling_llm2clip.building.towers import load_vision_tower
-from modeling_llm2clip.publishing.vision_tower_export import (
-    LLAVA_LAYER,
-    VisualTokens,
-    find_visual_tokens,
-)
+from modeling_llm2clip.building.vision_towers import load_vision_tower
 
 _PROBE = "What does the image show? A red car in front of a house."
 _FAMILIES = "Take Llama, Mistral, Qwen2, Qwen3, OLMo 2, or another whose logits are its head's own."

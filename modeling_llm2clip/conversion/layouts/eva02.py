@@ -11,8 +11,8 @@ from .layout import (
     Tensors,
     count_blocks,
     count_heads,
+    find_ratio,
     make_timm_config,
-    share,
     square_side,
 )
 
@@ -21,17 +21,14 @@ _INTO = r"vision_model.timm_model.blocks.\1."
 _PART = r"(weight|bias)"
 
 
-def make_vision_config(
-    tensors: Tensors, recipe: SourceFormat, _stated: PreTrainedConfig | None
+def _make_vision_config(
+    tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Describe the tower by the shapes of its weights and the recipe.
-
-    Raises: ValueError for another activation than that of its SwiGLU.
-    """
-    if recipe.activation != "silu":
+    """Describe the tower by the shapes of its weights and the source format."""
+    if source_format.activation != "silu":
         raise ValueError(
-            f"EVA02's gate is 'silu', the recipe has activation={recipe.activation!r}. "
-            "Leave it out."
+            "EVA02's gate is 'silu', the source format has "
+            f"activation={source_format.activation!r}. Leave it out."
         )
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)
@@ -43,14 +40,14 @@ def make_vision_config(
             "patch_size": patch_size,
             "embed_dim": width,
             "depth": count_blocks(tensors, "visual.blocks.{}.norm1.weight"),
-            "num_heads": count_heads(width, recipe),
-            "mlp_ratio": share(inner, width),
+            "num_heads": count_heads(width, source_format),
+            "mlp_ratio": find_ratio(inner, width),
             "qkv_fused": False,
             "swiglu_mlp": True,
             "scale_mlp": True,
             "scale_attn_inner": True,
             "use_rot_pos_emb": True,
-            "ref_feat_shape": [recipe.rope_reference_size] * 2,
+            "ref_feat_shape": [source_format.rope_reference_size] * 2,
             "global_pool": "token",
         },
     )
@@ -69,7 +66,7 @@ EVA02 = Layout(
         rename(rf"{_BLOCK}(norm[12])\.{_PART}", rf"{_INTO}\2.\3"),
         rename(rf"{_BLOCK}attn\.(q_proj|v_proj|proj)\.{_PART}", rf"{_INTO}attn.\2.\3"),
         rename(rf"{_BLOCK}attn\.k_proj\.weight", rf"{_INTO}attn.k_proj.weight"),
-        # Older checkpoints keep the two biases beside their matrices.
+        # Older checkpoints have the two biases beside their matrices.
         rename(rf"{_BLOCK}attn\.([qv])_bias", rf"{_INTO}attn.\2_proj.bias"),
         rename(rf"{_BLOCK}attn\.inner_attn_ln\.{_PART}", rf"{_INTO}attn.norm.\2"),
         rename(rf"{_BLOCK}mlp\.w1\.{_PART}", rf"{_INTO}mlp.fc1_g.\2"),
@@ -83,6 +80,6 @@ EVA02 = Layout(
             "rotary frequencies, which the tower computes from its sizes",
         ),
     ),
-    make_vision_config=make_vision_config,
+    make_vision_config=_make_vision_config,
     projection_bias=True,
 )

@@ -9,23 +9,20 @@ from ..key_mapping import Drop, rename
 from .layout import Layout, Tensors
 
 
-def make_vision_config(
-    _tensors: Tensors, recipe: SourceFormat, stated: PreTrainedConfig | None
+def _make_vision_config(
+    _tensors: Tensors, source_format: SourceFormat, stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Take the repository's own description; its activation must be the recipe's.
-
-    Raises: ValueError when there is none, or it contradicts the recipe.
-    """
+    """Take the repository's own description, which the source format must not contradict."""
     vision: PreTrainedConfig | None = getattr(stated, "vision_config", None)
     if vision is None:
         raise ValueError(
             "Weights in transformers' CLIP names need the config.json that came with them. Give "
             "the folder or Hub id, not the weight file alone."
         )
-    if vision.hidden_act != recipe.activation:
+    if vision.hidden_act != source_format.activation:
         raise ValueError(
-            f"The repository's config.json has hidden_act={vision.hidden_act!r}, the recipe "
-            f"activation={recipe.activation!r}. Give the activation that it was trained with."
+            f"The repository's config.json has hidden_act={vision.hidden_act!r}, the source format "
+            f"has activation={source_format.activation!r}. Give the one that it was trained with."
         )
     # A class of transformers' own, without what the repository's code would add.
     return CLIPVisionConfig.from_dict(vision.to_dict())
@@ -48,5 +45,5 @@ HUB_CLIP = Layout(
             "numbers 0, 1, 2, … that the model makes itself",
         ),
     ),
-    make_vision_config=make_vision_config,
+    make_vision_config=_make_vision_config,
 )

@@ -33,8 +33,8 @@ def _split(part: str) -> Rule:
     )
 
 
-def make_vision_config(
-    tensors: Tensors, recipe: SourceFormat, _stated: PreTrainedConfig | None
+def _make_vision_config(
+    tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
     """Describe the tower by the shapes of its weights."""
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
@@ -43,11 +43,11 @@ def make_vision_config(
         hidden_size=width,
         intermediate_size=tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         num_hidden_layers=count_blocks(tensors, "visual.transformer.resblocks.{}.ln_1.weight"),
-        num_attention_heads=count_heads(width, recipe),
+        num_attention_heads=count_heads(width, source_format),
         image_size=patch_size * square_side(num_positions - 1),
         patch_size=patch_size,
         projection_dim=tensors["visual.proj"].shape[1],
-        hidden_act=recipe.activation,
+        hidden_act=source_format.activation,
         layer_norm_eps=1e-5,  # eva_clip/transformer.py: torch's default
     )
 
@@ -73,5 +73,5 @@ OPENAI = Layout(
         rename(r"visual\.proj", "visual_projection.weight", _transpose),
     ),
     drops=(),
-    make_vision_config=make_vision_config,
+    make_vision_config=_make_vision_config,
 )

@@ -11,14 +11,14 @@ from .layout import (
     Tensors,
     count_blocks,
     count_heads,
+    find_ratio,
     make_timm_config,
-    share,
     square_side,
 )
 
 
-def make_vision_config(
-    tensors: Tensors, recipe: SourceFormat, _stated: PreTrainedConfig | None
+def _make_vision_config(
+    tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
     """Describe the tower, attention pooling included, by the shapes of its weights."""
     trunk = "visual.trunk."
@@ -32,11 +32,11 @@ def make_vision_config(
             "patch_size": patch_size,
             "embed_dim": width,
             "depth": count_blocks(tensors, trunk + "blocks.{}.norm1.weight"),
-            "num_heads": count_heads(width, recipe),
-            "mlp_ratio": share(inner, width),
+            "num_heads": count_heads(width, source_format),
+            "mlp_ratio": find_ratio(inner, width),
             "class_token": False,
             "global_pool": "map",
-            "act_layer": recipe.activation,
+            "act_layer": source_format.activation,
         },
     )
 
@@ -47,7 +47,7 @@ SIGLIP2 = Layout(
     adapter_prefix="text.text_proj.text_adaptor.",
     rules=(rename(r"visual\.trunk\.(.*)", r"vision_model.timm_model.\1"),),
     drops=(),
-    make_vision_config=make_vision_config,
+    make_vision_config=_make_vision_config,
     has_projection=False,
     llm_prefix="text.text.model.",
 )

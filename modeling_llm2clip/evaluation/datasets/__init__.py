@@ -1,1 +1,1 @@
-"""The sets that are measured on: one card each, read as their publishers ship them."""
+"""The datasets that models are evaluated on, read as their publishers ship them."""

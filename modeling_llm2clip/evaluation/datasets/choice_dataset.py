@@ -1,17 +1,80 @@
-"""Builds a compositional set from what a reader found: checks, exclusions, counts."""
+"""Compositional choices between captions: what such a dataset is, and how it is built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ...data.image_sources import ImageSource
 from ...data.records import clean_text
-from .dataset_spec import DatasetSpec, ReadRequest
-from .retrieval_dataset import find_image
-from .schema import ChoiceDataset, ChoiceForm, ChoiceItem
+from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
 from .validation import DatasetValidator
+
+ChoiceForm: TypeAlias = Literal["image", "images", "text"]
+_NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceItem:
+    """One question of a compositional dataset.
+
+    Attributes:
+        name: Name within the dataset.
+        category: What differs between the two captions; each category also has its scores.
+        captions: Two texts. In form `images` the first belongs to the first image, the second to
+            the second; in the other forms the first is true and the second is false.
+        images: Two in form `images`, one in form `image`, none in form `text`.
+        anchor: In form `text`, another true caption of the same image, in place of the image.
+    """
+
+    name: str
+    category: str
+    captions: tuple[str, str]
+    images: tuple[ImageSource, ...] = ()
+    anchor: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceDataset(EvaluationDataset):
+    """Questions that take a model which reads word order and relations.
+
+    Attributes:
+        form: `image`: one image, a true and a false caption (SugarCrepe); `images`: two of each
+            (Winoground); `text`: a caption of the image in place of the image.
+        items: At least one.
+
+    Raises:
+        ValueError: There are no items, or an item has another form.
+    """
+
+    form: ChoiceForm
+    items: tuple[ChoiceItem, ...]
+
+    def __post_init__(self) -> None:
+        if self.form not in _NUM_IMAGES:
+            raise ValueError(
+                f"{self.name}: form={self.form!r} must be one of {', '.join(_NUM_IMAGES)}."
+            )
+        if not self.items:
+            raise ValueError(f"{self.name}: there are no items.")
+        wanted = (_NUM_IMAGES[self.form], self.form == "text")
+        for item in self.items:
+            if (len(item.images), item.anchor is not None) != wanted:
+                raise ValueError(
+                    f"{self.name}: item {item.name} has {len(item.images)} images and anchor "
+                    f"{item.anchor!r}; form {self.form!r} has {wanted[0]} images and "
+                    f"{'an' if wanted[1] else 'no'} anchor."
+                )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a model has to encode images for it."""
+        return self.form != "text"
+
+    def list_content(self) -> list[Any]:
+        """List what its digest covers."""
+        return [[item.name, item.captions, item.anchor, list(item.images)] for item in self.items]
 
 
 @dataclass(frozen=True)
@@ -19,12 +82,13 @@ class ChoiceEntry:
     """A question as the publisher's files have it.
 
     Attributes:
-        place: where it is written, for errors.
-        name, category: as in `ChoiceItem`.
-        captions: two texts as they are written.
-        image_names: paths below the folder of images; as many as the form needs.
-        images: where they lie, when the reader knows.
-        anchor: in form `text`, another caption of the image.
+        place: Where it is written, for errors.
+        name: Name within the dataset.
+        category: What differs between the two captions.
+        captions: Two texts as they are written.
+        image_names: Paths in the folder of images; as many as the form needs.
+        images: Where the images are, if the reader knows.
+        anchor: In form `text`, another caption of the image.
     """
 
     place: str
@@ -40,55 +104,67 @@ ChoiceReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[Cho
 
 
 def build_choice_dataset(
-    card: DatasetSpec,
+    spec: DatasetSpec,
     request: ReadRequest,
-    intake: DatasetValidator,
+    validator: DatasetValidator,
     *,
     form: ChoiceForm,
     read: ChoiceReader,
 ) -> ChoiceDataset:
-    """Read every question, check it, and keep those that are whole.
+    """Read every question, check it, and keep the valid ones.
+
+    Args:
+        spec: What is known of the dataset.
+        request: How it is to be read.
+        validator: Collects the errors.
+        form: Form of the questions.
+        read: Yields the questions.
 
     Raises:
-        DataValidationError: every error, unless they are excluded.
-        ValueError: nothing is left, or images are not wanted of a form that needs them.
+        DataValidationError: There are errors, and invalid samples are not to be skipped.
+        ValueError: No item is left, or a form that needs images is to be read without them.
     """
     if form != "text" and not request.require_images:
         raise ValueError(
-            f"{card.name} cannot be read without its images. Give them, or take a set of texts: "
-            "sugarcrepe-text."
+            f"{spec.name} cannot be read without its images. Name their folder, or take a dataset "
+            "of texts: sugarcrepe-text."
         )
-    entries = list(read(request, intake))
-    num_lost = intake.count_lost()
-    items = [_check_entry(entry, form, request, intake) for entry in entries]
+    entries = list(read(request, validator))
+    num_lost = validator.count_lost()
+    items = [_check_entry(entry, form, request, validator) for entry in entries]
     if request.check_images:
         images = (image for item in items if item for image in item.images)
-        unreadable = intake.find_unreadable_images(images, show_progress=request.show_progress)
+        unreadable = validator.find_unreadable_images(images, show_progress=request.show_progress)
         items = [None if item and unreadable & set(item.images) else item for item in items]
-    intake.compare_counts({"items": len(entries)}, card.published_counts(request.lang))
-    intake.compare_checksums(card.checksums)
-    excluded = intake.finish()
+    published = spec.list_published_counts(request.lang)
+    validator.compare_counts({"items": len(entries)}, published)
+    validator.compare_checksums(spec.checksums)
+    skipped = validator.finish()
     kept = tuple(item for item in items if item is not None)
     if not kept:
-        raise ValueError(f"{intake.source}: nothing is left; every item has an error: {excluded}")
+        raise ValueError(
+            f"{validator.source}: no item is left, because each has an error: {skipped}"
+        )
     protocol = {
-        "set": card.name,
+        "dataset": spec.name,
         "lang": request.lang,
-        **card.protocol,
+        **spec.protocol,
         "form": form,
         "items": len(kept),
-        "published": card.published_counts(request.lang),
-        "excluded": excluded,
+        "published": published,
+        "skipped": skipped,
         "skipped_samples": num_lost + len(items) - len(kept),
-        **intake.notes,
+        **validator.notes,
     }
-    return ChoiceDataset(card.name, form, kept, request.lang, protocol)
+    return ChoiceDataset(
+        name=spec.name, form=form, items=kept, lang=request.lang, protocol=protocol
+    )
 
 
 def _check_entry(
-    entry: ChoiceEntry, form: ChoiceForm, request: ReadRequest, intake: DatasetValidator
+    entry: ChoiceEntry, form: ChoiceForm, request: ReadRequest, validator: DatasetValidator
 ) -> ChoiceItem | None:
-    """Clean the texts and find the images; None where there is an error."""
+    """Clean the texts and find the images; None if there is an error."""
     first, second = (clean_text(caption) for caption in entry.captions)
     anchor = None if entry.anchor is None else clean_text(entry.anchor)
     found = []
@@ -98,13 +174,13 @@ def _check_entry(
         found.append("the two captions are the same")
     images = entry.images
     if form != "text" and not images:
-        image_dir = request.image_dir or request.folder
+        image_dir = request.image_dir or request.data_folder
         candidates = [find_image(image_dir, name) for name in entry.image_names]
         images = tuple(image for image in candidates if image is not None)
         if not images or len(images) < len(candidates):
             found.append("image missing")
     for kind in found:
-        intake.errors.add(kind, f"{entry.place}: {' '.join(entry.image_names) or entry.name}")
+        validator.errors.add(kind, f"{entry.place}: {' '.join(entry.image_names) or entry.name}")
     if found:
         return None
     return ChoiceItem(

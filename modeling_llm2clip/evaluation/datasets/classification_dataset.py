@@ -1,18 +1,79 @@
-"""Builds a classification set from what a reader found: class names, checks, exclusions, counts."""
+"""Images by class, with prompts for the classes: what such a dataset is, and how it is built."""
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ...data.atomic_files import hash_file
-from .dataset_spec import DatasetSpec, ReadRequest
-from .schema import ClassificationDataset, find_repeated, fold_class_name
+from ...data.image_sources import ImageSource
+from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_repeated
 from .validation import DatasetValidator
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationDataset(EvaluationDataset):
+    """Images, each of which belongs to one class.
+
+    Attributes:
+        images: Where they are; at least one.
+        image_names: One per image, all different.
+        labels: One per image: the row of its class in `class_names`.
+        class_names: Names in prompts; all different, in more than case, unless `protocol` lists
+            those that are not in `repeated_class_names`: images of these tie, and a tie is a wrong
+            answer.
+        templates: Prompts with one `{}` for the class name.
+
+    Raises:
+        ValueError: Counts do not fit, names repeat, or a template has no `{}`.
+    """
+
+    images: tuple[ImageSource, ...]
+    image_names: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._check_images(self.images, self.image_names)
+        if not len(self.images) == len(self.labels) > 0:
+            raise ValueError(
+                f"{self.name}: {len(self.images)} images and {len(self.labels)} labels; there "
+                "must be one label per image, and at least one."
+            )
+        if not (min(self.labels) >= 0 and max(self.labels) < len(self.class_names)):
+            raise ValueError(
+                f"{self.name}: labels from {min(self.labels)} to {max(self.labels)} do not fit "
+                f"{len(self.class_names)} classes, counted from 0."
+            )
+        repeated = find_repeated(self.class_names, normalize=normalize_class_name)
+        if repeated != self.protocol.get("repeated_class_names", []):
+            raise ValueError(
+                f"{self.name}: class names repeat: {repeated[:5]}, so that no prompt can "
+                "distinguish their images. Give each class a name of its own, or list them in "
+                'protocol["repeated_class_names"].'
+            )
+        broken = [text for text in self.templates if text.count("{}") != 1]
+        if broken or not self.templates:
+            raise ValueError(
+                f"{self.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
+            )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a model has to encode images for it."""
+        return True
+
+    def list_content(self) -> list[Any]:
+        """List what its digest covers."""
+        return [
+            self.image_names, self.labels, self.class_names, self.templates, list(self.images),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,10 +81,10 @@ class LabeledImages:
     """Images by class, as the publisher's files have them.
 
     Attributes:
-        class_keys: what the publisher calls the classes, in the order of their labels.
-        names: the publisher's names of some or all of them, for prompts.
-        images: name, file and class of each image.
-        names_file: where the names are written; None where they are those of the folders.
+        class_keys: What the publisher calls the classes, in the order of their labels.
+        names: Names of some or all of them, for prompts.
+        images: Name, file and class of each image.
+        names_file: File of the names; None if they are those of the folders.
     """
 
     class_keys: tuple[str, ...]
@@ -32,11 +93,11 @@ class LabeledImages:
     names_file: Path | None = None
 
 
-# Errors of no image: what they cost is the images of the classes.
+# Errors that belong to no image: what they cost is the images of the classes.
 _ERRORS_OF_CLASSES = (
     "class without a name",
     "class name repeated",
-    "class name for a class that is not there",
+    "class name for a class that does not exist",
     "class folder without images",
     "class named twice",
     "line without a class and its name",
@@ -46,59 +107,65 @@ LabeledReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], LabeledImag
 
 
 def build_classification_dataset(
-    card: DatasetSpec,
+    spec: DatasetSpec,
     request: ReadRequest,
-    intake: DatasetValidator,
+    validator: DatasetValidator,
     *,
     read: LabeledReader,
     templates: tuple[str, ...],
 ) -> ClassificationDataset:
     """Read the images, name the classes, and keep what has no error.
 
-    A class whose name another class has too, in other capitals perhaps, is an error, as no prompt
-    can tell them apart, unless the request allows it: its images tie then, and count as wrong.
+    A class whose name another class also has, perhaps in another case, is an error, because no
+    prompt distinguishes them, unless the request allows it: its images then tie, and count as
+    wrong.
 
     Args:
-        templates: of the card, for a request that brings none.
+        spec: What is known of the dataset.
+        request: How it is to be read.
+        validator: Collects the errors.
+        read: Finds the images.
+        templates: Prompts for a request that has none.
+
     Raises:
-        DataValidationError: every error, unless they are excluded.
-        ValueError: nothing or a single class is left, or images are not wanted.
+        DataValidationError: There are errors, and invalid samples are not to be skipped.
+        ValueError: No image or a single class is left, or images are not wanted.
     """
-    _check_request(card, request)
-    found = read(request, intake)
-    names = _name_classes(found, request, intake)
-    num_lost = _count_lost(intake)
+    _check_request(spec, request)
+    found = read(request, validator)
+    names = _name_classes(found, request, validator)
+    num_lost = _count_lost(validator)
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.images if item[2] in names]
     if len(kept) < len(found.images):
-        intake.notes["images_of_excluded_classes"] = len(found.images) - len(kept)
-    kept = _leave_out_unreadable(kept, request, intake)
-    num_images = len(found.images) + intake.errors.counts.get("image missing", 0)
+        validator.notes["images_of_skipped_classes"] = len(found.images) - len(kept)
+    kept = _drop_unreadable(kept, request, validator)
+    num_images = len(found.images) + validator.errors.counts.get("image missing", 0)
     counts = {"images": num_images, "classes": len(found.class_keys)}
-    intake.compare_counts(counts, card.published_counts(request.lang))
-    excluded = intake.finish()
-    _require_a_choice(intake, images=len(kept), classes=len(in_use))
+    validator.compare_counts(counts, spec.list_published_counts(request.lang))
+    skipped = validator.finish()
+    _require_a_choice(validator, images=len(kept), classes=len(in_use))
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
     chosen = templates if request.templates is None else request.templates
     protocol = {
-        "set": card.name,
+        "dataset": spec.name,
         "lang": request.lang,
-        **card.protocol,
+        **spec.protocol,
         "images": len(kept),
         "classes": len(in_use),
-        "published": card.published_counts(request.lang),
+        "published": spec.list_published_counts(request.lang),
         "class_names": _describe_names(found, request, class_names),
         "templates": list(chosen),
-        "templates_from": "card" if request.templates is None else "given",
-        "excluded": excluded,
+        "templates_from": "dataset" if request.templates is None else "given",
+        "skipped": skipped,
         "skipped_samples": num_lost + len(found.images) - len(kept),
-        **intake.notes,
+        **validator.notes,
     }
-    if repeated := find_repeated(class_names, same=fold_class_name):
+    if repeated := find_repeated(class_names, normalize=normalize_class_name):
         protocol["repeated_class_names"] = repeated
     return ClassificationDataset(
-        name=card.name,
+        name=spec.name,
         images=tuple(file for _, file, _ in kept),
         image_names=tuple(name for name, _, _ in kept),
         labels=tuple(label_of[key] for _, _, key in kept),
@@ -109,12 +176,23 @@ def build_classification_dataset(
     )
 
 
-def _leave_out_unreadable(
-    images: list[tuple[str, Path, str]], request: ReadRequest, intake: DatasetValidator
+def normalize_class_name(name: str) -> str:
+    """Normalize a name as the least sensitive model reads it: NFC, lower case, single spaces.
+
+    CLIP and SigLIP ignore case, so `Cat` and `cat` are one class to them.
+
+    Args:
+        name: The name.
+    """
+    return " ".join(unicodedata.normalize("NFC", name).lower().split())
+
+
+def _drop_unreadable(
+    images: list[tuple[str, Path, str]], request: ReadRequest, validator: DatasetValidator
 ) -> list[tuple[str, Path, str]]:
     if not request.check_images:
         return images
-    unreadable = intake.find_unreadable_images(
+    unreadable = validator.find_unreadable_images(
         (file for _, file, _ in images), show_progress=request.show_progress
     )
     return [item for item in images if item[1] not in unreadable]
@@ -123,72 +201,73 @@ def _leave_out_unreadable(
 def _describe_names(
     found: LabeledImages, request: ReadRequest, names: tuple[str, ...]
 ) -> dict[str, str]:
-    """Where class names are from, and the SHA-256 of those in use, one a line, by their labels."""
+    """Say where class names are from, and hash those in use, one per line, by their labels."""
     used = {"names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
     if request.class_names is not None:
         return {"from": "given", **used}
     if found.names_file is None:
         return {"from": "names of the folders", **used}
-    file_sha256 = hash_file(found.names_file, "sha256")
+    file_sha256 = hash_file(found.names_file)
     return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
 
 
-def _check_request(card: DatasetSpec, request: ReadRequest) -> None:
-    """Refuse what would mix languages, and what has no images."""
+def _check_request(spec: DatasetSpec, request: ReadRequest) -> None:
+    """Refuse a request that would mix languages, or that wants no images."""
     if not request.require_images:
-        raise ValueError(f"{card.name} cannot be read without its images.")
+        raise ValueError(f"{spec.name} cannot be read without its images.")
     if request.lang != "en" and request.templates is None:
         raise ValueError(
-            f"{card.name}: the templates of the card are English, lang is {request.lang!r}. Give "
-            "templates in that language too."
+            f"{spec.name}: the templates of the dataset are English, lang is {request.lang!r}. "
+            "Give templates in that language too."
         )
 
 
-def _count_lost(intake: DatasetValidator) -> int:
-    """How many images were lost in reading, before any is checked."""
-    counts = intake.errors.counts
-    return intake.errors.total - sum(counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
+def _count_lost(validator: DatasetValidator) -> int:
+    """Count the images that were lost in reading, before any is checked."""
+    counts = validator.errors.counts
+    return validator.errors.total - sum(counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
 
 
-def _require_a_choice(intake: DatasetValidator, *, images: int, classes: int) -> None:
+def _require_a_choice(validator: DatasetValidator, *, images: int, classes: int) -> None:
     if not images or classes < 2:
         raise ValueError(
-            f"{intake.source}: {images} images and {classes} classes are left: "
-            f"{intake.errors.counts}. Give at least two classes, as one alone is always right, "
-            "and an image."
+            f"{validator.source}: {images} images and {classes} classes are left: "
+            f"{validator.errors.counts}. Give an image and at least two classes, because a single "
+            "one is always right."
         )
 
 
 def _name_classes(
-    found: LabeledImages, request: ReadRequest, intake: DatasetValidator
+    found: LabeledImages, request: ReadRequest, validator: DatasetValidator
 ) -> dict[str, str]:
-    """Class to name, without classes that have none or share theirs, which are errors."""
-    given = _names_by_class(found, request, intake)
+    """Map classes to names, without those that have none or share theirs, which are errors."""
+    given = _find_names(found, request, validator)
     names = {key: given.get(key, "").strip() for key in found.class_keys}
-    counts = Counter(map(fold_class_name, names.values()))
-    shared = {name for name in names.values() if counts[fold_class_name(name)] > 1}
+    counts = Counter(map(normalize_class_name, names.values()))
+    shared = {name for name in names.values() if counts[normalize_class_name(name)] > 1}
     for key, name in names.items():
         if not name:
-            intake.errors.add("class without a name", key)
+            validator.errors.add("class without a name", key)
         elif name in shared and not request.allow_repeated_class_names:
-            intake.errors.add("class name repeated", f"{key}: {name}")
+            validator.errors.add("class name repeated", f"{key}: {name}")
     if request.allow_repeated_class_names:
         return {key: name for key, name in names.items() if name}
     return {key: name for key, name in names.items() if name and name not in shared}
 
 
-def _names_by_class(
-    found: LabeledImages, request: ReadRequest, intake: DatasetValidator
+def _find_names(
+    found: LabeledImages, request: ReadRequest, validator: DatasetValidator
 ) -> Mapping[str, str]:
-    """The user's names where there are any, else those of the files."""
+    """Return the names of the request if it has any, else those of the files."""
     chosen = found.names if request.class_names is None else request.class_names
     if isinstance(chosen, tuple):
         if len(chosen) != len(found.class_keys):
             raise ValueError(
-                f"{intake.source}: {len(chosen)} class names for {len(found.class_keys)} classes. "
-                "Give one for each, in the order of the class folders, or name the classes."
+                f"{validator.source}: {len(chosen)} class names for {len(found.class_keys)} "
+                "classes. Give one for each, in the order of the class folders, or map classes to "
+                "names."
             )
         return dict(zip(found.class_keys, chosen, strict=True))
     for key in sorted(chosen.keys() - set(found.class_keys)):
-        intake.errors.add("class name for a class that is not there", key)
+        validator.errors.add("class name for a class that does not exist", key)
     return chosen

@@ -1,54 +1,119 @@
-"""The registry: every set by its name, what is known of it, and how it is read."""
+"""The registry: every dataset by its name, what is known of it, and how it is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from ..._suggestions import did_you_mean
-from ...data.record_loading import fetch_dataset_folder, find_example_data
-from .catalog import compositional as choices
-from .catalog import cross_lingual, long_captions, short_captions
-from .catalog import custom_folder as own
-from .catalog import image_classification as classification
-from .dataset_spec import DatasetSpec, ReadRequest
-from .schema import EvaluationSet
+from ...configs.data_config import DataConfig
+from ...configs.evaluation_config import EvaluatedDataset
+from ...data.record_loading import fetch_dataset_folder, load_records
+from ...data.records import CaptionedImage
+from .catalog import (
+    compositional,
+    cross_lingual,
+    custom_folder,
+    emoji,
+    image_classification,
+    long_captions,
+    short_captions,
+)
+from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest
+from .retrieval_dataset import RetrievalDataset
 from .validation import DatasetValidator, ReadingCache
 
-_CARDS: dict[str, DatasetSpec] = {
-    card.name: card
-    for card in (
-        *short_captions.DATASETS,
-        *long_captions.DATASETS,
-        *cross_lingual.DATASETS,
-        *classification.DATASETS,
-        *choices.DATASETS,
-        *own.DATASETS,
+DatasetSource: TypeAlias = str | Path | DatasetSpec | Sequence[CaptionedImage]
+
+_SPECS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for group in (
+        short_captions,
+        long_captions,
+        cross_lingual,
+        image_classification,
+        compositional,
+        custom_folder,
+        emoji,
     )
+    for spec in group.DATASETS
 }
 
 
 def list_datasets() -> list[DatasetSpec]:
-    """Every card, sorted by name."""
-    return [_CARDS[name] for name in sorted(_CARDS)]
+    """List the specs of all datasets by name."""
+    return [_SPECS[name] for name in sorted(_SPECS)]
 
 
 def find_dataset(name: str) -> DatasetSpec:
-    """The card of a set.
+    """Find the spec of a dataset.
 
-    Raises: ValueError for an unknown name, listing the known ones.
+    Args:
+        name: Its name.
+
+    Raises:
+        ValueError: There is no dataset of this name; the message lists all.
     """
-    if name not in _CARDS:
+    if name not in _SPECS:
         raise ValueError(
-            f"There is no set {name!r}. Known: {', '.join(sorted(_CARDS))}."
-            f"{did_you_mean(name, _CARDS)}"
+            f"There is no dataset {name!r}. Known: {', '.join(sorted(_SPECS))}."
+            f"{did_you_mean(name, _SPECS)}"
         )
-    return _CARDS[name]
+    return _SPECS[name]
+
+
+def parse_dataset(text: str | Path) -> EvaluatedDataset:
+    """Read the name of a dataset and its folder as users write them.
+
+    Args:
+        text: `NAME`, `NAME=FOLDER`, or a folder or file of one's own captioned images. What exists
+            is a path, unless a dataset has this name.
+
+    Raises:
+        ValueError: There is neither a dataset nor a file of this name.
+    """
+    written = str(text)
+    if written in _SPECS:
+        return EvaluatedDataset(name=written)
+    if Path(written).exists():
+        return EvaluatedDataset(name="folder", folder=written)
+    name, sign, folder = written.partition("=")
+    if sign and not (name and folder):
+        raise ValueError(f"{written!r} must be NAME=FOLDER.")
+    return EvaluatedDataset(name=find_dataset(name).name, folder=folder or None)
+
+
+def resolve_dataset(
+    source: DatasetSource | EvaluatedDataset, folder: str | Path | None = None
+) -> tuple[DatasetSpec, str | Path | None]:
+    """Find the spec and the folder of whatever names a dataset.
+
+    Args:
+        source: A name or path (see `parse_dataset`), a spec, or records.
+        folder: Folder of a dataset that is given by name or spec.
+
+    Raises:
+        ValueError: There is no such dataset, or a folder is given twice.
+    """
+    if isinstance(source, DatasetSpec):
+        return source, folder
+    if isinstance(source, str | Path):
+        source = EvaluatedDataset(name=source) if source in _SPECS else parse_dataset(source)
+    if not isinstance(source, EvaluatedDataset):
+        if not isinstance(source, Sequence):
+            raise ValueError(
+                f"Got a {type(source).__name__}; give the name of a dataset, a folder, or records."
+            )
+        return custom_folder.make_records_spec(source), folder
+    if folder is not None and source.folder is not None:
+        raise ValueError(f"Got two folders, {source.folder} and {folder}. Give one.")
+    return find_dataset(source.name), source.folder if folder is None else folder
 
 
 def find_languages(
-    name: str | DatasetSpec,
+    source: DatasetSource,
     folder: str | Path | None = None,
     *,
     ignore_fields: Collection[str] = (),
@@ -56,24 +121,30 @@ def find_languages(
     require_images: bool = True,
     cache: ReadingCache | None = None,
 ) -> tuple[str, ...]:
-    """The languages that a set has: as its card says, or as the folder has.
+    """Find the languages of a dataset: those of its spec, or those of the folder.
 
-    The arguments are those of `load_dataset`.
+    Args:
+        source: As in `load_dataset`, like all arguments.
+        folder: Its folder.
+        ignore_fields: Further fields of one's own data.
+        image_dir: Folder of the images.
+        require_images: Whether images are read.
+        cache: What other readings of the same folder found.
     """
-    card = find_dataset(name) if isinstance(name, str) else name
-    if card.find_languages is None:
-        return card.languages
+    spec, folder = resolve_dataset(source, folder)
+    if spec.find_languages is None:
+        return spec.languages
     request = ReadRequest(
-        find_folder(card, folder),
-        image_dir=_find_images(image_dir),
+        folder=_find_folder(spec, folder),
+        image_dir=_find_image_dir(image_dir),
         ignore_fields=tuple(ignore_fields),
         require_images=require_images,
     )
-    return card.find_languages(request, DatasetValidator(card.name, cache=cache))
+    return spec.find_languages(request, DatasetValidator(spec.name, cache=cache))
 
 
 def load_dataset(
-    name: str | DatasetSpec,
+    source: DatasetSource,
     folder: str | Path | None = None,
     *,
     image_dir: str | Path | None = None,
@@ -87,37 +158,47 @@ def load_dataset(
     ignore_fields: Collection[str] = (),
     show_progress: bool = False,
     cache: ReadingCache | None = None,
-) -> EvaluationSet:
-    """Read a set as its publisher ships it; nothing is skipped that is not counted.
+) -> EvaluationDataset:
+    """Load a dataset as its publisher ships it; nothing is skipped without being counted.
+
+        load_dataset("coco", "my-coco")
+        load_dataset("my-images")
+        load_dataset(records)
 
     Args:
-        name: of a card, or a card of one's own.
-        folder: the publisher's files, or `hub:owner/name@commit` for Parquet files on the Hub;
-            None for a set that the package holds.
-        image_dir: folder of the images, where they do not lie in `folder`.
-        lang: which language; needed where there are several.
-        skip_invalid: leave invalid samples out and count them in `protocol["excluded"]`, and take
-            other counts than the published ones, in `protocol["differences_from_published"]`.
-        require_images: False reads captions alone; then `images` is empty.
-        check_images: decode every image now, not when a model waits for it.
-        class_names: of a classification: class to name, or names in the order of the classes.
-        templates: of a classification: prompts with one `{}`; default: the card's.
-        allow_repeated_class_names: of a classification: keep classes that share a name and list
+        source: Name of a dataset, also as `NAME=FOLDER`; a folder or file of captioned images;
+            records; or a spec.
+        folder: Folder of the publisher's files, or `hub:owner/name@commit` for Parquet files on the
+            Hub. Default: the one in `source`; none for records and what the package contains.
+        image_dir: Folder of the images. Default: `folder`.
+        lang: Language of the texts; required if there are several.
+        skip_invalid: Skip invalid samples and count them in `protocol["skipped"]`, and accept
+            counts other than the published ones, in `protocol["differences_from_published"]`.
+        require_images: Read images. If not, only captions are read, and `images` is empty.
+        check_images: Decode every image now, before a model waits for it.
+        class_names: Of a classification: class to name, or names in the order of the classes.
+            Default: those of the dataset.
+        templates: Of a classification: prompts with one `{}`. Default: those of the dataset.
+        allow_repeated_class_names: Of a classification: keep classes that share a name and list
             them in `protocol["repeated_class_names"]`; their images count as wrong. Some of the
             published names of ImageNet repeat.
-        ignore_fields: of a folder of one's own: further fields, which are not used.
-        show_progress: show a bar while images are decoded.
-        cache: give the same one for every language of a folder, which is then read once, and its
-            images decoded once.
+        ignore_fields: Of one's own data: further fields, which are not read and not errors.
+        show_progress: Show a progress bar while images are decoded.
+        cache: Give the same one for every language of a folder, which is then read once.
+
+    Returns:
+        A `RetrievalDataset`, `ClassificationDataset` or `ChoiceDataset`. Of a retrieval dataset,
+        `records` are what training takes.
+
     Raises:
-        DataValidationError: every error at once, and how many of each kind.
-        ValueError: an unknown name or language, a missing file, nothing left.
+        DataValidationError: Samples are invalid; all errors are reported at once.
+        ValueError: A name or language is unknown, a file is missing, or no sample is left.
     """
-    card = find_dataset(name) if isinstance(name, str) else name
-    place = find_folder(card, folder, lang=lang)
+    spec, folder = resolve_dataset(source, folder)
+    place = _find_folder(spec, folder, lang=lang)
     request = ReadRequest(
         folder=place,
-        image_dir=_find_images(image_dir),
+        image_dir=_find_image_dir(image_dir),
         require_images=require_images,
         check_images=check_images,
         class_names=_freeze(class_names),
@@ -126,38 +207,100 @@ def load_dataset(
         ignore_fields=tuple(ignore_fields),
         show_progress=show_progress,
     )
-    intake = DatasetValidator(f"{card.name} in {place}", exclude=skip_invalid, cache=cache)
-    intake.notes["source"] = _describe_source(card, folder)
-    return card.build(card, _choose_language(card, request, intake, lang), intake)
+    name = spec.name if place is None else f"{spec.name} in {place}"
+    validator = DatasetValidator(name, skip_invalid=skip_invalid, cache=cache)
+    # Where files are on this machine changes no score, and the protocol is published.
+    validator.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
+    return spec.build(spec, _choose_language(spec, request, validator, lang), validator)
 
 
-def find_folder(card: DatasetSpec, folder: str | Path | None, *, lang: str | None = None) -> Path:
-    """The folder of a set, fetched where it lies on the Hub: one language, or all for None.
+def read_data(
+    data: str | Path, config: DataConfig | None = None, *, require_images: bool
+) -> list[CaptionedImage]:
+    """Read the captioned images of a training stage, from any source.
 
-    Raises: ValueError when it is missing, or given for a set that the package holds.
+    Args:
+        data: A source of `load_records`, or `NAME` or `NAME=FOLDER` of a dataset with captions.
+        config: How it is read.
+        require_images: Whether a record without its image is an error.
+
+    Raises:
+        DataValidationError: Records are invalid; all errors are reported at once.
+        ValueError: There is no such data, or the dataset has no captions of images.
     """
-    if card.is_embedded:
+    config = config or DataConfig()
+    check_images = bool(config.check_images)
+    require_images = require_images or check_images
+    if str(data).partition("=")[0] not in _SPECS or Path(data).exists():
+        return load_records(
+            data,
+            image_dir=config.image_dir,
+            require_images=require_images,
+            check_images=check_images,
+            ignore_fields=config.ignore_fields,
+            show_progress=True,
+        )
+    spec, folder = resolve_dataset(data)
+    if spec.dataset_type not in ("retrieval", "captions"):
+        raise ValueError(
+            f"{spec.name} is a {spec.dataset_type} dataset, and training takes captions of images. "
+            "Give another dataset, or a folder of captioned images."
+        )
+    records: list[CaptionedImage] = []
+    cache = ReadingCache()
+    for lang in find_languages(
+        spec, folder, image_dir=config.image_dir, require_images=require_images, cache=cache
+    ):
+        dataset = load_dataset(
+            spec,
+            folder,
+            image_dir=config.image_dir,
+            lang=lang,
+            require_images=require_images,
+            check_images=check_images,
+            ignore_fields=config.ignore_fields,
+            show_progress=True,
+            cache=cache,
+        )
+        assert isinstance(dataset, RetrievalDataset)
+        records += dataset.records
+    return records
+
+
+def _find_folder(
+    spec: DatasetSpec, folder: str | Path | None, *, lang: str | None = None
+) -> Path | None:
+    """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None.
+
+    Raises:
+        ValueError: The folder is missing, or given for a dataset that needs none.
+    """
+    if spec.origin != "files":
         if folder is not None:
-            raise ValueError(f"{card.name} is in the package and takes no folder; got {folder}.")
-        return find_example_data()
+            raise ValueError(f"{spec.name} needs no folder; got {folder}. Leave it out.")
+        return None
     if folder is None:
         raise ValueError(
-            f"{card.name} needs a folder with {card.files}. Get it from {card.source}."
+            f"{spec.name} needs a folder with {spec.files}. Get it from {spec.source}."
         )
-    if str(folder).startswith("hub:"):
-        return fetch_dataset_folder(str(folder), card.hub_files.format(lang=lang or "*"))
+    if _is_on_hub(folder):
+        return fetch_dataset_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
     if not Path(folder).exists():
         raise ValueError(
-            f"{card.name}: {folder} does not exist. Give a folder with {card.files}, from "
-            f"{card.source}."
+            f"{spec.name}: {folder} does not exist. Give a folder with {spec.files}, from "
+            f"{spec.source}."
         )
     return Path(folder)
 
 
-def _find_images(image_dir: str | Path | None) -> Path | None:
+def _is_on_hub(folder: str | Path | None) -> bool:
+    return str(folder).startswith("hub:")
+
+
+def _find_image_dir(image_dir: str | Path | None) -> Path | None:
     if image_dir is not None and not Path(image_dir).is_dir():
         raise ValueError(
-            f"image_dir={str(image_dir)!r} is not a folder. Give the folder of images."
+            f"image_dir={str(image_dir)!r} is not a folder. Give the folder of the images."
         )
     return None if image_dir is None else Path(image_dir)
 
@@ -171,22 +314,16 @@ def _freeze(
 
 
 def _choose_language(
-    card: DatasetSpec, request: ReadRequest, intake: DatasetValidator, lang: str | None
+    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator, lang: str | None
 ) -> ReadRequest:
-    """Settle the language, which may only be left open where there is one."""
-    languages = card.languages
-    if card.find_languages is not None:
-        languages = card.find_languages(request, intake)
+    """Set the language, which may only be left open if there is one."""
+    languages = spec.languages
+    if spec.find_languages is not None:
+        languages = spec.find_languages(request, validator)
     if lang is None and len(languages) > 1:
-        raise ValueError(f"{card.name} has several languages. Choose one: {', '.join(languages)}.")
+        raise ValueError(f"{spec.name} has several languages. Choose one: {', '.join(languages)}.")
     # Class names may be given in any language.
     is_free = request.class_names is not None
     if languages and lang is not None and lang not in languages and not is_free:
-        raise ValueError(f"{card.name} has no language {lang!r}. It has {', '.join(languages)}.")
+        raise ValueError(f"{spec.name} has no language {lang!r}. It has {', '.join(languages)}.")
     return replace(request, lang=lang or (languages or ("en",))[0])
-
-
-def _describe_source(card: DatasetSpec, folder: str | Path | None) -> str:
-    if card.is_embedded:
-        return "package"
-    return str(folder) if str(folder).startswith("hub:") else "files"

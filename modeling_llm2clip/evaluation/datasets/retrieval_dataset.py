@@ -1,31 +1,110 @@
-"""Builds a retrieval set from what a reader found: checks, exclusions, counts, correspondence."""
+"""Images and captions that retrieve each other: what such a dataset is, and how it is built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from ...data.caption_groups import CaptionGroup
 from ...data.image_sources import ImageSource
-from ...data.records import clean_text
+from ...data.records import CaptionedImage, clean_text
+from ...data.sources.parquet import read_parquet
 from ..metrics.correspondence import Correspondence
-from .dataset_spec import DatasetSpec, ReadRequest
-from .schema import RetrievalDataset
+from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
 from .validation import DatasetValidator
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalDataset(EvaluationDataset):
+    """Images and captions that retrieve each other.
+
+    Attributes:
+        images: Where they are; empty if the dataset was read, or is published, without them.
+        image_names: One per image, all different; given even if the images are not.
+        captions: One line each; a text may occur twice, for two images.
+        correspondence: Which caption belongs to which image.
+        image_group_ids: One per image: what it shows; empty if it is the name.
+
+    Raises:
+        ValueError: Counts do not fit, or names repeat.
+    """
+
+    images: tuple[ImageSource, ...]
+    image_names: tuple[str, ...]
+    captions: tuple[str, ...]
+    correspondence: Correspondence
+    image_group_ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        found = (self.correspondence.num_images, self.correspondence.num_texts)
+        wanted = (len(self.image_names), len(self.captions))
+        if found != wanted:
+            raise ValueError(
+                f"{self.name}: the correspondence has {found[0]} images and {found[1]} captions, "
+                f"the dataset has {wanted[0]} and {wanted[1]}."
+            )
+        if self.image_group_ids and len(self.image_group_ids) != len(self.image_names):
+            raise ValueError(
+                f"{self.name}: {len(self.image_group_ids)} group ids and "
+                f"{len(self.image_names)} names of images."
+            )
+        self._check_images(self.images, self.image_names)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a model has to encode images for it."""
+        return bool(self.images)
+
+    @property
+    def records(self) -> list[CaptionedImage]:
+        """The dataset as records, as training takes them: one per image."""
+        group_ids = self.image_group_ids or self.image_names
+        texts = self.correspondence.texts_of_images()
+        return [
+            CaptionedImage(
+                image=self.images[row] if self.images else None,
+                name=name,
+                group_id=group_id,
+                captions=tuple(self.captions[text] for text in texts.of(row).tolist()),
+                lang=self.lang,
+                place=f"{self.name} image {name}",
+            )
+            for row, (name, group_id) in enumerate(zip(self.image_names, group_ids, strict=True))
+        ]
+
+    def group_captions(self) -> list[CaptionGroup]:
+        """Group the captions by image, in the dataset's order, for a text encoder alone.
+
+        A text that an image has twice occurs once, or it would find itself. Images that share all
+        their captions are one group, named as the first of them.
+        """
+        texts = self.correspondence.texts_of_images()
+        groups: dict[tuple[int, ...], CaptionGroup] = {}
+        for image, name in enumerate(self.image_names):
+            rows = tuple(texts.of(image).tolist())
+            captions = tuple(dict.fromkeys(self.captions[row] for row in rows))
+            groups.setdefault(rows, CaptionGroup(name, captions))
+        return list(groups.values())
+
+    def list_content(self) -> list[Any]:
+        """List what its digest covers."""
+        pairs = (self.correspondence.image_of_pair, self.correspondence.text_of_pair)
+        rows = [of_pair.tolist() for of_pair in pairs]
+        return [self.image_names, self.captions, *rows, list(self.images)]
+
+
 @dataclass(frozen=True)
-class RawRecord:
+class PublishedRecord:
     """An image and its captions, as the publisher's files have them.
 
     Attributes:
-        place: where it is written, for errors.
-        name: of the image; its path below the folder of images unless `image` is given.
-        captions: as they are written.
-        image: where it lies, when the reader knows.
-        group_id: what is shown; None for `name`. Images of one group share their captions.
-        is_sound: False when the reader has told an error of it already.
+        place: Where it is written, for errors.
+        name: Name of the image; its path in the folder of images unless `image` is given.
+        captions: Captions as they are written.
+        image: Where the image is, if the reader knows.
+        group_id: What the image shows; None for `name`. Images of one group share their captions.
+        is_valid: Whether the reader has reported no error of it.
     """
 
     place: str
@@ -33,140 +112,188 @@ class RawRecord:
     captions: tuple[str, ...]
     image: ImageSource | None = None
     group_id: str | None = None
-    is_sound: bool = True
+    is_valid: bool = True
+
+    @property
+    def group(self) -> str:
+        """What the image shows."""
+        return self.name if self.group_id is None else self.group_id
 
 
-EntryReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[RawRecord]]
+RecordReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[PublishedRecord]]
 
 
 def build_retrieval_dataset(
-    card: DatasetSpec, request: ReadRequest, intake: DatasetValidator, *, read: EntryReader
+    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator, *, read: RecordReader
 ) -> RetrievalDataset:
-    """Read every entry, check it, and put what is left together.
+    """Read every record, check it, and put the valid ones together.
+
+    Args:
+        spec: What is known of the dataset.
+        request: How it is to be read.
+        validator: Collects the errors.
+        read: Yields the records of one language.
 
     Raises:
-        DataValidationError: every error, unless they are excluded.
-        ValueError: nothing is left.
+        DataValidationError: There are errors, and invalid samples are not to be skipped.
+        ValueError: No record is left.
     """
-    has_images = request.require_images and card.kind == "retrieval"
-    read_entries = list(read(request, intake))
-    num_lost = intake.count_lost()
-    entries: list[RawRecord] = []
+    has_images = request.require_images and spec.dataset_type == "retrieval"
+    published = list(read(request, validator))
+    num_lost = validator.count_lost()
+    records: list[PublishedRecord] = []
     names: set[str] = set()
-    for entry in read_entries:
-        checked = _check_entry(card, entry, intake, request if has_images else None)
+    for record in published:
+        checked = _check_record(spec, record, validator, request if has_images else None)
         if checked.name in names:
-            intake.errors.add("image repeated", f"{entry.place}: {entry.name}")
-            checked = replace(checked, is_sound=False)
+            validator.errors.add("image repeated", f"{record.place}: {record.name}")
+            checked = replace(checked, is_valid=False)
         names.add(checked.name)
-        entries.append(checked)
-    found = {"images": len(entries), "captions": sum(len(entry.captions) for entry in entries)}
+        records.append(checked)
+    found = {"images": len(records), "captions": sum(len(record.captions) for record in records)}
     if has_images and request.check_images:
-        unreadable = intake.find_unreadable_images(
-            (entry.image for entry in entries), show_progress=request.show_progress
+        unreadable = validator.find_unreadable_images(
+            (record.image for record in records), show_progress=request.show_progress
         )
-        entries = [
-            replace(entry, is_sound=False) if entry.image in unreadable else entry
-            for entry in entries
+        records = [
+            replace(record, is_valid=False) if record.image in unreadable else record
+            for record in records
         ]
-    intake.compare_counts(found, card.published_counts(request.lang))
-    intake.compare_checksums(card.checksums)
-    excluded = intake.finish()
-    sound = [entry for entry in entries if entry.is_sound]
-    intake.notes["skipped_samples"] = num_lost + len(entries) - len(sound)
-    return _assemble(card, request, intake, sound, excluded)
+    validator.compare_counts(found, spec.list_published_counts(request.lang))
+    validator.compare_checksums(spec.checksums)
+    skipped = validator.finish()
+    valid = [record for record in records if record.is_valid]
+    validator.notes["skipped_samples"] = num_lost + len(records) - len(valid)
+    return _assemble(spec, request, validator, valid, skipped)
 
 
-def find_image(image_dir: Path, name: str) -> Path | None:
-    """The image of this name, or of its last part: many keep the images without subfolders."""
-    for candidate in (image_dir / name, image_dir / Path(name).name):
-        if candidate.is_file():
-            return candidate
-    return None
+def read_parquet_or(
+    request: ReadRequest,
+    validator: DatasetValidator,
+    *,
+    columns: Mapping[str, str],
+    otherwise: RecordReader,
+    only: Mapping[str, str] | None = None,
+    files: str = "**/*.parquet",
+) -> Iterator[PublishedRecord]:
+    """Read the folder's Parquet files if it has any, and the publisher's other form if not.
+
+    Args:
+        request: How the dataset is to be read.
+        validator: Collects the errors.
+        columns: Columns of `image`, `file_name` and `captions`; see `read_parquet`.
+        otherwise: Reads the other form.
+        only: Column to the value that a row must have.
+        files: Pattern of the files; `{lang}` is the language.
+
+    Raises:
+        ValueError: There are Parquet files, but not of the language.
+    """
+    if not request.list_parquet_files():
+        yield from otherwise(request, validator)
+        return
+    found = request.list_parquet_files(files)
+    if not found:
+        raise ValueError(
+            f"{validator.source}: no {files.format(lang=request.lang)} in {request.folder}. Get "
+            "the files of this language."
+        )
+    for raw in read_parquet(
+        found, request.data_folder, validator.errors, columns=columns, only=only
+    ):
+        name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
+        texts = captions if isinstance(captions, list) else [captions]
+        if name is None or not all(isinstance(text, str) for text in texts):
+            validator.errors.add("no name of an image, or captions that are not texts", raw.place)
+            continue
+        yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
 
 
-def _check_entry(
-    card: DatasetSpec, entry: RawRecord, intake: DatasetValidator, request: ReadRequest | None
-) -> RawRecord:
-    """Clean the captions and find the image; a request is given where images are wanted."""
+def _check_record(
+    spec: DatasetSpec,
+    record: PublishedRecord,
+    validator: DatasetValidator,
+    request: ReadRequest | None,
+) -> PublishedRecord:
+    """Clean the captions and find the image; a request is given if images are wanted."""
     found = []
-    image = entry.image
-    if request is not None and image is None and entry.is_sound:
-        image = find_image(request.image_dir or request.folder, entry.name)
+    image = record.image
+    if request is not None and image is None and record.is_valid:
+        image_dir = request.image_dir or request.folder
+        image = None if image_dir is None else find_image(image_dir, record.name)
         if image is None:
             found.append("image missing")
-    wanted = card.captions_per_image
-    captions = [clean_text(caption) for caption in entry.captions[:wanted]]
-    if entry.is_sound and not captions:
+    wanted = spec.captions_per_image
+    captions = [clean_text(caption) for caption in record.captions[:wanted]]
+    if record.is_valid and not captions:
         found.append("no caption")
-    if entry.is_sound and not all(captions):
+    if record.is_valid and not all(captions):
         found.append("blank caption")
     if captions and wanted is not None and len(captions) < wanted:
         found.append(f"fewer than {wanted} captions")
     for kind in found:
-        intake.errors.add(kind, f"{entry.place}: {entry.name}")
+        validator.errors.add(kind, f"{record.place}: {record.name}")
     return replace(
-        entry,
+        record,
         captions=tuple(captions),
         image=None if request is None else image,
-        is_sound=entry.is_sound and not found,
+        is_valid=record.is_valid and not found,
     )
 
 
 def _assemble(
-    card: DatasetSpec,
+    spec: DatasetSpec,
     request: ReadRequest,
-    intake: DatasetValidator,
-    entries: list[RawRecord],
-    excluded: dict[str, int],
+    validator: DatasetValidator,
+    records: list[PublishedRecord],
+    skipped: dict[str, int],
 ) -> RetrievalDataset:
-    if not entries:
-        raise ValueError(f"{intake.source}: nothing is left; every image has an error: {excluded}")
+    if not records:
+        raise ValueError(
+            f"{validator.source}: no image is left, because each has an error: {skipped}"
+        )
     texts_of_group: dict[str, list[str]] = {}
-    for entry in entries:
-        group_id = entry.name if entry.group_id is None else entry.group_id
-        if group_id not in texts_of_group:
-            texts_of_group[group_id] = list(entry.captions)
-        else:  # another image of the same thing: what is said of both is one caption
-            texts = texts_of_group[group_id]
-            texts += [caption for caption in entry.captions if caption not in texts]
+    for record in records:
+        if record.group not in texts_of_group:
+            texts_of_group[record.group] = list(record.captions)
+        else:  # another image of the same group: a text of both is one caption
+            texts = texts_of_group[record.group]
+            texts += [caption for caption in record.captions if caption not in texts]
     captions = [text for texts in texts_of_group.values() for text in texts]
+    image_group_ids = tuple(record.group for record in records)
     correspondence = Correspondence.from_group_ids(
-        [entry.name if entry.group_id is None else entry.group_id for entry in entries],
-        [group_id for group_id, texts in texts_of_group.items() for _ in texts],
+        image_group_ids, [group for group, texts in texts_of_group.items() for _ in texts]
     )
-    images = tuple(entry.image for entry in entries if entry.image is not None)
+    images = tuple(record.image for record in records if record.image is not None)
     protocol = {
-        "set": card.name,
+        "dataset": spec.name,
         "lang": request.lang,
-        **card.protocol,
-        "images": len(entries),
+        **spec.protocol,
+        "images": len(records),
         "with_images": bool(images),
         "captions": len(captions),
-        "published": card.published_counts(request.lang),
-        "captions_per_image": card.captions_per_image or "all",
+        "published": spec.list_published_counts(request.lang),
+        "captions_per_image": spec.captions_per_image or "all",
         "captions_of_several_images": _count_shared(texts_of_group),
-        "excluded": excluded,
-        **intake.notes,
+        "skipped": skipped,
+        **validator.notes,
     }
     return RetrievalDataset(
-        name=card.name,
+        name=spec.name,
         images=images,
-        image_names=tuple(entry.name for entry in entries),
+        image_names=tuple(record.name for record in records),
         captions=tuple(captions),
         correspondence=correspondence,
         lang=request.lang,
         protocol=protocol,
-        image_group_ids=tuple(
-            entry.name if entry.group_id is None else entry.group_id for entry in entries
-        ),
+        image_group_ids=image_group_ids,
     )
 
 
 def _count_shared(texts_of_group: dict[str, list[str]]) -> int:
-    """How many different texts are captions of several groups, so that rank 1 is luck for them."""
+    """Count the distinct texts of several groups, for which rank 1 is a matter of luck."""
     groups_of_text: dict[str, set[str]] = {}
-    for group_id, texts in texts_of_group.items():
+    for group, texts in texts_of_group.items():
         for text in texts:
-            groups_of_text.setdefault(text, set()).add(group_id)
-    return sum(len(group_ids) > 1 for group_ids in groups_of_text.values())
+            groups_of_text.setdefault(text, set()).add(group)
+    return sum(len(groups) > 1 for groups in groups_of_text.values())

@@ -1,11 +1,12 @@
-"""What is met while a set is read: its files, its errors, and what becomes of the errors.
+"""Files and errors that occur while a dataset is read, and what is done about the errors.
 
-Without further word an error stops the reading, all errors told at once. Where the user asked for
-it, invalid samples are left out instead, and every exclusion is counted in the set's protocol.
+By default an error stops the reading, and all errors are reported at once. On request invalid
+samples are skipped instead, and every skipped one is counted in the dataset's protocol.
 """
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from ...data.validation_errors import ErrorCollector
 
 @dataclass
 class ReadingCache:
-    """What the languages of one folder share, and is then read and decoded once.
+    """What the languages of one folder share, so that it is read and decoded once.
 
     Attributes:
-        checked: images that are known to decode.
-        records: records of folders, by how they were read.
+        checked: Images that are known to decode.
+        records: Records of folders, by how they were read.
     """
 
     checked: set[ImageSource] = field(default_factory=set)
@@ -30,34 +31,43 @@ class ReadingCache:
 
 
 class DatasetValidator:
-    """Keeps the errors of one reading.
+    """Collects the errors of one reading.
+
+    Args:
+        source: What is read, for messages.
+        skip_invalid: Whether invalid samples are skipped instead of refused.
+        cache: What other readings of the same folder found.
 
     Attributes:
-        source: what is read, for messages.
-        exclude: whether invalid samples are left out instead of refused.
-        errors: what readers add to.
-        notes: further choices and counts for the protocol.
-        cache: what other readings of the same folder may use.
-        errors_of_samples: how many of the errors are of samples that a reader has yielded all the
-            same, or are further ones of a sample that it has not. Each of the others is a sample
-            that is lost, so that samples can be counted once, whatever is wrong with them.
+        errors: Errors that readers add to.
+        notes: Further choices and counts for the protocol.
+        num_errors_of_yielded: How many of the errors belong to samples that a reader yielded
+            nevertheless, or are further errors of a sample that it did not yield. Each of the
+            others is a sample that is lost, so that samples are counted once, whatever is wrong
+            with them.
     """
 
     def __init__(
-        self, source: str, *, exclude: bool = False, cache: ReadingCache | None = None
+        self, source: str, *, skip_invalid: bool = False, cache: ReadingCache | None = None
     ) -> None:
         self.source = source
-        self.exclude = exclude
+        self.skip_invalid = skip_invalid
         self.errors = ErrorCollector()
         self.notes: dict[str, Any] = {}
         self.cache = cache or ReadingCache()
-        self.errors_of_samples = 0
+        self.num_errors_of_yielded = 0
         self._files: list[Path] = []
 
     def find_file(self, folder: Path, *names: str, advice: str) -> Path:
-        """The first of these files that is there; names may lead into subfolders.
+        """Find the first of several files that exists.
 
-        Raises: ValueError naming all of them.
+        Args:
+            folder: Folder of the dataset.
+            names: Paths relative to the folder.
+            advice: What to do if there is none.
+
+        Raises:
+            ValueError: None of them exists.
         """
         for name in names:
             if (folder / name).is_file():
@@ -67,14 +77,29 @@ class DatasetValidator:
         raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
 
     def note_file(self, file: Path) -> Path:
-        """Remember a file that the set is read from, so that its checksum is compared."""
+        """Note a file that the dataset is read from, so that its checksum is compared.
+
+        Args:
+            file: The file.
+
+        Returns:
+            The file.
+        """
         self._files.append(file)
         return file
 
     def find_unreadable_images(
         self, images: Iterable[ImageSource | None], *, show_progress: bool
     ) -> set[ImageSource]:
-        """Decode the images that were not decoded yet; those that cannot be are errors."""
+        """Decode images that were not decoded yet; those that cannot be decoded are errors.
+
+        Args:
+            images: Images; None is ignored.
+            show_progress: Whether to show a progress bar.
+
+        Returns:
+            The images that cannot be decoded.
+        """
         unchecked = {image: None for image in images if image and image not in self.cache.checked}
         unreadable = find_unreadable_images(unchecked, show_progress=show_progress)
         for error in unreadable.values():
@@ -83,25 +108,30 @@ class DatasetValidator:
         return set(unreadable)
 
     def compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
-        """Compare what was found, invalid or not, with what the publisher counts."""
+        """Compare what was found, valid or not, with the publisher's counts.
+
+        Args:
+            found: Counts of the files.
+            published: Counts of the publisher.
+        """
         for what, wanted in published.items():
             if found[what] == wanted:
                 continue
-            if self.exclude:
+            if self.skip_invalid:
                 differences = self.notes.setdefault("differences_from_published", {})
                 differences[what] = found[what] - wanted
             else:
                 self.errors.add(
                     f"wrong number of {what}",
-                    f"found {found[what]}, published {wanted}; get the files anew, or read a part "
-                    "on purpose with skip_invalid (--skip-invalid)",
+                    f"found {found[what]}, published {wanted}; download the files again, or read a "
+                    "part on purpose with skip_invalid (--skip-invalid)",
                 )
 
     def compare_checksums(self, published: Mapping[str, str]) -> None:
-        """Compare the files that were read with the digests that are published of them.
+        """Compare the files that were read with their published digests.
 
         Args:
-            published: last part or parts of a file's path to `algorithm:digest`.
+            published: Last part or parts of a file's path to `algorithm:digest`.
         """
         known = [
             (name, file)
@@ -113,18 +143,43 @@ class DatasetValidator:
             algorithm, _, wanted = published[name].partition(":")
             is_same = hash_file(file, algorithm) == wanted
             self.notes.setdefault("checksums", {})[name] = "published" if is_same else "differs"
-            if not (is_same or self.exclude):
+            if not (is_same or self.skip_invalid):
                 self.errors.add("file is not the published one", f"{name}: {algorithm} differs")
 
     def count_lost(self) -> int:
-        """How many samples were lost in reading, before any that was yielded is checked."""
-        return self.errors.total - self.errors_of_samples
+        """Count the samples that were lost in reading, before any yielded one is checked."""
+        return self.errors.total - self.num_errors_of_yielded
 
     def finish(self) -> dict[str, int]:
-        """Raise the errors, or return how many there are of each kind.
+        """Raise the errors, or return their counts if invalid samples are to be skipped.
 
-        Raises: DataValidationError with every error, unless they are excluded.
+        Returns:
+            Kind of error to its count.
+
+        Raises:
+            DataValidationError: There are errors, and invalid samples are not to be skipped.
         """
-        if not self.exclude:
+        if not self.skip_invalid:
             self.errors.raise_if_any(self.source)
         return self.errors.counts
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a text file, without blank ones at its end.
+
+    Args:
+        file: UTF-8, compressed if its name ends in `.gz`. Only a line feed ends a line: a caption
+            may contain other separators.
+
+    Raises:
+        ValueError: The file is not UTF-8, or not gzip.
+    """
+    try:
+        raw = file.read_bytes()
+        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}: cannot be read as text ({error}). Download it again.") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines

@@ -1,1 +1,1 @@
-"""What is evaluated, whatever it is: texts and images in, embeddings out, every choice told."""
+"""What is evaluated: texts and images in, embeddings out, with a description of every choice."""

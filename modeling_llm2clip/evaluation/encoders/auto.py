@@ -1,6 +1,6 @@
-"""Which kind of model lies somewhere, told from its files and never from its name.
+"""Which type of model a folder contains, detected from its files and never from its name.
 
-| files | kind |
+| files | model type |
 | --- | --- |
 | `config.json` with `model_type` `llm2clip` | `llm2clip` |
 | `modules.json` | `sentence-transformers` |
@@ -8,7 +8,7 @@
 | `open_clip_config.json` | `open_clip` |
 | `texts.safetensors`, `images.safetensors`, or a store of `llm2clip extract` | `embeddings` |
 
-The first line that fits is taken; another kind can be asked for.
+The first line that fits decides, unless a type is given.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from ..._suggestions import did_you_mean
+from ...configs.evaluation_config import EncoderConfig, ModelType
 from ...data.records import CaptionedImage
 from ...model_folders.model_folder import find_model_folder
 from .clip_siglip import FAMILIES, ClipSiglipEncoder
-from .encoder import Encoder, EncoderSettings
+from .encoder import Encoder
 from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG
 from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, has_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
 
-KINDS = ("llm2clip", "sentence-transformers", "transformers", "open_clip", "embeddings")
+MODEL_TYPES: tuple[str, ...] = get_args(ModelType)
 
 
 def load_encoder(
     source: str | Path,
-    settings: EncoderSettings | None = None,
+    config: EncoderConfig | None = None,
     *,
-    kind: str | None = None,
+    model_type: str | None = None,
     revision: str | None = None,
     architecture: str | None = None,
     activation: str | None = None,
@@ -45,48 +47,63 @@ def load_encoder(
     """Open a model for evaluation; its weights are loaded when they are needed.
 
     Args:
-        source: folder, Hub id, or (open_clip only) a weights file.
-        kind: one of `KINDS`; None to tell it from the files.
-        revision: of a Hub repository.
-        architecture: open_clip's name of what a weights file holds.
-        activation: of a weights file, where its architecture leaves it open.
-        records, head: for stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
-    Raises: ValueError when there is no such model, its kind cannot be told, or an argument is for
-        another kind.
+        source: Folder, Hub id, or (only open_clip) a weights file.
+        config: How the model is run.
+        model_type: One of `MODEL_TYPES`; None to detect it from the files.
+        revision: Branch, tag or commit of a Hub repository.
+        architecture: open_clip's name of the architecture in a weights file.
+        activation: Activation in a weights file, if its architecture does not say it.
+        records: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
+        head: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
+
+    Raises:
+        ValueError: There is no such model, its type cannot be detected, or an argument is for
+            another type.
     """
-    settings = settings or EncoderSettings()
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"No kind is called {kind!r}; known are {list(KINDS)}.")
+    config = config or EncoderConfig()
+    if model_type is not None and model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"model_type={model_type!r} must be one of {', '.join(MODEL_TYPES)}."
+            f"{did_you_mean(model_type, MODEL_TYPES)}"
+        )
     is_file = Path(source).is_file()
     path = Path(source) if is_file else find_model_folder(source, revision=revision)
-    kind = kind or ("open_clip" if is_file else detect_model_type(path))
-    if kind == "open_clip" and not (is_file or Path(source).is_dir() or has_weights(path)):
-        # Older repositories hold them in another format alone, which nothing else reads. A snapshot
-        # is called by its commit, so that configuration and weights are of one.
+    model_type = model_type or ("open_clip" if is_file else detect_model_type(path))
+    if model_type == "open_clip" and not (is_file or Path(source).is_dir() or has_weights(path)):
+        # Older repositories have them in another format only, which nothing else reads. A snapshot
+        # is named by its commit, so that configuration and weights are of one.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
-    if is_file and kind != "open_clip":
-        raise ValueError(f"{source} is a file; {kind} takes a folder or a Hub id.")
-    _refuse_foreign(kind, open_clip={"architecture": architecture, "activation": activation},
-                    embeddings={"records": records, "head": head})  # fmt: skip
+    if is_file and model_type != "open_clip":
+        raise ValueError(f"{source} is a file; {model_type} takes a folder or a Hub id.")
+    of_files = {"architecture": architecture, "activation": activation}
+    _refuse_unused(model_type, of_files, only_for="open_clip")
+    _refuse_unused(model_type, {"records": records, "head": head}, only_for="embeddings")
     name = str(source)
-    if kind == "llm2clip":
-        return LLM2CLIPEncoder(path, settings, source=name)
-    if kind == "sentence-transformers":
-        return SentenceTransformerEncoder(path, settings, source=name)
-    if kind == "transformers":
-        return ClipSiglipEncoder(path, settings, source=name)
-    if kind == "open_clip":
+    if model_type == "llm2clip":
+        return LLM2CLIPEncoder(path, config, source=name)
+    if model_type == "sentence-transformers":
+        return SentenceTransformerEncoder(path, config, source=name)
+    if model_type == "transformers":
+        return ClipSiglipEncoder(path, config, source=name)
+    if model_type == "open_clip":
         return OpenClipEncoder(
-            path, settings, source=name, architecture=architecture, activation=activation
+            path, config, source=name, architecture=architecture, activation=activation
         )
     head_folder = None if head is None else find_model_folder(head)
-    return StoredEmbeddingsEncoder(path, settings, source=name, records=records, head=head_folder)
+    return StoredEmbeddingsEncoder(path, config, source=name, records=records, head=head_folder)
 
 
 def detect_model_type(folder: Path) -> str:
-    """Tell the kind of what lies in a folder.
+    """Detect the type of the model in a folder.
 
-    Raises: ValueError naming what was found and what was looked for.
+    Args:
+        folder: The folder.
+
+    Returns:
+        One of `MODEL_TYPES`.
+
+    Raises:
+        ValueError: No type fits its files.
     """
     model_type = _read_model_type(folder)
     if model_type == "llm2clip":
@@ -101,8 +118,8 @@ def detect_model_type(folder: Path) -> str:
         return "embeddings"
     found = "no config.json" if model_type is None else f"model_type {model_type!r}"
     raise ValueError(
-        f"{folder} has {found} and is of no kind that can be told from its files: {list(KINDS)}. "
-        "Name the model type (--model-type) if it is one of them."
+        f"Cannot detect the model type of {folder}, which has {found}. Pass --model-type if it is "
+        f"one of {', '.join(MODEL_TYPES)}."
     )
 
 
@@ -117,10 +134,10 @@ def _read_model_type(folder: Path) -> str | None:
     return str(content.get("model_type")) if isinstance(content, dict) else None
 
 
-def _refuse_foreign(kind: str, **arguments_of: dict[str, Any]) -> None:
-    for other, arguments in arguments_of.items():
-        given = [f"`{name}`" for name, value in arguments.items() if value is not None]
-        if given and other.replace("_", "-") != kind and other != kind:
-            raise ValueError(
-                f"{', '.join(given)} is for {other}, and this is {kind}. Leave it out."
-            )
+def _refuse_unused(model_type: str, arguments: dict[str, Any], *, only_for: str) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given and model_type != only_for:
+        raise ValueError(
+            f"{', '.join(given)} is only for a model of type {only_for}, and this one has type "
+            f"{model_type}. Leave it out."
+        )

@@ -21,21 +21,22 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from ...configs.evaluation_config import EncoderConfig
+from ...encoding.devices import find_device
 from ...loading_llm2clip import load_without_code
-from ...model_folders.fingerprint import fingerprint_weights
+from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ...processing_llm2clip import check_texts
-from .activations import describe_activation
-from .descriptions import describe_image_processor
+from .descriptions import describe_activation, describe_image_processor, is_uncased
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    EncoderSettings,
-    encode_distinct,
+    choose_dtype,
+    describe_run,
+    encode_batches,
+    find_loading_dtype,
     load_rgb,
     require_images,
 )
-from .files import hash_files
-from .letter_case import is_uncased
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,24 @@ FAMILIES = tuple(_RULES)
 class ClipSiglipEncoder:
     """A CLIP, SigLIP or SigLIP2 folder as transformers saves it.
 
-    Raises: ValueError when the folder's `model_type` is another one.
+    Args:
+        folder: The folder.
+        config: How the model is run.
+        source: What the user gave.
+
+    Raises:
+        ValueError: The folder's `model_type` is another one.
     """
 
-    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._settings = settings
+        self._run_config = config
         self._source = source
         self._config: Any = load_without_code(AutoConfig, folder)
         if self._config.model_type not in _RULES:
             raise ValueError(
-                f"{source} is a {self._config.model_type!r} model; this kind takes {FAMILIES}."
+                f"{source} is a {self._config.model_type!r} model; the model type transformers "
+                f"takes {', '.join(FAMILIES)}."
             )
         self._rules = _RULES[self._config.model_type]
         self._processor: Any = load_without_code(AutoProcessor, folder)
@@ -80,15 +88,19 @@ class ClipSiglipEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts as the family wants them."""
+        """Encode texts as the family wants them.
+
+        Args:
+            texts: At least one.
+        """
         check_texts(list(texts))
         chosen = [text.lower() for text in texts] if self._rules.lower_case else list(texts)
         lengths = self._count_tokens(list(dict.fromkeys(chosen)))
-        embeds = encode_distinct(
+        embeds = encode_batches(
             chosen,
             self._tokenize,
-            lambda inputs: self._pooled(self._model.get_text_features(**inputs)),
-            self._settings,
+            lambda inputs: self._find_pooled(self._model.get_text_features(**inputs)),
+            self._run_config,
             unit="texts",
             size_of=lengths.__getitem__,
         )
@@ -96,13 +108,18 @@ class ClipSiglipEncoder:
         return EncodedTexts(embeds, torch.tensor(is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with the folder's own image processor."""
+        """Encode images with the folder's own image processor.
+
+        Args:
+            images: At least one.
+            names: Not used.
+        """
         require_images(images)
-        return encode_distinct(
+        return encode_batches(
             images,
             self._prepare_images,
-            lambda inputs: self._pooled(self._model.get_image_features(**inputs)),
-            self._settings,
+            lambda inputs: self._find_pooled(self._model.get_image_features(**inputs)),
+            self._run_config,
             unit="images",
         )
 
@@ -130,16 +147,17 @@ class ClipSiglipEncoder:
         return {name: value.to(self._model.device) for name, value in inputs.items()}
 
     @staticmethod
-    def _pooled(features: Any) -> Tensor:
-        # A tensor in transformers before 5.0 and an output with the projected embedding since.
+    def _find_pooled(features: Any) -> Tensor:
+        # A tensor before transformers 5.0, and since then an output with the projected embedding.
         pooled = features if isinstance(features, Tensor) else features.pooler_output
         assert isinstance(pooled, Tensor)
         return pooled
 
     @cached_property
     def _model(self) -> Any:
+        dtype = find_loading_dtype(self._run_config)
         model, info = load_without_code(
-            AutoModel, self._folder, dtype=self._settings.dtype_argument, output_loading_info=True
+            AutoModel, self._folder, dtype=dtype, output_loading_info=True
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -147,14 +165,14 @@ class ClipSiglipEncoder:
                 f"{self._source} lacks weights, which would be random: {lost[:5]}. Save the whole "
                 "model again."
             )
-        return model.to(self._settings.find_device()).eval()
+        return model.to(find_device(self._run_config.device)).eval()
 
     @cached_property
     def _description(self) -> EncoderDescription:
         weights = fingerprint_weights(self._folder)
-        files = hash_files(self._folder, ("*.json", "*.txt", "*.model"))
+        files = hash_model_files(self._folder, ("*.json", "*.txt", "*.model"))
         return EncoderDescription(
-            kind=self._config.model_type,
+            model_type=self._config.model_type,
             source=self._source,
             fingerprint={"weights": weights["weights"], "files": files},
             text={
@@ -168,6 +186,6 @@ class ClipSiglipEncoder:
                 **describe_image_processor(self._processor.image_processor),
                 "activation": describe_activation(self._config.vision_config),
             },
-            dtype=self._settings.choose_dtype(weights["dtype"]),
-            run=self._settings.run,
+            dtype=choose_dtype(self._run_config, weights["dtype"]),
+            run=describe_run(self._run_config),
         )

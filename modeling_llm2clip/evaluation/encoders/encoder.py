@@ -1,76 +1,22 @@
 """The one interface of everything that is evaluated, and what its implementations share.
 
-N texts or images, D width of the embeddings.
+N is a number of texts or images, D the width of the embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...configs.evaluation_config import EncoderConfig
 from ...data.image_sources import open_image
 from ...encoding.devices import find_device
-from ...encoding.float32 import float32_as_such
+from ...encoding.encode import encode_distinct
 from ...image_loading_llm2clip import load_images
-
-DTYPES = ("saved", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """How a model is run; nothing of it moves a score in float32.
-
-    Attributes:
-        device: see `find_device`.
-        dtype: of the weights: as they were `"saved"`, or cast to another one.
-        batch_size: most texts or images at a time; None for the default of the device.
-        show_progress: draw progress bars.
-    """
-
-    device: str = "auto"
-    dtype: str = "saved"
-    batch_size: int | None = None
-    show_progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is none of {DTYPES}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
-        if self.device != "auto":
-            self.find_device()
-
-    def find_device(self) -> torch.device:
-        """The device that these settings name."""
-        return find_device(self.device)
-
-    def choose_batch_size(self) -> int:
-        """The batch size, or the default of the device."""
-        return self.batch_size or (16 if self.find_device().type == "cpu" else 128)
-
-    def choose_dtype(self, saved: str) -> str:
-        """Name of the dtype of the weights, given that of the saved ones."""
-        return saved if self.dtype == "saved" else self.dtype
-
-    @property
-    def dtype_argument(self) -> str:
-        """What `from_pretrained` takes as `dtype`."""
-        return "auto" if self.dtype == "saved" else self.dtype
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """What a description says of them."""
-        return {
-            "device": str(self.find_device()),
-            "batch_size": self.choose_batch_size(),
-            "float32_products": "ieee",  # never TF32; see `encoding.float32`
-        }
 
 
 @dataclass(frozen=True)
@@ -79,30 +25,30 @@ class EncodedTexts:
 
     Attributes:
         embeds: (N, D) float32 on the CPU, in the order of the texts, of any length.
-        is_truncated: (N,) bool, which texts were cut at the encoder's maximum length; None when
-            nothing is known of it, as with stored embeddings.
+        is_truncated: (N,) bool, which texts were truncated at the encoder's maximum length; None if
+            that is not known, as with stored embeddings.
     """
 
     embeds: Tensor
     is_truncated: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderDescription:
     """Everything that decides an encoder's embeddings, known before its weights are loaded.
 
     Attributes:
-        kind: which implementation; a key of `kinds.KINDS`.
-        source: what the user gave.
-        fingerprint: digests of the weights and whatever else tells two models apart.
-        text: prompt, maximum tokens, padding, letter case; None for images alone.
-        images: resolution, mean, std, resizing, cropping; None for texts alone.
-        dtype: of the weights as they are run.
-        run: device, batch size and kind of float32, which do not move a score in float32.
-        untrained_parts: of a model of this package, those with random weights.
+        model_type: One of `auto.MODEL_TYPES`, or the family of a transformers model.
+        source: What the user gave.
+        fingerprint: Digests of the weights and of whatever else distinguishes two models.
+        text: Prompt, maximum tokens, padding, case; None if it takes no texts.
+        images: Resolution, mean, std, resizing, cropping; None if it takes no images.
+        dtype: Dtype of the weights as they are run.
+        run: Device, batch size and kind of float32, which change no score in float32.
+        untrained_parts: Parts of a model of this package that have random weights.
     """
 
-    kind: str
+    model_type: str
     source: str
     fingerprint: dict[str, str]
     text: dict[str, Any] | None
@@ -112,88 +58,148 @@ class EncoderDescription:
     untrained_parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
-        told = asdict(self)
-        untrained = list(told.pop("untrained_parts"))
-        return told | ({"untrained_parts": untrained} if untrained else {})
+        """Return the description as JSON values."""
+        content = asdict(self)
+        untrained = list(content.pop("untrained_parts"))
+        return content | ({"untrained_parts": untrained} if untrained else {})
 
 
 class Encoder(Protocol):
-    """What is evaluated. Weights are loaded when the first embedding is asked for."""
+    """What is evaluated; its weights are loaded when the first embedding is needed."""
 
     def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings, from files alone wherever they say it."""
+        """Say what decides the embeddings, from files alone if they say it."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts; raises ValueError naming every blank one."""
+        """Encode texts.
+
+        Args:
+            texts: At least one.
+
+        Raises:
+            ValueError: A text is blank.
+        """
         ...
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images into (N, D) float32 on the CPU, of any length.
+        """Encode images.
 
         Args:
-            images: addresses as `data.images.ImageSource`, or PIL images.
-            names: what their set calls them; stored embeddings are found by it.
-        Raises: ValueError naming the image that is missing or broken.
+            images: `ImageSource` addresses, or PIL images; at least one.
+            names: Their names in the dataset, by which stored embeddings are found.
+
+        Returns:
+            (N, D) float32 on the CPU, of any length.
+
+        Raises:
+            ValueError: An image is missing or broken.
         """
         ...
 
 
-@torch.inference_mode()
-def encode_distinct(
-    items: Sequence[Hashable],
+def choose_batch_size(config: EncoderConfig) -> int:
+    """Return the batch size, or the default of the device.
+
+    Args:
+        config: How the model is run.
+    """
+    return config.batch_size or (16 if find_device(config.device).type == "cpu" else 128)
+
+
+def choose_dtype(config: EncoderConfig, saved: str) -> str:
+    """Name the dtype that the weights are run in.
+
+    Args:
+        config: How the model is run.
+        saved: Dtype of the saved weights.
+    """
+    return saved if config.dtype == "saved" else config.dtype
+
+
+def find_loading_dtype(config: EncoderConfig) -> str:
+    """Return what `from_pretrained` takes as `dtype`.
+
+    Args:
+        config: How the model is run.
+    """
+    return "auto" if config.dtype == "saved" else config.dtype
+
+
+def describe_run(config: EncoderConfig) -> dict[str, Any]:
+    """Describe how a model is run, for `EncoderDescription.run`.
+
+    Args:
+        config: How the model is run.
+    """
+    return {
+        "device": str(find_device(config.device)),
+        "batch_size": choose_batch_size(config),
+        "float32_products": "ieee",  # never TF32; see `encoding.float32`
+    }
+
+
+def encode_batches(
+    items: Sequence[Any],
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
-    settings: EncoderSettings,
+    config: EncoderConfig,
     *,
     unit: str,
     size_of: Callable[[Any], int] | None = None,
 ) -> Tensor:
-    """Encode every distinct item once, in batches, and give each item its embedding.
-
-    Equal items get the same embedding, bit for bit: from two batches they would differ in the last
-    bit, and no longer tie.
+    """Encode every distinct item once, in batches that are prepared ahead.
 
     Args:
-        prepare: a batch of items into what `encode` takes; runs ahead in a thread.
-        encode: to (B, D), on any device and of any float dtype.
-        unit: what an item is called in the progress bar.
-        size_of: items of about the same size share a batch, the largest first.
-    Returns: (N, D) float32 on the CPU.
+        items: Texts or images; at least one.
+        prepare: Makes what `encode` takes of a batch of items; runs in threads.
+        encode: Makes (B, D), on any device and of any float dtype.
+        config: How the model is run.
+        unit: Name of the items in the progress bar.
+        size_of: Items of similar size share a batch, the largest first. None keeps the order.
+
+    Returns:
+        (N, D) float32 on the CPU.
+
+    Raises:
+        ValueError: An embedding has NaN or infinity.
     """
-    distinct = {item: row for row, item in enumerate(dict.fromkeys(items))}
-    ordered = list(distinct)
-    if size_of is not None:
-        ordered.sort(key=size_of, reverse=True)
-    size = settings.choose_batch_size()
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    embeddings: Tensor | None = None
-    progress = tqdm(total=len(ordered), unit=f" {unit}", disable=not settings.show_progress)
-    with ThreadPoolExecutor(1) as pool, float32_as_such():
-        ahead = pool.submit(prepare, batches[0])
-        for number, batch in enumerate(batches):
-            prepared = ahead.result()
-            if number + 1 < len(batches):
-                ahead = pool.submit(prepare, batches[number + 1])
-            embeds = encode(prepared).float().cpu()
-            if embeddings is None:
-                embeddings = torch.empty(len(ordered), embeds.shape[1])
-            embeddings[[distinct[item] for item in batch]] = embeds
-            progress.update(len(batch))
-    progress.close()
-    assert embeddings is not None
-    return embeddings[[distinct[item] for item in items]]
+    size = choose_batch_size(config)
+
+    def plan(rows: Sequence[int]) -> list[list[int]]:
+        places = list(range(len(rows)))
+        if size_of is not None:
+            places.sort(key=lambda place: size_of(items[rows[place]]), reverse=True)
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+    total = len(dict.fromkeys(items))
+    with tqdm(total=total, unit=f" {unit}", disable=not config.show_progress) as progress:
+        return encode_distinct(
+            list(items),
+            batches=plan,
+            prepare=prepare,
+            encode=encode,
+            num_workers=config.num_workers,
+            on_batch=lambda rows, _: progress.update(len(rows)),
+        )
 
 
 def require_images(images: Sequence[Any]) -> None:
-    """Raise ValueError for an empty list."""
+    """Raise ValueError for an empty list.
+
+    Args:
+        images: Images of any type.
+    """
     if not len(images):
         raise ValueError("Got no images; give at least one.")
 
 
 def load_rgb(images: Sequence[Any]) -> list[Any]:
-    """Open images the same way for every encoder: upright, on white, as RGB PIL images."""
+    """Open images in the same way for every encoder: upright, on white, as RGB PIL images.
+
+    Args:
+        images: `ImageSource` addresses, or PIL images.
+    """
     loaded = load_images([open_image(image) for image in images])
     assert isinstance(loaded, list)
     return loaded

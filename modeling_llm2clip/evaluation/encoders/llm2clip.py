@@ -1,4 +1,4 @@
-"""A model of this package: the embeddings that `AutoModel` gives, made by the fast paths."""
+"""A model of this package: the embeddings that `AutoModel` returns, computed on the fast paths."""
 
 from __future__ import annotations
 
@@ -10,29 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...encoding.float32 import float32_as_such
-from ...encoding.image_encoding import encode_images
-from ...encoding.text_encoding import encode_captions
+from ...encoding.devices import find_device
+from ...encoding.encode import encode_images, encode_texts, measure_texts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
-from ...processing_llm2clip import LLM2CLIPProcessor, clean_list
-from .activations import describe_activation
-from .descriptions import describe_image_processor
-from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
-from .letter_case import is_uncased
+from ...processing_llm2clip import LLM2CLIPProcessor
+from .descriptions import describe_activation, describe_image_processor, is_uncased
+from .encoder import (
+    EncodedTexts,
+    EncoderDescription,
+    choose_dtype,
+    describe_run,
+    find_loading_dtype,
+)
 
-# A batch of texts is given to the model as so many tokens a text.
-_TOKENS_OF_A_TEXT = 64
+# A batch of texts is that many tokens per text.
+_TOKENS_PER_TEXT = 64
 
 
 class LLM2CLIPEncoder:
-    """An LLM2CLIP folder."""
+    """A model folder of this package.
 
-    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+    Args:
+        folder: The folder.
+        config: How the model is run.
+        source: What the user gave.
+    """
+
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._settings = settings
+        self._run_config = config
         self._source = source
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
         self._config = LLM2CLIPConfig.from_pretrained(folder)
@@ -43,47 +53,44 @@ class LLM2CLIPEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts through LLM, adapter and projection."""
-        size = self._settings.batch_size
-        encoded = encode_captions(
+        """Encode texts with LLM, text adapter and projection.
+
+        Args:
+            texts: At least one.
+        """
+        size = self._run_config.batch_size
+        embeds = encode_texts(
             self._model,
             self._processor,
             texts,
-            token_budget=None if size is None else size * _TOKENS_OF_A_TEXT,
-            show_progress=self._settings.show_progress,
+            token_budget=None if size is None else size * _TOKENS_PER_TEXT,
+            show_progress=self._run_config.show_progress,
         )
-        project = self._model.project_caption_embeds
-        whole = clean_list(texts)
-        ids = self._processor.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
-        longest = self._processor.longest_text
-        return EncodedTexts(
-            embeds=self._project(project, encoded.caption_embeds),
-            is_truncated=torch.tensor([len(row) > longest for row in ids]),
-        )
+        _, is_truncated = measure_texts(self._processor, texts)
+        return EncodedTexts(embeds, torch.from_numpy(is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images through the vision tower and its projection."""
-        distinct = {image: row for row, image in enumerate(dict.fromkeys(images))}
-        embeds = encode_images(
+        """Encode images with vision tower and projection.
+
+        Args:
+            images: At least one.
+            names: Not used.
+        """
+        return encode_images(
             self._model,
             self._processor,
-            list(distinct),
-            batch_size=self._settings.batch_size,
-            show_progress=self._settings.show_progress,
+            images,
+            batch_size=self._run_config.batch_size,
+            num_workers=self._run_config.num_workers,
+            show_progress=self._run_config.show_progress,
         )
-        projected = self._project(self._model.project_vision_embeds, embeds)
-        return projected[[distinct[image] for image in images]]
-
-    @torch.inference_mode()
-    def _project(self, project: Any, embeds: Tensor) -> Tensor:
-        with float32_as_such():
-            projected: Tensor = project(embeds.to(self._model.device)).cpu()
-        return projected
 
     @cached_property
     def _model(self) -> LLM2CLIPModel:
-        model = LLM2CLIPModel.from_pretrained(self._folder, dtype=self._settings.dtype_argument)
-        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+        model = LLM2CLIPModel.from_pretrained(
+            self._folder, dtype=find_loading_dtype(self._run_config)
+        )
+        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return,arg-type]
 
     @cached_property
     def _description(self) -> EncoderDescription:
@@ -100,7 +107,7 @@ class LLM2CLIPEncoder:
         }
         tokenizer = self._processor.tokenizer
         return EncoderDescription(
-            kind="llm2clip",
+            model_type="llm2clip",
             source=self._source,
             fingerprint=fingerprint,
             text={
@@ -120,7 +127,7 @@ class LLM2CLIPEncoder:
                 "pooling": vision["pooling"],
                 "activation": describe_activation(config.vision_config),
             },
-            dtype=self._settings.choose_dtype(saved),
-            run=self._settings.run,
+            dtype=choose_dtype(self._run_config, saved),
+            run=describe_run(self._run_config),
             untrained_parts=find_untrained_parts(config),
         )

@@ -2,12 +2,17 @@
 
 A model is a folder as its Hub repository has it (`open_clip_config.json` beside the weights), or
 a weights file together with the name of one of open_clip's own architectures.
+
+A weights file does not say how images are prepared nor what the activation is, and a wrong choice
+lowers the scores without an error. So each is taken from the published models of the architecture,
+and only if all of them agree.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,25 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._extras import OPEN_CLIP, Need, require
+from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
-from ...model_folders.fingerprint import fingerprint_weights
+from ...encoding.devices import find_device
+from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ...processing_llm2clip import check_texts
-from .activations import describe_open_clip_activations
-from .descriptions import OPENING
+from .descriptions import ACTIVATIONS, OF_ITS_TOWER, OPENING
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    EncoderSettings,
-    encode_distinct,
+    describe_run,
+    encode_batches,
     load_rgb,
     require_images,
-)
-from .files import hash_files
-from .open_clip_published import (
-    find_activation,
-    find_preprocessing,
-    import_open_clip,
-    refuse_torchscript,
 )
 
 CONFIG_FILE = "open_clip_config.json"
@@ -44,38 +44,45 @@ WEIGHT_FILES = (
 )  # fmt: skip
 _WEIGHT_SUFFIXES = {Path(name).suffix for name in WEIGHT_FILES} | {".pt"}
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+_QUICK_GELU_SUFFIX = "-quickgelu"
+_SHOWN = 4
 
 
 class OpenClipEncoder:
-    """An open_clip model; its own tokenizer and preprocessing.
+    """An open_clip model with its own tokenizer and preprocessing.
 
     Args:
-        path: folder with `open_clip_config.json`, or a weights file.
-        architecture: for a weights file, open_clip's name of what it holds, e.g. `EVA02-B-16`.
-        activation: for a weights file, `gelu` or `quick_gelu`, where the architecture leaves it
-            open; see `find_activation`.
-    Raises: ValueError when open_clip is not installed, weights are missing, a name is unknown, or
-        nothing says what a weights file is run with: how its images are prepared, its activation.
+        path: Folder with `open_clip_config.json`, or a weights file.
+        config: How the model is run.
+        source: What the user gave.
+        architecture: For a weights file, open_clip's name of its architecture, e.g. `EVA02-B-16`.
+        activation: For a weights file, `gelu` or `quick_gelu`, if the architecture does not say
+            it; see `_find_activation`.
+
+    Raises:
+        ValueError: open_clip is not installed, weights are missing, a name is unknown, or nothing
+            says how a weights file is to be run.
     """
 
     def __init__(
         self,
         path: Path,
-        settings: EncoderSettings,
+        config: EncoderConfig,
         *,
         source: str,
         architecture: str | None = None,
         activation: str | None = None,
     ) -> None:
         self._open_clip = import_open_clip()
-        self._settings = settings
+        self._run_config = config
         self._source = source
         self._path = path
         given = {"architecture": architecture, "activation": activation}
         for argument, value in given.items():
             if path.is_dir() and value is not None:
                 raise ValueError(
-                    f"{source} is a folder, whose {CONFIG_FILE} says what it holds; leave "
+                    f"{source} is a folder, whose {CONFIG_FILE} says how it is run; leave "
                     f"{argument}={value!r} out."
                 )
         self._weights = path if path.is_file() else _find_weights(path)
@@ -84,7 +91,7 @@ class OpenClipEncoder:
         if path.is_file():
             self._name = self._check_architecture(architecture)
             self._pretrained = str(path)
-        self._written = _read_config(path) if path.is_dir() else self._built_in(activation)
+        self._written = _read_config(path) if path.is_dir() else self._infer_config(activation)
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
         self._max_tokens = int(self._tokenizer.context_length)
 
@@ -93,35 +100,44 @@ class OpenClipEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts, cut at the context length."""
+        """Encode texts, truncated at the context length.
+
+        Args:
+            texts: At least one.
+        """
         check_texts(list(texts))
-        embeds = encode_distinct(
+        embeds = encode_batches(
             texts,
             self._tokenizer,
-            lambda ids: self._model.encode_text(ids.to(self._settings.find_device())),
-            self._settings,
+            lambda ids: self._model.encode_text(ids.to(find_device(self._run_config.device))),
+            self._run_config,
             unit="texts",
         )
         is_truncated = {text: self._count_tokens(text) > self._max_tokens for text in set(texts)}
         return EncodedTexts(embeds, torch.tensor([is_truncated[text] for text in texts]))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with the checkpoint's own preprocessing."""
+        """Encode images with the model's own preprocessing.
+
+        Args:
+            images: At least one.
+            names: Not used.
+        """
         require_images(images)
-        return encode_distinct(
+        return encode_batches(
             images,
             lambda batch: torch.stack([self._transform(p) for p in load_rgb(batch)]),
             lambda pixels: self._model.encode_image(self._cast(pixels)),
-            self._settings,
+            self._run_config,
             unit="images",
         )
 
     def _cast(self, pixels: Tensor) -> Tensor:
         dtype = getattr(torch, self._description.dtype)
-        return pixels.to(self._settings.find_device(), dtype=dtype)
+        return pixels.to(find_device(self._run_config.device), dtype=dtype)
 
     def _count_tokens(self, text: str) -> int:
-        """Tokens with the begin and end, before anything is cut."""
+        """Count the tokens with begin and end, before truncation."""
         if self._is_clips_own:
             return len(self._tokenizer.encode(text)) + 2
         cleaned = self._tokenizer.clean_fn(text)
@@ -133,20 +149,23 @@ class OpenClipEncoder:
 
     def _check_architecture(self, architecture: str | None) -> str:
         if self._path.suffix not in _WEIGHT_SUFFIXES:
-            raise ValueError(f"{self._source} is none of {sorted(_WEIGHT_SUFFIXES)}.")
-        refuse_torchscript(self._path, source=self._source)
+            raise ValueError(
+                f"{self._source} is not a weights file: its suffix must be one of "
+                f"{', '.join(sorted(_WEIGHT_SUFFIXES))}."
+            )
+        _refuse_torchscript(self._path, source=self._source)
         known = self._open_clip.list_models()
         if architecture is None or architecture not in known:
             raise ValueError(
-                f"{self._source} is a weights file, which does not say what it holds, and "
+                f"{self._source} is a weights file, which does not say what it contains, and "
                 f"architecture is {architecture!r}. Name one of open_clip's: {sorted(known)}."
             )
         return architecture
 
-    def _built_in(self, given: str | None) -> dict[str, Any]:
-        """What open_clip knows of an architecture, as a folder would have it written."""
-        preprocessing = find_preprocessing(self._name, source=self._source)
-        activation = find_activation(self._name, given=given, source=self._source)
+    def _infer_config(self, given: str | None) -> dict[str, Any]:
+        """Write what open_clip knows of an architecture as a folder would have it."""
+        preprocessing = _find_preprocessing(self._name, source=self._source)
+        activation = _find_activation(self._name, given=given, source=self._source)
         model_config = self._open_clip.get_model_config(self._name)
         return {
             "model_cfg": {**model_config, "quick_gelu": activation == "quick_gelu"},
@@ -160,20 +179,20 @@ class OpenClipEncoder:
             pretrained=self._pretrained,
             force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
             precision=_PRECISIONS[self._description.dtype],
-            device=self._settings.find_device(),
+            device=find_device(self._run_config.device),
             require_pretrained=True,
         )
         return model.eval()
 
     @cached_property
     def _preprocessing(self) -> Any:
-        """open_clip's own settings of the images, as it merges them when it loads a model."""
+        """How open_clip prepares images, merged as it does when it loads a model."""
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
         written = self._written.get("preprocess_cfg", {})
-        settings = merge_preprocess_dict(dict(vars(PreprocessCfg())), written)
+        merged = merge_preprocess_dict(dict(vars(PreprocessCfg())), written)
         size = self._written["model_cfg"]["vision_cfg"]["image_size"]
-        return PreprocessCfg(**settings | {"size": size})
+        return PreprocessCfg(**merged | {"size": size})
 
     @cached_property
     def _transform(self) -> Any:
@@ -185,9 +204,9 @@ class OpenClipEncoder:
     def _description(self) -> EncoderDescription:
         fingerprint, saved = self._fingerprint()
         chosen = self._preprocessing
-        activations = describe_open_clip_activations(self._written["model_cfg"])
+        activations = _describe_activations(self._written["model_cfg"])
         return EncoderDescription(
-            kind="open_clip",
+            model_type="open_clip",
             source=self._source,
             fingerprint=fingerprint,
             text={
@@ -209,9 +228,9 @@ class OpenClipEncoder:
                 "scale": 1 / 255,
                 "activation": activations["images"],
             },
-            # What open_clip saves in half precision it still runs in float32, unless told.
-            dtype="float32" if self._settings.dtype == "saved" else self._settings.dtype,
-            run={**self._settings.run, "saved_dtype": saved},
+            # What open_clip saves in half precision it still runs in float32 by default.
+            dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
+            run={**describe_run(self._run_config), "saved_dtype": saved},
         )
 
     def _fingerprint(self) -> tuple[dict[str, str], str]:
@@ -220,7 +239,7 @@ class OpenClipEncoder:
         else:
             found = {"weights": hash_file(self._weights), "dtype": "unknown"}
         if self._path.is_dir():
-            other = hash_files(self._path, ("*.json", "*.txt", "*.model"))
+            other = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
         else:
             other = json.dumps(self._written, sort_keys=True)
         return {"weights": found["weights"], "files": other}, found["dtype"]
@@ -240,7 +259,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has any of the files that open_clip looks for."""
+    """Return whether a folder has any of the weight files that open_clip looks for.
+
+    Args:
+        folder: The folder.
+    """
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
@@ -249,6 +272,104 @@ def _find_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(
-        f"{folder} has {CONFIG_FILE} but none of {list(WEIGHT_FILES)}; the model would be random. "
-        "Get the weights."
+        f"{folder} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would be "
+        "random. Get the weights."
     )
+
+
+def _find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
+    """Find how images are prepared for every published model of an architecture.
+
+    Returns:
+        Mean, std, interpolation and resize mode, as `open_clip_config.json` has them.
+    """
+    open_clip = import_open_clip()
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    found = [{key: cfg[key] for key in _PREPROCESSING if key in cfg} for cfg in known]
+    if not found or any(other != found[0] for other in found):
+        raise ValueError(
+            f"{source} is a weights file, which does not say how its images are prepared, and "
+            f"open_clip's {len(tags)} published models of {architecture} do not "
+            f"{'agree on it' if tags else 'say it either'}. Get the repository's folder, with "
+            "open_clip_config.json."
+        )
+    return found[0]
+
+
+def _find_activation(architecture: str, *, given: str | None, source: str) -> str:
+    """Find the activation of a weights file: `gelu` or `quick_gelu`, which have the same weights.
+
+    An architecture that has QuickGELU in its own configuration says it; the plain name of one that
+    is published with both does not, and the user has to say it.
+    """
+    if given is not None and given not in ACTIVATIONS:
+        raise ValueError(f"activation={given!r} must be one of {', '.join(ACTIVATIONS)}.")
+    open_clip = import_open_clip()
+    if open_clip.get_model_config(architecture).get("quick_gelu", False):
+        if given == "gelu":
+            raise ValueError(
+                f"{architecture} has quick_gelu, and activation is 'gelu'. Name the architecture "
+                f"without it: {architecture.removesuffix(_QUICK_GELU_SUFFIX)}."
+            )
+        return "quick_gelu"
+    if given is not None:
+        return given
+    tags: dict[str, list[str]] = {name: [] for name in ACTIVATIONS}
+    for tag in open_clip.list_pretrained_tags_by_model(architecture):
+        is_quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+        tags[ACTIVATIONS[is_quick]].append(tag)
+    if not tags["quick_gelu"]:
+        return "gelu"
+    shown = "; ".join(
+        f"{name}: {', '.join(of_it[:_SHOWN])}{', …' if len(of_it) > _SHOWN else ''}"
+        for name, of_it in tags.items()
+        if of_it
+    )
+    agree = "all have quick_gelu" if not tags["gelu"] else "have either"
+    raise ValueError(
+        f"{source} is a weights file, which does not say its activation; {architecture} means "
+        f"gelu, and open_clip's published models of it {agree} ({shown}). Name "
+        f"{architecture}{_QUICK_GELU_SUFFIX}, or the activation (--activation gelu or quick_gelu)."
+    )
+
+
+def _describe_activations(model_config: Mapping[str, Any]) -> dict[str, str]:
+    """Name the activation of each tower, by `text` and `images`.
+
+    Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
+    """
+    own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
+    is_foreign = {
+        "text": "hf_model_name" in model_config.get("text_cfg", {}),
+        "images": "timm_model_name" in model_config.get("vision_cfg", {}),
+    }
+    return {side: OF_ITS_TOWER if foreign else own for side, foreign in is_foreign.items()}
+
+
+def _refuse_torchscript(file: Path, *, source: str) -> None:
+    """Raise ValueError for a TorchScript archive, as OpenAI published CLIP: it contains code."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return
+    raise ValueError(
+        f"{source} is a TorchScript archive, which contains code that is never run here. Take the "
+        "same weights as a folder, such as openai/clip-vit-base-patch32, or as safetensors."
+    )
+
+
+def import_open_clip(need: Need = OPEN_CLIP) -> Any:
+    """Import open_clip.
+
+    Args:
+        need: What it is needed for, for the error.
+
+    Raises:
+        MissingExtraError: It is not installed; the message says how to install it.
+    """
+    require(need)
+    import open_clip
+
+    return open_clip

@@ -1,34 +1,46 @@
-"""A sentence-transformers model: texts, and images where it takes them."""
+"""A sentence-transformers model: texts, and images if it takes them.
+
+What it does to a text or an image is read from its files if its first module is that of
+transformers, so that no weights are in memory for it. Only the loaded model knows what other first
+modules do, such as static embeddings.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
 
 from ..._extras import SENTENCE_TRANSFORMERS, require
-from ...loading_llm2clip import naming_code
-from ...model_folders.fingerprint import fingerprint_weights
+from ...configs.evaluation_config import EncoderConfig
+from ...encoding.devices import find_device
+from ...loading_llm2clip import load_without_code, naming_code
+from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ...processing_llm2clip import check_texts
+from .descriptions import OF_ITS_TOWER, describe_activation, describe_image_processor, is_uncased
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    EncoderSettings,
-    encode_distinct,
+    choose_dtype,
+    describe_run,
+    encode_batches,
+    find_loading_dtype,
     load_rgb,
     require_images,
 )
-from .files import hash_files
-from .sentence_files import (
-    SentenceFacts,
-    ask_loaded_model,
-    list_modules,
-    read_sentence_files,
-)
+
+# Older files are named by the model's family: `sentence_roberta_config.json`.
+_MODULE_FILES = "sentence_*_config.json"
+_MODEL_FILE = "config_sentence_transformers.json"
+# A tokenizer without a limit states one that no text reaches.
+_NO_LIMIT = 10**9
 
 
 class SentenceTransformerEncoder:
@@ -37,38 +49,53 @@ class SentenceTransformerEncoder:
     No prompt is added but the model's own default one. Only modules of sentence-transformers
     itself are loaded; code from the folder is never run.
 
-    Raises: ValueError when sentence-transformers is not installed or `modules.json` is damaged.
+    Args:
+        folder: The folder.
+        config: How the model is run.
+        source: What the user gave.
+
+    Raises:
+        ValueError: sentence-transformers is not installed, or `modules.json` is damaged.
     """
 
-    def __init__(self, folder: Path, settings: EncoderSettings, *, source: str) -> None:
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
-        self._settings = settings
+        self._run_config = config
         self._source = source
         _import_sentence_transformers()
-        first = list_modules(folder)[:1]
-        self._is_told_by_files = [module["class"] for module in first] == ["Transformer"]
+        first = _list_modules(folder)[:1]
+        self._has_readable_files = [module["class"] for module in first] == ["Transformer"]
 
     def describe(self) -> EncoderDescription:
         """Say what decides the embeddings."""
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with `encode`."""
+        """Encode texts with `encode`.
+
+        Args:
+            texts: At least one.
+        """
         check_texts(list(texts))
-        embeds = encode_distinct(
-            texts, list, self._encode, self._settings, unit="texts", size_of=len
+        embeds = encode_batches(
+            texts, list, self._encode, self._run_config, unit="texts", size_of=len
         )
-        return EncodedTexts(embeds, self._find_cut(texts))
+        return EncodedTexts(embeds, self._find_truncated(texts))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with `encode`, where the model takes them."""
+        """Encode images with `encode`, if the model takes them.
+
+        Args:
+            images: At least one.
+            names: Not used.
+        """
         require_images(images)
         if self._facts.images is None:
             raise ValueError(
                 f"{self._source} is a sentence-transformers model for "
-                f"{list(self._facts.modalities)}; it takes no images. Give it text tasks."
+                f"{', '.join(self._facts.modalities)}; it takes no images. Give it text tasks."
             )
-        return encode_distinct(images, load_rgb, self._encode, self._settings, unit="images")
+        return encode_batches(images, load_rgb, self._encode, self._run_config, unit="images")
 
     def _encode(self, batch: list[Any]) -> Tensor:
         embeddings: Tensor = self._model.encode(
@@ -79,7 +106,7 @@ class SentenceTransformerEncoder:
         )
         return embeddings
 
-    def _find_cut(self, texts: Sequence[str]) -> Tensor | None:
+    def _find_truncated(self, texts: Sequence[str]) -> Tensor | None:
         longest = self._facts.max_tokens
         if longest is None:
             return None
@@ -91,18 +118,16 @@ class SentenceTransformerEncoder:
         return torch.tensor([len(row) > longest for row in ids])
 
     @cached_property
-    def _facts(self) -> SentenceFacts:
-        if self._is_told_by_files:
-            return read_sentence_files(self._folder)
-        return ask_loaded_model(self._model)
+    def _facts(self) -> _SentenceFacts:
+        return _read_files(self._folder) if self._has_readable_files else _ask_model(self._model)
 
     @cached_property
     def _model(self) -> Any:
-        dtype = self._settings.dtype_argument
+        dtype = find_loading_dtype(self._run_config)
         with naming_code(self._folder):
             model = _import_sentence_transformers().SentenceTransformer(
                 str(self._folder),
-                device=str(self._settings.find_device()),
+                device=str(find_device(self._run_config.device)),
                 model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
                 trust_remote_code=False,
                 local_files_only=True,
@@ -112,10 +137,10 @@ class SentenceTransformerEncoder:
     @cached_property
     def _description(self) -> EncoderDescription:
         weights = fingerprint_weights(self._folder, pattern="**/*.safetensors")
-        files = hash_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
+        files = hash_model_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
         facts = self._facts
         return EncoderDescription(
-            kind="sentence-transformers",
+            model_type="sentence-transformers",
             source=self._source,
             fingerprint={"weights": weights["weights"], "files": files},
             text={
@@ -127,8 +152,8 @@ class SentenceTransformerEncoder:
                 "activation": facts.activation,
             },
             images=facts.images,
-            dtype=self._settings.choose_dtype(weights["dtype"]),
-            run=self._settings.run,
+            dtype=choose_dtype(self._run_config, weights["dtype"]),
+            run=describe_run(self._run_config),
         )
 
 
@@ -137,3 +162,116 @@ def _import_sentence_transformers() -> Any:
     import sentence_transformers
 
     return sentence_transformers
+
+
+@dataclass(frozen=True)
+class _SentenceFacts:
+    """What decides the embeddings besides the weights.
+
+    Attributes:
+        modules: Names of their classes, in their order.
+        default_prompt: Prefix of every text; None for none.
+        max_tokens: Longer texts are truncated; None for no limit.
+        lower_case: Whether texts lose their case.
+        activation: Activation of the text tower.
+        modalities: What is encoded: `text`, `image` and others.
+        images: How they are prepared; None if they are not encoded.
+        tokenizer: For counting tokens, if there is a limit.
+    """
+
+    modules: tuple[str, ...]
+    default_prompt: str | None
+    max_tokens: int | None
+    lower_case: bool
+    activation: str
+    modalities: tuple[str, ...]
+    images: dict[str, Any] | None
+    tokenizer: Any
+
+
+def _list_modules(folder: Path) -> list[dict[str, Any]]:
+    """List the modules of a folder in their order, each with its `path` and its `class`."""
+    modules = sorted(_read_json(folder / "modules.json"), key=lambda module: module["idx"])
+    return [{**module, "class": str(module["type"]).rpartition(".")[2]} for module in modules]
+
+
+def _read_files(folder: Path) -> _SentenceFacts:
+    """Read the files of a model that begins with `Transformer`, as sentence-transformers does."""
+    modules = _list_modules(folder)
+    inside = folder / modules[0]["path"]
+    found = sorted(inside.glob(_MODULE_FILES))
+    written = _read_json(found[0]) if found else {}
+    # A model that was saved before there were other modalities takes only texts.
+    modalities = tuple(written.get("modality_config", ("text",)))
+    if "text" not in modalities:
+        raise ValueError(f"{folder} encodes {modalities} and no texts, which every task needs.")
+    processor = load_without_code(AutoProcessor, inside)
+    config = load_without_code(AutoConfig, inside)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    images = None
+    if "image" in modalities:
+        images = {
+            **describe_image_processor(getattr(processor, "image_processor", processor)),
+            "activation": describe_activation(getattr(config, "vision_config", config)),
+        }
+    return _SentenceFacts(
+        modules=tuple(module["class"] for module in modules),
+        default_prompt=_find_prompt(folder),
+        max_tokens=_find_limit(written, tokenizer, config),
+        lower_case=bool(written.get("do_lower_case")) or is_uncased(tokenizer),
+        activation=describe_activation(config.get_text_config()),
+        modalities=modalities,
+        images=images,
+        tokenizer=tokenizer,
+    )
+
+
+def _ask_model(model: Any) -> _SentenceFacts:
+    """Ask a loaded `SentenceTransformer`."""
+    limit = model.max_seq_length
+    images = None
+    if model.supports("image"):
+        processor = model.processor
+        image_processor = getattr(processor, "image_processor", processor)
+        images = {**describe_image_processor(image_processor), "activation": OF_ITS_TOWER}
+    return _SentenceFacts(
+        modules=tuple(type(module).__name__ for module in model),
+        default_prompt=model.prompts.get(model.default_prompt_name),
+        max_tokens=int(limit) if limit is not None and limit < _NO_LIMIT else None,
+        lower_case=bool(getattr(model[0], "do_lower_case", False)),
+        activation=OF_ITS_TOWER,
+        modalities=tuple(map(str, model.modalities)),
+        images=images,
+        tokenizer=model.tokenizer,
+    )
+
+
+def _find_limit(written: dict[str, Any], tokenizer: Any, config: Any) -> int | None:
+    """Find the most tokens of a text: what the file says, else the tokenizer or the positions."""
+    of_texts = written.get("processing_kwargs", {}).get("text", {})
+    of_tokenizer = written.get("processor_kwargs", written.get("tokenizer_args", {}))
+    given = [
+        of_texts.get("max_length"),
+        of_tokenizer.get("model_max_length"),
+        written.get("max_seq_length"),
+    ]
+    chosen = next((limit for limit in given if limit is not None), None)
+    if chosen is None:
+        positions = getattr(config, "max_position_embeddings", -1)
+        chosen = min(tokenizer.model_max_length, positions if positions != -1 else _NO_LIMIT)
+    return int(chosen) if chosen < _NO_LIMIT else None
+
+
+def _find_prompt(folder: Path) -> str | None:
+    if not (folder / _MODEL_FILE).is_file():
+        return None
+    written = _read_json(folder / _MODEL_FILE)
+    prompt: str | None = written.get("prompts", {}).get(written.get("default_prompt_name"))
+    return prompt
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}). Get it again.") from error

@@ -1,9 +1,9 @@
-"""A folder of embeddings instead of a model.
+"""A folder of embeddings in place of a model.
 
 Either embeddings with names (`data/named_embeddings.py`), or stores of `llm2clip extract`: the
-folder itself, or its subfolders `captions` and `images`. A store holds embeddings before the
-adapter and the projections, so images and captions can be compared only through the model that made
-them; captions alone need none.
+folder itself, or its subfolders `captions` and `images`. A store has embeddings from before the
+text adapter and the projections, so images and captions can be compared only with the heads of the
+model that computed them; captions alone need none.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
 from ...data.data_hashes import hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage
+from ...encoding.encode import project_captions, project_images
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,
     fingerprint_vision,
     fingerprint_weights,
 )
+from ...model_folders.model_loading import load_partial_model
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
-from .encoder import EncodedTexts, EncoderDescription, EncoderSettings
+from .encoder import EncodedTexts, EncoderDescription, choose_dtype
 
 _SHOWN = 5
 _SIDE_OF_CONTENT = {"caption_embeds": "texts", "vision_embeds": "images"}
@@ -44,10 +47,11 @@ class _Side:
     """The stored embeddings of texts or of images.
 
     Attributes:
-        row_of: name to row.
-        read: rows to (N, D) float32.
+        row_of: Name to row.
+        read: Makes (N, D) float32 of rows.
         width: D.
-        made_by: digest of the embeddings, or what made them.
+        dtype: Dtype on disk.
+        made_by: Digest of the embeddings, or the fingerprint of what computed them.
     """
 
     row_of: dict[str, int]
@@ -61,32 +65,37 @@ class StoredEmbeddingsEncoder:
     """Looks embeddings up.
 
     Args:
-        folder: see the top of this file.
-        records: the data set that the stores were extracted from, which says whose rows are
-            whose; only for stores, and compared with what the store says of its data.
-        head: folder of the model that made the stores, whose adapter and projections are applied.
-    Raises: ValueError for a folder without embeddings, embeddings that are not finite, two sides of
-        unequal width, stores of another data set or another model.
+        folder: See the top of this file.
+        config: How the head is run.
+        source: What the user gave.
+        records: The dataset that the stores were extracted from, which says which row belongs to
+            what; only for stores, and compared with what the store says of its data.
+        head: Folder of the model that computed the stores, whose text adapter and projections are
+            applied.
+
+    Raises:
+        ValueError: The folder has no embeddings, two sides of different width, or stores of another
+            dataset or model.
     """
 
     def __init__(
         self,
         folder: Path,
-        settings: EncoderSettings,
+        config: EncoderConfig,
         *,
         source: str,
         records: Sequence[CaptionedImage] | None = None,
         head: Path | None = None,
     ) -> None:
         self._folder = folder
-        self._settings = settings
+        self._run_config = config
         self._source = source
         self._head_folder = head
         self._untrained_parts: tuple[str, ...] = ()
         if head is not None:
-            config = LLM2CLIPConfig.from_pretrained(head)
-            self._untrained_parts = find_untrained_parts(config)
-            warn_of_untrained(config, head)
+            head_config = LLM2CLIPConfig.from_pretrained(head)
+            self._untrained_parts = find_untrained_parts(head_config)
+            warn_of_untrained(head_config, head)
         named = {side: side_file(folder, side) for side in SIDES}
         self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
         self._is_store = not self._sides
@@ -94,15 +103,15 @@ class StoredEmbeddingsEncoder:
             self._sides = _open_stores(folder, records, head)
         if head is not None and not self._is_store:
             raise ValueError(
-                f"{source} holds final embeddings; a head is for stores. Leave it out."
+                f"{source} has final embeddings; a head is only for stores. Leave it out."
             )
         if self._is_store and head is None:
             # Widths may be equal by chance, and the products would mean nothing.
             self._sides = {side: v for side, v in self._sides.items() if side == "texts"}
             if not self._sides:
                 raise ValueError(
-                    f"{source} holds images as the tower gave them, which no caption can be "
-                    "compared with. Name the model that made them (--head)."
+                    f"{source} has images as the tower encodes them, which cannot be compared with "
+                    "captions. Name the model that computed them (--head)."
                 )
         widths = {side: found.width for side, found in self._sides.items()}
         if not self._is_store and len(set(widths.values())) > 1:
@@ -115,18 +124,27 @@ class StoredEmbeddingsEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Look texts up by themselves."""
+        """Look texts up by themselves.
+
+        Args:
+            texts: At least one.
+        """
         check_texts(list(texts))
         embeds = self._look_up("texts", texts)
         if self._head is not None:
-            embeds = self._project(self._head.project_caption_embeds, embeds)
+            embeds = project_captions(self._head, embeds)
         return EncodedTexts(embeds, None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Look images up by their names."""
+        """Look images up by their names.
+
+        Args:
+            images: Not used.
+            names: Their names in the dataset.
+        """
         embeds = self._look_up("images", names)
         if self._head is not None:
-            embeds = self._project(self._head.project_vision_embeds, embeds)
+            embeds = project_images(self._head, embeds)
         return embeds
 
     def _look_up(self, name: str, wanted: Sequence[str]) -> Tensor:
@@ -134,7 +152,8 @@ class StoredEmbeddingsEncoder:
         if side is None:
             hint = " Stored images need the model's head (--head)." if self._is_store else ""
             raise ValueError(
-                f"{self._source} has no embeddings of {name}, only of {[*self._sides]}.{hint}"
+                f"{self._source} has no embeddings of {name}, only of {', '.join(self._sides)}."
+                f"{hint}"
             )
         lost = [item for item in dict.fromkeys(wanted) if item not in side.row_of]
         if lost:
@@ -151,18 +170,13 @@ class StoredEmbeddingsEncoder:
             )
         return embeds
 
-    @torch.inference_mode()
-    def _project(self, project: Callable[[Tensor], Tensor], embeds: Tensor) -> Tensor:
-        return project(embeds.to(self._settings.find_device())).cpu()
-
     @cached_property
     def _head(self) -> LLM2CLIPModel | None:
         if self._head_folder is None:
             return None
-        model = LLM2CLIPModel.from_pretrained(
-            self._head_folder, dtype=self._settings.dtype_argument
-        )
-        return model.to(self._settings.find_device()).eval()  # type: ignore[no-any-return]
+        model = load_partial_model(self._head_folder, device=self._run_config.device)
+        dtype = self._run_config.dtype
+        return model if dtype == "saved" else model.to(dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
 
     @cached_property
     def _description(self) -> EncoderDescription:
@@ -175,15 +189,15 @@ class StoredEmbeddingsEncoder:
         dtypes = {side.dtype for side in self._sides.values()}
         if head is not None:
             of_head = fingerprint_model(head)
-            dtypes.add(self._settings.choose_dtype(of_head.pop("dtype")))
+            dtypes.add(choose_dtype(self._run_config, of_head.pop("dtype")))
             fingerprint |= {f"head {name}": value for name, value in of_head.items()}
-        kind = "stores" if self._is_store else "named embeddings"
+        stored_as = "stores" if self._is_store else "named embeddings"
         sides = {
-            name: {"stored_as": kind, "dtype": side.dtype, "width": side.width}
+            name: {"stored_as": stored_as, "dtype": side.dtype, "width": side.width}
             for name, side in self._sides.items()
         }
         return EncoderDescription(
-            kind="embeddings",
+            model_type="embeddings",
             source=self._source,
             fingerprint=fingerprint,
             text=sides.get("texts"),
@@ -194,7 +208,11 @@ class StoredEmbeddingsEncoder:
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Whether a folder has files that this kind reads."""
+    """Return whether a folder has embeddings that are read here.
+
+    Args:
+        folder: The folder.
+    """
     return any(side_file(folder, side).is_file() for side in SIDES) or bool(_find_stores(folder))
 
 
@@ -221,13 +239,12 @@ def _open_stores(
 ) -> dict[str, _Side]:
     stores = [EmbeddingStore.open(path) for path in _find_stores(folder)]
     if not stores:
-        raise ValueError(
-            f"{folder} holds no store and none of {[f'{s}.safetensors' for s in SIDES]}."
-        )
+        files = " and no ".join(f"{side}.safetensors" for side in SIDES)
+        raise ValueError(f"{folder} has no embedding store, no {files}.")
     if records is None:
         raise ValueError(
-            f"{folder} holds stores, which do not say which text has which row. Name the data set "
-            "they were extracted from (--extracted-from)."
+            f"{folder} has embedding stores, which do not say which row belongs to which text. "
+            "Name the dataset they were extracted from (--extracted-from)."
         )
     sides = {}
     for store in stores:
@@ -236,7 +253,7 @@ def _open_stores(
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
             store.require_fingerprint(of_head(head))
-        rows_of = _text_rows if side == "texts" else _image_rows
+        rows_of = _list_text_rows if side == "texts" else _list_image_rows
         sides[side] = _Side(
             row_of=dict(rows_of(store, records)),
             read=store.read,
@@ -250,12 +267,12 @@ def _open_stores(
 def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> None:
     if store.manifest.plan.get("data") != hash_records(records):
         raise ValueError(
-            f"{store.folder} was extracted from another data set than the one named: "
+            f"{store.folder} was extracted from another dataset than the one that is named: "
             f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
         )
 
 
-def _text_rows(
+def _list_text_rows(
     store: EmbeddingStore, records: Sequence[CaptionedImage]
 ) -> Iterable[tuple[str, int]]:
     for item, record in enumerate(records):
@@ -263,7 +280,7 @@ def _text_rows(
             yield from zip(texts, store.rows_of(item, long=is_long).tolist(), strict=True)
 
 
-def _image_rows(
+def _list_image_rows(
     store: EmbeddingStore, records: Sequence[CaptionedImage]
 ) -> Iterable[tuple[str, int]]:
     for item, record in enumerate(records):

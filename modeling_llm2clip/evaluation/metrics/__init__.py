@@ -1,1 +1,1 @@
-"""Embeddings and their correspondence in, ranks and numbers out. Knows no model."""
+"""Ranks and scores of embeddings; the metrics know no model."""

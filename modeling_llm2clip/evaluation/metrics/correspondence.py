@@ -1,4 +1,4 @@
-"""Which caption belongs to which image, said pair by pair and never by a reshape."""
+"""Which caption belongs to which image, stated pair by pair and never by a reshape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PositiveLists:
     Attributes:
         offsets: (Q + 1,) int64; the positives of query q are members[offsets[q] : offsets[q + 1]].
         members: (num_pairs,) int64, rows of the other side, ascending within a query.
-        pairs: (num_pairs,) int64, where each member's pair stands in the correspondence.
+        pairs: (num_pairs,) int64, position of each member's pair in the correspondence.
     """
 
     offsets: Tensor
@@ -28,26 +28,36 @@ class PositiveLists:
 
     @property
     def counts(self) -> Tensor:
-        """(Q,) int64, how many positives each query has; at least one."""
+        """(Q,) int64, number of positives of each query; at least one."""
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
-        """Rows of the other side that are positives of one query."""
+        """Return the positives of one query.
+
+        Args:
+            query: Row of the query.
+
+        Returns:
+            Rows of the other side, int64.
+        """
         return self.members[int(self.offsets[query]) : int(self.offsets[query + 1])]
 
 
 @dataclass(frozen=True, eq=False)
 class Correspondence:
-    """Which texts describe which images: a set of pairs of rows.
+    """Which texts describe which images, as pairs of rows.
 
     Several texts may belong to one image and several images to one text.
 
     Attributes:
-        num_images, num_texts: rows of the two sides.
-        image_of_pair, text_of_pair: (num_pairs,) int64; pair p says that row image_of_pair[p] of
-            the images and row text_of_pair[p] of the texts belong together.
-    Raises: ValueError, with all errors at once, for rows out of range, a pair that is there twice,
-        an image without a text, or a text without an image.
+        num_images: Number of images.
+        num_texts: Number of texts.
+        image_of_pair: (num_pairs,) int64, the image of each pair.
+        text_of_pair: (num_pairs,) int64, the text of each pair.
+
+    Raises:
+        ValueError: A row is out of range, a pair occurs twice, an image has no text, or a text has
+            no image; all errors are reported at once.
     """
 
     num_images: int
@@ -60,11 +70,11 @@ class Correspondence:
         if image.shape != text.shape or image.ndim != 1:
             raise ValueError(
                 f"image_of_pair {tuple(image.shape)} and text_of_pair {tuple(text.shape)} must be "
-                "two lists of one length, one number each a pair."
+                "two lists of equal length, with one number for each pair."
             )
         for name, rows in (("image_of_pair", image), ("text_of_pair", text)):
             if rows.dtype != torch.int64:
-                raise ValueError(f"{name} is {rows.dtype}; row numbers are torch.int64.")
+                raise ValueError(f"{name} is {rows.dtype}; row numbers must be torch.int64.")
         errors = [
             *_find_errors("image", image, self.num_images, other="text"),
             *_find_errors("text", text, self.num_texts, other="image"),
@@ -78,30 +88,30 @@ class Correspondence:
     def from_group_ids(
         cls, image_group_ids: Sequence[Hashable], text_group_ids: Sequence[Hashable]
     ) -> Correspondence:
-        """Pair every image with every text of the same group."""
-        images_of_group = _rows_of(image_group_ids)
-        texts_of_group = _rows_of(text_group_ids)
+        """Pair every image with every text of the same group.
+
+        Args:
+            image_group_ids: Group of each image.
+            text_group_ids: Group of each text.
+
+        Raises:
+            ValueError: A group has only images, or only texts.
+        """
+        images_of_group, texts_of_group = _list_rows(image_group_ids), _list_rows(text_group_ids)
+        without_texts = [group for group in images_of_group if group not in texts_of_group]
+        without_images = [group for group in texts_of_group if group not in images_of_group]
+        errors = [
+            f"{len(groups)} group ids occur only among the {side}: {_name_some(groups)}"
+            for side, groups in (("images", without_texts), ("texts", without_images))
+            if groups
+        ]
+        if errors:
+            raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
         pairs = [
             pair
-            for group_id, images in images_of_group.items()
-            for pair in product(images, texts_of_group.get(group_id, ()))
+            for group, images in images_of_group.items()
+            for pair in product(images, texts_of_group[group])
         ]
-        lonely = [
-            f"{len(group_ids)} group ids only {side} have: {_name_some(group_ids)}"
-            for side, group_ids in (
-                (
-                    "images",
-                    [group_id for group_id in images_of_group if group_id not in texts_of_group],
-                ),
-                (
-                    "texts",
-                    [group_id for group_id in texts_of_group if group_id not in images_of_group],
-                ),
-            )
-            if group_ids
-        ]
-        if lonely:
-            raise ValueError("Images and texts do not correspond: " + "; ".join(lonely) + ".")
         rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
         return cls(len(image_group_ids), len(text_group_ids), rows[:, 0], rows[:, 1])
 
@@ -112,22 +122,23 @@ class Correspondence:
         """Pair every text with the one image it describes.
 
         Args:
-            image_of_text: (num_texts,) whole numbers, a row of the images for every text.
+            image_of_text: (num_texts,) integers, a row of the images for every text.
+            num_images: Number of images.
         """
         images = torch.as_tensor(image_of_text, dtype=torch.int64)
         return cls(num_images, len(images), images, torch.arange(len(images)))
 
     @property
     def num_pairs(self) -> int:
-        """How many images and texts belong together."""
+        """Number of pairs of an image and a text."""
         return len(self.image_of_pair)
 
     def texts_of_images(self) -> PositiveLists:
-        """For every image its texts: the positives of image to text retrieval."""
+        """List the texts of every image: the positives of i2t retrieval."""
         return _list_positives(self.image_of_pair, self.text_of_pair, self.num_images)
 
     def images_of_texts(self) -> PositiveLists:
-        """For every text its images: the positives of text to image retrieval."""
+        """List the images of every text: the positives of t2i retrieval."""
         return _list_positives(self.text_of_pair, self.image_of_pair, self.num_texts)
 
     def _find_repeated_pairs(self) -> list[str]:
@@ -135,7 +146,7 @@ class Correspondence:
         distinct, counts = codes.unique(return_counts=True)
         repeated = distinct[counts > 1].tolist()
         named = [divmod(code, self.num_texts) for code in repeated]
-        return [f"{len(named)} pairs stand there twice: {_name_some(named)}"] if named else []
+        return [f"{len(named)} pairs occur twice: {_name_some(named)}"] if named else []
 
 
 def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> PositiveLists:
@@ -157,7 +168,7 @@ def _find_errors(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[
     return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
 
 
-def _rows_of(group_ids: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+def _list_rows(group_ids: Iterable[Hashable]) -> dict[Hashable, list[int]]:
     rows: dict[Hashable, list[int]] = {}
     for row, group_id in enumerate(group_ids):
         rows.setdefault(group_id, []).append(row)

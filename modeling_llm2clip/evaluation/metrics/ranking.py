@@ -1,4 +1,4 @@
-"""Exact ranks of the positives in both directions of retrieval, out of tiles of the scores."""
+"""Exact ranks of the positives in both directions of retrieval, from tiles of the scores."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .correspondence import Correspondence
-from .counting import NegativeCounts
-from .score_precision import bound_float32_error, full_float32
-from .tiles import TileScorer, choose_tile_shape
-from .unit_rows import UnitRows
+from .correspondence import Correspondence, PositiveLists
+from .score_tiles import (
+    Tile,
+    TileScorer,
+    UnitRows,
+    bound_float32_error,
+    choose_tile_shape,
+    full_float32,
+)
 
-# Equal inputs that a model has encoded in other batches differ in the last bits of float32.
+# Equal inputs that a model encodes in different batches differ in the last bits of float32.
 TIE_TOLERANCE = 1e-6
 TIE_RULE = (
     "ties count against the model: a wrong candidate whose cosine is no more than "
-    f"{TIE_TOLERANCE:g} below that of the right one stands before it"
+    f"{TIE_TOLERANCE:g} below that of the right one is ranked before it"
 )
-DEFAULT_MEMORY_MB = 256.0
-_memory_mb = ContextVar("_memory_mb", default=DEFAULT_MEMORY_MB)
-# Their float64 rows should stay in a processor's cache.
+_DEFAULT_MEMORY_MB = 256.0
+_memory_mb = ContextVar("_memory_mb", default=_DEFAULT_MEMORY_MB)
+# Their float64 rows should fit into the cache of a CPU.
 _PAIRS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Where the positives of every query stand, in one direction of retrieval.
+    """Ranks of the positives of every query, in one direction of retrieval.
 
     Attributes:
-        num_candidates: how many rows a query is compared with.
-        num_positives: (Q,) int64, how many of them are right.
+        num_candidates: Number of rows that a query is compared with.
+        num_positives: (Q,) int64, number of right ones among them.
         best_ranks: (Q,) int64, rank of the best positive of each query; 1 is best.
         positive_ranks: (num_pairs,) int64, ranks of all positives of query 0, then of query 1, …,
             ascending within a query; None when they were not asked for.
@@ -52,8 +55,8 @@ class RetrievalRanks:
     """Ranks in both directions.
 
     Attributes:
-        i2t: queries are images, candidates texts ("text retrieval" in older papers).
-        t2i: queries are texts, candidates images ("image retrieval").
+        i2t: Queries are images, candidates are texts ("text retrieval" in older papers).
+        t2i: Queries are texts, candidates are images ("image retrieval").
     """
 
     i2t: Ranking
@@ -62,12 +65,11 @@ class RetrievalRanks:
 
 @contextmanager
 def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Let every ranking inside that names no memory have this one; it moves no rank.
+    """Set the memory of every ranking inside that names none; it changes no rank.
 
-    Raises: ValueError unless it is above 0.
+    Args:
+        max_memory_mb: Working memory in 10^6 bytes, above 0.
     """
-    if not max_memory_mb > 0:
-        raise ValueError(f"max_memory_mb={max_memory_mb:g} must be above 0.")
     token = _memory_mb.set(max_memory_mb)
     try:
         yield
@@ -84,35 +86,35 @@ def rank_retrieval(
     all_positives: bool = False,
     max_memory_mb: float | None = None,
     device: torch.device | str | None = None,
-    over_processes: bool = False,
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
     The rank of a query's k-th best positive is k plus the number of candidates that are not its
-    positives and score as high or higher. Ties thus count against the model, so that equal
-    embeddings cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last
-    bits of a embedding do not decide. The positives of one query do not push each other down.
+    positives and score as high or higher. Ties count against the model, so that equal embeddings
+    cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last bits of an
+    embedding decide nothing. The positives of one query do not lower each other's ranks.
 
     Positives are scored first, in float64. Then tiles of the score matrix are computed in float32,
-    compared with both sides' thresholds and forgotten; the few scores too near to a threshold to
-    trust float32 are computed again in float64. So the ranks are those of the whole matrix in
-    float64, and tiles, devices and processes do not move them.
+    compared with the thresholds of both directions and dropped; the few scores that are too near to
+    a threshold to trust float32 are computed again in float64. So the ranks are those of the whole
+    matrix in float64, whatever the tiles and the device are.
 
     Args:
-        image_embeds, text_embeds: (I, P), (T, P) of any float dtype and length; compared as unit
-            embeddings. An embedding of zeros scores 0 with all.
-        correspondence: which rows belong together.
-        all_positives: rank all positives of a query, not its best alone. Costs one more comparison
+        image_embeds: (I, P) of any float dtype and length; compared as unit embeddings. An
+            embedding of zeros scores 0 with all.
+        text_embeds: (T, P), likewise.
+        correspondence: Which rows belong together.
+        all_positives: Rank all positives of a query, not its best alone. Costs one more comparison
             of the scores for each further positive.
-        max_memory_mb: working memory in 10^6 bytes, beyond the embeddings and some numbers for each
+        max_memory_mb: Working memory in 10^6 bytes, beyond the embeddings and some numbers for each
             image, text and pair; None for that of `ranking_memory`, or else 256.
-        device: where tiles are computed; where the images' embeddings are unless given.
-        over_processes: share the tiles among the processes of the default group; each must come
-            with the same embeddings and gets all ranks. NCCL needs a GPU as device.
-    Raises: ValueError for other counts or widths, a dtype that is no float, NaN (the row is
-        named), too little memory for one row, or processes that come with different embeddings.
+        device: Where tiles are computed; None for the device of the images' embeddings.
+
+    Raises:
+        ValueError: Counts or widths do not fit, a dtype is no float dtype, a row has a NaN, or the
+            memory is too little for one tile.
     """
-    _check(image_embeds, text_embeds, correspondence)
+    _require_fit(image_embeds, text_embeds, correspondence)
     device = torch.device(device) if device is not None else image_embeds.device
     max_memory_mb = _memory_mb.get() if max_memory_mb is None else max_memory_mb
     shape = choose_tile_shape(
@@ -120,35 +122,27 @@ def rank_retrieval(
     )
     images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
     texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
-    over_processes = over_processes and dist.is_initialized() and dist.get_world_size() > 1
     with full_float32(device.type):
         scores = _score_pairs(images, texts, correspondence, min(shape.texts, _PAIRS_AT_A_TIME))
-        if over_processes:
-            _require_equal_scores(scores, device)
         image_counts, text_counts = (
-            NegativeCounts(
+            _NegativeCounts(
                 positives,
                 scores,
-                tolerance=TIE_TOLERANCE,
                 margin=bound_float32_error(image_embeds.shape[1]),
                 all_levels=all_positives,
                 device=device,
             )
             for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
         )
-        tiles = TileScorer(images, texts, correspondence, shape, device)
-        for tile in tiles.score_all(over_processes=over_processes):
+        for tile in TileScorer(images, texts, correspondence, shape, device).score_all():
             image_counts.add(tile)
             text_counts.add(tile.transpose())
-    if over_processes:
-        dist.all_reduce(image_counts.counts)
-        dist.all_reduce(text_counts.counts)
     i2t, t2i = (
         Ranking(
             num_candidates=num_candidates,
             num_positives=counts.num_positives,
-            best_ranks=counts.best_ranks(),
-            positive_ranks=counts.all_ranks() if all_positives else None,
+            best_ranks=counts.find_best_ranks(),
+            positive_ranks=counts.find_all_ranks() if all_positives else None,
         )
         for counts, num_candidates in (
             (image_counts, len(text_embeds)), (text_counts, len(image_embeds)),
@@ -160,7 +154,7 @@ def rank_retrieval(
 def _score_pairs(
     images: UnitRows, texts: UnitRows, correspondence: Correspondence, pairs_at_a_time: int
 ) -> Tensor:
-    """Cosine of every pair, (num_pairs,) float64 on the CPU."""
+    """Compute the cosine of every pair, (num_pairs,) float64 on the CPU."""
     rows = zip(
         correspondence.image_of_pair.split(pairs_at_a_time),
         correspondence.text_of_pair.split(pairs_at_a_time),
@@ -170,7 +164,7 @@ def _score_pairs(
     return torch.cat(scores).cpu()
 
 
-def _check(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
+def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
     for name, embeds, num_rows in (
         ("image", image_embeds, correspondence.num_images),
         ("text", text_embeds, correspondence.num_texts),
@@ -181,7 +175,7 @@ def _check(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspond
                 f"{num_rows} {name}s of the correspondence."
             )
         if not embeds.dtype.is_floating_point:
-            raise ValueError(f"{name}_embeds are {embeds.dtype}; embeddings are of a float dtype.")
+            raise ValueError(f"{name}_embeds are {embeds.dtype}; they must have a float dtype.")
     if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"Images have width {image_embeds.shape[1]}, texts {text_embeds.shape[1]}; they must "
@@ -189,20 +183,121 @@ def _check(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspond
         )
 
 
-def _require_equal_scores(scores: Tensor, device: torch.device) -> None:
-    """Refuse to add counts of different embeddings; their positives would hardly score the same."""
-    weights = torch.linspace(0, 1, len(scores), dtype=torch.float64)
-    mine = torch.stack([scores.sum(dtype=torch.float64), (weights * scores).sum()]).to(device)
-    all_sums = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_sums, mine)
-    # The same embeddings computed on two machines may differ in their last bits.
-    different = [
-        rank
-        for rank, sums in enumerate(all_sums)
-        if not torch.allclose(sums, all_sums[0], rtol=0, atol=TIE_TOLERANCE * len(scores))
-    ]
-    if different:
-        raise ValueError(
-            f"Processes {different} came with other embeddings than process 0. Each must have the "
-            "embeddings of all images and texts: gather them first."
-        )
+class _NegativeCounts:
+    """Counts of negatives ranked before each positive, in one direction, summed over tiles.
+
+    A query's positives are its levels, best first. Level k is compared for the queries that have
+    one, so that a query with many positives costs the others nothing.
+
+    Args:
+        positives: Positives of every query.
+        scores: (num_pairs,) float64, of every pair of the correspondence.
+        margin: Largest error of a float32 score of a tile; scores that are nearer to a threshold
+            are computed again.
+        all_levels: Count for every positive, or for the best one of each query alone.
+        device: Where the tiles are computed.
+    """
+
+    def __init__(
+        self,
+        positives: PositiveLists,
+        scores: Tensor,
+        *,
+        margin: float,
+        all_levels: bool,
+        device: torch.device,
+    ) -> None:
+        levels = positives.counts if all_levels else torch.ones_like(positives.counts)
+        self.num_positives = positives.counts
+        self._num_levels = levels
+        self._first = levels.cumsum(0) - levels  # (Q,), position of the first level of a query
+        ordered = _order_levels(positives, scores, all_levels=all_levels)
+        self._thresholds = (ordered - TIE_TOLERANCE).to(device)
+        self._margin = margin
+        self._counts = torch.zeros(len(ordered), dtype=torch.int64, device=device)
+        # Every query has a level 0.
+        self._queries_of_level = [
+            (levels > level).nonzero().flatten() for level in range(1, int(levels.max()))
+        ]
+
+    def add(self, tile: Tile) -> None:
+        """Count the negatives of a tile that are ranked before each level of its queries."""
+        start, stop = tile.query_start, tile.query_start + len(tile.scores)
+        best_negatives = tile.scores.amax(dim=1)
+        self._add_level(tile, torch.arange(start, stop), best_negatives, level=0)
+        for level, queries in enumerate(self._queries_of_level, start=1):
+            low, high = torch.searchsorted(queries, torch.tensor([start, stop])).tolist()
+            if low < high:
+                self._add_level(tile, queries[low:high], best_negatives, level=level)
+
+    def find_all_ranks(self) -> Tensor:
+        """Return the rank of every level, query after query, int64 on the CPU; 1 is best."""
+        levels = torch.arange(len(self._counts)) - self._first.repeat_interleave(self._num_levels)
+        return 1 + levels + self._counts.cpu()
+
+    def find_best_ranks(self) -> Tensor:
+        """Return (Q,) int64 on the CPU, the rank of the best positive of each query; 1 is best."""
+        return 1 + self._counts.cpu()[self._first]
+
+    def _add_level(
+        self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
+    ) -> None:
+        """Count for one level of some queries of a tile.
+
+        Args:
+            tile: The tile.
+            queries: (q,) on the CPU, ascending.
+            best_negatives: (n,) for every query of the tile.
+            level: The level.
+        """
+        device = tile.scores.device
+        rows, places = (queries - tile.query_start).to(device), self._first[queries].to(device)
+        lowest = (self._thresholds[places + level] - self._margin).float()
+        # For most queries, no negative of a tile comes near to their positive.
+        concerned = best_negatives[rows] >= lowest
+        rows, places = rows[concerned], places[concerned] + level
+        if len(rows):
+            scores = _select_rows(tile.scores, rows)
+            self._counts[places] += self._count(tile, rows, scores, self._thresholds[places, None])
+
+    def _count(self, tile: Tile, rows: Tensor, scores: Tensor, thresholds: Tensor) -> Tensor:
+        """Count the scores of some rows of a tile that reach the thresholds, (q,) int64."""
+        lowest, highest = (thresholds - self._margin).float(), (thresholds + self._margin).float()
+        counts = _count_above(scores, highest, tile.memory)
+        unsure = (_count_above(scores, lowest, tile.memory) > counts).nonzero().flatten()
+        if len(unsure):
+            near = _select_rows(scores, unsure)
+            near = (near >= lowest[unsure]) & (near < highest[unsure])
+            columns = near.any(dim=0).nonzero().flatten()
+            exact = tile.score_exactly(
+                tile.query_start + rows[unsure], tile.candidate_start + columns
+            )
+            before = (exact >= thresholds[unsure]) & near[:, columns]
+            counts[unsure] += before.sum(dim=1)
+        return counts
+
+
+def _select_rows(scores: Tensor, rows: Tensor) -> Tensor:
+    if len(rows) == len(scores):
+        return scores
+    if scores.is_contiguous():
+        return scores.index_select(0, rows)
+    # In the transpose of a tile rows are columns; this way they are read line by line.
+    return scores.T.index_select(1, rows).T
+
+
+def _count_above(scores: Tensor, thresholds: Tensor, memory: Tensor) -> Tensor:
+    """Count the scores of every row that reach its threshold."""
+    # Ones in float32 are added faster than booleans, and exactly up to 2^24, more than a tile has.
+    above = memory.as_strided(scores.shape, scores.stride())
+    torch.ge(scores, thresholds, out=above)
+    return above.sum(dim=1).long()
+
+
+def _order_levels(positives: PositiveLists, scores: Tensor, *, all_levels: bool) -> Tensor:
+    """Return the scores of the positives of every query, best first; or of the best ones alone."""
+    scores = scores.cpu()[positives.pairs]
+    queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
+    by_score = scores.argsort(descending=True, stable=True)
+    ordered = scores[by_score[queries[by_score].argsort(stable=True)]]
+    return ordered if all_levels else ordered[positives.offsets[:-1]]

@@ -1,93 +1,253 @@
-"""Scores of a ranking: one value a query, and their means.
+"""Scores of a ranking: one value per query, their means, and bootstrap confidence intervals.
 
-K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1 but
-the ranks themselves.
+K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1,
+except for the ranks themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .ranking import Ranking
 
+_CLUSTERS_AT_A_TIME = 2**22
+
 
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Whether some positive is among the first K: what CLIP papers call R@K (arXiv:2103.00020).
+    """Compute whether a positive is among the first K: R@K of CLIP papers (arXiv:2103.00020).
 
-    mteb calls its mean hit_rate_at_k. Not a recall where a query has several positives.
+    mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
 
-    Returns: (Q,) float64, 0 or 1.
+    Args:
+        ranking: Ranks of one direction.
+        k: At least 1.
+
+    Returns:
+        (Q,) float64, 0 or 1.
     """
     _require_rank(k)
     return (ranking.best_ranks <= k).double()
 
 
 def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Share of a query's positives among the first K: |{r ≤ K}| / R (trec_eval's recall_K).
+    """Compute the share of a query's positives among the first K: trec_eval's recall_K.
 
-    mteb calls its mean recall_at_k. With R > K it cannot reach 1.
+    |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
 
-    Returns: (Q,) float64.
-    Raises: ValueError for a ranking without the ranks of all positives.
+    Args:
+        ranking: Ranks of one direction, of all positives.
+        k: At least 1.
+
+    Returns:
+        (Q,) float64.
+
+    Raises:
+        ValueError: The ranking has no ranks of all positives.
     """
-    found = (_all_ranks(ranking, k) <= k).double()
+    found = (_require_all_ranks(ranking, k) <= k).double()
     return _sum_by_query(ranking, found) / ranking.num_positives
 
 
 def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Precision at each positive among the first K, summed over R (trec_eval's map_cut_K).
+    """Compute the average precision of the first K (trec_eval's map_cut_K).
 
     AP@K = 1/R · Σ_{r ≤ K} (positives up to rank r) / r; mAP@K is the mean.
 
-    Returns: (Q,) float64.
-    Raises: ValueError for a ranking without the ranks of all positives.
+    Args:
+        ranking: Ranks of one direction, of all positives.
+        k: At least 1.
+
+    Returns:
+        (Q,) float64.
+
+    Raises:
+        ValueError: The ranking has no ranks of all positives.
     """
-    ranks = _all_ranks(ranking, k)
-    precisions = torch.where(ranks <= k, _position_in_query(ranking) / ranks.double(), 0.0)
+    ranks = _require_all_ranks(ranking, k)
+    precisions = torch.where(ranks <= k, _count_up_to(ranking) / ranks.double(), 0.0)
     return _sum_by_query(ranking, precisions) / ranking.num_positives
 
 
 def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Discounted gain of the positives among the first K over the most possible (ndcg_cut_K).
+    """Compute the discounted gain of the first K over the largest possible (ndcg_cut_K).
 
     NDCG@K = Σ_{r ≤ K} 1/log2(r + 1) / Σ_{i ≤ min(K, R)} 1/log2(i + 1) (Järvelin and Kekäläinen,
     2002, as trec_eval computes it).
 
-    Returns: (Q,) float64.
-    Raises: ValueError for a ranking without the ranks of all positives.
+    Args:
+        ranking: Ranks of one direction, of all positives.
+        k: At least 1.
+
+    Returns:
+        (Q,) float64.
+
+    Raises:
+        ValueError: The ranking has no ranks of all positives.
     """
     gained, most = (
         _sum_by_query(ranking, torch.where(ranks <= k, 1 / (ranks.double() + 1).log2(), 0.0))
-        for ranks in (_all_ranks(ranking, k), _position_in_query(ranking))
+        for ranks in (_require_all_ranks(ranking, k), _count_up_to(ranking))
     )
     return gained / most
 
 
 def hit_rate_at(ranking: Ranking, *, k: int) -> float:
-    """Share of queries with a positive among the first K: R@K as CLIP papers count it."""
+    """Compute the share of queries with a positive among the first K: R@K of CLIP papers.
+
+    Args:
+        ranking: Ranks of one direction.
+        k: At least 1.
+    """
     return float(hits_at(ranking, k=k).mean())
 
 
 def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Name the usual scores of one direction, as mteb names them where it has them.
+    """Compute the usual scores of one direction, named as in mteb where it has them.
 
-    Recall, mAP and NDCG are there when the ranks of all positives are.
+    Args:
+        ranking: Ranks of one direction.
+        ks: The ranks K.
+
+    Returns:
+        `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`; with the ranks of all positives
+        also `recall_at_K`, `map_at_K` and `ndcg_at_K`.
     """
     ranks = ranking.best_ranks.double()
     # The smaller of the two middle ranks would flatter; quantile takes their mean.
     scores = {"median_rank": float(ranks.quantile(0.5)), "mean_rank": float(ranks.mean())}
-    kinds = {"hit_rate": hits_at}
+    metrics = {"hit_rate": hits_at}
     if ranking.positive_ranks is not None:
-        kinds |= {"recall": recalls_at, "map": average_precisions_at, "ndcg": ndcgs_at}
-    for name, values_at in kinds.items():
-        scores |= {f"{name}_at_{k}": float(values_at(ranking, k=k).mean()) for k in ks}
+        metrics |= {"recall": recalls_at, "map": average_precisions_at, "ndcg": ndcgs_at}
+    for name, compute in metrics.items():
+        scores |= {f"{name}_at_{k}": float(compute(ranking, k=k).mean()) for k in ks}
     return scores
 
 
-def _all_ranks(ranking: Ranking, k: int) -> Tensor:
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval.
+
+    Attributes:
+        low: Lower bound.
+        high: Upper bound.
+        level: Share of resampled datasets whose score is between the bounds.
+    """
+
+    low: float
+    high: float
+    level: float
+
+
+def bootstrap_mean(
+    values: Tensor,
+    *,
+    generator: torch.Generator,
+    clusters: Tensor | None = None,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of a mean over queries (Efron and Tibshirani, 1993, ch. 13).
+
+    Whole clusters are sampled with replacement. The five captions of an image succeed and fail
+    together; sampled one by one they would pass for five independent trials, and the interval would
+    be too narrow.
+
+    Args:
+        values: (Q,) one number per query, as `hits_at` and its like return.
+        generator: On the CPU; the same seed gives the same interval.
+        clusters: (Q,) integers, equal for queries that are sampled together: for captions, the
+            row of their image. None if each query is a cluster of its own.
+        num_resamples: Number of resampled datasets.
+        level: Share of them that the interval covers.
+
+    Raises:
+        ValueError: There are no values or a NaN, lengths differ, or the level is outside (0, 1).
+    """
+    if values.ndim != 1 or not len(values) or not values.isfinite().all():
+        raise ValueError(
+            f"values {tuple(values.shape)} must be finite numbers, one for each query."
+        )
+    if not 0 < level < 1 or num_resamples < 1:
+        raise ValueError(
+            f"level={level} must be between 0 and 1, num_resamples={num_resamples} at least 1."
+        )
+    if clusters is None:
+        clusters = torch.arange(len(values))
+    elif clusters.shape != values.shape:
+        raise ValueError(
+            f"clusters {tuple(clusters.shape)} must name one cluster for each of the "
+            f"{len(values)} values."
+        )
+    numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
+    sums = torch.zeros(len(sizes), dtype=torch.float64)
+    sums.index_add_(0, numbers, values.double().cpu())
+    means = _resample_means(sums, sizes.double(), num_resamples, generator)
+    return _make_interval(means, level)
+
+
+def bootstrap_mean_of_means(
+    groups: Sequence[tuple[Tensor, Tensor]],
+    *,
+    generator: torch.Generator,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of the mean over groups, such as languages, of their means.
+
+    One sample of clusters serves all groups: an image that is sampled twice counts twice in every
+    language that it has captions in.
+
+    Args:
+        groups: Values and clusters of each, as `bootstrap_mean` takes them; equal numbers are one
+            cluster, in whatever group.
+        generator: On the CPU; the same seed gives the same interval.
+        num_resamples: Number of resampled datasets.
+        level: Share of them that the interval covers.
+    """
+    numbers = torch.cat([clusters for _, clusters in groups]).unique(return_inverse=True)[1]
+    num_clusters = int(numbers.max()) + 1
+    sums, sizes = torch.zeros(2, num_clusters, len(groups), dtype=torch.float64)
+    parts = numbers.split([len(values) for values, _ in groups])
+    for group, ((values, _), rows) in enumerate(zip(groups, parts, strict=True)):
+        sums[:, group].index_add_(0, rows, values.double().cpu())
+        sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
+    means = []
+    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
+        sampled = torch.randint(num_clusters, (count, num_clusters), generator=generator)
+        times = torch.zeros(count, num_clusters, dtype=torch.float64)
+        times.scatter_add_(1, sampled, torch.ones_like(times))
+        # A sample may have no image of a small group; then the mean is that of the others.
+        means.append((times @ sums / (times @ sizes)).nanmean(dim=1))
+    return _make_interval(torch.cat(means), level)
+
+
+def _make_interval(means: Tensor, level: float) -> Interval:
+    tail = (1 - level) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(low, high, level)
+
+
+def _resample_means(
+    sums: Tensor, sizes: Tensor, num_resamples: int, generator: torch.Generator
+) -> Tensor:
+    """Return the mean over all queries in each of many samples, (num_resamples,) float64."""
+    num_clusters = len(sizes)
+    means = []
+    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
+        sampled = torch.randint(num_clusters, (count, num_clusters), generator=generator)
+        means.append(sums[sampled].sum(dim=1) / sizes[sampled].sum(dim=1))
+    return torch.cat(means)
+
+
+def _split(total: int, most: int) -> list[int]:
+    return [min(most, total - start) for start in range(0, total, most)]
+
+
+def _require_all_ranks(ranking: Ranking, k: int) -> Tensor:
     _require_rank(k)
     if ranking.positive_ranks is None:
         raise ValueError(
@@ -98,20 +258,17 @@ def _all_ranks(ranking: Ranking, k: int) -> Tensor:
 
 def _require_rank(k: int) -> None:
     if k < 1:
-        raise ValueError(f"k={k}; the first rank is 1.")
+        raise ValueError(f"k={k} must be at least 1, the first rank.")
 
 
-def _queries_of_ranks(ranking: Ranking) -> Tensor:
-    return torch.arange(len(ranking.num_positives)).repeat_interleave(ranking.num_positives)
-
-
-def _position_in_query(ranking: Ranking) -> Tensor:
-    """For every positive, how many of its query stand up to it: 1, 2, …, R."""
+def _count_up_to(ranking: Ranking) -> Tensor:
+    """Return for every positive how many of its query there are up to it: 1, 2, …, R."""
     first = ranking.num_positives.cumsum(0) - ranking.num_positives
     places = torch.arange(int(ranking.num_positives.sum()))
     return 1 + places - first.repeat_interleave(ranking.num_positives)
 
 
 def _sum_by_query(ranking: Ranking, values: Tensor) -> Tensor:
+    queries = torch.arange(len(ranking.num_positives)).repeat_interleave(ranking.num_positives)
     sums = torch.zeros(len(ranking.num_positives), dtype=torch.float64)
-    return sums.index_add_(0, _queries_of_ranks(ranking), values)
+    return sums.index_add_(0, queries, values)

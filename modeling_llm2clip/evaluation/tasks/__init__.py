@@ -1,1 +1,1 @@
-"""What is measured: one module a task, each from embeddings to scores with their protocol."""
+"""What is measured: from embeddings to scores and their protocol."""

@@ -1,52 +1,79 @@
-"""Caption retrieval accuracy (CRA): what a text encoder alone can be asked."""
+"""Caption retrieval accuracy (CRA): does a text encoder match the captions of one image?
+
+The first caption of each image retrieves the second one of the same image from the second captions
+of all images; the share that finds it at rank 1, by cosine, is the accuracy (paper, section 2;
+upstream's COCO evaluation). More images make it harder, so a score needs their number.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
 from ...data.caption_groups import CaptionGroup
-from ..datasets.schema import EvaluationSet, RetrievalDataset
+from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import Encoder
 from ..metrics.correspondence import Correspondence
-from ..metrics.ranking import TIE_RULE, rank_retrieval
-from ..metrics.scores import hits_at
-from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
+from ..metrics.ranking import TIE_RULE, RetrievalRanks, rank_retrieval
+from ..metrics.scores import hit_rate_at, hits_at
+from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
 
 
-def run_cra(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
-    """The first caption of each image looks for the second among those of all images.
+def measure_caption_retrieval(
+    encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]
+) -> float:
+    """Compute the caption retrieval accuracy of a text encoder.
 
-    As `evaluation.caption_retrieval.measure_caption_retrieval`, and in the other direction too.
+    Args:
+        encode: Makes embeddings of texts, (N, D) of any float dtype.
+        groups: At least two images, each with two captions.
 
-    Raises: ValueError naming images with one caption only.
+    Raises:
+        ValueError: There are fewer than two images.
     """
-    groups = group_in_pairs(sets)
-    number = len(groups)
-    texts = encoder.encode_texts([g.captions[i] for i in (0, 1) for g in groups])
-    first, second = texts.embeds[:number], texts.embeds[number:]
+    if len(groups) < 2:
+        raise ValueError(f"Caption retrieval needs two images or more; got {len(groups)}.")
+    return hit_rate_at(_rank_captions(encode(_list_pairs(groups))).i2t, k=1)
+
+
+def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
+    """List the first captions of all images, then the second ones."""
+    return [group.captions[number] for number in (0, 1) for group in groups]
+
+
+def _rank_captions(embeds: Tensor) -> RetrievalRanks:
+    """Rank second captions for first ones, which are in the place of images, and vice versa."""
+    number = len(embeds) // 2
     own = Correspondence.from_image_of_text(range(number), number)
-    found = rank_retrieval(first, second, own)
+    return rank_retrieval(embeds[:number], embeds[number:], own)
+
+
+def _run_cra(encoder: Encoder, datasets: Datasets) -> TaskScores:
+    """Compute the accuracy, and that of the other direction."""
+    groups = _require_pairs(datasets)
+    texts = encoder.encode_texts(_list_pairs(groups))
+    found = _rank_captions(texts.embeds)
     return TaskScores(
         {
             "cra": mean_with_interval(hits_at(found.i2t, k=1)),
             "second_to_first": mean_with_interval(hits_at(found.t2i, k=1)),
-            "chance": 1 / number,
+            "chance": 1 / len(groups),
         },
-        {"images": number, **count_texts(texts)},
+        {"images": len(groups), **count_texts(texts)},
     )
 
 
-def group_in_pairs(sets: tuple[EvaluationSet, ...]) -> list[CaptionGroup]:
-    """The captions of each image, of which there are at least two.
-
-    Raises: ValueError naming images with one caption only.
-    """
-    (data,) = sets
-    assert isinstance(data, RetrievalDataset)
-    groups = data.group_captions()
+def _require_pairs(datasets: Datasets) -> list[CaptionGroup]:
+    """Return the captions of each image; raise ValueError if one has a single caption."""
+    [dataset] = datasets
+    assert isinstance(dataset, RetrievalDataset)
+    groups = dataset.group_captions()
     lonely = [group.group_id for group in groups if len(group.captions) < 2]
     if lonely or len(groups) < 2:
         raise ValueError(
-            f"{data.name}: CRA needs two captions of every image, and two images. "
-            f"{len(lonely)} of {len(groups)} have one only: {lonely[:5]}."
+            f"{dataset.name}: CRA needs two captions of every image, and two images. "
+            f"{len(lonely)} of {len(groups)} have only one: {lonely[:5]}."
         )
     return groups
 
@@ -54,9 +81,9 @@ def group_in_pairs(sets: tuple[EvaluationSet, ...]) -> list[CaptionGroup]:
 CRA = Task(
     name="cra",
     title="caption retrieval accuracy of a text encoder alone",
-    kinds=("captions", "retrieval"),
+    dataset_types=("captions", "retrieval"),
     needs_images=False,
-    languages=False,
+    all_languages=False,
     protocol={
         "similarity": "cosine",
         "ties": TIE_RULE,
@@ -66,6 +93,6 @@ CRA = Task(
     },
     headline={"CRA": ("cra", "value")},
     chance={"CRA": ("chance",)},
-    run=run_cra,
-    check=group_in_pairs,
+    run=_run_cra,
+    check=_require_pairs,
 )

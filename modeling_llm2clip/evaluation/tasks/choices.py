@@ -1,6 +1,6 @@
 """Compositional choices: which of two captions is true, of which of two images.
 
-| form of the set | scores |
+| form of the dataset | scores |
 | --- | --- |
 | `image` (SugarCrepe) | `accuracy`: the true caption is nearer to the image than the false one |
 | `text` | the same with another true caption in place of the image, for text encoders alone |
@@ -17,39 +17,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..datasets.schema import ChoiceDataset, EvaluationSet
+from ..datasets.choice_dataset import ChoiceDataset
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.ranking import TIE_TOLERANCE
-from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
+from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
 
-# Of Winoground: two comparisons right by luck, and the share of orders of four numbers that do
-# for all four.
-CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
+# Of Winoground: two comparisons right by luck, and the share of orders of four numbers in which all
+# four comparisons are right.
+_CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 
 
-def run_choices(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
+def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
     """Answer every item, and score all of them and each category."""
-    (data,) = sets
-    assert isinstance(data, ChoiceDataset)
-    captions = [caption for item in data.items for caption in item.captions]
-    anchors = [item.anchor for item in data.items if item.anchor is not None]
+    [dataset] = datasets
+    assert isinstance(dataset, ChoiceDataset)
+    captions = [caption for item in dataset.items for caption in item.captions]
+    anchors = [item.anchor for item in dataset.items if item.anchor is not None]
     texts = encoder.encode_texts([*captions, *anchors])
-    captions_embeds = F.normalize(texts.embeds[: len(captions)], dim=-1).unflatten(0, (-1, 2))
-    if data.form == "text":
+    caption_embeds = F.normalize(texts.embeds[: len(captions)], dim=-1).unflatten(0, (-1, 2))
+    if dataset.form == "text":
         others = F.normalize(texts.embeds[len(captions) :], dim=-1).unflatten(0, (-1, 1))
     else:
-        others = _encode_images(encoder, data)
-    answers = compare(captions_embeds, others)
-    return TaskScores(_score(data, answers), _count(data, texts))
+        others = _encode_images(encoder, dataset)
+    answers = compare_choices(caption_embeds, others)
+    return TaskScores(_score(dataset, answers), _count(dataset, texts))
 
 
-def compare(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """Which items are answered right; an equal score is a wrong answer.
+def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
+    """Find the items that are answered right; an equal score is a wrong answer.
 
     Args:
         captions: (N, 2, D) of unit length; the first is true of the first of the others.
-        others: (N, 1, D) or (N, 2, D), images or what stands for them.
-    Returns: name of a score to (N,) bool.
+        others: (N, 1, D) or (N, 2, D), images or what is in their place.
+
+    Returns:
+        Name of a score to (N,) bool.
     """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
     if others.shape[1] == 1:
@@ -67,21 +69,21 @@ def _is_nearer(right: Tensor, wrong: Tensor) -> Tensor:
     return torch.gt(right, wrong + TIE_TOLERANCE)
 
 
-def _encode_images(encoder: Encoder, data: ChoiceDataset) -> Tensor:
-    images = [image for item in data.items for image in item.images]
+def _encode_images(encoder: Encoder, dataset: ChoiceDataset) -> Tensor:
+    images = [image for item in dataset.items for image in item.images]
     names = [
         f"{item.name}/{number}" if len(item.images) > 1 else item.name
-        for item in data.items
+        for item in dataset.items
         for number in range(len(item.images))
     ]
     embeds = F.normalize(encoder.encode_images(images, names=names), dim=-1)
-    return embeds.reshape(len(data.items), -1, embeds.shape[1])
+    return embeds.reshape(len(dataset.items), -1, embeds.shape[1])
 
 
-def _score(data: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:
-    categories = [item.category for item in data.items]
+def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:
+    categories = [item.category for item in dataset.items]
     scores: dict[str, Any] = {
-        name: {**mean_with_interval(right.double()), "chance": CHANCES[name]}
+        name: {**mean_with_interval(right.double()), "chance": _CHANCES[name]}
         for name, right in answers.items()
     }
     of_category = {}
@@ -94,33 +96,27 @@ def _score(data: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]
     return {**scores, "categories": of_category}
 
 
-def _count(data: ChoiceDataset, texts: EncodedTexts) -> dict[str, Any]:
-    images = {image for item in data.items for image in item.images}
-    return {"items": len(data.items), "images": len(images), **count_texts(texts)}
+def _count(dataset: ChoiceDataset, texts: EncodedTexts) -> dict[str, Any]:
+    images = {image for item in dataset.items for image in item.images}
+    return {"items": len(dataset.items), "images": len(images), **count_texts(texts)}
 
+
+_COLUMNS = {
+    "accuracy": "accuracy", "text score": "text", "image score": "image", "group score": "group",
+}  # fmt: skip
 
 CHOICES = Task(
     name="choices",
     title="which of two captions is true",
-    kinds=("choice",),
+    dataset_types=("choice",),
     needs_images=None,
-    languages=False,
+    all_languages=False,
     protocol={
         "similarity": "cosine",
-        "ties": f"cosines no further apart than {TIE_TOLERANCE:g} are a wrong answer",
+        "ties": f"cosines that differ by no more than {TIE_TOLERANCE:g} are a wrong answer",
         "interval": INTERVAL_PROTOCOL.replace("images", "items"),
     },
-    headline={
-        "accuracy": ("accuracy", "value"),
-        "text score": ("text", "value"),
-        "image score": ("image", "value"),
-        "group score": ("group", "value"),
-    },
-    chance={
-        "accuracy": ("accuracy", "chance"),
-        "text score": ("text", "chance"),
-        "image score": ("image", "chance"),
-        "group score": ("group", "chance"),
-    },
-    run=run_choices,
+    headline={title: (name, "value") for title, name in _COLUMNS.items()},
+    chance={title: (name, "chance") for title, name in _COLUMNS.items()},
+    run=_run_choices,
 )

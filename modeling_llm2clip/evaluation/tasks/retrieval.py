@@ -1,55 +1,96 @@
-"""Retrieval in both directions: every metric, and an interval for the hit rates."""
+"""Retrieval in both directions: every metric, with intervals of the hit rates; one language or all.
+
+In several languages, the captions of each are compared with the images of that language alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..datasets.schema import EvaluationSet, RetrievalDataset
+from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import TIE_RULE, Ranking, rank_retrieval
 from ..metrics.scores import hits_at, summarize
-from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
+from .task import (
+    INTERVAL_PROTOCOL,
+    Datasets,
+    Task,
+    TaskScores,
+    count_texts,
+    mean_of_means_with_interval,
+    mean_with_interval,
+)
 
-KS = (1, 5, 10)
-PROTOCOL = {
+_KS = (1, 5, 10)
+_PROTOCOL = {
     "similarity": "cosine",
     "ties": TIE_RULE,
-    "hit_rate_at_k": "some positive among the first k: R@K of the CLIP papers",
+    "hit_rate_at_k": "a positive is among the first k: R@K of CLIP papers",
     "recall_at_k": "share of the positives among the first k",
     "interval": INTERVAL_PROTOCOL,
 }
+# For each direction its ranking and, for each query, the row of its image: the captions of an image
+# are sampled together for an interval.
+_Directions: TypeAlias = Mapping[str, tuple[Ranking, Tensor]]
 
 
-def run_retrieval(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
+def _run_retrieval(encoder: Encoder, datasets: Datasets) -> TaskScores:
     """Rank all captions for every image and all images for every caption."""
-    (data,) = sets
-    assert isinstance(data, RetrievalDataset)
-    texts, images = encode_dataset(encoder, data)
-    scores = score_retrieval(rank_directions(images, texts.embeds, data.correspondence))
+    [dataset] = datasets
+    assert isinstance(dataset, RetrievalDataset)
+    texts, images = _encode_dataset(encoder, dataset)
+    scores = _score(_rank_directions(images, texts.embeds, dataset.correspondence))
     return TaskScores(scores, {"images": len(images), **count_texts(texts)})
 
 
-def encode_dataset(encoder: Encoder, data: RetrievalDataset) -> tuple[EncodedTexts, Tensor]:
-    """Embeddings of a set's captions and of its images."""
-    texts = encoder.encode_texts(data.captions)
-    return texts, encoder.encode_images(data.images, names=data.image_names)
+def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
+    """Score each language by itself, and take the mean."""
+    scores: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
+    hits: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+    for dataset in datasets:
+        assert isinstance(dataset, RetrievalDataset)
+        texts, images = _encode_dataset(encoder, dataset)
+        directions = _rank_directions(images, texts.embeds, dataset.correspondence)
+        scores[dataset.lang] = _score(directions)
+        # An image has the same number in all languages.
+        number = torch.tensor([numbers.setdefault(n, len(numbers)) for n in dataset.image_names])
+        for name, (ranking, queries) in directions.items():
+            for k in _KS:
+                hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[queries]))
+        counts[dataset.lang] = {"images": len(images), **count_texts(texts)}
+    mean = {direction: _average(scores, direction) for direction in directions}
+    for direction, of_mean in mean.items():
+        of_mean["intervals"] = {
+            f"hit_rate_at_{k}": mean_of_means_with_interval(hits[direction, k]) for k in _KS
+        }
+    return TaskScores({"mean": mean, "languages": scores}, {"languages": counts})
 
 
-def rank_directions(
-    images: Tensor, texts: Tensor, correspondence: Correspondence
-) -> dict[str, tuple[Ranking, Tensor]]:
-    """Rank in both directions.
+def compute_chance(ranking: Ranking) -> float:
+    """Compute the hit rate at 1 that embeddings without meaning would reach.
 
     Args:
-        images, texts: (I, D), (T, D).
-    Returns: `t2i` and `i2t`, each with its ranking and, for each query, the row
-        of its image: the captions of an image are drawn together for an interval.
+        ranking: Ranks of one direction.
     """
+    return float((ranking.num_positives.double() / ranking.num_candidates).mean())
+
+
+def _encode_dataset(encoder: Encoder, dataset: RetrievalDataset) -> tuple[EncodedTexts, Tensor]:
+    """Encode a dataset's captions and its images."""
+    texts = encoder.encode_texts(dataset.captions)
+    return texts, encoder.encode_images(dataset.images, names=dataset.image_names)
+
+
+def _rank_directions(images: Tensor, texts: Tensor, correspondence: Correspondence) -> _Directions:
+    """Rank `t2i` and `i2t`."""
     found = rank_retrieval(images, texts, correspondence, all_positives=True)
     image_of_text = torch.zeros(correspondence.num_texts, dtype=torch.long)
     image_of_text[correspondence.text_of_pair] = correspondence.image_of_pair
@@ -59,44 +100,50 @@ def rank_directions(
     }
 
 
-def score_retrieval(directions: Mapping[str, tuple[Ranking, Tensor]]) -> dict[str, Any]:
-    """All scores of both directions, from `rank_directions`.
-
-    Returns: `t2i` and `i2t`, each with what `summarize` names, `intervals` of
-        the hit rates, and `chance_hit_rate_at_1`: what embeddings without meaning would reach.
-    """
+def _score(directions: _Directions) -> dict[str, Any]:
+    """Compute all scores of both directions."""
     return {
         name: {
-            **summarize(ranking, ks=KS),
-            "chance_hit_rate_at_1": chance_of(ranking),
+            **summarize(ranking, ks=_KS),
+            "chance_hit_rate_at_1": compute_chance(ranking),
             "intervals": {
                 f"hit_rate_at_{k}": mean_with_interval(hits_at(ranking, k=k), clusters=images)
-                for k in KS
+                for k in _KS
             },
         }
         for name, (ranking, images) in directions.items()
     }
 
 
-def chance_of(ranking: Ranking) -> float:
-    """Hit rate at 1 that embeddings without meaning would reach."""
-    return float((ranking.num_positives.double() / ranking.num_candidates).mean())
+def _average(scores: Mapping[str, Any], direction: str) -> dict[str, Any]:
+    """Average every number of a direction over the languages."""
+    of_languages = [of_language[direction] for of_language in scores.values()]
+    names = [name for name, value in of_languages[0].items() if isinstance(value, float)]
+    return {name: fmean(numbers[name] for numbers in of_languages) for name in names}
 
+
+_COLUMNS = {"text to image R@1": "t2i", "image to text R@1": "i2t"}
 
 RETRIEVAL = Task(
     name="retrieval",
     title="images by caption, and captions by image",
-    kinds=("retrieval",),
+    dataset_types=("retrieval",),
     needs_images=True,
-    languages=False,
-    protocol=PROTOCOL,
-    headline={
-        "text to image R@1": ("t2i", "hit_rate_at_1"),
-        "image to text R@1": ("i2t", "hit_rate_at_1"),
-    },
-    chance={
-        "text to image R@1": ("t2i", "chance_hit_rate_at_1"),
-        "image to text R@1": ("i2t", "chance_hit_rate_at_1"),
-    },
-    run=run_retrieval,
+    all_languages=False,
+    protocol=_PROTOCOL,
+    headline={title: (name, "hit_rate_at_1") for title, name in _COLUMNS.items()},
+    chance={title: (name, "chance_hit_rate_at_1") for title, name in _COLUMNS.items()},
+    run=_run_retrieval,
+)
+
+CROSS_LINGUAL = Task(
+    name="cross-lingual",
+    title="retrieval in every language of a dataset, and the mean",
+    dataset_types=("retrieval",),
+    needs_images=True,
+    all_languages=True,
+    protocol={**_PROTOCOL, "mean": "over languages, each with the same weight"},
+    headline={title: ("mean", name, "hit_rate_at_1") for title, name in _COLUMNS.items()},
+    chance={title: ("mean", name, "chance_hit_rate_at_1") for title, name in _COLUMNS.items()},
+    run=_run_cross_lingual,
 )

@@ -1,25 +1,26 @@
-"""What a task takes and gives."""
+"""What a task takes and returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..._extras import Need
-from ..datasets.schema import EvaluationSet
+from ..datasets.dataset_spec import DatasetType, EvaluationDataset
 from ..encoders.encoder import EncodedTexts, Encoder
-from ..metrics.confidence import bootstrap_mean, bootstrap_mean_of_means
+from ..metrics.scores import bootstrap_mean, bootstrap_mean_of_means
 
 CONFIDENCE_LEVEL = 0.95
-NUM_RESAMPLES = 1000
-# Of every task that gives an interval: part of its protocol.
-INTERVAL_PROTOCOL = f"bootstrap over images, {NUM_RESAMPLES} draws, {CONFIDENCE_LEVEL:.0%}"
+_NUM_RESAMPLES = 1000
+# Part of the protocol of every task that has intervals.
+INTERVAL_PROTOCOL = f"bootstrap over images, {_NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
+
+Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
 
 @dataclass(frozen=True)
@@ -27,74 +28,84 @@ class TaskScores:
     """What a task found.
 
     Attributes:
-        scores: numbers by name, nested at will; JSON can hold them.
-        counts: how many texts and images there were, and how many texts were cut.
-        images: to be saved beside the scores, by name.
+        scores: Numbers by name, nested at will; JSON values.
+        counts: How many texts and images there were, and how many texts were truncated.
+        confusion: Of a classification: (C, C) int64, images of each class by predicted class, and
+            the names of the classes.
     """
 
     scores: Mapping[str, Any]
     counts: Mapping[str, Any]
-    images: Mapping[str, Image.Image] = field(default_factory=dict)
+    confusion: tuple[Tensor, tuple[str, ...]] | None = None
 
 
-RunTask: TypeAlias = Callable[[Encoder, tuple[EvaluationSet, ...]], TaskScores]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One thing to measure.
 
     Attributes:
-        name: as `--tasks` takes it.
-        title: one line for people.
-        kinds: kinds of sets that it can be run on (`DatasetSpec.kind`).
-        needs_images: whether the encoder must take images; None when it depends on the set.
-        languages: whether all languages of a set are taken together, or one alone.
-        protocol: choices of the task that move a score.
-        protocol_of: further choices, which hang on the sets.
-        headline: which scores a table shows: a column's title to the path in `scores`.
-        chance: of those columns that have one: the path to what embeddings without meaning reach.
-        run: the task itself; takes one set a language.
-        check: raises ValueError for sets on which the task cannot be run, before any model is
+        name: Name in commands.
+        title: What it is, in one line.
+        dataset_types: Types of datasets that it can run on.
+        needs_images: Whether the encoder must take images; None if it depends on the dataset.
+        all_languages: Whether it takes all languages of a dataset together, or one alone.
+        protocol: Choices of the task that change a score.
+        headline: Scores that a table shows: title of a column to the path in `scores`.
+        chance: For the columns that have one: the path to what embeddings without meaning reach.
+        run: The task itself; takes one dataset per language.
+        check: Raises ValueError for datasets on which the task cannot run, before any model is
             loaded.
-        needs: optional packages that it cannot do without.
+        describe_data: Further choices, which depend on the datasets.
+        needs: Optional packages that it cannot do without.
     """
 
     name: str
     title: str
-    kinds: tuple[str, ...]
+    dataset_types: tuple[DatasetType, ...]
     needs_images: bool | None
-    languages: bool
+    all_languages: bool
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
     chance: Mapping[str, tuple[str, ...]]
-    run: RunTask
-    check: Callable[[tuple[EvaluationSet, ...]], object] = lambda sets: None  # noqa: ARG005
-    protocol_of: Callable[[tuple[EvaluationSet, ...]], Mapping[str, Any]] = lambda sets: {}  # noqa: ARG005
+    run: Callable[[Encoder, Datasets], TaskScores]
+    check: Callable[[Datasets], object] = lambda datasets: None  # noqa: ARG005
+    describe_data: Callable[[Datasets], Mapping[str, Any]] = lambda datasets: {}  # noqa: ARG005
     needs: tuple[Need, ...] = ()
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
-    """Mean of one number a query, and how far it could move with other images.
+    """Compute the mean of one number per query, and how far other images could move it.
 
-    Returns: `value`, `low`, `high`.
+    Args:
+        values: (Q,) numbers.
+        clusters: (Q,) integers, equal for queries that are sampled together; see `bootstrap_mean`.
+
+    Returns:
+        `value`, `low`, `high`.
     """
     interval = bootstrap_mean(
         values,
         generator=torch.Generator().manual_seed(0),
         clusters=clusters,
-        num_resamples=NUM_RESAMPLES,
+        num_resamples=_NUM_RESAMPLES,
         level=CONFIDENCE_LEVEL,
     )
     return {"value": float(values.double().mean()), "low": interval.low, "high": interval.high}
 
 
 def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """As `mean_with_interval`, over groups of equal weight: the values and clusters of each."""
+    """Compute the mean over groups of equal weight of their means, as `mean_with_interval`.
+
+    Args:
+        groups: Values and clusters of each.
+
+    Returns:
+        `value`, `low`, `high`.
+    """
     interval = bootstrap_mean_of_means(
         groups,
         generator=torch.Generator().manual_seed(0),
-        num_resamples=NUM_RESAMPLES,
+        num_resamples=_NUM_RESAMPLES,
         level=CONFIDENCE_LEVEL,
     )
     value = fmean(float(values.double().mean()) for values, _ in groups)
@@ -102,7 +113,14 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:
-    """How many texts there were, and how many of them the encoder had to cut."""
+    """Count the texts, and those that the encoder had to truncate.
+
+    Args:
+        texts: Encoded texts.
+
+    Returns:
+        `texts` and `texts_truncated`; the latter is None if it is not known.
+    """
     is_truncated = texts.is_truncated
     return {
         "texts": len(texts.embeds),

@@ -1,28 +1,38 @@
-"""All tasks by name."""
+"""All tasks by name, and the default task of each dataset type."""
 
 from __future__ import annotations
 
 from ..._suggestions import did_you_mean
+from ..datasets.dataset_spec import DatasetType
 from .caption_retrieval import CRA
 from .choices import CHOICES
 from .classification import CLASSIFICATION
-from .cross_lingual import CROSS_LINGUAL
-from .retrieval import RETRIEVAL
+from .retrieval import CROSS_LINGUAL, RETRIEVAL
 from .task import Task
-from .text_length import LENGTHS
+from .text_length import LENGTH
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (RETRIEVAL, CROSS_LINGUAL, LENGTHS, CRA, CLASSIFICATION, CHOICES)
+    task.name: task for task in (RETRIEVAL, CROSS_LINGUAL, LENGTH, CRA, CLASSIFICATION, CHOICES)
+}
+DEFAULT_TASKS: dict[DatasetType, Task] = {
+    "retrieval": RETRIEVAL,
+    "captions": CRA,
+    "classification": CLASSIFICATION,
+    "choice": CHOICES,
 }
 
 
 def find_task(name: str) -> Task:
-    """The task of this name.
+    """Find a task.
 
-    Raises: ValueError listing the known ones.
+    Args:
+        name: Its name.
+
+    Raises:
+        ValueError: There is no task of this name; the message lists all.
     """
     if name not in TASKS:
         raise ValueError(
-            f"No task is called {name!r}; known are {list(TASKS)}.{did_you_mean(name, TASKS)}"
+            f"There is no task {name!r}. Known: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"
         )
     return TASKS[name]

@@ -1,8 +1,11 @@
 """A score against the length of the text, and how much of it a 77-token encoder never sees.
 
-With images, each caption looks for its image among all images. Without, each long caption is
-cut in two near its middle and the first half looks for the second among the second halves of all:
-a question to a text encoder alone.
+With images, each caption retrieves its image from all images. Without, each long caption is split
+near its middle, and the first half retrieves the second from the second halves of all captions: a
+question to a text encoder alone.
+
+A length in one model's tokens cannot be compared with another model's, so all texts are measured
+with CLIP's tokenizer, whatever is evaluated.
 """
 
 from __future__ import annotations
@@ -16,79 +19,99 @@ import torch
 from torch import Tensor
 
 from ..._extras import CLIP_TOKENS
-from ..datasets.schema import EvaluationSet, RetrievalDataset
+from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import EncodedTexts, Encoder
+from ..encoders.open_clip_models import import_open_clip
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import TIE_RULE, Ranking, rank_retrieval
 from ..metrics.scores import hits_at
-from .clip_tokens import CLIP_TEXT_TOKENS, count_clip_tokens, share_beyond_clip
-from .retrieval import chance_of
-from .task import INTERVAL_PROTOCOL, Task, TaskScores, count_texts, mean_with_interval
+from .retrieval import compute_chance
+from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
 
-# Upper ends of the buckets, in CLIP's tokens; the third is what a 77-token encoder sees.
-EDGES = (20, 40, CLIP_TEXT_TOKENS, 110, 150, 200, 300)
+# 77 positions, two of which are the begin and the end of the text (arXiv:2103.00020).
+CLIP_TEXT_TOKENS = 75
+# Upper bounds of the buckets, in CLIP's tokens; the third is what a 77-token encoder sees.
+BUCKET_BOUNDS = (20, 40, CLIP_TEXT_TOKENS, 110, 150, 200, 300)
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _WORD_END = re.compile(r"\s+")
 
 
-def run_lengths(encoder: Encoder, sets: tuple[EvaluationSet, ...]) -> TaskScores:
+def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
     """Score each bucket of lengths, and all texts together."""
-    (data,) = sets
-    assert isinstance(data, RetrievalDataset)
-    if data.images:
-        queries = list(data.captions)
+    [dataset] = datasets
+    assert isinstance(dataset, RetrievalDataset)
+    if dataset.images:
+        queries = list(dataset.captions)
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts(queries)
-        images = encoder.encode_images(data.images, names=data.image_names)
-        ranking = rank_retrieval(images, texts.embeds, data.correspondence).t2i
+        images = encoder.encode_images(dataset.images, names=dataset.image_names)
+        ranking = rank_retrieval(images, texts.embeds, dataset.correspondence).t2i
     else:
-        halves = _split_captions(data)
-        queries = [first for first, _ in halves]
+        pairs = _split_captions(dataset)
+        queries = [first for first, _ in pairs]
         lengths = count_clip_tokens(queries)
-        texts = encoder.encode_texts([*queries, *(second for _, second in halves)])
-        ranking = _rank_halves(texts.embeds)
+        texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
+        ranking = _rank_second_parts(texts.embeds)
     counts = {
-        "images": len(data.images),
-        "captions": len(data.captions),
+        "images": len(dataset.images),
+        "captions": len(dataset.captions),
         "queries": len(queries),
         **count_texts(texts),
     }
-    return TaskScores(score_lengths(ranking, lengths, _cut_queries(texts, len(queries))), counts)
+    is_truncated = _truncated_queries(texts, len(queries))
+    return TaskScores(score_lengths(ranking, lengths, is_truncated), counts)
 
 
-def _say_what_is_asked(sets: tuple[EvaluationSet, ...]) -> dict[str, str]:
-    (data,) = sets
-    assert isinstance(data, RetrievalDataset)
-    if data.images:
+def count_clip_tokens(texts: Sequence[str]) -> list[int]:
+    """Count the tokens of each text in CLIP's vocabulary, without begin and end.
+
+    Args:
+        texts: The texts.
+
+    Raises:
+        MissingExtraError: open_clip, which has the vocabulary, is not installed.
+    """
+    tokenizer = import_open_clip(CLIP_TOKENS).SimpleTokenizer()
+    # A text of nothing but whitespace that Python does not know as such has no token.
+    return [max(1, len(tokenizer.encode(text))) for text in texts]
+
+
+def _describe_data(datasets: Datasets) -> dict[str, str]:
+    [dataset] = datasets
+    if dataset.has_images:
         return {"queries": "every caption", "candidates": "all images"}
     return {
-        "queries": "first half of every caption that can be cut",
-        "candidates": "second halves of the same captions",
-        "cut": "at the end of a sentence, else of a word, that is nearest to the middle",
+        "queries": "first part of every caption that can be split",
+        "candidates": "second parts of the same captions",
+        "split_at": "the end of a sentence, or else of a word, that is nearest to the middle",
     }
 
 
-def _check_lengths(sets: tuple[EvaluationSet, ...]) -> None:
-    (data,) = sets
-    assert isinstance(data, RetrievalDataset)
-    if not data.images:
-        _split_captions(data)
+def _check_captions(datasets: Datasets) -> None:
+    [dataset] = datasets
+    assert isinstance(dataset, RetrievalDataset)
+    if not dataset.images:
+        _split_captions(dataset)
 
 
-def _split_captions(data: RetrievalDataset) -> list[tuple[str, str]]:
-    halves = [half for half in map(split_in_half, data.captions) if half is not None]
-    if len(halves) < 2:
+def _split_captions(dataset: RetrievalDataset) -> list[tuple[str, str]]:
+    pairs = [parts for parts in map(split_in_half, dataset.captions) if parts is not None]
+    if len(pairs) < 2:
         raise ValueError(
-            f"{data.name}: {len(halves)} of {len(data.captions)} captions can be cut in two, and "
+            f"{dataset.name}: {len(pairs)} of {len(dataset.captions)} captions can be split, and "
             "the task length needs two or more. Give it images, or longer captions."
         )
-    return halves
+    return pairs
 
 
 def split_in_half(text: str) -> tuple[str, str] | None:
-    """Cut a text at the end of a sentence, or else of a word, that is nearest to its middle.
+    """Split a text at the end of a sentence, or else of a word, that is nearest to its middle.
 
-    Returns: None for a text of one word.
+    Args:
+        text: The text.
+
+    Returns:
+        Both parts; None for a text of one word.
     """
     for end in (_SENTENCE_END, _WORD_END):
         places = [m.end() for m in end.finditer(text) if text[: m.end()].strip()]
@@ -102,20 +125,22 @@ def split_in_half(text: str) -> tuple[str, str] | None:
 def score_lengths(
     ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None
 ) -> dict[str, Any]:
-    """Hit rate at 1 of every bucket that has queries.
+    """Compute the hit rate at 1 of every bucket that has queries.
 
     Args:
-        ranking: of the queries.
-        lengths: of each query in CLIP's tokens.
-        is_truncated: (Q,) bool, which queries the evaluated encoder cut; None if that is not known.
-    Returns: `all` and `buckets`, each with `queries`, `mean_clip_tokens`, `hit_rate_at_1`
-        (value, low, high), `share_of_tokens_beyond_clip` and `share_cut_by_this_encoder`.
+        ranking: Ranks of the queries.
+        lengths: Length of each query in CLIP's tokens.
+        is_truncated: (Q,) bool, which queries the evaluated encoder truncated; None if that is not
+            known.
+
+    Returns:
+        `all` and `buckets`, each with `queries`, `mean_clip_tokens`, `hit_rate_at_1` (value, low,
+        high), `share_of_tokens_beyond_clip` and `share_truncated`; and `chance`.
     """
     hits = hits_at(ranking, k=1)
     tokens = torch.tensor(lengths)
-    bounds = (0, *EDGES, None)
     buckets = []
-    for low, high in pairwise(bounds):
+    for low, high in pairwise((0, *BUCKET_BOUNDS, None)):
         assert low is not None
         chosen = (tokens > low) & (tokens <= (tokens.max() if high is None else high))
         if chosen.any():
@@ -125,7 +150,7 @@ def score_lengths(
     return {
         "all": _score_bucket(hits, tokens, is_truncated, everything),
         "buckets": buckets,
-        "chance": chance_of(ranking),
+        "chance": compute_chance(ranking),
     }
 
 
@@ -136,45 +161,50 @@ def _score_bucket(
         "queries": int(chosen.sum()),
         "mean_clip_tokens": float(tokens[chosen].double().mean()),
         "hit_rate_at_1": mean_with_interval(hits[chosen]),
-        "share_of_tokens_beyond_clip": share_beyond_clip(tokens[chosen].tolist()),
-        "share_cut_by_this_encoder": None
+        "share_of_tokens_beyond_clip": _share_beyond_clip(tokens[chosen].tolist()),
+        "share_truncated": None
         if is_truncated is None
         else float(is_truncated[chosen].double().mean()),
     }
 
 
-def _rank_halves(embeds: Tensor) -> Ranking:
+def _share_beyond_clip(lengths: Sequence[int]) -> float:
+    """Compute the share of all tokens that come after the 75th of their text."""
+    return sum(max(0, length - CLIP_TEXT_TOKENS) for length in lengths) / sum(lengths)
+
+
+def _rank_second_parts(embeds: Tensor) -> Ranking:
     number = len(embeds) // 2
     own = Correspondence.from_image_of_text(range(number), number)
     return rank_retrieval(embeds[:number], embeds[number:], own).i2t
 
 
-def _cut_queries(texts: EncodedTexts, number: int) -> Tensor | None:
+def _truncated_queries(texts: EncodedTexts, number: int) -> Tensor | None:
     return None if texts.is_truncated is None else texts.is_truncated[:number]
 
 
-LENGTHS = Task(
+LENGTH = Task(
     name="length",
     title="R@1 against the length of the text",
-    kinds=("retrieval", "captions"),
+    dataset_types=("retrieval", "captions"),
     needs_images=None,
-    languages=False,
+    all_languages=False,
     protocol={
         "similarity": "cosine",
         "ties": TIE_RULE,
         "length": "tokens of CLIP's vocabulary without begin and end",
-        "buckets": list(EDGES),
-        "beyond_clip": f"behind the {CLIP_TEXT_TOKENS}th token of a query",
+        "buckets": list(BUCKET_BOUNDS),
+        "beyond_clip": f"after the {CLIP_TEXT_TOKENS}th token of a query",
         "interval": INTERVAL_PROTOCOL.replace("images", "queries"),
     },
     headline={
         "R@1": ("all", "hit_rate_at_1", "value"),
         "tokens beyond 77": ("all", "share_of_tokens_beyond_clip"),
-        "texts it cut": ("all", "share_cut_by_this_encoder"),
+        "texts truncated": ("all", "share_truncated"),
     },
     chance={"R@1": ("chance",)},
-    run=run_lengths,
-    check=_check_lengths,
-    protocol_of=_say_what_is_asked,
+    run=_run_length,
+    check=_check_captions,
+    describe_data=_describe_data,
     needs=(CLIP_TOKENS,),
 )

@@ -22,8 +22,9 @@ from ...data.records import CaptionedImage
 from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.golden_embeddings import GOLDEN_FILE
+from ...model_folders.model_writing import save_trained_model
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.assemble import assemble_folder
 from ..distributed import choose_device
 from ..graceful_stop import StopRequest, stop_on_signals
 from ..losses.loss import Loss, load_loss, require_no_parameters
@@ -297,7 +298,7 @@ def _write_model(
     source: StageSource, trained: dict[str, Tensor], output: Path, data_name: str | None
 ) -> None:
     results = read_results(output)
-    has_golden = assemble_folder(
+    folder = save_trained_model(
         source.folder,
         trained,
         output / MODEL_FOLDER,
@@ -307,7 +308,7 @@ def _write_model(
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
     )
-    add_results(output, has_golden_embeddings=has_golden)
+    add_results(output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 
 
 def _identify(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
-from ...encoding.layers import find_layers
+from ...encoding.compilation import find_layers
 from ..run_folder import list_trained
 from ..trainer_mixins import recompute_activations
 from .alignment_model import AlignmentModel

@@ -18,11 +18,10 @@ from torch import Tensor
 from ...configs.extract_config import ExtractConfig
 from ...data.data_hashes import hash_records
 from ...data.records import CaptionedImage
-from ...encoding.text_encoding import default_token_budget, encode_token_ids
+from ...encoding.encode import default_token_budget, encode_texts, measure_texts
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
-from ..text_lengths import measure_texts
 from .extraction_plan import ExtractionPlan, make_manifest, pack_records
 
 
@@ -44,9 +43,10 @@ def plan_captions(
     captions = [text for r in records for text in (*r.captions, *r.long_captions)]
     distinct = list(dict.fromkeys(captions))
     check_texts(distinct)
-    lengths, num_truncated = measure_texts(processor, distinct, show_progress=config.show_progress)
+    lengths, is_truncated = measure_texts(processor, distinct, show_progress=config.show_progress)
     order = np.argsort(-lengths, kind="stable")
     rows = [distinct[i] for i in order.tolist()]
+    num_tokens = lengths[order].tolist()
     row_of = {caption: row for row, caption in enumerate(rows)}
     index = pack_records(
         records,
@@ -66,11 +66,22 @@ def plan_captions(
         num_rows=len(rows),
         num_items=len(records),
         plan={"data": hash_records(records), "token_budget": str(budget)},
-        counts={"captions": len(captions), "distinct": len(distinct), "truncated": num_truncated},
+        counts={
+            "captions": len(captions),
+            "distinct": len(distinct),
+            "truncated": int(is_truncated.sum()),
+        },
     )
 
     def compute(chosen: range, on_batch: Callable[[int], object]) -> Tensor:
-        ids, _ = processor.list_ids(rows[chosen.start : chosen.stop])
-        return encode_token_ids(model, processor, ids, token_budget=budget, on_batch=on_batch)[0]
+        sizes = num_tokens[chosen.start : chosen.stop]
+        return encode_texts(
+            model,
+            processor,
+            rows[chosen.start : chosen.stop],
+            project=False,
+            token_budget=budget,
+            on_batch=lambda batch, _: on_batch(sum(sizes[row] for row in batch)),
+        )
 
-    return ExtractionPlan(manifest, index, compute, " tokens", lengths[order].tolist())
+    return ExtractionPlan(manifest, index, compute, " tokens", num_tokens)

@@ -12,7 +12,7 @@ from ...configs.extract_config import ExtractConfig
 from ...data.data_hashes import count_bytes, hash_image_sizes, hash_records
 from ...data.image_sources import ImageSource
 from ...data.records import CaptionedImage
-from ...encoding.image_encoding import default_batch_size, encode_images
+from ...encoding.encode import default_batch_size, encode_images
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -69,9 +69,10 @@ def plan_images(
             model,
             processor,
             rows[chosen.start : chosen.stop],
+            project=False,
             batch_size=batch_size,
             num_workers=config.num_workers,
-            on_batch=on_batch,
+            on_batch=lambda batch, _: on_batch(len(batch)),
         )
 
     return ExtractionPlan(manifest, index, compute, " images")

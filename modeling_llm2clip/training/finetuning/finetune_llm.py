@@ -29,15 +29,15 @@ from ...data.caption_groups import (
     skip_single_captions,
 )
 from ...data.records import CaptionedImage
-from ...evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from ...encoding.encode import measure_texts
+from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
-from ...model_folders.lora_base import ADAPTER_WEIGHTS, require_base_weights
-from ...model_folders.model_card_data import read_card_facts
-from ...model_folders.model_folder import find_records
+from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
+from ...model_folders.model_card_data import read_card_data
+from ...model_folders.model_writing import find_carried_files, save_model
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ...publishing.export_model import save_model
 from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import choose_device, refuse_fsdp_for_lora
 from ..graceful_stop import stop_on_signals
@@ -53,7 +53,6 @@ from ..run_folder import (
     write_run_record,
 )
 from ..stage_source import Source, StageSource, open_source
-from ..text_lengths import measure_texts
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,
@@ -193,7 +192,7 @@ def _plan(
     }
     require_same_run(output, config, inputs, resume=resume)
     if config.init_lora is not None:
-        file = config.init_lora / ADAPTER_WEIGHTS
+        file = config.init_lora / LORA_WEIGHTS
         require_base_weights(file, inputs["fingerprint"]["weights"])
     return _Plan(output, config, resume, inputs, data)
 
@@ -213,7 +212,7 @@ def _identify(
     return {
         "source": source.name,
         "fingerprint": fingerprint_text(source.folder),
-        "init_lora_weights": None if init_lora is None else hash_file(init_lora / ADAPTER_WEIGHTS),
+        "init_lora_weights": None if init_lora is None else hash_file(init_lora / LORA_WEIGHTS),
         "data": digest.hexdigest(),
         "num_processes": PartialState().num_processes,
     }
@@ -279,7 +278,7 @@ def _make_encoder(
 def _count_truncated(processor: LLM2CLIPProcessor, data: FinetuneData) -> dict[str, int]:
     """Count all different texts, trained on and measured on, and those that are truncated."""
     texts = list_texts(data)
-    return {"num_texts": len(texts), "num_truncated": measure_texts(processor, texts)[1]}
+    return {"num_texts": len(texts), "num_truncated": int(measure_texts(processor, texts)[1].sum())}
 
 
 def _measure_before(
@@ -333,12 +332,12 @@ def _write_merged(source: Path, lora: Path, folder: Path) -> None:
     Instructions, licenses and the record of a conversion are taken over.
     """
     model = LLM2CLIPModel.from_pretrained(source)
-    model.text_model = merge_lora(model.text_model, lora)
+    merge_lora(model.text_model, lora)
     save_model(
         model,
         LLM2CLIPProcessor.from_pretrained(source),
         folder,
-        prompts=read_instructions(source),
-        records=find_records(source, trained_since=True),
-        facts=replace(read_card_facts(source), results=()),  # measured with other weights
+        instructions=read_instructions(source),
+        card=replace(read_card_data(source), results=()),  # measured with other weights
+        files=find_carried_files(source, trained_since=True),
     )

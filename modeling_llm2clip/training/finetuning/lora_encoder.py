@@ -17,11 +17,11 @@ from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
 from ...configs.finetune_config import FinetuneConfig
-from ...encoding.text_encoding import encode_captions
+from ...encoding.encode import encode_texts
 from ...model_folders.lora_base import (
-    ADAPTER_SETTINGS,
-    ADAPTER_WEIGHTS,
     BASE_WEIGHTS,
+    LORA_CONFIG,
+    LORA_WEIGHTS,
     PLAIN_STARTS,
     is_same_base,
 )
@@ -135,7 +135,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         """
         require_same_meaning(folder, self.adapted.peft_config["default"])
         _require_same_base(folder, str(self.llm2clip.text_model.config._name_or_path or ""))
-        weights = load_file(folder / ADAPTER_WEIGHTS)
+        weights = load_file(folder / LORA_WEIGHTS)
         result = set_peft_model_state_dict(self.adapted, weights)
         missing = [key for key in result.missing_keys if "lora_" in key]
         if missing or result.unexpected_keys:
@@ -153,7 +153,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         Returns:
             (N, D) float32.
         """
-        return encode_captions(self.llm2clip, self.processor, captions).caption_embeds
+        return encode_texts(self.llm2clip, self.processor, captions, project=False)
 
 
 def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
@@ -194,7 +194,7 @@ def write_lora(
     """
     name_base_without_path(encoder.adapted)
     _save_lora(encoder.adapted, str(folder))
-    file = folder / ADAPTER_WEIGHTS
+    file = folder / LORA_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
     save_file(weights, file, metadata={"format": "pt", **known})
@@ -231,7 +231,7 @@ def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
     Raises:
         ValueError: The folder is not that of a LoRA, or options differ; all of them are named.
     """
-    for name in (ADAPTER_SETTINGS, ADAPTER_WEIGHTS):
+    for name in (LORA_CONFIG, LORA_WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}. Give the folder of a LoRA.")
     saved = LoraConfig.from_pretrained(str(folder))

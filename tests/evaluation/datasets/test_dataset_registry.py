@@ -1,4 +1,4 @@
-"""Laws of the registry: what every card says, and what a set refuses to be."""
+"""Every dataset says what it is, where it comes from, and what is missing."""
 
 from __future__ import annotations
 
@@ -8,60 +8,56 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_datasets import tiny_card, write_coco_test
+from published_datasets import write_coco_official, write_imagenet, write_own_folder
 
-from modeling_llm2clip.data.atomic_files import hash_file
+from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
     list_datasets,
     load_dataset,
+    parse_dataset,
+    read_data,
 )
 from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec
-from modeling_llm2clip.evaluation.datasets.schema import (
-    ChoiceDataset,
-    ChoiceItem,
-    ClassificationDataset,
-    RetrievalDataset,
-)
-from modeling_llm2clip.evaluation.datasets.templates import IMAGENET_TEMPLATES
-from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 
 OWN = {"folder", "folder-long", "image-folder"}
-every_card = pytest.mark.parametrize("card", list_datasets(), ids=lambda card: card.name)
+every_spec = pytest.mark.parametrize("spec", list_datasets(), ids=lambda spec: spec.name)
 
 
-@every_card
-def test_every_card_says_whose_it_is_where_it_is_and_what_was_chosen(card: DatasetSpec) -> None:
-    assert find_dataset(card.name) is card
-    for text in (card.title, card.license, card.citation, card.source, card.files):
+@every_spec
+def test_every_spec_names_publisher_source_and_choices(spec: DatasetSpec) -> None:
+    assert find_dataset(spec.name) is spec
+    for text in (spec.title, spec.license, spec.citation, spec.source, spec.files):
         assert text and text == text.strip()
-    assert "split" in card.protocol
-    assert json.loads(json.dumps(dict(card.protocol))) == card.protocol
-    assert "\n" not in card.describe() and card.describe().startswith(f"{card.name}: ")
+    assert "split" in spec.protocol
+    assert json.loads(json.dumps(dict(spec.protocol))) == spec.protocol
+    assert "\n" not in spec.describe() and spec.describe().startswith(f"{spec.name}: ")
 
 
-@every_card
-def test_every_published_set_has_counts_in_every_language(card: DatasetSpec) -> None:
-    if card.name in OWN:
-        assert not card.counts and not card.languages
+@every_spec
+def test_every_published_dataset_has_counts_in_every_language(spec: DatasetSpec) -> None:
+    if spec.name in OWN:
+        assert not spec.counts and not spec.languages
         return
     wanted = {"choice": {"items"}, "classification": {"images", "classes"}}
-    for lang in card.languages:
-        counts = card.published_counts(lang)
-        assert set(counts) == wanted.get(card.kind, {"images", "captions"})
+    for lang in spec.languages:
+        counts = spec.list_published_counts(lang)
+        assert set(counts) == wanted.get(spec.dataset_type, {"images", "captions"})
         assert all(count > 0 for count in counts.values())
 
 
-@every_card
-def test_every_checksum_is_a_digest_of_its_algorithm(card: DatasetSpec) -> None:
+@every_spec
+def test_every_checksum_is_a_digest_of_its_algorithm(spec: DatasetSpec) -> None:
     lengths = {"md5": 32, "sha256": 64}
-    for published in card.checksums.values():
+    for published in spec.checksums.values():
         algorithm, _, digest = published.partition(":")
         assert len(bytes.fromhex(digest)) * 2 == lengths[algorithm]
 
 
-def test_the_cards_are_listed_by_name() -> None:
-    names = [card.name for card in list_datasets()]
+def test_datasets_are_listed_by_name() -> None:
+    names = [spec.name for spec in list_datasets()]
     assert names == sorted(set(names))
     assert {"flickr30k", "coco", "xm3600", "imagenet", "winoground", "emoji"} <= set(names)
 
@@ -73,77 +69,119 @@ def test_the_captions_of_xm3600_are_as_many_as_its_paper_counts() -> None:
     assert sum(count["captions"] for count in counts.values()) == 261_375
 
 
-def test_imagenet_has_eighty_different_templates() -> None:
-    assert len(set(IMAGENET_TEMPLATES)) == len(IMAGENET_TEMPLATES) == 80
-    assert all(text.count("{}") == 1 for text in IMAGENET_TEMPLATES)
-    # Spelt as published, with their grammar: the score hangs on it.
-    assert {"itap of my {}.", "a origami {}.", "a embroidered {}."} <= set(IMAGENET_TEMPLATES)
-    assert {"a photo of the hard to see {}.", "the {} in a video game."} <= set(IMAGENET_TEMPLATES)
-
-
-def test_a_file_with_the_published_checksum_is_reported_as_such(tmp_path: Path) -> None:
-    folder = write_coco_test(tmp_path)
-    file = folder / "coco_karpathy_test.json"
-    # The digest of `md5sum`, of bytes that are known.
-    file_of_known_digest = tmp_path / "known"
-    file_of_known_digest.write_bytes(b"abc")
-    assert hash_file(file_of_known_digest, "md5") == "900150983cd24fb0d6963f7d28e17f72"
-    card = tiny_card("coco", images=3, captions=15)
-    good = replace(card, checksums={file.name: f"md5:{hash_file(file, 'md5')}"})
-    assert load_dataset(good, folder).protocol["checksums"] == {file.name: "published"}
-    bad = replace(card, checksums={file.name: "md5:900150983cd24fb0d6963f7d28e17f72"})
-    with pytest.raises(ValueError, match=r"not the published one: 1 \(coco_karpathy_test.json"):
-        load_dataset(bad, folder)
-
-
-def test_a_protocol_can_be_written_as_json_and_names_no_folder_of_this_machine(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flickr30k", r"no flickr30k_test\.json and no dataset_flickr30k\.json.*Get it from"),
+        ("coco-val2017", "cocodataset.org"),
+        ("urban1k", "has no folder 'caption'.*Urban1k.zip"),
+        ("docci", "google.github.io/docci"),
+        ("xm3600", "google.github.io/crossmodal-3600"),
+        ("multi30k", "github.com/multi30k/dataset"),
+        ("flickr30k-cn", r"flickr30k_cn_test\.txt.*Flickr30k-CNA"),
+        ("coco-cn", "AIMClab/COCO-CN"),
+        ("iiw", "github.com/google/imageinwords"),
+        ("sugarcrepe", "github.com/RAIVNLab/sugar-crepe"),
+        ("winoground", "datasets/facebook/winoground"),
+        ("imagenet", "LOC_synset_mapping.txt"),
+        ("image-folder", "no class folders"),
+        ("folder", "captions.jsonl"),
+    ],
+)
+def test_a_missing_file_is_named_with_where_to_get_it(
+    name: str, message: str, tmp_path: Path
 ) -> None:
-    found = load_dataset(tiny_card("coco", images=3, captions=15), write_coco_test(tmp_path))
-    assert str(tmp_path) not in json.dumps(dict(found.protocol))
-    wanted = {"set", "lang", "split", "source", "images", "captions", "published", "excluded"}
-    assert wanted <= set(found.protocol)
-
-
-def test_a_retrieval_set_refuses_a_correspondence_of_other_counts() -> None:
-    pairs = Correspondence.from_image_of_text([0, 1], 2)
-    with pytest.raises(ValueError, match=r"2 images and 2 captions, the set has 2 and 3"):
-        RetrievalDataset("own", (), ("a", "b"), ("one", "two", "three"), pairs, "en", {})
-    with pytest.raises(ValueError, match=r"names of images repeat: \['a'\]"):
-        RetrievalDataset("own", (), ("a", "a"), ("one", "two"), pairs, "en", {})
-    with pytest.raises(ValueError, match="1 images and 2 names"):
-        RetrievalDataset("own", (Path("a"),), ("a", "b"), ("one", "two"), pairs, "en", {})
+    lang = "en" if len(find_dataset(name).languages) > 1 else None
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_dataset(name, tmp_path, lang=lang)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "options", "message"),
     [
-        ({"class_names": ("cat", "cat")}, r"class names repeat: \['cat'\]"),
-        ({"labels": (0, 2)}, "labels from 0 to 2 do not fit 2 classes"),
-        ({"labels": (0,)}, "2 images and 1 labels"),
-        ({"templates": ("a photo",)}, r"without exactly one \{\}: \['a photo'\]"),
-        ({"templates": ()}, "none given"),
+        ("coko", {}, "no dataset 'coko'. Known: coco, coco-cn"),
+        ("coco", {"folder": None}, "coco needs a folder with coco_karpathy_test.json"),
+        ("coco", {"folder": "nowhere"}, "nowhere does not exist"),
+        ("coco", {"lang": "de"}, "coco has no language 'de'. It has en."),
+        ("coco", {"image_dir": "nowhere"}, "image_dir='nowhere' is not a folder"),
+        ("xm3600", {}, "xm3600 has several languages. Choose one: ar, bn"),
+        ("emoji", {"lang": "en"}, "emoji needs no folder"),
     ],
 )
-def test_a_classification_set_refuses_what_has_no_meaning(
-    changes: dict[str, Any], message: str
+def test_a_request_that_cannot_be_met_says_what_can_be(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    good: dict[str, Any] = {
-        "name": "own", "images": (Path("a"), Path("b")), "image_names": ("a", "b"),
-        "labels": (0, 1), "class_names": ("cat", "dog"), "templates": ("a {}.",), "lang": "en",
-        "protocol": {},
-    }  # fmt: skip
-    ClassificationDataset(**good)
+    write_coco_official(tmp_path)
     with pytest.raises(ValueError, match=message):
-        ClassificationDataset(**{**good, **changes})
+        load_dataset(name, **{"folder": tmp_path, **options})
 
 
-def test_a_choice_set_refuses_items_of_another_form() -> None:
-    item = ChoiceItem("1", "all", ("one", "two"), anchor="three")
-    ChoiceDataset("own", "text", (item,), "en", {})
-    with pytest.raises(ValueError, match="0 images and anchor 'three'; form 'image' has 1"):
-        ChoiceDataset("own", "image", (item,), "en", {})
-    with pytest.raises(ValueError, match="there are no items"):
-        ChoiceDataset("own", "text", (), "en", {})
-    with pytest.raises(ValueError, match="form='words' is none of"):
-        ChoiceDataset("own", "words", (item,), "en", {})  # type: ignore[arg-type]
+def test_a_name_with_a_folder_is_the_same_as_both(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet") / "val"
+    wanted = load_dataset("image-folder", folder)
+    found = load_dataset(f"image-folder={folder}")
+    assert found.list_content() == wanted.list_content() and found.protocol == wanted.protocol
+    assert parse_dataset(f"coco={folder}") == EvaluatedDataset(name="coco", folder=str(folder))
+
+
+def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("emoji", "mine", "a=b"):
+        (tmp_path / name).mkdir()
+    assert parse_dataset("emoji") == EvaluatedDataset(name="emoji")
+    assert parse_dataset("mine") == EvaluatedDataset(name="folder", folder="mine")
+    # What exists is a path, whatever signs are in it.
+    assert parse_dataset("a=b") == EvaluatedDataset(name="folder", folder="a=b")
+    with pytest.raises(ValueError, match="'coco=' must be NAME=FOLDER"):
+        parse_dataset("coco=")
+    with pytest.raises(ValueError, match=r"There is no dataset 'emojis'.*Did you mean emoji?"):
+        parse_dataset("emojis")
+
+
+def test_records_are_a_dataset_that_is_named_by_their_hash(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    records = load_records(folder)
+    found = load_dataset(records, lang="en")
+    wanted = load_dataset(folder, lang="en")
+    assert found.list_content() == wanted.list_content()
+    assert (
+        found.name.startswith("records-") and found.name == load_dataset(records[:], lang="de").name
+    )
+    assert found.name != load_dataset(records[:3]).name
+    assert found.protocol["source"] == "records" and found.protocol["dataset"] == found.name
+    with pytest.raises(ValueError, match=r"several languages\. Choose one: en, de"):
+        load_dataset(records)
+    with pytest.raises(ValueError, match="Got no records"):
+        load_dataset([])
+    with pytest.raises(ValueError, match=r"records-[0-9a-f]{8} needs no folder"):
+        load_dataset(records, folder, lang="en")
+
+
+def test_records_without_images_are_errors_unless_only_captions_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_own_folder(tmp_path)
+    records = load_records(folder, require_images=False)[:3]
+    records = [replace(record, image=None) for record in records]
+    monkeypatch.chdir(folder)  # a file of the same name is not the image
+    with pytest.raises(DataValidationError, match="image missing: 3"):
+        load_dataset(records)
+    assert not load_dataset(records, require_images=False).has_images
+
+
+def test_training_reads_a_captioned_dataset_by_its_name(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    own = read_data(folder, require_images=True)
+    assert [(r.name, r.lang) for r in own] == [(r.name, r.lang) for r in load_records(folder)]
+    named = read_data(f"folder={folder}", require_images=True)
+    assert {(r.name, r.lang, r.group_id) for r in named} == {
+        (r.name, r.lang, r.group_id) for r in own
+    }
+    assert all(r.image is None for r in read_data(f"folder={folder}", require_images=False))
+    assert {r.lang for r in read_data("emoji", require_images=False)} == set(
+        find_dataset("emoji").languages
+    )
+    with pytest.raises(ValueError, match="winoground is a choice dataset, and training takes"):
+        read_data(f"winoground={folder}", require_images=True)

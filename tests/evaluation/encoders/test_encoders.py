@@ -1,4 +1,4 @@
-"""Every kind of model behind one interface, with the embeddings that its own code gives."""
+"""Every model type behind one interface, with the embeddings that its own code computes."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import pytest
 import torch
 from PIL import Image
 from shared_models import ROUNDING
-from tiny_encoders import MODEL_KINDS, TEXTS, encode, unit
+from tiny_encoders import MODEL_TYPES, TEXTS, encode, unit
 from tokenizers import normalizers
 from transformers import AutoModel, AutoProcessor
 
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
 BATCH_SIZES = (1, 7, 64)
 LONG_TEXT = "a dog and a cat " * 60
-DUAL_KINDS = tuple(kind for kind in MODEL_KINDS if kind != "sentence-transformers")
+DUAL_TYPES = tuple(
+    model_type for model_type in MODEL_TYPES if model_type != "sentence-transformers"
+)
 
-every_kind = pytest.mark.parametrize("kind", MODEL_KINDS)
-every_dual_kind = pytest.mark.parametrize("kind", DUAL_KINDS)
+every_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
+every_dual_type = pytest.mark.parametrize("model_type", DUAL_TYPES)
 
 
-def test_kinds_are_told_from_files(models: Any) -> None:
-    told = {kind: detect_model_type(models(kind)) for kind in MODEL_KINDS}
+def test_types_are_detected_from_files(models: Any) -> None:
+    found = {model_type: detect_model_type(models(model_type)) for model_type in MODEL_TYPES}
     transformers = dict.fromkeys(("clip", "siglip", "siglip2"), "transformers")
-    assert told == {kind: kind for kind in MODEL_KINDS} | transformers
+    assert found == {model_type: model_type for model_type in MODEL_TYPES} | transformers
 
 
-def test_a_folder_of_no_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no config\.json.*'open_clip'.*--model-type"):
+def test_a_folder_of_no_known_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json.*--model-type .*open_clip"):
         detect_model_type(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"model_type 'llama'"):
@@ -44,22 +46,24 @@ def test_a_folder_of_no_kind_is_refused(tmp_path: Path) -> None:
         load_encoder(tmp_path / "nothing" / "here")
 
 
-@every_kind
-def test_embeddings_have_the_order_of_the_inputs_and_are_float32(kind: str, models: Any) -> None:
-    encoder = load_encoder(models(kind), EncoderSettings(batch_size=3))
+@every_type
+def test_embeddings_have_the_order_of_the_inputs_and_are_float32(
+    model_type: str, models: Any
+) -> None:
+    encoder = load_encoder(models(model_type), EncoderConfig(batch_size=3))
     embeds = encoder.encode_texts(TEXTS).embeds
     backwards = encoder.encode_texts(TEXTS[::-1]).embeds
     assert embeds.dtype == torch.float32 and embeds.device.type == "cpu"
     torch.testing.assert_close(backwards.flip(0), embeds, rtol=0, atol=ROUNDING)
 
 
-@every_dual_kind
-def test_the_batch_size_moves_no_rank(kind: str, models: Any, images: list[Path]) -> None:
+@every_dual_type
+def test_the_batch_size_changes_no_rank(model_type: str, models: Any, images: list[Path]) -> None:
     own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
     ranks = []
     for batch_size in BATCH_SIZES:
         texts, image_embeds = encode(
-            load_encoder(models(kind), EncoderSettings(batch_size=batch_size)), images
+            load_encoder(models(model_type), EncoderConfig(batch_size=batch_size)), images
         )
         found = rank_retrieval(image_embeds, texts, own)
         ranks.append((found.i2t.best_ranks, found.t2i.best_ranks))
@@ -68,12 +72,12 @@ def test_the_batch_size_moves_no_rank(kind: str, models: Any, images: list[Path]
     assert ranks[0][0].unique().numel() > 1  # not all tied
 
 
-def test_the_batch_size_moves_no_rank_of_texts_alone(models: Any) -> None:
+def test_the_batch_size_changes_no_rank_of_text_encoders(models: Any) -> None:
     own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
     ranks = []
     for batch_size in BATCH_SIZES:
-        settings = EncoderSettings(batch_size=batch_size)
-        encoder = load_encoder(models("sentence-transformers"), settings)
+        options = EncoderConfig(batch_size=batch_size)
+        encoder = load_encoder(models("sentence-transformers"), options)
         again = [f"again {text}" for text in TEXTS]
         embeds = encoder.encode_texts([*TEXTS, *again]).embeds
         found = rank_retrieval(*embeds.chunk(2), own)
@@ -84,32 +88,36 @@ def test_the_batch_size_moves_no_rank_of_texts_alone(models: Any) -> None:
 
 
 @pytest.mark.gpu
-@every_dual_kind
-def test_the_device_moves_no_rank(kind: str, models: Any, images: list[Path]) -> None:
+@every_dual_type
+def test_the_device_changes_no_rank(model_type: str, models: Any, images: list[Path]) -> None:
     own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
     ranks = []
     for device in ("cpu", "cuda"):
-        settings = EncoderSettings(device=device, dtype="float32")
-        texts, image_embeds = encode(load_encoder(models(kind), settings), images)
+        options = EncoderConfig(device=device, dtype="float32")
+        texts, image_embeds = encode(load_encoder(models(model_type), options), images)
         found = rank_retrieval(image_embeds, texts, own)
         ranks.append((found.i2t.best_ranks, found.t2i.best_ranks))
     assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
 
 
-@every_kind
-def test_equal_inputs_have_equal_embeddings_whatever_the_batch(kind: str, models: Any) -> None:
+@every_type
+def test_equal_inputs_have_equal_embeddings_whatever_the_batch(
+    model_type: str, models: Any
+) -> None:
     texts = [TEXTS[0], *TEXTS, TEXTS[0]]
-    embeds = load_encoder(models(kind), EncoderSettings(batch_size=2)).encode_texts(texts).embeds
+    embeds = (
+        load_encoder(models(model_type), EncoderConfig(batch_size=2)).encode_texts(texts).embeds
+    )
     assert torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[-1])
 
 
 @pytest.mark.parametrize(
-    ("kind", "max_tokens"), [("clip", 77), ("siglip", 64), ("siglip2", 64), ("open_clip", 77)]
+    ("model_type", "max_tokens"), [("clip", 77), ("siglip", 64), ("siglip2", 64), ("open_clip", 77)]
 )
-def test_cut_texts_are_counted_and_the_limit_is_told(
-    kind: str, max_tokens: int, models: Any
+def test_truncated_texts_are_counted_and_the_limit_is_described(
+    model_type: str, max_tokens: int, models: Any
 ) -> None:
-    encoder = load_encoder(models(kind))
+    encoder = load_encoder(models(model_type))
     is_truncated = encoder.encode_texts([LONG_TEXT, *TEXTS, LONG_TEXT]).is_truncated
     assert is_truncated is not None
     assert is_truncated.tolist() == [True, *[False] * len(TEXTS), True]
@@ -117,18 +125,18 @@ def test_cut_texts_are_counted_and_the_limit_is_told(
     assert text is not None and text["max_tokens"] == max_tokens
 
 
-@every_kind
-def test_blank_texts_are_named(kind: str, models: Any) -> None:
+@every_type
+def test_blank_texts_are_named(model_type: str, models: Any) -> None:
     with pytest.raises(ValueError, match=r"number 1 is blank"):
-        load_encoder(models(kind)).encode_texts(["a dog", " "])
+        load_encoder(models(model_type)).encode_texts(["a dog", " "])
 
 
-@every_dual_kind
-def test_a_broken_image_is_named(kind: str, models: Any, tmp_path: Path) -> None:
+@every_dual_type
+def test_a_broken_image_is_named(model_type: str, models: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png: not an image"):
-        load_encoder(models(kind)).encode_images([broken], names=["broken.png"])
+        load_encoder(models(model_type)).encode_images([broken], names=["broken.png"])
 
 
 def test_own_embeddings_are_those_of_auto_model(models: Any, images: list[Path]) -> None:
@@ -142,7 +150,7 @@ def test_own_embeddings_are_those_of_auto_model(models: Any, images: list[Path])
 
 
 @pytest.mark.parametrize(
-    ("kind", "text_settings"),
+    ("model_type", "text_options"),
     [
         ("clip", {"padding": True}),
         ("siglip", {"padding": "max_length", "max_length": 64}),
@@ -150,13 +158,13 @@ def test_own_embeddings_are_those_of_auto_model(models: Any, images: list[Path])
     ],
 )
 def test_baselines_have_the_embeddings_of_their_model_cards(
-    kind: str, text_settings: dict[str, Any], models: Any, images: list[Path]
+    model_type: str, text_options: dict[str, Any], models: Any, images: list[Path]
 ) -> None:
-    model = AutoModel.from_pretrained(models(kind))
-    processor = AutoProcessor.from_pretrained(models(kind))
-    texts = [text.lower() if kind != "clip" else text for text in TEXTS]
-    inputs = dict(processor.tokenizer(texts, return_tensors="pt", **text_settings))
-    if kind != "clip":
+    model = AutoModel.from_pretrained(models(model_type))
+    processor = AutoProcessor.from_pretrained(models(model_type))
+    texts = [text.lower() if model_type != "clip" else text for text in TEXTS]
+    inputs = dict(processor.tokenizer(texts, return_tensors="pt", **text_options))
+    if model_type != "clip":
         inputs.pop("attention_mask")  # not of these models' inputs
     pixels = processor.image_processor(load_images(list(images)), return_tensors="pt")
     with torch.no_grad():
@@ -164,33 +172,33 @@ def test_baselines_have_the_embeddings_of_their_model_cards(
             model.get_text_features(**inputs).pooler_output,
             model.get_image_features(**pixels).pooler_output,
         )
-    for found, own in zip(encode(load_encoder(models(kind)), images), wanted, strict=True):
+    for found, own in zip(encode(load_encoder(models(model_type)), images), wanted, strict=True):
         torch.testing.assert_close(unit(found), unit(own), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
-def test_siglip_reads_lower_case(kind: str, models: Any) -> None:
-    encoder = load_encoder(models(kind))
+@pytest.mark.parametrize("model_type", ["siglip", "siglip2"])
+def test_siglip_reads_lower_case(model_type: str, models: Any) -> None:
+    encoder = load_encoder(models(model_type))
     embeds = encoder.encode_texts(["A Red Car", "a red car"]).embeds
     assert torch.equal(embeds[0], embeds[1])
     text = encoder.describe().text
     assert text is not None and text["lower_case"] is True
 
 
-@every_kind
-def test_every_description_tells_the_activation(kind: str, models: Any) -> None:
-    described = load_encoder(models(kind)).describe()
+@every_type
+def test_every_description_has_the_activation(model_type: str, models: Any) -> None:
+    described = load_encoder(models(model_type)).describe()
     wanted = {
         "llm2clip": "silu", "clip": "quick_gelu", "siglip": "gelu_pytorch_tanh",
         "siglip2": "gelu_pytorch_tanh", "open_clip": "gelu", "sentence-transformers": "silu",
     }  # fmt: skip
-    assert described.text and described.text["activation"] == wanted[kind]
+    assert described.text and described.text["activation"] == wanted[model_type]
     assert described.images is None or described.images["activation"]
 
 
-def test_clips_lower_case_is_told_from_its_tokenizer(models: Any, tmp_path: Path) -> None:
+def test_whether_clip_is_uncased_is_read_off_its_tokenizer(models: Any, tmp_path: Path) -> None:
     described = load_encoder(models("clip")).describe().text
-    assert described and described["lower_case"] is False  # the tiny one keeps capitals
+    assert described and described["lower_case"] is False  # the tiny one keeps uppercase
     processor = AutoProcessor.from_pretrained(models("clip"))
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     AutoModel.from_pretrained(models("clip")).save_pretrained(tmp_path)
@@ -199,44 +207,46 @@ def test_clips_lower_case_is_told_from_its_tokenizer(models: Any, tmp_path: Path
     assert described and described["lower_case"] is True
 
 
-def test_an_argument_for_another_kind_is_refused(models: Any) -> None:
-    with pytest.raises(ValueError, match=r"`architecture` is for open_clip, .* transformers"):
+def test_an_argument_for_another_type_is_refused(models: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"architecture is only for a model of type open_clip, .* transformers"
+    ):
         load_encoder(models("clip"), architecture="ViT-B-32")
-    with pytest.raises(ValueError, match=r"No kind is called 'CLIP'"):
-        load_encoder(models("clip"), kind="CLIP")
+    with pytest.raises(ValueError, match=r"model_type='CLIP' must be one of"):
+        load_encoder(models("clip"), model_type="CLIP")
 
 
-@every_kind
+@every_type
 def test_a_description_needs_no_weights_in_memory(
-    kind: str, models: Any, monkeypatch: pytest.MonkeyPatch
+    model_type: str, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = load_encoder(models(kind))
+    encoder = load_encoder(models(model_type))
     monkeypatch.setattr(type(encoder), "_model", property(lambda _: pytest.fail("loaded")))
     described = encoder.describe().to_json()
     assert json.loads(json.dumps(described)) == json.loads(json.dumps(described, allow_nan=False))
     assert len(described["fingerprint"]["weights"]) == 64
-    if kind != "sentence-transformers":
+    if model_type != "sentence-transformers":
         assert {"resize", "crop", "interpolation", "mean", "std"} <= set(described["images"])
 
 
-@every_dual_kind
+@every_dual_type
 def test_how_an_image_is_opened_is_described_and_done(
-    kind: str, models: Any, tmp_path: Path
+    model_type: str, models: Any, tmp_path: Path
 ) -> None:
-    encoder = load_encoder(models(kind))
+    encoder = load_encoder(models(model_type))
     described = encoder.describe().images or {}
     assert described["orientation"] == "EXIF applied" and described["transparency"] == "on white"
     upright = Image.new("RGBA", (40, 24), (0, 0, 0, 0))
     upright.paste((200, 30, 30, 255), (0, 0, 20, 24))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its left side; to be turned right by a quarter
-    upright.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    exif[0x0112] = 6  # stored on its left side; to be turned right by a quarter
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     wanted = Image.new("RGB", upright.size, "white")
     wanted.paste(upright, mask=upright)
     wanted.save(tmp_path / "upright.png")
-    paths = [tmp_path / "lying.png", tmp_path / "upright.png"]
-    lying, other = encoder.encode_images(paths, names=["lying.png", "upright.png"])
-    assert torch.equal(lying, other)
+    paths = [tmp_path / "turned.png", tmp_path / "upright.png"]
+    turned, other = encoder.encode_images(paths, names=["turned.png", "upright.png"])
+    assert torch.equal(turned, other)
 
 
 def test_the_fingerprint_changes_with_one_weight(models: Any, tmp_path: Path) -> None:
@@ -251,7 +261,7 @@ def test_the_fingerprint_changes_with_one_weight(models: Any, tmp_path: Path) ->
     assert load_encoder(tmp_path).describe().fingerprint["weights"] != same
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "int8"}, {"batch_size": 0}])
-def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"batch_size": 0}])
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"int8|batch_size=0"):
-        EncoderSettings(**settings)
+        EncoderConfig(**options)

@@ -1,4 +1,4 @@
-"""Models of open_clip: their own embeddings, and what a weights file alone does not tell."""
+"""Models of open_clip: their own embeddings, and what a weights file does not say."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shared_models import ROUNDING
 from tiny_encoders import TEXTS, encode, unit
 
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
-from modeling_llm2clip.evaluation.encoders.open_clip_published import (
-    find_activation,
-    find_preprocessing,
-    refuse_torchscript,
+from modeling_llm2clip.evaluation.encoders.open_clip_models import (
+    _find_activation,
+    _find_preprocessing,
+    _refuse_torchscript,
 )
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
@@ -60,44 +60,44 @@ def test_an_open_clip_weights_file_needs_the_name_of_its_architecture(
 
 
 def test_images_of_a_weights_file_are_prepared_as_all_of_its_architecture_agree() -> None:
-    siglip = find_preprocessing("ViT-B-16-SigLIP", source="w.safetensors")
+    siglip = _find_preprocessing("ViT-B-16-SigLIP", source="w.safetensors")
     assert siglip["mean"] == siglip["std"] == (0.5, 0.5, 0.5) and siglip["resize_mode"] == "squash"
-    assert find_preprocessing("EVA02-B-16", source="w.pt")["resize_mode"] == "shortest"
+    assert _find_preprocessing("EVA02-B-16", source="w.pt")["resize_mode"] == "shortest"
     # Of ViT-L-14 some are published with CLIP's mean, others with that of Inception.
     with pytest.raises(
         ValueError, match=r"models of ViT-L-14 do not agree.*open_clip_config\.json"
     ):
-        find_preprocessing("ViT-L-14", source="w.safetensors")
+        _find_preprocessing("ViT-L-14", source="w.safetensors")
 
 
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("RN50", r"RN50 stands for gelu.*all of quick_gelu.*openai.*Name RN50-quickgelu"),
-        ("ViT-L-14-336", r"all of quick_gelu.*Name ViT-L-14-336-quickgelu"),
-        ("ViT-B-32", r"differ in it \(gelu: laion2b.*; quick_gelu: openai.*--activation gelu"),
+        ("RN50", r"RN50 means gelu.*all have quick_gelu.*openai.*Name RN50-quickgelu"),
+        ("ViT-L-14-336", r"all have quick_gelu.*Name ViT-L-14-336-quickgelu"),
+        ("ViT-B-32", r"have either \(gelu: laion2b.*; quick_gelu: openai.*--activation gelu"),
     ],
 )
-def test_a_plain_name_whose_published_models_have_quick_gelu_tells_no_activation(
+def test_a_plain_name_whose_published_models_have_quick_gelu_needs_the_activation(
     architecture: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        find_activation(architecture, given=None, source="w.pt")
+        _find_activation(architecture, given=None, source="w.pt")
     for given in ("gelu", "quick_gelu"):
-        assert find_activation(architecture, given=given, source="w.pt") == given
+        assert _find_activation(architecture, given=given, source="w.pt") == given
 
 
-def test_names_that_tell_their_activation_need_no_other_word() -> None:
-    assert find_activation("RN50-quickgelu", given=None, source="w.pt") == "quick_gelu"
-    assert find_activation("roberta-ViT-B-32", given=None, source="w.pt") == "quick_gelu"
-    assert find_activation("EVA02-B-16", given=None, source="w.pt") == "gelu"
+def test_names_that_say_their_activation_need_nothing_else() -> None:
+    assert _find_activation("RN50-quickgelu", given=None, source="w.pt") == "quick_gelu"
+    assert _find_activation("roberta-ViT-B-32", given=None, source="w.pt") == "quick_gelu"
+    assert _find_activation("EVA02-B-16", given=None, source="w.pt") == "gelu"
     with pytest.raises(ValueError, match=r"has quick_gelu, and activation is 'gelu'.*: RN50\."):
-        find_activation("RN50-quickgelu", given="gelu", source="w.pt")
-    with pytest.raises(ValueError, match=r"activation='relu' is none of"):
-        find_activation("RN50", given="relu", source="w.pt")
+        _find_activation("RN50-quickgelu", given="gelu", source="w.pt")
+    with pytest.raises(ValueError, match=r"activation='relu' must be one of"):
+        _find_activation("RN50", given="relu", source="w.pt")
 
 
-def test_a_weights_file_is_run_with_the_activation_that_its_description_tells(
+def test_a_weights_file_is_run_with_the_activation_that_its_description_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
@@ -143,7 +143,7 @@ def test_a_torchscript_archive_is_refused_before_its_code_could_run(tmp_path: Pa
     scripted = torch.jit.script(torch.nn.Linear(2, 2))
     scripted.save(str(tmp_path / "archive.pt"))
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
-    refuse_torchscript(tmp_path / "weights.pt", source="weights.pt")
+    _refuse_torchscript(tmp_path / "weights.pt", source="weights.pt")
     with pytest.raises(ValueError, match=r"archive\.pt is a TorchScript archive.*never run"):
         load_encoder(tmp_path / "archive.pt", architecture="RN50-quickgelu")
 
@@ -163,9 +163,10 @@ def test_an_open_clip_repository_of_bin_weights_alone_is_fetched_with_them(
         "pytorch_model.bin": b"of another library",
     }
     code = (
-        "from modeling_llm2clip.evaluation.encoders.kinds import load_encoder\n"
+        "from modeling_llm2clip.evaluation.encoders.auto import load_encoder\n"
         "encoder = load_encoder('owner/model')\n"
-        "print(encoder.describe().kind, tuple(encoder.encode_texts(['a dog']).embeds.shape))\n"
+        "embeds = encoder.encode_texts(['a dog']).embeds\n"
+        "print(encoder.describe().model_type, tuple(embeds.shape))\n"
     )
     with HubServer() as hub:
         repository = hub.create_repository("owner/model")

@@ -14,7 +14,7 @@ from tiny_encoders import encode, unit
 from transformers import AutoProcessor
 
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
-from modeling_llm2clip.evaluation.encoders.sentence_files import read_sentence_files
+from modeling_llm2clip.evaluation.encoders.sentence_transformers_models import _read_files
 
 
 def test_a_sentence_transformer_without_images_says_so(models: Any, images: list[Path]) -> None:
@@ -24,11 +24,14 @@ def test_a_sentence_transformer_without_images_says_so(models: Any, images: list
         encoder.encode_images(images[:1], names=["0.png"])
 
 
-def test_our_folder_is_a_sentence_transformer_where_that_is_asked_for(
+def test_our_folder_is_a_sentence_transformer_if_that_is_requested(
     models: Any, images: list[Path]
 ) -> None:
     folder = models("llm2clip")
-    as_ours, as_theirs = load_encoder(folder), load_encoder(folder, kind="sentence-transformers")
+    as_ours, as_theirs = (
+        load_encoder(folder),
+        load_encoder(folder, model_type="sentence-transformers"),
+    )
     ours, theirs = encode(as_ours, images), encode(as_theirs, images)
     described = [encoder.describe().images or {} for encoder in (as_ours, as_theirs)]
     assert described[0]["resize"] == described[1]["resize"] == {"height": 32, "width": 32}
@@ -36,12 +39,14 @@ def test_our_folder_is_a_sentence_transformer_where_that_is_asked_for(
         torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("kind", ["sentence-transformers", "llm2clip"])
-def test_files_say_of_a_sentence_transformer_what_it_says_itself(kind: str, models: Any) -> None:
+@pytest.mark.parametrize("model_type", ["sentence-transformers", "llm2clip"])
+def test_files_say_of_a_sentence_transformer_what_it_says_itself(
+    model_type: str, models: Any
+) -> None:
     from sentence_transformers import SentenceTransformer
 
-    loaded = SentenceTransformer(str(models(kind)), device="cpu")
-    found = read_sentence_files(models(kind))
+    loaded = SentenceTransformer(str(models(model_type)), device="cpu")
+    found = _read_files(models(model_type))
     assert found.modules == tuple(type(module).__name__ for module in loaded)
     assert found.modalities == tuple(loaded.modalities)
     assert found.max_tokens == loaded.max_seq_length
@@ -49,33 +54,33 @@ def test_files_say_of_a_sentence_transformer_what_it_says_itself(kind: str, mode
 
 
 @pytest.mark.parametrize(
-    ("settings", "max_tokens"),
+    ("written", "max_tokens"),
     [
         ({"max_seq_length": 12, "do_lower_case": True}, 12),  # as old releases wrote it
         ({"max_seq_length": None, "do_lower_case": False}, 24),
         ({}, 24),
     ],
 )
-def test_older_settings_of_a_sentence_transformer_are_read_as_it_reads_them(
-    settings: dict[str, Any], max_tokens: int, models: Any, tmp_path: Path
+def test_older_files_of_a_sentence_transformer_are_read_as_it_reads_them(
+    written: dict[str, Any], max_tokens: int, models: Any, tmp_path: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     folder = tmp_path / "old"
     shutil.copytree(models("sentence-transformers"), folder)
-    (folder / "sentence_bert_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "sentence_bert_config.json").write_text(json.dumps(written), encoding="utf-8")
     (folder / "config_sentence_transformers.json").write_text(
         '{"prompts": {"query": "find: "}, "default_prompt_name": "query"}', encoding="utf-8"
     )
-    found = read_sentence_files(folder)
+    found = _read_files(folder)
     loaded = SentenceTransformer(str(folder), device="cpu")
     assert found.max_tokens == loaded.max_seq_length == max_tokens
     assert found.modalities == tuple(loaded.modalities) == ("text",)
     assert found.default_prompt == "find: "
-    assert found.lower_case is bool(settings.get("do_lower_case"))
+    assert found.lower_case is bool(written.get("do_lower_case"))
 
 
-def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_cuts_nothing(
+def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_truncates_nothing(
     models: Any, tmp_path: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -99,7 +104,7 @@ def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: 
         load_encoder(folder).describe()
 
 
-def test_a_damaged_list_of_modules_is_told(tmp_path: Path) -> None:
+def test_a_damaged_list_of_modules_is_refused(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"modules\.json is missing or damaged"):
         load_encoder(tmp_path)

@@ -1,4 +1,4 @@
-"""Embeddings instead of a model: looked up by name, refused when they are broken or another's."""
+"""Embeddings in place of a model: found by name, refused if they are broken or of another model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ import torch.nn.functional as F
 from tiny_encoders import TEXTS, save_tiny_images
 from tiny_folders import export_tiny_model
 
+from modeling_llm2clip.configs.evaluation_config import (
+    EncoderConfig,
+    EvaluatedModel,
+    EvaluationConfig,
+)
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.named_embeddings import (
     side_file,
     write_named_embeddings,
 )
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.evaluation.arguments import (
-    EvaluatedDataset,
-    EvaluatedModel,
-    EvaluationArguments,
-)
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import EncoderSettings
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.extraction.extract import extract
 
@@ -51,17 +50,17 @@ def test_embeddings_are_found_by_name_in_any_order(tmp_path: Path) -> None:
     assert torch.equal(images, torch.ones(2, 8))
 
 
-def test_a_name_without_an_embedding_is_told(tmp_path: Path) -> None:
+def test_a_name_without_an_embedding_is_named(tmp_path: Path) -> None:
     encoder = load_encoder(write_sides(tmp_path))
     with pytest.raises(ValueError, match=r"no embedding for 1 of 2 images: \['9\.png'\]"):
         encoder.encode_images([None, None], names=["0.png", "9.png"])
 
 
-def test_one_side_alone_serves_its_tasks(tmp_path: Path) -> None:
+def test_one_side_alone_is_enough_for_its_tasks(tmp_path: Path) -> None:
     write_named_embeddings(side_file(tmp_path, "texts"), TEXTS, torch.eye(len(TEXTS)))
     encoder = load_encoder(tmp_path)
     assert encoder.describe().images is None
-    with pytest.raises(ValueError, match=r"no embeddings of images, only of \['texts'\]"):
+    with pytest.raises(ValueError, match=r"no embeddings of images, only of texts"):
         encoder.encode_images([None], names=["0.png"])
 
 
@@ -96,7 +95,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ]
     (root / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     records = load_records(root / "data")
-    exact = ExtractConfig(store_dtype="float32")
+    exact = ExtractConfig(store_dtype="float32", show_progress=False)
     extract(model, records, root / "stores" / "captions", exact, modality="text")
     extract(model, records, root / "stores" / "images", exact, modality="image")
     return root, model, records
@@ -118,7 +117,7 @@ def test_stores_through_their_models_head_are_the_models_embeddings(extracted: A
         )
 
 
-def test_the_head_and_its_dtype_are_of_the_run(extracted: Any, tmp_path: Path) -> None:
+def test_the_head_and_its_dtype_are_described(extracted: Any, tmp_path: Path) -> None:
     root, model, records = extracted
     other = Path(shutil.copytree(model, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
@@ -127,9 +126,9 @@ def test_the_head_and_its_dtype_are_of_the_run(extracted: Any, tmp_path: Path) -
     described = [
         load_encoder(root / "stores", settings, records=records, head=head).describe()
         for head, settings in (
-            (model, EncoderSettings()),
-            (other, EncoderSettings()),
-            (model, EncoderSettings(dtype="bfloat16")),
+            (model, EncoderConfig()),
+            (other, EncoderConfig()),
+            (model, EncoderConfig(dtype="bfloat16")),
         )
     ]
     assert described[0].fingerprint != described[1].fingerprint
@@ -150,37 +149,39 @@ def test_stored_images_and_captions_are_not_compared_without_a_head(extracted: A
     assert encoder.describe().images is None
     with pytest.raises(ValueError, match=r"no embeddings of images.*need the model's head"):
         encoder.encode_images([None], names=[records[0].name])
-    with pytest.raises(ValueError, match=r"images as the tower gave them.*--head"):
+    with pytest.raises(ValueError, match=r"images as the tower encodes them.*--head"):
         load_encoder(root / "stores" / "images", records=records)
 
 
 def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -> None:
     root, _, records = extracted
-    with pytest.raises(ValueError, match=r"do not say which text has which row.*--extracted-from"):
+    with pytest.raises(
+        ValueError, match=r"do not say which row belongs to which text.*--extracted-from"
+    ):
         load_encoder(root / "stores" / "captions")
-    with pytest.raises(ValueError, match=r"extracted from another data set.*8 items, here 7"):
+    with pytest.raises(ValueError, match=r"extracted from another dataset.*8 items, here 7"):
         load_encoder(root / "stores" / "captions", records=records[1:])
 
 
-def test_stores_are_evaluated_as_the_model_that_made_them(extracted: Any, tmp_path: Path) -> None:
+def test_stores_have_the_scores_of_the_model_that_computed_them(
+    extracted: Any, tmp_path: Path
+) -> None:
     root, model, _ = extracted
     stores = EvaluatedModel(
-        str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
+        source=str(root / "stores"), extracted_from=str(root / "data"), head=str(model)
     )
     stored, ours = evaluate(
-        EvaluationArguments(
-            models=(stores, EvaluatedModel(str(model))),
-            data=(EvaluatedDataset("folder", str(root / "data")),),
-            tasks=("retrieval",),
-            output=tmp_path,
-        )
+        [stores, model],
+        root / "data",
+        EvaluationConfig(output=tmp_path, show_progress=False),
+        tasks=("retrieval",),
     )
     assert stored.scores == ours.scores
-    assert stored.protocol["model"]["kind"] == "embeddings"
+    assert stored.protocol["model"]["model_type"] == "embeddings"
     assert stored.counts["texts_truncated"] is None
 
 
-def test_a_head_that_did_not_make_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:
+def test_a_head_that_did_not_compute_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:
     root, _, records = extracted
     other = export_tiny_model(tmp_path / "other", vision="vit", llm="qwen2")
     with pytest.raises(ValueError, match=r"made by another model"):

@@ -1,4 +1,4 @@
-"""Pairs of images and texts are complete, told once, and seen from both sides."""
+"""Pairs of images and texts are complete, occur once, and are seen from both sides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_group_ids_pair_every_image_with_every_text_of_the_same_group():
     assert texts.counts.tolist() == [2, 1, 2] and correspondence.num_pairs == 5
 
 
-def test_captions_need_not_stand_together_or_be_equally_many():
+def test_captions_need_not_be_adjacent_or_equally_many():
     correspondence = Correspondence.from_image_of_text([1, 0, 1, 1], 2)
     texts = correspondence.texts_of_images()
     assert texts.of(0).tolist() == [1] and texts.of(1).tolist() == [0, 2, 3]
@@ -30,7 +30,7 @@ def make(images, texts, num_images=2, num_texts=2):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: make([0, 1, 0], [0, 1, 0]), r"1 pairs stand there twice: \(0, 0\)"),
+        (lambda: make([0, 1, 0], [0, 1, 0]), r"1 pairs occur twice: \(0, 0\)"),
         (lambda: make([0, 1, 2], [0, 1, 0]), r"image rows outside 0 … 1: 2"),
         (lambda: make([0, 1], [-1, 1]), r"text rows outside 0 … 1: -1"),
         (lambda: make([0, 1], [0, 0]), r"1 texts have no image: rows 1"),
@@ -38,15 +38,16 @@ def make(images, texts, num_images=2, num_texts=2):
         (lambda: make([0, 0], [0, 0]), r"images have no text: rows 1; 1 texts have no image"),
         (lambda: make([0, 1, 1], [0, 1]), r"\(3,\) and text_of_pair \(2,\) must be two lists"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
-        (lambda: make([], [], 0, 0), r"torch.float32; row numbers are torch.int64"),
+        (lambda: make([], [], 0, 0), r"torch.float32; row numbers must be torch.int64"),
         (lambda: Correspondence.from_group_ids([], []), r"there is no image; there is no text"),
         (
             lambda: Correspondence.from_group_ids("ab", "bc"),
-            r"1 group ids only images have: 'a'; 1 group ids only texts have: 'c'",
+            r"1 group ids occur only among the images: 'a'; "
+            r"1 group ids occur only among the texts: 'c'",
         ),
         (
             lambda: Correspondence.from_group_ids(range(9), "a"),
-            r"9 group ids only images have: 0, 1, 2, 3, 4, …",
+            r"9 group ids occur only among the images: 0, 1, 2, 3, 4, …",
         ),
         (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
     ],

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_llm2clip.evaluation.metrics.confidence import bootstrap_mean
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import Ranking, rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import (
     average_precisions_at,
+    bootstrap_mean,
     hit_rate_at,
     hits_at,
     ndcgs_at,
@@ -42,7 +42,7 @@ def test_precision_and_gain_count_only_the_first_k(ranking):
     )
 
 
-def test_the_median_of_an_even_number_of_queries_lies_between_the_middle_ones(ranking):
+def test_the_median_of_an_even_number_of_queries_is_between_the_middle_ones(ranking):
     assert summarize(ranking)["median_rank"] == 1.5 == summarize(ranking)["mean_rank"]
 
 
@@ -83,7 +83,7 @@ def test_scores_of_all_positives_are_refused_when_only_the_best_were_ranked(rank
     with pytest.raises(ValueError, match="all_positives=True"):
         recalls_at(best, k=1)
     assert set(summarize(best, ks=[1])) == {"median_rank", "mean_rank", "hit_rate_at_1"}
-    with pytest.raises(ValueError, match="k=0; the first rank is 1"):
+    with pytest.raises(ValueError, match="k=0 must be at least 1"):
         hits_at(best, k=0)
 
 
@@ -93,17 +93,17 @@ def generator(seed=0):
 
 def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
     values, clusters = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]), torch.tensor([7, 7, 3, 3, 5])
-    members = [[0.0], [1.0, 1.0], [1.0, 0.0]]  # of another order: a draw is uniform
-    draws = torch.randint(3, (4000, 3), generator=generator(1)).tolist()
+    members = [[0.0], [1.0, 1.0], [1.0, 0.0]]  # in another order: samples are uniform
+    samples = torch.randint(3, (4000, 3), generator=generator(1)).tolist()
     means = []
-    for draw in draws:
-        drawn = [value for cluster in draw for value in members[cluster]]
-        means.append(sum(drawn) / len(drawn))
+    for sample in samples:
+        sampled = [value for cluster in sample for value in members[cluster]]
+        means.append(sum(sampled) / len(sampled))
     interval = bootstrap_mean(
         values, clusters=clusters, generator=generator(), num_resamples=4000, level=0.8
     )
     wanted = torch.tensor(means).quantile(torch.tensor([0.1, 0.9])).tolist()
-    # The 27 possible means are far apart, so quantiles of 4,000 draws fall on the same ones.
+    # The 27 possible means are far apart, so quantiles of 4,000 samples are the same ones.
     assert [interval.low, interval.high] == pytest.approx(wanted, abs=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_captions_of_one_image_do_not_count_as_independent():
     images = torch.arange(400).repeat_interleave(5)
     alone = bootstrap_mean(hits, generator=generator())
     together = bootstrap_mean(hits, clusters=images, generator=generator())
-    # Five copies tell as much as one: the root of five wider, up to 7 % noise at each end.
+    # Five copies say as much as one: the root of five wider, up to 7 % noise at each end.
     widths = [interval.high - interval.low for interval in (together, alone)]
     assert widths[0] / widths[1] == pytest.approx(math.sqrt(5), rel=0.2)
 

@@ -26,10 +26,10 @@ from transformers import TrainerCallback
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
-from modeling_llm2clip.model_folders.model_card_data import read_card_facts
-from modeling_llm2clip.publishing.assemble import assemble_folder
+from modeling_llm2clip.model_folders.model_card_data import read_card_data
+from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.training.alignment.align import align
 
 
@@ -82,7 +82,7 @@ def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> 
     model.save_pretrained(sharded, max_shard_size="60KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     moved = model.text_projection.weight.detach() + 1
-    assemble_folder(sharded, {"text_projection.weight": moved}, tmp_path / "model")
+    save_trained_model(sharded, {"text_projection.weight": moved}, tmp_path / "model")
     names = {path.name for path in sharded.iterdir()}
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
     assert names_that_differ(sharded, tmp_path / "model") == {"text_projection.weight"}
@@ -96,7 +96,7 @@ def test_a_source_without_recorded_captions_gets_no_golden_embeddings(
     shutil.copytree(prepared.model, old)
     (old / "golden_embeddings.safetensors").unlink()
     trained = {"logit_scale.log_scale": torch.ones(1)}
-    assert not assemble_folder(old, trained, tmp_path / "model")
+    save_trained_model(old, trained, tmp_path / "model")
     assert not (tmp_path / "model" / "golden_embeddings.safetensors").exists()
     assert check_model(tmp_path / "model").healthy
 
@@ -146,9 +146,9 @@ def test_callbacks_of_the_user_are_called(prepared: Prepared, tmp_path: Path) ->
 
 def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no place for 1 trained weights \['elsewhere'\]"):
-        assemble_folder(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
+        save_trained_model(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
     with pytest.raises(ValueError, match=r"1 have another shape.*\(2,\), \(1,\)"):
-        assemble_folder(
+        save_trained_model(
             prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
         )
     assert not (tmp_path / "model").exists()
@@ -161,4 +161,4 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     command = command_of(prepared, tmp_path / "run", max_steps=1, vision_training="frozen")
     command[2] = "."
     assert main(command) == 0
-    assert read_card_facts(tmp_path / "run" / "model").training_data == ("data",)
+    assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)

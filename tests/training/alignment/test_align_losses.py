@@ -23,7 +23,7 @@ from gloo_workers import find_free_port
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.alignment.align import align
 
 ROOT = Path(__file__).parents[3]

@@ -27,7 +27,7 @@ from killed_writers import leave_unfinished
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.doctor import check_model
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.run_folder import discard_later_steps, write_run_record
 
 ROOT = Path(__file__).parents[3]

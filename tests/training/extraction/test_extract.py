@@ -31,8 +31,7 @@ from modeling_llm2clip.data.embedding_store import EmbeddingStore, read_manifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.encoding.image_encoding import encode_images
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from modeling_llm2clip.training.extraction import extract as stage
 from modeling_llm2clip.training.extraction.extract import describe_extraction, extract
@@ -169,7 +168,7 @@ def test_every_record_finds_the_embeddings_of_its_captions(
             rows = store.rows_of(item, long=long)
             assert len(rows) == len(texts)
             if texts:
-                expected = encode_captions(whole, processor, texts).caption_embeds
+                expected = encode_texts(whole, processor, texts, project=False)
                 # Sums of float32 in another order: the captions had other neighbors.
                 torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
     store.require_fingerprint(fingerprint_text(model))
@@ -475,7 +474,7 @@ def test_images_are_stored_once_and_found_by_every_record(
         LLM2CLIPModel.from_pretrained(model),
         LLM2CLIPProcessor.from_pretrained(model),
     )
-    expected = encode_images(whole, processor, [record.path for record in records])
+    expected = encode_images(whole, processor, [record.path for record in records], project=False)
     rows = [int(store.rows_of(item)[0]) for item in range(len(store))]
     # Sums of float32 in another order: the images had other neighbors.
     torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)

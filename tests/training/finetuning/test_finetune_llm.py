@@ -127,7 +127,7 @@ def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tmp_pat
 
 def test_merging_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     instructions = {"query": "Find the image: "}
-    source = save_model(*tiny_model(), tmp_path / "base", prompts=instructions)
+    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
     (source / "conversion.json").write_text("{}")
     config = replace(SHORT, max_steps=1, merge=True)
     merged = finetune_llm(source, RECORDS, tmp_path / "run", config)

@@ -11,10 +11,12 @@ from tiny import tiny_model
 from tuning import GROUPS, RECORDS, SHORT, tune, write_pairs
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.data.caption_groups import TextPair
 from modeling_llm2clip.data.splits import hold_out_groups
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.publishing.export_model import ExportArguments, export_model, save_model
+from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.finetuning.finetune_trainer import FinetuneTrainer
@@ -124,7 +126,7 @@ def test_text_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
 
 def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path, monkeypatch):
     whole = save_model(*tiny_model(), tmp_path / "whole")
-    text_only = export_model(whole, tmp_path / "text", ExportArguments(components="text"))
+    text_only = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_plan", lambda *_, **__: pytest.fail("the run was planned"))
         config = replace(SHORT, merge=True)

@@ -15,7 +15,7 @@ from tuning import GROUPS, RECORDS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text
-from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 ONE_STEP = replace(SHORT, max_steps=1)

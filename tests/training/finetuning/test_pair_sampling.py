@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset
 from tuning import GROUPS
 
 from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair, sample_pairs
-from modeling_llm2clip.evaluation.tasks.caption_retrieval_accuracy import measure_caption_retrieval
+from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.training.finetuning import hard_batches
 from modeling_llm2clip.training.finetuning.pair_sampling import (
     NoDuplicateGroupsBatchSampler,

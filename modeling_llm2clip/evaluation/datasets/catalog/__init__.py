@@ -1,1 +1,1 @@
-"""The cards of the registry, by what they test. Counts and licenses are the publishers' own."""
+"""The specs of the registry and their readers, by what they test; counts are the publishers'."""

@@ -1,0 +1,278 @@
+"""Loads the LLM that a new model is built from, without its head, and its tokenizer.
+
+The code of a Hub repository's tokenizer runs only at a pinned commit. The tokenizer that it makes
+is saved as a plain one, so that a built folder does without the code. Code for networks and image
+processors is never run, because what it makes cannot be saved without it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..loading_llm2clip import build_tower, load_without_code, naming_code
+from .tower_loading import (
+    forget_code,
+    load_with_account,
+    name_without_path,
+    naming,
+    refuse_unread_weights,
+)
+from .vision_towers import takes_images
+
+_MARKS = ("bos_token_id", "eos_token_id")
+# Model types that have a text encoder of their own, which cannot take the place of an LLM.
+_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model", "bert", "roberta"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAMES_SHOWN = 8
+_REMEDY = (
+    "If its network is one of transformers and only the tokenizer needs the code, read it and pass "
+    "the commit that you read (--tokenizer-code COMMIT, of a Hub repository). Otherwise take an "
+    "LLM that transformers has the classes for."
+)
+
+
+def load_text_tower(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    tokenizer_code: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an LLM without its head, and its tokenizer.
+
+    Args:
+        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a model
+            that also takes images (Gemma 3 from 4B on) the LLM is taken.
+        dtype: Dtype of the weights.
+        revision: Branch, tag or commit of the Hub repository.
+        tokenizer_code: Commit of the Hub repository at which the code of its tokenizer is run, and
+            everything else is read; None to run no code.
+
+    Returns:
+        The LLM in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: It is not a decoder, weights are missing or not read, or the tokenizer is
+            another model's.
+    """
+    if tokenizer_code is not None:
+        require_pinned(source, tokenizer_code)
+        revision = tokenizer_code
+    path = Path(source)
+    where: dict[str, Any] = {"revision": revision}
+    name: str | Path = source
+    if path.suffix == ".gguf":
+        name, where = path.parent, {"gguf_file": path.name}
+    with naming(source):
+        config = load_without_code(AutoConfig, name, **where)
+    require_decoder(config, source)
+    tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
+    if "gguf_file" in where:
+        tokenizer = _keep_tokens_of_the_file(tokenizer)
+    model = _load_decoder(name, config, source, dtype=dtype, **where)
+    _forget_quantization(model)
+    require_own_tokenizer(model.config, tokenizer, source)
+    name_without_path(model, source)
+    forget_code(model.config)
+    return model.eval(), tokenizer
+
+
+def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
+    """Refuse a text encoder, a vision tower or a whole LLM2CLIP model in the LLM's place.
+
+    Args:
+        config: Configuration of the model.
+        source: How errors name it.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    if config.model_type == LLM2CLIPConfig.model_type:
+        raise ValueError(
+            f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Give the LLM it "
+            "was built from; what fine-tuning taught that LLM comes with --lora."
+        )
+    config = config.get_text_config(decoder=True)
+    if config.model_type in _NOT_LLMS or takes_images(config):
+        raise ValueError(
+            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
+            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
+        )
+
+
+def require_own_tokenizer(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str | Path
+) -> None:
+    """Refuse an LLM and a tokenizer that are plainly of different models.
+
+    They are when the tokenizer has more ids than the embedding table has rows, or lacks an id at
+    which the LLM begins or ends texts. Where that id exists as an ordinary piece of text, this only
+    warns: an LLM's configuration may have kept its class's defaults.
+
+    Args:
+        config: Configuration of the LLM.
+        tokenizer: The tokenizer.
+        source: How errors name the LLM.
+
+    Raises:
+        ValueError: They are of different models.
+    """
+    rows = config.vocab_size
+    ids = set(tokenizer.get_vocab().values())
+    largest = max(ids)
+    if largest >= rows:
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
+            "rows. They belong to different models; take the tokenizer that came with the LLM."
+        )
+    marks = {name: _list_ids(getattr(config, name, None)) for name in _MARKS}
+    lost = {name: found for name, found in marks.items() if set(found) - ids}
+    if lost:
+        raise ValueError(
+            f"{source}: the LLM's configuration has {lost}, which the tokenizer (ids up to "
+            f"{largest}) lacks. They belong to different models; take the tokenizer that came with "
+            "the LLM."
+        )
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    plain = [i for found in marks.values() for i in found if i not in special]
+    if plain:
+        pieces = tokenizer.convert_ids_to_tokens(plain)
+        warnings.warn(
+            f"{source}: by its configuration the LLM begins or ends texts at {plain}, which are "
+            f"the plain tokens {pieces} of this tokenizer. Make sure that it came with the LLM.",
+            stacklevel=2,
+        )
+
+
+def require_pinned(source: str | Path, commit: str) -> None:
+    """Refuse a commit that does not pin the code of a Hub repository.
+
+    Args:
+        source: What the user gave as the LLM.
+        commit: What the user gave as the commit.
+
+    Raises:
+        ValueError: The source is not a Hub repository, or the commit is not one version.
+    """
+    if Path(source).exists() or str(source).endswith(".gguf"):
+        raise ValueError(
+            f"{source} is not a Hub repository, so a commit does not pin its code. Leave "
+            "--tokenizer-code out, or name the repository."
+        )
+    if not _COMMIT.fullmatch(commit):
+        raise ValueError(
+            f"--tokenizer-code {commit!r} must be a commit of 40 hexadecimal digits: a branch or "
+            "tag may come to mean other code than you read."
+        )
+
+
+def _load_tokenizer(
+    source: str | Path,
+    name: str | Path,
+    config: PreTrainedConfig,
+    *,
+    runs_code: bool,
+    **where: Any,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; with `runs_code` by its code, at the commit in `where`."""
+    settings = {"config": config, **where}
+    if not runs_code:
+        with naming(source), naming_code(name, revision=where.get("revision"), remedy=_REMEDY):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **settings)
+        if tokenizer.init_kwargs.get("auto_map"):
+            warnings.warn(
+                f"{source} names code for its tokenizer, which is not run: transformers' "
+                f"{type(tokenizer).__name__} is taken. Make sure that it gives the same ids.",
+                stacklevel=3,
+            )
+        return tokenizer
+    with naming(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=True, code_revision=where["revision"], **settings
+        )
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"{source}: its code gives a {type(tokenizer).__name__}, which cannot be saved as "
+            "tokenizer.json, so the built folder would need the code. Take another LLM."
+        )
+    return tokenizer
+
+
+def _load_decoder(
+    name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
+) -> PreTrainedModel:
+    """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
+    text_config = config.get_text_config(decoder=True)
+    if text_config is config:
+        whole, info = load_with_account(AutoModel, name, config=config, **settings)
+        decoder, prefix = whole, ""
+    else:
+        with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
+            wanted = type(build_tower(text_config))
+        whole, info = load_with_account(AutoModel, name, config=config, **settings)
+        prefix, decoder = _find_part(whole, wanted, source)
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    if missing:
+        raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
+    refuse_unread_weights(whole, decoder, info, source)
+    decoder.config._name_or_path = whole.config._name_or_path
+    return decoder
+
+
+def _find_part(
+    whole: PreTrainedModel, wanted: type, source: str | Path
+) -> tuple[str, PreTrainedModel]:
+    for name, module in whole.named_modules():
+        if type(module) is wanted and isinstance(module, PreTrainedModel):
+            return f"{name}.", module
+    raise ValueError(
+        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
+        "configuration promises. Give the language model alone."
+    )
+
+
+def _list_ids(stated: Any) -> list[int]:
+    """List the ids that a configuration states: none, one, or several ends of a turn."""
+    listed = stated if isinstance(stated, list | tuple) else [stated]
+    return [i for i in listed if i is not None and i >= 0]
+
+
+def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Undo that transformers adds GPT-2's unknown token to a byte-level GGUF vocabulary.
+
+    Llama 3, for one, has no such token, and its embedding table no row for it.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [t for t in content["added_tokens"] if t["content"] in content["model"]["vocab"]]
+    if len(kept) == len(content["added_tokens"]):
+        return tokenizer
+    content["added_tokens"] = kept
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF file's weights are plain numbers after loading; the mark would break saving."""
+    for holder in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            holder.__dict__.pop(name, None)

@@ -1,0 +1,308 @@
+"""Checks of a tower by running it: attention in both directions, the same embedding every time."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..model_folders.golden_embeddings import render_golden_images
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+
+_LENGTH = 6
+# What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
+_MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
+# A causal position does not move at all. A bidirectional one moves by far more than rounding.
+_LEAST_MOVE = 1e-4
+# One layer alone: how far tokens move with a later one, relative to how far with an earlier one.
+# Bidirectional layers have at least 0.4 (tiny ones of every family, all 30 of SmolLM2-135M, float32
+# and bfloat16), causal ones 0 or rounding (at most 1e-7).
+_LEAST_SHARE_AHEAD = 1e-2
+# Experts that get another number of tokens sum in another order, so that tokens that see no other
+# one move nevertheless: at most 3e-7 in float32. A state space model moves by 0.1 and more.
+_ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# Padded and unpadded runs differ by the order of sums only.
+_MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
+# Two runs over an image may sum in another order; random sampling moves the embedding far more.
+_MOST_DIFFERENCE = 0.02
+# What a model passes to a vision tower.
+_VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
+
+
+@torch.no_grad()
+def measure_text_width(text_model: PreTrainedModel) -> int:
+    """Return the width of a text tower's hidden states, which its configuration may not state.
+
+    Args:
+        text_model: LLM without its head.
+
+    Raises:
+        ValueError: Its forward pass fails on a few tokens.
+    """
+    ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
+    try:
+        return _run(text_model, ids % text_model.config.vocab_size, num_pads=0).shape[-1]
+    except _MODEL_ERRORS as error:
+        raise ValueError(
+            f"The {text_model.config.model_type!r} tower gives no hidden states of tokens: its "
+            f"forward pass fails ({type(error).__name__}: {error}). Take another LLM."
+        ) from error
+
+
+@torch.no_grad()
+def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
+    """Perturb the last token and check that the first one changes, with and without padding.
+
+    Each layer is also tested separately, because one bidirectional layer can mask a causal one.
+
+    Args:
+        text_model: LLM without its head.
+
+    Returns:
+        What is wrong, in words; empty for a tower that is bidirectional on every path.
+    """
+    ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
+    ids = ids % text_model.config.vocab_size
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 7) % text_model.config.vocab_size
+    layers = _list_layers(text_model)
+    errors = []
+    plain: Tensor | None = None
+    for num_pads, name in ((0, "without padding"), (3, "with padding")):
+        with _LayerCheck(layers) as check:
+            before = _run(text_model, ids, num_pads=num_pads)
+        plain = before if plain is None else plain
+        after = _run(text_model, changed, num_pads=num_pads)
+        moved = _relative(before[0, 0], after[0, 0])
+        if not moved > _LEAST_MOVE:
+            errors.append(f"{name}, the first token does not see the last (moved by {moved:.1e})")
+        elif causal := check.list_causal():
+            errors.append(
+                f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
+                f"number {causal[0]})"
+            )
+        elif parts := check.list_causal_parts():
+            errors.append(
+                f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
+                "beside them does, which hides it)"
+            )
+        effect = _relative(plain[0], before[0])
+        if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
+            errors.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
+    if not layers:
+        errors.append("its layers are not in a list of modules, so none can be tested alone")
+    return errors
+
+
+def require_bidirectional(text_model: PreTrainedModel) -> None:
+    """Refuse a text tower that is not bidirectional on every path.
+
+    Args:
+        text_model: LLM without its head.
+
+    Raises:
+        ValueError: It is not; the message says where.
+    """
+    try:
+        errors = find_attention_errors(text_model)
+    except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
+        errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
+    if errors:
+        raise ValueError(
+            f"The {text_model.config.model_type!r} family cannot be made bidirectional here: "
+            f"{'; '.join(errors)}. Take another LLM, another attention implementation, or build "
+            "with bidirectional=False."
+        )
+
+
+class _LayerCheck:
+    """While it is open, runs every layer again: with another last token, and another first one.
+
+    It does the same with the parts of a layer, because a part that is causal by nature, such as a
+    state space model, may be beside attention that is bidirectional.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._layers = layers
+        self._looks_ahead: dict[int, bool] = {}
+        self._causal_parts: dict[str, None] = {}  # in order
+        self._is_running_again = False
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _LayerCheck:
+        for number, layer in enumerate(self._layers):
+            hook = self._make_hook(number)
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            for name, part in layer.named_modules():
+                # What has no parts of its own (projections, norms) sees one token at a time.
+                if part is not layer and any(True for _ in part.children()):
+                    hook = self._make_part_hook(f"{name} ({type(part).__name__})")
+                    self._handles.append(part.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def list_causal(self) -> list[int]:
+        """List the layers that look back but not ahead, by number, or that never ran."""
+        return [n for n in range(len(self._layers)) if not self._looks_ahead.get(n, False)]
+
+    def list_causal_parts(self) -> list[str]:
+        """List the parts of any layer that look back but not ahead, by name."""
+        return list(self._causal_parts)
+
+    def _make_hook(self, number: int) -> Any:
+        def compare(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            own = args[0] if args else kwargs["hidden_states"]  # (…, L, D)
+            self._looks_ahead[number] = self._compare(layer, own, args, kwargs, output, own)
+
+        return compare
+
+    def _make_part_hook(self, name: str) -> Any:
+        def compare(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            own = args[0] if args else kwargs.get("hidden_states")
+            if self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output)):
+                return
+            if not self._compare(part, own, args, kwargs, output, None):
+                self._causal_parts[name] = None
+
+        return compare
+
+    def _compare(
+        self,
+        module: nn.Module,
+        own: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        output: Any,
+        residual: Tensor | None,
+    ) -> bool:
+        """Return whether a module looks ahead, or neither way, as one without attention."""
+        self._is_running_again = True
+        ahead, back = (
+            _move_between(output, _run_changed(module, own, args, kwargs, position), residual)
+            for position in (_LENGTH - 1, 0)
+        )
+        self._is_running_again = False
+        is_rounding = residual is None and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
+        return is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
+
+
+def _run_changed(
+    layer: nn.Module, own: Tensor, args: Any, kwargs: dict[str, Any], position: int
+) -> Any:
+    hidden = own.clone()
+    hidden[..., position, :] = -hidden[..., position, :].flip(-1)
+    if args:
+        return layer.forward(hidden, *args[1:], **kwargs)
+    return layer.forward(**{**kwargs, "hidden_states": hidden})
+
+
+def _is_of_tokens(value: Any) -> bool:
+    """Return whether it is, or begins with, floating-point states of the tokens, (…, L, D)."""
+    hidden = _take_hidden(value)
+    is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim >= 2
+    return is_tensor and hidden.shape[-2] >= _LENGTH
+
+
+def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
+    """Return how far the tokens between the ends move at most, relative to their own size.
+
+    A layer's residual is subtracted first: large numbers in it would hide a change.
+    """
+    base = 0.0 if residual is None else residual.float()
+    before, after = (
+        (_take_hidden(output).float() - base)[..., 1 : _LENGTH - 1, :].unbind(-2)
+        for output in (first, second)
+    )
+    return max(map(_relative, before, after))
+
+
+def _list_layers(text_model: nn.Module) -> nn.ModuleList:
+    """Find the decoder's layers, under any name; empty where there is no such list."""
+    config: Any = text_model.config
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
+    return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
+
+
+def _take_hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _run(text_model: PreTrainedModel, ids: Tensor, *, num_pads: int) -> Tensor:
+    mask = torch.ones_like(ids)
+    if num_pads:
+        ids = torch.nn.functional.pad(ids, (0, num_pads))
+        mask = torch.nn.functional.pad(mask, (0, num_pads))
+    hidden = text_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[:, :_LENGTH]  # type: ignore[no-any-return]
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    difference = (before.float() - after.float()).norm()
+    return float(difference / before.float().norm().clamp(min=1e-12))
+
+
+def require_pixels_alone(vision_model: PreTrainedModel) -> None:
+    """Refuse a vision tower that needs more than pixels, as those inside some MLLMs do.
+
+    Args:
+        vision_model: Vision tower.
+
+    Raises:
+        ValueError: It has further required inputs.
+    """
+    parameters = inspect.signature(vision_model.forward).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in _VISION_INPUTS
+    ]
+    if needed:
+        raise ValueError(
+            f"The {vision_model.config.model_type!r} tower needs {' and '.join(needed)}, which its "
+            "MLLM computes for it, and gives no embedding of the whole image. LLM2CLIP gives a "
+            "tower pixel_values alone. Take CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT or a timm "
+            "network."
+        )
+
+
+@torch.inference_mode()
+def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a model whose vision tower gives an image another embedding in a second run.
+
+    Masked autoencoders, for one, also mask random patches when they encode.
+
+    Args:
+        model: Whole model.
+        processor: Its processor.
+
+    Raises:
+        ValueError: The embeddings differ, or the forward pass fails.
+    """
+    inputs = processor(images=render_golden_images()[:1]).to(model.device)
+    try:
+        first, second = (model.get_image_features(**inputs).pooler_output for _ in range(2))
+    except _MODEL_ERRORS as error:
+        raise ValueError(
+            f"The {model.config.vision_config.model_type!r} tower cannot be used as it is built "
+            f"here: its forward pass fails ({type(error).__name__}: {error}). Choose another "
+            "vision pooling, or take another vision tower."
+        ) from error
+    assert first is not None and second is not None
+    difference = float((first - second).norm() / first.norm())
+    if not difference <= _MOST_DIFFERENCE:
+        raise ValueError(
+            f"The {model.config.vision_config.model_type!r} tower gives one image another "
+            f"embedding each time (they differ by {difference:.0%}): it samples at random when it "
+            "encodes, or gives NaN. Take another vision tower."
+        )

@@ -1,0 +1,419 @@
+"""Texts and images into embeddings: each distinct input once, in batches, from loaded objects.
+
+N texts or images, D width of a tower, P `projection_dim`. Every result is float32 on the CPU, in
+the order of the input. Dropout and TF32 are off, whatever the model's mode and the program's
+settings; the numbers do not depend on batches, device or padding beyond rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.image_sources import ParquetImage, TarImage, open_image
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..packing_llm2clip import plan_token_batches
+from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from .eval_mode import eval_mode
+from .float32 import float32_as_such
+
+OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
+"""Called after each batch with the rows of its inputs, (B,), and their tower's embeddings, (B, D).
+
+A row is the first of equal inputs.
+"""
+
+_TOKENIZED_AT_ONCE = 4096
+_PROJECTED_AT_ONCE = 4096
+_SHOWN = 5  # inputs that an error names
+# From glibc's malloc.h; see mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_BLOCK, _MOST_KEPT = 2**28, 2**30  # bytes
+
+
+def encode_texts(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    processor: LLM2CLIPProcessor,
+    texts: Iterable[str],
+    *,
+    project: bool = True,
+    token_budget: int | None = None,
+    show_progress: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Encode texts, the longest first, in batches of texts of similar length.
+
+    Args:
+        model: A model with a text tower.
+        processor: The model's processor.
+        texts: Any number of non-blank texts, at least one.
+        project: Map the tower's embeddings into the space that texts and images share. False
+            gives the embeddings before adapter and projection, as an embedding store holds them.
+        token_budget: Maximum tokens per batch, padding included. Default: by device.
+        show_progress: Show a progress bar, which counts tokens.
+        on_batch: Called after each batch.
+
+    Returns:
+        (N, P) of unit length; with `project=False` (N, D), not normalized.
+
+    Raises:
+        ValueError: `texts` is one string or not a list, a text is blank or not a string, the
+            budget is below one, or the model gives NaN or infinity. Every such text is named.
+
+    Example:
+        >>> embeds = encode_texts(model, processor, ["a dog", "two red apples"])
+        >>> embeds.shape == (2, model.config.projection_dim)
+        True
+    """
+    texts = clean_list(texts)
+    budget = default_token_budget(model.device) if token_budget is None else token_budget
+    if budget < 1:
+        raise ValueError(f"token_budget={budget} holds no token; give a positive one, or None.")
+    distinct = list(dict.fromkeys(texts))
+    ids_of = dict(zip(distinct, processor.list_ids(distinct)[0], strict=True))
+    # Tokens cost about the same each; texts do not, and the longest come first.
+    num_tokens = sum(map(len, ids_of.values()))
+
+    def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
+        progress.update(sum(len(ids_of[texts[row]]) for row in rows))
+        if on_batch is not None:
+            on_batch(rows, embeds)
+
+    with (
+        eval_mode(model),
+        tqdm(
+            total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
+        ) as progress,
+    ):
+        embeds = encode_distinct(
+            texts,
+            batches=lambda rows: plan_token_batches(
+                [len(ids_of[texts[row]]) for row in rows], token_budget=budget
+            ),
+            prepare=lambda part: _pad([ids_of[text] for text in part], processor),
+            encode=lambda inputs: model.get_caption_embeds(
+                input_ids=inputs[0].to(model.device), attention_mask=inputs[1].to(model.device)
+            ),
+            on_batch=count_tokens,
+        )
+    return _project(model, model.to_text_embeds, embeds, inputs=texts) if project else embeds
+
+
+def encode_images(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    processor: LLM2CLIPProcessor,
+    images: Sequence[Any],
+    *,
+    project: bool = True,
+    batch_size: int | None = None,
+    num_workers: int = 1,
+    show_progress: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Encode images; threads decode the next batches while the tower works.
+
+    Args:
+        model: A model with a vision tower.
+        processor: The model's processor.
+        images: Paths, URLs, images packed in tar shards or Parquet files, PIL images, or arrays
+            as the processor takes them; at least one. The same path is decoded once.
+        project: Map the tower's embeddings into the space that texts and images share. False
+            gives the embeddings before the projection, as an embedding store holds them.
+        batch_size: Images per batch. Default: by device.
+        num_workers: Threads that decode images.
+        show_progress: Show a progress bar.
+        on_batch: Called after each batch.
+
+    Returns:
+        (N, P) of unit length; with `project=False` (N, D), not normalized.
+
+    Raises:
+        ValueError: `images` is not a list or is empty, an image is missing or broken (it is
+            named), a number is below one, or the model gives NaN or infinity.
+
+    Example:
+        >>> embeds = encode_images(model, processor, ["apple.jpg", "dog.png"])
+        >>> embeds.shape == (2, model.config.projection_dim)
+        True
+    """
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
+        raise ValueError(f"Got {images!r} for images; give a list of at least one.")
+    size = default_batch_size(model.device) if batch_size is None else batch_size
+    if size < 1 or num_workers < 1:
+        raise ValueError(f"batch_size={size}, {num_workers=}: each must be at least one.")
+    if model.device.type == "cpu":
+        raise_malloc_thresholds()
+
+    def count_images(rows: Sequence[int], embeds: Tensor) -> None:
+        progress.update(len(rows))
+        if on_batch is not None:
+            on_batch(rows, embeds)
+
+    total = len(set(_list_keys(images)))
+    with (
+        eval_mode(model),
+        tqdm(total=total, unit=" images", disable=not show_progress) as progress,
+    ):
+        embeds = encode_distinct(
+            images,
+            batches=lambda rows: split_evenly(len(rows), size=size),
+            prepare=lambda part: dict(processor(images=[open_image(image) for image in part])),
+            encode=lambda inputs: model.get_vision_embeds(
+                **{name: value.to(model.device) for name, value in inputs.items()}
+            ),
+            num_workers=num_workers,
+            on_batch=count_images,
+        )
+    return _project(model, model.to_image_embeds, embeds, inputs=images) if project else embeds
+
+
+def project_captions(model: LLM2CLIPModel | LLM2CLIPTextModel, caption_embeds: Tensor) -> Tensor:
+    """Map stored caption embeddings into the space that texts and images share.
+
+    Args:
+        model: The model whose LLM made them, or one with the same LLM.
+        caption_embeds: (N, D) floating point on any device.
+
+    Returns:
+        (N, P) of unit length.
+
+    Raises:
+        ValueError: They are integers, or of another width than the LLM's, or the model gives NaN or
+            infinity.
+    """
+    return _project(model, model.to_text_embeds, caption_embeds)
+
+
+def project_images(model: LLM2CLIPModel | LLM2CLIPVisionModel, vision_embeds: Tensor) -> Tensor:
+    """Map stored image embeddings into the space that texts and images share.
+
+    Args:
+        model: The model whose vision tower made them, or one with the same tower.
+        vision_embeds: (N, D) floating point on any device.
+
+    Returns:
+        (N, P) of unit length.
+
+    Raises:
+        ValueError: They are integers, or of another width than the tower's, or the model gives NaN
+            or infinity.
+    """
+    return _project(model, model.to_image_embeds, vision_embeds)
+
+
+def measure_texts(
+    processor: LLM2CLIPProcessor, texts: Sequence[str], *, show_progress: bool = False
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Count the tokens of texts without keeping their ids.
+
+    Args:
+        processor: The model's processor.
+        texts: Non-blank texts.
+        show_progress: Show a progress bar.
+
+    Returns:
+        Tokens of each text as the model reads it, prompt included, (N,), and which texts are
+        truncated, (N,).
+
+    Raises:
+        ValueError: A text is blank or not a string.
+    """
+    lengths = np.zeros(len(texts), dtype=np.int64)
+    is_truncated = np.zeros(len(texts), dtype=np.bool_)
+    starts = range(0, len(texts), _TOKENIZED_AT_ONCE)
+    for start in tqdm(starts, desc="measure", disable=not show_progress):
+        ids, truncated = processor.list_ids(texts[start : start + _TOKENIZED_AT_ONCE])
+        lengths[start : start + len(ids)] = [len(row) for row in ids]
+        is_truncated[start : start + len(ids)] = truncated
+    return lengths, is_truncated
+
+
+@torch.inference_mode()
+def encode_distinct(
+    inputs: Sequence[Any],
+    *,
+    batches: Callable[[Sequence[Any]], Iterable[Sequence[int]]],
+    prepare: Callable[[list[Any]], Any],
+    encode: Callable[[Any], Tensor],
+    num_workers: int = 1,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Encode every distinct input once, in batches that are prepared ahead.
+
+    Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
+    last bit, and no longer tie. The model must be in eval mode; see `eval_mode`.
+
+    Args:
+        inputs: Texts, addresses of images, or images; at least one. PIL images and arrays are
+            equal only to themselves.
+        batches: Takes the rows of the distinct inputs, each at its first occurrence, and returns
+            batches of places in that list; each place once.
+        prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
+        encode: Computes (B, D) on any device and of any floating-point dtype.
+        num_workers: Threads that prepare batches.
+        on_batch: Called after each batch.
+
+    Returns:
+        (N, D) float32 on the CPU, in the order of the inputs.
+
+    Raises:
+        ValueError: An embedding has NaN or infinity; every such input of the batch is named.
+    """
+    keys = _list_keys(inputs)
+    first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
+    firsts = sorted(first_of.values())
+    plan = [[firsts[place] for place in places] for places in batches(firsts)]
+    place_of = {row: place for place, row in enumerate(firsts)}
+    embeddings: Tensor | None = None
+    with ThreadPoolExecutor(num_workers) as pool, float32_as_such():
+        parts = ([inputs[row] for row in rows] for rows in plan)
+        prepared = _prepare_ahead(pool, prepare, parts, count=num_workers + 1)
+        for rows, batch in zip(plan, prepared, strict=True):
+            embeds = encode(batch).float().cpu()
+            _require_finite(embeds, rows, inputs)
+            if embeddings is None:
+                embeddings = torch.empty(len(firsts), embeds.shape[1])
+            embeddings[[place_of[row] for row in rows]] = embeds
+            if on_batch is not None:
+                on_batch(rows, embeds)
+    assert embeddings is not None
+    if len(firsts) == len(inputs):
+        return embeddings
+    return embeddings[[place_of[first_of[key]] for key in keys]]
+
+
+def split_evenly(count: int, *, size: int) -> list[range]:
+    """Split rows into batches in their order.
+
+    Args:
+        count: Number of rows.
+        size: Rows per batch; the last one may have fewer.
+
+    Returns:
+        The rows of each batch.
+    """
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def default_token_budget(device: torch.device) -> int:
+    """Return the maximum number of tokens per batch on a device, where none is given.
+
+    Args:
+        device: Where the model is. On a CPU the model divides a batch further.
+    """
+    return 4096 if device.type == "cpu" else 16384
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Return the number of images per batch on a device, where none is given.
+
+    Args:
+        device: Where the model is. Larger batches overflow the caches of a CPU.
+    """
+    return 8 if device.type == "cpu" else 64
+
+
+@cache
+def raise_malloc_thresholds() -> bool:
+    """Let glibc keep freed blocks of up to 256 MiB, 1 GiB of them; works once per process.
+
+    Each batch asks for the same blocks, and each page that the system hands out anew costs a page
+    fault, which convolutional towers suffer from most. By default glibc keeps no block above
+    32 MiB, which is all that `packing_llm2clip.keep_freed_memory` reaches.
+
+    Returns:
+        Whether it was done: not without glibc, and not where the user set its variables.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, another system
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+    )
+
+
+def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
+    """Return for each input what equal inputs share, and no others.
+
+    An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
+    different: it may make them anew at each access, where an `id` says nothing.
+    """
+    if not isinstance(inputs, list | tuple):
+        return list(range(len(inputs)))
+    by_value = (str, os.PathLike, TarImage, ParquetImage)
+    keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
+    return keys
+
+
+def _prepare_ahead(
+    pool: ThreadPoolExecutor,
+    prepare: Callable[[list[Any]], Any],
+    batches: Iterable[list[Any]],
+    *,
+    count: int,
+) -> Iterator[Any]:
+    """Prepare a few batches ahead and no more: all of them would fill the memory."""
+    running: deque[Future[Any]] = deque()
+    for batch in batches:
+        running.append(pool.submit(prepare, batch))
+        if len(running) > count:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _require_finite(
+    embeds: Tensor, rows: Sequence[int], inputs: Sequence[Any] | None = None
+) -> None:
+    broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if not broken:
+        return
+    named = [
+        f"number {row}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
+        for row in (rows[place] for place in broken[:_SHOWN])
+    ]
+    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    raise ValueError(
+        f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
+        f"{', '.join(named)}{more}. Run it in float32 (--dtype float32); if they remain, its "
+        "weights are damaged: check its folder with llm2clip doctor."
+    )
+
+
+@torch.inference_mode()
+def _project(
+    model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
+    to_embeds: Callable[[Tensor], Tensor],
+    embeds: Tensor,
+    *,
+    inputs: Sequence[Any] | None = None,
+) -> Tensor:
+    """Project in parts, because all embeddings of a large dataset may not fit on the device."""
+    with eval_mode(model), float32_as_such():
+        parts = embeds.split(_PROJECTED_AT_ONCE)
+        projected = torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
+    _require_finite(projected, range(len(projected)), inputs)
+    return projected
+
+
+def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
+    longest = max(len(row) for row in ids)
+    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
+    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
+    for line, row in enumerate(ids):
+        input_ids[line, : len(row)] = torch.tensor(row)
+        attention_mask[line, : len(row)] = 1
+    return input_ids, attention_mask

@@ -1,1 +1,0 @@
-"""One file a format: what lies in a publisher's files, as entries, with every error noted."""

@@ -1,0 +1,185 @@
+"""Loads model folders: whole, without a tower, or with the LLM quantized.
+
+Code that a folder brings is never run: the package's own classes load it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.devices import find_device
+from ..loading_llm2clip import build_tower
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from ..quantization_llm2clip import KEPT_IN_FULL
+from .model_folder import find_model_folder
+from .model_types import require_own_model
+
+Quantization = Literal["4bit", "8bit"]
+MODEL_CLASSES: dict[str, Any] = {
+    cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
+}
+
+
+def load_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
+) -> tuple[LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor]:
+    """Load a model, for use, and its processor.
+
+    >>> model, processor = load_model("my-model")  # doctest: +SKIP
+
+    Args:
+        source: Folder or Hub id of an LLM2CLIP model.
+        revision: Branch, tag or commit of the Hub repository.
+        device: Where the model runs; see `find_device`.
+        dtype: Dtype of the weights; None for the saved one.
+        quantization: Load the LLM in 4 or 8 bits; see `text_quantization_config`.
+
+    Returns:
+        The whole, text-only or vision-only model, as it was saved, in evaluation mode; and the
+        processor.
+
+    Raises:
+        ValueError: The source is something else than an LLM2CLIP model, weights are missing or
+            unexpected, or the device is not there.
+    """
+    require_own_model(source, revision=revision)
+    folder = find_model_folder(source, revision=revision)
+    place = find_device(device)
+    settings: dict[str, Any] = {"dtype": dtype or "auto"}
+    if quantization is not None:
+        settings["quantization_config"] = text_quantization_config(quantization)
+        settings["device_map"] = {"": place}
+    model = find_model_class(folder).from_pretrained(folder, local_files_only=True, **settings)
+    if quantization is None:
+        model.to(place)
+    processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    return model.eval(), processor
+
+
+def find_model_class(folder: Path) -> Any:
+    """Return the class that saved a folder.
+
+    Args:
+        folder: Model folder.
+
+    Raises:
+        ValueError: Its `config.json` names another class than those of this package.
+    """
+    architectures = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).architectures
+    name = (architectures or ["nothing"])[0]
+    if name not in MODEL_CLASSES:
+        raise ValueError(
+            f"{folder}: config.json has architectures={architectures}, wanted one of "
+            f"{sorted(MODEL_CLASSES)}. Save the model with save_pretrained."
+        )
+    return MODEL_CLASSES[name]
+
+
+class _AbsentTower(nn.Module):
+    """Takes the place of a tower that is not run: has its configuration and no weights."""
+
+    config: Any = None
+
+    def get_input_embeddings(self) -> None:
+        """Return nothing; FSDP asks."""
+
+
+class PartialModel(LLM2CLIPModel):
+    """A whole model without the towers that are not run.
+
+    It loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It
+    cannot be saved as a model: `save_trained_model` writes what changed.
+
+    Args:
+        config: The model's configuration.
+        with_llm: False where caption embeddings are stored.
+        with_vision_tower: False where image embeddings are stored.
+    """
+
+    _auto_class = None  # type: ignore[assignment]
+
+    def __init__(
+        self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
+    ) -> None:
+        self._keys_to_ignore_on_load_unexpected = [
+            *([] if with_llm else [r"^text_model\."]),
+            *([] if with_vision_tower else [r"^vision_model\."]),
+        ]
+        vision_model = None
+        if not with_vision_tower:
+            # Built without memory, because only the network knows how wide its embeddings are.
+            with torch.device("meta"):
+                vision_model = build_tower(config.vision_config)
+        text_model: Any = None if with_llm else _AbsentTower()
+        super().__init__(config, vision_model, text_model)
+        if not with_vision_tower:
+            self.vision_model = _AbsentTower()
+            self.prune_no_split_modules()
+
+
+def load_partial_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    with_llm: bool = False,
+    with_vision_tower: bool = False,
+    device: str = "cpu",
+) -> PartialModel:
+    """Load a whole model without one or both of its towers: at least text adapter and projections.
+
+    Args:
+        source: Folder or Hub id of a whole model.
+        revision: Branch, tag or commit of the Hub repository.
+        with_llm: Whether the LLM is loaded.
+        with_vision_tower: Whether the vision tower is loaded.
+        device: Where the model runs; see `find_device`.
+
+    Returns:
+        The model in evaluation mode. `to_text_embeds` and `to_image_embeds` work without towers.
+
+    Raises:
+        ValueError: Weights are missing or unexpected, or the device is not there.
+    """
+    folder = find_model_folder(source, revision=revision)
+    model: PartialModel = PartialModel.from_pretrained(
+        folder, local_files_only=True, with_llm=with_llm, with_vision_tower=with_vision_tower
+    )
+    model.to(find_device(device))  # type: ignore[arg-type]
+    return model.eval()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
+    """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
+
+    Any other configuration of bitsandbytes reaches the LLM alone too. Quantize while a whole model
+    is loaded: a model built from an already quantized tower cannot be loaded again, and
+    `save_pretrained` refuses it, as it does a 4-bit model that has run on a CPU.
+
+    Args:
+        quantization: `"4bit"` (NF4, computed in bfloat16) or `"8bit"`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=KEPT_IN_FULL,
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_IN_FULL)
+    raise ValueError(f"quantization={quantization!r} must be '4bit' or '8bit'.")

@@ -1,0 +1,318 @@
+"""Writes model folders: the one writer behind build, fine-tune, align, convert and export.
+
+A folder loads through AutoModel, pipelines and sentence-transformers. It is complete or absent:
+everything is written into a temporary folder beside the target, which is renamed at the end.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from ..sentence_transformers_llm2clip import (
+    check_instructions,
+    read_instructions,
+    write_sentence_transformers_files,
+)
+from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
+from .golden_embeddings import renew_golden, write_golden
+from .model_card import write_model_card
+from .model_card_data import CardData, CardResult, read_card_data
+from .model_folder import find_records, list_uploaded_files
+from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
+from .weights import LazyTensor, open_weights, require_disk_space, write_weights
+
+# As transformers has it; the Hub takes files up to 50 GB.
+SHARD_SIZE = "50GB"
+_LEGAL_FILE = re.compile(r"(licen[cs]e|notice|use_policy|copying|copyright)\b.*", re.IGNORECASE)
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """A model whose weights are read, or computed, while they are written.
+
+    Attributes:
+        model_class: Class of the whole, the text-only or the vision-only model.
+        config: Its configuration.
+        weights: Every weight of the model, by name, in the dtype in which it is written.
+        golden_source: Folder of a model with the same LLM, whose recorded caption embeddings are
+            taken over, so that the LLM is not loaded; None to run the whole model.
+    """
+
+    model_class: Any
+    config: LLM2CLIPConfig
+    weights: Mapping[str, LazyTensor]
+    golden_source: Path | None = None
+
+    def to(self, dtype: torch.dtype) -> LazyModel:
+        """Return the model in another dtype; the temperature stays float32.
+
+        Args:
+            dtype: Of all other weights.
+        """
+        return replace(self, weights=cast_weights(self.weights, dtype, self.model_class))
+
+
+def cast_weights(
+    weights: Mapping[str, LazyTensor], dtype: torch.dtype, model_class: Any
+) -> dict[str, LazyTensor]:
+    """Cast weights as loading a model in another dtype would.
+
+    Args:
+        weights: Name → tensor.
+        dtype: Wanted dtype of floating-point weights.
+        model_class: Class of the model, which names what stays float32.
+    """
+    exact = model_class._keep_in_fp32_modules_strict or ()
+    return {
+        name: tensor.then(lambda value: value.to(dtype))
+        if tensor.dtype.is_floating_point and not any(part in name for part in exact)
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def save_model(
+    model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel | LazyModel,
+    processor: LLM2CLIPProcessor,
+    folder: str | Path,
+    *,
+    instructions: Mapping[str, str] | None = None,
+    card: CardData | None = None,
+    name: str | None = None,
+    files: Mapping[str, Path | str] | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    device: str = "cpu",
+    verify: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a model folder: weights, code, processor, golden embeddings, card and all the rest.
+
+    Args:
+        model: A whole, text-only or vision-only model, loaded or lazy. A text-only or vision-only
+            model keeps the whole processor.
+        processor: Its processor.
+        folder: New or empty folder.
+        instructions: Name → instruction for sentence-transformers, see `check_instructions`; None
+            for those in the model's configuration.
+        card: What the card states beside what it reads in the folder.
+        name: What the card calls the model; None for the folder's last name.
+        files: Name → further file, copied, or text; see `find_carried_files`.
+        max_shard_size: Maximum size of a weight file, in bytes or like "5GB". Memory holds one
+            file of a lazy model.
+        device: Where a lazy model is loaded for its golden embeddings; see `find_device`.
+        verify: Called with the complete folder before it is renamed; what it raises leaves nothing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
+        ValueError: The model is of another class, whose code is not uploaded with it, or gives NaN;
+            or an instruction cannot be used.
+        OSError: There is no room for the weights of a lazy model, or a file cannot be written.
+    """
+    _require_own_class(model)
+    config: LLM2CLIPConfig = model.config
+    instructions = config.instructions if instructions is None else dict(instructions)
+    check_instructions(
+        processor.tokenizer,
+        instructions,
+        num_suffix=len(config.prompt_suffix_ids),
+        max_text_length=config.max_text_length,
+    )
+    folder = Path(folder)
+    require_new_folder(folder)
+    if isinstance(model, LazyModel):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+        require_disk_space(model.weights, folder.parent)
+    with atomic_folder(folder) as unfinished:
+        processor.save_pretrained(unfinished)
+        for file, content in (files or {}).items():
+            _write_file(unfinished / file, content)
+        own, config.instructions = config.instructions, instructions
+        try:
+            if isinstance(model, LazyModel):
+                _save_lazy_model(model, unfinished, max_shard_size=max_shard_size)
+            else:
+                model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        finally:
+            config.instructions = own
+        _write_golden(unfinished, model, processor, device=device)
+        write_model_card(unfinished, card or CardData(), name=name or folder.name)
+        if verify is not None:
+            verify(unfinished)
+    return folder
+
+
+def save_trained_model(
+    source: Path,
+    trained: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    training_data: Sequence[str] = (),
+    text_adapter_trained: bool = True,
+    projections_trained: bool = True,
+    results: Sequence[CardResult] = (),
+    caution: str | None = None,
+) -> Path:
+    """Write a model folder anew with some of its weights replaced.
+
+    The LLM is neither built nor loaded, unless its weights are replaced. Instructions, licenses,
+    training data and the record of a conversion are carried over; old results are not, since they
+    were measured with other weights. Where the LLM is unchanged and the source has no golden
+    embeddings of it, none are recorded.
+
+    Args:
+        source: Folder of the model that was trained.
+        trained: Trained weights by their names there; each gets the dtype it had there.
+        folder: New or empty folder.
+        training_data: Names or Hub ids of what was trained on, added to what the source states.
+        text_adapter_trained: Whether the text adapter is trained now.
+        projections_trained: Whether the projections are trained now.
+        results: Results measured with the trained weights.
+        caution: What the card must warn of.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
+        ValueError: A weight has another name or shape than in the source.
+    """
+    require_new_folder(Path(folder))
+    model = open_model(source)
+    _require_places(source, model.weights, trained)
+    replaced = {
+        name: LazyTensor.of(value.to(model.weights[name].dtype)) for name, value in trained.items()
+    }
+    keeps_llm = not any(name.startswith("text_model.") for name in trained)
+    model.config.text_adapter_trained = text_adapter_trained
+    model.config.projections_trained = projections_trained
+    stated = read_card_data(source)
+    data = dict.fromkeys((*stated.training_data, *training_data))
+    return save_model(
+        replace(
+            model,
+            weights={**model.weights, **replaced},
+            golden_source=source if keeps_llm else None,
+        ),
+        LLM2CLIPProcessor.from_pretrained(source),
+        folder,
+        instructions=read_instructions(source),
+        card=replace(stated, results=tuple(results), caution=caution, training_data=tuple(data)),
+        files=find_carried_files(source, trained_since=True),
+        max_shard_size=max(file.stat().st_size for file in source.glob("model*.safetensors")),
+    )
+
+
+def open_model(source: Path) -> LazyModel:
+    """Open a model folder without reading its weights.
+
+    Args:
+        source: Model folder.
+
+    Raises:
+        ValueError: It is not one, or weights are missing.
+    """
+    config = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
+    return LazyModel(find_model_class(source), config, open_weights(source))
+
+
+def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:
+    """Find the files that a folder made of this one carries over: legal ones, and records.
+
+    Args:
+        source: Model folder.
+        trained_since: Whether the model that is written has other weights.
+
+    Returns:
+        Name in the new folder → file.
+    """
+    legal = {p.name: p for p in source.iterdir() if p.is_file() and _LEGAL_FILE.fullmatch(p.name)}
+    return {**legal, **find_records(source, trained_since=trained_since)}
+
+
+def _require_own_class(model: Any) -> None:
+    """The folder's code is the package's, so any other class would load as another model."""
+    if isinstance(model, LazyModel):
+        return
+    found = type(model)
+    if found.__name__ in MODEL_CLASSES and found.__module__.endswith("modeling_llm2clip"):
+        return
+    remedy = (
+        "Merge the LoRA into it first (merge_and_unload)."
+        if hasattr(model, "merge_and_unload")
+        else "A subclass must be published with code of its own (save_pretrained)."
+    )
+    raise ValueError(
+        f"The model is a {found.__name__}; a model folder takes {sorted(MODEL_CLASSES)}. {remedy}"
+    )
+
+
+def _require_places(
+    source: Path, weights: Mapping[str, LazyTensor], trained: Mapping[str, Tensor]
+) -> None:
+    unknown = sorted(set(trained) - set(weights))
+    misshapen = {
+        name: (tuple(value.shape), weights[name].shape)
+        for name, value in trained.items()
+        if name in weights and tuple(value.shape) != weights[name].shape
+    }
+    if unknown or misshapen:
+        raise ValueError(
+            f"{source} has no place for {len(unknown)} trained weights {unknown[:_NAMES_SHOWN]}, "
+            f"and {len(misshapen)} have another shape (trained, there): "
+            f"{dict(list(misshapen.items())[:_NAMES_SHOWN])}. Give the folder that was trained."
+        )
+
+
+def _write_file(path: Path, content: Path | str) -> None:
+    if isinstance(content, Path):
+        shutil.copy2(content, path)
+    else:
+        path.write_text(content, encoding="utf-8")
+
+
+def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:
+    """Write what `save_pretrained` of a loaded model would write.
+
+    The configuration comes last: what a killed process leaves does not load without all weights.
+    """
+    write_weights(model.weights, folder, max_shard_size=max_shard_size)
+    config = model.config
+    config.architectures = [model.model_class.__name__]
+    config.auto_map = {**_CODE_OF_EVERY_FOLDER, **model.model_class._auto_classes}
+    for path in list_uploaded_files():
+        shutil.copy2(path, folder / path.name)
+    write_sentence_transformers_files(
+        folder, instructions=config.instructions, modalities=model.model_class.input_modalities
+    )
+    config.save_pretrained(folder)
+
+
+def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, device: str) -> None:
+    if not isinstance(model, LazyModel):
+        write_golden(folder, model, processor)
+        return
+    if model.golden_source is not None:
+        partial = load_partial_model(folder, with_vision_tower=True, device=device)
+        renew_golden(model.golden_source, folder, partial, processor)
+        return
+    loaded, _ = load_model(folder, device=device)
+    write_golden(folder, loaded, processor)
+    del loaded
+    gc.collect()  # what verifies the folder may load the model again

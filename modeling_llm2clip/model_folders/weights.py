@@ -1,0 +1,308 @@
+"""Weights in files: read lazily, one tensor at a time, and written in files of limited size.
+
+Nothing here runs code from a file: it reads safetensors, and PyTorch files that hold tensors and
+plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data.safetensors_files import list_weight_files
+
+_INDEX = "model.safetensors.index.json"
+# Where the official training code and DeepSpeed put the weights, in its order.
+_NESTED_UNDER = ("model", "module", "state_dict")
+_WRAPPER = "module."
+_MODELS = ("model.safetensors", "pytorch_model.bin")
+_LORAS = ("adapter_model.safetensors", "adapter_model.bin")
+# Files that transformers and peft save, in the order in which they are looked for.
+WEIGHT_NAMES = (*_MODELS, *_LORAS)
+# The beginning of an archive, as torch.save writes it now, and of a pickle, as it did before.
+_BEGINNINGS = (b"PK\x03\x04", b"\x80")
+# Room for configuration, tokenizer and card beside the weights.
+_OTHER_FILES_BYTES = 64 << 20
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of known shape and dtype that is read, or computed, on demand.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        read: Reads or computes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return self.num_elements * self.dtype.itemsize
+
+    def then(self, make: Callable[[Tensor], Tensor]) -> LazyTensor:
+        """Return what a function makes of this tensor, without reading it.
+
+        Args:
+            make: Called with the tensor when the result is read, and once with a meta tensor, which
+                gives shape and dtype.
+        """
+        made = make(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return LazyTensor(tuple(made.shape), made.dtype, lambda: make(self.read()))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        """Wrap a tensor that is in memory.
+
+        Args:
+            tensor: The tensor.
+        """
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
+
+
+def open_weights(path: Path) -> dict[str, LazyTensor]:
+    """Open a weight file, or the weight files of a folder; only their headers are read.
+
+    Args:
+        path: A `.safetensors`, `.pt`, `.pth` or `.bin` file, or a folder as transformers or peft
+            saves it.
+
+    Returns:
+        Name → tensor.
+
+    Raises:
+        ValueError: A file is broken, holds more than weights, or holds none; or a name occurs in
+            two files.
+    """
+    return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
+
+
+def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """Open weight files; arguments, result and errors are those of `open_weights`.
+
+    Args:
+        files: Weight files of one model.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        if twice := sorted(set(opened) & set(tensors)):
+            raise ValueError(
+                f"{file} repeats the weights {twice[:8]} of another file beside it. Keep one copy."
+            )
+        tensors |= opened
+    return tensors
+
+
+def is_lora_alone(folder: Path) -> bool:
+    """Return whether a folder holds the weights of a LoRA, without those of its base.
+
+    Args:
+        folder: Folder of a model or a LoRA.
+    """
+    of_models = (*_MODELS, *(f"{name}.index.json" for name in _MODELS))
+    whole = any((folder / name).is_file() for name in of_models)
+    return not whole and any((folder / name).is_file() for name in _LORAS)
+
+
+def plan_shards(
+    weights: Mapping[str, LazyTensor], *, max_shard_size: int | str
+) -> dict[str, list[str]]:
+    """Distribute weights over files as transformers does.
+
+    Args:
+        weights: Name → tensor.
+        max_shard_size: Maximum size of a file, in bytes or like "5GB"; a larger weight gets a file
+            of its own.
+
+    Returns:
+        Name of a file → names of its weights.
+    """
+    split = split_torch_state_dict_into_shards(
+        {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return dict(split.filename_to_tensors)
+
+
+def write_weights(
+    weights: Mapping[str, LazyTensor], folder: Path, *, max_shard_size: int | str
+) -> None:
+    """Write `model.safetensors`, or numbered shards and their index; memory holds one file.
+
+    Args:
+        weights: Name → tensor.
+        folder: Existing folder.
+        max_shard_size: As in `plan_shards`.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    shards = plan_shards(weights, max_shard_size=max_shard_size)
+    for file, names in shards.items():
+        _write_shard({name: weights[name] for name in names}, folder / file)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.num_bytes for tensor in weights.values())},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / _INDEX).write_text(text, encoding="utf-8")
+
+
+def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:
+    """Refuse to write weights for which the disk has no room.
+
+    Args:
+        weights: Name → tensor.
+        folder: Existing folder on the disk.
+
+    Raises:
+        OSError: There is too little space.
+    """
+    needed = sum(tensor.num_bytes for tensor in weights.values()) + _OTHER_FILES_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e9:.2f} GB free, the model takes {needed / 1e9:.2f} GB. Free "
+            "space, choose another disk, or a dtype of half the size (bfloat16)."
+        )
+
+
+def _write_shard(weights: Mapping[str, LazyTensor], file: Path) -> None:
+    # Cloned: thirds of one matrix, and pieces of one mapped file, share their storage.
+    tensors = {
+        name: tensor.read().clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{file.name} could not be written ({error}). Nothing is left behind; free space or "
+            "choose another disk, and try again."
+        ) from error
+    file.chmod(0o644)  # safetensors writes for its owner alone
+
+
+def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            heads = {n: (tuple(part.get_shape()), part.get_dtype()) for n, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is truncated or damaged ({error}). Download it again and compare its size "
+            "and SHA-256 with the source's."
+        ) from error
+    unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
+    if unknown:
+        raise ValueError(f"{file} has weights of the dtypes {unknown}, wanted {list(_DTYPES)}.")
+    return {
+        name: LazyTensor(shape, _DTYPES[dtype], partial(_read_safetensor, file, name))
+        for name, (shape, dtype) in heads.items()
+    }
+
+
+def _read_safetensor(file: Path, name: str) -> Tensor:
+    # Opened anew for each tensor, so that the pages of earlier ones are freed.
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)  # type: ignore[no-any-return]
+
+
+def _open_pickle(file: Path) -> dict[str, LazyTensor]:
+    state = _find_state_dict(_load_pickle(file), file)
+    return {name: LazyTensor.of(value) for name, value in state.items()}
+
+
+def _load_pickle(file: Path) -> Any:
+    """Load tensors and plain values; mapped from the disk where the file's format allows it."""
+    with file.open("rb") as opened:
+        beginning = opened.read(40)
+    if not beginning.startswith(_BEGINNINGS):  # an HTML error page, a Git LFS pointer
+        raise ValueError(
+            f"{file} is not a PyTorch file of weights: it begins with {beginning!r}. Download it "
+            "again (with git lfs, where the repository uses it) and compare its SHA-256."
+        )
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than weights ({_first_line(error)}), and unpickling that would run "
+            "code from the file, which is never done here. Save its state dict alone, on a machine "
+            "where you trust it: torch.save(checkpoint['state_dict'], …) or safetensors."
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not a whole PyTorch file of weights ({_first_line(error)}). A TorchScript "
+            "archive is not one either. Download it again and compare its size and SHA-256."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unsupported = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (unsupported or lines or [type(error).__name__])[0].rstrip(".")
+
+
+def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    """Find the weights in a PyTorch file: under `model`, `module`, `state_dict`, or at the top.
+
+    Names that all begin with `module.` lose it.
+    """
+    state = content
+    if isinstance(content, Mapping):
+        nested = [name for name in _NESTED_UNDER if isinstance(content.get(name), Mapping)]
+        state = content[nested[0]] if nested else content
+    values = state.items() if isinstance(state, Mapping) else ()
+    tensors = {str(name): value for name, value in values if isinstance(value, Tensor)}
+    if not tensors or len(tensors) != len(state):
+        others = sorted(str(name) for name, value in values if not isinstance(value, Tensor))
+        raise ValueError(
+            f"{file}: wanted a state dict, at the top or under {_NESTED_UNDER}; got "
+            f"{type(content).__name__} with {len(tensors)} tensors and the other entries {others}. "
+            "Save the state dict alone."
+        )
+    wrapped = [name for name in tensors if name.startswith(_WRAPPER)]
+    if not wrapped:
+        return tensors
+    if len(wrapped) != len(tensors):
+        raise ValueError(
+            f"{file}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, wanted "
+            "all or none. The file is a mixture of checkpoints."
+        )
+    return {name.removeprefix(_WRAPPER): value for name, value in tensors.items()}

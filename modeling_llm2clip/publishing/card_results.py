@@ -1,0 +1,128 @@
+"""Recorded evaluations as results on a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.result_details import label_dataset
+from ..evaluation.results import is_result, parse_result
+from ..model_folders.fingerprint import fingerprint_model
+from ..model_folders.model_card_data import CardResult
+
+# What `llm2clip evaluate` reports per language, class, category or measure: too much for a card.
+_DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
+_INTERVAL = {"value", "low", "high"}
+
+
+def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
+    """Read recorded evaluation results.
+
+    Args:
+        files: JSON files with an object each, or a list of them. An object has `task`, `dataset`
+            and `scores`: numbers by name, nested to any depth, with an interval as
+            `{"value", "low", "high"}`. A nested score is named by its path, such as
+            `t2i.hit_rate_at_1`. Scores per language, class or category, and everything else, are
+            left to the file. For results of `llm2clip evaluate`, the dataset's name states its
+            language and what was left out.
+
+    Raises:
+        ValueError: A file has another form, a score is not a finite number, or a task occurs
+            twice on one dataset. All errors are named at once.
+    """
+    results: dict[tuple[str, str], CardResult] = {}
+    errors = []
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            errors.append(f"{file}: {error}")
+            continue
+        for entry in content if isinstance(content, list) else [content]:
+            try:
+                result = _read_result(entry, file)
+            except ValueError as error:
+                errors.append(f"{file}: {error}")
+                continue
+            task = (result.task, result.dataset)
+            if task in results:
+                errors.append(f"{file}: {result.task} on {result.dataset} is given twice")
+            results[task] = result
+    if errors:
+        raise ValueError(
+            f"{'; '.join(errors)}. Wanted: JSON with 'task' and 'dataset' (text) and 'scores' "
+            "(names and numbers), as `llm2clip evaluate` writes it."
+        )
+    return tuple(results.values())
+
+
+def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
+    """Refuse results that were measured with another model than a folder's.
+
+    Args:
+        results: Results; those without a fingerprint are taken.
+        folder: Model folder.
+
+    Raises:
+        ValueError: The models differ; the message says in what.
+    """
+    stated = [result for result in results if result.fingerprint is not None]
+    if not stated:
+        return
+    wanted = fingerprint_model(folder)
+    foreign = []
+    for result in stated:
+        measured = {"dtype": result.dtype or wanted["dtype"], **(result.fingerprint or {})}
+        differing = [name for name, value in wanted.items() if measured.get(name) != value]
+        if differing:
+            foreign.append(f"{result.task} on {result.dataset} ({', '.join(differing)})")
+    if foreign:
+        raise ValueError(
+            f"{'; '.join(foreign)}: not measured with the model that would be written. Export "
+            "first (another dtype makes other weights), evaluate the folder that is written, as "
+            "a model of this package and in its own dtype, and give these results."
+        )
+
+
+def _read_result(entry: Any, file: Path) -> CardResult:
+    if not isinstance(entry, dict):
+        raise ValueError(f"holds {type(entry).__name__}, wanted an object")
+    task, dataset = entry.get("task"), entry.get("dataset")
+    absent = [name for name, value in (("task", task), ("dataset", dataset)) if not value]
+    if absent:
+        raise ValueError(f"has no {absent}")
+    found = dict(_iterate_scores(entry.get("scores"), ""))
+    if not found:
+        raise ValueError("has no scores")
+    wrong = sorted(name for name, value in found.items() if not _is_number(value))
+    if wrong:
+        raise ValueError(f"has scores that are not finite numbers: {wrong}")
+    if not is_result(entry):
+        return CardResult(str(task), str(dataset), found, entry.get("fingerprint"))
+    result = parse_result(entry, file)
+    dtype = result.protocol["model"]["dtype"]
+    label = label_dataset(result, with_languages=True)
+    return CardResult(result.task, label, found, result.fingerprint, dtype)
+
+
+def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every score, without None, lists and details."""
+    if isinstance(scores, dict):
+        if _INTERVAL <= set(scores):
+            scores = {
+                "": scores["value"],
+                **{k: v for k, v in scores.items() if k not in _INTERVAL},
+            }
+        for name, value in scores.items():
+            if name not in _DETAILS:
+                yield from _iterate_scores(value, f"{path}.{name}".strip("."))
+    elif scores is not None and not isinstance(scores, list):
+        yield path, scores
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)

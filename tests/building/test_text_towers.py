@@ -1,0 +1,300 @@
+"""What a text tower is read from, and what is refused as one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from breaking import drop_weights
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llm, tiny_tokenizer, tiny_vision
+from tiny_folders import save_tiny_llm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.text_towers import load_text_tower
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.model_folders.model_writing import save_model
+
+# Names of a llama's weights in a GGUF file; its specification is ggml/docs/gguf.md.
+GGUF_NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_NORMAL_TOKEN, _CONTROL_TOKEN = 1, 3
+
+
+@pytest.fixture
+def llm() -> PreTrainedModel:
+    return tiny_llm(vocabulary_size=len(tiny_tokenizer()))
+
+
+def write_gguf(
+    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, kind: str = "F32"
+) -> Path:
+    """Write a llama as llama.cpp's converter does.
+
+    Args:
+        kind: GGUF's name of how the matrices are stored; embeddings are always float32.
+    """
+    import gguf
+
+    writer, config = gguf.GGUFWriter(file, "llama"), model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    add_tokenizer(writer, tokenizer)
+    stored = gguf.GGMLQuantizationType[kind]
+    for name, value in model.state_dict().items():
+        array = turn_for_gguf(name, value, config)
+        chosen = stored if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(array, chosen)
+        writer.add_tensor(name_in_gguf(name), packed, raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {token["content"] for token in content["added_tokens"]}
+    tokens = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([_CONTROL_TOKEN if t in special else _NORMAL_TOKEN for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+
+
+def name_in_gguf(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".", 2)
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{GGUF_NAMES[parts[2]]}.weight"
+    return f"{GGUF_NAMES[parts[0]]}.weight"
+
+
+def turn_for_gguf(name: str, value: torch.Tensor, config: Any) -> np.ndarray:
+    """Rows of query and key in llama.cpp's order: the two parts of a head interleaved."""
+    if "q_proj" in name or "k_proj" in name:
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        value = value.view(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+    return value.contiguous().numpy()
+
+
+# GGUF
+
+
+def test_a_gguf_file_gives_the_weights_it_was_written_from(
+    llm: PreTrainedModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    loaded, tokenizer = load_text_tower(write_gguf(tmp_path / "tiny.gguf", llm, tiny_tokenizer()))
+    wanted = llm.state_dict()
+    assert {n: v.dtype for n, v in loaded.state_dict().items()} == {
+        name: torch.float32 for name in wanted
+    }
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    text = "two red apples on a wooden table, ñ 雪"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        found, hidden = (m(torch.tensor([ids])).last_hidden_state for m in (loaded, llm))
+    # Equal weights at other addresses.
+    torch.testing.assert_close(found, hidden, atol=1e-6, rtol=1e-5)
+
+
+def test_a_quantized_gguf_file_is_saved_as_an_ordinary_model(
+    llm: PreTrainedModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf", llm, tiny_tokenizer(), kind="Q8_0")
+    loaded, tokenizer = load_text_tower(file)
+    for name, value in llm.state_dict().items():
+        # Eight bits for numbers up to four standard deviations of 0.2.
+        torch.testing.assert_close(loaded.state_dict()[name], value, atol=0.8 / 127, rtol=0)
+    assert not hasattr(loaded.config, "quantization_config")
+    assert not getattr(loaded, "is_quantized", False)
+    loaded.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "quantization" not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    again, _ = load_text_tower(tmp_path / "saved")
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in loaded.state_dict().items())
+    assert again.config._name_or_path == "saved"  # a name, and no path of this machine
+
+
+# What is no language model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named"), [("clip", "clip_text_model"), ("bert", "bert"), ("vit", "vit")]
+)
+def test_what_is_not_a_decoder_is_refused_by_its_model_type(
+    model_type: str, named: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    # There are no weights: whatever is refused only after loading them would show another message.
+    with pytest.raises(ValueError, match=f"is a '{named}'; LLM2CLIP needs a decoder"):
+        load_text_tower(tmp_path)
+
+
+def test_weights_that_an_llm_lacks_are_named(tmp_path: Path) -> None:
+    save_tiny_llm(tmp_path)
+    drop_weights(tmp_path, "layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"lacks weights of its LLM: \['layers.1.mlp.up_proj"):
+        load_text_tower(tmp_path)
+
+
+def save_gemma3(folder: Path) -> PreTrainedModel:
+    """Save a tiny Gemma 3 that sees, as those from 4B on are published."""
+    text = tiny_llm("gemma3_text", vocabulary_size=len(tiny_tokenizer())).config.to_dict()
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config=tiny_vision("siglip")[0].config.to_dict(),
+        mm_tokens_per_image=4,
+        boi_token_index=5,
+        eoi_token_index=6,
+        image_token_index=7,
+    )
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path: Path) -> None:
+    whole = save_gemma3(tmp_path).model.language_model
+    file = tmp_path / "model.safetensors"  # published ones differ in where the tied head is, if any
+    head = {"language_model.lm_head.weight": whole.embed_tokens.weight.detach()}
+    save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
+    loaded, tokenizer = load_text_tower(tmp_path)
+    assert loaded.config.model_type == "gemma3_text"
+    wanted = whole.state_dict()
+    assert set(loaded.state_dict()) == set(wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
+    built, processor = join_towers(tiny_vision(), (loaded, tokenizer), arguments)
+    save_model(built, processor, tmp_path / "model")
+    again = AutoModel.from_pretrained(tmp_path / "model")
+    assert type(again.text_model) is type(whole)
+    assert torch.equal(again.text_model.embed_tokens.weight, whole.embed_tokens.weight)
+
+
+def test_weights_that_the_language_model_of_a_larger_one_lacks_are_named(tmp_path: Path) -> None:
+    save_gemma3(tmp_path)
+    drop_weights(tmp_path, "layers.1.mlp.up_proj")
+    with pytest.raises(
+        ValueError, match=r"lacks weights of its LLM: \['language_model.layers.1.mlp"
+    ):
+        load_text_tower(tmp_path)
+
+
+def test_weights_within_an_llm_that_nobody_reads_are_named_and_a_head_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_llm(vocabulary_size=len(tiny_tokenizer())).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    load_text_tower(tmp_path)  # its head is left out, and nobody is alarmed
+    assert "lm_head" not in caplog.text
+    file = tmp_path / "model.safetensors"
+    AutoModel.from_pretrained(tmp_path)
+    assert "lm_head" in caplog.text  # which transformers would have reported
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file({**load_file(file), **bias}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has 1 weights that LlamaModel does not read"):
+        load_text_tower(tmp_path)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_table_is_refused(tmp_path: Path) -> None:
+    save_tiny_llm(tmp_path)
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"ids up to {rows}, the embedding table only {rows} rows"):
+        load_text_tower(tmp_path)
+
+
+def save_llm_with_marks(folder: Path, **marks: Any) -> Path:
+    """Save a decoder of 5,000 rows, and a tokenizer of 320 ids."""
+    model = tiny_llm(vocabulary_size=5000)
+    for name, value in marks.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("marks", "named"),
+    [
+        ({"eos_token_id": 4999}, r"'eos_token_id': \[4999\]"),
+        ({"bos_token_id": 4998}, r"'bos_token_id': \[4998\]"),
+        ({"eos_token_id": [2, 320]}, r"'eos_token_id': \[2, 320\]"),
+    ],
+)
+def test_a_tokenizer_without_the_ids_that_end_the_llms_texts_is_refused(
+    marks: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"{named}.*, which the tokenizer \(ids up to 319\) lacks.*different models",
+    ):
+        load_text_tower(save_llm_with_marks(tmp_path, **marks))
+
+
+def test_an_llm_whose_texts_end_at_a_plain_token_gets_a_warning(tmp_path: Path) -> None:
+    folder = save_llm_with_marks(tmp_path, bos_token_id=300, eos_token_id=[2, 301])
+    with pytest.warns(UserWarning, match=r"texts at \[300, 301\], which are the plain tokens \["):
+        load_text_tower(folder)
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"bos_token_id": None, "eos_token_id": None},
+        {"bos_token_id": 1, "eos_token_id": 7},  # a chat variant: the tokenizer's own end is 2
+        {"bos_token_id": 0, "eos_token_id": [2, 4, 7]},
+        {"bos_token_id": -1, "eos_token_id": 2},
+    ],
+)
+def test_an_llm_may_state_no_end_another_special_token_or_several(
+    marks: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_llm_with_marks(tmp_path, **marks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*came with the LLM")
+        load_text_tower(folder)

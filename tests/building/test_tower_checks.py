@@ -1,0 +1,241 @@
+"""The checks find from outside whether a decoder is bidirectional on every path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from modeling_llm2clip.base_llm2clip import set_attention_direction
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.tower_checks import find_attention_errors, require_bidirectional
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+
+BLIND = r"first token does not see the last"
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 400,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Families that drop the attention arguments on the way, so that the configuration alone leaves
+# them causal where nothing is padded.
+FORGETFUL = {
+    "stablelm": {"num_key_value_heads": 2},
+}
+# Learned positions and ALiBi.
+OTHER_POSITIONS = {"gpt2": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {}}
+# Families that no flag makes bidirectional: no attention at all, attention in chunks.
+REFUSED = {
+    "mamba": {"state_size": 4},
+    "llama4_text": {
+        "intermediate_size_mlp": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_chunk_size": 4,
+        "num_local_experts": 2,
+    },
+}
+
+
+def build_decoder(family: str, extras: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModel.from_config(
+        AutoConfig.for_model(family, **{**SIZE, **extras})
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+def test_a_causal_decoder_is_refused_with_and_without_padding(llm: str) -> None:
+    errors = find_attention_errors(tiny_llm(llm))
+    assert len(errors) == 2
+    assert "without padding" in errors[0] and "with padding" in errors[1]
+    with pytest.raises(ValueError, match=rf"'{llm}' family cannot be .*{BLIND}.*bidirectional=Fal"):
+        require_bidirectional(tiny_llm(llm))
+
+
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+def test_a_decoder_passes_once_its_direction_is_set(llm: str) -> None:
+    model = tiny_llm(llm)
+    set_attention_direction(model, bidirectional=True)
+    require_bidirectional(model)
+    set_attention_direction(model, bidirectional=False)
+    assert len(find_attention_errors(model)) == 2
+
+
+@pytest.mark.parametrize("family", FORGETFUL)
+def test_the_configuration_alone_is_found_out_where_a_family_forgets_it(family: str) -> None:
+    model = build_decoder(family, FORGETFUL[family])
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match=f"without padding, the {BLIND}"):
+        require_bidirectional(model)
+    set_attention_direction(model, bidirectional=True)
+    require_bidirectional(model)
+
+
+def test_a_decoder_whose_pass_fails_without_its_causal_mask_is_refused_with_the_error() -> None:
+    config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=100)
+    model = AutoModel.from_config(config).eval()
+    set_attention_direction(model, bidirectional=True)
+    with pytest.raises(ValueError, match=r"'mpt' family cannot be .* pass fails \(AttributeError"):
+        require_bidirectional(model)
+
+
+@pytest.mark.parametrize("family", OTHER_POSITIONS)
+def test_decoders_with_other_positions_pass(family: str) -> None:
+    model = build_decoder(family, OTHER_POSITIONS[family])
+    set_attention_direction(model, bidirectional=True)
+    require_bidirectional(model)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_building_refuses_a_decoder_that_stays_causal(family: str) -> None:
+    decoder = build_decoder(family, REFUSED[family])
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
+    with pytest.raises(ValueError, match=rf"{family}' family cannot be made bidirectional"):
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+
+
+# Families with causal layers among others: each passes where the first token alone is watched.
+# Convolutions, recurrent attention, state spaces.
+GATED_DELTA = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+RECURRENT = [*["linear_attention"] * 3, "full_attention"]
+MIXED: dict[str, tuple[int, dict[str, Any]]] = {
+    "lfm2": (3, {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "qwen3_5_text": (3, {**GATED_DELTA, "layer_types": RECURRENT, "head_dim": 8}),
+}
+
+
+STATE_SPACE = {
+    "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+    "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+}  # fmt: skip
+# What comes out is projected once more.
+OTHER_WIDTHS: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48},
+    "embedding_gemma2_text": {
+        "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 16,
+        "embedding_dim": 48, "num_key_value_heads": 2, "pad_token_id": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None:
+    num_causal, extras = MIXED[family]
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
+    model = build_decoder(family, {"num_hidden_layers": 4, "num_key_value_heads": 2, **extras})
+    set_attention_direction(model, bidirectional=True)
+    with pytest.raises(
+        ValueError, match=f"{num_causal} of its 4 layers do not look ahead .*: numb"
+    ):
+        require_bidirectional(model)
+    errors = find_attention_errors(model)
+    assert [error.split(",")[0] for error in errors] == ["without padding", "with padding"]
+
+
+def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
+    pytest.importorskip("transformers.models.falcon_h1")
+    decoder = build_decoder("falcon_h1", STATE_SPACE)
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
+    with pytest.raises(
+        ValueError, match=r"'falcon_h1' family cannot .* do not look ahead: mamba \(FalconH1Mixer\)"
+    ):
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_which_each_sees_one_token_are_no_error(dtype: torch.dtype) -> None:
+    decoder = build_decoder("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4})
+    set_attention_direction(decoder, bidirectional=True)
+    require_bidirectional(decoder.to(dtype))
+
+
+@pytest.mark.parametrize("family", OTHER_WIDTHS)
+def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_comes_back(
+    family: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
+    decoder = build_decoder(family, OTHER_WIDTHS[family])
+    arguments = BuildConfig(prompt="llama-3", max_text_length=32, projection_dim=8)
+    model, processor = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+    assert model.config.text_width == 48 != model.config.text_config.hidden_size
+    captions = ["a dog", "two red apples on a wooden table"]
+    before = encode_texts(model, processor, captions, project=False)
+    assert before.shape == (2, 48)
+    folder = save_model(model, processor, tmp_path / "model")
+    report = check_model(folder)
+    assert report.healthy, str(report)
+    loaded = LLM2CLIPModel.from_pretrained(folder)
+    assert torch.equal(encode_texts(loaded, processor, captions, project=False), before)
+    assert AlignmentModel.from_pretrained(folder).text_projection.in_features == 48
+
+
+def test_one_layer_that_turned_causal_is_found_by_its_number() -> None:
+    model = tiny_llm()
+    set_attention_direction(model, bidirectional=True)
+    model.layers[1].self_attn.register_forward_pre_hook(mask_the_future, with_kwargs=True)
+    errors = find_attention_errors(model)
+    assert len(errors) == 2
+    assert all("1 of its 2 layers do not look ahead (the first: number 1)" in f for f in errors)
+
+
+def mask_the_future(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    length = kwargs["hidden_states"].shape[1]
+    allowed = torch.ones(length, length).tril()[None, None]
+    return args, {**kwargs, "attention_mask": (1 - allowed) * torch.finfo(torch.float32).min}
+
+
+class Mixing(torch.nn.Module):
+    """A layer that adds the mean of all positions, padding included."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + hidden.mean(dim=1, keepdim=True)
+
+
+class LeakyPadding(torch.nn.Module):
+    """Sees both ways, padding included."""
+
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.config = AutoConfig.for_model("llama", vocab_size=100, num_hidden_layers=2)
+        self.embeddings = torch.nn.Embedding(100, 8)
+        self.layers = torch.nn.ModuleList(layers)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        hidden = self.embeddings(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return type("Output", (), {"last_hidden_state": hidden})
+
+
+def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
+    # The second layer lets no token see another, which is no error of it.
+    model = LeakyPadding(Mixing(), torch.nn.Linear(8, 8))
+    errors = find_attention_errors(model)  # type: ignore[arg-type]
+    assert len(errors) == 1
+    assert errors[0].startswith("with padding, the hidden states differ by")
+
+
+def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:
+    errors = find_attention_errors(LeakyPadding(Mixing()))  # type: ignore[arg-type]
+    assert errors[-1].startswith("its layers are not in a list of modules")

@@ -1,0 +1,150 @@
+"""What a vision tower is read from, and the images that timm itself would give a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from breaking import drop_weights
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import tiny_vision
+from tiny_folders import save_tiny_llm, save_tiny_vision
+from transformers import AutoConfig, AutoModel
+
+from modeling_llm2clip.building.vision_towers import image_processor_from_timm, load_vision_tower
+
+SETTINGS: dict[str, Any] = {
+    "input_size": (3, 44, 44),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "interpolation": "bicubic",
+}
+FOLLOWED: dict[str, dict[str, Any]] = {
+    "center, 48.9 rounded down": {"crop_pct": 0.9, "crop_mode": "center"},
+    "center, all": {"crop_pct": 1.0, "input_size": (3, 48, 48)},
+    "squash": {"crop_pct": 0.9, "crop_mode": "squash"},
+    "squash, all": {"crop_pct": 1.0, "crop_mode": "squash"},
+    "squash, not square": {"crop_pct": 1.0, "crop_mode": "squash", "input_size": (3, 24, 40)},
+    "bilinear": {"crop_pct": 0.9, "interpolation": "bilinear"},
+}
+
+
+def render(height: int, width: int) -> Image.Image:
+    """A smooth image without symmetry, in which a shift of one pixel moves the numbers."""
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 8, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def require_timms_images(pretrained_cfg: dict[str, Any]) -> None:
+    from timm.data import create_transform, resolve_data_config
+
+    settings = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    transform = create_transform(**settings, is_training=False)
+    processor = image_processor_from_timm(pretrained_cfg)
+    # Sides that leave an even margin: of an odd one timm crops the extra pixel on another side.
+    for image in (render(96, 120), render(120, 96)):
+        wanted = transform(image)
+        found = processor(image, return_tensors="pt")["pixel_values"][0]
+        assert found.shape == wanted.shape
+        # torchvision rounds between the two passes of a resize, Pillow to finer steps: two of 255.
+        two_steps = 2 / 255 / min(pretrained_cfg["std"]) + 1e-6
+        torch.testing.assert_close(found, wanted, atol=two_steps, rtol=0)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_images_are_those_of_timms_own_transform(name: str) -> None:
+    pytest.importorskip("timm")
+    require_timms_images({**SETTINGS, **FOLLOWED[name]})
+
+
+def test_a_published_network_that_squashes_gets_the_whole_image() -> None:
+    timm = pytest.importorskip("timm")
+    published = timm.get_pretrained_cfg("eva02_large_patch14_448.mim_m38m_ft_in22k_in1k")
+    assert published.crop_mode == "squash"
+    require_timms_images(published.to_dict())
+    assert image_processor_from_timm(published.to_dict()).size == {"height": 448, "width": 448}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_mode": "border"}, r"crop_mode='border' must be one of \('center', 'squash'\)"),
+        ({"input_size": (3, 24, 40)}, "needs a square input, not 24 × 40"),
+        ({"interpolation": "random"}, "interpolation='random' must be one of"),
+    ],
+)
+def test_settings_that_no_image_processor_follows_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_processor_from_timm({**SETTINGS, **settings})
+
+
+def test_the_vision_part_of_a_whole_clip_is_taken(tmp_path: Path) -> None:
+    tower, image_processor = tiny_vision("clip")
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(
+        "clip",
+        vision_config=tower.config.to_dict(),
+        text_config={**text, "num_attention_heads": 2, "vocab_size": 50},
+    )
+    whole = AutoModel.from_config(config)
+    whole.save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    loaded, _ = load_vision_tower(tmp_path)
+    assert loaded.config.model_type == "clip_vision_model"
+    assert {name for name, _ in loaded.named_parameters()} == {
+        name for name, _ in tower.named_parameters()
+    }
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        found = loaded(pixels).pooler_output
+        wanted = whole.eval().vision_model(pixels).pooler_output
+    # Equal weights at other addresses.
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_language_model_is_refused_as_a_vision_tower(tmp_path: Path) -> None:
+    save_tiny_llm(tmp_path)
+    with pytest.raises(ValueError, match="is a 'llama', not a vision tower"):
+        load_vision_tower(tmp_path)
+
+
+def test_weights_that_a_vision_tower_lacks_are_named(tmp_path: Path) -> None:
+    save_tiny_vision(tmp_path)
+    drop_weights(tmp_path, "layers.0.mlp.fc1")
+    with pytest.raises(ValueError, match=r"lacks 2 weights .*'encoder.layers.0.mlp.fc1.bias'"):
+        load_vision_tower(tmp_path, allow_missing_pooler=True)
+
+
+def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    save_tiny_vision(tmp_path)
+    file = tmp_path / "model.safetensors"
+    buffers = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    head = {"classifier.weight": torch.ones(3, 32)}
+    save_file({**load_file(file), **buffers, **head}, file, metadata={"format": "pt"})
+    load_vision_tower(tmp_path)
+    norm = {"vision_model.encoder.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+    save_file({**load_file(file), **norm}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"has 1 weights that CLIPVisionModel does not read.*q_norm"
+    ):
+        load_vision_tower(tmp_path)
+
+
+def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) -> None:
+    tower, image_processor = tiny_vision("vit")
+    tower.save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    drop_weights(tmp_path, "pooler")
+    with pytest.raises(
+        ValueError, match=r"lacks 2 weights .*vision_pooling 'cls', 'mean' or 'patch_mean'"
+    ):
+        load_vision_tower(tmp_path)
+    loaded, _ = load_vision_tower(tmp_path, allow_missing_pooler=True)
+    kept = {n: v for n, v in loaded.state_dict().items() if "pooler" not in n}
+    assert kept and all(torch.equal(value, tower.state_dict()[n]) for n, value in kept.items())

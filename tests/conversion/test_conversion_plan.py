@@ -1,0 +1,202 @@
+"""What cannot be converted correctly is refused by name before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from converting import (
+    FORMAT_OF,
+    LLM,
+    LLM2VEC,
+    copy_llm,
+    plan,
+    read_checkpoint,
+    save_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llm, tiny_tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.conversion.source_llm import LLMSource
+
+
+def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:
+    """Plan a conversion of a family's checkpoint, which must be refused in these words."""
+    state = settings.pop("state", None)
+    settings.setdefault("source_format", FORMAT_OF[family])
+    source = save_checkpoint(family, folder / "source", state)
+    with pytest.raises(ValueError, match=match):
+        plan(source, **settings)
+
+
+def test_an_llm_of_another_width_than_the_adapters(tmp_path) -> None:
+    llm = tmp_path / "wide"
+    tiny_llm(vocabulary_size=320).save_pretrained(llm)
+    tiny_tokenizer().save_pretrained(llm)
+    state = {k: v for k, v in read_checkpoint("openai").items() if "text_adaptor" not in k}
+    wide = {"0.fn.0.weight": (128, 64), "0.fn.0.bias": (128,), "0.fn.3.weight": (64, 128),
+            "0.fn.3.bias": (64,), "0.ln.weight": (64,), "0.ln.bias": (64,), "1.weight": (64,),
+            "1.bias": (64,), "2.weight": (20, 64), "2.bias": (20,)}  # fmt: skip
+    state |= {f"text.text_adaptor.{k}": torch.zeros(shape) for k, shape in wide.items()}
+    refuse("openai", tmp_path, "takes embeddings of 64, but .*wide gives 32",
+           state=state, llm=LLMSource(llm))  # fmt: skip
+
+
+def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path) -> None:
+    state = {f"text.text_adaptor.{k}": torch.zeros(shape) for k, shape in {
+        "0.fn.0.weight": (4096, 2048), "2.weight": (20, 2048)}.items()}  # fmt: skip
+    state |= {k: v for k, v in read_checkpoint("openai").items() if "text_adaptor" not in k}
+    refuse(
+        "openai", tmp_path, r"takes embeddings of 2048, .*gives 32.*\n?.*Llama-3\.2-1B", state=state
+    )
+
+
+def test_a_clip_text_tower_where_an_llm_belongs(tmp_path) -> None:
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=320,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(tmp_path / "text")
+    tiny_tokenizer().save_pretrained(tmp_path / "text")
+    refuse("openai", tmp_path, "is a 'clip_text_model'; LLM2CLIP needs a decoder",
+           llm=LLMSource(tmp_path / "text"))  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "llm"])
+def test_truncated_safetensors(tmp_path, where) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    source = save_checkpoint("hub_clip", tmp_path / "source")
+    path = (source if where == "checkpoint" else llm) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged .*SHA-256"):
+        plan(source, source_format=FORMAT_OF["hub_clip"], llm=LLMSource(llm))
+
+
+def test_a_lora_for_another_base_by_name(tmp_path) -> None:
+    llm = copy_llm(tmp_path / "Llama-3.1-8B")
+    source = LLMSource(llm, loras=(LLM2VEC / "llama_lora",))
+    refuse("openai", tmp_path, r"is for the base 'llama', but the LLM is .*Llama-3\.1-8B'",
+           llm=source)  # fmt: skip
+    accepted = replace(source, accept_lora_base="llama")
+    assert plan(tmp_path / "source" / "epoch_3.pt", source_format=FORMAT_OF["openai"], llm=accepted)
+
+
+def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
+    adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in factors if name.endswith("q_proj.lora_A.weight"))
+    factors[name] = torch.ones(4, 48)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    refuse("openai", tmp_path, r"is for another LLM: .*q_proj\.lora_A.*Give the LLM that it was",
+           llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("modules_to_save", ["norm"]),
+        ("init_lora_weights", "pissa_niter_4"),
+    ],
+)
+def test_a_lora_that_is_more_than_a_lora(tmp_path, setting, value) -> None:
+    adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
+    refuse("openai", tmp_path, f"more than the low-rank matrices of a LoRA .*{setting}",
+           llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
+
+
+def test_keys_of_no_family_are_shown(tmp_path) -> None:
+    state = {"encoder.weight": torch.ones(2)}
+    refuse("openai", tmp_path, r"0 known families.*encoder\.weight.*llm2clip build", state=state)
+
+
+def test_keys_without_an_account_are_all_printed(tmp_path) -> None:
+    extra = {f"visual.extra_{i}": torch.ones(i) for i in range(1, 30)}
+    source = save_checkpoint("eva02", tmp_path, {**read_checkpoint("eva02"), **extra})
+    with pytest.raises(ValueError, match="29 of 114 keys that are neither used") as refused:
+        plan(source, source_format=FORMAT_OF["eva02"])
+    assert all(f"{name} ({i},)" in str(refused.value) for i, name in enumerate(extra, 1))
+
+
+def test_a_missing_weight_is_named(tmp_path) -> None:
+    state = read_checkpoint("openai")
+    del state["visual.ln_post.bias"]
+    refuse("openai", tmp_path, r"(?s)1 missing:\s+vision_model\.post_layernorm\.bias", state=state)
+
+
+def test_an_unknown_weight_of_a_timm_tower_is_named_as_it_was(tmp_path) -> None:
+    state = {**read_checkpoint("siglip2"), "visual.trunk.extra": torch.ones(1)}
+    refuse("siglip2", tmp_path, r"(?s)1 without a place:\s+visual\.trunk\.extra", state=state)
+
+
+def test_both_layouts_of_one_bias_are_a_mixture(tmp_path) -> None:
+    state = read_checkpoint("eva02")
+    state["visual.blocks.0.attn.q_bias"] = state["visual.blocks.0.attn.q_proj.bias"]
+    refuse("eva02", tmp_path, "would both become .*q_proj.bias", state=state)
+
+
+def test_an_llm_of_another_size_than_its_configuration(tmp_path) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    path = llm / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 40}))
+    refuse("openai", tmp_path, r"(?s)6 of another shape:.*mlp\.down_proj", llm=LLMSource(llm))
+
+
+def test_a_checkpoint_without_its_adapter(tmp_path) -> None:
+    state = {k: v for k, v in read_checkpoint("eva02").items() if not k.startswith("text.")}
+    refuse("eva02", tmp_path, "has no text adapter .*a bare vision tower", state=state)
+
+
+def test_a_lora_where_its_base_belongs(tmp_path) -> None:
+    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Give its base",
+           llm=LLMSource(LLM2VEC / "llama_lora"))  # fmt: skip
+
+
+def test_a_lora_beside_an_llm_that_the_checkpoint_holds(tmp_path) -> None:
+    refuse("siglip2", tmp_path, "holds the LLM's weights, merged",
+           llm=LLMSource(LLM, loras=(LLM2VEC / "llama_lora",)))  # fmt: skip
+
+
+def test_a_temperature_that_no_training_leaves(tmp_path) -> None:
+    state = {**read_checkpoint("openai"), "logit_scale": torch.tensor(9.0)}
+    refuse("openai", tmp_path, "logit_scale 9, but training keeps it between 0 and ln 100",
+           state=state)  # fmt: skip
+
+
+def test_preprocessing_that_nobody_chose(tmp_path) -> None:
+    source_format = replace(FORMAT_OF["siglip2"], preprocessing=None)
+    refuse(
+        "siglip2",
+        tmp_path,
+        "Choose the preprocessing .*'openai'.*'half'",
+        source_format=source_format,
+    )
+    assert SOURCE_FORMATS["siglip2"].preprocessing is None
+
+
+def test_a_head_width_that_does_not_divide_the_tower(tmp_path) -> None:
+    source_format = replace(FORMAT_OF["openai"], head_width=7)
+    refuse(
+        "openai", tmp_path, "24 wide, which heads of 7 do not divide", source_format=source_format
+    )
+
+
+def test_an_activation_that_contradicts_the_repository(tmp_path) -> None:
+    source_format = replace(FORMAT_OF["hub_clip"], activation="gelu")
+    refuse("hub_clip", tmp_path, "hidden_act='quick_gelu', the source format has activation='gelu'",
+           source_format=source_format)  # fmt: skip
+
+
+def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
+    source_format = replace(FORMAT_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
+    refuse("openai", tmp_path, "does not know as special tokens", source_format=source_format)

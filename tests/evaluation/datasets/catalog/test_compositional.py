@@ -1,0 +1,113 @@
+"""SugarCrepe and Winoground are read as their publishers ship them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+from published_datasets import (
+    errors_of,
+    tiny_spec,
+    winoground_items,
+    write_sugarcrepe,
+    write_winoground,
+)
+
+from modeling_llm2clip.evaluation.datasets.choice_dataset import ChoiceDataset
+from modeling_llm2clip.evaluation.datasets.dataset_registry import (
+    load_dataset,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_sugarcrepe_has_an_image_or_another_caption_of_it(tmp_path: Path) -> None:
+    folder = write_sugarcrepe(tmp_path)
+    seen = load_dataset(tiny_spec("sugarcrepe", items=7), folder, image_dir=folder / "val2017")
+    read = load_dataset(tiny_spec("sugarcrepe-text", items=7), folder)
+    assert isinstance(seen, ChoiceDataset) and isinstance(read, ChoiceDataset)
+    assert [item.category for item in seen.items][:2] == ["add_att", "add_obj"]
+    assert seen.items[1].captions == ("image 0, caption 1", "image 1, caption 1")
+    assert seen.items[1].images == (folder / "val2017" / "000000000139.jpg",)
+    # The anchor is another caption than the true one, which in the first item is caption 0.
+    assert [item.anchor for item in read.items][:2] == [
+        "image 0, caption 1",
+        "image 0, caption 0",
+    ]
+
+
+def write_winoground_parquet(folder: Path) -> Path:
+    features = datasets.Features(
+        id=datasets.Value("int32"),
+        image_0=datasets.Image(),
+        image_1=datasets.Image(),
+        caption_0=datasets.Value("string"),
+        caption_1=datasets.Value("string"),
+        collapsed_tag=datasets.Value("string"),
+    )
+    rows = [
+        {
+            **{name: value for name, value in item.items() if name in features},
+            "image_0": Image.new("RGB", (8, 8), "red"),
+            "image_1": Image.new("RGB", (8, 8), "blue"),
+        }
+        for item in winoground_items()
+    ]
+    (folder / "data").mkdir(parents=True)
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_winoground, write_winoground_parquet])
+def test_winoground_has_two_images_for_two_captions_from_either_form(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    found = load_dataset(tiny_spec("winoground", items=2), write(tmp_path / "winoground"))
+    assert isinstance(found, ChoiceDataset)
+    assert [item.captions for item in found.items] == [
+        ("0 over one", "one over 0"),
+        ("1 over one", "one over 1"),
+    ]
+    assert [item.category for item in found.items] == ["Object", "Relation"]
+    assert all(len(set(item.images)) == 2 for item in found.items)
+
+
+def test_a_winoground_item_needs_both_its_images(tmp_path: Path) -> None:
+    folder = write_winoground(tmp_path)
+    (folder / "data" / "images" / "ex_1_img_0.png").unlink()
+    assert errors_of(tiny_spec("winoground", items=1), folder) == {"image missing": 1}
+
+
+def write_winoground_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def test_parquet_that_is_broken_or_lacks_a_column_or_an_image_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    image = {"bytes": b"no image", "path": None}
+    row = {"id": 0, "image_0": image, "caption_0": "one", "caption_1": "two"}
+    lacking = write_winoground_rows(tmp_path / "lacking", [row])
+    assert errors_of(tiny_spec("winoground"), lacking) == {"image missing": 1}
+    unreadable = write_winoground_rows(tmp_path / "unreadable", [{**row, "image_1": image}])
+    assert errors_of(tiny_spec("winoground"), unreadable) == {"image unreadable": 2}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "en-0.parquet").write_bytes(b"PAR1")
+    wanted = {"not a Parquet file, or broken": 1}
+    assert errors_of(tiny_spec("xm3600"), tmp_path / "broken", lang="en") == wanted
+    (tmp_path / "broken" / "en-0.parquet").unlink()
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "broken" / "en-0.parquet")
+    assert errors_of(tiny_spec("xm3600"), tmp_path / "broken", lang="en") == {
+        "no column captions, image, image_id": 1
+    }

@@ -1,0 +1,123 @@
+"""A folder of one's own is read in every language, and its errors are counted once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from published_datasets import (
+    captions_by_image,
+    errors_of,
+    write_images,
+    write_own_folder,
+)
+
+from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.evaluation.datasets.dataset_registry import (
+    find_languages,
+    load_dataset,
+)
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import (
+    RetrievalDataset,
+)
+from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
+
+
+def test_images_of_one_group_share_their_captions_each_text_once(tmp_path: Path) -> None:
+    found = load_dataset("folder", write_own_folder(tmp_path), lang="en")
+    assert isinstance(found, RetrievalDataset)
+    assert captions_by_image(found) == {
+        "a.jpg": ["a cat", "one cat"],
+        "b.jpg": ["a cat", "one cat"],
+        "c.jpg": ["a dog"],
+    }
+    # To a text encoder the two cats are one thing, not two that say the same.
+    assert [group.captions for group in found.group_captions()] == [
+        ("a cat", "one cat"),
+        ("a dog",),
+    ]
+    long = load_dataset("folder-long", tmp_path, lang="en")
+    assert isinstance(long, RetrievalDataset)
+    assert long.captions == ("A cat, seen from afar.", "A cat, seen from near.", "A dog.")
+
+
+def test_languages_of_a_folder_share_one_reading(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    cache = ReadingCache()
+    assert find_languages("folder", folder, cache=cache) == ("en", "de")
+    english = load_dataset("folder", folder, lang="en", cache=cache)
+    # Nothing is left to read or to decode: the files are gone, and German is there.
+    for file in folder.iterdir():
+        file.unlink()
+    german = load_dataset("folder", folder, lang="de", cache=cache)
+    assert isinstance(english, RetrievalDataset) and isinstance(german, RetrievalDataset)
+    assert german.captions == ("eine Katze", "ein Hund")
+    assert german.images == (english.images[0], english.images[2])
+
+
+def test_a_sample_with_several_errors_is_skipped_once(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    before = load_dataset("folder", folder, lang="en").protocol
+    assert before["skipped_samples"] == 0
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"image": "gone.jpg", "captions": [" "], "lang": "en", "surprise": 1}\n')
+        lines.write('{"image": 7, "captions": "none", "surprise": 1}\nno JSON\n')
+        lines.write('{"image": "broken.jpg", "captions": [""], "lang": "en"}\n')
+    (folder / "broken.jpg").write_bytes(b"no image")
+    found = load_dataset("folder", folder, lang="en", skip_invalid=True).protocol
+    assert sum(found["skipped"].values()) > 4
+    assert found["skipped_samples"] == 4
+    assert found["images"] == before["images"]
+
+
+def test_a_repeated_image_is_reported_with_its_line(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "captions.jsonl").write_text("\n".join([*lines, lines[0]]), encoding="utf-8")
+    with pytest.raises(DataValidationError) as error:
+        load_dataset("folder", folder, lang="en")
+    assert error.value.places["image repeated"][0].startswith(
+        f"captions.jsonl line {len(lines) + 1}: "
+    )
+    found = load_dataset("folder", folder, lang="en", skip_invalid=True).protocol
+    assert found["skipped_samples"] == 1
+
+
+def test_images_of_a_folder_that_no_record_names_are_counted(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path)
+    assert "images_without_a_record" not in load_dataset("folder", folder, lang="en").protocol
+    write_images(folder / "more", ["extra.jpg", "another.jpg"])
+    for lang in ("en", "de"):
+        protocol = load_dataset("folder", folder, lang=lang).protocol
+        assert protocol["images_without_a_record"] == 2
+
+
+def test_errors_of_another_language_are_not_skipped_samples_of_this_one(
+    tmp_path: Path,
+) -> None:
+    folder = write_own_folder(tmp_path)
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"image": "c.jpg", "captions": [], "lang": "fr"}\nno JSON\n')
+        lines.write('{"image": "gone.jpg", "captions": ["weg"], "lang": "de"}\n')
+    assert errors_of("folder", folder, lang="en") == {
+        "not JSON": 1,
+        "no caption": 1,
+        "image missing": 1,
+    }
+    german = load_dataset("folder", folder, lang="de", skip_invalid=True)
+    assert german.protocol["skipped"] == {"not JSON": 1, "image missing": 1}
+    assert isinstance(german, RetrievalDataset)
+    assert german.captions == ("eine Katze", "ein Hund")
+
+
+def test_a_folder_with_only_broken_lines_is_reported_with_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text("{no JSON\n", encoding="utf-8")
+    for options in ({}, {"skip_invalid": True}, {"lang": "en"}):
+        with pytest.raises(DataValidationError, match=r"not JSON: 1 \(captions\.jsonl line 1\)"):
+            load_dataset("folder", tmp_path, **options)
+
+
+def test_a_record_without_a_long_caption_is_an_error_if_long_ones_are_wanted(
+    tmp_path: Path,
+) -> None:
+    assert errors_of("folder-long", write_own_folder(tmp_path), lang="de") == {"no caption": 2}

@@ -1,0 +1,56 @@
+"""Questions of a compositional dataset are whole, or reported and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_datasets import (
+    errors_of,
+    tiny_spec,
+    write_json,
+    write_sugarcrepe,
+)
+
+from modeling_llm2clip.evaluation.datasets.choice_dataset import ChoiceDataset, ChoiceItem
+from modeling_llm2clip.evaluation.datasets.dataset_registry import (
+    load_dataset,
+)
+
+
+def test_errors_of_choices_are_reported_at_once_or_skipped(tmp_path: Path) -> None:
+    folder = write_sugarcrepe(tmp_path)
+    same = {"filename": "000000000139.jpg", "caption": "same. ", "negative_caption": "same."}
+    gone = {"filename": "gone.jpg", "caption": "one", "negative_caption": "two"}
+    write_json(folder / "data" / "add_att.json", {"0": same, "1": gone, "2": {"caption": "one"}})
+    spec = tiny_spec("sugarcrepe", items=8)
+    wanted = {
+        "no 'filename', 'caption' and 'negative_caption'": 1,
+        "the two captions are the same": 1,
+        "image missing": 1,
+    }
+    options = {"image_dir": folder / "val2017"}
+    assert errors_of(spec, folder, **options) == wanted
+    found = load_dataset(spec, folder, skip_invalid=True, **options)
+    assert isinstance(found, ChoiceDataset)
+    assert (len(found.items), found.protocol["skipped"]) == (6, wanted)
+    assert found.protocol["skipped_samples"] == 3
+
+
+def test_choices_with_images_cannot_be_read_without_them(tmp_path: Path) -> None:
+    folder = write_sugarcrepe(tmp_path)
+    with pytest.raises(ValueError, match="sugarcrepe-text"):
+        load_dataset(tiny_spec("sugarcrepe", items=7), folder, require_images=False)
+
+
+def test_a_choice_dataset_refuses_items_of_another_form() -> None:
+    item = ChoiceItem(name="1", category="all", captions=("one", "two"), anchor="three")
+    good: dict[str, Any] = {"name": "own", "lang": "en", "form": "text", "items": (item,)}
+    ChoiceDataset(**good)
+    with pytest.raises(ValueError, match="0 images and anchor 'three'; form 'image' has 1"):
+        ChoiceDataset(**{**good, "form": "image"})
+    with pytest.raises(ValueError, match="there are no items"):
+        ChoiceDataset(**{**good, "items": ()})
+    with pytest.raises(ValueError, match="form='words' must be one of image, images, text"):
+        ChoiceDataset(**{**good, "form": "words"})

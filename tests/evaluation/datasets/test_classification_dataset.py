@@ -1,0 +1,159 @@
+"""Classes have names that every model distinguishes, or their images count as wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_datasets import (
+    errors_of,
+    tiny_spec,
+    write_imagenet,
+    write_images,
+)
+
+from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.evaluation.datasets.classification_dataset import ClassificationDataset
+from modeling_llm2clip.evaluation.datasets.dataset_registry import (
+    load_dataset,
+)
+
+
+def test_a_protocol_says_which_class_names_were_in_the_prompts(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    spec = tiny_spec("imagenet", images=6, classes=3)
+    names = ["tench", "goldfish", "great white"]
+    stated = [
+        load_dataset(spec, folder).protocol,
+        load_dataset(spec, folder, class_names=names).protocol,
+    ]
+    (folder / "class_names.txt").write_text(
+        "n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\n", encoding="utf-8"
+    )
+    stated.append(load_dataset(spec, folder).protocol)
+    stated.append(load_dataset("image-folder", folder / "val").protocol)
+    described = [protocol["class_names"] for protocol in stated]
+    assert [names["from"] for names in described] == [
+        "LOC_synset_mapping.txt", "given", "class_names.txt", "names of the folders",
+    ]  # fmt: skip
+    used = [names["names_sha256"] for names in described]
+    assert used[0] == used[1] == hashlib.sha256("\n".join(names).encode()).hexdigest()
+    assert len(set(used)) == 3
+    content = (folder / "class_names.txt").read_bytes()
+    assert described[2]["file_sha256"] == hashlib.sha256(content).hexdigest()
+    assert stated[3]["templates"] == ["a photo of a {}."]
+
+
+def test_repeated_class_names_are_reported_or_their_classes_skipped(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    (folder / "LOC_synset_mapping.txt").write_text(
+        "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n", encoding="utf-8"
+    )
+    spec = tiny_spec("imagenet", images=6, classes=3)
+    assert errors_of(spec, folder) == {"class name repeated": 2}
+    # The one class that is left would be right whatever a model says.
+    with pytest.raises(ValueError, match=r"2 images and 1 classes are left.*at least two"):
+        load_dataset(spec, folder, skip_invalid=True)
+    write_images(folder / "val" / "n99", ["a.JPEG"])
+    with (folder / "LOC_synset_mapping.txt").open("a", encoding="utf-8") as lines:
+        lines.write("n99 goldfish\n")
+    (folder / "val" / "n99" / "notes.txt").touch()
+    larger = tiny_spec("imagenet", images=7, classes=4)
+    found = load_dataset(larger, folder, skip_invalid=True)
+    assert isinstance(found, ClassificationDataset)
+    assert (found.class_names, found.labels) == (("tench", "goldfish"), (0, 0, 1))
+    assert found.protocol["skipped"] == {"class name repeated": 2, "not an image": 1}
+    assert found.protocol["images_of_skipped_classes"] == 4
+    assert found.protocol["skipped_samples"] == 5  # those four, and what is no image
+    shutil.rmtree(folder / "val" / "n99")
+    mapping = (folder / "LOC_synset_mapping.txt").read_text(encoding="utf-8")
+    (folder / "LOC_synset_mapping.txt").write_text(mapping.replace("n99 goldfish\n", ""), "utf-8")
+    names = {"n01440764": "crane (bird)", "n01443537": "crane (machine)", "n01484850": "tench"}
+    named = load_dataset(spec, folder, class_names=names)
+    assert isinstance(named, ClassificationDataset)
+    assert named.labels == (0, 0, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Cat", "dog", "cat"],
+        ["caf\u00e9", "dog", "cafe\u0301"],  # one letter, or a letter and its accent
+        ["red  fox", "dog", "red fox"],
+    ],
+)
+def test_class_names_that_some_model_cannot_distinguish_are_repeats(
+    names: list[str], tmp_path: Path
+) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    spec = tiny_spec("imagenet", images=6, classes=3)
+    assert errors_of(spec, folder, class_names=names) == {"class name repeated": 2}
+    found = load_dataset(spec, folder, class_names=names, allow_repeated_class_names=True)
+    assert isinstance(found, ClassificationDataset)
+    assert found.class_names == tuple(names)
+    assert found.protocol["repeated_class_names"] == [names[2]]
+    # Other words: a model that lower-cases tells them apart.
+    assert load_dataset(spec, folder, class_names=["Maße", "dog", "Masse"])
+
+
+def test_classes_of_one_name_are_kept_and_listed_if_that_is_allowed(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    (folder / "LOC_synset_mapping.txt").write_text(
+        "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n", encoding="utf-8"
+    )
+    spec = tiny_spec("imagenet", images=6, classes=3)
+    with pytest.raises(
+        DataValidationError, match=r"n01443537: crane(?s:.)*--allow-repeated-class-names"
+    ):
+        load_dataset(spec, folder)
+    found = load_dataset(spec, folder, allow_repeated_class_names=True)
+    assert isinstance(found, ClassificationDataset)
+    assert found.class_names == ("crane", "crane", "tench")
+    assert found.protocol["repeated_class_names"] == ["crane"]
+    assert found.protocol["skipped"] == {} and len(found.images) == 6
+
+
+def test_class_names_in_order_must_be_as_many_as_classes(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+        load_dataset("image-folder", folder / "val", class_names=["tench", "goldfish"])
+
+
+def test_class_names_of_another_language_need_templates_of_it(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    spec = tiny_spec("imagenet", images=6, classes=3)
+    names = ["Schleie", "Goldfisch", "Weißer Hai"]
+    with pytest.raises(ValueError, match="imagenet has no language 'de'"):
+        load_dataset(spec, folder, lang="de")
+    with pytest.raises(ValueError, match=r"templates of the dataset are English, lang is 'de'"):
+        load_dataset(spec, folder, lang="de", class_names=names)
+    templates = ["ein Foto von: {}"]
+    found = load_dataset(spec, folder, lang="de", class_names=names, templates=templates)
+    assert found.lang == found.protocol["lang"] == "de"
+    assert found.protocol["templates_from"] == "given"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ("cat", "cat")}, r"class names repeat: \['cat'\]"),
+        ({"labels": (0, 2)}, "labels from 0 to 2 do not fit 2 classes"),
+        ({"labels": (0,)}, "2 images and 1 labels"),
+        ({"templates": ("a photo",)}, r"without exactly one \{\}: \['a photo'\]"),
+        ({"templates": ()}, "none given"),
+    ],
+)
+def test_a_classification_dataset_refuses_what_has_no_meaning(
+    changes: dict[str, Any], message: str
+) -> None:
+    good: dict[str, Any] = {
+        "name": "own", "images": (Path("a"), Path("b")), "image_names": ("a", "b"),
+        "labels": (0, 1), "class_names": ("cat", "dog"), "templates": ("a {}.",), "lang": "en",
+        "protocol": {},
+    }  # fmt: skip
+    ClassificationDataset(**good)
+    with pytest.raises(ValueError, match=message):
+        ClassificationDataset(**{**good, **changes})

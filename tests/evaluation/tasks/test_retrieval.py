@@ -1,0 +1,80 @@
+"""Retrieval on embeddings whose scores are known by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from embeddings_by_hand import (
+    EAST,
+    NORTH,
+    WEST,
+    make_retrieval_dataset,
+    open_embeddings,
+)
+
+from modeling_llm2clip.evaluation.tasks.retrieval import CROSS_LINGUAL, RETRIEVAL
+from modeling_llm2clip.evaluation.tasks.text_length import (
+    LENGTH,
+)
+
+
+def test_directions_are_not_swapped(tmp_path: Path) -> None:
+    # Both captions are nearest to p0, so text to image finds one of two; each image is
+    # nearest to its own caption, so image to text finds both.
+    texts = {"first": EAST, "second": (1.0, 0.2)}
+    images = {"p0": EAST, "p1": NORTH}
+    encoder = open_embeddings(tmp_path, texts, images)
+    found = RETRIEVAL.run(encoder, (make_retrieval_dataset(list(texts), [0, 1]),)).scores
+    assert found["t2i"]["hit_rate_at_1"] == 0.5
+    assert found["i2t"]["hit_rate_at_1"] == 1.0
+    assert found["t2i"]["chance_hit_rate_at_1"] == 0.5
+
+
+def test_chance_among_n_images_is_one_in_n_to_the_last_bit(tmp_path: Path) -> None:
+    names = [str(number) for number in range(3)]  # 1 / 3 has no end in binary
+    embeddings = {name: torch.eye(3)[row].tolist() for row, name in enumerate(names)}
+    images = {f"p{name}": embedding for name, embedding in embeddings.items()}
+    encoder = open_embeddings(tmp_path, embeddings, images)
+    data = make_retrieval_dataset(names, [0, 1, 2])
+    found = RETRIEVAL.run(encoder, (data,)).scores
+    assert found["t2i"]["chance_hit_rate_at_1"] == 1 / 3
+    assert LENGTH.run(encoder, (data,)).scores["chance"] == 1 / 3
+
+
+def test_several_captions_of_an_image_are_one_hit_and_half_a_recall(tmp_path: Path) -> None:
+    texts = {"near": EAST, "far": WEST, "other": NORTH}
+    images = {"p0": EAST, "p1": NORTH}
+    encoder = open_embeddings(tmp_path, texts, images)
+    found = RETRIEVAL.run(encoder, (make_retrieval_dataset(list(texts), [0, 0, 1]),))
+    to_text = found.scores["i2t"]
+    assert to_text["hit_rate_at_1"] == 1.0
+    assert to_text["recall_at_1"] == 0.75  # p0 finds one of two, p1 one of one
+    assert to_text["chance_hit_rate_at_1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert found.counts == {"images": 2, "texts": 3, "texts_truncated": None}
+
+
+def test_an_interval_surrounds_its_score(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = {f"t{i}": torch.randn(8, generator=generator).tolist() for i in range(60)}
+    images = {f"p{i}": torch.randn(8, generator=generator).tolist() for i in range(30)}
+    encoder = open_embeddings(tmp_path, texts, images)
+    data = make_retrieval_dataset(list(texts), [i // 2 for i in range(60)])
+    found = RETRIEVAL.run(encoder, (data,)).scores["t2i"]
+    interval = found["intervals"]["hit_rate_at_5"]
+    assert interval["value"] == found["hit_rate_at_5"]
+    assert 0 <= interval["low"] < interval["value"] < interval["high"] <= 1
+
+
+def test_every_language_counts_the_same_in_the_mean(tmp_path: Path) -> None:
+    texts = {"east": EAST, "north": NORTH, "Norden": EAST, "Osten": NORTH, "ost": EAST}
+    encoder = open_embeddings(tmp_path, texts, {"p0": EAST, "p1": NORTH})
+    english = make_retrieval_dataset(["east", "north"], [0, 1])
+    german = make_retrieval_dataset(["Norden", "Osten", "ost"], [1, 0, 0], lang="de")
+    found = CROSS_LINGUAL.run(encoder, (english, german)).scores
+    rate = {lang: s["t2i"]["hit_rate_at_1"] for lang, s in found["languages"].items()}
+    assert rate == {"en": 1.0, "de": pytest.approx(1 / 3)}
+    assert found["mean"]["t2i"]["hit_rate_at_1"] == pytest.approx(2 / 3)
+    alone = RETRIEVAL.run(encoder, (german,)).scores
+    assert found["languages"]["de"] == alone

@@ -1,0 +1,68 @@
+"""Scores by length on embeddings whose scores are known by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from embeddings_by_hand import (
+    EAST,
+    NORTH,
+    WEST,
+    make_retrieval_dataset,
+    open_embeddings,
+)
+
+from modeling_llm2clip.evaluation.tasks.text_length import (
+    LENGTH,
+    _share_beyond_clip,
+    count_clip_tokens,
+    split_in_half,
+)
+
+
+def test_clip_tokens_are_those_of_clips_tokenizer() -> None:
+    assert count_clip_tokens(["a dog", "A  dog ", "a photo of a dog."]) == [2, 2, 6]
+
+
+def test_the_share_beyond_clip_is_what_comes_after_the_75th_token() -> None:
+    assert _share_beyond_clip([75, 10]) == 0.0
+    assert _share_beyond_clip([100, 100, 50]) == pytest.approx(50 / 250)
+
+
+def test_the_length_task_scores_each_bucket_by_itself(tmp_path: Path) -> None:
+    short, long = "a dog", " ".join(["dog"] * 100)
+    texts = {short: EAST, long: EAST}
+    encoder = open_embeddings(tmp_path, texts, {"p0": EAST, "p1": NORTH})
+    found = LENGTH.run(encoder, (make_retrieval_dataset([short, long], [0, 1]),)).scores
+    first, second = found["buckets"]
+    assert (first["from_clip_tokens"], first["to_clip_tokens"]) == (1, 20)
+    assert (second["from_clip_tokens"], second["to_clip_tokens"]) == (76, 110)
+    assert first["hit_rate_at_1"]["value"] == 1.0 and second["hit_rate_at_1"]["value"] == 0.0
+    assert second["share_of_tokens_beyond_clip"] == 0.25
+    assert found["all"]["queries"] == 2 and found["all"]["hit_rate_at_1"]["value"] == 0.5
+    assert found["all"]["share_of_tokens_beyond_clip"] == pytest.approx(25 / 102)
+    assert found["all"]["share_truncated"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "halves"),
+    [
+        ("One dog. Two cats sleep here. Three.", ("One dog.", "Two cats sleep here. Three.")),
+        ("a dog on a mat", ("a dog", "on a mat")),
+        ("狗在叫。猫在睡。", ("狗在叫。", "猫在睡。")),
+        ("dog", None),
+        ("dog.", None),
+    ],
+)
+def test_a_text_is_split_near_its_middle(text: str, halves: tuple[str, str] | None) -> None:
+    assert split_in_half(text) == halves
+
+
+def test_without_images_a_first_half_retrieves_its_second(tmp_path: Path) -> None:
+    texts = {"One.": EAST, "Two.": EAST, "Three.": NORTH, "Four.": WEST}
+    data = make_retrieval_dataset(["One. Two.", "Three. Four."], [0, 1], shown=False)
+    found = LENGTH.run(open_embeddings(tmp_path, texts), (data,))
+    # "Three." is as far from "Two." as from nothing else: north is nearer to east than to west.
+    assert found.scores["all"]["hit_rate_at_1"]["value"] == 0.5
+    assert found.counts["queries"] == 2 and found.counts["texts"] == 4

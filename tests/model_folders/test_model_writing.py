@@ -1,0 +1,164 @@
+"""One writer: what a model folder has, whether its model is loaded or read lazily."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from shared_models import shared_model
+from tiny import tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.model_folders.model_card_data import CardData, CardResult, read_card_data
+from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.model_folders.model_writing import (
+    find_carried_files,
+    open_model,
+    save_model,
+    save_trained_model,
+)
+from modeling_llm2clip.model_folders.weights import LazyTensor
+
+RESULT = CardResult("retrieval", "COCO", {"text_to_image_r1": 0.5})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that states all there is to state; not to be changed."""
+    card = CardData(
+        license="mit", vision_license="mit", text_license="llama3.2",
+        training_data=("owner/images",), results=(RESULT,),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("source") / "model"
+    return save_model(*shared_model(), folder, instructions={"query": "find: "}, card=card)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights = {}
+    for file in folder.glob("model*.safetensors"):
+        weights |= load_file(file)
+    return weights
+
+
+def test_a_lazy_model_is_written_as_a_loaded_one_file_by_file(source: Path, tmp_path: Path) -> None:
+    model, processor = load_model(source, device="cpu")
+    card = read_card_data(source)
+    loaded = save_model(model, processor, tmp_path / "loaded", card=card)
+    lazy = save_model(open_model(loaded), processor, tmp_path / "lazy", card=card, name="loaded")
+    names = {path.name for path in loaded.iterdir()}
+    assert {path.name for path in lazy.iterdir()} == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            first, second = load_file(loaded / name), load_file(lazy / name)
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first)
+        elif (loaded / name).is_file():
+            assert (loaded / name).read_bytes() == (lazy / name).read_bytes(), name
+
+
+def test_memory_holds_one_file_of_a_lazy_model(source: Path, tmp_path: Path) -> None:
+    files: list[set[str]] = []
+    original = open_model(source)
+    folder = tmp_path / "new"
+
+    def watch(tensor: LazyTensor) -> LazyTensor:
+        def read() -> torch.Tensor:
+            done = {path.name for path in tmp_path.glob(".new-*/new/model-*")}
+            files.append(done)
+            return tensor.read()
+
+        return LazyTensor(tensor.shape, tensor.dtype, read)
+
+    watched = {name: watch(tensor) for name, tensor in original.weights.items()}
+    model = replace(original, weights=watched)
+    save_model(model, load_model(source, device="cpu")[1], folder, max_shard_size="60KB")
+    shards = len(list(folder.glob("model-*.safetensors")))
+    assert shards > 2
+    # Tensors of a file are read when all files before it are on the disk.
+    assert {len(done) for done in files} == set(range(shards))
+
+
+def test_another_dtype_rounds_every_weight_but_the_temperature(source: Path) -> None:
+    before = open_model(source)
+    for name, tensor in before.to(torch.bfloat16).weights.items():
+        dtype = torch.float32 if name.startswith("logit_scale") else torch.bfloat16
+        assert tensor.dtype == tensor.read().dtype == dtype
+        assert torch.equal(tensor.read(), before.weights[name].read().to(dtype))
+
+
+def test_a_folder_that_is_found_wrong_before_it_gets_its_name_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    seen: list[list[str]] = []
+
+    def refuse(folder: Path) -> None:
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        raise ValueError("not like this")
+
+    with pytest.raises(ValueError, match="not like this"):
+        save_model(*shared_model(), tmp_path / "model", verify=refuse)
+    assert list(tmp_path.iterdir()) == []
+    assert {"README.md", "config.json", "golden_embeddings.safetensors"} <= set(seen[0])
+
+
+def test_licenses_and_records_are_carried_over_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md", "conversion.json",
+                 "model.onnx", "pytorch_model.bin", "notes.txt", "README.md"):  # fmt: skip
+        (tmp_path / name).touch()
+    legal = {"LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md"}
+    assert set(find_carried_files(tmp_path)) == {*legal, "conversion.json"}
+    trained = find_carried_files(tmp_path, trained_since=True)
+    assert set(trained) == {*legal, "conversion_before_training.json"}
+
+
+def test_instructions_licenses_and_legal_files_reach_a_trained_folder(
+    source: Path, tmp_path: Path
+) -> None:
+    (source / "LICENSE").write_text("mine", encoding="utf-8")
+    moved = read_weights(source)["text_projection.bias"] + 1
+    folder = save_trained_model(source, {"text_projection.bias": moved}, tmp_path / "trained")
+    assert (folder / "LICENSE").read_text(encoding="utf-8") == "mine"
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"]["query"] == "find: "
+    assert torch.equal(read_weights(folder)["text_projection.bias"], moved)
+
+
+def test_trained_weights_keep_licenses_add_their_data_and_drop_old_results(
+    source: Path, tmp_path: Path
+) -> None:
+    trained = {"text_projection.bias": torch.zeros(32)}
+    save_trained_model(source, trained, tmp_path / "trained", training_data=["new", "owner/images"])
+    stated = read_card_data(source)
+    wanted = replace(stated, results=(), training_data=("owner/images", "new"))
+    assert stated.results and read_card_data(tmp_path / "trained") == wanted
+
+
+@pytest.mark.parametrize("part", ["text_projection", "visual_projection"])
+def test_a_model_that_gives_nan_is_not_written(part: str, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    getattr(model, part).weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"not saved.*gives NaN or infinity for "):
+        save_model(model, processor, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Scaled(LLM2CLIPModel):
+    """Gives other embeddings than the code that an export writes."""
+
+
+@pytest.mark.parametrize(("kind", "way_out"), [("Scaled", "code of its own"), ("Peft", "Merge")])
+def test_a_model_of_another_class_is_not_written(kind: str, way_out: str, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    if kind == "Scaled":
+        other: Any = Scaled(model.config, model.vision_model, model.text_model)
+    else:
+        other = get_peft_model(model, LoraConfig(target_modules=r"text_model\..*q_proj"))
+    with pytest.raises(ValueError, match=rf"is a {kind}.*{way_out}"):
+        save_model(other, processor, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

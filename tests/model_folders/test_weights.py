@@ -1,0 +1,118 @@
+"""Weight files are read lazily and without running code, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from converting import (
+    read_checkpoint,
+    save_checkpoint,
+)
+
+from modeling_llm2clip.model_folders.weights import open_weights
+
+
+def wrap(state: dict[str, Any], *, under: str | None, prefix: str) -> dict[str, Any]:
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    return wrapped if under is None else {under: wrapped, "epoch": 1, "optimizer": {"lr": 1e-5}}
+
+
+@pytest.mark.parametrize("under", [None, "model", "module", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_may_be_nested_and_wrapped(tmp_path, under, prefix) -> None:
+    state = read_checkpoint("eva02")
+    torch.save(wrap(state, under=under, prefix=prefix), tmp_path / "c.pt")
+    opened = open_weights(tmp_path / "c.pt")
+    assert set(opened) == set(state)
+    assert all(torch.equal(opened[name].read(), state[name]) for name in state)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1"])
+def test_a_file_that_is_not_a_pytorch_file(tmp_path, content) -> None:
+    (tmp_path / "c.pt").write_bytes(content)
+    error = f"c.pt is not a PyTorch file of weights: it begins with {content[:40]!r}"
+    with pytest.raises(ValueError, match=re.escape(error)):
+        open_weights(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 broken zip", b"\x80\x02 broken pickle"])
+def test_a_broken_pytorch_file(tmp_path, content) -> None:
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.pt (is not a whole|holds more than)"):
+        open_weights(tmp_path / "c.pt")
+
+
+def test_a_truncated_training_checkpoint(tmp_path) -> None:
+    source = save_checkpoint("openai", tmp_path)
+    source.write_bytes(source.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="is not a whole PyTorch file"):
+        open_weights(source)
+
+
+class _Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path, legacy) -> None:
+    mark = tmp_path / "was-run"
+    content = {"state_dict": read_checkpoint("openai"), "hook": _Payload(str(mark))}
+    torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"holds more than weights .*run code from the file"):
+        open_weights(tmp_path / "c.pt")
+    assert not mark.exists()
+    with (tmp_path / "plain.pt").open("wb") as file:
+        pickle.dump(_Payload(str(mark)), file)
+    with pytest.raises(ValueError, match=r"plain\.pt (holds more than|is not a whole)"):
+        open_weights(tmp_path / "plain.pt")
+    assert not mark.exists()
+
+
+def test_arguments_of_a_training_run_are_more_than_weights(tmp_path) -> None:
+    content = {"state_dict": read_checkpoint("openai"), "args": Namespace(lr=1e-5)}
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"argparse\.Namespace.*Save its state dict alone"):
+        open_weights(tmp_path / "c.pt")
+
+
+def test_an_older_pytorch_file_of_weights_alone_is_read(tmp_path) -> None:
+    state = read_checkpoint("openai")
+    torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    assert set(open_weights(tmp_path / "c.pt")) == set(state)
+
+
+def test_a_file_without_weights(tmp_path) -> None:
+    torch.save({"epoch": 3, "lr": 1e-5}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"wanted a state dict.*other entries \['epoch', 'lr'\]"):
+        open_weights(tmp_path / "c.pt")
+
+
+def test_names_of_which_only_some_are_wrapped(tmp_path) -> None:
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"1 of 2 names begin with 'module\.'"):
+        open_weights(tmp_path / "c.pt")
+
+
+def test_a_lost_shard_is_named(tmp_path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model-00001-of-00002"):
+        open_weights(tmp_path)
+
+
+def test_a_repository_of_bin_files_alone_must_be_downloaded(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"\.bin files are not fetched: download"):
+        open_weights(tmp_path)
