@@ -91,9 +91,7 @@ def test_a_timm_network_rejects_a_request_for_attentions() -> None:
 
 @every_class
 @pytest.mark.parametrize("way", ["argument", "config"])
-def test_all_classes_return_a_tuple_on_request(
-    models: dict[str, Any], part: str, way: str
-) -> None:
+def test_all_classes_return_a_tuple_on_request(models: dict[str, Any], part: str, way: str) -> None:
     model, inputs = models[part], INPUTS[part](shared_batch())
     with torch.no_grad():
         wanted = model(**inputs)

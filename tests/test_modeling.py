@@ -96,7 +96,7 @@ def test_an_instruction_is_attended_to_and_not_pooled() -> None:
     assert (embeds - plain).abs().max() > 1e-2
 
 
-def test_an_instruction_shorter_than_the_prompt_is_refused() -> None:
+def test_an_instruction_shorter_than_the_prompt_is_rejected() -> None:
     model, _ = shared_model()
     with pytest.raises(ValueError, match=r"prompt_length=1 is shorter than .* own prompt"):
         model.get_text_features(**texts_of(shared_batch()), prompt_length=1)
@@ -239,7 +239,7 @@ def test_the_numbers_of_images_and_texts_may_differ() -> None:
     assert torch.allclose(output.logits_per_image, full.logits_per_image[:2], atol=2e-4)
 
 
-def test_no_input_is_refused() -> None:
+def test_no_input_is_rejected() -> None:
     with pytest.raises(ValueError, match="neither pixel_values nor input_ids"):
         shared_model()[0]()
 
@@ -391,7 +391,9 @@ def test_embeds_from_stored_embeds_have_unit_length_and_gradients(name: str) -> 
         (torch.ones(2, 32, dtype=torch.long), r"torch.int64 \(2, 32\)"),
     ],
 )
-def test_embeddings_of_the_wrong_shape_or_dtype_are_rejected(name: str, embeds: Tensor, shown: str) -> None:
+def test_embeddings_of_the_wrong_shape_or_dtype_are_rejected(
+    name: str, embeds: Tensor, shown: str
+) -> None:
     project = getattr(shared_model()[0], f"project_{name}_embeds")
     with pytest.raises(ValueError, match=rf"{name}_embeds must be .*\(B, 32\); got {shown}"):
         project(embeds)

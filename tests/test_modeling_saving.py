@@ -247,7 +247,9 @@ def test_an_attention_implementation_reaches_both_towers(load: Any, folder: Path
 
 
 @pytest.mark.parametrize("text_device", ["cpu", "disk"])
-def test_a_device_map_does_not_change_the_output(text_device: str, folder: Path, tmp_path: Path) -> None:
+def test_a_device_map_does_not_change_the_output(
+    text_device: str, folder: Path, tmp_path: Path
+) -> None:
     device_map: Any = "cpu"
     if text_device == "disk":
         tops = {name.split(".")[0] for name in shared_model()[0].state_dict()}

@@ -160,7 +160,9 @@ def test_token_batches_contain_every_index_once(lengths: list[int], token_budget
 
 @given(LENGTHS, BUDGETS)
 @settings(deadline=None)
-def test_a_token_batch_fits_the_budget_or_is_one_text(lengths: list[int], token_budget: int) -> None:
+def test_a_token_batch_fits_the_budget_or_is_one_text(
+    lengths: list[int], token_budget: int
+) -> None:
     for batch in plan_token_batches(lengths, token_budget=token_budget):
         padded_size = len(batch) * max(lengths[index] for index in batch)
         assert padded_size <= token_budget or len(batch) == 1

@@ -115,7 +115,7 @@ def test_autocast_does_not_affect_pooling() -> None:
         assert torch.equal(pool_tokens(hidden, mask, pooling="mean"), wanted)
 
 
-def test_an_unknown_pooling_is_refused() -> None:
+def test_an_unknown_pooling_is_rejected() -> None:
     with pytest.raises(ValueError, match="pooling='cls' must be 'mean' or 'last_token'"):
         pool_tokens(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), pooling="cls")
 
@@ -172,7 +172,7 @@ def test_every_invalid_text_is_counted() -> None:
         check_token_rows(ids, mask, **RULES)
 
 
-def test_a_row_of_padding_alone_is_refused() -> None:
+def test_a_row_of_padding_alone_is_rejected() -> None:
     ids, mask = rows_of([5, 6, 1, 8], [5, 6, 1, 8])
     mask[1] = 0
     with pytest.raises(ValueError, match=r"1 of 2 texts have no token to pool"):
@@ -188,7 +188,7 @@ def test_a_mask_with_a_gap_is_rejected(suffix_ids: list[int]) -> None:
         check_token_rows(ids, mask, **{**RULES, "suffix_ids": suffix_ids})
 
 
-def test_one_text_without_a_batch_dimension_is_refused_with_its_shape() -> None:
+def test_one_text_without_a_batch_dimension_is_rejected_with_its_shape() -> None:
     ids = torch.tensor([5, 6, 1, 8])
     with pytest.raises(ValueError, match=r"input_ids \(4,\).*shape \(texts, tokens\)"):
         check_token_rows(ids, torch.ones_like(ids), **RULES)

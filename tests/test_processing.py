@@ -56,9 +56,7 @@ def untruncated_ids(texts: list[str]) -> list[list[int]]:
         (["a dog", "a \ud800 dog"], r"1 are not: number 1 has an unpaired surrogate: 'a \\ud800"),
     ],
 )
-def test_invalid_captions_are_named(
-    processor: LLM2CLIPProcessor, text: Any, message: str
-) -> None:
+def test_invalid_captions_are_named(processor: LLM2CLIPProcessor, text: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor(text=text)
 
@@ -118,7 +116,9 @@ def test_a_caption_that_just_fits_is_not_counted(processor: LLM2CLIPProcessor) -
     assert processor.num_truncated_texts == 1
 
 
-def test_long_captions_raise_an_error_that_names_them_if_requested(processor: LLM2CLIPProcessor) -> None:
+def test_long_captions_raise_an_error_that_names_them_if_requested(
+    processor: LLM2CLIPProcessor,
+) -> None:
     with pytest.raises(ValueError, match=r"1 of 3 texts have more than 32 tokens .*number 1"):
         processor(text=["a dog", LONG_TEXT, "a cat"], on_long_text="error")
     processor(text=["a dog", "a cat"], on_long_text="error")
@@ -169,7 +169,9 @@ def test_options_may_be_flat_or_nested(processor: LLM2CLIPProcessor) -> None:
 def test_an_unknown_option_is_rejected_with_the_known_ones(
     processor: LLM2CLIPProcessor, settings: Any, named: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"has no options \['{named}'\].*Known: .*'max_length', .*'on_long"):
+    with pytest.raises(
+        ValueError, match=rf"has no options \['{named}'\].*Known: .*'max_length', .*'on_long"
+    ):
         processor(text="a dog", images=draw_noise(), **settings)
 
 
@@ -229,7 +231,7 @@ def test_an_input_of_another_type_is_rejected_by_its_name(
         processor(text=text)
 
 
-def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProcessor) -> None:
+def test_a_length_without_room_for_a_caption_is_rejected(processor: LLM2CLIPProcessor) -> None:
     prefix, suffix = prompt()
     least = len(prefix) + len(suffix) + 1
     for length in (2, least - 1):
@@ -239,7 +241,9 @@ def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProce
 
 
 @pytest.mark.parametrize("length", ["20", 20.0, True, 0, -1])
-def test_a_length_that_is_not_a_positive_integer_is_rejected(processor: LLM2CLIPProcessor, length: Any) -> None:
+def test_a_length_that_is_not_a_positive_integer_is_rejected(
+    processor: LLM2CLIPProcessor, length: Any
+) -> None:
     with pytest.raises(ValueError, match=rf"max_length={length!r} must be a positive integer"):
         processor(text="a dog", max_length=length)
     with pytest.raises(ValueError, match=rf"max_text_length={length!r} must be a positive integer"):

@@ -76,9 +76,7 @@ def test_statistics_of_a_trained_tower_change_and_are_saved(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("tower", ["text_model", "vision_model"])
-def test_a_saved_lora_gives_the_same_image_embeddings(
-    tower: str, tmp_path: Path
-) -> None:
+def test_a_saved_lora_gives_the_same_image_embeddings(tower: str, tmp_path: Path) -> None:
     model, processor = tiny_model(BATCH_NORM)
     targets = [
         name

@@ -191,7 +191,7 @@ def test_the_size_that_a_tower_was_trained_for_need_not_be_a_multiple() -> None:
     assert processor.to_dict()["size"] == {"height": 36, "width": 36}
 
 
-def test_a_size_below_one_pixel_is_refused() -> None:
+def test_a_size_below_one_pixel_is_rejected() -> None:
     with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
         BuildConfig(prompt="llama-3", image_size=0)
 
@@ -214,7 +214,7 @@ def test_a_size_below_one_pixel_is_refused() -> None:
     ],
     ids=["timm", "relative positions"],
 )  # fmt: skip
-def test_a_tower_that_cannot_change_its_size_is_refused(
+def test_a_tower_that_cannot_change_its_size_is_rejected(
     model_type: str, settings: dict[str, Any], message: str
 ) -> None:
     tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
@@ -420,7 +420,7 @@ def test_a_towers_own_mean_and_std_are_kept() -> None:
     assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
 
 
-def test_an_unknown_normalization_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_normalization_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*'openai'"):
         tiny_model(normalization="clip")
 
@@ -455,10 +455,12 @@ def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> N
         assert model.get_image_features(**images).pooler_output.shape == (2, 24)
 
 
-def test_a_tower_of_unknown_width_is_refused_by_its_family() -> None:
+def test_a_tower_of_unknown_width_is_rejected_by_its_family() -> None:
     tower = torch.nn.Module()
     tower.config = AutoConfig.for_model("efficientnet")
-    with pytest.raises(ValueError, match="unknown: .* 'efficientnet' tower has neither hidden_size nor"):
+    with pytest.raises(
+        ValueError, match="unknown: .* 'efficientnet' tower has neither hidden_size nor"
+    ):
         find_width(tower)
 
 

@@ -106,19 +106,24 @@ def change(file: Path, how: Change) -> None:
 
 def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str, list[str]]:
     out = {command: str(output / f"{name} {command}") for command in COMMANDS}
-    online = ["--text-training", "frozen-online", "--steps", "1", "--batch-size", "8"]
-    tuning = ["--steps", "1", "--batch-size", "4", "--held-out", "4", "--device", "cpu"]
+    online = ["--text-training", "frozen-online", "--max-steps", "1", "--global-batch-size", "8"]
+    tuning = ["--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
+    tuning += ["--device", "cpu", "--no-merge"]
     tuning += ["--warmup-steps", "0"]
     return {
         "search": ["search", str(model), str(data), "a dog"],
         "export": ["export", str(model), out["export"]],
         "tower": ["export", str(model), out["tower"], "--components", "vision-tower"],
-        "extract": ["extract", str(model), str(data), out["extract"], "--device", "cpu"],
+        "extract": [
+            "extract", str(model), str(data), out["extract"], "--modality", "text",
+            "--device", "cpu",
+        ],
         "images": [
-            "extract", str(model), str(data), out["images"], "--images", "--device", "cpu",
+            "extract", str(model), str(data), out["images"], "--modality", "image",
+            "--device", "cpu",
         ],
         "evaluate": [
-            "evaluate", str(model), "--data", str(data), "--tasks", "cra", "--output",
+            "evaluate", str(model), "--datasets", str(data), "--tasks", "cra", "--output",
             out["evaluate"], "--device", "cpu",
         ],
         "align": ["align", str(model), str(data), out["align"], "--device", "cpu", *online],
