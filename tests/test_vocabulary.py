@@ -38,6 +38,7 @@ PENDING_PHRASES = {
     r"\b(is|are|was|were|texts?|captions?)[ _]cut\b": "truncated",
     r"[Bb]oth[ _]ways|TwoWay": "i2t and t2i; bidirectional",
     r"image_to_text|text_to_image": "i2t, t2i",
+    r"whole numbers?": "integer",
     # English
     r"one \w+ an? (sample|image|caption|line|row|step|file|model|format|command|task)\b": "per",
     r"(captions|images|texts|rows|tokens|samples) a (second|step|batch)\b": "per",
@@ -58,9 +59,9 @@ PENDING_FLAGS = {
 PENDING_WORDS = frozenset(
     """
     aeroplane amortise amortised blanks capitals centre colour coloured colours
-    faults floors gallery halves hangs licence licences lies normalisation
-    picture pictures probe probes quantised spoilt stands summarise tells told
-    travel travels vector vectors
+    faults floors gallery halves hangs initialisation licence licences lies
+    normalisation picture pictures probe probes quantised quantising spoilt
+    stands summarise tells told travel travels vector vectors
     """.split()
 )
 
@@ -77,7 +78,6 @@ PHRASES: dict[str, str] = {
     r"processors? for the CPU|on_processor": "CPU",
     r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
     r"take_best": "ImageIndex.search",
-    r"whole numbers?": "integer",
 }  # fmt: skip
 # Banned flag of a command: the one spelling over all commands.
 FLAGS: dict[str, str] = {
