@@ -58,8 +58,8 @@ def test_everything_outside_the_language_model_stands_on_the_list():
     assert {name for name, _ in model.named_children()} == {*KEPT_IN_FULL, "text_model"}
 
 
-def test_another_kind_is_refused():
-    with pytest.raises(ValueError, match="kind='2bit' must be '4bit' or '8bit'"):
+def test_another_quantization_is_refused():
+    with pytest.raises(ValueError, match="quantization='2bit' must be '4bit' or '8bit'"):
         text_quantization_config("2bit")
 
 
