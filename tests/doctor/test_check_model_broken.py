@@ -339,7 +339,7 @@ def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
 
 def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:
     CASES["remote code altered"].break_it(copy)
-    lines = check_model(copy).report().splitlines()
+    lines = str(check_model(copy)).splitlines()
     assert len(lines) == len(_PLANNED_CHECKS) + 2
     assert sum(line.startswith("FAILED") for line in lines) == 1
     assert lines[-1] == f"{copy}: 1 of {len(_PLANNED_CHECKS) + 1} FAILED"
