@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib import import_module
@@ -83,7 +82,7 @@ def test_the_whole_method_is_one_script(tmp_path: Path) -> None:
     with HubServer() as hub:
         environment = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, str(script)], cwd=tmp_path, env={**os.environ, **environment},
+            [sys.executable, str(script)], cwd=tmp_path, env=environment,
             capture_output=True, text=True, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
