@@ -46,21 +46,17 @@ PENDING_PHRASES = {
 }  # fmt: skip
 PENDING_FLAGS = {
     r"--images\b": "--image-dir",
-    r"--start\b": "--init-lora, --projection-init",
     r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
     r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
     r"--workers\b": "--num-workers",
-    r"--other-pairs\b": "--text-pairs",
     r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
-    r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
-    r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
 }  # fmt: skip
 PENDING_WORDS = frozenset(
     """
-    aeroplane amortise amortised blanks capitals centre colour coloured colours
-    faults floors gallery halves hangs licence licences lies normalisation
-    picture pictures probe probes quantised spoilt stands summarise tells told
-    travel travels vector vectors
+    aeroplane amortise amortised centre colour coloured colours faults floors
+    gallery halves hangs licence licences lies normalisation picture pictures
+    probe probes spoilt stands summarise tells told travel travels vector
+    vectors
     """.split()
 )
 
@@ -90,6 +86,10 @@ FLAGS: dict[str, str] = {
     r"--long-share\b": "--long-caption-ratio",
     r"--count\b": "--top-k",
     r"--recipe\b": "--source-format",
+    r"--start\b": "--init-lora, --projection-init",
+    r"--other-pairs\b": "--text-pairs",
+    r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
+    r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
 }  # fmt: skip
 
 

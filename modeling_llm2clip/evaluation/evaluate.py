@@ -186,7 +186,7 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
 
 def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
     """Replace files of class names and templates by their lines."""
-    read: dict[str, tuple[str, ...]] = {}
+    read: dict[str, Any] = {}
     for field in ("class_names", "templates"):
         file = getattr(config, field)
         if isinstance(file, Path):
