@@ -1,4 +1,4 @@
-"""`llm2clip`: dispatch, and errors into one line and an exit code."""
+"""The command `llm2clip`: dispatches to subcommands, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The command line without the name of the program; None for that of the process.
+        argv: The command line without the program's name; None for that of the process.
 
     Returns:
-        0 for success, 1 for an unhealthy model, 2 for what cannot be run, 130 and 143 after SIGINT
-        and SIGTERM.
+        The exit code: 0 for success, 1 for a model with problems, 2 for an error, 130 after SIGINT
+        and 143 after SIGTERM.
     """
     words = sys.argv[1:] if argv is None else [*argv]
     command = LINE.find_command(words)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hide_known_warnings()
         return run() or 0
     except StageInterrupt as error:
-        if message := str(error):  # that of the main process
+        if message := str(error):  # only the main process has one
             print(f"llm2clip: {message}", file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt:
@@ -70,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         described = _describe(error, command)
-        if described is None:  # an error of ours, whose traceback is wanted
+        if described is None:  # a bug, whose traceback is needed
             raise
         print(f"{name}: {described}", file=sys.stderr)
         return 2
 
 
 def _describe(error: Exception, command: Command | None) -> str | None:
-    """Say what a user can do about an error; None for one of this package."""
+    """Describe an error with its remedy; None for an error that is a bug of this package."""
     message, remedy = str(error), _name_remedy_of_device(error)
     match error:
         case UsageError() | MissingExtraError():
@@ -88,8 +88,8 @@ def _describe(error: Exception, command: Command | None) -> str | None:
             return f"{command.name_flags(message) if command else message}{remedy}"
         case SafetensorError():  # whose only base is Exception
             return (
-                f"a weight file could not be read or written ({message}). Look for room on the "
-                "disk; download or save again what is truncated."
+                f"a weight file could not be read or written ({message}). Check for free disk "
+                "space, and download or save a truncated file again."
             )
         case TypeError() if remedy:
             return f"{message}{remedy}"
@@ -97,10 +97,10 @@ def _describe(error: Exception, command: Command | None) -> str | None:
 
 
 def _name_remedy_of_device(error: Exception) -> str:
-    """Return what to do about a device that is too small, or that lacks a dtype or an operation."""
+    """Return the remedy where the device lacks memory, a dtype or an operation; else nothing."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return " Give a smaller --batch-size or --mini-batch-size if there is one, or --device cpu."
-    if "MPS" in str(error):  # which has no float64, and not every operation
+    if "MPS" in str(error):  # it lacks float64 and some operations
         return " The device mps cannot compute this. Give --device cpu."
     return ""
 

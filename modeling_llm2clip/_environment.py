@@ -1,4 +1,4 @@
-"""Versions, hardware and commit: for run records, results, `llm2clip env` and benchmarks."""
+"""Versions, hardware and commit, for run records, results, `llm2clip env` and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ PACKAGES = (
 
 
 def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """List the versions of Python and of packages; "not installed" for one that is absent.
+    """List the versions of Python and of packages.
 
     Args:
-        packages: Names of distributions.
+        packages: names of distributions.
+
+    Returns:
+        Name → version; "not installed" for an absent package.
     """
     found = {"python": platform.python_version()}
     for package in packages:
@@ -31,7 +34,7 @@ def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Describe the machine: architecture, threads that torch computes with, and GPUs."""
+    """Describe the machine: its architecture, the number of torch threads, and the GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -43,7 +46,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def find_cpu_name() -> str:
-    """Return the name of the CPU as its maker has it, where the system says it."""
+    """Return the vendor's name of the CPU where the system reports it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -53,7 +56,7 @@ def find_cpu_name() -> str:
 
 
 def read_commit() -> str:
-    """Return the commit of the code, where it runs from a checkout."""
+    """Return the commit of the code if it runs from a git checkout."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder / ".git").exists():  # installed, perhaps inside somebody else's checkout
         return "not a checkout"

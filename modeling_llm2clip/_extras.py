@@ -1,6 +1,6 @@
-"""Which optional package is in which extra of `setup.cfg`, and the error for one that is missing.
+"""Maps optional packages to the extras of `setup.cfg`, and raises an error for missing ones.
 
-Imports nothing but the standard library, so that a command can look before it does anything else.
+Imports the standard library alone, so that a command can check its packages first of all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ class Need(NamedTuple):
     """An optional package that something needs.
 
     Attributes:
-        module: as it is imported.
-        extra: of `setup.cfg`, which installs it.
-        reason: what needs it, as in "the vision tower is a timm network".
+        module: name that is imported.
+        extra: extra of `setup.cfg` that installs it.
+        reason: what needs it, such as "the vision tower is a timm network".
     """
 
     module: str
@@ -24,13 +24,13 @@ class Need(NamedTuple):
     reason: str
 
 
-# What cannot be told from a model's files, but from what a user asks for.
+# These needs follow from what a user asks for, not from a model's files.
 DEMO = tuple(
     Need(module, "demo", reason)
     for module, reason in (
         ("gguf", "the demo's language model is a .gguf file"),
         ("peft", "the demo merges a LoRA"),
-        ("sentence_transformers", "the demo loads the model once more with it"),
+        ("sentence_transformers", "the demo also loads the model with it"),
         ("timm", "the demo's vision tower is a timm network"),
     )
 )
@@ -52,11 +52,19 @@ PLOTS = Need("matplotlib", "plots", "draws plots")
 
 
 class MissingExtraError(ImportError):
-    """Optional packages are not installed; the message says what to run."""
+    """Optional packages are missing; the message has the command that installs them."""
 
 
 def require(*needs: Need) -> None:
-    """Raise MissingExtraError that names every missing package, why, and the extras to install."""
+    """Check that optional packages are installed.
+
+    Args:
+        needs: packages to look for.
+
+    Raises:
+        MissingExtraError: at least one is missing. The message lists each missing package, what
+            needs it, and the extras to install.
+    """
     missing = [need for need in dict.fromkeys(needs) if not is_installed(need.module)]
     if missing:
         listed = "; ".join(f"{need.module} ({need.reason})" for need in missing)
@@ -67,14 +75,17 @@ def require(*needs: Need) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a package can be imported; it is not imported, which may take seconds.
+    """Whether a package can be imported, found out without the seconds that importing may take.
 
-    A folder of that name in the working directory, such as `datasets`, is no package.
+    A folder of the same name in the working directory, such as `datasets`, does not count.
+
+    Args:
+        module: name of a top-level package.
     """
     if module in sys.modules:
         return sys.modules[module] is not None
     try:
         spec = find_spec(module)
-    except ImportError:  # as what blocks imports raises
+    except ImportError:  # raised by tools that block imports
         return False
     return spec is not None and spec.origin is not None

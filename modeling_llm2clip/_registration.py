@@ -1,7 +1,7 @@
-"""Makes transformers' Auto classes know this package, without paying for torch at import time.
+"""Registers this package with transformers' Auto classes without importing torch.
 
-Registering needs our classes, and they need torch, which costs seconds. So each registration waits
-until the transformers module that owns the Auto class is itself imported; where it is already,
+Registration needs our classes, which import torch, and that takes seconds. So each registration
+waits until the transformers module that owns the Auto class is imported. If it is imported already,
 registration happens at once.
 """
 
@@ -15,12 +15,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _AUTO = "transformers.models.auto"
-_HALVES = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
-# Module that owns the Auto class, our module, our classes, Auto classes to register them with. Of
-# several classes an Auto class takes the one that config.json names, else the first.
+_SINGLE_TOWER = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
+# Each row: module that owns the Auto class, our module, our classes, and the Auto classes to
+# register them with. Of several classes, an Auto class takes the one that config.json names, or
+# else the first.
 _REGISTRATIONS = (
     (f"{_AUTO}.configuration_auto", "configuration_llm2clip", ("LLM2CLIPConfig",), ("AutoConfig",)),
-    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel", *_HALVES), ("AutoModel",)),
+    (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel", *_SINGLE_TOWER),
+     ("AutoModel",)),
     (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel",),
      ("AutoModelForZeroShotImageClassification",)),
     (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPTextModel",),
@@ -34,11 +36,11 @@ _WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
 _running: set[str] = set()
 
 
-def _register_what_is_ready() -> None:
-    """Register every class whose Auto class is imported, unless either is still being run.
+def _register_ready_classes() -> None:
+    """Register every class whose Auto class is imported, unless either module is still executing.
 
-    Our modules import those of the Auto classes, so one of ours may be half done when an Auto
-    module completes; it is registered when it completes itself.
+    Our modules import the modules of the Auto classes, so one of ours may be partly executed when
+    an Auto module completes. Its classes are registered once it completes too.
     """
     for auto_name, ours_name, class_names, auto_classes in _REGISTRATIONS:
         ours_full_name = f"{__package__}.{ours_name}"
@@ -53,7 +55,7 @@ def _register_what_is_ready() -> None:
 
 
 class _RegisteringLoader(Loader):
-    """Runs a module as its own loader does, then registers what is ready."""
+    """Executes a module with its own loader, then registers the classes that are ready."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -67,14 +69,14 @@ class _RegisteringLoader(Loader):
             self._loader.exec_module(module)
         finally:
             _running.discard(module.__name__)
-        _register_what_is_ready()
+        _register_ready_classes()
 
-    def __getattr__(self, name: str) -> object:  # get_source and the like, for inspect
+    def __getattr__(self, name: str) -> object:  # such as get_source, which inspect calls
         return getattr(self._loader, name)
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finds the modules of transformers that own Auto classes, and ours."""
+    """Finds our modules and the modules of transformers that own Auto classes."""
 
     def find_spec(
         self,
@@ -91,8 +93,8 @@ class _RegisteringFinder(MetaPathFinder):
 
 
 def register_auto_classes() -> None:
-    """Register now with what is imported, and with the rest when it will be."""
+    """Register with the Auto classes that are imported, and with others upon their import."""
     if any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _RegisteringFinder())
-    _register_what_is_ready()
+    _register_ready_classes()

@@ -1,4 +1,4 @@
-"""What all LLM2CLIP classes share: strict loading, saving with code, initialization.
+"""Base class of all LLM2CLIP models: strict loading, saving with code, initialization.
 
 Uploaded with the weights.
 """
@@ -26,8 +26,8 @@ from .sentence_transformers_llm2clip import (
 from .vision_llm2clip import find_width, has_class_token
 
 if TYPE_CHECKING:
-    # transformers copies what this file imports, so a folder that a model alone is saved to has
-    # the code of the processor that its config names.
+    # transformers copies the files that this one imports. So a folder with a model and without a
+    # processor still has the processor's code, which its config names.
     from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 _CODE_OF_EVERY_FOLDER = {
@@ -41,7 +41,7 @@ _UPLOAD_OPTIONS = (
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation that all LLM2CLIP classes share."""
+    """Loading, saving and initialization that all LLM2CLIP classes share."""
 
     config: LLM2CLIPConfig
     config_class = LLM2CLIPConfig
@@ -65,7 +65,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if isinstance(module, LogitScale):
             init.constant_(module.log_scale, module.initial_value)
         elif isinstance(module, nn.Linear):
-            # Keeps the scale of its input at any width.
+            # The output has the scale of the input at any width.
             init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -74,19 +74,27 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
-        """Say no to vLLM, which would run the LLM causally and pool other tokens."""
+        """Return False: vLLM would run the LLM causally and pool other tokens."""
         return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but strictly.
+        """Load as transformers does, but require that every weight fits.
 
-        A `quantization_config` of bitsandbytes reaches the LLM alone.
+        transformers would only warn about a missing weight and leave it random.
+
+        Args:
+            args: positional arguments of transformers, first the folder or repository.
+            kwargs: keyword arguments of transformers. A `quantization_config` of bitsandbytes
+                applies to the LLM alone; `ignore_mismatched_sizes=True` allows other shapes.
+
+        Returns:
+            The model, in evaluation mode; with `output_loading_info=True` a tuple of the model and
+            transformers' loading info.
 
         Raises:
-            ValueError: a weight is missing, unexpected or of another shape, or a weight file is
-                cut. transformers would only warn, and leave the missing ones random. Or
-                quantization is asked for, and the class has no LLM.
+            ValueError: a weight is missing, unexpected or of another shape, a weight file is
+                truncated, or a class without an LLM is to be quantized.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_only(
@@ -113,20 +121,20 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save as transformers does, with the code and the files of sentence-transformers.
+        """Save as transformers does, and add the code and the files of sentence-transformers.
 
-        With the processor saved beside it, AutoModel, pipelines and sentence-transformers load the
-        folder and give the same embeddings. Warns where the towers differ in dtype, because a
-        loaded model has one dtype.
+        If the processor is saved to the same folder, AutoModel, pipelines and sentence-transformers
+        load it and give the same embeddings. Warns if the towers differ in dtype, because a loaded
+        model has one dtype.
 
         Args:
             save_directory: folder to write. Instructions that sentence-transformers or a user put
                 into its `config_sentence_transformers.json` since the last save are kept.
-            push_to_hub: upload the model too, once the folder is complete.
-            **kwargs: as transformers takes them.
+            push_to_hub: also upload the model once the folder is complete.
+            **kwargs: further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: bitsandbytes would not give the same weights back.
+            ValueError: bitsandbytes would load other weights than it saves.
         """
         folder = Path(save_directory)
         require_restorable(self)
@@ -157,20 +165,27 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, **upload, **shared)
 
     def post_init(self) -> None:
-        """Finish as transformers does, and keep no name of a layer that is not there."""
+        """Finish initialization as transformers does, then prune `_no_split_modules`."""
         super().post_init()  # type: ignore[no-untyped-call]
         self.prune_no_split_modules()
 
     def prune_no_split_modules(self) -> None:
-        """Name in `_no_split_modules` only what the model has; FSDP refuses any other name.
+        """Remove the names of absent layers from `_no_split_modules`; FSDP rejects them.
 
-        Towers inherit from their families the layers of text encoders that are not part of them.
+        A vision tower's family may also list layers of its text encoder, which is not loaded here.
         """
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = set(self._no_split_modules or ()) & present
 
     def train(self, mode: bool = True) -> LLM2CLIPPreTrainedModel:
-        """Switch to training; what is frozen of the towers keeps evaluating."""
+        """Switch between training and evaluation mode; frozen parts of towers stay in the latter.
+
+        Args:
+            mode: True for training mode.
+
+        Returns:
+            The model itself.
+        """
         super().train(mode)
         if mode:
             for name in ("text_model", "vision_model"):
@@ -183,14 +198,18 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         return self.text_model.get_input_embeddings()  # type: ignore[no-any-return]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings of the LLM."""
+        """Replace the token embeddings of the LLM.
+
+        Args:
+            value: the new embedding layer.
+        """
         self.text_model.set_input_embeddings(value)
 
-    def _add_text_half(self, text_model: PreTrainedModel | None) -> None:
+    def _add_text_tower(self, text_model: PreTrainedModel | None) -> None:
         config = self.config
         width = config.text_width
         self.text_model = text_model or build_tower(config.text_config)
-        self.text_model.config = config.text_config  # one object, so that settings reach both
+        self.text_model.config = config.text_config  # one object, so that changes reach both
         set_attention_direction(self.text_model, bidirectional=config.bidirectional)
         self.text_adapter = TextAdapter(
             width,
@@ -200,7 +219,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         )
         self.text_projection = nn.Linear(width, config.projection_dim)
 
-    def _add_vision_half(self, vision_model: PreTrainedModel | None) -> None:
+    def _add_vision_tower(self, vision_model: PreTrainedModel | None) -> None:
         config = self.config
         self.vision_model = vision_model or build_tower(config.vision_config)
         self.vision_model.config = config.vision_config
@@ -217,10 +236,15 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
 
 def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
-    """Make every token of an LLM see every other one, or only those before it.
+    """Make an LLM's attention bidirectional or causal.
 
-    The configuration alone leaves families causal that drop attention arguments on the way; the
-    modules alone leave eager attention and padded batches causal. So both are set.
+    This sets both the configuration and the modules. The configuration alone would leave families
+    causal that drop attention arguments; the modules alone would leave eager attention and padded
+    batches causal.
+
+    Args:
+        text_model: the LLM, changed in place.
+        bidirectional: whether each token attends to every other, or only to those before it.
     """
     text_model.config.is_causal = not bidirectional
     for module in text_model.modules():
@@ -229,14 +253,15 @@ def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool)
 
 
 def settle_frozen(tower: nn.Module) -> None:
-    """Put a frozen tower, or the frozen batch normalization inside a tower, into evaluation mode.
+    """Put a frozen tower, or frozen batch normalization inside a tower, into evaluation mode.
 
-    In training mode batch normalization moves its statistics by every batch, even where its
-    weights are frozen. No optimizer and no LoRA knows of them, so they would be lost on saving.
+    In training mode, batch normalization updates its running statistics with every batch, even if
+    its weights are frozen. Neither an optimizer nor a LoRA saves these statistics, so the changes
+    would be lost.
 
     Args:
-        tower: changed in place. Statistics without weights of their own move only where every
-            parameter of the tower is trained.
+        tower: changed in place. Batch normalization without weights of its own stays in training
+            mode only if every parameter of the tower is trained.
     """
     parameters = list(tower.parameters())
     if not any(p.requires_grad for p in parameters):
@@ -244,7 +269,7 @@ def settle_frozen(tower: nn.Module) -> None:
         return
     trains_all = all(p.requires_grad for p in parameters)
     for module in tower.modules():
-        # Not getattr: peft's wrapper shows the statistics of the layer inside it.
+        # Not getattr: peft's wrapper exposes the statistics of the layer inside it.
         if any(name == "running_mean" for name, _ in module.named_buffers(recurse=False)):
             own = list(module.parameters(recurse=False))
             if not (any(p.requires_grad for p in own) if own else trains_all):

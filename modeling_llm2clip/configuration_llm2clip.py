@@ -1,6 +1,6 @@
-"""Everything about an LLM2CLIP model that changes a number it returns, or says what it is worth.
+"""Configuration of an LLM2CLIP model: whatever changes its embeddings, and what was trained.
 
-Travels to the Hub beside the weights.
+Uploaded with the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 TEXT_POOLINGS = ("mean", "last_token")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
-# What transformers itself reads from or writes into any config.json; all else unknown is refused.
+# Fields that transformers reads from or writes into any config.json; other unknown ones raise.
 _BASE_FIELDS = {
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
     "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
@@ -33,46 +33,49 @@ class LLM2CLIPConfig(PreTrainedConfig):
     """Configuration of an LLM2CLIP model (arXiv:2411.04997, section 3).
 
     Args:
-        vision_config, text_config: configuration of the two towers, as an object or as the
-            dictionary that `config.json` holds; a dictionary needs its `model_type`.
+        vision_config: configuration of the vision tower, as an object or as the dictionary in
+            `config.json`; a dictionary needs its `model_type`.
+        text_config: configuration of the LLM, likewise.
         projection_dim: width of the space that images and texts share.
-        text_width: width of the hidden states that the LLM returns; None for its `hidden_size`,
-            which some (EmbeddingGemma 2) project to another one.
-        bidirectional: whether every caption token sees every other. Written through to
-            `text_config.is_causal`, which is what transformers' attention reads.
-        text_pooling: `"mean"` over the pooled span, or its `"last_token"`.
-        prompt_prefix_ids: token ids in front of every caption: attended to, not pooled.
-        prompt_suffix_ids: token ids behind every caption: attended to and pooled.
+        text_width: width of the hidden states that the LLM returns; None for its `hidden_size`.
+            Some LLMs (EmbeddingGemma 2) project to another width.
+        bidirectional: whether every caption token attends to every other. Also written to
+            `text_config.is_causal`, which transformers' attention reads.
+        text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them.
+        prompt_prefix_ids: token ids before every caption; attended to, not pooled.
+        prompt_suffix_ids: token ids after every caption; attended to and pooled.
         prompt_suffix_ends_special: whether the last suffix id is a special token of the
             tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
-        max_text_length: most tokens a text may have, prompt included.
-        instructions: name → text that sentence-transformers puts in front of a caption on demand
-            (`prompt_name`): attended to and not pooled.
-        normalize_text_before_adapter: unit length before the adapter (most official
-            checkpoints; not those trained with the LLM in the loop).
-        text_adapter_layers, text_adapter_expansion: residual blocks of the adapter and how many
-            times wider than the LLM their inner layer is.
-        vision_pooling: what represents an image: the tower's own `"pooler"` output, its `"cls"`
-            token, the `"mean"` of all its tokens (class token and registers too), or the
-            `"patch_mean"`, of its patches alone.
+        max_text_length: maximum number of tokens per text, prompt included.
+        instructions: name → text that sentence-transformers prepends to a caption on demand
+            (`prompt_name`); attended to, not pooled.
+        normalize_text_before_adapter: whether caption embeddings get unit length before the
+            adapter. True for most official models, False for those trained with the LLM in the
+            loop.
+        text_adapter_layers: number of residual blocks in the text adapter.
+        text_adapter_expansion: width of a block's inner layer, as a multiple of the LLM's width.
+        vision_pooling: how an image is pooled: the tower's own `"pooler"` output, its `"cls"`
+            token, the `"mean"` of all its tokens (class token and registers included), or the
+            `"patch_mean"` of its patches alone.
         visual_projection_bias: whether the image projection has a bias.
         logit_scale_init_value: logarithm of the initial inverse temperature.
-        text_adapter_trained, projections_trained: whether the text adapter and both projections
-            were trained, or still have the random weights they start with. `LLM2CLIPModel.forward`
-            sets both when it computes a loss for training; a training loop that computes its loss
-            elsewhere sets them itself.
-        format_version: layout of weights and settings; checked on loading.
+        text_adapter_trained: whether the text adapter was trained or still has its random initial
+            weights. `LLM2CLIPModel.forward` sets this field and the next when it computes a loss
+            for training. A training loop that computes its loss elsewhere must set them itself.
+        projections_trained: the same for both projections.
+        format_version: version of the layout of weights and configuration; checked on loading.
+        **kwargs: fields that every transformers configuration has.
 
     Raises:
-        ValueError: a field is unknown, missing in a saved file, of another type, contradictory,
-            or written by another format.
+        ValueError: a field is unknown, missing in a saved file, of the wrong type or contradictory,
+            or the format version is another one.
     """
 
     model_type = "llm2clip"
     _auto_class = "AutoConfig"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
-    # Trainer would gather the towers' states of a whole dataset.
+    # Otherwise Trainer gathers the towers' states over an entire dataset.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # noqa: RUF012
 
     def __init__(
@@ -103,11 +106,12 @@ class LLM2CLIPConfig(PreTrainedConfig):
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
         _check_types(locals())
-        # The base class sets the attention implementation of the towers it finds, so it comes
-        # before them, and a wish for another implementation after them.
+        # The base class sets the attention implementation of the towers that it finds. So it is
+        # initialized before they are assigned, and a requested implementation is set afterwards.
         attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
-        # By this AutoModel chooses between the whole model and its halves; None would stop it.
+        # AutoModel chooses between the two-tower, text-only and vision-only classes by this field,
+        # and fails if it is None.
         self.architectures = self.architectures or ["LLM2CLIPModel"]
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
@@ -136,9 +140,20 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
-        """Build from the dictionary of a saved `config.json`; a lost field is an error.
+        """Build from the dictionary of a saved `config.json`, which must have every field.
 
-        A default put in place of a lost field would give other embeddings than the checkpoint's.
+        A default in place of a missing field could change the embeddings.
+
+        Args:
+            config_dict: content of `config.json`.
+            kwargs: fields to override, and options of transformers.
+
+        Returns:
+            The configuration; with `return_unused_kwargs=True` a tuple of it and the options that
+            were not used.
+
+        Raises:
+            ValueError: a field is missing or invalid, or the format version is another one.
         """
         _check_format(config_dict.get("format_version", 0))
         lost = sorted(_SAVED_FIELDS - set(config_dict))
@@ -146,13 +161,13 @@ class LLM2CLIPConfig(PreTrainedConfig):
             lost += [] if "is_causal" in config_dict["text_config"] else ["text_config.is_causal"]
         if lost:
             raise ValueError(
-                f"config.json lacks {lost}. Each of them changes the embeddings or says what "
-                "they are worth, so none is guessed. Restore them from the original "
-                "checkpoint, or build the model again."
+                f"config.json lacks {lost}. There are no defaults for them, because each affects "
+                "the embeddings or records what was trained. Restore them from the original "
+                "model folder, or build the model again."
             )
         loaded = super().from_dict(config_dict, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with what it did not read
-        # transformers sets what a caller overrides behind the checks of `__init__`.
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with unused options
+        # transformers sets overridden fields after the checks of `__init__`.
         _check_format(config.format_version)
         _check_types(vars(config))
         config._check_values()
@@ -211,29 +226,29 @@ def _is_list_of_ids(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(_is_integer(i) and i >= 0 for i in value)
 
 
-# "false" is true in Python, and "32" sorts before 4: a type is never guessed.
-_WHOLE = ("a whole number", _is_integer)
-_TRUTH = ("true or false", lambda value: isinstance(value, bool))
+# Types are never converted: in Python, "false" is true and "32" sorts before "4".
+_INTEGER = ("an integer", _is_integer)
+_BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _IDS = ("a list of token ids", _is_list_of_ids)
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "projection_dim": _WHOLE,
-    "text_width": ("a whole number or None", lambda value: value is None or _is_integer(value)),
-    "bidirectional": _TRUTH,
+    "projection_dim": _INTEGER,
+    "text_width": ("an integer or None", lambda value: value is None or _is_integer(value)),
+    "bidirectional": _BOOLEAN,
     "prompt_prefix_ids": _IDS,
     "prompt_suffix_ids": _IDS,
-    "prompt_suffix_ends_special": _TRUTH,
-    "max_text_length": _WHOLE,
+    "prompt_suffix_ends_special": _BOOLEAN,
+    "max_text_length": _INTEGER,
     "instructions": (
-        "texts by name, or None",
+        "a dictionary of strings, or None",
         lambda value: value is None or _is_text_by_name(value),
     ),
-    "normalize_text_before_adapter": _TRUTH,
-    "text_adapter_layers": _WHOLE,
-    "text_adapter_expansion": _WHOLE,
-    "visual_projection_bias": _TRUTH,
+    "normalize_text_before_adapter": _BOOLEAN,
+    "text_adapter_layers": _INTEGER,
+    "text_adapter_expansion": _INTEGER,
+    "visual_projection_bias": _BOOLEAN,
     "logit_scale_init_value": ("a finite number", _is_number),
-    "text_adapter_trained": _TRUTH,
-    "projections_trained": _TRUTH,
+    "text_adapter_trained": _BOOLEAN,
+    "projections_trained": _BOOLEAN,
 }
 
 
@@ -250,19 +265,19 @@ def _check_types(values: Mapping[str, Any]) -> None:
 def _check_format(found: Any) -> None:
     if not _is_integer(found):
         raise ValueError(
-            f"format_version={found!r} must be a whole number: this code reads format "
-            f"{FORMAT_VERSION}. Restore config.json from the original checkpoint."
+            f"format_version={found!r} must be an integer; this version reads format "
+            f"{FORMAT_VERSION}. Restore config.json from the original model folder."
         )
     if found == FORMAT_VERSION:
         return
-    way_out = (
-        "upgrade modeling_llm2clip (an installed package is used even where the checkpoint "
-        "brings newer code)"
+    remedy = (
+        "Upgrade modeling_llm2clip: if it is installed, it is used even if the model folder has "
+        "newer code"
         if found > FORMAT_VERSION
-        else "build or convert the checkpoint again with this version"
+        else "Build or convert the model again with this version"
     )
     raise ValueError(
-        f"The checkpoint has format {found}, this code reads format {FORMAT_VERSION}: {way_out}."
+        f"The model has format {found}, but this version reads format {FORMAT_VERSION}. {remedy}."
     )
 
 
@@ -271,7 +286,7 @@ def _refuse_unknown_fields(kwargs: dict[str, Any]) -> None:
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
     if unknown:
         raise ValueError(
-            f"LLM2CLIPConfig does not know {unknown}. Known fields: {sorted(_SAVED_FIELDS)}. "
+            f"LLM2CLIPConfig has no fields {unknown}. Known fields: {sorted(_SAVED_FIELDS)}. "
             "Correct the spelling, or remove them."
         )
 
@@ -288,19 +303,19 @@ def _tower_config(
         )
     if config["model_type"] not in CONFIG_MAPPING:
         raise ValueError(
-            f"{name} has model_type={config['model_type']!r}, which this transformers does not "
-            "know. Upgrade transformers, or take a tower that it has."
+            f"{name} has model_type={config['model_type']!r}, which this version of "
+            "transformers lacks. Upgrade transformers, or choose another tower."
         )
     tower_class = CONFIG_MAPPING[config["model_type"]]
-    _warn_of_misspelt_fields(config, tower_class, name=name)
+    _warn_of_misspelled_fields(config, tower_class, name=name)
     return _state_image_size(tower_class.from_dict(config))
 
 
 def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Give a timm tower's configuration the `image_size` that those of other towers have.
+    """Set `image_size` in a timm tower's configuration, as other towers have it.
 
-    Scripts written for CLIP read it there. timm keeps it among the network's arguments, or with
-    the sizes it was trained on: one side where height and width are equal, else both.
+    Scripts written for CLIP read it there. timm has it in the network's arguments or in its
+    pretrained configuration. It becomes one number for a square, else (height, width).
     """
     if config.model_type == "timm_wrapper":
         stated = (getattr(config, "model_args", None) or {}).get("img_size")
@@ -312,20 +327,20 @@ def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _warn_of_misspelt_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:
-    """Warn of an unknown field where one of nearly its name is lost.
+def _warn_of_misspelled_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:
+    """Warn about an unknown field if a known field with nearly the same name is missing.
 
-    Other unknown fields pass: published towers carry some of their own. It only warns, because a
-    later transformers may know a field by another name and still read this one.
+    Other unknown fields are accepted, since published towers have extra ones. This only warns,
+    because a later transformers may rename a field and still read its old name.
     """
     known = {field for field in signature(tower_class).parameters if not field.startswith("_")}
     lost = sorted(known - set(config))
     unknown = [f for f in sorted(set(config) - known) if not hasattr(tower_class, f)]
     near = {field: get_close_matches(field, lost, 1, 0.9) for field in unknown}
-    misspelt = [f"{field} for {like[0]}" for field, like in near.items() if like]
-    if misspelt:
+    misspelled = [f"{field} for {like[0]}" for field, like in near.items() if like]
+    if misspelled:
         warnings.warn(
-            f"{name} seems to misspell {misspelt}, so defaults are taken. Correct config.json.",
+            f"{name} seems to misspell {misspelled}, so defaults are used. Correct config.json.",
             stacklevel=2,
         )
 

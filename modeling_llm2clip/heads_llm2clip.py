@@ -1,4 +1,4 @@
-"""The parts beside the towers: the text adapter, the temperature, the contrastive loss.
+"""Everything but the towers: text adapter, temperature and contrastive loss.
 
 Uploaded with the weights. Shapes: B images or texts, D width of a tower.
 """
@@ -16,11 +16,11 @@ MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 
 
 class LogitScale(nn.Module):
-    """The learned inverse temperature, stored as its logarithm between 0 and ln 100.
+    """The learned inverse temperature, stored as its logarithm and clamped to [0, ln 100].
 
-    A module of its own and of shape (1,): FSDP2 refuses parameters without dimensions, and a
-    float32 parameter directly on the model would change the dtype that is saved. `half()` and
-    similar calls leave it float32 too: a step of float16 at ln 100 is 0.5% of every logit.
+    It has shape (1,) because FSDP2 rejects parameters without dimensions. It is a module because a
+    float32 parameter directly on the model would change the saved dtype. `half()` and similar calls
+    leave it in float32: one step of float16 at ln 100 changes every logit by 0.5%.
 
     Args:
         initial_value: the logarithm of the initial inverse temperature.
@@ -77,7 +77,7 @@ class TextAdapter(nn.Module):
         width: D.
         num_layers: number of blocks.
         expansion: how many times wider their inner layer is.
-        normalize: bring caption embeddings to unit length first.
+        normalize: scale caption embeddings to unit length first.
     """
 
     def __init__(self, width: int, *, num_layers: int, expansion: int, normalize: bool) -> None:
@@ -97,7 +97,7 @@ class TextAdapter(nn.Module):
         """
         if self.normalize:
             caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
-        # The norm is never quantized, so its dtype is the dtype of the computation.
+        # The norm is never quantized, so its dtype is the one to compute in.
         hidden = caption_embeds.to(self.norm.weight.dtype)
         for block in self.blocks:
             hidden = block(hidden)
@@ -108,13 +108,13 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
     """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3).
 
     Args:
-        logits_per_image: (B, B) float32; row i and column i belong together.
+        logits_per_image: (B, B) float32; image i matches text i.
 
     Returns:
         () float32; ln(B) when no pair scores higher than the others.
 
     Raises:
-        ValueError: there are more images than texts, or fewer.
+        ValueError: the numbers of images and texts differ.
     """
     num_images, num_texts = logits_per_image.shape
     if num_images != num_texts:
@@ -128,15 +128,15 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
 
 
 def check_width(embeds: Tensor, width: int, *, name: str) -> None:
-    """Refuse what a projection does not take.
+    """Check the input of a projection.
 
     Args:
-        embeds: (B, `width`) floating point is wanted.
-        width: of the tower.
-        name: of the argument, for the error.
+        embeds: expected to be (B, `width`) floating point.
+        width: width of the tower, D.
+        name: name of the argument, for the error message.
 
     Raises:
-        ValueError: they are integers, or of another shape.
+        ValueError: the embeddings are integers or have another shape.
     """
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
         raise ValueError(

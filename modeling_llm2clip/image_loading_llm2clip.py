@@ -1,7 +1,7 @@
-"""Images from any source into upright RGB on white; the only place where pixels are decoded.
+"""Loads images from any source as upright RGB on white. No other module decodes pixels.
 
-Every image is decoded in full, so that it has the same pixels in training, extraction, evaluation
-and search, and in a pipeline or sentence-transformers.
+Every image is decoded in full. So it has the same pixels in training, extraction, evaluation and
+search, and in a pipeline or sentence-transformers.
 
 Uploaded with the weights.
 """
@@ -17,33 +17,44 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What Pillow's decoders raise, each in its own way.
+# Errors of Pillow's decoders, which differ by format.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
-# What urllib, http and sockets raise; ValueError for an invalid URL.
+# Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _FETCH_TIMEOUT_S = 30
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_UNSCALED = "do_rescale=False is for floats in [0, 1]; leave it out, or give those."
-_MOST_SHOWN = 200  # characters of what was given for a path
+_UNSCALED = "do_rescale=False requires floats in [0, 1]; give those, or leave it out."
+_MOST_SHOWN = 200  # characters of a path in an error message
 
 
 def load_images(images: Any, *, rescales: bool | None = True) -> Any:
-    """Turn an image or a list of images into RGB PIL images; arrays and tensors stay what they are.
+    """Load one image or a list of images as RGB.
 
-    Transparency becomes white, 16 bits are scaled to 8, EXIF rotation is applied, and of an
-    animation the first frame counts.
+    PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
+    becomes white, 16 bits are scaled to 8, EXIF rotation is applied, and the first frame of an
+    animation is taken.
 
     Args:
-        images: an image or a list of them: PIL images, paths, URLs, or RGB arrays and tensors of
-            shape (H, W, 3) or (3, H, W); a batch of these, 4-dimensional, counts as a list.
-        rescales: whether the image processor will divide pixels by 255. True takes integers, False
-            floats in [0, 1], and None, for an image processor that never does, both.
+        images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
+            (H, W, 3) or (3, H, W). A 4-dimensional batch of these is read as a list.
+        rescales: whether the image processor divides pixels by 255. True accepts integers, False
+            floats in [0, 1]. None is for an image processor that never does, and accepts both.
 
     Returns:
-        An image for an image, a list for a list.
+        One image for one image, a list for a list.
 
     Raises:
-        ValueError: names every image that is missing, broken, too large or of an unknown range.
+        ValueError: an image is missing, corrupt, too large, or has pixels of an unknown range. The
+            message names the first eight of these and counts the others.
+
+    Example:
+        >>> image = load_images(Image.new("RGBA", (2, 2)))  # transparent
+        >>> image.mode, image.getpixel((0, 0))
+        ('RGB', (255, 255, 255))
+        >>> load_images(["nowhere.png"])
+        Traceback (most recent call last):
+            ...
+        ValueError: nowhere.png: no such image. Correct the path.
     """
     if len(getattr(images, "shape", ())) == 4:
         images = list(images)
@@ -71,11 +82,11 @@ def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
     elif isinstance(image, Image.Image):
         loaded = _decode(image, getattr(image, "filename", "") or f"image number {number}")
     else:
-        held = isinstance(image, bytes | memoryview | io.IOBase)
-        way_out = " Open it with PIL.Image.open, bytes as io.BytesIO." if held else ""
+        in_memory = isinstance(image, bytes | memoryview | io.IOBase)
+        remedy = " Open it with PIL.Image.open, bytes as io.BytesIO." if in_memory else ""
         raise ValueError(
             f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, "
-            f"an array or a tensor.{way_out}"
+            f"an array or a tensor.{remedy}"
         )
     if rescales is False:
         raise ValueError(f"Image number {number} has 8 bits per channel. {_UNSCALED}")
@@ -83,16 +94,16 @@ def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
 
 
 def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
-    """Refuse pixels whose layout or range is unknown, and scale 16 bits to 8.
+    """Reject pixels of unknown layout or range, and scale 16 bits to 8.
 
-    The range of floats cannot be read off their values: a dark image in 0 to 255 is a bright one in
-    0 to 1.
+    The values of floats do not reveal their range: a dark image in [0, 255] is a bright one in
+    [0, 1].
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
         raise ValueError(
-            f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Of another "
-            "array, Image.fromarray makes a PIL image, which may be grayscale or have transparency."
+            f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Convert "
+            "grayscale or transparent pixels with PIL.Image.fromarray first."
         )
     image = image.detach() if hasattr(image, "detach") else image
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
@@ -100,12 +111,12 @@ def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
         raise ValueError(f"{name} has {dtype} pixels. {_UNSCALED}")
     if dtype not in ("uint8", "uint16"):
         _check_floats(image, dtype, name, rescales=rescales)
-    if dtype == "bfloat16":  # which NumPy has not
+    if dtype == "bfloat16":  # NumPy lacks it
         image = image.float()
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         image = (pixels // 257).astype(np.uint8)
-    if shape[0] == 1:  # one row of pixels would be taken for one channel
+    if shape[0] == 1:  # one row of pixels would be read as one channel
         image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
     return image
 
@@ -127,12 +138,12 @@ def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -
 def _open_image(path: str) -> Image.Image:
     if path.startswith("data:"):
         raise ValueError(
-            f"{path[:40]}…: data URIs are not read. Decode it (base64.b64decode), and open "
+            f"{path[:40]}…: data URIs are not supported. Decode it (base64.b64decode), and open "
             "the bytes with PIL.Image.open(io.BytesIO(…))."
         )
-    # Not transformers' load_image, which turns transparency black and clips 16 bit.
+    # transformers' load_image would turn transparency black and clip 16 bits.
     source = _fetch(path) if path.lower().startswith(("http://", "https://")) else path
-    if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for what is no path
+    if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for an invalid path
         raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
     with read_image_header(source, name=path) as image:
         return _decode(image, path)
@@ -142,24 +153,24 @@ def read_image_header(source: Any, *, name: str) -> Image.Image:
     """Open an image without decoding it.
 
     Args:
-        source: what Pillow opens: a path, or a file of bytes.
-        name: what errors call the image.
+        source: a path or a binary file, as `PIL.Image.open` takes it.
+        name: name of the image in error messages.
 
     Returns:
-        The image, which decodes when it is first used.
+        The image, which is decoded on first use.
 
     Raises:
-        ValueError: it is not an image, has a broken header, or more pixels than Pillow considers
-            safe.
+        ValueError: it is not an image, its header is corrupt, or it has more pixels than Pillow
+            considers safe.
     """
     try:
         return Image.open(source)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image that Pillow reads, or empty.") from error
+        raise ValueError(f"{name}: not an image that Pillow can read, or empty.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error} Shrink the image first.") from error
     except _DECODER_ERRORS as error:
-        from_system = getattr(error, "errno", None) is not None  # no permission, for one
+        from_system = getattr(error, "errno", None) is not None  # such as a missing permission
         problem = "cannot be read" if from_system else "the image is truncated or corrupt"
         raise ValueError(f"{name}: {problem} ({error}).") from error
 
@@ -170,11 +181,11 @@ def _fetch(address: str) -> io.BytesIO:
         with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT_S) as response:
             return io.BytesIO(response.read())
     except _FETCH_ERRORS as error:
-        raise ValueError(f"{address}: the image cannot be fetched ({error}).") from error
+        raise ValueError(f"{address}: the image cannot be downloaded ({error}).") from error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Decode fully, turn upright, and make it RGB on white."""
+    """Decode in full, apply EXIF rotation, and convert to RGB on white."""
     if 0 in image.size:
         raise ValueError(f"{name}: the image has no pixels ({image.size}).")
     try:
@@ -182,14 +193,16 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
-    except (AssertionError, AttributeError) as error:  # how Pillow says it
+    except (AssertionError, AttributeError) as error:  # Pillow's errors for a closed file
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _SIXTEEN_BIT_MODES:
         return _scale_sixteen_bit(image, name)
     if image.mode == "F":
-        raise ValueError(f"{name}: float pixels have an unknown range. Convert it to 8 or 16 bit.")
+        raise ValueError(
+            f"{name}: float pixels have an unknown range. Convert the image to 8 or 16 bits."
+        )
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -198,9 +211,12 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
-    # Pillow's own conversion clips at 255 and would turn almost every image white.
+    # Pillow's conversion clips at 255, which would turn almost every image white.
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"{name}: pixels outside 0 to 65535. Convert it to 8 or 16 bit.")
-    pixels[pixels == image.info.get("transparency", -1)] = 65535  # the one transparent gray
+        raise ValueError(
+            f"{name}: pixels are outside [0, 65535]. Convert the image to 8 or 16 bits."
+        )
+    # PNG may declare one gray value transparent.
+    pixels[pixels == image.info.get("transparency", -1)] = 65535
     return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")

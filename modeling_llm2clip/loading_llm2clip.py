@@ -1,6 +1,6 @@
-"""Strict loading: every weight has its place, and code that a folder brings is not run.
+"""Strict loading: every weight must fit, and custom code in a folder is never run.
 
-Travels to the Hub beside the weights.
+Uploaded with the weights.
 """
 
 from __future__ import annotations
@@ -15,23 +15,32 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import try_to_load_from_cache
 
 _OWN_CODE = ("configuration_llm2clip.", "modeling_llm2clip.", "processing_llm2clip.")
-# Files in which transformers looks for the names of code.
+# Files in which transformers looks for references to custom code.
 _NAMING_FILES = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
-_REMEDY = "Take one that transformers has the classes for."
-# What a loader raises where it lacks the class that only the folder's code would give it.
+_REMEDY = "Choose one whose classes are part of transformers."
+# Errors of a loader that lacks a class which only the folder's code defines.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)
 
 
 def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
-    """Call `loader.from_pretrained` so that code in a folder or repository is never run.
+    """Call `loader.from_pretrained` without ever running code of the folder or repository.
 
-    transformers would ask on the terminal whether to run it. Where transformers has a class of its
-    own, it takes that.
+    transformers would ask on the terminal whether to run it. If transformers has a class of its
+    own, that class is used.
 
-    Raises: ValueError naming the file that names the code, where loading fails without it; else
-        what the loader raises.
+    Args:
+        loader: class with `from_pretrained`, such as `AutoTokenizer`.
+        source: folder or Hub repository.
+        **settings: further arguments of `from_pretrained`.
+
+    Returns:
+        Whatever the loader returns.
+
+    Raises:
+        ValueError: loading fails without that code; the message names the file that refers to it.
+        Exception: any other error of the loader.
     """
     with naming_code(source, revision=settings.get("revision")):
         return loader.from_pretrained(source, trust_remote_code=False, **settings)
@@ -41,7 +50,16 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
 def naming_code(
     source: Any, *, revision: str | None = None, remedy: str = _REMEDY
 ) -> Iterator[None]:
-    """Say in a loader's error which files of the source name code that was not run."""
+    """Explain a loader's error by the custom code that was not run, if the source refers to any.
+
+    Args:
+        source: folder or Hub repository that the body of the `with` statement loads.
+        revision: revision of the repository.
+        remedy: what to do, as the message's last sentence.
+
+    Raises:
+        ValueError: loading failed, and the source refers to custom code.
+    """
     try:
         yield
     except _LOADING_ERRORS as error:
@@ -52,15 +70,20 @@ def naming_code(
         # transformers' own advice is to run the code.
         reason = "" if "trust_remote_code" in str(error) else f" ({error})"
         raise ValueError(
-            f"{source} brings code of its own, which is never run here: {named}. Without it the "
-            f"source cannot be loaded{reason}. {remedy}"
+            f"{source} needs custom code, which is never run here: {named}. It cannot be loaded "
+            f"without that code{reason}. {remedy}"
         ) from error
 
 
 def find_foreign_code(source: Any, *, revision: str | None = None) -> dict[str, list[str]]:
-    """List the code that is not this package's and that files of a folder or repository name.
+    """List references to custom code, other than this package's, in a source's JSON files.
 
-    Returns: file → `Auto class: module.Class`; of the Hub, only what is in the cache already.
+    Args:
+        source: folder or Hub repository; of a repository only cached files are read.
+        revision: revision of the repository.
+
+    Returns:
+        File name → references such as `AutoModel: module.Class`.
     """
     found = {
         name: list_foreign_code(_read_settings(source, name, revision=revision))
@@ -70,7 +93,7 @@ def find_foreign_code(source: Any, *, revision: str | None = None) -> dict[str, 
 
 
 def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
-    """Read a settings file; None where it is absent or damaged, which its loader tells."""
+    """Read a JSON file; None if it is absent or invalid, which its loader will report."""
     try:
         path: Any = Path(source) / name
         if not Path(source).exists():
@@ -81,13 +104,20 @@ def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
 
 
 def list_foreign_code(content: Any) -> list[str]:
-    """List what a settings file names as code that is not this package's, at any depth."""
+    """List references to custom code, other than this package's, at any depth of JSON content.
+
+    Args:
+        content: parsed JSON of a file such as `config.json`.
+
+    Returns:
+        References such as `AutoModel: module.Class`.
+    """
     if isinstance(content, list):
         return [ref for value in content for ref in list_foreign_code(value)]
     if not isinstance(content, dict):
         return []
     named = content.get("auto_map") or {}
-    named = named if isinstance(named, dict) else {"AutoTokenizer": named}  # as it once was
+    named = named if isinstance(named, dict) else {"AutoTokenizer": named}  # the old format
     refs = [
         f"{auto_class}: {ref}"
         for auto_class, given in named.items()
@@ -99,23 +129,33 @@ def list_foreign_code(content: Any) -> list[str]:
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a tower of transformers' own class, with random weights.
+    """Build a tower with random weights, from a class that transformers has.
 
-    Its configuration may still name the code of the repository it came from. That code is never
-    run: what is not in transformers is refused instead of asked about.
+    Its configuration may still refer to custom code of the repository it came from, which is never
+    run.
+
+    Args:
+        config: configuration of the tower.
+
+    Raises:
+        ValueError: transformers has no class for this configuration.
     """
-    # Not at the top: its import registers the model's classes, and their module imports this one.
+    # Imported here because it registers the model's classes, whose module imports this one.
     from transformers import AutoModel
 
     return AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
 
 
 def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:
-    """Raise ValueError for weights that are missing, unexpected or of another shape.
+    """Check that every weight was loaded.
 
     Args:
+        cls: class that is loaded, for the error message.
         info: transformers' loading info.
-        allow_misshapen: leave weights of another shape as they were initialized.
+        allow_misshapen: accept weights of another shape, which keep their initialization.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape.
     """
     mismatched = {} if allow_misshapen else {key[0]: key[1:] for key in info["mismatched_keys"]}
     missing = sorted(set(info["missing_keys"]) - {key[0] for key in info["mismatched_keys"]})
@@ -123,9 +163,9 @@ def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen:
     if not (mismatched or missing or unexpected):
         return
     raise ValueError(
-        f"{cls.__name__}: the weights do not fit the configuration, and nothing is guessed. "
+        f"{cls.__name__}: the weights do not fit the configuration. "
         f"Missing ({len(missing)}): {missing[:8]}. Unexpected ({len(unexpected)}): "
-        f"{unexpected[:8]}. Of another shape ({len(mismatched)}; saved, wanted): "
+        f"{unexpected[:8]}. Of another shape ({len(mismatched)}; saved, expected): "
         f"{dict(list(mismatched.items())[:8])}. Use the class that saved the folder (text-only: "
         "LLM2CLIPTextModel, image-only: LLM2CLIPVisionModel), the transformers version it names, "
         "or convert the checkpoint again."

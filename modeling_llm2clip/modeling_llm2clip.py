@@ -1,8 +1,8 @@
-"""The whole forward pass: two towers, a text adapter, two projections, one temperature.
+"""The models' forward passes: two towers, a text adapter, two projections and a temperature.
 
 Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower, P
-`projection_dim`. Embeddings are float32 whatever the dtype of the weights. As in transformers, a
-method that returns an output returns a tuple of its fields with `return_dict=False`.
+`projection_dim`. Embeddings are float32 for every dtype of the weights. As in transformers, methods
+that return an output object return a tuple of its fields with `return_dict=False`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 
 
 class _TextMixin(LLM2CLIPPreTrainedModel):
-    """Texts in, embeddings out; shared by the whole model and the text-only one."""
+    """Encodes texts; shared by the two-tower and the text-only model."""
 
-    packs_in_training = False  # set by a training on a CPU; else its batches stay whole
+    packs_in_training = False  # set for training on a CPU; else batches are not split
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_text_features(
@@ -49,25 +49,25 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Encode texts and project them, not normalized.
+        """Encode texts and project them, without normalizing the result.
 
         Args:
             input_ids: (B, L) int64 from the model's own tokenizer, padded on either side.
-            attention_mask: (B, L), 1 at real tokens; required where there is padding.
-            prompt_length: tokens of the tokenized instruction alone, as sentence-transformers
-                counts them; the instruction is attended to and not pooled.
-            output_attentions: add the LLM's `attentions`. On a CPU the texts then run as one padded
-                batch.
-            output_hidden_states: add the LLM's `hidden_states`, with the same effect.
+            attention_mask: (B, L), 1 at real tokens; required if there is padding.
+            prompt_length: number of tokens of the tokenized instruction alone, as
+                sentence-transformers counts them. The instruction is attended to, not pooled.
+            output_attentions: whether to return the LLM's `attentions`. On a CPU the texts then run
+                as one padded batch.
+            output_hidden_states: whether to return the LLM's `hidden_states`, with the same effect.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
-            (B, L, D) of the LLM. At padding it is meaningless: zeros where the CPU ran the texts
-            without padding.
+            (B, L, D) of the LLM. Its values at padding are meaningless; they are zeros where the
+            CPU ran the texts without padding.
 
         Raises:
-            ValueError: the ids lack the model's prompt, or are too long or empty; or the LLM does
-                not return the requested states as it was loaded.
+            ValueError: the ids lack the model's prompt, a text is too long or empty, or the LLM as
+                it was loaded does not return the requested states.
         """
         requested = find_requested_states(
             self.config,
@@ -87,23 +87,23 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
     ) -> Tensor:
-        """Pool the LLM's last hidden states over each caption; what a caption store holds.
+        """Pool the LLM's last hidden states over each caption, as embedding stores hold them.
 
         Args:
             input_ids: as in `get_text_features`.
-            attention_mask: as there.
-            prompt_length: as there.
+            attention_mask: as in `get_text_features`.
+            prompt_length: as in `get_text_features`.
 
         Returns:
             (B, D) float32, neither projected nor normalized.
 
         Raises:
-            ValueError: the ids lack the model's prompt, or are too long or empty.
+            ValueError: the ids lack the model's prompt, or a text is too long or empty.
         """
         return self._encode_texts(input_ids, attention_mask, prompt_length).pooler_output  # type: ignore[return-value]
 
     def project_caption_embeds(self, caption_embeds: Tensor) -> Tensor:
-        """Map caption embeddings through adapter and projection, without normalizing them.
+        """Apply text adapter and projection to caption embeddings, without normalizing the result.
 
         Args:
             caption_embeds: (B, D) floating point, as `get_caption_embeds` returns them.
@@ -112,13 +112,13 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: they are token ids, or of another width than the LLM's.
+            ValueError: these are token ids, or their width is not the LLM's.
         """
         check_width(caption_embeds, self.config.text_width, name="caption_embeds")
         return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
 
     def to_text_embeds(self, caption_embeds: Tensor) -> Tensor:
-        """Map caption embeddings into the space that texts and images share.
+        """Map caption embeddings into the shared space of texts and images.
 
         Args:
             caption_embeds: (B, D) floating point, as `get_caption_embeds` returns them.
@@ -127,12 +127,15 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: they are token ids, or of another width than the LLM's.
+            ValueError: these are token ids, or their width is not the LLM's.
         """
         return F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
 
     def text_forward_lock(self) -> AbstractContextManager[None]:
-        """Make other threads' passes through the LLM wait while its layers are replaced."""
+        """Return a context manager that blocks other threads' passes through the LLM.
+
+        Hold it while replacing layers of the LLM.
+        """
         return acquire_text_forward_lock()
 
     def _encode_texts(
@@ -144,7 +147,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         requested: tuple[str, ...] = (),
         keep_tokens: bool = False,
     ) -> BaseModelOutputWithPooling:
-        """Run the LLM and pool it; with `keep_tokens` return its last hidden states too."""
+        """Run the LLM and pool its output; `keep_tokens` also returns its last hidden states."""
         config = self.config
         if attention_mask is None:
             pad_token_id = None if is_traced() else self._padding_id
@@ -165,12 +168,12 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 vocabulary_size=config.text_config.vocab_size,
                 num_unpooled=num_unpooled,
             )
-        in_pieces = (
+        splits = (
             input_ids.device.type == "cpu"
             and not requested
             and splits_batches(self.text_model, packs_in_training=self.packs_in_training)
         )
-        if not in_pieces:
+        if not splits:
             return self._pool_batch(
                 input_ids, attention_mask, num_unpooled=num_unpooled, requested=requested
             )
@@ -193,7 +196,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         num_unpooled: int,
         requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
-        """Run one padded batch through the LLM, and pool it."""
+        """Run one padded batch through the LLM and pool its output."""
         takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
         inputs = {"position_ids": build_position_ids(attention_mask)} if takes_positions else {}
         with nullcontext() if is_traced() else acquire_text_forward_lock():
@@ -212,14 +215,14 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
 
     @property
     def _padding_id(self) -> int | None:
-        """The id of padding, unless a prompt has it too."""
+        """Id of the padding token, or None if the prompt contains it too."""
         config = self.config
         pad = getattr(config.text_config, "pad_token_id", None)
         return None if pad in (*config.prompt_prefix_ids, *config.prompt_suffix_ids) else pad
 
 
 class _VisionMixin(LLM2CLIPPreTrainedModel):
-    """Images in, embeddings out; shared by the whole model and the vision-only one."""
+    """Encodes images; shared by the two-tower and the vision-only model."""
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
@@ -231,24 +234,24 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Encode images and project them, not normalized.
+        """Encode images and project them, without normalizing the result.
 
         Args:
             pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
-            pixel_attention_mask: SigLIP2's, as its image processor returns it.
-            spatial_shapes: SigLIP2's too.
-            interpolate_pos_encoding: allow another image size than the tower's own. Towers that
-                take any size by themselves (DINO, convolutional networks) do not need it.
-            output_attentions: add the vision tower's `attentions`.
-            output_hidden_states: add its `hidden_states`.
+            pixel_attention_mask: (B, patches), 0 at padding; from SigLIP2's image processor.
+            spatial_shapes: (B, 2), height and width in patches; from SigLIP2's image processor.
+            interpolate_pos_encoding: whether to allow another image size than the tower's own.
+                Towers that take any size (DINO, convolutional networks) do not need it.
+            output_attentions: whether to return the vision tower's `attentions`.
+            output_hidden_states: whether to return the vision tower's `hidden_states`.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and the tower's
             `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
 
         Raises:
-            ValueError: the pixels are integers, or of a size that the tower has no positions for;
-                or the tower does not return the requested states as it was loaded.
+            ValueError: the pixels are integers, the tower has no positions for their size, or the
+                tower as it was loaded does not return the requested states.
         """
         requested = find_requested_states(
             self.config,
@@ -269,26 +272,26 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
-        """Run the vision tower and pool it; what an image store holds.
+        """Run the vision tower and pool its output, as embedding stores hold it.
 
         Args:
             pixel_values: as in `get_image_features`.
-            pixel_attention_mask: as there.
-            spatial_shapes: as there.
-            interpolate_pos_encoding: as there.
+            pixel_attention_mask: as in `get_image_features`.
+            spatial_shapes: as in `get_image_features`.
+            interpolate_pos_encoding: as in `get_image_features`.
 
         Returns:
             (B, D) float32, neither projected nor normalized.
 
         Raises:
-            ValueError: the pixels are integers, or of a size that the tower has no positions for.
+            ValueError: the pixels are integers, or the tower has no positions for their size.
         """
         return self._encode_images(  # type: ignore[return-value]
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
         ).pooler_output
 
     def project_vision_embeds(self, vision_embeds: Tensor) -> Tensor:
-        """Map vision embeddings through the projection, without normalizing them.
+        """Apply the projection to vision embeddings, without normalizing the result.
 
         Args:
             vision_embeds: (B, D) floating point, as `get_vision_embeds` returns them.
@@ -297,7 +300,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: they are integers, or of another width than the tower's.
+            ValueError: these are integers, or their width is not the tower's.
         """
         check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
         dtype = self.visual_projection.weight.dtype
@@ -306,7 +309,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         return self.visual_projection(vision_embeds).float()  # type: ignore[no-any-return]
 
     def to_image_embeds(self, vision_embeds: Tensor) -> Tensor:
-        """Map vision embeddings into the space that texts and images share.
+        """Map vision embeddings into the shared space of texts and images.
 
         Args:
             vision_embeds: (B, D) floating point, as `get_vision_embeds` returns them.
@@ -315,7 +318,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: they are integers, or of another width than the tower's.
+            ValueError: these are integers, or their width is not the tower's.
         """
         return F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
 
@@ -327,10 +330,10 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         interpolate_pos_encoding: bool,
         requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
-        """Run the vision tower and pool it."""
+        """Run the vision tower and pool its output."""
         check_pixels(pixel_values)
         if self.training and not is_traced():
-            settle_frozen(self.vision_model)  # it may have been frozen since `train`
+            settle_frozen(self.vision_model)  # may have been frozen after `train()`
         extra: dict[str, Any] = {
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
@@ -340,7 +343,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         }
         pixel_values = pixel_values.to(self.vision_model.dtype)
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
-            # Convolutions on a CPU are two to three times faster in this layout.
+            # On a CPU, convolutions are two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         output = self.vision_model(
             pixel_values=pixel_values,
@@ -361,10 +364,20 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     """CLIP with a language model as its text encoder (arXiv:2411.04997).
 
     Args:
-        config: the whole configuration.
-        vision_model: a vision tower with trained weights; built from the configuration where it is
-            not given. Not wrapped by peft: wrap the whole model instead.
+        config: configuration of the model.
+        vision_model: a pretrained vision tower; without it, one with random weights is built from
+            the configuration. It must not be wrapped by peft; wrap the LLM2CLIPModel instead.
         text_model: an LLM, likewise.
+
+    Example:
+        >>> model = LLM2CLIPModel.from_pretrained("my-model")
+        >>> processor = AutoProcessor.from_pretrained("my-model")
+        >>> batch = processor(text=["a dog", "two red apples"], images=["dog.png"])
+        >>> output = model(**batch)
+        >>> output.logits_per_image.shape  # (images, texts)
+        torch.Size([1, 2])
+        >>> output.text_embeds.shape == (2, model.config.projection_dim)
+        True
     """
 
     _auto_classes = {  # noqa: RUF012
@@ -381,8 +394,8 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         text_model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        self._add_vision_half(vision_model)
-        self._add_text_half(text_model)
+        self._add_vision_tower(vision_model)
+        self._add_text_tower(text_model)
         self.logit_scale = LogitScale(config.logit_scale_init_value)  # last: see LogitScale
         self.post_init()
 
@@ -400,32 +413,33 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
-        """Encode images, texts, or both, in any numbers; with both, compare all with all.
+        """Encode images, texts, or both. Given both, compare every image with every text.
 
         Args:
             input_ids: as in `get_text_features`.
             pixel_values: as in `get_image_features`.
             attention_mask: as in `get_text_features`.
-            return_loss: add the symmetric contrastive loss; image i belongs to text i. In training
-                mode with gradients this also notes in the config that adapter and projections are
-                trained; see `LLM2CLIPConfig`.
+            return_loss: whether to compute the symmetric contrastive loss; image i must match text
+                i. In training mode with gradients this also sets `text_adapter_trained` and
+                `projections_trained` in the configuration.
             prompt_length: as in `get_text_features`.
             pixel_attention_mask: as in `get_image_features`.
             spatial_shapes: as in `get_image_features`.
             interpolate_pos_encoding: as in `get_image_features`.
-            output_attentions: add both towers' `attentions`.
-            output_hidden_states: add both towers' `hidden_states`.
+            output_attentions: whether to return both towers' `attentions`.
+            output_hidden_states: whether to return both towers' `hidden_states`.
 
         Returns:
             Embeddings of unit length, `logits_per_image`, and the towers' outputs.
 
         Raises:
-            ValueError: there is no input, or `return_loss` without as many images as texts.
+            ValueError: there is no input, or `return_loss` is set and the numbers of images and
+                texts differ.
         """
         if return_loss and self.training and torch.is_grad_enabled():
-            # A step of training; without a read, so that a compiled graph has no guard on it.
+            # A training step. Reading the fields would add a guard to a compiled graph.
             self.config.text_adapter_trained = self.config.projections_trained = True
-        want = {  # of both towers
+        want = {  # from both towers
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
@@ -450,18 +464,19 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     def compare(
         self, image_embeds: Tensor | None, text_embeds: Tensor | None, *, return_loss: bool = False
     ) -> LLM2CLIPOutput:
-        """Compare embeddings of unit length, all images with all texts.
+        """Compare every image with every text, given their embeddings of unit length.
 
         Args:
             image_embeds: (B images, P) float32, or None.
-            text_embeds: (B texts, P) float32, or None; not both.
-            return_loss: add the symmetric contrastive loss.
+            text_embeds: (B texts, P) float32, or None. At least one of both is needed.
+            return_loss: whether to compute the symmetric contrastive loss.
 
         Returns:
-            The embeddings, and `logits_per_image` where there are both.
+            The embeddings, and `logits_per_image` if both were given.
 
         Raises:
-            ValueError: both are None, or `return_loss` without as many images as texts.
+            ValueError: both are None, or `return_loss` is set and the numbers of images and texts
+                differ.
         """
         if image_embeds is None and text_embeds is None:
             raise ValueError("Got neither pixel_values nor input_ids; give one of them, or both.")
@@ -473,7 +488,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 image_embeds=image_embeds, text_embeds=text_embeds, pooler_output=only
             )
         text_embeds = text_embeds.to(image_embeds.device)
-        # An autocast around it would round cosines times a hundred to eight bits.
+        # An enclosing autocast would round cosines times a hundred to eight bits.
         with torch.autocast(image_embeds.device.type, enabled=False):
             scaled = self.logit_scale().float().to(image_embeds.device) * image_embeds.float()
             logits = scaled @ text_embeds.float().T
@@ -487,7 +502,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
 
 
 class LLM2CLIPTextModel(_TextMixin):
-    """The text tower and its heads; loads from a whole model's folder without its vision tower."""
+    """The text-only model: LLM, adapter, projection. Loads from a two-tower model's folder too."""
 
     _auto_classes = {  # noqa: RUF012
         "AutoModel": "modeling_llm2clip.LLM2CLIPTextModel",
@@ -500,7 +515,7 @@ class LLM2CLIPTextModel(_TextMixin):
 
     def __init__(self, config: LLM2CLIPConfig, text_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self._add_text_half(text_model)
+        self._add_text_tower(text_model)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -516,13 +531,13 @@ class LLM2CLIPTextModel(_TextMixin):
 
         Args:
             input_ids: as in `get_text_features`.
-            attention_mask: as there.
-            prompt_length: as there.
-            output_attentions: as there.
-            output_hidden_states: as there.
+            attention_mask: as in `get_text_features`.
+            prompt_length: as in `get_text_features`.
+            output_attentions: as in `get_text_features`.
+            output_hidden_states: as in `get_text_features`.
 
         Returns:
-            `text_embeds` and `pooler_output`, the same (B, P) float32 of unit length.
+            `text_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
         """
         features = self.get_text_features(
             input_ids,
@@ -539,7 +554,7 @@ class LLM2CLIPTextModel(_TextMixin):
 
 
 class LLM2CLIPVisionModel(_VisionMixin):
-    """The vision tower and its head; loads from a whole model's folder without its LLM."""
+    """The vision-only model: tower and projection. Loads from a two-tower model's folder too."""
 
     _auto_classes = {"AutoModel": "modeling_llm2clip.LLM2CLIPVisionModel"}  # noqa: RUF012
     main_input_name = "pixel_values"
@@ -550,15 +565,19 @@ class LLM2CLIPVisionModel(_VisionMixin):
 
     def __init__(self, config: LLM2CLIPConfig, vision_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self._add_vision_half(vision_model)
+        self._add_vision_tower(vision_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the vision tower's embeddings of patches; gradient checkpointing asks for them."""
+        """Return the vision tower's patch embeddings, which gradient checkpointing needs."""
         return self.vision_model.get_input_embeddings()  # type: ignore[no-any-return]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the vision tower's embeddings of patches."""
+        """Replace the vision tower's patch embeddings.
+
+        Args:
+            value: the new embedding layer.
+        """
         self.vision_model.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -575,14 +594,14 @@ class LLM2CLIPVisionModel(_VisionMixin):
 
         Args:
             pixel_values: as in `get_image_features`.
-            pixel_attention_mask: as there.
-            spatial_shapes: as there.
-            interpolate_pos_encoding: as there.
-            output_attentions: as there.
-            output_hidden_states: as there.
+            pixel_attention_mask: as in `get_image_features`.
+            spatial_shapes: as in `get_image_features`.
+            interpolate_pos_encoding: as in `get_image_features`.
+            output_attentions: as in `get_image_features`.
+            output_hidden_states: as in `get_image_features`.
 
         Returns:
-            `image_embeds` and `pooler_output`, the same (B, P) float32 of unit length.
+            `image_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
         """
         features = self.get_image_features(
             pixel_values,

@@ -1,4 +1,4 @@
-"""What the model returns, and what of its towers' states a caller may ask for.
+"""The model's output, with hidden states and attentions of its towers on request.
 
 Uploaded with the weights. Shapes: B images or texts, L tokens, P `projection_dim`.
 """
@@ -19,16 +19,17 @@ _STATES = {"output_hidden_states": "hidden_states", "output_attentions": "attent
 
 @dataclass
 class LLM2CLIPOutput(ModelOutput):
-    """What `forward` returns; a field is None where its input was not given.
+    """Output of `forward`; a field is None if its input was not given.
 
     Attributes:
         loss: () float32, with `return_loss=True`.
         logits_per_image: (B images, B texts) float32, cosine times the inverse temperature.
-        logits_per_text: its transpose.
-        text_embeds, image_embeds: (B, P) float32, unit length.
-        pooler_output: the only embeds there are, in a call with one kind of input.
-        text_model_output, vision_model_output: as `get_text_features` and `get_image_features`
-            return them: features before they get unit length, and states of the towers.
+        logits_per_text: (B texts, B images) float32, the transpose.
+        text_embeds: (B texts, P) float32, unit length.
+        image_embeds: (B images, P) float32, unit length.
+        pooler_output: in a call with texts or images alone, their embeddings again.
+        text_model_output: output of `get_text_features`, whose features are not normalized.
+        vision_model_output: output of `get_image_features`, whose features are not normalized.
     """
 
     loss: Tensor | None = None
@@ -41,7 +42,7 @@ class LLM2CLIPOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are not None, the towers' outputs as tuples too, as CLIP does."""
+        """Return the fields that are not None, with the towers' outputs as tuples, as CLIP does."""
         return tuple(
             value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values()
         )
@@ -54,12 +55,16 @@ def find_requested_states(
     output_attentions: bool | None,
     output_hidden_states: bool | None,
 ) -> tuple[str, ...]:
-    """Return the names of the arguments that a call asks a tower for states with.
+    """Return the names of the arguments that request states from a tower.
 
     Args:
-        config: of the whole model. It and the tower's own count where the caller leaves it open.
+        config: configuration of the model. It and the tower's own apply where the caller gave None.
         tower: the LLM or the vision tower.
-        output_attentions, output_hidden_states: what the caller gave.
+        output_attentions: the caller's argument.
+        output_hidden_states: the caller's argument.
+
+    Returns:
+        Any of "output_attentions" and "output_hidden_states".
     """
     given = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
     configs = (config, tower.config)
@@ -71,7 +76,12 @@ def find_requested_states(
 
 
 def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, bool]:
-    """Return the requests as arguments, without those that the tower's forward does not take."""
+    """Return the requests as keyword arguments, if the tower's forward accepts them.
+
+    Args:
+        tower: the LLM or the vision tower.
+        requested: names of arguments, as `find_requested_states` returns them.
+    """
     parameters = inspect.signature(tower.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: True for name in requested if takes_any or name in parameters}
@@ -80,10 +90,16 @@ def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, boo
 def keep_states(
     output: Any, tower: nn.Module, requested: tuple[str, ...], *, pooled: Tensor
 ) -> BaseModelOutputWithPooling:
-    """Return a tower's output with its states as requested and another pooled embedding.
+    """Return a tower's output with the requested states and the given pooled embedding.
+
+    Args:
+        output: what the tower returned.
+        tower: the LLM or the vision tower.
+        requested: names of arguments, as `find_requested_states` returns them.
+        pooled: (B, D) float32, which becomes `pooler_output`.
 
     Raises:
-        ValueError: the tower did not return a state that was asked for, or only gaps.
+        ValueError: the tower did not return a requested state, or returned None for some layers.
     """
     states = {}
     for name in requested:

@@ -1,9 +1,9 @@
-"""The CPU engine: runs texts of unequal length through an LLM without wasting time on padding.
+"""Runs texts of unequal length through an LLM on a CPU without wasting time on padding.
 
-A CPU gains from small pieces: rows of several texts without any padding ("packs"), or, for LLMs
-that cannot run those, batches of texts of similar length. Packing goes through transformers' public
-attention interface, so no model code is copied. Whether a family passes everything through to its
-attention is checked on the model itself before the first use.
+A CPU is faster with small pieces of a batch: rows of several texts without padding ("packs"), or
+batches of texts of similar length for LLMs that cannot run packs. Packing uses transformers' public
+attention interface, so no model code is copied. Before the first use, a check on the model itself
+shows whether its family passes all arguments on to the attention.
 
 Uploaded with the weights. Shapes: B texts, L tokens, T tokens of a pack, D width of the LLM.
 """
@@ -27,42 +27,42 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 CPU_TOKEN_BUDGET = 2048
-# A pass over the weights costs about as much as this many tokens; merging two small batches pays
-# as long as it pads less than that.
+# Reading the weights once costs as much as about this many tokens. Merging two small batches is
+# faster if it adds less padding than that.
 PASS_COST_TOKENS = 64
 MAX_PADDING_SHARE = 0.1
 
-# The package and its copy on the Hub may both be loaded: each has names of its own.
+# The package and its copy from the Hub may both be loaded, so each needs its own names.
 _MODULE = re.sub(r"\W", "_", __name__)
 _NAME = f"{_MODULE}_packed"
-# Before torch 2.7 only the wider question can be asked.
+# torch before 2.7 has only is_compiling, which is also true while compiling.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _NEEDS_MORE = "needs more than packed attention computes."
-# Two ways to the same numbers, which differ by the order of sums; a mask forgotten differs by more
-# than a tenth.
+# Both paths compute the same numbers and differ by the order of sums; a missing mask would change
+# them by more than a tenth.
 _MOST_DIFFERENCE = 1e-3
-# The implementation is a setting of the shared configuration, so one pass at a time, of any kind:
-# a plain pass that met the packed setting midway would attend without its mask.
+# The attention implementation is a field of the shared configuration, so only one pass runs at a
+# time, packed or plain: a plain pass that saw the packed setting would attend without its mask.
 _switch = threading.RLock()
-# LLM → whether packing gives its own numbers, checked when it first matters.
+# LLM → whether packing gives the same numbers; checked before the first use.
 _checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def splits_batches(text_model: PreTrainedModel, *, packs_in_training: bool) -> bool:
-    """Return whether the CPU runs texts in packs or token batches, not as one padded batch.
+    """Return whether the CPU splits a batch into packs or token batches.
 
-    While the LLM is trained, a pass without gradients takes the same path as one with them:
-    gradient caching runs both, and dropout must draw the same masks for both.
+    While the LLM is trained, passes with and without gradients take the same path: gradient caching
+    runs both, and dropout must sample the same masks in both.
 
     Args:
         text_model: the LLM.
-        packs_in_training: whether a training on a CPU asked for packs.
+        packs_in_training: whether packs were requested for training on a CPU.
     """
     if is_traced():
         return False
     if not (torch.is_grad_enabled() or text_model.training):
         return True
-    # Recomputing a packed pass in the backward one would find the attention switched back.
+    # When the backward pass recomputes a packed one, the attention is already switched back.
     return packs_in_training and not any(
         getattr(module, "gradient_checkpointing", False) for module in text_model.modules()
     )
@@ -79,20 +79,21 @@ def pool_on_cpu(
     pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling],
     keep_tokens: bool = False,
 ) -> BaseModelOutputWithPooling:
-    """Pool texts of unequal length in small pieces, in packs where the LLM can run them.
+    """Encode and pool texts of unequal length in packs, or in token batches if the LLM needs them.
 
     Args:
         text_model: the LLM.
         input_ids: (B, L) int64, padded on either side.
         attention_mask: (B, L), 1 at real tokens, which are contiguous.
-        num_unpooled: tokens of prompt and instruction in front of each caption.
+        num_unpooled: number of tokens of prompt and instruction before each caption.
         pooling: `"mean"` or `"last_token"`.
-        width: of the last hidden states.
-        pool_padded: encodes a right-padded batch (ids, mask) for LLMs that cannot run packs.
-        keep_tokens: whether to return the last hidden states too.
+        width: D, width of the last hidden states.
+        pool_padded: function that encodes and pools a right-padded batch (ids, mask), for LLMs that
+            cannot run packs.
+        keep_tokens: whether to also return the last hidden states.
 
     Returns:
-        `pooler_output` (B, D) float32, and with `keep_tokens` `last_hidden_state` (B, L, D) of the
+        `pooler_output` (B, D) float32. With `keep_tokens` also `last_hidden_state` (B, L, D) in the
         LLM's dtype, zeros at padding.
     """
     keep_freed_memory()
@@ -133,7 +134,7 @@ def _runs_packs(text_model: PreTrainedModel, longest: int, device: torch.device)
 def _pool_pack(
     text_model: PreTrainedModel, texts: list[Tensor], num_unpooled: int, pooling: str
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the pooled texts, (B, D), and the hidden states of each, (L_i, D)."""
+    """Return the pooled texts, (B, D), and the hidden states of each text, (L_i, D)."""
     of_texts = run_packed(text_model, texts).split([len(text) for text in texts])
     if pooling == "mean":
         pooled = [states[num_unpooled:].float().mean(dim=0) for states in of_texts]
@@ -145,7 +146,7 @@ def _pool_pack(
 def _pool_token_batch(
     texts: list[Tensor], pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Do the same with padding."""
+    """Return the same as `_pool_pack`, computed with padding."""
     input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(text) for text in texts])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
@@ -157,12 +158,12 @@ def _pool_token_batch(
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """How the texts lie in the row.
+    """Positions of the texts in a pack, and the direction of their attention.
 
     Attributes:
-        cu_seqlens: where each text begins, and where the last one ends, (N + 1,) int64 on the
-            CPU. A tensor, so that a compiled layer takes other lengths without being compiled anew.
-        is_causal: whether a token sees only those before it.
+        cu_seqlens: start of each text and end of the last one, (N + 1,) int64 on the CPU. It is a
+            tensor, so that a compiled layer is not compiled again for other lengths.
+        is_causal: whether a token attends only to those before it.
     """
 
     cu_seqlens: Tensor
@@ -170,10 +171,14 @@ class PackedTexts:
 
 
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Fill rows up to a budget of tokens, longest texts first; equal lengths lie together.
+    """Group texts into packs that fit a token budget, longest texts first, equal lengths adjacent.
 
-    Returns: rows of indices into `lengths`, each index once; a longer text than the budget goes
-        alone.
+    Args:
+        lengths: number of tokens per text.
+        token_budget: maximum number of tokens per pack; a longer text gets a pack of its own.
+
+    Returns:
+        Packs of indices into `lengths`, each index once.
     """
     packs: list[list[int]] = []
     filled = 0
@@ -188,15 +193,16 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
 
 
 def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group texts of similar length into batches that fit a budget of tokens, padding included.
+    """Group texts of similar length into batches that fit a token budget, padding included.
 
     Args:
-        lengths: tokens per text.
-        token_budget: most tokens a batch may hold, padding included; a longer text goes alone.
+        lengths: number of tokens per text.
+        token_budget: maximum number of tokens per batch, padding included; a longer text gets a
+            batch of its own.
 
     Returns:
         Batches of indices into `lengths`, longest texts first, each index once. Padding is at most
-        a tenth of all tokens, and of a batch's tokens at most a tenth, or 64.
+        a tenth of all tokens. In one batch it is at most a tenth of the tokens, or 64 tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -224,15 +230,20 @@ def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[lis
 
 
 def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
-    """Run one row of texts through the LLM, in the direction that its configuration states.
+    """Run one pack of texts through the LLM, bidirectional or causal as configured.
 
     Args:
-        texts: token ids of each text, (L_i,) int64, equal lengths together.
-    Returns: last hidden states, (sum of L_i, D).
-    Raises: ValueError when the attention of this family asks for more than packing offers.
+        text_model: the LLM.
+        texts: token ids of each text, (L_i,) int64; texts of equal length must be adjacent.
+
+    Returns:
+        Last hidden states, (sum of L_i, D).
+
+    Raises:
+        ValueError: the attention of this family needs more than packing offers.
     """
     lengths = [len(text) for text in texts]
-    is_causal = getattr(text_model.config, "is_causal", True)  # as transformers' masks read it
+    is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
     position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     with _packed_attention(text_model):
@@ -246,19 +257,26 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
 
 
 def packing_allowed(text_model: PreTrainedModel) -> bool:
-    """Whether packing stands in for what was chosen: for the default, not for another wish."""
-    # Another thread's pass may be under way.
+    """Whether packing may replace the attention implementation: only the default, SDPA.
+
+    Args:
+        text_model: the LLM.
+    """
+    # It is _NAME while another thread runs a pack.
     return text_model.config._attn_implementation in ("sdpa", _NAME)
 
 
-@torch.no_grad()  # FSDP keeps what it gathers here, for passes with gradients
+@torch.no_grad()  # FSDP reuses weights gathered here in passes with gradients
 def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
-    """Compare three short texts in one row with each of them alone.
+    """Check that three short texts in one pack give the same numbers as each of them alone.
 
     Args:
-        device: where inputs go; the model's own says nothing when it is offloaded.
-    Returns: False where this family drops what packing needs, or its attention does more than plain
-    scaled dot products; such a family is run with padding.
+        text_model: the LLM.
+        device: device of the inputs, which an offloaded model does not report.
+
+    Returns:
+        False if this family drops arguments that packing needs, or if its attention computes more
+        than plain scaled dot products. Such a family is run with padding.
     """
     rows = torch.arange(12, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
@@ -271,7 +289,7 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
                 for text in texts
             ]
-    except (TypeError, ValueError):  # a forward that takes no such argument, or our refusal
+    except (TypeError, ValueError):  # forward rejects the argument, or attend_packed the model
         return False
     finally:
         text_model.train(was_training)
@@ -294,17 +312,34 @@ def attend_packed(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each text of the row; query (1, heads, T, d), key and value alike.
+    """Attend within each text of a pack, as an implementation of transformers' interface.
 
-    Returns: (1, T, heads, d) and no weights, as transformers' attention interface wants it.
-    Raises: ValueError for what it does not compute: soft caps, sinks, windows, a mask.
+    Args:
+        module: attention layer that calls this.
+        query: (1, heads, T, d).
+        key: (1, key heads, T, d), where key heads divide heads.
+        value: as `key`.
+        attention_mask: must be None.
+        scaling: factor of the dot products; None for d**-0.5.
+        dropout: probability of dropping an attention weight.
+        packed_texts: positions of the texts, as `run_packed` passes them.
+        sliding_window: window in tokens, which no text may exceed.
+        softcap: must be None or 0.
+        s_aux: attention sinks; must be None.
+        **_: further arguments of the interface, which are not used.
+
+    Returns:
+        (1, T, heads, d), and None in place of attention weights.
+
+    Raises:
+        ValueError: the layer needs a mask, soft capping, sinks or a window.
     """
     if packed_texts is None or attention_mask is not None or softcap or s_aux is not None:
         raise ValueError(f"{type(module).__name__} {_NEEDS_MORE}")
-    # Autocast leaves queries and keys in float32 behind their rotation by position.
+    # Under autocast, rotary embeddings leave queries and keys in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     cu_seqlens, is_causal = packed_texts.cu_seqlens, packed_texts.is_causal
-    # The operator knows no gradients, and costs a single short caption some time uncompiled.
+    # The operator has no gradients, and without a compiler it slows down a single short caption.
     in_graph = is_traced() and not torch.is_grad_enabled()
     attend = _attend_in_graph if in_graph else _attend
     mixed: Tensor = attend(
@@ -313,7 +348,7 @@ def attend_packed(
     return mixed.unsqueeze(0), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be traced for these lengths
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a trace would be specialized to these lengths
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -347,7 +382,7 @@ def _attend(
     return mixed
 
 
-# An operator, so that a layer compiles into one graph whatever the lengths are.
+# As an operator, it lets a layer compile into one graph for all lengths.
 _attend_in_graph = torch.library.custom_op(
     f"{_MODULE}::attend",
     _attend,
@@ -364,10 +399,10 @@ def _empty_mixed(query: Tensor, value: Tensor) -> Tensor:
 
 @cache
 def keep_freed_memory() -> None:
-    """Stop glibc from giving memory back to the system after every pass; works once a process.
+    """Stop glibc from returning memory to the system after every pass; runs once per process.
 
-    Freeing one block just under 32 MiB raises its thresholds to that size (mallopt(3),
-    M_MMAP_THRESHOLD: "dynamic"). Page faults cost a tenth of the time of a pass without it.
+    Freeing one block just under 32 MiB raises glibc's thresholds to that size (mallopt(3),
+    M_MMAP_THRESHOLD: "dynamic"). Otherwise page faults take a tenth of a pass's time.
     """
     for _ in range(2):
         torch.empty(31 * 2**18).zero_()
@@ -379,23 +414,23 @@ def _split(heads: Tensor, count: int, length: int) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether a compiler or an export runs this very call.
+    """Whether this call is being traced by a compiler or an export.
 
-    `torch.compiler.is_compiling` also says so to other threads of a process that compiles.
+    `torch.compiler.is_compiling` is also true in other threads of a process that compiles.
     """
     return torch.compiler.is_dynamo_compiling() or _is_exporting()
 
 
 @contextmanager
 def acquire_text_forward_lock() -> Iterator[None]:
-    """Let the passes of other threads wait, packed and plain ones, while the LLM is set for one."""
+    """Block packed and plain passes of other threads while one thread uses the LLM."""
     with _switch:
         yield
 
 
 @contextmanager
 def _packed_attention(text_model: PreTrainedModel) -> Iterator[None]:
-    """Let the LLM use packed attention for one pass."""
+    """Switch the LLM to packed attention for one pass."""
     AttentionInterface.register(_NAME, attend_packed)
     with _switch:
         before = text_model.config._attn_implementation

@@ -1,7 +1,7 @@
-"""Images and texts into what the model takes; bad ones are refused by name.
+"""Turns images and texts into model inputs, with an error for each invalid one.
 
-Travels to the Hub beside the weights. The prompt around every caption is not here but in the saved
-tokenizer, so that a bare tokenizer and a pipeline give the same ids as this processor.
+Uploaded with the weights. The prompt around captions is part of the saved tokenizer, so a tokenizer
+alone and a pipeline give the same ids as this processor.
 """
 
 from __future__ import annotations
@@ -18,38 +18,48 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 from .image_loading_llm2clip import load_images
 from .loading_llm2clip import naming_code
 
-# Options of any processor that make something else of a row than one caption or one image; a
-# caller of many kinds of processors may name them, but not use them.
+# Options of other processors, with which a row is more than one caption or one image. Callers of
+# many processors may pass them without a value.
 _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
     "return_overflowing_tokens", "audio", "videos",
 }  # fmt: skip
-_NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers gives all kinds, always
-# Where a file of a model is looked for.
-_PLACE_OPTIONS = (
+_NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always passes both
+# Options that say where to look for the files of a model.
+_LOCATION_OPTIONS = (
     "cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder",
 )  # fmt: skip
-# What transformers puts into a processor's dictionary beside processor_config.json.
+# Entries of a processor's dictionary that transformers reads from other files.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
-# A tokenizer keeps truncation and padding as its state between being told and reading a text, so
-# threads that share one would get each other's lengths.
+# A tokenizer stores truncation and padding as state before it reads a text, so threads that share
+# one without a lock would get each other's lengths.
 _tokenizing = threading.RLock()
 
 
 class LLM2CLIPProcessor(ProcessorMixin):
-    """Image processor and tokenizer of one checkpoint.
+    """Image processor and tokenizer of a model.
+
+    Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
 
     Args:
-        image_processor: any transformers image processor.
-        tokenizer: the LLM's tokenizer with the checkpoint's prompt written into it.
-        max_text_length: most tokens of a text, prompt included.
+        image_processor: any image processor of transformers.
+        tokenizer: the LLM's tokenizer, with the model's prompt as part of it.
+        max_text_length: maximum number of tokens per text, prompt included.
+        **kwargs: further arguments of `ProcessorMixin`.
 
     Attributes:
-        num_truncated_texts: how many texts were cut so far, ever; set it to 0 at will.
+        num_truncated_texts: number of texts truncated so far; may be set to 0.
 
-    Threads may share it. Beside them, leave its tokenizer alone: a bare tokenizer is not safe.
+    Raises:
+        ValueError: `max_text_length` is not a positive integer.
 
-    Raises: ValueError when `max_text_length` is no positive integer.
+    Example:
+        >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
+        >>> batch = processor(text=["a dog", "two red apples"], images=["dog.png"])
+        >>> sorted(batch)
+        ['attention_mask', 'input_ids', 'pixel_values']
+        >>> processor.num_truncated_texts
+        0
     """
 
     _auto_class = "AutoProcessor"
@@ -67,9 +77,16 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but never ask whether to run code of the folder.
+        """Load as transformers does, but without asking on the terminal whether to run custom code.
 
-        Raises: ValueError naming the file that names code without which nothing can be loaded.
+        Args:
+            pretrained_model_name_or_path: folder or Hub repository.
+            args: further positional arguments of transformers.
+            kwargs: keyword arguments of transformers.
+
+        Raises:
+            ValueError: it cannot be loaded without custom code; the message names the file that
+                refers to that code.
         """
         if kwargs.get("trust_remote_code"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -81,11 +98,18 @@ class LLM2CLIPProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `processor_config.json`; without that file take the text length from `config.json`.
+        """Read `processor_config.json`, or else the text length from `config.json`.
 
-        A folder lacks it where model, tokenizer and image processor were saved one by one.
+        A folder lacks the former if model, tokenizer and image processor were saved one by one.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub repository.
+            kwargs: keyword arguments of transformers.
+
+        Returns:
+            The dictionary, and the keyword arguments that were not used.
         """
-        place = {name: kwargs[name] for name in _PLACE_OPTIONS if name in kwargs}
+        place = {name: kwargs[name] for name in _LOCATION_OPTIONS if name in kwargs}
         found: dict[str, Any]
         found, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if set(found) <= _FROM_OTHER_FILES:
@@ -100,13 +124,19 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> LLM2CLIPProcessor:
         """Build from the dictionary of a saved `processor_config.json`.
 
-        Raises: ValueError when it has no `max_text_length`, misspelt or lost: a default in its
-            place would cut texts elsewhere than the checkpoint does.
+        Args:
+            args: image processor and tokenizer.
+            processor_dict: content of the file.
+            kwargs: fields to override.
+
+        Raises:
+            ValueError: `max_text_length` is missing. A default could truncate texts at another
+                length than the model was trained with.
         """
         if "max_text_length" not in {*processor_dict, *kwargs}:
             raise ValueError(
-                f"processor_config.json lacks max_text_length, and nothing is guessed; it has "
-                f"{sorted(processor_dict)}. Restore it from the original checkpoint, or pass "
+                f"processor_config.json lacks max_text_length, which has no default; it has "
+                f"{sorted(processor_dict)}. Restore it from the original model folder, or pass "
                 "max_text_length."
             )
         return super().from_args_and_dict(args, processor_dict, **kwargs)  # type: ignore[no-any-return]
@@ -122,18 +152,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Prepare images, texts, or both.
 
         Args:
-            images: an image or a list of them: PIL, path, URL, or RGB arrays and tensors,
-                (H, W, 3) or (3, H, W): uint8, uint16 (scaled), or floats in [0, 1] together with
-                `do_rescale=False`; a batch of them as one. Transparency becomes white, EXIF
-                rotation is applied, of an animation the first frame counts.
-            text: a caption or a list of them. Defaults: padding, truncation before the prompt's
-                suffix, PyTorch tensors.
-            on_long_text: `"truncate"` and count in `num_truncated_texts`, or `"error"`.
-            **kwargs: for the tokenizer and the image processor, flat or as `text_kwargs`,
-                `images_kwargs`, `common_kwargs`.
-        Returns: `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L).
-        Raises: ValueError naming every blank or non-text caption, the image that is broken, or
-            the option that is not known.
+            images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
+                (H, W, 3) or (3, H, W). Arrays are uint8, uint16 (scaled to 8 bits), or floats in
+                [0, 1] with `do_rescale=False`; a 4-dimensional batch is read as a list. See
+                `load_images` for transparency, EXIF rotation and animations.
+            text: one caption or a list. By default texts are padded, truncated before the prompt's
+                suffix, and returned as PyTorch tensors.
+            on_long_text: `"truncate"`, which counts in `num_truncated_texts`, or `"error"`.
+            **kwargs: options of the tokenizer and the image processor, flat or in `text_kwargs`,
+                `images_kwargs` and `common_kwargs`.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L) int64, as
+            far as images and texts were given.
+
+        Raises:
+            ValueError: a caption is blank or not a string, an image is invalid, or an option is
+                unknown. The message names them.
         """
         if on_long_text not in ("truncate", "error"):
             raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
@@ -158,16 +193,16 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return batch
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
-        """Return the token ids of each text as calling would, unpadded.
+        """Return the same token ids of each text as a call, without padding.
 
         Args:
-            texts: non-blank texts, N of them.
+            texts: N non-blank texts.
 
         Returns:
-            Ids of each text, and whether it was truncated, N of each.
+            N lists of ids, and N booleans for whether the text was truncated.
 
         Raises:
-            ValueError: a text is blank or not a string; all of them are named.
+            ValueError: a text is blank or not a string. The message names them.
         """
         texts = clean_list(texts)
         with _tokenizing:
@@ -178,12 +213,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     @property
     def longest_text(self) -> int:
-        """Most tokens of a text: by `max_text_length`, and by the tokenizer's own length."""
-        # The latter is what sentence-transformers' max_seq_length sets.
+        """Maximum number of tokens per text: `max_text_length` or the tokenizer's own maximum."""
+        # sentence-transformers' max_seq_length sets the latter.
         return min(self.max_text_length, int(self.tokenizer.model_max_length))
 
     def _rescales(self, kwargs: dict[str, Any]) -> bool | None:
-        """Whether the image processor will divide pixels by 255; None if it never does."""
+        """Whether the image processor divides pixels by 255 in this call; None if it never does."""
         nested = [kwargs.get(name) or {} for name in ("images_kwargs", "common_kwargs")]
         given = next((p["do_rescale"] for p in (kwargs, *nested) if "do_rescale" in p), None)
         if given:
@@ -192,9 +227,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return (True if given is None else False) if own else None
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Sort the tokenizer's settings, wherever they were given, and add our defaults.
+        """Collect the tokenizer's options into `text_kwargs` and add the defaults.
 
-        Sorted here, because the oldest transformers we support loses some that are given flat.
+        The oldest supported transformers ignores some options that are given flat.
         """
         common = dict(kwargs.pop("common_kwargs", None) or {})
         nested = dict(kwargs.pop("text_kwargs", None) or {})
@@ -204,7 +239,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
             raise ValueError(f"Given twice, flat and in text_kwargs: {twice}. Give each once.")
         given = {**common, **nested, **flat}
         tensors = given.pop("return_tensors", "pt")
-        if given.get("max_length", 0) is None:  # as in tokenizers: none of one's own
+        if given.get("max_length", 0) is None:  # None means the default, as in tokenizers
             del given["max_length"]
         defaults = {"padding": True, "truncation": True, "max_length": self.longest_text}
         text_kwargs = {k: v for k, v in {**defaults, **given}.items() if k in known}
@@ -213,7 +248,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
 
     def _require_room(self, text_kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for a length that leaves a caption no token, which would cut nothing."""
+        """Raise ValueError for a length without room for a caption; nothing would be truncated."""
         length = _check_length(text_kwargs["max_length"], "max_length")
         num_prompt = self.tokenizer.num_special_tokens_to_add()
         if text_kwargs["truncation"] and length <= num_prompt:
@@ -227,15 +262,15 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> None:
         texts = [text] if isinstance(text, str) else text
         mask = batch["attention_mask"]
-        rows = [mask] if np.ndim(mask[0]) == 0 else mask  # rows may be unequally long lists
+        rows = [mask] if np.ndim(mask[0]) == 0 else mask  # rows may be lists of unequal length
         lengths = [int(sum(row)) for row in rows]
-        # Only a text of the greatest length, or beyond it untruncated, can have been longer.
+        # A text below this length was not truncated. Without truncation it may exceed it.
         least = min(limit, self.tokenizer.model_max_length)
         full = [number for number, length in enumerate(lengths) if length >= least]
         if not full:
             return
-        whole = self.tokenizer([texts[i] for i in full], truncation=False, verbose=False)
-        length_of = {i: len(ids) for i, ids in zip(full, whole["input_ids"], strict=True)}
+        full_ids = self.tokenizer([texts[i] for i in full], truncation=False, verbose=False)
+        length_of = {i: len(ids) for i, ids in zip(full, full_ids["input_ids"], strict=True)}
         long = [number for number, length in length_of.items() if length > limit]
         if long and on_long_text == "error":
             raise ValueError(
@@ -246,7 +281,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
 
 def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
-    """Raise ValueError for options that nothing would read: transformers drops them."""
+    """Raise ValueError for unknown options, which transformers would drop silently."""
     own = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ())
     of_texts, of_images = set(TextKwargs.__annotations__), {*ImagesKwargs.__annotations__, *own}
     either = of_texts | of_images
@@ -268,7 +303,7 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
     if unknown:
         taken = sorted({"on_long_text", *known, *either} - _NOT_TAKEN)
         raise ValueError(
-            f"LLM2CLIPProcessor does not know {unknown}, at least not there. Known: {taken}. "
+            f"LLM2CLIPProcessor has no options {unknown}, or not at this level. Known: {taken}. "
             "Correct the spelling, or leave them out."
         )
     if refused:
@@ -279,21 +314,28 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
 
 def _check_length(length: Any, name: str) -> int:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"{name}={length!r} is no length; give a positive integer of tokens.")
+        raise ValueError(f"{name}={length!r} must be a positive integer (tokens).")
     return length
 
 
 def clean_texts(text: Any) -> str | list[str]:
-    """Return a caption, or a list of them, as the tokenizer is to get it: no blanks around it.
+    """Strip one caption or a list of captions.
 
-    The tokenizer strips too, but not blanks that are tokens of their own in some.
+    Tokenizers strip too, but some have tokens for whitespace, which they keep.
 
-    Raises: ValueError for what is neither, or naming every caption that is not text or is blank.
+    Args:
+        text: one caption, or an iterable of captions.
+
+    Returns:
+        One string, or a list of strings.
+
+    Raises:
+        ValueError: it is neither, or a caption is blank or not a string. The message names them.
     """
     if isinstance(text, str):
         check_texts(text)
         return text.strip()
-    # An iteration over a table gives the names of its columns, over a set any order.
+    # Iteration over a table gives the names of its columns, and over a set an arbitrary order.
     is_table = isinstance(text, Mapping) or len(getattr(text, "shape", (1,))) != 1
     if is_table or isinstance(text, bytes | Set) or not isinstance(text, Iterable):
         raise ValueError(
@@ -305,14 +347,28 @@ def clean_texts(text: Any) -> str | list[str]:
 
 
 def clean_list(texts: Any) -> list[str]:
-    """Do the same where only a list will do: one string would be a list of letters."""
+    """Strip a list of captions, and reject a single string.
+
+    Args:
+        texts: an iterable of captions.
+
+    Raises:
+        ValueError: it is a string or not iterable, or a caption is blank or not a string.
+    """
     if isinstance(texts, str):
         raise ValueError(f"Got one string ({texts[:40]!r}); give a list of captions.")
     return list(clean_texts(texts))
 
 
 def check_texts(text: str | list[str]) -> None:
-    """Raise ValueError naming every caption that is not text or is blank."""
+    """Check that every caption is a non-blank string.
+
+    Args:
+        text: one caption or a list of captions.
+
+    Raises:
+        ValueError: a caption is blank, not a string or not valid Unicode, or the list is empty.
+    """
     errors = []
     for number, caption in enumerate([text] if isinstance(text, str) else text):
         if not isinstance(caption, str):
@@ -320,7 +376,7 @@ def check_texts(text: str | list[str]) -> None:
         elif not caption.strip():
             errors.append(f"number {number} is blank: {caption!r}")
         elif not _is_unicode(caption):
-            errors.append(f"number {number} has half a surrogate pair: {caption[:40]!r}")
+            errors.append(f"number {number} has an unpaired surrogate: {caption[:40]!r}")
     if not isinstance(text, str) and not text:
         errors.append("the list is empty")
     if errors:
@@ -332,7 +388,7 @@ def check_texts(text: str | list[str]) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8, which tokenizers read."""
+    """Whether a text can be encoded as UTF-8, which tokenizers read."""
     try:
         text.encode()
     except UnicodeEncodeError:

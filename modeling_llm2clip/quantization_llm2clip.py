@@ -1,4 +1,4 @@
-"""Quantization by bitsandbytes reaches the LLM alone, and is saved only as it was loaded.
+"""Quantization by bitsandbytes: applies to the LLM alone, and is saved only as it was loaded.
 
 Uploaded with the weights.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-# What is not the LLM: its embeddings are what the checkpoint promises, and it is small beside it.
+# All parts but the LLM. They are small, and quantizing them would change image embeddings.
 KEPT_IN_FULL = [
     "vision_model",
     "visual_projection",
@@ -19,21 +19,21 @@ KEPT_IN_FULL = [
     "text_projection",
     "logit_scale",
 ]
-_QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # of bitsandbytes, which need not be installed
+_QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # classes of bitsandbytes, which is optional
 _DICTIONARY_KEYS = ("load_in_4bit", "load_in_8bit")
 
 
 def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: bool) -> Any:
-    """Return a `quantization_config` for `from_pretrained` that leaves all but the LLM alone.
+    """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
 
     Args:
-        quantization_config: the caller's, which is not changed. Other methods than bitsandbytes'
-            are returned as they are.
-        class_name: of the model that is loaded.
+        quantization_config: the caller's configuration, which is not changed. One for another
+            library than bitsandbytes is returned as it is.
+        class_name: name of the class that is loaded, for the error message.
         has_llm: whether that class has an LLM.
 
     Raises:
-        ValueError: bitsandbytes is asked for, and there is no LLM to quantize.
+        ValueError: bitsandbytes is requested, and the class has no LLM.
     """
     config = quantization_config
     if isinstance(config, dict) and any(config.get(key) for key in _DICTIONARY_KEYS):
@@ -42,9 +42,9 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
         return config
     if not has_llm:
         raise ValueError(
-            f"{class_name} has no LLM, and only an LLM is quantized by bitsandbytes: vision tower "
-            "and projections would give other embeddings. Leave quantization_config out; "
-            "dtype=torch.bfloat16 halves the memory."
+            f"{class_name} has no LLM, and only an LLM may be quantized by bitsandbytes: a "
+            "quantized vision tower or projection would give other embeddings. Leave "
+            "quantization_config out; dtype=torch.bfloat16 needs half the memory."
         )
     config = copy.deepcopy(config)
     config.llm_int8_skip_modules = [
@@ -55,7 +55,14 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
 
 
 def require_restorable(model: nn.Module) -> None:
-    """Raise ValueError for a model that bitsandbytes would load again with other weights."""
+    """Check that bitsandbytes would load the same weights that it saves.
+
+    Args:
+        model: the model that is going to be saved.
+
+    Raises:
+        ValueError: it was not loaded with its quantization, or has run 4-bit layers on a CPU.
+    """
     quantized = {
         name: module
         for name, module in model.named_modules()
@@ -67,16 +74,16 @@ def require_restorable(model: nn.Module) -> None:
         raise ValueError(
             f"{len(quantized)} layers are quantized by bitsandbytes (first: "
             f"{next(iter(quantized))}), but the model was not loaded with a quantization_config, "
-            "so config.json would not say how to load them. Save the model with an LLM in full "
+            "so config.json would not record how to load them. Save the model with an LLM in full "
             "precision, and quantize it while loading that folder."
         )
-    # bitsandbytes reorders 4-bit weights for the CPU in their first pass there, rounds their
-    # scales to bfloat16, and does not undo all of it on saving.
+    # In the first pass on a CPU, bitsandbytes reorders 4-bit weights and rounds their scales to
+    # bfloat16. Saving does not fully undo that.
     reordered = [name for name, module in quantized.items() if _was_reordered(module)]
     if reordered:
         raise ValueError(
-            f"{len(reordered)} 4-bit layers have run on a CPU (first: {reordered[0]}), for which "
-            "bitsandbytes reordered their weights; it would save other weights than it loaded. "
+            f"{len(reordered)} 4-bit layers have run on a CPU (first: {reordered[0]}), where "
+            "bitsandbytes reorders their weights, so it would save other weights than it loaded. "
             "Load the model again and save it before its first pass, or run it on a GPU."
         )
 

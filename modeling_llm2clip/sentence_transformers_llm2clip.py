@@ -1,8 +1,8 @@
-"""The three JSON files that make a saved folder a sentence-transformers model too.
+"""Writes the three JSON files with which sentence-transformers loads a saved folder.
 
-They name sentence-transformers' own modules only, because a custom module would need
-`trust_remote_code`. Its `Transformer` module finds the model's methods by name, and `Normalize`
-gives their features unit length, as `forward` does.
+They refer to sentence-transformers' own modules only, because a custom module would need
+`trust_remote_code`. Its `Transformer` module calls the model's methods by name, and `Normalize`
+scales their features to unit length, as `forward` does.
 
 Uploaded with the weights.
 """
@@ -36,7 +36,7 @@ _MODALITIES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
     "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
 }
-# sentence-transformers puts these in front of queries and documents where a model has no others.
+# sentence-transformers uses these for queries and documents if a model has no others.
 _NO_INSTRUCTIONS = {"query": "", "document": ""}
 
 
@@ -45,16 +45,16 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write `modules.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 
-    The last one is kept where it already has these instructions, with whatever else
-    sentence-transformers or a user wrote into it.
+    The last file is left as it is if it already has these instructions, because
+    sentence-transformers or a user may have added other fields.
 
     Args:
-        folder: of the model.
-        instructions: name → text put in front of a caption: attended to and not pooled.
-        modalities: what the model encodes: `"text"`, `"image"`, or both.
+        folder: the model folder.
+        instructions: name → text that precedes a caption; attended to, not pooled.
+        modalities: `"text"`, `"image"`, or both.
 
     Raises:
-        ValueError: an existing `config_sentence_transformers.json` is not readable.
+        ValueError: an existing `config_sentence_transformers.json` is not valid JSON.
     """
     _write(folder / "modules.json", _MODULES)
     _write(
@@ -65,7 +65,7 @@ def write_sentence_transformers_files(
             "modality_config": {
                 name: methods for name, methods in _MODALITIES.items() if name in modalities
             },
-            # Not max_length, which would win over the max_seq_length that a user sets.
+            # A max_length here would override the max_seq_length that a user sets.
             "processing_kwargs": {"text": {"truncation": True, "padding": True}},
         },
     )
@@ -86,34 +86,34 @@ def read_instructions(folder: Path) -> dict[str, str] | None:
     """Read the instructions of a folder's `config_sentence_transformers.json`.
 
     Args:
-        folder: of a model.
+        folder: a model folder.
 
     Returns:
-        Name → text, without blank texts for queries and documents; None without that file.
+        Name → text, without blank texts for queries and documents; None if the file is absent.
 
     Raises:
-        ValueError: the file is not readable.
+        ValueError: the file is not valid JSON.
     """
     settings = _read(folder / SETTINGS_FILE)
     return None if settings is None else _without_defaults(settings.get("prompts") or {})
 
 
 def find_instructions(folder: Path, instructions: Mapping[str, str]) -> dict[str, str]:
-    """Choose the instructions that a model is saved with: the model's, or newer ones of the folder.
+    """Choose the instructions to save: the model's, or newer ones in the folder.
 
-    sentence-transformers writes its settings, with a user's instructions, just before it saves the
-    model into the same folder. So where the folder's differ from those in `config.json` beside
-    them, or that file is not there yet, they are newer and win.
+    sentence-transformers writes its configuration, with a user's instructions, just before it saves
+    the model to the same folder. So the folder's instructions are newer, and are chosen, if they
+    differ from those in its `config.json` or if that file does not exist yet.
 
     Args:
-        folder: that the model is going to be saved to; it may be empty.
-        instructions: the model's.
+        folder: folder that the model is going to be saved to; it may be empty.
+        instructions: the model's instructions.
 
     Returns:
         Name → text.
 
     Raises:
-        ValueError: a file of the folder is not readable.
+        ValueError: a file of the folder is not valid JSON.
     """
     written, config = read_instructions(folder), _read(folder / "config.json")
     if written is None:
@@ -129,16 +129,16 @@ def check_instructions(
     num_suffix: int,
     max_text_length: int,
 ) -> None:
-    """Refuse instructions that sentence-transformers would measure wrongly.
+    """Check that sentence-transformers counts the tokens of each instruction correctly.
 
-    It tokenizes the instruction alone and leaves as many tokens out of the pooling. Where a caption
-    behind it changes its tokens, a token of the caption would be lost, or one too many pooled.
+    It tokenizes the instruction alone, and excludes that number of tokens from pooling. If a
+    following caption changes the instruction's tokens, the wrong tokens would be pooled.
 
     Args:
-        tokenizer: the model's.
-        instructions: name → text; blank ones are fine.
-        num_suffix: tokens of the prompt's suffix.
-        max_text_length: most tokens of a text, prompt included.
+        tokenizer: the model's tokenizer.
+        instructions: name → text; may be blank.
+        num_suffix: number of tokens of the prompt's suffix.
+        max_text_length: maximum number of tokens per text, prompt included.
 
     Raises:
         ValueError: an instruction's tokens change when a caption follows, or it leaves no room for
@@ -155,16 +155,16 @@ def check_instructions(
                 f"{len(alone) + num_suffix} of {max_text_length} tokens. Shorten it."
             )
         for caption in ("A cat.", "two cats", "7 cats"):
-            whole = _without_last(
+            with_caption = _without_last(
                 tokenizer(instruction + caption, verbose=False)["input_ids"], num_suffix
             )
-            pooled = str(tokenizer.decode(whole[len(alone) :])).strip(" ")
-            if whole[: len(alone)] != alone or pooled != caption:
+            pooled = str(tokenizer.decode(with_caption[len(alone) :])).strip(" ")
+            if with_caption[: len(alone)] != alone or pooled != caption:
                 errors.append(f"{name!r}: {instruction!r} before {caption!r} pools {pooled!r}")
                 break
     if errors:
         raise ValueError(
-            "These instructions do not keep their tokens when a caption follows: "
+            "The tokens of these instructions change when a caption follows: "
             f"{'; '.join(errors)}. End them with ': ' (colon and space)."
         )
 

@@ -1,6 +1,6 @@
-"""What a vision tower takes and gives: sizes of images, and one embedding an image.
+"""Properties of vision towers: image sizes, patches, and pooling into one embedding per image.
 
-Travels to the Hub beside the weights. Shapes: B images, L tokens, D width of the tower.
+Uploaded with the weights. Shapes: B images, L tokens, D width of the tower.
 """
 
 from __future__ import annotations
@@ -10,24 +10,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What towers call the token that stands for the whole image.
+# Names of the token that represents the image as a whole.
 _CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
 def check_pixels(pixel_values: Tensor) -> None:
-    """Raise ValueError for what no image processor gives, with its dtype and shape."""
+    """Check the dtype and number of dimensions of pixels.
+
+    Args:
+        pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
+
+    Raises:
+        ValueError: no image processor returns such a tensor.
+    """
     if not pixel_values.is_floating_point() or pixel_values.ndim not in (3, 4):
         raise ValueError(
             "pixel_values must be floating point of shape (B, 3, H, W), or (B, patches, values) "
             f"for SigLIP2; got {pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor "
-            "or image processor that is saved with the checkpoint."
+            "or image processor that is saved with the model."
         )
 
 
 def find_width(vision_model: nn.Module) -> int:
-    """Width of a tower's image embedding; timm networks know it themselves.
+    """Return the width of a tower's image embedding.
 
-    Raises: ValueError for a family whose configuration does not state it.
+    Args:
+        vision_model: the vision tower.
+
+    Raises:
+        ValueError: neither the configuration nor a timm network states the width.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
@@ -35,23 +46,34 @@ def find_width(vision_model: nn.Module) -> int:
     config: Any = vision_model.config
     width = getattr(config, "hidden_size", None)
     if width is None and getattr(config, "hidden_sizes", None):
-        width = config.hidden_sizes[-1]  # convolutional towers: one a stage, the last is pooled
+        width = config.hidden_sizes[-1]  # convolutional: one per stage; the last is pooled
     if width is None:
         raise ValueError(
-            f"A {config.model_type!r} tower states neither hidden_size nor hidden_sizes, so the "
-            "width of its image embedding is not known. Take the same network from timm, or "
-            "another tower."
+            f"The width of the image embedding is unknown: the configuration of this "
+            f"{config.model_type!r} tower has neither hidden_size nor hidden_sizes. Use the same "
+            "network from timm, or another tower."
         )
     return int(width)
 
 
 def has_class_token(vision_model: nn.Module) -> bool:
-    """Whether the tower has a token of its own for the whole image."""
+    """Whether the tower has a class token.
+
+    Args:
+        vision_model: the vision tower.
+    """
     return any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in vision_model.named_parameters())
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the images that a tower has positions for; None where any will do."""
+    """Return the image size that a tower has positions for.
+
+    Args:
+        vision_model: the vision tower.
+
+    Returns:
+        Height and width in pixels; None if the tower takes any size.
+    """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         patches: Any = getattr(timm_model, "patch_embed", None)
@@ -65,7 +87,11 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
 
 
 def find_patch_size(vision_model: nn.Module) -> int:
-    """Side of a patch in pixels; 0 for networks without patches."""
+    """Return the side of a patch in pixels; 0 for networks without patches.
+
+    Args:
+        vision_model: the vision tower.
+    """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is None:
         config: Any = vision_model.config
@@ -77,14 +103,21 @@ def find_patch_size(vision_model: nn.Module) -> int:
 def choose_interpolation(
     vision_model: nn.Module, pixel_values: Tensor, *, wanted: bool
 ) -> dict[str, bool]:
-    """Return the tower's argument for images of this size.
+    """Return the tower's argument for interpolation, as images of this size need it.
+
+    Some towers would silently give images of another size the positions of other patches.
 
     Args:
-        pixel_values: (B, 3, H, W), or patches, which carry their own positions.
-        wanted: whether positions may be interpolated for another size than the tower's.
-    Raises: ValueError for a size the tower has no positions for, if interpolation is not wanted,
-        not possible, or would cut a part of a patch off. Some towers would take such images
-        without a word and give them the positions of other patches.
+        vision_model: the vision tower.
+        pixel_values: (B, 3, H, W), or SigLIP2's patches, which have their own positions.
+        wanted: whether positions may be interpolated for another size than the tower's own.
+
+    Returns:
+        Keyword arguments of the tower's forward.
+
+    Raises:
+        ValueError: the tower has no positions for this size, and interpolation is not allowed or
+            not possible; or the size is not a multiple of the patch size.
     """
     found = (pixel_values.shape[-2], pixel_values.shape[-1])
     own = find_fixed_size(vision_model)
@@ -96,8 +129,8 @@ def choose_interpolation(
     patch = find_patch_size(vision_model)
     if patch and any(side % patch for side in found):
         raise ValueError(
-            f"{what}, which are not whole patches of {patch}: the rest would be cut off. Choose "
-            "multiples of it."
+            f"{what}: height and width must be multiples of the patch size {patch}, because the "
+            "tower would ignore the rest. Resize the images."
         )
     return {} if own is None else {"interpolate_pos_encoding": True}
 
@@ -106,12 +139,10 @@ def _require_interpolation(
     vision_model: nn.Module, what: str, own: tuple[int, int], *, wanted: bool
 ) -> None:
     tower = f"this vision tower has positions for {own[0]} × {own[1]}"
-    size = "Let the checkpoint's processor make images of that size"
+    size = "Prepare the images with the model's processor"
     build = "build the model with image_size (llm2clip build --image-size)"
     if not _can_interpolate(vision_model):
-        raise ValueError(
-            f"{what}; {tower} and cannot interpolate them while it runs. {size}, or {build}."
-        )
+        raise ValueError(f"{what}; {tower} and cannot interpolate them. {size}, or {build}.")
     if not wanted:
         raise ValueError(
             f"{what}; {tower}. {size}, pass interpolate_pos_encoding=True, or {build}."
@@ -119,7 +150,11 @@ def _require_interpolation(
 
 
 def count_prefix_tokens(vision_model: nn.Module) -> int:
-    """How many tokens a tower puts before its patches: class and distillation token, registers."""
+    """Count the tokens before a tower's patches: class token, distillation token and registers.
+
+    Args:
+        vision_model: the vision tower.
+    """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
@@ -130,9 +165,10 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
 
 
 def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
-    """Return a tower's tokens without those that are not patches.
+    """Return the hidden states of a tower's patches, without class token and registers.
 
     Args:
+        vision_model: the vision tower.
         hidden_states: (B, L, D).
         pixel_values: (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout.
 
@@ -140,7 +176,7 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
         (B, L - prefix, D).
 
     Raises:
-        ValueError: what is left is not the patches of such an image, so nothing is guessed.
+        ValueError: the remaining tokens do not match the patches of an image of this size.
     """
     num_prefix = count_prefix_tokens(vision_model)
     patches = hidden_states[:, num_prefix:]
@@ -156,7 +192,7 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
         config: Any = vision_model.config
         raise ValueError(
             f"vision_pooling='patch_mean', but this {config.model_type!r} tower returns "
-            f"{hidden_states.shape[1]} tokens, {num_prefix} of them known not to be patches, for "
+            f"{hidden_states.shape[1]} tokens, {num_prefix} of them before the patches, for "
             f"{expected or 'an unknown number of'} patches of the image. Use 'pooler', 'cls' or "
             "'mean'."
         )
@@ -171,12 +207,20 @@ def pool_vision(
     pixel_values: Tensor,
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """Reduce a tower's output to one embedding an image, (B, D).
+    """Pool a tower's output into one embedding per image.
 
     Args:
+        output: what the tower returned.
         pooling: `"pooler"`, `"cls"`, `"mean"` or `"patch_mean"`, see `LLM2CLIPConfig`.
-        vision_model, pixel_values: the tower and its input, which say what tokens are patches.
+        vision_model: the vision tower.
+        pixel_values: the tower's input.
         patch_mask: (B, L), 0 where a patch is padding.
+
+    Returns:
+        (B, D), or (B, D, 1, 1) for the pooler of a convolutional tower.
+
+    Raises:
+        ValueError: the tower's output does not have what this pooling needs.
     """
     if pooling == "pooler":
         pooled = getattr(output, "pooler_output", None)

@@ -1,4 +1,4 @@
-"""Laws of the configuration: it keeps every number, and refuses what it cannot know."""
+"""Laws of the configuration: it saves every field, and rejects missing and unknown ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(**settings: Any) -> LLM2CLIPConfig:
 
 @pytest.fixture
 def saved() -> dict[str, Any]:
-    """What config.json of a model with no default value holds."""
+    """Content of the config.json of a model in which no field has its default."""
     content: dict[str, Any] = json.loads(build(**OTHER_THAN_DEFAULT).to_json_string())
     return content
 
@@ -71,7 +71,7 @@ def test_every_field_survives_saving_and_loading(load: Any, tmp_path: Path) -> N
     assert after.text_config.is_causal is True
 
 
-def test_saving_what_was_loaded_changes_nothing(tmp_path: Path) -> None:
+def test_saving_a_loaded_configuration_changes_nothing(tmp_path: Path) -> None:
     build(**OTHER_THAN_DEFAULT).save_pretrained(tmp_path / "first")
     LLM2CLIPConfig.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     first, second = (tmp_path / name / "config.json" for name in ("first", "second"))
@@ -79,7 +79,7 @@ def test_saving_what_was_loaded_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_values_equal_to_the_defaults_are_written_too(tmp_path: Path) -> None:
-    # Otherwise a changed default would change old checkpoints.
+    # Otherwise a changed default would change older models.
     build().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert set(OTHER_THAN_DEFAULT) | {"format_version"} <= set(content)
@@ -96,36 +96,36 @@ def test_a_copy_is_equal_and_independent() -> None:
     assert before.text_config.hidden_size == 48
 
 
-def test_an_unknown_field_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"does not know \['pooling_mode'\].*'text_pooling'"):
+def test_an_unknown_field_is_rejected_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"has no fields \['pooling_mode'\].*'text_pooling'"):
         build(pooling_mode="mean")
 
 
-def test_an_unknown_field_in_a_saved_file_is_refused(saved: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"does not know \['instruct'\]"):
+def test_an_unknown_field_in_a_saved_file_is_rejected(saved: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"has no fields \['instruct'\]"):
         LLM2CLIPConfig.from_dict({**saved, "instruct": "x"})
 
 
 @pytest.mark.parametrize(
-    ("version", "way_out"),
-    [(FORMAT_VERSION + 1, "upgrade modeling_llm2clip"), (FORMAT_VERSION - 1, "convert")],
+    ("version", "remedy"),
+    [(FORMAT_VERSION + 1, "Upgrade modeling_llm2clip"), (FORMAT_VERSION - 1, "convert")],
 )
-def test_a_checkpoint_of_another_format_is_refused_with_the_way_out(
-    saved: dict[str, Any], version: int, way_out: str
+def test_a_model_of_another_format_is_rejected_with_the_remedy(
+    saved: dict[str, Any], version: int, remedy: str
 ) -> None:
     saved["format_version"] = version
-    with pytest.raises(ValueError, match=rf"format {version}.*format {FORMAT_VERSION}.*{way_out}"):
+    with pytest.raises(ValueError, match=rf"format {version}.*format {FORMAT_VERSION}.*{remedy}"):
         LLM2CLIPConfig.from_dict(saved)
 
 
-def test_a_checkpoint_without_format_is_refused(saved: dict[str, Any]) -> None:
+def test_a_model_without_a_format_is_rejected(saved: dict[str, Any]) -> None:
     del saved["format_version"]
-    with pytest.raises(ValueError, match=r"format 0.*build or convert"):
+    with pytest.raises(ValueError, match=r"format 0.*Build or convert"):
         LLM2CLIPConfig.from_dict(saved)
 
 
 @pytest.mark.parametrize("field", sorted(OTHER_THAN_DEFAULT))
-def test_a_lost_field_is_named_and_not_replaced_by_a_default(
+def test_a_missing_field_is_named_and_not_replaced_by_a_default(
     saved: dict[str, Any], field: str
 ) -> None:
     del saved[field]
@@ -133,7 +133,7 @@ def test_a_lost_field_is_named_and_not_replaced_by_a_default(
         LLM2CLIPConfig.from_dict(saved)
 
 
-def test_all_lost_fields_are_named_at_once(saved: dict[str, Any]) -> None:
+def test_all_missing_fields_are_named_at_once(saved: dict[str, Any]) -> None:
     for field in ("text_pooling", "projection_dim"):
         del saved[field]
     del saved["text_config"]["is_causal"]
@@ -149,7 +149,7 @@ def test_the_attention_direction_reaches_the_llm(bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_contradicting_attention_directions_are_refused_with_both(bidirectional: bool) -> None:
+def test_contradicting_attention_directions_are_rejected_with_both(bidirectional: bool) -> None:
     with pytest.raises(
         ValueError,
         match=rf"bidirectional={bidirectional} contradicts text_config.is_causal={bidirectional}",
@@ -159,13 +159,13 @@ def test_contradicting_attention_directions_are_refused_with_both(bidirectional:
         )
 
 
-def test_a_contradiction_in_a_saved_file_is_refused(saved: dict[str, Any]) -> None:
+def test_a_contradiction_in_a_saved_file_is_rejected(saved: dict[str, Any]) -> None:
     saved["text_config"]["is_causal"] = False
     with pytest.raises(ValueError, match="bidirectional=False contradicts"):
         LLM2CLIPConfig.from_dict(saved)
 
 
-def test_all_bad_values_are_named_at_once() -> None:
+def test_all_invalid_values_are_named_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         build(
             projection_dim=0,
@@ -191,10 +191,10 @@ def test_all_bad_values_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("projection_dim", "24", "a whole number"),
-        ("projection_dim", 24.0, "a whole number"),
-        ("max_text_length", None, "a whole number"),
-        ("text_adapter_layers", True, "a whole number"),
+        ("projection_dim", "24", "an integer"),
+        ("projection_dim", 24.0, "an integer"),
+        ("max_text_length", None, "an integer"),
+        ("text_adapter_layers", True, "an integer"),
         ("bidirectional", "false", "true or false"),
         ("normalize_text_before_adapter", 0, "true or false"),
         ("visual_projection_bias", None, "true or false"),
@@ -206,12 +206,12 @@ def test_all_bad_values_are_named_at_once() -> None:
         ("logit_scale_init_value", float("nan"), "a finite number"),
         ("text_pooling", None, "one of"),
         ("vision_pooling", 1, "one of"),
-        ("format_version", "1", "a whole number"),
-        ("format_version", None, "a whole number"),
-        ("format_version", True, "a whole number"),
+        ("format_version", "1", "an integer"),
+        ("format_version", None, "an integer"),
+        ("format_version", True, "an integer"),
     ],
 )
-def test_a_field_of_another_type_is_named_with_its_value(
+def test_a_field_of_the_wrong_type_is_named_with_its_value(
     saved: dict[str, Any], field: str, value: Any, wanted: str
 ) -> None:
     error = rf"{field}={re.escape(repr(value))} must be {wanted}"
@@ -222,7 +222,7 @@ def test_a_field_of_another_type_is_named_with_its_value(
         LLM2CLIPConfig.from_dict(saved)
 
 
-def test_an_overridden_field_is_in_effect_and_checked(saved: dict[str, Any]) -> None:
+def test_an_overridden_field_takes_effect_and_is_checked(saved: dict[str, Any]) -> None:
     direction = not saved["bidirectional"]
     config = LLM2CLIPConfig.from_dict(saved, bidirectional=direction, text_pooling="last_token")
     assert (config.bidirectional, config.text_pooling) == (direction, "last_token")
@@ -231,7 +231,7 @@ def test_an_overridden_field_is_in_effect_and_checked(saved: dict[str, Any]) -> 
         LLM2CLIPConfig.from_dict(saved, max_text_length=1, return_unused_kwargs=True)
 
 
-def test_numpys_whole_numbers_are_ids() -> None:
+def test_numpy_integers_are_accepted_as_ids() -> None:
     config = build(prompt_prefix_ids=np.array([1, 5]).tolist(), prompt_suffix_ids=[np.int64(2)])
     assert json.loads(config.to_json_string())["prompt_suffix_ids"] == [2]
 
@@ -243,7 +243,7 @@ def test_numpys_whole_numbers_are_ids() -> None:
         ("vision_config", "hidden_size", "hidden_sizee"),
     ],
 )
-def test_a_misspelt_field_of_a_tower_is_warned_of(
+def test_a_misspelled_field_of_a_tower_causes_a_warning(
     saved: dict[str, Any], tower: str, right: str, wrong: str
 ) -> None:
     saved[tower][wrong] = saved[tower].pop(right)
@@ -254,14 +254,14 @@ def test_a_misspelt_field_of_a_tower_is_warned_of(
 @pytest.mark.parametrize(
     "model_type", ["dinov2", "dinov3_vit", "clip_vision_model", "siglip2_vision_model"]
 )
-def test_what_transformers_saves_of_a_tower_is_no_misspelling(model_type: str) -> None:
+def test_fields_that_transformers_saves_cause_no_warning(model_type: str) -> None:
     config = LLM2CLIPConfig(AutoConfig.for_model(model_type), text_config())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*seems to misspell")
         LLM2CLIPConfig.from_dict(json.loads(config.to_json_string()))
 
 
-def test_fields_that_a_published_llm_carries_beside_its_own_are_kept(saved: dict[str, Any]) -> None:
+def test_extra_fields_of_a_published_llm_are_kept(saved: dict[str, Any]) -> None:
     saved["text_config"]["transformers.js_config"] = {"dtype": "q4"}
     config = LLM2CLIPConfig.from_dict(saved)
     assert config.text_config.to_dict()["transformers.js_config"] == {"dtype": "q4"}
@@ -275,14 +275,14 @@ def test_an_unknown_tower_is_named(saved: dict[str, Any], tower: str) -> None:
 
 
 @pytest.mark.parametrize("tower", ["vision_config", "text_config"])
-def test_a_tower_without_model_type_is_refused(saved: dict[str, Any], tower: str) -> None:
+def test_a_tower_without_model_type_is_rejected(saved: dict[str, Any], tower: str) -> None:
     del saved[tower]["model_type"]
     with pytest.raises(ValueError, match=rf"{tower} must be .* with 'model_type'"):
         LLM2CLIPConfig.from_dict(saved)
 
 
 @pytest.mark.parametrize("missing", [(None, text_config()), (vision_config(), None)])
-def test_both_towers_are_needed(missing: Any) -> None:
+def test_both_towers_are_required(missing: Any) -> None:
     with pytest.raises(ValueError, match=r"_config must be a transformers configuration"):
         LLM2CLIPConfig(*missing)
 
@@ -291,7 +291,7 @@ def test_no_absolute_path_is_written(tmp_path: Path) -> None:
     config = build()
     source = tmp_path / "source"
     config.save_pretrained(source)
-    # What loading a tower from a folder leaves behind.
+    # Loading a tower from a folder stores the path in its configuration.
     vision_config().save_pretrained(tmp_path / "vision")
     text_config().save_pretrained(tmp_path / "text")
     config = LLM2CLIPConfig(

@@ -1,7 +1,7 @@
-"""A model is trained and saved as transformers' example script for CLIP does, and loads again.
+"""A model that transformers' example script for CLIP trains and saves can be loaded again.
 
-The script takes tokenizer, image processor and model by the Auto classes, reads the image size and
-statistics itself, trains with `Trainer`, and saves model, tokenizer and image processor one by one.
+The script loads tokenizer, image processor and model with Auto classes, reads image size, mean and
+std itself, trains with `Trainer`, and saves model, tokenizer and image processor one by one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 
 FAMILIES = ("clip", "siglip", "timm", "timm with batch norm")
 TEXTS = ["a dog", "a red car", "two red apples", "a cat sleeps"]
-# Whatever of the package is imported raises; only the folders' own code is there.
+# Importing the package raises, so only the code in the folders is used.
 LOAD = """
 import sys
 sys.modules["modeling_llm2clip"] = None
@@ -42,7 +42,7 @@ for folder in sys.argv[1:]:
     wanted = torch.load(f"{folder}/wanted.pt")
     with torch.no_grad():
         output = model(**wanted["batch"])
-    # Equal weights at other addresses, whose alignment picks other kernels.
+    # Equal weights at other memory addresses, whose alignment selects other kernels.
     for name in ("text_embeds", "image_embeds"):
         torch.testing.assert_close(output[name], wanted[name], atol=1e-6, rtol=0)
     ids = processor(text=wanted["texts"])
@@ -108,7 +108,7 @@ def train_as_the_script_does(source: Path, output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_script_trains_and_saves_loads_in_a_clean_process(
+def test_models_that_the_script_saves_load_in_a_clean_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = []
@@ -127,7 +127,7 @@ def test_what_the_script_trains_and_saves_loads_in_a_clean_process(
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    """A folder that model, tokenizer and image processor were saved to one by one."""
+    """A folder to which model, tokenizer and image processor were saved one by one."""
     model, processor = shared_model()
     model.save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
@@ -136,7 +136,7 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_module_that_a_saved_model_names_lies_beside_it(parts: Path) -> None:
+def test_a_saved_folder_contains_every_module_that_its_config_names(parts: Path) -> None:
     auto_map = AutoModel.from_pretrained(parts).config.auto_map
     assert auto_map["AutoProcessor"] == "processing_llm2clip.LLM2CLIPProcessor"
     assert [
@@ -144,12 +144,12 @@ def test_every_module_that_a_saved_model_names_lies_beside_it(parts: Path) -> No
     ] == []
 
 
-def test_a_processor_saved_in_parts_cuts_texts_where_the_model_does(parts: Path) -> None:
+def test_a_processor_saved_in_parts_has_the_maximum_length_of_the_model(parts: Path) -> None:
     processor = AutoProcessor.from_pretrained(parts)
     assert processor.max_text_length == shared_model()[0].config.max_text_length == 32
 
 
-def test_without_a_model_the_text_length_of_a_processor_is_not_guessed(parts: Path) -> None:
+def test_a_processor_saved_in_parts_without_a_model_is_rejected(parts: Path) -> None:
     (parts / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match="lacks max_text_length, and nothing is guessed"):
+    with pytest.raises(ValueError, match="lacks max_text_length, which has no default"):
         type(shared_model()[1]).from_pretrained(parts)

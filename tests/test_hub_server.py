@@ -1,4 +1,4 @@
-"""The test Hub holds what the real client (`huggingface_hub`, in its own process) expects."""
+"""The test Hub behaves as the real client (`huggingface_hub`, in its own process) expects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import json, os, sys
 import huggingface_hub as hub
 from huggingface_hub import errors
 api = hub.HfApi()
-def kind(call, *arguments, **named):
+def error_name(call, *arguments, **named):
     try:
         call(*arguments, **named)
     except Exception as error:
@@ -36,7 +36,7 @@ def kind(call, *arguments, **named):
 
 
 def run_client(environment: dict[str, str], code: str, *arguments: object) -> Any:
-    """Run code in a fresh process; it puts its answer in `answer`, which comes back by JSON."""
+    """Run code in a fresh process, and return its variable `answer` by JSON."""
     script = f"{PRELUDE}\n{code}\nprint(json.dumps(answer))"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -55,7 +55,7 @@ def write_folder(folder: Path, note: str = "first") -> Path:
 
 @dataclass
 class Published:
-    """A Hub with one model in two versions, and where they came from."""
+    """A Hub with two versions of a model, and the folder of the second."""
 
     hub: HubServer
     folder: Path
@@ -68,7 +68,7 @@ assert api.create_repo("{NAME}") == api.create_repo("{NAME}", exist_ok=True)
 first = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[1]).oid
 second = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[2], delete_patterns="old/*").oid
 unchanged = api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[2]).oid
-again = kind(api.create_repo, "{NAME}")
+again = error_name(api.create_repo, "{NAME}")
 answer = [first, second, unchanged, again]
 """
 
@@ -88,7 +88,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
 
 
 def fetch(hub: HubServer, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Get a path without the client: status, headers, body."""
+    """Get a path without the client; return status, headers and body."""
     request = urllib.request.Request(hub.url + path, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
@@ -130,7 +130,9 @@ answer = {{
     assert answer["there"] == [True, False]
 
 
-def test_downloads_equal_the_files_and_last_offline(published: Published, tmp_path: Path) -> None:
+def test_downloads_equal_the_files_and_are_cached_for_offline_use(
+    published: Published, tmp_path: Path
+) -> None:
     code = f"""
 read = lambda **k: open(hub.hf_hub_download("{NAME}", "sub/naïve é.json", **k)).read()
 answer = [read(), read(revision=sys.argv[1]), hub.snapshot_download("{NAME}")]
@@ -144,20 +146,22 @@ answer = [read(), read(revision=sys.argv[1]), hub.snapshot_download("{NAME}")]
     offline = published.hub.environment(tmp_path, offline=True)
     assert run_client(offline, code, published.first) == [new, old, snapshot]
     empty = published.hub.environment(tmp_path / "empty", offline=True)
-    missing = f'answer = kind(hub.hf_hub_download, "{NAME}", "README.md")'
+    missing = f'answer = error_name(hub.hf_hub_download, "{NAME}", "README.md")'
     assert run_client(empty, missing) == "LocalEntryNotFoundError"
     assert len(published.hub.requests) == asked
 
 
-def test_each_missing_thing_has_its_own_error(published: Published, tmp_path: Path) -> None:
+def test_missing_files_revisions_and_repositories_raise_different_errors(
+    published: Published, tmp_path: Path
+) -> None:
     code = f"""
 get = hub.hf_hub_download
 answer = [
-    kind(get, "{NAME}", "ничего.json"),
-    kind(get, "{NAME}", "README.md", revision="nowhere"),
-    kind(api.model_info, "owner/other"),
-    kind(api.model_info, "{NAME}", revision="nowhere"),
-    kind(api.model_info, "{NAME}", token="hf_wrong"),
+    error_name(get, "{NAME}", "ничего.json"),
+    error_name(get, "{NAME}", "README.md", revision="nowhere"),
+    error_name(api.model_info, "owner/other"),
+    error_name(api.model_info, "{NAME}", revision="nowhere"),
+    error_name(api.model_info, "{NAME}", token="hf_wrong"),
 ]"""
     assert run_client(published.hub.environment(tmp_path), code) == [
         "RemoteEntryNotFoundError",
@@ -172,7 +176,7 @@ answer = [
     ("wanted", "begin", "end"),
     [("bytes=0-9", 0, 10), ("bytes=5-5", 5, 6), ("bytes=100-", 100, None)],
 )
-def test_a_range_gives_those_bytes(
+def test_a_range_request_returns_those_bytes(
     published: Published, wanted: str, begin: int, end: int | None
 ) -> None:
     path = f"/{NAME}/resolve/main/model.safetensors"
@@ -183,7 +187,7 @@ def test_a_range_gives_those_bytes(
     assert headers["X-Linked-Size"] == str(len(WEIGHTS))
 
 
-def test_a_range_behind_the_end_is_refused(published: Published) -> None:
+def test_a_range_after_the_end_is_rejected(published: Published) -> None:
     path = f"/{NAME}/resolve/main/model.safetensors"
     assert fetch(published.hub, path, Range=f"bytes={len(WEIGHTS)}-")[0] == 416
 
@@ -201,7 +205,7 @@ put("two")
 put("three", revision="wip/adapter")
 api.upload_file(repo_id="{NAME}", path_in_repo="folder/b.txt", path_or_fileobj=b"b")
 before = api.list_repo_files("{NAME}")
-stale = kind(put, "four", parent_commit=start)
+stale = error_name(put, "four", parent_commit=start)
 texts = [read(), *(read(revision=r) for r in ("v1", "wip/adapter", start))]
 api.delete_file("a.txt", "{NAME}")
 api.delete_folder("folder", "{NAME}")
@@ -224,10 +228,10 @@ answer = [api.model_info("{name}").private, open(hub.hf_hub_download("{name}", "
 """
     ask = f"""
 answer = [
-    kind(api.model_info, "{name}"),
-    kind(hub.hf_hub_download, "{name}", "a.txt"),
-    kind(api.create_repo, "owner/mine"),
-    kind(api.upload_file, repo_id="owner/open", path_in_repo="a", path_or_fileobj=b"a"),
+    error_name(api.model_info, "{name}"),
+    error_name(hub.hf_hub_download, "{name}", "a.txt"),
+    error_name(api.create_repo, "owner/mine"),
+    error_name(api.upload_file, repo_id="owner/open", path_in_repo="a", path_or_fileobj=b"a"),
     api.list_repo_files("owner/open"),
 ]"""
     with HubServer("hf_other_token") as hub:
@@ -243,12 +247,12 @@ answer = [
         assert fetch(hub, f"/{name}/resolve/main/a.txt", Authorization="Bearer no")[0] == 401
 
 
-def test_an_upload_that_breaks_off_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+def test_an_interrupted_upload_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
     code = f"""
 api.create_repo("{NAME}")
 upload = lambda: api.upload_folder(repo_id="{NAME}", folder_path=sys.argv[1])
 # Newer clients repeat it by themselves; 1.3 leaves that to its caller.
-assert kind(upload) in ("no error", "RuntimeError")
+assert error_name(upload) in ("no error", "RuntimeError")
 answer = upload().oid
 """
     with HubServer() as hub:
@@ -261,10 +265,10 @@ answer = upload().oid
         assert hub.repositories[NAME].commits[sha]["model.safetensors"].content == WEIGHTS
 
 
-def test_a_refused_upload_leaves_no_commit_and_can_be_repeated(tmp_path: Path) -> None:
+def test_a_rejected_upload_leaves_no_commit_and_can_be_repeated(tmp_path: Path) -> None:
     code = f"""
 api.create_repo("{NAME}", exist_ok=True)
-answer = kind(api.upload_folder, repo_id="{NAME}", folder_path=sys.argv[1])
+answer = error_name(api.upload_folder, repo_id="{NAME}", folder_path=sys.argv[1])
 """
     folder = write_folder(tmp_path / "model")
     with HubServer() as hub:
@@ -277,7 +281,7 @@ answer = kind(api.upload_folder, repo_id="{NAME}", folder_path=sys.argv[1])
         assert "model.safetensors" in repository.commits[repository.find()]
 
 
-def test_content_that_does_not_fit_its_name_is_refused() -> None:
+def test_content_that_does_not_match_its_hash_is_rejected() -> None:
     with HubServer() as hub:
         url = f"{hub.url}/lfs-objects/{hashlib.sha256(b'right').hexdigest()}"
         request = urllib.request.Request(url, data=b"wrong", method="PUT")

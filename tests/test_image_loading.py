@@ -1,4 +1,4 @@
-"""What images become, and which are refused, by name."""
+"""Images as they are loaded, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared_models import fresh_processor
+from shared_models import fresh_processor, run_docstring_example
 from tiny import draw_noise, tiny_images
 
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -33,7 +33,7 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
 
 @pytest.fixture
 def processor() -> LLM2CLIPProcessor:
-    """A fresh processor, because it counts."""
+    """A fresh processor, because it counts truncated texts."""
     return fresh_processor()
 
 
@@ -43,7 +43,11 @@ def load(image: Any) -> Image.Image:
     return loaded
 
 
-def test_images_come_as_float32_tensors_of_the_towers_size(
+def test_the_example_in_the_docstring_runs() -> None:
+    assert run_docstring_example(load_images) == (0, 3)
+
+
+def test_images_become_float32_tensors_of_the_towers_size(
     processor: LLM2CLIPProcessor,
 ) -> None:
     pixel_values = processor(images=tiny_images(3))["pixel_values"]
@@ -55,7 +59,7 @@ def save_rotated(path: Path) -> None:
     upright = Image.new("RGB", (4, 2), "white")
     upright.putpixel((0, 0), RED)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its left side; to be turned right by a quarter
+    exif[0x0112] = 6  # stored rotated; to be turned clockwise by 90 degrees
     upright.rotate(90, expand=True).save(path, exif=exif)
 
 
@@ -93,11 +97,11 @@ def gray(value: int) -> tuple[int, int, int]:
     return (value, value, value)
 
 
-# Name of the file, how it is saved, and the RGB values that its first row must have.
+# File name, function that saves it, and the expected RGB values of its first row.
 ODD_IMAGES: dict[str, tuple[Any, list[tuple[int, int, int]]]] = {
     "rotated.png": (save_rotated, [RED, WHITE, WHITE, WHITE]),
     "animated.gif": (save_animated, [RED] * 4),
-    # 65535 / 257 = 255, so 257 is one step and 256 · 128 + 128 = 257 · 128 the middle.
+    # 65535 / 257 = 255, so 257 is one step of 8 bits, and 256 · 128 + 128 = 257 · 128.
     "sixteen_bit.png": (save_sixteen_bit, [gray(0), gray(1), gray(128), gray(255)]),
     "palette_with_alpha.png": (save_palette_with_alpha, [RED, WHITE]),
     "color_key.png": (save_color_key, [RED, WHITE]),
@@ -108,7 +112,7 @@ ODD_IMAGES: dict[str, tuple[Any, list[tuple[int, int, int]]]] = {
         [gray(0), WHITE, gray(100)],
     ),
     "alpha.png": (
-        # A fifth of red on white: 255, and 255 · 4 / 5 = 204.
+        # A fifth of red on white: red stays 255, the others become 255 · 4 / 5 = 204.
         partial(save_as, "RGBA", [(*RED, 255), (*RED, 0), (*RED, 51)]),
         [RED, WHITE, (255, 204, 204)],
     ),
@@ -122,7 +126,7 @@ ODD_IMAGES: dict[str, tuple[Any, list[tuple[int, int, int]]]] = {
 
 @pytest.fixture
 def odd_image(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
-    """An odd image's file and what its first row must be."""
+    """File of an unusual image, and the expected values of its first row."""
     save, wanted = ODD_IMAGES[request.param]
     save(tmp_path / request.param)
     return tmp_path / request.param, wanted
@@ -130,11 +134,11 @@ def odd_image(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """Address of a web server on this machine that serves the test's folder."""
+    """URL of a web server on this machine that serves the test's folder."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     handler = partial(Quiet, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
@@ -145,7 +149,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("odd_image", ODD_IMAGES, indirect=True)
 @pytest.mark.parametrize("given_as", ["path", "string", "PIL", "URL"])
-def test_odd_images_have_the_right_pixels_however_they_are_given(
+def test_unusual_images_have_the_right_pixels_from_every_source(
     odd_image: Any, given_as: str, server: str
 ) -> None:
     path, wanted = odd_image
@@ -178,35 +182,38 @@ def save_broken(folder: Path, kind: str) -> Path:
 BROKEN = {
     "truncated": "the image is truncated or corrupt",
     "headless": "the image is truncated or corrupt",
-    "empty": "not an image that Pillow reads, or empty",
-    "text": "not an image that Pillow reads",
+    "empty": "not an image that Pillow can read, or empty",
+    "text": "not an image that Pillow can read",
     "missing": "no such image",
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("kind_of_path", [Path, str])
-def test_a_broken_image_is_named_by_its_path(
-    processor: LLM2CLIPProcessor, kind: str, kind_of_path: Any, tmp_path: Path
+@pytest.mark.parametrize("path_type", [Path, str])
+def test_a_corrupt_image_is_named_by_its_path(
+    processor: LLM2CLIPProcessor, kind: str, path_type: Any, tmp_path: Path
 ) -> None:
-    path = kind_of_path(save_broken(tmp_path, kind))
+    path = path_type(save_broken(tmp_path, kind))
     with pytest.raises(ValueError, match=rf"{kind}\.jpg: {BROKEN[kind]}"):
         processor(images=[draw_noise(), path])
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM"])
-def test_an_image_cut_anywhere_is_named_by_its_path(kind: str, tmp_path: Path) -> None:
-    whole, path = io.BytesIO(), tmp_path / "cut"
-    draw_noise(8, 8).save(whole, kind)
-    content = whole.getvalue()
-    last = len(content) - (20 if kind == "PNG" else 0)  # checksums and end mark hold no pixels
-    for length in range(0, last, 7 if kind == "JPEG" else 1):
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "PPM"])
+def test_an_image_truncated_anywhere_is_named_by_its_path(
+    image_format: str, tmp_path: Path
+) -> None:
+    buffer, path = io.BytesIO(), tmp_path / "truncated"
+    draw_noise(8, 8).save(buffer, image_format)
+    content = buffer.getvalue()
+    # The checksum and end marker of a PNG file contain no pixels.
+    last = len(content) - (20 if image_format == "PNG" else 0)
+    for length in range(0, last, 7 if image_format == "JPEG" else 1):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=rf"^{path}: (not an image|the image is truncated)"):
             load_images([path])
 
 
-def test_a_broken_image_opened_elsewhere_is_named_by_its_path(
+def test_a_corrupt_image_opened_by_the_caller_is_named_by_its_path(
     processor: LLM2CLIPProcessor, tmp_path: Path
 ) -> None:
     image = Image.open(save_broken(tmp_path, "truncated"))
@@ -215,7 +222,7 @@ def test_a_broken_image_opened_elsewhere_is_named_by_its_path(
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "missing"])
-def test_a_broken_image_on_the_web_is_named_by_its_address(
+def test_a_corrupt_image_on_the_web_is_named_by_its_url(
     processor: LLM2CLIPProcessor, kind: str, server: str, tmp_path: Path
 ) -> None:
     save_broken(tmp_path, kind)
@@ -226,22 +233,22 @@ def test_a_broken_image_on_the_web_is_named_by_its_address(
 @pytest.mark.parametrize(
     ("address", "error"),
     [
-        ("{server}/a b.jpg", "cannot be fetched"),
-        ("{server}/\u00e4.jpg", "cannot be fetched"),
-        ("http://127.0.0.1:port/a.jpg", "cannot be fetched"),
-        ("{SERVER}/missing.jpg", "cannot be fetched .*404"),
+        ("{server}/a b.jpg", "cannot be downloaded"),
+        ("{server}/\u00e4.jpg", "cannot be downloaded"),
+        ("http://127.0.0.1:port/a.jpg", "cannot be downloaded"),
+        ("{SERVER}/missing.jpg", "cannot be downloaded .*404"),
         ("x" * 300, r"^x{200}: no such image"),
         ("a\0b.jpg", "no such image"),
     ],
 )
-def test_what_is_no_address_is_refused_by_it(address: str, error: str, server: str) -> None:
+def test_an_invalid_url_or_path_is_named(address: str, error: str, server: str) -> None:
     address = address.format(server=server, SERVER=server.replace("http", "HTTP"))
     with pytest.raises(ValueError, match=error):
         load_images([draw_noise(), address])
 
 
-def test_an_image_cut_on_its_way_is_named_by_its_address() -> None:
-    class Cut(BaseHTTPRequestHandler):
+def test_an_incomplete_download_is_named_by_its_url() -> None:
+    class Incomplete(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Length", "100")
@@ -249,16 +256,18 @@ def test_an_image_cut_on_its_way_is_named_by_its_address() -> None:
             self.wfile.write(b"abc")
 
         def log_message(self, *_: Any) -> None:
-            """Stay quiet."""
+            """Log nothing."""
 
-    with HTTPServer(("127.0.0.1", 0), Cut) as cut:
-        threading.Thread(target=cut.handle_request, daemon=True).start()
-        address = f"http://127.0.0.1:{cut.server_port}/a.jpg"
-        with pytest.raises(ValueError, match=rf"^{address}: .*cannot be fetched \(IncompleteRead"):
+    with HTTPServer(("127.0.0.1", 0), Incomplete) as http:
+        threading.Thread(target=http.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{http.server_port}/a.jpg"
+        with pytest.raises(
+            ValueError, match=rf"^{address}: .*cannot be downloaded \(IncompleteRead"
+        ):
             load_images(address)
 
 
-def test_a_closed_image_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_a_closed_image_is_rejected_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "closed.png"
     draw_noise().save(path)
     with Image.open(path) as image:
@@ -267,42 +276,42 @@ def test_a_closed_image_is_refused_by_its_path(tmp_path: Path) -> None:
         load_images([image])
 
 
-def test_premultiplied_gray_is_laid_on_white_too() -> None:
+def test_premultiplied_gray_is_composed_on_white_too() -> None:
     image = Image.new("LA", (1, 1), (100, 0)).convert("La")
     assert load(image).getpixel((0, 0)) == WHITE
 
 
-def test_all_broken_images_are_named_at_once(processor: LLM2CLIPProcessor, tmp_path: Path) -> None:
+def test_all_corrupt_images_are_named_at_once(processor: LLM2CLIPProcessor, tmp_path: Path) -> None:
     paths = [save_broken(tmp_path, kind) for kind in ("truncated", "missing")]
     with pytest.raises(ValueError, match=r"truncated\.jpg(.|\n)*missing\.jpg"):
         processor(images=[*paths, draw_noise()])
 
 
-def test_a_decompression_bomb_is_refused_by_its_path(
+def test_a_decompression_bomb_is_rejected_by_its_path(
     processor: LLM2CLIPProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "bomb.png"
     draw_noise(40, 56).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow raises at twice as many
     with pytest.raises(ValueError, match=r"bomb\.png: .*2240 pixels.*Shrink"):
         processor(images=path)
 
 
-def test_float_pixels_are_refused_by_path(processor: LLM2CLIPProcessor, tmp_path: Path) -> None:
+def test_float_pixels_are_rejected_by_path(processor: LLM2CLIPProcessor, tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif: float pixels have an unknown range"):
         processor(images=tmp_path / "float.tif")
 
 
 @pytest.mark.parametrize("value", [-1, 65536])
-def test_integers_beyond_sixteen_bits_are_refused(value: int) -> None:
+def test_integers_beyond_sixteen_bits_are_rejected(value: int) -> None:
     pixels = np.full((2, 2), value, dtype=np.int32)
-    with pytest.raises(ValueError, match="image number 0: pixels outside 0 to 65535"):
+    with pytest.raises(ValueError, match=r"image number 0: pixels are outside \[0, 65535\]"):
         load_images([Image.fromarray(pixels)])
 
 
 @pytest.mark.parametrize("image", [None, b"bytes", 3, ["nested.png"]])
-def test_what_is_not_an_image_is_refused_with_its_number(image: Any) -> None:
+def test_an_object_that_is_not_an_image_is_rejected_with_its_number(image: Any) -> None:
     name = type(image).__name__
     with pytest.raises(ValueError, match=rf"Image number 1 is {name}; give a PIL image"):
         load_images([draw_noise(), image])
@@ -311,12 +320,12 @@ def test_what_is_not_an_image_is_refused_with_its_number(image: Any) -> None:
 @pytest.mark.parametrize(
     "image", [b"bytes", memoryview(b"bytes"), io.BytesIO(b"bytes"), "data:image/png;base64,AA"]
 )
-def test_an_image_in_memory_is_refused_with_the_way_to_open_it(image: Any) -> None:
+def test_the_error_for_an_encoded_image_in_memory_says_how_to_open_it(image: Any) -> None:
     with pytest.raises(ValueError, match=r"PIL\.Image\.open.*BytesIO"):
         load_images([image])
 
 
-def test_an_empty_list_of_images_is_refused(processor: LLM2CLIPProcessor) -> None:
+def test_an_empty_list_of_images_is_rejected(processor: LLM2CLIPProcessor) -> None:
     with pytest.raises(ValueError, match="images is an empty list"):
         processor(images=[])
 
@@ -328,7 +337,7 @@ def test_arrays_and_images_give_equal_pixels(processor: LLM2CLIPProcessor) -> No
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 3), (3, 9, 1), (3, 1, 9), (9, 1, 3), (1, 1, 3)])
-def test_one_row_or_column_of_pixels_is_no_channel(
+def test_one_row_or_column_of_pixels_is_not_read_as_a_channel(
     processor: LLM2CLIPProcessor, shape: tuple[int, int, int]
 ) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -343,12 +352,12 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
-def test_sixteen_bit_arrays_are_scaled_as_sixteen_bit_images_are(
+def test_sixteen_bit_arrays_are_scaled_like_sixteen_bit_images(
     processor: LLM2CLIPProcessor, make: Any
 ) -> None:
     eight = np.asarray(draw_noise())
     wanted = processor(images=make(eight))["pixel_values"]
-    # 257 times 0 … 255 is 0 … 65535; anything short of the next step is the same step.
+    # 257 times 0 … 255 is 0 … 65535; values below the next multiple round down.
     sixteen = eight.astype(np.uint16) * 257
     sixteen[sixteen < 65535] += 256
     assert torch.equal(processor(images=make(sixteen))["pixel_values"], wanted)
@@ -364,13 +373,15 @@ def test_sixteen_bit_arrays_are_scaled_as_sixteen_bit_images_are(
         {"images_kwargs": {"do_rescale": False}, "common_kwargs": {"do_rescale": True}},
     ],
 )
-def test_floats_are_taken_when_said_to_be_from_0_to_1(
+def test_floats_in_0_to_1_are_accepted_with_do_rescale_false(
     processor: LLM2CLIPProcessor, settings: Any, make: Any
 ) -> None:
-    flat = np.full((32, 32, 3), 102, dtype=np.uint8)  # no resampling: size and color stay
+    flat = np.full(
+        (32, 32, 3), 102, dtype=np.uint8
+    )  # one color of the target size, so resampling changes nothing
     wanted = processor(images=flat)["pixel_values"]
     found = processor(images=make(flat.astype(np.float32) / 255), **settings)["pixel_values"]
-    # The same numbers, divided by 255 here or there, around one.
+    # The same numbers, about 1, divided by 255 before or in the processor.
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
@@ -380,7 +391,7 @@ ODD_ARRAYS: dict[str, tuple[Any, str]] = {
     "float in 0 to 255": (np.full((8, 8, 3), 128.0), f"float64.*{FLOAT_RANGE}"),
     "half tensor": (torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16), f"bfloat16.*{FLOAT_RANGE}"),
     "NaN": (np.full((8, 8, 3), np.nan, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
-    "whole numbers": (np.full((8, 8, 3), 128), f"int64.*{FLOAT_RANGE}"),
+    "integers": (np.full((8, 8, 3), 128), f"int64.*{FLOAT_RANGE}"),
     "empty": (np.zeros((0, 0, 3), dtype=np.uint8), r"shape \(0, 0, 3\)"),
     "gray": (np.zeros((8, 9), dtype=np.uint8), r"shape \(8, 9\); .*Image\.fromarray"),
     "transparency": (np.zeros((8, 9, 4), dtype=np.uint8), r"shape \(8, 9, 4\)"),
@@ -389,7 +400,7 @@ ODD_ARRAYS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", ODD_ARRAYS)
-def test_an_array_of_unknown_range_or_place_is_refused_by_its_number(
+def test_an_array_of_unknown_range_or_layout_is_rejected_by_its_number(
     processor: LLM2CLIPProcessor, kind: str
 ) -> None:
     array, error = ODD_ARRAYS[kind]
@@ -398,7 +409,7 @@ def test_an_array_of_unknown_range_or_place_is_refused_by_its_number(
 
 
 @pytest.mark.parametrize("value", [np.nan, -0.1, 1.5, 128.0])
-def test_floats_outside_0_to_1_are_refused_where_nothing_rescales(
+def test_floats_outside_0_to_1_are_rejected_without_rescaling(
     processor: LLM2CLIPProcessor, value: float
 ) -> None:
     with pytest.raises(ValueError, match=r"image number 0 has pixels from .*must be in \[0, 1\]"):
@@ -415,22 +426,24 @@ def test_floats_outside_0_to_1_are_refused_where_nothing_rescales(
     ],
     ids=["image", "uint8", "uint16", "tensor"],
 )
-def test_what_nobody_rescaled_is_refused_where_nothing_rescales(
+def test_integer_pixels_are_rejected_without_rescaling(
     processor: LLM2CLIPProcessor, image: Any
 ) -> None:
     floats = np.zeros((8, 9, 3), dtype=np.float32)
-    with pytest.raises(ValueError, match=r"mage number 1 has .*do_rescale=False is for floats"):
+    with pytest.raises(ValueError, match=r"mage number 1 has .*do_rescale=False requires floats"):
         processor(images=[floats, image], do_rescale=False)
 
 
-def test_a_processor_that_never_rescales_takes_images() -> None:
+def test_a_processor_that_never_rescales_accepts_images() -> None:
     image_processor = copy.deepcopy(fresh_processor().image_processor)
     image_processor.do_rescale, image_processor.image_mean = False, [127.5] * 3
     processor = LLM2CLIPProcessor(image_processor, fresh_processor().tokenizer)
     assert processor(images=draw_noise())["pixel_values"].max() > 1
 
 
-def test_tensors_that_numpy_does_not_take_are_taken(processor: LLM2CLIPProcessor) -> None:
+def test_bfloat16_tensors_and_tensors_with_gradients_are_accepted(
+    processor: LLM2CLIPProcessor,
+) -> None:
     image = as_tensor(np.asarray(draw_noise())).float() / 255
     half = image.bfloat16()
     wanted = processor(images=half.float(), do_rescale=False)["pixel_values"]
@@ -441,7 +454,7 @@ def test_tensors_that_numpy_does_not_take_are_taken(processor: LLM2CLIPProcessor
 
 
 def test_the_transparent_gray_of_sixteen_bits_is_white(tmp_path: Path) -> None:
-    # By hand, because older versions of Pillow read such an image and do not write it.
+    # Written by hand, because older versions of Pillow can read such an image but not write it.
     rows = b"".join(b"\0" + struct.pack(">2H", *row) for row in ((1000, 60000), (30000, 1000)))
     chunks = {
         b"IHDR": struct.pack(">2I5B", 2, 2, 16, 0, 0, 0, 0),
@@ -458,7 +471,7 @@ def test_the_transparent_gray_of_sixteen_bits_is_white(tmp_path: Path) -> None:
     assert loaded[..., 0].tolist() == [[255, 60000 // 257], [30000 // 257, 255]]
 
 
-def test_a_batch_in_one_array_is_its_images(processor: LLM2CLIPProcessor) -> None:
+def test_a_batch_in_one_array_equals_a_list_of_its_images(processor: LLM2CLIPProcessor) -> None:
     images = np.stack([np.asarray(draw_noise()), np.asarray(draw_noise())[::-1]])
     wanted = processor(images=list(images))["pixel_values"]
     assert torch.equal(processor(images=images)["pixel_values"], wanted)
@@ -466,6 +479,6 @@ def test_a_batch_in_one_array_is_its_images(processor: LLM2CLIPProcessor) -> Non
         processor(images=images / 255)
 
 
-def test_an_image_without_pixels_is_refused(processor: LLM2CLIPProcessor) -> None:
+def test_an_image_without_pixels_is_rejected(processor: LLM2CLIPProcessor) -> None:
     with pytest.raises(ValueError, match="image number 0: the image has no pixels"):
         processor(images=Image.new("RGB", (0, 4)))

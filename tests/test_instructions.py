@@ -1,4 +1,4 @@
-"""Instructions of sentence-transformers: attended to and not pooled, with a caption behind them."""
+"""Instructions of sentence-transformers are attended to and not pooled, and need a caption."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 
 
 def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.Tensor, str]:
-    """Pool all tokens behind the instruction's last word: their embedding, and the caption's text.
+    """Pool all tokens after the instruction's last word; return the embedding and their text.
 
-    Which tokens these are is read from the characters they cover, not counted.
+    The tokens are found by the characters that they cover instead of by counting.
     """
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    whole = processor.tokenizer(
+    encoded = processor.tokenizer(
         instruction + caption, return_tensors="pt", return_offsets_mapping=True
     )
-    ids, num_suffix = whole["input_ids"], len(model.config.prompt_suffix_ids)
-    pooled = whole["offset_mapping"][0, :, 1] > len(instruction.rstrip())
+    ids, num_suffix = encoded["input_ids"], len(model.config.prompt_suffix_ids)
+    pooled = encoded["offset_mapping"][0, :, 1] > len(instruction.rstrip())
     caption_text = processor.tokenizer.decode(ids[0, pooled])
     pooled[len(pooled) - num_suffix :] = True
     with torch.no_grad():
@@ -38,7 +38,7 @@ def encode_by_hand(folder: Path, instruction: str, caption: str) -> tuple[torch.
     ("prefix", "suffix", "ends_special"),
     [
         ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", False),
-        ("<|user|>\n", "<|end|>", True),  # sentence-transformers leaves such an end out
+        ("<|user|>\n", "<|end|>", True),  # sentence-transformers excludes such a token
         ("", "", False),
     ],
     ids=["ends plain", "ends special", "no prompt"],
@@ -55,7 +55,7 @@ def test_an_instruction_is_attended_to_and_not_pooled(
     sentence_model = SentenceTransformer(str(folder))
     for caption in ("a dog", "7 red cars"):
         wanted, pooled_text = encode_by_hand(folder, INSTRUCTION, caption)
-        # The instruction's closing space goes with the caption, whose own tokens are all pooled.
+        # The space after the instruction is part of the caption's first token.
         assert pooled_text == f" {caption}"
         found = sentence_model.encode(caption, prompt_name="query", convert_to_tensor=True)
         assert torch.allclose(found, wanted, atol=ROUNDING)
@@ -64,7 +64,7 @@ def test_an_instruction_is_attended_to_and_not_pooled(
             assert not torch.allclose(found, embedding, atol=1e-3), other
 
 
-def test_an_instruction_without_a_caption_behind_it_is_refused(tmp_path: Path) -> None:
+def test_an_instruction_without_a_caption_is_rejected(tmp_path: Path) -> None:
     model, processor = shared_model()
     with pytest.raises(ValueError, match=r"'query' leaves no room .* of 32 tokens\. Shorten"):
         save_model(model, processor, tmp_path / "model", instructions={"query": INSTRUCTION})
@@ -75,15 +75,17 @@ def test_an_instruction_without_a_caption_behind_it_is_refused(tmp_path: Path) -
     apart = loaded.encode(["a dog", "a cat"], prompt_name="query")
     assert not np.allclose(*apart, atol=1e-3)
     for blank in ("", "  "):
-        with pytest.raises(ValueError, match="nothing behind their instruction: the text is blank"):
+        with pytest.raises(ValueError, match="nothing after their instruction: the text is blank"):
             loaded.encode([blank], prompt_name="query")
     loaded.max_seq_length = num_tokens
-    with pytest.raises(ValueError, match=r"leave it no room\. Shorten the instruction, or raise"):
+    with pytest.raises(
+        ValueError, match=r"leave no room for it\. Shorten the instruction, or raise"
+    ):
         loaded.encode(["a dog", "a cat"], prompt_name="query")
 
 
 @pytest.mark.parametrize("instruction", ["Find the image:\n", "Find the image of\t"])
-def test_an_instruction_that_changes_before_a_caption_is_refused_at_export(
+def test_an_instruction_whose_tokens_change_before_a_caption_is_rejected_on_saving(
     instruction: str, tmp_path: Path
 ) -> None:
     model, processor = shared_model()

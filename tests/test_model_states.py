@@ -21,21 +21,21 @@ from tiny import tiny_model
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.packing_llm2clip import _checked
 
-CLASSES = ("whole", "text", "vision")
-# An instance takes no arguments of another kind of input.
-INPUTS = {"whole": lambda batch: batch, "text": texts_of, "vision": images_of}
-every_class = pytest.mark.parametrize("kind", CLASSES)
+CLASSES = ("both", "text", "vision")
+# The single-tower models take arguments of their own input only.
+INPUTS = {"both": lambda batch: batch, "text": texts_of, "vision": images_of}
+every_class = pytest.mark.parametrize("part", CLASSES)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The three classes with eager attention, which keeps its weights; not to be changed."""
-    folder = tmp_path_factory.mktemp("whole")
+    """Eager models of the three classes, which return attentions; no test may change them."""
+    folder = tmp_path_factory.mktemp("model")
     copy.deepcopy(shared_model()[0]).save_pretrained(folder)
     classes = (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
     return {
-        kind: one.from_pretrained(folder, attn_implementation="eager")
-        for kind, one in zip(CLASSES, classes, strict=True)
+        part: model_class.from_pretrained(folder, attn_implementation="eager")
+        for part, model_class in zip(CLASSES, classes, strict=True)
     }
 
 
@@ -45,12 +45,12 @@ def list_towers(output: Any) -> dict[str, Any]:
 
 
 @every_class
-def test_states_are_there_when_asked_for_and_only_then(models: dict[str, Any], kind: str) -> None:
-    model, inputs = models[kind], INPUTS[kind](shared_batch())
+def test_states_are_returned_only_on_request(models: dict[str, Any], part: str) -> None:
+    model, inputs = models[part], INPUTS[part](shared_batch())
     with torch.no_grad():
         plain = model(**inputs)
         full = model(**inputs, output_hidden_states=True, output_attentions=True)
-    assert set(list_towers(full)) == ({"text", "vision"} if kind == "whole" else {kind})
+    assert set(list_towers(full)) == ({"text", "vision"} if part == "both" else {part})
     for name, tower in list_towers(full).items():
         assert len(tower.hidden_states) == 3 and len(tower.attentions) == 2  # two layers
         assert tower.attentions[0].shape[:2] == (3, 4)  # batch, heads
@@ -62,28 +62,28 @@ def test_states_are_there_when_asked_for_and_only_then(models: dict[str, Any], k
 
 
 @every_class
-def test_a_wish_in_the_config_counts_until_the_call_says_otherwise(
-    models: dict[str, Any], kind: str
+def test_a_request_in_the_config_applies_unless_the_call_overrides_it(
+    models: dict[str, Any], part: str
 ) -> None:
-    model, inputs = copy.deepcopy(models[kind]), INPUTS[kind](shared_batch())
+    model, inputs = copy.deepcopy(models[part]), INPUTS[part](shared_batch())
     model.config.output_hidden_states = True
     with torch.no_grad():
         by_config = list_towers(model(**inputs))
-        refused = list_towers(model(**inputs, output_hidden_states=False))
+        overridden = list_towers(model(**inputs, output_hidden_states=False))
     assert all(len(tower.hidden_states) == 3 for tower in by_config.values())
-    assert all(tower.hidden_states is None for tower in refused.values())
+    assert all(tower.hidden_states is None for tower in overridden.values())
 
 
 @every_class
-def test_states_that_a_tower_does_not_keep_are_refused(kind: str, tmp_path: Path) -> None:
+def test_states_that_a_tower_does_not_return_are_rejected(part: str, tmp_path: Path) -> None:
     copy.deepcopy(shared_model()[0]).save_pretrained(tmp_path)
-    one = {"whole": LLM2CLIPModel, "text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}[kind]
-    model = one.from_pretrained(tmp_path, attn_implementation="sdpa")
+    classes = {"both": LLM2CLIPModel, "text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
+    model = classes[part].from_pretrained(tmp_path, attn_implementation="sdpa")
     with pytest.raises(ValueError, match=r"output_attentions=True.*attn_implementation='eager'"):
-        model(**INPUTS[kind](shared_batch()), output_attentions=True)
+        model(**INPUTS[part](shared_batch()), output_attentions=True)
 
 
-def test_a_network_of_timm_refuses_attentions() -> None:
+def test_a_timm_network_rejects_a_request_for_attentions() -> None:
     model, _ = shared_model("timm")
     with pytest.raises(ValueError, match="output_attentions"):
         model.get_image_features(**images_of(shared_batch("timm")), output_attentions=True)
@@ -91,10 +91,8 @@ def test_a_network_of_timm_refuses_attentions() -> None:
 
 @every_class
 @pytest.mark.parametrize("way", ["argument", "config"])
-def test_a_tuple_is_returned_alike_by_all_classes(
-    models: dict[str, Any], kind: str, way: str
-) -> None:
-    model, inputs = models[kind], INPUTS[kind](shared_batch())
+def test_all_classes_return_a_tuple_on_request(models: dict[str, Any], part: str, way: str) -> None:
+    model, inputs = models[part], INPUTS[part](shared_batch())
     with torch.no_grad():
         wanted = model(**inputs)
         if way == "config":
@@ -103,10 +101,10 @@ def test_a_tuple_is_returned_alike_by_all_classes(
             assert type(model(**inputs, return_dict=True)) is type(wanted)
         found = model(**inputs, **({"return_dict": False} if way == "argument" else {}))
     assert type(found) is tuple and len(found) == len(wanted.to_tuple())
-    assert torch.equal(found[0], wanted[0])  # what pipelines read
+    assert torch.equal(found[0], wanted[0])  # as pipelines read it
 
 
-def test_features_are_a_tuple_too_when_asked_for() -> None:
+def test_features_are_a_tuple_on_request_too() -> None:
     model, batch = shared_model()[0], shared_batch()
     with torch.no_grad():
         texts = model.get_text_features(**texts_of(batch), return_dict=False)
@@ -116,7 +114,7 @@ def test_features_are_a_tuple_too_when_asked_for() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])
 @pytest.mark.parametrize("path", ["packed", "token batches", "left padding", "with gradients"])
-def test_text_features_carry_the_tokens_that_were_pooled(path: str, pooling: str) -> None:
+def test_text_features_include_the_tokens_that_were_pooled(path: str, pooling: str) -> None:
     model, processor = tiny_model(text_pooling=pooling)
     if path == "token batches":
         _checked[model.text_model] = False
@@ -137,22 +135,22 @@ def test_text_features_carry_the_tokens_that_were_pooled(path: str, pooling: str
     for states, mask, wanted in zip(
         output.last_hidden_state, batch["attention_mask"], alone, strict=True
     ):
-        # Another order of sums in two layers whose states are about 1.
+        # Another order of sums over two layers, whose states are about 1.
         assert torch.allclose(states[mask.bool()], wanted, atol=1e-4)
 
 
 @every_vision
-def test_image_features_carry_the_states_of_the_tower(vision: str) -> None:
+def test_image_features_include_the_states_of_the_tower(vision: str) -> None:
     model, images = shared_model(vision)[0], images_of(shared_batch(vision))
     with torch.no_grad():
         output = model.get_image_features(**images, output_hidden_states=True)
         wanted = model.vision_model(**images).last_hidden_state
-    # timm leaves out nothing but its pooling on this way.
+    # With this request timm omits only its pooling.
     assert torch.allclose(output.last_hidden_state, wanted, atol=1e-5)
     assert len(output.hidden_states) >= 2
 
 
-def test_states_can_be_learned_from() -> None:
+def test_states_have_gradients() -> None:
     model = copy.deepcopy(shared_model()[0]).train()
     output = model.get_text_features(**texts_of(shared_batch()))
     output.last_hidden_state[:, 1].sum().backward()
@@ -162,7 +160,7 @@ def test_states_can_be_learned_from() -> None:
 def test_only_a_class_with_a_temperature_keeps_it_in_float32(
     models: dict[str, Any],
 ) -> None:
-    for kind, model in models.items():
+    for part, model in models.items():
         names = model._keep_in_fp32_modules_strict or ()
         present = {name.split(".")[0] for name, _ in model.named_parameters()}
-        assert ("logit_scale" in names) is (kind == "whole") is ("logit_scale" in present)
+        assert ("logit_scale" in names) is (part == "both") is ("logit_scale" in present)

@@ -1,4 +1,4 @@
-"""Laws of the forward pass, over tiny random towers of every family."""
+"""Laws of the forward pass, on tiny random towers of every family."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_pair_of_towers_compares_images_with_texts(vision: str, llm: str) 
     # Cosines times 1 / 0.07, so the rounding grows as much.
     assert torch.allclose(output.logits_per_image, cosines / 0.07, atol=ROUNDING / 0.07)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)
-    # Unlike inputs must give unlike embeddings, or the other laws would hold for a constant.
+    # Different inputs must give different embeddings, or a constant would satisfy the other laws.
     assert (cosines[0] - cosines[1]).abs().max() > 1e-3
     assert (cosines[:, 0] - cosines[:, 1]).abs().max() > 1e-3
 
@@ -75,7 +75,7 @@ def test_a_caption_is_the_mean_of_its_own_tokens_and_the_suffix(llm: str) -> Non
     start = len(model.config.prompt_prefix_ids)
     assert 0 < start < ids.shape[1] - 1
     wanted = hidden[:, start:].mean(dim=1)
-    # Not of unit length, hence relative; sums in another order.
+    # Relative, because the length is not 1; sums in another order.
     assert torch.allclose(caption_embeds, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -85,8 +85,8 @@ def test_an_instruction_is_attended_to_and_not_pooled() -> None:
     ids = processor(text=instruction + "dog")["input_ids"]
     alone = processor(text=instruction)["input_ids"]
     num_suffix = len(model.config.prompt_suffix_ids)
-    start = alone.shape[1] - num_suffix  # the blank at its end is stripped
-    # sentence-transformers leaves a special last token out when it measures an instruction.
+    start = alone.shape[1] - num_suffix  # the space at its end is stripped
+    # sentence-transformers excludes a special last token when it measures an instruction.
     prompt_length = alone.shape[1] - model.config.prompt_suffix_ends_special
     with torch.no_grad():
         hidden = model.text_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -96,7 +96,7 @@ def test_an_instruction_is_attended_to_and_not_pooled() -> None:
     assert (embeds - plain).abs().max() > 1e-2
 
 
-def test_an_instruction_shorter_than_the_prompt_is_refused() -> None:
+def test_an_instruction_shorter_than_the_prompt_is_rejected() -> None:
     model, _ = shared_model()
     with pytest.raises(ValueError, match=r"prompt_length=1 is shorter than .* own prompt"):
         model.get_text_features(**texts_of(shared_batch()), prompt_length=1)
@@ -111,7 +111,7 @@ def test_a_batch_of_one_equals_a_batch_of_many(vision: str, llm: str) -> None:
         one = {name: value[row : row + 1] for name, value in batch.items()}
         length = int(one["attention_mask"].sum())
         one["input_ids"] = one["input_ids"][:, :length]
-        del one["attention_mask"]  # without padding none is needed
+        del one["attention_mask"]  # not needed without padding
         alone = model(**one)
         assert torch.allclose(alone.text_embeds[0], many.text_embeds[row], atol=ROUNDING)
         assert torch.allclose(alone.image_embeds[0], many.image_embeds[row], atol=ROUNDING)
@@ -132,7 +132,7 @@ def test_left_padding_equals_right_padding(llm: str, with_gradients: bool) -> No
 
 @pytest.mark.parametrize("llm", LEARNED_POSITIONS)
 def test_left_padding_does_not_shift_learned_positions(llm: str) -> None:
-    # Rotary positions are relative and forgive a shift; learned ones do not.
+    # A shift does not change rotary positions, which are relative, but it changes learned ones.
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -150,7 +150,7 @@ def test_left_padding_does_not_shift_learned_positions(llm: str) -> None:
 
 
 @every_llm
-def test_token_batches_equal_one_plain_batch(llm: str) -> None:
+def test_token_batches_equal_one_padded_batch(llm: str) -> None:
     model, processor = shared_model("clip", llm)
     texts = [" ".join(["dog"] * (1 + 5 * number % 13)) for number in range(40)]
     batch = texts_of(processor(text=texts))
@@ -168,7 +168,7 @@ def test_token_batches_equal_one_plain_batch(llm: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("bidirectional", [True, False])
 @every_llm
-def test_the_last_token_moves_the_first_position_unless_causal(
+def test_the_last_token_changes_the_first_hidden_state_unless_causal(
     llm: str, bidirectional: bool, attention: str
 ) -> None:
     model, processor = tiny_model("clip", llm, bidirectional=bidirectional)
@@ -182,7 +182,7 @@ def test_the_last_token_moves_the_first_position_unless_causal(
     for batch in (padded, unpadded):
         moved = first_position_moves_by(model, batch, row=0)
         if bidirectional:
-            # Weights of size 0.2 move it by far more than rounding.
+            # Weights of size 0.2 change it by far more than rounding.
             assert moved > 1e-3
         else:
             assert moved == 0
@@ -191,7 +191,7 @@ def test_the_last_token_moves_the_first_position_unless_causal(
 # Inputs of forward
 
 
-def test_images_alone_texts_alone_and_both_agree() -> None:
+def test_images_and_texts_give_the_same_embeddings_alone_and_together() -> None:
     model, _ = shared_model()
     batch = shared_batch()
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_images_alone_texts_alone_and_both_agree() -> None:
     assert images.text_embeds is None and images.logits_per_image is None
 
 
-def test_embeds_are_the_features_at_unit_length() -> None:
+def test_embeds_are_the_normalized_features() -> None:
     model, _ = shared_model()
     batch = shared_batch()
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_embeds_are_the_features_at_unit_length() -> None:
     assert (texts.norm(dim=1) - 1).abs().min() > 1e-3  # features themselves are not normalized
 
 
-def test_a_tuple_has_the_fields_that_are_there() -> None:
+def test_a_tuple_has_the_fields_that_are_not_none() -> None:
     model, _ = shared_model()
     with torch.no_grad():
         output = model(**shared_batch(), return_dict=False)
@@ -228,29 +228,29 @@ def test_a_tuple_has_the_fields_that_are_there() -> None:
     assert type(texts) is type(images) is tuple  # as in CLIPModel
 
 
-def test_images_and_texts_may_be_unequally_many() -> None:
+def test_the_numbers_of_images_and_texts_may_differ() -> None:
     model, _ = shared_model()
     batch = shared_batch()
     with torch.no_grad():
         output = model(**texts_of(batch), pixel_values=batch["pixel_values"][:2])
-        whole = model(**batch)
+        full = model(**batch)
     assert output.logits_per_image.shape == (2, 3) and output.logits_per_text.shape == (3, 2)
-    # Logits, 1 / 0.07 times a rounded cosine.
-    assert torch.allclose(output.logits_per_image, whole.logits_per_image[:2], atol=2e-4)
+    # Logits are cosines times 1 / 0.07, and so is their rounding.
+    assert torch.allclose(output.logits_per_image, full.logits_per_image[:2], atol=2e-4)
 
 
-def test_no_input_is_refused() -> None:
+def test_no_input_is_rejected() -> None:
     with pytest.raises(ValueError, match="neither pixel_values nor input_ids"):
         shared_model()[0]()
 
 
-@pytest.mark.parametrize("kind", [texts_of, images_of])
-def test_a_loss_of_one_kind_of_input_is_refused(kind: Any) -> None:
+@pytest.mark.parametrize("take_inputs", [texts_of, images_of])
+def test_a_loss_of_texts_or_images_alone_is_rejected(take_inputs: Any) -> None:
     with pytest.raises(ValueError, match="return_loss=True needs pixel_values and input_ids"):
-        shared_model()[0](**kind(shared_batch()), return_loss=True)
+        shared_model()[0](**take_inputs(shared_batch()), return_loss=True)
 
 
-def test_a_loss_of_unequally_many_is_refused_with_both_counts() -> None:
+def test_a_loss_of_different_numbers_is_rejected_with_both_numbers() -> None:
     batch = shared_batch()
     with pytest.raises(ValueError, match="2 images and 3 texts"):
         shared_model()[0](
@@ -258,16 +258,16 @@ def test_a_loss_of_unequally_many_is_refused_with_both_counts() -> None:
         )
 
 
-def test_ids_without_the_checkpoints_prompt_are_refused() -> None:
+def test_ids_without_the_models_prompt_are_rejected() -> None:
     model, processor = shared_model()
     ids = processor.tokenizer(
         "two red apples on a table", add_special_tokens=False, return_tensors="pt"
     )["input_ids"]
-    with pytest.raises(ValueError, match="do not begin with its prompt"):
+    with pytest.raises(ValueError, match="do not begin with the model's prompt"):
         model(input_ids=ids)
 
 
-def test_padding_without_a_mask_is_refused_where_no_prompt_shows_it() -> None:
+def test_padding_without_a_mask_is_rejected_if_the_model_has_no_prompt() -> None:
     model, processor = tiny_model(prompt="none")
     batch = processor(text=CAPTIONS)
     with pytest.raises(ValueError, match=r"2 of 3 texts have padding \(id \d+\) and no attention"):
@@ -280,8 +280,8 @@ def test_padding_without_a_mask_is_refused_where_no_prompt_shows_it() -> None:
         assert torch.equal(model(input_ids=alone["input_ids"]).text_embeds, wanted)
 
 
-def test_no_texts_at_all_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(0, 5\): give one text at least"):
+def test_an_empty_batch_of_texts_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"shape \(0, 5\): give at least one text"):
         shared_model()[0](input_ids=torch.zeros(0, 5, dtype=torch.long))
 
 
@@ -293,7 +293,7 @@ def test_no_texts_at_all_are_refused() -> None:
         torch.zeros(32, 32),
     ],
 )
-def test_what_no_image_processor_gives_is_refused_with_dtype_and_shape(pixels: Tensor) -> None:
+def test_invalid_pixels_are_rejected_with_dtype_and_shape(pixels: Tensor) -> None:
     shown = rf"{pixels.dtype} {re.escape(str(tuple(pixels.shape)))}\. Use the processor"
     with pytest.raises(ValueError, match=shown):
         shared_model()[0].get_image_features(pixels)
@@ -311,7 +311,7 @@ def test_logits_are_float32_under_autocast() -> None:
     assert torch.equal(found.loss, wanted.loss)
 
 
-def test_a_larger_image_needs_interpolation_to_be_asked_for() -> None:
+def test_a_larger_image_needs_the_interpolation_argument() -> None:
     model, _ = shared_model()
     larger = torch.rand(1, 3, 48, 48)
     with pytest.raises(ValueError, match="48"):
@@ -336,20 +336,20 @@ def test_images_can_be_pooled_from_their_tokens(vision_pooling: str) -> None:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_projected_caption_embeds_are_the_text_features(normalize: bool) -> None:
+def test_projected_caption_embeds_equal_the_text_features(normalize: bool) -> None:
     model, _ = tiny_model(normalize_text_before_adapter=normalize)
     texts = texts_of(shared_batch())
     with torch.no_grad():
         stored = model.get_caption_embeds(**texts)
         features = model.get_text_features(**texts).pooler_output
     assert torch.equal(model.project_caption_embeds(stored), features)
-    # With normalisation the length of a stored embedding does not matter, without it does.
+    # The length of a stored embedding matters only without normalization.
     moved = (model.project_caption_embeds(3 * stored) - features).abs().max()
     assert moved < ROUNDING if normalize else moved > 1e-2
 
 
 @every_vision
-def test_projected_vision_embeds_are_the_image_features(vision: str) -> None:
+def test_projected_vision_embeds_equal_the_image_features(vision: str) -> None:
     model, _ = shared_model(vision)
     images = images_of(shared_batch(vision))
     with torch.no_grad():
@@ -359,7 +359,7 @@ def test_projected_vision_embeds_are_the_image_features(vision: str) -> None:
 
 
 @every_vision
-def test_stored_embeds_give_the_embeds_of_forward(vision: str) -> None:
+def test_stored_embeds_give_the_same_embeds_as_forward(vision: str) -> None:
     model, _ = shared_model(vision)
     batch = shared_batch(vision)
     with torch.no_grad():
@@ -371,7 +371,7 @@ def test_stored_embeds_give_the_embeds_of_forward(vision: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["caption", "vision"])
-def test_embeds_of_stored_embeds_have_unit_length_and_gradients(name: str) -> None:
+def test_embeds_from_stored_embeds_have_unit_length_and_gradients(name: str) -> None:
     model, _ = tiny_model()
     to_embeds = {"caption": model.to_text_embeds, "vision": model.to_image_embeds}[name]
     stored = torch.rand(3, 32, requires_grad=True)
@@ -391,14 +391,16 @@ def test_embeds_of_stored_embeds_have_unit_length_and_gradients(name: str) -> No
         (torch.ones(2, 32, dtype=torch.long), r"torch.int64 \(2, 32\)"),
     ],
 )
-def test_embeddings_that_do_not_fit_are_refused(name: str, embeds: Tensor, shown: str) -> None:
+def test_embeddings_of_the_wrong_shape_or_dtype_are_rejected(
+    name: str, embeds: Tensor, shown: str
+) -> None:
     project = getattr(shared_model()[0], f"project_{name}_embeds")
     with pytest.raises(ValueError, match=rf"{name}_embeds must be .*\(B, 32\); got {shown}"):
         project(embeds)
 
 
-@pytest.mark.parametrize("kind", [LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel])
-def test_a_server_that_would_run_the_llm_causally_is_told_that_it_cannot(kind: Any) -> None:
-    # vLLM asks this of a model class before it takes over the attention, and then pools the last
-    # token of a causal pass.
-    assert kind.is_backend_compatible() is False
+@pytest.mark.parametrize("model_class", [LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_server_that_would_run_the_llm_causally_is_rejected(model_class: Any) -> None:
+    # vLLM checks this before it replaces the attention. It would pool the last token of a causal
+    # pass.
+    assert model_class.is_backend_compatible() is False

@@ -1,4 +1,4 @@
-"""A saved model loads as it was, whole or by halves, or is refused by the names of its weights."""
+"""A saved model loads unchanged, with both towers or one, or an error names the wrong weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from shared_models import (
     first_position_moves_by,
     images_of,
     move,
+    run_docstring_example,
     shared_batch,
     shared_model,
     texts_of,
 )
-from tiny import tiny_images, tiny_model
+from tiny import draw_noise, tiny_images, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.models.llama import modeling_llama
@@ -40,8 +41,8 @@ from modeling_llm2clip import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved whole model with its processor; not to be changed."""
-    path = tmp_path_factory.mktemp("whole")
+    """Folder of a saved two-tower model and its processor, which no test may change."""
+    path = tmp_path_factory.mktemp("model")
     model, processor = shared_model()
     copy.deepcopy(model).save_pretrained(path)
     processor.save_pretrained(path)
@@ -127,70 +128,75 @@ def test_a_weight_of_another_shape_is_named_with_both_shapes(folder: Path, tmp_p
         LLM2CLIPModel.from_pretrained(broken)
 
 
-def test_the_text_half_loads_from_the_whole_folder_without_the_other(folder: Path) -> None:
-    half = LLM2CLIPTextModel.from_pretrained(folder)
+def test_the_text_only_model_loads_from_a_two_tower_folder(folder: Path) -> None:
+    text_only = LLM2CLIPTextModel.from_pretrained(folder)
     assert type(AutoModelForTextEncoding.from_pretrained(folder)) is LLM2CLIPTextModel
-    tops = {name.split(".")[0] for name in half.state_dict()}
+    tops = {name.split(".")[0] for name in text_only.state_dict()}
     assert tops == {"text_model", "text_adapter", "text_projection"}
     texts = texts_of(shared_batch())
     with torch.no_grad():
-        found, wanted = half(**texts), shared_model()[0](**texts)
-    # Equal weights at other addresses, see above.
+        found, wanted = text_only(**texts), shared_model()[0](**texts)
+    # Equal weights at other memory addresses, see above.
     assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=1e-6)
     assert torch.equal(found.pooler_output, found.text_embeds)
 
 
 @every_vision
-def test_the_image_half_loads_from_the_whole_folder_without_the_other(
-    vision: str, tmp_path: Path
-) -> None:
-    whole = shared_model(vision)[0]
-    copy.deepcopy(whole).save_pretrained(tmp_path)
-    half = LLM2CLIPVisionModel.from_pretrained(tmp_path)
-    assert {name.split(".")[0] for name in half.state_dict()} == {
+def test_the_vision_only_model_loads_from_a_two_tower_folder(vision: str, tmp_path: Path) -> None:
+    two_tower = shared_model(vision)[0]
+    copy.deepcopy(two_tower).save_pretrained(tmp_path)
+    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    assert {name.split(".")[0] for name in vision_only.state_dict()} == {
         "vision_model",
         "visual_projection",
     }
     images = images_of(shared_batch(vision))
     with torch.no_grad():
-        found, wanted = half(**images), whole(**images)
-    # Equal weights at other addresses, see above.
+        found, wanted = vision_only(**images), two_tower(**images)
+    # Equal weights at other memory addresses, see above.
     assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
 
 
-@pytest.mark.parametrize("half", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
-def test_a_half_saves_and_loads_alone(half: Any, folder: Path, tmp_path: Path) -> None:
-    before = half.from_pretrained(folder)
+@pytest.mark.parametrize("model_class", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_single_tower_model_saves_and_loads(
+    model_class: Any, folder: Path, tmp_path: Path
+) -> None:
+    before = model_class.from_pretrained(folder)
     before.save_pretrained(tmp_path)
-    after = half.from_pretrained(tmp_path).state_dict()
+    after = model_class.from_pretrained(tmp_path).state_dict()
     assert before.state_dict().keys() == after.keys()
     for name, value in before.state_dict().items():
         assert torch.equal(after[name], value), name
 
 
-@pytest.mark.parametrize("half", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
-def test_a_half_does_not_pass_for_a_whole_model(half: Any, folder: Path, tmp_path: Path) -> None:
-    half.from_pretrained(folder).save_pretrained(tmp_path)
+@pytest.mark.parametrize("model_class", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_single_tower_model_does_not_load_as_a_two_tower_model(
+    model_class: Any, folder: Path, tmp_path: Path
+) -> None:
+    model_class.from_pretrained(folder).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Missing .*Use the class that saved the folder"):
         LLM2CLIPModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("half", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
-def test_a_half_is_strict_about_its_own_weights(half: Any, folder: Path, tmp_path: Path) -> None:
-    own = {LLM2CLIPTextModel: "text_projection", LLM2CLIPVisionModel: "visual_projection"}[half]
+@pytest.mark.parametrize("model_class", [LLM2CLIPTextModel, LLM2CLIPVisionModel])
+def test_a_single_tower_model_is_strict_about_its_own_weights(
+    model_class: Any, folder: Path, tmp_path: Path
+) -> None:
+    projections = {LLM2CLIPTextModel: "text_projection", LLM2CLIPVisionModel: "visual_projection"}
+    own = projections[model_class]
     broken = copy_folder(folder, tmp_path / "broken", lambda w: w.pop(f"{own}.weight"))
     with pytest.raises(ValueError, match=rf"Missing \(1\): \['{own}.weight'\]"):
-        half.from_pretrained(broken)
+        model_class.from_pretrained(broken)
 
 
-def test_a_saved_folder_names_no_path_of_its_maker(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_folder_contains_no_local_path(folder: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
     for path in tmp_path.glob("*.json"):
         assert str(folder) not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_an_untrained_model_is_built_from_its_configuration_alone() -> None:
+def test_an_untrained_model_can_be_built_from_its_configuration_alone() -> None:
     config = LLM2CLIPConfig.from_dict(shared_model()[0].config.to_dict())
     model = LLM2CLIPModel(config)
     assert model.state_dict().keys() == shared_model()[0].state_dict().keys()
@@ -198,10 +204,21 @@ def test_an_untrained_model_is_built_from_its_configuration_alone() -> None:
     assert model.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)  # float32
 
 
-# Settings of loading
+@pytest.mark.parametrize("documented", [LLM2CLIPModel, LLM2CLIPProcessor])
+def test_the_example_in_the_docstring_runs(
+    documented: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").symlink_to(folder)
+    draw_noise().save(tmp_path / "dog.png")
+    monkeypatch.chdir(tmp_path)
+    failed, attempted = run_docstring_example(documented, AutoProcessor=AutoProcessor)
+    assert failed == 0 and attempted >= 4
 
 
-def test_a_causal_build_stays_causal_when_saved_and_loaded(tmp_path: Path) -> None:
+# Options of loading
+
+
+def test_a_causal_model_stays_causal_after_saving_and_loading(tmp_path: Path) -> None:
     model, processor = tiny_model(bidirectional=False)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
@@ -242,17 +259,19 @@ def test_an_attention_implementation_reaches_both_towers(load: Any, folder: Path
 
 
 @pytest.mark.parametrize("text_device", ["cpu", "disk"])
-def test_a_device_map_changes_no_output(text_device: str, folder: Path, tmp_path: Path) -> None:
+def test_a_device_map_does_not_change_the_output(
+    text_device: str, folder: Path, tmp_path: Path
+) -> None:
     device_map: Any = "cpu"
     if text_device == "disk":
         tops = {name.split(".")[0] for name in shared_model()[0].state_dict()}
         device_map = {name: "disk" if name == "text_model" else "cpu" for name in tops}
     model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
-    is_away = {p.device.type for p in model.text_model.parameters()} == {"meta"}
-    assert is_away is (text_device == "disk")
+    is_offloaded = {p.device.type for p in model.text_model.parameters()} == {"meta"}
+    assert is_offloaded is (text_device == "disk")
     with torch.no_grad():
         found, wanted = model(**shared_batch()), shared_model()[0](**shared_batch())
-    # Equal weights at other addresses, see above.
+    # Equal weights at other memory addresses, see above.
     assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=1e-6)
     assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
 
@@ -264,23 +283,23 @@ def test_a_device_map_changes_no_output(text_device: str, folder: Path, tmp_path
 def test_bfloat16_gives_float32_embeddings_close_to_those_of_float32(
     folder: Path, device: str
 ) -> None:
-    half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     batch = move(shared_batch(), device)
-    assert half.text_model.dtype == half.vision_model.dtype == torch.bfloat16
+    assert model.text_model.dtype == model.vision_model.dtype == torch.bfloat16
     with torch.no_grad():
-        found, wanted = half(**batch), shared_model()[0](**shared_batch())
-        stored = half.get_caption_embeds(**texts_of(batch))
-        features = half.get_text_features(**texts_of(batch)).pooler_output
+        found, wanted = model(**batch), shared_model()[0](**shared_batch())
+        stored = model.get_caption_embeds(**texts_of(batch))
+        features = model.get_text_features(**texts_of(batch)).pooler_output
     assert stored.dtype == features.dtype == found.logits_per_image.dtype == torch.float32
     for name in ("text_embeds", "image_embeds"):
         assert found[name].dtype == torch.float32
-        # bfloat16 keeps 8 bits, 0.4 % a step; two layers and an adapter pile up a few per cent.
+        # bfloat16 has 8 bits, steps of 0.4 %, which add up to a few percent.
         cosines = (found[name].cpu() * wanted[name]).sum(dim=1)
         assert cosines.min() > 0.998
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_casting_a_model_leaves_its_temperature_as_it_was(cast: str, tmp_path: Path) -> None:
+def test_casting_a_model_does_not_change_its_temperature(cast: str, tmp_path: Path) -> None:
     model, _ = tiny_model()
     before = model.logit_scale.log_scale.detach().clone()
     getattr(model, cast)().save_pretrained(tmp_path)
@@ -303,7 +322,7 @@ def test_saving_towers_of_different_dtypes_warns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["built", "loaded"])
-def test_a_bfloat16_model_says_so_and_keeps_its_temperature_in_float32(
+def test_a_bfloat16_model_saves_its_dtype_and_keeps_its_temperature_in_float32(
     way: str, folder: Path, tmp_path: Path
 ) -> None:
     if way == "built":

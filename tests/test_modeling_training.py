@@ -1,4 +1,4 @@
-"""Laws of loss, gradients and temperature, and of what wraps a model to train it."""
+"""Laws of loss, gradients and temperature, and of libraries that wrap a model for training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from modeling_llm2clip.heads_llm2clip import LogitScale, contrastive_loss
 # Loss and gradients
 
 
-def test_the_loss_is_log_batch_size_when_no_pair_stands_out() -> None:
+def test_the_loss_is_log_batch_size_if_all_pairs_score_the_same() -> None:
     model, processor = shared_model()
     batch = processor(text=["a dog"] * 4, images=tiny_images(1) * 4)
     loss = model(**batch, return_loss=True).loss
@@ -49,7 +49,7 @@ def test_gradients_flow_to_every_trainable_parameter(vision: str, llm: str) -> N
     model = copy.deepcopy(shared_model(vision, llm)[0]).train()
     model(**shared_batch(vision, llm), return_loss=True).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    # DINOv2 has a token for masked images, which only its own pretraining uses.
+    # DINOv2's mask token is used only in its own pretraining.
     assert [name for name in without if not name.endswith("mask_token")] == []
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -85,7 +85,7 @@ def test_activation_checkpointing_gives_equal_gradients() -> None:
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        # The same operations once more, in the same order; 1e-6 leaves room for threading.
+        # The same operations in the same order; 1e-6 allows for threading.
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
@@ -107,14 +107,14 @@ def test_the_temperature_has_one_dimension_and_comes_last() -> None:
     assert model.logit_scale.log_scale.shape == (1,)
 
 
-# The ecosystem
+# Other libraries
 
 
 @pytest.mark.slow
 @every_device
 def test_compiled_equals_plain(device: str) -> None:
     model, batch = copy.deepcopy(shared_model()[0]).to(device), move(shared_batch(), device)
-    # Kernels are written on a GPU only: a processor would need a compiler of C++.
+    # Kernels are generated on a GPU only, because a CPU would need a C++ compiler.
     backend = "inductor" if device == "cuda" else "eager"
     compiled = torch.compile(copy.deepcopy(model), backend=backend)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Packs and token batches lose no text and change no embedding; packing refuses the rest."""
+"""Packs and token batches lose no text and change no embedding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120))
-def test_every_text_lies_in_one_pack_and_no_pack_of_several_exceeds_the_budget(lengths, budget):
+def test_every_text_is_in_one_pack_and_no_pack_of_several_exceeds_the_budget(lengths, budget):
     packs = plan_packs(lengths, token_budget=budget)
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     for pack in packs:
@@ -45,7 +45,7 @@ def test_packed_embeddings_equal_those_of_one_padded_batch(family, bidirectional
     with torch.inference_mode():
         packed = model.get_caption_embeds(**inputs)
     assert _checked[model.text_model] is True
-    # Same products in float32, added up in another order.
+    # The same float32 products, summed in another order.
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_the_last_token_is_pooled_the_same_way_packed_and_padded():
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)  # order of sums in float32
 
 
-def test_a_direction_that_is_set_later_holds_packed_and_padded():
+def test_a_direction_that_is_set_later_applies_to_packed_and_padded_passes():
     model, processor = tiny_model(bidirectional=True)
     inputs = processor(text=TEXTS)
     bidirectional = model.get_caption_embeds(**inputs).detach()
@@ -70,7 +70,7 @@ def test_a_direction_that_is_set_later_holds_packed_and_padded():
     assert (packed - bidirectional).abs().max() > 0.01
 
 
-def test_threads_of_packed_and_plain_passes_disturb_each_other_nowhere():
+def test_threads_of_packed_and_padded_passes_do_not_affect_each_other():
     model, processor = tiny_model()
     inputs = processor(text=TEXTS)
     wanted = model.get_caption_embeds(**inputs).detach()
@@ -84,20 +84,20 @@ def test_threads_of_packed_and_plain_passes_disturb_each_other_nowhere():
             torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)  # order of sums
 
 
-def test_a_family_whose_attention_does_more_is_run_with_padding():
-    # Gemma 2 caps its attention scores, which plain scaled dot products do not.
+def test_a_family_with_softcapping_is_run_with_padding():
+    # Gemma 2 caps its attention scores, which plain scaled dot products do not compute.
     assert not can_pack(tiny_llm("gemma2"), CPU)
 
 
-def test_the_check_leaves_nothing_that_no_gradient_can_pass():
-    # FSDP gathers a layer's weights when it first runs, and keeps their storage.
+def test_the_check_leaves_no_inference_tensors_behind():
+    # FSDP gathers a layer's weights in its first pass and reuses their storage for gradients.
     text_model, kept = tiny_llm("llama"), []
     text_model.layers[0].register_forward_hook(lambda _, __, out: kept.append(out))
     assert can_pack(text_model, CPU)
     assert kept and not any(out.is_inference() or out.requires_grad for out in kept)
 
 
-def test_the_attention_implementation_is_what_it_was_after_a_pack_and_after_an_error():
+def test_the_attention_implementation_is_restored_after_a_pack_and_after_an_error():
     text_model = tiny_llm("llama")
     before = text_model.config._attn_implementation
     run_packed(text_model, [torch.tensor([1, 2, 3])])
@@ -110,17 +110,17 @@ def test_the_attention_implementation_is_what_it_was_after_a_pack_and_after_an_e
 @pytest.mark.parametrize(
     "extra",
     [{}, {"softcap": 30.0}, {"sliding_window": 2}, {"s_aux": torch.ones(1)}],
-    ids=["no groups", "cap", "window", "sink"],
+    ids=["no packs", "softcap", "window", "sink"],
 )
-def test_attention_that_needs_more_than_dot_products_is_refused(extra):
+def test_attention_that_needs_more_than_dot_products_is_rejected(extra):
     heads = torch.ones(1, 2, 4, 8)
-    groups = {"packed_texts": PackedTexts(torch.tensor([0, 4]), is_causal=False)} if extra else {}
+    packs = {"packed_texts": PackedTexts(torch.tensor([0, 4]), is_causal=False)} if extra else {}
     with pytest.raises(ValueError, match="more than packed attention computes"):
-        attend_packed(torch.nn.Identity(), heads, heads, heads, None, **groups, **extra)
+        attend_packed(torch.nn.Identity(), heads, heads, heads, None, **packs, **extra)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_the_operator_tells_a_compiler_the_truth_about_itself(is_causal):
+def test_the_operator_is_registered_correctly(is_causal):
     query, keys = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
     cu_seqlens = torch.tensor([0, 4, 8, 9])
     torch.library.opcheck(
@@ -136,11 +136,11 @@ def test_a_text_has_the_same_embedding_alone_and_among_others():
     torch.testing.assert_close(together, torch.cat(one_by_one), atol=2e-6, rtol=1e-5)
 
 
-def test_an_instruction_with_nothing_behind_it_is_refused():
+def test_an_instruction_without_a_caption_is_rejected():
     model, processor = tiny_model(prompt="none")
     alone = processor(text=["find an image"])
     count = alone["input_ids"].shape[1]
-    with pytest.raises(ValueError, match="nothing behind their instruction"):
+    with pytest.raises(ValueError, match="nothing after their instruction"):
         model.get_caption_embeds(**alone, prompt_length=count)
 
 
@@ -152,7 +152,7 @@ BUDGETS = st.integers(1, 2000)
 
 @given(LENGTHS, BUDGETS)
 @settings(deadline=None)
-def test_batches_cover_every_index_once(lengths: list[int], token_budget: int) -> None:
+def test_token_batches_contain_every_index_once(lengths: list[int], token_budget: int) -> None:
     batches = plan_token_batches(lengths, token_budget=token_budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert all(batches)
@@ -160,7 +160,9 @@ def test_batches_cover_every_index_once(lengths: list[int], token_budget: int) -
 
 @given(LENGTHS, BUDGETS)
 @settings(deadline=None)
-def test_a_batch_keeps_the_budget_or_is_one_text(lengths: list[int], token_budget: int) -> None:
+def test_a_token_batch_fits_the_budget_or_is_one_text(
+    lengths: list[int], token_budget: int
+) -> None:
     for batch in plan_token_batches(lengths, token_budget=token_budget):
         padded_size = len(batch) * max(lengths[index] for index in batch)
         assert padded_size <= token_budget or len(batch) == 1
@@ -194,7 +196,7 @@ def test_longest_texts_come_first(lengths: list[int], token_budget: int) -> None
 
 
 def test_equal_lengths_fill_the_budget() -> None:
-    # 100 texts of 10 tokens, 250 tokens a batch: 25 texts fit, so 4 batches and not one more.
+    # 100 texts of 10 tokens, at most 250 tokens per batch: 25 texts fit, so there are 4 batches.
     batches = plan_token_batches([10] * 100, token_budget=250)
     assert [len(batch) for batch in batches] == [25, 25, 25, 25]
 
@@ -203,5 +205,5 @@ def test_no_texts_give_no_batches() -> None:
     assert plan_token_batches([], token_budget=100) == []
 
 
-def test_a_text_longer_than_the_budget_goes_alone() -> None:
+def test_a_text_longer_than_the_budget_gets_a_batch_of_its_own() -> None:
     assert plan_token_batches([5, 500, 5], token_budget=100) == [[1], [0, 2]]

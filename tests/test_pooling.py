@@ -1,4 +1,4 @@
-"""Which tokens make a caption's embedding: laws of masks, positions, pooling and id checks."""
+"""Laws of pooling masks, positions, pooling, and the checks of token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RULES = {"prefix_ids": PREFIX, "suffix_ids": SUFFIX, "max_length": 8, "vocabular
 
 @st.composite
 def padded_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
-    """Lengths of a few texts, the width they are padded to, and how many tokens lead them."""
+    """Lengths of a few texts, their padded width, and the number of unpooled tokens before them."""
     num_unpooled = draw(st.integers(0, 3))
     lengths = draw(st.lists(st.integers(num_unpooled + 1, 9), min_size=1, max_size=5))
     return lengths, max(lengths) + draw(st.integers(0, 3)), num_unpooled
@@ -41,7 +41,7 @@ def pad(rows: list[Tensor], width: int, *, side: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("side", ["left", "right"])
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
-def test_mean_is_the_plain_mean_of_the_chosen_tokens(
+def test_mean_is_the_plain_mean_of_the_pooled_tokens(
     side: str, case: tuple[list[int], int, int]
 ) -> None:
     lengths, width, num_unpooled = case
@@ -68,7 +68,7 @@ def test_last_token_is_the_last_real_token(side: str, case: tuple[list[int], int
 
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
-def test_the_pooling_mask_leaves_out_padding_and_leading_tokens_on_either_side(
+def test_the_pooling_mask_excludes_padding_on_either_side_and_leading_tokens(
     case: tuple[list[int], int, int],
 ) -> None:
     lengths, width, num_unpooled = case
@@ -85,7 +85,7 @@ def test_the_pooling_mask_leaves_out_padding_and_leading_tokens_on_either_side(
 
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
-def test_real_tokens_have_the_same_positions_on_either_side(
+def test_real_tokens_have_the_same_positions_with_padding_on_either_side(
     case: tuple[list[int], int, int],
 ) -> None:
     lengths, width, _ = case
@@ -100,14 +100,14 @@ def test_real_tokens_have_the_same_positions_on_either_side(
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])
 def test_half_precision_is_pooled_in_float32(pooling: str) -> None:
-    # 300 ones: bfloat16 cannot count beyond 256, so pooling in it would give less than 1.
+    # bfloat16 cannot count beyond 256, so the mean of 300 ones would be less than 1.
     hidden = torch.ones(1, 300, 2, dtype=torch.bfloat16)
     pooled = pool_tokens(hidden, torch.ones(1, 300, dtype=torch.bool), pooling=pooling)
     assert pooled.dtype == torch.float32
     assert torch.equal(pooled, torch.ones(1, 2))
 
 
-def test_an_autocast_does_not_reach_the_pooling() -> None:
+def test_autocast_does_not_affect_pooling() -> None:
     hidden = torch.linspace(0, 1, 300).reshape(1, 300, 1)
     mask = torch.ones(1, 300, dtype=torch.bool)
     wanted = pool_tokens(hidden, mask, pooling="mean")
@@ -115,13 +115,13 @@ def test_an_autocast_does_not_reach_the_pooling() -> None:
         assert torch.equal(pool_tokens(hidden, mask, pooling="mean"), wanted)
 
 
-def test_an_unknown_pooling_is_refused() -> None:
+def test_an_unknown_pooling_is_rejected() -> None:
     with pytest.raises(ValueError, match="pooling='cls' must be 'mean' or 'last_token'"):
         pool_tokens(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), pooling="cls")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])
-def test_only_pooled_tokens_receive_gradient(pooling: str) -> None:
+def test_only_pooled_tokens_receive_gradients(pooling: str) -> None:
     hidden = torch.randn(2, 4, 3, requires_grad=True)
     mask = build_pooling_mask(torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), num_unpooled=1)
     pool_tokens(hidden, mask, pooling=pooling).sum().backward()
@@ -139,7 +139,7 @@ def rows_of(*texts: list[int], side: str = "right") -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_ids_with_prompt_pass_on_either_side(side: str) -> None:
+def test_ids_with_the_prompt_pass_with_padding_on_either_side(side: str) -> None:
     check_token_rows(*rows_of([5, 6, 1, 8], [5, 6, 1, 2, 3, 8], side=side), **RULES)
 
 
@@ -154,25 +154,31 @@ def test_ids_with_prompt_pass_on_either_side(side: str) -> None:
         ([5, 6], r"1 of 2 texts have no token to pool.*row: 1"),
         ([5, 6, 100, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
         ([5, 6, -1, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
-        ([5, 7, 1, 8], r"1 of 2 texts do not begin with its prompt \[5, 6\].*row: 1 \(\[5, 7\]\)"),
-        ([1, 5, 6, 8], r"1 of 2 texts do not begin with its prompt \[5, 6\].*row: 1 \(\[1, 5\]\)"),
-        ([5, 6, 1, 9], r"1 of 2 texts do not end with its prompt's suffix \[8\].*row: 1 \(\[9\]\)"),
+        (
+            [5, 7, 1, 8],
+            r"1 of 2 texts do not begin with the model's prompt \[5, 6\].*row: 1 \(\[5, 7\]\)",
+        ),
+        (
+            [1, 5, 6, 8],
+            r"1 of 2 texts do not begin with the model's prompt \[5, 6\].*row: 1 \(\[1, 5\]\)",
+        ),
+        ([5, 6, 1, 9], r"1 of 2 texts do not end with the prompt's suffix \[8\].*row: 1 \(\[9\]\)"),
     ],
 )
-def test_a_text_that_the_checkpoints_tokenizer_cannot_have_written_is_named(
+def test_a_text_that_cannot_come_from_the_models_tokenizer_is_named(
     text: list[int], message: str, side: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_token_rows(*rows_of([5, 6, 1, 8], text, side=side), **RULES)
 
 
-def test_every_bad_text_is_counted() -> None:
+def test_every_invalid_text_is_counted() -> None:
     ids, mask = rows_of([5, 6, 1, 8], [7, 6, 1, 8], [7, 7, 1, 8])
     with pytest.raises(ValueError, match=r"2 of 3 texts do not begin.*First bad row: 1"):
         check_token_rows(ids, mask, **RULES)
 
 
-def test_a_row_of_padding_alone_is_refused() -> None:
+def test_a_row_of_padding_alone_is_rejected() -> None:
     ids, mask = rows_of([5, 6, 1, 8], [5, 6, 1, 8])
     mask[1] = 0
     with pytest.raises(ValueError, match=r"1 of 2 texts have no token to pool"):
@@ -180,26 +186,26 @@ def test_a_row_of_padding_alone_is_refused() -> None:
 
 
 @pytest.mark.parametrize("suffix_ids", [[], [8]])
-def test_a_mask_with_a_hole_is_refused(suffix_ids: list[int]) -> None:
-    # Real tokens are taken as one run; a hole would make padding count as real.
+def test_a_mask_with_a_gap_is_rejected(suffix_ids: list[int]) -> None:
+    # Real tokens are read as one contiguous run, so a gap would make padding count as real.
     ids = torch.tensor([[5, 6, 1, 99, 2, 8]])
     mask = torch.tensor([[1, 1, 1, 0, 1, 1]])
     with pytest.raises(ValueError, match=r"1 of 1 texts"):
         check_token_rows(ids, mask, **{**RULES, "suffix_ids": suffix_ids})
 
 
-def test_one_text_without_a_batch_dimension_is_refused_with_its_shape() -> None:
+def test_one_text_without_a_batch_dimension_is_rejected_with_its_shape() -> None:
     ids = torch.tensor([5, 6, 1, 8])
     with pytest.raises(ValueError, match=r"input_ids \(4,\).*shape \(texts, tokens\)"):
         check_token_rows(ids, torch.ones_like(ids), **RULES)
 
 
-def test_ids_and_mask_of_unequal_shape_are_refused_with_both() -> None:
+def test_ids_and_mask_of_different_shapes_are_rejected_with_both() -> None:
     ids = torch.tensor([[5, 6, 1, 8]])
     with pytest.raises(ValueError, match=r"input_ids \(1, 4\).*attention_mask \(1, 3\)"):
         check_token_rows(ids, torch.ones(1, 3, dtype=torch.long), **RULES)
 
 
-def test_floating_point_ids_are_sent_to_project_caption_embeds() -> None:
+def test_the_error_for_floating_point_ids_names_project_caption_embeds() -> None:
     with pytest.raises(ValueError, match=r"torch.float32.*project_caption_embeds"):
         check_token_rows(torch.ones(1, 4), torch.ones(1, 4), **RULES)

@@ -1,4 +1,4 @@
-"""What texts become, which are refused, by name; and a processor saved and loaded."""
+"""Texts as the processor prepares or rejects them, its options, and saving and loading it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor
 
 from modeling_llm2clip import LLM2CLIPProcessor
 
-LONG_TEXT = " ".join(["dog"] * 50)  # 32 tokens are the most
+LONG_TEXT = " ".join(["dog"] * 50)  # the maximum is 32 tokens
 
 
 @pytest.fixture
 def processor() -> LLM2CLIPProcessor:
-    """A fresh processor, because it counts."""
+    """A fresh processor, because it counts truncated texts."""
     return fresh_processor()
 
 
@@ -34,7 +34,7 @@ def prompt() -> tuple[list[int], list[int]]:
     return config.prompt_prefix_ids, config.prompt_suffix_ids
 
 
-def whole_ids(texts: list[str]) -> list[list[int]]:
+def untruncated_ids(texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = fresh_processor().tokenizer(texts, truncation=False)["input_ids"]
     return ids
 
@@ -53,35 +53,33 @@ def whole_ids(texts: list[str]) -> list[list[int]]:
         ([["a dog"], ["a cat"]], r"2 are not: number 0 is list, not str; number 1 is list"),
         ([1.5], r"number 0 is float, not str"),
         ([], r"the list is empty"),
-        (["a dog", "a \ud800 dog"], r"1 are not: number 1 has half a surrogate pair: 'a \\ud800"),
+        (["a dog", "a \ud800 dog"], r"1 are not: number 1 has an unpaired surrogate: 'a \\ud800"),
     ],
 )
-def test_what_is_not_a_caption_is_named(
-    processor: LLM2CLIPProcessor, text: Any, message: str
-) -> None:
+def test_invalid_captions_are_named(processor: LLM2CLIPProcessor, text: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor(text=text)
 
 
-def test_all_bad_captions_are_counted_and_the_first_ones_named(
+def test_all_invalid_captions_are_counted_and_the_first_ones_named(
     processor: LLM2CLIPProcessor,
 ) -> None:
     with pytest.raises(ValueError, match=r"20 are not: number 0 is blank.*number 7 is blank.*; …"):
         processor(text=[""] * 20)
 
 
-def test_nothing_at_all_is_refused(processor: LLM2CLIPProcessor) -> None:
+def test_a_call_without_inputs_is_rejected(processor: LLM2CLIPProcessor) -> None:
     with pytest.raises(ValueError, match="neither images nor text"):
         processor()
 
 
-def test_one_string_and_an_iterable_of_strings_are_taken(processor: LLM2CLIPProcessor) -> None:
+def test_one_string_and_an_iterable_of_strings_are_accepted(processor: LLM2CLIPProcessor) -> None:
     one = processor(text="a dog")["input_ids"]
     assert torch.equal(one, processor(text=["a dog"])["input_ids"])
     assert torch.equal(one, processor(text=(t for t in ["a dog"]))["input_ids"])  # type: ignore[arg-type]
 
 
-def test_blanks_around_a_caption_do_not_count(processor: LLM2CLIPProcessor) -> None:
+def test_whitespace_around_a_caption_is_ignored(processor: LLM2CLIPProcessor) -> None:
     plain = processor(text="a dog")["input_ids"]
     assert torch.equal(plain, processor(text=" \n a dog\t ")["input_ids"])
 
@@ -94,15 +92,15 @@ def test_texts_are_padded_right_to_the_longest(processor: LLM2CLIPProcessor) -> 
     assert (batch["input_ids"][0, lengths[0] :] == processor.tokenizer.pad_token_id).all()
 
 
-def test_a_long_caption_is_cut_before_the_suffix_and_counted(
+def test_a_long_caption_is_truncated_before_the_suffix_and_counted(
     processor: LLM2CLIPProcessor,
 ) -> None:
     prefix, suffix = prompt()
     ids = processor(text=[LONG_TEXT, "a dog"])["input_ids"][0].tolist()
     assert len(ids) == processor.max_text_length == 32
     assert ids[: len(prefix)] == prefix and ids[-len(suffix) :] == suffix
-    whole = processor.tokenizer(LONG_TEXT, truncation=False, verbose=False)["input_ids"]
-    assert ids[: -len(suffix)] == whole[: 32 - len(suffix)]
+    full = processor.tokenizer(LONG_TEXT, truncation=False, verbose=False)["input_ids"]
+    assert ids[: -len(suffix)] == full[: 32 - len(suffix)]
     assert processor.num_truncated_texts == 1
     processor(text=[LONG_TEXT, "a dog", LONG_TEXT])
     assert processor.num_truncated_texts == 3
@@ -111,21 +109,23 @@ def test_a_long_caption_is_cut_before_the_suffix_and_counted(
 def test_a_caption_that_just_fits_is_not_counted(processor: LLM2CLIPProcessor) -> None:
     prefix, suffix = prompt()
     room = processor.max_text_length - len(prefix) - len(suffix)
-    text = "x" + "~" * (room - 1)  # characters that no merge joins
+    text = "x" + "~" * (room - 1)  # characters that no merge of the tokenizer joins
     assert processor(text=text)["input_ids"].shape == (1, 32)
     assert processor.num_truncated_texts == 0
     processor(text=text + "~")
     assert processor.num_truncated_texts == 1
 
 
-def test_a_long_caption_can_be_an_error_that_names_it(processor: LLM2CLIPProcessor) -> None:
+def test_long_captions_raise_an_error_that_names_them_if_requested(
+    processor: LLM2CLIPProcessor,
+) -> None:
     with pytest.raises(ValueError, match=r"1 of 3 texts have more than 32 tokens .*number 1"):
         processor(text=["a dog", LONG_TEXT, "a cat"], on_long_text="error")
     processor(text=["a dog", "a cat"], on_long_text="error")
 
 
 @pytest.mark.parametrize("kwargs", [{"max_length": 14}, {"text_kwargs": {"max_length": 14}}])
-def test_cutting_to_a_callers_own_length_counts_too(
+def test_truncation_to_a_given_length_is_counted_too(
     processor: LLM2CLIPProcessor, kwargs: Any
 ) -> None:
     text = "two red apples on a wooden table"
@@ -135,12 +135,12 @@ def test_cutting_to_a_callers_own_length_counts_too(
         processor(text=[text, "a dog"], on_long_text="error", **kwargs)
 
 
-def test_an_unknown_way_with_long_captions_is_refused(processor: LLM2CLIPProcessor) -> None:
+def test_an_unknown_value_of_on_long_text_is_rejected(processor: LLM2CLIPProcessor) -> None:
     with pytest.raises(ValueError, match=r"'truncate' or 'error', got 'ignore'"):
         processor(text="a dog", on_long_text="ignore")
 
 
-def test_settings_may_be_flat_or_nested(processor: LLM2CLIPProcessor) -> None:
+def test_options_may_be_flat_or_nested(processor: LLM2CLIPProcessor) -> None:
     flat = processor(text=["a dog", "x"], padding="max_length", return_tensors="np")
     nested = processor(
         text=["a dog", "x"],
@@ -161,15 +161,17 @@ def test_settings_may_be_flat_or_nested(processor: LLM2CLIPProcessor) -> None:
         ({"text_kwargs": {"max_lenght": 20}}, "max_lenght"),
         ({"txt_kwargs": {"max_length": 20}}, "txt_kwargs"),
         ({"images_kwargs": {"do_resise": False}}, "do_resise"),
-        ({"images_kwargs": {"truncation": False}}, "truncation"),  # right, in the wrong place
+        ({"images_kwargs": {"truncation": False}}, "truncation"),  # known, but at another level
         ({"common_kwargs": {"return_tensor": "np"}}, "return_tensor"),
         ({"pad": None}, "pad"),
     ],
 )
-def test_an_unknown_option_is_refused_with_the_known_ones(
+def test_an_unknown_option_is_rejected_with_the_known_ones(
     processor: LLM2CLIPProcessor, settings: Any, named: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"know \['{named}'\].*Known: .*'max_length', .*'on_long"):
+    with pytest.raises(
+        ValueError, match=rf"has no options \['{named}'\].*Known: .*'max_length', .*'on_long"
+    ):
         processor(text="a dog", images=draw_noise(), **settings)
 
 
@@ -182,14 +184,14 @@ def test_an_unknown_option_is_refused_with_the_known_ones(
         {"videos": [draw_noise()]},
     ],
 )
-def test_what_makes_no_row_of_one_caption_is_refused(
+def test_options_for_more_than_one_caption_per_row_are_rejected(
     processor: LLM2CLIPProcessor, settings: Any
 ) -> None:
     with pytest.raises(ValueError, match="a row is one caption or one image"):
         processor(text="a dog", **settings)
 
 
-def test_what_callers_of_every_kind_of_processor_say_changes_nothing(
+def test_options_that_callers_pass_to_any_processor_change_nothing(
     processor: LLM2CLIPProcessor,
 ) -> None:
     wanted = processor(text=["a dog", "a cat on a mat"], images=[draw_noise()] * 2)
@@ -212,7 +214,7 @@ def test_what_callers_of_every_kind_of_processor_say_changes_nothing(
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_an_image_processors_own_options_are_taken() -> None:
+def test_options_of_the_image_processor_take_effect() -> None:
     processor = tiny_model("siglip2")[1]
     patches = processor(images=draw_noise(), max_num_patches=4)["pixel_values"]
     assert patches.shape[1] == 4 < processor(images=draw_noise())["pixel_values"].shape[1]
@@ -221,15 +223,15 @@ def test_an_image_processors_own_options_are_taken() -> None:
 @pytest.mark.parametrize(
     "text", [5, {"a": 1}, 1.5, b"a dog", object(), {"a dog"}, np.array([["a dog", "a cat"]])]
 )
-def test_what_is_neither_a_caption_nor_a_list_is_refused_by_its_kind(
+def test_an_input_of_another_type_is_rejected_by_its_name(
     processor: LLM2CLIPProcessor, text: Any
 ) -> None:
-    kind = type(text).__name__
-    with pytest.raises(ValueError, match=f"text is {kind}; give one non-blank string or a list"):
+    name = type(text).__name__
+    with pytest.raises(ValueError, match=f"text is {name}; give one non-blank string or a list"):
         processor(text=text)
 
 
-def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProcessor) -> None:
+def test_a_length_without_room_for_a_caption_is_rejected(processor: LLM2CLIPProcessor) -> None:
     prefix, suffix = prompt()
     least = len(prefix) + len(suffix) + 1
     for length in (2, least - 1):
@@ -239,26 +241,28 @@ def test_a_length_without_room_for_a_caption_is_refused(processor: LLM2CLIPProce
 
 
 @pytest.mark.parametrize("length", ["20", 20.0, True, 0, -1])
-def test_what_is_no_length_is_refused(processor: LLM2CLIPProcessor, length: Any) -> None:
-    with pytest.raises(ValueError, match=rf"max_length={length!r} is no length"):
+def test_a_length_that_is_not_a_positive_integer_is_rejected(
+    processor: LLM2CLIPProcessor, length: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"max_length={length!r} must be a positive integer"):
         processor(text="a dog", max_length=length)
-    with pytest.raises(ValueError, match=rf"max_text_length={length!r} is no length"):
+    with pytest.raises(ValueError, match=rf"max_text_length={length!r} must be a positive integer"):
         LLM2CLIPProcessor(processor.image_processor, processor.tokenizer, length)
 
 
-def test_an_uncut_long_text_is_an_error_where_that_was_asked(
+def test_a_long_text_raises_an_error_without_truncation_too(
     processor: LLM2CLIPProcessor,
 ) -> None:
     with pytest.raises(
         ValueError, match=r"1 of 2 texts have more than 32 tokens \(first: number 1"
     ):
         processor(text=["a dog", LONG_TEXT], truncation=False, on_long_text="error")
-    whole = processor(text=["a dog", LONG_TEXT], truncation=False)["input_ids"]
-    assert whole.shape[1] > 32
+    full = processor(text=["a dog", LONG_TEXT], truncation=False)["input_ids"]
+    assert full.shape[1] > 32
     assert processor.num_truncated_texts == 0
 
 
-def test_the_mask_cannot_be_left_out(processor: LLM2CLIPProcessor) -> None:
+def test_the_attention_mask_cannot_be_left_out(processor: LLM2CLIPProcessor) -> None:
     for settings in (
         {"return_attention_mask": False},
         {"text_kwargs": {"return_attention_mask": False}},
@@ -267,7 +271,7 @@ def test_the_mask_cannot_be_left_out(processor: LLM2CLIPProcessor) -> None:
             processor(text="a dog", **settings)
 
 
-def test_threads_that_want_other_lengths_share_a_processor(processor: LLM2CLIPProcessor) -> None:
+def test_threads_with_different_lengths_can_share_a_processor(processor: LLM2CLIPProcessor) -> None:
     texts = ["two red apples on a wooden table", "x", LONG_TEXT]
     jobs: list[Callable[[], Any]] = [
         lambda: processor(text=texts)["input_ids"].tolist(),
@@ -277,20 +281,20 @@ def test_threads_that_want_other_lengths_share_a_processor(processor: LLM2CLIPPr
     ]
     wanted = [job() for job in jobs]
     processor.num_truncated_texts = 0
-    # Without the lock some of these many turns differ, or raise, in every run that was tried.
+    # Without the lock, some of these turns differed or raised in every run that was tried.
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda turn: jobs[turn % 4](), range(800)))
     assert all(ids == wanted[turn % 4] for turn, ids in enumerate(found))
-    # Of the first kind one of 200 is cut each time; of the second two.
+    # Each of 200 turns of the first job truncates one text, and of the second job two.
     assert processor.num_truncated_texts == 200 + 200 * sum(
-        len(ids) > 14 for ids in whole_ids(texts)
+        len(ids) > 14 for ids in untruncated_ids(texts)
     )
 
 
-def test_listed_ids_are_those_of_a_call() -> None:
+def test_list_ids_returns_the_ids_of_a_call() -> None:
     processor = copy.deepcopy(fresh_processor())
     texts = ["a dog\n\n", "\x1f a cat ", LONG_TEXT]
-    for longest in (512, 20):  # what sentence-transformers' max_seq_length sets
+    for longest in (512, 20):  # set by sentence-transformers' max_seq_length
         processor.tokenizer.model_max_length = longest
         called = processor(text=texts)
         listed, is_truncated = processor.list_ids(texts)
@@ -303,7 +307,7 @@ def test_listed_ids_are_those_of_a_call() -> None:
         processor.list_ids("a dog")
 
 
-def test_without_padding_rows_keep_their_lengths(processor: LLM2CLIPProcessor) -> None:
+def test_rows_keep_their_lengths_without_padding(processor: LLM2CLIPProcessor) -> None:
     texts = ["a dog", "two red apples", LONG_TEXT]
     rows = processor(text=texts, padding=False, return_tensors=None)["input_ids"]
     padded = processor(text=texts)["attention_mask"].sum(dim=1).tolist()
@@ -313,7 +317,7 @@ def test_without_padding_rows_keep_their_lengths(processor: LLM2CLIPProcessor) -
 # Saving and loading
 
 
-def test_saved_and_loaded_gives_equal_inputs(tmp_path: Path) -> None:
+def test_a_saved_and_loaded_processor_gives_equal_inputs(tmp_path: Path) -> None:
     before = LLM2CLIPProcessor(
         CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False),
         shared_model()[1].tokenizer,
@@ -330,7 +334,7 @@ def test_saved_and_loaded_gives_equal_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load", [LLM2CLIPProcessor.from_pretrained, AutoProcessor.from_pretrained])
-def test_a_lost_length_is_refused_and_may_be_given(
+def test_a_missing_length_is_rejected_and_may_be_passed(
     load: Any, tmp_path: Path, processor: LLM2CLIPProcessor
 ) -> None:
     processor.save_pretrained(tmp_path)
@@ -343,14 +347,16 @@ def test_a_lost_length_is_refused_and_may_be_given(
     assert load(tmp_path, max_text_length=20).max_text_length == 20
 
 
-def test_the_count_of_cut_texts_is_not_saved(tmp_path: Path, processor: LLM2CLIPProcessor) -> None:
+def test_the_count_of_truncated_texts_is_not_saved(
+    tmp_path: Path, processor: LLM2CLIPProcessor
+) -> None:
     processor(text=LONG_TEXT)
     processor.save_pretrained(tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path).num_truncated_texts == 0
     assert "num_truncated_texts" not in (tmp_path / "processor_config.json").read_text()
 
 
-def test_a_bare_tokenizer_gives_the_processors_ids(
+def test_the_tokenizer_alone_gives_the_same_ids(
     tmp_path: Path, processor: LLM2CLIPProcessor
 ) -> None:
     processor.save_pretrained(tmp_path)
@@ -361,7 +367,7 @@ def test_a_bare_tokenizer_gives_the_processors_ids(
 
 
 def test_a_processor_without_its_tokenizers_prompt_differs() -> None:
-    # The prompt lives in the tokenizer, so this shows that the equalities above can fail.
+    # The prompt is part of the tokenizer, so this shows that the equalities above can fail.
     bare = LLM2CLIPProcessor(shared_model()[1].image_processor, tiny_tokenizer(), 32)
     assert (
         bare(text="a dog")["input_ids"].shape != shared_model()[1](text="a dog")["input_ids"].shape

@@ -1,4 +1,4 @@
-"""Quantising reaches the language model and nothing else."""
+"""Quantization applies to the LLM alone, and is saved only as it was loaded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from modeling_llm2clip.model_folders.model_loading import KEPT_IN_FULL, text_qua
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
-# A block of 4-bit numbers; a narrower matrix than one block fails on processors with bfloat16.
+# A block of 4-bit numbers. A matrix narrower than one block fails on CPUs with bfloat16.
 BLOCK = 64
 
 
 @every_device
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_only_the_language_model_is_quantised(tmp_path, kind, device):
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_only_the_language_model_is_quantized(tmp_path, quantization, device):
     tokenizer = tiny_tokenizer()
     text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=BLOCK)
     settings = BuildConfig(prompt="llama-3", max_text_length=32, visual_projection_bias=False)
@@ -36,83 +36,85 @@ def test_only_the_language_model_is_quantised(tmp_path, kind, device):
     model.save_pretrained(tmp_path)
     inputs = processor(text=["a dog", "two cats"], images=tiny_images())
     loaded = LLM2CLIPModel.from_pretrained(
-        tmp_path, quantization_config=text_quantization_config(kind), device_map={"": device}
+        tmp_path,
+        quantization_config=text_quantization_config(quantization),
+        device_map={"": device},
     )
     layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    quantised = [name for name, module in loaded.named_modules() if isinstance(module, layers)]
-    assert quantised and all(name.startswith("text_model.") for name in quantised)
+    quantized = [name for name, module in loaded.named_modules() if isinstance(module, layers)]
+    assert quantized and all(name.startswith("text_model.") for name in quantized)
     parts = [n.removeprefix("text_model.") for n, _ in model.text_model.named_modules()]
-    assert len(quantised) == sum(part.endswith("_proj") for part in parts)
+    assert len(quantized) == sum(part.endswith("_proj") for part in parts)
     with torch.inference_mode():
         before, after = model(**inputs), loaded(**move(inputs, device))
-    # The image half keeps its weights, so only the order of sums may differ; more of it on CUDA.
+    # The vision tower is not quantized: only the order of sums differs, and more so on CUDA.
     tolerance = {"atol": 1e-5 if device == "cuda" else 1e-6, "rtol": 1e-5}
     torch.testing.assert_close(after.image_embeds.cpu(), before.image_embeds, **tolerance)
     cosine = F.cosine_similarity(after.text_embeds.cpu(), before.text_embeds)
-    # Four bits keep two to three digits of each weight; a wrong text has a cosine far lower.
+    # Four bits keep two to three digits of each weight; other texts have a far lower cosine.
     assert cosine.min() > 0.8
 
 
-def test_everything_outside_the_language_model_stands_on_the_list():
+def test_every_part_but_the_language_model_is_kept_in_full():
     model, _ = tiny_model()
     assert {name for name, _ in model.named_children()} == {*KEPT_IN_FULL, "text_model"}
 
 
-def test_another_quantization_is_refused():
+def test_an_unknown_quantization_is_rejected():
     with pytest.raises(ValueError, match="quantization='2bit' must be '4bit' or '8bit'"):
         text_quantization_config("2bit")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """A folder, the model that it holds and a batch; two blocks of 4-bit numbers a row."""
+    """A folder, its model and a batch; weights have two blocks of 4-bit numbers per row."""
     tokenizer = tiny_tokenizer()
     text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=2 * BLOCK)
     settings = BuildConfig(prompt="llama-3", max_text_length=32)
     model, processor = join_towers(tiny_vision(), (text_model, tokenizer), settings)
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return folder, model, dict(processor(text=["a dog", "two cats"], images=tiny_images()))
 
 
-WHOLE = {
+CONFIGS = {
     "4bit": BitsAndBytesConfig(load_in_4bit=True),
     "8bit": BitsAndBytesConfig(load_in_8bit=True),
-    "4bit with a wish": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o_proj"]),
+    "4bit without o_proj": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o_proj"]),
     "4bit as a dictionary": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
-def test_quantizing_the_whole_model_leaves_all_but_the_llm_alone(
-    kind: str, load: Any, saved: tuple[Path, Any, Any]
+def test_quantizing_a_two_tower_model_quantizes_the_llm_alone(
+    name: str, load: Any, saved: tuple[Path, Any, Any]
 ) -> None:
     folder, model, batch = saved
-    given = copy.deepcopy(WHOLE[kind])
+    given = copy.deepcopy(CONFIGS[name])
     loaded = load.from_pretrained(folder, quantization_config=given, device_map={"": "cpu"})
     layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     quantized = [name for name, module in loaded.named_modules() if isinstance(module, layers)]
     assert quantized and all(name.startswith("text_model.") for name in quantized)
-    assert any("o_proj" in name for name in quantized) is (kind != "4bit with a wish")
+    assert any("o_proj" in name for name in quantized) is (name != "4bit without o_proj")
     with torch.inference_mode():
         before, after = model(**batch), loaded(**batch)
-    # The image half keeps its weights: only the order of sums differs.
+    # The vision tower is not quantized: only the order of sums differs.
     torch.testing.assert_close(after.image_embeds, before.image_embeds, atol=1e-6, rtol=1e-5)
     # bitsandbytes' default fp4 keeps one to two digits of each weight, nf4 and 8 bits more.
     assert F.cosine_similarity(after.text_embeds, before.text_embeds).min() > 0.6
-    if isinstance(given, BitsAndBytesConfig):  # the caller's is not changed
-        assert given.llm_int8_skip_modules == WHOLE[kind].llm_int8_skip_modules
+    if isinstance(given, BitsAndBytesConfig):  # the caller's configuration is not changed
+        assert given.llm_int8_skip_modules == CONFIGS[name].llm_int8_skip_modules
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_a_projection_that_was_quantized_all_the_same_computes_in_floats(
-    kind: str, saved: tuple[Path, Any, Any]
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_projection_computes_in_floating_point(
+    quantization: str, saved: tuple[Path, Any, Any]
 ) -> None:
     _, model, batch = saved
     projection = model.visual_projection
     layer: Any
-    if kind == "4bit":
+    if quantization == "4bit":
         layer = bitsandbytes.nn.Linear4bit(32, 512, bias=True, compute_dtype=torch.float32)
     else:
         layer = bitsandbytes.nn.Linear8bitLt(32, 512, bias=True, has_fp16_weights=False)
@@ -124,29 +126,31 @@ def test_a_projection_that_was_quantized_all_the_same_computes_in_floats(
         wanted = model.get_vision_embeds(batch["pixel_values"])
         found = quantized.train().project_vision_embeds(wanted)
         wanted = model.project_vision_embeds(wanted)
-    # Four bits, two to three digits of each weight; cast to whole numbers it was -0.45.
+    # Four bits keep two to three digits of each weight; with a cast to integers it was -0.45.
     assert F.cosine_similarity(found, wanted).min() > 0.97
 
 
-def test_a_vision_half_has_nothing_to_quantize(saved: tuple[Path, Any, Any]) -> None:
+def test_quantizing_a_vision_only_model_is_rejected(saved: tuple[Path, Any, Any]) -> None:
     with pytest.raises(ValueError, match="LLM2CLIPVisionModel has no LLM"):
-        LLM2CLIPVisionModel.from_pretrained(saved[0], quantization_config=WHOLE["4bit"])
+        LLM2CLIPVisionModel.from_pretrained(saved[0], quantization_config=CONFIGS["4bit"])
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-@pytest.mark.parametrize("one", [LLM2CLIPModel, LLM2CLIPTextModel])
-def test_a_quantized_model_is_given_back_as_it_was_saved(
-    kind: str, one: Any, saved: tuple[Path, Any, Any], tmp_path: Path
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+@pytest.mark.parametrize("model_class", [LLM2CLIPModel, LLM2CLIPTextModel])
+def test_a_quantized_model_loads_as_it_was_saved(
+    quantization: str, model_class: Any, saved: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
     folder, _, batch = saved
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    loaded = one.from_pretrained(folder, quantization_config=WHOLE[kind], device_map={"": "cpu"})
+    loaded = model_class.from_pretrained(
+        folder, quantization_config=CONFIGS[quantization], device_map={"": "cpu"}
+    )
     loaded.save_pretrained(tmp_path)
     stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert set(KEPT_IN_FULL) <= set(stated["llm_int8_skip_modules"])
-    again = one.from_pretrained(tmp_path)
+    again = model_class.from_pretrained(tmp_path)
     with torch.inference_mode():
-        # The same bits: equal weights at other addresses.
+        # The same bits: equal weights at other memory addresses.
         assert torch.allclose(again(**texts).text_embeds, loaded(**texts).text_embeds, atol=1e-6)
 
 
@@ -154,30 +158,30 @@ def test_4_bit_weights_that_bitsandbytes_has_reordered_are_not_saved(
     saved: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
     loaded = LLM2CLIPModel.from_pretrained(
-        saved[0], quantization_config=WHOLE["4bit"], device_map={"": "cpu"}
+        saved[0], quantization_config=CONFIGS["4bit"], device_map={"": "cpu"}
     )
-    # What its forward does on a CPU that computes in bfloat16, which not every one does.
+    # This is what forward does on CPUs that compute in bfloat16.
     weight = loaded.text_model.layers[0].mlp.up_proj.weight
     weight.data, weight.quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(
         weight.data, weight.quant_state
     )
     with pytest.raises(ValueError, match=r"1 4-bit layers have run on a CPU.*0\.mlp\.up_proj"):
         loaded.save_pretrained(tmp_path)
-    loaded.state_dict()  # undoes it in part, as Trainer does before it saves
+    loaded.state_dict()  # undoes it partly; Trainer calls this before saving
     with pytest.raises(ValueError, match="4-bit layers have run on a CPU"):
         loaded.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_model_put_together_from_a_quantized_llm_is_not_saved(
+def test_a_model_joined_from_a_quantized_llm_is_not_saved(
     saved: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
     folder, model, _ = saved
     quantized = LLM2CLIPTextModel.from_pretrained(
-        folder, quantization_config=WHOLE["4bit"], device_map={"": "cpu"}
+        folder, quantization_config=CONFIGS["4bit"], device_map={"": "cpu"}
     )
-    together = LLM2CLIPModel(
+    joined = LLM2CLIPModel(
         copy.deepcopy(model.config), copy.deepcopy(model.vision_model), quantized.text_model
     )
     with pytest.raises(ValueError, match="not loaded with a quantization_config"):
-        together.save_pretrained(tmp_path)
+        joined.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What `save_pretrained` and `push_to_hub` write is complete: sentence-transformers = AutoModel."""
+"""Saved and pushed models give the same embeddings in sentence-transformers and AutoModel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
 
 CLASSES: dict[str, Any] = {
-    "whole": AutoModel, "text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel,
+    "both": AutoModel, "text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel,
 }  # fmt: skip
 SETTINGS = "config_sentence_transformers.json"
 
@@ -40,7 +40,7 @@ def save(folder: Path, **settings: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model with an instruction; not to be changed."""
+    """Folder of a model with an instruction, which no test may change."""
     return save(tmp_path_factory.mktemp("saved"), instructions={"query": INSTRUCTION})
 
 
@@ -62,7 +62,7 @@ def test_a_saved_model_gives_the_same_embeddings_in_sentence_transformers(
     for modality, embeds in wanted.items():
         inputs = CAPTIONS if modality == "text" else tiny_images(3)
         found = encoder.encode(inputs, convert_to_tensor=True)
-        # Other batches add up in another order.
+        # Other batches sum in another order.
         torch.testing.assert_close(found, embeds, atol=ROUNDING, rtol=0)
         # One division in float32.
         torch.testing.assert_close(found.norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
@@ -80,7 +80,7 @@ def test_instructions_survive_loading_and_saving(folder: Path, tmp_path: Path) -
 def test_instructions_of_a_sentence_transformers_user_are_never_lost(
     folder: Path, tmp_path: Path
 ) -> None:
-    """They are in the folder that it saves, and in what is made of that by AutoModel."""
+    """Both the folder that it saves and one that AutoModel saves from it have them."""
     prompts = {"query": "Find a photo: ", "document": "", "label": "A label: "}
     first, second = tmp_path / "first", tmp_path / "second"
     encoder = SentenceTransformer(str(folder), prompts=prompts, similarity_fn_name="dot")
@@ -103,14 +103,14 @@ def test_instructions_that_a_sentence_transformers_user_removes_are_gone(
     assert LLM2CLIPConfig.from_pretrained(tmp_path).instructions == {}
 
 
-def test_saving_over_a_folder_writes_the_instructions_of_the_model(tmp_path: Path) -> None:
+def test_saving_to_an_existing_folder_writes_the_instructions_of_the_model(tmp_path: Path) -> None:
     save(tmp_path, instructions={"query": "Find a cat: "})
     save(tmp_path, instructions={"query": "Find a dog: "})
     assert read_instructions(tmp_path) == {"query": "Find a dog: "}
     assert LLM2CLIPConfig.from_pretrained(tmp_path).instructions == {"query": "Find a dog: "}
 
 
-def test_saving_into_another_model_folder_changes_no_instruction_in_memory(
+def test_saving_to_another_models_folder_changes_no_instruction_in_memory(
     folder: Path, tmp_path: Path
 ) -> None:
     model = AutoModel.from_pretrained(folder)
@@ -126,7 +126,7 @@ def test_an_export_changes_no_instruction_in_memory(tmp_path: Path) -> None:
     assert model.config.instructions == {}
 
 
-def test_unreadable_settings_are_named_before_weights_are_written(tmp_path: Path) -> None:
+def test_an_invalid_settings_file_is_named_before_weights_are_written(tmp_path: Path) -> None:
     (tmp_path / SETTINGS).write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{SETTINGS} is not JSON .* Restore it, or delete it"):
         shared_model()[0].save_pretrained(tmp_path)
@@ -149,12 +149,12 @@ model.push_to_hub("owner/pushed", private=True, commit_message="Model as it is")
 processor.push_to_hub("owner/pushed")
 folder, given = str(Path(sys.argv[2]) / "model"), {"push_to_hub": True, "repo_id": "owner/saved"}
 model.save_pretrained(folder, private=True, **given)
-processor.save_pretrained(folder, **given)  # a str, because transformers fails at a Path here
+processor.save_pretrained(folder, **given)  # a str, because transformers rejects a Path here
 """
 READ = """
 import sys
 import numpy as np
-sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+sys.modules["modeling_llm2clip"] = None  # from here on, importing the package raises
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
@@ -191,7 +191,7 @@ def test_a_pushed_model_gives_the_same_embeddings_without_the_package(
     instructed = SentenceTransformer(str(folder)).encode(CAPTIONS, prompt_name="query")
     for name, embeds in found.items():
         expected = instructed if name.endswith("instructed") else wanted
-        # Other batches add up in another order.
+        # Other batches sum in another order.
         assert np.allclose(embeds, expected, atol=ROUNDING, rtol=0), name
 
 

@@ -1,4 +1,4 @@
-"""What training may move: nothing of what is frozen, and the same by every path through the LLM."""
+"""Training changes no frozen part, and gives the same numbers on every path through the LLM."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_frozen_tower_stays_in_eval_mode_and_keeps_its_statistics() -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_a_tower_frozen_behind_train_keeps_its_statistics_too() -> None:
+def test_a_tower_frozen_after_train_keeps_its_statistics_too() -> None:
     model, processor = tiny_model(BATCH_NORM)
     before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
     model.train()
@@ -62,7 +62,7 @@ def test_a_tower_frozen_behind_train_keeps_its_statistics_too() -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_statistics_that_are_trained_move_and_are_saved(tmp_path: Path) -> None:
+def test_statistics_of_a_trained_tower_change_and_are_saved(tmp_path: Path) -> None:
     model, processor = tiny_model(BATCH_NORM)
     before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
     batch = noise_batch(processor)
@@ -71,19 +71,17 @@ def test_statistics_that_are_trained_move_and_are_saved(tmp_path: Path) -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before)
     model.save_pretrained(tmp_path)
     again = LLM2CLIPModel.from_pretrained(tmp_path)
-    # Equal weights at other addresses, whose alignment picks other kernels.
+    # Equal weights at other memory addresses, whose alignment selects other kernels.
     assert torch.allclose(embed_images(again, batch), embed_images(model, batch), atol=1e-6)
 
 
-@pytest.mark.parametrize("reached", ["text_model", "vision_model"])
-def test_a_lora_gives_the_images_again_that_it_was_trained_to_give(
-    reached: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("tower", ["text_model", "vision_model"])
+def test_a_saved_lora_gives_the_same_image_embeddings(tower: str, tmp_path: Path) -> None:
     model, processor = tiny_model(BATCH_NORM)
     targets = [
         name
         for name, module in model.named_modules()
-        if name.startswith(reached)
+        if name.startswith(tower)
         and isinstance(module, nn.Linear | nn.Conv2d)
         and getattr(module, "groups", 1) == 1
     ]
@@ -93,11 +91,11 @@ def test_a_lora_gives_the_images_again_that_it_was_trained_to_give(
     lora.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(tiny_model(BATCH_NORM)[0], tmp_path).eval()
     cosine = F.cosine_similarity(embed_images(again, batch), embed_images(lora, batch))
-    # The same weights in float32; statistics that had moved gave 0.94.
+    # The same weights in float32; with changed statistics it was 0.94.
     assert cosine.min() > 1 - 1e-5
 
 
-def test_statistics_that_peft_saves_with_their_layer_are_given_back(tmp_path: Path) -> None:
+def test_statistics_that_peft_saves_with_their_layer_are_restored(tmp_path: Path) -> None:
     model, processor = tiny_model(BATCH_NORM)
     norm = next(n for n, m in model.vision_model.named_modules() if hasattr(m, "running_mean"))
     config = peft.LoraConfig(
@@ -125,7 +123,7 @@ def dropping_model(*, packs: bool) -> Any:
 
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_draws_the_same_masks_with_and_without_gradients(
+def test_dropout_samples_the_same_masks_with_and_without_gradients(
     packs: bool, checkpointing: bool
 ) -> None:
     model, texts = dropping_model(packs=packs), texts_of(shared_batch())
@@ -137,12 +135,12 @@ def test_dropout_draws_the_same_masks_with_and_without_gradients(
         torch.manual_seed(0)
         with torch.set_grad_enabled(with_gradients):
             found.append(model.get_caption_embeds(**texts).detach())
-    # One path, so the same operations; other masks moved the embeddings by more than a tenth.
+    # The same path and operations; other masks changed the embeddings by more than a tenth.
     assert torch.allclose(*found, atol=1e-6)
     assert not torch.allclose(found[0], model.eval().get_caption_embeds(**texts), atol=1e-2)
 
 
-def test_cached_gradients_are_those_of_the_masks_that_were_drawn(tmp_path: Path) -> None:
+def test_cached_gradients_belong_to_the_sampled_masks(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
@@ -156,22 +154,24 @@ def test_cached_gradients_are_those_of_the_masks_that_were_drawn(tmp_path: Path)
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3
     encoder.train()
-    drawn: dict[bool, list[Tensor]] = {False: [], True: []}
+    sampled: dict[bool, list[Tensor]] = {False: [], True: []}
     encoder.register_forward_hook(
-        lambda *args: drawn[torch.is_grad_enabled()].append(args[2]["sentence_embedding"].detach())
+        lambda *args: sampled[torch.is_grad_enabled()].append(
+            args[2]["sentence_embedding"].detach()
+        )
     )
-    # Two mini-batches a column, of texts of unlike lengths.
+    # Two mini-batches per column, with texts of different lengths.
     loss = CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2)
     columns = [encoder.preprocess(texts) for texts in (CAPTIONS, list(reversed(CAPTIONS)))]
     loss(columns, None).backward()
-    first, replayed = drawn[False], drawn[True]
+    first, replayed = sampled[False], sampled[True]
     assert len(first) == len(replayed) == 4
     for before, after in zip(first, replayed, strict=True):
         assert torch.allclose(before, after, atol=1e-6)  # the same operations, unit length
 
 
 @every_vision
-def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_to_the_vision_half(
+def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_in_a_vision_only_model(
     vision: str, tmp_path: Path
 ) -> None:
     shared_model(vision)[0].save_pretrained(tmp_path)
@@ -193,12 +193,14 @@ def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_to_the_vision_
         gradients.append({n: p.grad for n, p in lora.named_parameters() if p.grad is not None})
     assert gradients[0] and gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        # The same operations once more; 1e-6 leaves room for threading.
+        # The same operations; 1e-6 allows for threading.
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
-def test_the_vision_half_gives_and_takes_the_embeddings_of_its_patches(tmp_path: Path) -> None:
+def test_the_input_embeddings_of_a_vision_only_model_are_its_patch_embeddings(
+    tmp_path: Path,
+) -> None:
     shared_model()[0].save_pretrained(tmp_path)
-    half = LLM2CLIPVisionModel.from_pretrained(tmp_path)
-    patches = half.get_input_embeddings()
-    assert patches is half.vision_model.embeddings.patch_embedding
+    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    patches = vision_only.get_input_embeddings()
+    assert patches is vision_only.vision_model.embeddings.patch_embedding

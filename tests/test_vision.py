@@ -1,4 +1,4 @@
-"""Vision towers: the real shapes of the paper's, other image sizes, pooling, mean and std."""
+"""Vision towers: real shapes of the paper's towers, other image sizes, pooling, mean and std."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_vision
 
 LARGER = 48
-WITH_A_FLAG = ("clip", "siglip", "vit")  # interpolate positions when told to
-ANY_SIZE = ("dinov2", "dinov3_vit", "timm")  # do so by themselves, or have rotary positions
-FIXED = ("eva02", "timm-siglip")  # cannot while they run
-BY_PATCHES = ("siglip2",)  # whose processor says how many
+WITH_ARGUMENT = ("clip", "siglip", "vit")  # interpolate positions with the argument
+ANY_SIZE = ("dinov2", "dinov3_vit", "timm")  # interpolate without it, or have rotary positions
+FIXED = ("eva02", "timm-siglip")  # cannot interpolate in a forward pass
+BY_PATCHES = ("siglip2",)  # the number of patches depends on the processor
 
-# Model type, settings, width of an image's embedding, parameters without any projection: CLIP's and
-# EVA02's as published with the official checkpoints, SigLIP's by both implementations.
+# Model type, configuration, width of an image embedding, number of parameters without projection.
+# CLIP and EVA02 are as in the official checkpoints, SigLIP as in both implementations.
 SO400M = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
     "num_attention_heads": 16, "patch_size": 14, "image_size": 224,
@@ -89,7 +89,7 @@ def test_a_tower_of_the_paper_has_its_real_shape(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-# Another image size, set when the model is built
+# Another image size, chosen when the model is built
 
 
 def make_larger(family: str) -> Any:
@@ -102,12 +102,12 @@ def encode(model: Any, batch: Any, **given: Any) -> torch.Tensor:
         return model.get_image_features(**(images or images_of(batch)), **given).pooler_output
 
 
-def test_every_family_is_in_one_of_the_groups_of_these_tests() -> None:
-    assert sorted(WITH_A_FLAG + ANY_SIZE + FIXED + BY_PATCHES) == sorted(VISION_FAMILIES)
+def test_every_family_is_in_one_group() -> None:
+    assert sorted(WITH_ARGUMENT + ANY_SIZE + FIXED + BY_PATCHES) == sorted(VISION_FAMILIES)
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_a_model_built_for_larger_images_makes_them_and_reloads_bit_for_bit(
+def test_a_model_built_for_larger_images_resizes_to_them_and_reloads_bit_for_bit(
     family: str, tmp_path: Path
 ) -> None:
     model, processor = make_larger(family)
@@ -123,24 +123,24 @@ def test_a_model_built_for_larger_images_makes_them_and_reloads_bit_for_bit(
     shape = (2, patches, 192) if family == "siglip2" else (2, 3, LARGER, LARGER)
     assert batch["pixel_values"].shape == shape
     found, wanted = encode(loaded, batch), encode(model, batch)
-    # Equal weights at other addresses, whose alignment picks other kernels; not of unit length.
+    # Equal weights at other memory addresses, whose alignment selects other kernels.
     assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("family", WITH_A_FLAG + ANY_SIZE)
-def test_positions_set_at_build_are_those_interpolated_while_running(family: str) -> None:
+@pytest.mark.parametrize("family", WITH_ARGUMENT + ANY_SIZE)
+def test_positions_set_at_build_equal_those_interpolated_in_a_pass(family: str) -> None:
     (built, processor), (running, _) = make_larger(family), shared_model(family)
     batch = processor(images=tiny_images(2))
     assert batch["pixel_values"].shape[-1] == LARGER
     wanted = encode(running, batch, interpolate_pos_encoding=True)
     assert torch.allclose(encode(built, batch), wanted, rtol=ROUNDING, atol=ROUNDING)
-    # Or the positions would not matter, and the law would hold for any.
+    # Otherwise positions had no effect, and the comparison above would show nothing.
     smaller = images_of(shared_batch(family))["pixel_values"][:2]
     assert (encode(running, {"pixel_values": smaller}) - wanted).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", FIXED)
-def test_positions_of_timm_networks_are_those_timm_interpolates_while_running(family: str) -> None:
+def test_positions_of_timm_networks_equal_those_timm_interpolates_in_a_pass(family: str) -> None:
     tower, processor = tiny_vision(family)
     config = copy.deepcopy(tower.config)
     config.model_args = {**config.model_args, "dynamic_img_size": True}
@@ -153,7 +153,7 @@ def test_positions_of_timm_networks_are_those_timm_interpolates_while_running(fa
     assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
-def test_another_size_keeps_the_activation_and_the_precision_of_the_tower() -> None:
+def test_another_size_keeps_the_activation_and_the_dtype_of_the_tower() -> None:
     model, _ = tiny_model(image_size=LARGER, dtype=torch.bfloat16)
     assert model.config.vision_config.hidden_act == "quick_gelu"
     assert model.config.vision_config.image_size == LARGER
@@ -166,7 +166,7 @@ def test_another_size_keeps_the_activation_and_the_precision_of_the_tower() -> N
     assert changed == ["embeddings.position_embedding.weight"]
 
 
-def test_what_is_cropped_keeps_its_share() -> None:
+def test_another_size_keeps_the_share_that_is_cropped() -> None:
     tower, _ = tiny_vision()
     cropping = CLIPImageProcessorPil(
         size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
@@ -177,12 +177,12 @@ def test_what_is_cropped_keeps_its_share() -> None:
 
 
 @pytest.mark.parametrize("family", ["clip", "eva02", "siglip2", "dinov2"])
-def test_a_size_that_is_no_multiple_of_the_patch_is_refused(family: str) -> None:
+def test_a_size_that_is_not_a_multiple_of_the_patch_is_rejected(family: str) -> None:
     with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Take 48"):
         tiny_model(family, image_size=50)
 
 
-def test_a_size_the_tower_was_trained_for_need_be_no_multiple() -> None:
+def test_the_size_that_a_tower_was_trained_for_need_not_be_a_multiple() -> None:
     sizes = {"image_size": 36, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
     tower = AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **sizes, **layers))
@@ -191,7 +191,7 @@ def test_a_size_the_tower_was_trained_for_need_be_no_multiple() -> None:
     assert processor.to_dict()["size"] == {"height": 36, "width": 36}
 
 
-def test_a_size_below_one_pixel_is_refused() -> None:
+def test_a_size_below_one_pixel_is_rejected() -> None:
     with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
         BuildConfig(prompt="llama-3", image_size=0)
 
@@ -214,7 +214,7 @@ def test_a_size_below_one_pixel_is_refused() -> None:
     ],
     ids=["timm", "relative positions"],
 )  # fmt: skip
-def test_a_tower_that_cannot_change_its_size_is_refused(
+def test_a_tower_that_cannot_change_its_size_is_rejected(
     model_type: str, settings: dict[str, Any], message: str
 ) -> None:
     tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
@@ -222,10 +222,10 @@ def test_a_tower_that_cannot_change_its_size_is_refused(
         set_image_size(tower, tiny_vision()[1], 96)
 
 
-# Another image size while the model runs
+# Another image size in a forward pass
 
 
-@pytest.mark.parametrize("family", WITH_A_FLAG)
+@pytest.mark.parametrize("family", WITH_ARGUMENT)
 def test_larger_images_need_the_processors_option_and_the_models_argument(family: str) -> None:
     model, processor = shared_model(family)
     size = {"height": LARGER, "width": LARGER}
@@ -238,30 +238,33 @@ def test_larger_images_need_the_processors_option_and_the_models_argument(family
     assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
 
 
-@pytest.mark.parametrize("family", [*WITH_A_FLAG, *FIXED])
+@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *FIXED])
 @pytest.mark.parametrize("shape", [(64, 16), (36, 36)], ids=str)
-def test_images_that_only_happen_to_fit_are_refused(family: str, shape: Any) -> None:
-    # As many patches as in 32 × 32, or a rest that is cut off: SigLIP itself would take both.
+def test_other_sizes_with_the_same_number_of_patches_are_rejected(family: str, shape: Any) -> None:
+    # 64 × 16 has as many patches as 32 × 32, and so has 36 × 36 without its incomplete patches.
+    # SigLIP itself accepts both.
     with pytest.raises(ValueError, match=f"{shape[0]} × {shape[1]} pixels"):
         encode(shared_model(family)[0], {"pixel_values": torch.rand(1, 3, *shape)})
 
 
-@pytest.mark.parametrize("family", [*WITH_A_FLAG, *ANY_SIZE])
-def test_a_part_of_a_patch_is_not_cut_off(family: str) -> None:
+@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *ANY_SIZE])
+def test_incomplete_patches_are_rejected(family: str) -> None:
     images = {"pixel_values": torch.rand(1, 3, 36, 48)}
-    with pytest.raises(ValueError, match="36 × 48 pixels, which are not whole patches of"):
+    with pytest.raises(ValueError, match=r"36 × 48 pixels: .* must be multiples of the patch"):
         encode(shared_model(family)[0], images, interpolate_pos_encoding=True)
 
 
 @pytest.mark.parametrize("family", FIXED)
-@pytest.mark.parametrize("flag", [False, True])
-def test_a_tower_that_cannot_interpolate_says_how_to_build_it(family: str, flag: bool) -> None:
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_error_of_a_tower_that_cannot_interpolate_names_the_build_option(
+    family: str, wanted: bool
+) -> None:
     images = {"pixel_values": torch.rand(1, 3, LARGER, LARGER)}
     with pytest.raises(ValueError, match=r"cannot interpolate .*--image-size"):
-        encode(shared_model(family)[0], images, interpolate_pos_encoding=flag)
+        encode(shared_model(family)[0], images, interpolate_pos_encoding=wanted)
 
 
-@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *WITH_A_FLAG, *BY_PATCHES])
+@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *WITH_ARGUMENT, *BY_PATCHES])
 def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> None:
     model, batch = shared_model(family)[0], shared_batch(family)
     assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))
@@ -271,7 +274,7 @@ def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> Non
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
-def test_a_tower_without_class_token_is_not_pooled_by_its_first_patch(family: str) -> None:
+def test_cls_pooling_is_rejected_without_a_class_token(family: str) -> None:
     with pytest.raises(ValueError, match=r"vision_pooling='cls'.* no class token"):
         tiny_model(family, vision_pooling="cls")
 
@@ -282,7 +285,7 @@ def test_a_class_token_can_be_pooled(family: str) -> None:
     assert encode(model, shared_batch(family)).shape == (3, 32)
 
 
-def test_the_mean_of_patches_leaves_padding_out() -> None:
+def test_the_mean_of_patches_excludes_padding() -> None:
     model, processor = tiny_model("siglip2", vision_pooling="mean")
     batch = processor(images=[tiny_images(1)[0].resize((100, 30))])
     mask = batch["pixel_attention_mask"]
@@ -291,11 +294,11 @@ def test_the_mean_of_patches_leaves_padding_out() -> None:
         output = model.vision_model(**batch)
         found = model.get_vision_embeds(**batch)
     wanted = output.last_hidden_state[0, mask[0].bool()].mean(dim=0)
-    # A sum of few numbers in another order, not of unit length.
+    # Sums of few numbers in another order; the length is not 1.
     assert torch.allclose(found[0], wanted, rtol=ROUNDING, atol=ROUNDING)
     given = {"vision_model": model.vision_model, "pixel_values": batch["pixel_values"]}
     assert (pool_vision(output, "mean", **given)[0] - wanted).abs().max() > 1e-3
-    # All of its tokens are patches.
+    # All tokens of SigLIP2 are patches.
     of_patches = pool_vision(output, "patch_mean", **given, patch_mask=mask)[0]
     assert torch.allclose(of_patches, wanted, rtol=ROUNDING, atol=ROUNDING)
 
@@ -331,7 +334,7 @@ def build_patch_mean(vision_model: Any, image_processor: Any) -> Any:
         ("dinov2_with_registers", 4),
     ],
 )
-def test_patch_mean_leaves_class_token_and_registers_out(family: str, num_prefix: int) -> None:
+def test_patch_mean_excludes_class_token_and_registers(family: str, num_prefix: int) -> None:
     tower, image_processor = tiny_vision("clip" if "registers" in family else family)
     if num_prefix > 1:
         tower = tower_with_registers(family)
@@ -341,15 +344,15 @@ def test_patch_mean_leaves_class_token_and_registers_out(family: str, num_prefix
         tokens = model.vision_model(**images).last_hidden_state
         found = model.get_vision_embeds(**images)
     wanted = tokens[:, num_prefix:].mean(dim=1)
-    # A sum of few numbers in another order, not of unit length.
+    # Sums of few numbers in another order; the length is not 1.
     assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
     if num_prefix:
         assert (wanted - tokens.mean(dim=1)).abs().max() > 1e-3
 
 
-def test_patch_mean_is_refused_where_tokens_are_not_the_patches_of_the_image() -> None:
+def test_patch_mean_is_rejected_if_the_tokens_do_not_match_the_patches() -> None:
     tower = tower_with_registers("dinov2_with_registers")
-    tower.config.num_register_tokens = 0  # as of a family that calls them otherwise
+    tower.config.num_register_tokens = 0  # as in a family with another name for them
     with pytest.raises(ValueError, match=r"returns 20 tokens, 1 of them .* for 16 patches"):
         build_patch_mean(tower, tiny_vision("clip")[1])
 
@@ -396,7 +399,7 @@ def test_the_configuration_of_a_timm_tower_states_its_image_size(
     ],
 )
 @pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
-def test_mean_and_std_are_what_was_chosen_and_stand_in_the_folder(
+def test_the_chosen_mean_and_std_are_applied_and_saved(
     name: str, mean: list[float], std: list[float], family: str, tmp_path: Path
 ) -> None:
     _, processor = tiny_model(family, normalization=name)
@@ -407,22 +410,22 @@ def test_mean_and_std_are_what_was_chosen_and_stand_in_the_folder(
     pixels = processor(images=white)["pixel_values"]
     channels = pixels.reshape(-1, 3) if family == "siglip2" else pixels.flatten(2)[0].T
     wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
-    # Resizing a white image rounds to whole 255ths or not at all; float32 sums.
+    # Resizing a white image may round to multiples of 1/255; float32 sums.
     assert torch.allclose(channels.float()[:9], wanted.expand(9, 3), atol=1e-5)
 
 
-def test_a_towers_own_mean_and_std_are_left_alone() -> None:
+def test_a_towers_own_mean_and_std_are_kept() -> None:
     processor = tiny_vision("timm-siglip")[1]
     assert set_normalization(processor, "own") is processor
     assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
 
 
-def test_an_unknown_normalization_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_normalization_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*openai"):
         tiny_model(normalization="clip")
 
 
-def test_build_writes_size_and_mean_into_the_checkpoint(tmp_path: Path) -> None:
+def test_build_writes_size_and_mean_to_the_model_folder(tmp_path: Path) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
     flags = ["--prompt", "llama-3", "--image-size", str(LARGER), "--normalization", "half"]
     assert main(["build", str(vision), str(llm), str(tmp_path / "model"), *flags]) == 0
@@ -432,7 +435,7 @@ def test_build_writes_size_and_mean_into_the_checkpoint(tmp_path: Path) -> None:
     assert "48 × 48 pixels, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in card
 
 
-# Families that state their width otherwise
+# Families with another name for their width
 
 CONVOLUTIONAL: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
@@ -452,14 +455,16 @@ def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> N
         assert model.get_image_features(**images).pooler_output.shape == (2, 24)
 
 
-def test_a_tower_of_unknown_width_is_refused_by_its_family() -> None:
+def test_a_tower_of_unknown_width_is_rejected_by_its_family() -> None:
     tower = torch.nn.Module()
     tower.config = AutoConfig.for_model("efficientnet")
-    with pytest.raises(ValueError, match="'efficientnet' tower states neither hidden_size nor"):
+    with pytest.raises(
+        ValueError, match=r"unknown: .* 'efficientnet' tower has neither hidden_size nor"
+    ):
         find_width(tower)
 
 
-# Towers inside MLLMs, which want what their MLLM works out.
+# Towers inside MLLMs, which need inputs that their MLLM computes.
 INSIDE_MLLMS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl_vision": (
         "grid_thw", {"depth": 1, "num_heads": 4, "patch_size": 8, "deepstack_visual_indexes": [0]},
@@ -473,7 +478,7 @@ INSIDE_MLLMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("family", INSIDE_MLLMS)
-def test_a_tower_that_needs_more_than_pixels_is_refused_by_name_before_the_llm_is_loaded(
+def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loaded(
     family: str, tmp_path: Path
 ) -> None:
     pytest.importorskip(f"transformers.models.{family.removesuffix('_vision')}")
@@ -491,16 +496,16 @@ def test_a_tower_that_needs_more_than_pixels_is_refused_by_name_before_the_llm_i
         join_towers((tower, tiny_vision()[1]), (llm, tokenizer), BuildConfig(prompt="llama-3"))
 
 
-def test_a_tower_whose_pass_fails_is_refused_by_name_with_its_error() -> None:
+def test_a_tower_whose_pass_fails_is_rejected_with_its_error() -> None:
     tower, image_processor = tiny_vision("vit")
-    tower.pooler = None  # no pooler output, which is what is pooled unless chosen otherwise
+    tower.pooler = None  # without the pooler output, which is pooled by default
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: visio"):
         join_towers((tower, image_processor), (llm, tokenizer), BuildConfig(prompt="llama-3"))
 
 
-def test_a_tower_that_draws_at_random_is_refused() -> None:
+def test_a_tower_with_random_masks_is_rejected() -> None:
     config = AutoConfig.for_model(
         "vit_mae", hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
         intermediate_size=48, image_size=IMAGE_SIZE, patch_size=8,

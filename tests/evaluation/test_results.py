@@ -1,45 +1,76 @@
-"""The recorded table of the evaluation: what is real and what only shows a path stay apart."""
+"""Result files are whole, of one format, and identify their data."""
 
 from __future__ import annotations
 
+import io
+import json
+from pathlib import Path
 from typing import Any
 
-from benchmarks.render_tables import _render_evaluation
+import datasets
+import pytest
+from PIL import Image
 
-LABEL = "tiny random weights: shows the path, not a score"
+from modeling_llm2clip.data.image_sources import ParquetImage
+from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.results import (
+    find_differences,
+    find_finished,
+    hash_dataset,
+    read_result,
+    read_results,
+)
 
-
-def emoji_row(model: str, hit_rate: float) -> dict[str, Any]:
-    side = {"hit_rate_at_1": hit_rate, "chance_hit_rate_at_1": 0.01}
-    directions = {"t2i": side}
-    return {
-        "model": model,
-        "task": "cross-lingual",
-        "set": "emoji",
-        "scores": {"mean": directions, "languages": {"en": directions}},
-        "counts": {"languages": {"en": {"images": 100}}},
-    }
-
-
-def cra_row(model: str, accuracy: float, cut: int) -> dict[str, Any]:
-    return {
-        "model": model,
-        "task": "cra",
-        "set": "long ones",
-        "scores": {"cra": {"value": accuracy}, "chance": 0.1},
-        "counts": {"images": 10, "texts": 20, "texts_truncated": cut},
-    }
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def test_tiny_models_share_no_table_with_measured_ones_and_are_labeled() -> None:
-    rows = [emoji_row("ours", 0.36), emoji_row("tiny", 0.02)]
-    rows += [cra_row("ours", 0.7, 0), cra_row("cut", 0.5, 19), cra_row("tiny", 0.1, 20)]
-    report = {"hardware": "a machine", "results": rows}
-    tiny = {"models": ["tiny"], "label": LABEL}
-    measured, shown = _render_evaluation({**report, "tiny": tiny}).split(f"{LABEL}:")
-    assert "tiny" not in measured and "| ours | 70.0 % | 0 of 20 |" in measured
-    assert "| cut | 50.0 % | 19 of 20 |" in measured and "no image is used" in measured
-    assert "| tiny | cross-lingual | emoji | 2.0 % |" in shown
-    assert "| tiny | cra | long ones | 10.0 % |" in shown
-    # A record without such models has no such table.
-    assert LABEL not in _render_evaluation({**report, "results": rows[:1]})
+def test_the_first_difference_of_two_long_values_is_shown() -> None:
+    names = [f"class {number}" for number in range(1000)]
+    (found,) = find_differences({"names": names}, {"names": [*names[:500], "other", *names[501:]]})
+    was, now_is = found.removeprefix("names was ").split(" and is ")
+    assert was.startswith("…") and "'class 500'" in was and was.endswith("…")
+    assert "'other'" in now_is and len(found) < 160
+
+
+def test_another_image_in_a_row_of_a_parquet_file_is_another_dataset(tmp_path: Path) -> None:
+    def write(color: str) -> Any:
+        encoded = io.BytesIO()
+        Image.new("RGB", (8, 8), color).save(encoded, "PNG")
+        rows = {"image": [{"bytes": encoded.getvalue(), "path": None}], "caption": ["a color"]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+        own = Correspondence.from_image_of_text([0], 1)
+        image = ParquetImage(tmp_path / "data.parquet", "image", 0)
+        return RetrievalDataset(
+            name="tiny", images=(image,), image_names=("0",), captions=("a color",),
+            correspondence=own, lang="en",
+        )  # fmt: skip
+
+    assert hash_dataset(write("red")) == hash_dataset(write("red")) != hash_dataset(write("blue"))
+
+
+def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text('{"format_version": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"format_version 1, this code reads 3.*another folder"):
+        read_result(file)
+
+
+def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        find_finished(file, protocol={})
+    file.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"not a result of an evaluation"):
+        read_result(file)
+    with pytest.raises(ValueError, match=r"has no results"):
+        read_results(tmp_path)
+
+
+def test_the_digests_of_the_emoji_are_the_recorded_ones() -> None:
+    recorded = json.loads((RESULTS / "evaluation.json").read_text(encoding="utf-8"))
+    [row] = [r for r in recorded["results"] if (r["model"], r["task"]) == ("ours", "cross-lingual")]
+    for lang, data in row["protocol"]["data"]["languages"].items():
+        assert hash_dataset(load_dataset("emoji", lang=lang)) == data["digest"]

@@ -1,4 +1,4 @@
-"""What stands side by side in a table, and what it says of the models, the data and the scoring."""
+"""What is side by side in a table, and what it says of the models, the data and the scoring."""
 
 from __future__ import annotations
 
@@ -10,35 +10,157 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import arguments, change, read_table
+from evaluating import arguments, read_table
 from published_datasets import write_coco_test
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
+from modeling_llm2clip.configs.evaluation_config import (
+    EvaluationConfig,
+)
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.evaluation.plots import plot_lengths
-from modeling_llm2clip.evaluation.results import read_results
+from modeling_llm2clip.evaluation.results import (
+    read_results,
+)
 from modeling_llm2clip.evaluation.tables import render_results
 
 
-def test_two_models_of_one_name_are_two_rows(results: Path) -> None:
-    found = {(r.model, r.task): replace(r, model="model") for r in read_results(results)}
-    mixed = [found["clip", "retrieval"], found["siglip", "retrieval"], found["clip", "cra"]]
-    table = render_results(mixed, style="markdown", details=True)
-    rows = read_table(table, "what the scores hang on")
-    fingerprint = {row["kind"]: row["fingerprint"] for row in rows}
-    scored = read_table(table, "images by caption, and captions by image")
-    assert [row["model"] for row in scored] == [
-        *(f"model ({fingerprint[kind]})" for kind in ("clip", "siglip")),
-        "chance",
-    ]
-    assert len(set(fingerprint.values())) == 2 and len(fingerprint["clip"]) == 8
+def test_languages_are_scored_together(sources: Any, data: str, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cross-lingual",), languages=())
+    (result,) = evaluate(**chosen)
+    assert set(result.scores["languages"]) == {"en", "de"}
+    assert set(result.protocol["data"]["languages"]) == {"en", "de"}
+    starts = [line.split(" ")[0] for line in render_results([result]).splitlines()]
+    first = starts.index("language")
+    assert starts[first + 2 : first + 5] == ["en", "de", "mean"]
 
 
-def test_scores_of_two_versions_of_the_package_are_told_apart(results: Path) -> None:
+def test_models_are_side_by_side_in_a_table(results: Path) -> None:
+    found = read_results(results)
+    table = render_results(found, style="markdown", details=True)
+    rows = read_table(table, "images by caption, and captions by image")
+    assert [row["model"] for row in rows] == ["clip", "siglip", "chance"]
+    score = {(r.model, r.task): r.scores for r in found}["clip", "retrieval"]
+    for direction, title in (("t2i", "text to image"), ("i2t", "image to text")):
+        interval = score[direction]["intervals"]["hit_rate_at_1"]
+        shown = f"{100 * interval['value']:.1f} % [{100 * interval['low']:.1f}, "
+        assert rows[0][f"folder: {title} R@1"].startswith(shown)
+    of_models = read_table(table, "what the scores depend on")
+    wanted = {"model": "siglip", "dataset": "folder", "tasks": "cra, length, retrieval",
+              "model type": "siglip", "prompt": "none", "max tokens": "64"}  # fmt: skip
+    assert wanted.items() <= of_models[1].items()
+    assert render_results(found).count("siglip") >= 3
+
+
+def test_the_table_of_lengths_shows_what_77_tokens_lose(results: Path) -> None:
+    found = [result for result in read_results(results) if result.task == "length"]
+    rows = read_table(
+        render_results(found, style="markdown"), "folder, R@1 by length in CLIP's tokens"
+    )
+    assert list(rows[0]) == ["tokens", "texts", "beyond 77", "clip", "siglip"]
+    assert rows[0]["tokens"] == "1 to 20" and rows[0]["beyond 77"] == "0.0 %"
+
+
+def test_the_table_has_activations_and_skipped_samples(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), sources("siglip"), tasks=("retrieval",))
+    results = evaluate(**chosen)
+    wanted = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
+    models = read_table(
+        render_results(results, style="markdown", details=True), "what the scores depend on"
+    )
+    assert {row["model"]: row["activation"] for row in models} == wanted
+    errors = {"blank caption": 2, "image missing": 1}  # of two images
+    for result in results:
+        result.protocol["data"] |= {"excluded": errors, "skipped_samples": 2}
+    (row,) = read_table(render_results(results, style="markdown", details=True), "the data")
+    assert row["skipped"] == "2"
+
+
+def test_scores_come_with_interval_and_chance_and_what_they_depend_on_is_optional(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--table", "markdown", "--output", str(results)]) == 0
+    plain = capsys.readouterr()
+    titles = ("what the scores depend on", "the data", "how they were scored")
+    assert not any(f"**{title}**" in plain.out.lower() for title in titles)
+    assert f"llm2clip evaluate --table text --details --output {results}" in plain.err
+    rows = read_table(plain.out, "images by caption, and captions by image")
+    scores = {r.model: r.scores for r in read_results(results) if r.task == "retrieval"}
+    for row in rows[:-1]:
+        found = scores[row["model"]]["t2i"]["intervals"]["hit_rate_at_1"]
+        wanted = "{value:.1f} % [{low:.1f}, {high:.1f}]".format(
+            **{name: 100 * share for name, share in found.items()}
+        )
+        assert row["folder: text to image R@1"] == wanted
+    assert rows[-1]["model"] == "chance"
+    assert rows[-1]["folder: text to image R@1"] == "12.5 %"  # one of eight images
+    assert "95% confidence interval" in plain.out
+    assert main(["evaluate", "--table", "markdown", "--details", "--output", str(results)]) == 0
+    detailed = capsys.readouterr()
+    # The scores come first, word for word.
+    scored = plain.out.split("[low, high]")[0].rstrip()
+    assert detailed.out.startswith(scored)
+    assert all(f"**{title}**" in detailed.out[len(scored) :].lower() for title in titles)
+    assert "--details" not in detailed.err
+
+
+def test_a_mean_over_languages_has_the_interval_of_its_images(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen: dict[str, Any] = {"tasks": ("cross-lingual",), "languages": ("en",)}
+    (one,) = evaluate(**arguments(tmp_path / "one", data, sources("clip"), **chosen))
+    # One language is its own mean, with the same draws.
+    of_mean, of_language = one.scores["mean"], one.scores["languages"]["en"]
+    for direction in ("t2i", "i2t"):
+        for name, interval in of_mean[direction]["intervals"].items():
+            assert interval == pytest.approx(of_language[direction]["intervals"][name])
+    chosen = {"tasks": ("cross-lingual",), "languages": ()}
+    (both,) = evaluate(**arguments(tmp_path / "both", data, sources("clip"), **chosen))
+    for direction in ("t2i", "i2t"):
+        mean = both.scores["mean"][direction]
+        interval = mean["intervals"]["hit_rate_at_5"]
+        assert interval["value"] == pytest.approx(mean["hit_rate_at_5"])
+        assert interval["low"] <= interval["value"] <= interval["high"]
+
+
+def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
+    found = {(r.model, r.task): r for r in read_results(results)}
+    clip, siglip = found["clip", "retrieval"], found["siglip", "retrieval"]
+    with pytest.raises(
+        ValueError, match=r"Two models are named clip: .*Give each a name of its own"
+    ):
+        render_results([clip, replace(siglip, model="clip")])
+    data = {**siglip.protocol["data"], "digest": "0" * 64}
+    other = replace(siglip, protocol={**siglip.protocol, "data": data})
+    message = (
+        r"clip and siglip cannot be compared in retrieval on folder: data\.digest was .* and is '0"
+    )
+    with pytest.raises(ValueError, match=message):
+        render_results([clip, other])
+    task = {**siglip.protocol["task"], "ties": "ties count for the model"}
+    other = replace(siglip, protocol={**siglip.protocol, "task": task})
+    with pytest.raises(ValueError, match=r"cannot be compared .*task\.ties was 'ties count"):
+        render_results([clip, other])
+    # What is stored elsewhere is the same data.
+    data = {**siglip.protocol["data"], "source": "hub:owner/name@commit"}
+    moved = replace(siglip, protocol={**siglip.protocol, "data": data})
+    assert render_results([clip, moved]) == render_results([clip, siglip])
+
+
+def test_the_choices_of_the_scoring_are_listed_once(results: Path) -> None:
+    lengths = [r for r in read_results(results) if r.task == "length"]
+    table = render_results(lengths, style="markdown", details=True)
+    (ties,) = (row for row in read_table(table, "how they were scored") if row["choice"] == "ties")
+    assert ties["tasks"] == "length" and "ties count against the model" in ties["taken"]
+    (title,) = (line.strip("*") for line in table.splitlines() if "queries: every caption" in line)
+    assert title.endswith("; queries: every caption; candidates: all images")
+
+
+def test_scores_of_two_versions_of_the_package_are_marked(results: Path) -> None:
     first, second = (r for r in read_results(results) if r.task == "cra")
     older = replace(second, versions={**second.versions, "modeling_llm2clip": "0.0.1"})
-    title = "what the scores hang on"
+    title = "what the scores depend on"
     rows = read_table(render_results([first, older], style="markdown", details=True), title)
     assert [row["scored by version"] for row in rows] == [
         first.versions["modeling_llm2clip"], "0.0.1",
@@ -47,7 +169,7 @@ def test_scores_of_two_versions_of_the_package_are_told_apart(results: Path) -> 
     assert "scored by version" not in alike[0]
 
 
-def test_two_scores_that_nothing_tells_apart_make_no_table(results: Path) -> None:
+def test_two_results_that_differ_where_they_must_not_make_no_table(results: Path) -> None:
     (found,) = (r for r in read_results(results) if (r.model, r.task) == ("clip", "cra"))
     assert render_results([found, found]) == render_results([found])
     protocol = {**found.protocol, "model": {**found.protocol["model"], "dtype": "bfloat16"}}
@@ -55,57 +177,7 @@ def test_two_scores_that_nothing_tells_apart_make_no_table(results: Path) -> Non
         render_results([found, replace(found, protocol=protocol)])
 
 
-def test_another_rule_for_ties_shares_no_column_and_no_plot(results: Path, tmp_path: Path) -> None:
-    clip, siglip = (r for r in read_results(results) if r.task == "length")
-    table = render_results([clip, siglip], style="markdown", details=True)
-    (ties,) = (row for row in read_table(table, "how they were scored") if row["choice"] == "ties")
-    assert ties["tasks"] == "length" and "ties count against the model" in ties["taken"]
-    task = {**siglip.protocol["task"], "ties": "ties count for the model"}
-    other = replace(siglip, protocol={**siglip.protocol, "task": task})
-    table = render_results([clip, other], style="markdown", details=True)
-    (title,) = (line.strip("*") for line in table.splitlines() if "queries: every caption" in line)
-    first, second, _ = read_table(table, title)
-    heads = [head for head in first if head.endswith(": R@1")]
-    assert all(re.fullmatch(r"folder \(ties [0-9a-f]{8}\): R@1", head) for head in heads)
-    assert [first[head] == "–" for head in heads] == [False, True]
-    assert [second[head] == "–" for head in heads] == [True, False]
-    with pytest.raises(
-        ValueError, match=r"clip and siglip were scored in .*ties was 'ties count a"
-    ):
-        plot_lengths([clip, other], tmp_path / "lengths.png")
-
-
-def test_captions_that_look_for_images_and_for_halves_are_two_tables(
-    sources: Any, data: str, tmp_path: Path
-) -> None:
-    chosen = arguments(tmp_path, data, sources("clip"), tasks=("length",))
-    for name, captions_only in (("shown", False), ("alone", True)):
-        model = EvaluatedModel(source=sources("clip"), name=name)
-        evaluate(**change(chosen, models=model, captions_only=captions_only))
-    table = render_results(read_results(tmp_path), style="markdown", details=True)
-    titles = [line.strip("*") for line in table.splitlines() if "; queries: " in line]
-    assert [title.split("; ")[1:] for title in titles] == [
-        [
-            "queries: first half of every caption that can be cut",
-            "candidates: second halves of the same captions",
-        ],
-        ["queries: every caption", "candidates: all images"],
-    ]
-    for title, name in zip(titles, ("alone", "shown"), strict=True):
-        row, _ = read_table(table, title)
-        assert row["model"] == name and "folder: R@1" in row
-    samples = [row["samples"] for row in read_table(table, "the data")]
-    assert samples == [
-        "8 images, 16 captions; captions alone were read",
-        "8 images, 16 captions",
-    ]
-    with pytest.raises(ValueError, match=r"\['alone'\] and \['shown'\] were shown other"):
-        plot_lengths(read_results(tmp_path), tmp_path / "lengths.png")
-
-
-def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
-    sources: Any, tmp_path: Path
-) -> None:
+def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path: Path) -> None:
     coco = f"coco={write_coco_test(tmp_path / 'coco')}"
     config = EvaluationConfig(output=tmp_path / "out", skip_invalid=True)
     found = evaluate(sources("clip"), coco, config)
@@ -115,7 +187,7 @@ def test_a_part_of_a_published_set_is_not_called_by_its_name_alone(
     (row,) = read_table(table, "the data")
     assert row["samples"] == "3 of 5,000 images, 15 of 25,000 captions"
     assert row["files"] == "coco_karpathy_test.json: not as published"
-    assert row["split"] == "test (Karpathy)" and row["excluded"] == "0"
+    assert row["split"] == "test (Karpathy)" and row["skipped"] == "0"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

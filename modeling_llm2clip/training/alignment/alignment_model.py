@@ -7,34 +7,20 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...loading_llm2clip import build_tower
-from ...modeling_llm2clip import LLM2CLIPModel
+from ...model_folders.model_loading import PartialModel
 
 HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
 
 
-class _AbsentTower(nn.Module):
-    """Takes the place of a tower: has its configuration and no weights."""
-
-    config: Any = None
-
-    def get_input_embeddings(self) -> None:
-        """Return None; FSDP calls this."""
-
-
-class AlignmentModel(LLM2CLIPModel):
+class AlignmentModel(PartialModel):
     """Both sides in one forward pass, as distributed training needs it.
-
-    Loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It is
-    never saved; a model folder is made of the trained weights.
 
     Args:
         config: Configuration of the whole model.
@@ -46,26 +32,12 @@ class AlignmentModel(LLM2CLIPModel):
         trains_vision: Whether gradients reach the vision tower; set before training.
     """
 
-    _auto_class = None  # type: ignore[assignment]
     packs_in_training = True
 
     def __init__(
         self, config: LLM2CLIPConfig, with_llm: bool = False, with_vision_tower: bool = True
     ) -> None:
-        self._keys_to_ignore_on_load_unexpected = [
-            *([] if with_llm else [r"^text_model\."]),
-            *([] if with_vision_tower else [r"^vision_model\."]),
-        ]
-        vision_model = None
-        if not with_vision_tower:
-            # Built without memory, because only the network knows how wide its embeddings are.
-            with torch.device("meta"):
-                vision_model = build_tower(config.vision_config)
-        text_model: Any = None if with_llm else _AbsentTower()
-        super().__init__(config, vision_model, text_model)
-        if not with_vision_tower:
-            self.vision_model = _AbsentTower()
-            self.prune_no_split_modules()
+        super().__init__(config, with_llm, with_vision_tower)
         self.trains_text = self.trains_vision = False
 
     def forward(
