@@ -122,12 +122,12 @@ def see_sentence_transformers(keep, source, given):
     keep("SentenceTransformer prompted text", model.encode(TEXTS, prompt_name="query"))
 """
 PUBLISH = f"""
-from modeling_llm2clip.publishing.push_to_hub import Destination, push_to_hub
+from modeling_llm2clip.publishing.push_to_hub import push_to_hub
 folder, other = sys.argv[3:5]
 see("package, folder", folder)
 see("package, other folder", other)
-old = push_to_hub(other, Destination("{REPOSITORY}")).rsplit("/", 1)[-1]
-push_to_hub(folder, Destination("{REPOSITORY}"))
+old = push_to_hub(other, "{REPOSITORY}").rsplit("/", 1)[-1]
+push_to_hub(folder, "{REPOSITORY}")
 see("package, hub", "{REPOSITORY}")
 see("package, hub pinned", "{REPOSITORY}", revision=old)
 SentenceTransformer(folder).push_to_hub("{RESAVED}", private=True)

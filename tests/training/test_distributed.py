@@ -109,7 +109,7 @@ import torch
 import torch.distributed as dist
 from tiny import tiny_model
 from tuning import GROUPS
-from modeling_llm2clip.encoding.text_encoding import encode_captions
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.finetuning.hard_batches import (
     encode_groups,
     encode_groups_together,
