@@ -322,7 +322,7 @@ def _draw_cra(report: dict[str, Any]) -> str:
     images = results[0]["counts"]["images"]
     note = (
         f"A long caption finds the other one of its image among {images} "
-        f"({results[0]['set']}); texts alone, no image is used; chance "
+        f"({results[0]['dataset']}); texts alone, no image is used; chance "
         f"{_percent(results[0]['scores']['chance'])}."
     )
     return f"\n{_draw(('text encoder', 'CRA', 'texts it cut'), rows)}\n{note}\n"
@@ -336,7 +336,7 @@ def _draw_tiny(report: dict[str, Any]) -> str:
         "cra": ("cra", "value"),
     }
     rows = [
-        [result["model"], result["task"], result["set"],
+        [result["model"], result["task"], result["dataset"],
          _percent(_follow(result["scores"], paths[result["task"]]))]
         for result in report["results"]
         if result["model"] in report["tiny"]["models"]
@@ -412,7 +412,7 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
         [
             [
                 row["title"],
-                f"`{row['set']}`",
+                f"`{row['dataset']}`",
                 str(row["languages"]),
                 ", ".join(
                     f"{number:,} {what}"
@@ -422,7 +422,7 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
                 " and ".join(sorted(set(row["checksums"].values()))) or "none known",
             ]
             for row in rows
-            if row["set"] != "folder"
+            if row["dataset"] != "folder"
         ],
     )
 

@@ -22,9 +22,9 @@ _NOT_DOCUMENTED = {"self", "cls"}
 
 # How many docstrings break a rule today; lower it, never raise it.
 PENDING: dict[str, int] = {
-    "griffe warns of nothing": 28,
-    "section headers are on lines of their own": 71,
-    "every parameter of a public function has an entry": 197,
+    "griffe warns of nothing": 3,
+    "section headers are on lines of their own": 4,
+    "every parameter of a public function has an entry": 29,
 }
 
 

@@ -29,7 +29,7 @@ every_class = pytest.mark.parametrize("part", CLASSES)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The three classes with eager attention, which returns its weights; no test may change them."""
+    """Eager models of the three classes, which return attentions; no test may change them."""
     folder = tmp_path_factory.mktemp("model")
     copy.deepcopy(shared_model()[0]).save_pretrained(folder)
     classes = (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)

@@ -20,11 +20,12 @@ from shared_models import (
     first_position_moves_by,
     images_of,
     move,
+    run_docstring_example,
     shared_batch,
     shared_model,
     texts_of,
 )
-from tiny import tiny_images, tiny_model
+from tiny import draw_noise, tiny_images, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.models.llama import modeling_llama
@@ -203,6 +204,17 @@ def test_an_untrained_model_can_be_built_from_its_configuration_alone() -> None:
     assert model.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)  # float32
 
 
+@pytest.mark.parametrize("documented", [LLM2CLIPModel, LLM2CLIPProcessor])
+def test_the_example_in_the_docstring_runs(
+    documented: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").symlink_to(folder)
+    draw_noise().save(tmp_path / "dog.png")
+    monkeypatch.chdir(tmp_path)
+    failed, attempted = run_docstring_example(documented, AutoProcessor=AutoProcessor)
+    assert failed == 0 and attempted >= 4
+
+
 # Options of loading
 
 
@@ -281,7 +293,7 @@ def test_bfloat16_gives_float32_embeddings_close_to_those_of_float32(
     assert stored.dtype == features.dtype == found.logits_per_image.dtype == torch.float32
     for name in ("text_embeds", "image_embeds"):
         assert found[name].dtype == torch.float32
-        # bfloat16 has 8 bits, steps of 0.4 %, which add up to a few percent over layers and adapter.
+        # bfloat16 has 8 bits, steps of 0.4 %, which add up to a few percent.
         cosines = (found[name].cpu() * wanted[name]).sum(dim=1)
         assert cosines.min() > 0.998
 

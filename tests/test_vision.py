@@ -209,7 +209,7 @@ def test_a_size_below_one_pixel_is_rejected() -> None:
             {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "intermediate_size": 48, "image_size": 32, "patch_size": 8,
              "use_relative_position_bias": True},
-            "more than the positions hangs on the image size",
+            "more than the positions depends on the image size",
         ),
     ],
     ids=["timm", "relative positions"],
@@ -250,7 +250,7 @@ def test_other_sizes_with_the_same_number_of_patches_are_rejected(family: str, s
 @pytest.mark.parametrize("family", [*WITH_ARGUMENT, *ANY_SIZE])
 def test_incomplete_patches_are_rejected(family: str) -> None:
     images = {"pixel_values": torch.rand(1, 3, 36, 48)}
-    with pytest.raises(ValueError, match="36 × 48 pixels: .* multiples of the patch size 8"):
+    with pytest.raises(ValueError, match=r"36 × 48 pixels: .* must be multiples of the patch"):
         encode(shared_model(family)[0], images, interpolate_pos_encoding=True)
 
 
@@ -421,7 +421,7 @@ def test_a_towers_own_mean_and_std_are_kept() -> None:
 
 
 def test_an_unknown_normalization_is_rejected_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*'openai'"):
+    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*openai"):
         tiny_model(normalization="clip")
 
 
@@ -459,7 +459,7 @@ def test_a_tower_of_unknown_width_is_rejected_by_its_family() -> None:
     tower = torch.nn.Module()
     tower.config = AutoConfig.for_model("efficientnet")
     with pytest.raises(
-        ValueError, match="unknown: .* 'efficientnet' tower has neither hidden_size nor"
+        ValueError, match=r"unknown: .* 'efficientnet' tower has neither hidden_size nor"
     ):
         find_width(tower)
 

@@ -33,14 +33,11 @@ PENDING_PHRASES = {
     r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
     r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
     r"\b(?!Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
-    r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
     r"tell_kind|model_kind|kinds? of (a )?models?": "model type",
     r"(Text|Vision|text|vision|image|other|either)[ _-]?[Hh]alf\b": "text-only, vision-only model",
     r"\b(is|are|was|were|texts?|captions?)[ _]cut\b": "truncated",
     r"[Bb]oth[ _]ways|TwoWay": "i2t and t2i; bidirectional",
     r"image_to_text|text_to_image": "i2t, t2i",
-    r"take_best": "ImageIndex.search",
-    r"whole numbers?": "integer",
     # English
     r"one \w+ an? (sample|image|caption|line|row|step|file|model|format|command|task)\b": "per",
     r"(captions|images|texts|rows|tokens|samples) a (second|step|batch)\b": "per",
@@ -49,22 +46,17 @@ PENDING_PHRASES = {
 }  # fmt: skip
 PENDING_FLAGS = {
     r"--images\b": "--image-dir",
-    r"--start\b": "--init-lora, --projection-init",
     r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
     r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
     r"--workers\b": "--num-workers",
-    r"--other-pairs\b": "--text-pairs",
     r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
-    r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
-    r"--recipe\b": "--source-format",
-    r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
 }  # fmt: skip
 PENDING_WORDS = frozenset(
     """
-    aeroplane amortise amortised blanks capitals centre colour coloured colours
-    faults floors gallery halves hangs initialisation lettering licence licences
-    lies normalisation picture pictures probe probes quantised quantising spoilt
-    stands stood summarise tells told travel travels vector vectors
+    aeroplane amortise amortised centre colour coloured colours faults floors
+    gallery halves hangs licence licences lies normalisation picture pictures
+    probe probes spoilt stands summarise tells told travel travels vector
+    vectors
     """.split()
 )
 
@@ -79,6 +71,9 @@ PHRASES: dict[str, str] = {
     r"\bdraw_(captions?|pairs|batch(es)?|golden)": "sample_…, render_…",
     r"\b[A-Z]\w*Settings\b": "…Config",
     r"processors? for the CPU|on_processor": "CPU",
+    r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
+    r"take_best": "ImageIndex.search",
+    r"whole numbers?": "integer",
 }  # fmt: skip
 # Banned flag of a command: the one spelling over all commands.
 FLAGS: dict[str, str] = {
@@ -90,6 +85,11 @@ FLAGS: dict[str, str] = {
     r"--(rank|text-rank|vision-rank)\b": "--lora-rank, --vision-lora-rank",
     r"--long-share\b": "--long-caption-ratio",
     r"--count\b": "--top-k",
+    r"--recipe\b": "--source-format",
+    r"--start\b": "--init-lora, --projection-init",
+    r"--other-pairs\b": "--text-pairs",
+    r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
+    r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class HubFile:
 
     @cached_property
     def oid(self) -> str:
-        """The name the Hub gives the content: SHA-256 for LFS, else git's blob SHA-1."""
+        """The Hub's id of the content: SHA-256 for LFS, else git's blob SHA-1."""
         if self.is_lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -56,7 +56,7 @@ class Repository:
     references: dict[str, str] = field(default_factory=dict)
 
     def find(self, revision: str = "main") -> str:
-        """Return the SHA that a branch, a tag or a full SHA names; RefusalError (404) if none."""
+        """Return the SHA of a branch, a tag or a full SHA; RefusalError (404) if there is none."""
         sha = self.references.get(revision, revision)
         if sha not in self.commits:
             raise RefusalError(404, f"No revision {revision!r} in {self.name}.", "RevisionNotFound")
@@ -73,7 +73,7 @@ class Repository:
 
 
 class Reply(NamedTuple):
-    """What goes back to the client; anything but bytes is sent as JSON."""
+    """A reply to the client; any content but bytes is sent as JSON."""
 
     body: Any = b""
     status: int = 200
@@ -81,19 +81,19 @@ class Reply(NamedTuple):
 
 
 class RefusalError(Exception):
-    """A refusal, with the error code by which `huggingface_hub` picks its exception."""
+    """A rejected request, with the error code by which `huggingface_hub` selects its exception."""
 
     def __init__(self, status: int, message: str, code: str = "", commit: str = "") -> None:
-        """Keep the reply that tells the client."""
+        """Prepare the reply that reports this error to the client."""
         super().__init__(message)
-        plain = message.encode("ascii", "backslashreplace").decode()  # headers hold no more
+        plain = message.encode("ascii", "backslashreplace").decode()  # headers allow no more
         headers = {"X-Error-Code": code, "X-Error-Message": plain, "X-Repo-Commit": commit}
         self.reply = Reply({"error": message}, status, {k: v for k, v in headers.items() if v})
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request, read to its end; `parts` are the named pieces of its path."""
+    """A request that was read completely; `parts` are the named segments of its path."""
 
     body: bytes
     byte_range: str
@@ -111,7 +111,7 @@ class HubServer(ThreadingHTTPServer):
     `requests` lists "METHOD /path" of all that was asked; `objects` holds large files by SHA-256.
     """
 
-    daemon_threads = False  # so that closing waits for the answers under way
+    daemon_threads = False  # so that closing waits for pending replies
 
     def __init__(self, token: str = "hf_test") -> None:
         """Start empty; `token` opens private repositories and is needed for every change."""
@@ -124,7 +124,7 @@ class HubServer(ThreadingHTTPServer):
         self.fail_next_uploads = 0
         self.upload_failure_status: int | None = None
         self.lock = threading.Lock()
-        # The default poll interval, half a second, would be waited for at every close.
+        # The default poll interval would delay every close by half a second.
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
 
     def __enter__(self) -> HubServer:
@@ -141,7 +141,7 @@ class HubServer(ThreadingHTTPServer):
     def environment(
         self, cache_dir: Path, *, signed_in: bool = True, offline: bool = False
     ) -> dict[str, str]:
-        """Return a client process's whole environment: this one's, pointed at the server."""
+        """Return the environment of a client process: a copy of this one that uses the server."""
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
         settings = {k: v for k, v in os.environ.items() if not k.upper().startswith(foreign)}
         for switch in ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK"):
@@ -152,7 +152,7 @@ class HubServer(ThreadingHTTPServer):
         return settings | ({"HF_HUB_OFFLINE": "1"} if offline else {})
 
     def create_repository(self, name: str, *, private: bool = False) -> Repository:
-        """Create `owner/name` with the first commit that the Hub makes itself."""
+        """Create `owner/name` with a first commit, as the Hub does."""
         repository = self.repositories[name] = Repository(name, private)
         attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in LFS_SUFFIXES)
         repository.add_commit("main", "initial", {".gitattributes": HubFile(attributes.encode())})
@@ -161,7 +161,7 @@ class HubServer(ThreadingHTTPServer):
     def answer(
         self, method: str, target: str, body: bytes, *, credentials: str, byte_range: str
     ) -> Reply:
-        """Answer one request: check the token, find the route, turn refusals into replies."""
+        """Answer one request: check the token, find the route, and convert errors to replies."""
         url = urlsplit(target)
         self.requests.append(f"{method} {url.path}")
         try:
@@ -184,7 +184,7 @@ class HubServer(ThreadingHTTPServer):
         name = request.parts["repo"]
         repository = self.repositories.get(name)
         if repository is None or (repository.private and not request.signed_in):
-            # Like the Hub: strangers cannot tell a private repository from a missing one.
+            # As on the Hub, a private repository looks like a missing one to others.
             status = 404 if request.signed_in else 401
             raise RefusalError(status, f"Repository {name} not found", "RepoNotFound")
         if write and not request.signed_in:
@@ -212,7 +212,7 @@ class HubServer(ThreadingHTTPServer):
         return Reply({"id": repository.name, "sha": sha, "siblings": siblings, **flags})
 
     def _commits(self, request: Request) -> Reply:
-        """List the newest commit alone: the server remembers no parents."""
+        """List the newest commit only, because the server does not store parents."""
         repository = self._find(request)
         sha = repository.find(request.parts["revision"])
         date = "2025-01-01T00:00:00.000Z"
@@ -236,7 +236,7 @@ class HubServer(ThreadingHTTPServer):
 
     def _create_reference(self, request: Request) -> Reply:
         repository, wanted = self._find(request, write=True), json.loads(request.body)
-        # A tag's address holds the revision and its body the name; a branch has it the other way.
+        # For a tag, the URL has the revision and the body the name; for a branch, vice versa.
         name = wanted.get("tag", request.parts["name"])
         start = request.parts["name"] if "tag" in wanted else wanted.get("startingPoint", "main")
         if name in repository.references:
@@ -265,7 +265,7 @@ class HubServer(ThreadingHTTPServer):
         return Reply({"transfer": "basic", "objects": answers})
 
     def _store_object(self, request: Request) -> Reply:
-        # The client sends no token here: on the Hub the address itself is the permission.
+        # The client sends no token here, because on the Hub the URL itself grants permission.
         oid = request.parts["oid"]
         if hashlib.sha256(request.body).hexdigest() != oid:
             raise RefusalError(400, f"The content of object {oid} has another SHA-256.")
@@ -288,7 +288,7 @@ class HubServer(ThreadingHTTPServer):
         return Reply({"success": True, "commitOid": sha, "commitUrl": url})
 
     def _apply(self, key: str, value: dict[str, Any], files: dict[str, HubFile]) -> None:
-        """Make one step of a commit in `files`."""
+        """Apply one operation of a commit to `files`."""
         path = value["path"]
         if key == "file":
             files[path] = HubFile(base64.b64decode(value["content"]))
@@ -322,7 +322,7 @@ class HubServer(ThreadingHTTPServer):
         return Reply(file.content[begin:end], 206, headers)
 
 
-# Method, path and answer; `{name}` stands for one segment of the path, `{repo}` for two.
+# Method, path and handler; `{name}` matches one segment of the path, `{repo}` two.
 ROUTES: list[tuple[str, str, Callable[[HubServer, Request], Reply]]] = [
     ("POST", "/api/repos/create", HubServer._create),
     ("GET", "/api/models/{repo}(?:/revision/{revision})?", HubServer._model_info),
@@ -342,7 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Reads a request, asks the hub, writes the reply, closes the connection (HTTP/1.0)."""
 
     server: HubServer
-    timeout = 10  # seconds; a client that stalls must not hold up the closing of the server
+    timeout = 10  # seconds; a stalled client must not block the closing of the server
 
     def _handle(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -350,7 +350,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(length)
         if len(body) < length:
-            return  # the client went away
+            return  # the client disconnected
         credentials = self.headers.get("Authorization") or ""
         byte_range = self.headers.get("Range") or ""
         with self.server.lock:
@@ -360,7 +360,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(reply)
 
     def _fail_upload(self, length: int) -> bool:
-        """Take half of the file and break off, if the test asked for a failure."""
+        """Read half of the file and close the connection, if the test requested a failure."""
         with self.server.lock:
             failing = self.server.fail_next_uploads > 0
             self.server.fail_next_uploads -= failing
@@ -388,4 +388,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815 (names set by the base class)
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet: `HubServer.requests` is the log."""
+        """Log nothing, because `HubServer.requests` is the log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from functools import cache
 from typing import Any
 
@@ -17,14 +18,14 @@ PAIRS = [(vision, "llama") for vision in VISION_FAMILIES] + [
 ]
 CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 INSTRUCTION = "Instruct: find the image. Query: "
-# Sums of float32 numbers in another order, over two layers, on unit-length embeddings.
+# Sums of float32 numbers in another order, over two layers, for embeddings of unit length.
 ROUNDING = 1e-5
 
 every_pair = pytest.mark.parametrize(
     ("vision", "llm"), PAIRS, ids=["-".join(pair) for pair in PAIRS]
 )
 every_vision = pytest.mark.parametrize("vision", VISION_FAMILIES)
-# `pytest -m gpu` runs the second one; in the default suite it is left out.
+# `pytest -m gpu` runs the second device, which the default suite skips.
 every_device = pytest.mark.parametrize(
     "device",
     [
@@ -55,7 +56,7 @@ def fresh_processor() -> LLM2CLIPProcessor:
 
 @cache
 def shared_batch(vision: str = "clip", llm: str = "llama") -> dict[str, Tensor]:
-    """Three captions of unlike length and three images of unlike color."""
+    """Three captions of different lengths and three images of different colors."""
     processor = shared_model(vision, llm)[1]
     return dict(processor(text=CAPTIONS, images=tiny_images(3)))
 
@@ -77,7 +78,7 @@ def images_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_position_moves_by(model: LLM2CLIPModel, batch: dict[str, Tensor], row: int) -> float:
-    """How far the first hidden state moves when the last real token changes."""
+    """Return by how much the first hidden state changes if the last real token does."""
     changed = {name: value.clone() for name, value in batch.items()}
     last = int(batch["attention_mask"][row].sum()) - 1
     changed["input_ids"][row, last] = (batch["input_ids"][row, last] + 7) % 300
@@ -87,3 +88,11 @@ def first_position_moves_by(model: LLM2CLIPModel, batch: dict[str, Tensor], row:
             for inputs in (batch, changed)
         )
     return float((before - after).abs().max())
+
+
+def run_docstring_example(documented: Any, **names: Any) -> doctest.TestResults:
+    """Run the example in the docstring of a function or class, whose module's names it may use."""
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for example in doctest.DocTestFinder(recurse=False).find(documented, extraglobs=names):
+        runner.run(example)
+    return runner.summarize()

@@ -1,4 +1,4 @@
-"""Tiny random towers, tokenizers and whole models, built in code: no download, no file.
+"""Tiny random towers, tokenizers and models, built in code without downloads or files.
 
 Every builder gives the same weights each time it is called.
 """
@@ -36,7 +36,7 @@ LLM_FAMILIES = (
     "smollm3",
 )  # fmt: skip
 
-# The special tokens of every preset in `prompts.PROMPT_PRESETS`, so that any of them fits.
+# The special tokens of every preset in `prompts.PROMPT_PRESETS`.
 SPECIAL_TOKENS = (
     "<|pad|>", "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>",
@@ -46,7 +46,7 @@ _TRAINING_TEXTS = (
     "a photo of a red car", "the sky over the sea at night", "user system assistant",
 )  # fmt: skip
 
-# Wider than the usual 0.02, so that a change of one token or one flag moves the embeddings visibly.
+# More than the usual 0.02, so that a change of one token or flag clearly changes embeddings.
 _INITIALIZER_RANGE = 0.2
 _TRANSFORMER_SIZE: dict[str, Any] = {
     "hidden_size": 32,
@@ -146,7 +146,7 @@ def tiny_llm(
     hidden_size: int = _TRANSFORMER_SIZE["hidden_size"],
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Build a decoder without its head, causal as the family's are; see `LLM_FAMILIES`."""
+    """Build a causal decoder without its head; see `LLM_FAMILIES`."""
     grouped = {} if family == "phi" else {"num_key_value_heads": 2}
     config = AutoConfig.for_model(
         family,
@@ -173,7 +173,7 @@ def tiny_model(
     trained: bool = True,
     **arguments: Any,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Build a whole model and its processor from two tiny towers.
+    """Build a model and its processor from two tiny towers.
 
     Args:
         trained: whether its config says so, as if its weights came of a training.
@@ -209,13 +209,13 @@ def tiny_images(count: int = 2) -> list[Image.Image]:
 
 
 def draw_noise(height: int = 40, width: int = 56, *, seed: int = 0) -> Image.Image:
-    """An image of which no two pixels need be alike."""
+    """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast as loading does: buffers, such as the frequencies of positions, stay float32."""
+    """Cast as loading does: buffers, such as the frequencies of rotary positions, stay float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

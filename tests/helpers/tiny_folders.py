@@ -1,4 +1,4 @@
-"""Tiny towers and models as folders, for commands, documents and notebooks that take folders."""
+"""Tiny towers and models as folders, for tests of commands, documents and notebooks."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def save_tiny_llm(folder: Path) -> Path:
 
 
 def export_tiny_model(folder: Path, **settings: Any) -> Path:
-    """Export a whole model, with room for labels in sentences: its tokens are almost bytes."""
+    """Export a model with room for labels in sentences, whose tokens are almost single bytes."""
     model, processor = tiny_model(max_text_length=128, **settings)
     return save_model(model, processor, folder)

@@ -108,8 +108,7 @@ def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str
     out = {command: str(output / f"{name} {command}") for command in COMMANDS}
     online = ["--text-training", "frozen-online", "--max-steps", "1", "--global-batch-size", "8"]
     tuning = ["--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
-    tuning += ["--device", "cpu", "--no-merge"]
-    tuning += ["--warmup-steps", "0"]
+    tuning += ["--device", "cpu", "--warmup-steps", "0"]
     return {
         "search": ["search", str(model), str(data), "a dog"],
         "export": ["export", str(model), out["export"]],
@@ -127,7 +126,7 @@ def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str
             out["evaluate"], "--device", "cpu",
         ],
         "align": ["align", str(model), str(data), out["align"], "--device", "cpu", *online],
-        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning],
+        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning, "--no-merge"],
         "merge": ["finetune-llm", str(model), str(data), out["merge"], *tuning, "--merge"],
         "doctor": ["doctor", str(model)],
     }  # fmt: skip
@@ -193,7 +192,7 @@ def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
         return
     assert code == (1 if command == "doctor" else 2), (code, out, err)
     error = out if command == "doctor" else err
-    assert "brings code of its own, which is never run here" in error
+    assert "needs custom code, which is never run here" in error
     assert f"{file} names Auto" in error and "evil.Evil" in error
 
 
@@ -211,7 +210,7 @@ def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_th
 def test_build_refuses_a_source_that_needs_its_code_by_the_files_name(ran: Ran, name: str) -> None:
     code, out, err = ran.answers[name]
     assert code == 2, (code, out, err)
-    assert "brings code of its own, which is never run here" in err
+    assert "needs custom code, which is never run here" in err
     assert f"{SOURCES[name][1]} names Auto" in err and "evil.Evil" in err
 
 
@@ -258,7 +257,7 @@ def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_after
     assert done.returncode == 0, done.stderr[-3000:]
     without, branch, pinned = json.loads(done.stdout.splitlines()[-1])
     assert without[0] == branch[0] == 2 and not (without[2] or branch[2])
-    assert "owner/llm brings code of its own" in without[1]
+    assert "owner/llm needs custom code" in without[1]
     assert "tokenizer_config.json names AutoTokenizer: evil.Evil" in without[1]
     assert "--tokenizer-code COMMIT" in without[1]
     assert "must be a commit of 40 hexadecimal digits" in branch[1]

@@ -1,0 +1,89 @@
+"""The public names are importable, and the whole method is one script of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from PIL import Image
+from tiny_folders import save_tiny_llm, save_tiny_vision
+
+import modeling_llm2clip as llm2clip
+
+ROOT = Path(__file__).parents[1]
+# Small numbers where a user would leave the defaults.
+SCRIPT = """
+import modeling_llm2clip as llm2clip
+from sentence_transformers import SentenceTransformer
+
+if __name__ == "__main__":
+    records = llm2clip.load_records("my-images")
+    train, test = llm2clip.split_records(records, test_size=0.1, seed=0)
+    base = llm2clip.build_model(
+        "vision", "llm", "runs/base", llm2clip.BuildConfig(prompt="none", projection_dim=16)
+    )
+    tuned = llm2clip.finetune_llm(
+        base, train, "runs/tuned",
+        llm2clip.FinetuneConfig(max_steps=2, per_device_train_batch_size=8, num_held_out=4),
+    )
+    captions = llm2clip.extract(tuned, train, "runs/captions", modality="text")
+    images = llm2clip.extract(tuned, train, "runs/images", modality="image")
+    model = llm2clip.align(
+        tuned, train, "runs/aligned",
+        llm2clip.AlignConfig(max_steps=2, global_batch_size=16, held_out_ratio=0),
+        caption_store=captions, image_store=images,
+    )
+    print(llm2clip.evaluate(
+        model, test, llm2clip.EvaluationConfig(output="runs/scores"), tasks=["retrieval"]
+    ))
+    report = llm2clip.check_model(model)
+    assert report.healthy, report
+    encoder = SentenceTransformer(str(model))
+    text_embeds, image_embeds = encoder.encode(["number 3"]), encoder.encode(["my-images/3.png"])
+    print(encoder.similarity(text_embeds, image_embeds))
+    index = llm2clip.ImageIndex.build(model, "my-images", "my-index")
+    print(index.search("number 3", top_k=5))
+    print(llm2clip.push_to_hub(model, "me/my-model", license="apache-2.0"))
+"""
+
+
+def save_images(folder: Path, *, count: int) -> None:
+    """Images of one color each, with two captions."""
+    folder.mkdir()
+    lines = []
+    for number in range(count):
+        color = (number * 3 % 256, 255 - number, number * 7 % 256)
+        Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
+        captions = [f"number {number} in one color", f"a square, the {number}th"]
+        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", llm2clip.__all__)
+def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
+    found = getattr(llm2clip, name)
+    assert found.__doc__
+    home = import_module(f"modeling_llm2clip.{llm2clip._HOME[name]}")
+    assert found.__module__ == home.__name__ or name == "LLM2CLIPOutput"
+
+
+@pytest.mark.slow
+def test_the_whole_method_is_one_script(tmp_path: Path) -> None:
+    save_tiny_vision(tmp_path / "vision")
+    save_tiny_llm(tmp_path / "llm")
+    save_images(tmp_path / "my-images", count=60)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    with HubServer() as hub:
+        environment = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "me/my-model" in done.stdout
