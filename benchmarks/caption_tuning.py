@@ -30,13 +30,13 @@ from sentence_transformers import SentenceTransformer
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.lora_merging import merge_lora
+from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.caption_groups import group_captions
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.splits import hold_out_groups
-from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS

@@ -17,13 +17,13 @@ from typing import Any
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.demo.pretrained_towers import (
+from modeling_llm2clip.building.pretrained_towers import (
     EFFICIENTNET,
     SMOLLM2,
     SMOLLM2_BASE,
     fetch_tower,
 )
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
 from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
 

@@ -29,7 +29,7 @@ from encoding_worker import BUILDERS
 from provenance import describe_processor, read_commit
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
 
 _WORKER = Path(__file__).with_name("encoding_worker.py")
 

@@ -42,13 +42,13 @@ from ordinary_clip import (
 from provenance import describe_processor, read_commit
 from transformers import AutoModel
 
+from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.configs.evaluation_config import (
     EvaluatedDataset,
     EvaluatedModel,
     EvaluationConfig,
 )
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
 from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.evaluation.evaluate import evaluate

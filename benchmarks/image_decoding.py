@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 from provenance import describe_processor, read_commit
 
+from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
-from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
 _MEGAPIXELS = (0.3, 1, 3, 6, 12)

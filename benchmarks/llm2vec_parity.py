@@ -39,7 +39,7 @@ def main() -> None:
     from encoding_speed import rewrite_for_old_readers, sample_captions
     from provenance import describe_processor, read_commit
 
-    from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
+    from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
 
     llm = fetch_tower(SMOLLM2)
     captions = sample_captions(arguments.captions, arguments.count)

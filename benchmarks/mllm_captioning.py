@@ -38,12 +38,12 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.demo.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from modeling_llm2clip.demo.stages import hold_out
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence

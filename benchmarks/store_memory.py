@@ -109,8 +109,8 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
     from modeling_llm2clip.building.build_model import join_towers
+    from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
     from modeling_llm2clip.configs.build_config import BuildConfig
-    from modeling_llm2clip.demo.pretrained_towers import SMOLLM2, fetch_tower
 
     torch.manual_seed(0)
     llm = fetch_tower(SMOLLM2)

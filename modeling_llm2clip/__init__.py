@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .processing_llm2clip import LLM2CLIPProcessor
     from .publishing.export_model import export_model
     from .publishing.push_to_hub import push_to_hub
+    from .recipes.train import train
     from .search.image_index import ImageIndex
     from .training.alignment.align import align
     from .training.extraction.extract import extract
@@ -85,6 +86,7 @@ _HOMES = {
     "processing_llm2clip": ("LLM2CLIPProcessor",),
     "publishing.export_model": ("export_model",),
     "publishing.push_to_hub": ("push_to_hub",),
+    "recipes.train": ("train",),
     "search.image_index": ("ImageIndex",),
     "training.alignment.align": ("align",),
     "training.extraction.extract": ("extract",),

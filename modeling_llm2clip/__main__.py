@@ -26,13 +26,14 @@ from .cli.library_warnings import hide_known_warnings
 from .cli.push import push
 from .cli.search import search
 from .cli.tag import tag
+from .cli.train import train
 from .training.graceful_stop import StageInterrupt
 
 LINE = CommandLine(
     "llm2clip",
     [
         search, tag, evaluate, doctor,
-        build, finetune_llm, extract, align,
+        train, build, finetune_llm, extract, align,
         export, push, convert,
         demo, env,
     ],

@@ -74,7 +74,7 @@ def align(
     find_model_folder(model)  # reading the data may take long
     check_align(config, caption_store=caption_store, image_store=image_store)
     records = read_data(data, reading, require_images=image_store is None, resume=resume)
-    run(
+    folder = run(
         model,
         records,
         output,
@@ -85,7 +85,7 @@ def align(
         resume=resume,
     )
     if PartialState().is_main_process:
-        print("\n".join(describe_alignment(output)))
+        print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))
     return 0
 
 

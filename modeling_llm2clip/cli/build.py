@@ -45,7 +45,10 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))
                 if tower == _EMBEDDED}  # fmt: skip
     if embedded:
-        vision_model, text_model, config = _fetch_embedded(vision_model, text_model, config)
+        require(*DEMO)
+        from ..building.pretrained_towers import fetch_embedded
+
+        vision_model, text_model, config = fetch_embedded(vision_model, text_model, config)
     require(*list_needs_of_llm(text_model), *list_needs_of_lora(config.lora))
     require(*list_needs_of_model(vision_model))
     config.require_prompt()
@@ -62,29 +65,6 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     folder = build_model(vision_model, text_model, output, config, card=card)
     print(f"Wrote {folder}. Text adapter and projections are random: align it before use.")
     return 0
-
-
-def _fetch_embedded(
-    vision_model: str, text_model: str, config: BuildConfig
-) -> tuple[str, str, BuildConfig]:
-    """Put the demo's towers in the place of their name, fetched where the cache has none.
-
-    The language model comes with its fine-tuned LoRA and its prompt, unless others are given.
-    """
-    require(*DEMO)
-    from ..data.record_loading import find_example_data
-    from ..demo.pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
-
-    if vision_model == _EMBEDDED:
-        vision_model = str(fetch_tower(EFFICIENTNET))
-    if text_model == _EMBEDDED:
-        text_model = str(fetch_tower(SMOLLM2))
-        config = replace(config, accept_lora_base=config.accept_lora_base or SMOLLM2_BASE)
-        if config.lora is None and config.bidirectional:
-            config = replace(config, lora=find_example_data() / "caption_lora")
-        if config.prompt_prefix is None and config.prompt_suffix is None:
-            config = replace(config, prompt=config.prompt or "chatml")
-    return vision_model, text_model, config
 
 
 def _require_order(vision_model: str, text_model: str) -> None:

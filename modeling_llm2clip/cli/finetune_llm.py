@@ -58,7 +58,9 @@ def finetune_llm(
     from ..training.finetuning.finetune_llm import finetune_llm as run
 
     records = read_data(data, reading, require_images=False)
-    run(model, records, output, config, resume=resume)
+    folder = run(model, records, output, config, resume=resume)
     if PartialState().is_main_process:
         print("\n".join(describe_finetuning(output)))
+        if config.merge:
+            print(f"Next: llm2clip extract {folder} DATA STORE --modality text")
     return 0

@@ -33,8 +33,8 @@ class TrainConfig(DataConfig):
     text_model: str
     """Language model: Hub id, folder or .gguf file; embedded for the package's own."""
     data: str
-    """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME=FOLDER of a known dataset.
-    """
+    """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME=FOLDER of a known dataset;
+    embedded for the package's own."""
     output: Path
     """Folder of everything that is written."""
     test_size: Annotated[float, Range(min=0, below=1)] = 0.1
@@ -71,7 +71,16 @@ class TrainConfig(DataConfig):
                     object.__setattr__(self, stage, dataclasses.replace(config, **{name: value}))
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each device or seed that a stage gives for itself."""
+        """Yield a sentence for each device, seed or output that a stage gives for itself."""
+        if self.finetune is not None and not self.finetune.merge:
+            yield "finetune.merge=False leaves no model for the next stages. Leave it out."
+        if self.export is not None and self.export.components != "full":
+            yield (
+                f"export.components={self.export.components} cannot be evaluated. Export a part "
+                "of the finished model with llm2clip export."
+            )
+        if self.evaluate.output != EvaluationConfig().output:
+            yield f"evaluate.output={self.evaluate.output}: results are written under output."
         for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
             shared = getattr(self, name)
             for stage in stages:

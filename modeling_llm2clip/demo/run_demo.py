@@ -16,6 +16,7 @@ import torch
 
 from .. import __version__
 from ..building.build_model import join_towers
+from ..building.pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from ..building.tower_sources import require_sources
 from ..configs.build_config import BuildConfig, Prompt
 from ..data.record_loading import find_example_data, load_records
@@ -29,7 +30,6 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..search.image_index import SearchResult
 from ..search.results_page import write_results_page, write_results_sheet
 from .feature_alignment import AlignmentArguments
-from .pretrained_towers import EFFICIENTNET, SMOLLM2, SMOLLM2_BASE, fetch_tower
 from .stages import align, encode_records, evaluate, hold_out, search
 from .verify import verify_in_clean_process
 

@@ -110,6 +110,28 @@ def evaluate(
     return EvaluationResults(result for of_model in results.values() for result in of_model)
 
 
+def check_data(
+    data: DataSource | Sequence[DataSource],
+    config: EvaluationConfig | None = None,
+    *,
+    tasks: Sequence[str] = (),
+) -> None:
+    """Read and check the datasets of an evaluation, for a model that is yet to be trained.
+
+    Args:
+        data: As in `evaluate`.
+        config: As in `evaluate`.
+        tasks: As in `evaluate`.
+
+    Raises:
+        DataValidationError: A dataset has invalid samples.
+        ValueError: A task suits no dataset, or a dataset no task.
+        MissingExtraError: An optional package is not installed.
+    """
+    config = _read_prompt_files(config or EvaluationConfig())
+    _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
+
+
 @dataclass(frozen=True)
 class _Source:
     """A dataset that is not read yet.

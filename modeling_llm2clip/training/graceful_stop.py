@@ -22,13 +22,15 @@ class StageInterrupt(KeyboardInterrupt):
     """A signal stopped a stage after its checkpoint or shard; the message says how to continue.
 
     Args:
-        message: What was stopped where, and the command that continues it; empty in all processes
-            of a launcher but the main one.
+        stopped: Sentence that says what was stopped, and where its files are; empty in all
+            processes of a launcher but the main one, whose message is empty too.
         signal: The signal.
+        resume: Whether the command continues with `--resume`, or as it is.
     """
 
-    def __init__(self, message: str, signal: signal.Signals) -> None:
-        super().__init__(message)
+    def __init__(self, stopped: str, signal: signal.Signals, *, resume: bool) -> None:
+        super().__init__(f"{stopped} {_describe_continuation(resume=resume)}" if stopped else "")
+        self.stopped = stopped
         self.signal = signal
 
 
@@ -54,8 +56,7 @@ class StopRequest:
             StageInterrupt: A signal came.
         """
         if self.signal is not None:
-            message = f"{stopped} {_describe_continuation(resume=resume)}"
-            raise StageInterrupt(message if is_main_process else "", self.signal)
+            raise StageInterrupt(stopped if is_main_process else "", self.signal, resume=resume)
 
 
 @contextmanager

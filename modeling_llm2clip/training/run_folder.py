@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ _NAMES_SHOWN = 5
 
 
 def write_run_record(
-    folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module
+    folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module | None = None
 ) -> None:
     """Write `run.json`, or renew what it says of a run that is resumed.
 
@@ -42,7 +42,7 @@ def write_run_record(
         folder: Folder of the run, made if it does not exist.
         config: Options of the stage.
         inputs: What the numbers depend on beside the options; what is not JSON is written as text.
-        model: Module that is trained, ready for the first step.
+        model: Module that is trained, ready for the first step; None for a run of several stages.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -52,7 +52,7 @@ def write_run_record(
         "versions": list_versions(),
         "commit": read_commit(),
         "hardware": describe_hardware(),
-        "parameters": count_parameters(model),
+        **({} if model is None else {"parameters": count_parameters(model)}),
     }
     _write(folder, {**_read(folder), **record})
 
@@ -123,7 +123,12 @@ def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
 
 
 def require_same_run(
-    folder: Path, config: Config, inputs: Mapping[str, Any], *, resume: bool
+    folder: Path,
+    config: Config,
+    inputs: Mapping[str, Any],
+    *,
+    resume: bool,
+    may_differ: Collection[str] = (),
 ) -> None:
     """Require that a run in a folder, if there is one, was begun with the same options and inputs.
 
@@ -132,6 +137,7 @@ def require_same_run(
         config: Options of the stage.
         inputs: What the numbers depend on beside the options.
         resume: Whether a run in the folder is resumed.
+        may_differ: Further options that change nothing that is written already, or sections.
 
     Raises:
         ValueError: As `require_fresh_or_resumed`; or every option and input that differs, with
@@ -143,7 +149,8 @@ def require_same_run(
     record = read_run_record(folder)
     earlier = {**record["config"], **record["inputs"]}
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
-    if unknown := sorted(set(now) - set(earlier) - _MAY_DIFFER):
+    ignored = _MAY_DIFFER | set(may_differ)
+    if unknown := sorted(set(now) - set(earlier) - ignored):
         raise ValueError(
             f"{folder / RUN_FILE} has no {', '.join(unknown)}: another version of this package "
             "began the run, and may have begun it differently. Choose a new folder."
@@ -152,7 +159,8 @@ def require_same_run(
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))
-        if name not in _MAY_DIFFER and earlier.get(name) != now.get(name)
+        if not ignored & {name, name.partition(".")[0], name.rpartition(".")[2]}
+        and earlier.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")

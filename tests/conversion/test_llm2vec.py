@@ -19,10 +19,10 @@ from tiny_folders import save_tiny_vision
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.conversion.llm2vec import build_from_llm2vec
 from modeling_llm2clip.data.atomic_files import default_cache_folder
-from modeling_llm2clip.demo.pretrained_towers import SMOLLM2
 from modeling_llm2clip.model_folders.model_loading import load_model
 
 # LLM2Vec's own templates; it has none for Gemma's first version. Its Qwen2 is causal.

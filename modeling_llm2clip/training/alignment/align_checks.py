@@ -41,27 +41,48 @@ def check_align(
     Raises:
         ValueError: A store is missing, superfluous or of other content; all errors are named.
     """
+    check_options(
+        config,
+        has_caption_store=caption_store is not None,
+        has_image_store=image_store is not None,
+    )
     errors = []
-    if config.text_training == "stored" and caption_store is None:
-        errors.append(
-            "text_training=stored needs a caption_store, which llm2clip extract writes; or choose "
-            "text_training=frozen-online or text_training=lora"
-        )
-    if config.text_training != "stored" and caption_store is not None:
-        errors.append(
-            f"text_training={config.text_training} runs the LLM and reads no caption_store"
-        )
-    if image_store is not None and config.vision_training != "frozen":
-        errors.append(
-            f"vision_training={config.vision_training} changes the image embeddings, so an "
-            "image_store is of no use"
-        )
-    if config.projection_init == "cca" and (caption_store is None or image_store is None):
-        errors.append("projection_init=cca needs a caption_store and an image_store")
     for store, content in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
         opened = open_store(store)
         if opened is not None and opened.manifest.content != content:
             errors.append(f"{opened.folder} has {opened.manifest.content}, wanted {content}")
+    if errors:
+        raise ValueError("; ".join(errors) + ".")
+
+
+def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_store: bool) -> None:
+    """Refuse options that contradict the stores that are given.
+
+    Args:
+        config: Options of the alignment.
+        has_caption_store: Whether a caption store is given.
+        has_image_store: Whether an image store is given.
+
+    Raises:
+        ValueError: A store is missing or superfluous; all errors are named.
+    """
+    errors = []
+    if config.text_training == "stored" and not has_caption_store:
+        errors.append(
+            "text_training=stored needs a caption_store, which llm2clip extract writes; or choose "
+            "text_training=frozen-online or text_training=lora"
+        )
+    if config.text_training != "stored" and has_caption_store:
+        errors.append(
+            f"text_training={config.text_training} runs the LLM and reads no caption_store"
+        )
+    if has_image_store and config.vision_training != "frozen":
+        errors.append(
+            f"vision_training={config.vision_training} changes the image embeddings, so an "
+            "image_store is of no use"
+        )
+    if config.projection_init == "cca" and not (has_caption_store and has_image_store):
+        errors.append("projection_init=cca needs a caption_store and an image_store")
     if errors:
         raise ValueError("; ".join(errors) + ".")
 

@@ -35,7 +35,6 @@ def describe_alignment(output: Path) -> list[str]:
             f"{source} has no recorded caption embeddings, so {model} has no golden embeddings. "
             "llm2clip build records them now."
         )
-    lines.append(f"Next: llm2clip doctor {model}")
     if make_caution(results):
         lines.append(NEAR_CHANCE)
     return lines

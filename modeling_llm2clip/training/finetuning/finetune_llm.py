@@ -150,8 +150,7 @@ def describe_finetuning(output: Path) -> list[str]:
         f"{inputs['fingerprint']['max_text_length']} tokens and were truncated.",
     ]
     if record["config"]["merge"]:
-        model = output / MODEL_FOLDER
-        lines.append(f"Wrote {model}. Next: llm2clip extract {model} DATA STORE --modality text")
+        lines.append(f"Wrote {output / MODEL_FOLDER}.")
     return lines
 
 

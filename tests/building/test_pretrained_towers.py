@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from modeling_llm2clip._extras import MissingExtraError
-from modeling_llm2clip.demo.pretrained_towers import (
+from modeling_llm2clip.building.pretrained_towers import (
     PretrainedTower,
     _read_onnx_weights,
     fetch_tower,
@@ -76,7 +76,7 @@ def test_a_part_that_cannot_be_fetched_says_what_to_do(part, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from modeling_llm2clip.demo.pretrained_towers import PretrainedTower, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import PretrainedTower, fetch_tower
 
 def die(source, folder):
     (folder / "weights").write_bytes(b"half")

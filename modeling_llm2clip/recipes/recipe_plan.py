@@ -1,0 +1,425 @@
+"""What `train` will do: the stages in order, their sizes, an estimate, and what is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from tabulate import tabulate
+
+from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
+from ..configs.config_fields import read_config
+from ..configs.train_config import TrainConfig
+from ..data.embedding_store import MANIFEST_FILE, read_manifest
+from ..data.record_loading import find_example_data, load_records
+from ..data.records import CaptionedImage
+from ..data.splits import split_records
+from ..encoding.devices import find_device
+from ..evaluation.datasets.dataset_registry import read_data
+from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
+from ..training.run_folder import RUN_FILE, read_results
+from ..training.trainer_mixins import computes_in_bfloat16
+from .tower_sizes import TowerSize, measure_tower
+
+Split: TypeAlias = tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]
+State: TypeAlias = Literal["to do", "stopped", "finished", "repeated"]
+
+_UTILIZATION = 0.4  # of the speed of a matrix product, as training and encoding reach it
+_CHARACTERS_PER_TOKEN = 4
+_PROMPT_TOKENS = 10
+_NUM_CHECKPOINTS = 2
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ADAM_BYTES = 12  # of a trained weight: itself and two moments in float32
+
+
+@dataclass(frozen=True)
+class RecipePaths:
+    """Where `train` writes.
+
+    Attributes:
+        output: Folder of everything.
+    """
+
+    output: Path
+
+    @property
+    def built(self) -> Path:
+        """The untrained model."""
+        return self.output / "built"
+
+    @property
+    def fine_tuned(self) -> Path:
+        """Run of stage 1; the model is in its `model`."""
+        return self.output / "fine-tuned"
+
+    @property
+    def captions(self) -> Path:
+        """Store of caption embeddings."""
+        return self.output / "captions"
+
+    @property
+    def images(self) -> Path:
+        """Store of image embeddings."""
+        return self.output / "images"
+
+    @property
+    def aligned(self) -> Path:
+        """Run of stage 3; the model is in its `model`."""
+        return self.output / "aligned"
+
+    @property
+    def exported(self) -> Path:
+        """The exported model."""
+        return self.output / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        """Results of the evaluation."""
+        return self.output / "evaluation"
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: As in the command line.
+        size: What it works on.
+        output: What it writes.
+        state: Whether it is finished or was stopped; an evaluation is repeated, and keeps results
+            that are finished.
+        flops: Floating-point operations; None where they are unknown or do not matter.
+        num_bytes: What it writes to the disk; None where that is unknown.
+    """
+
+    name: str
+    size: str
+    output: Path
+    state: State
+    flops: float | None = None
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """The stages of a recipe; printing it shows a line per stage.
+
+    Attributes:
+        output: Folder of everything that is written.
+        stages: In order.
+        num_images: Images to train on, and to evaluate on.
+        device: Where the stages run.
+        flops_per_second: What this device is expected to reach.
+    """
+
+    output: Path
+    stages: tuple[PlannedStage, ...]
+    num_images: tuple[int, int]
+    device: str
+    flops_per_second: float
+
+    def __str__(self) -> str:
+        """Return the plan as a table and two sentences."""
+        rows = [
+            (s.name, s.size, s.state, self._show_time(s), show_bytes(s.num_bytes), self._name(s))
+            for s in self.stages
+        ]
+        heads = ("stage", "size", "state", "time", "disk", "output")
+        left = [stage for stage in self.stages if stage.state != "finished"]
+        seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
+        num_bytes = sum(stage.num_bytes or 0 for stage in left)
+        return (
+            f"{self.num_images[0]:,} images to train on, {self.num_images[1]:,} to evaluate on. "
+            f"Everything is written to {self.output}.\n"
+            f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
+            f"Left: about {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
+            "Estimated from the speed of a matrix product; loading, decoding of images and "
+            "evaluation come on top."
+        )
+
+    def _name(self, stage: PlannedStage) -> str:
+        return str(stage.output.relative_to(self.output))
+
+    def _show_time(self, stage: PlannedStage) -> str:
+        if stage.state == "finished" or stage.flops is None:
+            return ""
+        return show_seconds(stage.flops / self.flops_per_second)
+
+
+def load_recipe(config: TrainConfig | str | Path) -> TrainConfig:
+    """Read a recipe, if it is not read yet.
+
+    Args:
+        config: The recipe, or its YAML file.
+
+    Raises:
+        ValueError: The file is not a recipe; all errors are named.
+        OSError: The file cannot be read.
+    """
+    return config if isinstance(config, TrainConfig) else read_config(config, TrainConfig)
+
+
+def read_split(config: TrainConfig) -> Split:
+    """Read the data of a recipe, and hold out what is evaluated on.
+
+    Args:
+        config: The recipe.
+
+    Returns:
+        Records to train on, and records to evaluate on; the latter are empty with `test_size=0`.
+
+    Raises:
+        DataValidationError: Records are invalid; all errors are reported at once.
+        ValueError: There are no such data, or too few to hold some out.
+    """
+    if config.data == EMBEDDED:
+        emoji = load_records(find_example_data() / "emoji")
+        records = [record for record in emoji if record.lang == "en"]
+    else:
+        records = read_data(config.data, config, require_images=True)
+    if not config.test_size:
+        return records, []
+    return split_records(records, test_size=config.test_size, seed=config.seed)
+
+
+def plan_recipe(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
+    """Plan what `train` will do with a recipe; writes nothing and loads no model.
+
+    >>> print(plan_recipe("recipe.yaml"))  # doctest: +SKIP
+
+    Args:
+        config: The recipe, or its YAML file.
+        records: Records to train on and to evaluate on, in place of the recipe's data.
+
+    Returns:
+        The plan, which prints as a table.
+
+    Raises:
+        ValueError: The recipe, its data or its device are not what they must be.
+    """
+    config = load_recipe(config)
+    device = find_device(config.device)
+    train, test = read_split(config) if records is None else records
+    in_bfloat16 = computes_in_bfloat16(config.align.precision, on_gpu=device.type == "cuda")
+    planner = _Planner(config, train, test)
+    return RecipePlan(
+        output=config.output,
+        stages=tuple(planner.list_stages()),
+        num_images=(_count_images(train), _count_images(test)),
+        device=str(device),
+        flops_per_second=_UTILIZATION
+        * _measure_speed(device, torch.bfloat16 if in_bfloat16 else torch.float32),
+    )
+
+
+def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
+    """Return whether captions and images are extracted for the alignment.
+
+    Args:
+        config: The recipe.
+    """
+    return config.align.text_training == "stored", config.align.vision_training == "frozen"
+
+
+def show_seconds(seconds: float) -> str:
+    """Show a duration in its largest unit.
+
+    Args:
+        seconds: The duration.
+    """
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def show_bytes(num_bytes: float | None) -> str:
+    """Show a size in its largest unit of 1,000; nothing for None.
+
+    Args:
+        num_bytes: The size.
+    """
+    if num_bytes is None:
+        return ""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} KB"
+
+
+class _Planner:
+    """Counts what the stages of one recipe work on."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        train: Sequence[CaptionedImage],
+        test: Sequence[CaptionedImage],
+    ) -> None:
+        self.config, self.train, self.test = config, train, test
+        self.paths = RecipePaths(config.output)
+        self.text = measure_tower(config.text_model, embedded=SMOLLM2)
+        self.vision = measure_tower(config.vision_model, embedded=EFFICIENTNET)
+        texts = {text for r in train for text in (*r.captions, *r.long_captions)}
+        self.num_texts = len(texts)
+        self.num_tokens = sum(map(_count_tokens, texts))
+
+    def list_stages(self) -> list[PlannedStage]:
+        config, paths = self.config, self.paths
+        stages = [self._plan_building()]
+        if config.finetune is not None:
+            stages.append(self._plan_finetuning())
+        captions, images = uses_stores(config)
+        if captions:
+            stages.append(self._plan_extraction("text", paths.captions, self.num_texts, self.text))
+        if images:
+            num_images = _count_images(self.train)
+            stages.append(self._plan_extraction("image", paths.images, num_images, self.vision))
+        stages.append(self._plan_alignment())
+        final = paths.aligned / "model"
+        if config.export is not None:
+            final = paths.exported
+            size = f"{config.export.components}, {config.export.dtype or 'dtype as it is'}"
+            num_bytes = self._count_model_bytes(config.export.dtype)
+            stages.append(
+                PlannedStage("export", size, final, _find_state(final), num_bytes=num_bytes)
+            )
+        is_healthy = read_results(paths.output).get("is_healthy")
+        state: State = "finished" if is_healthy else "to do"
+        stages.append(PlannedStage("doctor", "every check", final, state))
+        if self.test or config.eval_datasets:
+            held_out = [f"{_count_images(self.test):,} held-out images"] if self.test else []
+            size = ", ".join([*held_out, *config.eval_datasets])
+            stages.append(PlannedStage("evaluate", size, paths.evaluation, "repeated"))
+        return stages
+
+    def _plan_building(self) -> PlannedStage:
+        sizes = " + ".join(
+            f"{Path(source).name} ({tower})"
+            for source, tower in (
+                (self.config.vision_model, self.vision),
+                (self.config.text_model, self.text),
+            )
+        )
+        state = _find_state(self.paths.built)
+        num_bytes = self._count_model_bytes(self.config.build.dtype)
+        return PlannedStage("build", sizes, self.paths.built, state, num_bytes=num_bytes)
+
+    def _plan_finetuning(self) -> PlannedStage:
+        config = self.config.finetune
+        assert config is not None
+        captions: dict[str, set[str]] = {}
+        for record in self.train:
+            texts = (*record.captions, *record.long_captions)
+            captions.setdefault(record.group_id, set()).update(texts)
+        num_pairs = config.num_pairings * sum(-(-len(t) // 2) for t in captions.values())
+        batch_size = config.per_device_train_batch_size
+        num_steps = config.max_steps or max(
+            1, round(config.num_train_epochs * (num_pairs // batch_size))
+        )
+        recomputes = config.gradient_checkpointing or config.mini_batch_size is not None
+        per_token = self._flops_per_token(self.text, passes=3 if recomputes else 2)
+        tokens_per_text = self.num_tokens / max(1, self.num_texts)
+        return PlannedStage(
+            "finetune-llm",
+            f"{num_steps:,} steps of {batch_size} pairs",
+            self.paths.fine_tuned / "model",
+            _find_state(self.paths.fine_tuned / "model", run=self.paths.fine_tuned),
+            flops=_times(per_token, 2 * batch_size * num_steps * tokens_per_text),
+            num_bytes=self._count_model_bytes(self.config.build.dtype),
+        )
+
+    def _plan_extraction(
+        self, modality: str, store: Path, num_rows: int, tower: TowerSize
+    ) -> PlannedStage:
+        tokens = self.num_tokens if modality == "text" else num_rows * tower.tokens_per_image
+        width = _BYTES[self.config.extract.store_dtype]
+        return PlannedStage(
+            f"extract {modality}",
+            f"{num_rows:,} {'captions' if modality == 'text' else 'images'}",
+            store,
+            _find_store_state(store),
+            flops=_times(self._flops_per_token(tower, passes=1), tokens),
+            num_bytes=None if tower.width is None else num_rows * tower.width * width,
+        )
+
+    def _plan_alignment(self) -> PlannedStage:
+        config, trained = self.config.align, self.config.align.vision_training
+        num_items = round(len(self.train) * (1 - config.held_out_ratio))
+        batch_size = choose_batch_size(config, num_items, 1)
+        num_steps = count_steps(config, num_items, batch_size)
+        num_shown = batch_size * num_steps
+        flops: float | None = 0.0
+        if trained != "frozen":
+            passes = 3 if trained == "full" or config.gradient_checkpointing else 2
+            per_image = self._flops_per_token(self.vision, passes=passes)
+            flops = _times(per_image, num_shown * self.vision.tokens_per_image)
+        if config.text_training != "stored" and flops is not None:
+            passes = 1 if config.text_training == "frozen-online" else 2
+            per_token = self._flops_per_token(self.text, passes=passes)
+            tokens = num_shown * self.num_tokens / max(1, self.num_texts)
+            online = _times(per_token, tokens)
+            flops = None if online is None else flops + online
+        num_bytes = self._count_model_bytes(self.config.build.dtype)
+        if num_bytes is not None and trained == "full":
+            checkpoints = _NUM_CHECKPOINTS * _ADAM_BYTES * (self.vision.num_parameters or 0)
+            num_bytes += checkpoints
+        return PlannedStage(
+            "align",
+            f"{num_steps:,} steps of {batch_size} images, vision tower {trained}",
+            self.paths.aligned / "model",
+            _find_state(self.paths.aligned / "model", run=self.paths.aligned),
+            flops=flops,
+            num_bytes=num_bytes,
+        )
+
+    def _flops_per_token(self, tower: TowerSize, *, passes: int) -> float | None:
+        """Two operations per weight and pass; the backward pass through a layer counts as one."""
+        return None if tower.num_parameters is None else 2.0 * passes * tower.num_parameters
+
+    def _count_model_bytes(self, dtype: str | None) -> int | None:
+        counts = (self.text.num_parameters, self.vision.num_parameters)
+        if None in counts:
+            return None
+        return sum(count or 0 for count in counts) * _BYTES[dtype or self.config.build.dtype]
+
+
+def _times(first: float | None, second: float) -> float | None:
+    return None if first is None else first * second
+
+
+def _count_images(records: Sequence[CaptionedImage]) -> int:
+    return len({record.name for record in records})
+
+
+def _count_tokens(text: str) -> int:
+    return _PROMPT_TOKENS + len(text) // _CHARACTERS_PER_TOKEN
+
+
+def _find_state(folder: Path, *, run: Path | None = None) -> State:
+    """State of a stage by its model folder, which is complete or absent."""
+    if folder.is_dir() and any(folder.iterdir()):
+        return "finished"
+    return "stopped" if run is not None and (run / RUN_FILE).is_file() else "to do"
+
+
+def _find_store_state(store: Path) -> State:
+    if not (store / MANIFEST_FILE).is_file():
+        return "to do"
+    return "finished" if read_manifest(store).complete else "stopped"
+
+
+def _measure_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product."""
+    size = 512 if device.type == "cpu" else 4096
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)

