@@ -56,8 +56,8 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "timm", "peft")},
         "data": "embedded emoji; 300 things held out with all their images and names",
         "alignment": asdict(_settings(arguments.seeds[0]).alignment),
-        "mean_text_to_image_r1": {
-            name: round(statistics.fmean(r["unseen_text_to_image_r1"] for r in runs), 4)
+        "mean_t2i_r1": {
+            name: round(statistics.fmean(r["unseen_t2i_r1"] for r in runs), 4)
             for name, runs in recalls.items()
         },
         "recalls": recalls,

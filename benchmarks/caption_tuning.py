@@ -29,7 +29,9 @@ from provenance import describe_processor, read_commit
 from sentence_transformers import SentenceTransformer
 
 from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.lora_merging import merge_lora
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.caption_groups import group_captions
 from modeling_llm2clip.data.record_loading import load_records
@@ -38,62 +40,69 @@ from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetc
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS
-from modeling_llm2clip.training.finetuning.finetune_llm import TuneArguments, finetune_llm
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.run_folder import read_results
 
-RECIPE = TuneArguments(
-    steps=300,
-    pairings=2,
-    batch_size=64,
-    lr=5e-4,
+FIRST_ROUND = FinetuneConfig(
+    max_steps=300,
+    num_pairings=2,
+    per_device_train_batch_size=64,
+    learning_rate=5e-4,
     warmup_steps=20,
-    negatives="all-captions",
-    held_out=1000,
-    eval_every=150,
-    save_every=50,
-    adapter_dtype="float16",
+    negatives="all",
+    num_held_out=1000,
+    eval_steps=150,
+    save_steps=50,
+    lora_dtype="float16",
+    merge=False,
+    device="cpu",
 )
 SECOND_ROUND = replace(
-    RECIPE, steps=80, lr=2e-4, warmup_steps=5, num_alike=7, eval_every=40, precision="float32"
+    FIRST_ROUND,
+    max_steps=80,
+    learning_rate=2e-4,
+    warmup_steps=5,
+    num_hard_negatives=7,
+    eval_steps=40,
+    precision="float32",
 )
 
 
 def main() -> None:
-    """Tune, measure, and write the result."""
+    """Fine-tune, measure, and write the result."""
     arguments = _parse()
-    recipe = RECIPE if arguments.start is None else SECOND_ROUND
-    recipe = replace(recipe, steps=arguments.steps or recipe.steps, held_out=arguments.held_out)
-    groups = group_captions(load_records(arguments.captions, require_images=False))
-    trained, held_out, _ = hold_out_groups(groups, recipe.held_out, seed=recipe.seed)
-    model, processor = _build(bidirectional=True)
-    result = finetune_llm(
-        model,
-        processor,
-        groups,
-        arguments.output_folder,
-        recipe,
-        start=arguments.start,
-        resume=arguments.resume,
+    config = replace(
+        FIRST_ROUND if arguments.start is None else SECOND_ROUND,
+        num_held_out=arguments.held_out,
+        init_lora=arguments.start,
     )
-    if result.adapter is None or result.cra_after is None:
-        raise SystemExit(result.exit_code)
+    config = replace(config, max_steps=arguments.steps or config.max_steps)
+    records = load_records(arguments.captions, require_images=False)
+    groups = group_captions(records)
+    trained, held_out, _ = hold_out_groups(groups, config.num_held_out, seed=config.seed)
+    model, processor = _build(bidirectional=True)
+    output = arguments.output_folder
+    lora = finetune_llm((model, processor), records, output, config, resume=arguments.resume)
+    results = read_results(output)
     cra = {
         "causal": _measure_untuned(held_out, bidirectional=False),
         "bidirectional": _measure_untuned(held_out, bidirectional=True),
-        "before": result.cra_before,
-        "tuned": result.cra_after,
+        "before": results["cra_before"],
+        "tuned": results["cra_after"],
     }
     if arguments.minilm:
         minilm = SentenceTransformer(str(arguments.minilm), device="cpu")
         encode = lambda texts: torch.from_numpy(minilm.encode(texts))  # noqa: E731
         cra["minilm"] = measure_caption_retrieval(encode, held_out)
-    record = _describe(arguments, recipe, cra)
+    record = _describe(arguments, config, cra)
+    model.text_model = merge_lora(model.text_model, lora)
     # Not better than on unseen ones: then it is not for lack of images.
     record["cra_on_trained_images"] = measure_caption_retrieval(
         lambda texts: encode_texts(model, processor, texts, project=False),
-        trained[: recipe.held_out],
+        trained[: config.num_held_out],
     )
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    arguments.output.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=2, default=str))
 
 
 def _parse() -> argparse.Namespace:
@@ -101,9 +110,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--captions", type=Path, required=True, help="captions_val2017.json")
     parser.add_argument("--minilm", type=Path, help="folder of a sentence-transformers model")
     parser.add_argument("--output-folder", type=Path, default=Path("tuned-captions"))
-    parser.add_argument("--start", type=Path, help="adapter of the first round")
-    parser.add_argument("--steps", type=int, help="default: the recipe's")
-    parser.add_argument("--held-out", type=int, default=RECIPE.held_out)
+    parser.add_argument("--start", type=Path, help="LoRA of the first round")
+    parser.add_argument("--steps", type=int, help="default: that of the round")
+    parser.add_argument("--held-out", type=int, default=FIRST_ROUND.num_held_out)
     parser.add_argument("--resume", action="store_true")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, help="default: by round, in benchmarks/results")
@@ -126,14 +135,14 @@ def _measure_untuned(held_out: Any, *, bidirectional: bool) -> float:
 
 
 def _describe(
-    arguments: argparse.Namespace, recipe: TuneArguments, cra: dict[str, float]
+    arguments: argparse.Namespace, config: FinetuneConfig, cra: dict[str, float]
 ) -> dict[str, Any]:
     metrics = (arguments.output_folder / "metrics.jsonl").read_text(encoding="utf-8")
     logs = [json.loads(line) for line in metrics.splitlines()]
     return {
         "command": "python benchmarks/caption_tuning.py --captions captions_val2017.json "
-        f"--minilm all-MiniLM-L6-v2 --steps {recipe.steps} --held-out {recipe.held_out}"
-        + (" --start tuned/adapter" if arguments.start else ""),
+        f"--minilm all-MiniLM-L6-v2 --steps {config.max_steps} "
+        f"--held-out {config.num_held_out}" + (" --start tuned/lora" if arguments.start else ""),
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads",
@@ -141,9 +150,9 @@ def _describe(
             name: version(name)
             for name in ("torch", "transformers", "sentence-transformers", "peft")
         },
-        "data": f"COCO val2017 captions; {recipe.held_out} images held out",
+        "data": f"COCO val2017 captions; {config.num_held_out} images held out",
         "start": hash_file(arguments.start / LORA_WEIGHTS) if arguments.start else None,
-        "recipe": asdict(recipe),
+        "config": asdict(config),
         "cra": cra,
         "cra_by_step": {log["step"]: log["eval_cra"] for log in logs if "eval_cra" in log},
         # Of the training with its measurements, as its log has it: the run may have been resumed.

@@ -1,4 +1,4 @@
-"""Ours, an ordinary CLIP, and every other kind of encoder in one table.
+"""Ours, an ordinary CLIP, and every other type of encoder in one table.
 
     llm2clip demo && python benchmarks/evaluation_table.py llm2clip-demo/model
 
@@ -83,7 +83,7 @@ def main() -> None:
     for name, folder, trained in _train_baselines(arguments, work):
         models.append(EvaluatedModel(source=str(folder), name=name))
         training[name] = trained
-    tiny_dual, tiny_text = (_save_tiny(kinds, work) for kinds in (_TINY_DUAL, _TINY_TEXT))
+    tiny_dual, tiny_text = (_save_tiny(names, work) for names in (_TINY_DUAL, _TINY_TEXT))
     rows = _evaluate(
         [*models, *tiny_dual],
         EvaluatedDataset(name="emoji"),
@@ -160,7 +160,7 @@ def _evaluate_texts(
         )  # fmt: skip
     else:
         print(f"{len(pairs)} images have two captions: there is nothing to ask cra.")
-    return [{**row, "set": arguments.long_name, "shown": TEXT_ONLY} for row in rows]
+    return [{**row, "dataset": arguments.long_name, "shown": TEXT_ONLY} for row in rows]
 
 
 def _parse() -> argparse.Namespace:
@@ -214,13 +214,13 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
         yield name, folder, trained
 
 
-def _save_tiny(kinds: dict[str, str], work: Path) -> list[EvaluatedModel]:
+def _save_tiny(names: dict[str, str], work: Path) -> list[EvaluatedModel]:
     choices = []
-    for kind, name in kinds.items():
-        folder = work / "tiny" / kind
+    for model_type, name in names.items():
+        folder = work / "tiny" / model_type
         shutil.rmtree(folder, ignore_errors=True)  # the same weights every time
         folder.parent.mkdir(parents=True, exist_ok=True)
-        choices.append(EvaluatedModel(source=str(save_tiny_encoder(kind, folder)), name=name))
+        choices.append(EvaluatedModel(source=str(save_tiny_encoder(model_type, folder)), name=name))
     return choices
 
 

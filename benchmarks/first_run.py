@@ -40,6 +40,7 @@ from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.run_folder import read_results
 
 ROOT = Path(__file__).parents[1]
 RECIPE = re.compile(r"<!-- recipe -->\n```bash\n(.*?)```", re.DOTALL)
@@ -134,10 +135,10 @@ def run_dataset(source: Path, scratch: Path, *, seed: int, existing: Path | None
         fine_tuned = {
             "before": score(existing, test, embeds),
             "after": score(scratch / "fine-tuned" / "model", test, embeds),
-            "start": read_run(scratch / "fine-tuned")["start"],
+            "start": read_results(scratch / "fine-tuned")["start"],
         }
     best = max(scores, key=lambda name: scores[name]["r1"])
-    run_file = read_run(scratch / ALIGNED)
+    results = read_results(scratch / ALIGNED)
     return {
         "recipe_r1": scores["README's recipe"]["r1"],
         "best_r1": scores[best]["r1"],
@@ -146,17 +147,11 @@ def run_dataset(source: Path, scratch: Path, *, seed: int, existing: Path | None
         "seconds": round(seconds),
         "num_images": len(load_records(scratch / IMAGES)),
         "num_test_images": len(test),
-        "start": run_file["start"],
-        "held_out": run_file["held_out"],
+        "start": results["start"],
+        "held_out": results["held_out"],
         "scores": scores,
         "existing_model": fine_tuned,
     }
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The record of a run of `align`."""
-    found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return found
 
 
 def set_aside(source: Path, images: Path, *, seed: int) -> list[CaptionedImage]:
@@ -231,8 +226,8 @@ def score(
         image_embeds, text_embeds, Correspondence.from_group_ids(group_ids, group_ids)
     )
     scores = {
-        "text_to_image_r1": hit_rate_at(ranking.t2i, k=1),
-        "image_to_text_r1": hit_rate_at(ranking.i2t, k=1),
+        "t2i_r1": hit_rate_at(ranking.t2i, k=1),
+        "i2t_r1": hit_rate_at(ranking.i2t, k=1),
     }
     return {**scores, "r1": sum(scores.values()) / 2}
 

@@ -5,7 +5,7 @@
 A vision transformer with real weights (DINOv2-small, tuned for saliency) is aligned with captions
 of the embedded emoji by SmolLM2-135M (caption-tuned), the whole tower trained. The tower as it came
 and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
-`examples/recipes/llava`: same images, steps and seeds. Neither step nor the alignment sees a
+`examples/scripts/llava`: same images, steps and seeds. Neither step nor the alignment sees a
 held-out thing, its images or its names.
 
 | figure | what |
@@ -41,7 +41,6 @@ from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
@@ -50,16 +49,16 @@ from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
-from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
+from modeling_llm2clip.training.extraction.extract import extract
+from modeling_llm2clip.training.run_folder import read_results
 
 # The recipes are scripts: their folder is no package.
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "recipes" / "llava"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "scripts" / "llava"))
 
 from llava_batches import ConversationDataset, PadOnTheRight
 from llava_conversations import PLACEHOLDER, Conversation, conversations_of_captions
@@ -70,9 +69,9 @@ from llava_model import (
     train_projector_and_llm,
     train_projector_only,
 )
-from llava_trainer import LlavaArguments, train_llava
+from llava_trainer import LlavaConfig, train_llava
 
-TEMPLATE = Path(__file__).parent.parent / "examples" / "recipes" / "llava" / "vicuna.jinja"
+TEMPLATE = Path(__file__).parent.parent / "examples" / "scripts" / "llava" / "vicuna.jinja"
 QUESTION = f"{PLACEHOLDER}\nWhat does this image show?"
 LORA_RANK, LORA_ALPHA = 16, 32
 _EVALUATION_BATCH = 25
@@ -170,24 +169,22 @@ def _make_towers(
     built = join_towers((vision_model, image_processor), fetch_tower(SMOLLM2), config)
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]
-    extract_captions(work / "built", texts, work / "captions", ExtractionArguments())
-    settings = AlignConfig(
-        vision_training="full", steps=arguments.align_steps, lr=1e-3, vision_lr=1e-4,
-        batch_size=arguments.align_batch_size, precision="bfloat16", device="cpu",
+    store = extract(work / "built", texts, work / "captions", modality="text")
+    config = AlignConfig(
+        vision_training="full", max_steps=arguments.align_steps, learning_rate=1e-3,
+        vision_learning_rate=1e-4, global_batch_size=arguments.align_batch_size,
+        precision="bfloat16", device="cpu",
     )  # fmt: skip
-    store = EmbeddingStore.open(work / "captions")
-    result = align(work / "built", texts, work / "run", settings, caption_store=store)
-    assert result.trained is not None, "a signal stopped the alignment"
-    save_trained_model(work / "built", result.trained, work / "aligned")
+    aligned = align(work / "built", texts, work / "run", config, caption_store=store)
     towers = {
-        name: export_vision_tower(work / folder, work / f"{folder}-tower")
-        for name, folder in (("before", "built"), ("after", "aligned"))
+        name: export_vision_tower(folder, work / f"{name}-tower")
+        for name, folder in (("before", work / "built"), ("after", aligned))
     }
     changed = _largest_change(towers["before"], towers["after"])
     return towers, {
-        **asdict(settings),
-        "final_loss": round(result.final_loss, 4),
-        "unseen_text_to_image_r1": _measure_retrieval(work / "aligned", tested),
+        **asdict(config),
+        "final_loss": round(read_results(work / "run")["final_loss"], 4),
+        "unseen_t2i_r1": _measure_retrieval(aligned, tested),
         "chance_r1": 1 / len(tested),
         "largest_change_of_a_weight": changed,
     }
@@ -233,8 +230,8 @@ def _train(
 ) -> dict[str, Any]:
     """Both steps of the recipe, and what is learned after each."""
     common: dict[str, Any] = {
-        "batch_size": arguments.batch_size, "precision": "bfloat16", "device": "cpu",
-        "seed": seed, "log_every": 25, "save_every": 10_000,
+        "global_batch_size": arguments.batch_size, "precision": "bfloat16", "device": "cpu",
+        "seed": seed, "logging_steps": 25, "save_steps": 10_000,
     }  # fmt: skip
     names = [replace(record, long_captions=()) for record in trained]
 
@@ -252,15 +249,15 @@ def _train(
 
     steps: tuple[tuple[str, Callable[[], Any], list[Conversation], str, dict[str, Any]], ...] = (
         ("projector", build, conversations_of_captions(names), "plain",
-         {"steps": arguments.steps, "lr": 2e-3}),
+         {"max_steps": arguments.steps, "learning_rate": 2e-3}),
         ("instructions", load, _ask(names), "chat",
-         {"steps": arguments.instruction_steps, "lr": 2e-4}),
+         {"max_steps": arguments.instruction_steps, "learning_rate": 2e-4}),
     )  # fmt: skip
     figures: dict[str, Any] = {}
     for step, load_model, conversations, wording, own in steps:
-        settings = LlavaArguments(**common, **own)
+        config = LlavaConfig(**common, **own)
         train_llava(
-            load_model, conversations, work / step, settings, wording=wording, record={"step": step}
+            load_model, conversations, work / step, config, wording=wording, record={"step": step}
         )
         model, processor = load_llava(work / step / "model")
         of_tested = conversations_of_captions(tested) if wording == "plain" else _ask(tested)

@@ -1,10 +1,10 @@
-"""Reads whole evaluation sets from their folders: what is in them, and how long it takes.
+"""Reads whole evaluation datasets from their folders: what is in them, and how long it takes.
 
     python benchmarks/read_datasets.py \
-        --set sugarcrepe-text FOLDER "SugarCrepe and COCO val2017 captions" \
-        --set folder FOLDER "a public data set's name"
+        --dataset sugarcrepe-text FOLDER "SugarCrepe and COCO val2017 captions" \
+        --dataset folder FOLDER "a public dataset's name"
 
-Every language is read and every image decoded. A set whose images are not there is read for its
+Every language is read and every image decoded. A dataset without its images is read for its
 captions with `--captions-only`; one that cannot be read without them, such as ImageNet or
 Winoground, with blank images under their names and `--images-by-name`, which decodes none.
 """
@@ -32,10 +32,10 @@ _COUNTED = ("images", "classes", "captions", "items", "captions_of_several_image
 
 
 def main() -> None:
-    """Read the sets and add their rows to the file of results, in place of rows of their titles."""
+    """Read the datasets and put their rows into the results, replacing rows of the same title."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--set", nargs=3, action="append", required=True, metavar=("NAME", "FOLDER", "TITLE")
+        "--dataset", nargs=3, action="append", required=True, metavar=("NAME", "FOLDER", "TITLE")
     )
     parser.add_argument("--captions-only", action="store_true")
     parser.add_argument("--images-by-name", action="store_true")
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [
         {"title": title, **_read(name, Path(folder), arguments)}
-        for name, folder, title in arguments.set
+        for name, folder, title in arguments.dataset
     ]
     known = json.loads(arguments.output.read_text("utf-8")) if arguments.output.is_file() else []
     titles = {row["title"] for row in rows}
@@ -55,14 +55,14 @@ def main() -> None:
 
 
 def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Read every language of one set."""
+    """Read every language of one dataset."""
     cache = ReadingCache()
     shared: dict[str, Any] = {
         "ignore_fields": arguments.ignore_fields,
         "require_images": not arguments.captions_only,
         "cache": cache,
     }
-    if find_dataset(name).kind in ("choice", "captions"):
+    if find_dataset(name).dataset_type in ("choice", "captions"):
         shared["require_images"] = True  # these decide themselves
     started = time.monotonic()
     counts: Counter[str] = Counter()
@@ -78,7 +78,7 @@ def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, A
         ).protocol
         counts.update({what: protocol[what] for what in _COUNTED if what in protocol})
     return {
-        "set": name,
+        "dataset": name,
         "languages": len(languages),
         "summed_over_languages": dict(counts),
         "images_decoded": len(cache.checked),

@@ -31,9 +31,9 @@ _RECORDED_WITH = {"existing_model": "first_run"}
 _RECORDED_WORDS = {"pictures": "images"}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
-    "unseen_text_to_image_r1",
-    "unseen_text_to_image_r10",
-    "unseen_image_to_text_r1",
+    "unseen_t2i_r1",
+    "unseen_t2i_r10",
+    "unseen_i2t_r1",
     "chance_r1",
 )
 
@@ -149,8 +149,8 @@ def _render_alignment(report: dict[str, Any]) -> str:
     seeds = [str(run["seed"]) for run in next(iter(report["recalls"].values()))]
     heads = ("text encoder", *(f"seed {seed}" for seed in seeds), "mean")
     rows = [
-        [name, *(_percent(run["unseen_text_to_image_r1"]) for run in runs),
-         _percent(report["mean_text_to_image_r1"][name])]
+        [name, *(_percent(run["unseen_t2i_r1"]) for run in runs),
+         _percent(report["mean_t2i_r1"][name])]
         for name, runs in report["recalls"].items()
     ]  # fmt: skip
     return _draw(heads, rows) + f"\nText to image R@1. {report['data']}.\n"
@@ -322,7 +322,7 @@ def _draw_cra(report: dict[str, Any]) -> str:
     images = results[0]["counts"]["images"]
     note = (
         f"A long caption finds the other one of its image among {images} "
-        f"({results[0]['set']}); texts alone, no image is used; chance "
+        f"({results[0]['dataset']}); texts alone, no image is used; chance "
         f"{_percent(results[0]['scores']['chance'])}."
     )
     return f"\n{_draw(('text encoder', 'CRA', 'texts it cut'), rows)}\n{note}\n"
@@ -336,7 +336,7 @@ def _draw_tiny(report: dict[str, Any]) -> str:
         "cra": ("cra", "value"),
     }
     rows = [
-        [result["model"], result["task"], result["set"],
+        [result["model"], result["task"], result["dataset"],
          _percent(_follow(result["scores"], paths[result["task"]]))]
         for result in report["results"]
         if result["model"] in report["tiny"]["models"]
@@ -367,7 +367,7 @@ def _render_mllm_captioning(report: dict[str, Any]) -> str:
         f"Nats a token of held-out names. {report['data']}; {steps} and {instruction_steps} steps "
         f"of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. Alignment: "
         f"{report['alignment']['steps']} steps of {report['alignment']['batch_size']}, held-out "
-        f"text to image R@1 {_percent(report['alignment']['unseen_text_to_image_r1'])}, chance "
+        f"text to image R@1 {_percent(report['alignment']['unseen_t2i_r1'])}, chance "
         f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
     )
     return f"{_draw(heads, rows)}\n{note}\n"
@@ -412,7 +412,7 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
         [
             [
                 row["title"],
-                f"`{row['set']}`",
+                f"`{row['dataset']}`",
                 str(row["languages"]),
                 ", ".join(
                     f"{number:,} {what}"
@@ -422,7 +422,7 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
                 " and ".join(sorted(set(row["checksums"].values()))) or "none known",
             ]
             for row in rows
-            if row["set"] != "folder"
+            if row["dataset"] != "folder"
         ],
     )
 

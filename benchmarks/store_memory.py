@@ -152,7 +152,7 @@ def _write_captions(folder: Path, count: int) -> None:
 
 def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load what an extraction loads, and compute one caption."""
-    import modeling_llm2clip.training.extraction.caption_extraction  # noqa: F401
+    import modeling_llm2clip.training.extraction.extract  # noqa: F401
     from modeling_llm2clip.data.record_loading import load_records  # noqa: F401
     from modeling_llm2clip.encoding.encode import encode_texts
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
@@ -165,19 +165,21 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
+    from modeling_llm2clip.configs.extract_config import ExtractConfig
+    from modeling_llm2clip.data.embedding_store import read_manifest
     from modeling_llm2clip.data.record_loading import load_records
-    from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-    from modeling_llm2clip.training.extraction.extract import ExtractionArguments
+    from modeling_llm2clip.training.extraction.extract import extract
 
     started = time.perf_counter()
     records = load_records(arguments.folder / "data", require_images=False)
-    chosen = ExtractionArguments(device="cpu", rows_per_shard=arguments.rows_per_shard)
-    report = extract_captions(
-        arguments.folder / "model", records, arguments.folder / "captions", chosen
+    config = ExtractConfig(
+        device="cpu", rows_per_shard=arguments.rows_per_shard, show_progress=False
     )
+    folder = arguments.folder
+    store = extract(folder / "model", records, folder / "captions", config, modality="text")
     seconds = time.perf_counter() - started
     return {
-        "counts": report.counts,
+        "counts": read_manifest(store).counts,
         "peak_rss_mb": _read_memory("VmHWM"),
         "captions_per_second": round(arguments.captions / seconds, 1),
     }

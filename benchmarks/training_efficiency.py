@@ -46,8 +46,7 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.demo.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.extraction.caption_extraction import extract_captions
-from modeling_llm2clip.training.extraction.image_extraction import extract_images
+from modeling_llm2clip.training.extraction.extract import extract
 
 TEXT_TRAININGS = {
     "lora": "lora",
@@ -107,9 +106,9 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, float]:
     model = save_model(*built, arguments.work / "model")
     records = _read_records(arguments)
     seconds = {}
-    for name, extract in (("captions", extract_captions), ("images", extract_images)):
+    for name, modality in (("captions", "text"), ("images", "image")):
         started = time.perf_counter()
-        extract(model, records, arguments.work / name)
+        extract(model, records, arguments.work / name, modality=modality)
         seconds[f"{name}_seconds_per_image"] = (time.perf_counter() - started) / len(records)
     return {name: round(value, 5) for name, value in seconds.items()}
 
@@ -160,9 +159,9 @@ def _run_mode(arguments: argparse.Namespace) -> dict[str, float]:
             AlignConfig(
                 text_training=text_training,
                 vision_training=arguments.vision,
-                steps=arguments.steps,
-                batch_size=arguments.batch_size,
-                lr=1e-4,
+                max_steps=arguments.steps,
+                global_batch_size=arguments.batch_size,
+                learning_rate=1e-4,
                 # The next images are decoded while the towers work; stored ones need no worker.
                 num_workers=0 if arguments.mode == "stored_both" else 1,
                 precision="float32",

@@ -217,7 +217,6 @@ def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(
             f"{name}: pixels are outside [0, 65535]. Convert the image to 8 or 16 bits."
         )
-    pixels[pixels == image.info.get("transparency", -1)] = (
-        65535  # the gray value declared transparent
-    )
+    # PNG may declare one gray value transparent.
+    pixels[pixels == image.info.get("transparency", -1)] = 65535
     return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")

@@ -166,9 +166,9 @@ def check_token_rows(
     _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
             f"have ids outside the vocabulary of {vocabulary_size}; use the tokenizer or "
             "processor that is saved with the model")  # fmt: skip
-    _check_piece(input_ids, first_real, prefix_ids, where="begin with its prompt")
+    _check_piece(input_ids, first_real, prefix_ids, where="begin with the model's prompt")
     _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
-                 where="end with its prompt's suffix")  # fmt: skip
+                 where="end with the prompt's suffix")  # fmt: skip
 
 
 def _check_piece(input_ids: Tensor, starts: Tensor, piece: list[int], *, where: str) -> None:

@@ -242,11 +242,11 @@ def test_the_tables_are_what_the_results_say(document: Path) -> None:
 
 def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     report = {
-        "seed": 0, "unseen_text_to_image_r1": 0.25, "unseen_text_to_image_r10": 0.5,
-        "unseen_image_to_text_r1": 0.125, "chance_r1": 0.01, "seconds_after_download": 59.6,
+        "seed": 0, "unseen_t2i_r1": 0.25, "unseen_t2i_r10": 0.5,
+        "unseen_i2t_r1": 0.125, "chance_r1": 0.01, "seconds_after_download": 59.6,
         "peak_rss_gb": 2.04, "num_images": 30, "num_held_out": 6, "versions": {"torch": "2"},
     }  # fmt: skip
-    other = {**report, "seed": 1, "unseen_text_to_image_r1": 0.75}
+    other = {**report, "seed": 1, "unseen_t2i_r1": 0.75}
     (tmp_path / "demo.json").write_text(json.dumps([report, other]), encoding="utf-8")
     row = {
         "name": "plain",

@@ -263,7 +263,7 @@ def test_ids_without_the_models_prompt_are_rejected() -> None:
     ids = processor.tokenizer(
         "two red apples on a table", add_special_tokens=False, return_tensors="pt"
     )["input_ids"]
-    with pytest.raises(ValueError, match="do not begin with its prompt"):
+    with pytest.raises(ValueError, match="do not begin with the model's prompt"):
         model(input_ids=ids)
 
 

@@ -154,9 +154,15 @@ def test_ids_with_the_prompt_pass_with_padding_on_either_side(side: str) -> None
         ([5, 6], r"1 of 2 texts have no token to pool.*row: 1"),
         ([5, 6, 100, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
         ([5, 6, -1, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
-        ([5, 7, 1, 8], r"1 of 2 texts do not begin with its prompt \[5, 6\].*row: 1 \(\[5, 7\]\)"),
-        ([1, 5, 6, 8], r"1 of 2 texts do not begin with its prompt \[5, 6\].*row: 1 \(\[1, 5\]\)"),
-        ([5, 6, 1, 9], r"1 of 2 texts do not end with its prompt's suffix \[8\].*row: 1 \(\[9\]\)"),
+        (
+            [5, 7, 1, 8],
+            r"1 of 2 texts do not begin with the model's prompt \[5, 6\].*row: 1 \(\[5, 7\]\)",
+        ),
+        (
+            [1, 5, 6, 8],
+            r"1 of 2 texts do not begin with the model's prompt \[5, 6\].*row: 1 \(\[1, 5\]\)",
+        ),
+        ([5, 6, 1, 9], r"1 of 2 texts do not end with the prompt's suffix \[8\].*row: 1 \(\[9\]\)"),
     ],
 )
 def test_a_text_that_cannot_come_from_the_models_tokenizer_is_named(

@@ -60,9 +60,9 @@ def _describe(report: dict[str, Any]) -> str:
     return (
         f"{report['num_held_out']} things of {report['num_images']:,} images were held out of "
         "the alignment:\n"
-        f"  text to image  R@1 {report['unseen_text_to_image_r1']:.1%}, "
-        f"R@10 {report['unseen_text_to_image_r10']:.1%}\n"
-        f"  image to text  R@1 {report['unseen_image_to_text_r1']:.1%}\n"
+        f"  text to image  R@1 {report['unseen_t2i_r1']:.1%}, "
+        f"R@10 {report['unseen_t2i_r10']:.1%}\n"
+        f"  image to text  R@1 {report['unseen_i2t_r1']:.1%}\n"
         f"  chance         R@1 {report['chance_r1']:.1%}\n"
         f"Loaded again in a clean process: embeddings differ by at most {largest:.1e}.\n"
         f"{report['seconds_after_download']:.0f} s after the download, peak memory "

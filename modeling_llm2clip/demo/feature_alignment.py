@@ -6,6 +6,7 @@ milliseconds. Memory holds all embeddings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -97,8 +98,13 @@ class AlignmentArguments:
             for name, least in (("steps", 1), ("batch_size", 2))
             if getattr(self, name) < least
         ]
-        if not 0 < self.lr < float("inf"):
-            errors.append(f"lr={self.lr}, wanted a finite number above 0")
+        errors += [
+            f"{name}={getattr(self, name)}, wanted a finite number"
+            for name in ("lr", "weight_decay", "feature_dropout", "feature_noise")
+            if not math.isfinite(getattr(self, name))
+        ]
+        if self.lr <= 0:
+            errors.append(f"lr={self.lr}, wanted more than 0")
         errors += [
             f"{name}={getattr(self, name)}, wanted 0 or more"
             for name in ("weight_decay", "feature_dropout", "feature_noise")

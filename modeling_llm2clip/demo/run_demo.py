@@ -215,8 +215,8 @@ def _verify(
 def _show(found: list[SearchResult], output: Path, scores: dict[str, float]) -> None:
     write_results_sheet(found, output / "search.png")
     note = (
-        f"Unseen text to image R@1 {scores['unseen_text_to_image_r1']:.1%}, image to text "
-        f"{scores['unseen_image_to_text_r1']:.1%}, chance {scores['chance_r1']:.1%}. The number "
+        f"Unseen text to image R@1 {scores['unseen_t2i_r1']:.1%}, image to text "
+        f"{scores['unseen_i2t_r1']:.1%}, chance {scores['chance_r1']:.1%}. The number "
         "under an image is its cosine with the sentence."
     )
     write_results_page(

@@ -128,9 +128,9 @@ def evaluate(model: LLM2CLIPModel, images: EncodedImages, held_out: set[str]) ->
         image_embeds, text_embeds, Correspondence.from_group_ids(group_ids, group_ids)
     )
     return {
-        "unseen_text_to_image_r1": hit_rate_at(ranking.t2i, k=1),
-        "unseen_text_to_image_r10": hit_rate_at(ranking.t2i, k=10),
-        "unseen_image_to_text_r1": hit_rate_at(ranking.i2t, k=1),
+        "unseen_t2i_r1": hit_rate_at(ranking.t2i, k=1),
+        "unseen_t2i_r10": hit_rate_at(ranking.t2i, k=10),
+        "unseen_i2t_r1": hit_rate_at(ranking.i2t, k=1),
         "chance_r1": 1 / len(group_ids),
     }
 

@@ -186,12 +186,12 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
 
 def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
     """Replace files of class names and templates by their lines."""
-    read: dict[str, tuple[str, ...]] = {}
+    read: dict[str, Any] = {}
     for field in ("class_names", "templates"):
         file = getattr(config, field)
         if isinstance(file, Path):
             if not file.is_file():
-                raise ValueError(f"{field}={file} is not a file. Correct the path.")
+                raise ValueError(f"{field}={file} is not a text file. Correct the path.")
             read[field] = tuple(line.strip() for line in read_lines(file) if line.strip())
     return replace(config, **read) if read else config
 

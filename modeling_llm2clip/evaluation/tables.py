@@ -205,7 +205,7 @@ def _compare_lengths(results: Sequence[Result]) -> Table:
     }
     rows = []
     for low, high in sorted(bounds):
-        of_models = [
+        of_models: list[dict[str, Any]] = [
             next((b for b in r.scores["buckets"] if b["from_clip_tokens"] == low), {})
             for r in results
         ]

@@ -1,4 +1,4 @@
-"""The recorded table of the evaluation: what is real and what only shows a path stay apart."""
+"""Recorded tables keep measured models apart from tiny ones that only show a path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def emoji_row(model: str, hit_rate: float) -> dict[str, Any]:
     return {
         "model": model,
         "task": "cross-lingual",
-        "set": "emoji",
+        "dataset": "emoji",
         "scores": {"mean": directions, "languages": {"en": directions}},
         "counts": {"languages": {"en": {"images": 100}}},
     }
@@ -25,7 +25,7 @@ def cra_row(model: str, accuracy: float, cut: int) -> dict[str, Any]:
     return {
         "model": model,
         "task": "cra",
-        "set": "long ones",
+        "dataset": "long ones",
         "scores": {"cra": {"value": accuracy}, "chance": 0.1},
         "counts": {"images": 10, "texts": 20, "texts_truncated": cut},
     }

@@ -11,14 +11,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from modeling_llm2clip.search.result_formats import FORMATS
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.search.results_page import ResultFormat
 from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,7 @@ def test_a_value_that_looks_like_a_flag_can_be_given() -> None:
 def test_choices_that_a_command_repeats_are_those_of_their_owner() -> None:
     shown = COMMANDS["convert"].flags["source_format"].hint.__args__
     assert shown == (*SOURCE_FORMATS, "llm2vec")
-    assert COMMANDS["search"].flags["format"].hint.__args__ == FORMATS
+    assert COMMANDS["search"].flags["format"].hint.__args__ == get_args(ResultFormat)
 
 
 @pytest.mark.parametrize(

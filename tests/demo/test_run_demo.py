@@ -71,7 +71,7 @@ def run_demo(output: Path, *flags: str, path: Path) -> dict[str, Any]:
     told = run_command([*demo, "--steps", "3", *flags], cwd=output.parent, path=path)
     report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert "{" not in told.split("Use it in Python")[0]
-    assert f"R@1 {report['unseen_text_to_image_r1']:.1%}, R@10 " in told
+    assert f"R@1 {report['unseen_t2i_r1']:.1%}, R@10 " in told
     assert f"chance         R@1 {report['chance_r1']:.1%}" in told
     return report
 
@@ -80,7 +80,7 @@ def require_whole_result(output: Path, report: dict[str, Any], *, seed: int) -> 
     """What the documents promise of the folder and of the report."""
     assert report["seconds_after_download"] > 0 and report["peak_rss_gb"] > 0.1
     assert report["seed"] == seed and not report["caption_tuned"]
-    for name in ("unseen_text_to_image_r1", "unseen_image_to_text_r1"):
+    for name in ("unseen_t2i_r1", "unseen_i2t_r1"):
         # A share of the things held out.
         assert report[name] * report["num_held_out"] == pytest.approx(
             round(report[name] * report["num_held_out"]), abs=1e-6

@@ -22,9 +22,8 @@ from modeling_llm2clip.encoding.devices import (
     to_float64,
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.training.distributed import choose_device as choose
 from modeling_llm2clip.training.distributed import training_arguments_on
-from modeling_llm2clip.training.extraction.extract import ExtractionArguments
-from modeling_llm2clip.training.extraction.extract import choose_device as choose
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any)
 def test_a_named_device_that_is_not_there_is_an_error(name: str) -> None:
     for ask in (
         find_device,
-        lambda device: ExtractionArguments(device=device),
+        lambda device: choose(device).type,
     ):
         with pytest.raises(ValueError, match=f"device='{name}' is not there"):
             ask(name)
@@ -118,8 +117,8 @@ def test_the_alignment_takes_every_device(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cpu:0", ""])
-def test_the_alignment_refuses_what_is_no_device(device: str) -> None:
-    with pytest.raises(ValueError, match=r"device=.*wanted one of"):
+def test_the_alignment_refuses_an_unknown_device(device: str) -> None:
+    with pytest.raises(ValueError, match=r"device=.* must be one of"):
         AlignConfig(device=device)
 
 
@@ -165,8 +164,8 @@ def test_the_trainer_stays_on_the_cpu_where_that_was_named(tmp_path: Path) -> No
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_an_extraction_runs_where_it_is_told() -> None:
-    assert choose(ExtractionArguments(device="cpu")) == torch.device("cpu")
+def test_a_stage_runs_on_the_device_of_its_options() -> None:
+    assert choose("cpu") == torch.device("cpu")
 
 
 def test_float64_is_computed_on_the_cpu_where_mps_has_none() -> None:

@@ -1,4 +1,4 @@
-"""An exported model is an ordinary model of mteb, and a retrieval set two ordinary tasks of it."""
+"""A model folder is an ordinary model of mteb, and a retrieval dataset two ordinary tasks of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import pytest
 import torch
 from datasets import Dataset
 from hub_server import HubServer
-from modeling_llm2clip.evaluation.datasets.schema import RetrievalDataset
-from modeling_llm2clip.evaluation.mteb_tasks import list_mteb_datasets, make_mteb_tasks
 from mteb.mocks import mock_tasks
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
@@ -26,10 +24,15 @@ from torch.utils.data import DataLoader
 
 import modeling_llm2clip
 from modeling_llm2clip.data.image_sources import TarImage
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import summarize
-from modeling_llm2clip.evaluation.mteb_integration import open_for_mteb
+from modeling_llm2clip.evaluation.mteb_integration import (
+    list_mteb_datasets,
+    load_for_mteb,
+    make_mteb_tasks,
+)
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 TASKS = (
@@ -74,7 +77,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return open_for_mteb(folder, device="cpu")
+    return load_for_mteb(folder, device="cpu")
 
 
 def evaluate(model, task):
@@ -120,9 +123,9 @@ def test_mteb_gets_a_model_that_was_opened_by_its_name_and_by_its_folder(model, 
 
 def test_a_folder_that_changed_is_not_got_under_the_old_revision(folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "changing")
-    open_for_mteb(moved, device="cpu")
+    load_for_mteb(moved, device="cpu")
     (moved / "more.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="changed since it was opened as local/changing"):
+    with pytest.raises(ValueError, match="changed since it was loaded as local/changing"):
         mteb.get_model(str(moved))
 
 
@@ -130,11 +133,11 @@ def test_another_setting_or_weight_is_another_revision_and_the_same_model_the_sa
     model, folder, tmp_path
 ):
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert open_for_mteb(moved).mteb_model_meta.revision == model.mteb_model_meta.revision
+    assert load_for_mteb(moved).mteb_model_meta.revision == model.mteb_model_meta.revision
     prompts = json.loads((moved / "config_sentence_transformers.json").read_text("utf-8"))
     prompts["prompts"]["query"] = "query: "
     (moved / "config_sentence_transformers.json").write_text(json.dumps(prompts), "utf-8")
-    changed = open_for_mteb(moved).mteb_model_meta
+    changed = load_for_mteb(moved).mteb_model_meta
     assert changed.revision != model.mteb_model_meta.revision and changed.use_instructions is True
 
 
@@ -177,25 +180,25 @@ def test_mteb_gets_a_published_model_by_its_name(model, folder, tmp_path, way):
     torch.testing.assert_close(torch.load(tmp_path / "out"), wanted, atol=ROUNDING, rtol=0)
 
 
-def test_mteb_reads_nothing_of_a_folder_that_was_not_opened(folder, tmp_path):
-    unopened = shutil.copytree(folder, tmp_path / "unopened")
+def test_mteb_reads_nothing_of_a_folder_that_was_not_loaded(folder, tmp_path):
+    not_loaded = shutil.copytree(folder, tmp_path / "not_loaded")
     with (
         pytest.warns(UserWarning, match="Could not find model"),
         pytest.raises(NotImplementedError, match="No model implementation is available"),
     ):
-        mteb.get_model(str(unopened))
+        mteb.get_model(str(not_loaded))
 
 
 def test_a_folder_that_was_not_exported_or_a_name_mteb_cannot_file_is_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"has no modules.json.*export"):
-        open_for_mteb(tmp_path)
+        load_for_mteb(tmp_path)
     with pytest.raises(ValueError, match=r"name='mine' must be `organization/model`"):
-        open_for_mteb(folder, name="mine")
+        load_for_mteb(folder, name="mine")
 
 
 @pytest.fixture(scope="module")
-def retrieval_set(tmp_path_factory):
-    """Seven images, two captions each but for the first; the last lies in a tar shard."""
+def retrieval_dataset(tmp_path_factory):
+    """Seven images, two captions each except for the first; the last is in a tar shard."""
     path = tmp_path_factory.mktemp("images")
     for number, color in enumerate(COLORS):
         Image.new("RGB", (32 + number, 32), color).save(path / f"{color}.png")
@@ -210,21 +213,20 @@ def retrieval_set(tmp_path_factory):
         captions=tuple(captions),
         correspondence=Correspondence.from_image_of_text(image_of_text, 7),
         lang="en",
-        protocol={"revision": None},
     )
 
 
-def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_set):
-    images = [Image.open(Path(retrieval_set.images[0]).parent / f"{c}.png") for c in COLORS]
+def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_dataset):
+    images = [Image.open(Path(retrieval_dataset.images[0]).parent / f"{c}.png") for c in COLORS]
     ranking = rank_retrieval(
         *(
             torch.from_numpy(model.model.encode(inputs))
-            for inputs in (images, list(retrieval_set.captions))
+            for inputs in (images, list(retrieval_dataset.captions))
         ),
-        retrieval_set.correspondence,
+        retrieval_dataset.correspondence,
         all_positives=True,
     )
-    tasks = make_mteb_tasks(retrieval_set)
+    tasks = make_mteb_tasks(retrieval_dataset)
     for task, side in zip(tasks, (ranking.i2t, ranking.t2i), strict=True):
         result = evaluate(model, task)
         ((scores,),) = result.scores.values()
@@ -236,7 +238,7 @@ def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_set):
                 assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
 
 
-def test_a_set_of_the_registry_is_found_by_its_name(model, tmp_path):
+def test_a_dataset_of_the_registry_is_found_by_its_name(model, tmp_path):
     docci = write_docci(tmp_path / "docci")
     # A few of its images, which that says.
     i2t, t2i = make_mteb_tasks("docci", docci, skip_invalid=True)
@@ -247,25 +249,25 @@ def test_a_set_of_the_registry_is_found_by_its_name(model, tmp_path):
     assert {"docci", "urban1k", "xm3600", "emoji"} <= set(list_mteb_datasets())
 
 
-def test_a_name_that_makes_no_task_is_refused_with_those_that_do(retrieval_set, tmp_path):
-    with pytest.raises(ValueError, match=r"There is no set 'doci'\. Known: .*docci"):
+def test_a_name_that_makes_no_task_is_refused_with_those_that_do(retrieval_dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no dataset 'doci'\. Known: .*docci"):
         make_mteb_tasks("doci", tmp_path)
-    with pytest.raises(ValueError, match=r"imagenet.* is of kind classification; .* docci"):
+    with pytest.raises(ValueError, match=r"imagenet is a classification dataset; .* docci"):
         make_mteb_tasks("imagenet", tmp_path)
     with pytest.raises(ValueError, match=r"docci needs a folder with"):
         make_mteb_tasks("docci")
-    with pytest.raises(ValueError, match=r"tiny was read already and takes .* no \['lang'\]"):
-        make_mteb_tasks(retrieval_set, lang="de")
+    with pytest.raises(ValueError, match=r"tiny was loaded already and takes .* no lang"):
+        make_mteb_tasks(retrieval_dataset, lang="de")
 
 
-def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):
-    i2t, t2i = make_mteb_tasks(retrieval_set)
+def test_tasks_are_named_by_dataset_language_data_and_direction(retrieval_dataset):
+    i2t, t2i = make_mteb_tasks(retrieval_dataset)
     digest = i2t.metadata.dataset["revision"]
     assert i2t.metadata.name == f"tiny-en-{digest}-image-to-text"
     assert t2i.metadata.name == f"tiny-en-{digest}-text-to-image"
     assert t2i.metadata.category == "t2i"
-    captions = ("another", *retrieval_set.captions[1:])
-    other = make_mteb_tasks(replace(retrieval_set, captions=captions))[0].metadata
+    captions = ("another", *retrieval_dataset.captions[1:])
+    other = make_mteb_tasks(replace(retrieval_dataset, captions=captions))[0].metadata
     assert other.name != i2t.metadata.name and other.dataset["revision"] != digest
 
 
@@ -282,20 +284,20 @@ def test_tasks_are_named_by_set_language_data_and_direction(retrieval_set):
         ("pt-BR", "por-Latn"),
     ],
 )
-def test_languages_are_told_in_mtebs_way(retrieval_set, lang, wanted):
-    data = RetrievalDataset(**{**vars(retrieval_set), "lang": lang})
+def test_languages_have_mtebs_codes(retrieval_dataset, lang, wanted):
+    data = RetrievalDataset(**{**vars(retrieval_dataset), "lang": lang})
     assert make_mteb_tasks(data)[0].metadata.eval_langs == [wanted]
 
 
-def test_a_set_without_images_or_in_an_unknown_language_makes_no_task(retrieval_set):
+def test_a_dataset_without_images_or_in_an_unknown_language_makes_no_task(retrieval_dataset):
     with pytest.raises(ValueError, match="tiny was read without its images"):
-        make_mteb_tasks(RetrievalDataset(**{**vars(retrieval_set), "images": ()}))
+        make_mteb_tasks(RetrievalDataset(**{**vars(retrieval_dataset), "images": ()}))
     with pytest.raises(ValueError, match=r"mteb knows no language 'xx' \(of 'xx-YY'\)"):
-        make_mteb_tasks(RetrievalDataset(**{**vars(retrieval_set), "lang": "xx-YY"}))
+        make_mteb_tasks(RetrievalDataset(**{**vars(retrieval_dataset), "lang": "xx-YY"}))
 
 
 def test_nothing_else_imports_mteb():
     package = Path(modeling_llm2clip.__file__).parent
     imports = re.compile(r"^\s*(?:from|import) \S*mteb|import .*mteb", re.MULTILINE)
     found = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
-    assert found == {"mteb_model.py", "mteb_tasks.py"}
+    assert found == {"mteb_integration.py"}

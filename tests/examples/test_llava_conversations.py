@@ -95,24 +95,24 @@ def test_a_conversation_cut_before_its_answer_is_refused_and_a_cut_answer_counte
 ) -> None:
     conversations = [Conversation("long", None, (("one two three", "four five six"),))]
     whole = len(make_dataset(parts, conversations).encode(conversations[0])[0])
-    assert make_dataset(parts, conversations, max_length=whole).num_cut == 0
-    assert make_dataset(parts, conversations, max_length=whole - 1).num_cut == 1
+    assert make_dataset(parts, conversations, max_length=whole).num_truncated == 0
+    assert make_dataset(parts, conversations, max_length=whole - 1).num_truncated == 1
     with pytest.raises(DataValidationError, match=r"no answer within 5 tokens: 1 \(long\)"):
         make_dataset(parts, conversations, max_length=5)
 
 
-def test_what_only_tokens_show_can_be_left_out_and_is_counted(parts: Path) -> None:
+def test_what_only_tokens_show_can_be_skipped_and_is_counted(parts: Path) -> None:
     image = parts / "data" / "00.jpg"
     conversations = [
         Conversation("long", None, (("one two three " * 40, "yes"),)),
         Conversation("kept", image, TURNS),
         Conversation("token", image, (("<image>", "an <image>"),)),
     ]
-    dataset = make_dataset(parts, conversations, drop_invalid=True)
-    assert dataset.left_out == {"no answer within 128 tokens": 1, "<image> in a text": 1}
+    dataset = make_dataset(parts, conversations, skip_invalid=True)
+    assert dataset.skipped == {"no answer within 128 tokens": 1, "<image> in a text": 1}
     assert [conversation.name for conversation in dataset.conversations] == ["kept"]
     assert len(dataset) == 1 and dataset[0]["pixel_values"].shape == (3, 32, 32)
-    assert dataset.num_cut == 0  # of what is kept
+    assert dataset.num_truncated == 0  # of what is kept
 
 
 def test_an_image_token_in_a_caption_is_refused(parts: Path) -> None:
@@ -174,11 +174,11 @@ def test_every_error_of_the_instructions_is_told_at_once(tmp_path: Path) -> None
         "image unreadable": 1,
     }
     assert caught.value.counts == counts
-    kept, left_out = read_conversations(
-        file, tmp_path / "data", check_images=True, drop_invalid=True
+    kept, skipped = read_conversations(
+        file, tmp_path / "data", check_images=True, skip_invalid=True
     )
     assert [conversation.name for conversation in kept] == ["0"]
-    assert left_out == counts
+    assert skipped == counts
 
 
 def test_every_conversation_about_a_broken_image_is_counted(parts: Path, tmp_path: Path) -> None:
@@ -187,10 +187,10 @@ def test_every_conversation_about_a_broken_image_is_counted(parts: Path, tmp_pat
     entries = [make_entry(0), *(make_entry(1, id=str(number)) for number in (1, 2))]
     file = tmp_path / "instructions.json"
     file.write_text(json.dumps(entries), encoding="utf-8")
-    kept, left_out = read_conversations(
-        file, tmp_path / "data", check_images=True, drop_invalid=True
+    kept, skipped = read_conversations(
+        file, tmp_path / "data", check_images=True, skip_invalid=True
     )
-    assert len(kept) == 1 and left_out == {"image unreadable": 2}
+    assert len(kept) == 1 and skipped == {"image unreadable": 2}
 
 
 def hash_images(*images: ImageSource) -> str:

@@ -1,4 +1,4 @@
-"""The two steps of the LLaVA recipe on tiny parts: what is trained, resuming."""
+"""The two steps of the LLaVA scripts on tiny parts: what is trained, resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aligning import read_losses
 from llava_conversations import Conversation, conversations_of_captions, read_conversations
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
 from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
-from llava_trainer import LlavaArguments, LlavaTrainer, make_training_arguments, train_llava
+from llava_trainer import LlavaConfig, LlavaTrainer, make_training_arguments, train_llava
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -32,8 +32,14 @@ from transformers import (
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
-SHORT = LlavaArguments(
-    steps=4, batch_size=4, lr=1e-2, log_every=1, save_every=2, device="cpu", max_length=128
+SHORT = LlavaConfig(
+    max_steps=4,
+    global_batch_size=4,
+    learning_rate=1e-2,
+    logging_steps=1,
+    save_steps=2,
+    device="cpu",
+    max_length=128,
 )
 
 
@@ -44,7 +50,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_step(
     parts: Path, output: Path, *, wording: str = "plain", resume: bool = False,
-    arguments: LlavaArguments = SHORT, thaw: Callable[[Any], Any] = train_projector_only,
+    config: LlavaConfig = SHORT, thaw: Callable[[Any], Any] = train_projector_only,
 ) -> Path:  # fmt: skip
     """Run a step in this process; returns the folder of its model."""
 
@@ -56,10 +62,10 @@ def run_step(
         conversations = conversations_of_captions(load_records(parts / "data"))
     else:
         conversations, _ = read_conversations(parts / "instructions.json", parts / "data")
-    code = train_llava(
-        load_model, conversations, output, arguments, wording=wording, record={}, resume=resume
+    folder = train_llava(
+        load_model, conversations, output, config, wording=wording, record={}, resume=resume
     )
-    assert code == 0
+    assert folder == output / "model"
     return output / "model"
 
 
@@ -110,7 +116,7 @@ def test_a_frozen_tower_evaluates_while_the_rest_trains(parts: Path) -> None:
 
 
 def test_step_one_changes_the_projector_alone_and_learns(parts: Path, tmp_path: Path) -> None:
-    folder = run_step(parts, tmp_path, arguments=replace(SHORT, steps=12))
+    folder = run_step(parts, tmp_path, config=replace(SHORT, max_steps=12))
     assert changed_parts(parts, folder) == {"multi_modal_projector"}
     losses = list(read_losses(tmp_path).values())
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -122,7 +128,7 @@ def test_step_one_changes_the_projector_alone_and_learns(parts: Path, tmp_path: 
 
 
 def test_a_run_of_one_step_learns(parts: Path, tmp_path: Path) -> None:
-    folder = run_step(parts, tmp_path, arguments=replace(SHORT, steps=1))
+    folder = run_step(parts, tmp_path, config=replace(SHORT, max_steps=1))
     assert changed_parts(parts, folder) == {"multi_modal_projector"}
 
 
@@ -131,7 +137,7 @@ def test_the_rate_rises_for_three_percent_of_the_steps_but_not_for_all(
     tmp_path: Path, steps: int, warm_up: int
 ) -> None:
     words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
-    settings = make_training_arguments(tmp_path, replace(SHORT, steps=steps), words)
+    settings = make_training_arguments(tmp_path, replace(SHORT, max_steps=steps), words)
     assert (settings.max_steps, settings.warmup_steps) == (steps, warm_up)
 
 
@@ -177,7 +183,7 @@ def test_killed_and_resumed_equals_never_killed(
         run_step(parts, tmp_path / "cut", thaw=thaw)
     resumed = run_step(parts, tmp_path / "cut", thaw=thaw, resume=True)
     assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
-    assert len(read_losses(tmp_path / "whole")) == SHORT.steps
+    assert len(read_losses(tmp_path / "whole")) == SHORT.max_steps
     ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -226,13 +232,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 def test_weights_that_are_not_finite_are_in_no_checkpoint(parts: Path, tmp_path: Path) -> None:
     # A finite gradient, times a rate that float32 cannot hold in Adam's second step.
     with pytest.raises(FloatingPointError, match="weights are not finite after step 2"):
-        run_step(parts, tmp_path / "run", arguments=replace(SHORT, lr=1e38, steps=2))
+        run_step(parts, tmp_path / "run", config=replace(SHORT, learning_rate=1e38, max_steps=2))
     assert find_last_checkpoint(tmp_path / "run") is None
 
 
 def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path) -> None:
     whole = run_step(parts, tmp_path / "whole")
-    run_step(parts, tmp_path / "parts", arguments=replace(SHORT, device_batch_size=1))
+    run_step(parts, tmp_path / "parts", config=replace(SHORT, per_device_train_batch_size=1))
     ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
     # Answers of unequal length weigh by their tokens; float32 sums in another order.
     assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
@@ -243,9 +249,9 @@ def test_an_epoch_has_as_many_steps_however_many_a_device_takes_at_a_time(
     parts: Path, tmp_path: Path
 ) -> None:
     # 35 captions: a batch of 16 twice, and 3 that fill none.
-    twice = replace(SHORT, steps=None, epochs=2, batch_size=16)
-    run_step(parts, tmp_path / "whole", arguments=twice)
-    run_step(parts, tmp_path / "parts", arguments=replace(twice, device_batch_size=1))
+    twice = replace(SHORT, max_steps=None, num_train_epochs=2, global_batch_size=16)
+    run_step(parts, tmp_path / "whole", config=twice)
+    run_step(parts, tmp_path / "parts", config=replace(twice, per_device_train_batch_size=1))
     ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
     assert len(ours) == 4
     # Answers of unequal length weigh by their tokens; float32 sums in another order.
@@ -253,7 +259,7 @@ def test_an_epoch_has_as_many_steps_however_many_a_device_takes_at_a_time(
 
 
 def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: Path) -> None:
-    def run(answer: str, *, resume: bool) -> int:
+    def run(answer: str, *, resume: bool) -> Path:
         words = [Conversation(str(n), None, (("Hi", answer),)) for n in range(4)]
 
         def load_model() -> tuple[Any, Any]:
@@ -264,15 +270,15 @@ def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: 
             load_model, words, tmp_path, SHORT, wording="chat", record={}, resume=resume
         )
 
-    assert run("yes", resume=False) == 0
-    with pytest.raises(ValueError, match="holds another run: conversations: "):
+    assert run("yes", resume=False).is_dir()
+    with pytest.raises(ValueError, match="has another run: conversations: "):
         run("no", resume=True)
 
 
 def test_a_run_is_not_continued_with_other_images_but_with_a_moved_folder(
     parts: Path, tmp_path: Path
 ) -> None:
-    def run(images: Path, *, resume: bool) -> int:
+    def run(images: Path, *, resume: bool) -> Path:
         conversations, _ = read_conversations(parts / "instructions.json", images)
 
         def load_model() -> tuple[Any, Any]:
@@ -280,16 +286,16 @@ def test_a_run_is_not_continued_with_other_images_but_with_a_moved_folder(
             return train_projector_and_llm(model), processor
 
         return train_llava(
-            load_model, conversations, tmp_path / "run", replace(SHORT, steps=1), wording="chat",
-            record={}, resume=resume,
+            load_model, conversations, tmp_path / "run", replace(SHORT, max_steps=1),
+            wording="chat", record={}, resume=resume,
         )  # fmt: skip
 
-    assert run(parts / "data", resume=False) == 0
+    assert run(parts / "data", resume=False).is_dir()
     (tmp_path / "run" / "model").rename(tmp_path / "first")
     moved = shutil.copytree(parts / "data", tmp_path / "moved")
-    assert run(moved, resume=True) == 0
+    assert run(moved, resume=True).is_dir()
     Image.new("RGB", (64, 64)).save(moved / "03.jpg")
-    with pytest.raises(ValueError, match="holds another run: conversations: "):
+    with pytest.raises(ValueError, match="has another run: conversations: "):
         run(moved, resume=True)
 
 
@@ -299,26 +305,26 @@ def test_a_question_that_is_too_long_is_left_out_told_and_recorded(
     words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(11)]
     words.append(Conversation("long", None, (("Hi " * 200, "yes"),)))
 
-    def run(output: Path, *, resume: bool = False, **changed: Any) -> int:
+    def run(output: Path, *, resume: bool = False, **changed: Any) -> Path:
         def load_model() -> tuple[Any, Any]:
             model, processor = build(parts)
             return train_projector_and_llm(model), processor
 
         return train_llava(
-            load_model, words, output, replace(SHORT, steps=None, **changed), wording="chat",
-            record={}, drop_invalid=True, resume=resume,
+            load_model, words, output, replace(SHORT, max_steps=None, **changed), wording="chat",
+            record={}, skip_invalid=True, resume=resume,
         )  # fmt: skip
 
-    assert run(tmp_path / "run") == 0
-    left_out = {"no answer within 128 tokens": 1}
-    assert f"what its tokens showed: {left_out}." in capsys.readouterr().out
+    assert run(tmp_path / "run").is_dir()
+    skipped = {"no answer within 128 tokens": 1}
+    assert f"what its tokens showed: {skipped}." in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert record["left_out_by_tokens"] == left_out
+    assert record["results"]["skipped_by_tokens"] == skipped
     assert len(read_losses(tmp_path / "run")) == 2  # batches of 4 in the 11 that are left
     (tmp_path / "run" / "model").rename(tmp_path / "first")
-    assert run(tmp_path / "run", resume=True) == 0
+    assert run(tmp_path / "run", resume=True).is_dir()
     with pytest.raises(ValueError, match="11 conversations are too few for a batch of 12"):
-        run(tmp_path / "few", batch_size=12)
+        run(tmp_path / "few", global_batch_size=12)
 
 
 def test_conversations_without_images_train_too_but_not_sharded(
@@ -331,26 +337,29 @@ def test_conversations_without_images_train_too_but_not_sharded(
         train_projector_and_llm(model)
         return model, processor
 
-    def run(output: Path) -> int:
+    def run(output: Path) -> Path:
         return train_llava(load_model, words, output, SHORT, wording="chat", record={})
 
-    assert run(tmp_path / "words") == 0
+    assert run(tmp_path / "words").is_dir()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="cannot be trained on under FSDP"):
         run(tmp_path / "sharded")
 
 
 def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path) -> None:
-    with pytest.raises(ValueError, match=r"lr=0.*batch_size=0|batch_size=0.*lr=0"):
-        LlavaArguments(lr=0, batch_size=0)
+    with pytest.raises(ValueError, match=r"global_batch_size=0.*learning_rate=0"):
+        LlavaConfig(learning_rate=0, global_batch_size=0)
 
     def load_model() -> tuple[Any, Any]:
         raise AssertionError("loaded")
 
     words = [Conversation("c", None, (("Hi", "yes"),))]
     for changed, message in (
-        ({"batch_size": 2}, "1 conversations are too few for a batch of 2"),
-        ({"batch_size": 3, "device_batch_size": 2}, "cannot be shared by 1 processes"),
+        ({"global_batch_size": 2}, "1 conversations are too few for a batch of 2"),
+        (
+            {"global_batch_size": 3, "per_device_train_batch_size": 2},
+            "cannot be shared by 1 processes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train_llava(
@@ -381,7 +390,8 @@ def run_script(name: str, *arguments: object, processes: int = 1) -> str:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(RECIPE / name),
-         *map(str, arguments), "--device", "cpu", "--log-every", "1", "--lr", "1e-2"],
+         *map(str, arguments), "--device", "cpu", "--logging-steps", "1",
+         "--learning-rate", "1e-2"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -396,7 +406,7 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     for name, processes in (("one", 1), ("two", 2)):
         printed = run_script(
             "pretrain_projector.py", parts / "tower", parts / "llm", parts / "data",
-            tmp_path / name, "--steps", 3, "--batch-size", 4,
+            tmp_path / name, "--max-steps", 3, "--global-batch-size", 4,
             "--chat-template", RECIPE / "vicuna.jinja", processes=processes,
         )  # fmt: skip
         assert printed.count("Wrote ") == 1
@@ -411,7 +421,7 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     file.write_text(json.dumps([*entries, long]), encoding="utf-8")
     printed = run_script(
         "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
-        tmp_path / "tuned", "--steps", 2, "--batch-size", 4, "--leave-out-imageless",
+        tmp_path / "tuned", "--max-steps", 2, "--global-batch-size", 4, "--skip-text-only",
         "--leave-out-invalid", processes=2,
     )  # fmt: skip
     assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1

@@ -12,7 +12,7 @@ from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "examples" / "recipes" / "llava"
+RECIPE = ROOT / "examples" / "scripts" / "llava"
 TEMPLATE = (RECIPE / "vicuna.jinja").read_text(encoding="utf-8")
 TURNS = (("<image>\nWhat is it?", "a red car"), ("Is it new?", "yes"))
 

@@ -108,8 +108,7 @@ def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str
     out = {command: str(output / f"{name} {command}") for command in COMMANDS}
     online = ["--text-training", "frozen-online", "--max-steps", "1", "--global-batch-size", "8"]
     tuning = ["--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
-    tuning += ["--device", "cpu", "--no-merge"]
-    tuning += ["--warmup-steps", "0"]
+    tuning += ["--device", "cpu", "--warmup-steps", "0"]
     return {
         "search": ["search", str(model), str(data), "a dog"],
         "export": ["export", str(model), out["export"]],
@@ -127,7 +126,7 @@ def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str
             out["evaluate"], "--device", "cpu",
         ],
         "align": ["align", str(model), str(data), out["align"], "--device", "cpu", *online],
-        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning],
+        "tune": ["finetune-llm", str(model), str(data), out["tune"], *tuning, "--no-merge"],
         "merge": ["finetune-llm", str(model), str(data), out["merge"], *tuning, "--merge"],
         "doctor": ["doctor", str(model)],
     }  # fmt: skip

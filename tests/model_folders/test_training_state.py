@@ -150,9 +150,9 @@ def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
 
 
 def test_mteb_measures_an_untrained_model_with_a_warning(untrained: Path) -> None:
-    mteb_model = pytest.importorskip("modeling_llm2clip.evaluation.mteb_model")
+    mteb_integration = pytest.importorskip("modeling_llm2clip.evaluation.mteb_integration")
     with pytest.warns(UserWarning, match="is untrained: random weights"):
-        mteb_model.open_for_mteb(untrained, device="cpu")
+        mteb_integration.load_for_mteb(untrained, device="cpu")
 
 
 def test_what_a_training_did_is_written_into_the_new_folder(

@@ -56,7 +56,7 @@ def test_results_are_read_from_files_of_one_or_of_many(tmp_path: Path) -> None:
 def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: Path) -> None:
     interval = {"value": 0.5, "low": 0.25, "high": 0.75}
     written = {
-        "model": "m", "task": "retrieval", "set": "coco", "format_version": 1, "seconds": 1.5,
+        "model": "m", "task": "retrieval", "dataset": "coco", "format_version": 1, "seconds": 1.5,
         "scores": {
             "t2i": {"hit_rate_at_1": 0.5, "intervals": {"hit_rate_at_1": interval}},
             "accuracy": {**interval, "chance": 0.125},

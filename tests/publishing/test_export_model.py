@@ -230,7 +230,7 @@ def test_results_of_other_weights_are_refused_and_those_of_these_are_taken(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results.json"
-    entry = {"task": "retrieval", "set": "COCO", "scores": {"r1": 0.25}}
+    entry = {"task": "retrieval", "dataset": "COCO", "scores": {"r1": 0.25}}
     own = fingerprint_model(source)
     command = ["export", str(source), str(tmp_path / "new"), "--results", str(results)]
     for fingerprint, differs in (

@@ -102,9 +102,10 @@ def resolve_dataset(
     if isinstance(source, str | Path):
         source = EvaluatedDataset(name=source) if source in _SPECS else parse_dataset(source)
     if not isinstance(source, EvaluatedDataset):
-        if not isinstance(source, Sequence):
+        if not isinstance(source, list | tuple):
             raise ValueError(
-                f"Got a {type(source).__name__}; give the name of a dataset, a folder, or records."
+                f"Got a {type(source).__name__}; give the name of a dataset, a folder, or a list "
+                "of records."
             )
         return custom_folder.make_records_spec(source), folder
     if folder is not None and source.folder is not None:

@@ -202,7 +202,7 @@ def read_parquet_or(
         found, request.data_folder, validator.errors, columns=columns, only=only
     ):
         name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
-        texts = captions if isinstance(captions, list) else [captions]
+        texts: list[Any] = captions if isinstance(captions, list) else [captions]
         if name is None or not all(isinstance(text, str) for text in texts):
             validator.errors.add("no name of an image, or captions that are not texts", raw.place)
             continue

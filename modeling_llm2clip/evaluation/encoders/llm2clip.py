@@ -90,7 +90,7 @@ class LLM2CLIPEncoder:
         model = LLM2CLIPModel.from_pretrained(
             self._folder, dtype=find_loading_dtype(self._run_config)
         )
-        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return,arg-type]
+        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return]
 
     @cached_property
     def _description(self) -> EncoderDescription:

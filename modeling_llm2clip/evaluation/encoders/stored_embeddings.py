@@ -176,7 +176,9 @@ class StoredEmbeddingsEncoder:
             return None
         model = load_partial_model(self._head_folder, device=self._run_config.device)
         dtype = self._run_config.dtype
-        return model if dtype == "saved" else model.to(dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
+        if dtype != "saved":
+            model.to(dtype=getattr(torch, dtype))  # type: ignore[call-arg]  # wrapped by transformers
+        return model
 
     @cached_property
     def _description(self) -> EncoderDescription:

@@ -42,7 +42,7 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     losses = read_losses(tmp_path / "run")
     assert len(losses) == SHORT_RUN["max_steps"] and losses[6] < losses[1]
     report = check_model(run.model)
-    assert report.healthy, report.report()
+    assert report.healthy, str(report)
     golden = next(check for check in report.checks if check.name == "golden embeddings")
     assert golden.passed and not golden.skipped
 

@@ -1,4 +1,4 @@
-"""Recipes run as they stand, on tiny towers."""
+"""The script of stage 0 runs on a tiny LLM."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from modeling_llm2clip.building.lora_merging import merge_lora
 
 pytestmark = pytest.mark.slow  # each is a process of its own
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "examples" / "recipes" / "masked_next_token.py"
+SCRIPT = ROOT / "examples" / "scripts" / "masked_next_token.py"
 
 
-def run_recipe(folder: Path, llm: Path) -> subprocess.CompletedProcess[str]:
+def run_script(folder: Path, llm: Path) -> subprocess.CompletedProcess[str]:
     lines = [
         json.dumps({"image": f"{n}.jpg", "captions": [f"a dog sits on mat {n}"]}) + "\n"
         for n in range(8)
@@ -29,18 +29,18 @@ def run_recipe(folder: Path, llm: Path) -> subprocess.CompletedProcess[str]:
     (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     return subprocess.run(
         [
-            sys.executable, str(RECIPE), str(llm), str(folder / "captions.jsonl"),
-            str(folder / "stage0"), "--steps", "2", "--batch-size", "4",
+            sys.executable, str(SCRIPT), str(llm), str(folder / "captions.jsonl"),
+            str(folder / "stage0"), "--max-steps", "2", "--per-device-train-batch-size", "4",
         ],
         capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-def test_masked_next_token_writes_an_adapter_of_the_llm_without_its_head(tmp_path: Path) -> None:
+def test_masked_next_token_writes_a_lora_of_the_llm_without_its_head(tmp_path: Path) -> None:
     llm = save_tiny_llm(tmp_path / "llm")
     AutoModelForCausalLM.from_pretrained(llm).save_pretrained(llm)  # gives it a head
-    done = run_recipe(tmp_path, llm)
+    done = run_script(tmp_path, llm)
     assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "stage0" / "adapter_model.safetensors")
     # Two layers of seven linear ones, two matrices each.
@@ -55,7 +55,7 @@ def test_masked_next_token_writes_an_adapter_of_the_llm_without_its_head(tmp_pat
 
 
 def test_masked_next_token_refuses_an_llm_without_its_head(tmp_path: Path) -> None:
-    done = run_recipe(tmp_path, save_tiny_llm(tmp_path / "llm"))
+    done = run_script(tmp_path, save_tiny_llm(tmp_path / "llm"))
     assert done.returncode == 1
     assert "lm_head.weight" in done.stderr and "whole LLM" in done.stderr
     assert not (tmp_path / "stage0").exists()

@@ -1,7 +1,7 @@
 """Step 1 of a multimodal LLM: teach a projector to say an image's patches in the LLM's words.
 
-    python examples/recipes/llava/pretrain_projector.py TOWER LLM captioned-images step1
-    python examples/recipes/llava/tune_instructions.py step1/model instructions.json images step2
+    python examples/scripts/llava/pretrain_projector.py TOWER LLM captioned-images step1
+    python examples/scripts/llava/tune_instructions.py step1/model instructions.json images step2
 
 TOWER is the aligned vision tower as a plain folder
 (`modeling_llm2clip.publishing.vision_tower_export`), or any other to compare with. Tower and LLM
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_commands import parse, train_and_tell
+from llava_commands import parse, train_and_report
 from llava_conversations import conversations_of_captions
 from llava_model import build_llava, train_projector_only
-from llava_trainer import LlavaArguments
+from llava_trainer import LlavaConfig
 from transformers import LlavaProcessor
 
 from modeling_llm2clip.data.record_loading import load_records
@@ -27,7 +27,7 @@ from modeling_llm2clip.data.record_loading import load_records
 
 def main() -> int:
     """Train the projector and write the joined model."""
-    parsed, arguments = _parse()
+    parsed, config = _parse()
     records = load_records(
         parsed.data,
         image_dir=parsed.image_dir,
@@ -44,8 +44,8 @@ def main() -> int:
         train_projector_only(model)
         return model, processor
 
-    return train_and_tell(
-        load_model, conversations, parsed.output, arguments,
+    return train_and_report(
+        load_model, conversations, parsed.output, config,
         wording="plain",
         record={
             "step": "projector", "tower": parsed.tower, "llm": parsed.llm, "data": parsed.data,
@@ -56,7 +56,7 @@ def main() -> int:
     )  # fmt: skip
 
 
-def _parse() -> tuple[argparse.Namespace, LlavaArguments]:
+def _parse() -> tuple[argparse.Namespace, LlavaConfig]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("tower", help="folder or Hub id of a vision tower")
     parser.add_argument("llm", help="folder or Hub id of a causal LLM with its head")

@@ -34,12 +34,12 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         wording: `"plain"` puts an answer right behind the image, as step 1 of LLaVA does;
             `"chat"` words the turns as the tokenizer's chat template does.
         max_length: most tokens, those of the image included; the rest of an answer is cut.
-        drop_invalid: leave invalid conversations out and count their errors, instead of raising.
+        skip_invalid: leave invalid conversations out and count their errors, instead of raising.
 
     Attributes:
         conversations: those that are kept.
-        num_cut: of these, conversations longer than `max_length`.
-        left_out: errors of the others by kind.
+        num_truncated: of these, conversations longer than `max_length`.
+        skipped: errors of the others by kind.
 
     Raises:
         DataValidationError: conversations of which no word of an answer is left, or whose texts
@@ -55,7 +55,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         *,
         wording: str,
         max_length: int = 2048,
-        drop_invalid: bool = False,
+        skip_invalid: bool = False,
         show_progress: bool = False,
     ) -> None:
         if wording not in WORDINGS:
@@ -69,13 +69,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.wording = wording
         self.max_length = max_length
         self.conversations: list[Conversation] = []
-        self.num_cut = 0
+        self.num_truncated = 0
         errors = ErrorCollector()
         for conversation in tqdm(conversations, unit=" conversations", disable=not show_progress):
             self._take(conversation, errors)
-        if not drop_invalid:
+        if not skip_invalid:
             errors.raise_if_any("The data")
-        self.left_out = errors.counts
+        self.skipped = errors.counts
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -162,7 +162,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             errors.add(kind, conversation.name)
         if not found:
             self.conversations.append(conversation)
-            self.num_cut += len(ids) > self.max_length
+            self.num_truncated += len(ids) > self.max_length
 
 
 class PadOnTheRight:

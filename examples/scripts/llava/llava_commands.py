@@ -10,75 +10,78 @@ from typing import Any
 
 from accelerate import PartialState
 from llava_conversations import Conversation
-from llava_trainer import LlavaArguments, train_llava
+from llava_trainer import LlavaConfig, train_llava
 from transformers import LlavaProcessor
+
+from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 
 def parse(
     parser: argparse.ArgumentParser, **defaults: Any
-) -> tuple[argparse.Namespace, LlavaArguments]:
+) -> tuple[argparse.Namespace, LlavaConfig]:
     """Parse a step's own arguments, then the output folder and the flags of both steps.
 
     Args:
-        defaults: of this step, for fields of `LlavaArguments`.
-    Raises: ValueError for settings that are impossible.
+        defaults: of this step, for fields of `LlavaConfig`.
+    Raises: ValueError for impossible options.
     """
     parser.add_argument("output", type=Path)
     parser.add_argument("--check-images", action="store_true", help="decode every image first")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     _add_training_flags(parser.add_argument_group("training"))
-    parser.set_defaults(**{**asdict(LlavaArguments()), **defaults})
+    parser.set_defaults(**{**asdict(LlavaConfig()), **defaults})
     parsed = parser.parse_args()
-    return parsed, LlavaArguments(
-        **{f.name: getattr(parsed, f.name) for f in fields(LlavaArguments)}
-    )
+    return parsed, LlavaConfig(**{f.name: getattr(parsed, f.name) for f in fields(LlavaConfig)})
 
 
 def _add_training_flags(group: Any) -> None:
-    """Add a flag for each of `LlavaArguments`."""
-    group.add_argument("--epochs", type=float)
-    group.add_argument("--steps", type=int, help="instead of epochs")
-    group.add_argument("--batch-size", type=int, help="over all processes together")
-    group.add_argument("--device-batch-size", type=int, help="conversations on a device at a time")
-    group.add_argument("--lr", type=float)
+    """Add a flag for each of `LlavaConfig`."""
+    group.add_argument("--num-train-epochs", type=float)
+    group.add_argument("--max-steps", type=int, help="instead of epochs")
+    group.add_argument("--global-batch-size", type=int, help="over all processes together")
+    group.add_argument(
+        "--per-device-train-batch-size", type=int, help="conversations on a device at a time"
+    )
+    group.add_argument("--learning-rate", type=float)
     group.add_argument("--max-length", type=int, help="tokens, those of the image included")
-    group.add_argument("--clip-norm", type=float)
+    group.add_argument("--max-grad-norm", type=float)
     group.add_argument("--gradient-checkpointing", action="store_true")
     group.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"),
         help="auto: bfloat16 on a GPU that computes in it",
     )  # fmt: skip
     group.add_argument("--device", choices=("auto", "cpu"))
-    group.add_argument("--workers", dest="num_workers", type=int, help="that decode images")
-    group.add_argument("--log-every", type=int, help="steps")
-    group.add_argument("--save-every", type=int, help="steps between checkpoints")
+    group.add_argument("--num-workers", type=int, help="that decode images")
+    group.add_argument("--logging-steps", type=int)
+    group.add_argument("--save-steps", type=int, help="steps between checkpoints")
     group.add_argument("--seed", type=int)
 
 
-def train_and_tell(
+def train_and_report(
     load_model: Callable[[], tuple[Any, LlavaProcessor]],
     conversations: Sequence[Conversation],
     output: Path,
-    arguments: LlavaArguments,
+    config: LlavaConfig,
     *,
     wrote: str,
-    **settings: Any,
+    **options: Any,
 ) -> int:
     """Run `train_llava` and say how it ended; returns its exit code.
 
     Args:
         wrote: what is said behind the folder of the written model.
-        settings: the others of `train_llava`.
+        options: the others of `train_llava`.
     """
-    exit_code = train_llava(load_model, conversations, output, arguments, **settings)
+    exit_code = 0
+    try:
+        folder = train_llava(load_model, conversations, output, config, **options)
+        said = f"Wrote {folder}{wrote}"
+    except StageInterrupt as error:
+        said, exit_code = str(error), 128 + error.signal
     state = PartialState()
     # One that ends before the others may abort, and the launcher stops the writer of the model.
     state.wait_for_everyone()
     state.destroy_process_group()
-    if not state.is_main_process:  # which alone writes
-        return exit_code
-    if exit_code:
-        print(f"Stopped; continue with --resume. The last checkpoint is in {output}.")
-    else:
-        print(f"Wrote {output / 'model'}{wrote}")
+    if state.is_main_process:
+        print(said)
     return exit_code

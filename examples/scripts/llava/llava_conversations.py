@@ -97,14 +97,14 @@ def _describe_images(images: Collection[ImageSource]) -> dict[ImageSource, list[
 
 
 def read_conversations(
-    file: Path, images: Path, *, check_images: bool = False, drop_invalid: bool = False
+    file: Path, images: Path, *, check_images: bool = False, skip_invalid: bool = False
 ) -> tuple[list[Conversation], dict[str, int]]:
     """Read LLaVA's instruction data, or raise once with every error.
 
     Args:
         images: folder that the names of images are relative to.
         check_images: decode every image too.
-        drop_invalid: leave invalid conversations out and count their errors, instead of raising.
+        skip_invalid: leave invalid conversations out and count their errors, instead of raising.
     Returns: the conversations in the file's order, at least one, and errors by kind.
     Raises:
         DataValidationError: what is wrong, how many of each kind, and where first.
@@ -123,7 +123,7 @@ def read_conversations(
             if conversation.image in broken:  # which several may be about
                 _note(["image unreadable"], broken[conversation.image], errors, counts)
         conversations = [c for c in conversations if c.image not in broken]
-    if not drop_invalid:
+    if not skip_invalid:
         errors.raise_if_any(str(file))
     if not conversations:
         raise ValueError(f"{file}: no conversation is left of it ({dict(counts)}).")

@@ -1,6 +1,6 @@
-"""Stage 0, optional: get an LLM used to seeing both ways, by masked next-token prediction.
+"""Stage 0, optional: make an LLM used to bidirectional attention by masked next-token prediction.
 
-    python examples/recipes/masked_next_token.py LLM captions.jsonl stage0 --steps 1000
+    python examples/scripts/masked_next_token.py LLM captions.jsonl stage0 --max-steps 1000
     llm2clip build VISION LLM model --prompt chatml --lora stage0
 
 A fifth of the tokens is replaced by a mask, and each is predicted from the position in front of it,
@@ -48,7 +48,7 @@ class MaskedNextTokenTrainer(Trainer):
 
 
 def main() -> None:
-    """Train the adapter and write it."""
+    """Train the LoRA and write it."""
     arguments = _parse()
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
@@ -56,7 +56,9 @@ def main() -> None:
     tokenizer.padding_side = "right"  # else a text's first token has padding in front of it
     tokenizer.mask_token = arguments.mask
     if tokenizer.mask_token_id in {None, tokenizer.unk_token_id}:
-        raise SystemExit(f"{arguments.mask!r} is no token of {arguments.llm}; name another --mask.")
+        raise SystemExit(
+            f"{arguments.mask!r} is not a token of {arguments.llm}. Give another --mask."
+        )
     model, loaded = AutoModelForCausalLM.from_pretrained(
         arguments.llm, dtype=torch.float32, output_loading_info=True
     )
@@ -66,15 +68,15 @@ def main() -> None:
             "Give the whole LLM, with the head that predicts tokens."
         )
     set_attention_direction(model, bidirectional=True)
-    # The adapter is that of the LLM without its head, which is what the later stages load.
+    # The LoRA is that of the LLM without its head, which is what the later stages load.
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     model.requires_grad_(False)
     adapted = get_peft_model(model.base_model, config)
     training_arguments = TrainingArguments(
         output_dir=str(arguments.output / "checkpoints"),
-        max_steps=arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.lr,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.per_device_train_batch_size,
+        learning_rate=arguments.learning_rate,
         logging_steps=10,
         save_strategy="no",
         report_to=[],
@@ -112,9 +114,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("llm", help="Hub id or folder")
     parser.add_argument("data", type=Path, help="captions, in any form that llm2clip reads")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--max-steps", type=int, default=1000)
+    parser.add_argument("--per-device-train-batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--mask", default="_")
     parser.add_argument("--mask-share", type=float, default=0.2)
     parser.add_argument("--max-length", type=int, default=512)
