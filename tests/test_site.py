@@ -56,10 +56,7 @@ OTHER_FLAGS = {
 # What the pages describe and the package does not have yet.
 PENDING: dict[str, set[str]] = {
     "paths": {
-        "examples/scripts/llava",
-        "examples/scripts/llava/pretrain_projector.py",
-        "examples/scripts/llava/tune_instructions.py",
-        "examples/scripts/masked_next_token.py",
+        "examples/recipes/",
     },
     "commands": {
         "train",

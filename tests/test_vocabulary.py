@@ -31,7 +31,6 @@ PENDING_PHRASES = {
     r"data sets?\b": "dataset",
     r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|(?<!fine-)tuned on captions": "fine-tuned, …",
     r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
-    r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
     r"\b(?!Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
     r"tell_kind|model_kind|kinds? of (a )?models?": "model type",
     r"(Text|Vision|text|vision|image|other|either)[ _-]?[Hh]alf\b": "text-only, vision-only model",
@@ -47,8 +46,6 @@ PENDING_PHRASES = {
 PENDING_FLAGS = {
     r"--images\b": "--image-dir",
     r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
-    r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
-    r"--workers\b": "--num-workers",
     r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
 }  # fmt: skip
 PENDING_WORDS = frozenset(
@@ -73,6 +70,7 @@ PHRASES: dict[str, str] = {
     r"processors? for the CPU|on_processor": "CPU",
     r"\bRECIPES\b|\bRecipe\b|\brecipe=": "source format; a recipe is a YAML file",
     r"take_best": "ImageIndex.search",
+    r"num[-_]alike|find_alike": "num_hard_negatives, find_nearest_groups",
     r"whole numbers?": "integer",
 }  # fmt: skip
 # Banned flag of a command: the one spelling over all commands.
@@ -87,6 +85,8 @@ FLAGS: dict[str, str] = {
     r"--count\b": "--top-k",
     r"--recipe\b": "--source-format",
     r"--start\b": "--init-lora, --projection-init",
+    r"--(clip-norm|log-every|save-every|eval-every|evaluate-every)\b": "--max-grad-norm, …",
+    r"--workers\b": "--num-workers",
     r"--other-pairs\b": "--text-pairs",
     r"--(llm-adapter|caption-adapter|adapter-dtype)\b": "--llm-lora, --lora, --lora-dtype",
     r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
