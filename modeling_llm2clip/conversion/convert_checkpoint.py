@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .._environment import list_versions
 from ..configs.export_config import ConvertConfig
 from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..data.atomic_files import hash_file
@@ -128,7 +128,7 @@ def _make_record(
     for key, reason in plan.dropped.items():
         by_reason.setdefault(reason, []).append(key)
     return {
-        "modeling_llm2clip": __version__,
+        "modeling_llm2clip": list_versions()["modeling_llm2clip"],
         "checkpoint": {
             "name": public_name(source.name),
             "revision": find_commit(source.name, paths),
