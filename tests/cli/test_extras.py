@@ -193,6 +193,7 @@ BLOCKED_RUNS = [
         "convert LORA new --source-format llm2vec --vision-model PLAIN --text-model gone",
         "train",
     ),
+    (["timm"], "train RECIPE", "demo"),
     (["timm"], "search TIMM DATA sentence", "timm"),
     (["timm"], "tag TIMM DATA --labels gone", "timm"),
     (["timm"], "export TIMM new", "timm"),
@@ -224,7 +225,11 @@ def write_half_models(folder: Path) -> dict[str, str]:
         (folder / name).mkdir()
         for file, content in files.items():
             (folder / name / file).write_text(json.dumps(content), encoding="utf-8")
-    return {name: str(folder / name) for name in contents}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        "vision_model: embedded\ntext_model: embedded\noutput: new\ndata: DATA\n", encoding="utf-8"
+    )
+    return {name: str(folder / name) for name in contents} | {"RECIPE": str(recipe)}
 
 
 def test_every_command_names_its_extra_before_it_does_anything(tmp_path: Path) -> None:
