@@ -35,7 +35,7 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     config = read_config(recipe, TrainConfig)
     towers = (config.vision_model, config.text_model)
     require(*(DEMO if _EMBEDDED in towers else ()))
-    require(*(CAPTION_TUNING if config.finetune is not None else ()))
+    require(*CAPTION_TUNING)
     require(*list_needs_of_llm(config.text_model), *list_needs_of_lora(config.build.lora))
     if config.vision_model != _EMBEDDED:
         require(*list_needs_of_model(config.vision_model))

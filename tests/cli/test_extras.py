@@ -34,7 +34,7 @@ REQUIRED = {"PIL", "accelerate", "cyclopts", "huggingface_hub", "numpy", "safete
 # Comes with datasets, which reads the file first.
 WITH_DATASETS = {"pyarrow"}
 # Extras whose packages a command imports before it looks at what it was given.
-ALWAYS_NAMED = {"demo": "demo", "finetune-llm": "train"}
+ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train"}
 ONLY_TESTS = {"test", "all", "docs", "dev"}
 
 
