@@ -29,7 +29,7 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     Build, fine-tune, extract, align, export, doctor and evaluate, each in a folder of its own.
 
     Args:
-        recipe: YAML file; examples are in examples/recipes.
+        recipe: YAML file; see docs/train.md.
         dry_run: Print the plan with sizes and an estimate; compute nothing.
     """
     config = read_config(recipe, TrainConfig)
