@@ -58,9 +58,7 @@ PENDING: dict[str, set[str]] = {
     "paths": {
         "examples/recipes/",
     },
-    "commands": {
-        "train",
-    },
+    "commands": set(),
     "identifiers": set(),
     "flags": set(),
     "names": set(),

@@ -51,7 +51,7 @@ PENDING_FLAGS = {
 PENDING_WORDS = frozenset(
     """
     aeroplane amortise amortised centre colour coloured colours faults floors
-    gallery halves hangs licence licences lies normalisation picture pictures
+    gallery halves licence licences lies normalisation picture pictures
     probe probes spoilt stands summarise tells told travel travels vector
     vectors
     """.split()

@@ -201,7 +201,7 @@ class _Side:
 
 
 def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
-    """Singular vectors of both sides, each times its singular value, largest first.
+    """Singular directions of both sides, each times its singular value, largest first.
 
     From the smaller Gram matrix: several times as fast as a singular value decomposition.
     """
