@@ -67,8 +67,20 @@ def run_command(command: list[str], *, cwd: Path, path: Path | None = None) -> s
 
 def run_demo(output: Path, *flags: str, path: Path) -> dict[str, Any]:
     """Run three steps in a clean process that imports the package from `path`."""
-    demo = [sys.executable, "-m", "modeling_llm2clip", "demo", "--output", str(output)]
-    told = run_command([*demo, "--steps", "3", *flags], cwd=output.parent, path=path)
+    # Own towers are an option of the library alone.
+    given = {
+        flag.removeprefix("--").replace("-", "_"): value
+        for flag, value in zip(flags[::2], flags[1::2], strict=True)
+    }
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from modeling_llm2clip.demo.run_demo import DemoArguments, run_demo\n"
+        "given = {k: Path(v) if k in ('output', 'images') else int(v) if v.isdigit() else v\n"
+        "         for k, v in json.loads(sys.argv[1]).items()}\n"
+        "run_demo(DemoArguments(steps=3, **given))\n"
+    )
+    arguments = json.dumps({"output": str(output), **given})
+    told = run_command([sys.executable, "-c", code, arguments], cwd=output.parent, path=path)
     report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert "{" not in told.split("Use it in Python")[0]
     assert f"R@1 {report['unseen_t2i_r1']:.1%}, R@10 " in told
