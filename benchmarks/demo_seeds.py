@@ -1,9 +1,8 @@
 """The demo's scores over several seeds: other held-out emoji, another random adapter.
 
-    llm2clip demo && python benchmarks/demo_seeds.py --report llm2clip-demo/report.json
+    python benchmarks/demo_seeds.py
 
-The report of a whole run gives its seed's scores, time and memory. The other seeds share one
-encoding, which does not depend on the seed, so they have scores only.
+Runs `llm2clip demo` once per seed, each in a process of its own, and lists the reports.
 """
 
 from __future__ import annotations
@@ -11,68 +10,39 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.pretrained_towers import (
-    EFFICIENTNET,
-    SMOLLM2,
-    SMOLLM2_BASE,
-    fetch_tower,
-)
-from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import align, encode_records, evaluate, hold_out
-
 
 def main() -> None:
     """Run the seeds and write the list of reports."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--report", type=Path, required=True, help="report.json of a whole run")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, help="folder for the runs, which are removed")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "demo.json")
     arguments = parser.parse_args()
-    whole = json.loads(arguments.report.read_text(encoding="utf-8"))
-    whole |= {
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}",
-    }
-    reports = [whole, *(_shorten(whole, seed) for seed in _run_seeds(arguments.seeds))]
+    hardware = f"{describe_processor()}, {platform.machine()}"
+    reports = [
+        {**_run_demo(seed, arguments.work), "commit": read_commit(), "hardware": hardware}
+        for seed in arguments.seeds
+    ]
     arguments.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(reports, indent=2))
 
 
-def _run_seeds(seeds: list[int]) -> list[dict[str, Any]]:
-    nothing_written = Path("demo-seeds-write-nothing")
-    records, _ = read_images(DemoArguments(output=nothing_written))
-    towers = fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2)
-    images = None
-    scores = []
-    for seed in seeds:
-        chosen = BuildConfig(
-            prompt="chatml",
-            lora=DemoArguments(output=nothing_written).find_adapter(),
-            accept_lora_base=SMOLLM2_BASE,
-            seed=seed,
-        )
-        model, processor = join_towers(*towers, chosen)
-        images = images or encode_records(model, processor, records)
-        held_out = hold_out(records, seed=seed)
-        chosen_alignment = DemoArguments(output=nothing_written, seed=seed).alignment
-        align(model, images, held_out, chosen_alignment)
-        scores.append({"seed": seed, **evaluate(model, images, held_out)})
-        print(scores[-1], flush=True)
-    return scores
-
-
-def _shorten(whole: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
-    """A report without time and memory, which were not measured for this seed alone."""
-    kept = ("caption_tuned", "num_images", "num_held_out", "versions", "commit", "hardware")
-    return {**{name: whole[name] for name in kept}, **scores}
+def _run_demo(seed: int, work: Path | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        output = Path(folder) / "demo"
+        flags = ["--output", str(output), "--seed", str(seed), "--device", "cpu"]
+        subprocess.run([sys.executable, "-m", "modeling_llm2clip", "demo", *flags], check=True)
+        report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
 if __name__ == "__main__":

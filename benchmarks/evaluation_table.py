@@ -49,8 +49,7 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluationConfig,
 )
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
-from modeling_llm2clip.demo.stages import hold_out
+from modeling_llm2clip.demo.demo_data import split_emoji
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import Result
 from modeling_llm2clip.evaluation.tables import render_results
@@ -183,10 +182,7 @@ def _parse() -> argparse.Namespace:
 
 def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     """Yield name, folder and what was done, one baseline a number of steps."""
-    records, _ = read_images(DemoArguments(output=work / "nothing-is-written-here"))
-    held_out = hold_out(records, seed=0)
-    chosen = [record for record in records if record.group_id not in held_out]
-    chosen = list(islice(chosen, arguments.most_images))
+    chosen = list(islice(split_emoji(seed=0)[0], arguments.most_images))
     tower = AutoModel.from_pretrained(fetch_tower(EFFICIENTNET)).timm_model
     features = None
     for steps in arguments.steps:

@@ -44,7 +44,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.demo.stages import hold_out
+from modeling_llm2clip.data.splits import split_records
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
@@ -83,9 +83,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
     records = [r for r in load_records(arguments.images) if r.lang == "en"]
-    held_out = hold_out(records, seed=0)
-    trained = [r for r in records if r.group_id not in held_out]
-    tested = list({r.group_id: r for r in records if r.group_id in held_out}.values())
+    num_groups = len({record.group_id for record in records})
+    trained, held_out = split_records(records, test_size=min(300, num_groups // 5), seed=0)
+    tested = list({record.group_id: record for record in held_out}.values())
     tested = random.Random(0).sample(tested, min(arguments.tested, len(tested)))
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         towers, alignment = _make_towers(Path(temporary), trained, tested, arguments)

@@ -2,14 +2,14 @@
 
 Its vision tower is a frozen one that is given, its tokenizer CLIP's own, its text tower a CLIP
 text transformer of a few layers. Text tower, projections and temperature are trained together on
-stored features of the tower, with the loss, the draws and the steps of
-`modeling_llm2clip/demo/feature_alignment.py`. The result is a folder of open_clip's layout.
+stored features of the tower, with the package's loss and schedule. The result is a folder of
+open_clip's layout.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.demo.feature_alignment import descend, sample_batches
-from modeling_llm2clip.demo.stages import list_training_texts
 from modeling_llm2clip.image_loading_llm2clip import load_images
+from modeling_llm2clip.training.alignment.alignment_trainer import warm_up_then_cosine
+from modeling_llm2clip.training.alignment.trained_parts import split_by_decay
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
 
@@ -92,20 +92,50 @@ def train_ordinary_clip(
     }
     group_ids = torch.tensor([numbers[record.group_id] for record in records])
     tokenizer = open_clip.SimpleTokenizer()
-    texts = [tokenizer(list_training_texts(record)) for record in records]
+    texts = [tokenizer(list(record.captions)) for record in records]
     _require_same_embeddings(model, torch.cat(texts[:16]))
-    draws = sample_batches(
-        texts, steps=arguments.steps, batch_size=arguments.batch_size,
-        generator=torch.Generator().manual_seed(arguments.seed),
-    )  # fmt: skip
     losses = (
         _compute_loss(model, features[rows], torch.stack(ids), group_ids[rows])
-        for rows, ids in draws
+        for rows, ids in _sample_batches(texts, arguments)
     )
-    return descend(
-        losses, parameters, steps=arguments.steps, lr=arguments.lr,
-        weight_decay=arguments.weight_decay, show_progress=True,
-    )  # fmt: skip
+    return _descend(losses, parameters, arguments)
+
+
+def _sample_batches(
+    texts: Sequence[Tensor], arguments: OrdinaryClipArguments
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield rows of images, each image once an epoch, and the ids of one text of each."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    order = torch.empty(0, dtype=torch.long)
+    size = min(arguments.batch_size, len(texts))
+    for _ in range(arguments.steps):
+        if len(order) < size:
+            order = torch.cat([order, torch.randperm(len(texts), generator=generator)])
+        rows, order = order[:size], order[size:]
+        draws = torch.rand(size, generator=generator).tolist()
+        theirs = [texts[row] for row in rows.tolist()]
+        yield rows, [ids[int(draw * len(ids))] for ids, draw in zip(theirs, draws, strict=True)]
+
+
+def _descend(
+    losses: Iterable[Tensor], parameters: Sequence[nn.Parameter], arguments: OrdinaryClipArguments
+) -> list[float]:
+    """Take a step of AdamW down each loss; return them."""
+    optimizer = torch.optim.AdamW(
+        split_by_decay(parameters, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, warm_up_then_cosine(arguments.steps, warmup_steps=0.1)
+    )
+    done: list[float] = []
+    for loss in tqdm(losses, total=arguments.steps, unit=" steps"):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        schedule.step()
+        done.append(loss.item())
+    return done
 
 
 def _compute_loss(model: Any, features: Tensor, ids: Tensor, group_ids: Tensor) -> Tensor:

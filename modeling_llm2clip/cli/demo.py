@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from .._extras import DEMO, require
 from ..configs.config_fields import DeviceConfig, Range
+from ..model_folders.atomic_folder import require_new_folder
 from .chosen_device import choose_device
 from .command import command
 
@@ -26,7 +27,7 @@ Use it in Python:
 def demo(
     *,
     output: Path = Path("llm2clip-demo"),
-    max_steps: Annotated[int, Range(min=1)] = 100,
+    max_steps: Annotated[int, Range(min=1)] | None = None,
     seed: int = 0,
     config: DeviceConfig,
 ) -> int:
@@ -34,37 +35,31 @@ def demo(
 
     Args:
         output: Folder to write.
-        max_steps: Steps of the alignment.
+        max_steps: Steps of the alignment. Default: as of llm2clip align.
         seed: Seed of the split and of the alignment.
         config: Where the model runs.
     """
     require(*DEMO)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty. Remove it, or name another --output.")
+    require_new_folder(output)
     device = str(choose_device(config.device))
 
-    from ..demo.run_demo import DemoArguments, run_demo
+    from ..demo.run_demo import make_demo_config, run_demo
 
-    report = run_demo(DemoArguments(output=output, steps=max_steps, seed=seed, device=device))
+    report = run_demo(make_demo_config(output, max_steps=max_steps, seed=seed, device=device))
     output = output.resolve()
-    print(_describe(report))
-    for name in ("model", "search.png", "search.html", "report.json"):
-        print(f"{name:12} {output / name}")
+    for name in ("search.png", "search.html", "report.json"):
+        print(f"{name:<11}{output / name}")
     print(_AFTER_DEMO.format(folder=output / "model", image=output / "search.png"))
+    print(_describe(report))
     return 0
 
 
 def _describe(report: dict[str, Any]) -> str:
     """The scores in a few lines; `report.json` has every number."""
-    largest = max(report["largest_difference_after_loading"].values())
     return (
-        f"{report['num_held_out']} things of {report['num_images']:,} images were held out of "
-        "the alignment:\n"
-        f"  text to image  R@1 {report['unseen_t2i_r1']:.1%}, "
-        f"R@10 {report['unseen_t2i_r10']:.1%}\n"
-        f"  image to text  R@1 {report['unseen_i2t_r1']:.1%}\n"
-        f"  chance         R@1 {report['chance_r1']:.1%}\n"
-        f"Loaded again in a clean process: embeddings differ by at most {largest:.1e}.\n"
+        f"Trained on {report['num_images']:,} images of emoji; R@1 on {report['num_held_out']} "
+        f"held-out ones: text to image {report['unseen_t2i_r1']:.1%}, image to text "
+        f"{report['unseen_i2t_r1']:.1%}, chance {report['chance_r1']:.1%}.\n"
         f"{report['seconds_after_download']:.0f} s after the download, peak memory "
-        f"{report['peak_rss_gb']} GB, last loss {report['final_loss']}."
+        f"{report['peak_rss_gb']} GB."
     )

@@ -52,13 +52,14 @@ def search(
     require(*list_needs_of_model(model))
     from ..model_folders.atomic_folder import require_new_folder
     from ..model_folders.model_types import require_own_model
-    from ..search.results_page import render_search_results
 
     _require_queries(queries, image)
     if output is not None:
         require_new_folder(output)
     require_image_folder(image_dir)
     require_own_model(model)
+    from ..search.results_page import render_search_results
+
     _check_queries(queries, image)  # before what takes long
     index = build_index(model, image_dir, config)
     if queries:

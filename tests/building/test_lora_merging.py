@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.lora_merging import merge_lora, merge_lora_weights
-from modeling_llm2clip.demo.run_demo import DemoArguments
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2_BASE, fetch_embedded
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.data.record_loading import find_example_data
 from modeling_llm2clip.model_folders.weights import open_weights
 
 NUM_MATRICES = 2 * 7  # two layers of seven linear ones
@@ -256,11 +258,13 @@ def named(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return model
 
 
-def test_the_embedded_adapter_is_accepted_for_the_embedded_llm_alone(tmp_path: Path) -> None:
-    arguments = DemoArguments(output=tmp_path / "demo")
-    adapter = arguments.find_adapter()
-    assert adapter is not None
-    stated = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    assert arguments.accepted_base == stated["base_model_name_or_path"]
-    other = DemoArguments(output=tmp_path / "demo", llm="owner/other", prompt="none")
-    assert other.accepted_base is None
+def test_the_embedded_lora_is_of_the_embedded_llm() -> None:
+    file = find_example_data() / "caption_lora" / "adapter_config.json"
+    assert json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] == SMOLLM2_BASE
+
+
+def test_other_towers_come_without_the_embedded_lora() -> None:
+    config = BuildConfig(prompt="none")
+    assert fetch_embedded("owner/vision", "owner/llm", config) == (
+        "owner/vision", "owner/llm", config
+    )  # fmt: skip

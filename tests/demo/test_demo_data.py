@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 
-from modeling_llm2clip.demo.run_demo import DemoArguments, read_images
+from modeling_llm2clip.demo.demo_data import split_emoji
 
 
-def test_a_seed_that_trains_on_emoji_of_the_evaluation_dataset_is_warned_of(tmp_path: Path) -> None:
+def test_a_seed_that_trains_on_emoji_of_the_evaluation_dataset_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_images(DemoArguments(output=tmp_path / "demo", seed=0))
+        split_emoji(seed=0)
     with pytest.warns(UserWarning, match="Seed 1 trains on emoji that the evaluation dataset"):
-        read_images(DemoArguments(output=tmp_path / "demo", seed=1))
+        split_emoji(seed=1)
+
+
+def test_training_sees_the_keywords_too() -> None:
+    train, _ = split_emoji(seed=0)
+    record = next(record for record in train if record.keywords)
+    assert record.captions[-1].startswith(f"{record.captions[0]}: {record.keywords[0]}")

@@ -14,7 +14,7 @@ from ..validation import DatasetValidator
 
 # The split: that of `llm2clip demo` unless it is given another seed.
 EMOJI_SEED = 0
-_NUM_GROUPS = 300
+NUM_TEST_GROUPS = 300
 
 
 def read_emoji(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
@@ -42,7 +42,7 @@ def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[s
     """Return the records that test English, and the first caption by image and language."""
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
-    _, held_out = split_records(english, test_size=_NUM_GROUPS, seed=EMOJI_SEED)
+    _, held_out = split_records(english, test_size=NUM_TEST_GROUPS, seed=EMOJI_SEED)
     groups = {record.group_id for record in held_out}
     tested = [english[row] for row in choose_test_rows(english, groups)]
     return tested, {(record.name, record.lang): record.captions[:1] for record in records}
