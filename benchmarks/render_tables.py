@@ -366,10 +366,10 @@ def _render_mllm_captioning(report: dict[str, Any]) -> str:
             rows.append([names[tower], f"step {1 + (step == 'instructions')}", *cells])
     steps, instruction_steps = report["recipe"]["steps"]
     note = (
-        f"Nats a token of held-out names. {report['data']}; {steps} and {instruction_steps} steps "
-        f"of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. Alignment: "
-        f"{report['alignment']['steps']} steps of {report['alignment']['batch_size']}, held-out "
-        f"text to image R@1 {_percent(report['alignment']['unseen_t2i_r1'])}, chance "
+        f"Nats per token of held-out names. {report['data']}; {steps} and {instruction_steps} "
+        f"steps of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. "
+        f"Alignment: {report['alignment']['steps']} steps of {report['alignment']['batch_size']}, "
+        f"held-out text to image R@1 {_percent(report['alignment']['unseen_t2i_r1'])}, chance "
         f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
     )
     return f"{_draw(heads, rows)}\n{note}\n"

@@ -99,7 +99,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, float]:
-    """Build the model, extract both stores, and return seconds an image of either."""
+    """Build the model, extract both stores, and return the seconds per image of each."""
     torch.set_num_threads(arguments.threads)
     chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
     built = join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)

@@ -247,8 +247,8 @@ def test_a_type_error_of_our_own_does_not_blame_the_user(monkeypatch: pytest.Mon
     ("error", "code", "shown"),
     [
         (KeyboardInterrupt(), 130, "llm2clip: Interrupted. No partially written folder will load"),
-        (StageInterrupt("Continue with: x", signal.SIGTERM), 143, "llm2clip: Continue with: x\n"),
-        (StageInterrupt("", signal.SIGINT), 130, ""),  # not the main process
+        (StageInterrupt("Saved.", signal.SIGTERM, resume=True), 143, "llm2clip: Saved. Continue"),
+        (StageInterrupt("", signal.SIGINT, resume=True), 130, ""),  # not the main process
     ],
     ids=["anywhere", "stage", "stage of another process"],
 )
