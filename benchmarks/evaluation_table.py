@@ -127,14 +127,14 @@ def _evaluate(
     started = time.monotonic()
     config = EvaluationConfig(output=work, **choices)
 
-    def tell(result: Result) -> None:
+    def show(result: Result) -> None:
         print(
             f"[{time.monotonic() - started:.0f} s] {result.task}: {result.model}, "
             f"{result.seconds:.0f} s",
             file=sys.stderr,
         )
 
-    results = evaluate(models, data, config, tasks=(task,), on_result=tell)
+    results = evaluate(models, data, config, tasks=(task,), on_result=show)
     print(render_results(results, style="markdown", details=True))
     return [_summarize(result) for result in results]
 

@@ -150,7 +150,7 @@ def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
 def write_color_data(folder: Path, *, count: int) -> Path:
     """Write images of four colored squares, with two captions that name the colors in order.
 
-    Even towers with random weights tell colors and words apart, so that a linear fit finds what the
+    Even towers with random weights separate colors and words, so that a linear fit finds what the
     two sides share.
     """
     folder.mkdir(parents=True)
