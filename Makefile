@@ -8,7 +8,7 @@ style:
 	ruff check --fix . && ruff format .
 
 quality:
-	ruff check . && ruff format --check . && mypy && lint-imports --no-cache
+	ruff check . && ruff format --check . && typos && mypy && lint-imports --no-cache
 
 test:
 	pytest -n 2

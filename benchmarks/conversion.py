@@ -5,7 +5,7 @@
 Writes random values in the real shapes and layouts: a training checkpoint with vision tower and
 adapter, and a folder of Llama-3.2-1B's shapes, both float32, 6.4 GB. Then converts them in a
 process of its own, with all that the command does: reading, writing, golden embeddings, reloading,
-`doctor`. Peak memory is the largest resident set, pages of mapped files included. Everything lies
+`doctor`. Peak memory is the largest resident set, pages of mapped files included. Everything is
 in a temporary folder of `--folder`, which needs twice the size, and is removed.
 """
 

@@ -47,7 +47,7 @@ def main() -> None:
         turns, peaks = _take_turns(workers, arguments.rounds)
         flops = _count_flops(llm, captions)
         embeddings = {n: np.load(_embeddings_file(Path(temporary), n)) for n in names}
-        rows = [_summarise(n, turns[n], flops, captions, embeddings) for n in names]
+        rows = [_summarize(n, turns[n], flops, captions, embeddings) for n in names]
         for process in workers.values():
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
@@ -166,7 +166,7 @@ def _count_flops(llm: Path, captions: list[str]) -> float:
     return sum(2.0 * weights * length + attention * length**2 for length in lengths)
 
 
-def _summarise(
+def _summarize(
     name: str,
     turns: list[dict[str, Any]],
     flops: float,

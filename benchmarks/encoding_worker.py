@@ -132,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     captions = json.loads(Path(captions_file).read_text(encoding="utf-8"))
     encode = BUILDERS[name](llm)
-    encode(captions[:64])  # warms up: compiles and probes where the encoder does so
+    encode(captions[:64])  # warm-up: compiles and autotunes where the encoder does so
     if name in COMPILED:
         from torch._dynamo.utils import counters
 

@@ -7,7 +7,7 @@
   the ordinary CLIP begins from nothing, it is also trained for more steps (`--steps`).
 - `--long-captions` asks the text encoders alone, without images: the first half of a caption
   looks for its second half, by length, and (`cra`) one caption of an image for its other one. Ours
-  is there twice: as it is, and with every text cut where a 77-token encoder would cut it.
+  is there twice: as it is, and with every text truncated at what a 77-token encoder reads.
 - CLIP, SigLIP2, the layout of EVA02-CLIP and sentence-transformers go through the same code with
   tiny random weights: such a row shows the path, not a score.
 
@@ -91,7 +91,7 @@ def main() -> None:
         languages=tuple(arguments.languages),
     )
     if captions is not None:
-        short = _cut(arguments.model, work / "ours-cut")
+        short = _truncate(arguments.model, work / "ours-cut")
         models.insert(1, EvaluatedModel(source=str(short), name=OURS_CUT))
         rows += _evaluate_texts(arguments, models, [*tiny_dual, *tiny_text], captions, work)
     record = {
@@ -126,14 +126,14 @@ def _evaluate(
     started = time.monotonic()
     config = EvaluationConfig(output=work, **choices)
 
-    def tell(result: Result) -> None:
+    def show(result: Result) -> None:
         print(
             f"[{time.monotonic() - started:.0f} s] {result.task}: {result.model}, "
             f"{result.seconds:.0f} s",
             file=sys.stderr,
         )
 
-    results = evaluate(models, data, config, tasks=(task,), on_result=tell)
+    results = evaluate(models, data, config, tasks=(task,), on_result=show)
     print(render_results(results, style="markdown", details=True))
     return [_summarize(result) for result in results]
 
@@ -188,9 +188,9 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     for steps in arguments.steps:
         settings = OrdinaryClipArguments(steps=steps, batch_size=arguments.batch_size)
         name, folder = f"ordinary CLIP, {steps} steps", work / f"ordinary-clip-{steps}"
-        told, wanted = folder / "training.json", {**asdict(settings), "images": len(chosen)}
-        if told.is_file():
-            trained = json.loads(told.read_text("utf-8"))
+        record, wanted = folder / "training.json", {**asdict(settings), "images": len(chosen)}
+        if record.is_file():
+            trained = json.loads(record.read_text("utf-8"))
             if {key: trained[key] for key in wanted} != wanted:
                 raise ValueError(f"{folder} was trained otherwise. Name another --work.")
             yield name, folder, trained
@@ -206,7 +206,7 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
             "seconds": round(time.monotonic() - started),
         }
         save_ordinary_clip(model, folder, settings)
-        told.write_text(json.dumps(trained, indent=2), "utf-8")
+        record.write_text(json.dumps(trained, indent=2), "utf-8")
         yield name, folder, trained
 
 
@@ -220,8 +220,8 @@ def _save_tiny(names: dict[str, str], work: Path) -> list[EvaluatedModel]:
     return choices
 
 
-def _cut(model: Path, folder: Path) -> Path:
-    """Link the model once more, with texts cut where a 77-token encoder cuts them.
+def _truncate(model: Path, folder: Path) -> Path:
+    """Link the model once more, with texts truncated where a 77-token encoder truncates them.
 
     That sees 75 tokens of a text; the prompt, which a CLIP has not, is not charged for.
     """
@@ -238,7 +238,9 @@ def _cut(model: Path, folder: Path) -> Path:
         else:
             (folder / file.name).symlink_to(file.resolve())
     if LLM2CLIPProcessor.from_pretrained(folder).max_text_length != prompt + 75:
-        raise ValueError(f"Texts are not cut: max_text_length was changed in {sorted(changed)}.")
+        raise ValueError(
+            f"Texts are not truncated: max_text_length was changed in {sorted(changed)}."
+        )
     return folder
 
 

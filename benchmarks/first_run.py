@@ -4,7 +4,7 @@
 
 Each FOLDER is a dataset as the README describes it. A fifth of its images, at most 300, is set
 aside before anything else; the commands of the README's recipe run on the rest, in an empty
-folder, as they stand there. Then the same towers are aligned with other settings, among them the
+folder, unchanged. Then the same towers are aligned with other settings, among them the
 closed form alone and training from random weights. Every model is asked to find the images that
 were set aside. With --existing, the recipe's last command also fine-tunes a model on the same
 towers that was trained on other images. Exits with 1 when the recipe reaches less than 0.9 of the
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def read_recipe() -> list[str]:
-    """The commands of the README's recipe, as they stand there."""
+    """Return the commands of the README's recipe, unchanged."""
     (block,) = RECIPE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     return [line for line in block.splitlines() if line.strip()]
 

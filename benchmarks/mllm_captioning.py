@@ -3,16 +3,17 @@
     python benchmarks/mllm_captioning.py
 
 A vision transformer with real weights (DINOv2-small, tuned for saliency) is aligned with captions
-of the embedded emoji by SmolLM2-135M (caption-tuned), the whole tower trained. The tower as it came
-and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
+of the embedded emoji by SmolLM2-135M (fine-tuned on captions), the whole tower trained. The tower
+as it came and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
 `examples/scripts/llava`: same images, steps and seeds. Neither step nor the alignment sees a
 held-out thing, its images or its names.
 
 | figure | what |
 | --- | --- |
-| `caption_loss` | nats a token of held-out names, given their images |
-| `caption_loss_other_image` | the same, given the image of another held-out thing: what the LLM
-knows without seeing | | `written` | names that the LLM wrote for held-out images |
+| `caption_loss` | nats per token of held-out names, given their images |
+| `caption_loss_other_image` | the same, given the image of another held-out thing: what the
+  LLM knows without seeing |
+| `written` | names that the LLM wrote for held-out images |
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.extraction.extract import extract
 from modeling_llm2clip.training.run_folder import read_results
 
-# The recipes are scripts: their folder is no package.
+# The recipes are scripts: their folder is not a package.
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "scripts" / "llava"))
 
 from llava_batches import ConversationDataset, PadOnTheRight

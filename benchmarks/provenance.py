@@ -16,9 +16,9 @@ def read_commit() -> str:
 
 
 def describe_processor() -> str:
-    """Name of the processor, as Linux or else Python tells it, and its units for products.
+    """Return the name of the CPU, from Linux or else Python, and its units for matrix products.
 
-    The name alone does not tell two processors apart of which one has units for bfloat16.
+    The name alone does not distinguish a CPU with units for bfloat16 from one without.
     """
     lines = dict(_split_line(line) for line in Path("/proc/cpuinfo").read_text().splitlines())
     name = lines.get("model name") or platform.processor() or "unknown"

@@ -1,7 +1,7 @@
 """Writes the tables of the documents from what the benchmarks recorded.
 
-Run `python benchmarks/render_tables.py` after a file in `benchmarks/results` has changed. What
-stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched. The
+Run `python benchmarks/render_tables.py` after a file in `benchmarks/results` has changed. Text
+between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched. The
 sections of every model card come from the template that the package fills.
 """
 
@@ -42,7 +42,7 @@ def render_document(text: str, results: Path) -> str:
     """Return the document with every table written anew.
 
     Args:
-        results: folder with one `NAME.json` a table; a missing file gives "not yet recorded".
+        results: folder with one `NAME.json` per table; a missing file gives "not yet recorded".
     Raises: ValueError for a table that has no renderer, or has no end.
     """
     if text.count("<!-- table:") != len(_TABLE.findall(text)):
@@ -97,7 +97,7 @@ def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _render_encoding_speed(report: dict[str, Any]) -> str:
-    heads = ("way", "captions a second", "of the fp32 peak", "peak memory, GB", "smallest cosine")
+    heads = ("way", "captions per second", "of the fp32 peak", "peak memory, GB", "smallest cosine")
     rows = [
         [
             row["name"],
@@ -121,12 +121,12 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
 
 
-def _render_caption_tuning(report: dict[str, Any]) -> str:
+def _render_finetuning(report: dict[str, Any]) -> str:
     names = {
         "causal": "SmolLM2-135M, causal, mean pooled",
         "bidirectional": "the same, made bidirectional",
         "before": "the same, after the first round",
-        "tuned": "the same, caption-tuned",
+        "tuned": "the same, fine-tuned on captions",
         "minilm": "all-MiniLM-L6-v2",
     }
     cra = dict(report["cra"])
@@ -136,9 +136,10 @@ def _render_caption_tuning(report: dict[str, Any]) -> str:
     trained = report.get("cra_on_trained_images")
     if trained is not None:
         rows.append(["the same, on as many images it was trained on", _percent(trained)])
+    config = report["config"]
     note = (
-        f"{report['data']}; {report['recipe']['steps']} steps of {report['recipe']['batch_size']} "
-        f"pairs in {report['seconds'] / 60:.0f} minutes"
+        f"{report['data']}; {config['max_steps']} steps of "
+        f"{config['per_device_train_batch_size']} pairs in {report['seconds'] / 60:.0f} minutes"
         f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
         f"{report['hardware']}."
     )
@@ -204,8 +205,8 @@ def _render_existing_model(report: dict[str, Any]) -> str:
 
 def _render_training_efficiency(report: dict[str, Any]) -> str:
     heads = (
-        "at each step", "images a second", "times LoRA", "with extraction, 4 epochs",
-        "peak memory, GB", "vision trained: images a second",
+        "at each step", "images per second", "times LoRA", "with extraction, 4 epochs",
+        "peak memory, GB", "vision trained: images per second",
     )  # fmt: skip
     modes = {
         "lora": "LLM with LoRA, vision tower",
@@ -213,13 +214,13 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
         "stored_captions": "stored captions, vision tower",
         "stored_both": "stored captions and images",
     }
-    amortised = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
+    amortized = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
     rows = [
         [
             label,
             f"{report[mode]['samples_per_second']:.1f}",
             f"{report['times_as_fast_as_lora'][mode]:.1f}",
-            f"{amortised[mode]:.1f}" if mode in amortised else "–",
+            f"{amortized[mode]:.1f}" if mode in amortized else "–",
             f"{report[mode]['peak_rss_gb']:.1f}",
             f"{report['vision_trained'][mode]['samples_per_second']:.1f}"
             if mode in report["vision_trained"]
@@ -304,7 +305,8 @@ def _draw_lengths(report: dict[str, Any]) -> str:
     note = (
         f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
         f"texts alone, no image is used; chance {_percent(results[0]['scores']['chance'])}. "
-        "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder would cut."
+        "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder "
+        "would truncate."
     )
     return f"\n{_draw(heads, rows)}\n{note}\n"
 
@@ -325,7 +327,7 @@ def _draw_cra(report: dict[str, Any]) -> str:
         f"({results[0]['dataset']}); texts alone, no image is used; chance "
         f"{_percent(results[0]['scores']['chance'])}."
     )
-    return f"\n{_draw(('text encoder', 'CRA', 'texts it cut'), rows)}\n{note}\n"
+    return f"\n{_draw(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
 
 
 def _draw_tiny(report: dict[str, Any]) -> str:
@@ -342,7 +344,7 @@ def _draw_tiny(report: dict[str, Any]) -> str:
         if result["model"] in report["tiny"]["models"]
     ]  # fmt: skip
     table = _draw(("model", "task", "set", "R@1"), rows)
-    return f"\nThe same command on other kinds of models, {report['tiny']['label']}:\n\n{table}"
+    return f"\nThe same command on other model types, {report['tiny']['label']}:\n\n{table}"
 
 
 def _follow(scores: Any, path: Sequence[str]) -> float:
@@ -364,10 +366,10 @@ def _render_mllm_captioning(report: dict[str, Any]) -> str:
             rows.append([names[tower], f"step {1 + (step == 'instructions')}", *cells])
     steps, instruction_steps = report["recipe"]["steps"]
     note = (
-        f"Nats a token of held-out names. {report['data']}; {steps} and {instruction_steps} steps "
-        f"of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. Alignment: "
-        f"{report['alignment']['steps']} steps of {report['alignment']['batch_size']}, held-out "
-        f"text to image R@1 {_percent(report['alignment']['unseen_t2i_r1'])}, chance "
+        f"Nats per token of held-out names. {report['data']}; {steps} and {instruction_steps} "
+        f"steps of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. "
+        f"Alignment: {report['alignment']['steps']} steps of {report['alignment']['batch_size']}, "
+        f"held-out text to image R@1 {_percent(report['alignment']['unseen_t2i_r1'])}, chance "
         f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
     )
     return f"{_draw(heads, rows)}\n{note}\n"
@@ -466,8 +468,8 @@ def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 _RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
-    "caption_tuning": _render_caption_tuning,
-    "caption_tuning_hard": _render_caption_tuning,
+    "finetune_llm": _render_finetuning,
+    "finetune_llm_hard": _render_finetuning,
     "alignment": _render_alignment,
     "first_run": _render_first_run,
     "existing_model": _render_existing_model,

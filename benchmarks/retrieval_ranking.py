@@ -4,7 +4,7 @@
 
 Embeddings are random: each image's texts are its own embedding plus noise, so that about half of
 the queries find their positive first. Where the noise drowns the images ("unrelated"), positives
-stand anywhere, which is the worst case: every tile has something before every positive.
+are anywhere, which is the worst case: every tile has something before every positive.
 
 Both computations alternate in one process, so that a load on the machine meets them alike; the
 ratio is that of neighbors. The bare products are `torch.mm` of the tiles of `choose_tile_shape`

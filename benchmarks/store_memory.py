@@ -2,13 +2,13 @@
 
     python benchmarks/store_memory.py
 
-1. Extracts 100,000 captions of made-up words, five a record and every twentieth a long one, with
+1. Extracts 100,000 captions of made-up words, five per record and every twentieth a long one, with
    the tokenizer and the width of the embedded SmolLM2 but few random layers: what is held beside
    the model does not depend on their number. Resident memory beyond the model is the peak of the
    whole run less what is resident with the loaded model alone.
 2. Writes a store of 1,000,000 rows of 4,096 random numbers in float16 (8 GB; no sparse file), opens
    it in a fresh process, and reads random rows, with the pages of the store in the memory of the
-   system and without. It lies in a temporary folder on the disk of `--folder` and is removed.
+   system and without. It is in a temporary folder on the disk of `--folder` and is removed.
 
 Each measurement is a process of its own.
 """
@@ -280,7 +280,7 @@ def _read_memory(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return round(int(line.split()[1]) * 1024 / _MB, 1)
-    raise SystemExit("Needs Linux: /proc/self/status tells the resident memory.")
+    raise SystemExit("Needs Linux: /proc/self/status reports the resident memory.")
 
 
 def _require_room(arguments: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, float]:
-    """Build the model, extract both stores, and return seconds an image of either."""
+    """Build the model, extract both stores, and return the seconds per image of each."""
     torch.set_num_threads(arguments.threads)
     chosen = BuildConfig(prompt="chatml", visual_projection_bias=True)
     built = join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)
@@ -180,7 +180,7 @@ def _describe(
     turns: dict[str, dict[str, list[dict[str, float]]]],
     extraction: dict[str, float],
 ) -> dict[str, Any]:
-    frozen = {m: _summarise(figures) for m, figures in turns["frozen"].items()}
+    frozen = {m: _summarize(figures) for m, figures in turns["frozen"].items()}
     return {
         "command": "python benchmarks/training_efficiency.py "
         + ("--captions captions_val2017.json --long-captions iiw.jsonl " if arguments.captions
@@ -197,22 +197,22 @@ def _describe(
             mode: round(row["samples_per_second"] / frozen["lora"]["samples_per_second"], 1)
             for mode, row in frozen.items()
         },
-        "vision_trained": {m: _summarise(figures) for m, figures in turns["full"].items()},
+        "vision_trained": {m: _summarize(figures) for m, figures in turns["full"].items()},
         "extraction": extraction,
         "times_as_fast_as_lora_with_extraction": {
-            f"{epochs} epochs": _amortise(frozen, extraction, epochs) for epochs in EPOCHS
+            f"{epochs} epochs": _amortize(frozen, extraction, epochs) for epochs in EPOCHS
         },
     }  # fmt: skip
 
 
-def _summarise(figures: list[dict[str, float]]) -> dict[str, float]:
+def _summarize(figures: list[dict[str, float]]) -> dict[str, float]:
     return {
         "samples_per_second": statistics.median(f["samples_per_second"] for f in figures),
         "peak_rss_gb": max(f["peak_rss_gb"] for f in figures),
     }
 
 
-def _amortise(
+def _amortize(
     frozen: dict[str, dict[str, float]], extraction: dict[str, float], epochs: int
 ) -> dict[str, float]:
     """Times as fast as LoRA when what was extracted once is shared by so many epochs."""

@@ -72,7 +72,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The data set, model and stores of `aligning`, which no test may change."""
+    """The dataset, model and stores of `aligning`, which no test may change."""
     from aligning import prepare  # here, since most tests need no model
 
     return prepare(tmp_path_factory.mktemp("aligning"))

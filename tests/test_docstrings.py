@@ -20,11 +20,11 @@ _HEADERS = "Args|Arguments|Attributes|Examples?|Raises|Returns|Yields|Warns|Note
 _INLINE_HEADER = re.compile(rf"^\s*({_HEADERS}):[ \t]+\S", re.MULTILINE)
 _NOT_DOCUMENTED = {"self", "cls"}
 
-# How many docstrings break a rule today; lower it, never raise it.
+# How many docstrings break a rule today, all in the demo; lower it, never raise it.
 PENDING: dict[str, int] = {
     "griffe warns of nothing": 3,
     "section headers are on lines of their own": 4,
-    "every parameter of a public function has an entry": 29,
+    "every parameter of a public function has an entry": 12,
 }
 
 

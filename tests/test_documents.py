@@ -39,7 +39,7 @@ MADE_BY_READERS = (
 VISION_ID = "openai/clip-vit-large-patch14-336"
 HUB_OWNERS = ("microsoft", "meta-llama")  # what follows is a Hub id, not a path
 
-# Each snippet has names of its own, so that it stands alone; one process imports torch once.
+# Each snippet has names of its own, so that it runs alone; one process imports torch once.
 RUN_SNIPPETS = """
 import json, sys
 for title, source in json.load(sys.stdin):

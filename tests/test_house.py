@@ -1,4 +1,4 @@
-"""The rules of this code base, held by tests: sizes, imports, what travels to the Hub."""
+"""The rules of this code base, held by tests: sizes, imports, what is uploaded to the Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_llm2clip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
-# What stands at the package's root without an underscore is copied beside the weights.
+# Files at the package's root without an underscore are copied beside the weights.
 UPLOADED = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
 # Installed wherever transformers, torch and an image library are, or Python's own.
 PRESENT_EVERYWHERE = {
@@ -131,7 +131,7 @@ def test_what_transformers_copies_is_what_python_imports(path: Path) -> None:
     tree = parse(path)
     relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
     for node in relative:
-        # `from . import x` is not seen by transformers, and folders do not travel.
+        # `from . import x` is not seen by transformers, and folders are not uploaded.
         assert node.level == 1 and node.module and "." not in node.module, f"line {node.lineno}"
     # transformers finds relative imports with a regular expression, in docstrings too.
     assert set(get_relative_imports(path)) == {node.module for node in relative}
@@ -140,7 +140,7 @@ def test_what_transformers_copies_is_what_python_imports(path: Path) -> None:
 
 @every_uploaded
 def test_uploaded_files_need_only_what_every_user_has(path: Path) -> None:
-    # get_imports leaves out what stands in `try`, so our own reading of the tree is added.
+    # get_imports leaves out imports in `try`, so our own reading of the tree is added.
     absolute = {
         name.split(".")[0]
         for node in ast.walk(parse(path))

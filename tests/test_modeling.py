@@ -35,7 +35,7 @@ LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
 
 
 def move_padding_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn every row until its real tokens, which stand left, stand right."""
+    """Rotate every row so that its real tokens move from the left to the right."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     turns = (ids.shape[1] - mask.sum(dim=1)).tolist()
     return {

@@ -140,7 +140,7 @@ def test_every_link_leads_to_a_page_and_a_heading(page: Path) -> None:
 
 
 def find_missing_paths(page: Path) -> list[str]:
-    """Return what looks like a path of the repository between backticks, and is none."""
+    """Return texts between backticks that look like paths of the repository but do not exist."""
     quoted = re.findall(r"`([\w.<>-]+(?:/[\w.<>*-]*)+)`", read_prose(page))
     return [
         path

@@ -1,6 +1,6 @@
-"""Make the folder `emoji`: emoji pictures in two drawing styles with names in twelve languages.
+"""Make the folder `emoji`: emoji images in two drawing styles with names in twelve languages.
 
-The pictures and the texts come from four npm packages. Fetch exactly these versions into an empty
+The images and the texts come from four npm packages. Fetch exactly these versions into an empty
 folder (other versions are refused, because the counts and the bytes would differ):
 
     npm install --ignore-scripts --no-audit --no-fund --prefix PACKAGES \
@@ -37,8 +37,8 @@ VERSIONS = {
     DERIVED_NAMES_PACKAGE: "48.2.0",
 }
 LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko")
-PICTURE_SIZE = 64
-PALETTE_COLOURS = 64
+IMAGE_SIZE = 64
+PALETTE_COLORS = 64
 VARIATION_SELECTOR = "\ufe0f"
 FLUENT_COPYRIGHT = "Copyright (c) Microsoft Corporation.\nCopyright (c) 2023 LobeHub"
 
@@ -49,26 +49,26 @@ Names = dict[str, dict[str, list[str]]]
 class Report:
     """What was made and what was left out, by reason."""
 
-    pictures: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     lines: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
 def check_packages(packages: Path) -> None:
     """Raise a ValueError that names every package that is missing or of another version."""
-    faults = []
+    errors = []
     for name, wanted in VERSIONS.items():
         manifest = packages / name / "package.json"
         if not manifest.is_file():
-            faults.append(f"{name}: no {manifest}")
+            errors.append(f"{name}: no {manifest}")
             continue
         found = json.loads(manifest.read_text(encoding="utf-8"))["version"]
         if found != wanted:
-            faults.append(f"{name}: found version {found}, wanted {wanted}")
-    if faults:
+            errors.append(f"{name}: found version {found}, wanted {wanted}")
+    if errors:
         raise ValueError(
             "The npm packages are not the ones this data is made from:\n  "
-            + "\n  ".join(faults)
+            + "\n  ".join(errors)
             + "\nRun the `npm install` line at the top of this script in an empty folder."
         )
 
@@ -112,7 +112,7 @@ def list_emoji(packages: Path, english: Names, report: Report) -> list[dict[str,
         if emoji["category"] == "Component":
             report.left_out["bare skin-tone swatches"] += 1
         elif not emoji["has_img_google"]:
-            report.left_out["emoji without a Noto picture"] += 1
+            report.left_out["emoji without a Noto image"] += 1
         elif not english.get(decode_characters(emoji["group_id"]), {}).get("tts"):
             report.left_out["emoji without an English name"] += 1
         else:
@@ -120,48 +120,48 @@ def list_emoji(packages: Path, english: Names, report: Report) -> list[dict[str,
     return sorted(kept, key=lambda one: (float(one["added_in"]), len(one["name"]), one["group_id"]))
 
 
-def draw_picture(source: Path) -> Image.Image:
-    """Return a picture on white, 64 pixels high and wide, reduced to a palette."""
+def prepare_image(source: Path) -> Image.Image:
+    """Load an image onto white, 64 pixels high and wide, and reduce it to a palette."""
     with Image.open(source) as opened:
-        picture = opened.convert("RGBA")
-    if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
-        picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-    white = Image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture)
-    return white.convert("RGB").quantize(PALETTE_COLOURS, dither=Image.Dither.NONE)
+        image = opened.convert("RGBA")
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white.convert("RGB").quantize(PALETTE_COLORS, dither=Image.Dither.NONE)
 
 
-def is_new(picture: Image.Image, seen: set[bytes]) -> bool:
-    """Tell whether no picture with the same pixels was seen before, and remember this one."""
-    pixels = picture.convert("RGB").tobytes()
+def is_new(image: Image.Image, seen: set[bytes]) -> bool:
+    """Return whether these pixels were not seen before, and remember them."""
+    pixels = image.convert("RGB").tobytes()
     new = pixels not in seen
     seen.add(pixels)
     return new
 
 
-def draw_pictures(
+def prepare_images(
     packages: Path, emoji: dict[str, Any], *, seen: dict[str, set[bytes]], report: Report
 ) -> dict[str, Image.Image]:
-    """Draw an emoji in each style that really has it; nothing if its Noto picture is a repeat.
+    """Prepare an emoji in each style that really has it; nothing if its Noto image is a repeat.
 
     The Fluent package fills Fluent's gap of country flags with Noto's own flags. A second copy of
-    the same drawing is no second style, and its licence is not Fluent's, so those are left out.
+    the same drawing is not a second style, and its license is not Fluent's, so those are left out.
     """
-    folder = packages / EMOJI_PACKAGE / "img" / "google" / str(PICTURE_SIZE)
-    noto = draw_picture(folder / emoji["image"])
+    folder = packages / EMOJI_PACKAGE / "img" / "google" / str(IMAGE_SIZE)
+    noto = prepare_image(folder / emoji["image"])
     if not is_new(noto, seen["noto"]):
-        report.left_out["emoji whose Noto picture repeats another's"] += 1
+        report.left_out["emoji whose Noto image repeats another's"] += 1
         return {}
     fluent = packages / FLUENT_PACKAGE / "assets" / f"{emoji['group_id']}.webp"
     if not fluent.is_file():
-        report.left_out["Fluent pictures: none in the package"] += 1
+        report.left_out["Fluent images: none in the package"] += 1
         return {"noto": noto}
     if emoji["subcategory"] == "country-flag":
-        report.left_out["Fluent pictures: country flags that are Noto's drawings"] += 1
+        report.left_out["Fluent images: country flags that are Noto's drawings"] += 1
         return {"noto": noto}
-    second = draw_picture(fluent)
+    second = prepare_image(fluent)
     if not is_new(second, seen["fluent3d"]):
-        report.left_out["Fluent pictures: repeats of another emoji's"] += 1
+        report.left_out["Fluent images: repeats of another emoji's"] += 1
         return {"noto": noto}
     return {"noto": noto, "fluent3d": second}
 
@@ -169,7 +169,7 @@ def draw_pictures(
 def make_lines(
     emoji: dict[str, Any], styles: list[str], *, names: dict[str, Names], report: Report
 ) -> list[dict[str, Any]]:
-    """Make the lines of one emoji: every style in English, the Noto picture in each language."""
+    """Make the lines of one emoji: every style in English, the Noto image in each language."""
     group_id = emoji["group_id"]
     lines: list[dict[str, Any]] = []
     for language in LANGUAGES:
@@ -194,7 +194,7 @@ def make_lines(
 
 
 def make_data(packages: Path, output: Path) -> Report:
-    """Write the pictures and captions.jsonl, and return the counts."""
+    """Write the images and captions.jsonl, and return the counts."""
     report = Report()
     names = {language: read_names(packages, language) for language in LANGUAGES}
     lines: list[dict[str, Any]] = []
@@ -202,28 +202,28 @@ def make_data(packages: Path, output: Path) -> Report:
     for style in seen:
         (output / "images" / style).mkdir(parents=True)
     for emoji in list_emoji(packages, names["en"], report):
-        pictures = draw_pictures(packages, emoji, seen=seen, report=report)
-        for style, picture in pictures.items():
-            picture.save(output / "images" / style / f"{emoji['group_id']}.png", optimize=True)
-            report.pictures[style] += 1
-        if pictures:
-            lines += make_lines(emoji, list(pictures), names=names, report=report)
+        images = prepare_images(packages, emoji, seen=seen, report=report)
+        for style, image in images.items():
+            image.save(output / "images" / style / f"{emoji['group_id']}.png", optimize=True)
+            report.images[style] += 1
+        if images:
+            lines += make_lines(emoji, list(images), names=names, report=report)
     lines.sort(key=lambda line: (line["group_id"], line["lang"], line["image"]))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (output / "captions.jsonl").write_text(text, encoding="utf-8", newline="\n")
     return report
 
 
-def write_licences(packages: Path, output: Path, *, apache_licence: Path) -> None:
-    """Write the licence texts; where a package brings none, the standard text with its holders."""
+def write_licenses(packages: Path, output: Path, *, apache_license: Path) -> None:
+    """Write the license texts; where a package brings none, the standard text with its holders."""
     mit = (packages / EMOJI_PACKAGE / "LICENSE").read_text(encoding="utf-8")
     holder = next(line for line in mit.splitlines() if line.startswith("Copyright"))
-    if not apache_licence.is_file():
+    if not apache_license.is_file():
         raise ValueError(
-            f"No Apache-2.0 text at {apache_licence}; give the path of one with --apache-licence."
+            f"No Apache-2.0 text at {apache_license}; give the path of one with --apache-license."
         )
     texts = {
-        "noto-emoji-Apache-2.0.txt": apache_licence.read_text(encoding="utf-8"),
+        "noto-emoji-Apache-2.0.txt": apache_license.read_text(encoding="utf-8"),
         "fluent-emoji-MIT.txt": mit.replace(holder, FLUENT_COPYRIGHT),
         "emoji-datasource-MIT.txt": mit,
         "cldr-Unicode-3.0.txt": (packages / NAMES_PACKAGE / "LICENSE").read_text(encoding="utf-8"),
@@ -239,13 +239,13 @@ def write_readme(report: Report, output: Path) -> None:
     languages = "\n".join(f"| {name} | {report.lines[name]} |" for name in LANGUAGES)
     left_out = "\n".join(f"| {why} | {n} |" for why, n in sorted(report.left_out.items()) if n)
     text = README.format(
-        noto=report.pictures["noto"],
-        fluent3d=report.pictures["fluent3d"],
+        noto=report.images["noto"],
+        fluent3d=report.images["fluent3d"],
         lines=report.lines.total(),
         languages=languages,
         left_out=left_out,
-        size=PICTURE_SIZE,
-        colours=PALETTE_COLOURS,
+        size=IMAGE_SIZE,
+        colors=PALETTE_COLORS,
     )
     (output / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
@@ -253,15 +253,15 @@ def write_readme(report: Report, output: Path) -> None:
 README = """\
 # Emoji in two drawing styles, with names in twelve languages
 
-Small pictures with true names: enough to train, search and measure without a download.
+Small images with true names: enough to train, search and measure without a download.
 
 | what | count |
 | --- | --- |
-| pictures in `images/noto` | {noto} |
-| pictures in `images/fluent3d` | {fluent3d} |
+| images in `images/noto` | {noto} |
+| images in `images/fluent3d` | {fluent3d} |
 | lines in `captions.jsonl` | {lines} |
 
-Every picture is a palette PNG on white, {size} x {size} pixels, at most {colours} colours.
+Every image is a palette PNG on white, {size} x {size} pixels, at most {colors} colors.
 
 ## A line
 
@@ -269,12 +269,12 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
      "keywords": ["apple", "diet", "food", "fruit", "health", "red", "ripe"], "lang": "en",
      "style": "noto", "group": "Food & Drink"}}
 
-- One line for each picture and language, sorted by group, language and picture. English lines name
-  both styles, the other languages only the Noto picture.
+- One line for each image and language, sorted by group, language and image. English lines name
+  both styles, the other languages only the Noto image.
 - `group_id`: the code points. Lines with the same `group_id` show the same thing, in whatever
   style; keep them on the same side of a split between training and test.
 - `captions`: the CLDR short name. `keywords`: the CLDR keywords without that name; may be empty.
-- `style` and `group` stand on the English lines only.
+- `style` and `group` are on the English lines only.
 
 | lang | lines |
 | --- | --- |
@@ -286,30 +286,30 @@ Every picture is a palette PNG on white, {size} x {size} pixels, at most {colour
 | --- | --- |
 {left_out}
 
-Within a style no two pictures are the same, and within a language no two groups have the same name.
+Within a style no two images are the same, and within a language no two groups have the same name.
 Some stay hard to tell apart at this size (the flags of Chad and of Romania). Of emoji that Noto
 draws alike (the flags of Norway and of Bouvet Island) the oldest is here, or among equally old ones
 that with the shortest name.
 
-The Fluent package fills in country flags with Noto's drawings. A copy is no second style, so the
-flags of countries and regions are here once, as Noto pictures.
+The Fluent package fills in country flags with Noto's drawings. A copy is not a second style, so the
+flags of countries and regions are here once, as Noto images.
 
-## Sources and licences
+## Sources and licenses
 
-| what | from (npm) | by | licence |
+| what | from (npm) | by | license |
 | --- | --- | --- | --- |
 | `images/noto` | emoji-datasource-google 16.0.0 | Google, Noto Emoji 2.048 | Apache-2.0 |
 | `images/fluent3d` | @lobehub/fluent-emoji-3d 1.1.0 | Microsoft; packed by LobeHub | MIT |
 | `group_id`, `group` | emoji-datasource-google 16.0.0 | Cal Henderson | MIT |
 | `captions`, `keywords` | cldr-annotations-full and -derived-full 48.2.0 | Unicode | Unicode-3.0 |
 
-The Noto Emoji project holds its flag pictures to be in the public domain or otherwise exempt from
-copyright. The licence texts are in `LICENSES/`. Changed here: all pictures were put on white and
+The Noto Emoji project holds its flag images to be in the public domain or otherwise exempt from
+copyright. The license texts are in `LICENSES/`. Changed here: all images were put on white and
 reduced to a palette, the Fluent ones also made smaller; names and keywords are unchanged.
 
 ## How made
 
-`make_emoji.py`, one folder up, tells which packages to fetch and makes this folder from them.
+`make_emoji.py`, one folder up, lists the packages to fetch and makes this folder from them.
 """
 
 
@@ -323,7 +323,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--npm-packages", type=Path, required=True, help="folder of the packages")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; new or empty")
     parser.add_argument(
-        "--apache-licence",
+        "--apache-license",
         type=Path,
         default=Path("/usr/share/common-licenses/Apache-2.0"),
         help="file with the text of the Apache License 2.0 (default: where Debian keeps it)",
@@ -339,9 +339,9 @@ def main() -> None:
         raise ValueError(f"{output} is not empty; remove it or give another --output.")
     check_packages(arguments.npm_packages)
     report = make_data(arguments.npm_packages, output)
-    write_licences(arguments.npm_packages, output, apache_licence=arguments.apache_licence)
+    write_licenses(arguments.npm_packages, output, apache_license=arguments.apache_license)
     write_readme(report, output)
-    print(f"pictures: {dict(report.pictures)}")
+    print(f"images: {dict(report.images)}")
     print(f"lines: {report.lines.total()}, {dict(report.lines)}")
     for reason, count in sorted(report.left_out.items()):
         print(f"left out, {reason}: {count}")

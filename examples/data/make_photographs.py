@@ -1,7 +1,7 @@
 """Make the folder `photographs`: fifteen photographs with captions written for this project.
 
-The pictures are sample data inside the wheels of scikit-image and scikit-learn. Only those are
-used whose licence is stated there and allows it. Fetch the two packages and run:
+The images are sample data inside the wheels of scikit-image and scikit-learn. Only those are
+used whose license is stated there and allows it. Fetch the two packages and run:
 
     pip install scikit-image==0.26.0 scikit-learn==1.9.1
     python make_photographs.py --output photographs
@@ -31,11 +31,11 @@ NO_RESTRICTIONS = "no known copyright restrictions"
 
 
 class Photograph(NamedTuple):
-    """A picture of a wheel, who made it, and two captions: one short, one of 40 to 60 words."""
+    """An image from a wheel, who made it, and two captions: one short, one of 40 to 60 words."""
 
     group_id: str
     path: str
-    licence: str
+    license: str
     source: str
     short: str
     long: str
@@ -215,7 +215,7 @@ PHOTOGRAPHS = (
 
 
 def find_packages() -> dict[str, Path]:
-    """Return the folders of the two packages that hold the pictures."""
+    """Return the folders of the two packages that hold the images."""
     found, missing = {}, []
     for name in ("skimage", "sklearn"):
         spec = find_spec(name)
@@ -231,13 +231,13 @@ def find_packages() -> dict[str, Path]:
     return found
 
 
-def write_picture(source: Path, target: Path) -> None:
+def write_image(source: Path, target: Path) -> None:
     """Write an RGB JPEG of at most 256 pixels on the long side, without EXIF data."""
     with Image.open(source) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    # A new image of the pixels alone: no EXIF, comment or colour profile comes along.
-    clean = Image.frombytes("RGB", picture.size, picture.tobytes())
+        image = opened.convert("RGB")
+    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    # A new image of the pixels alone: no EXIF, comment or color profile comes along.
+    clean = Image.frombytes("RGB", image.size, image.tobytes())
     clean.save(target, quality=JPEG_QUALITY, optimize=True)
 
 
@@ -248,16 +248,16 @@ def make_line(photograph: Photograph) -> str:
         "group_id": photograph.group_id,
         "captions": [photograph.short, photograph.long],
         "lang": "en",
-        "license": photograph.licence,
+        "license": photograph.license,
         "source": photograph.source,
     }
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def write_readme(photographs: list[Photograph], output: Path) -> None:
-    """Write README.md with the count and the attribution of every picture."""
+    """Write README.md with the count and the attribution of every image."""
     rows = "\n".join(
-        f"| `images/{photograph.group_id}.jpg` | {photograph.licence} | {photograph.source} |"
+        f"| `images/{photograph.group_id}.jpg` | {photograph.license} | {photograph.source} |"
         for photograph in photographs
     )
     text = README.format(
@@ -278,10 +278,10 @@ to measure anything with.
 
 | what | count |
 | --- | --- |
-| pictures in `images` | {count} |
+| images in `images` | {count} |
 | lines in `captions.jsonl` | {count} |
 
-Every picture is an RGB JPEG of at most {long_side} pixels on its long side, without EXIF data.
+Every image is an RGB JPEG of at most {long_side} pixels on its long side, without EXIF data.
 
 ## A line
 
@@ -289,24 +289,24 @@ Every picture is an RGB JPEG of at most {long_side} pixels on its long side, wit
      "license": "CC0 1.0", "source": "Stefan van der Walt (via scikit-image)"}}
 
 `captions` holds one short sentence and one description of 40 to 60 words. Both were written for
-this project from looking at the pictures, and have the project's own licence. `license` and
-`source` are those of the picture.
+this project from looking at the images, and have the project's own license. `license` and
+`source` are those of the image.
 
-## Sources and licences
+## Sources and licenses
 
-All pictures come from the wheels of scikit-image {scikit_image} and scikit-learn {scikit_learn},
+All images come from the wheels of scikit-image {scikit_image} and scikit-learn {scikit_learn},
 and were made smaller and compressed anew. What those packages say about each:
 
-| picture | licence | source |
+| image | license | source |
 | --- | --- | --- |
 {rows}
 
-For the two CC BY 2.0 pictures the licence is at https://creativecommons.org/licenses/by/2.0/. The
-text that comes with scikit-learn names the same author for both pictures but links each to its own
+For the two CC BY 2.0 images the license is at https://creativecommons.org/licenses/by/2.0/. The
+text that comes with scikit-learn names the same author for both images but links each to its own
 page; the authors given here are those of the pages.
 
-Not taken: pictures without a stated licence (moon, page, motorcycle), drawings and synthetic
-pictures (horse, logo, colour wheel, chessboard, phantom, text), a hologram of a cell and a very
+Not taken: images without a stated license (moon, page, motorcycle), drawings and synthetic
+images (horse, logo, color wheel, chessboard, phantom, text), a hologram of a cell and a very
 small detail of a retina.
 
 ## How made
@@ -331,11 +331,11 @@ def main() -> None:
     photographs = sorted(PHOTOGRAPHS, key=lambda photograph: photograph.group_id)
     for photograph in photographs:
         package, path = photograph.path.split("/", 1)
-        write_picture(packages[package] / path, output / "images" / f"{photograph.group_id}.jpg")
+        write_image(packages[package] / path, output / "images" / f"{photograph.group_id}.jpg")
     text = "".join(make_line(photograph) for photograph in photographs)
     (output / "captions.jsonl").write_text(text, encoding="utf-8", newline="\n")
     write_readme(photographs, output)
-    print(f"pictures: {len(photographs)}")
+    print(f"images: {len(photographs)}")
 
 
 if __name__ == "__main__":

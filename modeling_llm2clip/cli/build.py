@@ -14,7 +14,7 @@ from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
 # In the place of a tower: the demo's own, which needs no Hub.
 _EMBEDDED = "embedded"
-# What stands in the place of the other tower: (argument, kind) → what it is.
+# A model given in place of the other tower: (argument, modality) → what it is.
 _SWAPPED = {
     ("VISION_MODEL", "text"): "a language model",
     ("TEXT_MODEL", "vision"): "a vision tower",

@@ -110,7 +110,7 @@ class Command:
 
     @cached_property
     def flags(self) -> dict[str, Flag]:
-        """All flags by their names; those of configs stand for their fields.
+        """All flags by their names; a config is replaced by the flags of its fields.
 
         Raises:
             TypeError: Two parameters give one flag.

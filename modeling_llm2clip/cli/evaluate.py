@@ -145,8 +145,9 @@ def _require_extras(
     require(*needs)
     for number, source in enumerate(models):
         types = of_models.model_type
-        kind = types[number % len(types)] if types else None
-        require(*list_needs_of_evaluated(source, kind=kind, revision=of_models.revision))
+        model_type = types[number % len(types)] if types else None
+        revision = of_models.revision
+        require(*list_needs_of_evaluated(source, model_type=model_type, revision=revision))
 
 
 def _require_models(
@@ -233,17 +234,19 @@ def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[Evalu
     return chosen
 
 
-def _choose_flags(of_models: ModelsConfig, source: str, kind: str | None) -> dict[str, str | None]:
+def _choose_flags(
+    of_models: ModelsConfig, source: str, model_type: str | None
+) -> dict[str, str | None]:
     """The flags that suit one model; what a mixture of models is given is for some of them."""
     from ..evaluation.encoders.auto import detect_model_type
 
     path = Path(source)
-    if kind is None and path.is_dir():
-        kind = detect_model_type(path)
+    if model_type is None and path.is_dir():
+        model_type = detect_model_type(path)
     suits = {
         "revision": not path.exists(),
-        "head": kind == "embeddings",
-        "extracted_from": kind == "embeddings",
+        "head": model_type == "embeddings",
+        "extracted_from": model_type == "embeddings",
     }
     return {name: getattr(of_models, name) for name, is_for_it in suits.items() if is_for_it}
 

@@ -1,8 +1,8 @@
-"""What optional packages a command needs for what it was given: told before anything else.
+"""Optional packages that a command needs for its arguments, reported before anything else.
 
-Only file names and `config.json` are read, and neither torch nor transformers is imported. What
-cannot be told in this way, such as the kind of a model that is not downloaded yet, is told by the
-same words where it is first needed.
+Only file names and `config.json` are read, and neither torch nor transformers is imported. Needs
+that cannot be detected in this way, such as those of a model that is not downloaded yet, are
+reported with the same words where they first arise.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def list_needs_of_model(
     """List what a vision tower, or a model that has one, needs.
 
     Args:
-        source: folder or Hub id; only its `config.json` is read, and downloaded if need be.
-        extra: to name instead of the smallest one.
+        source: Folder or Hub id; only its `config.json` is read, and downloaded if need be.
+        revision: Branch, tag or commit of a Hub id.
+        extra: Extra to name instead of the smallest one.
     """
     config = _read_json(source, "config.json", revision) or {}
     tower = config.get("vision_config") or config
@@ -45,41 +46,60 @@ def list_needs_of_model(
 
 
 def list_needs_of_data(source: str | Path, *, extra: str | None = None) -> Iterator[Need]:
-    """List what captioned data need."""
+    """List what captioned data need.
+
+    Args:
+        source: Folder or file.
+        extra: Extra to name instead of the smallest one.
+    """
     path = Path(source)
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
         yield PARQUET if extra is None else PARQUET._replace(extra=extra)
 
 
 def list_needs_of_llm(source: str | Path) -> Iterator[Need]:
-    """List what a language model needs."""
+    """List what a language model needs.
+
+    Args:
+        source: Folder, file or Hub id.
+    """
     if Path(source).suffix == ".gguf":
         yield GGUF
 
 
 def list_needs_of_lora(source: str | Path | None) -> Iterator[Need]:
-    """List what merging a LoRA needs; a folder without one needs nothing."""
+    """List what merging a LoRA needs; a folder without one needs nothing.
+
+    Args:
+        source: Folder or Hub id; None for no LoRA.
+    """
     if source is not None and (not Path(source).is_dir() or (Path(source) / _LORA_FILE).is_file()):
         yield LORA
 
 
 def list_needs_of_evaluated(
-    source: str, *, kind: str | None, revision: str | None
+    source: str, *, model_type: str | None, revision: str | None
 ) -> Iterator[Need]:
-    """List what a model of any kind that can be evaluated needs; its name may stand before it."""
+    """List what a model of any type that can be evaluated needs.
+
+    Args:
+        source: Folder, file or Hub id, or NAME=SOURCE.
+        model_type: Its type; None to detect it.
+        revision: Branch, tag or commit of a Hub id.
+    """
     if not Path(source).exists() and "=" in source:
         source = source.partition("=")[2]
-    if kind is None:
-        kind = _guess_kind(source, revision)
-    if kind == "open_clip":
+    if model_type is None:
+        model_type = _guess_model_type(source, revision)
+    if model_type == "open_clip":
         yield OPEN_CLIP
-    elif kind == "sentence-transformers":
+    elif model_type == "sentence-transformers":
         yield SENTENCE_TRANSFORMERS
     else:
         yield from list_needs_of_model(source, revision=revision)
 
 
-def _guess_kind(source: str, revision: str | None) -> str | None:
+def _guess_model_type(source: str, revision: str | None) -> str | None:
     """Guess the model type where it needs an extra; `detect_model_type` has the last word."""
     if Path(source).is_file():
         return "open_clip"
@@ -99,7 +119,7 @@ def _read_json(source: str | Path, name: str, revision: str | None) -> dict[str,
         return None
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # damaged, which is told with more words where the model is loaded
+    except ValueError:  # damaged, which loading the model reports with more words
         return None
     return content if isinstance(content, dict) else None
 

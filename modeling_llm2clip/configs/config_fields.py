@@ -160,8 +160,8 @@ def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
         The options; a field that the file does not name has its default.
 
     Raises:
-        ValueError: The file is no such YAML, a key is unknown or given twice, or a value is not
-            what its field may be. Every error is named at once.
+        ValueError: The file is not YAML with one mapping, a key is unknown or given twice, or a
+            value is not what its field may be. Every error is named at once.
         OSError: The file cannot be read.
     """
     values = read_yaml(file)
@@ -178,7 +178,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         file: The YAML file.
 
     Raises:
-        ValueError: It is no YAML, not UTF-8, no mapping, or has a key twice.
+        ValueError: The file is not YAML, not UTF-8, not a mapping, or has a key twice.
         OSError: The file cannot be read.
     """
     try:

@@ -64,7 +64,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         source: Where it is.
 
     Raises:
-        ValueError: There is none, it is broken, or a local one is given a revision.
+        ValueError: No checkpoint is there, it is damaged, or a local one is given a revision.
     """
     require_no_revision(source.name, source.revision)
     path = Path(source.name)

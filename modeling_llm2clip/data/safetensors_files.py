@@ -61,7 +61,7 @@ def list_weight_files(path: Path, *, names: Sequence[str] = ("model.safetensors"
         The files, sorted by name.
 
     Raises:
-        ValueError: there is none of these, or a file that the index lists is missing.
+        ValueError: the folder has no such file, or a file that the index lists is missing.
     """
     if path.is_file():
         return [path]

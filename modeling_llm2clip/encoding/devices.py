@@ -17,12 +17,16 @@ _NAME = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 
 
 def is_device_name(name: str) -> bool:
-    """Whether this is one of `DEVICE_NAMES`; says nothing of whether the device is there."""
+    """Return whether a name is one of `DEVICE_NAMES`; the device need not be there.
+
+    Args:
+        name: Name of a device.
+    """
     return _NAME.fullmatch(name) is not None
 
 
 def find_device(name: str | None = "auto") -> torch.device:
-    """Return the device that a name stands for.
+    """Return the device of a name.
 
     Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process.
 
@@ -39,7 +43,7 @@ def find_device(name: str | None = "auto") -> torch.device:
     launched = _is_launched()
     if name is None or name == "auto":
         name = list_devices()[0]
-        if _is_told_to_use_the_cpu() or (launched and name == "mps"):  # one device for several
+        if _is_launched_on_the_cpu() or (launched and name == "mps"):  # one device for several
             name = "cpu"
     if launched and name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
@@ -61,7 +65,14 @@ def list_devices() -> list[str]:
 
 
 def require_device(name: str) -> None:
-    """Raise ValueError for a device that this machine or this torch does not have."""
+    """Raise an error for a device that this machine or this torch does not have.
+
+    Args:
+        name: Name of a device, as torch takes it.
+
+    Raises:
+        ValueError: The device is not there.
+    """
     import torch
 
     try:
@@ -74,7 +85,11 @@ def require_device(name: str) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the name of a device, for a GPU with that of its model."""
+    """Return the name of a device, for a GPU with that of its model.
+
+    Args:
+        device: The device.
+    """
     import torch
 
     if device.type != "cuda":
@@ -84,11 +99,15 @@ def describe_device(device: torch.device) -> str:
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
+    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64.
+
+    Args:
+        tensor: Any tensor.
+    """
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def _is_told_to_use_the_cpu() -> bool:
+def _is_launched_on_the_cpu() -> bool:
     """Whether `accelerate launch` was given `--cpu`, or its configuration says so."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 

@@ -18,9 +18,12 @@ _encoding: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDi
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout, and statistics that batches move, inside; each module gets its mode back.
 
-    A model in training mode would give random embeddings, and a tower with batch normalisation
+    A model in training mode would give random embeddings, and a tower with batch normalization
     would learn from the images that it encodes. Of several threads the last one gives the modes
     back.
+
+    Args:
+        model: Changed in place.
     """
     with _lock:
         passes, training = _encoding.get(model, (0, []))

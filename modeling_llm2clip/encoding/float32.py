@@ -1,7 +1,7 @@
 """Float32 that is float32: no TF32, which keeps 10 bits of a number.
 
-On CUDA torch convolves float32 numbers in TF32 unless it is told otherwise, and programs switch it
-on for matrix products too. Both settings hold for the whole program.
+On CUDA torch convolves float32 numbers in TF32 by default, and programs switch it on for matrix
+products too. Both settings hold for the whole program.
 """
 
 from __future__ import annotations

@@ -189,6 +189,7 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
 
         Args:
             num_proc: Not used.
+            **_: Not used.
         """
         if self.data_loaded:
             return

@@ -34,7 +34,7 @@ GOLDEN_TEXTS = (
 # 0.67 apart, and attention to padding moved one of them by 0.9.
 _SAME_MACHINE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 # Another machine has other kernels too, and may resize images by other library code; in half
-# precision that is no worse than another order of sums (0.03 and 0.14 from float32).
+# precision that costs no more than another order of sums (0.03 and 0.14 from float32).
 _OTHER_MACHINE = {**_SAME_MACHINE, torch.float32: 1e-3}
 
 

@@ -24,7 +24,7 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
         folder: Folder as peft saves it.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The folder has no such file.
     """
     path = folder / LORA_CONFIG
     if not path.is_file():

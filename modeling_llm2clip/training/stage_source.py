@@ -50,7 +50,7 @@ def open_source(source: Source, output: Path) -> Iterator[StageSource]:
         output: Folder of the stage.
 
     Raises:
-        ValueError: The source is none of these.
+        ValueError: The source is something else.
         OSError: The download failed, or the disk is full.
     """
     if isinstance(source, str | Path):

@@ -81,12 +81,24 @@ class ResumedMetricsMixin:
     _is_resumed = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and note whether the run is resumed; arguments as `Trainer.train`."""
+        """Train, and note whether the run is resumed.
+
+        Args:
+            resume_from_checkpoint: Checkpoint to continue from, as `Trainer.train` takes it.
+            *args: Further arguments of `Trainer.train`.
+            **kwargs: Further arguments of `Trainer.train`.
+        """
         self._is_resumed = resume_from_checkpoint is not None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what is true of this run; arguments as `Trainer.log`."""
+        """Log metrics, without those of the whole run where the run was resumed.
+
+        Args:
+            logs: Metrics by name.
+            *args: Further arguments of `Trainer.log`.
+            **kwargs: Further arguments of `Trainer.log`.
+        """
         if self._is_resumed or self.state.global_step < self.state.max_steps:
             logs = {name: value for name, value in logs.items() if not _is_of_whole_run(name)}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -153,7 +153,7 @@ def test_a_quantized_gguf_file_is_saved_as_an_ordinary_model(
     assert again.config._name_or_path == "saved"  # a name, and no path of this machine
 
 
-# What is no language model
+# Models without a language model
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ class Mixing(torch.nn.Module):
 
 
 class LeakyPadding(torch.nn.Module):
-    """Sees both ways, padding included."""
+    """Bidirectional over all positions, padding included."""
 
     def __init__(self, *layers: torch.nn.Module) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class LeakyPadding(torch.nn.Module):
 
 
 def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
-    # The second layer lets no token see another, which is no error of it.
+    # The second layer mixes no positions, which is not an error.
     model = LeakyPadding(Mixing(), torch.nn.Linear(8, 8))
     errors = find_attention_errors(model)  # type: ignore[arg-type]
     assert len(errors) == 1

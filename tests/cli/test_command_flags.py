@@ -113,8 +113,8 @@ def refuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("name", WITH_DEVICE)
 def test_no_flag_can_be_abbreviated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told = refuse([name, "--devic", "cpu"], capsys)
-    assert told.startswith(f"llm2clip {name}: Unknown flag --devic. Did you mean --device?")
+    shown = refuse([name, "--devic", "cpu"], capsys)
+    assert shown.startswith(f"llm2clip {name}: Unknown flag --devic. Did you mean --device?")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_no_flag_can_be_abbreviated(name: str, capsys: pytest.CaptureFixture[str
         (["serach"], 'Did you mean "search"?'),
         (["--versoin"], "Unknown flag --versoin. Did you mean --version?"),
         (["align", "m", "d", "o", "--batch", "4"], "Did you mean --global-batch-size?"),
-        (["align", "m", "d", "o", "--lr", "1"], "Unknown flag --lr."),
+        (["align", "m", "d", "o", "--rate", "1"], "Unknown flag --rate."),
         # Without the pre-check the parser would only say that --source-format is required.
         (["convert", "a", "b", "--source-formt", "openai"], "Did you mean --source-format?"),
         (["align", "m", "d", "o", "--vision-training", "Lora"], 'Did you mean "lora"?'),
@@ -229,11 +229,11 @@ def test_what_a_device_cannot_do_is_an_error_with_a_remedy(
 
     put_in_place_of_doctor(monkeypatch, fail)
     assert main(["doctor", "model"]) == 2
-    told = capsys.readouterr().err
-    assert str(error) in told and remedy in told
+    shown = capsys.readouterr().err
+    assert str(error) in shown and remedy in shown
 
 
-def test_a_type_error_of_our_own_is_no_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_error_of_our_own_does_not_blame_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: str, /) -> int:
         """Fails."""
         return len(3)  # type: ignore[arg-type]
@@ -407,18 +407,18 @@ import contextlib, io, json, sys
 from modeling_llm2clip.__main__ import main
 answers = []
 for words in json.load(sys.stdin):
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
         code = main(words)
     costly = [name for name in {COSTLY!r} if name in sys.modules]
-    answers.append([code, told.getvalue(), costly])
+    answers.append([code, shown.getvalue(), costly])
     if costly:
         break
 print(json.dumps(answers))
 """
 
 
-def test_what_cannot_run_is_told_before_anything_costly_is_imported(
+def test_what_cannot_run_is_refused_before_anything_costly_is_imported(
     places: dict[str, str],
 ) -> None:
     given = [
@@ -435,9 +435,9 @@ def test_what_cannot_run_is_told_before_anything_costly_is_imported(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads(done.stdout.splitlines()[-1])
-    for (words, message), (code, told, costly) in zip(REFUSED_AT_ONCE, answers, strict=False):
-        assert code == 2 and message in told, f"{words}: wanted {message!r}, got {code}: {told}"
-        assert told.startswith(f"llm2clip {words[0]}: "), told
+    for (words, message), (code, shown, costly) in zip(REFUSED_AT_ONCE, answers, strict=False):
+        assert code == 2 and message in shown, f"{words}: wanted {message!r}, got {code}: {shown}"
+        assert shown.startswith(f"llm2clip {words[0]}: "), shown
         assert not costly, f"{words}: {costly} were imported first. Check before the imports."
     assert len(answers) == len(REFUSED_AT_ONCE)
     assert not Path(places["NEW"]).exists()

@@ -39,7 +39,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("arguments", [["no-such-command"], [], ["doctor"]])
-def test_what_is_no_command_exits_with_2_and_names_the_help(
+def test_an_unknown_command_exits_with_2_and_names_the_help(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -85,7 +85,7 @@ def test_doctor_finds_what_build_writes_healthy(
     assert "FAILED" not in report
 
 
-def test_a_whole_model_is_no_language_model(
+def test_a_whole_model_is_not_a_language_model(
     built: Path, towers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["build", towers[0], str(built), str(tmp_path / "new"), "--prompt", "llama-3"]
@@ -112,7 +112,7 @@ def test_a_whole_model_is_no_language_model(
     ids=lambda command: command[0],
 )
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="asks for what is absent")
-def test_a_device_that_is_not_there_is_told_before_a_model_is_read(
+def test_a_device_that_is_not_there_is_reported_before_a_model_is_read(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = tmp_path / "model", tmp_path / "data"
@@ -166,7 +166,7 @@ def test_doctor_exits_with_2_for_a_folder_that_is_not_there(
      ["extract", "MODEL", "DATA", "OUTPUT", "--check-images", "--modality", "text"]],
     ids=lambda command: " ".join(command[::4]),
 )  # fmt: skip
-def test_broken_images_are_all_told_before_a_model_is_loaded(
+def test_broken_images_are_all_reported_before_a_model_is_loaded(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_broken_images(tmp_path / "data")
@@ -248,7 +248,7 @@ ABSENT = "/nowhere"
     ],
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_what_cannot_be_built_is_told_before_anything_is_loaded(
+def test_what_cannot_be_built_is_refused_before_anything_is_loaded(
     command: list[str],
     message: str,
     tmp_path: Path,
@@ -274,7 +274,7 @@ def test_what_cannot_be_built_is_told_before_anything_is_loaded(
     assert not Path(output).exists()
 
 
-def copy_with_cut_weights(folder: Path, target: Path) -> Path:
+def copy_with_truncated_weights(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     file = target / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -282,7 +282,7 @@ def copy_with_cut_weights(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["vision", "llm", "model"])
-def test_cut_weights_are_told_in_one_line_with_their_folder(
+def test_truncated_weights_are_reported_in_one_line_with_their_folder(
     place: str,
     towers: tuple[str, str],
     built: Path,
@@ -290,21 +290,21 @@ def test_cut_weights_are_told_in_one_line_with_their_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = {"vision": Path(towers[0]), "llm": Path(towers[1]), "model": built}
-    cut = str(copy_with_cut_weights(whole[place], tmp_path / "cut"))
+    damaged = str(copy_with_truncated_weights(whole[place], tmp_path / "truncated"))
     output = str(tmp_path / "new")
     if place == "model":
-        command = ["export", cut, output]
+        command = ["export", damaged, output]
     else:
-        pair = (cut, towers[1]) if place == "vision" else (towers[0], cut)
+        pair = (damaged, towers[1]) if place == "vision" else (towers[0], damaged)
         command = ["build", *pair, output, "--prompt", "llama-3"]
     assert main(command) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llm2clip")]
-    assert len(told) == 1
-    assert f"{cut}: a weight file is truncated or damaged" in told[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llm2clip")]
+    assert len(lines) == 1
+    assert f"{damaged}: a weight file is truncated or damaged" in lines[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
-def test_weights_that_cannot_be_written_are_told_in_one_line(
+def test_weights_that_cannot_be_written_are_reported_in_one_line(
     towers: tuple[str, str], tmp_path: Path
 ) -> None:
     limited = (

@@ -25,7 +25,7 @@ class StageConfig(DeviceConfig):
     """Peak learning rate."""
     is_merged: bool = True
     """Merge."""
-    prefix: str | None = None
+    prompt_prefix: str | None = None
     """Text in front. Default: none."""
     text_pairs: tuple[tuple[Path, float], ...] = ()
     """FILE and WEIGHT. Default: none."""
@@ -134,9 +134,9 @@ def test_what_is_not_given_has_the_default_of_the_dataclass() -> None:
 def test_a_library_that_is_imported_besides_changes_nothing() -> None:
     """The parser validates by pydantic where another package has imported it."""
     pytest.importorskip("pydantic")
-    words = ("stage", "m", "--labels", "none", "--prefix", "none", "--names", "null")
+    words = ("stage", "m", "--labels", "none", "--prompt-prefix", "none", "--names", "null")
     _, _, config, changes, labels, _ = run(*words)
-    assert config == StageConfig(prefix="none", names=("null",))
+    assert config == StageConfig(prompt_prefix="none", names=("null",))
     assert (changes, labels) == ({}, Path("none"))
 
 
@@ -151,8 +151,8 @@ def test_a_flag_that_is_given_once_each_leaves_arguments_after_it() -> None:
 
 def test_a_value_may_begin_with_hyphens() -> None:
     words = ("stage", "m", "--labels", "l")
-    assert run(*words, "--prefix=--query: ")[2].prefix == "--query: "
-    assert run(*words, "--prefix", "-- end")[2].prefix == "-- end"
+    assert run(*words, "--prompt-prefix=--query: ")[2].prompt_prefix == "--query: "
+    assert run(*words, "--prompt-prefix", "-- end")[2].prompt_prefix == "-- end"
 
 
 def test_underscores_are_hyphens() -> None:
@@ -166,7 +166,7 @@ def test_underscores_are_hyphens() -> None:
         ("stge", 'Did you mean "stage"?'),
         ("--versoin", "Unknown flag --versoin. Did you mean --version?"),
         ("stage --label l", "Unknown flag --label. Did you mean --labels?"),
-        ("stage m --steps 3", "Unknown flag --steps. Did you mean --max-steps?"),
+        ("stage m --num-steps 3", "Unknown flag --num-steps. Did you mean --max-steps?"),
         ("stage m --max-step 3", "Unknown flag --max-step. Did you mean --max-steps?"),
         ("stage m --hidden 3", "Unknown flag --hidden."),
         ("stage m --labels l --mode Lora", 'Did you mean "lora"?'),
@@ -181,27 +181,27 @@ def test_underscores_are_hyphens() -> None:
         ("stage --labels l", "MODEL is missing."),
         ("stage m o x --labels l", "Unexpected arguments: x."),
         ("stage m --labels", "--labels needs a value"),
-        ("stage m --labels l --prefix --device cpu", "--prefix needs a value"),
+        ("stage m --labels l --prompt-prefix --device cpu", "--prompt-prefix needs a value"),
         ("stage m --labels l -x", "Unknown option: -x."),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line_with_what_was_meant(
     words: str, message: str
 ) -> None:
-    told = refuse(*words.split())
-    assert message in told
-    assert told.endswith(" --help`.")
+    shown = refuse(*words.split())
+    assert message in shown
+    assert shown.endswith(" --help`.")
 
 
 def test_every_wrong_value_is_named_at_once() -> None:
-    told = refuse("stage", "m", "--max-steps", "0", "--learning-rate", "-1", "--top-k", "0")
+    shown = refuse("stage", "m", "--max-steps", "0", "--learning-rate", "-1", "--top-k", "0")
     for part in (
         "--max-steps 0 must",
         "--learning-rate -1.0 must",
         "--top-k 0 must",
         "--labels is",
     ):
-        assert part in told
+        assert part in shown
 
 
 @pytest.mark.parametrize("name", LINE.commands)
@@ -239,8 +239,8 @@ def test_a_wrong_file_of_options_is_refused_by_its_name(
 ) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text)
-    told = refuse("stage", "m", "--labels", "l", "--config", str(file))
-    assert message in told and str(file) in told
+    shown = refuse("stage", "m", "--labels", "l", "--config", str(file))
+    assert message in shown and str(file) in shown
 
 
 def test_a_file_of_options_that_is_not_there_is_named() -> None:
@@ -278,7 +278,7 @@ def test_the_help_of_the_program_lists_commands_in_groups(
         ("mode='lora' runs", "--mode 'lora' runs"),
         ("mode is a plain word", "mode is a plain word"),
         ("is_merged=False keeps", "--no-is-merged keeps"),
-        ("`prefix` is", "--prefix is"),
+        ("`prompt_prefix` is", "--prompt-prefix is"),
         ("/data/max_steps/x: gone", "/data/max_steps/x: gone"),
         ("/data/max_steps=5/x: gone", "/data/max_steps=5/x: gone"),
         ("'max_steps' is a column", "'max_steps' is a column"),

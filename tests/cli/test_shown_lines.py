@@ -62,9 +62,9 @@ def run_commands(folder: Path, *lines: str) -> list[tuple[str, str, str]]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    told = [stream.replace("\r", "\n").split("=== ")[1:] for stream in (done.stdout, done.stderr)]
-    names = [part.splitlines()[0] for part in told[0]]
-    return list(zip(names, *told, strict=True))
+    streams = [text.replace("\r", "\n").split("=== ")[1:] for text in (done.stdout, done.stderr)]
+    names = [part.splitlines()[0] for part in streams[0]]
+    return list(zip(names, *streams, strict=True))
 
 
 def find_bars(shown: str, stage: str) -> list[str]:

@@ -35,7 +35,7 @@ def make_records(captions: Sequence[tuple[str, ...]]) -> list[CaptionedImage]:
     ]  # fmt: skip
 
 
-def test_images_with_one_caption_are_counted_and_named_with_both_ways_around_them() -> None:
+def test_images_with_one_caption_are_counted_and_named_with_the_ways_around_them() -> None:
     with pytest.raises(
         ValueError, match=r"2 of 2 .* one caption only.*0\.jpg \(captions\.jsonl line 1\)"
     ) as refused:

@@ -69,7 +69,7 @@ CASES = {
         edit_json("tokenizer.json", lambda t: t.update(post_processor=None)),
         "prompt", r"does not begin with the prompt \[",
     ),
-    "suffix cut": Case(
+    "suffix truncated": Case(
         edit_json("tokenizer.json", lambda t: t["post_processor"]["single"].pop()),
         "prompt", r"does not end with the prompt's suffix \[",
     ),
@@ -97,7 +97,7 @@ CASES = {
         set_weight("visual_projection.weight", lambda w: w[:-1]),
         "weights", r"shape \(1; saved, expected\).*visual_projection.weight",
     ),
-    "weight file cut": Case(
+    "weight file truncated": Case(
         truncate("model.safetensors"), "weights", r"copy: a weight file is truncated"
     ),
     "weight file lost": Case(

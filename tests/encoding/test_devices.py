@@ -1,4 +1,4 @@
-"""Which device a command runs on: one choice, checked first, told where there was one."""
+"""Which device a command runs on: one choice, checked first, printed where there was one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_named_device_that_is_not_there_is_an_error(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"device='{name}' is not there"):
             ask(name)
-    if name != "abacus":  # which is no name of a device at all
+    if name != "abacus":  # which no device has as a name
         with pytest.raises(ValueError, match=f"device='{name}' is not there"):
             evaluate("owner/model", "emoji", EvaluationConfig(device=name))
 
@@ -103,7 +103,7 @@ def test_launched_processes_without_a_gpu_are_on_the_cpu(machine: Any) -> None:
     assert find_device("auto") == find_device("cpu") == torch.device("cpu")
 
 
-def test_auto_is_the_cpu_where_the_launcher_was_told_so(
+def test_auto_is_the_cpu_where_the_launcher_says_so(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(num_gpus=2, local_rank=1)
@@ -123,7 +123,7 @@ def test_the_alignment_refuses_an_unknown_device(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "name", "told"),
+    ("there", "name", "printed"),
     [
         ({}, "auto", ""),
         ({}, "cpu", ""),
@@ -133,17 +133,17 @@ def test_the_alignment_refuses_an_unknown_device(device: str) -> None:
         ({"mps": True}, "auto", "Device: mps (--device auto).\n"),
     ],
 )
-def test_the_device_is_told_where_there_was_something_to_choose(
-    there: Any, name: str, told: str, machine: Any, capsys: pytest.CaptureFixture[str]
+def test_the_device_is_printed_where_there_was_something_to_choose(
+    there: Any, name: str, printed: str, machine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine(**there)
     choose_device(name)
     shown = capsys.readouterr()
-    assert (shown.out, shown.err) == ("", told)
+    assert (shown.out, shown.err) == ("", printed)
 
 
 def test_the_trainer_runs_on_the_device_that_was_named(tmp_path: Path) -> None:
-    # "meta" stands for a GPU that is not the first, which transformers would never choose.
+    # "meta" takes the place of a GPU that is not the first, which transformers would never choose.
     device = torch.device("meta")
     try:
         arguments = training_arguments_on(device, TrainingArguments, output_dir=str(tmp_path))

@@ -141,7 +141,7 @@ def test_another_setting_or_weight_is_another_revision_and_the_same_model_the_sa
     assert changed.revision != model.mteb_model_meta.revision and changed.use_instructions is True
 
 
-def test_mteb_is_told_what_the_model_is(model):
+def test_mteb_gets_the_metadata_of_the_model(model):
     assert isinstance(model, EncoderProtocol)
     meta, network = model.mteb_model_meta, shared_model()[0]
     assert (meta.name, meta.modalities) == ("local/tiny", ["image", "text"])

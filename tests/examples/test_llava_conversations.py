@@ -135,7 +135,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(parts: Path) -> 
 # The data
 
 
-def test_every_error_of_the_instructions_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_of_the_instructions_is_reported_at_once(tmp_path: Path) -> None:
     write_data(tmp_path / "data", count=12)
     (tmp_path / "data" / "01.jpg").write_bytes(b"no image")
     human, gpt = {"from": "human", "value": "<image> a?"}, {"from": "gpt", "value": "a"}
@@ -198,7 +198,7 @@ def hash_images(*images: ImageSource) -> str:
     return hash_conversations([Conversation("c", image, turns) for image in images])
 
 
-def test_the_hash_of_conversations_tells_images_apart_and_knows_a_moved_folder(
+def test_the_hash_of_conversations_distinguishes_images_and_knows_a_moved_folder(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("old/coco", "old/gqa"):
@@ -217,7 +217,7 @@ def test_the_hash_of_conversations_tells_images_apart_and_knows_a_moved_folder(
     assert before != hash_images(*(new / name for name in names))
 
 
-def test_the_hash_of_conversations_tells_packed_images_apart(tmp_path: Path) -> None:
+def test_the_hash_of_conversations_distinguishes_packed_images(tmp_path: Path) -> None:
     file = tmp_path / "packed"
     file.write_bytes(b"images")
     images = [
@@ -227,19 +227,19 @@ def test_the_hash_of_conversations_tells_packed_images_apart(tmp_path: Path) -> 
     assert len({hash_images(image) for image in images}) == len(images)
 
 
-def test_captions_of_a_language_that_is_not_there_are_told_with_those_that_are(
+def test_captions_of_a_language_that_is_not_there_are_refused_with_those_that_are(
     parts: Path,
 ) -> None:
     with pytest.raises(ValueError, match=r"in the language 'fr'; there are \['en'\]"):
         conversations_of_captions(load_records(parts / "data"), lang="fr")
 
 
-def test_a_file_that_is_no_list_or_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_list_or_a_missing_folder_is_named(tmp_path: Path) -> None:
     file = tmp_path / "instructions.json"
     file.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         read_conversations(file, tmp_path / "lost")
-    with pytest.raises(ValueError, match=r"instructions\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"instructions\.json is not JSON"):
         read_conversations(file, tmp_path)
     file.write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no list"):

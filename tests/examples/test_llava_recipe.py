@@ -93,12 +93,12 @@ def test_the_tower_and_the_llm_are_joined_unchanged(parts: Path) -> None:
     assert torch.equal(model.lm_head.weight[:old], llm.lm_head.weight)
 
 
-def test_an_llm_that_sees_both_ways_is_refused(parts: Path, tmp_path: Path) -> None:
+def test_an_llm_that_is_bidirectional_is_refused(parts: Path, tmp_path: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(parts / "llm")
     llm.config.is_causal = False
     llm.save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(parts / "llm").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="sees both ways"):
+    with pytest.raises(ValueError, match="bidirectional"):
         build_llava(parts / "tower", tmp_path)
 
 
@@ -299,7 +299,7 @@ def test_a_run_is_not_continued_with_other_images_but_with_a_moved_folder(
         run(moved, resume=True)
 
 
-def test_a_question_that_is_too_long_is_left_out_told_and_recorded(
+def test_a_question_that_is_too_long_is_left_out_reported_and_recorded(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(11)]
@@ -346,7 +346,7 @@ def test_conversations_without_images_train_too_but_not_sharded(
         run(tmp_path / "sharded")
 
 
-def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path) -> None:
+def test_bad_options_are_reported_together_and_before_a_model_is_loaded(parts: Path) -> None:
     with pytest.raises(ValueError, match=r"global_batch_size=0.*learning_rate=0"):
         LlavaConfig(learning_rate=0, global_batch_size=0)
 
@@ -370,18 +370,18 @@ def test_bad_settings_are_told_together_and_before_a_model_is_loaded(parts: Path
 
 
 @pytest.mark.parametrize(
-    ("rank", "alpha", "told"),
+    ("rank", "alpha", "named"),
     [(0, 16, "rank=0"), (4, 0, "alpha=0"), (4, -3, "alpha=-3"), (-1, 0, "rank=-1 and alpha=0")],
 )
 def test_a_lora_without_rank_or_scale_is_refused_before_anything_is_read(
-    parts: Path, monkeypatch: pytest.MonkeyPatch, rank: int, alpha: int, told: str
+    parts: Path, monkeypatch: pytest.MonkeyPatch, rank: int, alpha: int, named: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+    with pytest.raises(ValueError, match=rf"A LoRA of {named}, wanted at least 1"):
         train_projector_and_llm(build(parts)[0], rank=rank, alpha=alpha)
     flags = ["--lora-rank", str(rank), "--lora-alpha", str(alpha)]
     absent = [str(parts / name) for name in ("no-model", "no-data", "no-images", "run")]
     monkeypatch.setattr(sys, "argv", ["tune_instructions.py", *absent, *flags])
-    with pytest.raises(ValueError, match=rf"A LoRA of {told}, wanted at least 1"):
+    with pytest.raises(ValueError, match=rf"A LoRA of {named}, wanted at least 1"):
         tune_instructions.main()
 
 

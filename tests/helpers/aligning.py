@@ -1,4 +1,4 @@
-"""A tiny data set, its model and its stores, for the tests of the alignment."""
+"""A tiny dataset, its model and its stores, for the tests of the alignment."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TOWERS = ("text_model.", "vision_model.")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Folders of a data set, its model and its stores."""
+    """Folders of a dataset, its model and its stores."""
 
     data: Path
     model: Path
@@ -150,7 +150,7 @@ def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
 def write_color_data(folder: Path, *, count: int) -> Path:
     """Write images of four colored squares, with two captions that name the colors in order.
 
-    Even towers with random weights tell colors and words apart, so that a linear fit finds what the
+    Even towers with random weights separate colors and words, so that a linear fit finds what the
     two sides share.
     """
     folder.mkdir(parents=True)
@@ -231,9 +231,9 @@ def names_that_differ(one: Path, other: Path) -> set[str]:
 
 
 def skip_where_transformers_renames(vision: str) -> None:
-    """transformers 5.6 renames weights of the other parts too when a half has a DINOv3 tower.
+    """transformers 5.6 renames weights of the other parts too when a model has a DINOv3 tower.
 
-    Strict loading says so. 5.24 does not; what lies between was not tried.
+    Strict loading says so. 5.24 does not; the versions between were not tried.
     """
     if vision == "dinov3_vit" and Version(transformers_version) < Version("5.24"):
         pytest.skip(f"transformers {transformers_version} cannot load a part with DINOv3")

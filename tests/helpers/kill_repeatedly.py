@@ -4,7 +4,7 @@
     python tests/helpers/kill_repeatedly.py --times 5 --again=--resume --at run.json \
         --at '.model-*' FOLDER -- align MODEL DATA {output}
 
-The command first runs undisturbed into FOLDER/undisturbed, which also tells how long it takes until
+The command first runs undisturbed into FOLDER/undisturbed, which also shows how long it takes until
 it writes and until it ends. Then it runs into FOLDER/killed-0, is killed (SIGKILL) at a random
 moment, and run again, so often that about as much work as there is passes between the kills. If it
 completes before it has died often enough, another round begins in FOLDER/killed-1, and so on. With
@@ -158,8 +158,8 @@ class Runs:
     def require_success(self, life: Life) -> None:
         """Exit with the end of the log when a run failed."""
         if life.code:
-            told = self.log.read_text()[-2000:]
-            raise SystemExit(f"exit code {life.code}; the log ends with:\n{told}")
+            tail = self.log.read_text()[-2000:]
+            raise SystemExit(f"exit code {life.code}; the log ends with:\n{tail}")
 
 
 def _list_names(folder: Path, pattern: str = "*") -> set[Path]:

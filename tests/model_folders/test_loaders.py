@@ -96,11 +96,11 @@ def see_classes(keep, source, given):
     encoder = AutoModelForTextEncoding.from_pretrained(source, **given)
     assert type(encoder).__name__ == "LLM2CLIPTextModel" and not hasattr(encoder, "vision_model")
     keep("AutoModelForTextEncoding text", encoder(**texts).pooler_output)
-    text_half = find_class("LLM2CLIPTextModel", source, given).from_pretrained(source, **given)
-    keep("LLM2CLIPTextModel text", text_half(**texts).pooler_output)
-    vision_half = find_class("LLM2CLIPVisionModel", source, given).from_pretrained(source, **given)
-    assert not hasattr(vision_half, "text_model")
-    keep("LLM2CLIPVisionModel image", vision_half(**images).pooler_output)
+    text_model = find_class("LLM2CLIPTextModel", source, given).from_pretrained(source, **given)
+    keep("LLM2CLIPTextModel text", text_model(**texts).pooler_output)
+    vision_model = find_class("LLM2CLIPVisionModel", source, given).from_pretrained(source, **given)
+    assert not hasattr(vision_model, "text_model")
+    keep("LLM2CLIPVisionModel image", vision_model(**images).pooler_output)
 
 def see_pipelines(keep, source, given):
     classify = pipeline("zero-shot-image-classification", model=source, **given)

@@ -27,7 +27,7 @@ STATED = CardData(
     text_license="llama3.2",
     training_data=("owner/images", "my own photographs"),
     results=(
-        CardResult("retrieval", "COCO", {"text_to_image_r1": 0.5, "image_to_text_r1": 0.625}),
+        CardResult("retrieval", "COCO", {"t2i_r1": 0.5, "i2t_r1": 0.625}),
         CardResult("zero-shot", "ImageNet", {"top1": 0.75}),
     ),
 )
@@ -52,8 +52,8 @@ def test_the_hubs_parser_gives_the_same_results_back(card: ModelCard) -> None:
     wanted = [
         EvalResult(task, data, data, name, value)
         for task, data, name, value in (
-            ("retrieval", "COCO", "text_to_image_r1", 0.5),
-            ("retrieval", "COCO", "image_to_text_r1", 0.625),
+            ("retrieval", "COCO", "t2i_r1", 0.5),
+            ("retrieval", "COCO", "i2t_r1", 0.625),
             ("zero-shot", "ImageNet", "top1", 0.75),
         )
     ]

@@ -25,7 +25,7 @@ from modeling_llm2clip.model_folders.model_writing import (
 )
 from modeling_llm2clip.model_folders.weights import LazyTensor
 
-RESULT = CardResult("retrieval", "COCO", {"text_to_image_r1": 0.5})
+RESULT = CardResult("retrieval", "COCO", {"t2i_r1": 0.5})
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: P
             "accuracy": {**interval, "chance": 0.125},
             "languages": {"de": {"hit_rate_at_1": 0.5}},
             "buckets": [{"hit_rate_at_1": interval}],
-            "share_cut_by_this_encoder": None,
+            "share_truncated": None,
         },
     }  # fmt: skip
     (result,) = read_card_results([write_json(tmp_path / "coco.json", written)])

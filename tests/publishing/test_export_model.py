@@ -28,9 +28,9 @@ from modeling_llm2clip.model_folders.model_card_data import CardData, CardResult
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.publishing.export_model import export_model
 
-RESULT = CardResult("retrieval", "COCO", {"text_to_image_r1": 0.5})
+RESULT = CardResult("retrieval", "COCO", {"t2i_r1": 0.5})
 CLASS_OF = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
-# One law of equal weights: they may lie at other addresses, whose alignment picks other kernels.
+# One law of equal weights: they may be at other addresses, whose alignment picks other kernels.
 ADDRESSES = 1e-6
 LOAD_WITHOUT_THE_PACKAGE = """
 import json, sys
@@ -144,7 +144,7 @@ def test_another_dtype_is_healthy_and_drops_what_was_measured_before(
     assert next(c for c in report.checks if c.name == "weight dtype").message.endswith("bfloat16")
     assert read_card_data(folder).results == ()
     file = tmp_path / "results.json"
-    file.write_text('{"task": "retrieval", "dataset": "COCO", "scores": {"text_to_image_r1": 0.5}}')
+    file.write_text('{"task": "retrieval", "dataset": "COCO", "scores": {"t2i_r1": 0.5}}')
     given = export_model(source, tmp_path / "measured", replace(settings, results=(file,)))
     assert read_card_data(given).results == (RESULT,)
 

@@ -251,7 +251,7 @@ def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
-def test_a_name_that_is_no_hub_id_is_refused(repo_id: str) -> None:
+def test_a_name_that_is_not_a_hub_id_is_refused(repo_id: str) -> None:
     with pytest.raises(ValueError, match=r"owner/name|repo"):
         require_repo_id(repo_id)
 

@@ -83,19 +83,19 @@ def test_the_best_images_are_those_of_the_greatest_cosine(images: Path) -> None:
 def test_an_index_that_is_built_is_opened_again_without_encoding(
     images: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery = Path(shutil.copytree(images, tmp_path / "gallery"))
-    built = ImageIndex.build(model_folder, gallery, tmp_path / "index")
-    found = built.search([SENTENCES[0], gallery / "3.png"], top_k=3)
-    assert found[1].hits[0][0] == found[1].query_image == gallery / "3.png"
+    searched = Path(shutil.copytree(images, tmp_path / "searched"))
+    built = ImageIndex.build(model_folder, searched, tmp_path / "index")
+    found = built.search([SENTENCES[0], searched / "3.png"], top_k=3)
+    assert found[1].hits[0][0] == found[1].query_image == searched / "3.png"
     assert str(found[0]).splitlines()[0] == SENTENCES[0]
     monkeypatch.setattr(embedding_cache, "encode_images", None)
     opened = ImageIndex.open(tmp_path / "index")
     assert torch.equal(opened.image_embeds, built.image_embeds)
-    assert opened.search([SENTENCES[0], gallery / "3.png"], top_k=3) == found
-    draw_noise(seed=99).save(gallery / "new.png")
-    with pytest.warns(UserWarning, match="1 of 11 images in .*gallery are not in .*index"):
+    assert opened.search([SENTENCES[0], searched / "3.png"], top_k=3) == found
+    draw_noise(seed=99).save(searched / "new.png")
+    with pytest.warns(UserWarning, match="1 of 11 images in .*searched are not in .*index"):
         assert len(ImageIndex.open(tmp_path / "index")) == 10
-    moved = gallery.rename(tmp_path / "moved")
+    moved = searched.rename(tmp_path / "moved")
     with pytest.warns(UserWarning, match="1 of 11 images"):
         opened = ImageIndex.open(tmp_path / "index", model=model_folder, image_dir=moved)
     assert torch.equal(opened.image_embeds, built.image_embeds)
@@ -195,9 +195,9 @@ def test_broken_images_are_named_or_left_out_and_counted(
 def test_kept_embeddings_spare_what_was_encoded_before(
     images: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gallery = Path(shutil.copytree(images, tmp_path / "gallery"))
+    searched = Path(shutil.copytree(images, tmp_path / "searched"))
     kept = tmp_path / "kept" / "embeddings.safetensors"
-    command = ["search", model_folder, str(gallery), "a dog", "--top-k", "20"]
+    command = ["search", model_folder, str(searched), "a dog", "--top-k", "20"]
 
     def search(*flags: str) -> tuple[str, str]:
         assert main([*command, *flags]) == 0
@@ -207,10 +207,10 @@ def test_kept_embeddings_spare_what_was_encoded_before(
 
     keep = ("--index", str(kept))
     assert search(*keep)[0] == f"10 images, 0 of them known; embeddings in {kept}."
-    (gallery / "1.png").rename(gallery / "other name.png")
-    shutil.copy(gallery / "3.png", gallery / "copy of 3.png")
-    (gallery / "5.png").unlink()
-    draw_noise(seed=77).save(gallery / "7.png")
+    (searched / "1.png").rename(searched / "other name.png")
+    shutil.copy(searched / "3.png", searched / "copy of 3.png")
+    (searched / "5.png").unlink()
+    draw_noise(seed=77).save(searched / "7.png")
     report, found = search(*keep)
     assert report == f"10 images, 9 of them known; embeddings in {kept}."
     assert search("--no-keep-index") == (

@@ -155,7 +155,7 @@ def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_fo
     )  # fmt: skip
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     assert torch.equal(found[0]["together"], found[1]["together"])
-    # Five captions a group: four groups here, three there, then all seven by itself.
+    # Five captions per group: four groups here, three there, then all seven by itself.
     assert [each["counts"] for each in found] == [[20, 35], [15, 35]]
     for each in found:
         assert each["wait"] == LONGEST_WAIT

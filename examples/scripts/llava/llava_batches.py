@@ -33,7 +33,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         tokens: what the tower makes of an image.
         wording: `"plain"` puts an answer right behind the image, as step 1 of LLaVA does;
             `"chat"` words the turns as the tokenizer's chat template does.
-        max_length: most tokens, those of the image included; the rest of an answer is cut.
+        max_length: most tokens, those of the image included; longer answers are truncated.
         skip_invalid: leave invalid conversations out and count their errors, instead of raising.
 
     Attributes:
@@ -95,7 +95,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return encoded
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Token ids and labels, not yet cut; image tokens and all that is asked are -100."""
+        """Token ids and labels, not yet truncated; image tokens and all that is asked are -100."""
         pieces = self._word(conversation)
         text = "".join(piece for piece, _ in pieces)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

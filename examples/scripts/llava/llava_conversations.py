@@ -27,7 +27,7 @@ from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
-PLACEHOLDER = "<image>"  # where the image stands in a question
+PLACEHOLDER = "<image>"  # where the image is in a question
 _FIELDS = {"id", "image", "conversations", "model"}
 _SPEAKERS = ("human", "gpt")
 
@@ -39,8 +39,8 @@ class Conversation:
     Attributes:
         name: for errors.
         image: what it is about; None for a conversation in words alone.
-        turns: questions and their answers. The first question holds the placeholder once where
-            there is an image. A question that is the placeholder alone is a caption's.
+        turns: questions and their answers. With an image, the first question holds the placeholder
+            once. For a caption, the question is the placeholder alone.
     """
 
     name: str
@@ -108,7 +108,7 @@ def read_conversations(
     Returns: the conversations in the file's order, at least one, and errors by kind.
     Raises:
         DataValidationError: what is wrong, how many of each kind, and where first.
-        ValueError: the file is no JSON list, the folder is missing, or nothing is left.
+        ValueError: the file is not a JSON list, the folder is missing, or nothing is left.
     """
     errors, counts = ErrorCollector(), Counter[str]()
     conversations: list[Conversation] = []
@@ -138,11 +138,11 @@ def _note(found: Sequence[str], place: str, errors: ErrorCollector, counts: Coun
 
 def _read_list(file: Path, images: Path) -> list[Any]:
     if not images.is_dir():
-        raise ValueError(f"images={str(images)!r} is no folder. Give the images' folder.")
+        raise ValueError(f"images={str(images)!r} is not a folder. Give the images' folder.")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}). Give LLaVA's list.") from error
+        raise ValueError(f"{file} is not JSON ({error}). Give LLaVA's list.") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file} holds no list of conversations. Give LLaVA's list.")
     return entries

@@ -22,7 +22,7 @@ from visual_tokens import LLAVA_LAYER, VisualTokens, find_visual_tokens
 
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 
-_PROBE = "What does the image show? A red car in front of a house."
+_CHECKED_TEXT = "What does the image show? A red car in front of a house."
 _FAMILIES = "Take Llama, Mistral, Qwen2, Qwen3, OLMo 2, or another whose logits are its head's own."
 _KEYS_SHOWN = 8
 
@@ -40,7 +40,7 @@ def build_llava(
         layer: of the tower's hidden states, whose patches the LLM sees.
         chat_template: for a tokenizer that has none, or instead of its own.
     Raises: ValueError when a weight is missing or has no place, the tower has no tokens to give, or
-        the LLM is one that sees both ways, or would be another one inside these classes.
+        the LLM is bidirectional, or would be another one inside these classes.
     """
     vision_tower, image_processor = load_vision_tower(tower, allow_missing_pooler=True)
     tokens = find_visual_tokens(vision_tower, image_processor, layer=layer)
@@ -166,8 +166,8 @@ def _load_llm(source: str | Path) -> tuple[Any, Any]:
         )
     if getattr(model.config, "is_causal", True) is False:
         raise ValueError(
-            f"{source} is an LLM that sees both ways, an encoder of captions. Give the LLM that "
-            "it was made from: this one has to write."
+            f"{source} is a bidirectional LLM, an encoder of captions. Give the causal LLM that it "
+            "was made from: LLaVA generates text."
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
@@ -212,7 +212,7 @@ def _refuse_another_llm(
     source: str | Path, causal_lm: Any, model: LlavaForConditionalGeneration, tokenizer: Any
 ) -> None:
     """Refuse an LLM that does more behind its head, which LLaVA's classes do not know of."""
-    ids = tokenizer(_PROBE, return_tensors="pt")["input_ids"]
+    ids = tokenizer(_CHECKED_TEXT, return_tensors="pt")["input_ids"]
     own = causal_lm(input_ids=ids).logits
     joined = model(input_ids=ids).logits
     difference, largest = (own - joined).abs().max().item(), own.abs().max().item()

@@ -111,8 +111,8 @@ def rank_retrieval(
         device: Where tiles are computed; None for the device of the images' embeddings.
 
     Raises:
-        ValueError: Counts or widths do not fit, a dtype is no float dtype, a row has a NaN, or the
-            memory is too little for one tile.
+        ValueError: Counts or widths do not fit, a dtype is not a float dtype, a row has a NaN, or
+            the memory is too little for one tile.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
     device = torch.device(device) if device is not None else image_embeds.device

@@ -1,7 +1,7 @@
 """A score against the length of the text, and how much of it a 77-token encoder never sees.
 
 With images, each caption retrieves its image from all images. Without, each long caption is split
-near its middle, and the first half retrieves the second from the second halves of all captions: a
+near its middle, and the first half retrieves its second half from those of all captions: a
 question to a text encoder alone.
 
 A length in one model's tokens cannot be compared with another model's, so all texts are measured

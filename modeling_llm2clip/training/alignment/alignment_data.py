@@ -181,7 +181,7 @@ class AlignmentDataset(Dataset[Any]):
 def _add_noise(
     embeds: Tensor, noise: float, samples: Sequence[tuple[int, int]], *, seed: int, side: int
 ) -> Tensor:
-    """Move stored embeddings, (B, D), by a random vector of about this share of their length."""
+    """Add noise to stored embeddings, (B, D), of about this share of their length."""
     width = embeds.shape[1]
     normal = sample_normal([(seed, epoch, item, side) for epoch, item in samples], width)
     length = embeds.norm(dim=1, keepdim=True)

@@ -41,7 +41,7 @@ def describe_alignment(output: Path) -> list[str]:
 
 
 def make_caution(results: Mapping[str, Any]) -> str | None:
-    """Make the warning on the model card; None for a model that needs none.
+    """Make the warning on the model card; None if no warning is needed.
 
     Args:
         results: Of the run.

@@ -1,4 +1,4 @@
-"""Which images a step sees, and which caption of each: functions of the seed alone.
+"""Sampling of images, and of a caption for each: a function of seed and step alone.
 
 There is no state between steps and no shared generator, so a run that is resumed, or has another
 number of workers or processes, samples the same.

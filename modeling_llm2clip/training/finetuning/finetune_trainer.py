@@ -66,12 +66,22 @@ class FinetuneTrainer(
     steps_per_epoch: int
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log passes over the data as the epoch; arguments as `Trainer.log`."""
+        """Log metrics, with passes over the data as the epoch.
+
+        Args:
+            logs: Metrics by name.
+            *args: Further arguments of `Trainer.log`.
+            **kwargs: Further arguments of `Trainer.log`.
+        """
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         super().log(logs, *args, **kwargs)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Collect nothing for a card: what is trained is not published as it is."""
+        """Collect nothing for a model card, since this LoRA is not published as it is.
+
+        Args:
+            default_args_dict: Not used.
+        """
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.encoder.trained_weights, step=self.state.global_step)
@@ -81,7 +91,11 @@ class FinetuneTrainer(
         self.encoder.load_lora(Path(checkpoint_path))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a step; arguments as `Trainer.training_step`.
+        """Make a step.
+
+        Args:
+            *args: Arguments of `Trainer.training_step`.
+            **kwargs: Arguments of `Trainer.training_step`.
 
         Raises:
             FloatingPointError: The loss is not finite.

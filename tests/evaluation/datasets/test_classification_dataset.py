@@ -67,7 +67,7 @@ def test_repeated_class_names_are_reported_or_their_classes_skipped(tmp_path: Pa
     assert (found.class_names, found.labels) == (("tench", "goldfish"), (0, 0, 1))
     assert found.protocol["skipped"] == {"class name repeated": 2, "not an image": 1}
     assert found.protocol["images_of_skipped_classes"] == 4
-    assert found.protocol["skipped_samples"] == 5  # those four, and what is no image
+    assert found.protocol["skipped_samples"] == 5  # those four, and the file that is not an image
     shutil.rmtree(folder / "val" / "n99")
     mapping = (folder / "LOC_synset_mapping.txt").read_text(encoding="utf-8")
     (folder / "LOC_synset_mapping.txt").write_text(mapping.replace("n99 goldfish\n", ""), "utf-8")

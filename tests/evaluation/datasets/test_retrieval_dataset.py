@@ -56,7 +56,7 @@ def spoil_coco(folder: Path) -> None:
     (folder / "val2014" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
 
 
-SPOILT = {
+SKIPPED = {
     "fewer than 5 captions": 1,
     "image repeated": 1,
     "image missing": 1,
@@ -71,7 +71,7 @@ def test_all_errors_of_a_dataset_are_reported_at_once(tmp_path: Path) -> None:
     folder = write_coco_test(tmp_path)
     spoil_coco(folder)
     wrong = {"wrong number of images": 1, "wrong number of captions": 1}
-    assert errors_of(COCO, folder) == {**SPOILT, **wrong}
+    assert errors_of(COCO, folder) == {**SKIPPED, **wrong}
 
 
 def test_skipped_samples_are_counted_and_leave_the_others_in_place(
@@ -81,7 +81,7 @@ def test_skipped_samples_are_counted_and_leave_the_others_in_place(
     spoil_coco(folder)
     found = load_dataset(COCO, folder, skip_invalid=True)
     assert isinstance(found, RetrievalDataset)
-    assert found.protocol["skipped"] == SPOILT
+    assert found.protocol["skipped"] == SKIPPED
     assert found.protocol["skipped_samples"] == 7
     assert found.image_names == (COCO_NAMES[0], COCO_NAMES[2])
     assert found.captions == (*captions_of(0), *captions_of(2))

@@ -46,7 +46,7 @@ def test_the_length_task_scores_each_bucket_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "halves"),
+    ("text", "parts"),
     [
         ("One dog. Two cats sleep here. Three.", ("One dog.", "Two cats sleep here. Three.")),
         ("a dog on a mat", ("a dog", "on a mat")),
@@ -55,8 +55,8 @@ def test_the_length_task_scores_each_bucket_by_itself(tmp_path: Path) -> None:
         ("dog.", None),
     ],
 )
-def test_a_text_is_split_near_its_middle(text: str, halves: tuple[str, str] | None) -> None:
-    assert split_in_half(text) == halves
+def test_a_text_is_split_near_its_middle(text: str, parts: tuple[str, str] | None) -> None:
+    assert split_in_half(text) == parts
 
 
 def test_without_images_a_first_half_retrieves_its_second(tmp_path: Path) -> None:

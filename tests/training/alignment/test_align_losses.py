@@ -37,7 +37,7 @@ def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_pat
     assert read_tensorboard_losses(tmp_path / "run") == wanted
 
 
-def test_the_last_step_is_logged_whatever_lies_between_two_logs(
+def test_the_last_step_is_logged_whatever_the_steps_between_two_logs(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     prepared.align(tmp_path / "each", max_steps=3)

@@ -46,8 +46,8 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
             process.send_signal(by)
             break
         time.sleep(0.002)
-    told = process.communicate(timeout=240)[0]
-    assert process.returncode != 0, f"it ended before it was killed: {told[-1500:]}"
+    log = process.communicate(timeout=240)[0]
+    assert process.returncode != 0, f"it ended before it was killed: {log[-1500:]}"
     return process.returncode
 
 

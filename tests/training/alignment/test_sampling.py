@@ -61,11 +61,11 @@ def test_every_epoch_shows_every_image_once_in_another_order() -> None:
 
 def test_processes_share_the_batches_of_one() -> None:
     settings: dict[str, Any] = {"batch_size": 4, "num_steps": 5, "seed": 0}
-    halves = [
+    shares = [
         ResumableBatchSampler(range(10), rank=rank, num_processes=2, **settings)
         for rank in range(2)
     ]
-    for whole, *parts in zip(ResumableBatchSampler(range(10), **settings), *halves, strict=True):
+    for whole, *parts in zip(ResumableBatchSampler(range(10), **settings), *shares, strict=True):
         assert whole == parts[0] + parts[1]
 
 

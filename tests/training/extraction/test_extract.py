@@ -347,11 +347,11 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
             other = tmp_path / entries[0]
             parts[0].save_pretrained(other)
             parts[1].save_pretrained(other)
-        with pytest.raises(ValueError, match="holds another store") as told:
+        with pytest.raises(ValueError, match="holds another store") as raised:
             extract_captions(other, data, folder, config)
         for entry in entries:
-            assert f"{entry}: " in str(told.value), entry
-        assert str(told.value).count(" in the store, ") == len(entries)
+            assert f"{entry}: " in str(raised.value), entry
+        assert str(raised.value).count(" in the store, ") == len(entries)
         assert read_bytes(folder) == undisturbed
 
     changed = tiny_model(max_text_length=128)
@@ -486,7 +486,7 @@ def test_images_are_stored_once_and_found_by_every_record(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (
             ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
@@ -499,10 +499,10 @@ def test_images_are_stored_once_and_found_by_every_record(
     ],
 )
 def test_a_flag_of_the_other_extraction_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert main(["extract", "no-model", "no-data", str(tmp_path / "store"), *flags]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_broken_image_is_named_and_whole_shards_stay(
@@ -511,10 +511,10 @@ def test_a_broken_image_is_named_and_whole_shards_stay(
     records = load_records(images)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    spoilt = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
+    with_broken = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
     config = replace(EXACT, rows_per_shard=4)
     with pytest.raises(ValueError, match=r"broken\.png"):
-        extract(model, spoilt, tmp_path / "store", config, modality="image")
+        extract(model, with_broken, tmp_path / "store", config, modality="image")
     assert {0, 1} <= set(list_complete_shards(tmp_path / "store"))
 
 

@@ -157,7 +157,7 @@ def test_skipped_images_with_one_caption_are_reported_and_recorded(tmp_path, cap
         "--no-merge",
     ]
     assert main(command) == 2
-    assert "2 of 26 images" in (told := capsys.readouterr().err) and "--skip-single" in told
+    assert "2 of 26 images" in (shown := capsys.readouterr().err) and "--skip-single" in shown
     assert main([*command, "--skip-single-captions"]) == 0
     assert "Skipped 2 images with one caption only." in capsys.readouterr().out
     record = json.loads((output / "run.json").read_text())["inputs"]

@@ -110,9 +110,9 @@ def test_fsdp_is_refused_before_anything_runs(tmp_path, monkeypatch):
 def test_text_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, capsys, weight):
     flags = ["--text-pairs", "pairs.jsonl", weight]
     assert main(["finetune-llm", "a-model", "no-data", str(tmp_path / "run"), *flags]) == 2
-    assert "--text-pairs" in (told := capsys.readouterr().err)
+    assert "--text-pairs" in (shown := capsys.readouterr().err)
     wanted = {"much": 'unable to convert "much" into float', "inf": "finite", "nan": "finite"}
-    assert wanted.get(weight, "must be above 0") in told
+    assert wanted.get(weight, "must be above 0") in shown
 
 
 def test_text_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):

@@ -61,8 +61,8 @@ def test_no_text_pair_shows_a_caption_that_is_held_out(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:
     _, held_out, _ = hold_out_groups(GROUPS, 4, seed=SHORT.seed)
-    spoilt = [TextPair("x", "x", "y", (held_out[0].captions[1],)), *TEXT_PAIRS]
-    file = write_pairs(tmp_path / "pairs.jsonl", spoilt)
+    with_held_out = [TextPair("x", "x", "y", (held_out[0].captions[1],)), *TEXT_PAIRS]
+    file = write_pairs(tmp_path / "pairs.jsonl", with_held_out)
     tuned = tune(tmp_path / "run", replace(SHORT, max_steps=None, text_pairs=[(file, 1.0)]))
     assert tuned.results["num_text_pairs_lost"] == 1
     shown = {text for texts in seen for text in texts}

@@ -95,7 +95,7 @@ def test_rows_that_do_not_pair_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Any]]:
-    """Run both halves of the batch in two processes over gloo, once for all tests."""
+    """Run a batch shared by two processes over gloo, once for all tests."""
     folder = tmp_path_factory.mktemp("gloo")
     model, processor = tiny_model()
     save_model(model, processor, folder / "exported")
@@ -106,43 +106,43 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, 
 
 @pytest.mark.parametrize("kind", ["plain", "chunked"])
 def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, kind: str) -> None:
-    halves, whole = [half[kind] for half in two_processes[2]], loss_and_gradients(WHOLE)
-    mean = {name: sum(half[name] for half in halves) / 2 for name in ("loss", "scale")}
+    parts, whole = [part[kind] for part in two_processes[2]], loss_and_gradients(WHOLE)
+    mean = {name: sum(part[name] for part in parts) / 2 for name in ("loss", "scale")}
     for name, value in mean.items():
         torch.testing.assert_close(value, whole[name], **ROUNDING)
     for name in ("image", "text"):
         # Distributed training divides by the number of processes.
-        rows = torch.cat([half[name] for half in halves]) / 2
+        rows = torch.cat([part[name] for part in parts]) / 2
         torch.testing.assert_close(rows, whole[name], **ROUNDING)
 
 
 def test_gathering_gives_the_gradients_of_torch(two_processes: Any) -> None:
-    for half in two_processes[2]:
+    for part in two_processes[2]:
         # A sum of two numbers is the same in either order.
-        assert torch.equal(half["gathered"]["rows"], half["gathered by torch"]["rows"])
+        assert torch.equal(part["gathered"]["rows"], part["gathered by torch"]["rows"])
 
 
 @pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])
 def test_two_processes_give_every_gradient_of_the_model_that_one_gives(
     two_processes: Any, wrapped_by: str
 ) -> None:
-    folder, batch, halves = two_processes
+    folder, batch, parts = two_processes
     model = load_trained(folder / "exported")
     loss = backward_module(model, batch, WHOLE)
-    mean = (halves[0][f"{wrapped_by}_loss"] + halves[1][f"{wrapped_by}_loss"]) / 2
+    mean = (parts[0][f"{wrapped_by}_loss"] + parts[1][f"{wrapped_by}_loss"]) / 2
     torch.testing.assert_close(mean, loss, **ROUNDING)
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert {"logit_scale.log_scale", "visual_projection.weight"} < set(wanted)
     assert any(name.startswith("vision_model.") for name in wanted)
-    for half in halves:
-        assert set(half[wrapped_by]) == set(wanted)
+    for part in parts:
+        assert set(part[wrapped_by]) == set(wanted)
         for name, gradient in wanted.items():
             # Two layers of float32 sums in another order, gradients of about 1.
             torch.testing.assert_close(
-                half[wrapped_by][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
+                part[wrapped_by][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
             )
 
 
 def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
-    for half in two_processes[2]:
-        assert half["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32
+    for part in two_processes[2]:
+        assert part["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32

