@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from ordinary_clip import (
-    OrdinaryClipArguments,
+    OrdinaryClipConfig,
     build_ordinary_clip,
     encode_tower,
     save_ordinary_clip,
@@ -186,7 +186,7 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     tower = AutoModel.from_pretrained(fetch_tower(EFFICIENTNET)).timm_model
     features = None
     for steps in arguments.steps:
-        settings = OrdinaryClipArguments(steps=steps, batch_size=arguments.batch_size)
+        settings = OrdinaryClipConfig(steps=steps, batch_size=arguments.batch_size)
         name, folder = f"ordinary CLIP, {steps} steps", work / f"ordinary-clip-{steps}"
         record, wanted = folder / "training.json", {**asdict(settings), "images": len(chosen)}
         if record.is_file():

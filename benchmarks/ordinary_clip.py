@@ -35,7 +35,7 @@ _ROUNDING = 1e-4  # sums of float32 in another order, over a few layers
 
 
 @dataclass(frozen=True)
-class OrdinaryClipArguments:
+class OrdinaryClipConfig:
     """Sizes and training of the baseline.
 
     Attributes:
@@ -56,7 +56,7 @@ class OrdinaryClipArguments:
     seed: int = 0
 
 
-def build_ordinary_clip(vision_tower: nn.Module, arguments: OrdinaryClipArguments) -> Any:
+def build_ordinary_clip(vision_tower: nn.Module, arguments: OrdinaryClipConfig) -> Any:
     """Join a frozen EfficientNet-Lite0 and an untrained text transformer."""
     torch.manual_seed(arguments.seed)
     model = open_clip.model.CustomTextCLIP(**_configure(arguments))
@@ -81,7 +81,7 @@ def train_ordinary_clip(
     model: Any,
     records: Sequence[CaptionedImage],
     features: Tensor,
-    arguments: OrdinaryClipArguments,
+    arguments: OrdinaryClipConfig,
 ) -> list[float]:
     """Train text tower, projections and temperature in place; returns the loss of every step."""
     _center(model, features)
@@ -102,7 +102,7 @@ def train_ordinary_clip(
 
 
 def _sample_batches(
-    texts: Sequence[Tensor], arguments: OrdinaryClipArguments
+    texts: Sequence[Tensor], arguments: OrdinaryClipConfig
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Yield rows of images, each image once an epoch, and the ids of one text of each."""
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -118,7 +118,7 @@ def _sample_batches(
 
 
 def _descend(
-    losses: Iterable[Tensor], parameters: Sequence[nn.Parameter], arguments: OrdinaryClipArguments
+    losses: Iterable[Tensor], parameters: Sequence[nn.Parameter], arguments: OrdinaryClipConfig
 ) -> list[float]:
     """Take a step of AdamW down each loss; return them."""
     optimizer = torch.optim.AdamW(
@@ -145,7 +145,7 @@ def _compute_loss(model: Any, features: Tensor, ids: Tensor, group_ids: Tensor) 
     return ContrastiveLoss()(LossInputs(image_embeds, text_embeds, scale, group_ids))
 
 
-def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipArguments) -> Path:
+def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipConfig) -> Path:
     """Save it as open_clip's Hub repositories lie."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {
@@ -168,7 +168,7 @@ _PREPROCESSING = {
 }
 
 
-def _configure(arguments: OrdinaryClipArguments) -> dict[str, Any]:
+def _configure(arguments: OrdinaryClipConfig) -> dict[str, Any]:
     return {
         "embed_dim": arguments.embed_dim,
         "vision_cfg": {

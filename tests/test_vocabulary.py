@@ -1,7 +1,7 @@
 """The words that this project does not use: each thing has one name, the field's own.
 
 Single words, spelling and excluded files are in `typos.toml`, which the spell checker reads too;
-phrases and flags, which it cannot see, are here. What is pending may only shrink.
+phrases and flags, which it cannot see, are here.
 """
 
 from __future__ import annotations
@@ -27,17 +27,6 @@ else:
 ROOT = Path(__file__).parent.parent
 RECORDED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
-# What is left, in the demo alone. A row that occurs nowhere moves to `PHRASES` or `FLAGS`; a word
-# goes.
-PENDING_PHRASES = {
-    r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|(?<!fine-)tuned on captions": "fine-tuned, …",
-    r"\b(?!Bound|Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
-}  # fmt: skip
-PENDING_FLAGS = {
-    r"--images\b": "--image-dir",
-}  # fmt: skip
-PENDING_WORDS = frozenset({"aeroplane", "gallery", "lies", "told"})
-
 # Banned phrase, a regular expression in which a space is any white space: the field's term.
 PHRASES: dict[str, str] = {
     # Things
@@ -47,10 +36,12 @@ PHRASES: dict[str, str] = {
     r"\b(find|read|list|hash)_sets?\b": "find_dataset, load_dataset, list_datasets, hash_dataset",
     r"\b(Retrieval|Classification|Choice)Set\b": "RetrievalDataset, …",
     r"\b(accept|merge|write)_adapter": "accept_lora, merge_lora, write_lora",
+    r"tune[-_]captions|caption[-_ ]tun(ed|ing|e)|(?<!fine-)tuned on captions": "fine-tuned, …",
     r"(caption|llm)[-_ ]adapters?": "caption LoRA, LLM LoRA",
     r"KeyedBatch|keyed_contrastive|gather_keys": "group_id",
     r"\bdraw_(captions?|pairs|batch(es)?|golden)": "sample_…, render_…",
     r"\b[A-Z]\w*Settings\b": "…Config",
+    r"\b(?!Bound|Hf|Training|\w*TrainingArguments)[A-Z]\w*Arguments\b": "…Config",
     r"tell_kind|model_kind|kinds? of (a )?models?": "model type",
     r"(Text|Vision|text|vision|image|other|either)[ _-]?[Hh]alf\b": "text-only, vision-only model",
     r"\b(is|are|was|were|texts?|captions?)[ _]cut\b": "truncated",
@@ -69,6 +60,7 @@ PHRASES: dict[str, str] = {
 }  # fmt: skip
 # Banned flag of a command: the one spelling over all commands.
 FLAGS: dict[str, str] = {
+    r"--images\b": "--image-dir",
     r"--(steps|epochs|lr|vision-lr)\b": "--max-steps, --num-train-epochs, --learning-rate, …",
     r"--(prefix|suffix)\b": "--prompt-prefix, --prompt-suffix",
     r"--vectors\b": "--index",
@@ -215,11 +207,11 @@ def test_a_notebook_is_read_without_its_recorded_outputs(tmp_path: Path) -> None
     ],
 )
 def test_a_phrase_is_found_and_what_resembles_it_is_not(text: str, is_banned: bool) -> None:
-    patterns = [*PHRASES, *PENDING_PHRASES, *FLAGS, *PENDING_FLAGS]
-    assert any(compile_phrase(pattern).search(text) for pattern in patterns) == is_banned
+    found = any(compile_phrase(pattern).search(text) for pattern in (*PHRASES, *FLAGS))
+    assert found == is_banned
 
 
-@pytest.mark.parametrize("word", sorted(read_words().keys() - PENDING_WORDS))
+@pytest.mark.parametrize("word", sorted(read_words()))
 def test_a_banned_word_occurs_nowhere(word: str) -> None:
     assert find_everywhere().get(word, []) == [], f"write {read_words()[word]!r}"
 
@@ -235,8 +227,8 @@ def test_a_flag_has_one_spelling(flag: str) -> None:
 
 
 def test_spelling_is_american() -> None:
-    known = read_words().keys() | PENDING_WORDS
-    assert {word: found for word, found in find_everywhere().items() if word not in known} == {}
+    found = {word: at for word, at in find_everywhere().items() if word not in read_words()}
+    assert found == {}
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
@@ -246,11 +238,4 @@ def test_keys_of_recorded_results_use_no_banned_word(path: Path) -> None:
     # Paths, names of models and captions are data that became keys.
     names = {key for key in keys if re.fullmatch(r"[a-z][a-z0-9_]*", key)}
     parts = {part for key in names for part in key.split("_")}
-    assert parts & read_words().keys() - PENDING_WORDS == set()
-
-
-def test_what_is_pending_still_occurs() -> None:
-    gone = [word for word in PENDING_WORDS if word not in find_everywhere()]
-    gone += [phrase for phrase in PENDING_PHRASES if not find_phrase(phrase)]
-    gone += [flag for flag in PENDING_FLAGS if not find_flag(flag)]
-    assert sorted(gone) == [], "these hold now: take them out of what is pending"
+    assert parts & read_words().keys() == set()

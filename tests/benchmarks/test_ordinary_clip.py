@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tiny_encoders import TEXTS, save_tiny_images
 
 from benchmarks.ordinary_clip import (
-    OrdinaryClipArguments,
+    OrdinaryClipConfig,
     build_ordinary_clip,
     encode_tower,
     save_ordinary_clip,
@@ -35,7 +35,7 @@ def test_the_baseline_learns_and_is_evaluated_as_it_was_trained(tmp_path: Path) 
     (tmp_path / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     records = load_records(tmp_path / "data")
     tower = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-    arguments = OrdinaryClipArguments(steps=40, batch_size=8, width=64, layers=2, embed_dim=32)
+    arguments = OrdinaryClipConfig(steps=40, batch_size=8, width=64, layers=2, embed_dim=32)
     model = build_ordinary_clip(tower, arguments)
     features = encode_tower(model, records)
     losses = train_ordinary_clip(model, records, features, arguments)
