@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tabulate import tabulate
@@ -21,6 +21,8 @@ from ..data.splits import split_records
 from ..encoding.devices import find_device
 from ..evaluation.datasets.dataset_registry import read_data
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
+from ..training.alignment.held_out import count_held_out
+from ..training.finetuning.pair_sampling import count_held_out as count_tuning_held_out
 from ..training.run_folder import RUN_FILE, read_results
 from ..training.trainer_mixins import computes_in_bfloat16
 from .tower_sizes import TowerSize, measure_tower
@@ -225,6 +227,16 @@ def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
     return config.align.text_training == "stored", config.align.vision_training == "frozen"
 
 
+def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
+    """List what is evaluated on: the held-out records, if there are any, and further datasets.
+
+    Args:
+        config: The recipe.
+        test: The held-out records.
+    """
+    return [*([test] if test else []), *config.eval_datasets]
+
+
 def show_seconds(seconds: float) -> str:
     """Show a duration in its largest unit.
 
@@ -316,7 +328,9 @@ class _Planner:
         for record in self.train:
             texts = (*record.captions, *record.long_captions)
             captions.setdefault(record.group_id, set()).update(texts)
-        num_pairs = config.num_pairings * sum(-(-len(t) // 2) for t in captions.values())
+        pairs = [-(-len(texts) // 2) for texts in captions.values() if len(texts) > 1]
+        trained_ratio = 1 - count_tuning_held_out(len(pairs), config) / max(1, len(pairs))
+        num_pairs = config.num_pairings * round(sum(pairs) * trained_ratio)
         batch_size = config.per_device_train_batch_size
         num_steps = config.max_steps or max(
             1, round(config.num_train_epochs * (num_pairs // batch_size))
@@ -349,17 +363,20 @@ class _Planner:
 
     def _plan_alignment(self) -> PlannedStage:
         config, trained = self.config.align, self.config.align.vision_training
-        num_items = round(len(self.train) * (1 - config.held_out_ratio))
+        num_groups = max(1, len({record.group_id for record in self.train}))
+        num_held_out = count_held_out(num_groups, config.held_out_ratio)
+        num_items = round(len(self.train) * (1 - num_held_out / num_groups))
         batch_size = choose_batch_size(config, num_items, 1)
         num_steps = count_steps(config, num_items, batch_size)
         num_shown = batch_size * num_steps
         flops: float | None = 0.0
         if trained != "frozen":
-            passes = 3 if trained == "full" or config.gradient_checkpointing else 2
+            passes = (3 if trained == "full" else 2) + config.gradient_checkpointing
             per_image = self._flops_per_token(self.vision, passes=passes)
             flops = _times(per_image, num_shown * self.vision.tokens_per_image)
         if config.text_training != "stored" and flops is not None:
-            passes = 1 if config.text_training == "frozen-online" else 2
+            is_frozen = config.text_training == "frozen-online"
+            passes = 1 if is_frozen else 2 + config.gradient_checkpointing
             per_token = self._flops_per_token(self.text, passes=passes)
             tokens = num_shown * self.num_tokens / max(1, self.num_texts)
             online = _times(per_token, tokens)
@@ -378,7 +395,11 @@ class _Planner:
         )
 
     def _flops_per_token(self, tower: TowerSize, *, passes: int) -> float | None:
-        """Two operations per weight and pass; the backward pass through a layer counts as one."""
+        """Two operations per weight and pass.
+
+        Passes are forward, backward, the gradients of the weights if they are trained themselves,
+        and forward again where activations are recomputed.
+        """
         return None if tower.num_parameters is None else 2.0 * passes * tower.num_parameters
 
     def _count_model_bytes(self, dtype: str | None) -> int | None:
