@@ -281,7 +281,7 @@ def test_sigterm_stops_in_good_order_and_the_same_call_continues(
 MOMENTS = (
     "run.json", ".built-*", "built", "fine-tuned/run.json", "fine-tuned/checkpoints/checkpoint-2",
     "fine-tuned/lora", "fine-tuned/.model-*", "fine-tuned/model", "captions/*", "images/*",
-    "aligned/run.json", "aligned/checkpoints/checkpoint-2", "aligned/best.safetensors",
+    "aligned/run.json", "aligned/best.safetensors", "aligned/checkpoints/checkpoint-4",
     "aligned/.model-*", "aligned/model", ".model-*", "model", "evaluation",
 )  # fmt: skip
 
