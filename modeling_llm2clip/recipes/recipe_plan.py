@@ -94,7 +94,7 @@ class PlannedStage:
         output: What it writes.
         state: Whether it is finished or was stopped; an evaluation is repeated, and keeps results
             that are finished.
-        flops: Floating-point operations; None where they are unknown or do not matter.
+        flops: Floating-point operations; 0 where they do not matter, None where they are unknown.
         num_bytes: What it writes to the disk; None where that is unknown.
     """
 
@@ -102,8 +102,8 @@ class PlannedStage:
     size: str
     output: Path
     state: State
-    flops: float | None = None
-    num_bytes: int | None = None
+    flops: float | None = 0.0
+    num_bytes: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,20 @@ class RecipePlan:
     def __str__(self) -> str:
         """Return the plan as a table and two sentences."""
         rows = [
-            (s.name, s.size, s.state, self._show_time(s), show_bytes(s.num_bytes), self._name(s))
+            (s.name, s.size, s.state, self._show_time(s), self._show_disk(s), self._name(s))
             for s in self.stages
         ]
         heads = ("stage", "size", "state", "time", "disk", "output")
         left = [stage for stage in self.stages if stage.state != "finished"]
         seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
         num_bytes = sum(stage.num_bytes or 0 for stage in left)
+        is_open = any(stage.flops is None or stage.num_bytes is None for stage in left)
+        about = "more than" if is_open else "about"
         return (
             f"{self.num_images[0]:,} images to train on, {self.num_images[1]:,} to evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: about {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
+            f"Left: {about} {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
             "Estimated from the speed of a matrix product; loading, decoding of images and "
             "evaluation come on top."
         )
@@ -147,9 +149,16 @@ class RecipePlan:
         return str(stage.output.relative_to(self.output))
 
     def _show_time(self, stage: PlannedStage) -> str:
-        if stage.state == "finished" or stage.flops is None:
+        if stage.flops is None:
+            return "?"
+        if stage.state == "finished" or not stage.flops:
             return ""
         return show_seconds(stage.flops / self.flops_per_second)
+
+    def _show_disk(self, stage: PlannedStage) -> str:
+        if stage.num_bytes is None:
+            return "?"
+        return show_bytes(stage.num_bytes) if stage.num_bytes else ""
 
 
 def load_recipe(config: TrainConfig | str | Path) -> TrainConfig:
@@ -249,14 +258,12 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def show_bytes(num_bytes: float | None) -> str:
-    """Show a size in its largest unit of 1,000; nothing for None.
+def show_bytes(num_bytes: float) -> str:
+    """Show a size in its largest unit of 1,000.
 
     Args:
         num_bytes: The size.
     """
-    if num_bytes is None:
-        return ""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

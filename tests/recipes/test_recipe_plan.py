@@ -203,7 +203,7 @@ def test_a_tower_that_cannot_be_read_leaves_its_size_open(
     stages = {stage.name: stage for stage in plan.stages}
     assert stages["build"].size.endswith("(?)") and stages["build"].num_bytes is None
     assert stages["extract text"].flops is None
-    assert "Left: about" in str(plan)
+    assert str(plan).count(" ? ") == 7 and "Left: more than 0 s on cpu and " in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_durations_are_shown_in_their_largest_unit(seconds: float, shown: str) -
 
 @pytest.mark.parametrize(
     ("num_bytes", "shown"),
-    [(None, ""), (900, "1 KB"), (2.5e6, "2.5 MB"), (3e9, "3.0 GB"), (4e12, "4.0 TB")],
+    [(900, "1 KB"), (2.5e6, "2.5 MB"), (3e9, "3.0 GB"), (4e12, "4.0 TB")],
 )
-def test_sizes_are_shown_in_their_largest_unit(num_bytes: float | None, shown: str) -> None:
+def test_sizes_are_shown_in_their_largest_unit(num_bytes: float, shown: str) -> None:
     assert show_bytes(num_bytes) == shown
 
 
