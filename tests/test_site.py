@@ -55,9 +55,7 @@ OTHER_FLAGS = {
 
 # What the pages describe and the package does not have yet.
 PENDING: dict[str, set[str]] = {
-    "paths": {
-        "examples/recipes/",
-    },
+    "paths": set(),
     "commands": set(),
     "identifiers": set(),
     "flags": set(),

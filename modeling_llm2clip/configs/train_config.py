@@ -33,8 +33,8 @@ class TrainConfig(DataConfig):
     text_model: str
     """Language model: Hub id, folder or .gguf file; embedded for the package's own."""
     data: str
-    """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME=FOLDER of a known dataset;
-    embedded for the package's own."""
+    """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME or NAME=FOLDER of a known
+    dataset; embedded for the package's own."""
     output: Path
     """Folder of everything that is written."""
     test_size: Annotated[float, Range(min=0, below=1)] = 0.1

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .atomic_files import write_atomically
+from .safetensors_files import serialize_tensors
 
 SIDES = ("texts", "images")
 _SHOWN = 5
@@ -126,4 +126,4 @@ def write_named_embeddings(
     checked = NamedEmbeddings(tuple(names), embeddings.detach().cpu().contiguous())
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {**(notes or {}), "names": json.dumps(list(names), ensure_ascii=False)}
-    write_atomically(file, save({"embeddings": checked.embeddings}, metadata=metadata))
+    write_atomically(file, serialize_tensors({"embeddings": checked.embeddings}, metadata))

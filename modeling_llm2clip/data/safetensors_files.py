@@ -1,14 +1,15 @@
-"""Weight files: which of them a folder has, where a tensor is in a file, one tensor at a time."""
+"""Weight files: which of them a folder has, where a tensor is in one, reading and writing."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 # What safetensors itself refuses to read as a header.
@@ -134,6 +135,27 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
     if end != size:
         raise ValueError(f"{file}: it has {size} bytes, its header says {end}.")
     return places
+
+
+def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Serialize tensors so that the same content gives the same bytes in every process.
+
+    safetensors itself writes several entries of metadata in a random order.
+
+    Args:
+        tensors: Name → contiguous tensor on the CPU; no two share their storage.
+        metadata: Name → text.
+
+    Returns:
+        Content of a safetensors file, with the metadata in the order of their names.
+    """
+    content = save(dict(tensors), metadata=dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    ordered += b" " * (-len(ordered) % 8)  # safetensors aligns the tensors
+    return b"".join((len(ordered).to_bytes(8, "little"), ordered, content[end:]))
 
 
 def iterate_tensors(

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.safetensors_files import serialize_tensors
 from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -194,8 +194,8 @@ def _save(
 ) -> None:
     if not embeddings.get("logit_scale", torch.zeros(1)).isfinite().all():
         raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
-    save_file(
+    content = serialize_tensors(
         {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
-        folder / GOLDEN_FILE,
-        metadata={"texts": json.dumps(texts, ensure_ascii=False), "dtype": str(dtype)},
+        {"texts": json.dumps(texts, ensure_ascii=False), "dtype": str(dtype)},
     )
+    (folder / GOLDEN_FILE).write_bytes(content)

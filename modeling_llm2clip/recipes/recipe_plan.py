@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tabulate import tabulate
@@ -21,6 +21,8 @@ from ..data.splits import split_records
 from ..encoding.devices import find_device
 from ..evaluation.datasets.dataset_registry import read_data
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
+from ..training.alignment.held_out import count_held_out
+from ..training.finetuning.pair_sampling import count_held_out as count_tuning_held_out
 from ..training.run_folder import RUN_FILE, read_results
 from ..training.trainer_mixins import computes_in_bfloat16
 from .tower_sizes import TowerSize, measure_tower
@@ -92,7 +94,7 @@ class PlannedStage:
         output: What it writes.
         state: Whether it is finished or was stopped; an evaluation is repeated, and keeps results
             that are finished.
-        flops: Floating-point operations; None where they are unknown or do not matter.
+        flops: Floating-point operations; 0 where they do not matter, None where they are unknown.
         num_bytes: What it writes to the disk; None where that is unknown.
     """
 
@@ -100,8 +102,8 @@ class PlannedStage:
     size: str
     output: Path
     state: State
-    flops: float | None = None
-    num_bytes: int | None = None
+    flops: float | None = 0.0
+    num_bytes: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,20 @@ class RecipePlan:
     def __str__(self) -> str:
         """Return the plan as a table and two sentences."""
         rows = [
-            (s.name, s.size, s.state, self._show_time(s), show_bytes(s.num_bytes), self._name(s))
+            (s.name, s.size, s.state, self._show_time(s), self._show_disk(s), self._name(s))
             for s in self.stages
         ]
         heads = ("stage", "size", "state", "time", "disk", "output")
         left = [stage for stage in self.stages if stage.state != "finished"]
         seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
         num_bytes = sum(stage.num_bytes or 0 for stage in left)
+        is_open = any(stage.flops is None or stage.num_bytes is None for stage in left)
+        about = "more than" if is_open else "about"
         return (
             f"{self.num_images[0]:,} images to train on, {self.num_images[1]:,} to evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: about {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
+            f"Left: {about} {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
             "Estimated from the speed of a matrix product; loading, decoding of images and "
             "evaluation come on top."
         )
@@ -145,9 +149,16 @@ class RecipePlan:
         return str(stage.output.relative_to(self.output))
 
     def _show_time(self, stage: PlannedStage) -> str:
-        if stage.state == "finished" or stage.flops is None:
+        if stage.flops is None:
+            return "?"
+        if stage.state == "finished" or not stage.flops:
             return ""
         return show_seconds(stage.flops / self.flops_per_second)
+
+    def _show_disk(self, stage: PlannedStage) -> str:
+        if stage.num_bytes is None:
+            return "?"
+        return show_bytes(stage.num_bytes) if stage.num_bytes else ""
 
 
 def load_recipe(config: TrainConfig | str | Path) -> TrainConfig:
@@ -225,6 +236,16 @@ def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
     return config.align.text_training == "stored", config.align.vision_training == "frozen"
 
 
+def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
+    """List what is evaluated on: the held-out records, if there are any, and further datasets.
+
+    Args:
+        config: The recipe.
+        test: The held-out records.
+    """
+    return [*([test] if test else []), *config.eval_datasets]
+
+
 def show_seconds(seconds: float) -> str:
     """Show a duration in its largest unit.
 
@@ -237,14 +258,12 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def show_bytes(num_bytes: float | None) -> str:
-    """Show a size in its largest unit of 1,000; nothing for None.
+def show_bytes(num_bytes: float) -> str:
+    """Show a size in its largest unit of 1,000.
 
     Args:
         num_bytes: The size.
     """
-    if num_bytes is None:
-        return ""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
@@ -316,7 +335,9 @@ class _Planner:
         for record in self.train:
             texts = (*record.captions, *record.long_captions)
             captions.setdefault(record.group_id, set()).update(texts)
-        num_pairs = config.num_pairings * sum(-(-len(t) // 2) for t in captions.values())
+        pairs = [-(-len(texts) // 2) for texts in captions.values() if len(texts) > 1]
+        trained_ratio = 1 - count_tuning_held_out(len(pairs), config) / max(1, len(pairs))
+        num_pairs = config.num_pairings * round(sum(pairs) * trained_ratio)
         batch_size = config.per_device_train_batch_size
         num_steps = config.max_steps or max(
             1, round(config.num_train_epochs * (num_pairs // batch_size))
@@ -349,17 +370,20 @@ class _Planner:
 
     def _plan_alignment(self) -> PlannedStage:
         config, trained = self.config.align, self.config.align.vision_training
-        num_items = round(len(self.train) * (1 - config.held_out_ratio))
+        num_groups = max(1, len({record.group_id for record in self.train}))
+        num_held_out = count_held_out(num_groups, config.held_out_ratio)
+        num_items = round(len(self.train) * (1 - num_held_out / num_groups))
         batch_size = choose_batch_size(config, num_items, 1)
         num_steps = count_steps(config, num_items, batch_size)
         num_shown = batch_size * num_steps
         flops: float | None = 0.0
         if trained != "frozen":
-            passes = 3 if trained == "full" or config.gradient_checkpointing else 2
+            passes = (3 if trained == "full" else 2) + config.gradient_checkpointing
             per_image = self._flops_per_token(self.vision, passes=passes)
             flops = _times(per_image, num_shown * self.vision.tokens_per_image)
         if config.text_training != "stored" and flops is not None:
-            passes = 1 if config.text_training == "frozen-online" else 2
+            is_frozen = config.text_training == "frozen-online"
+            passes = 1 if is_frozen else 2 + config.gradient_checkpointing
             per_token = self._flops_per_token(self.text, passes=passes)
             tokens = num_shown * self.num_tokens / max(1, self.num_texts)
             online = _times(per_token, tokens)
@@ -378,7 +402,11 @@ class _Planner:
         )
 
     def _flops_per_token(self, tower: TowerSize, *, passes: int) -> float | None:
-        """Two operations per weight and pass; the backward pass through a layer counts as one."""
+        """Two operations per weight and pass.
+
+        Passes are forward, backward, the gradients of the weights if they are trained themselves,
+        and forward again where activations are recomputed.
+        """
         return None if tower.num_parameters is None else 2.0 * passes * tower.num_parameters
 
     def _count_model_bytes(self, dtype: str | None) -> int | None:

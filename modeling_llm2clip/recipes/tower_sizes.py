@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..model_folders.model_folder import is_hub_id
 
 # Where the configuration says neither image nor patch size, as of a convolutional network.
 _DEFAULT_TOKENS_PER_IMAGE = 200
+_VISION_PREFIX = "vision_model."
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,27 @@ def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
     folder = find_tower(embedded) if source == EMBEDDED else Path(source)
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
-        counts = [math.prod(place.shape) for file in files for place in read_header(file).values()]
-        return _read_config(folder / "config.json", sum(counts) or None)
+        shapes = {n: place.shape for file in files for n, place in read_header(file).items()}
+        return _read_config(folder / "config.json", _count_parameters(shapes))
     if folder.exists() or not is_hub_id(source):
         return TowerSize()
     try:
-        counted = sum(get_safetensors_metadata(source).parameter_count.values())
+        files_metadata = get_safetensors_metadata(source).files_metadata.values()
+        tensors = {name: info for file in files_metadata for name, info in file.tensors.items()}
+        counted = _count_parameters({name: info.shape for name, info in tensors.items()})
     except (OSError, ValueError, NotASafetensorsRepoError):  # no Hub, no such repository or files
-        counted = 0
+        counted = None
     try:
         config = Path(hf_hub_download(source, "config.json"))
     except (OSError, ValueError):
-        return TowerSize(counted or None)
-    return _read_config(config, counted or None)
+        return TowerSize(counted)
+    return _read_config(config, counted)
+
+
+def _count_parameters(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Count weights by name; of a dual encoder only those of its vision tower."""
+    of_tower = {name: shape for name, shape in shapes.items() if name.startswith(_VISION_PREFIX)}
+    return sum(map(math.prod, (of_tower or shapes).values())) or None
 
 
 def _read_config(file: Path, num_parameters: int | None) -> TowerSize:

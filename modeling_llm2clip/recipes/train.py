@@ -7,10 +7,10 @@ never was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from accelerate import PartialState
 
@@ -21,18 +21,15 @@ from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
 from ..data.data_hashes import hash_records
 from ..data.embedding_store import MANIFEST_FILE, read_manifest
-from ..data.records import CaptionedImage
 from ..doctor.check_model import check_model
-from ..evaluation.evaluate import check_data, evaluate
+from ..evaluation.evaluate import evaluate
 from ..publishing.export_model import export_model
 from ..training.alignment.align import align
-from ..training.alignment.align_checks import check_options
 from ..training.alignment.alignment_report import describe_alignment
 from ..training.distributed import choose_device
 from ..training.extraction.extract import describe_extraction, extract
 from ..training.finetuning.finetune_llm import describe_finetuning, finetune_llm
 from ..training.graceful_stop import StageInterrupt
-from ..training.losses.loss import load_loss
 from ..training.run_folder import (
     RUN_FILE,
     add_results,
@@ -40,10 +37,11 @@ from ..training.run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..training.trainer_mixins import choose_reports
+from .recipe_checks import check_recipe
 from .recipe_plan import (
     RecipePaths,
     Split,
+    list_eval_data,
     load_recipe,
     plan_recipe,
     read_split,
@@ -84,7 +82,7 @@ def train(
     if config.check_images is None:
         config = replace(config, check_images=not is_begun)
     split = read_split(config) if records is None else records
-    _check(config, split)
+    check_recipe(config, split)
     inputs = {"train": hash_records(split[0]), "test": hash_records(split[1])}
     require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
     say: Report = report if is_main_process else _be_silent
@@ -178,7 +176,7 @@ class _Recipe:
         PartialState().wait_for_everyone()
 
     def _evaluate(self, model: Path) -> None:
-        data = _list_eval_data(self.config, self.test)
+        data = list_eval_data(self.config, self.test)
         if self.is_main_process and data:
             evaluated = EvaluatedModel(source=str(model), name=self.config.output.resolve().name)
             config = replace(self.config.evaluate, output=self.paths.evaluation)
@@ -207,20 +205,6 @@ class _Recipe:
         return "\n".join(f"{name:<10} {path}" for name, path in named.items() if path.exists())
 
 
-def _check(config: TrainConfig, split: Split) -> None:
-    """Raise ValueError for what would otherwise be found out hours later."""
-    if config.text_model != EMBEDDED:
-        config.build.require_prompt()
-    captions, images = uses_stores(config)
-    check_options(config.align, has_caption_store=captions, has_image_store=images)
-    load_loss(config.align.loss)
-    for stage in (config.finetune, config.align):
-        if stage is not None:
-            choose_reports(stage.report_to)
-    if data := _list_eval_data(config, split[1]):
-        check_data(data, config.evaluate, tasks=config.eval_tasks)
-
-
 def _build_towers(config: TrainConfig, folder: Path) -> None:
     vision, text, options = fetch_embedded(config.vision_model, config.text_model, config.build)
     licenses = [
@@ -233,10 +217,6 @@ def _build_towers(config: TrainConfig, folder: Path) -> None:
         text_license=licenses[1],
     )
     build_model(vision, text, folder, options, card=card)
-
-
-def _list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
-    return [*([test] if test else []), *config.eval_datasets]
 
 
 def _name_data(data: str) -> str:

@@ -15,6 +15,7 @@ from modeling_llm2clip.data.safetensors_files import (
     iterate_tensors,
     list_weight_files,
     read_header,
+    serialize_tensors,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -119,3 +120,20 @@ def test_a_damaged_header_is_refused(damage, message: str, tmp_path: Path) -> No
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
         read_header(file)
+
+
+def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Path) -> None:
+    """With ten entries of metadata, safetensors' own order is another in almost every call."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(1, dtype=torch.bfloat16)}
+    metadata = {f"entry {n}": f'ünïcode \n\t"{n}" 夜' for n in range(10)}
+    written = {
+        serialize_tensors(tensors, dict(order))
+        for order in (metadata.items(), reversed(metadata.items()), sorted(metadata.items()))
+    }
+    assert len(written) == 1
+    file = tmp_path / "tensors.safetensors"
+    file.write_bytes(written.pop())
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert all(torch.equal(opened.get_tensor(name), tensors[name]) for name in tensors)
+    assert read_header(file)["b"].offset % 8 == 0

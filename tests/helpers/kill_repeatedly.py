@@ -10,9 +10,11 @@ moment, and run again, so often that about as much work as there is passes betwe
 completes before it has died often enough, another round begins in FOLDER/killed-1, and so on. With
 `--at PATTERN`, which may be repeated, one more folder, FOLDER/killed-at, sees one kill for each
 pattern: as soon as there is a new file or folder of such a name. `--again=FLAG` is added to a
-command whose folder holds something already. Every finished folder must equal the undisturbed one;
-what equal means is the caller's to say. FOLDER/report.json has `seconds`, `seconds_to_first_file`,
-`kills` (moments of the random ones), `kills_at` (moments by pattern) and `folders`.
+command whose folder holds something already. In a word that names a YAML file, `{output}` is
+replaced in a copy of that file beside the output. Every finished folder must equal the undisturbed
+one; what equal means is the caller's to say. FOLDER/report.json has `seconds`,
+`seconds_to_first_file`, `kills` (moments of the random ones), `kills_at` (moments by pattern) and
+`folders`.
 
 All imports are done once, and every run is a fork: a kill then hits the work, not the imports.
 """
@@ -36,6 +38,7 @@ _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__
               "modeling_llm2clip.training.extraction.extract",
               "modeling_llm2clip.training.alignment.align",
               "modeling_llm2clip.model_folders.model_writing",
+              "modeling_llm2clip.recipes.train",
               "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50
 
@@ -129,7 +132,7 @@ class Runs:
 
     def run(self, output: Path, *, kill_after: float = math.inf, kill_at: str = "") -> Life:
         """Run once; kill after so many seconds, or when a new name fits the pattern `kill_at`."""
-        argv = [word.replace("{output}", str(output)) for word in self.command]
+        argv = [_fill_in(word, output) for word in self.command]
         if self.again and _list_names(output):
             argv.append(self.again)
         known = _list_names(output, kill_at)
@@ -160,6 +163,16 @@ class Runs:
         if life.code:
             tail = self.log.read_text()[-2000:]
             raise SystemExit(f"exit code {life.code}; the log ends with:\n{tail}")
+
+
+def _fill_in(word: str, output: Path) -> str:
+    """Replace `{output}` in a word, or in the YAML file that it names."""
+    if not word.endswith(".yaml"):
+        return word.replace("{output}", str(output))
+    filled = output.with_suffix(".yaml")
+    text = Path(word).read_text(encoding="utf-8")
+    filled.write_text(text.replace("{output}", str(output)), encoding="utf-8")
+    return str(filled)
 
 
 def _list_names(folder: Path, pattern: str = "*") -> set[Path]:

@@ -101,8 +101,7 @@ def choose_held_out(
     if not ratio:
         return everything, []
     num_groups = len(dataset.group_names)
-    minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
-    count = min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
+    count = count_held_out(num_groups, ratio)
     if count < 2:
         raise ValueError(
             f"The images have {num_groups} groups, too few to hold out two of them. Give images of "
@@ -117,6 +116,19 @@ def choose_held_out(
         [item for item in everything if group_ids[item] not in chosen],
         [item for item in everything if group_ids[item] in chosen],
     )
+
+
+def count_held_out(num_groups: int, ratio: float) -> int:
+    """Count the groups of images that a run holds out.
+
+    Args:
+        num_groups: Groups of all images.
+        ratio: Share that is held out; 0 for none.
+    """
+    if not ratio:
+        return 0
+    minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
+    return min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
 
 
 class HeldOutImages:

@@ -132,6 +132,20 @@ def finetune_llm(
     return model_folder if config.merge else output / LORA_FOLDER
 
 
+def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> None:
+    """Refuse options and data that `finetune_llm` would refuse, without a model.
+
+    Args:
+        records: Records to train on.
+        config: Options of the run.
+
+    Raises:
+        ValueError: Images with one caption, data that cannot fill a batch, text pairs or a LoRA
+            that cannot be read, or a warm-up longer than the run.
+    """
+    _prepare(records, config)
+
+
 def describe_finetuning(output: Path) -> list[str]:
     """Describe a finished run in lines for a terminal.
 
@@ -155,6 +169,17 @@ def describe_finetuning(output: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """What a run is trained on, and how long."""
+
+    groups: list[CaptionGroup]
+    text_pairs: list[tuple[list[TextPair], float]]
+    data: FinetuneData
+    schedule: dict[str, int]
+    num_skipped: int
+
+
+@dataclass(frozen=True)
 class _Plan:
     """A run that has passed every check that needs no LLM."""
 
@@ -174,6 +199,21 @@ def _plan(
     resume: bool,
 ) -> _Plan:
     """Check and prepare everything that needs no LLM."""
+    prepared = _prepare(records, config)
+    inputs = {
+        **_identify(source, prepared.groups, prepared.text_pairs, config.init_lora),
+        "schedule": prepared.schedule,
+        "num_single_captions_skipped": prepared.num_skipped,
+    }
+    require_same_run(output, config, inputs, resume=resume)
+    if config.init_lora is not None:
+        file = config.init_lora / LORA_WEIGHTS
+        require_base_weights(file, inputs["fingerprint"]["weights"])
+    return _Plan(output, config, resume, inputs, prepared.data)
+
+
+def _prepare(records: Sequence[CaptionedImage], config: FinetuneConfig) -> _Prepared:
+    """Check and prepare everything that needs no model at all."""
     num_skipped = 0
     if config.skip_single_captions:
         records, num_skipped = skip_single_captions(records)
@@ -184,16 +224,8 @@ def _plan(
     warmup_steps = count_warmup_steps(config.warmup_steps, num_steps)
     if config.init_lora is not None:
         require_same_meaning(config.init_lora, make_lora_config(config))
-    inputs = {
-        **_identify(source, groups, text_pairs, config.init_lora),
-        "schedule": {"steps": num_steps, "warmup_steps": warmup_steps},
-        "num_single_captions_skipped": num_skipped,
-    }
-    require_same_run(output, config, inputs, resume=resume)
-    if config.init_lora is not None:
-        file = config.init_lora / LORA_WEIGHTS
-        require_base_weights(file, inputs["fingerprint"]["weights"])
-    return _Plan(output, config, resume, inputs, data)
+    schedule = {"steps": num_steps, "warmup_steps": warmup_steps}
+    return _Prepared(groups, text_pairs, data, schedule, num_skipped)
 
 
 def _identify(

@@ -5,18 +5,20 @@ The module exists only during training; what is written is the LoRA.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
 from ...configs.finetune_config import FinetuneConfig
+from ...data.safetensors_files import serialize_tensors
 from ...encoding.encode import encode_texts
 from ...model_folders.lora_base import (
     BASE_WEIGHTS,
@@ -197,14 +199,19 @@ def write_lora(
     file = folder / LORA_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
-    save_file(weights, file, metadata={"format": "pt", **known})
-    file.chmod(0o644)
+    file.write_bytes(serialize_tensors(weights, {"format": "pt", **known}))
+    file.chmod(0o644)  # peft writes for its owner alone
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
 
 
 def _save_lora(adapted: PeftModel, folder: str) -> None:
     """Write a LoRA; by default, peft asks the Hub whether the vocabulary has changed."""
     adapted.save_pretrained(folder, save_embedding_layers=False)
+    file = Path(folder) / LORA_CONFIG
+    config = json.loads(file.read_text("utf-8"))
+    # peft writes a set of names, whose order differs between processes.
+    config["target_modules"] = sorted(config["target_modules"])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def name_base_without_path(adapted: PeftModel) -> None:

@@ -66,9 +66,7 @@ def prepare_data(
         ValueError: Too few groups, no pairs without a held-out caption, or a table that cannot
             fill a batch.
     """
-    num_held_out = config.num_held_out
-    if num_held_out is None:
-        num_held_out = min(_MAX_HELD_OUT, max(2, len(groups) // 5))
+    num_held_out = count_held_out(len(groups), config)
     to_train, held_out, num_lost = hold_out_groups(groups, num_held_out, seed=config.seed)
     pairs = sample_pairs(to_train, seed=config.seed, num_pairings=config.num_pairings)
     tables = DatasetDict(captions=make_pair_table(pairs))
@@ -94,6 +92,18 @@ def prepare_data(
     }
     weights = [1.0, *(weight for _, weight in text_pairs)]
     return FinetuneData(tables, weights, to_train, held_out, counts)
+
+
+def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
+    """Count the groups that a run measures on, and does not train on.
+
+    Args:
+        num_groups: All groups.
+        config: Options of the run.
+    """
+    if config.num_held_out is not None:
+        return config.num_held_out
+    return min(_MAX_HELD_OUT, max(2, num_groups // 5))
 
 
 def list_texts(data: FinetuneData) -> list[str]:

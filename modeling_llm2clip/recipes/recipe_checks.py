@@ -1,0 +1,67 @@
+"""What `train` refuses before anything is computed, and would otherwise find out hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..building.pretrained_towers import EMBEDDED
+from ..building.tower_sources import require_sources
+from ..configs.train_config import TrainConfig
+from ..evaluation.evaluate import check_data as check_eval_data
+from ..training.alignment.align_checks import check_data, check_options
+from ..training.finetuning.finetune_llm import check_finetuning
+from ..training.losses.loss import load_loss
+from ..training.trainer_mixins import choose_reports
+from .recipe_plan import RecipePaths, Split, list_eval_data, uses_stores
+
+
+def check_recipe(config: TrainConfig, split: Split) -> None:
+    """Refuse what a stage of a recipe would refuse; what is finished is not checked again.
+
+    Args:
+        config: The recipe.
+        split: Records to train on and to evaluate on.
+
+    Raises:
+        ValueError: Every error is named at once.
+    """
+    errors = []
+    for check in _list_checks(config, split):
+        try:
+            check()
+        except ValueError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ValueError("\n".join(map(str, errors)))
+
+
+def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], object]]:
+    paths = RecipePaths(config.output)
+    train, test = split
+    if not paths.built.is_dir():
+        yield lambda: _check_towers(config)
+    finetune, align = config.finetune, config.align
+    if finetune is not None:
+        yield lambda: choose_reports(finetune.report_to)
+        if not (paths.fine_tuned / "model").is_dir():
+            yield lambda: check_finetuning(train, finetune)
+    captions, images = uses_stores(config)
+    yield lambda: check_options(align, has_caption_store=captions, has_image_store=images)
+    yield lambda: load_loss(align.loss)
+    yield lambda: choose_reports(align.report_to)
+    if not (paths.aligned / "model").is_dir():
+        yield lambda: check_data(train, align)
+    if data := list_eval_data(config, test):
+        yield lambda: check_eval_data(data, config.evaluate, tasks=config.eval_tasks)
+
+
+def _check_towers(config: TrainConfig) -> None:
+    if config.text_model != EMBEDDED:
+        config.build.require_prompt()
+    require_sources(
+        vision=None if config.vision_model == EMBEDDED else config.vision_model,
+        text=None if config.text_model == EMBEDDED else config.text_model,
+        lora=config.build.lora,
+    )

@@ -1,0 +1,64 @@
+"""A recipe on tiny towers and two dozen images, for the tests of `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from aligning import write_data
+from tiny_folders import save_tiny_llm, save_tiny_vision
+
+from modeling_llm2clip.configs.config_fields import read_config
+from modeling_llm2clip.configs.train_config import TrainConfig
+
+# Few steps, with a checkpoint before the last one.
+SHORT: dict[str, Any] = {
+    "device": "cpu",
+    "build": {"prompt": "none", "projection_dim": 16, "max_text_length": 64},
+    "finetune": {"max_steps": 4, "per_device_train_batch_size": 4, "num_held_out": 4,
+                 "save_steps": 2},
+    "extract": {"rows_per_shard": 16, "show_progress": False},
+    "align": {"max_steps": 6, "global_batch_size": 4, "held_out_ratio": 0.2, "save_steps": 2,
+              "eval_steps": 2},
+}  # fmt: skip
+# Where the weights are that must not depend on how often a run was stopped.
+WEIGHTS = ("built", "fine-tuned/lora", "fine-tuned/model", "captions", "images", "aligned/model",
+           "model")  # fmt: skip
+
+
+def prepare_sources(folder: Path) -> Path:
+    """Write the towers and the data that the recipes of `write_recipe` name."""
+    save_tiny_vision(folder / "vision")
+    save_tiny_llm(folder / "llm")
+    write_data(folder / "data", count=30)
+    return folder
+
+
+def write_recipe(sources: Path, file: Path, *, output: Path | str, **changed: Any) -> Path:
+    """Write a recipe; a section that is given is merged into the one of `SHORT`."""
+    recipe = {
+        "vision_model": str(sources / "vision"),
+        "text_model": str(sources / "llm"),
+        "data": str(sources / "data"),
+        "output": str(output),
+        **SHORT,
+    }
+    for name, value in changed.items():
+        before = recipe.get(name)
+        is_section = isinstance(value, dict) and isinstance(before, dict)
+        recipe[name] = {**before, **value} if is_section else value  # type: ignore[dict-item]
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def make_recipe(sources: Path, output: Path, **changed: Any) -> TrainConfig:
+    """Return the recipe as it is read from its file."""
+    file = write_recipe(sources, output.with_suffix(".yaml"), output=output, **changed)
+    return read_config(file, TrainConfig)
+
+
+def read_files(folder: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, bytes]:
+    """Return the content of every file in some folders of a run, by its path."""
+    files = (file for part in parts for file in (folder / part).rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

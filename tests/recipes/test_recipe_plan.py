@@ -1,0 +1,288 @@
+"""The plan of a recipe: stages in order, with sizes and states, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_recipe import make_recipe, prepare_sources, read_files, write_recipe
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET
+from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.data.embedding_store import MANIFEST_FILE
+from modeling_llm2clip.recipes.recipe_plan import (
+    plan_recipe,
+    read_split,
+    show_bytes,
+    show_seconds,
+)
+from modeling_llm2clip.recipes.tower_sizes import TowerSize, measure_tower
+from modeling_llm2clip.recipes.train import train
+from modeling_llm2clip.training.run_folder import read_results
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A recipe in epochs that was done, whose folder no test may change."""
+    config = make_recipe(
+        sources,
+        tmp_path_factory.mktemp("finished") / "run",
+        finetune={"max_steps": None, "num_held_out": None},
+        align={"max_steps": None, "num_train_epochs": 2, "early_stopping_patience": 0},
+    )
+    train(config, report=lambda _: None)
+    return config
+
+
+def states_of(config: TrainConfig) -> dict[str, str]:
+    return {stage.name: stage.state for stage in plan_recipe(config).stages}
+
+
+def test_stages_are_listed_in_order_with_their_sizes(sources: Path, tmp_path: Path) -> None:
+    plan = plan_recipe(make_recipe(sources, tmp_path / "run"))
+    # 30 images, two of them in one group: 29 groups, a tenth of which is held out.
+    assert plan.num_images == (27, 3)
+    sizes = {stage.name: stage.size for stage in plan.stages}
+    assert sizes == {
+        "build": "vision (0M) + llm (0M)",
+        "finetune-llm": "4 steps of 4 pairs",
+        "extract text": sizes["extract text"],
+        "extract image": "27 images",
+        "align": "6 steps of 4 images, vision tower frozen",
+        "export": "full, dtype as it is",
+        "doctor": "every check",
+        "evaluate": "3 held-out images",
+    }
+    assert re.fullmatch(r"8[01] captions", sizes["extract text"])  # the first image has no long one
+    text = str(plan)
+    lines = text.splitlines()
+    assert lines[0].startswith("27 images to train on, 3 to evaluate on. Everything is written to")
+    assert [line.split("|")[1].strip() for line in lines[3:-1]] == list(sizes)
+    assert "Left: about 0 s on cpu and " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "left_out"),
+    [
+        ({"finetune": None}, {"finetune-llm"}),
+        ({"export": None}, {"export"}),
+        ({"test_size": 0}, {"evaluate"}),
+        ({"align": {"vision_training": "full"}}, {"extract image"}),
+        (
+            {"align": {"vision_training": "lora", "text_training": "frozen-online"}},
+            {"extract text", "extract image"},
+        ),
+    ],
+)
+def test_stages_that_a_recipe_does_not_need_are_not_listed(
+    sources: Path, tmp_path: Path, changed: dict[str, Any], left_out: set[str]
+) -> None:
+    everything = set(states_of(make_recipe(sources, tmp_path / "all")))
+    assert (
+        everything - set(states_of(make_recipe(sources, tmp_path / "run", **changed))) == left_out
+    )
+
+
+def test_a_plan_writes_nothing(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
+    config = make_recipe(sources, tmp_path / "new")
+    assert set(states_of(config).values()) == {"to do", "repeated"}
+    assert not config.output.exists()
+    before = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
+    assert set(states_of(finished).values()) == {"finished", "repeated"}
+    assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == before
+
+
+def stop_finetuning(run: Path) -> None:
+    shutil.rmtree(run / "fine-tuned" / "model")
+
+
+def stop_extraction(run: Path) -> None:
+    file = run / "captions" / MANIFEST_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "complete": False}))
+
+
+def stop_alignment(run: Path) -> None:
+    shutil.rmtree(run / "aligned" / "model")
+
+
+def remove_export(run: Path) -> None:
+    shutil.rmtree(run / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "state"),
+    [
+        (stop_finetuning, "finetune-llm", "stopped"),
+        (stop_extraction, "extract text", "stopped"),
+        (stop_alignment, "align", "stopped"),
+        (remove_export, "export", "to do"),
+    ],
+)
+def test_a_stage_that_was_stopped_is_reported_as_such(
+    sources: Path,
+    tmp_path: Path,
+    finished: TrainConfig,
+    change: Callable[[Path], None],
+    name: str,
+    state: str,
+) -> None:
+    config = make_recipe(sources, tmp_path / "run")
+    shutil.copytree(finished.output, config.output)
+    whole = states_of(config)
+    change(config.output)
+    assert states_of(config) == {**whole, name: state}
+
+
+def test_the_plan_is_what_was_done(finished: TrainConfig) -> None:
+    planned = {stage.name: stage for stage in plan_recipe(finished).stages}
+    tuned, aligned = finished.output / "fine-tuned", finished.output / "aligned"
+    assert planned["finetune-llm"].size.startswith(f"{read_results(tuned)['steps']} steps of 4")
+    assert planned["align"].size.startswith(f"{read_results(aligned)['steps']} steps of 4")
+    for name in ("text", "image"):
+        stage = planned[f"extract {name}"]
+        shards = list(stage.output.glob("shard-*"))
+        written = sum(file.stat().st_size for file in shards)
+        assert shards and stage.num_bytes is not None
+        assert stage.num_bytes < written < stage.num_bytes + 256 * len(shards)  # headers
+    weights = (finished.output / "built" / "model.safetensors").stat().st_size
+    # Adapter and projections are not counted, which are small beside real towers.
+    num_bytes = planned["build"].num_bytes
+    assert num_bytes is not None and num_bytes < weights
+
+
+def count_flops(sources: Path, tmp_path: Path, name: str, **align: Any) -> float:
+    config = make_recipe(sources, tmp_path / "run", align=align)
+    stage = next(stage for stage in plan_recipe(config).stages if stage.name == name)
+    assert stage.flops is not None
+    return stage.flops
+
+
+def test_the_estimate_counts_passes_through_what_is_trained(sources: Path, tmp_path: Path) -> None:
+    def count(**align: Any) -> float:
+        return count_flops(sources, tmp_path, "align", **align)
+
+    assert count() == 0  # both towers are read from stores
+    lora = count(vision_training="lora")
+    assert lora > 0
+    assert count(vision_training="lora", gradient_checkpointing=True) == lora * 3 / 2
+    assert count(vision_training="full") == lora * 3 / 2
+    assert count(vision_training="full", gradient_checkpointing=True) == lora * 2
+    assert count(vision_training="lora", max_steps=60) == lora * 10
+    online = count(text_training="frozen-online")
+    assert count(text_training="lora") == 2 * online > 0
+
+
+def test_a_dual_encoder_counts_its_vision_tower_alone(tmp_path: Path) -> None:
+    weights = {"vision_model.a": torch.ones(3, 5), "text_model.a": torch.ones(7)}
+    save_file(weights, tmp_path / "model.safetensors")
+    vision = {"hidden_size": 8, "image_size": 32, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
+    found = measure_tower(str(tmp_path), embedded=EFFICIENTNET)
+    assert found == TowerSize(num_parameters=15, width=8, tokens_per_image=17)
+
+
+@pytest.mark.parametrize("source", ["owner/name", "nobody/has/this", "missing.gguf"])
+def test_a_tower_that_cannot_be_read_leaves_its_size_open(
+    sources: Path, tmp_path: Path, source: str
+) -> None:
+    assert measure_tower(source, embedded=EFFICIENTNET) == TowerSize()
+    plan = plan_recipe(make_recipe(sources, tmp_path / "run", text_model=source))
+    stages = {stage.name: stage for stage in plan.stages}
+    assert stages["build"].size.endswith("(?)") and stages["build"].num_bytes is None
+    assert stages["extract text"].flops is None
+    assert str(plan).count(" ? ") == 7 and "Left: more than 0 s on cpu and " in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(1, "1 s"), (119, "119 s"), (121, "2 min"), (7300, "2 h"), (2e5, "2 days")],
+)
+def test_durations_are_shown_in_their_largest_unit(seconds: float, shown: str) -> None:
+    assert show_seconds(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [(900, "1 KB"), (2.5e6, "2.5 MB"), (3e9, "3.0 GB"), (4e12, "4.0 TB")],
+)
+def test_sizes_are_shown_in_their_largest_unit(num_bytes: float, shown: str) -> None:
+    assert show_bytes(num_bytes) == shown
+
+
+def test_a_recipe_names_datasets_as_every_stage_does(sources: Path, tmp_path: Path) -> None:
+    """`NAME=FOLDER` and `NAME` of a known dataset, a folder, and the package's own images."""
+    by_name = make_recipe(sources, tmp_path / "run", data=f"folder={sources / 'data'}")
+    plain = make_recipe(sources, tmp_path / "run")
+    names = [[record.name for record in part] for part in read_split(by_name)]
+    assert names == [[record.name for record in part] for part in read_split(plain)]
+    emoji, held_out = read_split(make_recipe(sources, tmp_path / "run", data="emoji"))
+    assert len({record.lang for record in emoji}) > 1 and held_out
+    embedded, _ = read_split(make_recipe(sources, tmp_path / "run", data="embedded"))
+    assert {record.lang for record in embedded} == {"en"}
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_recipe(sources, tmp_path / "recipe.yaml", output=tmp_path / "run")
+    assert main(["train", str(file), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "| finetune-llm " in printed and "Nothing was computed or written." in printed
+    assert list(read_files(tmp_path)) == ["recipe.yaml"]
+
+
+BAD = """
+vision_model: vision
+text_model: llm
+data: 7
+output: run
+test_size: 1.5
+seeds: 3
+align: {max_step: 5, vision_training: all}
+finetune: {warmup_steps: 2.5}
+"""
+
+
+def test_every_error_of_a_recipe_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(BAD, encoding="utf-8")
+    assert main(["train", str(file), "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    for error in (
+        "data=7 must be a string.",
+        "test_size=1.5 must be at least 0 and below 1.",
+        "seeds is not an option. Did you mean seed",
+        "align.max_step is not an option. Did you mean max_steps",
+        "align.vision_training='all' must be one of frozen, lora, full.",
+        "finetune: warmup_steps=2.5 must be a share below 1 or an integer.",
+    ):
+        assert error in told
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_contradictions_between_stages_are_named_at_once(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"finetune\.merge=False.*export\.components=text.*align\.se"
+    ):
+        make_recipe(
+            sources,
+            tmp_path / "run",
+            finetune={"merge": False},
+            export={"components": "text"},
+            align={"seed": 3},
+        )

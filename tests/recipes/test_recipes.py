@@ -1,0 +1,137 @@
+"""Every recipe of `examples/recipes/` is one that `train` takes, and states where it is from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from modeling_llm2clip.building.pretrained_towers import EMBEDDED
+from modeling_llm2clip.configs.config_fields import read_config
+from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.evaluation.datasets.dataset_registry import resolve_dataset
+from modeling_llm2clip.recipes.recipe_checks import check_recipe
+from modeling_llm2clip.recipes.recipe_plan import plan_recipe
+
+FILES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+RECORDS = [
+    CaptionedImage(None, f"{n}.jpg", f"{n}", (f"image {n}",), (f"a long text on image {n}",))
+    for n in range(4200)
+]
+# Of an A100 in bfloat16: its peak, and the share of it that the planner expects.
+A100 = 0.4 * 312e12
+CC15M = 2_873_538 + 10_000_225
+PASSES = {"stage 1": 3, "stage 3": 4}  # both recompute activations
+
+every_recipe = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers behind the estimates: images, weights of the towers, tokens of an image, widths."""
+
+    num_images: float
+    vision: float
+    tokens: int
+    text: float
+    width: int
+
+
+PAPER = {
+    "openai-b16": Published(CC15M, 85_799_424, 197, 8.03e9, 4096),
+    "openai-l14-336": Published(CC15M, 303_507_456, 577, 8.03e9, 4096),
+    "eva02-l14-336": Published(CC15M, 303_645_632, 577, 8.03e9, 4096),
+    "eva02-l14-336-llama-1b": Published(CC15M, 303_645_632, 577, 1.236e9, 2048),
+    "siglip2-so400m": Published(60e6, 427_680_704, 256, 8.03e9, 4096),
+}
+
+
+def read_header(file: Path) -> str:
+    """The comment at the top, in one line."""
+    lines = file.read_text("utf-8").split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in lines)
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+def test_there_is_a_recipe_for_each_run() -> None:
+    assert {file.stem for file in FILES} == {"embedded", *PAPER}
+
+
+@every_recipe
+@pytest.mark.usefixtures("own_cache")
+def test_a_recipe_plans_without_a_network(file: Path) -> None:
+    config = read_config(file, TrainConfig)
+    plan = plan_recipe(config, records=(RECORDS, []))
+    names = [stage.name for stage in plan.stages]
+    assert names[0] == "build" and {"extract text", "align", "export", "doctor"} <= set(names)
+    assert ("finetune-llm" in names) == (config.text_model != EMBEDDED)
+    assert ("evaluate" in names) == bool(config.eval_datasets)
+    # The towers are not here, so that their sizes are open.
+    assert "(?)" in plan.stages[0].size and "Left: more than" in str(plan)
+    assert not config.output.exists()
+
+
+@every_recipe
+def test_a_recipe_passes_what_train_checks_before_its_first_stage(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the datasets to evaluate on, which are named and only looked for on a disk."""
+    monkeypatch.chdir(tmp_path)
+    config = read_config(file, TrainConfig)
+    for dataset in config.eval_datasets:
+        assert resolve_dataset(dataset)[0].dataset_type == "retrieval"
+    if config.eval_datasets:
+        with pytest.raises(ValueError, match=r"^flickr30k: data/flickr30k does not exist\."):
+            check_recipe(config, (RECORDS, []))
+    else:
+        check_recipe(config, (RECORDS, []))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_run_of_the_paper_has_its_settings(name: str) -> None:
+    config = read_config(FILES[0].with_name(f"{name}.yaml"), TrainConfig)
+    finetune, align, build = config.finetune, config.align, config.build
+    assert finetune is not None
+    assert (finetune.learning_rate, finetune.warmup_steps, finetune.scale) == (2e-4, 300, 50)
+    assert (finetune.lora_rank, finetune.lora_alpha, finetune.max_steps) == (16, 32, 10_000)
+    assert (align.learning_rate, align.weight_decay, align.max_grad_norm) == (1e-5, 0.05, 5)
+    assert (align.global_batch_size, align.num_train_epochs, align.warmup_steps) == (4096, 4, 0)
+    is_siglip = name.startswith("siglip2")
+    assert align.layer_decay == (1 if is_siglip else 0.85) and align.vision_training == "full"
+    assert (build.prompt, build.max_text_length) == ("llama-3", 512)
+    assert build.projection_dim == (1152 if is_siglip else 1280)
+    assert build.normalize_text_before_adapter is not is_siglip
+    assert build.visual_projection_bias is not name.startswith("openai")
+    # What regularizes small data is no part of the paper.
+    assert align.caption_noise == 0 and align.held_out_ratio == 0 and config.test_size == 0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_run_of_the_paper_states_source_cost_and_deviations(name: str) -> None:
+    """The hours and sizes are what the planner's formula gives for the stated numbers."""
+    file = FILES[0].with_name(f"{name}.yaml")
+    header, paper = read_header(file), PAPER[name]
+    config = read_config(file, TrainConfig)
+    assert "arXiv:2411.04997v6" in header and "microsoft/LLM2CLIP at cba3b45" in header
+    assert "Differs from upstream: -" in header
+    assert f"An image has {paper.tokens} tokens" in header
+    assert config.finetune is not None and config.finetune.max_steps is not None
+    assert config.align.num_train_epochs is not None
+    tuned = 2 * 512 * config.finetune.max_steps * (30 + 110) / 2
+    shown = config.align.num_train_epochs * paper.num_images * paper.tokens
+    flops = (
+        2 * PASSES["stage 1"] * paper.text * tuned,
+        2 * paper.text * paper.num_images * (30 + 110),
+        2 * PASSES["stage 3"] * paper.vision * shown,
+    )
+    hours = " ".join(f"{f / A100 / 3600:,.0f}" for f in flops)
+    pattern = r"about (\S+) for stage 1, (\S+) for the caption store and (\S+) for stage 3\."
+    stated = re.search(f"computed, not measured: {pattern}", header)
+    assert stated and " ".join(stated.groups()) == hours
+    store = paper.num_images * 2 * paper.width * 2 / 1e9
+    assert f"Disk, computed: {store:,.0f} GB for the embeddings of two captions" in header
+    model = (paper.vision + paper.text) * 2 / 1e9
+    assert f"{model:,.{0 if model > 9 else 1}f} GB for each of four models" in header

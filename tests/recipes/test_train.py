@@ -1,0 +1,345 @@
+"""`train` does every stage once, and ends with the same bytes however often it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_recipe import WEIGHTS, make_recipe, prepare_sources, read_files, write_recipe
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.recipes.recipe_plan import plan_recipe
+from modeling_llm2clip.recipes.train import train
+from modeling_llm2clip.training.graceful_stop import StageInterrupt
+
+ROOT = Path(__file__).parents[2]
+# What says when and how fast something ran, beside what came of it.
+TIMED = ("metrics.jsonl", "events.out", "retrieval.json")
+
+
+@dataclass
+class Done:
+    """A recipe that was done, and what was reported."""
+
+    config: TrainConfig
+    model: Path
+    reported: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.reported)
+
+
+def run(config: TrainConfig, **options: Any) -> Done:
+    reported: list[str] = []
+    model = train(config, report=reported.append, **options)
+    return Done(config, model, reported)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def done(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A finished run, whose folder no test may change."""
+    return run(make_recipe(sources, tmp_path_factory.mktemp("done") / "run"))
+
+
+@pytest.fixture
+def copied(done: Done, tmp_path: Path) -> TrainConfig:
+    """A copy of the finished run, to be changed; where a run is makes no difference to it."""
+    shutil.copytree(done.config.output, tmp_path / "run")
+    return replace(done.config, output=tmp_path / "run")
+
+
+def names_that_differ(one: Path, other: Path) -> list[str]:
+    """Files of models, LoRA and stores that two runs do not have alike."""
+    first, second = read_files(one, parts=WEIGHTS), read_files(other, parts=WEIGHTS)
+    assert any(name.startswith("aligned/model/model") for name in first)
+    return [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+
+
+def read_scores(output: Path) -> dict[str, Any]:
+    (file,) = (output / "evaluation").rglob("*.retrieval.json")
+    scores: dict[str, Any] = json.loads(file.read_text())["scores"]
+    return scores
+
+
+def test_it_makes_a_healthy_model(done: Done) -> None:
+    assert done.model == done.config.output / "model"
+    assert check_model(done.model).healthy
+
+
+def test_it_reports_the_plan_the_scores_and_where_everything_is(done: Done) -> None:
+    assert done.reported[0].startswith("27 images to train on, 3 to evaluate on.")
+    scores = next(text for text in done.reported if "text to image R@1" in text)
+    assert "run " in scores and "chance" in scores
+    shown = dict(line.split(maxsplit=1) for line in done.reported[-1].splitlines())
+    assert set(shown) == {"model", "results", "fine-tuned", "captions", "images", "aligned"}
+    assert all(Path(path).is_dir() for path in shown.values())
+    assert read_scores(done.config.output)
+
+
+def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) -> None:
+    before = read_files(copied.output)
+    times = {path: path.stat().st_mtime_ns for path in copied.output.rglob("*.safetensors")}
+    again = run(copied)
+    after = read_files(copied.output)
+    assert [name for name in before if before[name] != after[name] and name != "run.json"] == []
+    assert set(after) == set(before)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    # The plan, the scores, the paths: no stage said that it wrote something.
+    assert len(again.reported) == 3 and "text to image R@1" in again.text
+
+
+def change_section(config: TrainConfig, section: str, **options: Any) -> TrainConfig:
+    return replace(config, **{section: replace(getattr(config, section), **options)})
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "then"),
+    [
+        ("build", "projection_dim", 8, "16"),
+        ("finetune", "lora_rank", 4, "16"),
+        ("extract", "store_dtype", "float32", "'float16'"),
+        ("align", "learning_rate", 1e-3, "None"),
+        ("export", "dtype", "bfloat16", "None"),
+    ],
+)
+def test_an_option_that_changed_is_refused_by_name(
+    done: Done, section: str, option: str, value: Any, then: str
+) -> None:
+    before = read_files(done.config.output)
+    message = rf"another run: {section}\.{option}: {then} then, {value!r} now\. Choose a new folder"
+    with pytest.raises(ValueError, match=message):
+        train(change_section(done.config, section, **{option: value}))
+    assert read_files(done.config.output) == before
+
+
+def test_all_options_and_data_that_changed_are_named_together(done: Done) -> None:
+    changed = replace(done.config, text_model="vision", test_size=0.2)
+    with pytest.raises(
+        ValueError, match=r"another run: test: .*test_size: .*text_model: .*train: "
+    ):
+        train(changed)
+
+
+def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> None:
+    models = read_files(copied.output, parts=WEIGHTS)
+    more = run(replace(copied, eval_datasets=(f"folder={sources / 'data'}",)))
+    assert len(list((copied.output / "evaluation").rglob("*.retrieval.json"))) == 2
+    assert "folder: text to image R@1" in more.text
+    assert read_files(copied.output, parts=WEIGHTS) == models
+
+
+def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> None:
+    """And a recipe may leave out fine-tuning, stores, export and evaluation."""
+    config = make_recipe(
+        sources,
+        tmp_path / "run",
+        data="nowhere",
+        finetune=None,
+        export=None,
+        align={"vision_training": "lora", "text_training": "frozen-online", "max_steps": 2},
+    )
+    without = run(config, records=(load_records(sources / "data"), []))
+    assert without.model == config.output / "aligned" / "model"
+    assert check_model(without.model).healthy
+    assert {path.name for path in config.output.iterdir()} == {"aligned", "built", "run.json"}
+    shown = [line.split()[0] for line in without.reported[-1].splitlines()]
+    assert shown == ["model", "aligned"]
+
+
+def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig) -> None:
+    record = json.loads((copied.output / "run.json").read_text())
+    del record["results"]["is_healthy"]
+    (copied.output / "run.json").write_text(json.dumps(record))
+    file = copied.output / "model" / "model.safetensors"
+    intact = file.read_bytes()
+    weights = load_file(file)
+    name = "visual_projection.weight"
+    save_file({**weights, name: weights[name].flip(0)}, file, {"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"(?s)The model is not healthy:.*image_embeds moved by"
+        ):
+            train(copied, report=lambda _: None)
+    file.write_bytes(intact)
+    assert "model: healthy" in run(copied).text
+
+
+def test_what_a_stage_would_refuse_is_refused_before_the_first(
+    sources: Path, tmp_path: Path
+) -> None:
+    """All at once: towers, fine-tuning, alignment and evaluation."""
+    records = [
+        replace(record, captions=record.captions[:1], long_captions=())
+        for record in load_records(sources / "data")
+    ]
+    config = make_recipe(
+        sources,
+        tmp_path / "run",
+        vision_model="no tower",
+        build={"prompt": "chatml"},
+        align={"loss": "triplet", "projection_init": "cca", "vision_training": "full"},
+        eval_tasks=["swimming"],
+    )
+    with pytest.raises(ValueError, match="no tower: no such vision tower") as caught:
+        train(config, records=(records[:1], records[1:]))
+    told = str(caught.value)
+    for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
+                  "too few for a batch of 4"):  # fmt: skip
+        assert error in told
+    assert not config.output.exists()
+
+
+def test_a_recipe_without_a_prompt_is_refused(sources: Path, tmp_path: Path) -> None:
+    config = make_recipe(sources, tmp_path / "run", build={"prompt": None})
+    with pytest.raises(ValueError, match="Choose a prompt, one of llama-3"):
+        train(config)
+    assert not config.output.exists()
+
+
+def test_a_folder_with_something_else_is_refused(sources: Path, tmp_path: Path) -> None:
+    config = make_recipe(sources, tmp_path / "run")
+    config.output.mkdir()
+    (config.output / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"run is not empty and has no run\.json"):
+        train(config)
+    assert list(read_files(config.output)) == ["notes.txt"]
+
+
+@contextmanager
+def signal_at(file: Path) -> Iterator[None]:
+    """Send SIGTERM to this process once a file has its first line."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.is_set():
+            if file.is_file() and file.read_bytes().count(b"\n"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+@pytest.mark.parametrize("stage", ["fine-tuned", "aligned"])
+def test_sigterm_stops_in_good_order_and_the_same_call_continues(
+    sources: Path, tmp_path: Path, stage: str
+) -> None:
+    long = {"max_steps": 60, "save_steps": 100, "logging_steps": 1}
+    is_first = stage == "fine-tuned"
+    config = make_recipe(
+        sources,
+        tmp_path / "run",
+        finetune=long if is_first else None,
+        align={"max_steps": 2} if is_first else {**long, "eval_steps": 10,
+                                                 "early_stopping_patience": 0},
+    )  # fmt: skip
+    with (
+        signal_at(config.output / stage / "metrics.jsonl"),
+        pytest.raises(StageInterrupt, match=r"Stopped after step \d+ of 60;.*Continue with the same"
+                      r" call\.$") as caught,
+    ):  # fmt: skip
+        train(config, report=lambda _: None)
+    assert caught.value.signal == signal.SIGTERM
+    states = {stage.name: stage.state for stage in plan_recipe(config).stages}
+    assert states["build"] == "finished"
+    assert states["finetune-llm" if is_first else "align"] == "stopped"
+    continued = run(config)
+    whole = run(replace(config, output=tmp_path / "whole"))
+    assert names_that_differ(continued.config.output, whole.config.output) == []
+
+
+# New files that show where in the run a kill hits: each stage at its beginning, within, or while
+# its result is being assembled.
+MOMENTS = (
+    "run.json", ".built-*", "built", "fine-tuned/run.json", "fine-tuned/checkpoints/checkpoint-2",
+    "fine-tuned/lora", "fine-tuned/.model-*", "fine-tuned/model", "captions/*", "images/*",
+    "aligned/run.json", "aligned/best.safetensors", "aligned/checkpoints/checkpoint-4",
+    "aligned/.model-*", "aligned/model", ".model-*", "model", "evaluation",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kills_in_every_stage_and_at_random_moments_lose_nothing(
+    sources: Path, done: Done, tmp_path: Path
+) -> None:
+    recipe = write_recipe(sources, tmp_path / "recipe.yaml", output="{output}")
+    killed = subprocess.run(
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", "6",
+         *(f"--at={moment}" for moment in MOMENTS), str(tmp_path / "runs"), "--", "train",
+         str(recipe)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert killed.returncode == 0, killed.stderr[-3000:]
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    assert len(report["kills"]) == 6 and set(report["kills_at"]) == set(MOMENTS)
+    for folder in map(Path, report["folders"]):
+        assert names_that_differ(folder, done.config.output) == []
+        assert read_scores(folder) == read_scores(done.config.output)
+        assert not list(folder.glob(".*/[!.]*"))
+
+
+@pytest.mark.slow
+def test_no_file_depends_on_the_process_that_wrote_it(sources: Path, tmp_path: Path) -> None:
+    """Python hashes strings differently in each process, so that sets have another order."""
+    found = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        write_recipe(
+            sources,
+            folder / "recipe.yaml",
+            output="run",
+            finetune={"num_hard_negatives": 2, "num_pairings": 2},
+            align={"vision_training": "lora", "text_training": "lora", "max_steps": 2},
+        )
+        completed = subprocess.run(
+            [sys.executable, "-m", "modeling_llm2clip", "train", "recipe.yaml"], cwd=folder,
+            capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert completed.returncode == 0, completed.stderr[-3000:]
+        files = read_files(folder / "run")
+        found.append({n: b for n, b in files.items() if not any(mark in n for mark in TIMED)})
+    first, second = found
+    assert [name for name in first if first[name] != second.get(name)] == []
+    assert set(first) == set(second)
+
+
+def test_the_command_prints_what_it_does(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_recipe(
+        sources, tmp_path / "recipe.yaml", output=tmp_path / "run", finetune=None,
+        align={"max_steps": 2},
+    )  # fmt: skip
+    assert main(["train", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "text to image R@1" in printed and str(tmp_path / "run" / "model") in printed
