@@ -262,7 +262,7 @@ def test_every_error_of_a_recipe_is_named_at_once(
     file = tmp_path / "recipe.yaml"
     file.write_text(BAD, encoding="utf-8")
     assert main(["train", str(file), "--dry-run"]) == 2
-    told = capsys.readouterr().err
+    reported = capsys.readouterr().err
     for error in (
         "data=7 must be a string.",
         "test_size=1.5 must be at least 0 and below 1.",
@@ -271,7 +271,7 @@ def test_every_error_of_a_recipe_is_named_at_once(
         "align.vision_training='all' must be one of frozen, lora, full.",
         "finetune: warmup_steps=2.5 must be a share below 1 or an integer.",
     ):
-        assert error in told
+        assert error in reported
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -204,10 +204,10 @@ def test_what_a_stage_would_refuse_is_refused_before_the_first(
     )
     with pytest.raises(ValueError, match="no tower: no such vision tower") as caught:
         train(config, records=(records[:1], records[1:]))
-    told = str(caught.value)
+    reported = str(caught.value)
     for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
                   "too few for a batch of 4"):  # fmt: skip
-        assert error in told
+        assert error in reported
     assert not config.output.exists()
 
 
