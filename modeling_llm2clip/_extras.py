@@ -28,6 +28,7 @@ class Need(NamedTuple):
 DEMO = tuple(
     Need(module, "demo", reason)
     for module, reason in (
+        ("datasets", "the demo trains as llm2clip train does"),
         ("gguf", "the demo's language model is a .gguf file"),
         ("peft", "the demo merges a LoRA"),
         ("sentence_transformers", "the demo also loads the model with it"),

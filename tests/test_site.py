@@ -45,7 +45,7 @@ PAGES = sorted(
 MADE_BY_READERS = (
     "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
     "tuned", "text-only", "to-publish", "tower", "caption", "image", "val", "<name>", "site",
-    "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
+    "built", "evaluation", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
 )  # fmt: skip
 NEW_FILES = {"modeling_llm2clip/cli/count.py", "modeling_llm2clip/training/losses/my_loss.py"}
 # Flags of other programs, and of the scripts in `examples/`.
