@@ -25,6 +25,7 @@ from ...evaluation.metrics.scores import hits_at
 from ..losses.contrastive import ContrastiveLoss
 from ..losses.loss import LossInputs
 from .alignment_data import AlignmentDataset
+from .cca_init import fit_temperature
 
 if TYPE_CHECKING:
     from .alignment_trainer import AlignmentTrainer
@@ -36,6 +37,8 @@ _MAX_HELD_OUT = 1_000
 _MIN_HELD_OUT = 20
 _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
+# These many pairs determine a single number.
+_MAX_ROWS_OF_TEMPERATURE = 2_000
 # A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
@@ -46,7 +49,9 @@ class HeldOutScores:
     """How well held-out captions and images find each other.
 
     Attributes:
-        loss: Contrastive loss, every pair against all others, whatever loss is trained on.
+        loss: Contrastive loss, every pair against all others, at the temperature that suits these
+            pairs best. So it tells better embeddings from worse ones: at the temperature that is
+            trained on the training images, it mostly tells how sure the model is of them.
         t2i_r1: Share of texts whose first image is right.
         i2t_r1: Share of images whose first text is right.
         chance_t2i_r1: Expected `t2i_r1` of a random order.
@@ -160,7 +165,7 @@ class HeldOutImages:
         model: nn.Module,
         device: torch.device,
         make_context: Callable[[], AbstractContextManager[Any]],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Encode every pair, in evaluation mode.
 
         Args:
@@ -169,32 +174,27 @@ class HeldOutImages:
             make_context: Makes the context of a forward pass.
 
         Returns:
-            image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU, and the
-            inverse temperature, (1,).
+            image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
         """
         was_training = model.training
         model.eval()
-        images, texts, scale = [], [], torch.ones(1)
+        images, texts = [], []
         for start in range(0, len(self.rows), _ROWS_PER_BATCH):
             batch = self.dataset.read_pairs(self.rows[start : start + _ROWS_PER_BATCH])
             with make_context():
                 outputs = model(**{name: value.to(device) for name, value in batch.items()})
             images.append(outputs[0].float().cpu())
             texts.append(outputs[1].float().cpu())
-            scale = outputs[2].float().cpu()
         model.train(was_training)
-        return torch.cat(images), torch.cat(texts), scale
+        return torch.cat(images), torch.cat(texts)
 
-    def score(self, image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> HeldOutScores:
+    def score(self, image_embeds: Tensor, text_embeds: Tensor) -> HeldOutScores:
         """Compare the embeddings of all pairs.
 
         Args:
             image_embeds: As `embed` returns them.
             text_embeds: As `embed` returns them.
-            scale: As `embed` returns it.
         """
-        compute_loss = ContrastiveLoss(chunk_size=_ROWS_PER_BATCH, over_processes=False)
-        loss = compute_loss(LossInputs(image_embeds, text_embeds, scale, self.group_ids))
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
@@ -204,7 +204,7 @@ class HeldOutImages:
         )
         to_image, to_text = ranking.t2i, ranking.i2t
         return HeldOutScores(
-            loss=float(loss),
+            loss=self._compute_loss(image_embeds, text_embeds),
             t2i_r1=float(hits_at(to_image, k=1).mean()),
             i2t_r1=float(hits_at(to_text, k=1).mean()),
             chance_t2i_r1=float((to_image.num_positives / to_image.num_candidates).mean()),
@@ -212,6 +212,17 @@ class HeldOutImages:
             num_images=len(of_image),
             num_texts=len(of_text),
         )
+
+    def _compute_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> float:
+        few = slice(_MAX_ROWS_OF_TEMPERATURE)
+        log_scale, loss = fit_temperature(
+            image_embeds[few], text_embeds[few], self.group_ids[few], chunk_size=_ROWS_PER_BATCH
+        )
+        if len(image_embeds) <= _MAX_ROWS_OF_TEMPERATURE:
+            return loss
+        compute_loss = ContrastiveLoss(chunk_size=_ROWS_PER_BATCH, over_processes=False)
+        scale = torch.tensor([math.exp(log_scale)])
+        return float(compute_loss(LossInputs(image_embeds, text_embeds, scale, self.group_ids)))
 
 
 def _lower_bound(ratio: float, count: int) -> float:

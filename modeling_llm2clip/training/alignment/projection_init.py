@@ -113,7 +113,7 @@ def _measure(model: AlignmentModel, held_out: HeldOutImages) -> float:
 
 @torch.no_grad()
 def _set_temperature(model: AlignmentModel, held_out: HeldOutImages) -> float:
-    images, texts, _ = held_out.embed(model, torch.device("cpu"), nullcontext)
+    images, texts = held_out.embed(model, torch.device("cpu"), nullcontext)
     log_scale, loss = fit_temperature(images, texts, held_out.group_ids)
     model.logit_scale.log_scale.fill_(log_scale)
     return loss

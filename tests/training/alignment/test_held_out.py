@@ -7,16 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from aligning import Prepared, prepare, weights_of
 
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.alignment import held_out as held_out_module
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_report import (
     NEAR_CHANCE,
     describe_alignment,
     make_caution,
 )
-from modeling_llm2clip.training.alignment.held_out import HeldOutScores, choose_held_out
+from modeling_llm2clip.training.alignment.held_out import (
+    HeldOutImages,
+    HeldOutScores,
+    choose_held_out,
+)
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 
 @pytest.fixture(scope="module", params=[100, 800])
@@ -77,6 +85,31 @@ def test_held_out_images_are_never_trained_on(few: Prepared) -> None:
     assert sorted([*items, *held_out]) == list(range(60))
     assert choose_held_out(dataset, 0.1, seed=1)[1] != held_out
     assert choose_held_out(dataset, 0.0, seed=0) == (list(range(60)), [])
+
+
+@pytest.mark.parametrize("num_fitted", [2_000, 40])
+def test_the_held_out_loss_is_that_of_the_best_temperature(
+    few: Prepared, num_fitted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out_module, "_MAX_ROWS_OF_TEMPERATURE", num_fitted)
+    dataset = AlignmentDataset(
+        few.records,
+        LLM2CLIPProcessor.from_pretrained(few.model),
+        caption_store=few.caption_store,
+        image_store=few.image_store,
+    )
+    held_out = HeldOutImages(dataset, range(60))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(len(held_out.rows), 8, generator=generator)
+    texts = images + 0.5 * torch.randn(images.shape, generator=generator)
+    images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    losses = [
+        ContrastiveLoss()(LossInputs(images, texts, torch.tensor([scale]), held_out.group_ids))
+        for scale in torch.arange(1.0, 100.0).tolist()
+    ]
+    # The loss is flat where it is lowest: a temperature that fewer rows chose costs little.
+    assert held_out.score(images, texts).loss == pytest.approx(float(min(losses)), rel=0.02)
+    assert float(losses[-1]) > 1.5 * float(min(losses))
 
 
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:
