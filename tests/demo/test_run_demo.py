@@ -90,7 +90,7 @@ def test_the_demo_runs_from_the_wheel_alone_on_its_embedded_images(
     assert all(Path(place).is_relative_to(installed) for place in found)
     output = tmp_path / "demo"
     printed, report = run_demo(output, towers, path=installed)
-    assert "healthy" in printed and f"{report['unseen_t2i_r1']:.1%}" in printed
+    assert "healthy" in printed, printed
     assert report["seconds_after_download"] > 0 and report["peak_rss_gb"] > 0.1
     assert report["seed"] == 0 and report["num_held_out"] == 300
     for name in ("unseen_t2i_r1", "unseen_t2i_r10", "unseen_i2t_r1"):
