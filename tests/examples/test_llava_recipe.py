@@ -422,7 +422,7 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     printed = run_script(
         "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
         tmp_path / "tuned", "--max-steps", 2, "--global-batch-size", 4, "--skip-text-only",
-        "--leave-out-invalid", processes=2,
+        "--skip-invalid", processes=2,
     )  # fmt: skip
     assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
     assert (tmp_path / "tuned" / "model" / "config.json").is_file()
