@@ -47,7 +47,14 @@ MADE_BY_READERS = (
     "tuned", "text-only", "to-publish", "tower", "caption", "image", "val", "<name>", "site",
     "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
 )  # fmt: skip
-NEW_FILES = {"modeling_llm2clip/cli/count.py", "modeling_llm2clip/training/losses/my_loss.py"}
+# Files that the how-tos write.
+NEW_FILES = {
+    "modeling_llm2clip/cli/count.py",
+    "modeling_llm2clip/configs/count_config.py",
+    "modeling_llm2clip/evaluation/datasets/catalog/my_captions.py",
+    "modeling_llm2clip/training/losses/cosine.py",
+    "tests/training/losses/test_cosine.py",
+}
 # Flags of other programs, and of the scripts in `examples/`.
 OTHER_FLAGS = {
     "--help", "--strict", "--min-length", "--layer", "--chat-template", "--skip-text-only",
