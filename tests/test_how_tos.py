@@ -61,9 +61,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package
             del sys.modules[name]
 
 
-def test_the_loss_is_loaded_by_its_name(
-    package: Package, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_is_loaded_by_its_name(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = read_modules("add-a-loss.md")
     package.add("training.losses.cosine", source)
     page = (HOW_TOS / "add-a-loss.md").read_text("utf-8")
