@@ -30,7 +30,7 @@ _RECORDED_WITH = {"existing_model": "first_run"}
 # A record keeps the words of its time; tables use those of the documents.
 _RECORDED_WORDS = {"pictures": "images"}
 # A setting that is the recipe itself, which has a column of its own.
-_RECORDED_SETTINGS = {"README's recipe": "the same"}
+_SETTINGS = {"README's recipe": "the same"}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
     "unseen_t2i_r1",
@@ -169,7 +169,7 @@ def _render_first_run(report: dict[str, Any]) -> str:
             name,
             f"{found['num_images']:,}",
             _percent(found["recipe_r1"]),
-            f"{_percent(found['best_r1'])} ({_RECORDED_SETTINGS.get(found['best'], found['best'])})",
+            f"{_percent(found['best_r1'])} ({_SETTINGS.get(found['best'], found['best'])})",
             _percent(
                 max(
                     scores["r1"]

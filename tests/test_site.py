@@ -44,8 +44,8 @@ PAGES = sorted(
 # Folders and files that a reader makes or downloads, and Hub ids.
 MADE_BY_READERS = (
     "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
-    "tuned", "text-only", "to-publish", "tower", "caption", "image", "val", "<name>", "site",
-    "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
+    "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
+    "<name>", "site", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
 )  # fmt: skip
 # Files that the how-tos write.
 NEW_FILES = {

@@ -73,7 +73,9 @@ def align(
 
     find_model_folder(model)  # reading the data may take long
     check_align(config, caption_store=caption_store, image_store=image_store)
-    records = read_captioned_images(data, reading, require_images=image_store is None, resume=resume)
+    records = read_captioned_images(
+        data, reading, require_images=image_store is None, resume=resume
+    )
     folder = run(
         model,
         records,
