@@ -3,9 +3,9 @@
     python benchmarks/code_size.py --label after --run-tests
 
 Any checkout of this package is measured alike, whatever its layout: sources are read without
-importing them. Times are medians over fresh processes; the first process
-warms the file cache and does not count. `--label before` measured the commit that the redesign
-started from, in a checkout of its own (`--checkout`).
+importing them. Times are medians over fresh processes; the first process warms the file cache and
+does not count. `--label before` measured the commit that the redesign started from, in a checkout
+of its own (`--checkout`).
 """
 
 from __future__ import annotations
