@@ -20,7 +20,7 @@ docs:
 	python .ci/write_references.py && zensical build --clean --strict --config-file mkdocs.yml
 
 benchmarks:
-	python benchmarks/house.py --label after --run-tests && python benchmarks/render_tables.py
+	python benchmarks/code_size.py --label after --run-tests && python benchmarks/render_tables.py
 
 distributions:
 	.ci/build

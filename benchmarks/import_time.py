@@ -4,7 +4,7 @@
 
 Each measurement is a fresh process that imports transformers first and then the package, with
 nothing written between; the first process warms the files in the memory of the system and does not
-count. Which modules the import may load is a test's business: tests/test_house.py.
+count. Which modules the import may load is a test's business: tests/test_code_rules.py.
 """
 
 from __future__ import annotations

@@ -44,10 +44,17 @@ PAGES = sorted(
 # Folders and files that a reader makes or downloads, and Hub ids.
 MADE_BY_READERS = (
     "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
-    "tuned", "text-only", "to-publish", "tower", "caption", "image", "val", "<name>", "site",
-    "built", "evaluation", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
+    "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
+    "<name>", "site", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
 )  # fmt: skip
-NEW_FILES = {"modeling_llm2clip/cli/count.py", "modeling_llm2clip/training/losses/my_loss.py"}
+# Files that the how-tos write.
+NEW_FILES = {
+    "modeling_llm2clip/cli/count.py",
+    "modeling_llm2clip/configs/count_config.py",
+    "modeling_llm2clip/evaluation/datasets/catalog/my_captions.py",
+    "modeling_llm2clip/training/losses/cosine.py",
+    "tests/training/losses/test_cosine.py",
+}
 # Flags of other programs, and of the scripts in `examples/`.
 OTHER_FLAGS = {
     "--help", "--strict", "--min-length", "--layer", "--chat-template", "--skip-text-only",

@@ -1,1 +1,5 @@
-"""The command line: one module per command, flags generated from `configs`."""
+"""The command line, its flags generated from annotations and from `configs`.
+
+A module that has a command's name is that command; `__main__.py` lists the commands. All other
+modules are shared by them.
+"""

@@ -7,7 +7,7 @@ from pathlib import Path
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
 from ..configs.data_config import DataConfig
-from .captioned_data import read_data, require_data
+from .captioned_data import read_captioned_images, require_data
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
@@ -73,7 +73,9 @@ def align(
 
     find_model_folder(model)  # reading the data may take long
     check_align(config, caption_store=caption_store, image_store=image_store)
-    records = read_data(data, reading, require_images=image_store is None, resume=resume)
+    records = read_captioned_images(
+        data, reading, require_images=image_store is None, resume=resume
+    )
     folder = run(
         model,
         records,

@@ -27,7 +27,7 @@ def require_data(data: str, reading: DataConfig) -> None:
         raise ValueError(f"image_dir={reading.image_dir}: no such folder.")
 
 
-def read_data(
+def read_captioned_images(
     data: str, reading: DataConfig, *, require_images: bool, resume: bool = False
 ) -> list[CaptionedImage]:
     """Read all records.

@@ -8,7 +8,7 @@ from typing import Literal
 from .._extras import require
 from ..configs.data_config import DataConfig
 from ..configs.extract_config import ExtractConfig
-from .captioned_data import read_data, require_data
+from .captioned_data import read_captioned_images, require_data
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
@@ -63,7 +63,7 @@ def extract(
     from ..training.extraction.extract import extract as run
 
     find_model_folder(model)  # reading the data may take long
-    records = read_data(data, reading, require_images=modality == "image")
+    records = read_captioned_images(data, reading, require_images=modality == "image")
     run(model, records, output, config, modality=modality)
     state = PartialState()
     if state.is_main_process:

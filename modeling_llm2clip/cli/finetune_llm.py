@@ -7,7 +7,7 @@ from pathlib import Path
 from .._extras import CAPTION_TUNING, require
 from ..configs.data_config import DataConfig
 from ..configs.finetune_config import FinetuneConfig
-from .captioned_data import read_data, require_data
+from .captioned_data import read_captioned_images, require_data
 from .chosen_device import choose_device
 from .command import command
 from .extras import list_needs_of_model
@@ -57,7 +57,7 @@ def finetune_llm(
     from ..training.finetuning.finetune_llm import describe_finetuning
     from ..training.finetuning.finetune_llm import finetune_llm as run
 
-    records = read_data(data, reading, require_images=False)
+    records = read_captioned_images(data, reading, require_images=False)
     folder = run(model, records, output, config, resume=resume)
     if PartialState().is_main_process:
         print("\n".join(describe_finetuning(output)))

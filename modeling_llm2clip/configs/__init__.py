@@ -1,1 +1,1 @@
-"""Every dataclass of options: flags, YAML, defaults and help are generated from them."""
+"""The options of the library: flags, YAML, defaults and help are generated from them."""

@@ -105,7 +105,7 @@ def test_a_run_of_the_paper_has_its_settings(name: str) -> None:
     assert build.projection_dim == (1152 if is_siglip else 1280)
     assert build.normalize_text_before_adapter is not is_siglip
     assert build.visual_projection_bias is not name.startswith("openai")
-    # What regularizes small data is no part of the paper.
+    # The paper does not have what regularizes small data.
     assert align.caption_noise == 0 and align.held_out_ratio == 0 and config.test_size == 0
 
 

@@ -1,10 +1,11 @@
-"""Size, layout, start-up time and tests of a checkout of this package, of any layout.
+"""Measures the code base: its size and layout, its start-up time, and its tests.
 
-    python benchmarks/house.py --label after --run-tests
+    python benchmarks/code_size.py --label after --run-tests
 
-Sources are read without importing them. Times are medians over fresh processes; the first process
-warms the file cache and does not count. `--label before` measured the commit that the redesign
-started from, in a checkout of its own (`--checkout`).
+Any checkout of this package is measured alike, whatever its layout: sources are read without
+importing them. Times are medians over fresh processes; the first process warms the file cache and
+does not count. `--label before` measured the commit that the redesign started from, in a checkout
+of its own (`--checkout`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     tests.add_argument("--run-tests", action="store_true", help="time `pytest -n 2 -q`")
     tests.add_argument("--test-seconds", type=float, help="a time measured before")
     parser.add_argument(
-        "--output", type=Path, default=_ROOT / "benchmarks" / "results" / "house.json"
+        "--output", type=Path, default=_ROOT / "benchmarks" / "results" / "code_size.json"
     )
     options = parser.parse_args()
     checkout = options.checkout.resolve()
@@ -255,7 +256,7 @@ def _read_commit(checkout: Path) -> str:
 def _describe_command(checkout: Path) -> str:
     """The command line, with a word in place of a path that other machines do not have."""
     words = ["CHECKOUT" if word == str(checkout) else word for word in sys.argv[1:]]
-    return " ".join(["python", "benchmarks/house.py", *words])
+    return " ".join(["python", "benchmarks/code_size.py", *words])
 
 
 def _no_cache() -> list[str]:

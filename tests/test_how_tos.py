@@ -1,0 +1,107 @@
+"""The code in `docs/contributing` does what the pages say, as the files that they name."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from published_datasets import errors_of, write_images, write_own_folder
+
+import modeling_llm2clip
+from modeling_llm2clip.cli.flags import CommandLine
+from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
+from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
+
+HOW_TOS = Path(__file__).parent.parent / "docs" / "contributing"
+
+
+def read_modules(page: str) -> list[str]:
+    """Return the Python blocks of a page that are whole modules, in their order."""
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```$", (HOW_TOS / page).read_text("utf-8"),
+                        re.DOTALL | re.MULTILINE)  # fmt: skip
+    sources = [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in blocks]
+    return [source for source in sources if source.startswith('"""')]
+
+
+class Package:
+    """The package with files of a reader in it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self._monkeypatch = monkeypatch
+
+    def add(self, name: str, source: str) -> ModuleType:
+        """Import a module as if its file were in the package, such as `cli.count`."""
+        parent = importlib.import_module(f"{modeling_llm2clip.__name__}.{name.rpartition('.')[0]}")
+        folder = self._folder / name.rpartition(".")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name.rpartition('.')[2]}.py").write_text(source, encoding="utf-8")
+        self._monkeypatch.setattr(parent, "__path__", [*parent.__path__, str(folder)])
+        importlib.invalidate_caches()
+        return importlib.import_module(f"{modeling_llm2clip.__name__}.{name}")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+    known = set(sys.modules)
+    folder = tmp_path / "package"
+    yield Package(folder, monkeypatch)
+    for name in set(sys.modules) - known:
+        if (sys.modules[name].__file__ or "").startswith(str(folder)):
+            parent, _, child = name.rpartition(".")
+            delattr(sys.modules[parent], child)
+            del sys.modules[name]
+
+
+def test_the_loss_is_loaded_by_its_name(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = read_modules("add-a-loss.md")
+    package.add("training.losses.cosine", source)
+    page = (HOW_TOS / "add-a-loss.md").read_text("utf-8")
+    found = re.search(r'`"(\w+)": \("(\w+)", "(\w+)"\),`', page)
+    assert found is not None
+    monkeypatch.setitem(LOSSES, found[1], (found[2], found[3]))
+    images = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    same = LossInputs(images, images, torch.ones(1), torch.arange(4))
+    opposite = replace(same, text_embeds=-images)
+    for chunk_size in (None, 2):
+        cosine = load_loss("cosine", chunk_size=chunk_size)
+        # Of rows of unit length, to float32's rounding.
+        assert cosine(same).item() == pytest.approx(0, abs=1e-6)
+        assert cosine(opposite).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_the_command_counts_the_captions_of_a_folder(
+    package: Package, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, command = read_modules("add-a-command.md")
+    package.add("configs.count_config", config)
+    count = package.add("cli.count", command).count
+    line = CommandLine("llm2clip", [count], description="", version="0", examples=())
+    folder = write_own_folder(tmp_path / "my-images")
+    for least, wanted in ((1, 6), (8, 2)):  # "eine Katze" and "ein Hund" have 8 and more
+        line.parse(["count", str(folder), "--min-length", str(least)])()
+        assert capsys.readouterr().out == f"{wanted}\n"
+    with pytest.raises(ValueError, match="--min-length 0 must be at least 1"):
+        line.parse(["count", str(folder), "--min-length", "0"])
+
+
+def test_the_dataset_is_read_and_its_errors_are_counted(package: Package, tmp_path: Path) -> None:
+    (source,) = read_modules("add-a-dataset.md")
+    (spec,) = package.add("evaluation.datasets.catalog.my_captions", source).DATASETS
+    spec = replace(spec, counts={"images": 2, "captions": 2})
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    (tmp_path / "captions.tsv").write_text("a.jpg\tone\nb.jpg\ttwo\n", encoding="utf-8")
+    found = load_dataset(spec, tmp_path)
+    assert isinstance(found, RetrievalDataset)
+    assert found.image_names == ("a.jpg", "b.jpg")
+    assert found.captions == ("one", "two")
+    (tmp_path / "captions.tsv").write_text("a.jpg\tone\nb.jpg two\n", encoding="utf-8")
+    assert errors_of(spec, tmp_path)["no tab"] == 1
