@@ -49,9 +49,9 @@ class HeldOutScores:
     """How well held-out captions and images find each other.
 
     Attributes:
-        loss: Contrastive loss, every pair against all others, at the temperature that suits these
-            pairs best. So it tells better embeddings from worse ones: at the temperature that is
-            trained on the training images, it mostly tells how sure the model is of them.
+        loss: Contrastive loss of every pair against all others, at the temperature where it is
+            lowest. The trained temperature suits the training images; at that one, the loss mostly
+            measures overconfidence, and not which embeddings are better.
         t2i_r1: Share of texts whose first image is right.
         i2t_r1: Share of images whose first text is right.
         chance_t2i_r1: Expected `t2i_r1` of a random order.
