@@ -11,10 +11,10 @@ quality:
 	ruff check . && ruff format --check . && typos && mypy && lint-imports --no-cache
 
 test:
-	pytest -n 2
+	pytest
 
 test-slow:
-	pytest -m "slow and not gpu"
+	pytest -n 0 -m "slow and not gpu"
 
 docs:
 	python .ci/write_references.py && zensical build --clean --strict --config-file mkdocs.yml

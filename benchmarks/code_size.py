@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--label", choices=["before", "after"], required=True)
     parser.add_argument("--runs", type=int, default=5, help="processes for each time")
     tests = parser.add_mutually_exclusive_group()
-    tests.add_argument("--run-tests", action="store_true", help="time `pytest -n 2 -q`")
+    tests.add_argument("--run-tests", action="store_true", help="time `pytest -q`")
     tests.add_argument("--test-seconds", type=float, help="a time measured before")
     parser.add_argument(
         "--output", type=Path, default=_ROOT / "benchmarks" / "results" / "code_size.json"
@@ -206,7 +206,7 @@ def measure_tests(checkout: Path, *, run: bool, seconds: float | None) -> dict[s
 
     Args:
         checkout: root of the checkout.
-        run: whether to run `pytest -n 2 -q`.
+        run: whether to run `pytest -q`.
         seconds: time that was measured before, recorded as it is.
 
     Returns:
@@ -222,12 +222,12 @@ def measure_tests(checkout: Path, *, run: bool, seconds: float | None) -> dict[s
     result: dict[str, Any] = {
         "num_tests": int(counts[1]),
         "num_tests_deselected": int(counts[2] or 0),
-        "test_command": "pytest -n 2 -q",
+        "test_command": "pytest -q",
         "test_seconds": seconds,
     }
     if run:
         started = time.perf_counter()
-        done = _run_python(checkout, "-m", "pytest", "-n", "2", "-q", *_no_cache(), check=False)
+        done = _run_python(checkout, "-m", "pytest", "-q", *_no_cache(), check=False)
         result["test_seconds"] = round(time.perf_counter() - started, 1)
         result["test_summary"] = done.stdout.strip().splitlines()[-1]
         if done.returncode:

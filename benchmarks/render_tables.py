@@ -437,7 +437,7 @@ def _render_code_size(report: dict[str, Any]) -> str:
         "modules": lambda entry: str(entry["package_files"]),
         "lines of the tests": lambda entry: f"{entry['test_lines']:,}",
         "tests, without slow and GPU ones": lambda entry: f"{entry['num_tests']:,}",
-        "seconds of `pytest -n 2`": lambda entry: f"{entry['test_seconds']:.0f}",
+        "seconds of the tests, two processes": lambda entry: f"{entry['test_seconds']:.0f}",
         "lines of the README": lambda entry: str(entry["readme_lines"]),
         "functions over 40 lines": lambda entry: str(entry["functions_over_40_lines"]),
         "files over 500 lines": lambda entry: str(len(entry["files_over_500_lines"])),

@@ -26,9 +26,7 @@ def describe_alignment(output: Path) -> list[str]:
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
-    loss = results["final_loss"]
-    shown = "" if loss is None else f", loss {loss:.4f}"
-    lines.append(f"Wrote {model} after {results['steps']} steps{shown}.")
+    lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
         source = record["inputs"]["source"]
         lines.append(
@@ -66,6 +64,14 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     held_out = f"{scores.num_images} images held out of the alignment"
     dataset = held_out if data_name is None else f"{data_name}, {held_out}"
     return (CardResult("retrieval", dataset, shown),)
+
+
+def _describe_weights(results: Mapping[str, Any]) -> str:
+    """Name the step of the weights that were written; the last step's loss says little of others."""
+    steps, loss, held_out = results["steps"], results["final_loss"], results["held_out"]
+    if held_out is not None and held_out["best_step"] < steps:
+        return f"with the weights of step {held_out['best_step']} of {steps}"
+    return f"after {steps} steps" + ("" if loss is None else f", loss {loss:.4f}")
 
 
 def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:

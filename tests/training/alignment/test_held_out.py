@@ -143,3 +143,11 @@ def test_near_chance_is_what_does_not_exceed_three_times_chance(
 ) -> None:
     scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count)
     assert scores.is_near_chance == is_near
+
+
+def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_path: Path) -> None:
+    run = few.align_stored(
+        tmp_path / "run", max_steps=4, learning_rate=1.0, early_stopping_patience=0
+    )
+    assert run.best_step == 0
+    assert f"Wrote {run.model} with the weights of step 0 of 4." in describe_alignment(run.output)
