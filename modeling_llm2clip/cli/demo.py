@@ -48,7 +48,7 @@ def demo(
     report = run_demo(make_demo_config(output, max_steps=max_steps, seed=seed, device=device))
     output = output.resolve()
     for name in ("search.png", "search.html", "report.json"):
-        print(f"{name:<11}{output / name}")
+        print(f"{name:<12} {output / name}")
     print(_AFTER_DEMO.format(folder=output / "model", image=output / "search.png"))
     print(_describe(report))
     return 0

@@ -19,6 +19,7 @@ from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..data.splits import split_records
 from ..encoding.devices import find_device
+from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
 from ..training.alignment.held_out import count_held_out
@@ -243,7 +244,8 @@ def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[
         config: The recipe.
         test: The held-out records.
     """
-    return [*([test] if test else []), *config.eval_datasets]
+    held_out = [make_records_spec(test, name="held-out")] if test else []
+    return [*held_out, *config.eval_datasets]
 
 
 def show_seconds(seconds: float) -> str:

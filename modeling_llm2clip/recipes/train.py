@@ -202,7 +202,7 @@ class _Recipe:
             "images": self.paths.images,
             "aligned": self.paths.aligned,
         }
-        return "\n".join(f"{name:<10} {path}" for name, path in named.items() if path.exists())
+        return "\n".join(f"{name:<12} {path}" for name, path in named.items() if path.exists())
 
 
 def _build_towers(config: TrainConfig, folder: Path) -> None:

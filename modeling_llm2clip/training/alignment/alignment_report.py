@@ -67,7 +67,7 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
 
 
 def _describe_weights(results: Mapping[str, Any]) -> str:
-    """Name the step of the weights that were written; the last step's loss says little of others."""
+    """Name the step of the weights that were written; the last loss is that of the last step."""
     steps, loss, held_out = results["steps"], results["final_loss"], results["held_out"]
     if held_out is not None and held_out["best_step"] < steps:
         return f"with the weights of step {held_out['best_step']} of {steps}"
@@ -82,7 +82,7 @@ def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
 def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
     after = _read_best(results)
     if after is None:
-        return ["No images were held out, so nothing shows whether the training helped."]
+        return ["The alignment held out no images; it keeps its last weights."]
     before = HeldOutScores(**results["held_out"]["before"])
     return [
         f"R@1 among {after.num_images} held-out images and {after.num_texts} captions "

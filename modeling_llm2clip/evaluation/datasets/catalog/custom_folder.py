@@ -139,11 +139,12 @@ def _publish(record: CaptionedImage, *, long: bool, is_valid: bool) -> Published
     )
 
 
-def make_records_spec(records: Sequence[CaptionedImage]) -> DatasetSpec:
-    """Make the spec of records that are in memory; its name has their hash.
+def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = None) -> DatasetSpec:
+    """Make the spec of records that are in memory.
 
     Args:
         records: At least one.
+        name: Name of the dataset. Default: one with the hash of the records.
 
     Raises:
         ValueError: There are no records.
@@ -159,7 +160,7 @@ def make_records_spec(records: Sequence[CaptionedImage]) -> DatasetSpec:
 
     return DatasetSpec(
         **{**_OWN, "languages": languages},
-        name=f"records-{hash_records(records)[:_DIGEST_SHOWN]}",
+        name=name or f"records-{hash_records(records)[:_DIGEST_SHOWN]}",
         title="Records in memory",
         source="your program",
         files="none",
