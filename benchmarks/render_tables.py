@@ -83,8 +83,9 @@ def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
         rows.append(["mean", *_demo_cells(reports)])
     versions = ", ".join(f"{name} {number}" for name, number in reports[0]["versions"].items())
     counts = (
-        f"{reports[0]['num_images']} images, {reports[0]['num_held_out']} things held out "
-        f"with all their images and names. {versions}."
+        f"Seed {reports[0]['seed']}: {reports[0]['num_images']:,} images to train on, "
+        f"{reports[0]['num_held_out']} held out. {reports[0].get('hardware', 'unknown hardware')}. "
+        f"{versions}."
     )
     return f"{_draw(heads, rows)}\n{counts}\n"
 
