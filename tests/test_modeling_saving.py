@@ -24,7 +24,7 @@ from shared_models import (
     shared_model,
     texts_of,
 )
-from tiny import draw_noise, tiny_images, tiny_model
+from tiny import tiny_images, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.models.llama import modeling_llama
