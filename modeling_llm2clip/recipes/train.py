@@ -65,8 +65,6 @@ def train(
 ) -> Path:
     """Do what a recipe says, or continue where it was stopped.
 
-    >>> train("recipe.yaml")  # doctest: +SKIP
-
     Args:
         config: The recipe, or its YAML file.
         records: Records to train on and to evaluate on, in place of the recipe's data.
@@ -80,6 +78,9 @@ def train(
         ValueError: Before anything is computed: the recipe, its data or its output folder are not
             what they must be. At the end: the model is not healthy.
         StageInterrupt: SIGINT or SIGTERM stopped a stage in good order.
+
+    Examples:
+        >>> train("recipe.yaml")  # doctest: +SKIP
     """
     config = load_recipe(config)
     choose_device(config.device)
