@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .conversion.source_llm import LLMSource
     from .data.embedding_store import EmbeddingStore
     from .data.record_loading import load_records
+    from .data.records import CaptionedImage
     from .data.splits import split_records
     from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
@@ -75,6 +76,7 @@ _HOMES = {
     "conversion.source_llm": ("LLMSource",),
     "data.embedding_store": ("EmbeddingStore",),
     "data.record_loading": ("load_records",),
+    "data.records": ("CaptionedImage",),
     "data.splits": ("split_records",),
     "data.validation_errors": ("DataValidationError",),
     "doctor.check_model": ("check_model",),
