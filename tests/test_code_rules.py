@@ -45,7 +45,7 @@ every_source = pytest.mark.parametrize(
     "path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE))
 )
 
-# An `__init__.py` is no module of its own here: importing any module below it runs it.
+# Without `__init__.py`, which runs whenever a module below it is imported.
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in SOURCES
