@@ -346,7 +346,7 @@ def _draw_tiny(report: dict[str, Any]) -> str:
         for result in report["results"]
         if result["model"] in report["tiny"]["models"]
     ]  # fmt: skip
-    table = _draw(("model", "task", "set", "R@1"), rows)
+    table = _draw(("model", "task", "dataset", "R@1"), rows)
     return f"\nThe same command on other model types, {report['tiny']['label']}:\n\n{table}"
 
 
@@ -411,7 +411,7 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
 
 
 def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ("files", "set", "languages", "read, all languages together", "checksums")
+    heads = ("files", "dataset", "languages", "read, all languages together", "checksums")
     return _draw(
         heads,
         [

@@ -17,18 +17,21 @@ if TYPE_CHECKING:
     from .configs.align_config import AlignConfig
     from .configs.build_config import BuildConfig
     from .configs.data_config import DataConfig
-    from .configs.encoding_config import EncodingConfig
     from .configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
     from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
     from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
+    from .configs.search_config import IndexConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
     from .conversion.convert_checkpoint import convert_checkpoint
+    from .conversion.source_checkpoint import CheckpointSource
+    from .conversion.source_llm import LLMSource
     from .data.embedding_store import EmbeddingStore
     from .data.record_loading import load_records
     from .data.splits import split_records
+    from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
     from .encoding.encode import encode_images, encode_texts
     from .evaluation.datasets.dataset_registry import load_dataset
@@ -59,18 +62,21 @@ _HOMES = {
     "configs.align_config": ("AlignConfig",),
     "configs.build_config": ("BuildConfig",),
     "configs.data_config": ("DataConfig",),
-    "configs.encoding_config": ("EncodingConfig",),
     "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
     "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
     "configs.extract_config": ("ExtractConfig",),
     "configs.finetune_config": ("FinetuneConfig",),
+    "configs.search_config": ("IndexConfig",),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),
     "conversion.convert_checkpoint": ("convert_checkpoint",),
+    "conversion.source_checkpoint": ("CheckpointSource",),
+    "conversion.source_llm": ("LLMSource",),
     "data.embedding_store": ("EmbeddingStore",),
     "data.record_loading": ("load_records",),
     "data.splits": ("split_records",),
+    "data.validation_errors": ("DataValidationError",),
     "doctor.check_model": ("check_model",),
     "encoding.encode": ("encode_images", "encode_texts"),
     "evaluation.datasets.dataset_registry": ("load_dataset",),

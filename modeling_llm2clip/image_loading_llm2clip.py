@@ -47,7 +47,8 @@ def load_images(images: Any, *, rescales: bool | None = True) -> Any:
         ValueError: an image is missing, corrupt, too large, or has pixels of an unknown range. The
             message names the first eight of these and counts the others.
 
-    Example:
+    Examples:
+        >>> from PIL import Image
         >>> image = load_images(Image.new("RGBA", (2, 2)))  # transparent
         >>> image.mode, image.getpixel((0, 0))
         ('RGB', (255, 255, 255))

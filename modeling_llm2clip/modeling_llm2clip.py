@@ -369,9 +369,9 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
             the configuration. It must not be wrapped by peft; wrap the LLM2CLIPModel instead.
         text_model: an LLM, likewise.
 
-    Example:
+    Examples:
         >>> model = LLM2CLIPModel.from_pretrained("my-model")
-        >>> processor = AutoProcessor.from_pretrained("my-model")
+        >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
         >>> batch = processor(text=["a dog", "two red apples"], images=["dog.png"])
         >>> output = model(**batch)
         >>> output.logits_per_image.shape  # (images, texts)

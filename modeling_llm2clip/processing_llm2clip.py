@@ -53,7 +53,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     Raises:
         ValueError: `max_text_length` is not a positive integer.
 
-    Example:
+    Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
         >>> batch = processor(text=["a dog", "two red apples"], images=["dog.png"])
         >>> sorted(batch)

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_llm2clip"
 _HEADERS = "Args|Arguments|Attributes|Examples?|Raises|Returns|Yields|Warns|Note"
 _INLINE_HEADER = re.compile(rf"^\s*({_HEADERS}):[ \t]+\S", re.MULTILINE)
+# What griffe reads as a note or as plain text, and not as an example.
+_NO_EXAMPLES = re.compile(r"^\s*Example:$", re.MULTILINE)
 _NOT_DOCUMENTED = {"self", "cls"}
 
 
@@ -84,6 +86,21 @@ def find_inline_headers() -> dict[str, list[str]]:
     return found
 
 
+def find_unread_examples() -> dict[str, list[str]]:
+    """Docstrings with `>>>` outside a section `Examples:`, and those under another header."""
+    found = defaultdict(list)
+    for item in list_objects():
+        if item.docstring is None:
+            continue
+        sections = item.docstring.parsed
+        elsewhere = ">>>" in "".join(
+            str(section.value) for section in sections if section.kind.value != "examples"
+        )
+        if elsewhere or _NO_EXAMPLES.search(item.docstring.value):
+            found[relative(item.filepath)].append(item.path)
+    return found
+
+
 def is_public(item: Any) -> bool:
     """Whether no part of its path has a leading underscore."""
     return not any(part.startswith("_") for part in item.path.split("."))
@@ -110,6 +127,7 @@ def find_undocumented_parameters() -> dict[str, list[str]]:
 RULES = {
     "griffe warns of nothing": find_warnings,
     "section headers are on lines of their own": find_inline_headers,
+    "examples are in a section of their own": find_unread_examples,
     "every parameter of a public function has an entry": find_undocumented_parameters,
 }
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared_models import fresh_processor, run_docstring_example
+from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
 
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -41,10 +41,6 @@ def load(image: Any) -> Image.Image:
     loaded: Image.Image = load_images(image)
     assert loaded.mode == "RGB"
     return loaded
-
-
-def test_the_example_in_the_docstring_runs() -> None:
-    assert run_docstring_example(load_images) == (0, 3)
 
 
 def test_images_become_float32_tensors_of_the_towers_size(

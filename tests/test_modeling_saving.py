@@ -20,12 +20,11 @@ from shared_models import (
     first_position_moves_by,
     images_of,
     move,
-    run_docstring_example,
     shared_batch,
     shared_model,
     texts_of,
 )
-from tiny import draw_noise, tiny_images, tiny_model
+from tiny import tiny_images, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.models.llama import modeling_llama
@@ -202,17 +201,6 @@ def test_an_untrained_model_can_be_built_from_its_configuration_alone() -> None:
     assert model.state_dict().keys() == shared_model()[0].state_dict().keys()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)  # float32
-
-
-@pytest.mark.parametrize("documented", [LLM2CLIPModel, LLM2CLIPProcessor])
-def test_the_example_in_the_docstring_runs(
-    documented: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my-model").symlink_to(folder)
-    draw_noise().save(tmp_path / "dog.png")
-    monkeypatch.chdir(tmp_path)
-    failed, attempted = run_docstring_example(documented, AutoProcessor=AutoProcessor)
-    assert failed == 0 and attempted >= 4
 
 
 # Options of loading

@@ -51,9 +51,6 @@ def build_model(
 ) -> Path:
     """Build an untrained model from two towers and write its folder.
 
-    >>> build_model("openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct",
-    ...             "my-model", BuildConfig(prompt="chatml"))  # doctest: +SKIP
-
     Args:
         vision: As in `join_towers`.
         text: As in `join_towers`.
@@ -68,6 +65,10 @@ def build_model(
     Raises:
         FileExistsError: The folder exists and is not empty.
         ValueError: As `join_towers`.
+
+    Examples:
+        >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
+        >>> build_model(vision, text, "base", BuildConfig(prompt="chatml"))  # doctest: +SKIP
     """
     require_new_folder(Path(output))
     model, processor = join_towers(vision, text, config)
@@ -100,6 +101,12 @@ def join_towers(
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
             tower cannot take the image size, or samples at random; the LoRA is for another LLM; or
             the LLM's family cannot be made bidirectional.
+
+    Examples:
+        >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
+        >>> model, processor = join_towers(
+        ...     vision, text, BuildConfig(prompt="chatml")
+        ... )  # doctest: +SKIP
     """
     config.require_prompt()
     vision_name = None if isinstance(vision, tuple) else vision

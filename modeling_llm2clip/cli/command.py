@@ -108,6 +108,12 @@ class Command:
         """First line of the docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
+    @property
+    def rest(self) -> str | None:
+        """Name of the arguments of which there may be any number, if it takes such."""
+        kinds = inspect.signature(self.function).parameters.items()
+        return next((n for n, p in kinds if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+
     @cached_property
     def flags(self) -> dict[str, Flag]:
         """All flags by their names; a config is replaced by the flags of its fields.

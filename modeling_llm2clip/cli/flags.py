@@ -117,6 +117,7 @@ class CommandLine:
                 name=command.name,
                 help=command.summary,
                 help_epilogue=_show_examples(command.examples),
+                help_formatter=_HelpFormatter(command.rest),
                 group=groups[command.group],
                 sort_key=number,
                 version_flags=(),
@@ -252,7 +253,14 @@ def _describe(error: CycloptsError) -> str:
 
 
 class _HelpFormatter:
-    """Prints each group of the help as a title, then names and descriptions in two columns."""
+    """Prints each group of the help as a title, then names and descriptions in two columns.
+
+    Args:
+        rest: Name of the arguments of which there may be any number.
+    """
+
+    def __init__(self, rest: str | None = None) -> None:
+        self.rest = rest
 
     def __call__(
         self,
@@ -284,4 +292,7 @@ class _HelpFormatter:
     ) -> None:
         """Print the line that shows how the command is called."""
         if usage:
-            console.print(Text(f"Usage: {usage}"))
+            shown = str(usage)
+            if self.rest is not None:
+                shown = shown.replace("[ARGS...]", f"[{self.rest.upper()}...]")
+            console.print(Text(f"Usage: {shown}"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from .._extras import CAPTION_TUNING, DEMO, require
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
+from .captioned_data import require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import (
@@ -34,6 +35,8 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     """
     config = read_config(recipe, TrainConfig)
     towers = (config.vision_model, config.text_model)
+    if "/" in (folder := config.data.rpartition("=")[2]):  # before the Hub is asked for the towers
+        require_data(folder, config)
     require(*(DEMO if _EMBEDDED in towers else ()))
     require(*CAPTION_TUNING)
     require(*list_needs_of_llm(config.text_model), *list_needs_of_lora(config.build.lora))

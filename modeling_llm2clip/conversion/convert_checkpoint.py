@@ -49,16 +49,12 @@ def convert_checkpoint(
     The result is loaded through AutoModel and examined by `check_model` before it gets its name.
     Memory holds one weight file at a time, and then the model once.
 
-    >>> convert_checkpoint("microsoft/LLM2CLIP-Openai-L-14-336",
-    ...                    "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned", "my-model",
-    ...                    SOURCE_FORMATS["openai-hub"])  # doctest: +SKIP
-
     Args:
         source: Checkpoint with vision tower and text adapter: a weight file, a folder or a Hub id.
         text_model: Its language model: folder or Hub id. For `components="vision"` only its
             configuration and tokenizer are read.
         output: New or empty folder.
-        source_format: What the weights do not say, such as an entry of `SOURCE_FORMATS`.
+        source_format: What the weights do not say.
         config: What is written, and what the card states; licenses of the towers that are not given
             are those on the sources' cards.
         name: What the card calls the model; None for the folder's last name.
@@ -71,6 +67,14 @@ def convert_checkpoint(
         ValueError: The sources do not fit each other or the source format; see `plan_conversion`.
         OSError: There is too little disk space.
         RuntimeError: The written model is not healthy; nothing is left of it.
+
+    Examples:
+        >>> convert_checkpoint(
+        ...     "microsoft/LLM2CLIP-Openai-L-14-336",
+        ...     "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+        ...     "converted",
+        ...     SourceFormat(layout="hub_clip"),
+        ... )  # doctest: +SKIP
     """
     source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
     llm = text_model if isinstance(text_model, LLMSource) else LLMSource(text_model)

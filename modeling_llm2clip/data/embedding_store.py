@@ -173,6 +173,12 @@ class EmbeddingStore:
         names: one name per item; name and language together identify an item.
         group_ids: one group id per item.
         langs: one language per item.
+
+    Examples:
+        >>> store = EmbeddingStore.open("captions")  # a folder that `extract` wrote
+        >>> caption_embeds = store.read(store.rows_of(0))  # of the first record
+        >>> caption_embeds.shape == (2, store.manifest.dim)
+        True
     """
 
     def __init__(

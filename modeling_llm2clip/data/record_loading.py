@@ -90,10 +90,10 @@ def load_records(
         DataValidationError: records have errors: how many of each kind, and where the first are.
         ValueError: the source is missing, empty or ambiguous, or its format is unknown.
 
-    Example:
-        >>> records = load_records(find_example_data() / "photographs")
+    Examples:
+        >>> records = load_records("my-images")
         >>> records[0].name, records[0].captions[0]
-        ('images/astronaut.jpg', 'A smiling astronaut in an orange space suit.')
+        ('beach.jpg', 'Two dogs on a beach.')
     """
     errors = ErrorCollector()
     collected = iterate_records(

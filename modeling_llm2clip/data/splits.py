@@ -27,8 +27,8 @@ def split_records(
     Raises:
         ValueError: a side would have fewer than two groups, or both have the same caption.
 
-    Example:
-        >>> records = [CaptionedImage(None, f"{n}.jpg", f"{n // 2}", (f"{n}",)) for n in range(20)]
+    Examples:
+        >>> records = load_records("my-images")
         >>> train, test = split_records(records, test_size=0.2, seed=0)
         >>> len(train), len(test)
         (16, 4)

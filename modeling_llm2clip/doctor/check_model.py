@@ -87,8 +87,6 @@ def check_model(
 
     Code in its folder is compared with the installed package and never run.
 
-    >>> print(check_model("my-model"))  # doctest: +SKIP
-
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         revision: Branch, tag or commit of the Hub repository.
@@ -99,6 +97,10 @@ def check_model(
 
     Raises:
         ValueError: The device is not there.
+
+    Examples:
+        >>> check_model("my-model").healthy
+        True
     """
     device = str(find_device(device))
     checks: list[Check] = []

@@ -70,7 +70,8 @@ def encode_texts(
         ValueError: `texts` is one string or not a list, a text is blank or not a string, the
             budget is below one, or the model gives NaN or infinity. Every such text is named.
 
-    Example:
+    Examples:
+        >>> model, processor = load_model("my-model")
         >>> embeds = encode_texts(model, processor, ["a dog", "two red apples"])
         >>> embeds.shape == (2, model.config.projection_dim)
         True
@@ -141,8 +142,9 @@ def encode_images(
         ValueError: `images` is not a list or is empty, an image is missing or broken (it is
             named), a number is below one, or the model gives NaN or infinity.
 
-    Example:
-        >>> embeds = encode_images(model, processor, ["apple.jpg", "dog.png"])
+    Examples:
+        >>> model, processor = load_model("my-model")
+        >>> embeds = encode_images(model, processor, ["my-images/beach.jpg", "dog.png"])
         >>> embeds.shape == (2, model.config.projection_dim)
         True
     """

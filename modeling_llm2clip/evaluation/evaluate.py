@@ -58,10 +58,6 @@ def evaluate(
 ) -> EvaluationResults:
     """Run every task that suits a dataset for every model; finished results are not repeated.
 
-        print(evaluate("my-model", "emoji", tasks=["cross-lingual"]))
-        print(evaluate(["my-model", "openai/clip-vit-base-patch16"], "coco=my-coco"))
-        print(evaluate("my-model", test_records, EvaluationConfig(languages=("en",))))
-
     Args:
         models: One or several: folder, Hub id, weights file, or an `EvaluatedModel`, which has
             further options. Models of one name are refused.
@@ -80,6 +76,13 @@ def evaluate(
             detected, a model takes no images and a task has them, or the output folder has results
             of another run.
         MissingExtraError: An optional package is not installed.
+
+    Examples:
+        >>> test = load_records("my-images")
+        >>> results = evaluate("my-model", test, tasks=["retrieval"])
+        >>> results = evaluate("my-model", "emoji", tasks=["cross-lingual"])  # doctest: +SKIP
+        >>> models = ["my-model", "openai/clip-vit-base-patch16"]
+        >>> print(evaluate(models, "coco=my-coco"))  # doctest: +SKIP
     """
     config = _read_prompt_files(config or EvaluationConfig())
     find_device(config.device)  # raises for one that does not exist, before anything is read

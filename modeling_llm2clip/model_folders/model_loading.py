@@ -37,8 +37,6 @@ def load_model(
 ) -> tuple[LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor]:
     """Load a model, for use, and its processor.
 
-    >>> model, processor = load_model("my-model")  # doctest: +SKIP
-
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         revision: Branch, tag or commit of the Hub repository.
@@ -53,6 +51,9 @@ def load_model(
     Raises:
         ValueError: The source is something else than an LLM2CLIP model, weights are missing or
             unexpected, or the device is not there.
+
+    Examples:
+        >>> model, processor = load_model("my-model")
     """
     require_own_model(source, revision=revision)
     folder = find_model_folder(source, revision=revision)

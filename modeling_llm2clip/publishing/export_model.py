@@ -45,8 +45,6 @@ def export_model(
     Instructions, licenses, training data and the record of a conversion are carried over, and
     results where all weights stay the same.
 
-    >>> export_model("aligned", "to-publish", ExportConfig(dtype="bfloat16"))  # doctest: +SKIP
-
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         output: New or empty folder.
@@ -61,6 +59,9 @@ def export_model(
         FileExistsError: The folder exists and is not empty.
         ValueError: The source is neither a folder nor a Hub id, or lacks the component; or results
             were measured with another model.
+
+    Examples:
+        >>> folder = export_model("my-model", "to-publish", ExportConfig(dtype="bfloat16"))
     """
     config = config or ExportConfig()
     require_new_folder(Path(output))

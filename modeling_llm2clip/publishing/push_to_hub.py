@@ -58,8 +58,6 @@ def push_to_hub(
     alone: an upload that breaks off shows nothing, and when it is repeated, files that had arrived
     are not sent again.
 
-    >>> push_to_hub("my-model", "me/my-model", license="apache-2.0")  # doctest: +SKIP
-
     Args:
         model_folder: Folder of a trained, healthy model.
         repo_id: `owner/name`; created where it does not exist.
@@ -77,6 +75,9 @@ def push_to_hub(
         ValueError: As `check_publishable`; or the repository exists and is public where private was
             wanted, or the reverse.
         RuntimeError: The Hub refuses, or the upload breaks off.
+
+    Examples:
+        >>> push_to_hub("my-model", "me/my-model", license="apache-2.0")  # doctest: +SKIP
     """
     require_repo_id(repo_id)
     if not commit_message.strip():

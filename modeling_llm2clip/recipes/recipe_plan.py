@@ -201,8 +201,6 @@ def read_split(config: TrainConfig) -> Split:
 def plan_recipe(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
     """Plan what `train` will do with a recipe; writes nothing and loads no model.
 
-    >>> print(plan_recipe("recipe.yaml"))  # doctest: +SKIP
-
     Args:
         config: The recipe, or its YAML file.
         records: Records to train on and to evaluate on, in place of the recipe's data.
@@ -212,6 +210,9 @@ def plan_recipe(config: TrainConfig | str | Path, *, records: Split | None = Non
 
     Raises:
         ValueError: The recipe, its data or its device are not what they must be.
+
+    Examples:
+        >>> print(plan_recipe("recipe.yaml"))  # doctest: +SKIP
     """
     config = load_recipe(config)
     device = find_device(config.device)

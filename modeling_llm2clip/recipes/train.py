@@ -7,12 +7,13 @@ never was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from ..building.build_model import build_model
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
@@ -56,16 +57,19 @@ Report = Callable[[str], object]
 
 
 def train(
-    config: TrainConfig | str | Path, *, records: Split | None = None, report: Report = print
+    config: TrainConfig | str | Path,
+    *,
+    records: Split | None = None,
+    report: Report = print,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Do what a recipe says, or continue where it was stopped.
-
-    >>> train("recipe.yaml")  # doctest: +SKIP
 
     Args:
         config: The recipe, or its YAML file.
         records: Records to train on and to evaluate on, in place of the recipe's data.
         report: Called with the plan, each stage's result, and the table of scores at the end.
+        callbacks: Callbacks of transformers' Trainer, for the fine-tuning and the alignment.
 
     Returns:
         Folder of the model.
@@ -74,6 +78,9 @@ def train(
         ValueError: Before anything is computed: the recipe, its data or its output folder are not
             what they must be. At the end: the model is not healthy.
         StageInterrupt: SIGINT or SIGTERM stopped a stage in good order.
+
+    Examples:
+        >>> train("recipe.yaml")  # doctest: +SKIP
     """
     config = load_recipe(config)
     choose_device(config.device)
@@ -91,7 +98,7 @@ def train(
     if is_main_process:
         write_run_record(config.output, config, inputs)
     try:
-        return _Recipe(config, split, say).run()
+        return _Recipe(config, split, say, callbacks).run()
     except StageInterrupt as error:
         raise StageInterrupt(error.stopped, error.signal, resume=False) from None
 
@@ -99,8 +106,14 @@ def train(
 class _Recipe:
     """One run of a recipe, in one process."""
 
-    def __init__(self, config: TrainConfig, split: Split, say: Report) -> None:
-        self.config, self.say = config, say
+    def __init__(
+        self,
+        config: TrainConfig,
+        split: Split,
+        say: Report,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        self.config, self.say, self.callbacks = config, say, callbacks
         self.train, self.test = split
         self.paths = RecipePaths(config.output)
         self.is_main_process = PartialState().is_main_process
@@ -128,7 +141,9 @@ class _Recipe:
         folder = run / "model"
         if not _is_complete(folder):
             resume = (run / RUN_FILE).is_file()
-            folder = finetune_llm(model, self.train, run, config, resume=resume)
+            folder = finetune_llm(
+                model, self.train, run, config, resume=resume, callbacks=self.callbacks
+            )
             self._say_lines(describe_finetuning, run)
         return folder
 
@@ -153,6 +168,7 @@ class _Recipe:
             image_store=self._extract(model, self.paths.images, "image") if images else None,
             data_name=_name_data(self.config.data),
             resume=(run / RUN_FILE).is_file(),
+            callbacks=self.callbacks,
         )
         self._say_lines(describe_alignment, run)
         return folder

@@ -72,10 +72,14 @@ class ImageIndex:
     Raises:
         ValueError: There is not one finite embedding per path.
 
-    Example:
+    Examples:
         >>> index = ImageIndex.build("llm2clip-demo/model", "my-images", "my-index")
-        >>> print(index.search("two dogs on a beach", top_k=5))
-        >>> index = ImageIndex.open("my-index")
+        >>> print(index.search("two dogs on a beach", top_k=1))  # doctest: +ELLIPSIS
+        two dogs on a beach
+          rank  cosine  image
+             1  ...  my-images/...
+        >>> len(ImageIndex.open("my-index"))
+        20
     """
 
     def __init__(

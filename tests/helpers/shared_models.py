@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from functools import cache
 from typing import Any
 
@@ -88,11 +87,3 @@ def first_position_moves_by(model: LLM2CLIPModel, batch: dict[str, Tensor], row:
             for inputs in (batch, changed)
         )
     return float((before - after).abs().max())
-
-
-def run_docstring_example(documented: Any, **names: Any) -> doctest.TestResults:
-    """Run the example in the docstring of a function or class, whose module's names it may use."""
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for example in doctest.DocTestFinder(recurse=False).find(documented, extraglobs=names):
-        runner.run(example)
-    return runner.summarize()

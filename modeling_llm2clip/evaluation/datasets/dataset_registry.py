@@ -162,10 +162,6 @@ def load_dataset(
 ) -> EvaluationDataset:
     """Load a dataset as its publisher ships it; nothing is skipped without being counted.
 
-        load_dataset("coco", "my-coco")
-        load_dataset("my-images")
-        load_dataset(records)
-
     Args:
         source: Name of a dataset, also as `NAME=FOLDER`; a folder or file of captioned images;
             records; or a spec.
@@ -194,6 +190,11 @@ def load_dataset(
     Raises:
         DataValidationError: Samples are invalid; all errors are reported at once.
         ValueError: A name or language is unknown, a file is missing, or no sample is left.
+
+    Examples:
+        >>> dataset = load_dataset("my-images")
+        >>> dataset = load_dataset(load_records("my-images"))
+        >>> dataset = load_dataset("coco", "my-coco")  # doctest: +SKIP
     """
     spec, folder = resolve_dataset(source, folder)
     place = _find_folder(spec, folder, lang=lang)

@@ -111,6 +111,11 @@ def align(
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> model = align("tuned/model", records, "aligned",
+        ...               caption_store="captions")  # doctest: +SKIP
     """
     config, output = config or AlignConfig(), Path(output)
     check_align(config, caption_store=caption_store, image_store=image_store)

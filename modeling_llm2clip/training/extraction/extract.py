@@ -61,6 +61,10 @@ def extract(
         OSError: The disk is full; complete shards stay.
         RuntimeError: Another program deleted shards.
         StageInterrupt: SIGINT or SIGTERM stopped the extraction after a shard.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> store = extract("my-model", records, "images", modality="image")
     """
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")

@@ -108,6 +108,10 @@ def finetune_llm(
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> tuned = finetune_llm("my-model", records, "tuned")  # doctest: +SKIP
     """
     config, output = config or FinetuneConfig(), Path(output)
     refuse_fsdp_for_lora()

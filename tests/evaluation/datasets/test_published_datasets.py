@@ -1,7 +1,7 @@
 """Published datasets on this machine are read whole and compared with their specs.
 
-`LLM2CLIP_PUBLISHED_SETS` names a folder with a subfolder for each dataset, named and filled as its
-spec says; its subfolder `images` contains the images. Without it only captions are read.
+`LLM2CLIP_PUBLISHED_DATASETS` names a folder with a subfolder for each dataset, named and filled as
+its spec says; its subfolder `images` contains the images. Without it only captions are read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
 
-FOLDER = Path(os.environ.get("LLM2CLIP_PUBLISHED_SETS", "no-folder-is-given"))
+FOLDER = Path(os.environ.get("LLM2CLIP_PUBLISHED_DATASETS", "no-folder-is-given"))
 PUBLISHED = [spec for spec in list_datasets() if spec.counts and spec.origin == "files"]
 
 
@@ -27,7 +27,7 @@ def test_a_published_dataset_has_the_counts_and_checksums_of_its_spec(
 ) -> None:
     folder = FOLDER / spec.name
     if not folder.is_dir():
-        pytest.skip(f"{folder} does not exist; set LLM2CLIP_PUBLISHED_SETS")
+        pytest.skip(f"{folder} does not exist; set LLM2CLIP_PUBLISHED_DATASETS")
     images = folder / "images" if (folder / "images").is_dir() else None
     has_only_texts = spec.dataset_type in ("retrieval", "captions") and images is None
     cache = ReadingCache()
