@@ -29,7 +29,8 @@ def build_ours(llm: str) -> Callable[[list[str]], Any]:
 
 def build_ours_compiled(llm: str) -> Callable[[list[str]], Any]:
     """Build the same with the LLM's layers compiled."""
-    from modeling_llm2clip.encoding.compilation import compiled_layers
+    from compiled_layers import compiled_layers
+
     from modeling_llm2clip.encoding.encode import encode_texts
 
     model, processor = build_model(llm)
@@ -43,7 +44,7 @@ def build_ours_sentence_transformers(llm: str) -> Callable[[list[str]], Any]:
 
     from sentence_transformers import SentenceTransformer
 
-    from modeling_llm2clip.publishing.export_model import save_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
 
     model, processor = build_model(llm)
     folder = save_model(model, processor, Path(tempfile.mkdtemp()) / "model")

@@ -129,7 +129,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         Raises:
             ValueError: these are token ids, or their width is not the LLM's.
         """
-        return F.normalize(self.project_caption_embeds(caption_embeds), dim=-1)
+        return _to_unit_length(self.project_caption_embeds(caption_embeds))
 
     def text_forward_lock(self) -> AbstractContextManager[None]:
         """Return a context manager that blocks other threads' passes through the LLM.
@@ -320,7 +320,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         Raises:
             ValueError: these are integers, or their width is not the tower's.
         """
-        return F.normalize(self.project_vision_embeds(vision_embeds), dim=-1)
+        return _to_unit_length(self.project_vision_embeds(vision_embeds))
 
     def _encode_images(
         self,
@@ -453,10 +453,10 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 interpolate_pos_encoding,
                 **want,
             )
-            image_embeds = F.normalize(images.pooler_output, dim=-1)
+            image_embeds = _to_unit_length(images.pooler_output)
         if input_ids is not None:
             texts = self.get_text_features(input_ids, attention_mask, prompt_length, **want)
-            text_embeds = F.normalize(texts.pooler_output, dim=-1)
+            text_embeds = _to_unit_length(texts.pooler_output)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
         output.text_model_output, output.vision_model_output = texts, images
         return output
@@ -547,7 +547,7 @@ class LLM2CLIPTextModel(_TextMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        text_embeds = F.normalize(features.pooler_output, dim=-1)
+        text_embeds = _to_unit_length(features.pooler_output)
         return LLM2CLIPOutput(
             text_embeds=text_embeds, pooler_output=text_embeds, text_model_output=features
         )
@@ -612,7 +612,12 @@ class LLM2CLIPVisionModel(_VisionMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        image_embeds = F.normalize(features.pooler_output, dim=-1)
+        image_embeds = _to_unit_length(features.pooler_output)
         return LLM2CLIPOutput(
             image_embeds=image_embeds, pooler_output=image_embeds, vision_model_output=features
         )
+
+
+def _to_unit_length(embeds: Tensor) -> Tensor:
+    """Normalize projected embeddings, (B, P): every output of unit length comes from here."""
+    return F.normalize(embeds, dim=-1)

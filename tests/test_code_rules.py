@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,12 +35,22 @@ PRESENT_EVERYWHERE = {
 
 MOST_LINES = 500
 MOST_LINES_OF = {"modeling_llm2clip.py": 700}
+FEWEST_LINES = 25
+# Each is one dataclass that several configs share.
+SHORTER = {"configs/data_config.py", "configs/encoding_config.py"}
 MOST_FUNCTION_LINES = 60
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
     "path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE))
 )
+
+# Without `__init__.py`, which runs whenever a module below it is imported.
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in SOURCES
+    if path.name != "__init__.py"
+}
 
 every_uploaded = pytest.mark.parametrize("path", UPLOADED, ids=lambda path: path.name)
 
@@ -62,6 +74,28 @@ def count_docstring_lines(tree: ast.AST) -> int:
     return total
 
 
+def list_imported(name: str) -> set[str]:
+    """List what a module imports, by absolute names: `a.b.c` for `from a.b import c`.
+
+    Imports for type checkers and those inside functions count too.
+    """
+    imported = set()
+    for node in ast.walk(parse(MODULES[name])):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = name.split(".")[: -node.level] if node.level else []
+            source = [*parents, *([node.module] if node.module else [])]
+            imported |= {".".join([*source, alias.name]) for alias in node.names}
+    return imported
+
+
+def list_imported_modules(name: str) -> set[str]:
+    """List the modules of the package that a module imports, or imports something from."""
+    imported = list_imported(name)
+    return (imported | {found.rpartition(".")[0] for found in imported}) & set(MODULES)
+
+
 def run_python(code: str) -> str:
     """Run code in a fresh process at the repository's root; return what it printed."""
     done = subprocess.run(
@@ -82,6 +116,24 @@ def test_files_are_short(path: Path) -> None:
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     most = MOST_LINES_OF.get(path.name, MOST_LINES)
     assert num_lines - count_docstring_lines(parse(path)) <= most
+
+
+def test_files_are_not_scraps() -> None:
+    shorter = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in MODULES.values()
+        if len(path.read_text(encoding="utf-8").splitlines()) < FEWEST_LINES
+    }
+    assert shorter == SHORTER
+
+
+def test_only_a_command_has_the_file_name_of_another_module() -> None:
+    """A module of `cli/` is named as what it runs; otherwise a name says which file is meant."""
+    folders = defaultdict(list)
+    for path in MODULES.values():
+        if path.parent != PACKAGE / "cli":
+            folders[path.name].append(path.parent.relative_to(PACKAGE).as_posix())
+    assert not {name: found for name, found in folders.items() if len(found) > 1}
 
 
 @every_source
@@ -124,6 +176,29 @@ def test_imports_only_point_down() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "KEPT" in done.stdout
+
+
+def test_no_modules_import_each_other() -> None:
+    # Raises a CycleError that names the circle.
+    order = list(
+        TopologicalSorter({name: list_imported_modules(name) for name in MODULES}).static_order()
+    )
+    assert set(order) == set(MODULES)
+    # The imports were read: what is uploaded comes before what is built on it.
+    model, folders = "modeling_llm2clip.modeling_llm2clip", "modeling_llm2clip.model_folders."
+    assert order.index(model) < order.index(f"{folders}model_loading")
+
+
+def test_of_the_doctor_others_import_its_entry_point_only() -> None:
+    doctor = f"{PACKAGE.name}.doctor"
+    imported = {
+        found
+        for name in MODULES
+        if not name.startswith(f"{doctor}.")
+        for found in list_imported(name)
+        if f"{found}.".startswith(f"{doctor}.")
+    }
+    assert imported == {f"{doctor}.check_model.check_model"}
 
 
 @every_uploaded

@@ -8,7 +8,7 @@ from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
 from ..configs.data_config import DataConfig
 from .captioned_data import read_captioned_images, require_data
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
 
@@ -62,7 +62,7 @@ def align(
     require_fresh_or_resumed(output, resume=resume)
     require_own_model(model)
     require_data(data, reading)
-    choose_device(config.device)
+    use_device(config.device)
 
     from accelerate import PartialState
 

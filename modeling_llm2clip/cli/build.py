@@ -8,7 +8,7 @@ from pathlib import Path
 from .._extras import DEMO, require
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import CardConfig
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
@@ -54,7 +54,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     config.require_prompt()
     _require_order(vision_model, text_model)
     require_sources(vision=vision_model, text=text_model, lora=config.lora)
-    config = replace(config, device=str(choose_device(config.device)))
+    config = replace(config, device=str(use_device(config.device)))
 
     from ..building.build_model import build_model
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose_device(name: str) -> torch.device:
+def use_device(name: str) -> torch.device:
     """Find the device, and print it unless there was nothing to choose.
 
     Args:

@@ -12,7 +12,7 @@ from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
 from ..configs.export_config import CardConfig, ConvertConfig
 from ..configs.source_format import SOURCE_FORMATS, SourceFormat
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import Changes, Repeated, command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
@@ -91,7 +91,7 @@ def convert(
             "--vision-model."
         )
     chosen = _change(source_format, changes)
-    config = replace(config, device=str(choose_device(config.device)))
+    config = replace(config, device=str(use_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
     from ..conversion.source_checkpoint import CheckpointSource
     from ..conversion.source_llm import LLMSource
@@ -153,7 +153,7 @@ def _build(
         **changes,
         accept_lora_base=source.accept_lora_base,
         dtype=config.dtype,
-        device=str(choose_device(config.device)),
+        device=str(use_device(config.device)),
     )
     building.require_prompt()
     card = CardConfig(**{field.name: getattr(config, field.name) for field in fields(CardConfig)})

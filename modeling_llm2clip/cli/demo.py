@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from .._extras import DEMO, require
 from ..configs.config_fields import DeviceConfig, Range
 from ..model_folders.atomic_folder import require_new_folder
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 
 _AFTER_DEMO = """
@@ -41,7 +41,7 @@ def demo(
     """
     require(*DEMO)
     require_new_folder(output)
-    device = str(choose_device(config.device))
+    device = str(use_device(config.device))
 
     from ..demo.run_demo import make_demo_config, run_demo
 

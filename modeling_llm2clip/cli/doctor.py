@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._extras import require
 from ..configs.config_fields import DeviceConfig
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
 
@@ -24,7 +24,7 @@ def doctor(model: str, /, *, config: DeviceConfig, revision: str | None = None) 
     from ..model_folders.model_types import require_own_model
 
     require_own_model(model, revision=revision)
-    device = choose_device(config.device)
+    device = use_device(config.device)
 
     from ..doctor.check_model import check_model
 

@@ -16,7 +16,7 @@ from ..configs.evaluation_config import (
     EvaluationConfig,
     ModelType,
 )
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_evaluated
 
@@ -97,7 +97,7 @@ def evaluate(
         require_plot_file(plot)
     if models:
         _require_models(models, datasets, of_models)
-        choose_device(config.device)
+        use_device(config.device)
         from ..evaluation.evaluate import evaluate as run
 
         chosen = _choose_datasets(datasets, image_dir)
@@ -114,10 +114,10 @@ def evaluate(
 def _show_results(
     output: Path, *, table: Literal["text", "markdown"], details: bool, plot: Path | None
 ) -> None:
-    from ..evaluation.results import read_results
+    from ..evaluation.results import read_evaluation_results
     from ..evaluation.tables import find_width, render_results
 
-    results = read_results(output)
+    results = read_evaluation_results(output)
     if plot is not None:
         from ..evaluation.plots import plot_lengths
 
@@ -176,10 +176,10 @@ def _require_lengths(
 ) -> None:
     """Raise ValueError when the results to come, with those there, make no plot of lengths."""
     from ..evaluation.datasets.dataset_registry import find_dataset
-    from ..evaluation.results import read_results
+    from ..evaluation.results import read_evaluation_results
     from ..evaluation.tasks.task_registry import find_task
 
-    there = read_results(output) if any(output.glob("*/*.length.json")) else []
+    there = read_evaluation_results(output) if any(output.glob("*/*.length.json")) else []
     names = {result.dataset for result in there if result.task == "length"}
     if "length" in tasks:
         types = find_task("length").dataset_types

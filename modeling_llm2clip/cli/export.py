@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .._extras import require
 from ..configs.export_config import ExportConfig
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
 
@@ -48,7 +48,7 @@ def export(
         _refuse_unused(config, dry_run=dry_run)
     require_new_folder(output)
     require_own_model(model, revision=revision)
-    config = replace(config, device=str(choose_device(config.device)))
+    config = replace(config, device=str(use_device(config.device)))
     if dry_run:
         return _list_files(model, output, config, revision)
     from ..publishing.export_model import export_model

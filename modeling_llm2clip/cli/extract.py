@@ -9,7 +9,7 @@ from .._extras import require
 from ..configs.data_config import DataConfig
 from ..configs.extract_config import ExtractConfig
 from .captioned_data import read_captioned_images, require_data
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_data, list_needs_of_model
 
@@ -55,7 +55,7 @@ def extract(
     _refuse_foreign(config, modality)
     require_own_model(model)
     require_data(data, reading)
-    choose_device(config.device)
+    use_device(config.device)
     from accelerate import PartialState
 
     from ..model_folders.model_folder import find_model_folder

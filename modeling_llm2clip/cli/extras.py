@@ -7,7 +7,6 @@ reported with the same words where they first arise.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ def list_needs_of_model(
         revision: Branch, tag or commit of a Hub id.
         extra: Extra to name instead of the smallest one.
     """
-    config = _read_json(source, "config.json", revision) or {}
+    config = _fetch_json(source, "config.json", revision) or {}
     tower = config.get("vision_config") or config
     # What timm itself publishes has no model type.
     if tower.get("model_type") == _TIMM_TYPE or "pretrained_cfg" in tower:
@@ -103,7 +102,7 @@ def _guess_model_type(source: str, revision: str | None) -> str | None:
     """Guess the model type where it needs an extra; `detect_model_type` has the last word."""
     if Path(source).is_file():
         return "open_clip"
-    config = _read_json(source, "config.json", revision)
+    config = _fetch_json(source, "config.json", revision)
     if (config or {}).get("model_type") == "llm2clip":
         return None
     if _find(source, "modules.json", revision) is not None:
@@ -113,15 +112,13 @@ def _guess_model_type(source: str, revision: str | None) -> str | None:
     return None
 
 
-def _read_json(source: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
+def _fetch_json(source: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
     file = _find(source, name, revision)
     if file is None:
         return None
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # damaged, which loading the model reports with more words
-        return None
-    return content if isinstance(content, dict) else None
+    from ..model_folders.model_types import read_json_object  # imports huggingface_hub
+
+    return read_json_object(file)
 
 
 def _find(source: str | Path, name: str, revision: str | None) -> Path | None:

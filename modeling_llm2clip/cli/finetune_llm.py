@@ -8,7 +8,7 @@ from .._extras import CAPTION_TUNING, require
 from ..configs.data_config import DataConfig
 from ..configs.finetune_config import FinetuneConfig
 from .captioned_data import read_captioned_images, require_data
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
 
@@ -50,7 +50,7 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     require_own_model(model)
     require_data(data, reading)
-    choose_device(config.device)
+    use_device(config.device)
 
     from accelerate import PartialState
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configs.search_config import IndexConfig
-from .chosen_device import choose_device
+from .chosen_device import use_device
 
 if TYPE_CHECKING:
     from ..processing_llm2clip import LLM2CLIPProcessor
@@ -38,7 +38,7 @@ def build_index(source: str, image_dir: Path, config: IndexConfig) -> ImageIndex
     Raises:
         ValueError: As `ImageIndex.build`.
     """
-    choose_device(config.device)
+    use_device(config.device)
     from ..search.image_index import ImageIndex
 
     return ImageIndex.build(source, image_dir, config=config, report=report)

@@ -7,7 +7,7 @@ from pathlib import Path
 from .._extras import require
 from ..configs.config_fields import DeviceConfig
 from ..configs.export_config import License
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
 
@@ -51,7 +51,7 @@ def push(
     from ..model_folders.model_types import require_own_model
 
     require_own_model(folder)
-    device = str(choose_device(config.device))
+    device = str(use_device(config.device))
     from ..publishing.push_to_hub import check_publishable, push_to_hub, require_repo_id
 
     require_repo_id(repo_id)

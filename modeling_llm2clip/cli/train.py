@@ -8,7 +8,7 @@ from .._extras import CAPTION_TUNING, DEMO, require
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
 from .captioned_data import require_data
-from .chosen_device import choose_device
+from .chosen_device import use_device
 from .command import command
 from .extras import (
     list_needs_of_data,
@@ -43,7 +43,7 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     if config.vision_model != _EMBEDDED:
         require(*list_needs_of_model(config.vision_model))
     require(*list_needs_of_data(config.data, extra="train"))
-    choose_device(config.device)
+    use_device(config.device)
     if dry_run:
         from ..recipes.recipe_plan import plan_recipe
 

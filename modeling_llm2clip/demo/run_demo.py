@@ -19,7 +19,7 @@ from ..configs.train_config import TrainConfig
 from ..data.embedding_store import EmbeddingStore
 from ..data.records import CaptionedImage
 from ..encoding.encode import encode_images, project_images
-from ..evaluation.results import read_results
+from ..evaluation.results import read_evaluation_results
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
@@ -103,7 +103,7 @@ def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) ->
 
 
 def _read_scores(folder: Path) -> dict[str, float]:
-    (result,) = read_results(folder)
+    (result,) = read_evaluation_results(folder)
     t2i, i2t = result.scores["t2i"], result.scores["i2t"]
     return {
         "unseen_t2i_r1": t2i["hit_rate_at_1"],

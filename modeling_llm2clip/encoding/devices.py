@@ -12,18 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-DEVICE_NAMES = ("auto", "cpu", "cuda", "cuda:N", "mps")
-_NAME = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
-
-
-def is_device_name(name: str) -> bool:
-    """Return whether a name is one of `DEVICE_NAMES`; the device need not be there.
-
-    Args:
-        name: Name of a device.
-    """
-    return _NAME.fullmatch(name) is not None
-
 
 def find_device(name: str | None = "auto") -> torch.device:
     """Return the device of a name.

@@ -181,7 +181,7 @@ def list_result_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.json"))
 
 
-def read_results(folder: Path) -> list[Result]:
+def read_evaluation_results(folder: Path) -> list[Result]:
     """Read all results in a folder by model, dataset and task.
 
     Args:

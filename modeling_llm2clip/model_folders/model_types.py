@@ -49,7 +49,7 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
         config = _fetch_config(source, revision)
         return None if config is None else _judge_config(str(source), config)
     if (folder / "config.json").is_file():
-        config = _read_json(folder / "config.json")
+        config = read_json_object(folder / "config.json")
         is_own = config is not None and config.get("model_type") == "llm2clip"
         if (folder / "modules.json").is_file() and not is_own:
             return FoundModel(
@@ -77,6 +77,19 @@ def require_own_model(source: str | Path, *, revision: str | None = None) -> Non
     found = find_model_type(source, revision=revision)
     if found is not None and found.content != "llm2clip":
         raise ValueError(f"{found.advice} An LLM2CLIP model is needed here.")
+
+
+def read_json_object(file: Path) -> dict[str, Any] | None:
+    """Read a JSON file; None where it is damaged or holds no object.
+
+    Args:
+        file: The file.
+    """
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # damaged, which loading the model reports
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
@@ -146,14 +159,8 @@ def _fetch_config(source: str | Path, revision: str | None) -> dict[str, Any] | 
     if not is_hub_id(source):
         return None
     try:
-        return _read_json(Path(hf_hub_download(str(source), "config.json", revision=revision)))
+        return read_json_object(
+            Path(hf_hub_download(str(source), "config.json", revision=revision))
+        )
     except (OSError, ValueError):  # no such file, no Hub: downloading the model says which
         return None
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # damaged, which loading the model reports
-        return None
-    return content if isinstance(content, dict) else None

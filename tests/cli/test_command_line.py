@@ -331,5 +331,5 @@ def test_the_demo_refuses_a_folder_that_is_not_empty(
 ) -> None:
     (tmp_path / "earlier.txt").write_text("mine", encoding="utf-8")
     assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert f"{tmp_path} is not empty" in capsys.readouterr().err
+    assert f"{tmp_path} exists and is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from modeling_llm2clip.cli.chosen_device import choose_device
+from modeling_llm2clip.cli.chosen_device import use_device
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.encoding import devices
@@ -22,8 +22,7 @@ from modeling_llm2clip.encoding.devices import (
     to_float64,
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.training.distributed import choose_device as choose
-from modeling_llm2clip.training.distributed import training_arguments_on
+from modeling_llm2clip.training.distributed import choose_device, training_arguments_on
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any)
 def test_a_named_device_that_is_not_there_is_an_error(name: str) -> None:
     for ask in (
         find_device,
-        lambda device: choose(device).type,
+        lambda device: choose_device(device).type,
     ):
         with pytest.raises(ValueError, match=f"device='{name}' is not there"):
             ask(name)
@@ -137,7 +136,7 @@ def test_the_device_is_printed_where_there_was_something_to_choose(
     there: Any, name: str, printed: str, machine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine(**there)
-    choose_device(name)
+    use_device(name)
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", printed)
 
@@ -165,7 +164,7 @@ def test_the_trainer_stays_on_the_cpu_where_that_was_named(tmp_path: Path) -> No
 
 
 def test_a_stage_runs_on_the_device_of_its_options() -> None:
-    assert choose("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_float64_is_computed_on_the_cpu_where_mps_has_none() -> None:

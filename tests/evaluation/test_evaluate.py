@@ -30,8 +30,8 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.evaluate import _OnceEncoder, evaluate
 from modeling_llm2clip.evaluation.results import (
     Result,
+    read_evaluation_results,
     read_result,
-    read_results,
     write_result,
 )
 from modeling_llm2clip.evaluation.tables import EvaluationResults, render_results
@@ -162,7 +162,7 @@ def test_the_memory_of_the_ranking_can_be_set_and_changes_no_score(
         command = ["evaluate", sources("clip"), "--datasets", data, "--languages", "en", "--tasks"]
         command += [*TASKS, "--max-memory-mb", memory, "--output", str(output)]
         assert main(command) == 0
-        scores.append([result.scores for result in read_results(output)])
+        scores.append([result.scores for result in read_evaluation_results(output)])
     assert scores[0] == scores[1]
     with pytest.raises(ValueError, match=r"max_memory_mb=1e-06 is too little for a tile"):
         evaluate(**arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=1e-6))

@@ -19,8 +19,8 @@ from modeling_llm2clip.evaluation.results import (
     find_differences,
     find_finished,
     hash_dataset,
+    read_evaluation_results,
     read_result,
-    read_results,
 )
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -66,7 +66,7 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a result of an evaluation"):
         read_result(file)
     with pytest.raises(ValueError, match=r"has no results"):
-        read_results(tmp_path)
+        read_evaluation_results(tmp_path)
 
 
 def test_the_digests_of_the_emoji_are_the_recorded_ones() -> None:

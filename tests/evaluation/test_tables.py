@@ -19,7 +19,7 @@ from modeling_llm2clip.configs.evaluation_config import (
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import (
-    read_results,
+    read_evaluation_results,
 )
 from modeling_llm2clip.evaluation.tables import render_results
 
@@ -35,7 +35,7 @@ def test_languages_are_scored_together(sources: Any, data: str, tmp_path: Path) 
 
 
 def test_models_are_side_by_side_in_a_table(results: Path) -> None:
-    found = read_results(results)
+    found = read_evaluation_results(results)
     table = render_results(found, style="markdown", details=True)
     rows = read_table(table, "images by caption, and captions by image")
     assert [row["model"] for row in rows] == ["clip", "siglip", "chance"]
@@ -52,7 +52,7 @@ def test_models_are_side_by_side_in_a_table(results: Path) -> None:
 
 
 def test_the_table_of_lengths_shows_what_77_tokens_lose(results: Path) -> None:
-    found = [result for result in read_results(results) if result.task == "length"]
+    found = [result for result in read_evaluation_results(results) if result.task == "length"]
     rows = read_table(
         render_results(found, style="markdown"), "folder, R@1 by length in CLIP's tokens"
     )
@@ -86,7 +86,7 @@ def test_scores_come_with_interval_and_chance_and_what_they_depend_on_is_optiona
     assert not any(f"**{title}**" in plain.out.lower() for title in titles)
     assert f"llm2clip evaluate --table text --details --output {results}" in plain.err
     rows = read_table(plain.out, "images by caption, and captions by image")
-    scores = {r.model: r.scores for r in read_results(results) if r.task == "retrieval"}
+    scores = {r.model: r.scores for r in read_evaluation_results(results) if r.task == "retrieval"}
     for row in rows[:-1]:
         found = scores[row["model"]]["t2i"]["intervals"]["hit_rate_at_1"]
         wanted = "{value:.1f} % [{low:.1f}, {high:.1f}]".format(
@@ -125,7 +125,7 @@ def test_a_mean_over_languages_has_the_interval_of_its_images(
 
 
 def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
-    found = {(r.model, r.task): r for r in read_results(results)}
+    found = {(r.model, r.task): r for r in read_evaluation_results(results)}
     clip, siglip = found["clip", "retrieval"], found["siglip", "retrieval"]
     with pytest.raises(
         ValueError, match=r"Two models are named clip: .*Give each a name of its own"
@@ -149,7 +149,7 @@ def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
 
 
 def test_the_choices_of_the_scoring_are_listed_once(results: Path) -> None:
-    lengths = [r for r in read_results(results) if r.task == "length"]
+    lengths = [r for r in read_evaluation_results(results) if r.task == "length"]
     table = render_results(lengths, style="markdown", details=True)
     (ties,) = (row for row in read_table(table, "how they were scored") if row["choice"] == "ties")
     assert ties["tasks"] == "length" and "ties count against the model" in ties["taken"]
@@ -158,7 +158,7 @@ def test_the_choices_of_the_scoring_are_listed_once(results: Path) -> None:
 
 
 def test_scores_of_two_versions_of_the_package_are_marked(results: Path) -> None:
-    first, second = (r for r in read_results(results) if r.task == "cra")
+    first, second = (r for r in read_evaluation_results(results) if r.task == "cra")
     older = replace(second, versions={**second.versions, "modeling_llm2clip": "0.0.1"})
     title = "what the scores depend on"
     rows = read_table(render_results([first, older], style="markdown", details=True), title)
@@ -170,7 +170,7 @@ def test_scores_of_two_versions_of_the_package_are_marked(results: Path) -> None
 
 
 def test_two_results_that_differ_where_they_must_not_make_no_table(results: Path) -> None:
-    (found,) = (r for r in read_results(results) if (r.model, r.task) == ("clip", "cra"))
+    (found,) = (r for r in read_evaluation_results(results) if (r.model, r.task) == ("clip", "cra"))
     assert render_results([found, found]) == render_results([found])
     protocol = {**found.protocol, "model": {**found.protocol["model"], "dtype": "bfloat16"}}
     with pytest.raises(ValueError, match=r"Two results of clip for cra .*dtype was 'float32' and"):
@@ -194,7 +194,7 @@ def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path
 def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
     results: Path, width: int
 ) -> None:
-    found = read_results(results)
+    found = read_evaluation_results(results)
     whole = render_results(found, details=True)
     fitted = render_results(found, width=width, details=True)
     assert max(map(len, whole.splitlines())) > 120
@@ -204,7 +204,9 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
 
 
 def test_a_table_that_is_too_wide_has_a_column_a_model(results: Path) -> None:
-    (found,) = (r for r in read_results(results) if (r.model, r.task) == ("clip", "retrieval"))
+    (found,) = (
+        r for r in read_evaluation_results(results) if (r.model, r.task) == ("clip", "retrieval")
+    )
     lines = render_results([found], width=60).splitlines()
     heads = next(number for number, line in enumerate(lines) if line.startswith("model "))
     assert lines[heads].split() == ["model", "clip", "chance"]
@@ -217,7 +219,7 @@ def test_the_command_fits_its_tables_to_a_terminal_and_not_to_a_file(
     results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "70")
-    found = read_results(results)
+    found = read_evaluation_results(results)
     for is_terminal, wanted in ((True, 70), (False, None)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
         assert main(["evaluate", "--table", "text", "--output", str(results)]) == 0

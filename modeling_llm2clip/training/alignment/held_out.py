@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -25,10 +25,8 @@ from ...evaluation.metrics.scores import hits_at
 from ..losses.contrastive import ContrastiveLoss
 from ..losses.loss import LossInputs
 from .alignment_data import AlignmentDataset
+from .alignment_model import AlignmentModel
 from .cca_init import fit_temperature
-
-if TYPE_CHECKING:
-    from .alignment_trainer import AlignmentTrainer
 
 BEST_FILE = "best.safetensors"
 _METADATA = "held_out"
@@ -233,6 +231,22 @@ def _lower_bound(ratio: float, count: int) -> float:
     return float((center - spread) / (1 + square / count))
 
 
+class _EvaluatedTrainer(Protocol):
+    """What `BestWeightsCallback` needs of the `AlignmentTrainer`, which imports it."""
+
+    alignment_model: AlignmentModel
+    model_wrapped: nn.Module
+    is_fsdp_enabled: bool
+    args: TrainingArguments
+    state: TrainerState
+
+    def log(self, logs: dict[str, float]) -> None: ...
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
+
+    def collect_trained(self) -> dict[str, Tensor]: ...
+
+
 class BestWeightsCallback(TrainerCallback):
     """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
 
@@ -273,7 +287,7 @@ class BestWeightsCallback(TrainerCallback):
         self.best: HeldOutScores | None = None
         self.best_step = 0
         self.has_stopped_early = False
-        self.trainer: AlignmentTrainer | None = None
+        self.trainer: _EvaluatedTrainer | None = None
 
     @property
     def file(self) -> Path:
@@ -356,7 +370,7 @@ class BestWeightsCallback(TrainerCallback):
             self.best, self.best_step = scores, step
             self._keep(self.trainer)
 
-    def _measure(self, trainer: AlignmentTrainer) -> HeldOutScores:
+    def _measure(self, trainer: _EvaluatedTrainer) -> HeldOutScores:
         model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
         is_stored = self.images.dataset.is_stored
         embeds = self.images.embed(
@@ -375,10 +389,9 @@ class BestWeightsCallback(TrainerCallback):
 
     def _autocast(self) -> AbstractContextManager[Any]:
         assert self.trainer is not None
-        context: AbstractContextManager[Any] = self.trainer.compute_loss_context_manager()
-        return context
+        return self.trainer.compute_loss_context_manager()
 
-    def _keep(self, trainer: AlignmentTrainer) -> None:
+    def _keep(self, trainer: _EvaluatedTrainer) -> None:
         state = trainer.collect_trained()
         if not trainer.args.should_save:
             return

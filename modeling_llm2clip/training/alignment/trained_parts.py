@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
-from ...encoding.compilation import find_layers
 from ..run_folder import list_trained
 from ..trainer_mixins import recompute_activations
 from .alignment_model import AlignmentModel
+from .tower_layers import find_layers
 
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 

@@ -14,7 +14,6 @@ from tiny import draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.encoding.compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
@@ -25,6 +24,7 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     make_training_arguments,
     warm_up_then_cosine,
 )
+from modeling_llm2clip.training.alignment.tower_layers import find_layers
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
     find_attention_linears,

@@ -12,7 +12,7 @@ from shared_models import ROUNDING, shared_model
 from tiny import LLM_FAMILIES, tiny_model
 from torch._dynamo.utils import counters
 
-from modeling_llm2clip.encoding.compilation import compiled_layers
+from benchmarks.compiled_layers import compiled_layers
 from modeling_llm2clip.encoding.encode import encode_texts
 
 _CAPTIONS = ["a dog " * count for count in (1, 2, 2, 3, 5, 8)]

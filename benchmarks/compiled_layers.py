@@ -1,4 +1,4 @@
-"""Finds the layers of a tower, and compiles those of an LLM for encoding."""
+"""Compiles the layers of an LLM for encoding, which `encoding_speed.py` measures."""
 
 from __future__ import annotations
 
@@ -9,38 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.training.alignment.tower_layers import find_layers
 
-_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _Forward: TypeAlias = Callable[..., Any]
-
-
-def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find the list of a tower's layers.
-
-    Args:
-        tower: A vision tower or an LLM.
-
-    Returns:
-        The name of the list in the tower, and the list, whose children are the layers, the lowest
-        first.
-
-    Raises:
-        ValueError: The tower has no list of layers with a known name.
-    """
-    found = [
-        (name, module)
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and name.split(".")[-1] in _LAYER_LISTS
-        and len(module) > 1
-    ]
-    if not found:
-        raise ValueError(
-            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
-            "its layers cannot be treated one by one. Set layer_decay to 1, and encode uncompiled."
-        )
-    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 @contextmanager
