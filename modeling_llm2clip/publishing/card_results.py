@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.result_details import label_dataset
 from ..evaluation.results import is_result, parse_result
 from ..model_folders.fingerprint import fingerprint_model
-from ..model_folders.model_card_data import CardResult
+from ..model_folders.model_card import write_model_card
+from ..model_folders.model_card_data import CardResult, read_card_data
 
 # What `llm2clip evaluate` reports per language, class, category or measure: too much for a card.
 _DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
@@ -85,6 +87,26 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
             "first (another dtype makes other weights), evaluate the folder that is written, as "
             "a model of this package and in its own dtype, and give these results."
         )
+
+
+def add_card_results(folder: Path, files: Sequence[Path]) -> None:
+    """State further results on the card of a model folder; a card that has them stays as it is.
+
+    Args:
+        folder: Model folder.
+        files: As `read_card_results` takes them; they replace older ones on the same dataset.
+
+    Raises:
+        ValueError: As `read_card_results` and `require_own_results`.
+    """
+    results = read_card_results(files)
+    require_own_results(results, folder)
+    card = read_card_data(folder)
+    if all(result in card.results for result in results):
+        return
+    measured = {(result.task, result.dataset) for result in results}
+    kept = [result for result in card.results if (result.task, result.dataset) not in measured]
+    write_model_card(folder, replace(card, results=(*kept, *results)), name=folder.name)
 
 
 def _read_result(entry: Any, file: Path) -> CardResult:

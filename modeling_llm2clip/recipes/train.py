@@ -24,6 +24,8 @@ from ..data.data_hashes import hash_records
 from ..data.embedding_store import MANIFEST_FILE, read_manifest
 from ..doctor.check_model import check_model
 from ..evaluation.evaluate import evaluate
+from ..evaluation.results import list_result_files
+from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model
 from ..training.alignment.align import align
 from ..training.alignment.alignment_report import describe_alignment
@@ -197,6 +199,7 @@ class _Recipe:
             evaluated = EvaluatedModel(source=str(model), name=self.config.output.resolve().name)
             config = replace(self.config.evaluate, output=self.paths.evaluation)
             self.say(str(evaluate(evaluated, data, config, tasks=self.config.eval_tasks)))
+            add_card_results(model, list_result_files(config.output))
         PartialState().wait_for_everyone()
 
     def _alone(self, work: Callable[[], object]) -> None:

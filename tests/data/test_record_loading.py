@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -34,7 +33,6 @@ from captioned_files import (
 )
 from tiny import tiny_model
 
-from modeling_llm2clip.data import record_loading
 from modeling_llm2clip.data.image_sources import ParquetImage, TarImage, open_image
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.encoding.encode import encode_images
@@ -48,10 +46,6 @@ WRITERS = (
     write_parquet_of_bytes,
     write_shards,
 )
-
-
-def test_the_example_of_the_docstring_runs() -> None:
-    assert doctest.testmod(record_loading) == (0, 2)
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)

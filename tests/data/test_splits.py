@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
 from pathlib import Path
 
 import pytest
 
-from modeling_llm2clip.data import splits
 from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.splits import (
@@ -25,10 +23,6 @@ def make_record(group_id: str, style: str, *captions: str, long: str = "") -> Ca
 
 
 RECORDS = [make_record(str(number), style) for number in range(40) for style in "ab"]
-
-
-def test_the_example_of_the_docstring_runs() -> None:
-    assert doctest.testmod(splits) == (0, 3)
 
 
 def test_a_split_keeps_every_record_in_order_and_every_group_whole() -> None:
