@@ -36,11 +36,12 @@ from modeling_llm2clip.training.alignment.align import align
 def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    run = prepared.align(tmp_path / "run")
+    run = prepared.align(tmp_path / "run", max_steps=40)
     changed = names_that_differ(prepared.model, run.model)
     assert changed and not [name for name in changed if name.startswith(TOWERS)]
-    losses = read_losses(tmp_path / "run")
-    assert len(losses) == SHORT_RUN["max_steps"] and losses[6] < losses[1]
+    losses = list(read_losses(tmp_path / "run").values())
+    # Batches of eight differ, so that the loss falls in the mean of ten.
+    assert len(losses) == 40 and sum(losses[-10:]) < sum(losses[:10])
     report = check_model(run.model)
     assert report.healthy, str(report)
     golden = next(check for check in report.checks if check.name == "golden embeddings")
