@@ -111,8 +111,8 @@ class Command:
     @property
     def rest(self) -> str | None:
         """Name of the arguments of which there may be any number, if it takes such."""
-        kinds = inspect.signature(self.function).parameters.items()
-        return next((n for n, p in kinds if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+        parameters = inspect.signature(self.function).parameters.values()
+        return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
     @cached_property
     def flags(self) -> dict[str, Flag]:

@@ -12,7 +12,7 @@ from ..training.alignment.align_checks import check_data, check_options
 from ..training.finetuning.finetune_llm import check_finetuning
 from ..training.losses.loss import load_loss
 from ..training.trainer_mixins import choose_reports
-from .recipe_plan import RecipePaths, Split, list_eval_data, uses_stores
+from .recipe_plan import RecipePaths, Split, is_complete, list_eval_data, uses_stores
 
 
 def check_recipe(config: TrainConfig, split: Split) -> None:
@@ -40,18 +40,18 @@ def check_recipe(config: TrainConfig, split: Split) -> None:
 def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], object]]:
     paths = RecipePaths(config.output)
     train, test = split
-    if not paths.built.is_dir():
+    if not is_complete(paths.built):
         yield lambda: _check_towers(config)
     finetune, align = config.finetune, config.align
     if finetune is not None:
         yield lambda: choose_reports(finetune.report_to)
-        if not (paths.fine_tuned / "model").is_dir():
+        if not is_complete(paths.fine_tuned / "model"):
             yield lambda: check_finetuning(train, finetune)
     captions, images = uses_stores(config)
     yield lambda: check_options(align, has_caption_store=captions, has_image_store=images)
     yield lambda: load_loss(align.loss)
     yield lambda: choose_reports(align.report_to)
-    if not (paths.aligned / "model").is_dir():
+    if not is_complete(paths.aligned / "model"):
         yield lambda: check_data(train, align)
     if data := list_eval_data(config, test):
         yield lambda: check_eval_data(data, config.evaluate, tasks=config.eval_tasks)

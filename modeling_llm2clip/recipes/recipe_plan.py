@@ -431,17 +431,34 @@ def _count_tokens(text: str) -> int:
     return _PROMPT_TOKENS + len(text) // _CHARACTERS_PER_TOKEN
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder that appears by renaming is there.
+
+    Args:
+        folder: A model folder.
+    """
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def is_complete_store(store: Path) -> bool:
+    """Whether a store has all its shards.
+
+    Args:
+        store: Folder of the store.
+    """
+    return (store / MANIFEST_FILE).is_file() and read_manifest(store).complete
+
+
 def _find_state(folder: Path, *, run: Path | None = None) -> State:
-    """State of a stage by its model folder, which is complete or absent."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if is_complete(folder):
         return "finished"
     return "stopped" if run is not None and (run / RUN_FILE).is_file() else "to do"
 
 
 def _find_store_state(store: Path) -> State:
-    if not (store / MANIFEST_FILE).is_file():
-        return "to do"
-    return "finished" if read_manifest(store).complete else "stopped"
+    if is_complete_store(store):
+        return "finished"
+    return "stopped" if (store / MANIFEST_FILE).is_file() else "to do"
 
 
 def _measure_speed(device: torch.device, dtype: torch.dtype) -> float:

@@ -21,7 +21,6 @@ from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
 from ..data.data_hashes import hash_records
-from ..data.embedding_store import MANIFEST_FILE, read_manifest
 from ..doctor.check_model import check_model
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
@@ -44,6 +43,8 @@ from .recipe_checks import check_recipe
 from .recipe_plan import (
     RecipePaths,
     Split,
+    is_complete,
+    is_complete_store,
     list_eval_data,
     load_recipe,
     plan_recipe,
@@ -131,7 +132,7 @@ class _Recipe:
 
     def _build(self) -> Path:
         config, built = self.config, self.paths.built
-        if not _is_complete(built):
+        if not is_complete(built):
             self._alone(lambda: _build_towers(config, built))
             self.say(f"Built {built}.")
         return built
@@ -141,7 +142,7 @@ class _Recipe:
         if config is None:
             return model
         folder = run / "model"
-        if not _is_complete(folder):
+        if not is_complete(folder):
             resume = (run / RUN_FILE).is_file()
             folder = finetune_llm(
                 model, self.train, run, config, resume=resume, callbacks=self.callbacks
@@ -150,7 +151,7 @@ class _Recipe:
         return folder
 
     def _extract(self, model: Path, store: Path, modality: Literal["text", "image"]) -> Path:
-        if not ((store / MANIFEST_FILE).is_file() and read_manifest(store).complete):
+        if not is_complete_store(store):
             extract(model, self.train, store, self.config.extract, modality=modality)
             self._say_lines(describe_extraction, store)
         return store
@@ -158,7 +159,7 @@ class _Recipe:
     def _align(self, model: Path) -> Path:
         run = self.paths.aligned
         folder = run / "model"
-        if _is_complete(folder):
+        if is_complete(folder):
             return folder
         captions, images = uses_stores(self.config)
         align(
@@ -179,7 +180,7 @@ class _Recipe:
         config, exported = self.config.export, self.paths.exported
         if config is None:
             return model
-        if not _is_complete(exported):
+        if not is_complete(exported):
             self._alone(lambda: export_model(model, exported, config))
             self.say(f"Exported {exported}.")
         return exported
@@ -240,11 +241,6 @@ def _build_towers(config: TrainConfig, folder: Path) -> None:
 
 def _name_data(data: str) -> str:
     return "embedded emoji" if data == EMBEDDED else Path(data).resolve().name
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a folder that appears by renaming is there."""
-    return folder.is_dir() and any(folder.iterdir())
 
 
 def _be_silent(_: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_recipe import make_recipe, prepare_sources, read_files, write_recipe
+from tiny_recipe import make_recipe, read_files, write_recipe
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET
@@ -27,11 +27,6 @@ from modeling_llm2clip.recipes.recipe_plan import (
 from modeling_llm2clip.recipes.tower_sizes import TowerSize, measure_tower
 from modeling_llm2clip.recipes.train import train
 from modeling_llm2clip.training.run_folder import read_results
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_recipe import WEIGHTS, make_recipe, prepare_sources, read_files, write_recipe
+from tiny_recipe import WEIGHTS, make_recipe, read_files, write_recipe
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.train_config import TrainConfig
@@ -51,11 +51,6 @@ def run(config: TrainConfig, **options: Any) -> Done:
     reported: list[str] = []
     model = train(config, report=reported.append, **options)
     return Done(config, model, reported)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")

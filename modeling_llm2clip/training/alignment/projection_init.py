@@ -74,9 +74,13 @@ def init_projections(
     loss_before = None
     if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.clone() for name, value in _list_head(model).items()}
-        loss_before = _measure(model, held_out)
+        loss_before = _fit_temperature(model, held_out)[1]
     fitted = init_projections_by_cca(model, *_pair_embeddings(dataset, items, config.seed))
-    loss = _set_temperature(model, held_out) if held_out is not None else None
+    loss = None
+    if held_out is not None:
+        log_scale, loss = _fit_temperature(model, held_out)
+        with torch.no_grad():
+            model.logit_scale.log_scale.fill_(log_scale)
     if loss is not None and loss_before is not None and loss_before <= loss:
         _restore(model, before)
         return unchanged
@@ -106,17 +110,10 @@ def _restore(model: AlignmentModel, head: dict[str, Tensor]) -> None:
         value.copy_(head[name])
 
 
-def _measure(model: AlignmentModel, held_out: HeldOutImages) -> float:
-    embeds = held_out.embed(model, torch.device("cpu"), nullcontext)
-    return held_out.score(*embeds).loss
-
-
-@torch.no_grad()
-def _set_temperature(model: AlignmentModel, held_out: HeldOutImages) -> float:
+def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
+    """Find the temperature that suits the held-out pairs best, and their loss at it."""
     images, texts = held_out.embed(model, torch.device("cpu"), nullcontext)
-    log_scale, loss = fit_temperature(images, texts, held_out.group_ids)
-    model.logit_scale.log_scale.fill_(log_scale)
-    return loss
+    return fit_temperature(images, texts, held_out.group_ids)
 
 
 def _pair_embeddings(

@@ -1,0 +1,14 @@
+"""What all tests of recipes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_recipe import prepare_sources
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The towers and the data that tiny recipes name, which no test may change."""
+    return prepare_sources(tmp_path_factory.mktemp("sources"))
