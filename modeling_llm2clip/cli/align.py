@@ -10,7 +10,7 @@ from ..configs.data_config import DataConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
-from .extras import list_needs_of_data, list_needs_of_model
+from .extras import list_needs_of_model
 
 
 @command(
@@ -49,8 +49,7 @@ def align(
         config: What is trained, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
-    require(*([LORA] if uses_lora else []), *list_needs_of_data(data, extra="train"))
-    require(*list_needs_of_model(model, extra="train"))
+    require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_types import require_own_model
     from ..training.run_folder import require_fresh_or_resumed

@@ -11,7 +11,7 @@ from ..configs.extract_config import ExtractConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
-from .extras import list_needs_of_data, list_needs_of_model
+from .extras import list_needs_of_model
 
 # Options of one modality alone, with their defaults.
 _FOREIGN: dict[str, dict[str, int | None]] = {
@@ -49,7 +49,7 @@ def extract(
         reading: How the data are read.
         config: How embeddings are computed and stored.
     """
-    require(*list_needs_of_data(data, extra="train"), *list_needs_of_model(model, extra="train"))
+    require(*list_needs_of_model(model, extra="train"))
     from ..model_folders.model_types import require_own_model
 
     _refuse_foreign(config, modality)

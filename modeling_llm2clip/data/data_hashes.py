@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from .image_sources import ImageSource, ParquetImage, TarImage, open_table
+from .image_sources import count_bytes
 from .records import CaptionedImage
-
-_TABLES_HELD = 256
 
 
 def hash_records(records: Sequence[CaptionedImage]) -> str:
@@ -32,7 +28,7 @@ def hash_records(records: Sequence[CaptionedImage]) -> str:
 
 
 def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names of images and their sizes in bytes, whatever they are stored in.
+    """Hash the names of images and their sizes in bytes, as `count_bytes` has them.
 
     Neither their order matters nor how many languages share an image. Another image of exactly the
     same size is not noticed.
@@ -66,33 +62,3 @@ def describe_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
     """
     first = Path(str(records[0].image)).absolute()
     return {"first": str(first), "sizes": hash_image_sizes(records)}
-
-
-def count_bytes(image: ImageSource | None) -> int:
-    """Return the size of an encoded image in bytes.
-
-    Args:
-        image: address of the image; not None, which a record may have.
-
-    Raises:
-        OSError: its file no longer exists.
-    """
-    assert image is not None
-    if isinstance(image, TarImage):
-        return image.size
-    if isinstance(image, ParquetImage):
-        changed_ns = image.file.stat().st_mtime_ns
-        return int(_row_sizes(image.file, image.column, changed_ns)[image.row] or 0)
-    return image.stat().st_size
-
-
-@lru_cache(maxsize=_TABLES_HELD)
-def _row_sizes(file: Path, column: str, changed_ns: int) -> list[int | None]:  # noqa: ARG001
-    """Return the sizes of the images of a Parquet file, from their offsets."""
-    # Comes with `datasets`, which reads the file.
-    from pyarrow import compute, types  # type: ignore[import-untyped]
-
-    rows: Any = open_table(file).data.column(column)
-    if types.is_struct(rows.type):
-        rows = compute.struct_field(rows, "bytes")
-    return compute.binary_length(rows).to_pylist()  # type: ignore[no-any-return]

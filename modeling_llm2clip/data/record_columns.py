@@ -3,11 +3,11 @@
 | column | content |
 | --- | --- |
 | `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords`, `place` | of the record |
-| `image_kind` | 0 for no image, 1 a file, 2 a member of a tar shard, 3 a row of a Parquet file |
+| `image_kind` | 0 for no image, 1 a file, 2 a tar member, 3 a row of Parquet, 4 of an Arrow file |
 | `image_file` | the image's file, or the one that holds it |
-| `image_member` | name of the member, or of the Parquet column |
+| `image_member` | name of the member, or of the column |
 | `image_offset` | first byte of the member, or number of the row |
-| `image_size` | bytes of the member, or of the Parquet column in the row's group |
+| `image_size` | bytes of the image, or of the Parquet column in the row's group; null for a file |
 | `key` | hash of name and language, which together identify a record |
 | `group_key` | hash of the group id |
 | `text_keys` | hashes of the captions, then of the long captions |
@@ -25,7 +25,7 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from .image_sources import ImageSource, ParquetImage, TarImage
+from .image_sources import ArrowImage, EncodedImage, ImageSource, ParquetImage, TarImage
 from .records import CaptionedImage
 
 # Batches of a table have this many rows, but for the last one, so that a row's batch is known.
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
         ("text_keys", pa.list_(pa.int64())),
     ]
 )
-NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE = range(4)
+NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
 
 
 class RecordColumns:
@@ -121,18 +121,27 @@ def make_image(
     assert file is not None
     if kind == IMAGE_FILE:
         return Path(file)
-    assert member is not None and offset is not None and size is not None
-    if kind == TAR_IMAGE:
-        return TarImage(Path(file), member, offset, size)
-    return ParquetImage(Path(file), member, offset)
+    assert member is not None and offset is not None
+    if kind == PARQUET_IMAGE:
+        return ParquetImage(Path(file), member, offset, size)
+    assert size is not None
+    if kind == ARROW_IMAGE:
+        return ArrowImage(Path(file), member, offset, size)
+    return TarImage(Path(file), member, offset, size)
 
 
-def _locate(image: ImageSource | None) -> tuple[int, str | None, str | None, int | None, int | None]:
+def _locate(
+    image: ImageSource | None,
+) -> tuple[int, str | None, str | None, int | None, int | None]:
     """Return the columns of an image's address."""
     if image is None:
         return NO_IMAGE, None, None, None, None
     if isinstance(image, TarImage):
         return TAR_IMAGE, str(image.shard), image.member, image.offset, image.size
     if isinstance(image, ParquetImage):
-        return PARQUET_IMAGE, str(image.file), image.column, image.row, None
+        return PARQUET_IMAGE, str(image.file), image.column, image.row, image.group_size
+    if isinstance(image, ArrowImage):
+        return ARROW_IMAGE, str(image.file), image.column, image.row, image.size
+    if isinstance(image, EncodedImage):
+        raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
     return IMAGE_FILE, str(image), None, None, None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.image_sources import ParquetImage, TarImage, open_image
+from ..data.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
@@ -355,7 +355,7 @@ def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
-    by_value = (str, os.PathLike, TarImage, ParquetImage)
+    by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
     keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
     return keys
 
