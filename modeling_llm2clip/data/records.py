@@ -28,10 +28,12 @@ because later stages take captions as single lines.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .validation_errors import ErrorCollector
 
@@ -43,6 +45,7 @@ _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 _LONG_CAPTIONS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
 CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
 _NAMES = ("image", "file_name")
+_EMPTY_PART = re.compile(r"(?:^|/)\.?(?:/|$)")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
 _KNOWN_FIELDS = frozenset(
     (
@@ -95,8 +98,7 @@ class CaptionedImage:
         raise ValueError(f"{self.name} has {found}, not a file. Use open_image(record.image).")
 
 
-@dataclass(frozen=True)
-class RawRecord:
+class RawRecord(NamedTuple):
     """The fields of a record as its source has them, not yet checked.
 
     Attributes:
@@ -112,17 +114,43 @@ class RawRecord:
     default_name: str | None = None
 
 
-def build_record(
+class CheckedRecord(NamedTuple):
+    """The fields of a `CaptionedImage`, whose image may be the path of a file as text."""
+
+    image: str | PackedImage | None
+    name: str
+    group_id: str
+    captions: Sequence[str]
+    long_captions: Sequence[str]
+    keywords: Sequence[str]
+    lang: str
+    place: str
+
+    def build(self) -> CaptionedImage:
+        """Build the record."""
+        return CaptionedImage(
+            image=Path(self.image) if isinstance(self.image, str) else self.image,
+            name=self.name,
+            group_id=self.group_id,
+            captions=tuple(self.captions),
+            long_captions=tuple(self.long_captions),
+            keywords=tuple(self.keywords),
+            lang=self.lang,
+            place=self.place,
+        )
+
+
+def check_record(
     raw: RawRecord,
     errors: ErrorCollector,
     *,
     image_dir: Path | None,
     require_images: bool,
     ignore_fields: Collection[str] = (),
-) -> CaptionedImage | None:
-    """Check the fields of a record and build it.
+) -> CheckedRecord | None:
+    """Check the fields of a record.
 
-    A record with errors is built from what is left, so that checks over several records see it.
+    Of a record with errors the rest is returned, so that checks over several records see it.
 
     Args:
         raw: what the source has.
@@ -132,13 +160,13 @@ def build_record(
         ignore_fields: names of further fields, which are not errors.
 
     Returns:
-        The record; None if its name or language cannot be read.
+        The checked fields; None if the name or the language cannot be read.
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
     name = _read_name(raw.fields, found)
     has_identity = not found
-    image: ImageSource | None = raw.packed
+    image: str | PackedImage | None = raw.packed
     if has_identity and image is None:
         image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
@@ -148,22 +176,15 @@ def build_record(
     captions = _read_captions(raw.fields, found)
     long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
-    unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
-    found += [f"unknown field {field!r}" for field in unknown]
+    if not raw.fields.keys() <= _KNOWN_FIELDS:
+        unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
+        found += [f"unknown field {field!r}" for field in unknown]
     for kind in found:
         errors.add(kind, raw.place)
     if name is None or not has_identity:
         return None
-    return CaptionedImage(
-        image=image,
-        name=name,
-        group_id=name if group_id is None else group_id,
-        captions=tuple(captions),
-        long_captions=tuple(long_captions),
-        keywords=tuple(keywords),
-        lang=lang,
-        place=raw.place,
-    )
+    group_id = name if group_id is None else group_id
+    return CheckedRecord(image, name, group_id, captions, long_captions, keywords, lang, raw.place)
 
 
 def clean_text(text: str) -> str:
@@ -175,6 +196,9 @@ def clean_text(text: str) -> str:
     Returns:
         One line; empty for a blank text.
     """
+    # Most texts are clean. Those that are printable have no line breaks, and no spaces but " ".
+    if text.isprintable() and text[:1] != " " and text[-1:] != " ":
+        return text
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -196,7 +220,9 @@ def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list
 
 def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
     """Read a field that is a text or a list of texts; an error is noted once per field."""
-    value = fields.get(name, [])
+    if name not in fields:
+        return []
+    value = fields[name]
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         found.append(f"{name!r} is not a text or a list of texts")
@@ -226,7 +252,9 @@ def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
     if not all(isinstance(name, str) and name.strip() for name in given):
         found.append("'image' or 'file_name' is not a non-blank text")
         return None
-    names = [PurePosixPath(name).as_posix() for name in given]  # "./a.jpg" is "a.jpg"
+    names = [
+        PurePosixPath(name).as_posix() if _EMPTY_PART.search(name) else name for name in given
+    ]  # "./a.jpg" is "a.jpg"
     if len(set(names)) > 1:
         found.append("'image' and 'file_name' differ")
     return names[0] if names else None
@@ -234,9 +262,12 @@ def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
 
 def _find_file(
     name: str | None, image_dir: Path | None, found: list[str], *, required: bool
-) -> Path | None:
-    if name is not None and image_dir is not None and (image_dir / name).is_file():
-        return image_dir / name
+) -> str | None:
+    if name is not None and image_dir is not None:
+        # Strings, because a Path of every image costs as much as all other checks.
+        file = os.path.join(image_dir, name)  # noqa: PTH118
+        if os.path.isfile(file):  # noqa: PTH113
+            return file
     if required:
         found.append("no image" if name is None else "image missing")
     return None

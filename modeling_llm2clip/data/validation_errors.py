@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 _PLACES_SHOWN = 5
@@ -77,6 +78,21 @@ class ErrorCollector:
             self._counts[kind] = self._counts.get(kind, 0) + count
             places = self._places.setdefault(kind, [])
             places += other._places[kind][: _PLACES_SHOWN - len(places)]
+
+    def to_json(self) -> str:
+        """Return what was collected as JSON."""
+        return json.dumps({"counts": self._counts, "places": self._places})
+
+    @classmethod
+    def from_json(cls, text: str) -> ErrorCollector:
+        """Read what another process collected.
+
+        Args:
+            text: from `to_json`.
+        """
+        collected, content = cls(), json.loads(text)
+        collected._counts, collected._places = content["counts"], content["places"]
+        return collected
 
     @property
     def counts(self) -> dict[str, int]:

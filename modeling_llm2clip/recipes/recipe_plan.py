@@ -190,7 +190,7 @@ def read_split(config: TrainConfig) -> Split:
     """
     if config.data == EMBEDDED:
         emoji = load_records(find_example_data() / "emoji")
-        records = [record for record in emoji if record.lang == "en"]
+        records: Sequence[CaptionedImage] = [r for r in emoji if r.lang == "en"]
     else:
         records = read_data(config.data, config, require_images=True)
     if not config.test_size:

@@ -29,8 +29,9 @@ EXTRAS = SETUP["options.extras_require"]
 DISTRIBUTIONS = {"open_clip": "open_clip_torch", "sentence_transformers": "sentence-transformers"}
 # Installed by what `install_requires` names: cyclopts has the first, transformers the other.
 INDIRECT = {"rich", "tokenizers"}
-REQUIRED = {"PIL", "accelerate", "cyclopts", "huggingface_hub", "numpy", "pyarrow",
-            "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers", "yaml"}  # fmt: skip
+REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "numpy", "pyarrow",
+            "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers",
+            "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.
 ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train"}
 ONLY_TESTS = {"test", "all", "docs", "dev"}

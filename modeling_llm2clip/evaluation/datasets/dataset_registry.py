@@ -218,7 +218,7 @@ def load_dataset(
 
 def read_data(
     data: str | Path, config: DataConfig | None = None, *, require_images: bool
-) -> list[CaptionedImage]:
+) -> Sequence[CaptionedImage]:
     """Read the captioned images of a training stage, from any source.
 
     Args:

@@ -246,7 +246,8 @@ def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]
     return report
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, 20])
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, times: int
 ) -> None:
@@ -258,6 +259,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
         assert read_bytes(Path(folder)) == undisturbed
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
