@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from ..records import RawRecord
 from ..validation_errors import ErrorCollector
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
 _READ_AT_ONCE = 2**20  # characters
 
 
@@ -68,7 +68,7 @@ def iterate_lines(
             if left <= 0:
                 return
             left -= len(line)
-            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if line.strip():
                 yield number, line
 
