@@ -26,7 +26,7 @@ _DENIED_NAMES = frozenset(
      "UnauthorizedSSOTokenError", "RefreshError", "DefaultCredentialsError")
 )  # fmt: skip
 _EXPIRED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
-_OURS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
+_BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
 
 
 class AccessError(OSError):
@@ -84,7 +84,7 @@ def try_request(
     for wait in (*policy.waits(), None):
         try:
             return request()
-        except _OURS:
+        except (*_BUGS, AccessError, LostFileError):
             raise
         except Exception as error:
             kind, reason = sort_failure(error), describe(error)
