@@ -39,7 +39,7 @@ from .alignment_data import AlignmentDataset, keep_batch
 from .alignment_model import AlignmentModel
 from .held_out import BestWeightsCallback
 from .projection_init import ProjectionInit
-from .sampling import ResumableBatchSampler
+from .sampling import Array, ResumableBatchSampler
 from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -207,7 +207,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         model: AlignmentModel,
         dataset: AlignmentDataset,
         *,
-        items: Sequence[int],
+        items: Sequence[int] | Array,
         config: AlignConfig,
         loss: Loss,
         length: RunLength,
@@ -272,7 +272,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         assert isinstance(self.train_dataset, AlignmentDataset)
         return DataLoader(
             self.train_dataset,
-            batch_sampler=self.batches,
+            batch_sampler=self.batches,  # type: ignore[arg-type]  # arrays, not lists
             collate_fn=keep_batch,
             num_workers=self.config.num_workers,
             pin_memory=self.args.device.type == "cuda",
@@ -376,9 +376,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         assert isinstance(self.train_dataset, AlignmentDataset)
         shown = group_ids[broken] if broken.any() else group_ids
-        names = [
-            self.train_dataset.group_names[int(group_id)] for group_id in shown[:_GROUPS_SHOWN]
-        ]
+        names = self.train_dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (
