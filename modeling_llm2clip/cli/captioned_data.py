@@ -52,5 +52,6 @@ def read_captioned_images(
         require_images=require_images or check_images,
         check_images=check_images,
         ignore_fields=reading.ignore_fields,
+        cache=reading.cache,
         show_progress=True,
     )

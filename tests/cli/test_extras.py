@@ -29,10 +29,9 @@ EXTRAS = SETUP["options.extras_require"]
 DISTRIBUTIONS = {"open_clip": "open_clip_torch", "sentence_transformers": "sentence-transformers"}
 # Installed by what `install_requires` names: cyclopts has the first, transformers the other.
 INDIRECT = {"rich", "tokenizers"}
-REQUIRED = {"PIL", "accelerate", "cyclopts", "huggingface_hub", "numpy", "safetensors",
-            "tabulate", "torch", "torchvision", "tqdm", "transformers", "yaml"}  # fmt: skip
-# Comes with datasets, which reads the file first.
-WITH_DATASETS = {"pyarrow"}
+REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "numpy", "pyarrow",
+            "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers",
+            "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.
 ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train"}
 ONLY_TESTS = {"test", "all", "docs", "dev"}
@@ -133,7 +132,7 @@ def test_the_walk_finds_what_is_imported_far_from_the_command() -> None:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
 def test_every_optional_import_can_be_named(file: Path) -> None:
     others = list_imports(file, into_functions=True)[1]
-    named = {need.module for need in all_needs()} | WITH_DATASETS
+    named = {need.module for need in all_needs()}
     named |= {"mteb"}  # of a module that only mteb's users import
     named |= {"pillow_heif"}  # without it HEIC is skipped, and the count says what to install
     assert others - {"modeling_llm2clip"} <= REQUIRED | INDIRECT | named
