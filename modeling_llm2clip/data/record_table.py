@@ -26,7 +26,8 @@ _IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "i
 class RecordTable(Sequence[CaptionedImage]):
     """Records as columns.
 
-    It can be pickled for worker processes: one of a file is mapped again, one in memory is copied.
+    It can be pickled for worker processes, which map the file again, or get a copy of what is in
+    memory.
 
     Args:
         batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
 _RATIO_BEFORE_ADAPTER = 0.25
+_MOST_WORKERS = 8
 
 
 def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
@@ -274,10 +276,20 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             self.train_dataset,
             batch_sampler=self.batches,  # type: ignore[arg-type]  # arrays, not lists
             collate_fn=keep_batch,
-            num_workers=self.config.num_workers,
+            num_workers=self._count_workers(),
             pin_memory=self.args.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
         )
+
+    def _count_workers(self) -> int:
+        if self.config.num_workers is not None:
+            return self.config.num_workers
+        assert isinstance(self.train_dataset, AlignmentDataset)
+        # A CPU has no time to spare, and what is stored needs none.
+        if self.args.device.type == "cpu" or self.train_dataset.image_store is not None:
+            return 0
+        share = (os.cpu_count() or 1) // int(self.args.world_size)
+        return max(1, min(_MOST_WORKERS, share))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by when they begin, by learning rate, and by whether they decay.
