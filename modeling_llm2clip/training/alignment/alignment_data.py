@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .sampling import Array, sample_captions, sample_normal
+from .step_times import INPUT_PARTS
 from .store_matching import (
     pair_items,
     require_images,
@@ -83,7 +85,11 @@ class AlignmentDataset(Dataset[Any]):
         return len(self.records)
 
     def __getitems__(self, samples: Array) -> dict[str, Tensor]:
-        """Return the batch of (B, 2) epochs and items: inputs of the model, and `group_ids`."""
+        """Return the batch of (B, 2) epochs and items.
+
+        Beside the inputs of the model it has `group_ids` and `input_seconds`, which `StepTimes`
+        takes.
+        """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(
             *self.records.count_texts(items),
@@ -92,7 +98,8 @@ class AlignmentDataset(Dataset[Any]):
             epochs=epochs,
             items=items,
         )
-        batch = self.read_pairs(items, numbers)
+        seconds = torch.zeros(len(INPUT_PARTS), dtype=torch.float64)
+        batch = self.read_pairs(items, numbers, seconds)
         for name, noise, side in (
             ("vision_embeds", self.image_noise, 2),
             ("caption_embeds", self.caption_noise, 3),
@@ -101,7 +108,7 @@ class AlignmentDataset(Dataset[Any]):
                 embeds = batch[name]
                 normal = sample_normal(self.seed, epochs, items, side, width=embeds.shape[1])
                 batch[name] = _add_noise(embeds, noise, normal)
-        return {"group_ids": self.read_group_ids(items), **batch}
+        return {"group_ids": self.read_group_ids(items), "input_seconds": seconds, **batch}
 
     @property
     def is_stored(self) -> bool:
@@ -133,17 +140,29 @@ class AlignmentDataset(Dataset[Any]):
             found.update((int(keys[row]), batch.column(1)[row].as_py()) for row in rows)
         return [found[int(group_id)] for group_id in wanted]
 
-    def read_pairs(self, items: Array, numbers: Array) -> dict[str, Tensor]:
+    def read_pairs(
+        self, items: Array, numbers: Array, seconds: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Read items, each with one of its captions.
 
         Args:
             items: (B,) numbers of records.
             numbers: (B,) numbers of their captions.
+            seconds: Seconds of each of `INPUT_PARTS`, to which these are added.
 
         Returns:
             Inputs of `AlignmentModel`.
         """
-        return {**self._read_captions(items, numbers), **self._read_images(items)}
+        begin = time.perf_counter()
+        captions = self._read_captions(items, numbers)
+        between = time.perf_counter()
+        images = self._read_images(items)
+        if seconds is not None:
+            of_captions = "tokenize" if self.caption_store is None else "read"
+            seconds[INPUT_PARTS.index(of_captions)] += between - begin
+            of_images = "decode" if self.image_store is None else "read"
+            seconds[INPUT_PARTS.index(of_images)] += time.perf_counter() - between
+        return {**captions, **images}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
         """Return rows of captions in their store.

@@ -41,6 +41,7 @@ from .alignment_model import AlignmentModel
 from .held_out import BestWeightsCallback
 from .projection_init import ProjectionInit
 from .sampling import Array, ResumableBatchSampler
+from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
 from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -186,7 +187,9 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
+class AlignmentTrainer(
+    StepTimesMixin, FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer
+):
     """Trains an `AlignmentModel` on an `AlignmentDataset`.
 
     To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
@@ -235,13 +238,19 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             rank=training_arguments.process_index,
             num_processes=training_arguments.world_size,
         )
+        self.step_times = StepTimes()
+        times = StepTimesCallback(
+            self.step_times,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            shown=training_arguments.should_log,
+        )
         self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
         self._inverse_temperature = model.logit_scale().detach()
         super().__init__(
             model=model,
             args=training_arguments,
             train_dataset=dataset,
-            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), *callbacks],
+            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), times, *callbacks],
         )
         if best_weights is not None:
             best_weights.trainer = self
@@ -371,11 +380,13 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             FloatingPointError: The loss is not finite; the step and the batch's groups are named.
         """
         group_ids = inputs["group_ids"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "group_ids"})
-        image_embeds, text_embeds, scale = outputs
-        loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
-        self._inverse_temperature = scale.detach()
-        if not loss.isfinite():
+        with self.step_times.measure("forward"):
+            outputs = model(**{k: value for k, value in inputs.items() if k != "group_ids"})
+            image_embeds, text_embeds, scale = outputs
+            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
+            self._inverse_temperature = scale.detach()
+            is_finite = bool(loss.isfinite())  # waits for a GPU
+        if not is_finite:
             broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
