@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..configs.data_config import DataConfig
 
 if TYPE_CHECKING:
-    from ..data.records import CaptionedImage
+    from ..data.record_table import RecordTable
 
 
 def require_data(data: str, reading: DataConfig) -> None:
@@ -29,7 +29,7 @@ def require_data(data: str, reading: DataConfig) -> None:
 
 def read_captioned_images(
     data: str, reading: DataConfig, *, require_images: bool, resume: bool = False
-) -> list[CaptionedImage]:
+) -> RecordTable:
     """Read all records.
 
     Args:
@@ -52,5 +52,6 @@ def read_captioned_images(
         require_images=require_images or check_images,
         check_images=check_images,
         ignore_fields=reading.ignore_fields,
+        cache=reading.cache,
         show_progress=True,
     )

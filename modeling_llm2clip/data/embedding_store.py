@@ -293,6 +293,31 @@ class EmbeddingStore:
         start, stop = self._index[f"{rows}_offsets"][item : item + 2].tolist()
         return np.array(self._index[f"{rows}_rows"][start:stop])
 
+    @property
+    def keys(self) -> np.ndarray[Any, Any]:
+        """(N,) int64: a hash of name and language of each item."""
+        from .record_columns import hash_identity
+
+        pairs = zip(self.names, self.langs, strict=True)
+        return np.array([hash_identity(n, g) for n, g in pairs], np.int64)
+
+    def count_rows(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Count short and long."""
+        return (
+            np.diff(self._index["short_offsets"]).astype(np.int32),
+            np.diff(self._index["long_offsets"]).astype(np.int32),
+        )
+
+    def rows_at(
+        self, items: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Rows."""
+        both = [
+            np.concatenate([self.rows_of(i), self.rows_of(i, long=True)])[n]
+            for i, n in zip(items.tolist(), numbers.tolist(), strict=True)
+        ]
+        return np.array(both, np.int64)
+
     def require_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Check that a model is the one that made the store.
 

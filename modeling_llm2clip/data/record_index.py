@@ -59,7 +59,7 @@ def open_index(
         )
     file = _name_index(job)
     with _lock(file):  # of several processes, the first one builds it
-        with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or one that was cut off
+        with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
             return RecordTable.open(file), ErrorCollector()
         table, errors = _build(job, file, show_progress)
         if errors.total:

@@ -19,13 +19,15 @@ from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
 from .records import CaptionedImage
 
 Array: TypeAlias = np.ndarray[Any, Any]
+_COUNTED = ("captions", "long_captions")
 _IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 
 
 class RecordTable(Sequence[CaptionedImage]):
     """Records as columns.
 
-    It can be pickled for worker processes: one of a file is mapped again, one in memory is copied.
+    It can be pickled for worker processes, which map the file again, or get a copy of what is in
+    memory.
 
     Args:
         batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
@@ -147,19 +149,16 @@ class RecordTable(Sequence[CaptionedImage]):
         """(N,) int64: a hash of each record's group id, copied from the columns."""
         return self.read_numbers("group_key")
 
-    def count_texts(self) -> tuple[Array, Array]:
-        """Count the captions of each record.
+    def count_texts(self, rows: Array | None = None) -> tuple[Array, Array]:
+        """Count the captions of records.
+
+        Args:
+            rows: (M,) numbers of records; None for all.
 
         Returns:
-            (N,) int32 each: short and long captions.
+            (N,) or (M,) int32 each: short and long captions.
         """
-        short, long = np.empty(len(self), np.int32), np.empty(len(self), np.int32)
-        start = 0
-        for batch in self.iterate_columns(("captions", "long_captions")):
-            stop = start + batch.num_rows
-            short[start:stop] = _list_lengths(batch.column(0))
-            long[start:stop] = _list_lengths(batch.column(1))
-            start = stop
+        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in _COUNTED)
         return short, long
 
     def read_numbers(self, name: str, rows: Array | None = None) -> Array:
@@ -172,14 +171,23 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             (N,) or (M,), of the column's dtype.
         """
+        return self._read(name, np.asarray, SCHEMA.field(name).type.to_pandas_dtype(), rows)
+
+    def _read(
+        self, name: str, read: Callable[[pa.Array], Array], dtype: Any, rows: Array | None
+    ) -> Array:
+        """Read a number per record from a column."""
         if rows is None:
-            parts = [np.asarray(b.column(0)) for b in self.iterate_columns((name,))]
-            return np.concatenate(parts) if parts else np.empty(0, np.int64)
+            found, stop = np.empty(len(self), dtype), 0
+            for batch in self.iterate_columns((name,)):
+                start, stop = stop, stop + batch.num_rows
+                found[start:stop] = read(batch.column(0))
+            return found
         wanted = np.asarray(rows) if self._rows is None else self._rows[np.asarray(rows)]
-        found = np.empty(len(wanted), SCHEMA.field(name).type.to_pandas_dtype())
+        found = np.empty(len(wanted), dtype)
         for number, places in split_by_batch(wanted):
             within = wanted[places] - number * ROWS_PER_BATCH
-            found[places] = np.asarray(self._batches[number].column(name))[within]
+            found[places] = read(self._batches[number].column(name))[within]
         return found
 
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:

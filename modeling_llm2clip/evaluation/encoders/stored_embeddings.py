@@ -20,7 +20,7 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
-from ...data.data_hashes import hash_records
+from ...data.data_hashes import hash_texts
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage
@@ -267,7 +267,7 @@ def _open_stores(
 
 
 def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> None:
-    if store.manifest.plan.get("data") != hash_records(records):
+    if store.manifest.plan.get("data") != hash_texts(records):
         raise ValueError(
             f"{store.folder} was extracted from another dataset than the one that is named: "
             f"{len(store)} items, here {len(records)}. Name its own, with the same languages."

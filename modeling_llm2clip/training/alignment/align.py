@@ -18,6 +18,7 @@ from ...configs.align_config import AlignConfig
 from ...data.atomic_files import hash_file
 from ...data.data_hashes import describe_images, hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
+from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
@@ -124,7 +125,8 @@ def align(
     model_folder = output / MODEL_FOLDER
     clear_leftovers(model_folder)
     require_new_folder(model_folder)
-    check_data(data, config)
+    records = RecordTable.from_records(data)
+    check_data(records, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
     choose_device(config.device)
     with open_source(source, output) as found:
@@ -135,7 +137,7 @@ def align(
         caption_store, image_store = open_store(caption_store), open_store(image_store)
         check_stores(fingerprints, caption_store, image_store)
         dataset = AlignmentDataset(
-            data,
+            records,
             LLM2CLIPProcessor.from_pretrained(found.folder),
             caption_store=caption_store,
             image_store=image_store,
@@ -180,7 +182,7 @@ def _train(
     )
     adapted = choose_trained_parts(model, config)
     last = find_last_checkpoint(output) if resume else None
-    held_out = HeldOutImages(dataset, held_items) if held_items else None
+    held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
     if last is None:
         start = init_projections(model, dataset, items, held_out, config)
     else:

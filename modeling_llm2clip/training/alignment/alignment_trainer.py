@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ from .alignment_data import AlignmentDataset, keep_batch
 from .alignment_model import AlignmentModel
 from .held_out import BestWeightsCallback
 from .projection_init import ProjectionInit
-from .sampling import ResumableBatchSampler
+from .sampling import Array, ResumableBatchSampler
+from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
 from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -51,6 +53,7 @@ _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
 _RATIO_BEFORE_ADAPTER = 0.25
+_MOST_WORKERS = 8
 
 
 def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
@@ -184,7 +187,9 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
+class AlignmentTrainer(
+    StepTimesMixin, FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer
+):
     """Trains an `AlignmentModel` on an `AlignmentDataset`.
 
     To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
@@ -207,7 +212,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         model: AlignmentModel,
         dataset: AlignmentDataset,
         *,
-        items: Sequence[int],
+        items: Sequence[int] | Array,
         config: AlignConfig,
         loss: Loss,
         length: RunLength,
@@ -233,13 +238,19 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             rank=training_arguments.process_index,
             num_processes=training_arguments.world_size,
         )
+        self.step_times = StepTimes()
+        times = StepTimesCallback(
+            self.step_times,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            shown=training_arguments.should_log,
+        )
         self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
         self._inverse_temperature = model.logit_scale().detach()
         super().__init__(
             model=model,
             args=training_arguments,
             train_dataset=dataset,
-            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), *callbacks],
+            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), times, *callbacks],
         )
         if best_weights is not None:
             best_weights.trainer = self
@@ -272,12 +283,22 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         assert isinstance(self.train_dataset, AlignmentDataset)
         return DataLoader(
             self.train_dataset,
-            batch_sampler=self.batches,
+            batch_sampler=self.batches,  # type: ignore[arg-type]  # arrays, not lists
             collate_fn=keep_batch,
-            num_workers=self.config.num_workers,
+            num_workers=self._count_workers(),
             pin_memory=self.args.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
         )
+
+    def _count_workers(self) -> int:
+        if self.config.num_workers is not None:
+            return self.config.num_workers
+        assert isinstance(self.train_dataset, AlignmentDataset)
+        # A CPU has no time to spare, and what is stored needs none.
+        if self.args.device.type == "cpu" or self.train_dataset.image_store is not None:
+            return 0
+        share = (os.cpu_count() or 1) // int(self.args.world_size)
+        return max(1, min(_MOST_WORKERS, share))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by when they begin, by learning rate, and by whether they decay.
@@ -359,11 +380,13 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             FloatingPointError: The loss is not finite; the step and the batch's groups are named.
         """
         group_ids = inputs["group_ids"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "group_ids"})
-        image_embeds, text_embeds, scale = outputs
-        loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
-        self._inverse_temperature = scale.detach()
-        if not loss.isfinite():
+        with self.step_times.measure("forward"):
+            outputs = model(**{k: value for k, value in inputs.items() if k != "group_ids"})
+            image_embeds, text_embeds, scale = outputs
+            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
+            self._inverse_temperature = scale.detach()
+            is_finite = bool(loss.isfinite())  # waits for a GPU
+        if not is_finite:
             broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
@@ -376,9 +399,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         assert isinstance(self.train_dataset, AlignmentDataset)
         shown = group_ids[broken] if broken.any() else group_ids
-        names = [
-            self.train_dataset.group_names[int(group_id)] for group_id in shown[:_GROUPS_SHOWN]
-        ]
+        names = self.train_dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (

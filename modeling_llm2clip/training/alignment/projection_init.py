@@ -7,14 +7,16 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...configs.align_config import AlignConfig
-from .alignment_data import AlignmentDataset
+from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import HEADS, AlignmentModel
 from .cca_init import FittedCCA, fit_temperature, init_projections_by_cca
 from .held_out import HeldOutImages
+from .sampling import Array
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
@@ -48,7 +50,7 @@ class ProjectionInit:
 def init_projections(
     model: AlignmentModel,
     dataset: AlignmentDataset,
-    items: Sequence[int],
+    items: Sequence[int] | Array,
     held_out: HeldOutImages | None,
     config: AlignConfig,
 ) -> ProjectionInit:
@@ -117,24 +119,20 @@ def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[fl
 
 
 def _pair_embeddings(
-    dataset: AlignmentDataset, items: Sequence[int], seed: int
+    dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions beside their images, and their groups; a random sample where there are very many."""
+    """Captions beside their images, and their groups; a random sample of very many."""
     generator = torch.Generator().manual_seed(seed)
-    captions: list[int] = []
-    images: list[int] = []
-    groups: list[int] = []
-    for number in torch.randperm(len(items), generator=generator).tolist():
-        item = items[number]
-        rows = dataset.caption_rows(item).tolist()
-        captions += rows
-        images += [dataset.image_row(item)] * len(rows)
-        groups += [int(dataset.group_ids[item])] * len(rows)
-        if len(captions) >= _MAX_PAIRS:
-            break
+    # Every item has at least one caption, so that more items are not needed.
+    sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
+    chosen = np.asarray(items)[sampled]
+    short, long = dataset.records.count_texts(chosen)
+    ends = np.cumsum(short + long)
+    num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # the one that reaches the limit, too
+    pairs, numbers = list_pairs((short + long)[:num_items], chosen[:num_items])
     assert dataset.caption_store is not None and dataset.image_store is not None
     return (
-        dataset.caption_store.read(captions),
-        dataset.image_store.read(images),
-        torch.tensor(groups),
+        dataset.caption_store.read(dataset.caption_rows(pairs, numbers)),
+        dataset.image_store.read(dataset.image_rows(pairs)),
+        dataset.read_group_ids(pairs),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...configs.extract_config import ExtractConfig
-from ...data.data_hashes import hash_records
+from ...data.data_hashes import hash_texts
 from ...data.records import CaptionedImage
 from ...encoding.encode import default_token_budget, encode_texts, measure_texts
 from ...model_folders.fingerprint import fingerprint_text
@@ -65,7 +65,7 @@ def plan_captions(
         dim=model.config.text_width,
         num_rows=len(rows),
         num_items=len(records),
-        plan={"data": hash_records(records), "token_budget": str(budget)},
+        plan={"data": hash_texts(records), "token_budget": str(budget)},
         counts={
             "captions": len(captions),
             "distinct": len(distinct),

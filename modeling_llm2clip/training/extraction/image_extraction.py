@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...configs.extract_config import ExtractConfig
-from ...data.data_hashes import count_bytes, hash_image_sizes, hash_records
+from ...data.data_hashes import count_bytes, hash_image_sizes, hash_texts
 from ...data.image_sources import ImageSource
 from ...data.records import CaptionedImage
 from ...encoding.encode import default_batch_size, encode_images
@@ -56,7 +56,7 @@ def plan_images(
         num_rows=len(images),
         num_items=len(records),
         plan={
-            "data": hash_records(records),
+            "data": hash_texts(records),
             "images": hash_image_sizes(records),
             "batch_size": str(batch_size),
         },
