@@ -2,7 +2,8 @@
 
 | column | content |
 | --- | --- |
-| `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords`, `place` | of the record |
+| `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords` | of the record |
+| `place`, `url` | of the record |
 | `image_kind` | 0 for no image, 1 a file, 2 a tar member, 3 a row of Parquet, 4 of an Arrow file |
 | `image_file` | the image's file, or the one that holds it |
 | `image_member` | name of the member, or of the column |
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
         ("long_captions", _TEXTS),
         ("keywords", _TEXTS),
         ("place", pa.string()),
+        ("url", pa.string()),
         ("image_kind", pa.int8()),
         ("image_file", pa.string()),
         ("image_member", pa.string()),
@@ -85,6 +87,7 @@ class RecordColumns:
             record.long_captions,
             record.keywords,
             record.place,
+            record.url,
             *_locate(record.image),
             name_key,
             _hash_lang(record.lang),

@@ -9,6 +9,7 @@ their own are not looked for again once the index is there.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ from tqdm import tqdm
 from .atomic_files import default_cache_folder, hash_json
 from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
-from .record_table import Array, RecordTable
+from .record_table import Array, RecordTable, skipped_file
 from .validation_errors import ErrorCollector
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
@@ -82,6 +83,9 @@ def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable,
             batches = (b for part in parts for b in read_part(job, part, errors))
         table = _write(_rebatch(batches), file)
     _find_repeated(table, errors)
+    table.skipped = errors.skipped
+    if table.file is not None and errors.skipped:
+        skipped_file(table.file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     return table, errors
 
 
@@ -197,6 +201,7 @@ def _remove_earlier(file: Path) -> None:
     for other in file.parent.glob(f"{source}-*.arrow"):
         if other != file:
             other.unlink(missing_ok=True)
+            skipped_file(other).unlink(missing_ok=True)
 
 
 @contextmanager

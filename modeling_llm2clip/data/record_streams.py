@@ -341,6 +341,7 @@ class _Run:
     def _take(self, shard: int, sample: StreamedSample) -> None:
         if sample.is_skipped:
             self.report.skipped_samples += 1
+            self.report.add_problem(sample.problem, sample.place)
             return
         record, problem = self._stream.check(sample)
         if record is None:

@@ -7,7 +7,8 @@ records works on columns (`keys`, `group_keys`, `count_texts`) or in batches (`i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -33,6 +34,7 @@ class RecordTable(Sequence[CaptionedImage]):
         batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
         file: file that they are mapped from; None for memory.
         rows: rows of the batches that the table has, in its order; None for all.
+        skipped: why rows of the source are no records, to how many; None for no such rows.
 
     Examples:
         >>> records = load_records("my-images")
@@ -46,10 +48,12 @@ class RecordTable(Sequence[CaptionedImage]):
         *,
         file: Path | None = None,
         rows: Array | None = None,
+        skipped: Mapping[str, int] | None = None,
     ) -> None:
         self._batches = batches
         self._file = file
         self._rows = rows
+        self.skipped = dict(skipped or {})
         total = sum(batch.num_rows for batch in batches)
         self._length = total if rows is None else len(rows)
 
@@ -84,7 +88,9 @@ class RecordTable(Sequence[CaptionedImage]):
         with pa.memory_map(str(file)) as mapped:
             reader = pa.ipc.open_file(mapped)
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        return cls(batches, file=file)
+        notes = skipped_file(file)
+        skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
+        return cls(batches, file=file, skipped=skipped)
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self._file is None else []
@@ -252,6 +258,15 @@ class RecordTable(Sequence[CaptionedImage]):
         return self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
 
 
+def skipped_file(file: Path) -> Path:
+    """Name the file beside an index that counts the rows that are no records.
+
+    Args:
+        file: of the index.
+    """
+    return file.with_suffix(".skipped.json")
+
+
 def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
     """Split rows of a table by the batch that they are in.
 
@@ -292,6 +307,7 @@ def _make_record(*values: Any) -> CaptionedImage:
         keywords=tuple(fields["keywords"]),
         lang=fields["lang"],
         place=fields["place"],
+        url=fields["url"],
     )
 
 

@@ -11,6 +11,7 @@ field that is null counts as absent.
 | `keywords` | words that belong to the image |
 | `group_id` | what the image shows; default: the image's name |
 | `lang` | language of the texts, BCP 47; default: `en` |
+| `url` | where the image came from; others' captions may be joined by it |
 | `category`, `group`, `license`, `notes`, `source`, `style` | notes that training does not read |
 | `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions` |
 | `longIB_captions`, `longSV_captions`, `longLLA_captions` | as `long_captions` |
@@ -57,6 +58,7 @@ _KNOWN_FIELDS = frozenset(
         "keywords",
         "group_id",
         "lang",
+        "url",
     )
 )
 
@@ -74,6 +76,7 @@ class CaptionedImage:
         keywords: words that belong to the image; may be empty.
         lang: language of the texts, BCP 47.
         place: where the record is written, for errors; not compared.
+        url: where the image came from; None for unknown; not compared.
     """
 
     image: ImageSource | None
@@ -84,6 +87,7 @@ class CaptionedImage:
     keywords: tuple[str, ...] = ()
     lang: str = "en"
     place: str = field(default="", compare=False)
+    url: str | None = field(default=None, compare=False)
 
     @property
     def path(self) -> Path:
@@ -125,6 +129,7 @@ class CheckedRecord(NamedTuple):
     keywords: Sequence[str]
     lang: str
     place: str
+    url: str | None = None
 
     def build(self) -> CaptionedImage:
         """Build the record."""
@@ -137,6 +142,7 @@ class CheckedRecord(NamedTuple):
             keywords=tuple(self.keywords),
             lang=self.lang,
             place=self.place,
+            url=self.url,
         )
 
 
@@ -176,6 +182,7 @@ def check_record(
     captions = _read_captions(raw.fields, found)
     long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
+    url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
     if not raw.fields.keys() <= _KNOWN_FIELDS:
         unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
         found += [f"unknown field {field!r}" for field in unknown]
@@ -184,7 +191,8 @@ def check_record(
     if name is None or not has_identity:
         return None
     group_id = name if group_id is None else group_id
-    return CheckedRecord(image, name, group_id, captions, long_captions, keywords, lang, raw.place)
+    texts = (captions, long_captions, keywords)
+    return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
 
 
 def clean_text(text: str) -> str:

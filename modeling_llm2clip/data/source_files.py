@@ -160,6 +160,16 @@ def find_image_folder(
     return None if source.suffix == ".tar" else source.base
 
 
+def _drop_download_notes(sources: list[SourceFiles]) -> list[SourceFiles]:
+    """Drop Parquet files that each lie beside a tar of their name: img2dataset's notes on it."""
+    tars = {file.stem for source in sources if source.suffix == ".tar" for file in source.files}
+    return [
+        source
+        for source in sources
+        if not (source.suffix == ".parquet" and {file.stem for file in source.files} <= tars)
+    ]
+
+
 def _search_folder(folder: Path) -> SourceFiles:
     sources = [
         SourceFiles([folder / name], folder, ".jsonl")
@@ -170,6 +180,7 @@ def _search_folder(folder: Path) -> SourceFiles:
         # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(SourceFiles(files, folder, suffix))
+    sources = _drop_download_notes(sources)
     if not sources:
         raise ValueError(
             f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "

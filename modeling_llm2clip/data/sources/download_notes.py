@@ -5,7 +5,7 @@
 | `status` | `success`, or why the image could not be downloaded; then the row is no sample |
 | `jpg`, `png`, `webp` | the encoded image, in its Parquet output |
 | `txt`, `caption` | the caption |
-| `url` | where the image came from, which others' captions may be joined by |
+| `url` | where the image came from; a field of the record |
 | all others | notes of the download, which training does not read |
 """
 
@@ -16,12 +16,14 @@ from typing import Any
 
 # Its `key` is the sample's name in the shard, not what the image shows.
 _NOTES = frozenset(
-    "key url status error_message exif sha256 md5 "
-    "width height original_width original_height".split()
+    "key status error_message exif sha256 md5 width height original_width original_height".split()
 )
 # Its Parquet output always has these, and no other publisher's has all of them.
 _COLUMNS = frozenset(("key", "url", "status", "error_message"))
 _IMAGE_COLUMNS = ("jpg", "png", "webp")
+KEY, STATUS = "key", "status"
+DOWNLOAD_COLUMNS = (KEY, STATUS)
+_TEXT = "txt"
 _SUCCESS = "success"
 
 
@@ -51,16 +53,32 @@ def has_failed(fields: Mapping[str, Any]) -> bool:
     Args:
         fields: of the row.
     """
-    return fields.get("status") != _SUCCESS
+    return fields.get(STATUS) != _SUCCESS
 
 
-def find_image_column(columns: Collection[str]) -> str | None:
-    """Find the column that img2dataset's Parquet output has its images in.
+def describe_failure(fields: Mapping[str, Any]) -> str:
+    """Say why a row is no sample.
+
+    Args:
+        fields: of the row.
+    """
+    return f"image not downloaded: {fields.get(STATUS)}"
+
+
+def choose_download_columns(columns: Collection[str]) -> dict[str, str]:
+    """Choose the columns of img2dataset's Parquet output that make a record.
 
     Args:
         columns: their names.
 
     Returns:
-        Its name; None if the images are elsewhere, such as in tar shards of the same names.
+        Field of a record to its column. Columns that the user had it keep are fields of their name.
     """
-    return next((name for name in _IMAGE_COLUMNS if name in columns), None)
+    chosen = {name: name for name in columns if name not in (*_NOTES, *_IMAGE_COLUMNS)}
+    image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
+    if image is not None:
+        chosen["image"] = image
+    text = chosen.pop(_TEXT, None)
+    if text is not None and "caption" not in chosen:
+        chosen["caption"] = text
+    return chosen

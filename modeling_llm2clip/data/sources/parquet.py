@@ -1,7 +1,8 @@
 """Reads Parquet: a row is a record.
 
 An image is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone. Bytes of
-images are not read: the footer says which row groups have them all, or none.
+images are not read: the footer says which row groups have them all, or none. What img2dataset
+writes is read as it is; see `download_notes.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from ..image_sources import ParquetImage
 from ..parquet_images import find_layout, read_group_column
 from ..records import RawRecord
 from ..validation_errors import ErrorCollector
+from .download_notes import (
+    DOWNLOAD_COLUMNS,
+    KEY,
+    choose_download_columns,
+    describe_failure,
+    has_failed,
+    is_download,
+)
 
 _ROWS_AT_ONCE = 1000
 
@@ -51,17 +60,25 @@ def read_parquet(
         opened = _open(file, name, errors)
         if opened is None:
             continue
-        sources = columns or {column: column for column in opened.schema_arrow.names}
-        lost = {*sources.values(), *only} - set(opened.schema_arrow.names)
+        names = opened.schema_arrow.names
+        sources = columns or {column: column for column in names}
+        is_downloaded = columns is None and is_download(names)
+        if is_downloaded:
+            sources = choose_download_columns(names)
+        lost = {*sources.values(), *only} - set(names)
         if lost:
             errors.add(f"no column {', '.join(sorted(lost))}", name)
             continue
-        reader = _FileReader(file, opened, {*sources.values(), *only})
+        read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
+        reader = _FileReader(file, opened, read)
         for number, row, paths in _read_all(reader, name, errors):
             if any(row[column] != value for column, value in only.items()):
                 continue
+            if is_downloaded and has_failed(row):
+                errors.skip(describe_failure(row))
+                continue
             fields = {field: row[column] for field, column in sources.items()}
-            path = paths.get(sources.get("image", ""))
+            path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
             yield _make_record(f"{name} row {number}", fields, f"{name}/{path or number}")
 
 

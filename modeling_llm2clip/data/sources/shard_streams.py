@@ -15,7 +15,13 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..image_sources import EncodedImage
 from ..records import RawRecord
-from .download_notes import drop_download_notes, find_image_column, has_failed, is_download
+from .download_notes import (
+    KEY,
+    choose_download_columns,
+    describe_failure,
+    has_failed,
+    is_download,
+)
 from .json_files import BYTE_ORDER_MARK, parse_object
 from .parquet import is_image_type
 from .remote_access import LostFileError
@@ -193,22 +199,22 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
         images: columns that hold images.
     """
     place = f"{name} row {number}"
-    column = "image"
     fields = dict(row)
-    if is_download(row):
+    is_downloaded = is_download(row)
+    if is_downloaded:
         if has_failed(row):
-            return StreamedSample(number, place, None, str(row.get("status")), is_skipped=True)
-        column = find_image_column(row) or column
-        fields = drop_download_notes(fields)
-    default_name, image = f"{name}/{number}", None
-    value = fields.get(column)
-    if column in images and value is not None:
-        fields.pop(column)
+            return StreamedSample(number, place, None, describe_failure(row), is_skipped=True)
+        fields = {field: row[column] for field, column in choose_download_columns(row).items()}
+        images = images | {"image"}
+    default_name, image = f"{name}/{row.get(KEY, number) if is_downloaded else number}", None
+    value = fields.get("image")
+    if "image" in images and value is not None:
+        fields.pop("image")
         content = value.get("bytes") if isinstance(value, dict) else value
         path = value.get("path") if isinstance(value, dict) else None
         if content is not None:
             image = EncodedImage(place, bytes(content))
-            default_name = f"{name}/{path or number}"
+            default_name = default_name if path is None else f"{name}/{path}"
         elif path is not None:
             fields["image"] = path
     fields = {name: value for name, value in fields.items() if value is not None}
