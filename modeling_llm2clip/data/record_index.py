@@ -81,7 +81,7 @@ def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable,
             )
         else:
             batches = (b for part in parts for b in read_part(job, part, errors))
-        table = _write(_rebatch(batches), file)
+        table = _write(rebatch(batches), file)
     _find_repeated(table, errors)
     table.skipped = errors.skipped
     if table.file is not None and errors.skipped:
@@ -89,8 +89,15 @@ def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable,
     return table, errors
 
 
-def _rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
+def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one.
+
+    Args:
+        batches: of any length.
+
+    Yields:
+        The same rows.
+    """
     waiting: list[pa.RecordBatch] = []
     num_rows = 0
     for batch in batches:
