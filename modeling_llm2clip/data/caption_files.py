@@ -169,7 +169,7 @@ def _read_csv(file: Path, delimiter: str, wanted: set[str]) -> Iterator[list[dic
     with pa_csv.open_csv(file, parse_options=parsing) as opened:
         names = opened.schema.names
     columns = _choose(names, wanted)
-    # Everything is text: a caption of digits is no number, and "null" is a word.
+    # Everything is text: a caption may be digits, or the word "null".
     converting = pa_csv.ConvertOptions(
         include_columns=columns,
         column_types=dict.fromkeys(columns, pa.string()),

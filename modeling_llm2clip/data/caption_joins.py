@@ -2,7 +2,7 @@
 
 Memory holds 12 bytes a record: the hashes of all keys in order, and where the captions of each are
 in a temporary file. Both sides are read in batches, whatever their order. A hash finds a match, and
-the texts that it stands for must be equal.
+then the texts themselves must be equal.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def join_captions(
         The joined records, in their order, and counts of both sides.
 
     Raises:
-        ValueError: no record matches, records carry no URL, a key stands for several images, or
+        ValueError: no record matches, records carry no URL, a key is that of several images, or
             the file cannot be read.
 
     Examples:
@@ -194,8 +194,8 @@ def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
         num_keys, num_names = 1 + int((keys[1:] != keys[:-1]).sum()), _count_names(records)
         if num_keys < num_names:
             raise ValueError(
-                f"{num_names} images have {num_keys} keys: some stand for several images, as keys "
-                "of several datasets do. Load each dataset alone, or join by url."
+                f"{num_names} images have {num_keys} keys: some are those of several images, as "
+                "happens with several datasets. Load each dataset alone, or join by url."
             )
     return keys
 

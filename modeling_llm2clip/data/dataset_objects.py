@@ -56,11 +56,11 @@ def records_from_dataset(
 
     Raises:
         DataValidationError: records have errors, or the dataset lacks a column.
-        ValueError: it has packed images that are not in files as they are, or is no `Dataset`.
+        ValueError: it has packed images that are not in files as they are, or is not a `Dataset`.
     """
     if not hasattr(dataset, "data"):
         raise ValueError(
-            f"{type(dataset).__name__} is no datasets.Dataset. For an IterableDataset use "
+            f"{type(dataset).__name__} is not a datasets.Dataset. For an IterableDataset use "
             "stream_dataset."
         )
     table = dataset.data.table
@@ -208,11 +208,11 @@ def stream_dataset(
         The stream; its shards are those of the dataset.
 
     Raises:
-        ValueError: it is no `IterableDataset`.
+        ValueError: it is not an `IterableDataset`.
     """
     if not hasattr(dataset, "num_shards") or hasattr(dataset, "data"):
         raise ValueError(
-            f"{type(dataset).__name__} is no datasets.IterableDataset. For a Dataset use "
+            f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset use "
             "records_from_dataset."
         )
     return RecordStream(_DatasetShards(dataset, columns), **options)

@@ -171,13 +171,13 @@ def test_downloads_are_joined_by_url_and_by_key(column: str, tmp_path: Path) -> 
     assert [r.captions[1] for r in joined.records] == [f"of {URLS[0]}", f"of {URLS[2]}"]
 
 
-def test_keys_that_stand_for_several_images_are_refused(tmp_path: Path) -> None:
+def test_keys_of_several_images_are_refused(tmp_path: Path) -> None:
     records = RecordTable.from_records(
         CaptionedImage(None, f"{source}/00000.tar/1.jpg", "g", ("a",))
         for source in ("cc3m", "cc12m")
     )
     file = write_csv(tmp_path / "c.csv", [{"key": "1", "caption": "b"}])
-    with pytest.raises(ValueError, match="2 images have 1 keys: some stand for several images"):
+    with pytest.raises(ValueError, match="2 images have 1 keys: some are those of several images"):
         join_captions(records, file, on="key")
     languages = RecordTable.from_records(
         CaptionedImage(None, "00000.tar/1.jpg", "g", ("a",), lang=lang) for lang in ("en", "de")
