@@ -29,7 +29,7 @@ def read_image_bytes(file: Path, column: str, row: int) -> bytes:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no Arrow file, or has no such row, column or image.
+        ValueError: it is not an Arrow file, or has no such row, column or image.
     """
     opened = _open(file, file.stat().st_mtime_ns)
     number = bisect_right(opened.first_rows, row) - 1

@@ -134,7 +134,7 @@ ImageSource: TypeAlias = Path | PackedImage
 
 
 def count_bytes(image: ImageSource | None) -> int:
-    """Return a size that tells whether an image is still the same one; its bytes are not read.
+    """Return a size that changes with an image, as a rule; its bytes are not read.
 
     Args:
         image: address of the image; not None, which a record may have.

@@ -81,16 +81,23 @@ def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable,
             )
         else:
             batches = (b for part in parts for b in read_part(job, part, errors))
-        table = _write(_rebatch(batches), file)
-    _find_repeated(table, errors)
+        table = _write(rebatch(batches), file)
+    find_repeated(table, errors)
     table.skipped = errors.skipped
     if table.file is not None and errors.skipped:
         skipped_file(table.file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     return table, errors
 
 
-def _rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
+def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one.
+
+    Args:
+        batches: of any length.
+
+    Yields:
+        The same rows.
+    """
     waiting: list[pa.RecordBatch] = []
     num_rows = 0
     for batch in batches:
@@ -142,8 +149,16 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     return RecordTable.open(file)
 
 
-def _find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
-    """Report images that occur twice in a language; raise ValueError for keys that collide."""
+def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
+    """Report images that occur twice in a language.
+
+    Args:
+        table: the records.
+        errors: gets the repeated ones.
+
+    Raises:
+        ValueError: two names or group ids have the same key.
+    """
     for rows, earlier in _list_equal(table.keys):
         columns = ["name", "lang", "place"]
         for one, other in zip(table.take(rows, columns), table.take(earlier, columns), strict=True):

@@ -34,7 +34,7 @@ class RecordTable(Sequence[CaptionedImage]):
         batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
         file: file that they are mapped from; None for memory.
         rows: rows of the batches that the table has, in its order; None for all.
-        skipped: why rows of the source are no records, to how many; None for no such rows.
+        skipped: why rows of the source are not records, to how many; None for no such rows.
 
     Examples:
         >>> records = load_records("my-images")
@@ -259,7 +259,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
 
 def skipped_file(file: Path) -> Path:
-    """Name the file beside an index that counts the rows that are no records.
+    """Name the file beside an index that counts the rows that are not records.
 
     Args:
         file: of the index.

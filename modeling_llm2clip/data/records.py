@@ -43,8 +43,9 @@ if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
 
 _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
-_LONG_CAPTIONS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
-CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
+LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
+SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
+CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
 _NAMES = ("image", "file_name")
 _EMPTY_PART = re.compile(r"(?:^|/)\.?(?:/|$)")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
@@ -53,7 +54,7 @@ _KNOWN_FIELDS = frozenset(
         *_NAMES,
         *_CAPTIONS,
         *_SHORT_CAPTIONS,
-        *_LONG_CAPTIONS,
+        *LONG_CAPTION_FIELDS,
         *_NOTES,
         "keywords",
         "group_id",
@@ -180,7 +181,7 @@ def check_record(
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, found)
-    long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
+    long_captions = _read_all_texts(raw.fields, LONG_CAPTION_FIELDS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
     if not raw.fields.keys() <= _KNOWN_FIELDS:

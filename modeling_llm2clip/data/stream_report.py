@@ -20,7 +20,7 @@ class StreamReport:
     Attributes:
         samples: read, those that the shuffle buffer still has included.
         lost_samples: broken ones.
-        skipped_samples: rows of images that were never downloaded, which are no samples.
+        skipped_samples: rows of images that were never downloaded, which are not samples.
         excluded_samples: of groups that are held out.
         shards: read to their end.
         lost_shards: missing ones, and those that ended early.

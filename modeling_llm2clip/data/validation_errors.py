@@ -70,7 +70,7 @@ class ErrorCollector:
             places.append(place)
 
     def skip(self, reason: str) -> None:
-        """Count a row of the source that is no record, which is no error.
+        """Count a row of the source that is not a record, which is not an error.
 
         Args:
             reason: why, in the same words wherever it is.
@@ -114,7 +114,7 @@ class ErrorCollector:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Why rows are no records, to how many there are."""
+        """Why rows are not records, to how many there are."""
         return dict(self._skipped)
 
     @property

@@ -27,8 +27,9 @@ SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 EXTRAS = SETUP["options.extras_require"]
 # Distributions that are not called as what they hold is imported.
 DISTRIBUTIONS = {"open_clip": "open_clip_torch", "sentence_transformers": "sentence-transformers"}
-# Installed by what `install_requires` names: cyclopts has the first, transformers the other.
-INDIRECT = {"rich", "tokenizers"}
+# Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
+# transformers the last.
+INDIRECT = {"fsspec", "rich", "tokenizers"}
 REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "numpy", "pyarrow",
             "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers",
             "yaml"}  # fmt: skip

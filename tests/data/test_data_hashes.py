@@ -26,7 +26,7 @@ def test_images_have_the_same_sizes_in_files_and_shards(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
-def test_images_of_parquet_are_told_by_the_size_of_their_row_group(tmp_path: Path) -> None:
+def test_images_of_parquet_are_known_by_the_size_of_their_row_group(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "parquet")
     records = load_records(source)
     footer = pq.read_metadata(source / "part-0.parquet")

@@ -357,13 +357,13 @@ def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path)
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_denied_access_is_an_error_at_once(served: ShardServer, status: int) -> None:
-    patient = RetryPolicy(first_wait=60)
+    slow = RetryPolicy(first_wait=60)
     for number in range(SHARDS):
         served.status[f"{number:05d}.tar"] = status
     with pytest.raises(AccessError, match=r"00000\.tar: access denied .*credentials"):
-        stream_records(spell(served), retry=patient)
+        stream_records(spell(served), retry=slow)
     served.status.clear()
-    stream = stream_records(spell(served), retry=patient)
+    stream = stream_records(spell(served), retry=slow)
     served.status["00005.tar"] = status  # they may expire while training runs
     with pytest.raises(AccessError, match=r"00005\.tar: access denied"):
         list(stream)

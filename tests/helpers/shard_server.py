@@ -1,4 +1,4 @@
-"""A web server on loopback for shards: with or without ranges, and with faults on request."""
+"""A web server on loopback for shards: with or without ranges, and with errors on request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShardServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_: Any) -> None:
-        """A client that goes away is no error of the server."""
+        """A client may go away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 5
 
     def do_GET(self) -> None:
-        """Send a file, a part of it, or a fault."""
+        """Send a file, a part of it, or an error."""
         name = self.path.partition("?")[0].lstrip("/")
         file, server = self.server.folder / name, self.server
         if self.command == "GET":

@@ -2,7 +2,7 @@
 
 | field | meaning |
 | --- | --- |
-| `status` | `success`, or why the image could not be downloaded; then the row is no sample |
+| `status` | `success`, or why the image could not be downloaded; then the row is not a sample |
 | `jpg`, `png`, `webp` | the encoded image, in its Parquet output |
 | `txt`, `caption` | the caption |
 | `url` | where the image came from; a field of the record |
@@ -57,7 +57,7 @@ def has_failed(fields: Mapping[str, Any]) -> bool:
 
 
 def describe_failure(fields: Mapping[str, Any]) -> str:
-    """Say why a row is no sample.
+    """Say why a row is not a sample.
 
     Args:
         fields: of the row.

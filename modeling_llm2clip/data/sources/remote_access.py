@@ -145,8 +145,8 @@ def describe(error: BaseException) -> str:
     Args:
         error: any error.
     """
-    told = [one for one in _list_causes(error) if str(one).strip()]
-    innermost = told[-1] if told else error
+    said = [one for one in _list_causes(error) if str(one).strip()]
+    innermost = said[-1] if said else error
     text = " ".join(str(innermost).split())
     return f"{type(innermost).__name__}: {text}" if text else type(innermost).__name__
 

@@ -30,7 +30,11 @@ class ByteStream(Protocol):
     """What a file is read from, front to back."""
 
     def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end."""
+        """Return the next bytes, fewer only at the end.
+
+        Args:
+            size: number of bytes.
+        """
 
     def close(self) -> None:
         """Release what is open."""

@@ -91,7 +91,7 @@ def expand_braces(text: str) -> Iterator[str]:
         text: with or without braces.
 
     Yields:
-        Each text that the pattern stands for.
+        Each text that the pattern spells.
     """
     match = _BRACES.search(text)
     if match is None:

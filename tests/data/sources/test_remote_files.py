@@ -193,7 +193,7 @@ def test_waits_double_and_end() -> None:
     assert len(calls) == 5
 
 
-def test_a_bug_is_not_taken_for_a_fault_of_the_network() -> None:
+def test_a_bug_is_not_taken_for_an_error_of_the_network() -> None:
     def fail() -> None:
         raise TypeError("a bug")
 
