@@ -49,6 +49,7 @@ CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens 
 SENTENCE_TRANSFORMERS = Need(
     "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
 )
+RAY = Need("ray", "ray", "the engine is Ray Data")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 

@@ -14,10 +14,10 @@ from tabulate import tabulate
 from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
-from ..data.embedding_store import MANIFEST_FILE, read_manifest
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..data.splits import split_records
+from ..data.store_manifest import MANIFEST_FILE, read_manifest
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
