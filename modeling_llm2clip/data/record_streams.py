@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .._extras import REMOTE_STREAMS, require
 from .records import CaptionedImage, check_record
 from .sources.remote_access import LostFileError, RetryPolicy
-from .sources.remote_files import RemoteFile
+from .sources.remote_files import RemoteFile, is_remote
 from .sources.shard_streams import BrokenShardError, StreamedSample, read_shard
 from .sources.shard_urls import find_base, list_shards
 from .stream_report import StreamReport
@@ -64,7 +64,11 @@ class UrlShards:
         self._urls = list(shards)
         base = find_base(self._urls) if len(self._urls) > 1 else ""
         base = base or self._urls[0][: self._urls[0].rfind("/") + 1]
-        self._names = [url.removeprefix(base) for url in self._urls]
+        names = [url.removeprefix(base) for url in self._urls]
+        # Signed URLs have another query each time they are made.
+        bare = [name.partition("?")[0] if is_remote(url) else name
+                for url, name in zip(self._urls, names, strict=True)]  # fmt: skip
+        self._names = bare if len(set(bare)) == len(bare) else names
         self._policy = policy
 
     @property
@@ -219,9 +223,10 @@ class RecordStream(IterableDataset[CaptionedImage]):
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(num_workers)
         number = self.process_index * num_workers + worker
-        run = _Run(self, number, self.num_processes * num_workers)
-        if self._resumed is not None:
-            state, self._resumed = self._resumed, None
+        state, self._resumed = self._resumed, None
+        epoch = self.epoch if state is None else state["epoch"]
+        run = _Run(self, epoch, number, self.num_processes * num_workers)
+        if state is not None:
             run.resume(state)
         self._run = run
         return run.iterate()
@@ -265,14 +270,12 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return {} if self._run is None else self._run.save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state.
+        """Let the next iteration go on from a state, in its epoch; later ones are not affected.
 
         Args:
             state: from `state_dict`, of the same worker.
         """
-        if state:
-            self.epoch = state["epoch"]
-            self._resumed = state
+        self._resumed = state or None
 
     @property
     def report(self) -> StreamReport:
@@ -306,13 +309,12 @@ class RecordStream(IterableDataset[CaptionedImage]):
 class _Run:
     """One iteration of one worker."""
 
-    def __init__(self, stream: RecordStream, number: int, num_readers: int) -> None:
+    def __init__(self, stream: RecordStream, epoch: int, number: int, num_readers: int) -> None:
         self._stream = stream
+        self._epoch = epoch
         self._number = number
         self._num_readers = num_readers
-        order = np.random.default_rng([stream.seed, stream.epoch]).permutation(
-            len(stream.reader.shards)
-        )
+        order = np.random.default_rng([stream.seed, epoch]).permutation(len(stream.reader.shards))
         self._order: list[int] = order[number::num_readers].tolist()
         self._place = 0  # in the order
         self._next_sample = 0  # in that shard
@@ -343,7 +345,7 @@ class _Run:
         within = self._yielded % _DRAWS_AT_ONCE
         block = self._yielded // _DRAWS_AT_ONCE
         if self._drawn != block:
-            seeds = [self._stream.seed, self._stream.epoch, self._number, block]
+            seeds = [self._stream.seed, self._epoch, self._number, block]
             self._draws = np.random.default_rng(seeds).integers(2**62, size=_DRAWS_AT_ONCE).tolist()
             self._drawn = block
         return self._draws[within]
@@ -408,7 +410,7 @@ class _Run:
         """Return the state as plain values."""
         return {
             **self._identity,
-            "epoch": self._stream.epoch,
+            "epoch": self._epoch,
             "place": [self._place, self._next_sample],
             "yielded": self._yielded,
             "buffer": [number for shard, sample, _ in self._buffer for number in (shard, sample)],

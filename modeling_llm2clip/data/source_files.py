@@ -23,6 +23,7 @@ from .records import RawRecord
 from .sources.coco import read_coco
 from .sources.json_files import find_line_starts, read_json_lines
 from .sources.parquet import read_parquet
+from .sources.remote_files import is_remote
 from .sources.tar_shards import read_tar_shards
 from .validation_errors import ErrorCollector
 
@@ -107,6 +108,10 @@ def find_source(source: str) -> SourceFiles:
         ValueError: the source is missing or ambiguous, or its format is unknown.
     """
     path = Path(source)
+    if is_remote(source):
+        raise ValueError(
+            f"{source} is not on this machine. Stream it by stream_records, or copy it here."
+        )
     if path.is_dir():
         return _search_folder(path)
     files, base = [path] if path.is_file() else [], path.parent

@@ -244,6 +244,24 @@ def test_a_resumed_loader_is_the_uninterrupted_one(served: ShardServer, num_work
     assert list(resumed) == epochs[1] != epochs[0]
 
 
+@pytest.mark.slow  # six processes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_stopped_between_epochs_begins_the_next_one(tars: Path, num_workers: int) -> None:
+    def make() -> Any:
+        stream = stream_records(tars, seed=1, buffer_size=6)
+        return make_loader(stream, batch_size=4, num_workers=num_workers), stream
+
+    loader, stream = make()
+    first = list(loader)
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    stream.set_epoch(1)
+    second = list(loader)
+    resumed, stream = make()
+    resumed.load_state_dict(state)
+    stream.set_epoch(1)
+    assert list(resumed) == second != first
+
+
 def test_a_state_of_another_stream_is_refused(tars: Path) -> None:
     stream = stream_records(tars, seed=1)
     next(iter(stream))
@@ -411,6 +429,17 @@ def test_resuming_reads_the_buffers_shards_alone(served: ShardServer) -> None:
     next(iter(resumed))
     buffered = {shard for shard in state["buffer"][::2]}
     assert len(served.requests) <= len(buffered) + 2 < SHARDS
+
+
+def test_the_query_of_a_signed_url_is_not_part_of_a_name(served: ShardServer) -> None:
+    urls = [f"{served.url}/0000{number}.tar?signature={number}" for number in range(3)]
+    names = list_names(stream_records(urls, buffer_size=1, retry=FAST))
+    assert {name.partition("/")[0] for name in names} == {"00000.tar", "00001.tar", "00002.tar"}
+
+
+def test_remote_sources_are_not_loaded_but_streamed() -> None:
+    with pytest.raises(ValueError, match=r"not on this machine\. Stream it by stream_records"):
+        load_records("s3://bucket/folder")
 
 
 def test_torchdata_is_named_where_it_is_missing(
