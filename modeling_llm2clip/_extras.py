@@ -49,6 +49,7 @@ CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens 
 SENTENCE_TRANSFORMERS = Need(
     "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
 )
+ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 
