@@ -39,6 +39,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 _MAX_HELD_OUT = 1000
 _CAPTIONS = "captions"
 _ROWS_AT_ONCE = 2**13
+_SAMPLE = 500
+_TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at the ends
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,16 @@ def count_truncated(
 ) -> dict[str, int]:
     """Count all different texts, trained on and measured on, and those that are truncated.
 
-    Texts are tokenized in pieces, but for those that are too short to be truncated: ASCII texts
-    with at most as many characters as half the tokens that the prompt leaves. No tokenizer makes
-    more than two tokens of one such character. Texts count as equal if their 64-bit keys are.
+    Texts are tokenized in pieces, but for those that are too short to be truncated: an ASCII text
+    has at most one token per character beside the prompt, and some to spare. Where the first texts
+    have more, all are tokenized. Texts count as equal if their 64-bit keys are.
 
     Args:
         processor: The model's processor.
         data: What is trained and measured on.
         show_progress: Show a progress bar.
     """
-    overhead = int(measure_texts(processor, ["a"])[0][0])
-    max_characters = (processor.longest_text - overhead) // 2
+    max_characters = _bound_characters(processor, data)
     columns = [
         (table, name, data.num_first_pairs if number == 0 else len(table))
         for number, table in enumerate(data.tables.values())
@@ -186,6 +187,18 @@ def _write_tables(
             )
         total += num_lost
     return total
+
+
+def _bound_characters(processor: LLM2CLIPProcessor, data: FinetuneData) -> int:
+    """Return a number of ASCII characters that are too few to be truncated; -1 for none."""
+    overhead = int(measure_texts(processor, ["a"])[0][0]) + _TOKENS_TO_SPARE
+    first = data.tables[_CAPTIONS].data.slice(0, _SAMPLE)
+    texts = [text for name in ("anchor", "positive") for text in first.column(name).to_pylist()]
+    lengths, is_truncated = measure_texts(processor, texts)
+    for text, length, truncated in zip(texts, lengths.tolist(), is_truncated, strict=True):
+        if text.isascii() and not truncated and length > len(text) + overhead:
+            return -1
+    return processor.longest_text - overhead
 
 
 def _mark_truncated(
