@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 CHECKSUM_BYTES = 8
-_HEADER_UNIT = 64  # bytes; the header's length is a multiple of it
+_PAGE = 4096  # bytes; embeddings begin at a page, so that a row touches as few as it can
 _SHOWN = 5
 # Of Linux and macOS; see madvise(2).
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
@@ -40,6 +40,7 @@ _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
 # are given back when they may have come to this many bytes; the kernel maps 64 KiB around each row.
 _MOST_MAPPED_BYTES = 2**32
 _MAPPED_AROUND = 2**16
+_RUN = 16  # rows that follow each other, on the average, where runs are copied as such
 
 
 def make_header(num_rows: int, dim: int, dtype: str) -> bytes:
@@ -58,7 +59,7 @@ def make_header(num_rows: int, dim: int, dtype: str) -> bytes:
         "embeddings": {"dtype": name, "shape": [num_rows, dim], "data_offsets": [middle, end]},
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _HEADER_UNIT)
+    text += b" " * (-(8 + len(text) + middle) % _PAGE)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -73,22 +74,21 @@ def count_head_bytes(num_rows: int, dim: int, dtype: str) -> int:
     return len(make_header(num_rows, dim, dtype)) + CHECKSUM_BYTES * num_rows
 
 
-def compute_checksums(embeddings: Array) -> Array:
+def compute_checksums(embeddings: Array, places: Array | None = None) -> Array:
     """Compute the checksum of each row.
 
     Args:
         embeddings: (N, D), contiguous.
+        places: (M,) numbers of the rows to look at; None for all.
 
     Returns:
-        (N,) int64.
+        (N,) or (M,) int64.
     """
     size = embeddings.shape[1] * embeddings.itemsize
     content = embeddings.view(np.uint8).reshape(-1).data
+    starts = range(0, len(content), size) if places is None else (places * size).tolist()
     sha256 = hashlib.sha256
-    digests = [
-        sha256(content[start : start + size]).digest()[:CHECKSUM_BYTES]
-        for start in range(0, len(content), size)
-    ]
+    digests = [sha256(content[start : start + size]).digest()[:CHECKSUM_BYTES] for start in starts]
     return np.frombuffer(b"".join(digests), dtype="<i8")
 
 
@@ -148,7 +148,7 @@ class StoreShards:
         for shard in np.unique(shards).tolist():
             of_shard = np.flatnonzero(shards == shard)
             wanted[of_shard] = self._buffers[shard][1][rows[places][of_shard] - shard * per_shard]
-        damaged = np.flatnonzero(compute_checksums(found[places]) != wanted)
+        damaged = np.flatnonzero(compute_checksums(found, places) != wanted)
         if len(damaged):
             bad = np.unique(rows[places][damaged]).tolist()
             files = sorted({self._manifest.shards[row // per_shard].file for row in bad})
@@ -185,25 +185,30 @@ class StoreShards:
 
         They are read from an array over all memory from the first to the last of them. Its row k
         are the `dim` numbers from number k on, so that the rows of all shards are rows of it, and
-        one gather is enough. What lies between the shards is not touched.
+        one gather is enough. The memory between the shards is not touched.
         """
-        first, size = int(addresses.min()), self._dtype.itemsize
+        dim, size = self._manifest.dim, self._dtype.itemsize
+        runs = Runs(addresses, step=self._manifest.row_bytes)
+        if len(runs) * _RUN < len(addresses):  # copying whole runs is faster
+            found = np.empty((len(addresses), dim), self._dtype)
+            for start, stop in runs:
+                shape, strides = (stop - start, dim), (dim * size, size)
+                found[start:stop] = _view(int(addresses[start]), shape, strides, self._dtype)
+            return found
+        first = int(addresses.min())
         count = (int(addresses.max()) - first) // size + 1
-        memory = _Memory(first, (count, self._manifest.dim), (size, size), self._dtype)
-        found: Array = np.asarray(memory)[(addresses - first) // size]
-        return found
+        memory = _view(first, (count, dim), (size, size), self._dtype)
+        gathered: Array = memory[(addresses - first) // size]
+        return gathered
 
     def _announce(self, addresses: Array) -> None:
         """Advise the kernel which rows come next, so that the disk reads them in parallel."""
         if not len(addresses) or _find_madvise() is None:
             return
-        row_bytes = self._manifest.row_bytes
         ordered = np.unique(addresses)
-        ends = np.flatnonzero(np.diff(ordered) != row_bytes)  # of runs of consecutive rows
-        starts = [0, *(ends + 1).tolist()]
-        for first, last in zip(starts, [*ends.tolist(), len(ordered) - 1], strict=True):
-            size = int(ordered[last] - ordered[first]) + row_bytes
-            _advise(int(ordered[first]), size, _MADV_WILLNEED)
+        for start, stop in Runs(ordered, step=self._manifest.row_bytes):
+            size = (stop - start) * self._manifest.row_bytes
+            _advise(int(ordered[start]), size, _MADV_WILLNEED)
 
     def _forget_pages(self, num_rows: int) -> None:
         self._mapped_bytes += num_rows * (self._manifest.row_bytes + _MAPPED_AROUND)
@@ -217,13 +222,36 @@ class StoreShards:
 class _Memory:
     """Memory that numpy makes an array of, without copying it."""
 
-    def __init__(
-        self, address: int, shape: tuple[int, int], strides: tuple[int, int], dtype: np.dtype[Any]
-    ) -> None:
-        self.__array_interface__ = {
-            "data": (address, True), "shape": shape, "strides": strides, "typestr": dtype.str,
-            "version": 3,
-        }  # fmt: skip
+    def __init__(self, **interface: Any) -> None:
+        self.__array_interface__ = {**interface, "version": 3}
+
+
+def _view(
+    address: int, shape: tuple[int, int], strides: tuple[int, int], dtype: np.dtype[Any]
+) -> Array:
+    """Return a read-only array over mapped memory, which must stay mapped."""
+    data = (address, True)
+    return np.asarray(_Memory(data=data, shape=shape, strides=strides, typestr=dtype.str))
+
+
+class Runs:
+    """Where in an array runs of numbers begin and end, each larger by the same step.
+
+    Args:
+        numbers: (N,) integers, at least one.
+        step: from one number of a run to the next one.
+    """
+
+    def __init__(self, numbers: Array, *, step: int) -> None:
+        self._breaks = np.flatnonzero(np.diff(numbers) != step) + 1
+        self._end = len(numbers)
+
+    def __len__(self) -> int:
+        return len(self._breaks) + 1
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        breaks = self._breaks.tolist()
+        return zip([0, *breaks], [*breaks, self._end], strict=True)
 
 
 def check_size(folder: Path, record: ShardRecord) -> None:

@@ -109,7 +109,7 @@ def merge_store(folder: str | Path) -> Path:
         `folder`.
 
     Raises:
-        ValueError: It is no store, or shards are missing or damaged; they are named.
+        ValueError: It holds no store, or shards are missing or damaged; they are named.
     """
     folder = Path(folder)
     EmbeddingStoreWriter(folder, read_manifest(folder)).finish()
