@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from provenance import describe_processor, read_commit
+from small_model import write_small_model
 
 _CAPTIONS_A_RECORD = 5
 _LONG_EVERY = 20
@@ -97,42 +98,9 @@ def _measure_extraction(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the model and the captions."""
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoTokenizer,
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-    )
-
-    from modeling_llm2clip.building.build_model import join_towers
-    from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
-    from modeling_llm2clip.configs.build_config import BuildConfig
-
-    torch.manual_seed(0)
-    llm = fetch_tower(SMOLLM2)
-    config = AutoConfig.from_pretrained(llm)
-    config.num_hidden_layers = arguments.layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: arguments.layers]
-    # The vision tower takes no part.
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, image_size=32, patch_size=16)
-    )  # fmt: skip
-    size = {"height": 32, "width": 32}
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-    model, processor = join_towers(
-        (vision, image_processor),
-        (AutoModel.from_config(config), AutoTokenizer.from_pretrained(llm)),
-        BuildConfig(prompt="chatml", projection_dim=32, text_adapter_layers=1),
-    )
-    model.save_pretrained(arguments.folder / "model")
-    processor.save_pretrained(arguments.folder / "model")
+    write_small_model(arguments.folder / "model", layers=arguments.layers)
     _write_captions(arguments.folder / "data", arguments.captions)
-    described = f"SmolLM2's tokenizer and width {config.hidden_size}, {arguments.layers} layers"
+    described = f"SmolLM2's tokenizer and width, {arguments.layers} layers"
     return {"model": described, "captions": arguments.captions}
 
 

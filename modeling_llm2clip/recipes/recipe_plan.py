@@ -366,7 +366,9 @@ class _Planner:
             store,
             _find_store_state(store),
             flops=_times(self._flops_per_token(tower, passes=1), tokens),
-            num_bytes=None if tower.width is None else num_rows * (tower.width * width + CHECKSUM_BYTES),
+            num_bytes=None
+            if tower.width is None
+            else num_rows * (tower.width * width + CHECKSUM_BYTES),
         )
 
     def _plan_alignment(self) -> PlannedStage:
