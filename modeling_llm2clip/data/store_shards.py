@@ -13,14 +13,11 @@ it), once per row and process.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,14 +25,13 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from .atomic_files import hash_file
+from .mapped_memory import Advice, advise, count_memory_bytes, view_memory
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 CHECKSUM_BYTES = 8
 _PAGE = 4096  # bytes; embeddings begin at a page, so that a row touches as few as it can
 _SHOWN = 5
-# Of Linux and macOS; see madvise(2).
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
 # Mapped pages that were read count as resident, although the system may take them at any time. They
 # are given back when they may have come to this many bytes; the kernel maps 64 KiB around each row.
 _MOST_MAPPED_BYTES = 2**32
@@ -110,7 +106,7 @@ class StoreShards:
         self._buffers: dict[int, tuple[pa.Buffer, Array]] = {}
         self._addresses = np.zeros(manifest.num_shards, np.int64)  # of embeddings; 0: not mapped
         self._mapped_bytes = 0
-        self._fits_memory = manifest.num_rows * manifest.row_bytes < _count_memory_bytes() // 2
+        self._fits_memory = manifest.num_rows * manifest.row_bytes < count_memory_bytes() // 2
 
     def read(self, rows: Array) -> Array:
         """Read rows.
@@ -178,7 +174,7 @@ class StoreShards:
         checksums = np.frombuffer(buffer, "<i8", count=record.rows, offset=start)
         self._buffers[shard] = buffer, checksums.copy()
         self._addresses[shard] = buffer.address + head
-        _advise(buffer.address, buffer.size, _MADV_RANDOM)  # no reading ahead of each row
+        advise(buffer.address, buffer.size, Advice.RANDOM)  # no reading ahead of each row
 
     def _gather(self, addresses: Array) -> Array:
         """Copy the rows at some addresses.
@@ -193,45 +189,30 @@ class StoreShards:
             found = np.empty((len(addresses), dim), self._dtype)
             for start, stop in runs:
                 shape, strides = (stop - start, dim), (dim * size, size)
-                found[start:stop] = _view(int(addresses[start]), shape, strides, self._dtype)
+                found[start:stop] = view_memory(int(addresses[start]), shape, strides, self._dtype)
             return found
         first = int(addresses.min())
         count = (int(addresses.max()) - first) // size + 1
-        memory = _view(first, (count, dim), (size, size), self._dtype)
+        memory = view_memory(first, (count, dim), (size, size), self._dtype)
         gathered: Array = memory[(addresses - first) // size]
         return gathered
 
     def _announce(self, addresses: Array) -> None:
         """Advise the kernel which rows come next, so that the disk reads them in parallel."""
-        if not len(addresses) or _find_madvise() is None:
+        if not len(addresses):
             return
         ordered = np.unique(addresses)
         for start, stop in Runs(ordered, step=self._manifest.row_bytes):
             size = (stop - start) * self._manifest.row_bytes
-            _advise(int(ordered[start]), size, _MADV_WILLNEED)
+            advise(int(ordered[start]), size, Advice.READ_AHEAD)
 
     def _forget_pages(self, num_rows: int) -> None:
         self._mapped_bytes += num_rows * (self._manifest.row_bytes + _MAPPED_AROUND)
         total = sum(buffer.size for buffer, _ in self._buffers.values())
         if min(self._mapped_bytes, total) > _MOST_MAPPED_BYTES:
             for buffer, _ in self._buffers.values():
-                _advise(buffer.address, buffer.size, _MADV_DONTNEED)
+                advise(buffer.address, buffer.size, Advice.FORGET)
             self._mapped_bytes = 0
-
-
-class _Memory:
-    """Memory that numpy makes an array of, without copying it."""
-
-    def __init__(self, **interface: Any) -> None:
-        self.__array_interface__ = {**interface, "version": 3}
-
-
-def _view(
-    address: int, shape: tuple[int, int], strides: tuple[int, int], dtype: np.dtype[Any]
-) -> Array:
-    """Return a read-only array over mapped memory, which must stay mapped."""
-    data = (address, True)
-    return np.asarray(_Memory(data=data, shape=shape, strides=strides, typestr=dtype.str))
 
 
 class Runs:
@@ -328,27 +309,3 @@ def list_errors(check: Any, records: Sequence[ShardRecord]) -> list[str]:
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         return [error for error in pool.map(describe, records) if error is not None]
-
-
-def _advise(address: int, size: int, advice: int) -> None:
-    """Advise the kernel about mapped memory; a system without such advice works without it."""
-    madvise = _find_madvise()
-    if madvise is not None:
-        page = os.sysconf("SC_PAGE_SIZE")
-        start = address // page * page
-        madvise(start, address + size - start, advice)
-
-
-@cache
-def _find_madvise() -> Any:
-    if sys.platform not in ("linux", "darwin"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
-
-
-def _count_memory_bytes() -> int:
-    if sys.platform not in ("linux", "darwin"):
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
