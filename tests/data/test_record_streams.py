@@ -362,6 +362,18 @@ def test_an_unknown_field_stops_a_stream_as_it_stops_loading(tmp_path: Path) -> 
     assert len(list(stream_records(tmp_path, ignore_fields=["no"]))) == 60
 
 
+@pytest.mark.slow  # two processes
+def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> None:
+    stream = stream_records(spell(served), retry=FAST)
+    (tars / "00002.tar").write_bytes(b"no tar")
+    with pytest.raises(TooManyLostError, match=r"00002\.tar before sample 0"):
+        list(make_loader(stream, batch_size=2, num_workers=2))
+    served.status["00003.tar"] = 403
+    with pytest.raises(AccessError, match=r"00003\.tar: access denied"):
+        list(make_loader(stream_records(spell(served), retry=FAST, max_lost_share=1), batch_size=2,
+                         num_workers=2))  # fmt: skip
+
+
 def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path) -> None:
     (tars / "00002.tar").unlink()
     stream = stream_records(spell(served), retry=RetryPolicy(first_wait=60), max_lost_share=0.2)
