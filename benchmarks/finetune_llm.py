@@ -22,6 +22,7 @@ import platform
 import resource
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.caption_groups import group_captions
 from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.splits import hold_out_groups
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS
@@ -80,7 +80,7 @@ def main() -> None:
     config = replace(config, max_steps=arguments.steps or config.max_steps)
     records = load_records(arguments.captions, require_images=False)
     groups = group_captions(records)
-    trained, held_out, _ = hold_out_groups(groups, config.num_held_out, seed=config.seed)
+    trained, held_out, _ = groups.hold_out(config.num_held_out, seed=config.seed)
     model, processor = _build(bidirectional=True)
     output = arguments.output_folder
     lora = finetune_llm((model, processor), records, output, config, resume=arguments.resume)
@@ -100,7 +100,7 @@ def main() -> None:
     # Not better than on unseen ones: then it is not for lack of images.
     record["cra_on_trained_images"] = measure_caption_retrieval(
         lambda texts: encode_texts(model, processor, texts, project=False),
-        trained[: config.num_held_out],
+        list(islice(trained, config.num_held_out)),
     )
     arguments.output.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2, default=str))

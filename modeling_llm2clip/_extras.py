@@ -49,6 +49,8 @@ CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens 
 SENTENCE_TRANSFORMERS = Need(
     "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
 )
+RAY = Need("ray", "ray", "the engine is Ray Data")
+ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 

@@ -1,16 +1,26 @@
-"""Groups of captions of the same thing, and the pairs that a language model learns from."""
+"""Groups of captions of the same thing, as columns: what a language model is fine-tuned on."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeAlias
 
-from .records import CaptionedImage, clean_text
-from .sources.json_files import iterate_lines, parse_object
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from pyarrow import compute
 
+from .key_arrays import find_first_rows, is_among, sort_rows
+from .record_table import RecordTable, column_array
+from .records import CaptionedImage
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_ROWS_AT_ONCE = 2**13
 _ERRORS_SHOWN = 5
+_KEYS = ("group_key", "captions", "long_captions", "text_keys")
 _WITHOUT_PAIRS = (
     "Data without second captions needs no fine-tuning: build the model from a fine-tuned LLM (a "
     "released one, or with the LoRA of one by llm2clip build --lora), or skip this stage and "
@@ -32,23 +42,153 @@ class CaptionGroup:
 
 
 @dataclass(frozen=True)
-class TextPair:
-    """Two texts of the same meaning.
+class GroupBatch:
+    """The captions of some whole groups, each text once per group.
 
     Attributes:
-        group_id: what they mean; pairs of one group are never each other's negatives.
-        anchor: one of the texts.
-        positive: the other one.
-        negatives: texts that are close but mean something else.
+        counts: (G,) int64, captions of each group, at least two.
+        keys: (T,) int64, key of each caption, group by group.
+        group_ids: (G,) texts.
+        places: (T,) int64, where each caption is in `texts`, the second after the first.
+        texts: all captions of the records that were read, and all their long captions.
     """
 
-    group_id: str
-    anchor: str
-    positive: str
-    negatives: tuple[str, ...] = ()
+    counts: Array
+    keys: Array
+    group_ids: pa.Array
+    places: Array
+    texts: tuple[pa.Array, pa.Array]
+
+    def take_texts(self, numbers: Array | None = None) -> pa.Array:
+        """Return captions.
+
+        Args:
+            numbers: (M,) numbers of captions of this batch; None for all.
+        """
+        places = self.places if numbers is None else self.places[numbers]
+        short, long = self.texts
+        texts = pa.concat_arrays([short, long]) if len(long) else short
+        return texts.take(pa.array(places))
 
 
-def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
+class CaptionGroups(Iterable[CaptionGroup]):
+    """Groups of at least two captions, which are read in batches and never held.
+
+    Texts are compared by their 64-bit keys. Of two different captions of one group with the same
+    key, one is not used: the odds are below one to a hundred million for a billion captions.
+
+    Args:
+        records: records in which those of one group follow one another.
+        num_groups: number of groups that the iteration yields.
+        num_pairs: number of pairs in which each caption is once, and the last of an odd number
+            beside another one of its group.
+        chosen: (groups of at least two captions,) bool, those that are meant; None for all.
+        left_out: ascending keys of captions that are left out; groups with fewer than two others
+            are left out too.
+
+    Examples:
+        >>> groups = group_captions(load_records("my-images"))
+        >>> len(groups), next(iter(groups)).captions[0]
+        (20, 'Two dogs on a beach.')
+    """
+
+    def __init__(
+        self,
+        records: RecordTable,
+        num_groups: int,
+        num_pairs: int,
+        *,
+        chosen: Array | None = None,
+        left_out: Array | None = None,
+    ) -> None:
+        self._records = records
+        self._num_groups = num_groups
+        self.num_pairs = num_pairs
+        self._chosen = chosen
+        self._left_out = left_out
+
+    def __len__(self) -> int:
+        return self._num_groups
+
+    def __iter__(self) -> Iterator[CaptionGroup]:
+        for batch in self.iterate_batches():
+            texts, start = batch.take_texts().to_pylist(), 0
+            for group_id, count in zip(
+                batch.group_ids.to_pylist(), batch.counts.tolist(), strict=True
+            ):
+                yield CaptionGroup(group_id, tuple(texts[start : start + count]))
+                start += count
+
+    def iterate_batches(self) -> Iterator[GroupBatch]:
+        """Yield the groups in batches, in the order of their first records."""
+        number = 0
+        for batch in iterate_whole_groups(self._records, (*_KEYS, "group_id")):
+            group, keys, places = list_distinct_texts(batch)
+            group, keys, places = _select(_is_of_several(group), group, keys, places)
+            if self._chosen is not None:
+                last = len(_mark_starts(group).nonzero()[0])
+                chosen = self._chosen[number : number + last]
+                number += last
+                group, keys, places = _select(chosen[_renumber(group)], group, keys, places)
+            if self._left_out is not None:
+                group, keys, places = _select(~is_among(keys, self._left_out), group, keys, places)
+                group, keys, places = _select(_is_of_several(group), group, keys, places)
+            if not len(group):
+                continue
+            starts = _mark_starts(group).nonzero()[0]
+            first = pa.array(_mark_starts(column_array(batch.column(0))).nonzero()[0])
+            yield GroupBatch(
+                counts=np.diff(starts, append=len(group)),
+                keys=keys,
+                group_ids=batch.column("group_id").take(first).take(pa.array(group[starts])),
+                places=places,
+                texts=(batch.column("captions").flatten(), batch.column("long_captions").flatten()),
+            )
+
+    def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
+        """Hold out groups at random; the others lose the captions that the held-out ones have too.
+
+        Args:
+            count: how many to hold out.
+            seed: another seed holds out other groups.
+
+        Returns:
+            Groups to train on, groups held out, and the number of captions that training lost.
+
+        Raises:
+            ValueError: a side would have fewer than two groups.
+        """
+        assert self._chosen is None and self._left_out is None
+        if not 2 <= count <= len(self) - 2:
+            raise ValueError(
+                f"Cannot hold out {count} of {len(self)} images: each side needs at least two. "
+                "Choose another number (--num-held-out), or give more images."
+            )
+        chosen = np.zeros(len(self), np.bool_)
+        chosen[_shuffle(len(self), seed)[:count]] = True
+        test = CaptionGroups(self._records, count, 0, chosen=chosen)
+        keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
+        num_texts = sum(
+            len(batch.keys)
+            for batch in CaptionGroups(self._records, 0, 0, chosen=~chosen).iterate_batches()
+        )
+        num_groups, num_pairs = 0, 0
+        for batch in CaptionGroups(
+            self._records, 0, 0, chosen=~chosen, left_out=keys
+        ).iterate_batches():
+            num_groups += len(batch.counts)
+            num_pairs += int(((batch.counts + 1) // 2).sum())
+            num_texts -= len(batch.keys)
+        train = CaptionGroups(self._records, num_groups, num_pairs, chosen=~chosen, left_out=keys)
+        if num_groups < 2:
+            raise ValueError(
+                "Nearly every caption to train on is also one of a held-out image. Give more "
+                "images, or images that show the same thing the same group_id."
+            )
+        return train, list(test), num_texts
+
+
+def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
     """Collect the captions of each group.
 
     Args:
@@ -61,131 +201,181 @@ def group_captions(records: Iterable[CaptionedImage]) -> list[CaptionGroup]:
         ValueError: groups have fewer than two captions: how many, the first of them, and where
             they are written.
     """
-    records = list(records)
-    captions = _collect_captions(records)
-    if not captions:
+    groups, num_single, shown = count_groups(records)
+    if not len(groups) + num_single:
         raise ValueError("There are no captions. Give a dataset with at least two images.")
-    single = [group_id for group_id, texts in captions.items() if len(texts) < 2]
-    if single:
-        places = {record.group_id: record.place for record in reversed(records)}
-        shown = "; ".join(f"{group_id} ({places[group_id]})" for group_id in single[:_ERRORS_SHOWN])
+    if num_single:
         raise ValueError(
-            f"{len(single)} of {len(captions)} images have one caption only, and a pair needs "
-            f"two: {shown}{'; …' if len(single) > _ERRORS_SHOWN else ''}. Give them a second (or "
-            f"long) caption, or skip them with --skip-single-captions. {_WITHOUT_PAIRS}"
+            f"{num_single} of {len(groups) + num_single} images have one caption only, and a pair "
+            f"needs two: {'; '.join(shown)}{'; …' if num_single > _ERRORS_SHOWN else ''}. Give "
+            "them a second (or long) caption, or skip them with --skip-single-captions. "
+            f"{_WITHOUT_PAIRS}"
         )
-    return [CaptionGroup(group_id, tuple(texts)) for group_id, texts in captions.items()]
+    return groups
 
 
-def skip_single_captions(
-    records: Sequence[CaptionedImage],
-) -> tuple[list[CaptionedImage], int]:
-    """Skip the groups that have only one caption.
+def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int]:
+    """Collect the captions of the groups that have at least two.
 
     Args:
         records: records of a dataset.
 
     Returns:
-        The records of the other groups, and how many groups were skipped.
+        These groups, and how many were skipped.
 
     Raises:
         ValueError: no group is left.
     """
-    captions = _collect_captions(records)
-    kept = [record for record in records if len(captions[record.group_id]) > 1]
-    if captions and not kept:
+    groups, num_single, _ = count_groups(records)
+    if num_single and not len(groups):
         raise ValueError(
-            f"All {len(captions)} images have one caption only, so none is left to train on. "
+            f"All {num_single} images have one caption only, so none is left to train on. "
             f"{_WITHOUT_PAIRS}"
         )
-    return kept, len(captions) - len({record.group_id for record in kept})
+    return groups, num_single
 
 
-def _collect_captions(records: Iterable[CaptionedImage]) -> dict[str, dict[str, None]]:
-    """Return the texts of each group, each text once, in the order of the records."""
-    captions: dict[str, dict[str, None]] = {}
-    for record in records:
-        texts = captions.setdefault(record.group_id, {})
-        texts.update(dict.fromkeys((*record.captions, *record.long_captions)))
-    return captions
-
-
-def sample_pairs(
-    groups: Sequence[CaptionGroup], *, seed: int, num_pairings: int = 1
-) -> list[TextPair]:
-    """Split each group's captions into pairs at random.
+def sort_by_group(records: RecordTable) -> RecordTable:
+    """Put the records of each group together, the groups in the order of their first records.
 
     Args:
-        groups: groups of at least two captions.
-        seed: another seed gives other pairs.
-        num_pairings: how many times to split every group. In each pairing a caption is in one pair;
-            the last one of an odd number is paired with a random other one of its group.
+        records: any records.
 
     Returns:
-        The pairs, one pairing after the other.
+        The records themselves if they are in that order.
     """
-    generator = random.Random(seed)
-    pairs = []
-    for group in [*groups] * num_pairings:
-        captions = list(group.captions)
-        generator.shuffle(captions)
-        if len(captions) % 2:
-            captions.append(captions[generator.randrange(len(captions) - 1)])
-        for first, second in zip(captions[::2], captions[1::2], strict=True):
-            pairs.append(TextPair(group.group_id, first, second))
-    return pairs
+    first = find_first_rows(
+        lambda: (column_array(b.column(0)) for b in records.iterate_columns(("group_key",))),
+        len(records),
+    )
+    if not (first[1:] < first[:-1]).any():
+        return records
+    return records.select(sort_rows(first))
 
 
-def read_text_pairs(file: str | Path) -> list[TextPair]:
-    """Read text pairs: JSON lines with `query`, `positive` and optionally `negatives`.
-
-    `negatives` is a list of texts, of the same length in every line. Lines with the same query are
-    one group. Texts are cleaned like captions, so that equal texts are recognized.
+def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns in batches that no group crosses.
 
     Args:
-        file: JSON lines, UTF-8.
+        records: records in which those of one group follow one another.
+        names: of the columns; the first is `group_key`.
+
+    Yields:
+        Batches; one is as long as its longest group.
+    """
+    rest: pa.RecordBatch | None = None
+    for batch in _iterate_slices(records, names):
+        if rest is not None and rest.num_rows:
+            batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
+        changes = _mark_starts(column_array(batch.column(0))).nonzero()[0]
+        last = int(changes[-1]) if len(changes) else 0
+        if last:
+            yield batch.slice(0, last)
+        rest = batch.slice(last)
+    if rest is not None and rest.num_rows:
+        yield rest
+
+
+def _iterate_slices(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for batch in records.iterate_columns(names):
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+            yield batch.slice(start, _ROWS_AT_ONCE)
+
+
+def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
+    """List the texts of a batch, each once per group, in the order of the records.
+
+    Args:
+        batch: columns `group_key`, `captions`, `long_captions` and `text_keys`; the records of a
+            group follow one another.
 
     Returns:
-        At least one pair, in the order of the lines.
-
-    Raises:
-        ValueError: lines have errors, all of which are counted, or there is no line.
+        Of each text: the number of its group in the batch, its key, and its place in all captions
+        of the batch followed by all long captions; (T,) int64 each.
     """
-    path = Path(file)
-    pairs: list[TextPair] = []
-    errors: list[str] = []
-    for number, line in iterate_lines(path):
-        pair = _parse_pair(line)
-        if isinstance(pair, str):
-            errors.append(f"line {number}: {pair}")
-        else:
-            pairs.append(pair)
-    counts = sorted({len(pair.negatives) for pair in pairs})
-    if len(counts) > 1:
-        errors.append(
-            f"between {counts[0]} and {counts[-1]} negatives per line; give the same number"
+    short, long = (np.diff(np.asarray(batch.column(n).offsets)) for n in _KEYS[1:3])
+    counts = (short + long).astype(np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first_short = np.cumsum(short) - short
+    first_long = short.sum() + np.cumsum(long) - long - short
+    places = within + np.where(within < short[row], first_short[row], first_long[row])
+    group = (np.cumsum(_mark_starts(column_array(batch.column(0)))) - 1)[row]
+    keys = column_array(batch.column("text_keys").flatten())
+    order = np.lexsort((keys, group))  # stable: of equal ones, the first comes first
+    repeats = (group[order][1:] == group[order][:-1]) & (keys[order][1:] == keys[order][:-1])
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[order[1:][repeats]] = False
+    return group[is_first], keys[is_first], places[is_first]
+
+
+def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
+    """Collect the captions of the groups that have at least two, and count the others.
+
+    Args:
+        data: records of a dataset.
+
+    Returns:
+        The groups of at least two captions, the number of the others, and the first of these with
+        the places where they are written.
+    """
+    records = sort_by_group(RecordTable.from_records(data))
+    num_groups, num_pairs, num_single, start = 0, 0, 0, 0
+    shown: list[str] = []
+    for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
+        _require_different_keys(batch)
+        rows = _mark_starts(column_array(batch.column(0))).nonzero()[0]
+        counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
+        single = (counts < 2).nonzero()[0]
+        num_single += len(single)
+        num_groups += len(counts) - len(single)
+        num_pairs += int(((counts[counts > 1] + 1) // 2).sum())
+        for row in rows[single[: _ERRORS_SHOWN - len(shown)]].tolist():
+            record = records[start + row]
+            shown.append(f"{record.group_id} ({record.place})")
+        start += batch.num_rows
+    return CaptionGroups(records, num_groups, num_pairs), num_single, shown
+
+
+def _require_different_keys(batch: pa.RecordBatch) -> None:
+    """Raise ValueError for different group ids of the same key: their captions would be pairs."""
+    keys, ids = column_array(batch.column(0)), batch.column("group_id")
+    same = ~_mark_starts(keys)[1:]
+    if not same.any():
+        return
+    differs = np.asarray(compute.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False))
+    for row in (same & differs).nonzero()[0][:1].tolist():
+        raise ValueError(
+            f"The group ids {ids[row].as_py()!r} and {ids[row + 1].as_py()!r} have the same "
+            "64-bit key, so their captions cannot be kept apart. Rename one of them."
         )
-    if errors or not pairs:
-        shown = "; ".join(errors[:_ERRORS_SHOWN]) or "no lines"
-        raise ValueError(f"{path}: {len(errors)} errors: {shown}.")
-    return pairs
 
 
-def _parse_pair(line: bytes) -> TextPair | str:
-    """Return a pair, or the error of the line."""
-    fields = parse_object(line)
-    if isinstance(fields, str):
-        return fields
-    if unknown := sorted(set(fields) - {"query", "positive", "negatives"}):
-        return f"unknown field {unknown[0]!r}"
-    negatives = fields.get("negatives", [])
-    texts = [fields.get("query"), fields.get("positive")]
-    if not isinstance(negatives, list):
-        return "'negatives' is not a list"
-    if not all(isinstance(text, str) and text.strip() for text in (*texts, *negatives)):
-        return "'query', 'positive' and 'negatives' must be non-blank texts"
-    query, positive, *others = map(clean_text, (*texts, *negatives))
-    for name, text in (("query", query), ("positive", positive)):
-        if text in others:
-            return f"the {name} is among its negatives"
-    return TextPair(query, query, positive, tuple(others))
+def _shuffle(number: int, seed: int) -> Array:
+    """Shuffle the numbers below one, 4 bytes each."""
+    order = array("i", range(number))
+    random.Random(seed).shuffle(order)
+    return np.asarray(order)
+
+
+def _mark_starts(values: Array) -> Array:
+    """Mark each value that differs from the one before."""
+    starts = np.ones(len(values), np.bool_)
+    starts[1:] = values[1:] != values[:-1]
+    return starts
+
+
+def _renumber(group: Array) -> Array:
+    """Number groups from 0 without gaps."""
+    return np.cumsum(_mark_starts(group)) - 1
+
+
+def _is_of_several(group: Array) -> Array:
+    """Whether each text is in a group of at least two."""
+    starts = _mark_starts(group).nonzero()[0]
+    counts = np.diff(starts, append=len(group))
+    return np.repeat(counts > 1, counts)
+
+
+def _select(mask: Array, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(values[mask] for values in arrays)

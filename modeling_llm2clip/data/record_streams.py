@@ -9,6 +9,7 @@ again, and goes on in the same order. Shards must not change while a stream is u
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -186,6 +187,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         self.process_index = process_index
         self.num_processes = num_processes
         self.max_lost_share = max_lost_share
+        self.excluded_groups: frozenset[str] = frozenset()
         self._require_images = require_images
         self._ignore_fields = tuple(ignore_fields)
         self._resumed: dict[str, Any] | None = None
@@ -228,6 +230,37 @@ class RecordStream(IterableDataset[CaptionedImage]):
             run.resume(state)
         self._run = run
         return run.iterate()
+
+    def for_process(
+        self,
+        process_index: int,
+        num_processes: int,
+        *,
+        seed: int,
+        excluded_groups: frozenset[str] = frozenset(),
+    ) -> RecordStream:
+        """Return the part of one process of a training run.
+
+        Args:
+            process_index: number of the process.
+            num_processes: how many train together; each gets other shards.
+            seed: of the order.
+            excluded_groups: group ids whose samples are left out, and counted.
+        """
+        own = copy.copy(self)
+        own.process_index, own.num_processes = process_index, num_processes
+        own.seed, own.excluded_groups = seed, excluded_groups
+        return own
+
+    def read_shard(self, number: int) -> list[CaptionedImage]:
+        """Read the valid samples of one shard, in its order.
+
+        Args:
+            number: of the shard in `reader.shards`.
+        """
+        samples = self.reader.read(number, 0, lambda _url, _reason: None)
+        checked = (self.check(sample)[0] for sample in samples if not sample.is_skipped)
+        return [record for record in checked if record is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": None}  # what is open stays here
@@ -349,6 +382,9 @@ class _Run:
         if record is None:
             self.report.add_lost_sample(problem, sample.place)
             self._require_most()
+            return
+        if record.group_id in self._stream.excluded_groups:
+            self.report.excluded_samples += 1
             return
         self.report.samples += 1
         self._buffer.append((shard, sample.number, record))

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
-from .caption_groups import CaptionGroup, TextPair
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
@@ -103,62 +102,3 @@ def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str])
     """
     rows = (row for row, record in enumerate(records) if record.group_id in groups)
     return list({records[row].group_id: row for row in rows}.values())
-
-
-def hold_out_groups(
-    groups: Sequence[CaptionGroup], count: int, *, seed: int
-) -> tuple[list[CaptionGroup], list[CaptionGroup], int]:
-    """Hold out groups at random; training loses the captions that the held-out groups have too.
-
-    Args:
-        groups: groups of captions.
-        count: how many to hold out.
-        seed: another seed holds out other groups.
-
-    Returns:
-        Groups to train on, groups held out, and the number of captions that training lost.
-
-    Raises:
-        ValueError: a side would have fewer than two groups.
-    """
-    if not 2 <= count <= len(groups) - 2:
-        raise ValueError(
-            f"Cannot hold out {count} of {len(groups)} images: each side needs at least two. "
-            "Choose another number (--num-held-out), or give more images."
-        )
-    order = list(range(len(groups)))
-    random.Random(seed).shuffle(order)
-    chosen = set(order[:count])
-    held_out = [groups[i] for i in sorted(chosen)]
-    seen = {caption for group in held_out for caption in group.captions}
-    remaining, num_lost = [], 0
-    for index, group in enumerate(groups):
-        if index in chosen:
-            continue
-        kept = tuple(caption for caption in group.captions if caption not in seen)
-        num_lost += len(group.captions) - len(kept) if len(kept) > 1 else len(group.captions)
-        if len(kept) > 1:
-            remaining.append(CaptionGroup(group.group_id, kept))
-    if len(remaining) < 2:
-        raise ValueError(
-            "Nearly every caption to train on is also one of a held-out image. Give more images, "
-            "or images that show the same thing the same group_id."
-        )
-    return remaining, held_out, num_lost
-
-
-def exclude_texts(
-    pairs: Sequence[TextPair], groups: Sequence[CaptionGroup]
-) -> tuple[list[TextPair], int]:
-    """Drop the pairs that contain a caption of held-out groups.
-
-    Args:
-        pairs: pairs to train on.
-        groups: held-out groups.
-
-    Returns:
-        The other pairs, and how many were dropped.
-    """
-    seen = {caption for group in groups for caption in group.captions}
-    kept = [p for p in pairs if not seen & {p.anchor, p.positive, *p.negatives}]
-    return kept, len(pairs) - len(kept)

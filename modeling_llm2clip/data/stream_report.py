@@ -21,6 +21,7 @@ class StreamReport:
         samples: read, those that the shuffle buffer still has included.
         lost_samples: broken ones.
         skipped_samples: rows of images that were never downloaded, which are not samples.
+        excluded_samples: of groups that are held out.
         shards: read to their end.
         lost_shards: missing ones, and those that ended early.
         retries: requests that were made again.
@@ -31,6 +32,7 @@ class StreamReport:
     samples: int = 0
     lost_samples: int = 0
     skipped_samples: int = 0
+    excluded_samples: int = 0
     shards: int = 0
     lost_shards: int = 0
     retries: int = 0

@@ -14,16 +14,17 @@ from tabulate import tabulate
 from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
-from ..data.embedding_store import MANIFEST_FILE, read_manifest
+from ..data.caption_groups import count_groups
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..data.splits import split_records
+from ..data.store_manifest import MANIFEST_FILE, read_manifest
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
 from ..training.alignment.held_out import count_held_out
-from ..training.finetuning.pair_sampling import count_held_out as count_tuning_held_out
+from ..training.finetuning.finetune_data import count_held_out as count_tuning_held_out
 from ..training.run_folder import RUN_FILE, read_results
 from ..training.trainer_mixins import computes_in_bfloat16
 from .tower_sizes import TowerSize, measure_tower
@@ -334,13 +335,9 @@ class _Planner:
     def _plan_finetuning(self) -> PlannedStage:
         config = self.config.finetune
         assert config is not None
-        captions: dict[str, set[str]] = {}
-        for record in self.train:
-            texts = (*record.captions, *record.long_captions)
-            captions.setdefault(record.group_id, set()).update(texts)
-        pairs = [-(-len(texts) // 2) for texts in captions.values() if len(texts) > 1]
-        trained_ratio = 1 - count_tuning_held_out(len(pairs), config) / max(1, len(pairs))
-        num_pairs = config.num_pairings * round(sum(pairs) * trained_ratio)
+        groups = count_groups(self.train)[0]
+        trained_ratio = 1 - count_tuning_held_out(len(groups), config) / max(1, len(groups))
+        num_pairs = config.num_pairings * round(groups.num_pairs * trained_ratio)
         batch_size = config.per_device_train_batch_size
         num_steps = config.max_steps or max(
             1, round(config.num_train_epochs * (num_pairs // batch_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from transformers import TrainingArguments
 from ..encoding.devices import find_device
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Result = TypeVar("Result")
 
 # One process may work alone for a while, on hard negatives or on a folder that is written. NCCL
 # gives up after ten minutes.
@@ -60,6 +62,35 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
     require_all_processes(state.num_processes)
     warn_of_idle_gpus(state.device, state.num_processes)
     return state
+
+
+def run_once_per_machine(function: Callable[[], Result]) -> Result:
+    """Call a function on one process of each machine; the others wait for what it returns.
+
+    Args:
+        function: Returns what can be pickled.
+
+    Returns:
+        What the function returned on this machine.
+
+    Raises:
+        Exception: What the function raised on any machine, on all processes.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    result: tuple[Any, Exception | None] = (None, None)
+    if state.is_local_main_process:
+        try:
+            result = (function(), None)
+        except Exception as error:
+            result = (None, error)
+    results: list[Any] = [None] * state.num_processes
+    dist.all_gather_object(results, result)
+    for _, raised in results:
+        if raised is not None:
+            raise raised
+    return results[state.process_index - state.local_process_index][0]  # type: ignore[no-any-return]
 
 
 def warn_of_idle_gpus(device: torch.device, num_processes: int) -> None:

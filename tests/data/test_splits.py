@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair
 from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.splits import (
     choose_test_rows,
-    exclude_texts,
-    hold_out_groups,
     split_records,
 )
 
@@ -68,23 +65,3 @@ def test_a_caption_on_both_sides_of_the_split_is_refused() -> None:
 def test_each_held_out_group_is_tested_once_by_its_last_record() -> None:
     rows = choose_test_rows(RECORDS, {"7", "3"})
     assert [RECORDS[row].name for row in rows] == ["3-b", "7-b"]
-
-
-def test_held_out_captions_are_never_trained_on() -> None:
-    groups = [CaptionGroup(str(n), ("shared", f"{n} one", f"{n} two")) for n in range(10)]
-    trained, held_out, num_lost = hold_out_groups(groups, 4, seed=0)
-    seen = {caption for group in held_out for caption in group.captions}
-    assert len(held_out) == 4 and num_lost == 6
-    assert not any(seen & set(group.captions) for group in trained)
-
-
-def test_a_pair_with_a_held_out_caption_is_excluded_wherever_it_has_it() -> None:
-    held_out = [CaptionGroup("k", ("a dog", "another"))]
-    kept = TextPair("q", "q", "p", ("n",))
-    pairs = [
-        kept,
-        TextPair("a dog", "a dog", "p"),
-        TextPair("q", "q", "another"),
-        TextPair("q", "q", "p", ("a dog",)),
-    ]
-    assert exclude_texts(pairs, held_out) == ([kept], 3)

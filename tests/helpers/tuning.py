@@ -11,8 +11,9 @@ from typing import Any
 from tiny import tiny_model
 
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair, group_captions
+from modeling_llm2clip.data.caption_groups import CaptionGroup, group_captions
 from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.text_pairs import TextPair
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
 
@@ -25,7 +26,7 @@ RECORDS = [
     )
     for n in range(24)
 ]
-GROUPS: list[CaptionGroup] = group_captions(RECORDS)
+GROUPS: list[CaptionGroup] = list(group_captions(RECORDS))
 # Long enough for two checkpoints, short enough for a test.
 SHORT = FinetuneConfig(
     max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, warmup_steps=1 / 3,
@@ -60,6 +61,11 @@ def write_pairs(file: Path, pairs: Iterable[TextPair]) -> Path:
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+def hold_out_short() -> list[CaptionGroup]:
+    """The groups that runs with `SHORT` hold out."""
+    return group_captions(RECORDS).hold_out(4, seed=SHORT.seed)[1]
 
 
 def tune(output: Path, config: FinetuneConfig = SHORT, **options: Any) -> Tuned:

@@ -123,8 +123,8 @@ def encode(captions):
     counts.append(len(captions))
     return encode_texts(*model, captions, project=False)
 
-groups = GROUPS[:7]
-together = encode_groups_together(encode, groups)
+groups = [list(group.captions) for group in GROUPS[:7]]
+[together] = encode_groups_together(encode, groups)
 torch.save(
     {
         "together": together, "alone": encode_groups(encode, groups), "counts": counts,

@@ -42,6 +42,8 @@ class AlignmentDataset(Dataset[Any]):
             batches, as a share of their length.
         caption_noise: The same on stored caption embeddings.
         seed: Of captions and noise.
+        is_part: Whether the stores may have further records; then captions are compared by number
+            alone.
 
     Raises:
         ValueError: A store has other records, or was made from other captions or images, or an
@@ -59,6 +61,7 @@ class AlignmentDataset(Dataset[Any]):
         image_noise: float = 0.0,
         caption_noise: float = 0.0,
         seed: int = 0,
+        is_part: bool = False,
     ) -> None:
         self.records = RecordTable.from_records(records)
         self.processor = processor
@@ -72,9 +75,10 @@ class AlignmentDataset(Dataset[Any]):
         self._caption_items: Array | None = None
         self._image_items: Array | None = None
         if caption_store is not None:
-            self._caption_items = pair_items(self.records, caption_store)
+            self._caption_items = pair_items(self.records, caption_store, is_part=is_part)
             require_same_counts(self.records, caption_store, self._caption_items)
-            require_same_texts(self.records, caption_store, self._caption_items)
+            if not is_part:
+                require_same_texts(self.records, caption_store, self._caption_items)
         if image_store is None:
             require_images(self.records)
         else:

@@ -16,6 +16,7 @@ from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import HEADS, AlignmentModel
 from .cca_init import FittedCCA, fit_temperature, init_projections_by_cca
 from .held_out import HeldOutImages
+from .run_data import RunData
 from .sampling import Array
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
@@ -49,26 +50,23 @@ class ProjectionInit:
 
 def init_projections(
     model: AlignmentModel,
-    dataset: AlignmentDataset,
-    items: Sequence[int] | Array,
-    held_out: HeldOutImages | None,
+    data: RunData,
     config: AlignConfig,
 ) -> ProjectionInit:
     """Choose where the projections start, and set them in place.
 
     Args:
         model: The model that is trained.
-        dataset: The data.
-        items: Its items that are trained on.
-        held_out: Fits the temperature, and decides for `auto` between trained projections and
-            canonical correlation; None where nothing is held out: then trained projections stay.
+        data: What the run trains on. Its held-out images fit the temperature, and decide for `auto`
+            between trained projections and canonical correlation; where there are none, trained
+            projections stay.
         config: Options of the alignment.
     """
-    trained = model.config.projections_trained
+    held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
     if wanted == "auto":
-        is_possible = dataset.is_stored and model.visual_projection.bias is not None
+        is_possible = data.dataset.is_stored and model.visual_projection.bias is not None
         wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
     if wanted == "model":
         return unchanged
@@ -77,7 +75,9 @@ def init_projections(
     if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.clone() for name, value in _list_head(model).items()}
         loss_before = _fit_temperature(model, held_out)[1]
-    fitted = init_projections_by_cca(model, *_pair_embeddings(dataset, items, config.seed))
+    assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
+    pairs = _pair_embeddings(data.dataset, data.items, config.seed)
+    fitted = init_projections_by_cca(model, *pairs)
     loss = None
     if held_out is not None:
         log_scale, loss = _fit_temperature(model, held_out)

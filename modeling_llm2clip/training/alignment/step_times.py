@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,13 +119,14 @@ class StepTimesCallback(TrainerCallback):
 
     Args:
         times: What the Trainer measures.
-        steps_per_epoch: Steps of one pass over the data.
+        epoch_at: Passes over the data after a number of steps.
         shown: Whether the lines are shown.
     """
 
-    def __init__(self, times: StepTimes, *, steps_per_epoch: int, shown: bool) -> None:
+    def __init__(self, times: StepTimes, *, epoch_at: Callable[[int], float], shown: bool) -> None:
         self._times = times
-        self._steps_per_epoch = steps_per_epoch
+        self._epoch_at = epoch_at
+        self._epoch = 0
         self._shown = shown
         self._written = time.perf_counter()
 
@@ -138,8 +139,10 @@ class StepTimesCallback(TrainerCallback):
     ) -> None:
         is_last = state.global_step >= state.max_steps
         is_due = time.perf_counter() - self._written > _SECONDS_BETWEEN_LINES
-        if not is_last and (state.global_step % self._steps_per_epoch or not is_due):
+        epoch = int(self._epoch_at(state.global_step))
+        if not is_last and (epoch == self._epoch or not is_due):
             return
+        self._epoch = epoch
         self._written = time.perf_counter()
         line = describe_shares(self._times.take_shares(), self._times.take_input_shares())
         if self._shown:

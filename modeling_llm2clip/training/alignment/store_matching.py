@@ -16,12 +16,15 @@ _NAMES_SHOWN = 5
 _IDENTITY = ("name", "lang")
 
 
-def pair_items(records: RecordTable, store: EmbeddingStore) -> Array | None:
+def pair_items(
+    records: RecordTable, store: EmbeddingStore, *, is_part: bool = False
+) -> Array | None:
     """Find each record in a store by name and language.
 
     Args:
         records: The data.
         store: A store of the same data.
+        is_part: Whether the store may have further records.
 
     Returns:
         (N,) numbers of the store's items; None if these are the same as the records' numbers.
@@ -36,7 +39,7 @@ def pair_items(records: RecordTable, store: EmbeddingStore) -> Array | None:
     places = np.searchsorted(stored, wanted, sorter=order).clip(max=max(len(stored) - 1, 0))
     items = order[places]
     lacking = np.flatnonzero(stored[items] != wanted)
-    extra = np.flatnonzero(~np.isin(stored, wanted))
+    extra = np.flatnonzero(~np.isin(stored, wanted) & (not is_part))
     errors = []
     if len(lacking):
         names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)

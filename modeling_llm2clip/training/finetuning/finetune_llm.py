@@ -6,11 +6,11 @@ trainer and the losses of sentence-transformers.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,15 +21,9 @@ from ...building.lora_merging import merge_lora
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
-from ...data.caption_groups import (
-    CaptionGroup,
-    TextPair,
-    group_captions,
-    read_text_pairs,
-    skip_single_captions,
-)
+from ...data.caption_groups import group_captions, skip_single_captions
+from ...data.record_table import RecordTable, hash_records
 from ...data.records import CaptionedImage
-from ...encoding.encode import measure_texts
 from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
@@ -39,7 +33,7 @@ from ...model_folders.model_writing import find_carried_files, save_model
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...sentence_transformers_llm2clip import read_instructions
-from ..distributed import choose_device, refuse_fsdp_for_lora
+from ..distributed import choose_device, refuse_fsdp_for_lora, run_once_per_machine
 from ..graceful_stop import stop_on_signals
 from ..run_folder import (
     add_results,
@@ -60,19 +54,15 @@ from ..trainer_mixins import (
     recompute_activations,
     show_progress,
 )
+from .finetune_data import FinetuneData, count_truncated, prepare_data
 from .finetune_trainer import count_run_steps, make_trainer
-from .hard_batches import (
-    encode_groups_together,
-    find_nearest_groups,
-    read_nearest_groups,
-    write_nearest_groups,
-)
+from .hard_batches import read_nearest_groups, write_nearest_groups
 from .lora_encoder import CaptionEncoder, make_lora_config, require_same_meaning, write_lora
-from .pair_sampling import FinetuneData, list_texts, prepare_data
+from .nearest_groups import Array, require_search
 
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
-_NEAREST_FILE = "nearest_groups.safetensors"
+_NEAREST_FILE = "nearest_groups.npy"
 _POOL_OF_HARD_NEGATIVES = 2  # times as many as are sampled: the same images do not always meet
 
 
@@ -122,10 +112,10 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with open_source(source, output) as found:
+    with open_source(source, output) as found, _open_scratch(output) as scratch:
         if config.merge:
             _require_whole_model(found)
-        plan = _plan(found, data, output, config, resume=resume)
+        plan = _plan(found, data, output, config, scratch, resume=resume)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
         _train(model, processor, plan, callbacks)
@@ -147,7 +137,8 @@ def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) 
         ValueError: Images with one caption, data that cannot fill a batch, text pairs or a LoRA
             that cannot be read, or a warm-up longer than the run.
     """
-    _prepare(records, config)
+    with TemporaryDirectory() as scratch:
+        _prepare(RecordTable.from_records(records), config, Path(scratch))
 
 
 def describe_finetuning(output: Path) -> list[str]:
@@ -167,6 +158,12 @@ def describe_finetuning(output: Path) -> list[str]:
         f"{results['num_truncated']} of {results['num_texts']} texts are longer than "
         f"{inputs['fingerprint']['max_text_length']} tokens and were truncated.",
     ]
+    if search := results.get("hard_negatives", {}).get("recall_sample"):
+        recall = results["hard_negatives"]["recall"]
+        lines.append(
+            f"Hard negatives were searched approximately: {recall:.1%} of the nearest images were "
+            f"found (recall on a sample of {search})."
+        )
     if record["config"]["merge"]:
         lines.append(f"Wrote {output / MODEL_FOLDER}.")
     return lines
@@ -176,8 +173,6 @@ def describe_finetuning(output: Path) -> list[str]:
 class _Prepared:
     """What a run is trained on, and how long."""
 
-    groups: list[CaptionGroup]
-    text_pairs: list[tuple[list[TextPair], float]]
     data: FinetuneData
     schedule: dict[str, int]
     num_skipped: int
@@ -199,13 +194,15 @@ def _plan(
     records: Sequence[CaptionedImage],
     output: Path,
     config: FinetuneConfig,
+    scratch: Path,
     *,
     resume: bool,
 ) -> _Plan:
     """Check and prepare everything that needs no LLM."""
-    prepared = _prepare(records, config)
+    table = RecordTable.from_records(records)
+    prepared = _prepare(table, config, scratch)
     inputs = {
-        **_identify(source, prepared.groups, prepared.text_pairs, config.init_lora),
+        **_identify(source, table, config),
         "schedule": prepared.schedule,
         "num_single_captions_skipped": prepared.num_skipped,
     }
@@ -216,39 +213,56 @@ def _plan(
     return _Plan(output, config, resume, inputs, prepared.data)
 
 
-def _prepare(records: Sequence[CaptionedImage], config: FinetuneConfig) -> _Prepared:
+def _prepare(records: RecordTable, config: FinetuneConfig, scratch: Path) -> _Prepared:
     """Check and prepare everything that needs no model at all."""
     num_skipped = 0
     if config.skip_single_captions:
-        records, num_skipped = skip_single_captions(records)
-    groups = group_captions(records)
-    text_pairs = [(read_text_pairs(file), weight) for file, weight in config.text_pairs]
-    data = prepare_data(groups, text_pairs, config)
+        groups, num_skipped = skip_single_captions(records)
+    else:
+        groups = group_captions(records)
+    data = prepare_data(groups, config.text_pairs, config, scratch)
+    if config.num_hard_negatives:
+        require_search(data.num_trained)
     num_steps = count_run_steps(data, config)[0]
     warmup_steps = count_warmup_steps(config.warmup_steps, num_steps)
     if config.init_lora is not None:
         require_same_meaning(config.init_lora, make_lora_config(config))
     schedule = {"steps": num_steps, "warmup_steps": warmup_steps}
-    return _Prepared(groups, text_pairs, data, schedule, num_skipped)
+    return _Prepared(data, schedule, num_skipped)
 
 
-def _identify(
-    source: StageSource,
-    groups: Sequence[CaptionGroup],
-    text_pairs: Sequence[tuple[list[TextPair], float]],
-    init_lora: Path | None,
-) -> dict[str, Any]:
+@contextmanager
+def _open_scratch(output: Path) -> Iterator[Path]:
+    """A temporary folder beside the output, one for all processes of a machine.
+
+    There it is on the disk that has room for the run; `/tmp` may be in memory.
+    """
+    folder = output.absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    state, made = PartialState(), list[TemporaryDirectory[str]]()
+
+    def make() -> str:
+        made.append(TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder))
+        return made[0].name
+
+    try:
+        yield Path(run_once_per_machine(make))
+        state.wait_for_everyone()  # before the folder is deleted
+    finally:
+        for temporary in made:
+            temporary.cleanup()
+
+
+def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig) -> dict[str, Any]:
     """What the numbers of a run depend on beside its options."""
-    digest = hashlib.sha256()
-    for group in groups:
-        digest.update(json.dumps([group.group_id, group.captions]).encode())
-    for pairs, weight in text_pairs:
-        digest.update(json.dumps([weight, [asdict(pair) for pair in pairs]]).encode())
+    init_lora = config.init_lora
     return {
         "source": source.name,
         "fingerprint": fingerprint_text(source.folder),
         "init_lora_weights": None if init_lora is None else hash_file(init_lora / LORA_WEIGHTS),
-        "data": digest.hexdigest(),
+        "data": hash_records(records),
+        "text_pair_files": [hash_file(Path(file)) for file, _ in config.text_pairs],
         "num_processes": PartialState().num_processes,
     }
 
@@ -261,10 +275,12 @@ def _train(
 ) -> None:
     """Train the LoRA and write it to `output/lora`."""
     output, config, data = plan.output, plan.config, plan.data
-    counts = {**data.counts, **_count_truncated(processor, data)}
+    state = PartialState()
+    counts = dict(data.counts)
+    if state.is_main_process:
+        counts |= count_truncated(processor, data, show_progress=True)
     encoder = _make_encoder(model, processor, config)
     last = find_last_checkpoint(output) if plan.resume else None
-    state = PartialState()
     state.wait_for_everyone()  # every process has checked the folder before it is filled
     if state.is_main_process:
         if last is None:
@@ -310,12 +326,6 @@ def _make_encoder(
     return encoder
 
 
-def _count_truncated(processor: LLM2CLIPProcessor, data: FinetuneData) -> dict[str, int]:
-    """Count all different texts, trained on and measured on, and those that are truncated."""
-    texts = list_texts(data)
-    return {"num_texts": len(texts), "num_truncated": int(measure_texts(processor, texts)[1].sum())}
-
-
 def _measure_before(
     encoder: CaptionEncoder, data: FinetuneData, output: Path, *, resumed: bool
 ) -> float:
@@ -335,19 +345,24 @@ def _find_nearest(
     config: FinetuneConfig,
     *,
     resumed: bool,
-) -> dict[str, list[str]]:
+) -> Array | None:
     """The nearest groups of each group, once per run: all processes encode, one compares."""
     if not config.num_hard_negatives:
-        return {}
+        return None
     file, state = output / _NEAREST_FILE, PartialState()
     if not resumed:
-        embeddings = encode_groups_together(encoder.encode, data.to_train)
+        wanted = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
+        report = write_nearest_groups(
+            encoder.encode,
+            data.iterate_groups(),
+            data.num_trained,
+            min(wanted, data.num_trained - 1),
+            file,
+        )
         if state.is_main_process:
-            wanted = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
-            top_k = min(wanted, len(data.to_train) - 1)
-            write_nearest_groups(find_nearest_groups(embeddings, top_k).cpu(), file)
+            add_results(output, hard_negatives=report)
     state.wait_for_everyone()
-    return read_nearest_groups(file, data.to_train)
+    return read_nearest_groups(file)
 
 
 def _require_whole_model(source: StageSource) -> None:

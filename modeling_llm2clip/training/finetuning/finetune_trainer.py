@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
 )
+from .finetune_data import FinetuneData
 from .lora_encoder import CaptionEncoder, wrap_encoder
+from .nearest_groups import Array
 from .pair_sampling import (
-    FinetuneData,
     NoDuplicateGroupsBatchSampler,
     PairCollator,
     WeightedBatchSampler,
@@ -138,7 +139,7 @@ def count_run_steps(data: FinetuneData, config: FinetuneConfig) -> tuple[int, in
 def make_trainer(
     encoder: CaptionEncoder,
     data: FinetuneData,
-    nearest: Mapping[str, Sequence[str]],
+    nearest: Array | None,
     output: Path,
     config: FinetuneConfig,
     callbacks: Sequence[TrainerCallback],
@@ -148,7 +149,7 @@ def make_trainer(
     Args:
         encoder: The LLM with its LoRA.
         data: What is trained on.
-        nearest: Nearest groups of each group, for hard batches; empty without.
+        nearest: (groups, K) nearest groups of each group, for hard batches; None without.
         output: Folder of the run.
         config: Options of the run.
         callbacks: Further callbacks.

@@ -2,103 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.atomic_files import write_atomically
-from ...data.caption_groups import CaptionGroup
+from .nearest_groups import EXACT_UP_TO, find_nearest_groups
 
-_ROWS_PER_TILE = 1024
-_NEAREST = "nearest"
+Array: TypeAlias = np.ndarray[Any, Any]
 
-
-def find_nearest_groups(embeddings: Tensor, top_k: int) -> Tensor:
-    """Find the nearest other rows of each row by cosine.
-
-    Args:
-        embeddings: (N, D) of any float dtype, one row per group.
-        top_k: How many; at most N - 1.
-
-    Returns:
-        (N, top_k) int64, row numbers, the nearest first, on the device of the embeddings.
-    """
-    units = F.normalize(embeddings.float(), dim=-1)
-    nearest = []
-    for start in range(0, len(units), _ROWS_PER_TILE):
-        rows = torch.arange(start, min(start + _ROWS_PER_TILE, len(units)), device=units.device)
-        scores = units[rows] @ units.T
-        scores[rows - start, rows] = -torch.inf
-        nearest.append(scores.topk(top_k, dim=1).indices)
-    return torch.cat(nearest)
+_GROUPS_AT_ONCE = 4096  # of each process
 
 
-def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]) -> Tensor:
+def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[str]]) -> Tensor:
     """Compute one embedding per group: the mean of its captions' unit embeddings.
 
     Args:
         encode: Texts to embeddings, (N, D).
-        groups: At least one.
+        groups: Captions of each group; at least one.
 
     Returns:
         (groups, D) float32.
     """
-    units = F.normalize(encode([c for group in groups for c in group.captions]).float(), dim=-1)
-    return torch.stack([part.mean(0) for part in units.split([len(g.captions) for g in groups])])
+    units = F.normalize(encode([text for captions in groups for text in captions]).float(), dim=-1)
+    return torch.stack([part.mean(0) for part in units.split([len(g) for g in groups])])
 
 
 def encode_groups_together(
-    encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]
-) -> Tensor:
-    """Compute `encode_groups` by all processes, an equal share each.
+    encode: Callable[[list[str]], Tensor], groups: Iterable[list[str]]
+) -> Iterator[Tensor]:
+    """Compute `encode_groups` by all processes, an equal share each, some thousand at a time.
 
     Args:
         encode: Texts to embeddings, (N, D).
-        groups: The same on every process, at least as many as there are processes.
+        groups: Captions of each group, the same on every process.
 
-    Returns:
-        (groups, D) float32, all rows on every process and on its device.
+    Yields:
+        (M, D) float32, embeddings of the next groups, on every process and on its device.
     """
-    state = PartialState()
-    own = encode_groups(encode, groups[state.process_index :: state.num_processes])
+    state, remaining = PartialState(), iter(groups)
+    while some := list(islice(remaining, _GROUPS_AT_ONCE * state.num_processes)):
+        yield _encode_shares(encode, some, state)
+
+
+def _encode_shares(
+    encode: Callable[[list[str]], Tensor], groups: Sequence[list[str]], state: PartialState
+) -> Tensor:
+    """Encode some groups, every process those of its turn."""
+    # With fewer groups than processes, some encode the last one for nothing.
+    own = groups[state.process_index :: state.num_processes] or groups[-1:]
+    encoded = encode_groups(encode, own).to(state.device)
     if state.num_processes == 1:
-        return own.to(state.device)
+        return encoded
     longest = -(-len(groups) // state.num_processes)
-    padded = torch.zeros(longest, own.shape[1], device=state.device)
-    padded[: len(own)] = own
+    padded = torch.zeros(longest, encoded.shape[1], device=state.device)
+    padded[: len(own)] = encoded
     shares = [torch.empty_like(padded) for _ in range(state.num_processes)]
     dist.all_gather(shares, padded)
     return torch.stack(shares, dim=1).flatten(0, 1)[: len(groups)]
 
 
-def write_nearest_groups(nearest: Tensor, file: Path) -> None:
-    """Write what was found, so that a resumed run samples the same batches.
+def write_nearest_groups(
+    encode: Callable[[list[str]], Tensor],
+    groups: Iterable[list[str]],
+    num_groups: int,
+    top_k: int,
+    file: Path,
+) -> dict[str, Any]:
+    """Encode all groups, and write the nearest ones of each, which a resumed run reads.
+
+    All processes encode, the main one compares and writes. Embeddings are in a temporary file
+    beside the target, in float16 if they are not compared exactly.
 
     Args:
-        nearest: (N, K) int64, as `find_nearest_groups` returns it.
+        encode: Texts to embeddings, (N, D).
+        groups: Captions of each group, the same on every process.
+        num_groups: Number of groups.
+        top_k: How many nearest groups; at most `num_groups` - 1.
         file: Target, replaced if it exists.
+
+    Returns:
+        On the main process, how they were found; see `find_nearest_groups`.
     """
-    write_atomically(file, save({_NEAREST: nearest.contiguous()}))
+    state = PartialState()
+    scratch, unfinished = (file.with_name(f".{file.name}.{n}") for n in ("embeddings", "tmp"))
+    embeddings: Array | None = None
+    report: dict[str, Any] = {}
+    start = 0
+    try:
+        for encoded in encode_groups_together(encode, groups):
+            if not state.is_main_process:
+                continue
+            if embeddings is None:
+                dtype = np.float32 if num_groups <= EXACT_UP_TO else np.float16
+                shape = (num_groups, encoded.shape[1])
+                embeddings = np.memmap(scratch, dtype, "w+", shape=shape)
+            # Unit length, so that float16 holds them.
+            embeddings[start : start + len(encoded)] = F.normalize(encoded, dim=-1).cpu().numpy()
+            start += len(encoded)
+        if embeddings is not None:
+            out = np.lib.format.open_memmap(unfinished, "w+", np.int32, (num_groups, top_k))
+            report = find_nearest_groups(embeddings, top_k, device=state.device, out=out)[1]
+            out.flush()
+            unfinished.replace(file)
+    finally:
+        if state.is_main_process:
+            scratch.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
+    return report
 
 
-def read_nearest_groups(file: Path, groups: Sequence[CaptionGroup]) -> dict[str, list[str]]:
-    """Read the nearest groups of each group.
+def read_nearest_groups(file: Path) -> Array:
+    """Map the nearest groups of each group.
 
     Args:
         file: As `write_nearest_groups` wrote it.
-        groups: The groups that it was made for, in the same order.
 
     Returns:
-        Group id → ids of the nearest groups, the nearest first.
+        (N, K) int32, the nearest first.
     """
-    group_ids = [group.group_id for group in groups]
-    return {
-        group_id: [group_ids[row] for row in rows]
-        for group_id, rows in zip(group_ids, load_file(file)[_NEAREST].tolist(), strict=True)
-    }
+    return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from aligning import read_losses, read_tensorboard_losses
@@ -74,8 +75,9 @@ def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(ru
     hard = replace(SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=run[1].lora)
     tuned = tune(first, hard)
     assert tuned.results["cra_before"] == run[1].results["cra_after"]
-    nearest = load_file(first / "nearest_groups.safetensors")["nearest"]
+    nearest = np.load(first / "nearest_groups.npy")
     assert nearest.shape == (20, 6)  # twice as many as are sampled, of each trained image
+    assert tuned.results["hard_negatives"] == {"method": "exact"}
     again = tmp_path / "again"
     shutil.copytree(first, again)
     shutil.rmtree(again / "checkpoints" / "checkpoint-6")

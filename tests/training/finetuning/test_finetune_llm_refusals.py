@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 from tiny import tiny_model
-from tuning import GROUPS, RECORDS, SHORT, tune, write_pairs
+from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.data.caption_groups import TextPair
-from modeling_llm2clip.data.splits import hold_out_groups
+from modeling_llm2clip.data.text_pairs import TextPair
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import export_model
@@ -116,7 +115,7 @@ def test_text_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, c
 
 
 def test_text_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
-    _, held_out, _ = hold_out_groups(GROUPS, 4, seed=SHORT.seed)
+    held_out = hold_out_short()
     pairs = [TextPair("q", "q", group.captions[0]) for group in held_out]
     file = write_pairs(tmp_path / "pairs.jsonl", pairs)
     with pytest.raises(ValueError, match=r"All 4 pairs of number 1 .* the 4 held-out"):

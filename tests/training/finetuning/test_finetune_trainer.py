@@ -12,14 +12,15 @@ import pytest
 import torch
 from aligning import read_losses
 from safetensors.torch import load_file
-from tuning import GROUPS, SHORT, tune, write_pairs
+from tuning import RECORDS, SHORT, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.caption_groups import TextPair
-from modeling_llm2clip.data.splits import hold_out_groups
+from modeling_llm2clip.data.caption_groups import group_captions
+from modeling_llm2clip.data.text_pairs import TextPair
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
-from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator, prepare_data
+from modeling_llm2clip.training.finetuning.finetune_data import prepare_data
+from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator
 from modeling_llm2clip.training.trainer_mixins import count_warmup_steps
 
 # Of 20 images trained on, each with three pairs, in batches of 8.
@@ -40,7 +41,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     collate = PairCollator.__call__
 
     def note(self: Any, features: list[dict[str, Any]]) -> Any:
-        batches.append([row[name] for row in features for name in row if name != "group_id"])
+        batches.append([t for row in features for t in row.values() if isinstance(t, str)])
         return collate(self, features)
 
     monkeypatch.setattr(PairCollator, "__call__", note)
@@ -60,7 +61,7 @@ def test_text_pairs_have_the_share_of_an_epoch_that_they_weigh(
 def test_no_text_pair_shows_a_caption_that_is_held_out(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:
-    _, held_out, _ = hold_out_groups(GROUPS, 4, seed=SHORT.seed)
+    held_out = hold_out_short()
     with_held_out = [TextPair("x", "x", "y", (held_out[0].captions[1],)), *TEXT_PAIRS]
     file = write_pairs(tmp_path / "pairs.jsonl", with_held_out)
     tuned = tune(tmp_path / "run", replace(SHORT, max_steps=None, text_pairs=[(file, 1.0)]))
@@ -69,10 +70,12 @@ def test_no_text_pair_shows_a_caption_that_is_held_out(
     assert shown and not shown & {caption for group in held_out for caption in group.captions}
 
 
-def test_every_pairing_pairs_all_captions_anew() -> None:
-    def sample(num_pairings: int) -> list[dict[str, str]]:
+def test_every_pairing_pairs_all_captions_anew(tmp_path: Path) -> None:
+    def sample(num_pairings: int) -> list[dict[str, Any]]:
         config = replace(SHORT, num_pairings=num_pairings)
-        return list(prepare_data(GROUPS, [], config).tables["captions"])
+        folder = tmp_path / str(num_pairings)
+        folder.mkdir()
+        return list(prepare_data(group_captions(RECORDS), [], config, folder).tables["captions"])
 
     once, three_times = sample(1), sample(3)
     assert len(three_times) == 3 * len(once)

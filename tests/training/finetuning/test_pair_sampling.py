@@ -2,34 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset
-from tuning import GROUPS
+from tuning import RECORDS
 
-from modeling_llm2clip.data.caption_groups import CaptionGroup, TextPair, sample_pairs
+from modeling_llm2clip.data.caption_groups import CaptionGroup, group_captions
+from modeling_llm2clip.data.record_columns import hash_text
+from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.text_pairs import TextPair
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
-from modeling_llm2clip.training.finetuning import hard_batches
+from modeling_llm2clip.training.finetuning import pair_tables
 from modeling_llm2clip.training.finetuning.pair_sampling import (
     NoDuplicateGroupsBatchSampler,
     WeightedBatchSampler,
     count_steps,
-    make_pair_table,
+)
+from modeling_llm2clip.training.finetuning.pair_tables import (
+    MappedColumn,
+    open_table,
+    write_caption_pairs,
+    write_text_pairs,
 )
 
 
-def make_table(num_groups: int = 10, *, shared: str | None = None):
-    pairs = sample_pairs(GROUPS[:num_groups], seed=0)
-    if shared:
-        pairs = [replace(p, positive=shared) if n % 4 == 0 else p for n, p in enumerate(pairs)]
-    return make_pair_table(pairs)
+@pytest.fixture
+def make_table(tmp_path):
+    """A table of the pairs of some images, or of text pairs."""
+    numbers = iter(range(1000))
+
+    def make(num_groups: int = 10, *, shared: str | None = None, pairs=()):
+        file = tmp_path / f"table-{next(numbers)}"
+        if not pairs:
+            write_caption_pairs(group_captions(RECORDS[:num_groups]), file, seed=0)
+        if shared:
+            rows = list(open_table(file))
+            pairs = [
+                TextPair(str(r["group"]), r["anchor"], shared if n % 4 == 0 else r["positive"])
+                for n, r in enumerate(rows)
+            ]
+        if pairs:
+            write_text_pairs(pairs, file)
+        return open_table(file)
+
+    return make
+
+
+def pair_captions(tmp_path: Path, *groups: tuple[str, ...], **options):
+    records = [CaptionedImage(None, str(n), str(n), texts) for n, texts in enumerate(groups)]
+    write_caption_pairs(group_captions(records), tmp_path / "pairs", seed=0, **options)
+    return list(open_table(tmp_path / "pairs"))
+
+
+def test_pairs_use_each_caption_once_and_an_odd_one_twice_at_most(tmp_path):
+    pairs = pair_captions(tmp_path, ("a", "b", "c"))
+    used = [text for pair in pairs for text in (pair["anchor"], pair["positive"])]
+    assert sorted(set(used)) == ["a", "b", "c"] and len(used) == 4
+    assert all(pair["anchor"] != pair["positive"] for pair in pairs)
+
+
+def test_pairs_are_those_of_pythons_shuffle_of_each_group(tmp_path):
+    """Recorded runs were trained on them."""
+    groups = [tuple(f"{n} {view}" for view in range(2 + n % 4)) for n in range(9)]
+    wanted, generator = [], random.Random(0)
+    for number, texts in [*enumerate(groups)] * 2:
+        order = [*texts]
+        generator.shuffle(order)
+        if len(order) % 2:
+            order.append(order[generator.randrange(len(order) - 1)])
+        wanted += [(number, *pair) for pair in zip(order[::2], order[1::2], strict=True)]
+    rows = pair_captions(tmp_path, *groups, num_pairings=2)
+    assert [(row["group"], row["anchor"], row["positive"]) for row in rows] == wanted
+    for row in rows:
+        assert row["anchor_key"] == hash_text(row["anchor"])
+        assert row["positive_key"] == hash_text(row["positive"])
+
+
+def test_a_pair_with_a_left_out_text_is_excluded_wherever_it_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_tables, "_PAIRS_AT_ONCE", 3)
+    kept = TextPair("q", "q", "p", ("n",))
+    pairs = [
+        kept,
+        TextPair("a dog", "a dog", "p", ("n",)),
+        TextPair("q", "q", "another", ("n",)),
+        TextPair("q", "q", "p", ("a dog",)),
+        kept,
+    ]
+    left_out = np.sort([hash_text(text) for text in ("a dog", "another")])
+    assert write_text_pairs(pairs, tmp_path / "pairs", left_out=left_out) == (2, 3)
+    for row in open_table(tmp_path / "pairs"):
+        assert (row["anchor"], row["positive"], row["negative_1"]) == ("q", "p", "n")
+        assert row["group"] == row["anchor_key"] == hash_text("q")
+
+
+def test_rows_of_a_mapped_column_are_those_of_the_whole_column(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_tables, "_PAIRS_AT_ONCE", 4)
+    pairs = [TextPair(f"q{n}", f"q{n}", f"p{n}") for n in range(18)]
+    write_text_pairs(pairs, tmp_path / "pairs")
+    table = open_table(tmp_path / "pairs")
+    rows = np.random.default_rng(0).integers(0, 18, 50)
+    found = MappedColumn(table, "positive_key").read(rows)
+    assert found.tolist() == [hash_text(f"p{row}") for row in rows]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_no_batch_of_all_processes_repeats_an_image_or_a_text(num_processes, epoch):
+def test_no_batch_of_all_processes_repeats_an_image_or_a_text(make_table, num_processes, epoch):
     table = make_table(shared="the same words")
     sampler = NoDuplicateGroupsBatchSampler(table, 3, drop_last=True, seed=1)
     sampler.num_processes, sampler.window_size = num_processes, 3 * num_processes
@@ -38,12 +120,12 @@ def test_no_batch_of_all_processes_repeats_an_image_or_a_text(num_processes, epo
     assert len(batches) == len(sampler) == len(table) // (3 * num_processes) * num_processes
     for start in range(0, len(batches), num_processes):
         rows = [row for batch in batches[start : start + num_processes] for row in batch]
-        assert len({table[row]["group_id"] for row in rows}) == len(rows)
+        assert len({table[row]["group"] for row in rows}) == len(rows)
         texts = [text for row in rows for text in (table[row]["anchor"], table[row]["positive"])]
         assert len(set(texts)) == len(texts)
 
 
-def test_epochs_differ_and_repeat_with_the_seed():
+def test_epochs_differ_and_repeat_with_the_seed(make_table):
     def sample(epoch):
         sampler = NoDuplicateGroupsBatchSampler(make_table(), 5, drop_last=True, seed=3)
         sampler.set_epoch(epoch)
@@ -53,12 +135,10 @@ def test_epochs_differ_and_repeat_with_the_seed():
     assert sample(0) != sample(1)
 
 
-def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch():
-    table = make_table(12)  # two or three pairs of each image
-    group_ids = table["group_id"][:]
-    names = list(dict.fromkeys(group_ids))
-    near = {name: names[n // 3 * 3 : n // 3 * 3 + 3] for n, name in enumerate(names)}
-    near = {name: [other for other in all_ if other != name] for name, all_ in near.items()}
+def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch(make_table):
+    table = make_table(12)  # three pairs of each image
+    group_of_row = table["group"][:]
+    near = np.array([[m for m in range(n // 3 * 3, n // 3 * 3 + 3) if m != n] for n in range(12)])
     sampler = NoDuplicateGroupsBatchSampler(
         table, 6, drop_last=True, seed=2, nearest=near, num_hard_negatives=2
     )
@@ -68,7 +148,7 @@ def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch():
 
     def count_met(batches):
         return sum(
-            any(group_ids[other] in near[group_ids[row]] for other in batch)
+            any(group_of_row[other] in near[group_of_row[row]] for other in batch)
             for batch in batches
             for row in batch
         )
@@ -77,33 +157,16 @@ def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch():
     assert count_met(batches) > 0.9 * len(rows) > by_chance
 
 
-def test_the_nearest_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch):
-    monkeypatch.setattr(hard_batches, "_ROWS_PER_TILE", 3)
-    embeddings = torch.randn(8, 5)
-    cosines = torch.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
-    cosines.fill_diagonal_(-2)
-    assert torch.equal(
-        hard_batches.find_nearest_groups(embeddings, 4), cosines.topk(4, dim=1).indices
-    )
-
-
-def test_an_images_embedding_is_the_mean_of_its_captions_unit_embeddings():
-    embeddings = {"a": [3.0, 0], "b": [0, 0.5], "c": [-2.0, 0], "d": [-1.0, 0]}
-    encode = lambda texts: torch.tensor([embeddings[text] for text in texts])  # noqa: E731
-    groups = [CaptionGroup("x", ("a", "b")), CaptionGroup("y", ("c", "d", "d"))]
-    found = hard_batches.encode_groups(encode, groups)
-    assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
-
-
-def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever():
+def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever(make_table):
     pairs = [TextPair(f"q{n}", f"q{n}", "the same positive") for n in range(9)]
-    sampler = NoDuplicateGroupsBatchSampler(make_pair_table(pairs), 2, drop_last=True)
+    sampler = NoDuplicateGroupsBatchSampler(make_table(pairs=pairs), 2, drop_last=True)
     with pytest.raises(ValueError, match="only 1 rows fit"):
         next(iter(sampler))
 
 
-def test_a_run_of_several_epochs_mixes_tables_by_weight():
-    tables = [make_table(8), make_pair_table([TextPair(f"q{n}", f"q{n}", f"p{n}") for n in "abcd"])]
+def test_a_run_of_several_epochs_mixes_tables_by_weight(make_table):
+    others = [TextPair(f"q{n}", f"q{n}", f"p{n}") for n in "abcd"]
+    tables = [make_table(8), make_table(pairs=others)]
     samplers = [NoDuplicateGroupsBatchSampler(table, 2, drop_last=True) for table in tables]
     weights = [1.0, 0.25]
     assert count_steps([24, 4], weights, 2) == [12, 3]

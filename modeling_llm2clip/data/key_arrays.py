@@ -1,0 +1,96 @@
+"""Groups and counts of 64-bit keys that come in pieces, without holding all of them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Chunks: TypeAlias = Callable[[], Iterable[Array]]
+
+_KEYS_AT_ONCE = 2**17  # a few MB with their order and row numbers
+
+
+def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
+    """Find where the key of each row occurs first.
+
+    The keys are read several times: each time, the rows of one range of keys are compared.
+
+    Args:
+        chunks: returns (M,) int64 keys in pieces, the same ones each time.
+        num_rows: number of all keys.
+
+    Returns:
+        (num_rows,) int32, or int64 if there are too many rows for it.
+    """
+    dtype = np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64
+    first = np.empty(num_rows, dtype)
+    for keys, rows in _iterate_ranges(chunks, num_rows, dtype):
+        order = np.argsort(keys, kind="stable")
+        keys, rows = keys[order], rows[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] + 1) != 0)
+        first[rows] = np.repeat(rows[starts], np.diff(starts, append=len(rows)))
+    return first
+
+
+def count_distinct(chunks: Chunks, num_keys: int) -> int:
+    """Count the different keys.
+
+    Args:
+        chunks: returns (M,) int64 keys in pieces, the same ones each time.
+        num_keys: number of all keys, or more.
+    """
+    return sum(len(np.unique(keys)) for keys, _ in _iterate_ranges(chunks, num_keys, np.int64))
+
+
+def sort_rows(values: Array) -> Array:
+    """Sort row numbers by a value, and equal ones by their number, with little memory.
+
+    Args:
+        values: (N,) integers from 0 to 2^31 - 1.
+
+    Returns:
+        (N,) int32 row numbers, or int64 if there are too many for it.
+    """
+    if len(values) > np.iinfo(np.int32).max:
+        return np.argsort(values, kind="stable")
+    codes = values.astype(np.int64)
+    codes <<= 32
+    codes |= np.arange(len(values), dtype=np.int32)
+    codes.sort()
+    codes &= 2**32 - 1
+    return codes.astype(np.int32)
+
+
+def is_among(keys: Array, sorted_keys: Array) -> Array:
+    """Whether each key is one of others.
+
+    Args:
+        keys: (N,) int64.
+        sorted_keys: (M,) int64, ascending.
+
+    Returns:
+        (N,) bool.
+    """
+    if not len(sorted_keys):
+        return np.zeros(len(keys), np.bool_)
+    places = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
+    return np.asarray(sorted_keys[places] == keys)
+
+
+def _iterate_ranges(chunks: Chunks, num_keys: int, dtype: Any) -> Iterator[tuple[Array, Array]]:
+    """Yield the keys of each range of their first bits, and their row numbers."""
+    num_bits = max(0, -(-num_keys // _KEYS_AT_ONCE) - 1).bit_length()
+    for number in range(2**num_bits):
+        keys, rows, start = [], [], 0
+        for chunk in chunks():
+            inside = slice(None)
+            if num_bits:
+                inside = (chunk.view(np.uint64) >> np.uint64(64 - num_bits)) == number
+            keys.append(chunk[inside])
+            rows.append(np.arange(start, start + len(chunk), dtype=dtype)[inside])
+            start += len(chunk)
+        if keys:
+            yield np.concatenate(keys), np.concatenate(rows)

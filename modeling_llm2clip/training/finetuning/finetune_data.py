@@ -1,0 +1,237 @@
+"""What the LLM is fine-tuned on: captions and other texts in pairs, and groups held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import Dataset, DatasetDict
+from pyarrow import compute
+from tqdm import tqdm
+
+from ...configs.finetune_config import FinetuneConfig
+from ...data.caption_groups import CaptionGroup, CaptionGroups
+from ...data.key_arrays import count_distinct
+from ...data.record_columns import hash_text
+from ...data.text_pairs import read_text_pairs
+from ...encoding.encode import measure_texts
+from ...processing_llm2clip import LLM2CLIPProcessor
+from ..distributed import run_once_per_machine
+from .pair_sampling import NoDuplicateGroupsBatchSampler
+from .pair_tables import (
+    GROUP_COLUMN,
+    KEY_SUFFIX,
+    iterate_numbers,
+    list_key_columns,
+    list_text_columns,
+    open_table,
+    write_caption_pairs,
+    write_text_pairs,
+)
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_MAX_HELD_OUT = 1000
+_CAPTIONS = "captions"
+_ROWS_AT_ONCE = 2**13
+_SAMPLE = 500
+_TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at the ends
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """What a run is trained and measured on.
+
+    Attributes:
+        tables: Text pairs, as `pair_tables` has them: of captions first, then others.
+        weights: Batches of each table per batch of the first.
+        num_trained: Number of groups whose captions are in the first table.
+        num_first_pairs: Rows of the first table that have each caption at least once.
+        held_out: Groups that are measured on.
+        counts: Groups on either side, and captions and text pairs that training lost to them.
+    """
+
+    tables: DatasetDict
+    weights: list[float]
+    num_trained: int
+    num_first_pairs: int
+    held_out: list[CaptionGroup]
+    counts: dict[str, int]
+
+    def iterate_groups(self) -> Iterator[list[str]]:
+        """Yield the captions of each group that is trained on, each once, by group number."""
+        table = self.tables[_CAPTIONS]
+        texts, keys = list_text_columns(table), list_key_columns(table)
+        number, captions = 0, dict[int, str]()
+        for start in range(0, self.num_first_pairs, _ROWS_AT_ONCE):
+            rows = table.data.slice(start, min(_ROWS_AT_ONCE, self.num_first_pairs - start))
+            columns = (rows.column(name).to_pylist() for name in (GROUP_COLUMN, *keys, *texts))
+            for group, *pair in zip(*columns, strict=True):
+                if group != number:
+                    yield [*captions.values()]
+                    number, captions = group, {}
+                captions.update(zip(pair[: len(keys)], pair[len(keys) :], strict=True))
+        yield [*captions.values()]
+
+
+def prepare_data(
+    groups: CaptionGroups,
+    text_pairs: Sequence[tuple[Path, float]],
+    config: FinetuneConfig,
+    folder: Path,
+) -> FinetuneData:
+    """Hold out groups, pair the captions of the others, and leave held-out texts out.
+
+    One process of each machine writes the pairs; all of them map the files.
+
+    Args:
+        groups: Captions by image.
+        text_pairs: Files of further pairs, and the number of their batches per batch of captions.
+        config: Options of the run.
+        folder: Folder for the tables; the same on all processes of a machine.
+
+    Raises:
+        ValueError: Too few groups, no pairs without a held-out caption, a file of pairs with
+            errors, or a table that cannot fill a batch.
+    """
+    num_held_out = count_held_out(len(groups), config)
+    to_train, held_out, num_lost = groups.hold_out(num_held_out, seed=config.seed)
+    files = [folder / _CAPTIONS, *(folder / f"pairs_{n + 1}" for n in range(len(text_pairs)))]
+    num_pairs_lost = run_once_per_machine(
+        partial(_write_tables, to_train, [file for file, _ in text_pairs], files, held_out, config)
+    )
+    tables = DatasetDict({file.name: open_table(file) for file in files})
+    for table in tables.values():  # raises now for a table that cannot fill a batch
+        sampler = NoDuplicateGroupsBatchSampler(
+            table, config.per_device_train_batch_size, drop_last=True
+        )
+        next(iter(sampler))
+    counts = {
+        "num_held_out": len(held_out),
+        "num_trained": len(to_train),
+        "num_captions_lost": num_lost,
+        "num_text_pairs_lost": num_pairs_lost,
+    }
+    weights = [1.0, *(weight for _, weight in text_pairs)]
+    return FinetuneData(tables, weights, len(to_train), to_train.num_pairs, held_out, counts)
+
+
+def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
+    """Count the groups that a run measures on, and does not train on.
+
+    Args:
+        num_groups: All groups.
+        config: Options of the run.
+    """
+    if config.num_held_out is not None:
+        return config.num_held_out
+    return min(_MAX_HELD_OUT, max(2, num_groups // 5))
+
+
+def count_truncated(
+    processor: LLM2CLIPProcessor, data: FinetuneData, *, show_progress: bool = False
+) -> dict[str, int]:
+    """Count all different texts, trained on and measured on, and those that are truncated.
+
+    Texts are tokenized in pieces, but for those that are too short to be truncated: an ASCII text
+    has at most one token per character beside the prompt, and some to spare. Where the first texts
+    have more, all are tokenized. Texts count as equal if their 64-bit keys are.
+
+    Args:
+        processor: The model's processor.
+        data: What is trained and measured on.
+        show_progress: Show a progress bar.
+    """
+    max_characters = _bound_characters(processor, data)
+    columns = [
+        (table, name, data.num_first_pairs if number == 0 else len(table))
+        for number, table in enumerate(data.tables.values())
+        for name in list_text_columns(table)
+    ]
+    held_out = [*{text for group in data.held_out for text in group.captions}]
+    total = sum(num_rows for *_, num_rows in columns)
+    num_truncated = int(measure_texts(processor, held_out)[1].sum())
+    with tqdm(total=total, desc="measure", disable=not show_progress) as bar:
+        marks = [
+            _mark_truncated(processor, table, name, num_rows, max_characters, bar)
+            for table, name, num_rows in columns
+        ]
+    num_truncated += count_distinct(partial(_iterate_keys, columns, marks), total)
+    num_texts = len(held_out) + count_distinct(partial(_iterate_keys, columns, None), total)
+    return {"num_texts": num_texts, "num_truncated": num_truncated}
+
+
+def _write_tables(
+    groups: CaptionGroups,
+    sources: Sequence[Path],
+    files: Sequence[Path],
+    held_out: Sequence[CaptionGroup],
+    config: FinetuneConfig,
+) -> int:
+    """Write the pairs of captions and those of files, and return how many were left out."""
+    left_out = np.unique([hash_text(text) for group in held_out for text in group.captions])
+    write_caption_pairs(groups, files[0], seed=config.seed, num_pairings=config.num_pairings)
+    total = 0
+    for number, (source, file) in enumerate(zip(sources, files[1:], strict=True), start=1):
+        num_written, num_lost = write_text_pairs(read_text_pairs(source), file, left_out=left_out)
+        if not num_written:
+            raise ValueError(
+                f"All {num_lost} pairs of number {number} of text_pairs have a caption of the "
+                f"{len(held_out)} held-out images. Hold out fewer images (num_held_out), or leave "
+                "this file out (text_pairs)."
+            )
+        total += num_lost
+    return total
+
+
+def _bound_characters(processor: LLM2CLIPProcessor, data: FinetuneData) -> int:
+    """Return a number of ASCII characters that are too few to be truncated; -1 for none."""
+    overhead = int(measure_texts(processor, ["a"])[0][0]) + _TOKENS_TO_SPARE
+    first = data.tables[_CAPTIONS].data.slice(0, _SAMPLE)
+    texts = [text for name in ("anchor", "positive") for text in first.column(name).to_pylist()]
+    lengths, is_truncated = measure_texts(processor, texts)
+    for text, length, truncated in zip(texts, lengths.tolist(), is_truncated, strict=True):
+        if text.isascii() and not truncated and length > len(text) + overhead:
+            return -1
+    return processor.longest_text - overhead
+
+
+def _mark_truncated(
+    processor: LLM2CLIPProcessor,
+    table: Dataset,
+    name: str,
+    num_rows: int,
+    max_characters: int,
+    bar: Any,
+) -> Array:
+    """Mark the rows whose text is truncated, (num_rows,) bool."""
+    is_truncated = np.zeros(num_rows, np.bool_)
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        texts = table.data.column(name).slice(start, min(_ROWS_AT_ONCE, num_rows - start))
+        is_short = compute.and_(
+            compute.string_is_ascii(texts),
+            compute.less_equal(compute.binary_length(texts), max_characters),
+        )
+        rows = (~is_short.to_numpy()).nonzero()[0]
+        if len(rows):
+            measured = measure_texts(processor, texts.take(pa.array(rows)).to_pylist())[1]
+            is_truncated[start + rows] = measured
+        bar.update(len(texts))
+    return is_truncated
+
+
+def _iterate_keys(
+    columns: Sequence[tuple[Dataset, str, int]], marks: Sequence[Array] | None
+) -> Iterator[Array]:
+    """Yield the keys of the texts of columns, all or those that are marked."""
+    for number, (table, name, num_rows) in enumerate(columns):
+        start = 0
+        for keys in iterate_numbers(table, name + KEY_SUFFIX):
+            keys = keys[: max(0, num_rows - start)]
+            yield keys if marks is None else keys[marks[number][start : start + len(keys)]]
+            start += len(keys)

@@ -1,0 +1,200 @@
+"""The nearest groups of each group by cosine: exact for few, with FAISS for many.
+
+Exact search compares all groups with all. From `EXACT_UP_TO` groups on, an inverted file of FAISS
+is searched instead: groups are sorted into clusters, and a group is compared with those of the
+nearest clusters. How many clusters are searched is chosen by the recall on a sample of groups,
+which is searched exactly, too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..._extras import ANN, require
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+EXACT_UP_TO = 20_000
+WANTED_RECALL = 0.95
+_ROWS_PER_TILE = 1024
+_ROWS_AT_ONCE = 2**15
+_SAMPLE = 1000
+_SEED = 0
+# Of FAISS, measured with a million embeddings of 384 numbers: more make the clusters no better.
+_POINTS_PER_CLUSTER = 32
+_ITERATIONS = 5
+_FIRST_PROBES = 4
+
+
+def find_nearest_groups(
+    embeddings: Array, top_k: int, *, device: torch.device | str = "cpu", out: Array | None = None
+) -> tuple[Array, dict[str, Any]]:
+    """Find the nearest other rows of each row by cosine.
+
+    Args:
+        embeddings: (N, D) of any float dtype, one row per group; may be mapped.
+        top_k: How many; at most N - 1.
+        device: Where all are compared with all; FAISS uses the CPU.
+        out: (N, top_k) integers to fill; None for an array in memory.
+
+    Returns:
+        (N, top_k) row numbers, the nearest first, and how they were found: `method`, and of FAISS
+        `clusters`, `clusters_searched`, `recall` and `recall_sample`.
+
+    Raises:
+        MissingExtraError: There are more than `EXACT_UP_TO` groups and FAISS is not installed.
+    """
+    found = np.empty((len(embeddings), top_k), np.int32) if out is None else out
+    report: dict[str, Any] = {"method": "exact"}
+    if len(embeddings) <= EXACT_UP_TO:
+        blocks = _search_exactly(embeddings, np.arange(len(embeddings)), top_k, device)
+    else:
+        require_search(len(embeddings))
+        index = _ClusteredIndex(embeddings)
+        report = index.choose_probes(embeddings, top_k, device)
+        blocks = index.search(embeddings, np.arange(len(embeddings)), top_k)
+    start = 0
+    for block in blocks:
+        found[start : start + len(block)] = block
+        start += len(block)
+    return found, report
+
+
+def require_search(num_groups: int) -> None:
+    """Require what searching the nearest of so many groups needs.
+
+    Args:
+        num_groups: Number of groups.
+
+    Raises:
+        MissingExtraError: There are more than `EXACT_UP_TO` and FAISS is not installed.
+    """
+    if num_groups > EXACT_UP_TO:
+        require(ANN)
+
+
+def _search_exactly(
+    embeddings: Array, rows: Array, top_k: int, device: torch.device | str
+) -> Iterator[Array]:
+    """Yield the nearest rows of some rows, (M, top_k) at a time, in bounded memory."""
+    for start in range(0, len(rows), _ROWS_PER_TILE):
+        tile = rows[start : start + _ROWS_PER_TILE]
+        own = torch.from_numpy(tile).to(device)
+        queries = _take_units(embeddings, tile, device)
+        scores = torch.empty(len(tile), 0, device=device)
+        found = torch.empty(len(tile), 0, dtype=torch.int64, device=device)
+        for first in range(0, len(embeddings), _ROWS_AT_ONCE):
+            last = min(first + _ROWS_AT_ONCE, len(embeddings))
+            others = torch.arange(first, last, device=device)
+            cosines = queries @ _take_units(embeddings, slice(first, last), device).T
+            cosines[own[:, None] == others] = -torch.inf
+            scores = torch.cat([scores, cosines], dim=1)
+            found = torch.cat([found, others.expand(len(tile), -1)], dim=1)
+            scores, places = scores.topk(min(top_k, scores.shape[1]), dim=1)
+            found = found.gather(1, places)
+        yield found.cpu().numpy()
+
+
+def _take_units(embeddings: Array, rows: Array | slice, device: torch.device | str) -> Tensor:
+    taken = torch.from_numpy(np.asarray(embeddings[rows], np.float32))
+    return F.normalize(taken.to(device), dim=-1)
+
+
+class _ClusteredIndex:
+    """An inverted file of FAISS with all embeddings in float16, two bytes a number.
+
+    Args:
+        embeddings: (N, D), N at least a few hundred.
+    """
+
+    def __init__(self, embeddings: Array) -> None:
+        import faiss
+
+        number, dim = embeddings.shape
+        self.num_clusters = int(4 * math.sqrt(number))
+        self._quantizer = faiss.IndexFlatIP(dim)  # the index does not keep it alive
+        self.index = faiss.IndexIVFScalarQuantizer(
+            self._quantizer,
+            dim,
+            self.num_clusters,
+            faiss.ScalarQuantizer.QT_fp16,
+            faiss.METRIC_INNER_PRODUCT,
+        )
+        self.index.cp.niter = _ITERATIONS
+        self.index.cp.seed = _SEED
+        self.index.cp.min_points_per_centroid = 1
+        wanted = min(number, _POINTS_PER_CLUSTER * self.num_clusters)
+        sample = np.random.default_rng(_SEED).choice(number, wanted, replace=False)
+        with _all_threads():
+            self.index.train(_take_units(embeddings, np.sort(sample), "cpu").numpy())
+            for start in range(0, number, _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                self.index.add(_take_units(embeddings, rows, "cpu").numpy())
+
+    def choose_probes(
+        self, embeddings: Array, top_k: int, device: torch.device | str
+    ) -> dict[str, Any]:
+        """Search ever more clusters until the recall on a sample is as wanted."""
+        number = len(embeddings)
+        generator = np.random.default_rng(_SEED)
+        sample = np.sort(generator.choice(number, min(number, _SAMPLE), replace=False))
+        wanted = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
+        probes = _FIRST_PROBES
+        while True:
+            self.index.nprobe = min(probes, self.num_clusters)
+            found = np.concatenate([*self.search(embeddings, sample, top_k)])
+            recall = float((found[:, :, None] == wanted[:, None]).any(axis=2).mean())
+            if recall >= WANTED_RECALL or probes >= self.num_clusters:
+                break
+            probes *= 2
+        return {
+            "method": "faiss IVF, float16",
+            "clusters": self.num_clusters,
+            "clusters_searched": self.index.nprobe,
+            "recall": recall,
+            "recall_sample": len(sample),
+        }
+
+    def search(self, embeddings: Array, rows: Array, top_k: int) -> Iterator[Array]:
+        """Yield the nearest rows of some rows, (M, top_k) at a time."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            tile = rows[start : start + _ROWS_AT_ONCE]
+            with _all_threads():
+                queries = _take_units(embeddings, tile, "cpu").numpy()
+                found = self.index.search(queries, top_k + 1)[1]
+            # A row finds itself first, or not at all beside many equal ones.
+            is_other = found != tile[:, None]
+            is_other[is_other.all(axis=1), -1] = False
+            yield _fill_gaps(found[is_other].reshape(len(tile), top_k), tile, len(embeddings))
+
+
+def _fill_gaps(found: Array, rows: Array, number: int) -> Array:
+    """Replace what clusters with too few groups leave open, -1, by rows that follow."""
+    gaps = found < 0
+    if gaps.any():
+        following = (rows[:, None] + 1 + np.arange(found.shape[1])) % number
+        found = np.where(gaps, following, found)
+    return found
+
+
+@contextmanager
+def _all_threads() -> Iterator[None]:
+    """Let FAISS use all processors, since the other processes of the run wait."""
+    import faiss
+
+    number = faiss.omp_get_max_threads()
+    available = getattr(os, "sched_getaffinity", None)
+    faiss.omp_set_num_threads(len(available(0)) if available else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(number)
