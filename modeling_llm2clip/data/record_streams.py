@@ -257,10 +257,22 @@ class RecordStream(IterableDataset[CaptionedImage]):
 
         Args:
             number: of the shard in `reader.shards`.
+
+        Returns:
+            The records; of a shard that ends early those before its end.
+
+        Raises:
+            LostFileError: the shard cannot be read, perhaps by this process alone.
         """
-        samples = self.reader.read(number, 0, lambda _url, _reason: None)
-        checked = (self.check(sample)[0] for sample in samples if not sample.is_skipped)
-        return [record for record in checked if record is not None]
+        found = []
+        try:
+            for sample in self.reader.read(number, 0, lambda _url, _reason: None):
+                record = None if sample.is_skipped else self.check(sample)[0]
+                if record is not None:
+                    found.append(record)
+        except BrokenShardError:
+            pass  # iterating counts it
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": None}  # what is open stays here

@@ -362,6 +362,40 @@ def test_an_unknown_field_stops_a_stream_as_it_stops_loading(tmp_path: Path) -> 
     assert len(list(stream_records(tmp_path, ignore_fields=["no"]))) == 60
 
 
+@pytest.mark.slow  # two processes
+def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> None:
+    stream = stream_records(spell(served), retry=FAST)
+    (tars / "00002.tar").write_bytes(b"no tar")
+    with pytest.raises(TooManyLostError, match=r"00002\.tar before sample 0"):
+        list(make_loader(stream, batch_size=2, num_workers=2))
+    served.status["00003.tar"] = 403
+    with pytest.raises(AccessError, match=r"00003\.tar: access denied"):
+        list(make_loader(stream_records(spell(served), retry=FAST, max_lost_share=1), batch_size=2,
+                         num_workers=2))  # fmt: skip
+
+
+def test_one_shard_is_read_up_to_where_it_is_cut(tars: Path) -> None:
+    whole = stream_records(tars, buffer_size=1).read_shard(3)
+    assert [record.name for record in whole] == [f"00003.tar/{n:04d}.png" for n in range(SAMPLES)]
+    cut = tars / "00003.tar"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    part = stream_records(tars).read_shard(3)
+    assert 0 < len(part) < SAMPLES and part == whole[: len(part)]
+    cut.unlink()
+    with pytest.raises(ValueError, match="no such folder or file"):
+        stream_records(cut)
+
+
+def test_the_part_of_a_process_leaves_groups_out_and_counts_them(tars: Path) -> None:
+    stream = stream_records(tars)
+    own = stream.for_process(1, 2, seed=4, excluded_groups=frozenset({"g0", "g1", "g27"}))
+    other = stream.for_process(0, 2, seed=4)
+    found = list(own)
+    assert not {record.group_id for record in found} & {"g0", "g1", "g27"}
+    assert len(found) + own.report.excluded_samples == SHARDS * SAMPLES // 2
+    assert not {record.name for record in found} & set(list_names(other))
+
+
 def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path) -> None:
     (tars / "00002.tar").unlink()
     stream = stream_records(spell(served), retry=RetryPolicy(first_wait=60), max_lost_share=0.2)

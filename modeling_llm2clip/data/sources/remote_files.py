@@ -406,10 +406,14 @@ class SeekableFile(io.RawIOBase):
         stop = min(self._position + len(buffer), self._size)
         if stop <= self._position:
             return 0
-        content = self._file.read_range(self._position, stop)
-        buffer[: len(content)] = content
-        self._position = stop
-        return len(content)
+        # In blocks, so that what came before a lost connection need not come again.
+        first = self._position
+        while self._position < stop:
+            end = min(self._position + _BLOCK_BYTES, stop)
+            content = self._file.read_range(self._position, end)
+            buffer[self._position - first : end - first] = content
+            self._position = end
+        return stop - first
 
 
 def _read_fully(stream: ByteStream, size: int) -> bytes:

@@ -14,7 +14,7 @@ from hub_server import HubFile, HubServer
 from PIL import Image
 from shard_server import ShardServer
 
-from modeling_llm2clip.data.record_streams import stream_records
+from modeling_llm2clip.data.record_streams import make_loader, stream_records
 from modeling_llm2clip.data.sources import remote_files
 from modeling_llm2clip.data.sources.remote_access import (
     AccessError,
@@ -81,6 +81,8 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_s3_is_read() -> None:
     for source in ("s3://bucket/data", "s3://bucket/data/*.tar", "s3://bucket/data/{0..1}.tar"):
         assert captions_of(source) == CAPTIONS
+    loader = make_loader(stream_records("s3://bucket/data"), batch_size=2, num_workers=2)
+    assert sorted(record.captions[0] for batch in loader for record in batch) == CAPTIONS
     with pytest.raises(LostFileError, match=r"s3://bucket/none/0\.tar: no such file"):
         stream_records("s3://bucket/none/0.tar", retry=FAST)
 
