@@ -15,6 +15,8 @@ Every measurement is a process of its own, with `--threads` threads.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import re
@@ -139,6 +141,7 @@ class _PeakMemory:
     """The memory that this process gains beyond mapped files: `peak` and `held` bytes."""
 
     def __enter__(self) -> _PeakMemory:
+        _give_memory_back()
         self._before = self.peak = _count_bytes()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -154,6 +157,15 @@ class _PeakMemory:
     def _watch(self) -> None:
         while not self._ends.wait(0.005):
             self.peak = max(self.peak, _count_bytes())
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system, which would hide what is taken next."""
+    import pyarrow as pa
+
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _count_bytes() -> int:
