@@ -5,9 +5,10 @@
 
 `start` plans a fine-tuning of records with two captions, made of the example captions with a number
 in each, and counts the texts that are truncated. Memory is what the process holds beyond mapped
-files, at its peak, less what it holds after a start with few records; the slope is that of the line
-through the two largest numbers of records, which have several batches. `nearest` searches the nearest groups of
-random embeddings around 2,000 centers, in a space of 48 dimensions with noise in all others.
+files, at its peak, less what it holds after a start with few records; the slope is that of the
+line through the two largest numbers of records, which have several batches. `nearest` searches the
+nearest groups of random embeddings around 2,000 centers, in a space of 48 dimensions with noise in
+all others.
 
 Every measurement is a process of its own, with `--threads` threads.
 """

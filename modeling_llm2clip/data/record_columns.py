@@ -127,7 +127,9 @@ def make_image(
     return ParquetImage(Path(file), member, offset)
 
 
-def _locate(image: ImageSource | None) -> tuple[int, str | None, str | None, int | None, int | None]:
+def _locate(
+    image: ImageSource | None,
+) -> tuple[int, str | None, str | None, int | None, int | None]:
     """Return the columns of an image's address."""
     if image is None:
         return NO_IMAGE, None, None, None, None

@@ -131,7 +131,7 @@ class _ClusteredIndex:
         # Fast scans take an even number of parts; few parts tell too little apart.
         is_refined = dim >= _LEAST_DIM_OF_PARTS and dim % 8 == 0
         self.codes = f"PQ{dim // 4}x4fs" if is_refined else "SQ8"
-        self.index = faiss.index_factory(
+        self.index: Any = faiss.index_factory(
             dim, f"IVF{self.num_clusters},{self.codes}", faiss.METRIC_INNER_PRODUCT
         )
         self.clusters = faiss.extract_index_ivf(self.index)
