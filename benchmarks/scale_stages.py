@@ -99,7 +99,8 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
         """Notes when the first step begins, and what the workers hold at the last one."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            found.setdefault("begun", time.perf_counter())
+            if "begun" not in found:
+                found.update(begun=time.perf_counter(), **memory.describe())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             found["workers"] = [_count_bytes(pid) for pid in _list_children()]
@@ -121,11 +122,13 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
 
     with PeakMemory() as memory:
         seconds = start(records, "alone", workers=0)
-    start(records, "workers", workers=_WORKERS)
+        alone = {name: found[name] for name in ("resident_mb", "private_mb")}
+    with PeakMemory() as memory:
+        start(records, "workers", workers=_WORKERS)
     private = [pair[1] for pair in found["workers"]]
     return {
         "seconds": round(seconds, 2),
-        **memory.describe(),
+        **alone,
         "worker_private_mb": round(max(private) / 1e6, 1),
         "workers": len(private),
     }

@@ -89,7 +89,8 @@ def join_captions(
             the file cannot be read.
 
     Examples:
-        >>> joined = join_captions(load_records("cc3m"), "cc3m_captions.csv", on="url")
+        >>> images = load_records("cc3m")  # doctest: +SKIP
+        >>> joined = join_captions(images, "cc3m_captions.csv", on="url")  # doctest: +SKIP
         >>> print(joined)  # doctest: +SKIP
     """
     keys = _sort_keys(records, on)

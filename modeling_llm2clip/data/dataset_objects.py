@@ -57,6 +57,13 @@ def records_from_dataset(
     Raises:
         DataValidationError: records have errors, or the dataset lacks a column.
         ValueError: it has packed images that are not in files as they are, or is not a `Dataset`.
+
+    Examples:
+        >>> import datasets
+        >>> rows = datasets.load_dataset("json", data_files="my-images/captions.jsonl", split="train")
+        >>> records = records_from_dataset(rows, require_images=False)
+        >>> len(records), records[0].captions[0]
+        (20, 'Two dogs on a beach.')
     """
     if not hasattr(dataset, "data"):
         raise ValueError(
@@ -209,6 +216,15 @@ def stream_dataset(
 
     Raises:
         ValueError: it is not an `IterableDataset`.
+
+    Examples:
+        >>> import datasets
+        >>> rows = datasets.load_dataset(
+        ...     "json", data_files="my-images/captions.jsonl", split="train", streaming=True
+        ... )
+        >>> stream = stream_dataset(rows, require_images=False)
+        >>> len(list(stream))
+        20
     """
     if not hasattr(dataset, "num_shards") or hasattr(dataset, "data"):
         raise ValueError(

@@ -122,6 +122,10 @@ def stream_records(
     Raises:
         AccessError: access is denied, or a host cannot be reached.
         ValueError: there are no shards, or of several formats.
+
+    Examples:
+        >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
+        >>> record = next(iter(stream))  # doctest: +SKIP
     """
     policy = retry or RetryPolicy()
     shards = list_shards(source, policy)

@@ -116,6 +116,9 @@ def merge_store(folder: str | Path) -> Path:
 
     Raises:
         ValueError: It holds no store, or shards are missing or damaged; they are named.
+
+    Examples:
+        >>> store = merge_store("captions")  # which is complete already
     """
     folder = Path(folder)
     EmbeddingStoreWriter(folder, read_manifest(folder)).finish()
