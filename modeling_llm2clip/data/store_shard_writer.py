@@ -157,9 +157,7 @@ class ShardWriter:
             self._journal.unlink(missing_ok=True)
             os.ftruncate(self._descriptor, 0)
             try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._descriptor, 0, self._count_bytes())
-                os.ftruncate(self._descriptor, self._count_bytes())
+                _allocate(self._descriptor, self._count_bytes())
             except OSError:
                 self._part.unlink(missing_ok=True)
                 raise
@@ -210,6 +208,17 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
             "and run the same command again; it continues",
             str(folder),
         ) from error
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take room for a file, where the system and the file system can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    os.ftruncate(descriptor, size)
 
 
 def _require_finite(stored: Tensor, rows: Array, embeddings: Tensor) -> None:
