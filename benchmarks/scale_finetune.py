@@ -5,9 +5,10 @@
 
 `start` plans a fine-tuning of records with two captions, made of the example captions with a number
 in each, and counts the texts that are truncated. Memory is what the process holds beyond mapped
-files, at its peak, less what it holds after a start with few records; the slope is that of the line
-through the two largest numbers of records, which have several batches. `nearest` searches the nearest groups of
-random embeddings around 2,000 centers, in a space of 48 dimensions with noise in all others.
+files, at its peak, less what it holds after a start with few records; the slope is that of the
+line through the two largest numbers of records, which have several batches. `nearest` searches the
+nearest groups of random embeddings around 2,000 centers, in a space of 48 dimensions with noise in
+all others.
 
 Every measurement is a process of its own, with `--threads` threads.
 """
@@ -15,6 +16,8 @@ Every measurement is a process of its own, with `--threads` threads.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import re
@@ -139,6 +142,7 @@ class _PeakMemory:
     """The memory that this process gains beyond mapped files: `peak` and `held` bytes."""
 
     def __enter__(self) -> _PeakMemory:
+        _give_memory_back()
         self._before = self.peak = _count_bytes()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -154,6 +158,15 @@ class _PeakMemory:
     def _watch(self) -> None:
         while not self._ends.wait(0.005):
             self.peak = max(self.peak, _count_bytes())
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system, which would hide what is taken next."""
+    import pyarrow as pa
+
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _count_bytes() -> int:

@@ -8,7 +8,7 @@ from .command import command
 
 
 @command(group="Train", examples=("llm2clip merge-store captions",))
-def merge_store(store: Path, /) -> None:
+def merge_store(store: Path, /) -> int:
     """Completes a store that llm2clip extract --partition computed in parts.
 
     Checks that every shard is there. A complete store stays as it is.
@@ -19,4 +19,7 @@ def merge_store(store: Path, /) -> None:
     from ..training.extraction.extract import describe_extraction
     from ..training.extraction.extract import merge_store as merge
 
-    print("\n".join(describe_extraction(merge(store))))
+    merge(store)
+    print("\n".join(describe_extraction(store)))
+    print("Align a model on it: llm2clip align --help")
+    return 0

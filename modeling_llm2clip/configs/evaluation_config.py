@@ -88,6 +88,9 @@ class EvaluationConfig(EncoderConfig):
     Default: those of the dataset."""
     allow_repeated_class_names: bool = False
     """Keep classes that share a name, as ImageNet has some; their images count as wrong."""
+    allow_distractors: bool = False
+    """In data of your own, take images without captions and captions without images as candidates
+    that no query asks for, instead of stopping at them; they are counted."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of your own in the data that are not read. Default: none."""
     max_memory_mb: Annotated[float, Range(above=0)] = 256.0
@@ -100,5 +103,7 @@ class EvaluationConfig(EncoderConfig):
                 "skip_invalid=True needs check_images=True: a broken image would be found while a "
                 "model waits for it, too late to leave it out."
             )
+        if self.allow_distractors and self.captions_only:
+            yield "allow_distractors=True needs images. Leave captions_only=True out."
         if len(set(self.languages)) < len(self.languages):
             yield f"languages has a name twice: {', '.join(self.languages)}. Give each once."

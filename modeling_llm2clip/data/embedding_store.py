@@ -14,7 +14,10 @@ Items are the records of a dataset in its order. Rows have an order of their own
 says which rows belong to an item. Memory does not grow with the store: index and shards are mapped.
 Every byte is checked before it is used, once in each process: the manifest when the store is
 opened, a batch of the index or a row when it is first read. So opening takes no longer for a large
-store, and damage is never read in silence. `embedding_store_writer.py` writes a store.
+store, and damage is never read in silence.
+
+The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they are written by
+`embedding_store_writer.py` and `store_shard_writer.py`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from .mapped_memory import Advice, advise
 from .record_columns import ROWS_PER_BATCH
 from .record_table import split_by_batch
 from .store_manifest import IndexRecord
@@ -74,6 +75,7 @@ class ItemTexts(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for number in range(self._index.num_batches):
             yield from self._index.batch(number).column(self._column).to_pylist()
+            self._index.forget_pages(number)
 
 
 class StoreIndex:
@@ -160,6 +162,7 @@ class StoreIndex:
         for number in range(self.num_batches):
             values = np.asarray(self.batch(number).column(column))
             found[number * ROWS_PER_BATCH :][: len(values)] = values
+            self.forget_pages(number)
         return found
 
     def count_rows(self) -> tuple[Array, Array]:
@@ -174,6 +177,7 @@ class StoreIndex:
             ends, _ = self._list_rows(number)
             places = slice(number * ROWS_PER_BATCH, number * ROWS_PER_BATCH + len(ends) - 1)
             long[places] = np.diff(ends) - short[places]
+            self.forget_pages(number)
         return short, long
 
     def rows_of(self, item: int, *, long: bool) -> Array:
@@ -239,6 +243,7 @@ class StoreIndex:
             ends, rows = self._list_rows(number)
             start = int(ends[place])
             yield number * ROWS_PER_BATCH + place, ends[place:] - start, rows[start : int(ends[-1])]
+            self.forget_pages(number)
             number, place = number + 1, 0
 
     def _list_rows(self, number: int) -> tuple[Array, Array]:
@@ -248,10 +253,20 @@ class StoreIndex:
             self._rows[number] = np.asarray(column.offsets), np.asarray(column.values)
         return self._rows[number]
 
+    def forget_pages(self, number: int) -> None:
+        """Let the kernel take back the pages of a batch that was gone through.
+
+        Args:
+            number: of the batch.
+        """
+        start = self._record.ends[number - 1] if number else 0
+        size = self._record.ends[number] - start
+        advise(self._buffer.address + start, size, Advice.FORGET)
+
     def _check(self, part: int) -> None:
         """Raise ValueError if a part of the file has another hash than the manifest says."""
         start = self._record.ends[part - 1] if part else 0
-        digest = _hash_buffer(memoryview(self._buffer)[start : self._record.ends[part]])
+        digest = _hash_part(self._file, start, self._record.ends[part])
         if digest != self._record.sha256[part]:
             raise ValueError(
                 f"{self._file} is damaged: bytes {start} to {self._record.ends[part]} have the "
@@ -277,12 +292,8 @@ def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
                 writer.write_batch(batch)
                 ends.append(sink.tell())
         ends.append(sink.tell())
-    hashes, start = [], 0
-    with pa.memory_map(str(file)) as mapped:
-        buffer = mapped.read_buffer()
-    for end in ends:
-        hashes.append(_hash_buffer(memoryview(buffer)[start:end]))
-        start = end
+    starts = [0, *ends[:-1]]
+    hashes = [_hash_part(file, start, end) for start, end in zip(starts, ends, strict=True)]
     return IndexRecord(ends[-1], tuple(ends), tuple(hashes))
 
 
@@ -304,8 +315,15 @@ def make_batch(
     )
 
 
-def _hash_buffer(content: memoryview) -> str:
+def _hash_part(file: Path, start: int, end: int) -> str:
+    """Hash a part of a file; read, not mapped, so that it takes no memory."""
     digest = hashlib.sha256()
-    for start in range(0, len(content), _HASHED_AT_ONCE):
-        digest.update(content[start : start + _HASHED_AT_ONCE])
+    with file.open("rb") as opened:
+        opened.seek(start)
+        while start < end:
+            piece = opened.read(min(end - start, _HASHED_AT_ONCE))
+            if not piece:  # the file was truncated meanwhile
+                break
+            digest.update(piece)
+            start += len(piece)
     return digest.hexdigest()

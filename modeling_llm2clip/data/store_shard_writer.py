@@ -25,7 +25,7 @@ from .store_manifest import (
     shard_stem,
     write_sealed,
 )
-from .store_shards import CHECKSUM_BYTES, compute_checksums, make_header
+from .store_shards import CHECKSUM_BYTES, Runs, compute_checksums, make_header
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -103,8 +103,9 @@ class ShardWriter:
         self._checksums[places] = compute_checksums(rows)
         size = self._manifest.row_bytes
         with explain_full_disk(self._folder, self._name):
-            for place, row in zip(places.tolist(), rows, strict=True):
-                _write_at(self._descriptor, row.data, self._head_bytes + place * size)
+            for start, stop in Runs(places, step=1):
+                offset = self._head_bytes + int(places[start]) * size
+                _write_at(self._descriptor, rows[start:stop].reshape(-1).data, offset)
             _write_all(self._lines.fileno(), self._make_line(places))
         self.num_done += 1
 

@@ -13,14 +13,11 @@ it), once per row and process.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,18 +25,18 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from .atomic_files import hash_file
+from .mapped_memory import Advice, advise, count_memory_bytes, view_memory
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 CHECKSUM_BYTES = 8
-_HEADER_UNIT = 64  # bytes; the header's length is a multiple of it
+_PAGE = 4096  # bytes; embeddings begin at a page, so that a row touches as few as it can
 _SHOWN = 5
-# Of Linux and macOS; see madvise(2).
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
 # Mapped pages that were read count as resident, although the system may take them at any time. They
 # are given back when they may have come to this many bytes; the kernel maps 64 KiB around each row.
 _MOST_MAPPED_BYTES = 2**32
 _MAPPED_AROUND = 2**16
+_RUN = 16  # rows that follow each other, on the average, where runs are copied as such
 
 
 def make_header(num_rows: int, dim: int, dtype: str) -> bytes:
@@ -58,7 +55,7 @@ def make_header(num_rows: int, dim: int, dtype: str) -> bytes:
         "embeddings": {"dtype": name, "shape": [num_rows, dim], "data_offsets": [middle, end]},
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _HEADER_UNIT)
+    text += b" " * (-(8 + len(text) + middle) % _PAGE)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -73,22 +70,21 @@ def count_head_bytes(num_rows: int, dim: int, dtype: str) -> int:
     return len(make_header(num_rows, dim, dtype)) + CHECKSUM_BYTES * num_rows
 
 
-def compute_checksums(embeddings: Array) -> Array:
+def compute_checksums(embeddings: Array, places: Array | None = None) -> Array:
     """Compute the checksum of each row.
 
     Args:
         embeddings: (N, D), contiguous.
+        places: (M,) numbers of the rows to look at; None for all.
 
     Returns:
-        (N,) int64.
+        (N,) or (M,) int64.
     """
     size = embeddings.shape[1] * embeddings.itemsize
     content = embeddings.view(np.uint8).reshape(-1).data
+    starts = range(0, len(content), size) if places is None else (places * size).tolist()
     sha256 = hashlib.sha256
-    digests = [
-        sha256(content[start : start + size]).digest()[:CHECKSUM_BYTES]
-        for start in range(0, len(content), size)
-    ]
+    digests = [sha256(content[start : start + size]).digest()[:CHECKSUM_BYTES] for start in starts]
     return np.frombuffer(b"".join(digests), dtype="<i8")
 
 
@@ -110,7 +106,7 @@ class StoreShards:
         self._buffers: dict[int, tuple[pa.Buffer, Array]] = {}
         self._addresses = np.zeros(manifest.num_shards, np.int64)  # of embeddings; 0: not mapped
         self._mapped_bytes = 0
-        self._fits_memory = manifest.num_rows * manifest.row_bytes < _count_memory_bytes() // 2
+        self._fits_memory = manifest.num_rows * manifest.row_bytes < count_memory_bytes() // 2
 
     def read(self, rows: Array) -> Array:
         """Read rows.
@@ -148,7 +144,7 @@ class StoreShards:
         for shard in np.unique(shards).tolist():
             of_shard = np.flatnonzero(shards == shard)
             wanted[of_shard] = self._buffers[shard][1][rows[places][of_shard] - shard * per_shard]
-        damaged = np.flatnonzero(compute_checksums(found[places]) != wanted)
+        damaged = np.flatnonzero(compute_checksums(found, places) != wanted)
         if len(damaged):
             bad = np.unique(rows[places][damaged]).tolist()
             files = sorted({self._manifest.shards[row // per_shard].file for row in bad})
@@ -178,52 +174,65 @@ class StoreShards:
         checksums = np.frombuffer(buffer, "<i8", count=record.rows, offset=start)
         self._buffers[shard] = buffer, checksums.copy()
         self._addresses[shard] = buffer.address + head
-        _advise(buffer.address, buffer.size, _MADV_RANDOM)  # no reading ahead of each row
+        advise(buffer.address, buffer.size, Advice.RANDOM)  # no reading ahead of each row
 
     def _gather(self, addresses: Array) -> Array:
         """Copy the rows at some addresses.
 
         They are read from an array over all memory from the first to the last of them. Its row k
         are the `dim` numbers from number k on, so that the rows of all shards are rows of it, and
-        one gather is enough. What lies between the shards is not touched.
+        one gather is enough. The memory between the shards is not touched.
         """
-        first, size = int(addresses.min()), self._dtype.itemsize
+        dim, size = self._manifest.dim, self._dtype.itemsize
+        runs = Runs(addresses, step=self._manifest.row_bytes)
+        if len(runs) * _RUN < len(addresses):  # copying whole runs is faster
+            found = np.empty((len(addresses), dim), self._dtype)
+            for start, stop in runs:
+                shape, strides = (stop - start, dim), (dim * size, size)
+                found[start:stop] = view_memory(int(addresses[start]), shape, strides, self._dtype)
+            return found
+        first = int(addresses.min())
         count = (int(addresses.max()) - first) // size + 1
-        memory = _Memory(first, (count, self._manifest.dim), (size, size), self._dtype)
-        found: Array = np.asarray(memory)[(addresses - first) // size]
-        return found
+        memory = view_memory(first, (count, dim), (size, size), self._dtype)
+        gathered: Array = memory[(addresses - first) // size]
+        return gathered
 
     def _announce(self, addresses: Array) -> None:
         """Advise the kernel which rows come next, so that the disk reads them in parallel."""
-        if not len(addresses) or _find_madvise() is None:
+        if not len(addresses):
             return
-        row_bytes = self._manifest.row_bytes
         ordered = np.unique(addresses)
-        ends = np.flatnonzero(np.diff(ordered) != row_bytes)  # of runs of consecutive rows
-        starts = [0, *(ends + 1).tolist()]
-        for first, last in zip(starts, [*ends.tolist(), len(ordered) - 1], strict=True):
-            size = int(ordered[last] - ordered[first]) + row_bytes
-            _advise(int(ordered[first]), size, _MADV_WILLNEED)
+        for start, stop in Runs(ordered, step=self._manifest.row_bytes):
+            size = (stop - start) * self._manifest.row_bytes
+            advise(int(ordered[start]), size, Advice.READ_AHEAD)
 
     def _forget_pages(self, num_rows: int) -> None:
         self._mapped_bytes += num_rows * (self._manifest.row_bytes + _MAPPED_AROUND)
         total = sum(buffer.size for buffer, _ in self._buffers.values())
         if min(self._mapped_bytes, total) > _MOST_MAPPED_BYTES:
             for buffer, _ in self._buffers.values():
-                _advise(buffer.address, buffer.size, _MADV_DONTNEED)
+                advise(buffer.address, buffer.size, Advice.FORGET)
             self._mapped_bytes = 0
 
 
-class _Memory:
-    """Memory that numpy makes an array of, without copying it."""
+class Runs:
+    """Where in an array runs of numbers begin and end, each larger by the same step.
 
-    def __init__(
-        self, address: int, shape: tuple[int, int], strides: tuple[int, int], dtype: np.dtype[Any]
-    ) -> None:
-        self.__array_interface__ = {
-            "data": (address, True), "shape": shape, "strides": strides, "typestr": dtype.str,
-            "version": 3,
-        }  # fmt: skip
+    Args:
+        numbers: (N,) integers, at least one.
+        step: from one number of a run to the next one.
+    """
+
+    def __init__(self, numbers: Array, *, step: int) -> None:
+        self._breaks = np.flatnonzero(np.diff(numbers) != step) + 1
+        self._end = len(numbers)
+
+    def __len__(self) -> int:
+        return len(self._breaks) + 1
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        breaks = self._breaks.tolist()
+        return zip([0, *breaks], [*breaks, self._end], strict=True)
 
 
 def check_size(folder: Path, record: ShardRecord) -> None:
@@ -300,27 +309,3 @@ def list_errors(check: Any, records: Sequence[ShardRecord]) -> list[str]:
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         return [error for error in pool.map(describe, records) if error is not None]
-
-
-def _advise(address: int, size: int, advice: int) -> None:
-    """Advise the kernel about mapped memory; a system without such advice works without it."""
-    madvise = _find_madvise()
-    if madvise is not None:
-        page = os.sysconf("SC_PAGE_SIZE")
-        start = address // page * page
-        madvise(start, address + size - start, advice)
-
-
-@cache
-def _find_madvise() -> Any:
-    if sys.platform not in ("linux", "darwin"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
-
-
-def _count_memory_bytes() -> int:
-    if sys.platform not in ("linux", "darwin"):
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

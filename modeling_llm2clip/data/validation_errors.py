@@ -36,6 +36,11 @@ class DataValidationError(ValueError):
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
             lines.append("Name a field that is meant to be there: ignore_fields, --ignore-fields.")
+        if {"no caption", "no image"} & set(self.counts):
+            lines.append(
+                "To evaluate with images without captions, or captions without images, as "
+                "candidates: allow_distractors, --allow-distractors."
+            )
         if "class name repeated" in self.counts:
             lines.append(
                 "Give each class a name of its own (class_names, --class-names), or let images "
@@ -106,6 +111,17 @@ class ErrorCollector:
         collected._counts, collected._places = content["counts"], content["places"]
         collected._skipped = content["skipped"]
         return collected
+
+    def without(self, *kinds: str) -> ErrorCollector:
+        """Return a collector of the other errors.
+
+        Args:
+            kinds: kinds of errors that are left out.
+        """
+        others = ErrorCollector()
+        others._counts = {kind: n for kind, n in self._counts.items() if kind not in kinds}
+        others._places = {kind: [*self._places[kind]] for kind in others._counts}
+        return others
 
     @property
     def counts(self) -> dict[str, int]:

@@ -7,13 +7,10 @@ results that exist already; only then weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
 
 from .._extras import PLOTS, is_installed, require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
@@ -24,7 +21,8 @@ from .datasets.dataset_registry import DatasetSource, find_languages, load_datas
 from .datasets.dataset_spec import DatasetSpec
 from .datasets.validation import ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import EncodedTexts, Encoder, EncoderDescription
+from .encoders.encoder import Encoder, EncoderDescription
+from .encoders.once_encoder import OnceEncoder
 from .metrics.ranking import ranking_memory
 from .plots import plot_confusion
 from .results import (
@@ -102,7 +100,7 @@ def evaluate(
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
     for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):
-        encoder = _OnceEncoder(encoders.pop(name))  # so that a model is freed after its turn
+        encoder = OnceEncoder(encoders.pop(name))  # so that a model is freed after its turn
         for job in jobs:
             cell = (name, job.task.name, job.dataset)
             with ranking_memory(config.max_memory_mb):
@@ -306,6 +304,7 @@ def _read_datasets(
             class_names=config.class_names if is_classification else None,
             templates=config.templates if is_classification else None,
             allow_repeated_class_names=config.allow_repeated_class_names,
+            allow_distractors=config.allow_distractors,
             show_progress=config.show_progress,
             **shared,
         )
@@ -379,7 +378,7 @@ def _find_all_finished(
 
 
 def _run(
-    encoder: _OnceEncoder, model: str, job: _Job, protocol: dict[str, Any], output: Path
+    encoder: OnceEncoder, model: str, job: _Job, protocol: dict[str, Any], output: Path
 ) -> Result:
     before = dict(encoder.encoded)
     started = time.monotonic()
@@ -409,59 +408,3 @@ def _run(
         plot_confusion(*found.confusion, file.with_suffix(".confusion.png"))
     write_result(file, result)
     return result
-
-
-class _OnceEncoder:
-    """Encodes each text and each image once, for all tasks and languages.
-
-    Args:
-        encoder: The encoder.
-
-    Attributes:
-        encoded: How many texts and images were encoded so far.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoded = {"texts": 0, "images": 0}
-        self._encoder = encoder
-        self._texts: dict[Hashable, Tensor] = {}
-        self._is_truncated: dict[str, bool] = {}
-        self._images: dict[Hashable, Tensor] = {}
-
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._encoder.describe()
-
-    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts.
-
-        Args:
-            texts: At least one.
-        """
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            encoded = self._encoder.encode_texts(new)
-            self._texts.update(zip(new, encoded.embeds, strict=True))
-            self.encoded["texts"] += len(new)
-            if encoded.is_truncated is not None:
-                self._is_truncated.update(zip(new, encoded.is_truncated.tolist(), strict=True))
-        is_truncated = [self._is_truncated.get(text) for text in texts]
-        known = None if None in is_truncated else torch.tensor(is_truncated)
-        return EncodedTexts(torch.stack([self._texts[text] for text in texts]), known)
-
-    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images, which are identified by their address and their name.
-
-        Args:
-            images: At least one.
-            names: Their names in the dataset.
-        """
-        wanted = list(zip(images, names, strict=True))
-        new = [pair for pair in dict.fromkeys(wanted) if pair not in self._images]
-        if new:
-            embeds = self._encoder.encode_images(
-                [image for image, _ in new], names=[name for _, name in new]
-            )
-            self._images.update(zip(new, embeds, strict=True))
-            self.encoded["images"] += len(new)
-        return torch.stack([self._images[pair] for pair in wanted])

@@ -305,10 +305,13 @@ def _tabulate_texts(texts: tuple[str, ...]) -> Dataset:
 
 
 def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:
+    asked = positives.counts.nonzero().flatten().tolist()
+    if len(asked) < len(queries):  # the others are distractors
+        queries = queries.select(asked)
     candidates = corpus["id"][:]
     relevant = {
         query: {candidates[row]: 1 for row in positives.of(number).tolist()}
-        for number, query in enumerate(queries["id"])
+        for number, query in zip(asked, queries["id"], strict=True)
     }
     return RetrievalSplitData(
         queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None

@@ -20,6 +20,8 @@ from ..encoding.devices import find_device
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Result = TypeVar("Result")
 
+_LAUNCHED = "ACCELERATE_DYNAMO_USE_FULLGRAPH"  # which `accelerate launch` always sets
+
 # One process may work alone for a while, on hard negatives or on a folder that is written. NCCL
 # gives up after ten minutes.
 LONGEST_WAIT = timedelta(hours=3)
@@ -60,6 +62,7 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
     stays_on_cpu = find_device().type == "cpu" if cpu is None else cpu
     state = PartialState(cpu=stays_on_cpu, timeout=LONGEST_WAIT)
     require_all_processes(state.num_processes)
+    refuse_lone_launch(state.num_processes)
     warn_of_idle_gpus(state.device, state.num_processes)
     return state
 
@@ -126,6 +129,30 @@ def require_all_processes(num_processes: int) -> None:
             f"The launcher started {started} processes (WORLD_SIZE), and this one works with "
             f"{num_processes}. Give every process a GPU, or all of them the CPU (--device cpu), or "
             "start one process without a launcher."
+        )
+
+
+def refuse_lone_launch(num_processes: int) -> None:
+    """Refuse a run of one process where `accelerate launch` was asked for several.
+
+    Without `--multi_gpu`, or a configuration that says so, accelerate starts one process on a
+    machine without several GPUs, whatever `--num_processes` says. It then sets the address of a
+    main process, which it does for several processes alone, but neither rank nor world size.
+
+    Args:
+        num_processes: Number of processes that this one works with.
+
+    Raises:
+        RuntimeError: The launcher was asked for several processes and started one.
+    """
+    if num_processes > 1 or "WORLD_SIZE" in os.environ or _LAUNCHED not in os.environ:
+        return
+    if "MASTER_ADDR" in os.environ:
+        raise RuntimeError(
+            "accelerate launch was asked for several processes or machines, and started one "
+            "process. Add --multi_gpu, which also starts processes on CPUs, or --config_file "
+            "examples/accelerate/ddp.yaml. For one process on one machine, ask for "
+            "--num_processes 1 --num_machines 1, and unset MASTER_ADDR."
         )
 
 

@@ -26,7 +26,8 @@ SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 EXTRAS = SETUP["options.extras_require"]
 # Distributions that are not called as what they hold is imported.
-DISTRIBUTIONS = {"open_clip": "open_clip_torch", "sentence_transformers": "sentence-transformers"}
+DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
+                 "sentence_transformers": "sentence-transformers"}  # fmt: skip
 # Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
 # transformers the last.
 INDIRECT = {"fsspec", "rich", "tokenizers"}

@@ -273,7 +273,9 @@ def test_a_row_is_checked_once_in_a_process_and_its_workers(
     hashed: list[int] = []
     compute = store_shards.compute_checksums
     monkeypatch.setattr(
-        store_shards, "compute_checksums", lambda rows: hashed.append(len(rows)) or compute(rows)
+        store_shards,
+        "compute_checksums",
+        lambda rows, places: hashed.append(len(places)) or compute(rows, places),
     )
     opened = EmbeddingStore.open(store)
     opened.read([1, 9, 20])

@@ -27,7 +27,8 @@ from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation import evaluate as evaluation
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
-from modeling_llm2clip.evaluation.evaluate import _OnceEncoder, evaluate
+from modeling_llm2clip.evaluation.encoders.once_encoder import KnownRows, OnceEncoder
+from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import (
     Result,
     read_evaluation_results,
@@ -439,7 +440,7 @@ def test_an_output_that_cannot_take_the_results_is_refused_first(
 
 def test_what_was_encoded_is_not_encoded_again(tmp_path: Path) -> None:
     inner = open_embeddings(tmp_path, {"a": EAST, "b": NORTH}, {"p0": EAST})
-    encoder = _OnceEncoder(inner)
+    encoder = OnceEncoder(inner)
     first = encoder.encode_texts(["a", "b", "a"]).embeds
     image = encoder.encode_images([None], names=["p0"])
     asked: list[Any] = []
@@ -448,6 +449,15 @@ def test_what_was_encoded_is_not_encoded_again(tmp_path: Path) -> None:
     assert torch.equal(encoder.encode_texts(["b", "a"]).embeds, first[[1, 0]])
     assert torch.equal(encoder.encode_images([None], names=["p0"]), image)
     assert asked == []
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (3, 4), (4, 3), (1, 4, 1), (0, 1, 2, 3, 4)])
+def test_rows_encoded_in_several_blocks_are_those_of_their_inputs(wanted: tuple[int, ...]) -> None:
+    known, embeds = KnownRows(), torch.randn(5, 3)
+    for part in ([0, 1, 2], [3, 4]):
+        assert known.list_new([*part, *part[:1]]) == part
+        known.add(part, embeds[part[0] : part[-1] + 1])
+    assert torch.equal(known.take(wanted), embeds[list(wanted)])
 
 
 def test_embeddings_that_are_not_finite_score_nothing(data: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from modeling_llm2clip.training.alignment.alignment_trainer import make_training
 from modeling_llm2clip.training.distributed import (
     LONGEST_WAIT,
     join_processes,
+    refuse_lone_launch,
     require_all_processes,
     warn_of_idle_gpus,
 )
@@ -41,6 +42,29 @@ def test_a_process_that_works_alone_beside_others_is_refused(
     ):
         join_processes(cpu=True)
     require_all_processes(2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_refused"),
+    [
+        ({"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "MASTER_ADDR": "127.0.0.1"}, True),
+        ({"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}, False),  # one process was asked for
+        ({"MASTER_ADDR": "127.0.0.1"}, False),  # no launcher: a cluster that sets it for all
+    ],
+)
+def test_one_process_where_several_were_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_refused: bool
+) -> None:
+    for name in ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refuse_lone_launch(2)
+    if not is_refused:
+        refuse_lone_launch(1)
+        return
+    with pytest.raises(RuntimeError, match=r"several processes.*--multi_gpu.*ddp\.yaml"):
+        refuse_lone_launch(1)
 
 
 @pytest.mark.parametrize("chosen", ["by its options", "by the launcher", "by nobody"])

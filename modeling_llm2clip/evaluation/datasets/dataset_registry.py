@@ -157,6 +157,7 @@ def load_dataset(
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     allow_repeated_class_names: bool = False,
+    allow_distractors: bool = False,
     ignore_fields: Collection[str] = (),
     show_progress: bool = False,
     cache: ReadingCache | None = None,
@@ -180,6 +181,9 @@ def load_dataset(
         allow_repeated_class_names: Of a classification: keep classes that share a name and list
             them in `protocol["repeated_class_names"]`; their images count as wrong. Some of the
             published names of ImageNet repeat.
+        allow_distractors: Of one's own data: images without captions and captions without images
+            are candidates that no query asks for, counted in `protocol["distractors"]`. Such an
+            image has `captions: []`, such a caption a `group_id` and no image.
         ignore_fields: Of one's own data: further fields, which are not read and not errors.
         show_progress: Show a progress bar while images are decoded.
         cache: Give the same one for every language of a folder, which is then read once.
@@ -207,6 +211,7 @@ def load_dataset(
         class_names=_freeze(class_names),
         templates=None if templates is None else tuple(templates),
         allow_repeated_class_names=allow_repeated_class_names,
+        allow_distractors=_require_own(spec, allow_distractors),
         ignore_fields=tuple(ignore_fields),
         show_progress=show_progress,
     )
@@ -215,6 +220,16 @@ def load_dataset(
     # Where files are on this machine changes no score, and the protocol is published.
     validator.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
     return spec.build(spec, _choose_language(spec, request, validator, lang), validator)
+
+
+def _require_own(spec: DatasetSpec, allow_distractors: bool) -> bool:
+    """Raise ValueError if a published dataset is to be read with distractors."""
+    if allow_distractors and not spec.takes_distractors:
+        raise ValueError(
+            f"{spec.name} is a published dataset, whose scores are those of its own images and "
+            "captions. Leave allow_distractors out."
+        )
+    return allow_distractors
 
 
 def read_data(

@@ -12,6 +12,7 @@ protocol has:
 | `with_images` | of a retrieval dataset: false if only its captions were read |
 | `published` | the counts that the publisher gives; empty if none are known |
 | `skipped` | error to its count; empty unless invalid samples were to be skipped |
+| `distractors` | images without captions and captions without images, if they were allowed |
 | `skipped_samples` | how many images, items or lines were skipped, each counted once |
 
 Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
@@ -81,6 +82,7 @@ class ReadRequest:
         class_names: Names by class, or in the order of the classes.
         templates: Prompts of a classification.
         allow_repeated_class_names: Whether classes may share a name.
+        allow_distractors: Whether images need no captions, and captions no images.
         ignore_fields: Further fields of one's own data.
         show_progress: Whether to show progress bars.
     """
@@ -93,6 +95,7 @@ class ReadRequest:
     class_names: Mapping[str, str] | tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     allow_repeated_class_names: bool = False
+    allow_distractors: bool = False
     ignore_fields: tuple[str, ...] = ()
     show_progress: bool = False
 
@@ -134,6 +137,7 @@ class DatasetSpec:
         find_languages: Lists the languages of a folder, for a spec that names none.
         origin: Where the data is: `files` of a folder that is named, the `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
+        takes_distractors: Whether its images may be without captions, and captions without images.
     """
 
     name: str
@@ -153,6 +157,7 @@ class DatasetSpec:
     find_languages: Callable[[ReadRequest, DatasetValidator], tuple[str, ...]] | None = None
     origin: Literal["files", "package", "records"] = "files"
     hub_files: str = "*.parquet"
+    takes_distractors: bool = False
 
     def list_published_counts(self, lang: str) -> dict[str, int]:
         """List the counts that the publisher gives for one language.

@@ -84,7 +84,8 @@ class RetrievalDataset(EvaluationDataset):
         for image, name in enumerate(self.image_names):
             rows = tuple(texts.of(image).tolist())
             captions = tuple(dict.fromkeys(self.captions[row] for row in rows))
-            groups.setdefault(rows, CaptionGroup(name, captions))
+            if rows:  # not a distractor
+                groups.setdefault(rows, CaptionGroup(name, captions))
         return list(groups.values())
 
     def list_content(self) -> list[Any]:
@@ -105,6 +106,7 @@ class PublishedRecord:
         image: Where the image is, if the reader knows.
         group_id: What the image shows; None for `name`. Images of one group share their captions.
         is_valid: Whether the reader has reported no error of it.
+        has_image: Whether it has an image; a distractor may have captions alone.
     """
 
     place: str
@@ -113,6 +115,7 @@ class PublishedRecord:
     image: ImageSource | None = None
     group_id: str | None = None
     is_valid: bool = True
+    has_image: bool = True
 
     @property
     def group(self) -> str:
@@ -144,19 +147,23 @@ def build_retrieval_dataset(
     records: list[PublishedRecord] = []
     names: set[str] = set()
     for record in published:
-        checked = _check_record(spec, record, validator, request if has_images else None)
+        checked = _check_record(spec, record, validator, request, has_images=has_images)
         if checked.name in names:
             validator.errors.add("image repeated", f"{record.place}: {record.name}")
             checked = replace(checked, is_valid=False)
         names.add(checked.name)
         records.append(checked)
-    found = {"images": len(records), "captions": sum(len(record.captions) for record in records)}
+    num_images = sum(record.has_image for record in records)
+    found = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
     if has_images and request.check_images:
         unreadable = validator.find_unreadable_images(
-            (record.image for record in records), show_progress=request.show_progress
+            (record.image for record in records if record.has_image),
+            show_progress=request.show_progress,
         )
         records = [
-            replace(record, is_valid=False) if record.image in unreadable else record
+            replace(record, is_valid=False)
+            if record.has_image and record.image in unreadable
+            else record
             for record in records
         ]
     validator.compare_counts(found, spec.list_published_counts(request.lang))
@@ -213,19 +220,21 @@ def _check_record(
     spec: DatasetSpec,
     record: PublishedRecord,
     validator: DatasetValidator,
-    request: ReadRequest | None,
+    request: ReadRequest,
+    *,
+    has_images: bool,
 ) -> PublishedRecord:
-    """Clean the captions and find the image; a request is given if images are wanted."""
+    """Clean the captions and find the image if images are wanted."""
     found = []
     image = record.image
-    if request is not None and image is None and record.is_valid:
+    if has_images and record.has_image and image is None and record.is_valid:
         image_dir = request.image_dir or request.folder
         image = None if image_dir is None else find_image(image_dir, record.name)
         if image is None:
             found.append("image missing")
     wanted = spec.captions_per_image
     captions = [clean_text(caption) for caption in record.captions[:wanted]]
-    if record.is_valid and not captions:
+    if record.is_valid and not captions and not (request.allow_distractors and record.has_image):
         found.append("no caption")
     if record.is_valid and not all(captions):
         found.append("blank caption")
@@ -236,7 +245,7 @@ def _check_record(
     return replace(
         record,
         captions=tuple(captions),
-        image=None if request is None else image,
+        image=image if has_images else None,
         is_valid=record.is_valid and not found,
     )
 
@@ -252,6 +261,7 @@ def _assemble(
         raise ValueError(
             f"{validator.source}: no image is left, because each has an error: {skipped}"
         )
+    with_images = [record for record in records if record.has_image]
     texts_of_group: dict[str, list[str]] = {}
     for record in records:
         if record.group not in texts_of_group:
@@ -260,28 +270,36 @@ def _assemble(
             texts = texts_of_group[record.group]
             texts += [caption for caption in record.captions if caption not in texts]
     captions = [text for texts in texts_of_group.values() for text in texts]
-    image_group_ids = tuple(record.group for record in records)
+    image_group_ids = tuple(record.group for record in with_images)
     correspondence = Correspondence.from_group_ids(
-        image_group_ids, [group for group, texts in texts_of_group.items() for _ in texts]
+        image_group_ids,
+        [group for group, texts in texts_of_group.items() for _ in texts],
+        allows_distractors=request.allow_distractors,
     )
+    distractors = [len(rows) for rows in correspondence.list_distractors()]
     images = tuple(record.image for record in records if record.image is not None)
     protocol = {
         "dataset": spec.name,
         "lang": request.lang,
         **spec.protocol,
-        "images": len(records),
+        "images": len(with_images),
         "with_images": bool(images),
         "captions": len(captions),
         "published": spec.list_published_counts(request.lang),
         "captions_per_image": spec.captions_per_image or "all",
         "captions_of_several_images": _count_shared(texts_of_group),
         "skipped": skipped,
+        **(
+            {"distractors": dict(zip(("images", "captions"), distractors, strict=True))}
+            if request.allow_distractors
+            else {}
+        ),
         **validator.notes,
     }
     return RetrievalDataset(
         name=spec.name,
         images=images,
-        image_names=tuple(record.name for record in records),
+        image_names=tuple(record.name for record in with_images),
         captions=tuple(captions),
         correspondence=correspondence,
         lang=request.lang,

@@ -39,6 +39,7 @@ from ...processing_llm2clip import check_texts
 from .encoder import EncodedTexts, EncoderDescription, choose_dtype
 
 _SHOWN = 5
+_ROWS_AT_ONCE = 2**14
 _SIDE_OF_CONTENT = {"caption_embeds": "texts", "vision_embeds": "images"}
 _STORE_FOLDERS = (".", "captions", "images")
 
@@ -131,10 +132,7 @@ class StoredEmbeddingsEncoder:
             texts: At least one.
         """
         check_texts(list(texts))
-        embeds = self._look_up("texts", texts)
-        if self._head is not None:
-            embeds = project_captions(self._head, embeds)
-        return EncodedTexts(embeds, None)
+        return EncodedTexts(self._look_up("texts", texts, project_captions), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Look images up by their names.
@@ -143,12 +141,12 @@ class StoredEmbeddingsEncoder:
             images: Not used.
             names: Their names in the dataset.
         """
-        embeds = self._look_up("images", names)
-        if self._head is not None:
-            embeds = project_images(self._head, embeds)
-        return embeds
+        return self._look_up("images", names, project_images)
 
-    def _look_up(self, name: str, wanted: Sequence[str]) -> Tensor:
+    def _look_up(
+        self, name: str, wanted: Sequence[str], project: Callable[[LLM2CLIPModel, Tensor], Tensor]
+    ) -> Tensor:
+        """Read, check and project embeddings in pieces, so that they are held once."""
         side = self._sides.get(name)
         if side is None:
             hint = " Stored images need the model's head (--head)." if self._is_store else ""
@@ -156,20 +154,29 @@ class StoredEmbeddingsEncoder:
                 f"{self._source} has no embeddings of {name}, only of {', '.join(self._sides)}."
                 f"{hint}"
             )
-        lost = [item for item in dict.fromkeys(wanted) if item not in side.row_of]
+        lost = [*dict.fromkeys(item for item in wanted if item not in side.row_of)]
         if lost:
             raise ValueError(
                 f"{self._source} has no embedding for {len(lost)} of {len(set(wanted))} {name}: "
                 f"{lost[:_SHOWN]}."
             )
-        embeds = side.read([side.row_of[item] for item in wanted])
-        broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            shown = [wanted[row] for row in broken[:_SHOWN]]
-            raise ValueError(
-                f"{self._source}: NaN or infinity in the embeddings of {name} {shown}."
-            )
-        return embeds
+        found: Tensor | None = None
+        for start in range(0, len(wanted), _ROWS_AT_ONCE):
+            names = wanted[start : start + _ROWS_AT_ONCE]
+            embeds = side.read([side.row_of[item] for item in names])
+            broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            if broken:
+                shown = [names[row] for row in broken[:_SHOWN]]
+                raise ValueError(
+                    f"{self._source}: NaN or infinity in the embeddings of {name} {shown}."
+                )
+            if self._head is not None:
+                embeds = project(self._head, embeds)
+            if found is None:
+                found = embeds.new_empty(len(wanted), embeds.shape[1])
+            found[start : start + len(names)] = embeds
+        assert found is not None
+        return found
 
     @cached_property
     def _head(self) -> LLM2CLIPModel | None:

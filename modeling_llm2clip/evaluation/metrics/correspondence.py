@@ -28,7 +28,7 @@ class PositiveLists:
 
     @property
     def counts(self) -> Tensor:
-        """(Q,) int64, number of positives of each query; at least one."""
+        """(Q,) int64, number of positives of each row; 0 for one that is no query."""
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
@@ -47,23 +47,26 @@ class PositiveLists:
 class Correspondence:
     """Which texts describe which images, as pairs of rows.
 
-    Several texts may belong to one image and several images to one text.
+    Several texts may belong to one image and several images to one text. Distractors are images
+    without a text and texts without an image: candidates, but not queries.
 
     Attributes:
         num_images: Number of images.
         num_texts: Number of texts.
         image_of_pair: (num_pairs,) int64, the image of each pair.
         text_of_pair: (num_pairs,) int64, the text of each pair.
+        allows_distractors: Whether there may be distractors.
 
     Raises:
-        ValueError: A row is out of range, a pair occurs twice, an image has no text, or a text has
-            no image; all errors are reported at once.
+        ValueError: A row is out of range, a pair occurs twice, there is no pair, or there are
+            distractors that are not allowed; all errors are reported at once.
     """
 
     num_images: int
     num_texts: int
     image_of_pair: Tensor
     text_of_pair: Tensor
+    allows_distractors: bool = False
 
     def __post_init__(self) -> None:
         image, text = self.image_of_pair, self.text_of_pair
@@ -76,9 +79,16 @@ class Correspondence:
             if rows.dtype != torch.int64:
                 raise ValueError(f"{name} is {rows.dtype}; row numbers must be torch.int64.")
         errors = [
-            *_find_errors("image", image, self.num_images, other="text"),
-            *_find_errors("text", text, self.num_texts, other="image"),
+            *_find_errors("image", image, self.num_images),
+            *_find_errors("text", text, self.num_texts),
         ]
+        if not errors and not len(image):
+            errors = ["no image has a text"]
+        if not errors and not self.allows_distractors:
+            errors = [
+                *_find_lonely("image", image, self.num_images, other="text"),
+                *_find_lonely("text", text, self.num_texts, other="image"),
+            ]
         # Numbers out of range would make two pairs look like one.
         errors = errors or self._find_repeated_pairs()
         if errors:
@@ -86,16 +96,21 @@ class Correspondence:
 
     @classmethod
     def from_group_ids(
-        cls, image_group_ids: Sequence[Hashable], text_group_ids: Sequence[Hashable]
+        cls,
+        image_group_ids: Sequence[Hashable],
+        text_group_ids: Sequence[Hashable],
+        *,
+        allows_distractors: bool = False,
     ) -> Correspondence:
         """Pair every image with every text of the same group.
 
         Args:
             image_group_ids: Group of each image.
             text_group_ids: Group of each text.
+            allows_distractors: Whether a group may have only images, or only texts.
 
         Raises:
-            ValueError: A group has only images, or only texts.
+            ValueError: A group has only images, or only texts, and may not.
         """
         images_of_group, texts_of_group = _list_rows(image_group_ids), _list_rows(text_group_ids)
         without_texts = [group for group in images_of_group if group not in texts_of_group]
@@ -105,15 +120,16 @@ class Correspondence:
             for side, groups in (("images", without_texts), ("texts", without_images))
             if groups
         ]
-        if errors:
+        if errors and not allows_distractors:
             raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
         pairs = [
             pair
             for group, images in images_of_group.items()
-            for pair in product(images, texts_of_group[group])
+            for pair in product(images, texts_of_group.get(group, ()))
         ]
         rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-        return cls(len(image_group_ids), len(text_group_ids), rows[:, 0], rows[:, 1])
+        numbers = len(image_group_ids), len(text_group_ids)
+        return cls(*numbers, rows[:, 0], rows[:, 1], allows_distractors)
 
     @classmethod
     def from_image_of_text(
@@ -132,6 +148,16 @@ class Correspondence:
     def num_pairs(self) -> int:
         """Number of pairs of an image and a text."""
         return len(self.image_of_pair)
+
+    def list_distractors(self) -> tuple[Tensor, Tensor]:
+        """List the images without a text, and the texts without an image, as ascending rows."""
+        images, texts = (
+            (torch.bincount(rows, minlength=number) == 0).nonzero().flatten()
+            for rows, number in (
+                (self.image_of_pair, self.num_images), (self.text_of_pair, self.num_texts),
+            )
+        )  # fmt: skip
+        return images, texts
 
     def texts_of_images(self) -> PositiveLists:
         """List the texts of every image: the positives of i2t retrieval."""
@@ -157,13 +183,17 @@ def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> Posit
     return PositiveLists(offsets, members[pairs], pairs)
 
 
-def _find_errors(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
+def _find_errors(side: str, rows: Tensor, num_rows: int) -> list[str]:
     if num_rows < 1:
         return [f"there is no {side}"]
     outside = rows[(rows < 0) | (rows >= num_rows)]
     if len(outside):
         named = _name_some(outside.unique().tolist())
         return [f"{side} rows outside 0 … {num_rows - 1}: {named}"]
+    return []
+
+
+def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
     lonely = (torch.bincount(rows, minlength=num_rows) == 0).nonzero().flatten().tolist()
     return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
 

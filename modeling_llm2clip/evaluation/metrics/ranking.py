@@ -36,18 +36,33 @@ _PAIRS_AT_A_TIME = 64
 class Ranking:
     """Ranks of the positives of every query, in one direction of retrieval.
 
+    Distractors, which have no positive, are candidates and not queries.
+
     Attributes:
-        num_candidates: Number of rows that a query is compared with.
+        num_candidates: Number of rows that a query is compared with, distractors included.
         num_positives: (Q,) int64, number of right ones among them.
         best_ranks: (Q,) int64, rank of the best positive of each query; 1 is best.
         positive_ranks: (num_pairs,) int64, ranks of all positives of query 0, then of query 1, …,
             ascending within a query; None unless requested.
+        queries: (Q,) int64, row of each query; None if every row is one.
     """
 
     num_candidates: int
     num_positives: Tensor
     best_ranks: Tensor
     positive_ranks: Tensor | None = None
+    queries: Tensor | None = None
+
+    def select(self, of_rows: Tensor) -> Tensor:
+        """Return what belongs to the queries.
+
+        Args:
+            of_rows: (rows,) something of every row.
+
+        Returns:
+            (Q,).
+        """
+        return of_rows if self.queries is None else of_rows[self.queries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +158,7 @@ def rank_retrieval(
             num_positives=counts.num_positives,
             best_ranks=counts.find_best_ranks(),
             positive_ranks=counts.find_all_ranks() if all_positives else None,
+            queries=counts.queries,
         )
         for counts, num_candidates in (
             (image_counts, len(text_embeds)), (text_counts, len(image_embeds)),
@@ -207,25 +223,25 @@ class _NegativeCounts:
         all_levels: bool,
         device: torch.device,
     ) -> None:
-        levels = positives.counts if all_levels else torch.ones_like(positives.counts)
-        self.num_positives = positives.counts
+        is_query = positives.counts > 0
+        levels = positives.counts if all_levels else is_query.long()
+        self.num_positives = positives.counts[is_query]
+        self.queries = None if is_query.all() else is_query.nonzero().flatten()
         self._num_levels = levels
-        self._first = levels.cumsum(0) - levels  # (Q,), position of the first level of a query
+        self._first = levels.cumsum(0) - levels  # (rows,), position of the first level of a query
         ordered = _order_levels(positives, scores, all_levels=all_levels)
         self._thresholds = (ordered - TIE_TOLERANCE).to(device)
         self._margin = margin
         self._counts = torch.zeros(len(ordered), dtype=torch.int64, device=device)
-        # Every query has a level 0.
         self._queries_of_level = [
-            (levels > level).nonzero().flatten() for level in range(1, int(levels.max()))
+            (levels > level).nonzero().flatten() for level in range(int(levels.max()))
         ]
 
     def add(self, tile: Tile) -> None:
         """Count the negatives of a tile that are ranked before each level of its queries."""
         start, stop = tile.query_start, tile.query_start + len(tile.scores)
         best_negatives = tile.scores.amax(dim=1)
-        self._add_level(tile, torch.arange(start, stop), best_negatives, level=0)
-        for level, queries in enumerate(self._queries_of_level, start=1):
+        for level, queries in enumerate(self._queries_of_level):
             low, high = torch.searchsorted(queries, torch.tensor([start, stop])).tolist()
             if low < high:
                 self._add_level(tile, queries[low:high], best_negatives, level=level)
@@ -237,7 +253,7 @@ class _NegativeCounts:
 
     def find_best_ranks(self) -> Tensor:
         """Return (Q,) int64 on the CPU, the rank of the best positive of each query; 1 is best."""
-        return 1 + self._counts.cpu()[self._first]
+        return 1 + self._counts.cpu()[self._first[self._num_levels > 0]]
 
     def _add_level(
         self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
@@ -300,4 +316,4 @@ def _order_levels(positives: PositiveLists, scores: Tensor, *, all_levels: bool)
     queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
     by_score = scores.argsort(descending=True, stable=True)
     ordered = scores[by_score[queries[by_score].argsort(stable=True)]]
-    return ordered if all_levels else ordered[positives.offsets[:-1]]
+    return ordered if all_levels else ordered[positives.offsets[:-1][positives.counts > 0]]

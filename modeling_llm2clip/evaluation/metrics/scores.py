@@ -6,7 +6,7 @@ except for the ranks themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .ranking import Ranking
 
-_CLUSTERS_AT_A_TIME = 2**22
+_CLUSTERS_AT_A_TIME = 2**16
 
 
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
@@ -216,12 +216,14 @@ def bootstrap_mean_of_means(
         sums[:, group].index_add_(0, rows, values.double().cpu())
         sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
     means = []
-    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
-        sampled = torch.randint(num_clusters, (count, num_clusters), generator=generator)
-        times = torch.zeros(count, num_clusters, dtype=torch.float64)
-        times.scatter_add_(1, sampled, torch.ones_like(times))
+    for count, pieces in _sample_clusters(num_clusters, num_resamples, generator):
+        times = torch.zeros(count * num_clusters, dtype=torch.int64)
+        first = torch.arange(count)[:, None] * num_clusters
+        for sampled in pieces:
+            times += torch.bincount((first + sampled).flatten(), minlength=len(times))
+        weights = times.view(count, num_clusters).double()
         # A sample may have no image of a small group; then the mean is that of the others.
-        means.append((times @ sums / (times @ sizes)).nanmean(dim=1))
+        means.append((weights @ sums / (weights @ sizes)).nanmean(dim=1))
     return _make_interval(torch.cat(means), level)
 
 
@@ -236,11 +238,32 @@ def _resample_means(
 ) -> Tensor:
     """Return the mean over all queries in each of many samples, (num_resamples,) float64."""
     num_clusters = len(sizes)
+    of_equal_size = bool((sizes == sizes[0]).all())
     means = []
-    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
-        sampled = torch.randint(num_clusters, (count, num_clusters), generator=generator)
-        means.append(sums[sampled].sum(dim=1) / sizes[sampled].sum(dim=1))
+    for count, pieces in _sample_clusters(num_clusters, num_resamples, generator):
+        total, size = torch.zeros(2, count, dtype=torch.float64)
+        for sampled in pieces:
+            total += sums[sampled].sum(dim=1)
+            size += sizes[0] * sampled.shape[1] if of_equal_size else sizes[sampled].sum(dim=1)
+        means.append(total / size)
     return torch.cat(means)
+
+
+def _sample_clusters(
+    num_clusters: int, num_resamples: int, generator: torch.Generator
+) -> Iterator[tuple[int, Iterator[Tensor]]]:
+    """Sample as many clusters as there are, again and again.
+
+    Yields:
+        Number of resampled datasets, and their clusters, (count, n) in pieces of bounded size.
+    """
+
+    def sample(count: int) -> Iterator[Tensor]:
+        for size in _split(num_clusters, max(1, _CLUSTERS_AT_A_TIME // count)):
+            yield torch.randint(num_clusters, (count, size), generator=generator)
+
+    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
+        yield count, sample(count)
 
 
 def _split(total: int, most: int) -> list[int]:

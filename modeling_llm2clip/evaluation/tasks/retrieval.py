@@ -46,7 +46,9 @@ def _run_retrieval(encoder: Encoder, datasets: Datasets) -> TaskScores:
     assert isinstance(dataset, RetrievalDataset)
     texts, images = _encode_dataset(encoder, dataset)
     scores = _score(_rank_directions(images, texts.embeds, dataset.correspondence))
-    return TaskScores(scores, {"images": len(images), **count_texts(texts)})
+    return TaskScores(
+        scores, {"images": len(images), **count_texts(texts), **_count_distractors(dataset)}
+    )
 
 
 def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
@@ -65,7 +67,9 @@ def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
         for name, (ranking, queries) in directions.items():
             for k in _KS:
                 hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[queries]))
-        counts[dataset.lang] = {"images": len(images), **count_texts(texts)}
+        counts[dataset.lang] = {
+            "images": len(images), **count_texts(texts), **_count_distractors(dataset),
+        }  # fmt: skip
     mean = {direction: _average(scores, direction) for direction in directions}
     for direction, of_mean in mean.items():
         of_mean["intervals"] = {
@@ -89,14 +93,22 @@ def _encode_dataset(encoder: Encoder, dataset: RetrievalDataset) -> tuple[Encode
     return texts, encoder.encode_images(dataset.images, names=dataset.image_names)
 
 
+def _count_distractors(dataset: RetrievalDataset) -> dict[str, int]:
+    """Count images without captions and captions without images, if there may be any."""
+    if not dataset.correspondence.allows_distractors:
+        return {}
+    images, texts = dataset.correspondence.list_distractors()
+    return {"image_distractors": len(images), "text_distractors": len(texts)}
+
+
 def _rank_directions(images: Tensor, texts: Tensor, correspondence: Correspondence) -> _Directions:
     """Rank `t2i` and `i2t`."""
     found = rank_retrieval(images, texts, correspondence, all_positives=True)
     image_of_text = torch.zeros(correspondence.num_texts, dtype=torch.long)
     image_of_text[correspondence.text_of_pair] = correspondence.image_of_pair
     return {
-        "t2i": (found.t2i, image_of_text),
-        "i2t": (found.i2t, torch.arange(correspondence.num_images)),
+        "t2i": (found.t2i, found.t2i.select(image_of_text)),
+        "i2t": (found.i2t, found.i2t.select(torch.arange(correspondence.num_images))),
     }
 
 

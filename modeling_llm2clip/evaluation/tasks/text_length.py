@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..._extras import CLIP_TOKENS
 from ..datasets.retrieval_dataset import RetrievalDataset
-from ..encoders.encoder import EncodedTexts, Encoder
+from ..encoders.encoder import Encoder
 from ..encoders.open_clip_models import import_open_clip
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import TIE_RULE, Ranking, rank_retrieval
@@ -46,19 +46,22 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         texts = encoder.encode_texts(queries)
         images = encoder.encode_images(dataset.images, names=dataset.image_names)
         ranking = rank_retrieval(images, texts.embeds, dataset.correspondence).t2i
+        asked = ranking.select(torch.arange(len(queries)))
+        lengths = [lengths[row] for row in asked.tolist()]
     else:
         pairs = _split_captions(dataset)
         queries = [first for first, _ in pairs]
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
         ranking = _rank_second_parts(texts.embeds)
+        asked = torch.arange(len(queries))
     counts = {
         "images": len(dataset.images),
         "captions": len(dataset.captions),
-        "queries": len(queries),
+        "queries": len(asked),
         **count_texts(texts),
     }
-    is_truncated = _truncated_queries(texts, len(queries))
+    is_truncated = None if texts.is_truncated is None else texts.is_truncated[asked]
     return TaskScores(score_lengths(ranking, lengths, is_truncated), counts)
 
 
@@ -177,10 +180,6 @@ def _rank_second_parts(embeds: Tensor) -> Ranking:
     number = len(embeds) // 2
     own = Correspondence.from_image_of_text(range(number), number)
     return rank_retrieval(embeds[:number], embeds[number:], own).i2t
-
-
-def _truncated_queries(texts: EncodedTexts, number: int) -> Tensor | None:
-    return None if texts.is_truncated is None else texts.is_truncated[:number]
 
 
 LENGTH = Task(

@@ -8,6 +8,7 @@ hands them out one by one. Nothing is locked, so two runs must not compute the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,7 @@ def extract(
             prompt, dataset or option, with both values; or there is no such partition.
         OSError: The disk is full; what is written stays.
         StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
+        RuntimeError: An actor of Ray failed again and again.
 
     Examples:
         >>> records = load_records("my-images")
@@ -76,7 +78,11 @@ def extract(
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
     state = PartialState()
-    with stop_on_signals() as stop, open_source(source, output) as found:
+    if engine == "ray" and state.num_processes > 1:
+        raise ValueError("engine='ray' starts its own processes. Run it without a launcher.")
+    # Ray ends its actors when it is interrupted; what they wrote stays.
+    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
+    with stops as stop, open_source(source, output) as found:
         plan = make_plan(found.folder, table, config, device, modality)
         with state.main_process_first():
             writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
@@ -109,7 +115,7 @@ def merge_store(folder: str | Path) -> Path:
         `folder`.
 
     Raises:
-        ValueError: It is no store, or shards are missing or damaged; they are named.
+        ValueError: It holds no store, or shards are missing or damaged; they are named.
     """
     folder = Path(folder)
     EmbeddingStoreWriter(folder, read_manifest(folder)).finish()

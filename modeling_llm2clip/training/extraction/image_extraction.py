@@ -107,7 +107,7 @@ def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
 
 def _make_batches(records: RecordTable, numbers: TextNumbers) -> Iterator[pa.RecordBatch]:
     for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
-        yield make_batch(batch, np.ones(len(rows)), np.arange(len(rows) + 1), rows)
+        yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
 
 
 class _ImageShards:

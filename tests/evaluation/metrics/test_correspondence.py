@@ -55,3 +55,12 @@ def make(images, texts, num_images=2, num_texts=2):
 def test_incomplete_or_repeated_pairs_are_refused_with_all_errors(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_distractors_are_rows_without_a_counterpart_where_they_are_allowed():
+    found = Correspondence.from_group_ids("abxa", "bacy", allows_distractors=True)
+    images, texts = found.list_distractors()
+    assert (images.tolist(), texts.tolist()) == ([2], [2, 3])
+    assert found.texts_of_images().counts.tolist() == [1, 1, 0, 1]
+    with pytest.raises(ValueError, match="no image has a text"):
+        Correspondence.from_group_ids("ab", "cd", allows_distractors=True)

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling_llm2clip.evaluation.metrics import scores as metrics
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import Ranking, rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import (
     average_precisions_at,
     bootstrap_mean,
+    bootstrap_mean_of_means,
     hit_rate_at,
     hits_at,
     ndcgs_at,
@@ -105,6 +107,22 @@ def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
     wanted = torch.tensor(means).quantile(torch.tensor([0.1, 0.9])).tolist()
     # The 27 possible means are far apart, so quantiles of 4,000 samples are the same ones.
     assert [interval.low, interval.high] == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 50, 120])
+def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(
+    monkeypatch, at_a_time
+):
+    hits = (torch.rand(90, generator=generator(7)) < 0.4).double()
+    clusters = torch.randint(50, (90,), generator=generator(8))
+    compute = lambda: (
+        bootstrap_mean(hits, generator=generator()),
+        bootstrap_mean(hits, clusters=clusters, generator=generator()),
+        bootstrap_mean_of_means([(hits, clusters), some], generator=generator()),
+    )
+    whole = compute()
+    monkeypatch.setattr(metrics, "_CLUSTERS_AT_A_TIME", at_a_time)
+    assert compute() == whole
 
 
 def test_an_interval_covers_what_the_central_limit_says():

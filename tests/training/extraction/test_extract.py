@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -379,35 +379,60 @@ def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
     assert read_bytes(together) == read_bytes(alone)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("modality", ["text", "image"])
-def test_ray_leaves_the_same_bytes_as_one_process(
-    model: Path,
-    records: list[CaptionedImage],
-    images: Path,
-    tmp_path: Path,
-    modality: Any,
-) -> None:
-    """In a process of its own, which a hanging cluster cannot outlive."""
-    pytest.importorskip("ray")
-    data = records if modality == "text" else load_records(images)
-    config = replace(EXACT, token_budget=256 if modality == "text" else None)
-    alone = extract(model, data, tmp_path / "alone", config, modality=modality)
-    script = tmp_path / "with_ray.py"
+def start_with_ray(folder: Path, *arguments: object, modality: str) -> subprocess.Popen[str]:
+    """Extract in a process of its own, which a hanging cluster cannot outlive."""
+    script, pickled = folder / "with_ray.py", folder / "arguments.pickle"
     script.write_text(
         "import pickle, sys\n"
         "from modeling_llm2clip.training.extraction.extract import extract\n"
         "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
         "extract(*arguments, modality=sys.argv[2], engine='ray')\n"
     )
-    arguments = tmp_path / "arguments.pickle"
-    arguments.write_bytes(pickle.dumps((model, data, tmp_path / "ray", config)))
+    pickled.write_bytes(pickle.dumps(arguments))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(arguments), modality], env=environment, cwd=tmp_path,
-        capture_output=True, text=True, timeout=240,
+    return subprocess.Popen(
+        [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_ray_leaves_the_same_bytes_of_images_as_one_process(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    records = load_records(images)
+    config = replace(EXACT, token_budget=None, batch_size=3)
+    alone = extract(model, records, tmp_path / "alone", config, modality="image")
+    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", config, modality="image")
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
+    model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    records = make_records(600)
+    alone = extract_captions(model, records, tmp_path / "alone")
+    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", EXACT, modality="text")
+    killed: set[int] = set()
+    deadline = time.monotonic() + 120
+    while run.poll() is None and len(killed) < 2 and time.monotonic() < deadline:
+        if count_records(tmp_path / "ray") > 5 * len(killed):
+            for process in psutil.Process(run.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if "_Actor" in process.name() + " ".join(process.cmdline()):
+                        killed.add(process.pid)
+                        process.kill()
+                        break
+        time.sleep(0.01)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert len(killed) == 2
     assert read_bytes(tmp_path / "ray") == read_bytes(alone)
 
 

@@ -39,14 +39,16 @@ def test_the_nearest_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch, 
     assert report == {"method": "exact"}
 
 
-def test_the_approximate_search_has_the_recall_that_it_reports(monkeypatch):
+@pytest.mark.parametrize(("dim", "codes"), [(16, "SQ8"), (128, "PQ32x4fs"), (129, "SQ8")])
+def test_the_approximate_search_has_the_recall_that_it_reports(monkeypatch, dim, codes):
     pytest.importorskip("faiss")
     monkeypatch.setattr(nearest_groups, "EXACT_UP_TO", 1000)
     monkeypatch.setattr(nearest_groups, "_ROWS_AT_ONCE", 700)
-    embeddings = make_embeddings(3000)
+    embeddings = make_embeddings(3000, dim)
     found, report = find_nearest_groups(embeddings.astype(np.float16), 6)
     wanted = compare_all(embeddings, 6)
     hits = (found[:, :, None] == wanted[:, None]).any(axis=2).mean()
+    assert report["method"] == f"faiss IVF,{codes}"
     assert report["recall"] >= nearest_groups.WANTED_RECALL
     # The share of a sample of 1,000 rows of 6 each: its standard error is below 0.01.
     assert hits == pytest.approx(report["recall"], abs=0.03)

@@ -25,7 +25,9 @@ _OWN: dict[str, Any] = {
     "counts": {},
     "license": "yours",
     "citation": "none",
+    "takes_distractors": True,
 }
+_OF_DISTRACTORS = ("no caption", "no image")  # errors of a record that may be a distractor
 _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 
 
@@ -64,11 +66,15 @@ def read_custom_folder(
     for item in collected.records:
         record = item.record
         is_wanted = record is None or record.lang == request.lang
+        errors = item.errors
+        if request.allow_distractors:
+            errors = errors.without(*_OF_DISTRACTORS)
         if is_wanted or not validator.skip_invalid:
-            validator.errors.extend(item.errors)
-            validator.num_errors_of_yielded += item.errors.total - (record is None)
+            validator.errors.extend(errors)
+            validator.num_errors_of_yielded += errors.total - (record is None)
         if record is not None and is_wanted:
-            yield _publish(record, long=long, is_valid=not item.errors.total)
+            has_image = "no image" not in item.errors.counts
+            yield _publish(record, long=long, is_valid=not errors.total, has_image=has_image)
 
 
 def _find_languages(request: ReadRequest, validator: DatasetValidator) -> tuple[str, ...]:
@@ -128,7 +134,9 @@ def _count_unused(request: ReadRequest, records: Iterable[CollectedRecord]) -> i
     )
 
 
-def _publish(record: CaptionedImage, *, long: bool, is_valid: bool) -> PublishedRecord:
+def _publish(
+    record: CaptionedImage, *, long: bool, is_valid: bool, has_image: bool
+) -> PublishedRecord:
     return PublishedRecord(
         place=record.place,
         name=record.name,
@@ -136,6 +144,7 @@ def _publish(record: CaptionedImage, *, long: bool, is_valid: bool) -> Published
         image=record.image,
         group_id=record.group_id,
         is_valid=is_valid,
+        has_image=has_image,
     )
 
 
@@ -154,9 +163,11 @@ def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = N
     languages = tuple(dict.fromkeys(record.lang for record in records))
 
     def read(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:  # noqa: ARG001
+        may_lack_images = request.allow_distractors and request.require_images
         for record in records:
             if record.lang == request.lang:
-                yield _publish(record, long=False, is_valid=True)
+                has_image = record.image is not None or not may_lack_images
+                yield _publish(record, long=False, is_valid=True, has_image=has_image)
 
     return DatasetSpec(
         **{**_OWN, "languages": languages},

@@ -12,6 +12,7 @@ from published_datasets import (
     write_own_folder,
 )
 
+from modeling_llm2clip.data.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,
@@ -121,3 +122,61 @@ def test_a_record_without_a_long_caption_is_an_error_if_long_ones_are_wanted(
     tmp_path: Path,
 ) -> None:
     assert errors_of("folder-long", write_own_folder(tmp_path), lang="de") == {"no caption": 2}
+
+
+def write_distractors(folder: Path) -> Path:
+    """An image with no caption, a caption with no image, and one more of the cats."""
+    write_own_folder(folder)
+    write_images(folder, ["d.jpg"])
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('\n{"image": "d.jpg", "captions": [], "lang": "en"}\n')
+        lines.write('{"group_id": "bird", "captions": ["a bird", "one bird"], "lang": "en"}\n')
+        lines.write('{"group_id": "cat", "captions": ["my cat"], "lang": "en"}\n')
+    return folder
+
+
+def test_distractors_are_candidates_that_no_query_asks_for_and_are_counted(
+    tmp_path: Path,
+) -> None:
+    folder = write_distractors(tmp_path)
+    found = load_dataset("folder", folder, lang="en", allow_distractors=True)
+    assert isinstance(found, RetrievalDataset)
+    assert captions_by_image(found)["a.jpg"] == ["a cat", "one cat", "my cat"]
+    assert found.image_names == ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    assert len(found.images) == 4
+    images, texts = found.correspondence.list_distractors()
+    assert images.tolist() == [3]
+    assert [found.captions[row] for row in texts.tolist()] == ["a bird", "one bird"]
+    assert found.protocol["distractors"] == {"images": 1, "captions": 2}
+    assert found.protocol["images"] == 4 and found.protocol["skipped_samples"] == 0
+
+
+def test_distractors_are_errors_that_name_the_option_unless_they_are_allowed(
+    tmp_path: Path,
+) -> None:
+    folder = write_distractors(tmp_path)
+    assert errors_of("folder", folder, lang="en") == {"no caption": 1, "no image": 2}
+    with pytest.raises(DataValidationError, match="allow_distractors, --allow-distractors"):
+        load_dataset("folder", folder, lang="en")
+    # A name without its file is an error anyway.
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"image": "gone.jpg", "captions": [], "lang": "en"}\n')
+    with pytest.raises(DataValidationError, match="image missing: 1"):
+        load_dataset("folder", folder, lang="en", allow_distractors=True)
+
+
+def test_records_may_have_distractors_and_published_datasets_may_not(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    records = [
+        CaptionedImage(tmp_path / "a.jpg", "a", "a", ("a cat",)),
+        CaptionedImage(tmp_path / "b.jpg", "b", "b", ()),
+        CaptionedImage(None, "c", "c", ("a dog",)),
+    ]
+    found = load_dataset(records, allow_distractors=True)
+    assert isinstance(found, RetrievalDataset)
+    assert found.image_names == ("a", "b") and found.captions == ("a cat", "a dog")
+    assert found.protocol["distractors"] == {"images": 1, "captions": 1}
+    with pytest.raises(DataValidationError, match="image missing: 1"):
+        load_dataset(records)
+    with pytest.raises(ValueError, match="emoji is a published dataset"):
+        load_dataset("emoji", lang="en", allow_distractors=True)
