@@ -42,6 +42,7 @@ CAPTION_TUNING = tuple(
 LORA = Need("peft", "train", "trains or merges a LoRA")
 TIMM_TOWER = Need("timm", "timm", "the vision tower is a timm network")
 GGUF = Need("gguf", "gguf", "the language model is a .gguf file")
+WEB_SERVERS = Need("aiohttp", "remote", "reads from web servers")
 REMOTE_STREAMS = Need("torchdata", "remote", "resumes a stream")
 ONNX = Need("onnx", "onnx", "the part is an ONNX file")
 OPEN_CLIP = Need("open_clip", "baselines", "the model is one of open_clip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +15,8 @@ class ShardServer(ThreadingHTTPServer):
     """Serves the files of a folder.
 
     `drop_every` closes the connection in the middle of every n-th reply with a body; `status` of a
-    path answers it so; `requests` counts replies by path.
+    path answers it so; `requests` counts replies by path. `stall_every` sends half of every n-th
+    reply and is silent for `stall_seconds` then.
     """
 
     daemon_threads = False
@@ -28,6 +30,8 @@ class ShardServer(ThreadingHTTPServer):
         self.status: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.dropped = 0
+        self.stall_every = 0
+        self.stall_seconds = 1.0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
@@ -49,7 +53,7 @@ class ShardServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: ShardServer
-    timeout = 5
+    timeout = 1
 
     def do_GET(self) -> None:
         """Send a file, a part of it, or an error."""
@@ -83,7 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
             number = sum(server.requests.values())
             is_dropped = bool(server.drop_every) and number % server.drop_every == 0
             server.dropped += is_dropped
-        self.wfile.write(content[: len(content) // 2] if is_dropped else content)
+        is_stalled = bool(server.stall_every) and number % server.stall_every == 0
+        self.wfile.write(content[: len(content) // 2] if is_dropped or is_stalled else content)
+        if is_stalled:
+            self.wfile.flush()
+            time.sleep(server.stall_seconds)
 
     do_HEAD = do_GET  # noqa: N815
 

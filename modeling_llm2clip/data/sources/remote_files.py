@@ -14,11 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..._extras import WEB_SERVERS, MissingExtraError, require
 from .remote_access import AccessError, RetryPolicy, try_request
 
 PIPE = "pipe:"
 _BLOCK_BYTES = 2**23
 _SKIPPED_AT_ONCE = 2**20
+_SILENT_SECONDS = 60.0
 _HTTP = ("http://", "https://")
 
 
@@ -57,19 +59,37 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
     Raises:
         AccessError: the protocol is unknown, or its package is missing.
+        MissingExtraError: the package for web servers is missing.
     """
     import fsspec  # type: ignore[import-untyped]
 
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        options = _limit_silence() if url.startswith(_HTTP) else {}
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
+    except MissingExtraError:
+        raise
     except ImportError as error:
         raise AccessError(
-            f'{url}: {error}. For S3 and web servers run: pip install "modeling_llm2clip[remote]"; '
+            f'{url}: {error}. For S3 run: pip install "modeling_llm2clip[remote]"; '
             "other services have packages of their own, such as gcsfs."
         ) from error
     except ValueError as error:
         raise AccessError(f"{url}: {error}. Give a path, or a URL that fsspec knows.") from error
     return found
+
+
+def _limit_silence() -> dict[str, Any]:
+    """Let a web server be silent for a while, but send as long as it likes.
+
+    By default a response has to end within minutes, however fast it is read here.
+    """
+    require(WEB_SERVERS)
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
+    )
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 class RemoteFile:

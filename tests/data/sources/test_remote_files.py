@@ -169,6 +169,31 @@ def test_bytes_come_in_any_pieces(
             assert opened.read() == CONTENT[-10:]
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_silent_server_is_asked_again(
+    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.2)
+    (tmp_path / "file").write_bytes(CONTENT)
+    retries: list[str] = []
+    with ShardServer(tmp_path, ranges=ranges) as server:
+        server.stall_every = 3
+        file = RemoteFile(f"{server.url}/file", FAST, on_retry=lambda url, _: retries.append(url))
+        for _ in range(4):
+            stream = file.open_stream()
+            assert stream.read(len(CONTENT) + 1) == CONTENT
+            stream.close()
+    assert retries
+
+
+def test_a_response_may_take_as_long_as_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path, ranges=False) as server:
+        opened: Any = RemoteFile(f"{server.url}/file", FAST).start_again()
+        assert opened.session.timeout.total is None
+        opened.close()
+
+
 def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
     with ShardServer(tmp_path) as server:
