@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .image_sources import count_bytes
+from .key_arrays import iterate_ranges
 from .record_table import RecordTable
 from .records import CaptionedImage
 
@@ -57,8 +59,11 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
     """
     table = RecordTable.from_records(records)
     sizes = np.fromiter((count_bytes(image) for image in table.iterate_images()), np.int64)
-    named = np.stack([table.read_numbers("name_key"), sizes], axis=1)
-    return hashlib.sha256(np.unique(named, axis=0).tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for keys, rows in iterate_ranges(partial(table.iterate_numbers, "name_key"), len(table)):
+        named = np.stack([keys, sizes[rows]], axis=1)
+        digest.update(np.unique(named, axis=0).tobytes())
+    return digest.hexdigest()
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:

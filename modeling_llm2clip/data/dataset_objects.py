@@ -60,7 +60,8 @@ def records_from_dataset(
 
     Examples:
         >>> import datasets
-        >>> rows = datasets.load_dataset("json", data_files="my-images/captions.jsonl", split="train")
+        >>> file = "my-images/captions.jsonl"
+        >>> rows = datasets.load_dataset("json", data_files=file, split="train")
         >>> records = records_from_dataset(rows, require_images=False)
         >>> len(records), records[0].captions[0]
         (20, 'Two dogs on a beach.')

@@ -22,7 +22,7 @@ The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -128,12 +128,17 @@ class EmbeddingStore:
     @property
     def keys(self) -> Array:
         """(N,) int64: a hash of name and language of each item, as `RecordTable.keys`."""
-        return self._index.read_numbers("key")
+        return np.concatenate([np.empty(0, np.int64), *self.iterate_keys()])
+
+    def iterate_keys(self) -> Iterator[Array]:
+        """Yield `keys` in batches of `ROWS_PER_BATCH`, which take no memory."""
+        return self._index.iterate_numbers("key")
 
     @property
     def group_keys(self) -> Array:
         """(N,) int64: a hash of the group id of each item, as `RecordTable.group_keys`."""
-        return self._index.read_numbers("group_key")
+        parts = self._index.iterate_numbers("group_key")
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def count_rows(self) -> tuple[Array, Array]:
         """Count the captions of each item; an image counts as a short caption.
@@ -141,7 +146,12 @@ class EmbeddingStore:
         Returns:
             (N,) int32 each: short and long captions.
         """
-        return self._index.count_rows()
+        short, long = zip(*self.iterate_counts(), strict=True)
+        return np.concatenate(short), np.concatenate(long)
+
+    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of `count_rows` in batches of `ROWS_PER_BATCH`."""
+        return self._index.iterate_counts()
 
     def read(self, rows: Rows, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Read rows, in any order and as often as they are given.

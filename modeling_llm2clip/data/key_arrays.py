@@ -11,6 +11,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Chunks: TypeAlias = Callable[[], Iterable[Array]]
 
 _KEYS_AT_ONCE = 2**17  # a few MB with their order and row numbers
+_MOST_PASSES = 32  # so that a row takes a byte, and no more
 
 
 def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
@@ -27,7 +28,7 @@ def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
     """
     dtype = np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64
     first = np.empty(num_rows, dtype)
-    for keys, rows in _iterate_ranges(chunks, num_rows, dtype):
+    for keys, rows in iterate_ranges(chunks, num_rows, dtype):
         order = np.argsort(keys, kind="stable")
         keys, rows = keys[order], rows[order]
         starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] + 1) != 0)
@@ -42,7 +43,7 @@ def count_distinct(chunks: Chunks, num_keys: int) -> int:
         chunks: returns (M,) int64 keys in pieces, the same ones each time.
         num_keys: number of all keys, or more.
     """
-    return sum(len(np.unique(keys)) for keys, _ in _iterate_ranges(chunks, num_keys, np.int64))
+    return sum(len(np.unique(keys)) for keys, _ in iterate_ranges(chunks, num_keys, np.int64))
 
 
 def sort_rows(values: Array) -> Array:
@@ -80,9 +81,20 @@ def is_among(keys: Array, sorted_keys: Array) -> Array:
     return np.asarray(sorted_keys[places] == keys)
 
 
-def _iterate_ranges(chunks: Chunks, num_keys: int, dtype: Any) -> Iterator[tuple[Array, Array]]:
-    """Yield the keys of each range of their first bits, and their row numbers."""
-    num_bits = max(0, -(-num_keys // _KEYS_AT_ONCE) - 1).bit_length()
+def iterate_ranges(
+    chunks: Chunks, num_keys: int, dtype: Any = np.int64
+) -> Iterator[tuple[Array, Array]]:
+    """Yield the keys of each range of their first bits, and their row numbers.
+
+    The ranges do not depend on the order of the keys, but on how many there are.
+
+    Args:
+        chunks: returns (M,) int64 keys in pieces, the same ones each time.
+        num_keys: number of all keys, or more.
+        dtype: of the row numbers.
+    """
+    num_passes = min(_MOST_PASSES, -(-num_keys // _KEYS_AT_ONCE))
+    num_bits = max(0, num_passes - 1).bit_length()
     for number in range(2**num_bits):
         keys, rows, start = [], [], 0
         for chunk in chunks():

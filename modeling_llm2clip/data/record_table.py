@@ -196,6 +196,20 @@ class RecordTable(Sequence[CaptionedImage]):
             found[places] = read(self._batches[number].column(name))[within]
         return found
 
+    def iterate_numbers(self, name: str) -> Iterator[Array]:
+        """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
+
+        Args:
+            name: of the column.
+        """
+        for batch in self.iterate_columns((name,)):
+            yield np.asarray(batch.column(0))
+
+    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of short and of long captions of records, in batches."""
+        for batch in self.iterate_columns(_COUNTED):
+            yield _list_lengths(batch.column(0)), _list_lengths(batch.column(1))
+
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns in batches, in the table's order.
 

@@ -149,36 +149,21 @@ class StoreIndex:
             raise IndexError(f"There is no item {item}: the store has {self._length}.")
         return int(item) % self._length
 
-    def read_numbers(self, column: str) -> Array:
-        """Read a column of numbers.
+    def iterate_numbers(self, column: str) -> Iterator[Array]:
+        """Yield a column of numbers in batches of `ROWS_PER_BATCH`.
 
         Args:
             column: `key`, `group_key` or `num_short`.
-
-        Returns:
-            (N,) of the column's dtype.
         """
-        found = np.empty(self._length, SCHEMA.field(column).type.to_pandas_dtype())
         for number in range(self.num_batches):
-            values = np.asarray(self.batch(number).column(column))
-            found[number * ROWS_PER_BATCH :][: len(values)] = values
+            yield np.asarray(self.batch(number).column(column))
             self.forget_pages(number)
-        return found
 
-    def count_rows(self) -> tuple[Array, Array]:
-        """Count the rows of each item.
-
-        Returns:
-            (N,) int32 each: of short and of long captions.
-        """
-        short = self.read_numbers("num_short")
-        long = np.empty_like(short)
-        for number in range(self.num_batches):
+    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of short and of long captions of items, in batches."""
+        for number, short in enumerate(self.iterate_numbers("num_short")):
             ends, _ = self._list_rows(number)
-            places = slice(number * ROWS_PER_BATCH, number * ROWS_PER_BATCH + len(ends) - 1)
-            long[places] = np.diff(ends) - short[places]
-            self.forget_pages(number)
-        return short, long
+            yield short, (np.diff(ends) - short).astype(short.dtype)
 
     def rows_of(self, item: int, *, long: bool) -> Array:
         """Return the rows of an item's captions.

@@ -520,9 +520,10 @@ def test_many_items_are_found_at_once_in_any_order(
     writer = EmbeddingStoreWriter.open(tmp_path / "store", make_plan(), list_many)
     index = store_index.StoreIndex(writer.folder, writer.manifest.index, len(table))
     assert index.num_batches == 6
-    assert [counts.tolist() for counts in index.count_rows()] == [short.tolist(), long.tolist()]
-    assert np.array_equal(index.read_numbers("key"), table.keys)
-    assert np.array_equal(index.read_numbers("group_key"), table.group_keys)
+    counts = zip(*index.iterate_counts(), strict=True)
+    assert [np.concatenate(c).tolist() for c in counts] == [short.tolist(), long.tolist()]
+    assert np.array_equal(np.concatenate([*index.iterate_numbers("key")]), table.keys)
+    assert np.array_equal(np.concatenate([*index.iterate_numbers("group_key")]), table.group_keys)
     generator = np.random.default_rng(0)
     items = generator.integers(0, 40, 200)
     numbers = generator.integers(0, (short + long)[items])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ...configs.align_config import AlignConfig
 from ...data.embedding_store import EmbeddingStore
+from ...data.key_arrays import find_first_rows
 from ...data.record_columns import ROWS_PER_BATCH
-from ...data.record_table import RecordTable
+from ...data.record_table import Array, RecordTable
 from ...data.records import CaptionedImage
 from ..distributed import refuse_fsdp_for_lora
 
@@ -174,26 +176,33 @@ def check_stores(
 
 def _check_group_ids(records: RecordTable) -> None:
     """Raise ValueError where groups leave no negatives, or make an image its own negative."""
-    groups = records.group_keys
-    if (groups == groups[0]).all():
+    first = records.read_numbers("group_key", np.zeros(1, int))
+    if all((keys == first).all() for keys in records.iterate_numbers("group_key")):
         raise ValueError(
             f"All {len(records)} records have the group_id {records[0].group_id!r}, so that no "
             "image has a negative. Give images that show different things different group_ids, or "
             "none."
         )
-    names = records.read_numbers("name_key")
-    order = np.argsort(names, kind="stable")
-    names, groups = names[order], groups[order]
-    differs = (names[1:] == names[:-1]) & (groups[1:] != groups[:-1])
-    torn = order[1:][differs]
+    torn = _find_torn(records)
     if len(torn):
-        rows = order[np.isin(names, np.unique(names[1:][differs])[:_NAMES_SHOWN])]
         group_ids: dict[str, set[str]] = {}
-        for name, group_id in records.take(np.sort(rows)[:ROWS_PER_BATCH], ("name", "group_id")):
+        for name, group_id in records.take(torn[:ROWS_PER_BATCH], ("name", "group_id")):
             group_ids.setdefault(name, set()).add(group_id)
-        shown = "; ".join(f"{name} {sorted(ids)}" for name, ids in group_ids.items())
+        shown = "; ".join(f"{k} {sorted(ids)}" for k, ids in [*group_ids.items()][:_NAMES_SHOWN])
         raise ValueError(
-            f"{len(np.unique(names[1:][differs]))} images have several group_ids over their "
-            f"languages and would be their own negatives: {shown}. Give all records of an image "
-            "one group_id."
+            f"{len(np.unique(records.read_numbers('name_key', torn)))} images have several "
+            f"group_ids over their languages and would be their own negatives: {shown}. Give all "
+            "records of an image one group_id."
         )
+
+
+def _find_torn(records: RecordTable) -> Array:
+    """Find the records of images that have several group ids."""
+    first = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
+    parts, start = [], 0
+    for keys in records.iterate_numbers("group_key"):
+        of_first = records.read_numbers("group_key", first[start : start + len(keys)])
+        parts.append(start + np.flatnonzero(of_first != keys))
+        start += len(keys)
+    differing = np.concatenate(parts)
+    return np.union1d(differing, first[differing])

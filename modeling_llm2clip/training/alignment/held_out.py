@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...data.atomic_files import write_atomically
+from ...data.key_arrays import count_distinct
+from ...data.record_table import RecordTable
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
@@ -101,20 +104,29 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
     """
     if not ratio:
         return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
-    keys = dataset.records.group_keys
-    groups = np.unique(keys)
-    count = count_held_out(len(groups), ratio)
+    records = dataset.records
+    num_groups = count_distinct(partial(records.iterate_numbers, "group_key"), len(records))
+    count = count_held_out(num_groups, ratio)
     if count < 2:
         raise ValueError(
-            f"The images have {len(groups)} groups, too few to hold out two of them. Give images "
+            f"The images have {num_groups} groups, too few to hold out two of them. Give images "
             "of at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
             "training helped."
         )
-    # The order of the hashes, so that a group's luck depends on no other group.
-    is_held_out = np.isin(keys, groups[np.argsort(mix(seed, groups))[:count]])
-    chosen = (np.flatnonzero(part).astype(np.int32) for part in (~is_held_out, is_held_out))
-    to_train, held_out = chosen
-    return to_train, held_out
+    chosen = _choose_groups(records, count, seed=seed)
+    parts = [np.isin(keys, chosen) for keys in records.iterate_numbers("group_key")]
+    is_held_out = np.concatenate(parts)
+    to_train = np.flatnonzero(~is_held_out).astype(np.int32)
+    return to_train, np.flatnonzero(is_held_out).astype(np.int32)
+
+
+def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
+    """Choose groups whose hashes are smallest, so that a group's luck depends on no other group."""
+    chosen = np.empty(0, np.int64)
+    for keys in records.iterate_numbers("group_key"):
+        groups = np.unique(np.concatenate([chosen, keys]))
+        chosen = groups[np.argsort(mix(seed, groups), kind="stable")[:count]]
+    return chosen
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:

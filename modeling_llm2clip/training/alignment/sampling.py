@@ -71,8 +71,9 @@ class ResumableBatchSampler(Sampler[Array]):
         """Return the order of an epoch, in 4 bytes an item where these are enough."""
         seed = int(mix(self.seed, epoch)) >> 1
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.items), generator=generator).numpy()
-        return order.astype(np.int32 if len(order) < 2**31 else np.int64)
+        dtype = torch.int32 if len(self.items) < 2**31 else torch.int64
+        order: Array = torch.randperm(len(self.items), generator=generator, dtype=dtype).numpy()
+        return order
 
 
 def sample_captions(

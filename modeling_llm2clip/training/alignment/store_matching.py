@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -32,9 +32,9 @@ def pair_items(
     Raises:
         ValueError: Either has a record that the other lacks.
     """
-    wanted, stored = records.keys, store.keys
-    if len(wanted) == len(stored) and np.array_equal(wanted, stored):
+    if len(records) == len(store) and _are_equal(records.iterate_numbers("key"), store):
         return None
+    wanted, stored = records.keys, store.keys
     order = np.argsort(stored)
     places = np.searchsorted(stored, wanted, sorter=order).clip(max=max(len(stored) - 1, 0))
     items = order[places]
@@ -64,7 +64,7 @@ def require_images(records: RecordTable) -> None:
     Raises:
         ValueError: Some have none.
     """
-    lacking = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
+    lacking = np.flatnonzero(_lacks_image(records))
     if len(lacking):
         names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
         raise ValueError(
@@ -84,9 +84,14 @@ def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Arra
     Raises:
         ValueError: Some have other numbers.
     """
-    differs = np.zeros(len(records), np.bool_)
-    for now, stored in zip(records.count_texts(), store.count_rows(), strict=True):
-        differs |= now != (stored if items is None else stored[items])
+    if items is None:
+        pairs = zip(records.iterate_counts(), store.iterate_counts(), strict=True)
+        parts = [(a != c) | (b != d) for (a, b), (c, d) in pairs]
+        differs = np.concatenate(parts)
+    else:
+        differs = np.zeros(len(records), np.bool_)
+        for now, stored in zip(records.count_texts(), store.count_rows(), strict=True):
+            differs |= now != stored[items]
     differing = np.flatnonzero(differs)
     if len(differing):
         names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)
@@ -129,7 +134,7 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
         ValueError: Images differ.
     """
     stored = store.manifest.plan.get("images")
-    if stored is not None and (records.read_numbers("image_kind") != NO_IMAGE).all():
+    if stored is not None and not _lacks_image(records).any():
         compared, now = "images", hash_image_sizes(records)
     else:
         compared, stored = "data", store.manifest.plan.get("data")
@@ -140,6 +145,17 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
             f"{now} now). Extract these again (--modality image), or give the data that the "
             "store was made from."
         )
+
+
+def _are_equal(keys: Iterator[Array], store: EmbeddingStore) -> bool:
+    """Whether a store has the same keys in the same order."""
+    return all(np.array_equal(*pair) for pair in zip(keys, store.iterate_keys(), strict=True))
+
+
+def _lacks_image(records: RecordTable) -> Array:
+    """(N,) bool."""
+    kinds = records.iterate_numbers("image_kind")
+    return np.concatenate([np.empty(0, np.bool_), *(kind == NO_IMAGE for kind in kinds)])
 
 
 def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
