@@ -13,6 +13,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -269,13 +270,11 @@ class RecordStream(IterableDataset[CaptionedImage]):
             LostFileError: the shard cannot be read, perhaps by this process alone.
         """
         found = []
-        try:
+        with suppress(BrokenShardError):  # which is counted where the stream comes to it
             for sample in self.reader.read(number, 0, lambda _url, _reason: None):
                 record = None if sample.is_skipped else self.check(sample)[0]
                 if record is not None:
                     found.append(record)
-        except BrokenShardError:
-            pass  # iterating counts it
         return found
 
     def __getstate__(self) -> dict[str, Any]:
