@@ -16,7 +16,6 @@ Each measurement is a process of its own.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from provenance import describe_processor, read_commit
+from small_model import write_small_model
 
 _CAPTIONS_A_RECORD = 5
 _LONG_EVERY = 20
@@ -61,7 +61,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1, help="of the LLM, random")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--rows-per-shard", type=int, default=2048)
+    parser.add_argument("--max-shard-size", default="512MB", help="of the captions' store")
     parser.add_argument("--batches", type=int, default=20, help="of 4,096 random rows")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     results = Path(__file__).parent / "results"
@@ -98,42 +98,9 @@ def _measure_extraction(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the model and the captions."""
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoTokenizer,
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-    )
-
-    from modeling_llm2clip.building.build_model import join_towers
-    from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
-    from modeling_llm2clip.configs.build_config import BuildConfig
-
-    torch.manual_seed(0)
-    llm = fetch_tower(SMOLLM2)
-    config = AutoConfig.from_pretrained(llm)
-    config.num_hidden_layers = arguments.layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: arguments.layers]
-    # The vision tower takes no part.
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, image_size=32, patch_size=16)
-    )  # fmt: skip
-    size = {"height": 32, "width": 32}
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-    model, processor = join_towers(
-        (vision, image_processor),
-        (AutoModel.from_config(config), AutoTokenizer.from_pretrained(llm)),
-        BuildConfig(prompt="chatml", projection_dim=32, text_adapter_layers=1),
-    )
-    model.save_pretrained(arguments.folder / "model")
-    processor.save_pretrained(arguments.folder / "model")
+    write_small_model(arguments.folder / "model", layers=arguments.layers)
     _write_captions(arguments.folder / "data", arguments.captions)
-    described = f"SmolLM2's tokenizer and width {config.hidden_size}, {arguments.layers} layers"
+    described = f"SmolLM2's tokenizer and width, {arguments.layers} layers"
     return {"model": described, "captions": arguments.captions}
 
 
@@ -166,14 +133,14 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
     from modeling_llm2clip.configs.extract_config import ExtractConfig
-    from modeling_llm2clip.data.embedding_store import read_manifest
     from modeling_llm2clip.data.record_loading import load_records
+    from modeling_llm2clip.data.store_manifest import read_manifest
     from modeling_llm2clip.training.extraction.extract import extract
 
     started = time.perf_counter()
     records = load_records(arguments.folder / "data", require_images=False)
     config = ExtractConfig(
-        device="cpu", rows_per_shard=arguments.rows_per_shard, show_progress=False
+        device="cpu", max_shard_size=arguments.max_shard_size, show_progress=False
     )
     folder = arguments.folder
     store = extract(folder / "model", records, folder / "captions", config, modality="text")
@@ -186,39 +153,20 @@ def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write random embeddings; item i has five rows, of the last one fewer where they run out."""
-    import torch
+    """Write random embeddings; an item has five rows."""
+    from scale_store import write_store
 
-    from modeling_llm2clip.data.embedding_store import StoreManifest
-    from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, pack_index
+    from modeling_llm2clip.data.store_manifest import read_manifest
 
-    starts = range(0, arguments.rows, _CAPTIONS_A_RECORD)
-    texts = [f"{start}.png" for start in starts]
-    short = [list(range(s, min(s + _CAPTIONS_A_RECORD, arguments.rows))) for s in starts]
-    index = pack_index(
-        {"names": texts, "group_ids": texts, "langs": ["en"] * len(texts)},
-        {"short": short, "long": [[] for _ in texts]},
-    )
-    manifest = StoreManifest(
-        content="caption_embeds", fingerprint={}, dtype="float16", dim=arguments.dim,
-        num_rows=arguments.rows, num_items=len(texts), rows_per_shard=arguments.rows_per_shard,
-        plan={}, counts={}, index_bytes=len(index),
-        index_sha256=hashlib.sha256(index).hexdigest(),
-    )  # fmt: skip
-    writer = EmbeddingStoreWriter.open(arguments.folder / "store", manifest, index)
+    folder = arguments.folder / "store"
     started = time.perf_counter()
-    for shard in range(manifest.num_shards):
-        rows = manifest.rows_of_shard(shard)
-        with writer.claim(shard):
-            generator = torch.Generator().manual_seed(shard)
-            writer.write_shard(shard, torch.rand(len(rows), arguments.dim, generator=generator))
-    writer.finish()
-    size = sum(file.stat().st_size for file in (arguments.folder / "store").iterdir())
+    write_store(folder, arguments.rows, arguments.dim)
+    size = sum(file.stat().st_size for file in folder.iterdir())
     return {
         "rows": arguments.rows,
         "dim": arguments.dim,
         "dtype": "float16",
-        "shards": manifest.num_shards,
+        "shards": read_manifest(folder).num_shards,
         "gigabytes": round(size / 1e9, 2),
         "write_megabytes_per_second": round(size / _MB / (time.perf_counter() - started), 1),
     }
@@ -299,7 +247,7 @@ def _describe(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": f"python benchmarks/store_memory.py --captions {arguments.captions} "
         f"--layers {arguments.layers} --rows {arguments.rows} --dim {arguments.dim} "
-        f"--rows-per-shard {arguments.rows_per_shard} --batches {arguments.batches}",
+        f"--max-shard-size {arguments.max_shard_size} --batches {arguments.batches}",
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {torch.get_num_threads()} "
         "threads",

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from .conversion.convert_checkpoint import convert_checkpoint
     from .conversion.source_checkpoint import CheckpointSource
     from .conversion.source_llm import LLMSource
+    from .data.caption_joins import join_captions
+    from .data.dataset_objects import records_from_dataset, stream_dataset
     from .data.embedding_store import EmbeddingStore
     from .data.record_loading import load_records
+    from .data.record_streams import stream_records
+    from .data.record_table import RecordTable
     from .data.records import CaptionedImage
     from .data.splits import split_records
     from .data.validation_errors import DataValidationError
@@ -51,7 +55,7 @@ if TYPE_CHECKING:
     from .recipes.train import train
     from .search.image_index import ImageIndex
     from .training.alignment.align import align
-    from .training.extraction.extract import extract
+    from .training.extraction.extract import extract, merge_store
     from .training.finetuning.finetune_llm import finetune_llm
     from .training.graceful_stop import StageInterrupt
     from .training.losses.loss import LossInputs
@@ -74,8 +78,12 @@ _HOMES = {
     "conversion.convert_checkpoint": ("convert_checkpoint",),
     "conversion.source_checkpoint": ("CheckpointSource",),
     "conversion.source_llm": ("LLMSource",),
+    "data.caption_joins": ("join_captions",),
+    "data.dataset_objects": ("records_from_dataset", "stream_dataset"),
     "data.embedding_store": ("EmbeddingStore",),
     "data.record_loading": ("load_records",),
+    "data.record_streams": ("stream_records",),
+    "data.record_table": ("RecordTable",),
     "data.records": ("CaptionedImage",),
     "data.splits": ("split_records",),
     "data.validation_errors": ("DataValidationError",),
@@ -97,7 +105,7 @@ _HOMES = {
     "recipes.train": ("train",),
     "search.image_index": ("ImageIndex",),
     "training.alignment.align": ("align",),
-    "training.extraction.extract": ("extract",),
+    "training.extraction.extract": ("extract", "merge_store"),
     "training.finetuning.finetune_llm": ("finetune_llm",),
     "training.graceful_stop": ("StageInterrupt",),
     "training.losses.loss": ("LossInputs",),

@@ -23,6 +23,7 @@ from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
 from .cli.flags import CommandLine
 from .cli.library_warnings import hide_known_warnings
+from .cli.merge_store import merge_store
 from .cli.push import push
 from .cli.search import search
 from .cli.tag import tag
@@ -33,7 +34,7 @@ LINE = CommandLine(
     "llm2clip",
     [
         search, tag, evaluate, doctor,
-        train, build, finetune_llm, extract, align,
+        train, build, finetune_llm, extract, merge_store, align,
         export, push, convert,
         demo, env,
     ],

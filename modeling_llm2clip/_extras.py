@@ -42,13 +42,15 @@ CAPTION_TUNING = tuple(
 LORA = Need("peft", "train", "trains or merges a LoRA")
 TIMM_TOWER = Need("timm", "timm", "the vision tower is a timm network")
 GGUF = Need("gguf", "gguf", "the language model is a .gguf file")
-PARQUET = Need("datasets", "parquet", "reads Parquet")
+WEB_SERVERS = Need("aiohttp", "remote", "reads from web servers")
+REMOTE_STREAMS = Need("torchdata", "remote", "resumes a stream")
 ONNX = Need("onnx", "onnx", "the part is an ONNX file")
 OPEN_CLIP = Need("open_clip", "baselines", "the model is one of open_clip")
 CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens of CLIP")
 SENTENCE_TRANSFORMERS = Need(
     "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
 )
+RAY = Need("ray", "ray", "the engine is Ray Data")
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 

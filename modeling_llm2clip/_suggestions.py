@@ -20,8 +20,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     by_lower = {candidate.lower(): candidate for candidate in known}
     word = word.lower()
-    longer = [candidate for candidate in by_lower if candidate.startswith(word)]
-    close = longer or get_close_matches(word, by_lower, n=1)
+    close = [candidate for candidate in by_lower if candidate.startswith(word)]
     # Such as --batch, which is a part of --global-batch-size.
     close = close or [c for c in by_lower if word.strip("-") in re.split(r"\W|_", c.strip("-"))]
+    close = close or get_close_matches(word, by_lower, n=1)
     return f" Did you mean {by_lower[close[0]]}?" if close else ""

@@ -125,7 +125,7 @@ answer = {{
     assert answer["private"] is False
     assert answer["files"] == answer["tree"] == everything
     assert answer["older"] == sorted([*everything, "old/gone.txt"])
-    assert [answer["top"], answer["sub"]] == [top, ["sub/naïve é.json"]]
+    assert [answer["top"], answer["sub"]] == [["sub", *top], ["sub/naïve é.json"]]
     assert answer["lfs"] == [hashlib.sha256(WEIGHTS).hexdigest(), len(WEIGHTS)]
     assert answer["there"] == [True, False]
 

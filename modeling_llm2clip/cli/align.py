@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
 from ..configs.data_config import DataConfig
-from .captioned_data import read_captioned_images, require_data
+from ..configs.stream_config import StreamConfig
+from .captioned_data import (
+    is_streamed,
+    read_captioned_images,
+    require_data,
+    stream_captioned_images,
+)
 from .chosen_device import use_device
 from .command import command
-from .extras import list_needs_of_data, list_needs_of_model
+from .extras import list_needs_of_model
+
+if TYPE_CHECKING:
+    from ..data.record_streams import RecordStream
+    from ..data.records import CaptionedImage
 
 
 @command(
@@ -30,6 +42,7 @@ def align(
     image_store: Path | None = None,
     resume: bool = False,
     reading: DataConfig,
+    streaming: StreamConfig,
     config: AlignConfig,
 ) -> int:
     """Aligns images and captions: trains adapter, projections and what else is chosen (stage 3).
@@ -38,7 +51,8 @@ def align(
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        data: Captioned images: folder, *.parquet, *.tar, COCO *.json.
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or shards at URLs, such as
+            https://host/{00000..00199}.tar, s3://, hf://datasets/.
         output: Folder to write.
         caption_store: Caption embeddings from `llm2clip extract`. Default: none, which
             --text-training frozen-online and lora want.
@@ -46,11 +60,11 @@ def align(
             runs at each step.
         resume: Continue a run that was stopped.
         reading: How the data are read.
+        streaming: How shards at URLs are read.
         config: What is trained, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
-    require(*([LORA] if uses_lora else []), *list_needs_of_data(data, extra="train"))
-    require(*list_needs_of_model(model, extra="train"))
+    require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_types import require_own_model
     from ..training.run_folder import require_fresh_or_resumed
@@ -61,7 +75,9 @@ def align(
     require_new_folder(folder)
     require_fresh_or_resumed(output, resume=resume)
     require_own_model(model)
-    require_data(data, reading)
+    streamed = is_streamed(data, streaming)
+    if not streamed:
+        require_data(data, reading)
     use_device(config.device)
 
     from accelerate import PartialState
@@ -73,9 +89,13 @@ def align(
 
     find_model_folder(model)  # reading the data may take long
     check_align(config, caption_store=caption_store, image_store=image_store)
-    records = read_captioned_images(
-        data, reading, require_images=image_store is None, resume=resume
-    )
+    records: Sequence[CaptionedImage] | RecordStream
+    if streamed:
+        records = stream_captioned_images(data, reading, streaming)
+    else:
+        records = read_captioned_images(
+            data, reading, require_images=image_store is None, resume=resume
+        )
     folder = run(
         model,
         records,
@@ -83,7 +103,7 @@ def align(
         config,
         caption_store=caption_store,
         image_store=image_store,
-        data_name=Path(data).resolve().name,
+        data_name=data if streamed else Path(data).resolve().name,
         resume=resume,
     )
     if PartialState().is_main_process:

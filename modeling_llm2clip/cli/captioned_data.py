@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configs.data_config import DataConfig
+from ..configs.stream_config import StreamConfig
 
 if TYPE_CHECKING:
-    from ..data.records import CaptionedImage
+    from ..data.record_streams import RecordStream
+    from ..data.record_table import RecordTable
 
 
 def require_data(data: str, reading: DataConfig) -> None:
@@ -27,9 +29,50 @@ def require_data(data: str, reading: DataConfig) -> None:
         raise ValueError(f"image_dir={reading.image_dir}: no such folder.")
 
 
+def is_streamed(data: str, streaming: StreamConfig) -> bool:
+    """Whether data are streamed: URLs always, local shards if asked for.
+
+    Args:
+        data: Folder, file, pattern, URL or command.
+        streaming: How they are streamed.
+    """
+    from ..data.sources.remote_files import is_remote
+
+    return streaming.stream or is_remote(data)
+
+
+def stream_captioned_images(
+    data: str, reading: DataConfig, streaming: StreamConfig
+) -> RecordStream:
+    """Open a stream of shards.
+
+    Args:
+        data: Folder, pattern, URL or command.
+        reading: How the data are read.
+        streaming: How they are streamed.
+
+    Raises:
+        ValueError: There are no shards, they cannot be reached, or options are of no use to a
+            stream.
+    """
+    from ..data.record_streams import stream_records
+
+    if reading.image_dir is not None or reading.check_images:
+        raise ValueError(
+            "A stream brings its images and decodes each once: leave --image-dir and "
+            "--check-images out."
+        )
+    return stream_records(
+        data,
+        buffer_size=streaming.buffer_size,
+        max_lost_share=streaming.max_lost_share,
+        ignore_fields=reading.ignore_fields,
+    )
+
+
 def read_captioned_images(
     data: str, reading: DataConfig, *, require_images: bool, resume: bool = False
-) -> list[CaptionedImage]:
+) -> RecordTable:
     """Read all records.
 
     Args:
@@ -52,5 +95,6 @@ def read_captioned_images(
         require_images=require_images or check_images,
         check_images=check_images,
         ignore_fields=reading.ignore_fields,
+        cache=reading.cache,
         show_progress=True,
     )

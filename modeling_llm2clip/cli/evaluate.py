@@ -18,7 +18,7 @@ from ..configs.evaluation_config import (
 )
 from .chosen_device import use_device
 from .command import command
-from .extras import list_needs_of_data, list_needs_of_evaluated
+from .extras import list_needs_of_evaluated
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -90,7 +90,7 @@ def evaluate(
     if list:
         _print_lists()
         return 0
-    _require_extras(models, datasets, tasks, plot, of_models)
+    _require_extras(models, tasks, plot, of_models)
     if plot is not None:
         from ..evaluation.plots import require_plot_file
 
@@ -132,16 +132,13 @@ def _show_results(
 
 def _require_extras(
     models: Sequence[str],
-    datasets: Sequence[str],
     tasks: Sequence[str],
     plot: Path | None,
     of_models: ModelsConfig,
 ) -> None:
-    """Raise MissingExtraError for what models, data and tasks need, before anything is read."""
+    """Raise MissingExtraError for what models and tasks need, before anything is read."""
     needs = [PLOTS] if plot is not None else []
     needs += [CLIP_TOKENS] if "length" in tasks else []
-    for data in datasets:
-        needs += list_needs_of_data(data.rpartition("=")[2])
     require(*needs)
     for number, source in enumerate(models):
         types = of_models.model_type

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .._extras import require
+from .._extras import RAY, require
 from ..configs.data_config import DataConfig
 from ..configs.extract_config import ExtractConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
-from .extras import list_needs_of_data, list_needs_of_model
+from .extras import list_needs_of_model
 
 # Options of one modality alone, with their defaults.
 _FOREIGN: dict[str, dict[str, int | None]] = {
@@ -25,6 +25,7 @@ _FOREIGN: dict[str, dict[str, int | None]] = {
     examples=(
         "llm2clip extract tuned/model my-images captions --modality text",
         "llm2clip extract tuned/model my-images images --modality image",
+        "llm2clip extract tuned/model my-images captions --modality text --partition 2/8",
     ),
 )
 def extract(
@@ -34,6 +35,8 @@ def extract(
     /,
     *,
     modality: Literal["text", "image"],
+    partition: str | None = None,
+    engine: Literal["local", "ray"] = "local",
     reading: DataConfig,
     config: ExtractConfig,
 ) -> int:
@@ -46,10 +49,15 @@ def extract(
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json.
         output: Folder of the store, new or begun.
         modality: What is embedded: the captions or the images. No default, and needed.
+        partition: Which part of the store to compute, such as 2/8 for the second of eight. Parts
+            may run at the same time on machines that share the folder; llm2clip merge-store
+            completes the store when all have ended. Default: all of it.
+        engine: What computes: the processes of this run, or the actors of a Ray cluster.
         reading: How the data are read.
         config: How embeddings are computed and stored.
     """
-    require(*list_needs_of_data(data, extra="train"), *list_needs_of_model(model, extra="train"))
+    needs = list_needs_of_model(model, extra="train")
+    require(*needs, *([RAY] if engine == "ray" else []))
     from ..model_folders.model_types import require_own_model
 
     _refuse_foreign(config, modality)
@@ -59,16 +67,18 @@ def extract(
     from accelerate import PartialState
 
     from ..model_folders.model_folder import find_model_folder
-    from ..training.extraction.extract import describe_extraction
+    from ..training.extraction.extract import describe_extraction, parse_partition
     from ..training.extraction.extract import extract as run
 
+    parse_partition(partition)
     find_model_folder(model)  # reading the data may take long
     records = read_captioned_images(data, reading, require_images=modality == "image")
-    run(model, records, output, config, modality=modality)
+    run(model, records, output, config, modality=modality, partition=partition, engine=engine)
     state = PartialState()
     if state.is_main_process:
         print("\n".join(describe_extraction(output)))
-        print("Align a model on it: llm2clip align --help")
+        if parse_partition(partition)[1] == 1:
+            print("Align a model on it: llm2clip align --help")
     state.destroy_process_group()
     return 0
 

@@ -16,7 +16,6 @@ from .._extras import (
     GGUF,
     LORA,
     OPEN_CLIP,
-    PARQUET,
     SENTENCE_TRANSFORMERS,
     TIMM_TOWER,
     Need,
@@ -42,18 +41,6 @@ def list_needs_of_model(
     # What timm itself publishes has no model type.
     if tower.get("model_type") == _TIMM_TYPE or "pretrained_cfg" in tower:
         yield TIMM_TOWER if extra is None else TIMM_TOWER._replace(extra=extra)
-
-
-def list_needs_of_data(source: str | Path, *, extra: str | None = None) -> Iterator[Need]:
-    """List what captioned data need.
-
-    Args:
-        source: Folder or file.
-        extra: Extra to name instead of the smallest one.
-    """
-    path = Path(source)
-    if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-        yield PARQUET if extra is None else PARQUET._replace(extra=extra)
 
 
 def list_needs_of_llm(source: str | Path) -> Iterator[Need]:

@@ -11,7 +11,6 @@ from .captioned_data import require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import (
-    list_needs_of_data,
     list_needs_of_llm,
     list_needs_of_lora,
     list_needs_of_model,
@@ -42,7 +41,6 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     require(*list_needs_of_llm(config.text_model), *list_needs_of_lora(config.build.lora))
     if config.vision_model != _EMBEDDED:
         require(*list_needs_of_model(config.vision_model))
-    require(*list_needs_of_data(config.data, extra="train"))
     use_device(config.device)
     if dry_run:
         from ..recipes.recipe_plan import plan_recipe

@@ -64,7 +64,8 @@ class AlignConfig(TrainingConfig):
     """Rank of the vision tower's LoRA."""
     vision_lora_alpha: Annotated[int, Range(min=1)] = 32
     """Alpha of the vision tower's LoRA."""
-    num_workers: Annotated[int, Range(min=0)] = 0
-    """Processes that decode images or tokenize captions."""
+    num_workers: Annotated[int, Range(min=0)] | None = None
+    """Processes that decode images or tokenize captions; 0 for none. Default: where images are
+    decoded for a GPU, its share of the cores, 8 at most; otherwise none."""
     logging_steps: Annotated[int, Range(min=1)] = 10
     """Steps between lines of metrics."""

@@ -92,6 +92,9 @@ Device = Annotated[
         meant={"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "cuda0": "cuda:0"},
     ),
 ]
+ShardSize = Annotated[
+    str, Matches(pattern=r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", wanted="a size, like 5GB or 500MB")
+]
 
 
 @dataclass(frozen=True, kw_only=True)

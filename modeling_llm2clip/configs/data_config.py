@@ -19,3 +19,5 @@ class DataConfig(Config):
     check_images: bool | None = None
     """Decode every image before anything else. Default: where the stage decodes images, unless it
     resumes."""
+    cache: bool = True
+    """Keep the index of large data in the user's cache, and find it there the next time."""

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, DeviceConfig, Matches
+from .config_fields import Config, DeviceConfig, Matches, ShardSize
 
 License = Annotated[
     str,
     Matches(pattern=r"[a-z0-9][a-z0-9.+-]*", wanted="an identifier of the Hub, like apache-2.0"),
-]
-ShardSize = Annotated[
-    str, Matches(pattern=r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", wanted="a size, like 5GB or 500MB")
 ]
 
 

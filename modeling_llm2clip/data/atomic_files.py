@@ -52,7 +52,7 @@ def write_atomically(file: Path, content: bytes) -> None:
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
-    _sync_folder(file.parent)
+    sync_folder(file.parent)
 
 
 def is_unfinished(file: Path) -> bool:
@@ -138,7 +138,12 @@ def list_differences(found: Mapping[str, object], wanted: Mapping[str, object]) 
     ]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk.
+
+    Args:
+        folder: existing folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
 from .key_arrays import find_first_rows, is_among, sort_rows
-from .record_table import RecordTable, column_array
+from .record_table import RecordTable
 from .records import CaptionedImage
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -136,7 +136,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
             if not len(group):
                 continue
             starts = _mark_starts(group).nonzero()[0]
-            first = pa.array(_mark_starts(column_array(batch.column(0))).nonzero()[0])
+            first = pa.array(_mark_starts(np.asarray(batch.column(0))).nonzero()[0])
             yield GroupBatch(
                 counts=np.diff(starts, append=len(group)),
                 keys=keys,
@@ -245,7 +245,7 @@ def sort_by_group(records: RecordTable) -> RecordTable:
         The records themselves if they are in that order.
     """
     first = find_first_rows(
-        lambda: (column_array(b.column(0)) for b in records.iterate_columns(("group_key",))),
+        lambda: (np.asarray(b.column(0)) for b in records.iterate_columns(("group_key",))),
         len(records),
     )
     if not (first[1:] < first[:-1]).any():
@@ -267,7 +267,7 @@ def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator
     for batch in _iterate_slices(records, names):
         if rest is not None and rest.num_rows:
             batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
-        changes = _mark_starts(column_array(batch.column(0))).nonzero()[0]
+        changes = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
         last = int(changes[-1]) if len(changes) else 0
         if last:
             yield batch.slice(0, last)
@@ -300,8 +300,8 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
     first_short = np.cumsum(short) - short
     first_long = short.sum() + np.cumsum(long) - long - short
     places = within + np.where(within < short[row], first_short[row], first_long[row])
-    group = (np.cumsum(_mark_starts(column_array(batch.column(0)))) - 1)[row]
-    keys = column_array(batch.column("text_keys").flatten())
+    group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
+    keys = np.asarray(batch.column("text_keys").flatten())
     order = np.lexsort((keys, group))  # stable: of equal ones, the first comes first
     repeats = (group[order][1:] == group[order][:-1]) & (keys[order][1:] == keys[order][:-1])
     is_first = np.ones(len(keys), np.bool_)
@@ -324,7 +324,7 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
     shown: list[str] = []
     for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
         _require_different_keys(batch)
-        rows = _mark_starts(column_array(batch.column(0))).nonzero()[0]
+        rows = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
         single = (counts < 2).nonzero()[0]
         num_single += len(single)
@@ -339,7 +339,7 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
 
 def _require_different_keys(batch: pa.RecordBatch) -> None:
     """Raise ValueError for different group ids of the same key: their captions would be pairs."""
-    keys, ids = column_array(batch.column(0)), batch.column("group_id")
+    keys, ids = np.asarray(batch.column(0)), batch.column("group_id")
     same = ~_mark_starts(keys)[1:]
     if not same.any():
         return

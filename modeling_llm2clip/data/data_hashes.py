@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from .image_sources import ImageSource, ParquetImage, TarImage, open_table
+import numpy as np
+
+from .image_sources import count_bytes
+from .record_table import RecordTable
 from .records import CaptionedImage
 
-_TABLES_HELD = 256
 
-
-def hash_records(records: Sequence[CaptionedImage]) -> str:
-    """Hash the names, group ids, languages and texts of a dataset.
+def hash_records(records: Iterable[CaptionedImage]) -> str:
+    """Hash the names, group ids, languages and texts of a dataset, in its order.
 
     Args:
-        records: records of the dataset; their order matters.
+        records: records of the dataset.
 
     Returns:
         SHA-256 in hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    for r in records:
-        line = json.dumps([r.name, r.group_id, r.lang, r.captions, r.long_captions])
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()
+    table = RecordTable.from_records(records)
+    return _join((hash_texts(table), *_hash_columns(table, ["group_key"])))
+
+
+def hash_texts(records: Iterable[CaptionedImage]) -> str:
+    """Hash the names, languages and texts of a dataset, in its order, whatever its groups are.
+
+    Args:
+        records: records of the dataset.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    table = RecordTable.from_records(records)
+    return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
 
 
 def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names of images and their sizes in bytes, whatever they are stored in.
+    """Hash the names of images and their sizes in bytes, as `count_bytes` has them.
 
     Neither their order matters nor how many languages share an image. Another image of exactly the
     same size is not noticed.
@@ -46,17 +55,17 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
     Raises:
         OSError: the file of an image no longer exists.
     """
-    digest = hashlib.sha256()
-    for size in sorted({(record.name, count_bytes(record.image)) for record in records}):
-        digest.update(f"{json.dumps(size)}\n".encode())
-    return digest.hexdigest()
+    table = RecordTable.from_records(records)
+    sizes = np.fromiter((count_bytes(image) for image in table.iterate_images()), np.int64)
+    named = np.stack([table.read_numbers("name_key"), sizes], axis=1)
+    return hashlib.sha256(np.unique(named, axis=0).tobytes()).hexdigest()
 
 
-def describe_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
+def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
     """Describe the images that a run reads, to compare them with those of another run.
 
     Args:
-        records: records that all have their image.
+        records: at least one; all have their image.
 
     Returns:
         `first`, the path of the first image, and `sizes`, from `hash_image_sizes`.
@@ -64,35 +73,23 @@ def describe_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
     Raises:
         OSError: the file of an image no longer exists.
     """
-    first = Path(str(records[0].image)).absolute()
-    return {"first": str(first), "sizes": hash_image_sizes(records)}
+    table = RecordTable.from_records(records)
+    first = Path(str(table[0].image)).absolute()
+    return {"first": str(first), "sizes": hash_image_sizes(table)}
 
 
-def count_bytes(image: ImageSource | None) -> int:
-    """Return the size of an encoded image in bytes.
-
-    Args:
-        image: address of the image; not None, which a record may have.
-
-    Raises:
-        OSError: its file no longer exists.
-    """
-    assert image is not None
-    if isinstance(image, TarImage):
-        return image.size
-    if isinstance(image, ParquetImage):
-        changed_ns = image.file.stat().st_mtime_ns
-        return int(_row_sizes(image.file, image.column, changed_ns)[image.row] or 0)
-    return image.stat().st_size
+def _hash_columns(table: RecordTable, names: list[str]) -> list[str]:
+    """Hash columns of numbers, and the lengths of columns of texts; batches make no difference."""
+    digests = [hashlib.sha256() for _ in names]
+    for batch in table.iterate_columns(names):
+        for digest, name, column in zip(digests, names, batch.columns, strict=True):
+            if name.endswith("captions"):
+                values = np.diff(np.asarray(column.offsets))
+            else:
+                values = np.asarray(column.flatten() if name == "text_keys" else column)
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return [digest.hexdigest() for digest in digests]
 
 
-@lru_cache(maxsize=_TABLES_HELD)
-def _row_sizes(file: Path, column: str, changed_ns: int) -> list[int | None]:  # noqa: ARG001
-    """Return the sizes of the images of a Parquet file, from their offsets."""
-    # Comes with `datasets`, which reads the file.
-    from pyarrow import compute, types  # type: ignore[import-untyped]
-
-    rows: Any = open_table(file).data.column(column)
-    if types.is_struct(rows.type):
-        rows = compute.struct_field(rows, "bytes")
-    return compute.binary_length(rows).to_pylist()  # type: ignore[no-any-return]
+def _join(digests: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()

@@ -1,41 +1,91 @@
-"""Writes an embedding store shard by shard, so that no complete shard is lost or written twice.
+"""Writes an embedding store shard by shard, so that a killed run loses a few batches and no more.
 
-Several processes may write one store, started together or not. The kernel locks a shard for the
-process that computes it and releases it when that process ends, however it ends. Needs a file
-system with `flock`: Linux or macOS, local or NFS 4.
+Shards are independent: any number of processes may write different shards of one folder, also from
+different machines that share a file system. No process waits for another, and none locks anything;
+whoever starts them gives each its own shards. `finish` completes the manifest when all are there.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+from uuid import uuid4
 
 import numpy as np
-import torch
-from safetensors.numpy import save as save_arrays
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+import pyarrow as pa  # type: ignore[import-untyped]
 
-from .atomic_files import list_differences, lock_file, write_atomically
-from .embedding_store import (
-    EMBEDDINGS,
-    INDEX_FILE,
+from .atomic_files import is_unfinished, list_differences, sync_folder, write_atomically
+from .store_index import INDEX_FILE, write_index
+from .store_manifest import (
     MANIFEST_FILE,
+    IndexRecord,
     ShardRecord,
     StoreManifest,
     read_manifest,
+    read_sealed,
     shard_stem,
 )
+from .store_shard_writer import ShardWriter, explain_full_disk
+from .store_shards import check_head, list_errors
 
-_FOLDER_LOCK = "manifest.lock"
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Array: TypeAlias = np.ndarray[Any, Any]
+_NO_INDEX = IndexRecord(0, (), ())
 _SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StoreItems:
+    """The items of a store that is begun.
+
+    Attributes:
+        num_rows: number of embeddings.
+        num_items: number of items.
+        counts: figures for people.
+        batches: batches of the index; see `store_index.make_batch`.
+    """
+
+    num_rows: int
+    num_items: int
+    counts: dict[str, int]
+    batches: Iterator[pa.RecordBatch]
+
+
+def plan_manifest(
+    content: str,
+    *,
+    fingerprint: dict[str, str],
+    dtype: str,
+    dim: int,
+    rows_per_shard: int,
+    plan: dict[str, str],
+) -> StoreManifest:
+    """Make the manifest of a store whose items are not known yet.
+
+    Args:
+        content: `"caption_embeds"` or `"vision_embeds"`.
+        fingerprint: which model makes the embeddings.
+        dtype: of the stored embeddings.
+        dim: width of an embedding.
+        rows_per_shard: rows of every shard but the last.
+        plan: everything else that decides the bytes, including a hash of the data.
+    """
+    return StoreManifest(
+        content=content,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        dim=dim,
+        num_rows=0,
+        num_items=0,
+        rows_per_shard=rows_per_shard,
+        plan=plan,
+        counts={},
+        index=_NO_INDEX,
+    )
 
 
 class EmbeddingStoreWriter:
@@ -52,14 +102,15 @@ class EmbeddingStoreWriter:
 
     @classmethod
     def open(
-        cls, folder: str | Path, manifest: StoreManifest, index: bytes
+        cls, folder: str | Path, planned: StoreManifest, list_items: Callable[[Path], StoreItems]
     ) -> EmbeddingStoreWriter:
         """Begin a store, or continue the same one.
 
         Args:
             folder: a new or empty folder, or that of the store to continue.
-            manifest: what the store will hold; no shards yet.
-            index: content of `index.safetensors`; see `pack_index`.
+            planned: from `plan_manifest`.
+            list_items: makes the items; called for a store that is not begun, with an empty folder
+                for temporary files.
 
         Returns:
             The writer.
@@ -67,17 +118,21 @@ class EmbeddingStoreWriter:
         Raises:
             ValueError: the folder holds another store; every difference is named, with both values.
             FileExistsError: the folder holds other files.
+            OSError: the disk is full.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST_FILE).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
             _require_nothing_else(folder)
-            with _lock(folder / _FOLDER_LOCK), _explain_full_disk(folder, "its index"):
-                if not (folder / MANIFEST_FILE).is_file():  # no other process was faster
-                    write_atomically(folder / INDEX_FILE, index)
-                    write_atomically(folder / MANIFEST_FILE, manifest.to_json().encode())
-        _require_same_store(folder, manifest)
-        return cls(folder, manifest)
+            with explain_full_disk(folder, "its index"):
+                _begin(folder, planned, list_items)
+        found = read_manifest(folder)
+        if differences := list_differences(found.list_causes(), planned.list_causes()):
+            raise ValueError(
+                f"{folder} holds another store: {'; '.join(differences)}. Name a new folder, or "
+                "give the model, data and configuration that this one was begun with."
+            )
+        return cls(folder, found)
 
     def is_done(self, shard: int) -> bool:
         """Whether a shard is complete on disk.
@@ -85,9 +140,8 @@ class EmbeddingStoreWriter:
         Args:
             shard: its number, from 0.
         """
-        # In this order: a shard's record is deleted only after the manifest has it.
         record = _read_shard_record(self.folder, shard)
-        if record is None:
+        if record is None:  # not complete yet, or already in the manifest
             return read_manifest(self.folder).complete
         file = self.folder / record.file
         return file.is_file() and file.stat().st_size == record.bytes
@@ -96,98 +150,71 @@ class EmbeddingStoreWriter:
         """List the shards that are not complete yet."""
         if read_manifest(self.folder).complete:
             return []
-        return [s for s in range(self.manifest.num_shards) if not self.is_done(s)]
+        noted = {file.stem for file in self.folder.glob("shard-*.json")}
+        return [
+            shard
+            for shard in range(self.manifest.num_shards)
+            if shard_stem(shard) not in noted or not self.is_done(shard)
+        ]
 
-    @contextmanager
-    def claim(self, shard: int) -> Iterator[bool]:
-        """Lock a shard while it is computed.
-
-        Args:
-            shard: its number, from 0.
-
-        Yields:
-            Whether to compute it: False if it is complete, or another process has locked it.
-        """
-        file = self.folder / f"{shard_stem(shard)}.lock"
-        with _lock(file, wait=False) as held:
-            yield held and not self.is_done(shard)
-            if held and self.is_done(shard):
-                file.unlink(missing_ok=True)  # whoever locks it later finds the shard complete
-
-    def write_shard(self, shard: int, embeddings: Tensor) -> None:
-        """Write the embeddings of a claimed shard.
+    def open_shard(self, shard: int, batches: Sequence[Array]) -> ShardWriter:
+        """Begin a shard, or continue it after the batches that an interrupted run wrote.
 
         Args:
             shard: its number, from 0.
-            embeddings: (rows, D) of any float dtype, in the order of the rows.
-
-        Raises:
-            ValueError: the shape is wrong, or values are not finite in the store's dtype.
-            OSError: the disk is full. Nothing of this shard stays; the others are untouched.
-        """
-        rows = self.manifest.rows_of_shard(shard)
-        if tuple(embeddings.shape) != (len(rows), self.manifest.dim):
-            raise ValueError(
-                f"Shard {shard} takes embeddings of shape {(len(rows), self.manifest.dim)}, got "
-                f"{tuple(embeddings.shape)}."
-            )
-        stored = embeddings.to("cpu", getattr(torch, self.manifest.dtype)).contiguous()
-        _require_finite(stored, rows, embeddings)
-        content = save_tensors({EMBEDDINGS: stored})
-        name = f"{shard_stem(shard)}.safetensors"
-        digest = hashlib.sha256(content).hexdigest()
-        record = ShardRecord(name, rows.start, len(rows), len(content), digest)
-        with _explain_full_disk(self.folder, f"shard {shard} of {self.manifest.num_shards}"):
-            write_atomically(self.folder / name, content)
-            encoded = json.dumps(asdict(record)).encode()
-            write_atomically(self.folder / f"{shard_stem(shard)}.json", encoded)
-
-    def finish(self) -> bool:
-        """Complete the manifest if every shard is complete; any number of processes may call it.
+            batches: places in the shard of the rows of each batch, each place once; they depend on
+                nothing but the shard.
 
         Returns:
-            Whether the store is complete.
+            What writes its batches.
+
+        Raises:
+            OSError: the disk is full. Nothing else is changed.
         """
-        with _lock(self.folder / _FOLDER_LOCK):
-            manifest = read_manifest(self.folder)
-            if not manifest.complete:
-                if self.list_missing():
-                    return False
-                shards = tuple(find_complete_shards(self.folder, manifest))
-                manifest = replace(manifest, complete=True, shards=shards)
-                with _explain_full_disk(self.folder, "its manifest"):
-                    write_atomically(self.folder / MANIFEST_FILE, manifest.to_json().encode())
-            self._sweep()
-        return True
+        with explain_full_disk(self.folder, self._name(shard)):
+            return ShardWriter(self.folder, self.manifest, shard, batches)
 
-    def _sweep(self) -> None:
-        """Remove what only an unfinished store needs."""
-        for pattern in ("shard-*.json", "*.tmp", "*.lock"):
+    def finish(self) -> None:
+        """Check that every shard is there, and complete the manifest.
+
+        Raises:
+            ValueError: shards are missing or damaged; they are named.
+            OSError: the disk is full.
+        """
+        manifest = read_manifest(self.folder)
+        if not manifest.complete:
+            found = find_complete_shards(self.folder, manifest)
+            if len(found) < manifest.num_shards:
+                there = {record.first_row for record in found}
+                shards = range(manifest.num_shards)
+                missing = [s for s in shards if manifest.rows_of_shard(s).start not in there]
+                raise ValueError(
+                    f"{self.folder} is not complete: {len(missing)} of {manifest.num_shards} "
+                    f"shards are missing, among them {missing[:_SHOWN]}. Run the same extraction "
+                    "again, or the partitions that did not end; they continue."
+                )
+            check = partial(check_head, self.folder, manifest=manifest)
+            if errors := list_errors(check, found):
+                raise ValueError(
+                    f"{self.folder}: {len(errors)} damaged files: {'; '.join(errors[:_SHOWN])}. "
+                    "Delete these and the .json files beside them, and extract again."
+                )
+            counts = dict(manifest.counts)
+            if manifest.content == "caption_embeds":
+                counts["truncated"] = sum(record.num_truncated for record in found)
+            manifest = replace(manifest, complete=True, shards=tuple(found), counts=counts)
+            with explain_full_disk(self.folder, "its manifest"):
+                _publish(self.folder / MANIFEST_FILE, manifest.to_json().encode())
+        self.manifest = manifest
+        for pattern in ("shard-*.json", "shard-*.part", "shard-*.journal", "*.tmp"):
             for file in self.folder.glob(pattern):
-                file.unlink(missing_ok=True)
+                if file.is_dir():  # of a run that was killed while it made the index
+                    shutil.rmtree(file)
+                else:
+                    file.unlink(missing_ok=True)
 
-
-def pack_index(
-    texts: Mapping[str, Sequence[str]], rows: Mapping[str, Sequence[Sequence[int]]]
-) -> bytes:
-    """Pack the items' texts and rows into the content of `index.safetensors`.
-
-    Args:
-        texts: `names`, `group_ids` and `langs`, each one text per item.
-        rows: `short` and `long`, each one list of row numbers per item.
-
-    Returns:
-        The content of the file.
-    """
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for name, column in texts.items():
-        encoded = [text.encode("utf-8") for text in column]
-        arrays[f"{name}_offsets"] = _to_offsets([len(text) for text in encoded])
-        arrays[name] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    for name, lists in rows.items():
-        arrays[f"{name}_offsets"] = _to_offsets([len(numbers) for numbers in lists])
-        arrays[f"{name}_rows"] = np.array([n for numbers in lists for n in numbers], np.int64)
-    return save_arrays(arrays)
+    def _name(self, shard: int) -> str:
+        return f"shard {shard} of {self.manifest.num_shards}"
 
 
 def find_complete_shards(folder: Path, manifest: StoreManifest) -> list[ShardRecord]:
@@ -211,83 +238,49 @@ def _read_shard_record(folder: Path, shard: int) -> ShardRecord | None:
     """Read the record that is written once a shard is complete; None if there is none."""
     file = folder / f"{shard_stem(shard)}.json"
     try:
-        return ShardRecord(**json.loads(file.read_text(encoding="utf-8")))
+        return ShardRecord(**read_sealed(file.read_text(encoding="utf-8")))
     except FileNotFoundError:  # not complete yet, or already in the manifest
         return None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}). Delete it and extract again.") from error
 
 
-def _require_same_store(folder: Path, manifest: StoreManifest) -> None:
-    """Raise ValueError naming both values of everything in which a store differs from a plan."""
-    found = read_manifest(folder)
-    differences = list_differences(_list_causes(found), _list_causes(manifest))
-    if not differences:  # these follow from the causes, so they add nothing beside them
-        kept, wanted = ({"counts": m.counts, "index": m.index_sha256} for m in (found, manifest))
-        differences = list_differences(kept, wanted)
-    if differences:
-        raise ValueError(
-            f"{folder} holds another store: {'; '.join(differences)}. Name a new folder, or give "
-            "the model, data and configuration that this one was begun with."
-        )
+def _begin(folder: Path, planned: StoreManifest, list_items: Callable[[Path], StoreItems]) -> None:
+    """Write the index, then the manifest; of several runs that begin one store, one is enough."""
+    scratch = folder / f"index-{uuid4().hex}.tmp"
+    scratch.mkdir()
+    try:
+        items = list_items(scratch)
+        index = write_index(scratch / INDEX_FILE, items.batches)
+        with (scratch / INDEX_FILE).open("rb") as opened:
+            os.fsync(opened.fileno())
+        if (folder / MANIFEST_FILE).is_file():
+            return
+        (scratch / INDEX_FILE).replace(folder / INDEX_FILE)
+    finally:
+        shutil.rmtree(scratch)
+    manifest = replace(
+        planned,
+        num_rows=items.num_rows,
+        num_items=items.num_items,
+        counts=items.counts,
+        index=index,
+    )
+    _publish(folder / MANIFEST_FILE, manifest.to_json().encode())
 
 
-def _list_causes(manifest: StoreManifest) -> dict[str, object]:
-    """Return everything that decides the bytes of a store."""
-    return {
-        **manifest.fingerprint,
-        **manifest.plan,
-        "content": manifest.content,
-        "stored dtype": manifest.dtype,
-        "dim": manifest.dim,
-        "rows_per_shard": manifest.rows_per_shard,
-    }
-
-
-def _to_offsets(lengths: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+def _publish(file: Path, content: bytes) -> None:
+    """Write a file atomically that several runs may write at the same time."""
+    own = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+    write_atomically(own, content)
+    own.replace(file)
+    sync_folder(file.parent)
 
 
 def _require_nothing_else(folder: Path) -> None:
-    ours = {INDEX_FILE, f"{INDEX_FILE}.tmp", f"{MANIFEST_FILE}.tmp", _FOLDER_LOCK}
-    others = sorted({file.name for file in folder.iterdir()} - ours)
+    names = {file.name for file in folder.iterdir() if not is_unfinished(file)}
+    others = sorted(names - {INDEX_FILE, MANIFEST_FILE})
     if others and not (folder / MANIFEST_FILE).is_file():  # another process may just have begun
         raise FileExistsError(
             f"{folder} is not empty and holds no store: {others[:_SHOWN]}. Name a new folder."
         )
-
-
-def _require_finite(stored: Tensor, rows: range, embeddings: Tensor) -> None:
-    bad = (~torch.isfinite(stored).all(dim=1)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    if torch.isfinite(embeddings).all():
-        reason = "they do not fit this dtype: store float32"
-    else:
-        reason = "the model computes NaN or infinity: check it with llm2clip doctor"
-    raise ValueError(
-        f"{len(bad)} embeddings are not finite in {stored.dtype}, the first in row "
-        f"{rows.start + bad[0]}; {reason}."
-    )
-
-
-@contextmanager
-def _lock(file: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Lock a file while the block runs; yields whether it is locked."""
-    with file.open("ab") as opened:
-        yield lock_file(opened, wait=wait)
-
-
-@contextmanager
-def _explain_full_disk(folder: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"No room to write {what} ({error.strerror}). Complete shards stay. Free some space "
-            "and run the same command again; it continues",
-            str(folder),
-        ) from error

@@ -1,7 +1,8 @@
-"""Where an image is: a file of its own, a row of a Parquet file, or a member of a tar shard.
+"""Where an image is: a file of its own, or packed into a tar shard, a Parquet or an Arrow file.
 
 A packed image is an address without an open file, so it can be pickled and sent to the worker
 processes of a data loader. Its bytes are read when the image is opened; its neighbors' are not.
+An `EncodedImage` is the exception: an image of a stream, whose bytes have come already.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
 from tqdm import tqdm
 
-from .._extras import PARQUET, require
 from ..image_loading_llm2clip import load_images, read_image_header
 
 # Suffixes of image files, in lower case and without the dot.
@@ -28,7 +27,6 @@ OPTIONAL_IMAGE_SUFFIXES = frozenset(
     ("heic", "heif", "hif", "avif", "jxl", "jp2", "jfif",
      "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2")
 )  # fmt: skip
-_OPEN_TABLES = 256
 _MOST_THREADS = 8
 _CHECKED_AT_ONCE = 1024
 
@@ -67,23 +65,99 @@ class ParquetImage:
         file: the Parquet file.
         column: name of the column.
         row: number of the row, from 0.
+        group_size: bytes that the column has in the row's group; None for not yet known.
     """
 
     file: Path
     column: str
     row: int
+    group_size: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}: row {self.row}"
 
     def read_bytes(self) -> bytes:
         """Read the encoded image."""
-        value = open_table(self.file).data.column(self.column)[self.row].as_py()
-        return bytes(value["bytes"] if isinstance(value, dict) else value)
+        from .parquet_images import read_image_bytes
+
+        return read_image_bytes(self.file, self.column, self.row)
 
 
-PackedImage: TypeAlias = TarImage | ParquetImage
+@dataclass(frozen=True, slots=True)
+class ArrowImage:
+    """A row of an Arrow file, such as `datasets` keeps, whose column holds encoded images.
+
+    Attributes:
+        file: the Arrow file, in the stream or the file format.
+        column: name of the column.
+        row: number of the row in the file, from 0.
+        size: of the image, in bytes.
+    """
+
+    file: Path
+    column: str
+    row: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}"
+
+    def read_bytes(self) -> bytes:
+        """Read the encoded image."""
+        from .arrow_images import read_image_bytes
+
+        return read_image_bytes(self.file, self.column, self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An encoded image in memory.
+
+    Attributes:
+        name: where it came from, for errors, such as the URL of a shard and its member.
+        content: the encoded image.
+    """
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image."""
+        return self.content
+
+
+PackedImage: TypeAlias = TarImage | ParquetImage | ArrowImage | EncodedImage
 ImageSource: TypeAlias = Path | PackedImage
+
+
+def count_bytes(image: ImageSource | None) -> int:
+    """Return a size that changes with an image, as a rule; its bytes are not read.
+
+    Args:
+        image: address of the image; not None, which a record may have.
+
+    Returns:
+        The bytes of the encoded image; for a row of Parquet those of its column in its row group,
+        as stored, which the footer states.
+
+    Raises:
+        OSError: its file no longer exists.
+    """
+    assert image is not None
+    if isinstance(image, TarImage | ArrowImage):
+        return image.size
+    if isinstance(image, EncodedImage):
+        return len(image.content)
+    if isinstance(image, ParquetImage):
+        if image.group_size is not None:
+            return image.group_size
+        from .parquet_images import count_group_bytes
+
+        return count_group_bytes(image.file, image.column, image.row)
+    return image.stat().st_size
 
 
 def open_image(image: Any) -> Any:
@@ -99,7 +173,7 @@ def open_image(image: Any) -> Any:
     Raises:
         ValueError: a packed image cannot be read, or is not an image; file and member are named.
     """
-    if not isinstance(image, TarImage | ParquetImage):
+    if not isinstance(image, PackedImage):
         return image
     try:
         encoded = io.BytesIO(image.read_bytes())
@@ -167,44 +241,3 @@ def register_heif_reader() -> None:
     except ImportError:
         return  # then these files are counted as skipped
     register_heif_opener()
-
-
-def open_table(file: Path) -> Any:
-    """Open a Parquet file as a memory-mapped `datasets.Dataset`.
-
-    A Parquet file can only be read by whole row groups, which may hold hundreds of images.
-    `datasets` therefore copies the file once into its cache (`HF_DATASETS_CACHE`), in a format
-    from which single rows can be read.
-
-    Args:
-        file: Parquet file; one that has changed since it was opened is read again.
-
-    Returns:
-        The `datasets.Dataset`.
-
-    Raises:
-        MissingExtraError: `datasets` is not installed.
-        Exception: what `datasets` raises for a broken file.
-    """
-    # The time of the last change is part of the key, so that a changed file is read again.
-    return _open_table(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=_OPEN_TABLES)
-def _open_table(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
-    return import_datasets().Dataset.from_parquet(str(file))
-
-
-def import_datasets() -> Any:
-    """Import `datasets`, which only readers of Parquet need.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: it is not installed; the message says how to install it.
-    """
-    require(PARQUET)
-    import datasets
-
-    return datasets

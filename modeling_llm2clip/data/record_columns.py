@@ -2,14 +2,15 @@
 
 | column | content |
 | --- | --- |
-| `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords`, `place` | of the record |
-| `image_kind` | 0 for no image, 1 a file, 2 a member of a tar shard, 3 a row of a Parquet file |
+| `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords` | of the record |
+| `place`, `url` | of the record |
+| `image_kind` | 0 for no image, 1 a file, 2 a tar member, 3 a row of Parquet, 4 of an Arrow file |
 | `image_file` | the image's file, or the one that holds it |
-| `image_member` | name of the member, or of the Parquet column |
+| `image_member` | name of the member, or of the column |
 | `image_offset` | first byte of the member, or number of the row |
-| `image_size` | bytes of the member, or of the Parquet column in the row's group |
-| `key` | hash of name and language, which together identify a record |
-| `group_key` | hash of the group id |
+| `image_size` | bytes of the image, or of the Parquet column in the row's group; null for a file |
+| `name_key`, `group_key` | hashes of name and group id |
+| `key` | sum of the hashes of name and language, which together identify a record |
 | `text_keys` | hashes of the captions, then of the long captions |
 
 Keys have 64 bits. They stand for their texts where all records are compared, sorted or hashed, so
@@ -19,14 +20,16 @@ names and group ids have different keys.
 
 from __future__ import annotations
 
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from .image_sources import ImageSource, ParquetImage, TarImage
-from .records import CaptionedImage
+from .image_sources import ArrowImage, EncodedImage, ImageSource, ParquetImage, TarImage
+from .records import CaptionedImage, CheckedRecord
 
 # Batches of a table have this many rows, but for the last one, so that a row's batch is known.
 ROWS_PER_BATCH = 2**16
@@ -40,17 +43,20 @@ SCHEMA = pa.schema(
         ("long_captions", _TEXTS),
         ("keywords", _TEXTS),
         ("place", pa.string()),
+        ("url", pa.string()),
         ("image_kind", pa.int8()),
         ("image_file", pa.string()),
         ("image_member", pa.string()),
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
+        ("name_key", pa.int64()),
         ("key", pa.int64()),
         ("group_key", pa.int64()),
         ("text_keys", pa.list_(pa.int64())),
     ]
 )
-NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE = range(4)
+_KEYS = ("name_key", "key")
+NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
 
 
 class RecordColumns:
@@ -63,13 +69,16 @@ class RecordColumns:
     def __len__(self) -> int:
         return len(self._columns["name"])
 
-    def add(self, record: CaptionedImage) -> None:
+    def add(self, record: CaptionedImage | CheckedRecord) -> None:
         """Add a record.
 
         Args:
             record: any record.
+
+        Raises:
+            UnicodeEncodeError: a text has half a character, a lone surrogate.
         """
-        texts = (*record.captions, *record.long_captions)
+        name_key = hash_text(record.name)
         row = (
             record.name,
             record.group_id,
@@ -78,10 +87,12 @@ class RecordColumns:
             record.long_captions,
             record.keywords,
             record.place,
+            record.url,
             *_locate(record.image),
-            hash_text(f"{record.lang}\n{record.name}"),
-            hash_text(record.group_id),
-            [hash_text(text) for text in texts],
+            name_key,
+            _hash_lang(record.lang),
+            name_key if record.group_id == record.name else hash_text(record.group_id),
+            [hash_text(text) for text in (*record.captions, *record.long_captions)],
         )
         for append, value in zip(self._append, row, strict=True):
             append(value)
@@ -89,6 +100,8 @@ class RecordColumns:
     def take_batch(self) -> pa.RecordBatch:
         """Return what was added as a batch, and begin a new one."""
         arrays = [pa.array(self._columns[field.name], field.type) for field in SCHEMA]
+        name_keys, lang_keys = (np.asarray(arrays[SCHEMA.get_field_index(n)]) for n in _KEYS)
+        arrays[SCHEMA.get_field_index("key")] = pa.array(name_keys + lang_keys)  # may wrap around
         for column in self._columns.values():
             column.clear()
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
@@ -99,9 +112,25 @@ def hash_text(text: str) -> int:
 
     Args:
         text: any text.
+
+    Raises:
+        UnicodeEncodeError: the text has half a character, a lone surrogate.
     """
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def hash_identity(name: str, lang: str) -> int:
+    """Return the `key` of a name and a language.
+
+    Args:
+        name: of an image.
+        lang: of its texts.
+    """
+    return int(np.int64(hash_text(name)) + np.array(_hash_lang(lang)))
+
+
+_hash_lang = cache(hash_text)
 
 
 def make_image(
@@ -121,14 +150,17 @@ def make_image(
     assert file is not None
     if kind == IMAGE_FILE:
         return Path(file)
-    assert member is not None and offset is not None and size is not None
-    if kind == TAR_IMAGE:
-        return TarImage(Path(file), member, offset, size)
-    return ParquetImage(Path(file), member, offset)
+    assert member is not None and offset is not None
+    if kind == PARQUET_IMAGE:
+        return ParquetImage(Path(file), member, offset, size)
+    assert size is not None
+    if kind == ARROW_IMAGE:
+        return ArrowImage(Path(file), member, offset, size)
+    return TarImage(Path(file), member, offset, size)
 
 
 def _locate(
-    image: ImageSource | None,
+    image: ImageSource | str | None,
 ) -> tuple[int, str | None, str | None, int | None, int | None]:
     """Return the columns of an image's address."""
     if image is None:
@@ -136,5 +168,9 @@ def _locate(
     if isinstance(image, TarImage):
         return TAR_IMAGE, str(image.shard), image.member, image.offset, image.size
     if isinstance(image, ParquetImage):
-        return PARQUET_IMAGE, str(image.file), image.column, image.row, None
-    return IMAGE_FILE, str(image), None, None, None
+        return PARQUET_IMAGE, str(image.file), image.column, image.row, image.group_size
+    if isinstance(image, ArrowImage):
+        return ARROW_IMAGE, str(image.file), image.column, image.row, image.size
+    if isinstance(image, EncodedImage):
+        raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
+    return IMAGE_FILE, image if isinstance(image, str) else str(image), None, None, None

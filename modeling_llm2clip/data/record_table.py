@@ -7,30 +7,34 @@ records works on columns (`keys`, `group_keys`, `count_texts`) or in batches (`i
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from .image_sources import ImageSource
 from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
 from .records import CaptionedImage
 
 Array: TypeAlias = np.ndarray[Any, Any]
+_COUNTED = ("captions", "long_captions")
 _IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 
 
 class RecordTable(Sequence[CaptionedImage]):
     """Records as columns.
 
-    It can be pickled for worker processes: one of a file is mapped again, one in memory is copied.
+    It can be pickled for worker processes, which map the file again, or get a copy of what is in
+    memory.
 
     Args:
         batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
         file: file that they are mapped from; None for memory.
         rows: rows of the batches that the table has, in its order; None for all.
+        skipped: why rows of the source are not records, to how many; None for no such rows.
 
     Examples:
         >>> records = load_records("my-images")
@@ -44,10 +48,12 @@ class RecordTable(Sequence[CaptionedImage]):
         *,
         file: Path | None = None,
         rows: Array | None = None,
+        skipped: Mapping[str, int] | None = None,
     ) -> None:
         self._batches = batches
         self._file = file
         self._rows = rows
+        self.skipped = dict(skipped or {})
         total = sum(batch.num_rows for batch in batches)
         self._length = total if rows is None else len(rows)
 
@@ -82,10 +88,12 @@ class RecordTable(Sequence[CaptionedImage]):
         with pa.memory_map(str(file)) as mapped:
             reader = pa.ipc.open_file(mapped)
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        return cls(batches, file=file)
+        notes = skipped_file(file)
+        skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
+        return cls(batches, file=file, skipped=skipped)
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
-        batches = list(self._batches) if self._file is None else None
+        batches = list(self._batches) if self._file is None else []
         return _unpickle, (batches, self._file, self._rows)
 
     def __len__(self) -> int:
@@ -107,6 +115,12 @@ class RecordTable(Sequence[CaptionedImage]):
         for batch in self.iterate_columns(SCHEMA.names):
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield _make_record(*row)
+
+    def iterate_images(self) -> Iterator[ImageSource | None]:
+        """Yield the address of each record's image, in the table's order."""
+        for batch in self.iterate_columns(_IMAGE_COLUMNS):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield make_image(*row)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
@@ -141,19 +155,16 @@ class RecordTable(Sequence[CaptionedImage]):
         """(N,) int64: a hash of each record's group id, copied from the columns."""
         return self.read_numbers("group_key")
 
-    def count_texts(self) -> tuple[Array, Array]:
-        """Count the captions of each record.
+    def count_texts(self, rows: Array | None = None) -> tuple[Array, Array]:
+        """Count the captions of records.
+
+        Args:
+            rows: (M,) numbers of records; None for all.
 
         Returns:
-            (N,) int32 each: short and long captions.
+            (N,) or (M,) int32 each: short and long captions.
         """
-        short, long = np.empty(len(self), np.int32), np.empty(len(self), np.int32)
-        start = 0
-        for batch in self.iterate_columns(("captions", "long_captions")):
-            stop = start + batch.num_rows
-            short[start:stop] = _list_lengths(batch.column(0))
-            long[start:stop] = _list_lengths(batch.column(1))
-            start = stop
+        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in _COUNTED)
         return short, long
 
     def read_numbers(self, name: str, rows: Array | None = None) -> Array:
@@ -166,14 +177,23 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             (N,) or (M,), of the column's dtype.
         """
+        return self._read(name, np.asarray, SCHEMA.field(name).type.to_pandas_dtype(), rows)
+
+    def _read(
+        self, name: str, read: Callable[[pa.Array], Array], dtype: Any, rows: Array | None
+    ) -> Array:
+        """Read a number per record from a column."""
         if rows is None:
-            parts = [column_array(b.column(0)) for b in self.iterate_columns((name,))]
-            return np.concatenate(parts) if parts else np.empty(0, np.int64)
+            found, stop = np.empty(len(self), dtype), 0
+            for batch in self.iterate_columns((name,)):
+                start, stop = stop, stop + batch.num_rows
+                found[start:stop] = read(batch.column(0))
+            return found
         wanted = np.asarray(rows) if self._rows is None else self._rows[np.asarray(rows)]
-        found = np.empty(len(wanted), SCHEMA.field(name).type.to_pandas_dtype())
+        found = np.empty(len(wanted), dtype)
         for number, places in split_by_batch(wanted):
             within = wanted[places] - number * ROWS_PER_BATCH
-            found[places] = column_array(self._batches[number].column(name))[within]
+            found[places] = read(self._batches[number].column(name))[within]
         return found
 
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -186,11 +206,39 @@ class RecordTable(Sequence[CaptionedImage]):
             Batches of at most `ROWS_PER_BATCH` rows.
         """
         if self._rows is None:
-            for batch in self._batches:
-                yield batch.select(list(names))
+            yield from self._read_through(names)
             return
         for start in range(0, len(self._rows), ROWS_PER_BATCH):
             yield self._take(names, self._rows[start : start + ROWS_PER_BATCH])
+
+    def _read_through(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield some columns of all batches; pages of a mapped file would count as resident."""
+        if self._file is None:
+            for batch in self._batches:
+                yield batch.select(list(names))
+            return
+        fields = [SCHEMA.get_field_index(name) for name in names]
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        with pa.OSFile(str(self._file)) as opened:
+            reader = pa.ipc.open_file(opened, options=options)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number).select(list(names))
+
+    def take(self, rows: Sequence[int] | Array, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Read some columns of some records.
+
+        Args:
+            rows: numbers of records, at most `ROWS_PER_BATCH`.
+            names: of the columns.
+
+        Returns:
+            A tuple of the columns' values for each record.
+        """
+        wanted = np.asarray(rows)
+        if not len(wanted):
+            return []
+        batch = self._take(names, wanted if self._rows is None else self._rows[wanted])
+        return list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def _take(self, names: Sequence[str], rows: Array) -> pa.RecordBatch:
         """Gather rows of the batches, at most as many as a batch has, in their order."""
@@ -210,53 +258,13 @@ class RecordTable(Sequence[CaptionedImage]):
         return self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
 
 
-def hash_records(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, group ids, languages and texts of a dataset, in its order.
+def skipped_file(file: Path) -> Path:
+    """Name the file beside an index that counts the rows that are not records.
 
     Args:
-        records: records of the dataset.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
+        file: of the index.
     """
-    return _hash_columns(RecordTable.from_records(records), with_groups=True)
-
-
-def hash_texts(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, languages and texts of a dataset, in its order, whatever its groups are.
-
-    Args:
-        records: records of the dataset.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
-    return _hash_columns(RecordTable.from_records(records), with_groups=False)
-
-
-def _hash_columns(table: RecordTable, *, with_groups: bool) -> str:
-    """Hash keys and numbers of texts; the result does not depend on the batches."""
-    names = ["key", "captions", "long_captions", "text_keys", *(["group_key"] * with_groups)]
-    digests = [hashlib.sha256() for _ in names]
-    for batch in table.iterate_columns(names):
-        for digest, name, column in zip(digests, names, batch.columns, strict=True):
-            if name == "text_keys":
-                values = column_array(column.flatten())
-            elif name in ("captions", "long_captions"):
-                values = _list_lengths(column)
-            else:
-                values = column_array(column)
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return hashlib.sha256("".join(d.hexdigest() for d in digests).encode()).hexdigest()
-
-
-def column_array(column: pa.Array) -> Array:
-    """Return a column of numbers without nulls as numpy, without copying it.
-
-    Args:
-        column: Arrow array of integers.
-    """
-    return np.asarray(column)
+    return file.with_suffix(".skipped.json")
 
 
 def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
@@ -268,6 +276,8 @@ def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
     Yields:
         Number of a batch, and places in `rows` of those in it, in their order there.
     """
+    if not len(rows):
+        return
     batches = rows // ROWS_PER_BATCH
     order = np.argsort(batches, kind="stable")
     numbers, starts = np.unique(batches[order], return_index=True)
@@ -297,12 +307,12 @@ def _make_record(*values: Any) -> CaptionedImage:
         keywords=tuple(fields["keywords"]),
         lang=fields["lang"],
         place=fields["place"],
+        url=fields["url"],
     )
 
 
 def _unpickle(
-    batches: list[pa.RecordBatch] | None, file: Path | None, rows: Array | None
+    batches: Sequence[pa.RecordBatch], file: Path | None, rows: Array | None
 ) -> RecordTable:
-    if file is not None:
-        batches = RecordTable.open(file)._batches
-    return RecordTable(batches or [], file=file, rows=rows)
+    table = RecordTable(batches) if file is None else RecordTable.open(file)
+    return RecordTable(table._batches, file=file, rows=rows)

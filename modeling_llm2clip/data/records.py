@@ -11,6 +11,7 @@ field that is null counts as absent.
 | `keywords` | words that belong to the image |
 | `group_id` | what the image shows; default: the image's name |
 | `lang` | language of the texts, BCP 47; default: `en` |
+| `url` | where the image came from; others' captions may be joined by it |
 | `category`, `group`, `license`, `notes`, `source`, `style` | notes that training does not read |
 | `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions` |
 | `longIB_captions`, `longSV_captions`, `longLLA_captions` | as `long_captions` |
@@ -28,10 +29,12 @@ because later stages take captions as single lines.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .validation_errors import ErrorCollector
 
@@ -40,20 +43,23 @@ if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
 
 _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
-_LONG_CAPTIONS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
-CAPTION_FIELDS = frozenset((*_CAPTIONS, *_SHORT_CAPTIONS))
+LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
+SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
+CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
 _NAMES = ("image", "file_name")
+_EMPTY_PART = re.compile(r"(?:^|/)\.?(?:/|$)")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
 _KNOWN_FIELDS = frozenset(
     (
         *_NAMES,
         *_CAPTIONS,
         *_SHORT_CAPTIONS,
-        *_LONG_CAPTIONS,
+        *LONG_CAPTION_FIELDS,
         *_NOTES,
         "keywords",
         "group_id",
         "lang",
+        "url",
     )
 )
 
@@ -71,6 +77,7 @@ class CaptionedImage:
         keywords: words that belong to the image; may be empty.
         lang: language of the texts, BCP 47.
         place: where the record is written, for errors; not compared.
+        url: where the image came from; None for unknown; not compared.
     """
 
     image: ImageSource | None
@@ -81,6 +88,7 @@ class CaptionedImage:
     keywords: tuple[str, ...] = ()
     lang: str = "en"
     place: str = field(default="", compare=False)
+    url: str | None = field(default=None, compare=False)
 
     @property
     def path(self) -> Path:
@@ -95,8 +103,7 @@ class CaptionedImage:
         raise ValueError(f"{self.name} has {found}, not a file. Use open_image(record.image).")
 
 
-@dataclass(frozen=True)
-class RawRecord:
+class RawRecord(NamedTuple):
     """The fields of a record as its source has them, not yet checked.
 
     Attributes:
@@ -112,17 +119,45 @@ class RawRecord:
     default_name: str | None = None
 
 
-def build_record(
+class CheckedRecord(NamedTuple):
+    """The fields of a `CaptionedImage`, whose image may be the path of a file as text."""
+
+    image: str | PackedImage | None
+    name: str
+    group_id: str
+    captions: Sequence[str]
+    long_captions: Sequence[str]
+    keywords: Sequence[str]
+    lang: str
+    place: str
+    url: str | None = None
+
+    def build(self) -> CaptionedImage:
+        """Build the record."""
+        return CaptionedImage(
+            image=Path(self.image) if isinstance(self.image, str) else self.image,
+            name=self.name,
+            group_id=self.group_id,
+            captions=tuple(self.captions),
+            long_captions=tuple(self.long_captions),
+            keywords=tuple(self.keywords),
+            lang=self.lang,
+            place=self.place,
+            url=self.url,
+        )
+
+
+def check_record(
     raw: RawRecord,
     errors: ErrorCollector,
     *,
     image_dir: Path | None,
     require_images: bool,
     ignore_fields: Collection[str] = (),
-) -> CaptionedImage | None:
-    """Check the fields of a record and build it.
+) -> CheckedRecord | None:
+    """Check the fields of a record.
 
-    A record with errors is built from what is left, so that checks over several records see it.
+    Of a record with errors the rest is returned, so that checks over several records see it.
 
     Args:
         raw: what the source has.
@@ -132,13 +167,13 @@ def build_record(
         ignore_fields: names of further fields, which are not errors.
 
     Returns:
-        The record; None if its name or language cannot be read.
+        The checked fields; None if the name or the language cannot be read.
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
     name = _read_name(raw.fields, found)
     has_identity = not found
-    image: ImageSource | None = raw.packed
+    image: str | PackedImage | None = raw.packed
     if has_identity and image is None:
         image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
@@ -146,24 +181,19 @@ def build_record(
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, found)
-    long_captions = _read_all_texts(raw.fields, _LONG_CAPTIONS, found)
+    long_captions = _read_all_texts(raw.fields, LONG_CAPTION_FIELDS, found)
     keywords = _read_texts(raw.fields, "keywords", found)
-    unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
-    found += [f"unknown field {field!r}" for field in unknown]
+    url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
+    if not raw.fields.keys() <= _KNOWN_FIELDS:
+        unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
+        found += [f"unknown field {field!r}" for field in unknown]
     for kind in found:
         errors.add(kind, raw.place)
     if name is None or not has_identity:
         return None
-    return CaptionedImage(
-        image=image,
-        name=name,
-        group_id=name if group_id is None else group_id,
-        captions=tuple(captions),
-        long_captions=tuple(long_captions),
-        keywords=tuple(keywords),
-        lang=lang,
-        place=raw.place,
-    )
+    group_id = name if group_id is None else group_id
+    texts = (captions, long_captions, keywords)
+    return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
 
 
 def clean_text(text: str) -> str:
@@ -175,6 +205,9 @@ def clean_text(text: str) -> str:
     Returns:
         One line; empty for a blank text.
     """
+    # Most texts are clean. Those that are printable have no line breaks, and no spaces but " ".
+    if text.isprintable() and text[:1] != " " and text[-1:] != " ":
+        return text
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -196,7 +229,9 @@ def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list
 
 def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
     """Read a field that is a text or a list of texts; an error is noted once per field."""
-    value = fields.get(name, [])
+    if name not in fields:
+        return []
+    value = fields[name]
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         found.append(f"{name!r} is not a text or a list of texts")
@@ -226,7 +261,9 @@ def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
     if not all(isinstance(name, str) and name.strip() for name in given):
         found.append("'image' or 'file_name' is not a non-blank text")
         return None
-    names = [PurePosixPath(name).as_posix() for name in given]  # "./a.jpg" is "a.jpg"
+    names = [
+        PurePosixPath(name).as_posix() if _EMPTY_PART.search(name) else name for name in given
+    ]  # "./a.jpg" is "a.jpg"
     if len(set(names)) > 1:
         found.append("'image' and 'file_name' differ")
     return names[0] if names else None
@@ -234,9 +271,12 @@ def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
 
 def _find_file(
     name: str | None, image_dir: Path | None, found: list[str], *, required: bool
-) -> Path | None:
-    if name is not None and image_dir is not None and (image_dir / name).is_file():
-        return image_dir / name
+) -> str | None:
+    if name is not None and image_dir is not None:
+        # Strings, because a Path of every image costs as much as all other checks.
+        file = os.path.join(image_dir, name)  # noqa: PTH118
+        if os.path.isfile(file):  # noqa: PTH113
+            return file
     if required:
         found.append("no image" if name is None else "image missing")
     return None

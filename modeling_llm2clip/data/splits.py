@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from pyarrow import compute
+
+from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
 _SHOWN = 5
@@ -12,7 +17,7 @@ _SHOWN = 5
 
 def split_records(
     records: Sequence[CaptionedImage], *, test_size: float, seed: int
-) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+) -> tuple[RecordTable, RecordTable]:
     """Split records at random, by group: all images and languages of a group are on one side.
 
     Args:
@@ -32,18 +37,19 @@ def split_records(
         >>> len(train), len(test)
         (16, 4)
     """
-    groups = sorted({record.group_id for record in records})
+    table = RecordTable.from_records(records)
+    keys = table.group_keys
+    groups = _sort_groups(table, keys)
     count = round(test_size * len(groups)) if 0 < test_size < 1 else int(test_size)
     if not 2 <= count <= len(groups) - 2:
         raise ValueError(
             f"test_size={test_size!r} puts {count} of {len(groups)} groups of images on the test "
             "side. Each side needs at least 2: choose another size, or give more images."
         )
-    random.Random(seed).shuffle(groups)
-    chosen = set(groups[:count])
-    train = [record for record in records if record.group_id not in chosen]
-    test = [record for record in records if record.group_id in chosen]
-    if shared := sorted(_list_texts(train) & _list_texts(test)):
+    random.Random(seed).shuffle(groups)  # type: ignore[arg-type]
+    is_test = np.isin(keys, groups[:count])
+    train, test = table.select(np.flatnonzero(~is_test)), table.select(np.flatnonzero(is_test))
+    if shared := sorted(_find_shared_texts(train, test)):
         raise ValueError(
             f"{len(shared)} captions are on both sides of the split, such as {shared[:_SHOWN]}. "
             "Give images that show the same thing the same group_id, or remove these captions."
@@ -51,8 +57,37 @@ def split_records(
     return train, test
 
 
-def _list_texts(records: Sequence[CaptionedImage]) -> set[str]:
-    return {text for record in records for text in (*record.captions, *record.long_captions)}
+def _sort_groups(table: RecordTable, keys: Array) -> Array:
+    """Return the key of each group once, in the order of the group ids."""
+    unique, firsts = np.unique(keys, return_index=True)
+    ids = [batch.column(0) for batch in table.select(firsts).iterate_columns(["group_id"])]
+    order: Array = compute.sort_indices(pa.chunked_array(ids, pa.string())).to_numpy()
+    return unique[order]
+
+
+def _find_shared_texts(one: RecordTable, other: RecordTable) -> set[str]:
+    """Find the texts that two tables share; only those with equal keys are compared."""
+    shared = np.intersect1d(_list_text_keys(one), _list_text_keys(other))
+    if not len(shared):
+        return set()
+    return _list_texts(one, shared) & _list_texts(other, shared)
+
+
+def _list_text_keys(table: RecordTable) -> Array:
+    parts = [np.asarray(b.column(0).flatten()) for b in table.iterate_columns(["text_keys"])]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _list_texts(table: RecordTable, keys: Array) -> set[str]:
+    """Return the texts of a table whose keys are among some."""
+    found: set[str] = set()
+    for batch in table.iterate_columns(["text_keys", "captions", "long_captions"]):
+        is_wanted = np.isin(np.asarray(batch.column(0).flatten()), keys)
+        if is_wanted.any():
+            rows = zip(*(batch.column(c).to_pylist() for c in (1, 2)), strict=True)
+            texts = [text for short, long in rows for text in (*short, *long)]
+            found.update(texts[number] for number in np.flatnonzero(is_wanted).tolist())
+    return found
 
 
 def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 _PLACES_SHOWN = 5
@@ -59,6 +60,7 @@ class ErrorCollector:
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._places: dict[str, list[str]] = {}
+        self._skipped: dict[str, int] = {}
 
     def add(self, kind: str, place: str) -> None:
         """Add one error.
@@ -72,6 +74,14 @@ class ErrorCollector:
         if len(places) < _PLACES_SHOWN:
             places.append(place)
 
+    def skip(self, reason: str) -> None:
+        """Count a row of the source that is not a record, which is not an error.
+
+        Args:
+            reason: why, in the same words wherever it is.
+        """
+        self._skipped[reason] = self._skipped.get(reason, 0) + 1
+
     def extend(self, other: ErrorCollector) -> None:
         """Add the errors of another collector.
 
@@ -82,6 +92,25 @@ class ErrorCollector:
             self._counts[kind] = self._counts.get(kind, 0) + count
             places = self._places.setdefault(kind, [])
             places += other._places[kind][: _PLACES_SHOWN - len(places)]
+        for reason, count in other._skipped.items():
+            self._skipped[reason] = self._skipped.get(reason, 0) + count
+
+    def to_json(self) -> str:
+        """Return what was collected as JSON."""
+        content = {"counts": self._counts, "places": self._places, "skipped": self._skipped}
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> ErrorCollector:
+        """Read what another process collected.
+
+        Args:
+            text: from `to_json`.
+        """
+        collected, content = cls(), json.loads(text)
+        collected._counts, collected._places = content["counts"], content["places"]
+        collected._skipped = content["skipped"]
+        return collected
 
     def without(self, *kinds: str) -> ErrorCollector:
         """Return a collector of the other errors.
@@ -98,6 +127,11 @@ class ErrorCollector:
     def counts(self) -> dict[str, int]:
         """Kind of error to how many there are."""
         return dict(self._counts)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Why rows are not records, to how many there are."""
+        return dict(self._skipped)
 
     @property
     def total(self) -> int:

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 
 from ..data.record_loading import find_example_data, load_records
+from ..data.record_table import RecordTable
 from ..data.records import CaptionedImage
 from ..data.splits import choose_test_rows, split_records
 from ..evaluation.datasets.catalog.emoji import EMOJI_SEED, NUM_TEST_GROUPS
@@ -47,6 +48,6 @@ def list_training_texts(record: CaptionedImage) -> tuple[str, ...]:
     return (*record.captions, f"{record.captions[0]}: {', '.join(record.keywords)}")
 
 
-def load_photographs() -> list[CaptionedImage]:
+def load_photographs() -> RecordTable:
     """Read the embedded photographs, which the demo only searches."""
     return load_records(find_example_data() / "photographs")

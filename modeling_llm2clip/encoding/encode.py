@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.image_sources import ParquetImage, TarImage, open_image
+from ..data.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
@@ -277,21 +277,128 @@ def encode_distinct(
     plan = [[firsts[place] for place in places] for places in batches(firsts)]
     place_of = {row: place for place, row in enumerate(firsts)}
     embeddings: Tensor | None = None
+    for rows, embeds in iterate_batches(
+        inputs, plan, prepare=prepare, encode=encode, num_workers=num_workers
+    ):
+        if embeddings is None:
+            embeddings = torch.empty(len(firsts), embeds.shape[1])
+        embeddings[[place_of[row] for row in rows]] = embeds
+        if on_batch is not None:
+            on_batch(rows, embeds)
+    assert embeddings is not None
+    if len(firsts) == len(inputs):
+        return embeddings
+    return embeddings[[place_of[first_of[key]] for key in keys]]
+
+
+@torch.inference_mode()
+def iterate_batches(
+    inputs: Sequence[Any],
+    plan: Sequence[Sequence[int]],
+    *,
+    prepare: Callable[[list[Any]], Any],
+    encode: Callable[[Any], Tensor],
+    num_workers: int = 1,
+    names: Sequence[Any] | None = None,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Encode batches of inputs, which are prepared ahead.
+
+    Args:
+        inputs: Texts, addresses of images, or images.
+        plan: Rows of the inputs of each batch.
+        prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
+        encode: Computes (B, D) on any device and of any floating-point dtype.
+        num_workers: Threads that prepare batches.
+        names: What an error calls each input; None for the inputs themselves.
+
+    Yields:
+        Rows of a batch, and their embeddings, (B, D) float32 on the CPU.
+
+    Raises:
+        ValueError: An embedding has NaN or infinity; every such input of the batch is named.
+    """
     with ThreadPoolExecutor(num_workers) as pool, float32_as_such():
         parts = ([inputs[row] for row in rows] for rows in plan)
         prepared = _prepare_ahead(pool, prepare, parts, count=num_workers + 1)
         for rows, batch in zip(plan, prepared, strict=True):
             embeds = encode(batch).float().cpu()
-            _require_finite(embeds, rows, inputs)
-            if embeddings is None:
-                embeddings = torch.empty(len(firsts), embeds.shape[1])
-            embeddings[[place_of[row] for row in rows]] = embeds
-            if on_batch is not None:
-                on_batch(rows, embeds)
-    assert embeddings is not None
-    if len(firsts) == len(inputs):
-        return embeddings
-    return embeddings[[place_of[first_of[key]] for key in keys]]
+            _require_finite(embeds, rows, inputs if names is None else names)
+            yield rows, embeds
+
+
+def iterate_token_batches(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    processor: LLM2CLIPProcessor,
+    ids: Sequence[Sequence[int]],
+    plan: Sequence[Sequence[int]],
+    *,
+    texts: Sequence[str],
+) -> Iterator[Tensor]:
+    """Encode batches of texts that are tokenized already, without projection.
+
+    Args:
+        model: A model with a text tower.
+        processor: The model's processor.
+        ids: Token ids of each text, from `processor.list_ids`.
+        plan: Rows of the texts of each batch.
+        texts: The texts, for errors.
+
+    Yields:
+        (B, D) float32 on the CPU, for each batch.
+
+    Raises:
+        ValueError: The model gives NaN or infinity.
+    """
+    with eval_mode(model):
+        for _, embeds in iterate_batches(
+            ids,
+            plan,
+            prepare=lambda part: _pad(part, processor),
+            encode=lambda inputs: model.get_caption_embeds(
+                input_ids=inputs[0].to(model.device), attention_mask=inputs[1].to(model.device)
+            ),
+            names=texts,
+        ):
+            yield embeds
+
+
+def iterate_image_batches(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    processor: LLM2CLIPProcessor,
+    images: Sequence[Any],
+    plan: Sequence[Sequence[int]],
+    *,
+    num_workers: int = 1,
+) -> Iterator[Tensor]:
+    """Encode batches of images without projection; threads decode the next ones.
+
+    Args:
+        model: A model with a vision tower.
+        processor: The model's processor.
+        images: As `encode_images` takes them.
+        plan: Rows of the images of each batch.
+        num_workers: Threads that decode images.
+
+    Yields:
+        (B, D) float32 on the CPU, for each batch.
+
+    Raises:
+        ValueError: An image is missing or broken (it is named), or the model gives NaN or
+            infinity.
+    """
+    if model.device.type == "cpu":
+        raise_malloc_thresholds()
+    with eval_mode(model):
+        for _, embeds in iterate_batches(
+            images,
+            plan,
+            prepare=lambda part: dict(processor(images=[open_image(image) for image in part])),
+            encode=lambda inputs: model.get_vision_embeds(
+                **{name: value.to(model.device) for name, value in inputs.items()}
+            ),
+            num_workers=num_workers,
+        ):
+            yield embeds
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
@@ -355,7 +462,7 @@ def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
-    by_value = (str, os.PathLike, TarImage, ParquetImage)
+    by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
     keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
     return keys
 

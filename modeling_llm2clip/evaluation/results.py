@@ -20,7 +20,7 @@ from typing import Any
 
 from .._environment import list_versions
 from ..data.atomic_files import hash_json, write_atomically
-from ..data.image_sources import ImageSource, ParquetImage, TarImage
+from ..data.image_sources import EncodedImage, ImageSource, TarImage
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
@@ -335,10 +335,12 @@ def _shorten(*texts: str) -> list[str]:
 
 def _hash_image(image: ImageSource) -> str:
     """Hash the encoded bytes, which are the same wherever the dataset is."""
+    if isinstance(image, EncodedImage):
+        return hashlib.sha256(image.content).hexdigest()
     if isinstance(image, TarImage):
         state = image.shard.stat()
     else:
-        state = (image.file if isinstance(image, ParquetImage) else image).stat()
+        state = (image if isinstance(image, Path) else image.file).stat()
     return _hash_unchanged(image, state.st_mtime_ns, state.st_size)
 
 

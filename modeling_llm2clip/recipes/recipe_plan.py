@@ -15,10 +15,11 @@ from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
 from ..data.caption_groups import count_groups
-from ..data.embedding_store import MANIFEST_FILE, read_manifest
 from ..data.record_loading import find_example_data, load_records
 from ..data.records import CaptionedImage
 from ..data.splits import split_records
+from ..data.store_manifest import MANIFEST_FILE, read_manifest
+from ..data.store_shards import CHECKSUM_BYTES
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
@@ -191,7 +192,7 @@ def read_split(config: TrainConfig) -> Split:
     """
     if config.data == EMBEDDED:
         emoji = load_records(find_example_data() / "emoji")
-        records = [record for record in emoji if record.lang == "en"]
+        records: Sequence[CaptionedImage] = [r for r in emoji if r.lang == "en"]
     else:
         records = read_data(config.data, config, require_images=True)
     if not config.test_size:
@@ -365,7 +366,9 @@ class _Planner:
             store,
             _find_store_state(store),
             flops=_times(self._flops_per_token(tower, passes=1), tokens),
-            num_bytes=None if tower.width is None else num_rows * tower.width * width,
+            num_bytes=None
+            if tower.width is None
+            else num_rows * (tower.width * width + CHECKSUM_BYTES),
         )
 
     def _plan_alignment(self) -> PlannedStage:

@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGINT (Ctrl-C) and SIGTERM wait for the next checkpoint or shard."""
+"""Stopping in good order: SIGINT (Ctrl-C) and SIGTERM wait for the next checkpoint or batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROGRAM = "llm2clip"
 
 
 class StageInterrupt(KeyboardInterrupt):
-    """A signal stopped a stage after its checkpoint or shard; the message says how to continue.
+    """A signal stopped a stage after its checkpoint or batch; the message says how to continue.
 
     Args:
         stopped: Sentence that says what was stopped, and where its files are; empty in all
@@ -75,7 +75,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, _: FrameType | None) -> None:
         request.signal = signal.Signals(number)
         restore()
-        _log.warning("%s: stopping after the current step or shard.", request.signal.name)
+        _log.warning("%s: stopping after the current step or batch.", request.signal.name)
 
     if threading.current_thread() is threading.main_thread():
         for wanted in (signal.SIGINT, signal.SIGTERM):

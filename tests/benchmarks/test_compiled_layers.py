@@ -79,6 +79,7 @@ def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
             torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:
     model, processor = tiny_model()
     model.packs_in_training = True

@@ -26,7 +26,7 @@ COMMANDS = LINE.commands
 COSTLY = ("torch", "transformers", "datasets", "peft", "sentence_transformers", "accelerate")
 
 # The recipe of `train` names the device.
-WITH_DEVICE = [name for name in COMMANDS if name not in ("env", "train")]
+WITH_DEVICE = [name for name in COMMANDS if name not in ("env", "train", "merge-store")]
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
 

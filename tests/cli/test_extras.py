@@ -26,13 +26,14 @@ SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 EXTRAS = SETUP["options.extras_require"]
 # Distributions that are not called as what they hold is imported.
-DISTRIBUTIONS = {"open_clip": "open_clip_torch", "sentence_transformers": "sentence-transformers"}
-# Installed by what `install_requires` names: cyclopts has the first, transformers the other.
-INDIRECT = {"rich", "tokenizers"}
-REQUIRED = {"PIL", "accelerate", "cyclopts", "huggingface_hub", "numpy", "safetensors",
-            "tabulate", "torch", "torchvision", "tqdm", "transformers", "yaml"}  # fmt: skip
-# Comes with datasets, which reads the file first.
-WITH_DATASETS = {"pyarrow"}
+DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
+                 "sentence_transformers": "sentence-transformers"}  # fmt: skip
+# Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
+# transformers the last.
+INDIRECT = {"fsspec", "rich", "tokenizers"}
+REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "numpy", "pyarrow",
+            "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers",
+            "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.
 ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train"}
 ONLY_TESTS = {"test", "all", "docs", "dev"}
@@ -133,7 +134,7 @@ def test_the_walk_finds_what_is_imported_far_from_the_command() -> None:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
 def test_every_optional_import_can_be_named(file: Path) -> None:
     others = list_imports(file, into_functions=True)[1]
-    named = {need.module for need in all_needs()} | WITH_DATASETS
+    named = {need.module for need in all_needs()}
     named |= {"mteb"}  # of a module that only mteb's users import
     named |= {"pillow_heif"}  # without it HEIC is skipped, and the count says what to install
     assert others - {"modeling_llm2clip"} <= REQUIRED | INDIRECT | named
@@ -178,7 +179,6 @@ BLOCKED_RUNS = [
     (["timm"], "finetune-llm TIMM DATA new", "train"),
     (["timm"], "extract TIMM DATA new --modality text", "train"),
     (["timm"], "extract TIMM DATA new --modality image", "train"),
-    (["datasets"], "extract PLAIN data.parquet new --modality text", "train"),
     (["timm"], "align TIMM DATA new --caption-store gone", "train"),
     (["peft"], "align PLAIN DATA new --vision-training lora", "train"),
     (["peft"], "align PLAIN DATA new --text-training lora", "train"),
@@ -205,7 +205,6 @@ BLOCKED_RUNS = [
     (["open_clip"], "evaluate gone --model-type open_clip --datasets emoji", "baselines"),
     (["sentence_transformers"], "evaluate SENTENCES --datasets emoji", "sentence-transformers"),
     (["matplotlib"], "evaluate PLAIN --datasets emoji --plot new.png", "plots"),
-    (["datasets"], "evaluate PLAIN --datasets coco=some.parquet", "parquet"),
 ]
 
 
@@ -248,7 +247,10 @@ def test_every_command_names_its_extra_before_it_does_anything(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(outcomes) == len(BLOCKED_RUNS)
-    assert {line.split()[0] for _, line, _ in BLOCKED_RUNS} == set(command_names()) - {"env"}
+    assert {line.split()[0] for _, line, _ in BLOCKED_RUNS} == set(command_names()) - {
+        "env",
+        "merge-store",
+    }
     for (modules, line, extra), (code, message, costly) in zip(BLOCKED_RUNS, outcomes, strict=True):
         assert code == 2, line
         assert message.startswith(f"llm2clip {line.split()[0]}: not installed: "), (line, message)

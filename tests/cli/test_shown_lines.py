@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from aligning import Prepared
@@ -21,12 +22,15 @@ from transformers import TrainerControl, TrainerState
 
 from modeling_llm2clip.cli.library_warnings import hide_known_warnings
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.embedding_store import StoreManifest
-from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.data.embedding_store_writer import (
+    EmbeddingStoreWriter,
+    StoreItems,
+    plan_manifest,
+)
 from modeling_llm2clip.encoding import encode as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
-from modeling_llm2clip.training.extraction.extract import StoreProgress
+from modeling_llm2clip.training.extraction.shard_extraction import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (
     CaptionEncoder,
     make_lora_config,
@@ -155,22 +159,21 @@ def test_the_progress_of_captions_is_in_tokens(monkeypatch: pytest.MonkeyPatch) 
     assert bar.unit == " tokens" and bar.seen[0] == max(lengths)
 
 
-def test_a_continued_store_counts_the_tokens_that_are_left(tmp_path: Path) -> None:
+def test_a_continued_store_counts_the_rows_that_are_left(tmp_path: Path) -> None:
     """And takes what an earlier run computed for no speed of this one."""
-    lengths = [9, 7, 5, 3, 1]
-    manifest = StoreManifest(
-        content="caption_embeds", fingerprint={}, dtype="float32", dim=2, num_rows=5, num_items=5,
-        rows_per_shard=2, plan={}, counts={}, index_bytes=1, index_sha256="",
-    )  # fmt: skip
-    writer = EmbeddingStoreWriter.open(tmp_path / "store", manifest, b"x")
-    with writer.claim(0):
-        writer.write_shard(0, torch.zeros(2, 2))
-    progress = StoreProgress(writer, unit=" tokens", sizes=lengths, shown=True)
-    assert (progress._bar.total, progress._bar.n, progress._bar.initial) == (25, 16, 16)
-    with writer.claim(2):
-        writer.write_shard(2, torch.zeros(1, 2))
-    progress.recount(writer.list_missing())  # as when another process had done it
-    assert progress._bar.n == 17
+    planned = plan_manifest(
+        "caption_embeds", fingerprint={}, dtype="float32", dim=2, rows_per_shard=2, plan={}
+    )
+    items = StoreItems(5, 5, {}, iter([]))
+    writer = EmbeddingStoreWriter.open(tmp_path / "store", planned, lambda _: items)
+    with writer.open_shard(0, [np.arange(2)]) as shard:
+        shard.write(torch.zeros(2, 2))
+        shard.seal()
+    progress = StoreProgress(writer, range(3), unit=" captions", shown=True)
+    assert (progress._bar.total, progress._bar.n, progress._bar.initial) == (5, 2, 2)
+    progress.add_earlier(1)  # a shard that was interrupted
+    progress.add(1)
+    assert (progress._bar.n, progress._bar.initial) == (4, 3)
     progress.close()
 
 

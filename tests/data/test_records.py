@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from captioned_files import (
     write_folder,
     write_images,
     write_lines,
-    write_parquet,
     write_shard,
     write_shards,
 )
 
-from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.data.image_sources import open_image
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
@@ -292,12 +289,3 @@ def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None
     (tmp_path / "shards" / "00001.tar").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"00001\.tar: 0000\.png: not an image"):
         open_image(record.image)
-
-
-def test_parquet_without_its_library_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_parquet(tmp_path / "data")
-    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it then fails
-    with pytest.raises(MissingExtraError, match=r"datasets .*modeling_llm2clip\[parquet\]"):
-        load_records(source)

@@ -87,6 +87,7 @@ print(int(raise_malloc_thresholds()), before, count())
 """
 
 
+@pytest.mark.slow
 def test_large_blocks_are_handed_out_again_without_new_pages() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", ERRORS]

@@ -69,6 +69,7 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         read_evaluation_results(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_digests_of_the_emoji_are_the_recorded_ones() -> None:
     recorded = json.loads((RESULTS / "evaluation.json").read_text(encoding="utf-8"))
     [row] = [r for r in recorded["results"] if (r["model"], r["task"]) == ("ours", "cross-lingual")]

@@ -162,6 +162,8 @@ class HubServer(ThreadingHTTPServer):
         self, method: str, target: str, body: bytes, *, credentials: str, byte_range: str
     ) -> Reply:
         """Answer one request: check the token, find the route, and convert errors to replies."""
+        # Datasets have the same routes as models, under prefixes of their own.
+        target = re.sub(r"^/(api/)?datasets/", lambda m: "/api/models/" if m[1] else "/", target)
         url = urlsplit(target)
         self.requests.append(f"{method} {url.path}")
         try:
@@ -223,7 +225,11 @@ class HubServer(ThreadingHTTPServer):
         sha = repository.find(request.parts["revision"])
         start = f"{request.parts['folder']}/".removeprefix("/")
         everything = request.query.get("recursive", [""])[0].lower() in ("true", "1")
-        entries = []
+        entries: list[dict[str, Any]] = []
+        below = [p.removeprefix(start) for p in repository.commits[sha] if p.startswith(start)]
+        folders = set() if everything else {p.partition("/")[0] for p in below if "/" in p}
+        for folder in sorted(folders):
+            entries.append({"type": "directory", "path": f"{start}{folder}", "oid": "0" * 40})
         for path, file in sorted(repository.commits[sha].items()):
             if path.startswith(start) and (everything or "/" not in path.removeprefix(start)):
                 size, oid = len(file.content), file.oid
@@ -232,6 +238,21 @@ class HubServer(ThreadingHTTPServer):
                 entries.append(entry)
         if not entries:
             raise RefusalError(404, f"No files in {start} at {sha}", "EntryNotFound", sha)
+        return Reply(entries)
+
+    def _paths_info(self, request: Request) -> Reply:
+        repository = self._find(request)
+        files = repository.commits[repository.find(request.parts["revision"])]
+        form = parse_qs(request.body.decode())
+        wanted = form["paths"] if form else json.loads(request.body)["paths"]
+        entries: list[dict[str, Any]] = []
+        for path in wanted:
+            if path in files:
+                file = files[path]
+                entries.append({"type": "file", "path": path, "oid": file.oid[:40],
+                                "size": len(file.content), "lfs": None})  # fmt: skip
+            elif any(name.startswith(f"{path}/") for name in files):
+                entries.append({"type": "directory", "path": path, "oid": "0" * 40})
         return Reply(entries)
 
     def _create_reference(self, request: Request) -> Reply:
@@ -328,6 +349,7 @@ ROUTES: list[tuple[str, str, Callable[[HubServer, Request], Reply]]] = [
     ("GET", "/api/models/{repo}(?:/revision/{revision})?", HubServer._model_info),
     ("GET", "/api/models/{repo}/commits/{revision}", HubServer._commits),
     ("GET", "/api/models/{repo}/tree/{revision}(?:/(?P<folder>.+))?", HubServer._tree),
+    ("POST", "/api/models/{repo}/paths-info/{revision}", HubServer._paths_info),
     ("POST", "/api/models/{repo}/(?:branch|tag)/{name}", HubServer._create_reference),
     ("POST", "/api/models/{repo}/preupload/{revision}", HubServer._preupload),
     ("POST", r"/{repo}\.git/info/lfs/objects/batch", HubServer._lfs_batch),

@@ -174,12 +174,14 @@ def ran(
     return Ran(json.loads(done.stdout.splitlines()[-1]), done.stdout, mark)
 
 
+@pytest.mark.slow
 def test_nothing_ran_and_nothing_was_asked(ran: Ran) -> None:
     assert not ran.mark.exists()
     assert "Do you wish" not in ran.stdout
     assert not [name for name, (_, out, _) in ran.answers.items() if "Do you wish" in out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ["tokenizer", "inside"])
 def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
@@ -196,6 +198,7 @@ def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
     assert f"{file} names Auto" in error and "evil.Evil" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_the_class(
     ran: Ran, command: str
@@ -206,6 +209,7 @@ def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_th
         assert "config.json names other code inside" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_build_refuses_a_source_that_needs_its_code_by_the_files_name(ran: Ran, name: str) -> None:
     code, out, err = ran.answers[name]

@@ -259,6 +259,7 @@ def test_a_name_that_is_not_a_hub_id_is_refused(repo_id: str) -> None:
 # One commit
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     published: Published,
 ) -> None:

@@ -252,6 +252,7 @@ def signal_at(file: Path) -> Iterator[None]:
         watcher.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["fine-tuned", "aligned"])
 def test_sigterm_stops_in_good_order_and_the_same_call_continues(
     sources: Path, tmp_path: Path, stage: str

@@ -14,21 +14,31 @@ from typing import Any, TextIO
 from ..records import RawRecord
 from ..validation_errors import ErrorCollector
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
 _READ_AT_ONCE = 2**20  # characters
 
 
-def read_json_lines(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
+def read_json_lines(
+    file: Path,
+    errors: ErrorCollector,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    first_line: int = 1,
+) -> Iterator[RawRecord]:
     """Yield a raw record per line that is not blank.
 
     Args:
         file: JSON lines, UTF-8.
         errors: gets every line that is not a JSON object.
+        start: first byte to read, where a line begins.
+        stop: byte to stop at, where a line ends; None for the end of the file.
+        first_line: number of the line at `start`.
 
     Yields:
         The record of each other line, without the fields that are null.
     """
-    for number, line in iterate_lines(file):
+    for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
         place = f"{file.name} line {number}"
         fields = parse_object(line)
         if isinstance(fields, str):
@@ -37,20 +47,51 @@ def read_json_lines(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
             yield RawRecord(place, {k: v for k, v in fields.items() if v is not None})
 
 
-def iterate_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def iterate_lines(
+    file: Path, *, start: int = 0, stop: int | None = None, first_line: int = 1
+) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank.
 
     Args:
         file: text file. Only a line feed ends a line: a text may hold other separators.
+        start: first byte to read, where a line begins.
+        stop: byte to stop at, where a line ends; None for the end of the file.
+        first_line: number of the line at `start`.
 
     Yields:
         Number of the line, from 1, and its bytes.
     """
+    left = file.stat().st_size if stop is None else stop - start
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        lines.seek(start)
+        for number, line in enumerate(lines, start=first_line):
+            if left <= 0:
+                return
+            left -= len(line)
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if line.strip():
                 yield number, line
+
+
+def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
+    """Find beginnings of lines that split a file into ranges of about the same size.
+
+    Args:
+        file: text file.
+        bytes_apart: size of a range; one may be longer by a line.
+
+    Yields:
+        Byte and number of the first line of each range, from 0 and 1.
+    """
+    position, line = 0, 1
+    with file.open("rb") as opened:
+        yield position, line
+        while content := opened.read(bytes_apart):
+            rest = opened.readline()
+            position += len(content) + len(rest)
+            line += content.count(b"\n") + rest.count(b"\n")
+            if opened.peek(1):
+                yield position, line
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:
@@ -63,7 +104,7 @@ def parse_object(content: bytes) -> dict[str, Any] | str:
         The object, or the error as a text.
     """
     try:
-        fields = json.loads(content.decode("utf-8"), object_pairs_hook=_make_object)
+        fields = _DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8"
     except json.JSONDecodeError:
@@ -84,6 +125,10 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise _RepeatedFieldError(f"field {twice!r} twice in one object")
     return fields
+
+
+# json.loads would make one for every line.
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def read_json(file: Path) -> Any:

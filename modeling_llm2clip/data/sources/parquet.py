@@ -1,20 +1,34 @@
-"""Reads Parquet through `datasets`: a row is a record.
+"""Reads Parquet: a row is a record.
 
-An image is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone.
+An image is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone. Bytes of
+images are not read: the footer says which row groups have them all, or none. What img2dataset
+writes is read as it is; see `download_notes.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..image_sources import ParquetImage, import_datasets, open_table
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from ..image_sources import ParquetImage
+from ..parquet_images import find_layout, read_group_column
 from ..records import RawRecord
 from ..validation_errors import ErrorCollector
+from .download_notes import (
+    DOWNLOAD_COLUMNS,
+    KEY,
+    choose_download_columns,
+    describe_failure,
+    has_failed,
+    is_download,
+)
 
 _ROWS_AT_ONCE = 1000
-_PACKED = object()  # an image whose bytes are in the file
 
 
 def read_parquet(
@@ -43,19 +57,28 @@ def read_parquet(
     only = only or {}
     for file in files:
         name = file.relative_to(base).as_posix()
-        table = _open(file, name, errors)
-        if table is None:
+        opened = _open(file, name, errors)
+        if opened is None:
             continue
-        sources = columns or {column: column for column in table.column_names}
-        lost = {*sources.values(), *only} - set(table.column_names)
+        names = opened.schema_arrow.names
+        sources = columns or {column: column for column in names}
+        is_downloaded = columns is None and is_download(names)
+        if is_downloaded:
+            sources = choose_download_columns(names)
+        lost = {*sources.values(), *only} - set(names)
         if lost:
             errors.add(f"no column {', '.join(sorted(lost))}", name)
             continue
-        for number, row, paths in _read_rows(file, table, {*sources.values(), *only}):
+        read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
+        reader = _FileReader(file, opened, read)
+        for number, row, paths in _read_all(reader, name, errors):
             if any(row[column] != value for column, value in only.items()):
                 continue
+            if is_downloaded and has_failed(row):
+                errors.skip(describe_failure(row))
+                continue
             fields = {field: row[column] for field, column in sources.items()}
-            path = paths.get(sources.get("image", ""))
+            path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
             yield _make_record(f"{name} row {number}", fields, f"{name}/{path or number}")
 
 
@@ -75,21 +98,25 @@ def iterate_rows(
     """
     for file in files:
         name = file.relative_to(base).as_posix()
-        table = _open(file, name, errors)
-        if table is not None:
-            for number, row, _ in _read_rows(file, table, table.column_names):
+        opened = _open(file, name, errors)
+        if opened is not None:
+            reader = _FileReader(file, opened, opened.schema_arrow.names)
+            for number, row, _ in _read_all(reader, name, errors):
                 yield f"{name} row {number}", row
 
 
 def _open(file: Path, name: str, errors: ErrorCollector) -> Any:
     """Open a file; None if it cannot be read, which is noted."""
-    broken = (import_datasets().exceptions.DatasetGenerationError, ValueError, OSError)
     try:
-        return open_table(file)
-    except broken as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]
-        errors.add("not a Parquet file, or broken", f"{name} ({reason})")
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        _add_broken(name, error, errors)
         return None
+
+
+def _add_broken(name: str, error: Exception, errors: ErrorCollector) -> None:
+    reason = str(error).partition("\n")[0]
+    errors.add("not a Parquet file, or broken", f"{name} ({reason})")
 
 
 def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRecord:
@@ -100,47 +127,137 @@ def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRe
     return RawRecord(place, given, packed=packed, default_name=default_name)
 
 
-def _read_rows(
-    file: Path, table: Any, columns: Collection[str]
-) -> Iterator[tuple[int, dict[str, Any], dict[str, str | None]]]:
-    """Yield number and columns of each row, and the path that each packed image came with."""
-    chosen = table.data.select([name for name in table.column_names if name in columns])
-    for start in range(0, len(table), _ROWS_AT_ONCE):
-        part = chosen.slice(start, _ROWS_AT_ONCE)
-        read = {name: _read_column(part.column(name)) for name in part.column_names}
-        for offset in range(min(_ROWS_AT_ONCE, len(table) - start)):
-            row: dict[str, Any] = {}
-            paths: dict[str, str | None] = {}
-            for name, (values, packed_paths) in read.items():
-                row[name] = values[offset]
-                if row[name] is _PACKED:
-                    row[name] = ParquetImage(file, name, start + offset)
-                    paths[name] = packed_paths[offset]
-            yield start + offset, row, paths
+_Row: TypeAlias = tuple[int, dict[str, Any], dict[str, str | None]]
 
 
-def _read_column(column: Any) -> tuple[list[Any], list[Any]]:
-    """Return the values, `_PACKED` for the bytes of an image, and the paths of images."""
-    values: list[Any] = []
-    paths: list[Any] = []
-    for chunk in column.chunks:
-        kind = str(chunk.type)
-        names = []
-        if kind.startswith("struct"):
-            names = [chunk.type.field(index).name for index in range(chunk.type.num_fields)]
-        nothing = [None] * len(chunk)
-        valid = chunk.is_valid().to_pylist()
-        if {"bytes", "path"} & set(names):
-            # Fields of a struct are read without the others: no image's bytes are touched.
-            of_chunk = chunk.field("path").to_pylist() if "path" in names else nothing
-            packed = chunk.field("bytes").is_valid().to_pylist() if "bytes" in names else nothing
-            values += [
-                (_PACKED if has_bytes else path) if is_there else None
-                for path, has_bytes, is_there in zip(of_chunk, packed, valid, strict=True)
-            ]
-            paths += of_chunk
-        else:
-            is_binary = "binary" in kind
-            values += [_PACKED if v else None for v in valid] if is_binary else chunk.to_pylist()
-            paths += nothing
-    return values, paths
+def _read_all(reader: _FileReader, name: str, errors: ErrorCollector) -> Iterator[_Row]:
+    """Yield the rows up to the first that cannot be read, which is noted."""
+    try:
+        yield from reader.read_rows()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        _add_broken(name, error, errors)
+
+
+class _FileReader:
+    """Reads some columns of a file, but of images only whether they are there."""
+
+    def __init__(self, file: Path, opened: Any, columns: Collection[str]) -> None:
+        self._file = file
+        self._opened = opened
+        schema = opened.schema_arrow
+        self._columns = [name for name in schema.names if name in columns]
+        self._packed = {
+            name: _image_paths(schema.field(name).type)
+            for name in self._columns
+            if is_image_type(schema.field(name).type)
+        }
+
+    def read_rows(self) -> Iterator[_Row]:
+        """Yield number and columns of each row, and the path that each packed image came with."""
+        leaves = [name for name in self._columns if name not in self._packed]
+        leaves += [f"{name}.path" for name, has_path in self._packed.items() if has_path]
+        start = 0
+        for size, batch in self._iterate(leaves):
+            values = {name: self._read_column(name, batch, start, size) for name in self._columns}
+            paths = {
+                name: batch.column(name).flatten()[0].to_pylist()
+                for name, has_path in self._packed.items()
+                if has_path
+            }
+            for offset in range(size):
+                row = {name: column[offset] for name, column in values.items()}
+                yield (
+                    start + offset,
+                    row,
+                    {
+                        name: column[offset]
+                        for name, column in paths.items()
+                        if isinstance(row[name], ParquetImage)
+                    },
+                )
+            start += size
+
+    def _iterate(self, leaves: list[str]) -> Iterator[tuple[int, Any]]:
+        """Yield batches of the leaves and their numbers of rows."""
+        if leaves:
+            for batch in self._opened.iter_batches(_ROWS_AT_ONCE, columns=leaves):
+                yield batch.num_rows, batch
+            return
+        rows = self._opened.metadata.num_rows
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            yield min(_ROWS_AT_ONCE, rows - start), None
+
+    def _read_column(self, name: str, batch: Any, start: int, size: int) -> list[Any]:
+        if name not in self._packed:
+            return batch.column(name).to_pylist()  # type: ignore[no-any-return]
+        paths = [None] * size
+        if self._packed[name]:
+            paths = batch.column(name).flatten()[0].to_pylist()
+        there, group_sizes = self._find_packed(name, start, size)
+        return [
+            ParquetImage(self._file, name, row, group_size) if has_bytes else path
+            for row, has_bytes, group_size, path in zip(
+                range(start, start + size), there, group_sizes, paths, strict=True
+            )
+        ]
+
+    def _find_packed(self, name: str, start: int, size: int) -> tuple[list[bool], list[int]]:
+        """Return of each row whether it has the bytes of an image, and the size of its chunk."""
+        if not self._has_bytes(name):
+            return [False] * size, [0] * size
+        layout = find_layout(self._file, name, self._file.stat().st_mtime_ns)
+        there: list[bool] = []
+        sizes: list[int] = []
+        row, stop = start, start + size
+        while row < stop:
+            number = layout.find_group(row)
+            group = layout.groups[number]
+            end = min(stop, layout.first_rows[number + 1])
+            if not group.may_have_nulls:
+                there += [True] * (end - row)
+            elif group.has_only_nulls:
+                there += [False] * (end - row)
+            else:
+                mask = self._read_mask(name, layout.leaf, number)
+                there += mask[row - group.first_row : end - group.first_row].tolist()
+            sizes += [group.stored_size] * (end - row)
+            row = end
+        return there, sizes
+
+    def _has_bytes(self, name: str) -> bool:
+        kind = self._opened.schema_arrow.field(name).type
+        return not pa.types.is_struct(kind) or kind.get_field_index("bytes") >= 0
+
+    def _read_mask(self, name: str, leaf: str, group: int) -> Any:
+        """Read the bytes of a row group, only to know which are there; the last one is kept."""
+        key = (name, group)
+        if getattr(self, "_mask", (None,))[0] != key:
+            column = read_group_column(self._file, leaf, group)
+            self._mask = key, np.asarray(column.is_valid())
+        return self._mask[1]
+
+
+def is_image_type(kind: Any) -> bool:
+    """Whether a column of this type holds images: `{bytes, path}`, or bytes alone.
+
+    Args:
+        kind: Arrow type.
+    """
+    types = pa.types
+    if types.is_struct(kind):
+        names = {kind.field(index).name for index in range(kind.num_fields)}
+        return bool(names & {"bytes", "path"})
+    return any(
+        is_bytes(kind)
+        for is_bytes in (
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+            types.is_fixed_size_binary,
+        )
+    )
+
+
+def _image_paths(kind: Any) -> bool:
+    """Whether an image's type has the path that it came with."""
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)

@@ -12,31 +12,87 @@ offset, from a shard that is never unpacked. Compressed tars have no such offset
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..image_sources import IMAGE_SUFFIXES, TarImage
+from ..image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
 from ..records import CAPTION_FIELDS, RawRecord
 from ..validation_errors import ErrorCollector
+from .download_notes import drop_download_notes
 from .json_files import parse_object
-
-# What img2dataset writes beside the caption; its `key` is the sample's name, not what it shows.
-_DOWNLOAD_NOTES = frozenset(
-    "key url status error_message exif sha256 md5 "
-    "width height original_width original_height".split()
-)
 
 
 @dataclass
-class _Sample:
-    """The members of one sample that have been read so far."""
+class TarSample:
+    """The members of one sample that have been read so far.
 
-    images: list[TarImage] = field(default_factory=list)
+    Attributes:
+        images: its images.
+        fields: of its JSON.
+        text: of its `.txt`.
+        is_broken: whether a member could not be read.
+    """
+
+    images: list[PackedImage] = field(default_factory=list)
     fields: dict[str, Any] | None = None
     text: str | None = None
     is_broken: bool = False
+
+    def add(
+        self,
+        member: tarfile.TarInfo,
+        extension: str,
+        read: Callable[[], bytes],
+        make_image: Callable[[], PackedImage],
+    ) -> str:
+        """Add a member.
+
+        Args:
+            member: its header.
+            extension: of its name, in lower case.
+            read: returns its content.
+            make_image: returns its address, or itself.
+
+        Returns:
+            The error; empty if there is none.
+        """
+        if not member.isreg() or member.issparse():
+            return "member is not a plain file"
+        if extension in IMAGE_SUFFIXES:
+            self.images.append(make_image())
+            return ""
+        if extension not in ("json", "txt"):
+            return f"unknown member .{extension}"
+        content = read()
+        return self._add_fields(content) if extension == "json" else self._add_text(content)
+
+    def _add_fields(self, content: bytes) -> str:
+        if self.fields is not None:
+            return "several .json in one sample"
+        fields = parse_object(content)
+        if isinstance(fields, str):
+            return fields
+        self.fields = fields
+        return ""
+
+    def _add_text(self, content: bytes) -> str:
+        if self.text is not None:
+            return "several .txt in one sample"
+        try:
+            self.text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            return "not UTF-8"
+        return ""
+
+    def merge(self) -> dict[str, Any]:
+        """Return the fields, with the `.txt` as the caption if they have none."""
+        fields = drop_download_notes(self.fields or {})
+        if self.text is not None and not CAPTION_FIELDS & set(fields):
+            fields["caption"] = self.text
+        return fields
 
 
 def read_tar_shards(
@@ -60,23 +116,29 @@ def read_tar_shards(
                 errors.add("several images in one sample", place)
             elif not sample.is_broken:
                 image = sample.images[0] if sample.images else None
-                member = image.member if image else key
+                member = image.member if isinstance(image, TarImage) else key
                 yield RawRecord(
-                    place, _merge(sample), packed=image, default_name=f"{name}/{member}"
+                    place, sample.merge(), packed=image, default_name=f"{name}/{member}"
                 )
 
 
-def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, _Sample]:
+def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
     """Read every header of a shard once, and the texts; skip the images."""
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, TarSample] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 if member.isdir():
                     continue
-                key, extension = _split(member.name)
-                sample = samples.setdefault(key, _Sample())
-                if problem := _add_member(sample, archive, member, shard, extension):
+                key, extension = split_member(member.name)
+                sample = samples.setdefault(key, TarSample())
+                problem = sample.add(
+                    member,
+                    extension,
+                    partial(read_member, archive, member),
+                    partial(TarImage, shard, member.name, member.offset_data, member.size),
+                )
+                if problem:
                     sample.is_broken = True
                     errors.add(problem, f"{name}: {member.name}")
             _require_end(shard, archive.offset)
@@ -104,63 +166,33 @@ def _require_end(shard: Path, offset: int) -> None:
         raise tarfile.ReadError(f"the archive is truncated or damaged at byte {offset}")
 
 
-def _split(member: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does, at the first dot of its last part."""
+def split_member(member: str) -> tuple[str, str]:
+    """Split a member's name as webdataset does, at the first dot of its last part.
+
+    Args:
+        member: name of the member.
+
+    Returns:
+        Key of its sample, and extension in lower case.
+    """
     folder, slash, name = member.rpartition("/")
     stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _add_member(
-    sample: _Sample,
-    archive: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    shard: Path,
-    extension: str,
-) -> str:
-    """Add a member to its sample; return its error, empty if there is none."""
-    if not member.isreg() or member.issparse():
-        return "member is not a plain file"
-    if extension in IMAGE_SUFFIXES:
-        image = TarImage(shard, member.name, member.offset_data, member.size)
-        sample.images.append(image)
-        return ""
-    if extension not in ("json", "txt"):
-        return f"unknown member .{extension}"
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Read a plain file of an archive.
+
+    Args:
+        archive: opened.
+        member: its header.
+
+    Raises:
+        tarfile.ReadError: the archive ends before it does.
+    """
     stream = archive.extractfile(member)
-    if stream is None:
-        return "member is not a plain file"
+    assert stream is not None
     content = stream.read()
-    return _add_fields(sample, content) if extension == "json" else _add_text(sample, content)
-
-
-def _add_fields(sample: _Sample, content: bytes) -> str:
-    if sample.fields is not None:
-        return "several .json in one sample"
-    fields = parse_object(content)
-    if isinstance(fields, str):
-        return fields
-    sample.fields = {
-        name: value
-        for name, value in fields.items()
-        if value is not None and name not in _DOWNLOAD_NOTES
-    }
-    return ""
-
-
-def _add_text(sample: _Sample, content: bytes) -> str:
-    if sample.text is not None:
-        return "several .txt in one sample"
-    try:
-        sample.text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return ""
-
-
-def _merge(sample: _Sample) -> dict[str, Any]:
-    """Return the sample's fields, with its `.txt` as the caption if they have none."""
-    fields = dict(sample.fields or {})
-    if sample.text is not None and not CAPTION_FIELDS & set(fields):
-        fields["caption"] = sample.text
-    return fields
+    if len(content) != member.size:
+        raise tarfile.ReadError(f"the archive ends within {member.name}")
+    return content

@@ -11,6 +11,7 @@ from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
 from ...data.record_loading import fetch_dataset_folder, load_records
+from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from .catalog import (
     compositional,
@@ -102,7 +103,7 @@ def resolve_dataset(
     if isinstance(source, str | Path):
         source = EvaluatedDataset(name=source) if source in _SPECS else parse_dataset(source)
     if not isinstance(source, EvaluatedDataset):
-        if not isinstance(source, list | tuple):
+        if not isinstance(source, list | tuple | RecordTable):
             raise ValueError(
                 f"Got a {type(source).__name__}; give the name of a dataset, a folder, or a list "
                 "of records."
@@ -233,7 +234,7 @@ def _require_own(spec: DatasetSpec, allow_distractors: bool) -> bool:
 
 def read_data(
     data: str | Path, config: DataConfig | None = None, *, require_images: bool
-) -> list[CaptionedImage]:
+) -> Sequence[CaptionedImage]:
     """Read the captioned images of a training stage, from any source.
 
     Args:
@@ -255,6 +256,7 @@ def read_data(
             require_images=require_images,
             check_images=check_images,
             ignore_fields=config.ignore_fields,
+            cache=config.cache,
             show_progress=True,
         )
     spec, folder = resolve_dataset(data)

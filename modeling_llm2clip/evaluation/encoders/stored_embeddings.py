@@ -20,10 +20,11 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
-from ...data.data_hashes import hash_records
-from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
+from ...data.data_hashes import hash_texts
+from ...data.embedding_store import EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records import CaptionedImage
+from ...data.store_manifest import MANIFEST_FILE
 from ...encoding.encode import project_captions, project_images
 from ...model_folders.fingerprint import (
     fingerprint_model,
@@ -274,7 +275,7 @@ def _open_stores(
 
 
 def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> None:
-    if store.manifest.plan.get("data") != hash_records(records):
+    if store.manifest.plan.get("data") != hash_texts(records):
         raise ValueError(
             f"{store.folder} was extracted from another dataset than the one that is named: "
             f"{len(store)} items, here {len(records)}. Name its own, with the same languages."

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
@@ -16,8 +17,9 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
 from ...data.atomic_files import hash_file
-from ...data.data_hashes import describe_images, hash_records
 from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
+from ...data.record_streams import RecordStream
+from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
@@ -50,9 +52,10 @@ from .align_checks import (
     check_stores,
     open_store,
 )
-from .alignment_data import AlignmentDataset
+from .alignment_batches import StreamedBatches
 from .alignment_model import AlignmentModel
 from .alignment_report import make_card_results, make_caution
+from .alignment_stream import check_stream
 from .alignment_trainer import (
     AlignmentTrainer,
     choose_batch_size,
@@ -60,8 +63,9 @@ from .alignment_trainer import (
     make_training_arguments,
     plan_length,
 )
-from .held_out import BestWeightsCallback, HeldOutImages, choose_held_out
+from .held_out import BestWeightsCallback, HeldOutImages
 from .projection_init import ProjectionInit, init_projections
+from .run_data import RunData, open_records, open_stream
 from .trained_parts import choose_trained_parts, merge_loras
 
 MODEL_FOLDER = "model"
@@ -70,7 +74,7 @@ _NUM_EVALUATIONS = 20
 
 def align(
     source: Source,
-    data: Sequence[CaptionedImage],
+    data: Sequence[CaptionedImage] | RecordStream,
     output: str | Path,
     config: AlignConfig | None = None,
     *,
@@ -88,7 +92,8 @@ def align(
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
-        data: Records; their images are needed where there is no `image_store`.
+        data: Records; their images are needed where there is no `image_store`. Or a stream of them,
+            which needs `max_steps`; its first groups are held out.
         output: Folder of the run: new, or that of the same run with `resume`.
         config: Options; None for the defaults.
         caption_store: Caption embeddings of these records by this model's LLM, as `extract` wrote
@@ -124,29 +129,31 @@ def align(
     model_folder = output / MODEL_FOLDER
     clear_leftovers(model_folder)
     require_new_folder(model_folder)
-    check_data(data, config)
+    if isinstance(data, RecordStream):
+        check_stream(config, has_image_store=image_store is not None)
+    else:
+        data = RecordTable.from_records(data)
+        check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
     choose_device(config.device)
-    with open_source(source, output) as found:
+    with open_source(source, output) as found, TemporaryDirectory() as temporary:
         fingerprints = {
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),
         }
         caption_store, image_store = open_store(caption_store), open_store(image_store)
         check_stores(fingerprints, caption_store, image_store)
-        dataset = AlignmentDataset(
-            data,
-            LLM2CLIPProcessor.from_pretrained(found.folder),
-            caption_store=caption_store,
-            image_store=image_store,
-            long_caption_ratio=config.long_caption_ratio,
-            image_noise=config.image_noise,
-            caption_noise=config.caption_noise,
-            seed=config.seed,
-        )
-        inputs = {**_identify(found, dataset, fingerprints), "loss_class": type(loss).__name__}
+        processor = LLM2CLIPProcessor.from_pretrained(found.folder)
+        if isinstance(data, RecordStream):
+            run_data = open_stream(data, processor, config, caption_store, Path(temporary))
+        else:
+            run_data = open_records(data, processor, config, caption_store, image_store)
+        inputs = {
+            **_identify(found, run_data, fingerprints, caption_store, image_store),
+            "loss_class": type(loss).__name__,
+        }
         require_same_run(output, config, inputs, resume=resume)
-        trained = _train(found, dataset, output, config, inputs, loss, resume, callbacks)
+        trained = _train(found, run_data, output, config, inputs, loss, resume, callbacks)
         if PartialState().is_main_process:
             _write_model(found, trained, output, data_name)
         PartialState().wait_for_everyone()
@@ -155,7 +162,7 @@ def align(
 
 def _train(
     source: StageSource,
-    dataset: AlignmentDataset,
+    data: RunData,
     output: Path,
     config: AlignConfig,
     inputs: dict[str, Any],
@@ -169,29 +176,29 @@ def _train(
     the main process. With held-out images they are the best ones of the run.
     """
     arguments = make_training_arguments(output, config)
-    items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
-    batch_size = _check_length(config, arguments, len(items), len(held_items))
+    batch_size = _check_length(config, arguments, data)
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
     set_seed(config.seed)
     model = AlignmentModel.from_pretrained(
         source.folder,
         with_llm=config.text_training != "stored",
-        with_vision_tower=dataset.image_store is None,
+        with_vision_tower=data.dataset.image_store is None,
     )
     adapted = choose_trained_parts(model, config)
     last = find_last_checkpoint(output) if resume else None
-    held_out = HeldOutImages(dataset, held_items) if held_items else None
+    held_out = data.held_out
     if last is None:
-        start = init_projections(model, dataset, items, held_out, config)
+        start = init_projections(model, data, config)
     else:
         start = ProjectionInit(**read_results(output)["start"])
     _record_start(output, config, inputs, start, last=last, model=model)
-    length = plan_length(config, start, num_items=len(items), batch_size=batch_size)
+    length = plan_length(config, start, num_items=data.num_items, batch_size=batch_size)
     with float32_as_such(), stop_on_signals() as stop:
         trainer = AlignmentTrainer(
             model,
-            dataset,
-            items=items,
+            data.make_batches(
+                config, arguments, batch_size=length.batch_size, num_steps=length.num_steps
+            ),
             config=config,
             loss=loss,
             length=length,
@@ -207,14 +214,13 @@ def _train(
     return _collect(trainer, adapted, output)
 
 
-def _check_length(
-    config: AlignConfig, arguments: TrainingArguments, num_items: int, num_held_out: int
-) -> int:
+def _check_length(config: AlignConfig, arguments: TrainingArguments, data: RunData) -> int:
     """Return the batch size of all processes, if the run can have it."""
-    batch_size = choose_batch_size(config, num_items, arguments.world_size)
+    batch_size = choose_batch_size(config, data.num_items, arguments.world_size)
     check_processes(config, batch_size, arguments.world_size)
-    check_batch(batch_size, num_items, num_held_out)
-    count_warmup_steps(config.warmup_steps, count_steps(config, num_items, batch_size))
+    if data.num_items is not None:
+        check_batch(batch_size, data.num_items, data.num_held_out)
+    count_warmup_steps(config.warmup_steps, count_steps(config, data.num_items, batch_size))
     return batch_size
 
 
@@ -267,8 +273,13 @@ def _record_end(
             resume=True,
             is_main_process=trainer.args.should_save,
         )
+    report = None
+    if isinstance(trainer.batches, StreamedBatches):
+        report = trainer.batches.collect_report()
     if not trainer.args.should_save:
         return
+    if report is not None:
+        add_results(output, stream=report)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     best_step = state.global_step if best is None else best.best_step
     was_trained = trainer.alignment_model.config.text_adapter_trained
@@ -317,18 +328,19 @@ def _write_model(
 
 
 def _identify(
-    source: StageSource, dataset: AlignmentDataset, fingerprints: dict[str, dict[str, str]]
+    source: StageSource,
+    data: RunData,
+    fingerprints: dict[str, dict[str, str]],
+    caption_store: EmbeddingStore | None,
+    image_store: EmbeddingStore | None,
 ) -> dict[str, Any]:
     """What the numbers of a run depend on beside its options."""
-    reads_images = dataset.image_store is None
     return {
         "source": source.name,
         "fingerprint": {**fingerprints, "all": fingerprint_model(source.folder)},
-        "caption_store": _identify_store(dataset.caption_store),
-        "image_store": _identify_store(dataset.image_store),
-        "num_records": len(dataset.records),
-        "data": hash_records(dataset.records),
-        "images": describe_images(dataset.records) if reads_images else None,
+        "caption_store": _identify_store(caption_store),
+        "image_store": _identify_store(image_store),
+        **data.identify(),
     }
 
 

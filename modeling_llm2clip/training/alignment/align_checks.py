@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ...configs.align_config import AlignConfig
 from ...data.embedding_store import EmbeddingStore
+from ...data.record_columns import ROWS_PER_BATCH
+from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from ..distributed import refuse_fsdp_for_lora
 
@@ -100,7 +104,7 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
     check_batch(config.global_batch_size or 1, len(records), 0)
-    _check_group_ids(records)
+    _check_group_ids(RecordTable.from_records(records))
 
 
 def check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
@@ -168,24 +172,28 @@ def check_stores(
         image_store.require_fingerprint(fingerprints["vision"])
 
 
-def _check_group_ids(records: Sequence[CaptionedImage]) -> None:
+def _check_group_ids(records: RecordTable) -> None:
     """Raise ValueError where groups leave no negatives, or make an image its own negative."""
-    group_ids_of: dict[str, set[str]] = {}
-    for record in records:
-        group_ids_of.setdefault(record.name, set()).add(record.group_id)
-    if len(group_ids := set().union(*group_ids_of.values())) < 2:
+    groups = records.group_keys
+    if (groups == groups[0]).all():
         raise ValueError(
-            f"All {len(records)} records have the group_id {group_ids.pop()!r}, so that no image "
-            "has a negative. Give images that show different things different group_ids, or none."
+            f"All {len(records)} records have the group_id {records[0].group_id!r}, so that no "
+            "image has a negative. Give images that show different things different group_ids, or "
+            "none."
         )
-    torn = {
-        name: sorted(group_ids) for name, group_ids in group_ids_of.items() if len(group_ids) > 1
-    }
-    if torn:
-        shown = "; ".join(
-            f"{name} {group_ids}" for name, group_ids in [*torn.items()][:_NAMES_SHOWN]
-        )
+    names = records.read_numbers("name_key")
+    order = np.argsort(names, kind="stable")
+    names, groups = names[order], groups[order]
+    differs = (names[1:] == names[:-1]) & (groups[1:] != groups[:-1])
+    torn = order[1:][differs]
+    if len(torn):
+        rows = order[np.isin(names, np.unique(names[1:][differs])[:_NAMES_SHOWN])]
+        group_ids: dict[str, set[str]] = {}
+        for name, group_id in records.take(np.sort(rows)[:ROWS_PER_BATCH], ("name", "group_id")):
+            group_ids.setdefault(name, set()).add(group_id)
+        shown = "; ".join(f"{name} {sorted(ids)}" for name, ids in group_ids.items())
         raise ValueError(
-            f"{len(torn)} images have several group_ids over their languages and would be their "
-            f"own negatives: {shown}. Give all records of an image one group_id."
+            f"{len(np.unique(names[1:][differs]))} images have several group_ids over their "
+            f"languages and would be their own negatives: {shown}. Give all records of an image "
+            "one group_id."
         )

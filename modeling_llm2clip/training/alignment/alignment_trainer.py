@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -35,11 +34,11 @@ from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
 )
-from .alignment_data import AlignmentDataset, keep_batch
+from .alignment_batches import Batches
 from .alignment_model import AlignmentModel
 from .held_out import BestWeightsCallback
 from .projection_init import ProjectionInit
-from .sampling import ResumableBatchSampler
+from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
 from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -91,30 +90,31 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
     return arguments
 
 
-def choose_batch_size(config: AlignConfig, num_items: int, num_processes: int) -> int:
+def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes: int) -> int:
     """Choose the images per batch of all processes, by default as many as the data allow.
 
     Args:
         config: Options of the alignment.
-        num_items: Items to train on.
+        num_items: Items to train on; None for a stream.
         num_processes: Number of processes.
     """
     if config.global_batch_size is not None:
         return config.global_batch_size
-    largest = min(_MAX_DEFAULT_BATCH, num_items)
+    largest = _MAX_DEFAULT_BATCH if num_items is None else min(_MAX_DEFAULT_BATCH, num_items)
     return max(largest // num_processes, 1) * num_processes
 
 
-def count_steps(config: AlignConfig, num_items: int, batch_size: int) -> int:
+def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> int:
     """Count the steps of a run; an epoch leaves out the last, smaller batch.
 
     Args:
         config: Options of the alignment.
-        num_items: Items to train on.
+        num_items: Items to train on; None for a stream.
         batch_size: Images per batch of all processes.
     """
     if config.max_steps is not None:
         return config.max_steps
+    assert num_items is not None  # a stream needs max_steps
     steps_per_epoch = num_items // batch_size
     if config.num_train_epochs is not None:
         return max(1, round(config.num_train_epochs * steps_per_epoch))
@@ -139,14 +139,14 @@ class RunLength:
 
 
 def plan_length(
-    config: AlignConfig, start: ProjectionInit, *, num_items: int, batch_size: int
+    config: AlignConfig, start: ProjectionInit, *, num_items: int | None, batch_size: int
 ) -> RunLength:
     """Find the numbers of a run.
 
     Args:
         config: Options of the alignment.
         start: Where the projections start.
-        num_items: Items to train on.
+        num_items: Items to train on; None for a stream.
         batch_size: Images per batch of all processes.
     """
     num_steps = count_steps(config, num_items, batch_size)
@@ -184,16 +184,14 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
-    """Trains an `AlignmentModel` on an `AlignmentDataset`.
-
-    To the Trainer the whole run is one epoch, whose batches are functions of their number, so that
-    a run is resumed anywhere by skipping batches, which are not read.
+class AlignmentTrainer(
+    StepTimesMixin, FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer
+):
+    """Trains an `AlignmentModel`; to the Trainer the whole run is one epoch.
 
     Args:
         model: With its trained parts chosen.
-        dataset: The data.
-        items: Its items that are trained on.
+        batches: What it is trained on.
         config: Options of the alignment.
         loss: Compares a batch.
         length: Numbers of the run.
@@ -205,9 +203,8 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
     def __init__(
         self,
         model: AlignmentModel,
-        dataset: AlignmentDataset,
+        batches: Batches,
         *,
-        items: Sequence[int],
         config: AlignConfig,
         loss: Loss,
         length: RunLength,
@@ -222,24 +219,24 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         self._loss = loss
         training_arguments.max_steps = length.num_steps
         training_arguments.learning_rate = length.learning_rate
+        training_arguments.ignore_data_skip = not batches.can_skip
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
-        self.batches = ResumableBatchSampler(
-            items,
-            batch_size=length.batch_size,
-            num_steps=length.num_steps,
-            seed=config.seed,
-            rank=training_arguments.process_index,
-            num_processes=training_arguments.world_size,
+        self.batches = batches
+        self.step_times = StepTimes()
+        times = StepTimesCallback(
+            self.step_times,
+            epoch_at=batches.epoch_at,
+            shown=training_arguments.should_log,
         )
         self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
         self._inverse_temperature = model.logit_scale().detach()
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=dataset,
-            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), *callbacks],
+            train_dataset=getattr(batches.dataset, "stream", batches.dataset),
+            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), times, *callbacks],
         )
         if best_weights is not None:
             best_weights.trainer = self
@@ -260,24 +257,22 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             if self.best_weights.has_stopped_early and state.global_step < state.max_steps:
                 self.state = state  # a step more would be one that the run never had
                 return
+        self.batches.load(checkpoint)
         self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save what each process has of its own."""
+        super()._save_rng_state(output_dir)
+        self.batches.save(Path(output_dir))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
         super().create_accelerator_and_postprocess()
         keep_scores_in_float32(self.accelerator, self.alignment_model)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> Any:
         """Make the loader of this process's batches of the whole run."""
-        assert isinstance(self.train_dataset, AlignmentDataset)
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=keep_batch,
-            num_workers=self.config.num_workers,
-            pin_memory=self.args.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.config.seed),
-        )
+        return self.batches.make_loader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by when they begin, by learning rate, and by whether they decay.
@@ -351,7 +346,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
 
         Args:
             model: The model, wrapped.
-            inputs: A batch of `AlignmentDataset`.
+            inputs: A batch.
             return_outputs: Whether to return the model's outputs too.
             num_items_in_batch: Not used.
 
@@ -359,11 +354,13 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             FloatingPointError: The loss is not finite; the step and the batch's groups are named.
         """
         group_ids = inputs["group_ids"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "group_ids"})
-        image_embeds, text_embeds, scale = outputs
-        loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
-        self._inverse_temperature = scale.detach()
-        if not loss.isfinite():
+        with self.step_times.measure("forward"):
+            outputs = model(**{k: value for k, value in inputs.items() if k != "group_ids"})
+            image_embeds, text_embeds, scale = outputs
+            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
+            self._inverse_temperature = scale.detach()
+            is_finite = bool(loss.isfinite())  # waits for a GPU
+        if not is_finite:
             broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
@@ -374,11 +371,8 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
 
     def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
-        assert isinstance(self.train_dataset, AlignmentDataset)
         shown = group_ids[broken] if broken.any() else group_ids
-        names = [
-            self.train_dataset.group_names[int(group_id)] for group_id in shown[:_GROUPS_SHOWN]
-        ]
+        names = self.batches.dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (
@@ -398,7 +392,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             logs: What is logged.
             start_time: As `Trainer.log` takes it.
         """
-        self.state.epoch = self.state.global_step / self.batches.steps_per_epoch
+        self.state.epoch = self.batches.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
@@ -24,9 +24,10 @@ from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
 from ..losses.contrastive import ContrastiveLoss
 from ..losses.loss import LossInputs
-from .alignment_data import AlignmentDataset
+from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import AlignmentModel
 from .cca_init import fit_temperature
+from .sampling import Array, mix
 
 BEST_FILE = "best.safetensors"
 _METADATA = "held_out"
@@ -84,9 +85,7 @@ class HeldOutScores:
         return asdict(self)
 
 
-def choose_held_out(
-    dataset: AlignmentDataset, ratio: float, *, seed: int
-) -> tuple[list[int], list[int]]:
+def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:
     """Split a dataset by the groups of its images.
 
     Args:
@@ -100,25 +99,22 @@ def choose_held_out(
     Raises:
         ValueError: There are too few groups to hold out two.
     """
-    everything = list(range(len(dataset)))
     if not ratio:
-        return everything, []
-    num_groups = len(dataset.group_names)
-    count = count_held_out(num_groups, ratio)
+        return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
+    keys = dataset.records.group_keys
+    groups = np.unique(keys)
+    count = count_held_out(len(groups), ratio)
     if count < 2:
         raise ValueError(
-            f"The images have {num_groups} groups, too few to hold out two of them. Give images of "
-            "at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
+            f"The images have {len(groups)} groups, too few to hold out two of them. Give images "
+            "of at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
             "training helped."
         )
-    order = list(range(num_groups))
-    random.Random(seed).shuffle(order)
-    chosen = set(order[:count])
-    group_ids = dataset.group_ids.tolist()
-    return (
-        [item for item in everything if group_ids[item] not in chosen],
-        [item for item in everything if group_ids[item] in chosen],
-    )
+    # The order of the hashes, so that a group's luck depends on no other group.
+    is_held_out = np.isin(keys, groups[np.argsort(mix(seed, groups))[:count]])
+    chosen = (np.flatnonzero(part).astype(np.int32) for part in (~is_held_out, is_held_out))
+    to_train, held_out = chosen
+    return to_train, held_out
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:
@@ -145,17 +141,15 @@ class HeldOutImages:
         items: Its items that are held out.
     """
 
-    def __init__(self, dataset: AlignmentDataset, items: Sequence[int]) -> None:
+    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
         self.dataset = dataset
-        self.rows = [
-            (item, caption)
-            for item in items
-            for caption in dataset.list_captions(item)[: None if dataset.image_store else 1]
-        ]
-        rows = [item for item, _ in self.rows]
-        self.group_ids = dataset.group_ids[rows]
+        chosen = np.asarray(items)
+        short, long = dataset.records.count_texts(chosen)
+        counts = short + long if dataset.image_store else np.ones_like(short)
+        self._items, self._numbers = list_pairs(counts, chosen)
+        self.group_ids = dataset.read_group_ids(self._items)
         # An image is represented by the row of its first caption.
-        self.image_rows = [row for row, item in enumerate(rows) if not row or rows[row - 1] != item]
+        self.image_rows = np.flatnonzero(self._numbers == 0).tolist()
 
     @torch.no_grad()
     def embed(
@@ -177,8 +171,9 @@ class HeldOutImages:
         was_training = model.training
         model.eval()
         images, texts = [], []
-        for start in range(0, len(self.rows), _ROWS_PER_BATCH):
-            batch = self.dataset.read_pairs(self.rows[start : start + _ROWS_PER_BATCH])
+        for start in range(0, len(self._items), _ROWS_PER_BATCH):
+            part = slice(start, start + _ROWS_PER_BATCH)
+            batch = self.dataset.read_pairs(self._items[part], self._numbers[part])
             with make_context():
                 outputs = model(**{name: value.to(device) for name, value in batch.items()})
             images.append(outputs[0].float().cpu())

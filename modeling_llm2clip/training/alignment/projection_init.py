@@ -7,14 +7,17 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...configs.align_config import AlignConfig
-from .alignment_data import AlignmentDataset
+from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import HEADS, AlignmentModel
 from .cca_init import FittedCCA, fit_temperature, init_projections_by_cca
 from .held_out import HeldOutImages
+from .run_data import RunData
+from .sampling import Array
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
@@ -47,26 +50,23 @@ class ProjectionInit:
 
 def init_projections(
     model: AlignmentModel,
-    dataset: AlignmentDataset,
-    items: Sequence[int],
-    held_out: HeldOutImages | None,
+    data: RunData,
     config: AlignConfig,
 ) -> ProjectionInit:
     """Choose where the projections start, and set them in place.
 
     Args:
         model: The model that is trained.
-        dataset: The data.
-        items: Its items that are trained on.
-        held_out: Fits the temperature, and decides for `auto` between trained projections and
-            canonical correlation; None where nothing is held out: then trained projections stay.
+        data: What the run trains on. Its held-out images fit the temperature, and decide for `auto`
+            between trained projections and canonical correlation; where there are none, trained
+            projections stay.
         config: Options of the alignment.
     """
-    trained = model.config.projections_trained
+    held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
     if wanted == "auto":
-        is_possible = dataset.is_stored and model.visual_projection.bias is not None
+        is_possible = data.dataset.is_stored and model.visual_projection.bias is not None
         wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
     if wanted == "model":
         return unchanged
@@ -75,7 +75,9 @@ def init_projections(
     if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.clone() for name, value in _list_head(model).items()}
         loss_before = _fit_temperature(model, held_out)[1]
-    fitted = init_projections_by_cca(model, *_pair_embeddings(dataset, items, config.seed))
+    assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
+    pairs = _pair_embeddings(data.dataset, data.items, config.seed)
+    fitted = init_projections_by_cca(model, *pairs)
     loss = None
     if held_out is not None:
         log_scale, loss = _fit_temperature(model, held_out)
@@ -117,24 +119,20 @@ def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[fl
 
 
 def _pair_embeddings(
-    dataset: AlignmentDataset, items: Sequence[int], seed: int
+    dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions beside their images, and their groups; a random sample where there are very many."""
+    """Captions beside their images, and their groups; a random sample of very many."""
     generator = torch.Generator().manual_seed(seed)
-    captions: list[int] = []
-    images: list[int] = []
-    groups: list[int] = []
-    for number in torch.randperm(len(items), generator=generator).tolist():
-        item = items[number]
-        rows = dataset.caption_rows(item).tolist()
-        captions += rows
-        images += [dataset.image_row(item)] * len(rows)
-        groups += [int(dataset.group_ids[item])] * len(rows)
-        if len(captions) >= _MAX_PAIRS:
-            break
+    # Every item has at least one caption, so that more items are not needed.
+    sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
+    chosen = np.asarray(items)[sampled]
+    short, long = dataset.records.count_texts(chosen)
+    ends = np.cumsum(short + long)
+    num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # the one that reaches the limit, too
+    pairs, numbers = list_pairs((short + long)[:num_items], chosen[:num_items])
     assert dataset.caption_store is not None and dataset.image_store is not None
     return (
-        dataset.caption_store.read(captions),
-        dataset.image_store.read(images),
-        torch.tensor(groups),
+        dataset.caption_store.read(dataset.caption_rows(pairs, numbers)),
+        dataset.image_store.read(dataset.image_rows(pairs)),
+        dataset.read_group_ids(pairs),
     )

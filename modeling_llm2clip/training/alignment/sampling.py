@@ -7,17 +7,18 @@ number of workers or processes, samples the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-_WORD = (1 << 64) - 1
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
-class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of a whole run, as one process sees them: lists of (epoch, item).
+class ResumableBatchSampler(Sampler[Array]):
+    """The batches of a whole run, as one process sees them: (B, 2), epoch and item of each sample.
 
     Every epoch has its own order of all items, and leaves out the last ones, which do not fill a
     batch.
@@ -33,7 +34,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        items: Sequence[int],
+        items: Sequence[int] | Array,
         *,
         batch_size: int,
         num_steps: int,
@@ -41,7 +42,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.items = items
+        self.items = np.asarray(items)
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed = seed
@@ -56,75 +57,71 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Array]:
         own_size = self.batch_size // self.num_processes
-        order = torch.empty(0, dtype=torch.long)
         for step in range(self.num_steps):
             epoch, number = divmod(step, self.steps_per_epoch)
             if number == 0:
-                generator = torch.Generator().manual_seed(_mix(self.seed, epoch) >> 1)
-                order = torch.randperm(len(self.items), generator=generator)
+                order = self._shuffle(epoch)
             start = number * self.batch_size + self.rank * own_size
-            sampled = order[start : start + own_size].tolist()
-            yield [(epoch, self.items[number]) for number in sampled]
+            items = self.items[order[start : start + own_size]]
+            yield np.stack([np.full_like(items, epoch), items], axis=1)
+
+    def _shuffle(self, epoch: int) -> Array:
+        """Return the order of an epoch, in 4 bytes an item where these are enough."""
+        seed = int(mix(self.seed, epoch)) >> 1
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.items), generator=generator).numpy()
+        return order.astype(np.int32 if len(order) < 2**31 else np.int64)
 
 
-def sample_caption(
-    num_short: int, num_long: int, *, long_caption_ratio: float, seed: int, epoch: int, item: int
-) -> tuple[bool, int]:
-    """Sample one caption of an item.
+def sample_captions(
+    num_short: Array,
+    num_long: Array,
+    *,
+    long_caption_ratio: float,
+    seed: int,
+    epochs: Array,
+    items: Array,
+) -> Array:
+    """Sample one caption of each item.
 
     Args:
-        num_short: Short captions of the item.
-        num_long: Long captions of the item.
+        num_short: (B,) short captions of each item.
+        num_long: (B,) long captions of each item.
         long_caption_ratio: Probability of a long caption where there are both.
         seed: Of the run.
-        epoch: Pass over the data.
-        item: Number of the item.
+        epochs: (B,) passes over the data.
+        items: (B,) numbers of the items.
 
     Returns:
-        Whether it is a long one, and its number among the long or short ones.
+        (B,) int64, numbers of captions: first the short ones of an item, then its long ones.
     """
-    is_long = num_short == 0 or (
-        num_long > 0 and _sample(seed, epoch, item, 0) < long_caption_ratio
-    )
-    return is_long, int(_sample(seed, epoch, item, 1) * (num_long if is_long else num_short))
+    wants_long = _sample(seed, epochs, items, 0) < long_caption_ratio
+    is_long = (num_short == 0) | ((num_long > 0) & wants_long)
+    count = np.where(is_long, num_long, num_short)
+    number = (_sample(seed, epochs, items, 1) * count).astype(np.int64)
+    return number + np.where(is_long, num_short, 0)
 
 
-def _sample(*numbers: int) -> float:
-    """A number in [0, 1), uniform and independent for each combination of integers."""
-    return (_mix(*numbers) >> 11) / (1 << 53)
-
-
-def _mix(*numbers: int) -> int:
-    """Mix integers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ (number & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
-        state ^= state >> 31
-    return state
-
-
-def sample_normal(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
+def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: int) -> Tensor:
     """Sample standard normal numbers; each row depends on its own integers alone.
 
     splitmix64 counts through a row, and Box and Muller's method makes two numbers of each word.
 
     Args:
-        rows: Integers that identify each row.
+        seed: Of the run.
+        epochs: (B,) passes over the data.
+        items: (B,) numbers of the items.
+        side: Another side of the same items has other numbers.
         width: Numbers per row.
 
     Returns:
-        (len(rows), width) float32.
+        (B, width) float32.
     """
-    states = np.array([_mix(*numbers) for numbers in rows], dtype=np.uint64)
-    counts = np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    words = states[:, None] + counts  # wraps around, as it should
-    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
+    states = mix(seed, epochs, items, side)
+    counts = np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
+    words = _scramble(states[:, None] + counts)
     upper = (words >> np.uint64(32)).astype(np.float32)
     lower = (words & np.uint64(0xFFFFFFFF)).astype(np.float32)
     # Above 0, so that the logarithm is finite.
@@ -132,3 +129,34 @@ def sample_normal(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
     angle = lower * np.float32(2 * np.pi / 2**32)
     both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return torch.from_numpy(both[:, :width].copy())
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(*numbers: int | Array) -> Array:
+    """Mix integers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195).
+
+    Args:
+        *numbers: Integers or arrays of them, which are broadcast.
+
+    Returns:
+        uint64 of the broadcast shape.
+    """
+    state: Array = np.zeros((1,), np.uint64)  # of one dimension, since scalars warn where they wrap
+    for number in numbers:
+        words = np.asarray(number).astype(np.int64).astype(np.uint64)  # negative ones wrap around
+        state = _scramble((state ^ words) + _GOLDEN)
+    return state if any(np.ndim(number) for number in numbers) else state.reshape(())
+
+
+def _scramble(words: Array) -> Array:
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    scrambled: Array = words ^ words >> np.uint64(31)
+    return scrambled
+
+
+def _sample(*numbers: int | Array) -> Array:
+    """Numbers in [0, 1), uniform and independent for each combination of integers."""
+    return (mix(*numbers) >> np.uint64(11)).astype(np.float64) / (1 << 53)

@@ -1,32 +1,49 @@
 """Captions into a store of embeddings, taken before the text adapter.
 
-The rows are the distinct captions, longest first, and by first occurrence among equally long ones:
-so the captions of a shard are about equally long, and what does not fit the memory fails at once.
-Which captions share a batch depends on the shard alone, so a store that was continued has the same
-bytes as one that was never interrupted, on the same kind of machine.
+The rows are the distinct captions, in the order of their first occurrence. The captions of a shard
+are tokenized together, once, and form batches of similar length, the longest first. Which captions
+share a batch depends on the shard alone, so a store that was continued has the same bytes as one
+that was never interrupted, on the same kind of machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
-from torch import Tensor
 
 from ...configs.extract_config import ExtractConfig
-from ...data.data_hashes import hash_records
-from ...data.records import CaptionedImage
-from ...encoding.encode import default_token_budget, encode_texts, measure_texts
+from ...data.caption_columns import (
+    CAPTION_COLUMNS,
+    FirstOccurrences,
+    flatten_captions,
+    iterate_first_captions,
+)
+from ...data.data_hashes import hash_texts
+from ...data.distinct_texts import TextNumbers
+from ...data.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
+from ...data.record_table import RecordTable
+from ...data.store_index import StoreIndex, make_batch
+from ...data.store_manifest import STORED_DTYPES
+from ...encoding.encode import default_token_budget, iterate_token_batches
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel
+from ...packing_llm2clip import plan_token_batches
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
-from .extraction_plan import ExtractionPlan, make_manifest, pack_records
+from .extraction_plan import ExtractionPlan, PreparedShard
+
+Array: TypeAlias = np.ndarray[Any, Any]
+_TOKENIZED_AT_ONCE = 4096
+_ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key", *CAPTION_COLUMNS)
 
 
 def plan_captions(
-    folder: Path, records: Sequence[CaptionedImage], config: ExtractConfig, device: torch.device
+    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
 ) -> ExtractionPlan:
     """Plan the embeddings of all captions, each distinct one once; loads the LLM alone.
 
@@ -37,51 +54,133 @@ def plan_captions(
         device: Where the LLM runs.
 
     Raises:
-        ValueError: There are no captions, or some are blank; all of them are named.
+        ValueError: There are no captions.
     """
+    if not any(counts.any() for counts in records.count_texts()):
+        check_texts([])
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    captions = [text for r in records for text in (*r.captions, *r.long_captions)]
-    distinct = list(dict.fromkeys(captions))
-    check_texts(distinct)
-    lengths, is_truncated = measure_texts(processor, distinct, show_progress=config.show_progress)
-    order = np.argsort(-lengths, kind="stable")
-    rows = [distinct[i] for i in order.tolist()]
-    num_tokens = lengths[order].tolist()
-    row_of = {caption: row for row, caption in enumerate(rows)}
-    index = pack_records(
-        records,
-        short=[[row_of[text] for text in r.captions] for r in records],
-        long=[[row_of[text] for text in r.long_captions] for r in records],
-    )
     model = LLM2CLIPTextModel.from_pretrained(folder)
     fingerprint = fingerprint_text(folder)
     model = model.to(device)
     budget = config.token_budget or default_token_budget(device)
-    manifest = make_manifest(
+    dim = model.config.text_width
+    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
+    manifest = plan_manifest(
         "caption_embeds",
-        config,
-        index,
         fingerprint=fingerprint,
-        dim=model.config.text_width,
-        num_rows=len(rows),
-        num_items=len(records),
-        plan={"data": hash_records(records), "token_budget": str(budget)},
-        counts={
-            "captions": len(captions),
-            "distinct": len(distinct),
-            "truncated": int(is_truncated.sum()),
-        },
+        dtype=config.store_dtype,
+        dim=dim,
+        rows_per_shard=config.count_rows_per_shard(row_bytes),
+        plan={"data": hash_texts(records), "token_budget": str(budget)},
     )
 
-    def compute(chosen: range, on_batch: Callable[[int], object]) -> Tensor:
-        sizes = num_tokens[chosen.start : chosen.stop]
-        return encode_texts(
-            model,
-            processor,
-            rows[chosen.start : chosen.stop],
-            project=False,
-            token_budget=budget,
-            on_batch=lambda batch, _: on_batch(sum(sizes[row] for row in batch)),
+    def open_shards(writer: EmbeddingStoreWriter) -> _CaptionShards:
+        return _CaptionShards(model, processor, records, writer, token_budget=budget)
+
+    return ExtractionPlan(
+        manifest, lambda scratch: list_caption_items(records, scratch), open_shards, " captions"
+    )
+
+
+def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
+    """Number the distinct captions of a dataset.
+
+    Args:
+        records: The dataset.
+        scratch: Empty folder for temporary files, about as large as all captions.
+
+    Raises:
+        ValueError: Captions are blank; all of them are counted.
+    """
+    num_captions = sum(int(counts.sum(dtype=np.int64)) for counts in records.count_texts())
+    numbers = TextNumbers(scratch, num_captions)
+    suspicious: list[str] = []
+    for batch in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
+        keys = np.asarray(batch.column("text_keys").flatten())
+        distinct = numbers.add(flatten_captions(batch).texts, keys)
+        suspicious += _find_blank(distinct)
+    if suspicious:
+        check_texts(suspicious)
+    numbers.number()
+    return StoreItems(
+        num_rows=numbers.num_distinct,
+        num_items=len(records),
+        counts={"captions": num_captions, "distinct": numbers.num_distinct},
+        batches=_make_batches(records, numbers),
+    )
+
+
+def _make_batches(records: RecordTable, numbers: TextNumbers) -> Iterator[pa.RecordBatch]:
+    for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
+        flat = flatten_captions(batch)
+        yield make_batch(batch, flat.num_short, flat.ends, rows)
+
+
+def _find_blank(texts: pa.Array) -> list[str]:
+    """List the blank texts; Arrow passes those with a letter, and Python looks at the others."""
+    unclear = texts.filter(pc.invert(pc.match_substring_regex(texts, "[!-~]")))
+    return [text for text in unclear.to_pylist() if not text.strip()]
+
+
+class _CaptionShards:
+    """Prepares shards of captions."""
+
+    def __init__(
+        self,
+        model: LLM2CLIPTextModel,
+        processor: LLM2CLIPProcessor,
+        records: RecordTable,
+        writer: EmbeddingStoreWriter,
+        *,
+        token_budget: int,
+    ) -> None:
+        self._model = model
+        self._processor = processor
+        self._records = records
+        self._token_budget = token_budget
+        manifest = writer.manifest
+        index = StoreIndex(writer.folder, manifest.index, manifest.num_items)
+        self._occurrences = FirstOccurrences(index, manifest.rows_per_shard)
+
+    def __call__(self, rows: range) -> PreparedShard:
+        texts = list(iterate_first_captions(self._records, self._occurrences, rows))
+        tokens = _Tokens(self._processor, texts)
+        plan = plan_token_batches(tokens.lengths.tolist(), token_budget=self._token_budget)
+        return PreparedShard(
+            batches=[np.array(places) for places in plan],
+            encode=lambda batches: iterate_token_batches(
+                self._model,
+                self._processor,
+                tokens,
+                [places.tolist() for places in batches],
+                texts=texts,
+            ),
+            num_truncated=tokens.num_truncated,
         )
 
-    return ExtractionPlan(manifest, index, compute, " tokens", num_tokens)
+
+class _Tokens(Sequence[Any]):
+    """Token ids of texts in one array, which takes a tenth of the memory of lists.
+
+    Attributes:
+        lengths: (N,) how many each text has.
+        num_truncated: How many texts were longer than the model reads.
+    """
+
+    def __init__(self, processor: LLM2CLIPProcessor, texts: Sequence[str]) -> None:
+        parts, lengths = [], []
+        self.num_truncated = 0
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            ids, truncated = processor.list_ids(texts[start : start + _TOKENIZED_AT_ONCE])
+            parts.append(np.concatenate([np.array(row, np.int32) for row in ids]))
+            lengths += [len(row) for row in ids]
+            self.num_truncated += sum(truncated)
+        self.lengths = np.array(lengths)
+        self._ids = np.concatenate(parts)
+        self._ends = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, text: Any) -> Any:
+        return self._ids[self._ends[text] : self._ends[text + 1]]

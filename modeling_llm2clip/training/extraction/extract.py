@@ -1,34 +1,33 @@
-"""Stage 2: captions or images into an embedding store, shard by shard, by any number of processes.
+"""Stage 2: captions or images into an embedding store, shard by shard, on any number of machines.
 
-Under `accelerate launch` or `torchrun` every process takes shards in turn, and then those that
-others have not begun. A separate run on the same store helps in the same way. No process waits for
-another but for the last shards.
+Shards are independent of each other. The processes of `accelerate launch` or `torchrun` share them
+in turn; partitions, which any scheduler may start on any machine, do the same by their number; Ray
+hands them out one by one. Nothing is locked, so two runs must not compute the same shards at once.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from itertools import accumulate
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
-from tqdm import tqdm
 
 from ...configs.extract_config import ExtractConfig
-from ...data.embedding_store import EmbeddingStore, read_manifest
+from ...data.embedding_store import EmbeddingStore
 from ...data.embedding_store_writer import EmbeddingStoreWriter
+from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
+from ...data.store_manifest import read_manifest
 from ..distributed import choose_device
 from ..graceful_stop import StopRequest, stop_on_signals
 from ..stage_source import Source, open_source
-from .caption_extraction import plan_captions
-from .extraction_plan import ComputeRows
-from .image_extraction import plan_images
+from .extraction_plan import ExtractionPlan
+from .ray_extraction import compute_with_ray
+from .shard_extraction import Modality, StoreProgress, compute_shards, make_plan
 
-_SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_BETWEEN_COUNTS = 10.0  # a count reads the record of every shard
+Engine = Literal["local", "ray"]
 
 
 def extract(
@@ -37,7 +36,9 @@ def extract(
     output: str | Path,
     config: ExtractConfig | None = None,
     *,
-    modality: Literal["text", "image"],
+    modality: Modality,
+    partition: str | None = None,
+    engine: Engine = "local",
 ) -> Path:
     """Compute the embeddings of all captions or images into a store, or continue one.
 
@@ -51,16 +52,20 @@ def extract(
         config: Options; None for the defaults. `token_budget` is for captions alone, `batch_size`
             and `num_workers` for images alone.
         modality: What is extracted: text or image.
+        partition: Which part of the store to compute, such as 2/8 for the second of eight; the
+            store is complete after `merge_store`. None for all of it.
+        engine: What computes the shards: the processes of this run, or the actors of a Ray cluster
+            that sees the same files.
 
     Returns:
         `output`.
 
     Raises:
         ValueError: No captions or images, or broken ones; or `output` is a store of another model,
-            prompt, dataset or option, with both values.
-        OSError: The disk is full; complete shards stay.
-        RuntimeError: Another program deleted shards.
-        StageInterrupt: SIGINT or SIGTERM stopped the extraction after a shard.
+            prompt, dataset or option, with both values; or there is no such partition.
+        OSError: The disk is full; what is written stays.
+        StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
+        RuntimeError: An actor of Ray failed again and again.
 
     Examples:
         >>> records = load_records("my-images")
@@ -68,36 +73,72 @@ def extract(
     """
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
+    part, num_parts = parse_partition(partition)
     config, output = config or ExtractConfig(), Path(output)
+    table = RecordTable.from_records(data)
     device = choose_device(config.device)
-    with stop_on_signals() as stop, open_source(source, output) as found:
-        make_plan = plan_captions if modality == "text" else plan_images
-        plan = make_plan(found.folder, data, config, device)
-        writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.index)
-        progress = StoreProgress(
-            writer,
-            name=f"extract {modality}",
-            unit=plan.unit,
-            sizes=plan.sizes,
-            shown=config.show_progress,
+    state = PartialState()
+    if engine == "ray" and state.num_processes > 1:
+        raise ValueError("engine='ray' starts its own processes. Run it without a launcher.")
+    # Ray ends its actors when it is interrupted; what they wrote stays.
+    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
+    with stops as stop, open_source(source, output) as found:
+        plan = make_plan(found.folder, table, config, device, modality)
+        with state.main_process_first():
+            writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
+        shards = range(writer.manifest.num_shards)[part - 1 :: num_parts]
+        if engine == "ray":
+            compute_with_ray(writer, shards, found.folder, table, config, modality=modality)
+        else:
+            _compute_own(writer, plan, shards, config, stop=stop, name=f"extract {modality}")
+        stop.raise_interrupt(
+            f"Stopped after a batch; the store is in {output}.",
+            resume=False,
+            is_main_process=state.is_main_process,
         )
-        if not write_missing_shards(writer, plan.compute, stop=stop, progress=progress):
-            stop.raise_interrupt(
-                f"Stopped after a shard; the store is in {output}.",
-                resume=False,
-                is_main_process=PartialState().is_main_process,
-            )
-            raise RuntimeError(f"{output} lost shards at its end. Run the same command again.")
+        state.wait_for_everyone()
+        if num_parts == 1 and state.is_main_process:
+            writer.finish()
+        state.wait_for_everyone()
+    if num_parts == 1:
+        EmbeddingStore.open(output)  # a store of an earlier run may have lost files since
     return output
 
 
+def merge_store(folder: str | Path) -> Path:
+    """Complete a store whose partitions have all been extracted.
+
+    Args:
+        folder: Folder of the store.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: It holds no store, or shards are missing or damaged; they are named.
+
+    Examples:
+        >>> store = merge_store("captions")  # which is complete already
+    """
+    folder = Path(folder)
+    EmbeddingStoreWriter(folder, read_manifest(folder)).finish()
+    EmbeddingStore.open(folder)
+    return folder
+
+
 def describe_extraction(store: Path) -> list[str]:
-    """Describe a complete store in lines for a terminal.
+    """Describe a store in lines for a terminal.
 
     Args:
         store: Folder of the store.
     """
     manifest = read_manifest(store)
+    if not manifest.complete:
+        missing = len(EmbeddingStoreWriter(store, manifest).list_missing())
+        return [
+            f"{manifest.num_shards - missing} of {manifest.num_shards} shards are complete.",
+            f"When all partitions have ended: llm2clip merge-store {store}",
+        ]
     counts = ", ".join(f"{number} {name}" for name, number in manifest.counts.items())
     return [
         f"Wrote {store}: {manifest.num_rows} embeddings of {manifest.dim} for "
@@ -105,132 +146,45 @@ def describe_extraction(store: Path) -> list[str]:
     ]
 
 
-class StoreProgress:
-    """A bar over a whole store, whoever computes it; the rate is that of this run.
+def parse_partition(partition: str | None) -> tuple[int, int]:
+    """Parse which part of a store to compute.
 
     Args:
-        writer: Of the store.
-        name: In front of the bar.
-        unit: What is counted.
-        sizes: Units of each row, where rows differ in cost; None for one each.
-        shown: Whether there is a bar, in one process of each machine.
-    """
-
-    def __init__(
-        self,
-        writer: EmbeddingStoreWriter,
-        *,
-        name: str = "",
-        unit: str = " rows",
-        sizes: Sequence[int] | None = None,
-        shown: bool = False,
-    ) -> None:
-        self._writer = writer
-        self._ends = None if sizes is None else [0, *accumulate(sizes)]
-        self._total = self._measure(range(writer.manifest.num_rows))
-        self._bar = tqdm(
-            desc=name or None,
-            total=self._total,
-            initial=self._count_done(writer.list_missing()),
-            unit=unit,
-            unit_scale=sizes is not None,
-            disable=not (shown and PartialState().is_local_main_process),
-        )
-        self._counted = time.monotonic()
-
-    def add(self, amount: int) -> None:
-        """Count what this process has computed.
-
-        Args:
-            amount: Units of a batch.
-        """
-        self._bar.update(amount)
-
-    def recount(self, missing: Sequence[int] | None = None) -> None:
-        """Count what other processes have done.
-
-        Args:
-            missing: Shards that are missing now; None to look, at most every ten seconds.
-        """
-        if missing is None:
-            if time.monotonic() - self._counted < _SECONDS_BETWEEN_COUNTS:
-                return
-            missing = self._writer.list_missing()
-        self._counted = time.monotonic()
-        self._bar.n = self._count_done(missing)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-    def _count_done(self, missing: Sequence[int]) -> int:
-        rows_of_shard = self._writer.manifest.rows_of_shard
-        return self._total - sum(self._measure(rows_of_shard(shard)) for shard in missing)
-
-    def _measure(self, rows: range) -> int:
-        return len(rows) if self._ends is None else self._ends[rows.stop] - self._ends[rows.start]
-
-
-def write_missing_shards(
-    writer: EmbeddingStoreWriter,
-    compute: ComputeRows,
-    *,
-    stop: StopRequest,
-    progress: StoreProgress,
-) -> bool:
-    """Compute every shard that is missing, then complete the manifest.
-
-    Args:
-        writer: Of the store.
-        compute: Computes rows; the same embeddings whatever was computed before.
-        stop: Checked between shards.
-        progress: Counts every batch, in its unit.
+        partition: Such as 2/8; None for all of it.
 
     Returns:
-        Whether the store is complete; False if a signal came first.
+        Number of the part, from 1, and how many there are.
 
     Raises:
-        OSError: The disk is full; complete shards stay.
-        ValueError: The store was complete and is damaged now.
+        ValueError: It is not of this form, or there is no such part.
     """
-    missing = writer.list_missing()
-    while missing and not stop.signal:
-        num_computed = _work_through(writer, compute, missing, stop, progress)
-        missing = writer.list_missing()
-        progress.recount(missing)
-        if missing and not num_computed:  # other processes are computing all of them
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-    progress.close()
-    complete = not missing and writer.finish()
-    if complete:
-        EmbeddingStore.open(writer.folder)  # a store of an earlier run may have lost files since
-    return complete
+    if partition is None:
+        return 1, 1
+    part, slash, count = partition.partition("/")
+    if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
+    return int(part), int(count)
 
 
-def _work_through(
+def _compute_own(
     writer: EmbeddingStoreWriter,
-    compute: ComputeRows,
+    plan: ExtractionPlan,
     shards: Sequence[int],
+    config: ExtractConfig,
+    *,
     stop: StopRequest,
-    progress: StoreProgress,
-) -> int:
-    """Compute those shards that no other process claims; returns how many rows that were."""
-    num_computed = 0
-    for shard in _in_turn(shards):
-        if stop.signal:
-            break
-        with writer.claim(shard) as is_ours:
-            if is_ours:
-                rows = writer.manifest.rows_of_shard(shard)
-                writer.write_shard(shard, compute(rows, progress.add))
-                num_computed += len(rows)
-        progress.recount()
-    return num_computed
-
-
-def _in_turn(shards: Sequence[int]) -> list[int]:
-    """Own shards from the first on, then the others' from the last, which they reach last."""
+    name: str,
+) -> None:
+    """Compute what falls to this process of some shards."""
     state = PartialState()
-    own = [s for s in shards if s % state.num_processes == state.process_index]
-    return own + sorted(set(shards) - set(own), reverse=True)
+    own = shards[state.process_index :: state.num_processes]
+    missing = sorted(set(own) & set(writer.list_missing()))
+    if not missing:
+        return
+    shown = config.show_progress and state.is_local_main_process
+    progress = StoreProgress(writer, own, name=name, unit=plan.unit, shown=shown)
+    try:
+        prepare = plan.open_shards(writer)
+        compute_shards(writer, prepare, missing, stop=stop, progress=progress)
+    finally:
+        progress.close()

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from torch import Tensor
 
 from ...configs.extract_config import ExtractConfig
-from ...data.data_hashes import count_bytes, hash_image_sizes, hash_records
-from ...data.image_sources import ImageSource
-from ...data.records import CaptionedImage
-from ...encoding.encode import default_batch_size, encode_images
+from ...data.caption_columns import FirstOccurrences
+from ...data.data_hashes import hash_image_sizes, hash_texts
+from ...data.distinct_texts import TextNumbers
+from ...data.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
+from ...data.image_sources import ImageSource, count_bytes
+from ...data.record_columns import NO_IMAGE, ROWS_PER_BATCH
+from ...data.record_table import RecordTable
+from ...data.store_index import StoreIndex, make_batch
+from ...data.store_manifest import STORED_DTYPES
+from ...encoding.encode import default_batch_size, iterate_image_batches, split_evenly
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .extraction_plan import ExtractionPlan, make_manifest, pack_records
+from .extraction_plan import ExtractionPlan, PreparedShard
 
+Array: TypeAlias = np.ndarray[Any, Any]
 _NAMES_SHOWN = 5
+_ADDRESS_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
+_ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
 
 def plan_images(
-    folder: Path, records: Sequence[CaptionedImage], config: ExtractConfig, device: torch.device
+    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
 ) -> ExtractionPlan:
     """Plan the embeddings of all images; loads the vision tower alone.
 
@@ -35,76 +47,163 @@ def plan_images(
         device: Where the vision tower runs.
 
     Raises:
-        ValueError: There are no images, a record has none, or one name is that of two images.
+        ValueError: There are no images, or a record has none.
     """
-    images = _list_images(records)
-    row_of = {name: row for row, name in enumerate(images)}
-    index = pack_records(
-        records, short=[[row_of[r.name]] for r in records], long=[[] for _ in records]
-    )
+    _require_images(records)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     fingerprint = fingerprint_vision(folder)
     model = model.to(device)
     batch_size = config.batch_size or default_batch_size(device)
-    manifest = make_manifest(
+    dim = model.visual_projection.in_features
+    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
+    manifest = plan_manifest(
         "vision_embeds",
-        config,
-        index,
         fingerprint=fingerprint,
-        dim=model.visual_projection.in_features,
-        num_rows=len(images),
-        num_items=len(records),
+        dtype=config.store_dtype,
+        dim=dim,
+        rows_per_shard=config.count_rows_per_shard(row_bytes),
         plan={
-            "data": hash_records(records),
+            "data": hash_texts(records),
             "images": hash_image_sizes(records),
             "batch_size": str(batch_size),
         },
-        counts={"images": len(records), "distinct": len(images)},
     )
-    rows = list(images.values())
 
-    def compute(chosen: range, on_batch: Callable[[int], object]) -> Tensor:
-        return encode_images(
-            model,
-            processor,
-            rows[chosen.start : chosen.stop],
-            project=False,
-            batch_size=batch_size,
-            num_workers=config.num_workers,
-            on_batch=lambda batch, _: on_batch(len(batch)),
+    def open_shards(writer: EmbeddingStoreWriter) -> _ImageShards:
+        return _ImageShards(
+            model, processor, records, writer, batch_size=batch_size, num_workers=config.num_workers
         )
 
-    return ExtractionPlan(manifest, index, compute, " images")
+    return ExtractionPlan(
+        manifest, lambda scratch: list_image_items(records, scratch), open_shards, " images"
+    )
 
 
-def _list_images(records: Sequence[CaptionedImage]) -> dict[str, ImageSource]:
-    """Images by name, each once, in the order of the records."""
-    if not records:
+def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
+    """Number the images of a dataset, by their names.
+
+    Args:
+        records: The dataset.
+        scratch: Empty folder for temporary files, about as large as all names.
+
+    Raises:
+        ValueError: One name is that of two images.
+    """
+    numbers = TextNumbers(scratch, len(records))
+    for batch in records.iterate_columns(("name",)):
+        names = batch.column("name")
+        keys = np.fromiter((zlib.crc32(name.encode()) for name in names.to_pylist()), np.int64)
+        numbers.add(names, keys << 24)
+    numbers.number()
+    _require_one_image_per_name(records, numbers)
+    return StoreItems(
+        num_rows=numbers.num_distinct,
+        num_items=len(records),
+        counts={"images": len(records), "distinct": numbers.num_distinct},
+        batches=_make_batches(records, numbers),
+    )
+
+
+def _make_batches(records: RecordTable, numbers: TextNumbers) -> Iterator[pa.RecordBatch]:
+    for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
+        yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
+
+
+class _ImageShards:
+    """Prepares shards of images."""
+
+    def __init__(
+        self,
+        model: LLM2CLIPVisionModel,
+        processor: LLM2CLIPProcessor,
+        records: RecordTable,
+        writer: EmbeddingStoreWriter,
+        *,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        self._model = model
+        self._processor = processor
+        self._records = records
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        manifest = writer.manifest
+        index = StoreIndex(writer.folder, manifest.index, manifest.num_items)
+        self._occurrences = FirstOccurrences(index, manifest.rows_per_shard)
+
+    def __call__(self, rows: range) -> PreparedShard:
+        images: list[ImageSource | None] = []
+        for first, items, _ in self._occurrences.find(rows):
+            images += [record.image for record in self._records.select(first + items)]
+        return PreparedShard(
+            batches=[np.array(places) for places in split_evenly(len(rows), size=self._batch_size)],
+            encode=lambda batches: iterate_image_batches(
+                self._model,
+                self._processor,
+                images,
+                [places.tolist() for places in batches],
+                num_workers=self._num_workers,
+            ),
+        )
+
+
+def _require_images(records: RecordTable) -> None:
+    if not len(records):
         raise ValueError("There are no images. Give a dataset with at least one.")
-    if without := [record.name for record in records if record.image is None]:
+    without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
+    if len(without):
+        names = [records[int(row)].name for row in without[:_NAMES_SHOWN]]
         raise ValueError(
-            f"{len(without)} records have no image: {without[:_NAMES_SHOWN]}. Read the dataset "
-            "with its images."
+            f"{len(without)} records have no image: {names}. Read the dataset with its images."
         )
-    images: dict[str, ImageSource] = {}
+
+
+def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> None:
+    """Compare the images of a name: by their addresses, and where these differ, as bytes."""
+    if numbers.num_distinct == len(records):
+        return
+    first_records = np.empty(numbers.num_distinct, np.int64)
+    start = num_named = 0
     ambiguous: dict[str, None] = {}
-    for record in records:
-        assert record.image is not None
-        first = images.setdefault(record.name, record.image)
-        if first != record.image and not _have_same_bytes(first, record.image):
-            ambiguous[record.name] = None
+    for rows in numbers:
+        these = np.arange(start, start + len(rows))
+        new, places = np.unique(rows[rows >= num_named], return_index=True)
+        first_records[new] = these[rows >= num_named][places]
+        num_named += len(new)
+        firsts = first_records[rows]
+        again = these[firsts != these]
+        ambiguous.update(_find_ambiguous(records, again, firsts[firsts != these]))
+        start += len(rows)
     if ambiguous:
         raise ValueError(
             f"{len(ambiguous)} names are those of several images: "
             f"{list(ambiguous)[:_NAMES_SHOWN]}. Give every image a name of its own; several "
             "languages may share one."
         )
-    return images
 
 
-def _have_same_bytes(one: ImageSource, other: ImageSource) -> bool:
+def _find_ambiguous(records: RecordTable, again: Array, firsts: Array) -> dict[str, None]:
+    """Return the names of records whose image is not that of the first record of the name."""
+    found: dict[str, None] = {}
+    for start in range(0, len(again), ROWS_PER_BATCH):
+        pairs = [rows[start : start + ROWS_PER_BATCH] for rows in (again, firsts)]
+        [one], [other] = (records.select(rows).iterate_columns(_ADDRESS_COLUMNS) for rows in pairs)
+        differ = np.zeros(len(pairs[0]), np.bool_)
+        for mine, its in zip(one.columns, other.columns, strict=True):
+            # Both null counts as equal: a file has no member.
+            both = mine.is_null().to_numpy(False) & its.is_null().to_numpy(False)
+            equal = pa.compute.equal(mine, its).fill_null(False).to_numpy(False)
+            differ |= ~(both | equal)
+        for record, first in zip(pairs[0][differ].tolist(), pairs[1][differ].tolist(), strict=True):
+            if not _have_same_bytes(records[record].image, records[first].image):
+                found[records[record].name] = None
+    return found
+
+
+def _have_same_bytes(one: ImageSource | None, other: ImageSource | None) -> bool:
     """Whether two places have the same image, as tar shards have with one sample per language."""
+    assert one is not None and other is not None
     if count_bytes(one) != count_bytes(other):
         return False
     return one.read_bytes() == other.read_bytes()

@@ -22,7 +22,8 @@ from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
 from ...data.caption_groups import group_captions, skip_single_captions
-from ...data.record_table import RecordTable, hash_records
+from ...data.data_hashes import hash_records
+from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder

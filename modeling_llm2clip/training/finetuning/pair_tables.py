@@ -24,7 +24,6 @@ from datasets import Dataset
 from ...data.caption_groups import CaptionGroups, GroupBatch
 from ...data.key_arrays import is_among
 from ...data.record_columns import hash_text
-from ...data.record_table import column_array
 from ...data.text_pairs import TextPair
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -136,7 +135,7 @@ def iterate_numbers(table: Dataset, name: str) -> Iterator[Array]:
     """
     assert table._indices is None, "rows of this table were selected"
     for chunk in table.data.column(name).chunks:
-        yield column_array(chunk)
+        yield np.asarray(chunk)
 
 
 class MappedColumn:

@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from captioned_files import encode, make_image, own_cache  # noqa: F401
 
@@ -79,3 +81,44 @@ def test_rows_with_several_images_have_an_address_for_each(tmp_path: Path) -> No
     }
     assert second["image_1"] is None
     assert errors.counts == {"not a Parquet file, or broken": 1}
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 2}])
+def test_labels_are_read_without_the_bytes_of_images(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their part of the file is damaged, and nobody notices before an image is opened."""
+    whole, file = tmp_path / "whole.parquet", tmp_path / "0.parquet"
+    rows = {"image": [RED, BLUE, RED], "caption": ["a", "b", "c"]}
+    pq.write_table(pa.table(rows), whole, **options)
+    content = bytearray(whole.read_bytes())
+    footer = pq.read_metadata(whole)
+    for number in range(footer.num_row_groups):
+        chunk = footer.row_group(number).column(0)
+        assert chunk.path_in_schema == "image.bytes"
+        start = min(chunk.data_page_offset, chunk.dictionary_page_offset)
+        content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    file.write_bytes(content)
+    errors = ErrorCollector()
+    found = list(read_parquet([file], tmp_path, errors))
+    assert [record.fields["caption"] for record in found] == ["a", "b", "c"]
+    assert [record.packed for record in found] == [ParquetImage(file, "image", n) for n in range(3)]
+    assert errors.total == 0
+    with pytest.raises(ValueError, match=r"0\.parquet: row group 0 (cannot be read|is broken)"):
+        open_image(found[0].packed)
+
+
+@pytest.mark.parametrize("has_statistics", [True, False])
+def test_rows_with_and_without_bytes_may_be_mixed(has_statistics: bool, tmp_path: Path) -> None:
+    path = {"bytes": None, "path": "b.png"}
+    images = [RED, path, None, BLUE, RED, RED, path, path]
+    table = pa.table({"image": images, "caption": list("abcdefgh")})
+    file = tmp_path / "0.parquet"
+    pq.write_table(table, file, row_group_size=2, write_statistics=has_statistics)
+    found = list(read_parquet([file], tmp_path, ErrorCollector()))
+    assert [record.packed is not None for record in found] == [
+        image is not None and image["bytes"] is not None for image in images
+    ]
+    assert [record.fields.get("image") for record in found] == [
+        None if image is None or image["bytes"] is not None else image["path"] for image in images
+    ]

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, write_data
 
@@ -155,7 +156,11 @@ def test_neither_order_nor_group_ids_of_the_records_matter_to_a_store(prepared: 
     records = [dataclasses.replace(r, group_id=r.name) for r in reversed(prepared.records)]
     turned = AlignmentDataset(records, processor, caption_store=prepared.caption_store)
     plain = AlignmentDataset(prepared.records, processor, caption_store=prepared.caption_store)
-    assert turned.caption_rows(0).tolist() == plain.caption_rows(NUM_RECORDS - 1).tolist()
+    first, last = np.array([0, 0]), np.array([NUM_RECORDS - 1] * 2)
+    captions = np.array([0, 1])
+    assert (
+        turned.caption_rows(first, captions).tolist() == plain.caption_rows(last, captions).tolist()
+    )
 
 
 def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path: Path) -> None:

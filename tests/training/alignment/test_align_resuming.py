@@ -51,6 +51,7 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
     return process.returncode
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -19,16 +19,25 @@ from modeling_llm2clip.training.alignment.alignment_data import (
 )
 from modeling_llm2clip.training.alignment.sampling import (
     ResumableBatchSampler,
-    sample_caption,
+    mix,
+    sample_captions,
     sample_normal,
 )
 
 
+def sample(num_short: int, num_long: int, *, ratio: float, count: int) -> list[tuple[bool, int]]:
+    """Whether each sampled caption is a long one, and its number among the long or short ones."""
+    items = np.arange(count)
+    numbers = sample_captions(
+        np.full(count, num_short), np.full(count, num_long),
+        long_caption_ratio=ratio, seed=1, epochs=np.zeros(count, int), items=items,
+    )  # fmt: skip
+    return [(n >= num_short, n - num_short * (n >= num_short)) for n in numbers.tolist()]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_long_captions_are_sampled_as_often_as_asked(ratio: float) -> None:
-    sampled = [
-        sample_caption(2, 3, long_caption_ratio=ratio, seed=1, epoch=0, item=i) for i in range(4000)
-    ]
+    sampled = sample(2, 3, ratio=ratio, count=4000)
     # Four standard deviations of 4000 coins are 0.03.
     assert sum(is_long for is_long, _ in sampled) / 4000 == pytest.approx(ratio, abs=0.03)
     for wanted, num_captions in ((False, 2), (True, 3)):
@@ -43,20 +52,35 @@ def test_long_captions_are_sampled_as_often_as_asked(ratio: float) -> None:
 def test_an_image_without_long_captions_shows_short_ones_and_the_reverse(
     num_short: int, num_long: int, is_long: bool
 ) -> None:
-    for item in range(50):
-        sampled = sample_caption(
-            num_short, num_long, long_caption_ratio=0.5, seed=0, epoch=0, item=item
+    sampled = sample(num_short, num_long, ratio=0.5, count=50)
+    assert {one for one, _ in sampled} == {is_long}
+    assert {number for _, number in sampled} == {0, 1}
+
+
+def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
+    def draw(items: list[int]) -> list[int]:
+        count = np.full(len(items), 9)
+        drawn = sample_captions(
+            count, count, long_caption_ratio=0.5, seed=3, epochs=count, items=np.array(items)
         )
-        assert sampled[0] == is_long and sampled[1] in (0, 1)
+        return [int(number) for number in drawn]
+
+    assert draw([5, 2, 8]) == [draw([item])[0] for item in (5, 2, 8)]
+
+
+def test_numbers_are_mixed_as_splitmix_does() -> None:
+    # The reference generator of seed 0: https://prng.di.unimi.it/splitmix64.c
+    assert int(mix(0)) == 0xE220A8397B1DCDAF
+    assert mix(np.array([0, -1]), 7).tolist() == [int(mix(0, 7)), int(mix(-1, 7))]
 
 
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
     batches = list(ResumableBatchSampler(range(12), batch_size=4, num_steps=6, seed=0))
-    epochs = [[pair for batch in half for pair in batch] for half in (batches[:3], batches[3:])]
+    epochs = [np.concatenate(half) for half in (batches[:3], batches[3:])]
     for number, pairs in enumerate(epochs):
-        assert {epoch for epoch, _ in pairs} == {number}
-        assert sorted(item for _, item in pairs) == list(range(12))
-    assert [item for _, item in epochs[0]] != [item for _, item in epochs[1]]
+        assert set(pairs[:, 0].tolist()) == {number}
+        assert sorted(pairs[:, 1].tolist()) == list(range(12))
+    assert epochs[0][:, 1].tolist() != epochs[1][:, 1].tolist()
 
 
 def test_processes_share_the_batches_of_one() -> None:
@@ -66,14 +90,14 @@ def test_processes_share_the_batches_of_one() -> None:
         for rank in range(2)
     ]
     for whole, *parts in zip(ResumableBatchSampler(range(10), **settings), *shares, strict=True):
-        assert whole == parts[0] + parts[1]
+        assert whole.tolist() == np.concatenate(parts).tolist()
 
 
 def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> None:
     records, processor = prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model)
     online = AlignmentDataset(records, processor, seed=5)
     stored = AlignmentDataset(records, processor, seed=5, caption_store=prepared.caption_store)
-    samples = [(3, item) for item in range(NUM_RECORDS)]
+    samples = np.array([(3, item) for item in range(NUM_RECORDS)])
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     tokens, embeddings = (
         online.__getitems__(samples),
@@ -92,18 +116,20 @@ def test_training_and_extraction_see_the_same_pixels_of_a_large_jpeg(
     Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
     record = replace(prepared.records[0], image=tmp_path / "large.jpg")
-    trained_on = AlignmentDataset([record], processor).read_pairs([(0, (False, 0))])
+    trained_on = AlignmentDataset([record], processor).read_pairs(np.array([0]), np.array([0]))
     extracted = processor(images=[Image.open(tmp_path / "large.jpg")])
     assert torch.equal(trained_on["pixel_values"], extracted["pixel_values"])
 
 
 def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
-    rows = [(0, 1, item, 2) for item in range(500)]
-    noise = sample_normal(rows, 200)
+    def draw(items: list[int], side: int) -> torch.Tensor:
+        return sample_normal(0, np.ones(len(items), int), np.array(items), side, width=200)
+
+    noise = draw(list(range(500)), 2)
     # Of 100,000 numbers the mean is within four standard errors of 0, the deviation of 1.
     assert abs(float(noise.mean())) < 4 * 100_000**-0.5
     assert abs(float(noise.std()) - 1) < 4 * 200_000**-0.5
-    assert torch.equal(sample_normal(rows[7:9], 200), noise[7:9])
+    assert torch.equal(draw([7, 8], 2), noise[7:9])
     # Neither side nor epoch repeats another's.
-    assert not torch.equal(sample_normal([(0, 1, 7, 3)], 200)[0], noise[7])
+    assert not torch.equal(draw([7], 3)[0], noise[7])
     assert abs(float((noise[0] * noise[1]).mean())) < 4 * 200**-0.5

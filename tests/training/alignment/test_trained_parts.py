@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from aligning import SHORT_RUN, TOWERS, Prepared, skip_where_transformers_renames, weights_of
@@ -16,6 +17,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.alignment.alignment_batches import SampledBatches
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
@@ -112,10 +114,15 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
         prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
         caption_store=prepared.caption_store,
     )  # fmt: skip
+    arguments = make_training_arguments(tmp_path, config)
+    batches = SampledBatches(
+        dataset, np.arange(len(dataset)), config=config, batch_size=8, num_steps=40,
+        arguments=arguments,
+    )  # fmt: skip
     trainer = AlignmentTrainer(
-        model, dataset, items=range(len(dataset)), config=config, loss=ContrastiveLoss(),
+        model, batches, config=config, loss=ContrastiveLoss(),
         length=RunLength(num_steps=40, batch_size=8, learning_rate=1e-3, adapter_begin=10),
-        training_arguments=make_training_arguments(tmp_path, config),
+        training_arguments=arguments,
     )  # fmt: skip
     optimizer = trainer.create_optimizer()
     groups = optimizer.param_groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,20 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.embedding_store import EmbeddingStore, read_manifest
-from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.data.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.store_manifest import read_manifest
+from modeling_llm2clip.data.store_shard_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from modeling_llm2clip.training.extraction import extract as stage
-from modeling_llm2clip.training.extraction.extract import describe_extraction, extract
+from modeling_llm2clip.training.extraction.extract import (
+    describe_extraction,
+    extract,
+    merge_store,
+    parse_partition,
+)
 from modeling_llm2clip.training.graceful_stop import (
     StageInterrupt,
     StopRequest,
@@ -46,7 +54,11 @@ WORDS = (
     "a red green old small dog cat apple house tree on under beside the wooden table sea".split()
 )
 EXACT = ExtractConfig(
-    store_dtype="float32", rows_per_shard=16, token_budget=256, device="cpu", show_progress=False
+    store_dtype="float32",
+    max_shard_size="2KiB",
+    token_budget=256,
+    device="cpu",
+    show_progress=False,
 )
 
 
@@ -111,31 +123,32 @@ def extract_captions(
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every shard that is written."""
+    """Rows of every batch that is written."""
     rows: list[int] = []
-    write = EmbeddingStoreWriter.write_shard
+    write = ShardWriter.write
 
-    def count(self: EmbeddingStoreWriter, shard: int, embeddings: torch.Tensor) -> None:
+    def count(self: ShardWriter, embeddings: torch.Tensor) -> None:
         rows.append(len(embeddings))
-        write(self, shard, embeddings)
+        write(self, embeddings)
 
-    monkeypatch.setattr(EmbeddingStoreWriter, "write_shard", count)
+    monkeypatch.setattr(ShardWriter, "write", count)
     return rows
 
 
-class StopAfterOneShard(StopRequest):
-    """Asks for a stop as soon as one more shard is complete."""
+class StopAfter(StopRequest):
+    """Asks for a stop as soon as there is one more of something."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.before = self._count()
-
-    def _count(self) -> int:
-        return len(list(self.folder.glob("shard-*.json")))
+    def __init__(self, count: Callable[[], int]) -> None:
+        self.count = count
+        self.before = count()
 
     @property
     def signal(self) -> signal.Signals | None:
-        return signal.SIGTERM if self._count() > self.before else None
+        return signal.SIGTERM if self.count() > self.before else None
+
+
+def count_records(folder: Path) -> int:
+    return len(list(folder.glob("shard-*.json")))
 
 
 def shorten(command: list[str]) -> list[str]:
@@ -143,8 +156,10 @@ def shorten(command: list[str]) -> list[str]:
         *command,
         "--modality",
         "text",
-        "--rows-per-shard",
-        "16",
+        "--max-shard-size",
+        "2KiB",
+        "--store-dtype",
+        "float32",
         "--token-budget",
         "256",
         "--device",
@@ -202,16 +217,48 @@ def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
         extract_captions(model, records, tmp_path / "store")
 
 
-def test_rows_are_by_length_and_then_by_first_occurrence(model: Path, tmp_path: Path) -> None:
-    texts = ("b", "a", "one two three", "c")  # single letters are one token each
-    extract_captions(model, [CaptionedImage(None, "x", "x", texts)], tmp_path / "store")
-    assert EmbeddingStore.open(tmp_path / "store").rows_of(0).tolist() == [1, 2, 0, 3]
+def test_rows_are_by_first_occurrence(model: Path, tmp_path: Path) -> None:
+    records = [
+        CaptionedImage(None, "x", "x", ("b", "a", "b"), ("one two three",)),
+        CaptionedImage(None, "y", "y", ("one two three", "c")),
+    ]
+    extract_captions(model, records, tmp_path / "store")
+    store = EmbeddingStore.open(tmp_path / "store")
+    assert store.rows_of(0).tolist() == [0, 1, 0] and store.rows_of(0, long=True).tolist() == [2]
+    assert store.rows_of(1).tolist() == [2, 3]
+    numbers = [0, 1, 2, 3, 0, 1]
+    assert store.rows_at([0, 0, 0, 0, 1, 1], numbers).tolist() == [0, 1, 0, 2, 2, 3]
 
 
-def stop_after_one_shard(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfterOneShard(folder)))
+def test_a_caption_is_tokenized_once_and_the_first_shard_does_not_wait_for_the_others(
+    model: Path, records: list[CaptionedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[str] = []
+    before_first_batch: list[int] = []
+    list_ids, write = LLM2CLIPProcessor.list_ids, ShardWriter.write
+
+    def note_texts(self: LLM2CLIPProcessor, texts: Any) -> Any:
+        texts = list(texts)
+        tokenized.extend(texts)
+        return list_ids(self, texts)
+
+    def note_batch(self: ShardWriter, embeddings: torch.Tensor) -> None:
+        before_first_batch.append(len(tokenized))
+        write(self, embeddings)
+
+    monkeypatch.setattr(LLM2CLIPProcessor, "list_ids", note_texts)
+    monkeypatch.setattr(ShardWriter, "write", note_batch)
+    folder = extract_captions(model, records, tmp_path / "store")
+    texts = dict.fromkeys(text for r in records for text in (*r.captions, *r.long_captions))
+    assert tokenized == list(texts)
+    assert before_first_batch[0] <= 2 * 16 < len(texts) == read_manifest(folder).num_rows
 
 
+def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
+    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
+
+
+@pytest.mark.parametrize("thing", ["shard", "batch"])
 def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     model: Path,
     records: list[CaptionedImage],
@@ -219,17 +266,22 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     tmp_path: Path,
     written: list[int],
     monkeypatch: pytest.MonkeyPatch,
+    thing: str,
 ) -> None:
     folder = tmp_path / "store"
-    for number in range(1, 100):
-        stop_after_one_shard(monkeypatch, folder)
+    num_stops = 0
+    for _ in range(200):
+        count = partial(count_records, folder) if thing == "shard" else partial(len, written)
+        stop_after_one(monkeypatch, count)
         try:
             extract_captions(model, records, folder)
         except StageInterrupt as error:
             assert f"the store is in {folder}. Continue with the same call." in str(error)
-            assert written == [EXACT.rows_per_shard] * number
+            num_stops += 1
         else:
             break
+    assert num_stops == (read_manifest(folder).num_shards if thing == "shard" else len(written))
+    assert len(written) > read_manifest(folder).num_shards
     assert sum(written) == read_manifest(folder).num_rows  # nothing was computed twice
     assert read_bytes(folder) == undisturbed
 
@@ -246,7 +298,8 @@ def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]
     return report
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, 20])
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, times: int
 ) -> None:
@@ -258,6 +311,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
         assert read_bytes(Path(folder)) == undisturbed
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -273,30 +327,123 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     assert read_bytes(together) == read_bytes(alone)
 
 
-def test_two_runs_on_one_folder_share_the_work_and_write_no_shard_twice(
-    model: Path,
-    records: list[CaptionedImage],
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    written: list[int],
+def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = []
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    command = shorten(["extract", str(model), str(data), str(together)])
+    assert main([*command, "--partition", "2/2"]) == 0
+    half = read_manifest(together).num_shards // 2
+    assert f"{half} of {read_manifest(together).num_shards} shards" in capsys.readouterr().out
+    assert list_complete_shards(together) == list(range(1, read_manifest(together).num_shards, 2))
+    assert main(["merge-store", str(together)]) == 2
+    assert "shards are missing, among them [0, 2, 4, 6, 8]" in capsys.readouterr().err
+    assert main([*command, "--partition", "1/2"]) == 0
+    assert not read_manifest(together).complete
+    for _ in range(2):  # a merged store stays as it is
+        assert main(["merge-store", str(together)]) == 0
+        assert f"Wrote {together}: " in capsys.readouterr().out
+    assert read_bytes(together) == read_bytes(alone)
 
-    def run() -> None:
-        folders.append(extract_captions(model, records, tmp_path / "store"))
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert folders == [tmp_path / "store"] * 2
-    assert sum(written) == read_manifest(folders[0]).num_rows
-    assert read_bytes(tmp_path / "store") == undisturbed
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [4])
+def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, times: int
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    command = [sys.executable, "-m", "modeling_llm2clip",
+               *shorten(["extract", str(model), str(data), str(together)])]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(times):
+        runs = [
+            subprocess.Popen([*command, "--partition", f"{n}/2"], env=environment, cwd=ROOT)
+            for n in (1, 2)
+        ]
+        deadline = time.monotonic() + 120
+        noted = len(list(together.glob("shard-*.json")))
+        while len(list(together.glob("shard-*.json"))) < noted + 3 and None in (
+            run.poll() for run in runs
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for run in runs:
+            run.kill()
+            run.wait()
+    for number in (1, 2):
+        subprocess.run([*command, "--partition", f"{number}/2"], env=environment, cwd=ROOT,
+                       check=True, timeout=300)  # fmt: skip
+    merge_store(together)
+    assert read_bytes(together) == read_bytes(alone)
+
+
+def start_with_ray(folder: Path, *arguments: object, modality: str) -> subprocess.Popen[str]:
+    """Extract in a process of its own, which a hanging cluster cannot outlive."""
+    script, pickled = folder / "with_ray.py", folder / "arguments.pickle"
+    script.write_text(
+        "import pickle, sys\n"
+        "from modeling_llm2clip.training.extraction.extract import extract\n"
+        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "extract(*arguments, modality=sys.argv[2], engine='ray')\n"
+    )
+    pickled.write_bytes(pickle.dumps(arguments))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen(
+        [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ray_leaves_the_same_bytes_of_images_as_one_process(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    records = load_records(images)
+    config = replace(EXACT, token_budget=None, batch_size=3)
+    alone = extract(model, records, tmp_path / "alone", config, modality="image")
+    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", config, modality="image")
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
+    model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    records = make_records(600)
+    alone = extract_captions(model, records, tmp_path / "alone")
+    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", EXACT, modality="text")
+    killed: set[int] = set()
+    deadline = time.monotonic() + 120
+    while run.poll() is None and len(killed) < 2 and time.monotonic() < deadline:
+        if count_records(tmp_path / "ray") > 5 * len(killed):
+            for process in psutil.Process(run.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if "_Actor" in process.name() + " ".join(process.cmdline()):
+                        killed.add(process.pid)
+                        process.kill()
+                        break
+        time.sleep(0.01)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert len(killed) == 2
+    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
+
+
+@pytest.mark.parametrize("partition", ["0/2", "3/2", "2", "a/b", "-1/2", "1/2/3"])
+def test_a_partition_that_there_is_not_is_refused(partition: str) -> None:
+    with pytest.raises(ValueError, match="must be such as 2/8"):
+        parse_partition(partition)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_command_after_a_whole_shard_with_its_own_code(
+def test_a_signal_ends_the_command_after_a_batch_with_its_own_code(
     model: Path, data: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     folder = tmp_path / "store"
@@ -361,7 +508,9 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
     refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
     refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
-    refused(None, records, replace(EXACT, store_dtype="float16"), "stored dtype")
+    refused(
+        None, records, replace(EXACT, store_dtype="float16", max_shard_size="1KiB"), "stored dtype"
+    )
     refused(None, records, replace(EXACT, token_budget=128), "token_budget")
     swapped = [records[1], records[0], *records[2:]]
     refused(None, swapped, EXACT, "data")
@@ -371,12 +520,22 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     ("changes", "message"),
     [
         ({"store_dtype": "int8"}, "store_dtype='int8'"),
-        ({"rows_per_shard": 0, "num_workers": 0}, "num_workers=0 .*rows_per_shard=0"),
+        ({"max_shard_size": "0KB", "num_workers": 0}, "num_workers=0 .*max_shard_size='0KB'"),
+        ({"max_shard_size": "1 TB"}, "max_shard_size='1 TB' must be a size, like 5GB"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExtractConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [("512MB", 62_500), ("1GiB", 2**16), ("2MiB", 256), ("100KB", 12), ("1KB", 1)],
+)
+def test_the_size_of_a_shard_decides_how_many_rows_it_has(size: str, rows: int) -> None:
+    config = ExtractConfig(max_shard_size=size)
+    assert config.count_rows_per_shard(2 * 4096) == rows
 
 
 def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
@@ -406,7 +565,7 @@ def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
 ) -> None:
     folder = tmp_path / "store"
     with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one_shard(patch, folder)
+        stop_after_one(patch, partial(count_records, folder))
         extract_captions(model, records, folder)
     with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
         extract_captions(model, records, folder)
@@ -463,7 +622,7 @@ def test_images_are_stored_once_and_found_by_every_record(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
-    options = ["--modality", "image", "--rows-per-shard", "4", "--batch-size", "3"]
+    options = ["--modality", "image", "--max-shard-size", "1KiB", "--batch-size", "3"]
     options += ["--store-dtype", "float32"]
     command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
     assert main(command) == 0
@@ -512,10 +671,10 @@ def test_a_broken_image_is_named_and_whole_shards_stay(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with_broken = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
-    config = replace(EXACT, rows_per_shard=4)
+    config = replace(EXACT, max_shard_size="1KiB", batch_size=4)
     with pytest.raises(ValueError, match=r"broken\.png"):
         extract(model, with_broken, tmp_path / "store", config, modality="image")
-    assert {0, 1} <= set(list_complete_shards(tmp_path / "store"))
+    assert {0} <= set(list_complete_shards(tmp_path / "store"))
 
 
 def test_records_without_images_are_refused_before_the_model_is_loaded(

@@ -68,13 +68,10 @@ def compute_gradients(
     return torch.load(folder / "gradients", weights_only=True), first["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("negatives", "processes", "mini_batch_size"),
-    [
-        ("all", 2, 3),
-        pytest.param("symmetric", 2, 0, marks=pytest.mark.slow),
-        pytest.param("all", 1, 3, marks=pytest.mark.slow),
-    ],
+    [("all", 2, 3), ("symmetric", 2, 0), ("all", 1, 3)],
 )
 def test_two_processes_and_cached_gradients_equal_one_whole_batch(
     tmp_path, negatives, processes, mini_batch_size

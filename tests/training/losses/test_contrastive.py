@@ -104,6 +104,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, 
     return folder, batch, [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "chunked"])
 def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, kind: str) -> None:
     parts, whole = [part[kind] for part in two_processes[2]], loss_and_gradients(WHOLE)
@@ -116,12 +117,14 @@ def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, ki
         torch.testing.assert_close(rows, whole[name], **ROUNDING)
 
 
+@pytest.mark.slow
 def test_gathering_gives_the_gradients_of_torch(two_processes: Any) -> None:
     for part in two_processes[2]:
         # A sum of two numbers is the same in either order.
         assert torch.equal(part["gathered"]["rows"], part["gathered by torch"]["rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])
 def test_two_processes_give_every_gradient_of_the_model_that_one_gives(
     two_processes: Any, wrapped_by: str
@@ -143,6 +146,7 @@ def test_two_processes_give_every_gradient_of_the_model_that_one_gives(
             )
 
 
+@pytest.mark.slow
 def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
     for part in two_processes[2]:
         assert part["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32

@@ -1,0 +1,25 @@
+"""`llm2clip merge-store`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .command import command
+
+
+@command(group="Train", examples=("llm2clip merge-store captions",))
+def merge_store(store: Path, /) -> int:
+    """Completes a store that llm2clip extract --partition computed in parts.
+
+    Checks that every shard is there. A complete store stays as it is.
+
+    Args:
+        store: Folder of the store.
+    """
+    from ..training.extraction.extract import describe_extraction
+    from ..training.extraction.extract import merge_store as merge
+
+    merge(store)
+    print("\n".join(describe_extraction(store)))
+    print("Align a model on it: llm2clip align --help")
+    return 0

@@ -1,0 +1,84 @@
+"""What img2dataset writes beside images and captions, in tar shards and in Parquet.
+
+| field | meaning |
+| --- | --- |
+| `status` | `success`, or why the image could not be downloaded; then the row is not a sample |
+| `jpg`, `png`, `webp` | the encoded image, in its Parquet output |
+| `txt`, `caption` | the caption |
+| `url` | where the image came from; a field of the record |
+| all others | notes of the download, which training does not read |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# Its `key` is the sample's name in the shard, not what the image shows.
+_NOTES = frozenset(
+    "key status error_message exif sha256 md5 width height original_width original_height".split()
+)
+# Its Parquet output always has these, and no other publisher's has all of them.
+_COLUMNS = frozenset(("key", "url", "status", "error_message"))
+_IMAGE_COLUMNS = ("jpg", "png", "webp")
+KEY, STATUS = "key", "status"
+DOWNLOAD_COLUMNS = (KEY, STATUS)
+_TEXT = "txt"
+_SUCCESS = "success"
+
+
+def drop_download_notes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not notes of the download, and are not null.
+
+    Args:
+        fields: of a sample.
+    """
+    return {
+        name: value for name, value in fields.items() if value is not None and name not in _NOTES
+    }
+
+
+def is_download(columns: Collection[str]) -> bool:
+    """Whether a table is what img2dataset writes.
+
+    Args:
+        columns: their names.
+    """
+    return set(columns) >= _COLUMNS
+
+
+def has_failed(fields: Mapping[str, Any]) -> bool:
+    """Whether a row of img2dataset is of an image that could not be downloaded.
+
+    Args:
+        fields: of the row.
+    """
+    return fields.get(STATUS) != _SUCCESS
+
+
+def describe_failure(fields: Mapping[str, Any]) -> str:
+    """Say why a row is not a sample.
+
+    Args:
+        fields: of the row.
+    """
+    return f"image not downloaded: {fields.get(STATUS)}"
+
+
+def choose_download_columns(columns: Collection[str]) -> dict[str, str]:
+    """Choose the columns of img2dataset's Parquet output that make a record.
+
+    Args:
+        columns: their names.
+
+    Returns:
+        Field of a record to its column. Columns that the user had it keep are fields of their name.
+    """
+    chosen = {name: name for name in columns if name not in (*_NOTES, *_IMAGE_COLUMNS)}
+    image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
+    if image is not None:
+        chosen["image"] = image
+    text = chosen.pop(_TEXT, None)
+    if text is not None and "caption" not in chosen:
+        chosen["caption"] = text
+    return chosen

@@ -1,0 +1,271 @@
+"""Reads the samples of one shard from front to back, with the bytes of their images.
+
+Every sample has a number in its shard, broken ones too, so that shard and number are its address.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from ..image_sources import EncodedImage
+from ..records import RawRecord
+from .download_notes import (
+    KEY,
+    choose_download_columns,
+    describe_failure,
+    has_failed,
+    is_download,
+)
+from .json_files import BYTE_ORDER_MARK, parse_object
+from .parquet import is_image_type
+from .remote_access import LostFileError
+from .remote_files import ByteStream, RemoteFile
+from .shard_urls import find_format
+from .tar_shards import TarSample, read_member, split_member
+
+_TAR_BUFFER = 2**18
+_ROWS_AT_ONCE = 16
+_LINES_READ = 2**16
+
+
+class StreamedSample(NamedTuple):
+    """A sample of a shard.
+
+    Attributes:
+        number: in its shard, from 0.
+        place: where it is, for errors.
+        raw: its fields, and its image in memory; None if it is broken or no sample.
+        problem: what is broken; empty if nothing is.
+        is_skipped: whether it is a note of an image that was never downloaded.
+    """
+
+    number: int
+    place: str
+    raw: RawRecord | None
+    problem: str = ""
+    is_skipped: bool = False
+
+
+class BrokenShardError(Exception):
+    """A shard ends early or is damaged; the samples before were good."""
+
+
+def read_shard(file: RemoteFile, name: str, *, first: int = 0) -> Iterator[StreamedSample]:
+    """Yield the samples of a shard.
+
+    Args:
+        file: the shard.
+        name: of the shard, as places and names have it.
+        first: number of the first sample to yield.
+
+    Yields:
+        Each sample, in its order.
+
+    Raises:
+        BrokenShardError: the shard ends early or is damaged.
+        LostFileError: the rest of it cannot be read.
+        AccessError: nothing of the source can be read.
+    """
+    suffix = find_format(file.url)
+    if suffix == ".parquet":
+        yield from _read_parquet(file, name, first)
+        return
+    stream = file.open_stream()
+    try:
+        samples = _read_tar(stream, name) if suffix == ".tar" else _read_lines(stream, file, name)
+        for sample in samples:
+            if sample.number >= first:
+                yield sample
+    finally:
+        stream.close()
+
+
+class _KeepingTail:
+    """Passes a stream on, and keeps its last bytes, in which the end of an archive is."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._tail = b""
+        self._total = 0
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._total += len(content)
+        self._tail = (self._tail + content)[-2 * _TAR_BUFFER :]
+        return content
+
+    def require_end(self, offset: int) -> None:
+        """Raise BrokenShardError unless nothing but zeros follows an offset, a block at least."""
+        rest = self._tail[len(self._tail) - (self._total - offset) :]
+        is_whole = len(rest) >= tarfile.BLOCKSIZE
+        while is_whole and rest:
+            is_whole = not rest.strip(b"\0")
+            rest = self._stream.read(_TAR_BUFFER)
+        if not is_whole:
+            raise BrokenShardError(f"the archive is truncated or damaged at byte {offset}")
+
+
+def _read_tar(stream: ByteStream, name: str) -> Iterator[StreamedSample]:
+    """Yield samples whose members are next to each other, as webdataset writes them."""
+    kept = _KeepingTail(stream)
+    number, key = 0, None
+    sample, problem = TarSample(), ""
+    seen: set[str] = set()
+    try:
+        with tarfile.open(fileobj=kept, mode="r|", bufsize=_TAR_BUFFER) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                if member.isdir():
+                    continue
+                of_member, extension = split_member(member.name)
+                if of_member != key:
+                    if key is not None:
+                        yield _finish(number, name, key, sample, problem)
+                        number += 1
+                    key, sample, problem = of_member, TarSample(), ""
+                    if key in seen:
+                        problem = "members of one sample are not next to each other"
+                    seen.add(key)
+                place = f"{name}: {member.name}"
+                content = read_member(archive, member) if member.isreg() else b""
+                found = sample.add(
+                    member,
+                    extension,
+                    lambda content=content: content,  # type: ignore[misc]
+                    lambda place=place, content=content: EncodedImage(place, content),  # type: ignore[misc]
+                )
+                problem = problem or found
+            kept.require_end(archive.offset)
+    except tarfile.TarError as error:
+        raise BrokenShardError(f"not a tar shard, or compressed, or broken ({error})") from error
+    if key is not None:
+        yield _finish(number, name, key, sample, problem)
+
+
+def _finish(number: int, name: str, key: str, sample: TarSample, problem: str) -> StreamedSample:
+    place = f"{name}: {key}"
+    if not problem and len(sample.images) > 1:
+        problem = "several images in one sample"
+    if problem:
+        return StreamedSample(number, place, None, problem)
+    image = sample.images[0] if sample.images else None
+    default_name = f"{name}/{key}"
+    if image is not None:
+        default_name = f"{name}/{str(image).removeprefix(f'{name}: ')}"
+    return StreamedSample(
+        number, place, RawRecord(place, sample.merge(), packed=image, default_name=default_name)
+    )
+
+
+def _read_parquet(file: RemoteFile, name: str, first: int) -> Iterator[StreamedSample]:
+    source = file.open_seekable()
+    try:
+        with pq.ParquetFile(source) as opened:
+            counts = [
+                opened.metadata.row_group(group).num_rows
+                for group in range(opened.metadata.num_row_groups)
+            ]
+            number, skipped = 0, 0
+            while skipped < len(counts) and number + counts[skipped] <= first:
+                number += counts[skipped]
+                skipped += 1
+            groups = list(range(skipped, len(counts)))
+            schema = opened.schema_arrow
+            images = {field.name for field in schema if is_image_type(field.type)}
+            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=groups) if groups else ()
+            for batch in batches:
+                for row in batch.to_pylist():
+                    if number >= first:
+                        yield read_row(number, name, row, images)
+                    number += 1
+    except (pa.ArrowException, ValueError) as error:
+        raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
+    finally:
+        source.close()
+
+
+def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -> StreamedSample:
+    """Make a sample of a row.
+
+    Args:
+        number: of the row in its shard.
+        name: of the shard.
+        row: its columns.
+        images: columns that hold images.
+    """
+    place = f"{name} row {number}"
+    fields = dict(row)
+    is_downloaded = is_download(row)
+    if is_downloaded:
+        if has_failed(row):
+            return StreamedSample(number, place, None, describe_failure(row), is_skipped=True)
+        fields = {field: row[column] for field, column in choose_download_columns(row).items()}
+        images = images | {"image"}
+    default_name, image = f"{name}/{row.get(KEY, number) if is_downloaded else number}", None
+    value = fields.get("image")
+    if "image" in images and value is not None:
+        fields.pop("image")
+        content = value.get("bytes") if isinstance(value, dict) else value
+        path = value.get("path") if isinstance(value, dict) else None
+        if content is not None:
+            image = EncodedImage(place, bytes(content))
+            default_name = default_name if path is None else f"{name}/{path}"
+        elif path is not None:
+            fields["image"] = path
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return StreamedSample(
+        number, place, RawRecord(place, fields, packed=image, default_name=default_name)
+    )
+
+
+def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
+    """Yield a sample per line of JSON; images are files beside the shard, each one a request."""
+    base = file.url[: file.url.rfind("/") + 1]
+    for number, (line_number, line) in enumerate(_split_lines(stream)):
+        place = f"{name} line {line_number}"
+        fields = parse_object(line)
+        if isinstance(fields, str):
+            yield StreamedSample(number, place, None, fields)
+            continue
+        fields = {key: value for key, value in fields.items() if value is not None}
+        path = fields.get("image", fields.get("file_name"))
+        image = None
+        if isinstance(path, str) and path.strip():
+            url = base + posixpath.normpath(path.strip())
+            try:
+                image = EncodedImage(url, _read_whole(file, url))
+            except LostFileError as error:
+                yield StreamedSample(number, f"{place} ({error})", None, "image missing")
+                continue
+        yield StreamedSample(number, place, RawRecord(place, fields, packed=image))
+
+
+def _read_whole(shard: RemoteFile, url: str) -> bytes:
+    stream = shard.beside(url).open_stream()
+    parts = []
+    while part := stream.read(_LINES_READ):
+        parts.append(part)
+    stream.close()
+    return b"".join(parts)
+
+
+def _split_lines(stream: ByteStream) -> Iterator[tuple[int, bytes]]:
+    """Yield number, from 1, and content of the lines that are not blank."""
+    rest, number = b"", 0
+    while True:
+        part = stream.read(_LINES_READ)
+        *lines, rest = (rest + part).split(b"\n")
+        if not part:
+            lines, rest = [rest], b""
+        for line in lines:
+            number += 1
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if line.strip():
+                yield number, line
+        if not part:
+            return

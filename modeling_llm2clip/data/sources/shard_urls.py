@@ -1,0 +1,175 @@
+"""Lists the shards of a source that is streamed.
+
+| source | shards |
+| --- | --- |
+| a folder, local or at a service that lists files | its `*.tar`, else `*.parquet`, else `*.jsonl` |
+| a pattern with `*`, local or at such a service | the files that match |
+| a pattern with braces, `shard-{00000..00199}.tar` or `{a,b}.tar` | each one that it spells |
+| a `.txt` file, local or remote | the sources in its lines, which end at `#` |
+| `pipe:COMMAND` | the output of a shell command, a tar shard; with braces, several |
+| anything else | one shard |
+
+Web servers list no files: name their shards by braces or in a `.txt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .remote_access import RetryPolicy, try_request
+from .remote_files import PIPE, RemoteFile, is_remote, open_filesystem
+
+SHARD_SUFFIXES = (".tar", ".parquet", ".jsonl")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_HTTP = ("http://", "https://")
+
+
+def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list[str]:
+    """List the shards of a source, or of several.
+
+    Args:
+        source: see the top of this file.
+        policy: how often and how patiently requests are tried.
+
+    Returns:
+        Paths, URLs or commands; those of a folder or pattern in the order of their names.
+
+    Raises:
+        ValueError: there are none, one occurs twice, or they are of several formats.
+        AccessError: a service denies access or cannot be reached.
+    """
+    given = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
+    shards = [shard for one in given for shard in _expand(one, policy)]
+    shown = ", ".join(given[:3])
+    if not shards:
+        raise ValueError(f"{shown}: no shards. Give .tar, .parquet or .jsonl files.")
+    repeated = [shard for shard, count in Counter(shards).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{shown}: {repeated[0]} occurs twice. Name each shard once.")
+    formats = {find_format(shard) for shard in shards}
+    if len(formats) > 1 or not formats <= set(SHARD_SUFFIXES):
+        raise ValueError(
+            f"{shown}: found {', '.join(sorted(formats))}. Give shards of one format: "
+            f"{', '.join(SHARD_SUFFIXES)}."
+        )
+    return shards
+
+
+def find_format(shard: str) -> str:
+    """Return the suffix of a shard in lower case; commands write tar.
+
+    Args:
+        shard: path, URL or command.
+    """
+    if shard.startswith(PIPE):
+        return ".tar"
+    path = urlsplit(shard).path if is_remote(shard) else shard
+    return Path(path).suffix.lower() or "no suffix"
+
+
+def find_base(shards: Sequence[str]) -> str:
+    """Return what the names of all shards begin with, up to a slash.
+
+    Args:
+        shards: paths, URLs or commands.
+    """
+    base = shards[0][: shards[0].rfind("/") + 1]
+    while not all(shard.startswith(base) for shard in shards):
+        base = base[: base.rstrip("/").rfind("/") + 1]
+    return base
+
+
+def expand_braces(text: str) -> Iterator[str]:
+    """Spell out the braces of a pattern, `{00..12}` and `{a,b}`, as a shell does.
+
+    Args:
+        text: with or without braces.
+
+    Yields:
+        Each text that the pattern spells.
+    """
+    match = _BRACES.search(text)
+    if match is None:
+        yield text
+        return
+    if numbers := _RANGE.fullmatch(match[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        width = max(map(len, numbers.groups())) if "0" in (numbers[1][0], numbers[2][0]) else 0
+        step = 1 if last >= first else -1
+        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        for rest in expand_braces(text[match.end() :]):
+            yield f"{text[: match.start()]}{choice}{rest}"
+
+
+def _expand(source: str, policy: RetryPolicy) -> list[str]:
+    found = []
+    for one in expand_braces(source):
+        if one.startswith(PIPE):
+            found.append(one)
+        elif find_format(one) == ".txt":
+            found += [shard for line in _read_lines(one, policy) for shard in _expand(line, policy)]
+        elif is_remote(one):
+            found += _list_remote(one, policy)
+        else:
+            found += _list_local(one)
+    return found
+
+
+def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
+    opened = RemoteFile(file, policy, is_first=True).open_stream()
+    parts = []
+    while part := opened.read(2**20):
+        parts.append(part)
+    opened.close()
+    lines = (line.partition("#")[0].strip() for line in b"".join(parts).decode().splitlines())
+    return [line for line in lines if line]
+
+
+def _list_local(source: str) -> list[str]:
+    path = Path(source)
+    if path.is_dir():
+        names = sorted(file.as_posix() for file in path.iterdir())
+        return _choose_format(names)
+    if "*" in source:
+        first = source.index("*")
+        start = source.rfind("/", 0, first) + 1
+        return sorted(file.as_posix() for file in Path(source[:start]).glob(source[start:]))
+    if not path.is_file():
+        raise ValueError(f"{source}: no such folder or file. Correct the path.")
+    return [source]
+
+
+def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
+    is_pattern = "*" in source
+    if not is_pattern and find_format(source) in SHARD_SUFFIXES:
+        return [source]
+    if source.startswith(_HTTP):
+        raise ValueError(
+            f"{source}: web servers list no files. Spell the shards, as in "
+            "https://host/{00000..00199}.tar, or name them in a .txt file, one a line."
+        )
+
+    def find() -> list[str]:
+        filesystem, path = open_filesystem(source)
+        filesystem.invalidate_cache()
+        names = filesystem.glob(path) if is_pattern else filesystem.ls(path, detail=False)
+        return sorted(filesystem.unstrip_protocol(name) for name in names)
+
+    names: list[str] = try_request(source, find, policy, is_first=True)
+    return names if is_pattern else _choose_format(names)
+
+
+def _choose_format(names: Sequence[str]) -> list[str]:
+    """Return the files of the first format that is there: notes in Parquet may lie beside tars."""
+    for suffix in SHARD_SUFFIXES:
+        if found := [name for name in names if name.lower().endswith(suffix)]:
+            return found
+    return []

@@ -1,0 +1,127 @@
+"""Counts what a stream read and what it lost, and stops it when that is too much."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_PLACES_SHOWN = 5
+_LEAST_SAMPLES = 1000
+
+
+class TooManyLostError(ValueError):
+    """More of a stream was lost than is allowed; the message names what and where."""
+
+
+@dataclass
+class StreamReport:
+    """What was read and lost since the epoch began, in one worker or in all.
+
+    Attributes:
+        samples: read, those that the shuffle buffer still has included.
+        lost_samples: broken ones.
+        skipped_samples: rows of images that were never downloaded, which are not samples.
+        excluded_samples: of groups that are held out.
+        shards: read to their end.
+        lost_shards: missing ones, and those that ended early.
+        retries: requests that were made again.
+        counts: what went wrong to how often.
+        places: what went wrong to where the first were.
+    """
+
+    samples: int = 0
+    lost_samples: int = 0
+    skipped_samples: int = 0
+    excluded_samples: int = 0
+    shards: int = 0
+    lost_shards: int = 0
+    retries: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add_problem(self, kind: str, place: str) -> None:
+        """Count what went wrong.
+
+        Args:
+            kind: what it is, in the same words wherever it is.
+            place: where it is.
+        """
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        places = self.places.setdefault(kind, [])
+        if len(places) < _PLACES_SHOWN:
+            places.append(place)
+
+    def add_lost_sample(self, kind: str, place: str) -> None:
+        """Count a broken sample.
+
+        Args:
+            kind: what is wrong with it.
+            place: where it is.
+        """
+        self.lost_samples += 1
+        self.add_problem(kind, place)
+
+    def add_lost_shard(self, place: str, reason: str) -> None:
+        """Count a shard that is missing or ended early.
+
+        Args:
+            place: the shard, and the sample before which it ended.
+            reason: why.
+        """
+        self.lost_shards += 1
+        self.add_problem("shard lost", f"{place} ({reason})")
+
+    def require_most(self, max_lost_share: float, *, num_shards: int) -> None:
+        """Raise if too much is lost: samples of those seen so far, or shards of the source.
+
+        Args:
+            max_lost_share: largest share.
+            num_shards: of the whole source.
+
+        Raises:
+            TooManyLostError: more is lost; the message has the counts and the first places.
+        """
+        seen = max(self.samples + self.lost_samples, _LEAST_SAMPLES)
+        lost_samples = self.lost_samples > max_lost_share * seen
+        if lost_samples or self.lost_shards > max_lost_share * num_shards:
+            raise TooManyLostError(
+                f"The stream lost {self.lost_samples} samples (of {self.samples} read) and "
+                f"{self.lost_shards} of {num_shards} shards, more than max_lost_share = "
+                f"{max_lost_share:g}:\n{self.describe()}\nCorrect the source, or allow more."
+            )
+
+    def describe(self) -> str:
+        """Describe what went wrong: how often, and where the first were."""
+        return "\n".join(
+            f"  {kind}: {count} ({', '.join(self.places[kind])}"
+            f"{', …' if count > len(self.places[kind]) else ''})"
+            for kind, count in self.counts.items()
+        )
+
+    def merge(self, other: StreamReport) -> None:
+        """Add the counts of another worker.
+
+        Args:
+            other: its report, which is not changed.
+        """
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            places = self.places.setdefault(kind, [])
+            places += other.places[kind][: _PLACES_SHOWN - len(places)]
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> StreamReport:
+        """Make a report from `to_state`.
+
+        Args:
+            state: plain values.
+        """
+        counts, places = dict(state["counts"]), {k: list(v) for k, v in state["places"].items()}
+        return cls(**{**state, "counts": counts, "places": places})

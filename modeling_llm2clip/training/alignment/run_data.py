@@ -1,0 +1,162 @@
+"""What a run trains on and measures itself on: records of an index, or a stream of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from ...configs.align_config import AlignConfig
+from ...data.data_hashes import describe_images, hash_records
+from ...data.embedding_store import EmbeddingStore
+from ...data.record_streams import RecordStream
+from ...data.record_table import RecordTable
+from ...processing_llm2clip import LLM2CLIPProcessor
+from .alignment_batches import Batches, SampledBatches, StreamedBatches
+from .alignment_data import AlignmentDataset
+from .alignment_stream import AlignmentStream, hold_out_of_stream
+from .held_out import HeldOutImages, choose_held_out
+from .sampling import Array
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and measures itself on.
+
+    Attributes:
+        dataset: Makes its batches.
+        items: Of the dataset, that are trained on; empty for a stream.
+        held_out: Images that are measured on; None for none.
+        num_held_out: How many records these are.
+    """
+
+    dataset: AlignmentDataset | AlignmentStream
+    items: Array
+    held_out: HeldOutImages | None
+    num_held_out: int
+
+    @property
+    def num_items(self) -> int | None:
+        """Number of records to train on; None for a stream, whose length is not known."""
+        return None if isinstance(self.dataset, AlignmentStream) else len(self.items)
+
+    def make_batches(
+        self,
+        config: AlignConfig,
+        arguments: TrainingArguments,
+        *,
+        batch_size: int,
+        num_steps: int,
+    ) -> Batches:
+        """Make the batches of this process.
+
+        Args:
+            config: Options of the alignment.
+            arguments: Of the Trainer.
+            batch_size: Of all processes together.
+            num_steps: Of the run.
+        """
+        if isinstance(self.dataset, AlignmentStream):
+            return StreamedBatches(
+                self.dataset, config=config, batch_size=batch_size, arguments=arguments
+            )
+        return SampledBatches(
+            self.dataset,
+            self.items,
+            config=config,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            arguments=arguments,
+        )
+
+    def identify(self) -> dict[str, Any]:
+        """Return what identifies the data, for the record of a run."""
+        if isinstance(self.dataset, AlignmentStream):
+            shards = "\n".join(self.dataset.stream.reader.shards)
+            digest = hashlib.sha256(shards.encode()).hexdigest()
+            return {"num_records": None, "data": digest, "images": None}
+        reads_images = self.dataset.image_store is None
+        return {
+            "num_records": len(self.dataset.records),
+            "data": hash_records(self.dataset.records),
+            "images": describe_images(self.dataset.records) if reads_images else None,
+        }
+
+
+def open_records(
+    records: RecordTable,
+    processor: LLM2CLIPProcessor,
+    config: AlignConfig,
+    caption_store: EmbeddingStore | None,
+    image_store: EmbeddingStore | None,
+) -> RunData:
+    """Prepare records of an index.
+
+    Args:
+        records: The data.
+        processor: The model's.
+        config: Options of the alignment.
+        caption_store: Caption embeddings; None for tokens.
+        image_store: Image embeddings; None for pixels.
+
+    Raises:
+        ValueError: A store is of other data, an image is missing, or there are too few groups to
+            hold out two.
+    """
+    dataset = AlignmentDataset(
+        records,
+        processor,
+        caption_store=caption_store,
+        image_store=image_store,
+        long_caption_ratio=config.long_caption_ratio,
+        image_noise=config.image_noise,
+        caption_noise=config.caption_noise,
+        seed=config.seed,
+    )
+    items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
+    held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
+    return RunData(dataset, items, held_out, len(held_items))
+
+
+def open_stream(
+    stream: RecordStream,
+    processor: LLM2CLIPProcessor,
+    config: AlignConfig,
+    caption_store: EmbeddingStore | None,
+    folder: Path,
+) -> RunData:
+    """Prepare a stream, and deal its shards to the processes of the run.
+
+    Args:
+        stream: The records.
+        processor: The model's.
+        config: Options of the alignment.
+        caption_store: Caption embeddings; None for tokens.
+        folder: Gets the held-out images.
+
+    Raises:
+        ValueError: The store lacks held-out records, or there are too few to hold out two groups.
+    """
+    state = PartialState()
+    held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
+    own = stream.for_process(
+        state.process_index, state.num_processes, seed=config.seed, excluded_groups=groups
+    )
+    dataset = AlignmentStream(
+        own,
+        processor,
+        caption_store=caption_store,
+        long_caption_ratio=config.long_caption_ratio,
+        seed=config.seed,
+    )
+    held_out = None
+    if held:
+        table = RecordTable.from_records(held)
+        measured = AlignmentDataset(table, processor, caption_store=caption_store, is_part=True)
+        held_out = HeldOutImages(measured, np.arange(len(table)))
+    return RunData(dataset, np.empty(0, np.int32), held_out, len(held))

@@ -1,0 +1,168 @@
+"""Where the time of a run goes, so that a user sees what bounds it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Parts of making a batch, in the order of `AlignmentDataset`'s `input_seconds`.
+INPUT_PARTS = ("read", "decode", "tokenize")
+_REST = "rest"
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StepTimes:
+    """Adds up the seconds of the parts of steps; a part inside another one is not counted twice."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._input_seconds = torch.zeros(len(INPUT_PARTS), dtype=torch.float64)
+        self._inner: list[float] = []
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Measure what runs in the context.
+
+        Args:
+            part: Name of the part.
+        """
+        begin = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            inner = self._inner.pop()
+            self._seconds[part] = self._seconds.get(part, 0.0) + seconds - inner
+            if self._inner:
+                self._inner[-1] += seconds
+
+    def add_input(self, seconds: Tensor) -> None:
+        """Add what the parts of a batch took where it was made, perhaps in another process.
+
+        Args:
+            seconds: One number for each of `INPUT_PARTS`.
+        """
+        self._input_seconds += seconds.cpu()
+
+    def take_shares(self) -> dict[str, float]:
+        """Return the share of each part in the time since the last call, and begin anew.
+
+        Returns:
+            Name → share of the time. What is in no part, such as optimizer, evaluations and
+            checkpoints, is `rest`.
+        """
+        now = time.perf_counter()
+        total = now - self._begin
+        shares = {part: seconds / total for part, seconds in self._seconds.items()}
+        shares[_REST] = 1.0 - sum(shares.values())
+        self._seconds.clear()
+        self._begin = now
+        return shares
+
+    def take_input_shares(self) -> dict[str, float]:
+        """Return the share of each part in the making of batches, and begin anew."""
+        total = float(self._input_seconds.sum())
+        shares = zip(INPUT_PARTS, self._input_seconds.tolist(), strict=True)
+        found = {part: seconds / total for part, seconds in shares if seconds}
+        self._input_seconds.zero_()
+        return found
+
+
+class StepTimesMixin:
+    """Makes a Trainer measure its input, the copy to the device, and the two passes."""
+
+    step_times: StepTimes
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for a batch.
+
+        Args:
+            *args: Arguments of `Trainer.get_batch_samples`.
+            **kwargs: Arguments of `Trainer.get_batch_samples`.
+        """
+        with self.step_times.measure("input"):
+            samples: Any = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        for batch in samples[0]:
+            self.step_times.add_input(batch.pop("input_seconds"))
+        return samples
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        with self.step_times.measure("copy"):
+            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the two passes of a step.
+
+        Args:
+            *args: Arguments of `Trainer.training_step`.
+            **kwargs: Arguments of `Trainer.training_step`.
+        """
+        with self.step_times.measure("backward"):
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+            if loss.is_cuda:  # the check of the gradients waits for it next
+                torch.cuda.synchronize(loss.device)
+        return loss
+
+
+class StepTimesCallback(TrainerCallback):
+    """Writes one line per epoch to stderr, at most every ten seconds, and one at the end.
+
+    Args:
+        times: What the Trainer measures.
+        epoch_at: Passes over the data after a number of steps.
+        shown: Whether the lines are shown.
+    """
+
+    def __init__(self, times: StepTimes, *, epoch_at: Callable[[int], float], shown: bool) -> None:
+        self._times = times
+        self._epoch_at = epoch_at
+        self._epoch = 0
+        self._shown = shown
+        self._written = time.perf_counter()
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        is_last = state.global_step >= state.max_steps
+        is_due = time.perf_counter() - self._written > _SECONDS_BETWEEN_LINES
+        epoch = int(self._epoch_at(state.global_step))
+        if not is_last and (epoch == self._epoch or not is_due):
+            return
+        self._epoch = epoch
+        self._written = time.perf_counter()
+        line = describe_shares(self._times.take_shares(), self._times.take_input_shares())
+        if self._shown:
+            tqdm.write(f"step {state.global_step}: {line}", file=sys.stderr)
+
+
+def describe_shares(shares: dict[str, float], input_shares: dict[str, float]) -> str:
+    """Describe where the time went.
+
+    Args:
+        shares: From `StepTimes.take_shares`.
+        input_shares: From `StepTimes.take_input_shares`.
+
+    Returns:
+        Such as "input 12 % (decode 91 %, tokenize 9 %), copy 1 %, forward 60 %, backward 20 %,
+        rest 7 %".
+    """
+    of_input = ", ".join(f"{part} {share:.0%}" for part, share in input_shares.items())
+    described = []
+    for part in ("input", "copy", "forward", "backward", _REST):
+        inner = f" ({of_input})" if part == "input" and of_input else ""
+        described.append(f"{part} {shares.get(part, 0.0):.0%}{inner}")
+    return ", ".join(described)

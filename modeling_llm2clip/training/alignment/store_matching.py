@@ -1,0 +1,152 @@
+"""Finds the records of a dataset in a store, and refuses a store that was made from other data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...data.data_hashes import hash_image_sizes, hash_texts
+from ...data.embedding_store import EmbeddingStore
+from ...data.record_columns import NO_IMAGE
+from ...data.record_table import RecordTable
+from .sampling import Array
+
+_NAMES_SHOWN = 5
+_IDENTITY = ("name", "lang")
+
+
+def pair_items(
+    records: RecordTable, store: EmbeddingStore, *, is_part: bool = False
+) -> Array | None:
+    """Find each record in a store by name and language.
+
+    Args:
+        records: The data.
+        store: A store of the same data.
+        is_part: Whether the store may have further records.
+
+    Returns:
+        (N,) numbers of the store's items; None if these are the same as the records' numbers.
+
+    Raises:
+        ValueError: Either has a record that the other lacks.
+    """
+    wanted, stored = records.keys, store.keys
+    if len(wanted) == len(stored) and np.array_equal(wanted, stored):
+        return None
+    order = np.argsort(stored)
+    places = np.searchsorted(stored, wanted, sorter=order).clip(max=max(len(stored) - 1, 0))
+    items = order[places]
+    lacking = np.flatnonzero(stored[items] != wanted)
+    extra = np.flatnonzero(~np.isin(stored, wanted) & (not is_part))
+    errors = []
+    if len(lacking):
+        names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
+        errors.append(f"{len(lacking)} records are not in the store: {_show(names)}")
+    if len(extra):
+        names = [(store.names[i], store.langs[i]) for i in extra[: _NAMES_SHOWN + 1].tolist()]
+        errors.append(f"{len(extra)} of its items are not in the data: {_show(names)}")
+    if errors:
+        raise ValueError(
+            f"{store.folder} is of other data: {'; '.join(errors)}. Extract this data again."
+        )
+    numbers: Array = items.astype(np.int32 if len(items) < 2**31 else np.int64)
+    return numbers
+
+
+def require_images(records: RecordTable) -> None:
+    """Require that all records have their image.
+
+    Args:
+        records: The data.
+
+    Raises:
+        ValueError: Some have none.
+    """
+    lacking = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
+    if len(lacking):
+        names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
+        raise ValueError(
+            f"{len(lacking)} records have no image: {_show(names)}. Give the folder of images, or "
+            "a store of image embeddings."
+        )
+
+
+def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
+    """Require that all records have as many captions as in a store.
+
+    Args:
+        records: The data.
+        store: A caption store.
+        items: From `pair_items`.
+
+    Raises:
+        ValueError: Some have other numbers.
+    """
+    differs = np.zeros(len(records), np.bool_)
+    for now, stored in zip(records.count_texts(), store.count_rows(), strict=True):
+        differs |= now != (stored if items is None else stored[items])
+    differing = np.flatnonzero(differs)
+    if len(differing):
+        names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)
+        raise ValueError(
+            f"{len(differing)} records have other numbers of captions than {store.folder}: "
+            f"{_show(names)}. The captions changed since; extract them again."
+        )
+
+
+def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
+    """Require that a store was made from these captions, by hashes, which do not show what differs.
+
+    Args:
+        records: The data.
+        store: A caption store.
+        items: From `pair_items`.
+
+    Raises:
+        ValueError: Captions differ.
+    """
+    stored, now = store.manifest.plan.get("data"), hash_texts(_in_order(records, items))
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other captions of these images (data {stored} then, "
+            f"{now} now). Extract these again, or give the captions that the store was made from."
+        )
+
+
+def require_same_images(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
+    """Require that a store was made from these images, by name and size, whatever their captions.
+
+    Where the images are not there, only the hash of the captions is left.
+
+    Args:
+        records: The data.
+        store: An image store.
+        items: From `pair_items`.
+
+    Raises:
+        ValueError: Images differ.
+    """
+    stored = store.manifest.plan.get("images")
+    if stored is not None and (records.read_numbers("image_kind") != NO_IMAGE).all():
+        compared, now = "images", hash_image_sizes(records)
+    else:
+        compared, stored = "data", store.manifest.plan.get("data")
+        now = hash_texts(_in_order(records, items))
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other images of these names ({compared} {stored} then, "
+            f"{now} now). Extract these again (--modality image), or give the data that the "
+            "store was made from."
+        )
+
+
+def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
+    """Return the records in the order of a store."""
+    return records if items is None else records.select(np.argsort(items))
+
+
+def _show(pairs: Sequence[tuple[str, ...]]) -> str:
+    shown = ", ".join(f"{name} ({lang})" for name, lang in pairs[:_NAMES_SHOWN])
+    return shown + (", …" if len(pairs) > _NAMES_SHOWN else "")

@@ -1,0 +1,73 @@
+"""img2dataset's output is read as it is: tar shards with notes beside them, and Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from downloads import CAPTIONS, IMAGES, URLS, write_downloaded_parquet, write_downloaded_tar
+
+from modeling_llm2clip.data import record_index
+from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.record_streams import stream_records
+
+WRITERS = [write_downloaded_tar, write_downloaded_parquet]
+
+
+def content(record: Any) -> Any:
+    return replace(record, image=None), record.image.read_bytes(), record.url
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_a_folder_is_read_as_it_was_written(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    records = load_records(write(tmp_path / "data"), check_images=True)
+    assert [record.captions for record in records] == [(CAPTIONS[0],), (CAPTIONS[2],)]
+    assert [record.image.read_bytes() for record in records] == [IMAGES[0], IMAGES[2]]  # type: ignore[union-attr]
+    assert [record.url for record in records] == [URLS[0], URLS[2]]
+    assert [Path(record.name).stem for record in records] == ["000000000", "000000002"]
+    assert len({record.group_id for record in records}) == 2
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_a_stream_of_it_has_the_same_records(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    stream = stream_records(folder, buffer_size=1)
+    assert [content(record) for record in stream] == [content(r) for r in load_records(folder)]
+    assert stream.report.lost_samples == 0
+
+
+@pytest.mark.parametrize("column", ["jpg", "png", "webp"])
+def test_rows_without_an_image_are_counted_and_are_no_errors(
+    column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_downloaded_parquet(tmp_path / "data", column=column)
+    wanted = {"image not downloaded: failed_to_download": 1}
+    assert load_records(folder).skipped == wanted
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built, found = load_records(folder), load_records(folder)
+    assert found.file == built.file is not None
+    assert built.skipped == found.skipped == wanted
+    stream = stream_records(folder)
+    assert len(list(stream)) == 2 and stream.report.skipped_samples == 1
+    assert stream.report.counts == wanted
+
+
+def test_columns_that_the_user_kept_are_fields(tmp_path: Path) -> None:
+    from downloads import describe_rows, write_notes
+
+    rows = [{**row, "clip_score": 3} for row in describe_rows()]
+    write_notes(tmp_path / "0.parquet", rows, column="jpg")
+    with pytest.raises(ValueError, match="unknown field 'clip_score': 2 "):
+        load_records(tmp_path)
+    assert len(load_records(tmp_path, ignore_fields=["clip_score"])) == 2
+
+
+def test_other_parquet_beside_tars_is_still_ambiguous(tmp_path: Path) -> None:
+    folder = write_downloaded_tar(tmp_path / "data")
+    (folder / "00000.parquet").rename(folder / "captions.parquet")
+    with pytest.raises(ValueError, match="has several sources"):
+        load_records(folder)

@@ -1,0 +1,313 @@
+"""The same shards through every protocol: S3, the Hub, web servers, commands."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from captioned_files import write_shard
+from hub_server import HubFile, HubServer
+from PIL import Image
+from shard_server import ShardServer
+
+from modeling_llm2clip.data.record_streams import make_loader, stream_records
+from modeling_llm2clip.data.sources import remote_files
+from modeling_llm2clip.data.sources.remote_access import (
+    AccessError,
+    LostFileError,
+    RetryPolicy,
+    describe,
+    sort_failure,
+    try_request,
+)
+from modeling_llm2clip.data.sources.remote_files import RemoteFile
+from modeling_llm2clip.data.sources.shard_urls import expand_braces, find_base, list_shards
+
+FAST = RetryPolicy(first_wait=0.001)
+CONTENT = bytes(range(256)) * 100
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of three samples."""
+    Image.new("RGB", (9, 6), "red").save(tmp_path / "red.png")
+    image = (tmp_path / "red.png").read_bytes()
+    for shard in range(2):
+        members = {}
+        for sample in range(3):
+            members |= {f"{sample}.png": image, f"{sample}.txt": f"{shard} {sample}".encode()}
+        write_shard(tmp_path / "data" / f"{shard}.tar", members)
+    return tmp_path / "data"
+
+
+CAPTIONS = sorted(f"{shard} {sample}" for shard in range(2) for sample in range(3))
+
+
+def captions_of(source: Any, **options: Any) -> list[str]:
+    stream = stream_records(source, retry=FAST, **options)
+    return sorted(record.captions[0] for record in stream)
+
+
+@pytest.fixture
+def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 server on loopback, with the shards in `bucket/data`."""
+    moto = pytest.importorskip("moto.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1",
+                "EC2_METADATA_DISABLED": "true", "ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "MAX_ATTEMPTS": "1"}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.makedirs("bucket", exist_ok=True)  # moto keeps it in this process
+    for file in shards.iterdir():
+        filesystem.pipe_file(f"bucket/data/{file.name}", file.read_bytes())
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield server
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.mark.slow  # moto takes seconds to start
+@pytest.mark.usefixtures("bucket")
+def test_s3_is_read() -> None:
+    for source in ("s3://bucket/data", "s3://bucket/data/*.tar", "s3://bucket/data/{0..1}.tar"):
+        assert captions_of(source) == CAPTIONS
+    loader = make_loader(stream_records("s3://bucket/data"), batch_size=2, num_workers=2)
+    assert sorted(record.captions[0] for batch in loader for record in batch) == CAPTIONS
+    with pytest.raises(LostFileError, match=r"s3://bucket/none/0\.tar: no such file"):
+        stream_records("s3://bucket/none/0.tar", retry=FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bucket")
+def test_no_credentials_of_s3_are_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(AccessError, match=r"s3://bucket/data/0\.tar: access denied.*credentials"):
+        stream_records("s3://bucket/data/0.tar", retry=RetryPolicy(first_wait=60))
+
+
+@pytest.fixture
+def hub(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on loopback, with the shards in `datasets/owner/pairs`."""
+    from huggingface_hub import HfFileSystem, constants
+
+    with HubServer() as server:
+        repository = server.create_repository("owner/pairs")
+        files = {f"data/{file.name}": HubFile(file.read_bytes()) for file in shards.iterdir()}
+        repository.add_commit("main", "shards", files)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        HfFileSystem.clear_instance_cache()
+        yield server
+        HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_hub_is_read() -> None:
+    base = "hf://datasets/owner/pairs/data"
+    for source in (base, f"{base}/*.tar", f"{base}/{{0..1}}.tar"):
+        assert captions_of(source) == CAPTIONS
+
+
+def test_a_private_dataset_is_denied_at_once(hub: HubServer) -> None:
+    hub.repositories["owner/pairs"].private = True
+    with pytest.raises(AccessError, match=r"hf://datasets/owner/pairs/data/0\.tar: access denied"):
+        stream_records("hf://datasets/owner/pairs/data/0.tar", retry=RetryPolicy(first_wait=60))
+
+
+@pytest.mark.usefixtures("shards")
+def test_shards_are_named_in_a_text_file_too(tmp_path: Path) -> None:
+    with ShardServer(tmp_path) as server:
+        (tmp_path / "list.txt").write_text(
+            f"# the shards\n{server.url}/data/{{0..1}}.tar\n\n", encoding="utf-8"
+        )
+        assert captions_of(tmp_path / "list.txt") == CAPTIONS
+        assert captions_of(f"{server.url}/list.txt") == CAPTIONS
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("drop_every", [0, 3])
+def test_bytes_come_in_any_pieces(
+    is_local: bool,
+    ranges: bool,
+    drop_every: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path, ranges=ranges, drop_every=drop_every) as server:
+        url = str(tmp_path / "file") if is_local else f"{server.url}/file"
+        for size in (1, 333, 1000, 2500, 10**6):
+            stream = RemoteFile(url, FAST).open_stream()
+            parts = []
+            while (part := stream.read(size)) and len(parts) < 99:
+                parts.append(part)
+            stream.close()
+            assert b"".join(parts) == CONTENT[: len(b"".join(parts))]
+            assert len(parts) == 99 or b"".join(parts) == CONTENT
+        with RemoteFile(url, FAST).open_seekable() as opened:
+            for start in (25_000, 0, 7000, 25_599, 25_600):
+                opened.seek(start)
+                assert opened.read(99) == CONTENT[start : start + 99]
+            opened.seek(-10, 2)
+            assert opened.read() == CONTENT[-10:]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_silent_server_is_asked_again(
+    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.2)
+    (tmp_path / "file").write_bytes(CONTENT)
+    retries: list[str] = []
+    with ShardServer(tmp_path, ranges=ranges) as server:
+        server.stall_every = 3
+        file = RemoteFile(f"{server.url}/file", FAST, on_retry=lambda url, _: retries.append(url))
+        for _ in range(4):
+            stream = file.open_stream()
+            assert stream.read(len(CONTENT) + 1) == CONTENT
+            stream.close()
+    assert retries
+
+
+def test_a_response_may_take_as_long_as_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path, ranges=False) as server:
+        opened: Any = RemoteFile(f"{server.url}/file", FAST).start_again()
+        assert opened.session.timeout.total is None
+        opened.close()
+
+
+def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path) as server:
+        file = RemoteFile(f"{server.url}/file", FAST)
+        assert file.find_size() == len(CONTENT)
+        (tmp_path / "file").write_bytes(CONTENT[:5000])
+        with pytest.raises(LostFileError, match=r"file: 5 attempts failed"):
+            file.read_range(4000, 8000)
+
+
+def test_waits_double_and_end() -> None:
+    assert RetryPolicy(5, 0.5, 3.0).waits() == [0.5, 1.0, 2.0, 3.0]
+    assert RetryPolicy(1).waits() == []
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise TimeoutError("slow")
+
+    with pytest.raises(
+        LostFileError, match="x: 5 attempts failed, the last with TimeoutError: slow"
+    ):
+        try_request("x", fail, FAST)
+    assert len(calls) == 5
+
+
+def test_a_bug_is_not_taken_for_an_error_of_the_network() -> None:
+    def fail() -> None:
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        try_request("x", fail, FAST)
+
+
+def _caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+class _StatusError(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (_StatusError(401), "denied"),
+        (_StatusError(404), "missing"),
+        (_StatusError(416), "missing"),
+        (_StatusError(429), "passing"),
+        (_StatusError(503), "passing"),
+        (PermissionError("Access Denied"), "denied"),
+        (OSError("ExpiredToken: renew it"), "denied"),
+        (FileNotFoundError("gone"), "missing"),
+        (ConnectionRefusedError("refused"), "unreachable"),
+        (socket.gaierror("no such host"), "unreachable"),
+        (ConnectionResetError("reset"), "passing"),
+        (TimeoutError(), "passing"),
+        (_caused(FileNotFoundError("a"), _StatusError(403)), "denied"),
+        (_caused(FileNotFoundError("a"), ConnectionResetError("reset")), "passing"),
+        (_caused(FileNotFoundError("a"), ConnectionRefusedError("refused")), "unreachable"),
+    ],
+)  # fmt: skip
+def test_failures_are_sorted_by_their_causes(error: Exception, kind: str) -> None:
+    assert sort_failure(error) == kind
+    assert describe(error)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{00..02}.tar", ["00.tar", "01.tar", "02.tar"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{098..101}", ["098", "099", "100", "101"]),
+        ("{2..1}", ["2", "1"]),
+        ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
+        ("{x}", ["x"]),
+    ],
+)
+def test_braces_are_spelled_as_a_shell_does(pattern: str, wanted: list[str]) -> None:
+    assert list(expand_braces(pattern)) == wanted
+
+
+def test_names_are_relative_to_what_all_shards_share() -> None:
+    assert find_base(["s3://b/x/1.tar", "s3://b/x/2.tar"]) == "s3://b/x/"
+    assert find_base(["s3://b/x/1.tar", "s3://b/y/1.tar"]) == "s3://b/"
+    assert find_base(["s3://b/x/1.tar", "gs://b/y/1.tar"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://host/folder", "web servers list no files"),
+        ("nowhere/x.tar", "no such folder or file"),
+        (["a.tar", "a.tar"], r"a\.tar occurs twice"),
+        (["a.tar", "b.parquet"], r"found \.parquet, \.tar\. Give shards of one format"),
+        ("odd://host/a.tar", "Protocol not known"),
+    ],
+)
+def test_what_is_no_source_is_refused(
+    source: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tar", "b.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises((ValueError, AccessError), match=message):
+        list_shards(source, FAST)
+        stream_records(source, retry=FAST)
+
+
+def test_the_notes_of_img2dataset_beside_tars_are_no_shards(shards: Path) -> None:
+    (shards / "0.parquet").touch()
+    (shards / "0_stats.json").touch()
+    assert captions_of(shards) == CAPTIONS

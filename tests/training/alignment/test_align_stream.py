@@ -1,0 +1,205 @@
+"""An alignment on a stream: the same laws as on an index, wherever the shards are."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import SHORT_RUN, Prepared
+from safetensors.torch import load_file
+from shard_server import ShardServer
+from transformers import TrainerCallback
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.data.record_streams import RecordStream, stream_records
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_stream import (
+    AlignmentStream,
+    hold_out_of_stream,
+)
+from modeling_llm2clip.training.run_folder import read_results
+
+pytest.importorskip("torchdata")
+OPTIONS: dict[str, Any] = {**SHORT_RUN, "global_batch_size": 4, "num_workers": 0}
+ONLINE: dict[str, Any] = {**OPTIONS, "text_training": "frozen-online"}
+
+
+@pytest.fixture(scope="module")
+def shards(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the other tests in four tar shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    records = list(prepared.records)
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for record in records[shard::4]:
+                fields = {
+                    "file_name": record.name, "captions": record.captions,
+                    "long_captions": record.long_captions, "group_id": record.group_id,
+                }  # fmt: skip
+                key = Path(record.name).stem
+                add(archive, f"{key}.jpg", record.path.read_bytes())
+                add(archive, f"{key}.json", json.dumps(fields).encode())
+    return folder
+
+
+class KilledError(Exception):
+    """Ends a run as a kill does."""
+
+
+class Kill(TrainerCallback):
+    """Kills a run behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.step:
+            raise KilledError
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def read_weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def read_losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_stream_over_http_trains_as_one_of_the_disk(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**ONLINE)
+    align(prepared.model, stream_records(shards), tmp_path / "disk", config)
+    with ShardServer(shards, drop_every=2) as server:
+        stream = stream_records(f"{server.url}/{{0..3}}.tar")
+        align(prepared.model, stream, tmp_path / "http", config)
+        assert server.dropped
+    assert read_losses(tmp_path / "http") == read_losses(tmp_path / "disk")
+    assert len(read_losses(tmp_path / "disk")) == 6
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    # Seven steps of four are more than an epoch of 24 images.
+    config = AlignConfig(**{**ONLINE, "max_steps": 8, "save_steps": 3})
+    align(prepared.model, stream_records(shards), tmp_path / "whole", config)
+
+    for stop_at in (4, 7):
+        resume = stop_at > 4
+        with pytest.raises(KilledError):
+            align(
+                prepared.model, stream_records(shards), tmp_path / "parts", config,
+                resume=resume, callbacks=[Kill(stop_at)],
+            )  # fmt: skip
+    align(prepared.model, stream_records(shards), tmp_path / "parts", config, resume=True)
+    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
+    whole, parts = read_weights(tmp_path / "whole"), read_weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_held_out_images_are_never_trained_on(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    records, groups = hold_out_of_stream(stream_records(shards), 0.2, tmp_path)
+    assert {record.group_id for record in records} == groups
+    # A fifth of 24: five of the six groups in the first of four shards.
+    assert len(groups) == 5
+    assert all(record.path.parent == tmp_path and record.path.is_file() for record in records)
+    own = stream_records(shards).for_process(0, 1, seed=0, excluded_groups=groups)
+    trained = list(own)
+    assert not {record.group_id for record in trained} & groups
+    assert own.report.excluded_samples + len(trained) == len(prepared.records)
+
+    config = AlignConfig(**{**ONLINE, "held_out_ratio": 0.2})
+    align(prepared.model, stream_records(shards), tmp_path / "run", config)
+    scores = read_results(tmp_path / "run")["held_out"]["before"]
+    assert scores["num_images"] == len(records)
+    counts = read_results(tmp_path / "run")["stream"]
+    assert counts["lost_samples"] == counts["lost_shards"] == 0
+    assert counts["excluded_samples"] > 0
+
+
+def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    joined = AlignmentStream(
+        stream_records(shards, buffer_size=1), processor, caption_store=prepared.caption_store,
+        seed=3,
+    )  # fmt: skip
+    online = AlignmentStream(stream_records(shards, buffer_size=1), processor, seed=3)
+    records = list(stream_records(shards, buffer_size=1))
+    stored, tokens = joined.collate(records), online.collate(records)
+    assert torch.equal(stored["pixel_values"], tokens["pixel_values"])
+    assert torch.equal(stored["group_ids"], tokens["group_ids"])
+    model = LLM2CLIPModel.from_pretrained(prepared.model)
+    with torch.no_grad():
+        wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])
+    # Another batch, so sums in another order; embeddings of length about 5, stored in float16.
+    torch.testing.assert_close(stored["caption_embeds"], wanted, atol=5e-3, rtol=1e-3)
+
+
+def test_a_stream_trains_on_stored_captions(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**{**OPTIONS, "held_out_ratio": 0.2})
+    stream = stream_records(shards)
+    align(prepared.model, stream, tmp_path, config, caption_store=prepared.caption_store)
+    assert len(read_losses(tmp_path)) == 6
+    assert read_results(tmp_path)["held_out"]["best"]["num_texts"] > 4
+
+
+def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    dataset = AlignmentStream(
+        stream_records(shards), processor, caption_store=prepared.caption_store
+    )
+    record = next(iter(stream_records(shards)))
+    for changed in ({"name": "other.jpg"}, {"captions": ("one",)}):
+        with pytest.raises(ValueError, match=r"1 of 1 records of a batch are not in .*\(en\)"):
+            dataset.collate([replace(record, **changed)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_steps": None}, r"no known length: give max_steps"),
+        ({"projection_init": "cca"}, "needs a caption_store and an image_store"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(
+    prepared: Prepared, shards: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        align(
+            prepared.model, stream_records(shards), tmp_path, AlignConfig(**{**ONLINE, **changed})
+        )
+
+
+def test_a_batch_larger_than_the_stream_is_an_error(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**{**ONLINE, "global_batch_size": 64})
+    with pytest.raises(ValueError, match="fewer samples than a batch"):
+        align(prepared.model, stream_records(shards), tmp_path, config)
+
+
+def test_shards_are_dealt_to_the_processes_of_the_run(shards: Path) -> None:
+    stream: RecordStream = stream_records(shards)
+    parts = [{r.name for r in stream.for_process(rank, 2, seed=1)} for rank in range(2)]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 24

@@ -1,0 +1,56 @@
+"""Shares of a step's time add up, whatever is measured inside what, and are shown in one line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from aligning import Prepared
+
+from modeling_llm2clip.training.alignment import step_times
+from modeling_llm2clip.training.alignment.step_times import StepTimes, describe_shares
+
+
+def test_shares_add_up_and_an_inner_part_is_counted_once() -> None:
+    times = StepTimes()
+    with times.measure("backward"):
+        time.sleep(0.02)
+        with times.measure("forward"):
+            time.sleep(0.04)
+    time.sleep(0.02)
+    shares = times.take_shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    # Sleeps are never shorter than asked for, and on a busy machine longer by less than this.
+    assert shares["forward"] > shares["backward"] > 0.05
+    assert shares["rest"] > 0.05
+    assert times.take_shares() == {"rest": 1.0}
+
+
+def test_input_is_shared_by_what_took_it_where_it_was_made() -> None:
+    times = StepTimes()
+    for _ in range(2):
+        times.add_input(torch.tensor([0.0, 3.0, 1.0], dtype=torch.float64))
+    shares = times.take_input_shares()
+    assert shares == {"decode": 0.75, "tokenize": 0.25}
+    assert times.take_input_shares() == {}
+    line = describe_shares({"input": 0.5, "forward": 0.3, "rest": 0.2}, shares)
+    assert line == (
+        "input 50% (decode 75%, tokenize 25%), copy 0%, forward 30%, backward 0%, rest 20%"
+    )
+
+
+def test_a_run_says_once_an_epoch_what_bounds_it(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(step_times, "_SECONDS_BETWEEN_LINES", -1.0)
+    prepared.align_stored(tmp_path / "run", max_steps=7, global_batch_size=4)
+    shown = capsys.readouterr()
+    lines = [line for line in (shown.out + shown.err).splitlines() if "input" in line]
+    per_epoch = len(prepared.records) // 4
+    assert len(lines) == -(-7 // per_epoch)
+    assert all(line.split(": ")[1].startswith("input ") and "read 100%" in line for line in lines)
