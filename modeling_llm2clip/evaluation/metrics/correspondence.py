@@ -28,7 +28,7 @@ class PositiveLists:
 
     @property
     def counts(self) -> Tensor:
-        """(Q,) int64, number of positives of each row; 0 for one that is no query."""
+        """(Q,) int64, number of positives of each row; 0 for a distractor."""
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:

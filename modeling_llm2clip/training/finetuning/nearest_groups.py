@@ -32,7 +32,7 @@ _SEED = 0
 # Of FAISS, measured with a million embeddings of 384 numbers: more make the clusters no better.
 _POINTS_PER_CLUSTER = 32
 _ITERATIONS = 5
-_FIRST_PROBES = 4
+_FIRST_SEARCHED = 4
 _COMPARED_AGAIN = 4.0  # times as many as are wanted
 _LEAST_DIM_OF_PARTS = 128
 _SMALL_GAIN = 0.01
@@ -63,7 +63,7 @@ def find_nearest_groups(
     else:
         require_search(len(embeddings))
         index = _ClusteredIndex(embeddings)
-        report = index.choose_probes(embeddings, top_k, device)
+        report = index.choose_clusters(embeddings, top_k, device)
         blocks = index.search(embeddings, np.arange(len(embeddings)), top_k)
     start = 0
     for block in blocks:
@@ -153,7 +153,7 @@ class _ClusteredIndex:
                 rows = slice(start, start + _ROWS_AT_ONCE)
                 self.index.add(_take_units(embeddings, rows, "cpu").numpy())
 
-    def choose_probes(
+    def choose_clusters(
         self, embeddings: Array, top_k: int, device: torch.device | str
     ) -> dict[str, Any]:
         """Search ever more clusters until the recall on a sample is as wanted."""
@@ -161,16 +161,16 @@ class _ClusteredIndex:
         generator = np.random.default_rng(_SEED)
         sample = np.sort(generator.choice(number, min(number, _SAMPLE), replace=False))
         wanted = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
-        probes, recall = _FIRST_PROBES, 0.0
+        num_searched, recall = _FIRST_SEARCHED, 0.0
         while True:
-            self.clusters.nprobe = min(probes, self.num_clusters)
+            self.clusters.nprobe = min(num_searched, self.num_clusters)
             found = np.concatenate([*self.search(embeddings, sample, top_k)])
             before, recall = recall, float((found[:, :, None] == wanted[:, None]).any(2).mean())
-            if recall >= WANTED_RECALL or probes >= self.num_clusters:
+            if recall >= WANTED_RECALL or num_searched >= self.num_clusters:
                 break
             if recall - before < _SMALL_GAIN and self.codes != "SQ8":
                 self.index.k_factor *= 4  # more clusters do not help
-            probes *= 2
+            num_searched *= 2
         return {
             "method": f"faiss IVF,{self.codes}",
             "clusters": self.num_clusters,
