@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
-from ..configs.data_config import DataConfig
-from ..configs.stream_config import StreamConfig
+from ..configs.data_config import DataConfig, StreamConfig
 from .captioned_data import (
     is_streamed,
     read_captioned_images,

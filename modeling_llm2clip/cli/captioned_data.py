@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..configs.data_config import DataConfig
-from ..configs.stream_config import StreamConfig
+from ..configs.data_config import DataConfig, StreamConfig
 
 if TYPE_CHECKING:
     from ..data.record_streams import RecordStream
@@ -57,10 +56,10 @@ def stream_captioned_images(
     """
     from ..data.record_streams import stream_records
 
-    if reading.image_dir is not None or reading.check_images:
+    if reading.image_dir is not None or reading.check_images or reading.captions_from is not None:
         raise ValueError(
-            "A stream brings its images and decodes each once: leave --image-dir and "
-            "--check-images out."
+            "A stream brings its images and captions, and decodes each image once: leave "
+            "--image-dir, --check-images and --captions-from out."
         )
     return stream_records(
         data,
@@ -84,17 +83,11 @@ def read_captioned_images(
     Raises:
         DataValidationError: Records are invalid; every error is named at once.
     """
-    from ..data.record_loading import load_records
+    from ..data.configured_records import read_configured_records
 
     check_images = reading.check_images
     if check_images is None:
         check_images = require_images and not resume
-    return load_records(
-        data,
-        image_dir=reading.image_dir,
-        require_images=require_images or check_images,
-        check_images=check_images,
-        ignore_fields=reading.ignore_fields,
-        cache=reading.cache,
-        show_progress=True,
+    return read_configured_records(
+        data, reading, require_images=require_images, check_images=check_images
     )

@@ -1,11 +1,12 @@
-"""How captioned images are read."""
+"""How captioned images are read, and how they are streamed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from .config_fields import Config
+from .config_fields import Config, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,5 +20,22 @@ class DataConfig(Config):
     check_images: bool | None = None
     """Decode every image before anything else. Default: where the stage decodes images, unless it
     resumes."""
+    captions_from: Path | None = None
+    """File of captions that others published for these images: CSV, JSON lines or Parquet. They are
+    added to the data's own. Default: none."""
+    join_on: Literal["url", "key"] = "url"
+    """What captions_from is joined by: an image's URL, or its name without folder and suffix."""
     cache: bool = True
     """Keep the index of large data in the user's cache, and find it there the next time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(Config):
+    """How `align` streams shards, which it does for every URL."""
+
+    stream: bool = False
+    """Read local shards, too, one after the other through a shuffle buffer, and not at random."""
+    buffer_size: Annotated[int, Range(min=1)] = 1000
+    """Samples that each worker shuffles."""
+    max_lost_share: Annotated[float, Range(min=0, max=1)] = 0.01
+    """Share of the samples, or of the shards, that may be broken or missing."""

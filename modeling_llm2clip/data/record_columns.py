@@ -20,6 +20,7 @@ names and group ids have different keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -55,7 +56,7 @@ SCHEMA = pa.schema(
         ("text_keys", pa.list_(pa.int64())),
     ]
 )
-_KEYS = ("name_key", "key")
+_KEYS = ("name_key", "key", "group_key")
 NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
 
 
@@ -63,11 +64,11 @@ class RecordColumns:
     """Collects records into the columns of one batch."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-        self._append = [self._columns[name].append for name in SCHEMA.names]
+        self._rows: list[tuple[Any, ...]] = []
+        self._text_keys: list[bytes] = []
 
     def __len__(self) -> int:
-        return len(self._columns["name"])
+        return len(self._rows)
 
     def add(self, record: CaptionedImage | CheckedRecord) -> None:
         """Add a record.
@@ -78,10 +79,13 @@ class RecordColumns:
         Raises:
             UnicodeEncodeError: a text has half a character, a lone surrogate.
         """
-        name_key = hash_text(record.name)
+        name, group_id = record.name, record.group_id
+        texts = (*record.captions, *record.long_captions)
+        keys = [_digest(text) for text in texts]
+        name_key = _digest(name)
         row = (
-            record.name,
-            record.group_id,
+            name,
+            group_id,
             record.lang,
             record.captions,
             record.long_captions,
@@ -90,21 +94,39 @@ class RecordColumns:
             record.url,
             *_locate(record.image),
             name_key,
-            _hash_lang(record.lang),
-            name_key if record.group_id == record.name else hash_text(record.group_id),
-            [hash_text(text) for text in (*record.captions, *record.long_captions)],
+            _digest_lang(record.lang),
+            name_key if group_id == name else _digest(group_id),
+            len(texts),
         )
-        for append, value in zip(self._append, row, strict=True):
-            append(value)
+        self._text_keys += keys
+        self._rows.append(row)
 
     def take_batch(self) -> pa.RecordBatch:
         """Return what was added as a batch, and begin a new one."""
-        arrays = [pa.array(self._columns[field.name], field.type) for field in SCHEMA]
-        name_keys, lang_keys = (np.asarray(arrays[SCHEMA.get_field_index(n)]) for n in _KEYS)
-        arrays[SCHEMA.get_field_index("key")] = pa.array(name_keys + lang_keys)  # may wrap around
-        for column in self._columns.values():
-            column.clear()
+        columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
+        keys = {name: _to_numbers(columns[name]) for name in _KEYS}
+        keys["key"] = keys["name_key"] + keys["key"]  # may wrap around
+        ends = np.cumsum([0, *columns["text_keys"]], dtype=np.int32)
+        keys["text_keys"] = pa.ListArray.from_arrays(ends, _to_numbers(self._text_keys))
+        arrays = [
+            pa.array(columns[field.name], field.type)
+            if field.name not in keys
+            else pa.array(keys[field.name])
+            for field in SCHEMA
+        ]
+        self._rows, self._text_keys = [], []
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=8).digest()
+
+
+_digest_lang = cache(_digest)
+
+
+def _to_numbers(digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.frombuffer(b"".join(digests), dtype="<i8")
 
 
 def hash_text(text: str) -> int:
@@ -116,8 +138,7 @@ def hash_text(text: str) -> int:
     Raises:
         UnicodeEncodeError: the text has half a character, a lone surrogate.
     """
-    digest = blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return int.from_bytes(_digest(text), "little", signed=True)
 
 
 def hash_identity(name: str, lang: str) -> int:
@@ -127,10 +148,7 @@ def hash_identity(name: str, lang: str) -> int:
         name: of an image.
         lang: of its texts.
     """
-    return int(np.int64(hash_text(name)) + np.array(_hash_lang(lang)))
-
-
-_hash_lang = cache(hash_text)
+    return int(_to_numbers([_digest(name), _digest(lang)]).sum())
 
 
 def make_image(

@@ -45,6 +45,8 @@ _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
+_CAPTION_NAMES = frozenset(_CAPTIONS)
+_ALL_CAPTIONS = (*_CAPTIONS, *_SHORT_CAPTIONS)
 CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
 _NAMES = ("image", "file_name")
 _EMPTY_PART = re.compile(r"(?:^|/)\.?(?:/|$)")
@@ -182,7 +184,7 @@ def check_record(
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, found)
     long_captions = _read_all_texts(raw.fields, LONG_CAPTION_FIELDS, found)
-    keywords = _read_texts(raw.fields, "keywords", found)
+    keywords = _read_all_texts(raw.fields, ("keywords",), found)
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
     if not raw.fields.keys() <= _KNOWN_FIELDS:
         unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
@@ -212,32 +214,33 @@ def clean_text(text: str) -> str:
 
 
 def _read_captions(fields: Mapping[str, Any], found: list[str]) -> list[str]:
-    given = [name for name in _CAPTIONS if name in fields]
-    if len(given) > 1:
-        found.append(f"both {given[0]!r} and {given[1]!r}")
+    if len(given := fields.keys() & _CAPTION_NAMES) > 1:
+        one, other = [name for name in _CAPTIONS if name in given][:2]
+        found.append(f"both {one!r} and {other!r}")
         return []
     before = len(found)
-    captions = _read_all_texts(fields, (*given, *_SHORT_CAPTIONS), found)
+    captions = _read_all_texts(fields, _ALL_CAPTIONS, found)
     if not captions and len(found) == before:
         found.append("no caption")
     return captions
 
 
 def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list[str]) -> list[str]:
-    return [text for name in names for text in _read_texts(fields, name, found)]
+    texts: list[str] = []
+    for name in names:
+        if name in fields:
+            texts += _read_texts(fields[name], name, found)
+    return texts
 
 
-def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
-    """Read a field that is a text or a list of texts; an error is noted once per field."""
-    if name not in fields:
-        return []
-    value = fields[name]
+def _read_texts(value: Any, name: str, found: list[str]) -> list[str]:
+    """Read the value of a field of texts; an error is noted once per field."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
         found.append(f"{name!r} is not a text or a list of texts")
         return []
     cleaned = [clean_text(text) for text in texts]
-    if not all(cleaned):
+    if "" in cleaned:
         kind = "keyword" if name == "keywords" else "caption"
         found.append(f"blank {kind}")
     return cleaned
@@ -258,6 +261,8 @@ def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | 
 
 def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
     given = [fields[field] for field in _NAMES if field in fields]
+    if not given:
+        return None
     if not all(isinstance(name, str) and name.strip() for name in given):
         found.append("'image' or 'file_name' is not a non-blank text")
         return None
@@ -274,7 +279,7 @@ def _find_file(
 ) -> str | None:
     if name is not None and image_dir is not None:
         # Strings, because a Path of every image costs as much as all other checks.
-        file = os.path.join(image_dir, name)  # noqa: PTH118
+        file = name if name.startswith("/") else f"{image_dir}/{name}"
         if os.path.isfile(file):  # noqa: PTH113
             return file
     if required:

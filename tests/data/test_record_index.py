@@ -178,7 +178,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 
 
 def test_keys_that_collide_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_columns, "hash_text", lambda text: len(text) % 5)
+    monkeypatch.setattr(record_columns, "_digest", lambda text: bytes([len(text) % 5] * 8))
     with pytest.raises(ValueError, match="same hash of 64 bits"):
         load_records(write(tmp_path / "data", LINES[:50]), require_images=False)
 

@@ -10,7 +10,8 @@ from typing import TypeAlias
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
-from ...data.record_loading import fetch_dataset_folder, load_records
+from ...data.configured_records import read_configured_records
+from ...data.record_loading import fetch_dataset_folder
 from ...data.record_table import RecordTable
 from ...data.records import CaptionedImage
 from .catalog import (
@@ -250,14 +251,8 @@ def read_data(
     check_images = bool(config.check_images)
     require_images = require_images or check_images
     if str(data).partition("=")[0] not in _SPECS or Path(data).exists():
-        return load_records(
-            data,
-            image_dir=config.image_dir,
-            require_images=require_images,
-            check_images=check_images,
-            ignore_fields=config.ignore_fields,
-            cache=config.cache,
-            show_progress=True,
+        return read_configured_records(
+            data, config, require_images=require_images, check_images=check_images
         )
     spec, folder = resolve_dataset(data)
     if spec.dataset_type not in ("retrieval", "captions"):
