@@ -283,6 +283,7 @@ for number, first in enumerate(FIRST_IMPORTS):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     "orders", [FIRST_IMPORTS[:1], pytest.param(FIRST_IMPORTS[1:], marks=pytest.mark.slow)], ids=len
@@ -315,6 +316,7 @@ def test_tests_can_reach_their_own_server() -> None:
         socket.create_connection(server.getsockname()).close()
 
 
+@pytest.mark.slow
 def test_benchmarks_import_what_is_there() -> None:
     """Also what they import only once they run."""
     scripts = [path.stem for path in BENCHMARKS]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from .image_sources import count_bytes
 from .key_arrays import iterate_ranges
-from .record_table import RecordTable
+from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
+from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
 
@@ -58,7 +61,8 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
         OSError: the file of an image no longer exists.
     """
     table = RecordTable.from_records(records)
-    sizes = np.fromiter((count_bytes(image) for image in table.iterate_images()), np.int64)
+    parts = [_list_sizes(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
+    sizes = np.concatenate([np.empty(0, np.int64), *parts])
     digest = hashlib.sha256()
     for keys, rows in iterate_ranges(partial(table.iterate_numbers, "name_key"), len(table)):
         named = np.stack([keys, sizes[rows]], axis=1)
@@ -81,6 +85,19 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
     table = RecordTable.from_records(records)
     first = Path(str(table[0].image)).absolute()
     return {"first": str(first), "sizes": hash_image_sizes(table)}
+
+
+def _list_sizes(batch: pa.RecordBatch) -> Array:
+    """Return the sizes of a batch's images: those of the index, or those of files as they are."""
+    sizes = np.array(batch.column("image_size").fill_null(-1))
+    unknown = np.flatnonzero(sizes < 0)
+    places = batch.take(pa.array(unknown)).to_pydict()
+    for row, *place in zip(unknown.tolist(), *places.values(), strict=True):
+        kind, file, *_ = place
+        # Without a Path, which takes longer than the call.
+        is_file = kind == IMAGE_FILE
+        sizes[row] = os.stat(file).st_size if is_file else count_bytes(make_image(*place))  # noqa: PTH116
+    return sizes
 
 
 def _hash_columns(table: RecordTable, names: list[str]) -> list[str]:

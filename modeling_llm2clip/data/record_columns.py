@@ -57,6 +57,8 @@ SCHEMA = pa.schema(
     ]
 )
 _KEYS = ("name_key", "key", "group_key")
+# In the order of the arguments of `make_image`.
+IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
 
 

@@ -16,12 +16,11 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from .image_sources import ImageSource
-from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
+from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
 from .records import CaptionedImage
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _COUNTED = ("captions", "long_captions")
-_IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 
 
 class RecordTable(Sequence[CaptionedImage]):
@@ -118,7 +117,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     def iterate_images(self) -> Iterator[ImageSource | None]:
         """Yield the address of each record's image, in the table's order."""
-        for batch in self.iterate_columns(_IMAGE_COLUMNS):
+        for batch in self.iterate_columns(IMAGE_COLUMNS):
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield make_image(*row)
 
@@ -313,7 +312,7 @@ def _shrink(rows: Array) -> Array:
 def _make_record(*values: Any) -> CaptionedImage:
     fields = dict(zip(SCHEMA.names, values, strict=True))
     return CaptionedImage(
-        image=make_image(*(fields[name] for name in _IMAGE_COLUMNS)),
+        image=make_image(*(fields[name] for name in IMAGE_COLUMNS)),
         name=fields["name"],
         group_id=fields["group_id"],
         captions=tuple(fields["captions"]),

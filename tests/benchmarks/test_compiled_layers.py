@@ -24,6 +24,7 @@ def fresh_compiler() -> None:
     counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "llm",
     [llm if llm == "llama" else pytest.param(llm, marks=pytest.mark.slow) for llm in LLM_FAMILIES],
@@ -37,6 +38,7 @@ def test_compiled_equals_plain(llm: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_other_lengths_compile_nothing_anew() -> None:
     model, processor = shared_model()
     with compiled_layers(model, backend="aot_eager"):

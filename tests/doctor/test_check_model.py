@@ -121,6 +121,7 @@ def test_every_uploaded_file_is_in_the_export(good: Path) -> None:
     assert names == {path.name for path in good.glob("*.py")}
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded_and_examined(good: Path, tmp_path: Path) -> None:
     code = """
 import sys

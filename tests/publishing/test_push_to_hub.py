@@ -273,6 +273,7 @@ def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     assert second == read_folder(published.sharded)
 
 
+@pytest.mark.slow
 def test_a_repeated_upload_does_not_send_again_what_had_arrived(published: Published) -> None:
     assert published.answers[1][0] == 0
     puts = [request for request in published.hub.requests if request.startswith("PUT ")]

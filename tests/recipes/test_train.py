@@ -172,6 +172,7 @@ def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> No
     assert shown == ["model", "aligned"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig) -> None:
     record = json.loads((copied.output / "run.json").read_text())
     del record["results"]["is_healthy"]

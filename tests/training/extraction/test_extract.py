@@ -327,6 +327,7 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     assert read_bytes(together) == read_bytes(alone)
 
 
+@pytest.mark.slow
 def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
