@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py records --counts 10000 100000 1000000 10000000
     python benchmarks/scale.py stages --counts 10000 100000 1000000
-    python benchmarks/scale.py store | finetune | streams
+    python benchmarks/scale.py store | finetune | streams | engines | plan
 
 Records are captions of the embedded emoji, made different by a number, with the emoji's images.
 Each measurement is a process of its own. A part adds its figures to `results/scale.json` and leaves
@@ -32,6 +32,9 @@ import scale_finetune
 import scale_store
 import scale_streams
 from provenance import describe_processor, read_commit
+from scale_engines import measure_engines
+from scale_plan import plan
+from scale_records import write_records
 from scale_stages import STAGES, measure_stage, prepare_stage
 
 _OUTPUT = Path(__file__).parent / "results" / "scale.json"
@@ -45,18 +48,23 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(_MEASUREMENTS[arguments.measure](arguments)))
         return
-    with tempfile.TemporaryDirectory(prefix="scale-", dir=arguments.folder) as temporary:
-        arguments.folder = Path(temporary)
-        figures = _PARTS[arguments.part](arguments)
     recorded = json.loads(_OUTPUT.read_text()) if _OUTPUT.is_file() else {}
-    recorded[arguments.part] = {**_describe(), **figures}
+    if arguments.part == "plan":
+        recorded["plan"] = plan(recorded)
+    else:
+        with tempfile.TemporaryDirectory(prefix="scale-", dir=arguments.folder) as temporary:
+            arguments.folder = Path(temporary)
+            figures = _PARTS[arguments.part](arguments)
+        recorded[arguments.part] = {**_describe(), **figures}
+    parts = {part: recorded[part] for part in (*_PARTS, "plan") if part in recorded}
+    recorded = {**_summarize(recorded), **parts}
     _OUTPUT.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(recorded[arguments.part], indent=2))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("part", choices=sorted(_PARTS))
+    parser.add_argument("part", choices=[*sorted(_PARTS), "plan"])
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--measure", choices=sorted(_MEASUREMENTS), help=argparse.SUPPRESS)
@@ -73,6 +81,27 @@ def _describe() -> dict[str, Any]:
         "versions": {name: version(name) for name in ("pyarrow", "numpy", "torch")},
         "commit": read_commit(),
     }
+
+
+def _summarize(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the bars are about, in front of the file."""
+    places = {
+        "open_seconds": ("records", "open_seconds"),
+        "open_mb": ("records", "open_mb"),
+        "index_records_per_second": ("records", "index_records_per_second"),
+        "bytes_per_record": ("stages", "bytes_per_record"),
+        "rows_vs_numpy": ("store", "random", "rows_vs_numpy"),
+        "ray_time_ratio": ("engines", "ray_time_ratio"),
+        "stream_images_per_second": ("streams", "stream_bytes_per_s"),
+    }
+    found = {}
+    for name, path in places.items():
+        value: Any = recorded
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _run(measure: str, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -106,28 +135,6 @@ def _measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
         "open_mb": largest["open_resident_mb"],
         "file_bytes_per_record": round(largest["file_mb"] * _MB / largest["records"]),
     }
-
-
-def write_records(folder: Path, count: int) -> None:
-    """Write captions of the embedded emoji, as many as asked for, beside the emoji's images."""
-    from modeling_llm2clip.data.record_loading import find_example_data, load_records
-
-    emoji = find_example_data() / "emoji"
-    records = [record for record in load_records(emoji) if record.lang == "en"]
-    texts = [text for record in records for text in (*record.captions, *record.long_captions)]
-    folder.mkdir(parents=True)
-    (folder / "images").symlink_to((emoji / "images").resolve())
-    with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(count):
-            # One image has a record per language; here are more of them than languages.
-            turn, row = divmod(number, len(records))
-            one, other = texts[number % len(texts)], texts[(7 * number + 3) % len(texts)]
-            record = {
-                "file_name": records[row].name,
-                "lang": f"x-{turn}",
-                "captions": [f"{one}, number {number}", f"{other} ({number})"],
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _index(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -235,6 +242,7 @@ _PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "store": _measure_store,
     "finetune": _measure_finetuning,
     "streams": _measure_streaming,
+    "engines": lambda arguments: measure_engines(arguments.folder / "engines"),
 }
 _MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "index": _index,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 STAGES = ("extract", "align")
-_DIM = 8
+_WIDTHS = {"caption_embeds": 64, "vision_embeds": 32}
 _BATCH = 4096
 _STEPS = 4
 _WORKERS = 4
@@ -33,7 +33,7 @@ def prepare_stage(stage: str, folder: Path, count: int) -> dict[str, Any]:
     from small_model import write_small_model
 
     if not (folder / "model").is_dir():
-        write_small_model(folder / "model")
+        write_small_model(folder / "model", width=_WIDTHS["caption_embeds"])
     if stage == "align":
         _write_stores(folder, count)
     return {}
@@ -162,9 +162,8 @@ def _write_store(
 
     from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, plan_manifest
 
-    widths = {"caption_embeds": 576, "vision_embeds": 32}
     planned = plan_manifest(
-        content, fingerprint=fingerprint, dtype="float16", dim=widths[content],
+        content, fingerprint=fingerprint, dtype="float16", dim=_WIDTHS[content],
         rows_per_shard=2**18, plan=plan,
     )  # fmt: skip
     writer = EmbeddingStoreWriter.open(folder, planned, list_items)
@@ -174,7 +173,7 @@ def _write_store(
         batches = list(_split(rows))
         with writer.open_shard(shard, batches) as written:
             for batch in batches:
-                written.write(torch.randn(len(batch), widths[content], generator=generator))
+                written.write(torch.randn(len(batch), _WIDTHS[content], generator=generator))
             written.seal(0)
     writer.finish()
 

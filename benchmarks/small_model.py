@@ -1,16 +1,17 @@
-"""A model with the tokenizer and the width of the embedded SmolLM2, but few random layers."""
+"""A model with the tokenizer of the embedded SmolLM2, but few random layers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def write_small_model(folder: Path, *, layers: int = 1) -> None:
+def write_small_model(folder: Path, *, layers: int = 1, width: int | None = None) -> None:
     """Write the model; its vision tower has one small layer.
 
     Args:
         folder: target.
         layers: of the language model.
+        width: of its states, a multiple of 64; None for that of SmolLM2.
     """
     import torch
     from transformers import (
@@ -30,6 +31,9 @@ def write_small_model(folder: Path, *, layers: int = 1) -> None:
     llm = fetch_tower(SMOLLM2)
     config = AutoConfig.from_pretrained(llm)
     config.num_hidden_layers = layers
+    if width is not None:
+        config.hidden_size, config.intermediate_size = width, 2 * width
+        config.num_attention_heads = config.num_key_value_heads = width // 64
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     vision = CLIPVisionModel(

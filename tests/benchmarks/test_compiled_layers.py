@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 from benchmarks.compiled_layers import compiled_layers
 from modeling_llm2clip.encoding.encode import encode_texts
 
+pytestmark = pytest.mark.slow
+
 _CAPTIONS = ["a dog " * count for count in (1, 2, 2, 3, 5, 8)]
 
 
@@ -24,7 +26,6 @@ def fresh_compiler() -> None:
     counters.clear()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "llm",
     [llm if llm == "llama" else pytest.param(llm, marks=pytest.mark.slow) for llm in LLM_FAMILIES],
@@ -38,7 +39,6 @@ def test_compiled_equals_plain(llm: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.slow
 def test_other_lengths_compile_nothing_anew() -> None:
     model, processor = shared_model()
     with compiled_layers(model, backend="aot_eager"):
@@ -81,7 +81,6 @@ def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
             torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.slow
 def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:
     model, processor = tiny_model()
     model.packs_in_training = True
@@ -107,7 +106,6 @@ def test_a_graph_of_the_whole_checks_no_ids_but_compiled_layers_do() -> None:
         assert compiled(ids).shape == (1, model.config.text_config.hidden_size)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a compiler")
 def test_kernels_equal_plain_layers() -> None:
     model, processor = shared_model()

@@ -32,6 +32,8 @@ from transformers import (
 from modeling_llm2clip.data.record_loading import load_records
 from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SHORT = LlavaConfig(
     max_steps=4,
     global_batch_size=4,
@@ -164,7 +166,6 @@ def lora(model: Any) -> Any:
     return train_projector_and_llm(model, rank=2, alpha=4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("thaw", [train_projector_only, lora], ids=["projector", "lora"])
 def test_killed_and_resumed_equals_never_killed(
     parts: Path, tmp_path: Path, thaw: Any, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +190,6 @@ def test_killed_and_resumed_equals_never_killed(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
 def test_a_run_killed_while_it_writes_its_model_leaves_none_and_writes_it_when_resumed(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +238,6 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(parts: Path, tmp_path:
     assert find_last_checkpoint(tmp_path / "run") is None
 
 
-@pytest.mark.slow
 def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path) -> None:
     whole = run_step(parts, tmp_path / "whole")
     run_step(parts, tmp_path / "parts", config=replace(SHORT, per_device_train_batch_size=1))
@@ -248,7 +247,6 @@ def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path)
     assert whole.is_dir()
 
 
-@pytest.mark.slow
 def test_an_epoch_has_as_many_steps_however_many_a_device_takes_at_a_time(
     parts: Path, tmp_path: Path
 ) -> None:
@@ -403,7 +401,6 @@ def run_script(name: str, *arguments: object, processes: int = 1) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     parts: Path, tmp_path: Path
 ) -> None:

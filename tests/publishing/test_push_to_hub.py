@@ -80,6 +80,8 @@ if way == "remote":
 else:
     import modeling_llm2clip
 from transformers import AutoModel, AutoProcessor
+
+pytestmark = pytest.mark.slow
 def load(**more):
     processor = AutoProcessor.from_pretrained("{NAME}", **given, **more)
     model = AutoModel.from_pretrained("{NAME}", **given, **more)
@@ -259,7 +261,6 @@ def test_a_name_that_is_not_a_hub_id_is_refused(repo_id: str) -> None:
 # One commit
 
 
-@pytest.mark.slow
 def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     published: Published,
 ) -> None:
@@ -273,7 +274,6 @@ def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     assert second == read_folder(published.sharded)
 
 
-@pytest.mark.slow
 def test_a_repeated_upload_does_not_send_again_what_had_arrived(published: Published) -> None:
     assert published.answers[1][0] == 0
     puts = [request for request in published.hub.requests if request.startswith("PUT ")]
@@ -334,7 +334,6 @@ def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
 # Those who pull
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["remote", "package"])
 def test_a_private_repository_loads_with_a_token_at_its_newest_or_pinned_revision(
     way: str, published: Published, tmp_path: Path

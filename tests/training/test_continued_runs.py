@@ -23,6 +23,8 @@ from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.extraction.extract import extract
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(prepared: Prepared, tmp_path: Path) -> Prepared:

@@ -17,6 +17,8 @@ from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
 
+pytestmark = pytest.mark.slow
+
 
 def saves_memory(tower: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())

@@ -30,6 +30,8 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.run_folder import discard_later_steps, write_run_record
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -51,7 +53,6 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
     return process.returncode
 
 
-@pytest.mark.slow
 def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed(
     prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -72,7 +73,6 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
 WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
 
 
-@pytest.mark.slow
 def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
     prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -133,7 +133,6 @@ def test_what_a_kill_interrupts_is_whole_or_not_there(
     assert prepared.align(empty).results["steps"] == SHORT_RUN["max_steps"]
 
 
-@pytest.mark.slow
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     prepared: Prepared, tmp_path: Path
 ) -> None:

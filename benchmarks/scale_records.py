@@ -1,0 +1,33 @@
+"""Records to measure with: captions of the embedded emoji, made different by numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def write_records(folder: Path, count: int) -> None:
+    """Write captions of the embedded emoji, as many as asked for, beside the emoji's images.
+
+    Args:
+        folder: new folder.
+        count: how many records, of two captions each.
+    """
+    from modeling_llm2clip.data.record_loading import find_example_data, load_records
+
+    emoji = find_example_data() / "emoji"
+    records = [record for record in load_records(emoji) if record.lang == "en"]
+    texts = [text for record in records for text in (*record.captions, *record.long_captions)]
+    folder.mkdir(parents=True)
+    (folder / "images").symlink_to((emoji / "images").resolve())
+    with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(count):
+            # One image has a record per language; here are more of them than languages.
+            turn, row = divmod(number, len(records))
+            one, other = texts[number % len(texts)], texts[(7 * number + 3) % len(texts)]
+            record = {
+                "file_name": records[row].name,
+                "lang": f"x-{turn}",
+                "captions": [f"{one}, number {number}", f"{other} ({number})"],
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
