@@ -39,6 +39,7 @@ from modeling_llm2clip.publishing.push_to_hub import (
     require_repo_id,
 )
 
+pytestmark = pytest.mark.slow
 STATED = CardData(license="mit")
 NAME, OPEN = "owner/model", "owner/open"
 # As if not installed: its import takes long, and `doctor` skips it then.
@@ -80,8 +81,6 @@ if way == "remote":
 else:
     import modeling_llm2clip
 from transformers import AutoModel, AutoProcessor
-
-pytestmark = pytest.mark.slow
 def load(**more):
     processor = AutoProcessor.from_pretrained("{NAME}", **given, **more)
     model = AutoModel.from_pretrained("{NAME}", **given, **more)
