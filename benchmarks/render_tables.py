@@ -459,6 +459,60 @@ def _render_code_size(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\n{hardware}.\n"
 
 
+def _render_scale(report: dict[str, Any]) -> str:
+    tables = [_draw_records(report["records"])] if "records" in report else []
+    if "stages" in report:
+        tables.append(_draw_stages(report["stages"]))
+    if "store" in report:
+        tables.append(_draw_store(report["store"]))
+    parts = [report[part] for part in ("records", "stages", "store") if part in report]
+    hardware = " and ".join(dict.fromkeys(f"{p['processor']}, {p['cores']} cores" for p in parts))
+    return "\n".join([*tables, f"{hardware}; commit {parts[0]['commit']}.\n"])
+
+
+def _draw_records(part: dict[str, Any]) -> str:
+    heads = ("records", "seconds to index", "records a second", "seconds to open", "MB opened")
+    rows = [
+        (
+            f"{row['records']:,}",
+            f"{row['index_seconds']:.1f}",
+            f"{row['records_per_second']:,}",
+            f"{row['open_seconds']:.3f}",
+            f"{row['open_resident_mb']:.0f}",
+        )
+        for row in part["counts"]
+    ]
+    return _draw(heads, rows)
+
+
+def _draw_stages(part: dict[str, Any]) -> str:
+    heads = ("stage", "records", "seconds to the first batch", "private MB gained")
+    rows = [
+        (
+            row["stage"],
+            f"{row['records']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['private_mb']:.0f}",
+        )
+        for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
+    ]
+    return _draw(heads, rows)
+
+
+def _draw_store(part: dict[str, Any]) -> str:
+    names = list(part["random"]["rows_per_second"])
+    heads = ("rows a second", *names, "store, of numpy")
+    rows = [
+        (
+            kind,
+            *(f"{part[kind]['rows_per_second'][name]:,}" for name in names),
+            f"{part[kind]['rows_vs_numpy']:.2f}",
+        )
+        for kind in ("random", "sequential")
+    ]
+    return _draw(heads, rows)
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -484,6 +538,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "llm2vec_parity": _render_llm2vec_parity,
     "datasets_read": _render_datasets_read,
     "code_size": _render_code_size,
+    "scale": _render_scale,
 }
 
 
