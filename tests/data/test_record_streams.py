@@ -445,6 +445,7 @@ def test_an_overloaded_server_is_tried_again(served: ShardServer) -> None:
 
 
 def test_fewer_shards_than_workers_are_refused(tars: Path) -> None:
+    pytest.importorskip("torchdata")
     stream = stream_records(tars, num_processes=4)
     with pytest.raises(ValueError, match="8 shards for 4 processes with 3 workers each"):
         make_loader(stream, batch_size=2, num_workers=3)
