@@ -92,11 +92,13 @@ def test_a_stream_over_http_trains_as_one_of_the_disk(
     assert len(read_losses(tmp_path / "disk")) == 6
 
 
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    prepared: Prepared, shards: Path, tmp_path: Path
+    prepared: Prepared, shards: Path, tmp_path: Path, num_workers: int
 ) -> None:
     # Seven steps of four are more than an epoch of 24 images.
-    config = AlignConfig(**{**ONLINE, "max_steps": 8, "save_steps": 3})
+    changed = {"max_steps": 8, "save_steps": 3, "num_workers": num_workers}
+    config = AlignConfig(**{**ONLINE, **changed})
     align(prepared.model, stream_records(shards), tmp_path / "whole", config)
 
     for stop_at in (4, 7):
