@@ -36,8 +36,8 @@ from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, SMOLLM2, 
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.atomic_files import hash_file
-from modeling_llm2clip.data.caption_groups import group_captions
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.captions.caption_groups import group_captions
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS

@@ -31,8 +31,8 @@ import torch
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval

@@ -43,9 +43,9 @@ from modeling_llm2clip.building.pretrained_towers import DINOV2, SMOLLM2, SMOLLM
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.data.record_loading import find_example_data, load_records
-from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.data.splits import split_records
+from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.records.splits import split_records
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.training.alignment.alignment_trainer import warm_up_then_cosine
 from modeling_llm2clip.training.alignment.trained_parts import split_by_decay

@@ -471,7 +471,7 @@ def _render_scale(report: dict[str, Any]) -> str:
 
 
 def _draw_records(part: dict[str, Any]) -> str:
-    heads = ("records", "seconds to index", "records a second", "seconds to open", "MB opened")
+    heads = ("records", "seconds to index", "records per second", "seconds to open", "MB opened")
     rows = [
         (
             f"{row['records']:,}",
@@ -501,7 +501,7 @@ def _draw_stages(part: dict[str, Any]) -> str:
 
 def _draw_store(part: dict[str, Any]) -> str:
     names = list(part["random"]["rows_per_second"])
-    heads = ("rows a second", *names, "store, of numpy")
+    heads = ("rows per second", *names, "store, of numpy")
     rows = [
         (
             kind,

@@ -139,7 +139,7 @@ def _measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _index(arguments: argparse.Namespace) -> dict[str, Any]:
     """Index the records, with all processes that the index starts."""
-    from modeling_llm2clip.data.record_loading import load_records
+    from modeling_llm2clip.data.records.record_loading import load_records
 
     begin = time.perf_counter()
     records = load_records(arguments.folder / str(arguments.count))
@@ -155,7 +155,7 @@ def _index(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _open(arguments: argparse.Namespace) -> dict[str, Any]:
     """Open the index, and read the first, the last and a random record."""
-    from modeling_llm2clip.data.record_loading import load_records
+    from modeling_llm2clip.data.records.record_loading import load_records
 
     before = read_memory()
     times = []

@@ -80,7 +80,7 @@ def start_once(number: int, folder: Path) -> dict[str, Any]:
     """
     from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
     from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-    from modeling_llm2clip.data.record_table import RecordTable
+    from modeling_llm2clip.data.records.record_table import RecordTable
     from modeling_llm2clip.training.finetuning.finetune_data import count_truncated
     from modeling_llm2clip.training.finetuning.finetune_llm import _prepare
 
@@ -180,9 +180,9 @@ def _write_records(number: int, file: Path) -> None:
     """Write an index of records with two captions each."""
     import pyarrow as pa
 
-    from modeling_llm2clip.data.record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
-    from modeling_llm2clip.data.record_loading import find_example_data, load_records
-    from modeling_llm2clip.data.records import CaptionedImage
+    from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
+    from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
+    from modeling_llm2clip.data.records.records import CaptionedImage
 
     examples = load_records(find_example_data() / "photographs", require_images=False)
     captions = [text for record in examples for text in record.captions]

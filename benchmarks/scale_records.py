@@ -13,7 +13,7 @@ def write_records(folder: Path, count: int) -> None:
         folder: new folder.
         count: how many records, of two captions each.
     """
-    from modeling_llm2clip.data.record_loading import find_example_data, load_records
+    from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 
     emoji = find_example_data() / "emoji"
     records = [record for record in load_records(emoji) if record.lang == "en"]

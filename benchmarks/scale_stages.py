@@ -55,7 +55,7 @@ def measure_stage(stage: str, folder: Path, count: int) -> dict[str, Any]:
 
 
 def _load(folder: Path, count: int) -> Any:
-    from modeling_llm2clip.data.record_loading import load_records
+    from modeling_llm2clip.data.records.record_loading import load_records
 
     return load_records(folder / str(count), require_images=False)
 
@@ -65,7 +65,7 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
     import torch
 
     from modeling_llm2clip.configs.extract_config import ExtractConfig
-    from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter
+    from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter
     from modeling_llm2clip.training.extraction.shard_extraction import make_plan
 
     config = ExtractConfig(device="cpu", max_shard_size="4MB", show_progress=False)
@@ -136,8 +136,8 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
 
 def _write_stores(folder: Path, count: int) -> None:
     """Write stores of random embeddings that pass for those of the model."""
-    from modeling_llm2clip.data.data_hashes import hash_image_sizes, hash_texts
-    from modeling_llm2clip.data.record_loading import load_records
+    from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
+    from modeling_llm2clip.data.records.record_loading import load_records
     from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
     from modeling_llm2clip.training.extraction.caption_extraction import list_caption_items
     from modeling_llm2clip.training.extraction.image_extraction import list_image_items
@@ -160,7 +160,10 @@ def _write_store(
 ) -> None:
     import torch
 
-    from modeling_llm2clip.data.embedding_store_writer import EmbeddingStoreWriter, plan_manifest
+    from modeling_llm2clip.data.store.embedding_store_writer import (
+        EmbeddingStoreWriter,
+        plan_manifest,
+    )
 
     planned = plan_manifest(
         content, fingerprint=fingerprint, dtype="float16", dim=_WIDTHS[content],

@@ -40,21 +40,21 @@ import torch
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.embedding_store_writer import (
+from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.embedding_store_writer import (
     EmbeddingStoreWriter,
     StoreItems,
     plan_manifest,
 )
-from modeling_llm2clip.data.record_columns import ROWS_PER_BATCH
-from modeling_llm2clip.data.store_index import SCHEMA
-from modeling_llm2clip.data.store_manifest import (
+from modeling_llm2clip.data.store.store_index import SCHEMA
+from modeling_llm2clip.data.store.store_manifest import (
     ShardRecord,
     shard_file,
     shard_stem,
     write_sealed,
 )
-from modeling_llm2clip.data.store_shards import compute_checksums, make_header
+from modeling_llm2clip.data.store.store_shards import compute_checksums, make_header
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Read: TypeAlias = Callable[[Array], Array]

@@ -32,10 +32,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from provenance import describe_processor, read_commit
 
-from modeling_llm2clip.data.image_sources import ParquetImage, open_image
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.record_streams import make_loader, stream_records
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.images.image_sources import ParquetImage, open_image
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.streams.record_streams import make_loader, stream_records
 
 _DISTINCT_FILES = 8
 # Row groups and options of Parquet writers; `datasets` writes without compression.

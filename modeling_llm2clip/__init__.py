@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from .conversion.convert_checkpoint import convert_checkpoint
     from .conversion.source_checkpoint import CheckpointSource
     from .conversion.source_llm import LLMSource
-    from .data.caption_joins import join_captions
-    from .data.dataset_objects import records_from_dataset, stream_dataset
-    from .data.embedding_store import EmbeddingStore
-    from .data.record_loading import load_records
-    from .data.record_streams import stream_records
-    from .data.record_table import RecordTable
-    from .data.records import CaptionedImage
-    from .data.splits import split_records
+    from .data.captions.caption_joins import join_captions
+    from .data.records.dataset_objects import records_from_dataset, stream_dataset
+    from .data.records.record_loading import load_records
+    from .data.records.record_table import RecordTable
+    from .data.records.records import CaptionedImage
+    from .data.records.splits import split_records
+    from .data.store.embedding_store import EmbeddingStore
+    from .data.streams.record_streams import stream_records
     from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
     from .encoding.encode import encode_images, encode_texts
@@ -78,14 +78,14 @@ _HOMES = {
     "conversion.convert_checkpoint": ("convert_checkpoint",),
     "conversion.source_checkpoint": ("CheckpointSource",),
     "conversion.source_llm": ("LLMSource",),
-    "data.caption_joins": ("join_captions",),
-    "data.dataset_objects": ("records_from_dataset", "stream_dataset"),
-    "data.embedding_store": ("EmbeddingStore",),
-    "data.record_loading": ("load_records",),
-    "data.record_streams": ("stream_records",),
-    "data.record_table": ("RecordTable",),
-    "data.records": ("CaptionedImage",),
-    "data.splits": ("split_records",),
+    "data.captions.caption_joins": ("join_captions",),
+    "data.records.dataset_objects": ("records_from_dataset", "stream_dataset"),
+    "data.store.embedding_store": ("EmbeddingStore",),
+    "data.records.record_loading": ("load_records",),
+    "data.streams.record_streams": ("stream_records",),
+    "data.records.record_table": ("RecordTable",),
+    "data.records.records": ("CaptionedImage",),
+    "data.records.splits": ("split_records",),
     "data.validation_errors": ("DataValidationError",),
     "doctor.check_model": ("check_model",),
     "encoding.encode": ("encode_images", "encode_texts"),

@@ -29,7 +29,7 @@ from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.configs.train_config import TrainConfig
-from modeling_llm2clip.data.records import _KNOWN_FIELDS
+from modeling_llm2clip.data.records.records import _KNOWN_FIELDS
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets
 from modeling_llm2clip.evaluation.tasks.task_registry import TASKS

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.training.distributed import keep_to_one_gpu
 from modeling_llm2clip.training.finetuning.lora_encoder import name_base_without_path
 

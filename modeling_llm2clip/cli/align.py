@@ -20,8 +20,8 @@ from .command import command
 from .extras import list_needs_of_model
 
 if TYPE_CHECKING:
-    from ..data.record_streams import RecordStream
-    from ..data.records import CaptionedImage
+    from ..data.records.records import CaptionedImage
+    from ..data.streams.record_streams import RecordStream
 
 
 @command(

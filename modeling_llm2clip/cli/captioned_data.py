@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ..configs.data_config import DataConfig, StreamConfig
 
 if TYPE_CHECKING:
-    from ..data.record_streams import RecordStream
-    from ..data.record_table import RecordTable
+    from ..data.records.record_table import RecordTable
+    from ..data.streams.record_streams import RecordStream
 
 
 def require_data(data: str, reading: DataConfig) -> None:
@@ -54,7 +54,7 @@ def stream_captioned_images(
         ValueError: There are no shards, they cannot be reached, or options are of no use to a
             stream.
     """
-    from ..data.record_streams import stream_records
+    from ..data.streams.record_streams import stream_records
 
     if reading.image_dir is not None or reading.check_images or reading.captions_from is not None:
         raise ValueError(
@@ -83,7 +83,7 @@ def read_captioned_images(
     Raises:
         DataValidationError: Records are invalid; every error is named at once.
     """
-    from ..data.configured_records import read_configured_records
+    from ..data.records.configured_records import read_configured_records
 
     check_images = reading.check_images
     if check_images is None:

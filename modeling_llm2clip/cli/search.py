@@ -80,7 +80,7 @@ def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
 
 
 def _check_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
-    from ..data.image_sources import find_unreadable_images, register_heif_reader
+    from ..data.images.image_sources import find_unreadable_images, register_heif_reader
     from ..processing_llm2clip import clean_list
 
     if queries:

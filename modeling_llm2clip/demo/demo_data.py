@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from ..data.record_loading import find_example_data, load_records
-from ..data.record_table import RecordTable
-from ..data.records import CaptionedImage
-from ..data.splits import choose_test_rows, split_records
+from ..data.records.record_loading import find_example_data, load_records
+from ..data.records.record_table import RecordTable
+from ..data.records.records import CaptionedImage
+from ..data.records.splits import choose_test_rows, split_records
 from ..evaluation.datasets.catalog.emoji import EMOJI_SEED, NUM_TEST_GROUPS
 
 

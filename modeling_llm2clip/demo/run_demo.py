@@ -16,8 +16,8 @@ from .._environment import list_versions
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
 from ..configs.align_config import AlignConfig
 from ..configs.train_config import TrainConfig
-from ..data.embedding_store import EmbeddingStore
-from ..data.records import CaptionedImage
+from ..data.records.records import CaptionedImage
+from ..data.store.embedding_store import EmbeddingStore
 from ..encoding.encode import encode_images, project_images
 from ..evaluation.results import read_evaluation_results
 from ..model_folders.atomic_folder import require_new_folder

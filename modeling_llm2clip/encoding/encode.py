@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.image_sources import ArrowImage, ParquetImage, TarImage, open_image
+from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list

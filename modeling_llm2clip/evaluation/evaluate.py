@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 from .._extras import PLOTS, is_installed, require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
-from ..data.record_loading import load_records
-from ..data.records import CaptionedImage
+from ..data.records.record_loading import load_records
+from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
 from .datasets.dataset_spec import DatasetSpec

@@ -30,7 +30,7 @@ from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.image_sources import ImageSource
+from ..data.images.image_sources import ImageSource
 from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ..model_folders.training_state import warn_of_untrained
 from .datasets.dataset_registry import find_dataset, list_datasets, load_dataset

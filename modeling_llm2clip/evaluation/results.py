@@ -20,7 +20,7 @@ from typing import Any
 
 from .._environment import list_versions
 from ..data.atomic_files import hash_json, write_atomically
-from ..data.image_sources import EncodedImage, ImageSource, TarImage
+from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task

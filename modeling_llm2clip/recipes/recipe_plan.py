@@ -14,12 +14,12 @@ from tabulate import tabulate
 from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
-from ..data.caption_groups import count_groups
-from ..data.record_loading import find_example_data, load_records
-from ..data.records import CaptionedImage
-from ..data.splits import split_records
-from ..data.store_manifest import MANIFEST_FILE, read_manifest
-from ..data.store_shards import CHECKSUM_BYTES
+from ..data.captions.caption_groups import count_groups
+from ..data.records.record_loading import find_example_data, load_records
+from ..data.records.records import CaptionedImage
+from ..data.records.splits import split_records
+from ..data.store.store_manifest import MANIFEST_FILE, read_manifest
+from ..data.store.store_shards import CHECKSUM_BYTES
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data

@@ -20,7 +20,7 @@ from ..building.pretrained_towers import EMBEDDED, fetch_embedded
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
-from ..data.data_hashes import hash_records
+from ..data.records.data_hashes import hash_records
 from ..doctor.check_model import check_model
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files

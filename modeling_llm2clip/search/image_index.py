@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..configs.search_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.image_sources import (
+from ..data.images.image_sources import (
     OPTIONAL_IMAGE_SUFFIXES,
     find_unreadable_images,
     list_readable_suffixes,

@@ -19,7 +19,7 @@ from benchmarks.ordinary_clip import (
     save_ordinary_clip,
     train_ordinary_clip,
 )
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 
 # Other sizes of batches, through twenty layers of convolutions in float32.

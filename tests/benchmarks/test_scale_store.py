@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,7 +20,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.lora_merging import merge_lora, merge_lora_weights
 from modeling_llm2clip.building.pretrained_towers import SMOLLM2_BASE, fetch_embedded
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.data.record_loading import find_example_data
+from modeling_llm2clip.data.records.record_loading import find_example_data
 from modeling_llm2clip.model_folders.weights import open_weights
 
 NUM_MATRICES = 2 * 7  # two layers of seven linear ones

@@ -22,7 +22,7 @@ from transformers import TrainerControl, TrainerState
 
 from modeling_llm2clip.cli.library_warnings import hide_known_warnings
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.embedding_store_writer import (
+from modeling_llm2clip.data.store.embedding_store_writer import (
     EmbeddingStoreWriter,
     StoreItems,
     plan_manifest,

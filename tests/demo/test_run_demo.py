@@ -83,7 +83,7 @@ def test_the_demo_runs_from_the_wheel_alone_on_its_embedded_images(
 ) -> None:
     code = (
         "import modeling_llm2clip as package\n"
-        "from modeling_llm2clip.data.record_loading import find_example_data\n"
+        "from modeling_llm2clip.data.records.record_loading import find_example_data\n"
         "print(package.__file__, find_example_data(), sep='\\n')"
     )
     found = run_command([sys.executable, "-c", code], cwd=tmp_path, path=installed).splitlines()

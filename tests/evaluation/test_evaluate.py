@@ -23,7 +23,7 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluatedModel,
     EvaluationConfig,
 )
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation import evaluate as evaluation
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset

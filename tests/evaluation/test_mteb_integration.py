@@ -23,7 +23,7 @@ from shared_models import ROUNDING, shared_model
 from torch.utils.data import DataLoader
 
 import modeling_llm2clip
-from modeling_llm2clip.data.image_sources import TarImage
+from modeling_llm2clip.data.images.image_sources import TarImage
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval

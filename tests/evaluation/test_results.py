@@ -11,7 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from modeling_llm2clip.data.image_sources import ParquetImage
+from modeling_llm2clip.data.images.image_sources import ParquetImage
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence

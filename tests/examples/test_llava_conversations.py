@@ -20,8 +20,8 @@ from llava_conversations import (
 from llava_model import build_llava, find_tokens_of
 from llava_parts import TURNS, build, make_entry, save_parts
 
-from modeling_llm2clip.data.image_sources import ImageSource, ParquetImage, TarImage
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.images.image_sources import ImageSource, ParquetImage, TarImage
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
 NUM_PATCHES = 16  # 32 pixels, patches of 8

@@ -29,7 +29,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 pytestmark = pytest.mark.slow

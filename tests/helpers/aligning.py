@@ -19,9 +19,9 @@ from transformers import __version__ as transformers_version
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.held_out import HeldOutScores

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.records import CaptionedImage
 
 # What is written, and what must come back whatever the format.
 LINES: list[dict[str, Any]] = [

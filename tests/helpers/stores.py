@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from modeling_llm2clip.data.atomic_files import hash_file
-from modeling_llm2clip.data.embedding_store_writer import find_complete_shards
-from modeling_llm2clip.data.store_manifest import (
+from modeling_llm2clip.data.store.embedding_store_writer import find_complete_shards
+from modeling_llm2clip.data.store.store_manifest import (
     MANIFEST_FILE,
     read_manifest,
     read_sealed,

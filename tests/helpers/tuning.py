@@ -11,9 +11,9 @@ from typing import Any
 from tiny import tiny_model
 
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.caption_groups import CaptionGroup, group_captions
-from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.data.text_pairs import TextPair
+from modeling_llm2clip.data.captions.caption_groups import CaptionGroup, group_captions
+from modeling_llm2clip.data.captions.text_pairs import TextPair
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
 

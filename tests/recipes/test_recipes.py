@@ -11,7 +11,7 @@ import pytest
 from modeling_llm2clip.building.pretrained_towers import EMBEDDED
 from modeling_llm2clip.configs.config_fields import read_config
 from modeling_llm2clip.configs.train_config import TrainConfig
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.evaluation.datasets.dataset_registry import resolve_dataset
 from modeling_llm2clip.recipes.recipe_checks import check_recipe
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe

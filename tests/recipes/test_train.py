@@ -22,7 +22,7 @@ from tiny_recipe import WEIGHTS, make_recipe, read_files, write_recipe
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.train_config import TrainConfig
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card_data import read_card_data
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe

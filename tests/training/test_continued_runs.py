@@ -17,7 +17,7 @@ from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.store_manifest import read_manifest
+from modeling_llm2clip.data.store.store_manifest import read_manifest
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset

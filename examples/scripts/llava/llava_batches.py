@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import LlavaProcessor
 from visual_tokens import VisualTokens
 
-from modeling_llm2clip.data.image_sources import open_image
+from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.image_loading_llm2clip import load_images
 

@@ -22,8 +22,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_llm2clip.data.image_sources import ImageSource, open_image
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.images.image_sources import ImageSource, open_image
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.image_loading_llm2clip import load_images
 

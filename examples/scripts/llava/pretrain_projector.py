@@ -22,7 +22,7 @@ from llava_model import build_llava, train_projector_only
 from llava_trainer import LlavaConfig
 from transformers import LlavaProcessor
 
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 
 
 def main() -> int:

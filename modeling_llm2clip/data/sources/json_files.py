@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..records import RawRecord
+from ..records.records import RawRecord
 from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8

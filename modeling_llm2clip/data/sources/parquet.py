@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..image_sources import ParquetImage
-from ..parquet_images import find_layout, read_group_column
-from ..records import RawRecord
+from ..images.image_sources import ParquetImage
+from ..images.parquet_images import find_layout, read_group_column
+from ..records.records import RawRecord
 from ..validation_errors import ErrorCollector
 from .download_notes import (
     DOWNLOAD_COLUMNS,

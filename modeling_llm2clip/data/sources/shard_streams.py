@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..image_sources import EncodedImage
-from ..records import RawRecord
+from ..images.image_sources import EncodedImage
+from ..records.records import RawRecord
 from .download_notes import (
     KEY,
     choose_download_columns,

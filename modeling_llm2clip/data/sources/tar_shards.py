@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
-from ..records import CAPTION_FIELDS, RawRecord
+from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
+from ..records.records import CAPTION_FIELDS, RawRecord
 from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
 from .json_files import parse_object

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from ...data.image_sources import ImageSource
-from ...data.records import clean_text
+from ...data.images.image_sources import ImageSource
+from ...data.records.records import clean_text
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
 from .validation import DatasetValidator
 

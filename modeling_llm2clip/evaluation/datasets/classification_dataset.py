@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...data.atomic_files import hash_file
-from ...data.image_sources import ImageSource
+from ...data.images.image_sources import ImageSource
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_repeated
 from .validation import DatasetValidator
 

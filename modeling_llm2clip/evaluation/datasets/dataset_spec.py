@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from ...data.image_sources import ImageSource
+from ...data.images.image_sources import ImageSource
 from .validation import DatasetValidator
 
 DatasetType: TypeAlias = Literal["retrieval", "captions", "classification", "choice"]

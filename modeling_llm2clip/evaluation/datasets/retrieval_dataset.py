@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from ...data.caption_groups import CaptionGroup
-from ...data.image_sources import ImageSource
-from ...data.records import CaptionedImage, clean_text
+from ...data.captions.caption_groups import CaptionGroup
+from ...data.images.image_sources import ImageSource
+from ...data.records.records import CaptionedImage, clean_text
 from ...data.sources.parquet import read_parquet
 from ..metrics.correspondence import Correspondence
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.atomic_files import hash_file
-from ...data.image_sources import ImageSource, find_unreadable_images
+from ...data.images.image_sources import ImageSource, find_unreadable_images
 from ...data.validation_errors import ErrorCollector
 
 

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from ..._suggestions import did_you_mean
 from ...configs.evaluation_config import EncoderConfig, ModelType
-from ...data.records import CaptionedImage
+from ...data.records.records import CaptionedImage
 from ...model_folders.model_folder import find_model_folder
 from .clip_siglip import FAMILIES, ClipSiglipEncoder
 from .encoder import Encoder

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...configs.evaluation_config import EncoderConfig
-from ...data.image_sources import open_image
+from ...data.images.image_sources import open_image
 from ...encoding.devices import find_device
 from ...encoding.encode import encode_distinct
 from ...image_loading_llm2clip import load_images

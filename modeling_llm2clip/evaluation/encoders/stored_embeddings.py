@@ -20,11 +20,11 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
-from ...data.data_hashes import hash_texts
-from ...data.embedding_store import EmbeddingStore
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
-from ...data.records import CaptionedImage
-from ...data.store_manifest import MANIFEST_FILE
+from ...data.records.data_hashes import hash_texts
+from ...data.records.records import CaptionedImage
+from ...data.store.embedding_store import EmbeddingStore
+from ...data.store.store_manifest import MANIFEST_FILE
 from ...encoding.encode import project_captions, project_images
 from ...model_folders.fingerprint import (
     fingerprint_model,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ...data.caption_groups import CaptionGroup
+from ...data.captions.caption_groups import CaptionGroup
 from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import Encoder
 from ..metrics.correspondence import Correspondence

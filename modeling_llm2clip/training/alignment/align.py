@@ -17,10 +17,10 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
 from ...data.atomic_files import hash_file
-from ...data.embedding_store import MANIFEST_FILE, EmbeddingStore
-from ...data.record_streams import RecordStream
-from ...data.record_table import RecordTable
-from ...data.records import CaptionedImage
+from ...data.records.record_table import RecordTable
+from ...data.records.records import CaptionedImage
+from ...data.store.embedding_store import MANIFEST_FILE, EmbeddingStore
+from ...data.streams.record_streams import RecordStream
 from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ...configs.align_config import AlignConfig
-from ...data.embedding_store import EmbeddingStore
 from ...data.key_arrays import find_first_rows
-from ...data.record_columns import ROWS_PER_BATCH
-from ...data.record_table import Array, RecordTable
-from ...data.records import CaptionedImage
+from ...data.records.record_columns import ROWS_PER_BATCH
+from ...data.records.record_table import Array, RecordTable
+from ...data.records.records import CaptionedImage
+from ...data.store.embedding_store import EmbeddingStore
 from ..distributed import refuse_fsdp_for_lora
 
 _NAMES_SHOWN = 5

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from ...configs.align_config import AlignConfig
-from ...data.record_streams import make_loader, read_report
-from ...data.stream_report import StreamReport
+from ...data.streams.record_streams import make_loader, read_report
+from ...data.streams.stream_report import StreamReport
 from .alignment_data import AlignmentDataset, keep_batch
 from .alignment_stream import AlignmentStream
 from .sampling import Array, ResumableBatchSampler

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.embedding_store import EmbeddingStore
-from ...data.image_sources import open_image
-from ...data.record_table import RecordTable
-from ...data.records import CaptionedImage
+from ...data.images.image_sources import open_image
+from ...data.records.record_table import RecordTable
+from ...data.records.records import CaptionedImage
+from ...data.store.embedding_store import EmbeddingStore
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .sampling import Array, sample_captions, sample_normal
 from .step_times import INPUT_PARTS

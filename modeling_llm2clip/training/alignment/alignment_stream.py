@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...configs.align_config import AlignConfig
-from ...data.embedding_store import EmbeddingStore
-from ...data.image_sources import open_image
-from ...data.record_columns import hash_identity, hash_text
-from ...data.record_streams import RecordStream
-from ...data.records import CaptionedImage
+from ...data.images.image_sources import open_image
+from ...data.records.record_columns import hash_identity, hash_text
+from ...data.records.records import CaptionedImage
+from ...data.store.embedding_store import EmbeddingStore
+from ...data.streams.record_streams import RecordStream
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .held_out import count_held_out
 from .sampling import Array, sample_captions

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...data.atomic_files import write_atomically
 from ...data.key_arrays import count_distinct
-from ...data.record_table import RecordTable
+from ...data.records.record_table import RecordTable
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at

@@ -12,10 +12,10 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ...configs.align_config import AlignConfig
-from ...data.data_hashes import describe_images, hash_records
-from ...data.embedding_store import EmbeddingStore
-from ...data.record_streams import RecordStream
-from ...data.record_table import RecordTable
+from ...data.records.data_hashes import describe_images, hash_records
+from ...data.records.record_table import RecordTable
+from ...data.store.embedding_store import EmbeddingStore
+from ...data.streams.record_streams import RecordStream
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_batches import Batches, SampledBatches, StreamedBatches
 from .alignment_data import AlignmentDataset

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ...data.data_hashes import hash_image_sizes, hash_texts
-from ...data.embedding_store import EmbeddingStore
-from ...data.record_columns import NO_IMAGE
-from ...data.record_table import RecordTable
+from ...data.records.data_hashes import hash_image_sizes, hash_texts
+from ...data.records.record_columns import NO_IMAGE
+from ...data.records.record_table import RecordTable
+from ...data.store.embedding_store import EmbeddingStore
 from .sampling import Array
 
 _NAMES_SHOWN = 5

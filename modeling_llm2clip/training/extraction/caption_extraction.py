@@ -18,18 +18,18 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 
 from ...configs.extract_config import ExtractConfig
-from ...data.caption_columns import (
+from ...data.captions.caption_columns import (
     CAPTION_COLUMNS,
     FirstOccurrences,
     flatten_captions,
     iterate_first_captions,
 )
-from ...data.data_hashes import hash_texts
-from ...data.distinct_texts import TextNumbers
-from ...data.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
-from ...data.record_table import RecordTable
-from ...data.store_index import StoreIndex, make_batch
-from ...data.store_manifest import STORED_DTYPES
+from ...data.captions.distinct_texts import TextNumbers
+from ...data.records.data_hashes import hash_texts
+from ...data.records.record_table import RecordTable
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
+from ...data.store.store_index import StoreIndex, make_batch
+from ...data.store.store_manifest import STORED_DTYPES
 from ...encoding.encode import default_token_budget, iterate_token_batches
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel

@@ -15,11 +15,11 @@ from typing import Literal
 from accelerate import PartialState
 
 from ...configs.extract_config import ExtractConfig
-from ...data.embedding_store import EmbeddingStore
-from ...data.embedding_store_writer import EmbeddingStoreWriter
-from ...data.record_table import RecordTable
-from ...data.records import CaptionedImage
-from ...data.store_manifest import read_manifest
+from ...data.records.record_table import RecordTable
+from ...data.records.records import CaptionedImage
+from ...data.store.embedding_store import EmbeddingStore
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter
+from ...data.store.store_manifest import read_manifest
 from ..distributed import choose_device
 from ..graceful_stop import StopRequest, stop_on_signals
 from ..stage_source import Source, open_source

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from ...data.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from ...data.store_manifest import StoreManifest
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from ...data.store.store_manifest import StoreManifest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

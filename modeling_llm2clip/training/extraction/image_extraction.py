@@ -12,15 +12,15 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from ...configs.extract_config import ExtractConfig
-from ...data.caption_columns import FirstOccurrences
-from ...data.data_hashes import hash_image_sizes, hash_texts
-from ...data.distinct_texts import TextNumbers
-from ...data.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
-from ...data.image_sources import ImageSource, count_bytes
-from ...data.record_columns import NO_IMAGE, ROWS_PER_BATCH
-from ...data.record_table import RecordTable
-from ...data.store_index import StoreIndex, make_batch
-from ...data.store_manifest import STORED_DTYPES
+from ...data.captions.caption_columns import FirstOccurrences
+from ...data.captions.distinct_texts import TextNumbers
+from ...data.images.image_sources import ImageSource, count_bytes
+from ...data.records.data_hashes import hash_image_sizes, hash_texts
+from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
+from ...data.records.record_table import RecordTable
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
+from ...data.store.store_index import StoreIndex, make_batch
+from ...data.store.store_manifest import STORED_DTYPES
 from ...encoding.encode import default_batch_size, iterate_image_batches, split_evenly
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel

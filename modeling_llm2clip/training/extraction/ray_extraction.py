@@ -16,9 +16,9 @@ import torch
 
 from ..._extras import RAY, require
 from ...configs.extract_config import ExtractConfig
-from ...data.embedding_store_writer import EmbeddingStoreWriter
-from ...data.record_table import RecordTable
-from ...data.store_manifest import StoreManifest
+from ...data.records.record_table import RecordTable
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter
+from ...data.store.store_manifest import StoreManifest
 from ...encoding.devices import find_device
 from .shard_extraction import Modality, ShardExtractor
 

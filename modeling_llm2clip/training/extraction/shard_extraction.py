@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from ...configs.extract_config import ExtractConfig
-from ...data.embedding_store_writer import EmbeddingStoreWriter
-from ...data.record_table import RecordTable
+from ...data.records.record_table import RecordTable
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter
 from ..distributed import choose_device
 from ..graceful_stop import StopRequest
 from .caption_extraction import plan_captions

@@ -21,10 +21,10 @@ from ...building.lora_merging import merge_lora
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
-from ...data.caption_groups import group_captions, skip_single_captions
-from ...data.data_hashes import hash_records
-from ...data.record_table import RecordTable
-from ...data.records import CaptionedImage
+from ...data.captions.caption_groups import group_captions, skip_single_captions
+from ...data.records.data_hashes import hash_records
+from ...data.records.record_table import RecordTable
+from ...data.records.records import CaptionedImage
 from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
-from ...data.caption_groups import CaptionGroups, GroupBatch
+from ...data.captions.caption_groups import CaptionGroups, GroupBatch
+from ...data.captions.text_pairs import TextPair
 from ...data.key_arrays import is_among
-from ...data.record_columns import hash_text
-from ...data.text_pairs import TextPair
+from ...data.records.record_columns import hash_text
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from downloads import CAPTIONS, IMAGES, URLS, write_downloaded_parquet, write_downloaded_tar
 
-from modeling_llm2clip.data import record_index
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.record_streams import stream_records
+from modeling_llm2clip.data.records import record_index
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.streams.record_streams import stream_records
 
 WRITERS = [write_downloaded_tar, write_downloaded_parquet]
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from captioned_files import encode, make_image, own_cache  # noqa: F401
 
-from modeling_llm2clip.data.image_sources import ParquetImage, open_image
+from modeling_llm2clip.data.images.image_sources import ParquetImage, open_image
 from modeling_llm2clip.data.sources.parquet import iterate_rows, read_parquet
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.processing_llm2clip import load_images

@@ -11,7 +11,7 @@ import pytest
 from published_datasets import write_coco_official, write_imagenet, write_own_folder
 
 from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,

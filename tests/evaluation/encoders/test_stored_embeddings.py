@@ -23,7 +23,7 @@ from modeling_llm2clip.data.named_embeddings import (
     side_file,
     write_named_embeddings,
 )
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.extraction.extract import extract

@@ -14,7 +14,7 @@ from embeddings_by_hand import (
     open_embeddings,
 )
 
-from modeling_llm2clip.data.caption_groups import CaptionGroup
+from modeling_llm2clip.data.captions.caption_groups import CaptionGroup
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import CRA, measure_caption_retrieval
 
 

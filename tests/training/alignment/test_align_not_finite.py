@@ -12,7 +12,7 @@ from aligning import NUM_RECORDS, SHORT_RUN, Prepared, read_losses
 from transformers import Trainer
 
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (

@@ -15,8 +15,8 @@ from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, write_data
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import check_processes
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.data.record_streams import RecordStream, stream_records
+from modeling_llm2clip.data.streams.record_streams import RecordStream, stream_records
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_stream import (
     AlignmentStream,

@@ -29,11 +29,11 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.record_loading import load_records
-from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.data.store_manifest import read_manifest
-from modeling_llm2clip.data.store_shard_writer import ShardWriter
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.store_manifest import read_manifest
+from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from modeling_llm2clip.training.extraction import extract as stage

@@ -12,7 +12,7 @@ from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.data.text_pairs import TextPair
+from modeling_llm2clip.data.captions.text_pairs import TextPair
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import export_model

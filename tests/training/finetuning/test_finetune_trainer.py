@@ -16,8 +16,8 @@ from tuning import RECORDS, SHORT, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.caption_groups import group_captions
-from modeling_llm2clip.data.text_pairs import TextPair
+from modeling_llm2clip.data.captions.caption_groups import group_captions
+from modeling_llm2clip.data.captions.text_pairs import TextPair
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_data import prepare_data
 from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import ConcatDataset
 from tuning import RECORDS
 
-from modeling_llm2clip.data.caption_groups import CaptionGroup, group_captions
-from modeling_llm2clip.data.record_columns import hash_text
-from modeling_llm2clip.data.records import CaptionedImage
-from modeling_llm2clip.data.text_pairs import TextPair
+from modeling_llm2clip.data.captions.caption_groups import CaptionGroup, group_captions
+from modeling_llm2clip.data.captions.text_pairs import TextPair
+from modeling_llm2clip.data.records.record_columns import hash_text
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from modeling_llm2clip.training.finetuning import pair_tables
 from modeling_llm2clip.training.finetuning.pair_sampling import (

@@ -22,7 +22,7 @@ from gloo_workers import (
 )
 from tiny import tiny_model
 
-from modeling_llm2clip.data.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, contrastive_loss
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ....data.image_sources import ImageSource, ParquetImage
-from ....data.records import clean_text
+from ....data.images.image_sources import ImageSource, ParquetImage
+from ....data.records.records import clean_text
 from ....data.sources.coco import read_coco
 from ....data.sources.json_files import read_json, read_json_lines
 from ....data.sources.parquet import iterate_rows

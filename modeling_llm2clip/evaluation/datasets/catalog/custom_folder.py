@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ....data.data_hashes import hash_records
-from ....data.image_sources import IMAGE_SUFFIXES
-from ....data.record_loading import CollectedRecord, iterate_records
-from ....data.records import CaptionedImage
+from ....data.images.image_sources import IMAGE_SUFFIXES
+from ....data.records.data_hashes import hash_records
+from ....data.records.record_loading import CollectedRecord, iterate_records
+from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset

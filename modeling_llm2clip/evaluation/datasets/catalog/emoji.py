@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ....data.record_loading import find_example_data, load_records
-from ....data.records import CaptionedImage
-from ....data.splits import choose_test_rows, split_records
+from ....data.records.record_loading import find_example_data, load_records
+from ....data.records.records import CaptionedImage
+from ....data.records.splits import choose_test_rows, split_records
 from ..dataset_spec import DatasetSpec, ReadRequest
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
 from ..validation import DatasetValidator

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ....data.image_sources import IMAGE_SUFFIXES
+from ....data.images.image_sources import IMAGE_SUFFIXES
 from ..classification_dataset import LabeledImages, build_classification_dataset
 from ..dataset_spec import DatasetSpec, ReadRequest
 from ..validation import DatasetValidator, read_lines

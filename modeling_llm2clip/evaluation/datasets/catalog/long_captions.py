@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ....data.image_sources import IMAGE_SUFFIXES
+from ....data.images.image_sources import IMAGE_SUFFIXES
 from ....data.sources.json_files import iterate_json_list, read_json_lines
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset

@@ -21,7 +21,7 @@ from published_datasets import (
     write_xm3600,
 )
 
-from modeling_llm2clip.data.image_sources import ParquetImage
+from modeling_llm2clip.data.images.image_sources import ParquetImage
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     load_dataset,
 )

@@ -12,7 +12,7 @@ from published_datasets import (
     write_own_folder,
 )
 
-from modeling_llm2clip.data.records import CaptionedImage
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,

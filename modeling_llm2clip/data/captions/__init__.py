@@ -1,0 +1,1 @@
+"""Captions: groups and pairs of them, and those that others published."""

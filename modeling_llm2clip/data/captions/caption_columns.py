@@ -1,0 +1,127 @@
+"""Captions of records as columns: the short ones of a record, then its long ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..records.record_table import RecordTable
+from ..store.store_index import StoreIndex
+
+Array: TypeAlias = np.ndarray[Any, Any]
+CAPTION_COLUMNS = ("captions", "long_captions")
+
+
+class FlatCaptions(NamedTuple):
+    """The captions of some records.
+
+    Attributes:
+        texts: strings, record by record.
+        num_short: (n,) short captions of each record.
+        ends: (n + 1,) where the captions of each record begin, and the last ones end.
+    """
+
+    texts: pa.Array
+    num_short: Array
+    ends: Array
+
+
+def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
+    """Put the captions of the records of a batch into one column.
+
+    Args:
+        batch: with the columns `captions` and `long_captions`.
+    """
+    short, long = (batch.column(name) for name in CAPTION_COLUMNS)
+    num_short, num_long = (np.diff(np.asarray(column.offsets)) for column in (short, long))
+    ends = np.concatenate([[0], np.cumsum(num_short + num_long, dtype=np.int64)])
+    if not num_long.any():
+        return FlatCaptions(short.flatten(), num_short, ends)
+    records = np.repeat(np.arange(batch.num_rows), num_short + num_long)
+    within = np.arange(ends[-1]) - ends[records]
+    first_short, first_long = (
+        np.cumsum(counts, dtype=np.int64) - counts for counts in (num_short, num_long)
+    )
+    places = np.where(
+        within < num_short[records],
+        first_short[records] + within,
+        len(short.flatten()) + first_long[records] + within - num_short[records],
+    )
+    both = pa.concat_arrays([short.flatten(), long.flatten()])
+    return FlatCaptions(both.take(pa.array(places)), num_short, ends)
+
+
+class FirstOccurrences:
+    """Where each row of a store occurs first in its index, found anew for the rows of a shard.
+
+    Rows are numbered by first occurrence, so a row is new where its number exceeds all before.
+
+    Args:
+        index: index of the store.
+        rows_per_shard: rows of every shard but the last.
+    """
+
+    def __init__(self, index: StoreIndex, rows_per_shard: int) -> None:
+        self._index = index
+        self._rows_per_shard = rows_per_shard
+        self._first_items = _find_first_items(index, rows_per_shard)
+
+    def find(self, rows: range) -> Iterator[tuple[int, Array, Array]]:
+        """Find the first occurrences of the rows of a shard.
+
+        Args:
+            rows: all rows of a shard.
+
+        Yields:
+            Number of an item, and for some rows in their order the items from it on, and the number
+            of the caption in the item.
+        """
+        newest = rows.start - 1
+        for first, ends, found in self._index.iterate_rows(
+            self._first_items[rows.start // self._rows_per_shard]
+        ):
+            highest = np.maximum.accumulate(np.maximum(found, newest))
+            before = np.concatenate([[newest], highest[:-1]])
+            places = np.flatnonzero((found > before) & (found < rows.stop))
+            items = np.searchsorted(ends, places, side="right") - 1
+            if len(places):
+                yield first, items, places - ends[items]
+            newest = int(highest[-1]) if len(highest) else newest
+            if newest >= rows.stop - 1:
+                return
+
+
+def iterate_first_captions(
+    table: RecordTable, occurrences: FirstOccurrences, rows: range
+) -> Iterator[str]:
+    """Yield the captions of the rows of a shard.
+
+    Args:
+        table: the records that the store is made from.
+        occurrences: of the store's rows.
+        rows: all rows of a shard.
+    """
+    for first, items, numbers in occurrences.find(rows):
+        start, stop = int(items[0]), int(items[-1]) + 1
+        chosen = table.select(np.arange(first + start, first + stop))
+        [batch] = chosen.iterate_columns(CAPTION_COLUMNS)
+        flat = flatten_captions(batch)
+        yield from flat.texts.take(pa.array(flat.ends[items - start] + numbers)).to_pylist()
+
+
+def _find_first_items(index: StoreIndex, rows_per_shard: int) -> list[int]:
+    """Find the item in which the first row of each shard occurs first."""
+    found: list[int] = []
+    newest = -1
+    for first, ends, rows in index.iterate_rows():
+        if not len(rows):
+            continue
+        highest = np.maximum.accumulate(np.maximum(rows, newest))
+        newest = int(highest[-1])
+        wanted = np.arange(len(found) * rows_per_shard, newest + 1, rows_per_shard)
+        items = np.searchsorted(ends, np.searchsorted(highest, wanted), side="right") - 1
+        found += (first + items).tolist()
+    return found

@@ -1,0 +1,194 @@
+"""Reads files of captions that others published for images of known URLs or keys.
+
+| file | what |
+| --- | --- |
+| `*.csv`, `*.csv.gz`, `*.tsv` | a header, then a row per image |
+| `*.jsonl` | an object per line |
+| `*.parquet`: a file, a folder, a pattern | a row per image |
+
+Columns are named as the fields of a record, `captions`, `long_captions` and their published
+variants, or as below; others are not read.
+
+| column | meaning |
+| --- | --- |
+| `url`, `URL`, `Image Path` | joined by URL |
+| `key`, `Image Path`, `file_name`, `image` | joined by key: the name without folder and suffix |
+| `raw_caption`, `org_caption` | a caption |
+| `re_caption` | a long caption, as Recap-DataComp-1B has it |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.csv as pa_csv  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from ..records.records import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
+from ..sources.json_files import iterate_lines, parse_object
+
+JoinColumn = Literal["key", "url"]
+_KEY_COLUMNS: dict[JoinColumn, tuple[str, ...]] = {
+    "url": ("url", "URL", "Image Path"),
+    "key": ("key", "Image Path", "file_name", "image"),
+}
+_SHORT = (*SHORT_CAPTION_FIELDS, "raw_caption", "org_caption")
+_LONG = (*LONG_CAPTION_FIELDS, "re_caption")
+_ROWS_AT_ONCE = 8192
+
+
+class CaptionRow(NamedTuple):
+    """What a row says about an image.
+
+    Attributes:
+        key: URL or key; None if the row has none.
+        captions: that are not blank, cleaned.
+        long_captions: that are not blank, cleaned.
+    """
+
+    key: str | None
+    captions: list[str]
+    long_captions: list[str]
+
+
+def read_caption_rows(
+    source: str | Path, on: JoinColumn, *, key_column: str | None = None
+) -> Iterator[list[CaptionRow]]:
+    """Yield the rows of a file of captions, some thousands at a time.
+
+    Args:
+        source: file, folder or pattern.
+        on: what the rows are joined by.
+        key_column: column that holds it. Default: the first in the table above that is there.
+
+    Yields:
+        Rows, in their order.
+
+    Raises:
+        ValueError: there is no such file, it is broken, or it lacks a column.
+    """
+    for file in _find_files(Path(source)):
+        column = None
+        for rows in _read(file, key_column):
+            if not rows:
+                continue
+            if column is None:
+                column = _choose_column(file, rows[0], on, key_column)
+            yield [_make_row(row, column, on) for row in rows]
+
+
+def make_key(name: str) -> str:
+    """Return the key of an image: its name without folder and suffix.
+
+    Args:
+        name: such as `00000.tar/000000012.jpg`.
+    """
+    return PurePosixPath(name).name.partition(".")[0]
+
+
+def _make_row(row: dict[str, Any], column: str, on: JoinColumn) -> CaptionRow:
+    value = row.get(column)
+    key = None if value is None or not str(value).strip() else str(value).strip()
+    if key is not None and on == "key":
+        key = make_key(key)
+    return CaptionRow(key, _list_texts(row, _SHORT), _list_texts(row, _LONG))
+
+
+def _list_texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        value = row.get(name)
+        for text in [value] if isinstance(value, str) else value or ():
+            if isinstance(text, str) and (cleaned := clean_text(text)):
+                found[cleaned] = None
+    return list(found)
+
+
+def _choose_column(file: Path, row: dict[str, Any], on: JoinColumn, given: str | None) -> str:
+    candidates = _KEY_COLUMNS[on] if given is None else (given,)
+    column = next((name for name in candidates if name in row), None)
+    if column is None:
+        raise ValueError(
+            f"{file} has none of the columns {', '.join(candidates)}, but {', '.join(row)}. Name "
+            f"the one that holds the {on} by key_column."
+        )
+    if not set(row) & {*_SHORT, *_LONG}:
+        raise ValueError(
+            f"{file} has no column of captions. Rename it as a field of "
+            "records, such as captions or long_captions."
+        )
+    return column
+
+
+def _find_files(source: Path) -> list[Path]:
+    if source.is_dir():
+        files = sorted(source.glob("*.parquet"))
+    elif "*" in str(source):
+        files = sorted(source.parent.glob(source.name))
+    else:
+        files = [source] if source.is_file() else []
+    if not files:
+        raise ValueError(f"{source}: no such file of captions. Correct the path.")
+    return files
+
+
+def _choose(names: Sequence[str], wanted: Collection[str]) -> list[str]:
+    """Choose the columns to read: all of them, for the error, if none can be joined by."""
+    chosen = [name for name in names if name in wanted]
+    return chosen if set(chosen) - {*_SHORT, *_LONG} else list(names)
+
+
+def _read(file: Path, key_column: str | None) -> Iterator[list[dict[str, Any]]]:
+    wanted = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], key_column or ""}
+    name = file.name.lower().removesuffix(".gz")
+    try:
+        if name.endswith(".parquet"):
+            yield from _read_parquet(file, wanted)
+        elif name.endswith((".csv", ".tsv")):
+            yield from _read_csv(file, "\t" if name.endswith(".tsv") else ",", wanted)
+        elif name.endswith(".jsonl"):
+            yield from _read_json_lines(file)
+        else:
+            raise ValueError(f"{file}: give .csv, .tsv, .jsonl or .parquet.")
+    except pa.ArrowException as error:
+        raise ValueError(f"{file}: broken ({error}). Download it again.") from error
+
+
+def _read_parquet(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
+    with pq.ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+        for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=_choose(names, wanted)):
+            yield batch.to_pylist()
+
+
+def _read_csv(file: Path, delimiter: str, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
+    parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    with pa_csv.open_csv(file, parse_options=parsing) as opened:
+        names = opened.schema.names
+    columns = _choose(names, wanted)
+    # Everything is text: a caption may be digits, or the word "null".
+    converting = pa_csv.ConvertOptions(
+        include_columns=columns,
+        column_types=dict.fromkeys(columns, pa.string()),
+        strings_can_be_null=False,
+    )
+    with pa_csv.open_csv(file, parse_options=parsing, convert_options=converting) as opened:
+        for batch in opened:
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+
+
+def _read_json_lines(file: Path) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in iterate_lines(file):
+        fields = parse_object(line)
+        if isinstance(fields, str):
+            raise ValueError(f"{file} line {number}: {fields}. Correct or remove it.")
+        rows.append(fields)
+        if len(rows) == _ROWS_AT_ONCE:
+            yield rows
+            rows = []
+    yield rows

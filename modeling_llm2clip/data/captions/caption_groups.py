@@ -1,0 +1,381 @@
+"""Groups of captions of the same thing, as columns: what a language model is fine-tuned on."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from pyarrow import compute
+
+from ..key_arrays import find_first_rows, is_among, sort_rows
+from ..records.record_table import RecordTable
+from ..records.records import CaptionedImage
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_ROWS_AT_ONCE = 2**13
+_ERRORS_SHOWN = 5
+_KEYS = ("group_key", "captions", "long_captions", "text_keys")
+_WITHOUT_PAIRS = (
+    "Data without second captions needs no fine-tuning: build the model from a fine-tuned LLM (a "
+    "released one, or with the LoRA of one by llm2clip build --lora), or skip this stage and "
+    "continue with llm2clip extract."
+)
+
+
+@dataclass(frozen=True)
+class CaptionGroup:
+    """All captions of one group.
+
+    Attributes:
+        group_id: what the captions describe.
+        captions: different texts, in one or several languages, short and long.
+    """
+
+    group_id: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """The captions of some whole groups, each text once per group.
+
+    Attributes:
+        counts: (G,) int64, captions of each group, at least two.
+        keys: (T,) int64, key of each caption, group by group.
+        group_ids: (G,) texts.
+        places: (T,) int64, where each caption is in `texts`, the second after the first.
+        texts: all captions of the records that were read, and all their long captions.
+    """
+
+    counts: Array
+    keys: Array
+    group_ids: pa.Array
+    places: Array
+    texts: tuple[pa.Array, pa.Array]
+
+    def take_texts(self, numbers: Array | None = None) -> pa.Array:
+        """Return captions.
+
+        Args:
+            numbers: (M,) numbers of captions of this batch; None for all.
+        """
+        places = self.places if numbers is None else self.places[numbers]
+        short, long = self.texts
+        texts = pa.concat_arrays([short, long]) if len(long) else short
+        return texts.take(pa.array(places))
+
+
+class CaptionGroups(Iterable[CaptionGroup]):
+    """Groups of at least two captions, which are read in batches and never held.
+
+    Texts are compared by their 64-bit keys. Of two different captions of one group with the same
+    key, one is not used: the odds are below one to a hundred million for a billion captions.
+
+    Args:
+        records: records in which those of one group follow one another.
+        num_groups: number of groups that the iteration yields.
+        num_pairs: number of pairs in which each caption is once, and the last of an odd number
+            beside another one of its group.
+        chosen: (groups of at least two captions,) bool, those that are meant; None for all.
+        left_out: ascending keys of captions that are left out; groups with fewer than two others
+            are left out too.
+
+    Examples:
+        >>> groups = group_captions(load_records("my-images"))
+        >>> len(groups), next(iter(groups)).captions[0]
+        (20, 'Two dogs on a beach.')
+    """
+
+    def __init__(
+        self,
+        records: RecordTable,
+        num_groups: int,
+        num_pairs: int,
+        *,
+        chosen: Array | None = None,
+        left_out: Array | None = None,
+    ) -> None:
+        self._records = records
+        self._num_groups = num_groups
+        self.num_pairs = num_pairs
+        self._chosen = chosen
+        self._left_out = left_out
+
+    def __len__(self) -> int:
+        return self._num_groups
+
+    def __iter__(self) -> Iterator[CaptionGroup]:
+        for batch in self.iterate_batches():
+            texts, start = batch.take_texts().to_pylist(), 0
+            for group_id, count in zip(
+                batch.group_ids.to_pylist(), batch.counts.tolist(), strict=True
+            ):
+                yield CaptionGroup(group_id, tuple(texts[start : start + count]))
+                start += count
+
+    def iterate_batches(self) -> Iterator[GroupBatch]:
+        """Yield the groups in batches, in the order of their first records."""
+        number = 0
+        for batch in iterate_whole_groups(self._records, (*_KEYS, "group_id")):
+            group, keys, places = list_distinct_texts(batch)
+            group, keys, places = _select(_is_of_several(group), group, keys, places)
+            if self._chosen is not None:
+                last = len(_mark_starts(group).nonzero()[0])
+                chosen = self._chosen[number : number + last]
+                number += last
+                group, keys, places = _select(chosen[_renumber(group)], group, keys, places)
+            if self._left_out is not None:
+                group, keys, places = _select(~is_among(keys, self._left_out), group, keys, places)
+                group, keys, places = _select(_is_of_several(group), group, keys, places)
+            if not len(group):
+                continue
+            starts = _mark_starts(group).nonzero()[0]
+            first = pa.array(_mark_starts(np.asarray(batch.column(0))).nonzero()[0])
+            yield GroupBatch(
+                counts=np.diff(starts, append=len(group)),
+                keys=keys,
+                group_ids=batch.column("group_id").take(first).take(pa.array(group[starts])),
+                places=places,
+                texts=(batch.column("captions").flatten(), batch.column("long_captions").flatten()),
+            )
+
+    def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
+        """Hold out groups at random; the others lose the captions that the held-out ones have too.
+
+        Args:
+            count: how many to hold out.
+            seed: another seed holds out other groups.
+
+        Returns:
+            Groups to train on, groups held out, and the number of captions that training lost.
+
+        Raises:
+            ValueError: a side would have fewer than two groups.
+        """
+        assert self._chosen is None and self._left_out is None
+        if not 2 <= count <= len(self) - 2:
+            raise ValueError(
+                f"Cannot hold out {count} of {len(self)} images: each side needs at least two. "
+                "Choose another number (--num-held-out), or give more images."
+            )
+        chosen = np.zeros(len(self), np.bool_)
+        chosen[_shuffle(len(self), seed)[:count]] = True
+        test = CaptionGroups(self._records, count, 0, chosen=chosen)
+        keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
+        num_texts = sum(
+            len(batch.keys)
+            for batch in CaptionGroups(self._records, 0, 0, chosen=~chosen).iterate_batches()
+        )
+        num_groups, num_pairs = 0, 0
+        for batch in CaptionGroups(
+            self._records, 0, 0, chosen=~chosen, left_out=keys
+        ).iterate_batches():
+            num_groups += len(batch.counts)
+            num_pairs += int(((batch.counts + 1) // 2).sum())
+            num_texts -= len(batch.keys)
+        train = CaptionGroups(self._records, num_groups, num_pairs, chosen=~chosen, left_out=keys)
+        if num_groups < 2:
+            raise ValueError(
+                "Nearly every caption to train on is also one of a held-out image. Give more "
+                "images, or images that show the same thing the same group_id."
+            )
+        return train, list(test), num_texts
+
+
+def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
+    """Collect the captions of each group.
+
+    Args:
+        records: records of a dataset.
+
+    Returns:
+        The groups, each text once, in the order of the records.
+
+    Raises:
+        ValueError: groups have fewer than two captions: how many, the first of them, and where
+            they are written.
+    """
+    groups, num_single, shown = count_groups(records)
+    if not len(groups) + num_single:
+        raise ValueError("There are no captions. Give a dataset with at least two images.")
+    if num_single:
+        raise ValueError(
+            f"{num_single} of {len(groups) + num_single} images have one caption only, and a pair "
+            f"needs two: {'; '.join(shown)}{'; …' if num_single > _ERRORS_SHOWN else ''}. Give "
+            "them a second (or long) caption, or skip them with --skip-single-captions. "
+            f"{_WITHOUT_PAIRS}"
+        )
+    return groups
+
+
+def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int]:
+    """Collect the captions of the groups that have at least two.
+
+    Args:
+        records: records of a dataset.
+
+    Returns:
+        These groups, and how many were skipped.
+
+    Raises:
+        ValueError: no group is left.
+    """
+    groups, num_single, _ = count_groups(records)
+    if num_single and not len(groups):
+        raise ValueError(
+            f"All {num_single} images have one caption only, so none is left to train on. "
+            f"{_WITHOUT_PAIRS}"
+        )
+    return groups, num_single
+
+
+def sort_by_group(records: RecordTable) -> RecordTable:
+    """Put the records of each group together, the groups in the order of their first records.
+
+    Args:
+        records: any records.
+
+    Returns:
+        The records themselves if they are in that order.
+    """
+    first = find_first_rows(
+        lambda: (np.asarray(b.column(0)) for b in records.iterate_columns(("group_key",))),
+        len(records),
+    )
+    if not (first[1:] < first[:-1]).any():
+        return records
+    return records.select(sort_rows(first))
+
+
+def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns in batches that no group crosses.
+
+    Args:
+        records: records in which those of one group follow one another.
+        names: of the columns; the first is `group_key`.
+
+    Yields:
+        Batches; one is as long as its longest group.
+    """
+    rest: pa.RecordBatch | None = None
+    for batch in _iterate_slices(records, names):
+        if rest is not None and rest.num_rows:
+            batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
+        changes = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
+        last = int(changes[-1]) if len(changes) else 0
+        if last:
+            yield batch.slice(0, last)
+        rest = batch.slice(last)
+    if rest is not None and rest.num_rows:
+        yield rest
+
+
+def _iterate_slices(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for batch in records.iterate_columns(names):
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+            yield batch.slice(start, _ROWS_AT_ONCE)
+
+
+def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
+    """List the texts of a batch, each once per group, in the order of the records.
+
+    Args:
+        batch: columns `group_key`, `captions`, `long_captions` and `text_keys`; the records of a
+            group follow one another.
+
+    Returns:
+        Of each text: the number of its group in the batch, its key, and its place in all captions
+        of the batch followed by all long captions; (T,) int64 each.
+    """
+    short, long = (np.diff(np.asarray(batch.column(n).offsets)) for n in _KEYS[1:3])
+    counts = (short + long).astype(np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first_short = np.cumsum(short) - short
+    first_long = short.sum() + np.cumsum(long) - long - short
+    places = within + np.where(within < short[row], first_short[row], first_long[row])
+    group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
+    keys = np.asarray(batch.column("text_keys").flatten())
+    order = np.lexsort((keys, group))  # stable: of equal ones, the first comes first
+    repeats = (group[order][1:] == group[order][:-1]) & (keys[order][1:] == keys[order][:-1])
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[order[1:][repeats]] = False
+    return group[is_first], keys[is_first], places[is_first]
+
+
+def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
+    """Collect the captions of the groups that have at least two, and count the others.
+
+    Args:
+        data: records of a dataset.
+
+    Returns:
+        The groups of at least two captions, the number of the others, and the first of these with
+        the places where they are written.
+    """
+    records = sort_by_group(RecordTable.from_records(data))
+    num_groups, num_pairs, num_single, start = 0, 0, 0, 0
+    shown: list[str] = []
+    for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
+        _require_different_keys(batch)
+        rows = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
+        counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
+        single = (counts < 2).nonzero()[0]
+        num_single += len(single)
+        num_groups += len(counts) - len(single)
+        num_pairs += int(((counts[counts > 1] + 1) // 2).sum())
+        for row in rows[single[: _ERRORS_SHOWN - len(shown)]].tolist():
+            record = records[start + row]
+            shown.append(f"{record.group_id} ({record.place})")
+        start += batch.num_rows
+    return CaptionGroups(records, num_groups, num_pairs), num_single, shown
+
+
+def _require_different_keys(batch: pa.RecordBatch) -> None:
+    """Raise ValueError for different group ids of the same key: their captions would be pairs."""
+    keys, ids = np.asarray(batch.column(0)), batch.column("group_id")
+    same = ~_mark_starts(keys)[1:]
+    if not same.any():
+        return
+    differs = np.asarray(compute.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False))
+    for row in (same & differs).nonzero()[0][:1].tolist():
+        raise ValueError(
+            f"The group ids {ids[row].as_py()!r} and {ids[row + 1].as_py()!r} have the same "
+            "64-bit key, so their captions cannot be kept apart. Rename one of them."
+        )
+
+
+def _shuffle(number: int, seed: int) -> Array:
+    """Shuffle the numbers below one, 4 bytes each."""
+    order = array("i", range(number))
+    random.Random(seed).shuffle(order)
+    return np.asarray(order)
+
+
+def _mark_starts(values: Array) -> Array:
+    """Mark each value that differs from the one before."""
+    starts = np.ones(len(values), np.bool_)
+    starts[1:] = values[1:] != values[:-1]
+    return starts
+
+
+def _renumber(group: Array) -> Array:
+    """Number groups from 0 without gaps."""
+    return np.cumsum(_mark_starts(group)) - 1
+
+
+def _is_of_several(group: Array) -> Array:
+    """Whether each text is in a group of at least two."""
+    starts = _mark_starts(group).nonzero()[0]
+    counts = np.diff(starts, append=len(group))
+    return np.repeat(counts > 1, counts)
+
+
+def _select(mask: Array, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(values[mask] for values in arrays)

@@ -1,0 +1,320 @@
+"""Joins captions that others published to records, by the URL or the key of their images.
+
+Memory holds 12 bytes a record: the hashes of all keys in order, and where the captions of each are
+in a temporary file. Both sides are read in batches, whatever their order. A hash finds a match, and
+then the texts themselves must be equal.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..records.record_columns import SCHEMA, hash_text
+from ..records.record_index import rebatch
+from ..records.record_table import Array, RecordTable
+from .caption_files import CaptionRow, JoinColumn, make_key, read_caption_rows
+
+_NAMES_SHOWN = 5
+_TEXTS = pa.list_(pa.string())
+_SPOOL = pa.schema([("key", pa.string()), ("captions", _TEXTS), ("long_captions", _TEXTS)])
+
+
+@dataclass(frozen=True)
+class CaptionJoin:
+    """Records with joined captions, and what did not match.
+
+    Attributes:
+        records: the records.
+        matched: how many got captions.
+        unmatched_records: how many got none.
+        first_unmatched_records: names of the first of them.
+        unmatched_rows: rows of captions without a record.
+        first_unmatched_rows: URLs or keys of the first of them.
+        repeated_rows: rows of an image that an earlier row had already; they are not used.
+    """
+
+    records: RecordTable
+    matched: int
+    unmatched_records: int
+    first_unmatched_records: tuple[str, ...]
+    unmatched_rows: int
+    first_unmatched_rows: tuple[str, ...]
+    repeated_rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.matched} records matched. {self.unmatched_records} records have no row"
+            f"{_show(self.first_unmatched_records, self.unmatched_records)}; "
+            f"{self.unmatched_rows} rows have no record"
+            f"{_show(self.first_unmatched_rows, self.unmatched_rows)}; "
+            f"{self.repeated_rows} rows repeat an image."
+        )
+
+
+def join_captions(
+    records: RecordTable,
+    captions_from: str | Path,
+    *,
+    on: JoinColumn,
+    key_column: str | None = None,
+    replace: bool = False,
+    keep_unmatched: bool = True,
+    output: Path | None = None,
+) -> CaptionJoin:
+    """Add published captions to records.
+
+    Args:
+        records: the records; joined by URL, they carry it, as img2dataset's do.
+        captions_from: file of captions; see `caption_files.py`.
+        on: `url`, or `key`, which is the name of an image without folder and suffix.
+        key_column: column that holds it. Default: one of the usual names.
+        replace: whether the joined captions replace a record's own, those of each length that the
+            row has. Default: they come after them, without repeating one.
+        keep_unmatched: whether records without a row stay, with their own captions.
+        output: Arrow file for the joined records, which is then mapped; None keeps them in memory.
+
+    Returns:
+        The joined records, in their order, and counts of both sides.
+
+    Raises:
+        ValueError: no record matches, records carry no URL, a key is that of several images, or
+            the file cannot be read.
+
+    Examples:
+        >>> images = load_records("cc3m")  # doctest: +SKIP
+        >>> joined = join_captions(images, "cc3m_captions.csv", on="url")  # doctest: +SKIP
+        >>> print(joined)  # doctest: +SKIP
+    """
+    keys = _sort_keys(records, on)
+    with tempfile.TemporaryDirectory(prefix="llm2clip-captions-") as folder, ExitStack() as stack:
+        spool = _Spool(Path(folder) / "captions.arrow")
+        counts = _Counts()
+        places = _spool_rows(read_caption_rows(captions_from, on, key_column=key_column),
+                             keys, spool, counts)  # fmt: skip
+        if not counts.matched_rows:
+            raise ValueError(
+                f"No record of {len(records)} matches a row of {captions_from} by {on}"
+                f"{_show(tuple(counts.first), counts.unmatched)}. Correct the file, or what it is "
+                "joined by."
+            )
+        spooled = spool.open(stack)
+        joined = (
+            _join_batch(batch, on, keys, places, spooled, counts, replace, keep_unmatched)
+            for batch in records.iterate_columns(SCHEMA.names)
+        )
+        table = _collect(joined, output)
+    table.skipped = dict(records.skipped)
+    return CaptionJoin(
+        records=table,
+        matched=counts.matched_records,
+        unmatched_records=counts.alone,
+        first_unmatched_records=tuple(counts.first_alone),
+        unmatched_rows=counts.unmatched,
+        first_unmatched_rows=tuple(counts.first),
+        repeated_rows=counts.repeated,
+    )
+
+
+@dataclass
+class _Counts:
+    matched_rows: int = 0
+    repeated: int = 0
+    unmatched: int = 0
+    matched_records: int = 0
+    alone: int = 0
+
+    def __post_init__(self) -> None:
+        self.first: list[str] = []
+        self.first_alone: list[str] = []
+
+
+class _Spool:
+    """Matched rows in a file, found by their number."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._writer = pa.ipc.new_file(str(file), _SPOOL)
+        self._starts = [0]
+        self._batches: list[Any] = []
+
+    @property
+    def num_rows(self) -> int:
+        return self._starts[-1]
+
+    def write(self, rows: list[CaptionRow]) -> None:
+        if rows:
+            arrays = [pa.array(column, field.type) for column, field in zip(
+                zip(*rows, strict=True), _SPOOL, strict=True)]  # fmt: skip
+            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SPOOL))
+            self._starts.append(self._starts[-1] + len(rows))
+
+    def open(self, stack: ExitStack) -> _Spool:
+        self._writer.close()
+        mapped = stack.enter_context(pa.memory_map(str(self._file)))
+        reader = pa.ipc.open_file(mapped)
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return self
+
+    def read(self, numbers: Array) -> dict[int, CaptionRow]:
+        """Read rows by their numbers."""
+        found: dict[int, CaptionRow] = {}
+        wanted = np.unique(numbers)
+        batches = np.searchsorted(self._starts, wanted, side="right") - 1
+        for batch in np.unique(batches).tolist():
+            chosen = wanted[batches == batch]
+            rows = self._batches[batch].take(pa.array(chosen - self._starts[batch]))
+            columns = zip(*(column.to_pylist() for column in rows.columns), strict=True)
+            for number, row in zip(chosen.tolist(), columns, strict=True):
+                found[number] = CaptionRow(*row)
+        return found
+
+
+def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
+    """Return the hashes of all keys in order; (N,) int64, equal ones included."""
+    keys, stop = np.empty(len(records), np.int64), 0
+    for batch in records.iterate_columns([_column_of(on)]):
+        found = [key for key in _list_keys(batch, on) if key is not None]
+        start, stop = stop, stop + len(found)
+        keys[start:stop] = [hash_text(key) for key in found]
+    if stop == 0:
+        raise ValueError(
+            f"None of {len(records)} records has a {on}. Join by the other, or load a source whose "
+            "records have one."
+        )
+    keys = keys[:stop]
+    keys.sort()
+    if on == "key":
+        num_keys, num_names = 1 + int((keys[1:] != keys[:-1]).sum()), _count_names(records)
+        if num_keys < num_names:
+            raise ValueError(
+                f"{num_names} images have {num_keys} keys: some are those of several images, as "
+                "happens with several datasets. Load each dataset alone, or join by url."
+            )
+    return keys
+
+
+def _count_names(records: RecordTable) -> int:
+    names = records.read_numbers("name_key")
+    names.sort()
+    return 1 + int((names[1:] != names[:-1]).sum())
+
+
+def _column_of(on: JoinColumn) -> str:
+    return "url" if on == "url" else "name"
+
+
+def _list_keys(batch: Any, on: JoinColumn) -> list[str | None]:
+    values = batch.column(_column_of(on)).to_pylist()
+    if on == "url":
+        return [None if value is None else value.strip() for value in values]
+    return [make_key(value) for value in values]
+
+
+def _spool_rows(
+    rows: Iterator[list[CaptionRow]], keys: Array, spool: _Spool, counts: _Counts
+) -> Array:
+    """Write the rows that match; return where those of each key are, -1 for nowhere.
+
+    The place of a key is that of the first equal one; (N,) int32.
+    """
+    places = np.full(len(keys), -1, np.int32)
+    for part in rows:
+        named = [row for row in part if row.key is not None and (row.captions or row.long_captions)]
+        hashes = np.array([hash_text(row.key or "") for row in named], np.int64)
+        found = np.searchsorted(keys, hashes)
+        is_match = keys[np.minimum(found, len(keys) - 1)] == hashes
+        kept: list[CaptionRow] = []
+        for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
+            if not matches:
+                counts.unmatched += 1
+                if len(counts.first) < _NAMES_SHOWN:
+                    counts.first.append(str(row.key))
+            elif places[place] >= 0:
+                counts.repeated += 1
+            else:
+                places[place] = spool.num_rows + len(kept)
+                kept.append(row)
+        spool.write(kept)
+        counts.matched_rows += len(kept)
+    return places
+
+
+def _join_batch(
+    batch: Any,
+    on: JoinColumn,
+    keys: Array,
+    places: Array,
+    spool: _Spool,
+    counts: _Counts,
+    replace: bool,
+    keep_unmatched: bool,
+) -> pa.RecordBatch:
+    wanted = _list_keys(batch, on)
+    hashes = np.array([0 if key is None else hash_text(key) for key in wanted], np.int64)
+    found = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
+    numbers = np.where(keys[found] == hashes, places[found], -1)
+    numbers[[key is None for key in wanted]] = -1
+    rows = spool.read(numbers[numbers >= 0])
+    columns = {name: batch.column(name).to_pylist() for name in ("captions", "long_captions")}
+    names = batch.column("name").to_pylist() if (numbers < 0).any() else []
+    for item, (number, key) in enumerate(zip(numbers.tolist(), wanted, strict=True)):
+        if number < 0:
+            counts.alone += 1
+            if len(counts.first_alone) < _NAMES_SHOWN:
+                counts.first_alone.append(names[item])
+            continue
+        row = rows[number]
+        if row.key != key:
+            raise ValueError(
+                f"The {on}s {key} and {row.key} have the same hash of 64 bits. Remove the row of "
+                "the second one."
+            )
+        counts.matched_records += 1
+        for name, new in (("captions", row.captions), ("long_captions", row.long_captions)):
+            if new:
+                own = [] if replace else columns[name][item]
+                columns[name][item] = list(dict.fromkeys([*own, *new]))
+    joined = _replace_texts(batch, columns)
+    return joined if keep_unmatched else joined.filter(pa.array(numbers >= 0))
+
+
+def _replace_texts(batch: Any, columns: dict[str, list[list[str]]]) -> pa.RecordBatch:
+    texts = zip(columns["captions"], columns["long_captions"], strict=True)
+    new = {
+        **columns,
+        "text_keys": [[hash_text(text) for text in (*short, *long)] for short, long in texts],
+    }
+    arrays = [
+        pa.array(new[field.name], field.type) if field.name in new else batch.column(field.name)
+        for field in SCHEMA
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _collect(batches: Iterator[pa.RecordBatch], output: Path | None) -> RecordTable:
+    """Make a table of batches of any length."""
+    if output is None:
+        return RecordTable(list(rebatch(batches)))
+    unfinished = output.with_name(f"{output.name}.tmp")
+    try:
+        with pa.OSFile(str(unfinished), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
+            for batch in rebatch(batches):
+                writer.write_batch(batch)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return RecordTable.open(output)
+
+
+def _show(names: tuple[str, ...], total: int) -> str:
+    if not names:
+        return ""
+    return f" ({', '.join(names)}{', …' if total > len(names) else ''})"

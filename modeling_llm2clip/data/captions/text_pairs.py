@@ -1,0 +1,101 @@
+"""Text pairs of files: two texts of the same meaning, and texts that mean something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..records.records import clean_text
+from ..sources.json_files import iterate_lines, parse_object
+
+_ERRORS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """Two texts of the same meaning.
+
+    Attributes:
+        group_id: what they mean; pairs of one group are never each other's negatives.
+        anchor: one of the texts.
+        positive: the other one.
+        negatives: texts that are close but mean something else.
+    """
+
+    group_id: str
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Anchor, positive and negatives."""
+        return (self.anchor, self.positive, *self.negatives)
+
+
+def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
+    """Read text pairs: JSON lines with `query`, `positive` and optionally `negatives`.
+
+    `negatives` is a list of texts, of the same length in every line. Lines with the same query are
+    one group. Texts are cleaned like captions, so that equal texts are recognized.
+
+    Args:
+        file: JSON lines, UTF-8.
+
+    Yields:
+        The pairs in the order of the lines, at least one; none after the first error.
+
+    Raises:
+        ValueError: lines have errors, all of which are counted, or there is no line. It is raised
+            after the last line.
+    """
+    path = Path(file)
+    errors = _LineErrors()
+    counts: set[int] = set()
+    for number, line in iterate_lines(path):
+        pair = _parse_pair(line)
+        if isinstance(pair, str):
+            errors.add(f"line {number}: {pair}")
+            continue
+        counts.add(len(pair.negatives))
+        if len(counts) == 1 and not errors.total:
+            yield pair
+    if len(counts) > 1:
+        errors.add(
+            f"between {min(counts)} and {max(counts)} negatives per line; give the same number"
+        )
+    if errors.total or not counts:
+        raise ValueError(f"{path}: {errors.total} errors: {'; '.join(errors.first) or 'no lines'}.")
+
+
+class _LineErrors:
+    """Counts errors and keeps the first ones."""
+
+    def __init__(self) -> None:
+        self.total, self.first = 0, list[str]()
+
+    def add(self, error: str) -> None:
+        self.total += 1
+        if len(self.first) < _ERRORS_SHOWN:
+            self.first.append(error)
+
+
+def _parse_pair(line: bytes) -> TextPair | str:
+    """Return a pair, or the error of the line."""
+    fields = parse_object(line)
+    if isinstance(fields, str):
+        return fields
+    if unknown := sorted(set(fields) - {"query", "positive", "negatives"}):
+        return f"unknown field {unknown[0]!r}"
+    negatives = fields.get("negatives", [])
+    texts = [fields.get("query"), fields.get("positive")]
+    if not isinstance(negatives, list):
+        return "'negatives' is not a list"
+    if not all(isinstance(text, str) and text.strip() for text in (*texts, *negatives)):
+        return "'query', 'positive' and 'negatives' must be non-blank texts"
+    query, positive, *others = map(clean_text, (*texts, *negatives))
+    for name, text in (("query", query), ("positive", positive)):
+        if text in others:
+            return f"the {name} is among its negatives"
+    return TextPair(query, query, positive, tuple(others))

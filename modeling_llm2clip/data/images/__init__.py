@@ -1,0 +1,1 @@
+"""Where images are, and their bytes out of files that hold many."""

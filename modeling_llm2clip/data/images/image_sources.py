@@ -1,0 +1,243 @@
+"""Where an image is: a file of its own, or packed into a tar shard, a Parquet or an Arrow file.
+
+A packed image is an address without an open file, so it can be pickled and sent to the worker
+processes of a data loader. Its bytes are read when the image is opened; its neighbors' are not.
+An `EncodedImage` is the exception: an image of a stream, whose bytes have come already.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL import Image
+from tqdm import tqdm
+
+from ...image_loading_llm2clip import load_images, read_image_header
+
+# Suffixes of image files, in lower case and without the dot.
+IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+# Image files that Pillow reads only with a plugin, in a recent version, or not at all.
+OPTIONAL_IMAGE_SUFFIXES = frozenset(
+    ("heic", "heif", "hif", "avif", "jxl", "jp2", "jfif",
+     "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2")
+)  # fmt: skip
+_MOST_THREADS = 8
+_CHECKED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """A member of an uncompressed tar shard.
+
+    Attributes:
+        shard: the tar file.
+        member: name of the member.
+        offset: of the member's first byte in the shard.
+        size: of the member, in bytes.
+    """
+
+    shard: Path
+    member: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.member}"
+
+    def read_bytes(self) -> bytes:
+        """Read the encoded image."""
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetImage:
+    """A row of a Parquet file whose column holds encoded images.
+
+    Attributes:
+        file: the Parquet file.
+        column: name of the column.
+        row: number of the row, from 0.
+        group_size: bytes that the column has in the row's group; None for not yet known.
+    """
+
+    file: Path
+    column: str
+    row: int
+    group_size: int | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}"
+
+    def read_bytes(self) -> bytes:
+        """Read the encoded image."""
+        from .parquet_images import read_image_bytes
+
+        return read_image_bytes(self.file, self.column, self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowImage:
+    """A row of an Arrow file, such as `datasets` keeps, whose column holds encoded images.
+
+    Attributes:
+        file: the Arrow file, in the stream or the file format.
+        column: name of the column.
+        row: number of the row in the file, from 0.
+        size: of the image, in bytes.
+    """
+
+    file: Path
+    column: str
+    row: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}"
+
+    def read_bytes(self) -> bytes:
+        """Read the encoded image."""
+        from .arrow_images import read_image_bytes
+
+        return read_image_bytes(self.file, self.column, self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An encoded image in memory.
+
+    Attributes:
+        name: where it came from, for errors, such as the URL of a shard and its member.
+        content: the encoded image.
+    """
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image."""
+        return self.content
+
+
+PackedImage: TypeAlias = TarImage | ParquetImage | ArrowImage | EncodedImage
+ImageSource: TypeAlias = Path | PackedImage
+
+
+def count_bytes(image: ImageSource | None) -> int:
+    """Return a size that changes with an image, as a rule; its bytes are not read.
+
+    Args:
+        image: address of the image; not None, which a record may have.
+
+    Returns:
+        The bytes of the encoded image; for a row of Parquet those of its column in its row group,
+        as stored, which the footer states.
+
+    Raises:
+        OSError: its file no longer exists.
+    """
+    assert image is not None
+    if isinstance(image, TarImage | ArrowImage):
+        return image.size
+    if isinstance(image, EncodedImage):
+        return len(image.content)
+    if isinstance(image, ParquetImage):
+        if image.group_size is not None:
+            return image.group_size
+        from .parquet_images import count_group_bytes
+
+        return count_group_bytes(image.file, image.column, image.row)
+    return image.stat().st_size
+
+
+def open_image(image: Any) -> Any:
+    """Turn an address into what `LLM2CLIPProcessor` takes.
+
+    Args:
+        image: an `ImageSource`, or anything that the processor takes itself.
+
+    Returns:
+        For a packed image a PIL image, opened and not yet decoded, whose `filename` names file and
+        member for the processor's errors. Anything else is returned unchanged.
+
+    Raises:
+        ValueError: a packed image cannot be read, or is not an image; file and member are named.
+    """
+    if not isinstance(image, PackedImage):
+        return image
+    try:
+        encoded = io.BytesIO(image.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{image}: cannot be read ({error}).") from error
+    opened: Any = read_image_header(encoded, name=str(image))
+    opened.filename = str(image)
+    return opened
+
+
+def find_unreadable_images(
+    images: Iterable[ImageSource], *, show_progress: bool = False
+) -> dict[ImageSource, str]:
+    """Decode every image once, as the processor will, in threads.
+
+    Args:
+        images: the images; one that is given several times is decoded once.
+        show_progress: show a progress bar.
+
+    Returns:
+        Each image that cannot be decoded, in their order, with an error that names it.
+    """
+    distinct = list(dict.fromkeys(images))
+    unreadable = {}
+    with (
+        ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
+        tqdm(
+            desc="decode",
+            total=len(distinct),
+            unit=" images",
+            disable=not (show_progress and distinct),
+        ) as progress,
+    ):
+        # A pool queues all work that it is given, so it gets a part at a time.
+        for start in range(0, len(distinct), _CHECKED_AT_ONCE):
+            part = distinct[start : start + _CHECKED_AT_ONCE]
+            for image, error in zip(part, pool.map(_find_error, part), strict=True):
+                if error:
+                    unreadable[image] = error
+            progress.update(len(part))
+    return unreadable
+
+
+def _find_error(image: ImageSource) -> str:
+    """Decode one image; return the error, or nothing."""
+    try:
+        load_images(open_image(image))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def list_readable_suffixes() -> frozenset[str]:
+    """List the suffixes of image files that Pillow can decode here, without the dot."""
+    register_heif_reader()
+    formats = Image.registered_extensions()
+    readable = {suffix for suffix in OPTIONAL_IMAGE_SUFFIXES if f".{suffix}" in formats}
+    return IMAGE_SUFFIXES | readable
+
+
+def register_heif_reader() -> None:
+    """Let Pillow read HEIC if pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return  # then these files are counted as skipped
+    register_heif_opener()

@@ -1,0 +1,1 @@
+"""Records as columns: their index, where it comes from, hashes and splits."""

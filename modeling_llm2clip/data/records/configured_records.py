@@ -1,0 +1,60 @@
+"""Reads records as a `DataConfig` says, for commands and recipes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from uuid import uuid4
+
+from tqdm import tqdm
+
+from ...configs.data_config import DataConfig
+from ..captions.caption_joins import join_captions
+from .record_loading import load_records
+from .record_table import RecordTable
+
+
+def read_configured_records(
+    data: str | Path, config: DataConfig, *, require_images: bool, check_images: bool
+) -> RecordTable:
+    """Read all records; what was skipped or not joined is printed to stderr.
+
+    Args:
+        data: A source of `load_records`.
+        config: How it is read.
+        require_images: Whether a record without its image is an error.
+        check_images: Whether every image is decoded too.
+
+    Raises:
+        DataValidationError: Records are invalid; all errors are reported at once.
+        ValueError: There is no such data, or no record has published captions.
+    """
+    records = load_records(
+        data,
+        image_dir=config.image_dir,
+        require_images=require_images or check_images,
+        check_images=check_images,
+        ignore_fields=config.ignore_fields,
+        cache=config.cache,
+        show_progress=True,
+    )
+    for reason, count in records.skipped.items():
+        tqdm.write(f"{data}: {count} rows skipped: {reason}.", file=sys.stderr)
+    if config.captions_from is None:
+        return records
+    joined = join_captions(
+        records,
+        config.captions_from,
+        on=config.join_on,
+        output=Path(_temporary_folder().name) / f"{uuid4().hex}.arrow",
+    )
+    tqdm.write(f"{config.captions_from}: {joined}", file=sys.stderr)
+    return joined.records
+
+
+@cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="llm2clip-joined-")

@@ -1,0 +1,117 @@
+"""Hashes that identify a dataset: its texts, and its images by name and size; no image is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..images.image_sources import count_bytes
+from ..key_arrays import iterate_ranges
+from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
+from .record_table import Array, RecordTable
+from .records import CaptionedImage
+
+
+def hash_records(records: Iterable[CaptionedImage]) -> str:
+    """Hash the names, group ids, languages and texts of a dataset, in its order.
+
+    Args:
+        records: records of the dataset.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    table = RecordTable.from_records(records)
+    return _join((hash_texts(table), *_hash_columns(table, ["group_key"])))
+
+
+def hash_texts(records: Iterable[CaptionedImage]) -> str:
+    """Hash the names, languages and texts of a dataset, in its order, whatever its groups are.
+
+    Args:
+        records: records of the dataset.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    table = RecordTable.from_records(records)
+    return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
+
+
+def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
+    """Hash the names of images and their sizes in bytes, as `count_bytes` has them.
+
+    Neither their order matters nor how many languages share an image. Another image of exactly the
+    same size is not noticed.
+
+    Args:
+        records: records that all have their image.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+
+    Raises:
+        OSError: the file of an image no longer exists.
+    """
+    table = RecordTable.from_records(records)
+    parts = [_list_sizes(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
+    sizes = np.concatenate([np.empty(0, np.int64), *parts])
+    digest = hashlib.sha256()
+    for keys, rows in iterate_ranges(partial(table.iterate_numbers, "name_key"), len(table)):
+        named = np.stack([keys, sizes[rows]], axis=1)
+        digest.update(np.unique(named, axis=0).tobytes())
+    return digest.hexdigest()
+
+
+def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
+    """Describe the images that a run reads, to compare them with those of another run.
+
+    Args:
+        records: at least one; all have their image.
+
+    Returns:
+        `first`, the path of the first image, and `sizes`, from `hash_image_sizes`.
+
+    Raises:
+        OSError: the file of an image no longer exists.
+    """
+    table = RecordTable.from_records(records)
+    first = Path(str(table[0].image)).absolute()
+    return {"first": str(first), "sizes": hash_image_sizes(table)}
+
+
+def _list_sizes(batch: pa.RecordBatch) -> Array:
+    """Return the sizes of a batch's images: those of the index, or those of files as they are."""
+    sizes = np.array(batch.column("image_size").fill_null(-1))
+    unknown = np.flatnonzero(sizes < 0)
+    places = batch.take(pa.array(unknown)).to_pydict()
+    for row, *place in zip(unknown.tolist(), *places.values(), strict=True):
+        kind, file, *_ = place
+        # Without a Path, which takes longer than the call.
+        is_file = kind == IMAGE_FILE
+        sizes[row] = os.stat(file).st_size if is_file else count_bytes(make_image(*place))  # noqa: PTH116
+    return sizes
+
+
+def _hash_columns(table: RecordTable, names: list[str]) -> list[str]:
+    """Hash columns of numbers, and the lengths of columns of texts; batches make no difference."""
+    digests = [hashlib.sha256() for _ in names]
+    for batch in table.iterate_columns(names):
+        for digest, name, column in zip(digests, names, batch.columns, strict=True):
+            if name.endswith("captions"):
+                values = np.diff(np.asarray(column.offsets))
+            else:
+                values = np.asarray(column.flatten() if name == "text_keys" else column)
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return [digest.hexdigest() for digest in digests]
+
+
+def _join(digests: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()

@@ -1,0 +1,283 @@
+"""Takes `datasets.Dataset` and `datasets.IterableDataset` objects of Python as sources.
+
+The images of a `Dataset` stay in its Arrow files, where they are found by row. An `IterableDataset`
+becomes a stream; its shards are shuffled and resumed here, because its own shuffle buffer is lost
+when it is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from ..images.image_sources import ArrowImage
+from ..sources.parquet import is_image_type
+from ..sources.shard_streams import StreamedSample, read_row
+from ..streams.record_streams import RecordStream
+from ..validation_errors import ErrorCollector
+from .record_columns import ROWS_PER_BATCH, RecordColumns
+from .record_index import find_repeated
+from .record_table import RecordTable
+from .records import RawRecord, check_record
+
+if TYPE_CHECKING:
+    import datasets
+
+_ROWS_AT_ONCE = 1000
+_ROWS_OF_STREAM = 16
+_NAME = "dataset"
+_SAVE_FIRST = "Save it by dataset.save_to_disk(folder), and give datasets.load_from_disk(folder)."
+
+
+def records_from_dataset(
+    dataset: datasets.Dataset,
+    *,
+    columns: Mapping[str, str] | None = None,
+    require_images: bool = True,
+    ignore_fields: Collection[str] = (),
+) -> RecordTable:
+    """Make records of a dataset in memory or in files; its images are not read.
+
+    Args:
+        dataset: rows with the fields of records; packed images are in files.
+        columns: field of a record to the column that holds it, such as
+            `{"image": "img", "captions": "sentences"}`; other columns are not read. Default: every
+            column, named as the fields of a record.
+        require_images: whether a record without its image is an error.
+        ignore_fields: names of further fields, which are not read and not errors.
+
+    Returns:
+        The records, in the dataset's order.
+
+    Raises:
+        DataValidationError: records have errors, or the dataset lacks a column.
+        ValueError: it has packed images that are not in files as they are, or is not a `Dataset`.
+
+    Examples:
+        >>> import datasets
+        >>> file = "my-images/captions.jsonl"
+        >>> rows = datasets.load_dataset("json", data_files=file, split="train")
+        >>> records = records_from_dataset(rows, require_images=False)
+        >>> len(records), records[0].captions[0]
+        (20, 'Two dogs on a beach.')
+    """
+    if not hasattr(dataset, "data"):
+        raise ValueError(
+            f"{type(dataset).__name__} is not a datasets.Dataset. For an IterableDataset use "
+            "stream_dataset."
+        )
+    table = dataset.data.table
+    sources = dict(columns) if columns else {name: name for name in table.column_names}
+    errors = ErrorCollector()
+    if lost := set(sources.values()) - set(table.column_names):
+        errors.add(f"no column {', '.join(sorted(lost))}", _NAME)
+        errors.raise_if_any(_NAME)
+    indices = dataset._indices
+    rows = np.arange(len(table)) if indices is None else np.asarray(indices.column(0))
+    batches, collected = [], RecordColumns()
+    for raw in _iterate_rows(dataset, table, rows, sources):
+        record = check_record(
+            raw,
+            errors,
+            image_dir=Path(),
+            require_images=require_images,
+            ignore_fields=ignore_fields,
+        )
+        if record is not None:
+            collected.add(record)
+        if len(collected) == ROWS_PER_BATCH:
+            batches.append(collected.take_batch())
+    if len(collected):
+        batches.append(collected.take_batch())
+    records = RecordTable(batches)
+    find_repeated(records, errors)
+    errors.raise_if_any(_NAME)
+    return records
+
+
+def _iterate_rows(
+    dataset: Any, table: Any, rows: np.ndarray[Any, Any], sources: Mapping[str, str]
+) -> Iterator[RawRecord]:
+    image_column = sources.get("image")
+    is_packed = image_column is not None and is_image_type(table.schema.field(image_column).type)
+    labels = [name for name in sources.values() if not (is_packed and name == image_column)]
+    images = _Images(dataset, table, str(image_column)) if is_packed else None
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        columns = table.select(labels).take(pa.array(part)).to_pylist()
+        for number, (row, values) in enumerate(zip(part.tolist(), columns, strict=True), start):
+            fields = {
+                field: values[column]
+                for field, column in sources.items()
+                if column in values and values[column] is not None
+            }
+            image = None if images is None else images.find(row)
+            place = f"{_NAME} row {number}"
+            if isinstance(image, ArrowImage):
+                yield RawRecord(place, fields, packed=image, default_name=f"{_NAME}/{row}")
+            else:
+                if image is not None:
+                    fields["image"] = image
+                yield RawRecord(place, fields, default_name=f"{_NAME}/{row}")
+
+
+class _Images:
+    """Finds the images of a dataset in its Arrow files."""
+
+    def __init__(self, dataset: Any, table: Any, column: str) -> None:
+        self._column = column
+        values = table.column(column)
+        self._paths = None
+        if pa.types.is_struct(values.type):
+            if values.type.get_field_index("path") >= 0:
+                self._paths = pc.struct_field(values, "path")
+            has_bytes = values.type.get_field_index("bytes") >= 0
+            values = pc.struct_field(values, "bytes") if has_bytes else pa.nulls(len(table))
+        self._sizes = np.zeros(len(table), np.int64) - 1
+        self._files: list[Path] = []
+        self._first_rows = [0]
+        if values.null_count == len(table):
+            return
+        self._sizes = _measure(values)
+        self._find_files(dataset, len(table))
+
+    def _find_files(self, dataset: Any, num_rows: int) -> None:
+        """List the files; require that they are the table, row by row, as images' sizes show."""
+        for path in _list_files(dataset.data, self._column):
+            sizes = _measure_file(path, self._column)
+            first = self._first_rows[-1]
+            if sizes is None or not np.array_equal(self._sizes[first : first + len(sizes)], sizes):
+                break
+            self._files.append(path)
+            self._first_rows.append(first + len(sizes))
+        if self._first_rows[-1] != num_rows:
+            raise ValueError(
+                "The images of the dataset are in memory, or it is a part or a mixture of files. "
+                f"{_SAVE_FIRST}"
+            )
+
+    def find(self, row: int) -> ArrowImage | str | None:
+        """Return the address of a row's image, or its path; None if it has neither."""
+        size = int(self._sizes[row])
+        if size >= 0:
+            number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+            within = row - self._first_rows[number]
+            return ArrowImage(self._files[number], self._column, within, size)
+        return None if self._paths is None else self._paths[row].as_py()
+
+
+def _list_files(data: Any, column: str) -> list[Path]:
+    """List the Arrow files that hold a column of a table of `datasets`, in their order."""
+    if not hasattr(data, "blocks"):
+        return [Path(data.path)] if hasattr(data, "path") else []
+    # Blocks are below each other, and beside each other within a row of them.
+    tables = [table for row in data.blocks for table in row if column in table.column_names]
+    return [path for table in tables for path in _list_files(table, column)]
+
+
+def _measure(values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the size of each image from its offsets; -1 for null."""
+    sizes = pc.fill_null(pc.binary_length(values), -1).cast(pa.int64())
+    measured: np.ndarray[Any, np.dtype[np.int64]] = sizes.to_numpy()
+    return measured
+
+
+def _measure_file(path: Path, column: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    with pa.memory_map(str(path)) as mapped:
+        table = pa.ipc.open_stream(mapped).read_all()
+        if column not in table.column_names:
+            return None
+        values = table.column(column)
+        if pa.types.is_struct(values.type):
+            values = pc.struct_field(values, "bytes")
+        return _measure(values)
+
+
+def stream_dataset(
+    dataset: datasets.IterableDataset,
+    *,
+    columns: Mapping[str, str] | None = None,
+    **options: Any,
+) -> RecordStream:
+    """Stream the samples of an `IterableDataset`.
+
+    Args:
+        dataset: not shuffled; it is shuffled here.
+        columns: field of a record to the column that holds it; other columns are not read. Default:
+            every column, named as the fields of a record.
+        options: of `RecordStream`, such as `seed` and `buffer_size`.
+
+    Returns:
+        The stream; its shards are those of the dataset.
+
+    Raises:
+        ValueError: it is not an `IterableDataset`.
+
+    Examples:
+        >>> import datasets
+        >>> rows = datasets.load_dataset(
+        ...     "json", data_files="my-images/captions.jsonl", split="train", streaming=True
+        ... )
+        >>> stream = stream_dataset(rows, require_images=False)
+        >>> len(list(stream))
+        20
+    """
+    if not hasattr(dataset, "num_shards") or hasattr(dataset, "data"):
+        raise ValueError(
+            f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset use "
+            "records_from_dataset."
+        )
+    return RecordStream(_DatasetShards(dataset, columns), **options)
+
+
+class _DatasetShards:
+    """The shards of an `IterableDataset`."""
+
+    def __init__(self, dataset: Any, columns: Mapping[str, str] | None) -> None:
+        import datasets
+
+        for name, feature in (dataset.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        self._dataset = dataset
+        self._columns = None if columns is None else dict(columns)
+        self._names = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Their names."""
+        return self._names
+
+    def read(
+        self,
+        shard: int,
+        first: int,
+        on_retry: Callable[[str, str], None],  # noqa: ARG002 (datasets tries again itself)
+    ) -> Iterator[StreamedSample]:
+        """Yield the samples of a shard.
+
+        Args:
+            shard: its number.
+            first: number of the first sample to yield.
+            on_retry: not used.
+        """
+        part = self._dataset.shard(num_shards=len(self._names), index=shard)
+        # Batches, because in a worker a plain iteration would drop other workers' samples.
+        batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
+        rows = (row for batch in batches for row in _split_rows(batch))
+        for number, row in enumerate(rows, first):
+            fields = row
+            if self._columns is not None:
+                fields = {field: row.get(column) for field, column in self._columns.items()}
+            is_packed = isinstance(fields.get("image"), dict | bytes)
+            yield read_row(number, self._names[shard], fields, {"image"} if is_packed else set())
+
+
+def _split_rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))

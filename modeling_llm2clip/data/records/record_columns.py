@@ -1,0 +1,196 @@
+"""Records into Arrow columns: the schema of an index of records, and the keys in it.
+
+| column | content |
+| --- | --- |
+| `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords` | of the record |
+| `place`, `url` | of the record |
+| `image_kind` | 0 for no image, 1 a file, 2 a tar member, 3 a row of Parquet, 4 of an Arrow file |
+| `image_file` | the image's file, or the one that holds it |
+| `image_member` | name of the member, or of the column |
+| `image_offset` | first byte of the member, or number of the row |
+| `image_size` | bytes of the image, or of the Parquet column in the row's group; null for a file |
+| `name_key`, `group_key` | hashes of name and group id |
+| `key` | sum of the hashes of name and language, which together identify a record |
+| `text_keys` | hashes of the captions, then of the long captions |
+
+Keys have 64 bits. They stand for their texts where all records are compared, sorted or hashed, so
+that no stage holds the texts of a dataset in memory. Whoever builds a table checks that different
+names and group ids have different keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..images.image_sources import ArrowImage, EncodedImage, ImageSource, ParquetImage, TarImage
+from .records import CaptionedImage, CheckedRecord
+
+# Batches of a table have this many rows, but for the last one, so that a row's batch is known.
+ROWS_PER_BATCH = 2**16
+_TEXTS = pa.list_(pa.string())
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("group_id", pa.string()),
+        ("lang", pa.string()),
+        ("captions", _TEXTS),
+        ("long_captions", _TEXTS),
+        ("keywords", _TEXTS),
+        ("place", pa.string()),
+        ("url", pa.string()),
+        ("image_kind", pa.int8()),
+        ("image_file", pa.string()),
+        ("image_member", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("name_key", pa.int64()),
+        ("key", pa.int64()),
+        ("group_key", pa.int64()),
+        ("text_keys", pa.list_(pa.int64())),
+    ]
+)
+_KEYS = ("name_key", "key", "group_key")
+# In the order of the arguments of `make_image`.
+IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
+NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
+
+
+class RecordColumns:
+    """Collects records into the columns of one batch."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        self._text_keys: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, record: CaptionedImage | CheckedRecord) -> None:
+        """Add a record.
+
+        Args:
+            record: any record.
+
+        Raises:
+            UnicodeEncodeError: a text has half a character, a lone surrogate.
+        """
+        name, group_id = record.name, record.group_id
+        texts = (*record.captions, *record.long_captions)
+        keys = [_digest(text) for text in texts]
+        name_key = _digest(name)
+        row = (
+            name,
+            group_id,
+            record.lang,
+            record.captions,
+            record.long_captions,
+            record.keywords,
+            record.place,
+            record.url,
+            *_locate(record.image),
+            name_key,
+            _digest_lang(record.lang),
+            name_key if group_id == name else _digest(group_id),
+            len(texts),
+        )
+        self._text_keys += keys
+        self._rows.append(row)
+
+    def take_batch(self) -> pa.RecordBatch:
+        """Return what was added as a batch, and begin a new one."""
+        columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
+        keys = {name: _to_numbers(columns[name]) for name in _KEYS}
+        keys["key"] = keys["name_key"] + keys["key"]  # may wrap around
+        ends = np.cumsum([0, *columns["text_keys"]], dtype=np.int32)
+        keys["text_keys"] = pa.ListArray.from_arrays(ends, _to_numbers(self._text_keys))
+        arrays = [
+            pa.array(columns[field.name], field.type)
+            if field.name not in keys
+            else pa.array(keys[field.name])
+            for field in SCHEMA
+        ]
+        self._rows, self._text_keys = [], []
+        return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=8).digest()
+
+
+_digest_lang = cache(_digest)
+
+
+def _to_numbers(digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.frombuffer(b"".join(digests), dtype="<i8")
+
+
+def hash_text(text: str) -> int:
+    """Hash a text into a signed integer of 64 bits, the same on every machine.
+
+    Args:
+        text: any text.
+
+    Raises:
+        UnicodeEncodeError: the text has half a character, a lone surrogate.
+    """
+    return int.from_bytes(_digest(text), "little", signed=True)
+
+
+def hash_identity(name: str, lang: str) -> int:
+    """Return the `key` of a name and a language.
+
+    Args:
+        name: of an image.
+        lang: of its texts.
+    """
+    return int(_to_numbers([_digest(name), _digest(lang)]).sum())
+
+
+def make_image(
+    kind: int, file: str | None, member: str | None, offset: int | None, size: int | None
+) -> ImageSource | None:
+    """Make the address of an image from its columns.
+
+    Args:
+        kind: `image_kind`.
+        file: `image_file`.
+        member: `image_member`.
+        offset: `image_offset`.
+        size: `image_size`.
+    """
+    if kind == NO_IMAGE:
+        return None
+    assert file is not None
+    if kind == IMAGE_FILE:
+        return Path(file)
+    assert member is not None and offset is not None
+    if kind == PARQUET_IMAGE:
+        return ParquetImage(Path(file), member, offset, size)
+    assert size is not None
+    if kind == ARROW_IMAGE:
+        return ArrowImage(Path(file), member, offset, size)
+    return TarImage(Path(file), member, offset, size)
+
+
+def _locate(
+    image: ImageSource | str | None,
+) -> tuple[int, str | None, str | None, int | None, int | None]:
+    """Return the columns of an image's address."""
+    if image is None:
+        return NO_IMAGE, None, None, None, None
+    if isinstance(image, TarImage):
+        return TAR_IMAGE, str(image.shard), image.member, image.offset, image.size
+    if isinstance(image, ParquetImage):
+        return PARQUET_IMAGE, str(image.file), image.column, image.row, image.group_size
+    if isinstance(image, ArrowImage):
+        return ARROW_IMAGE, str(image.file), image.column, image.row, image.size
+    if isinstance(image, EncodedImage):
+        raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
+    return IMAGE_FILE, image if isinstance(image, str) else str(image), None, None, None

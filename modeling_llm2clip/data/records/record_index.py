@@ -1,0 +1,244 @@
+"""Builds the index of a source once, and finds it again: records as columns in a mapped file.
+
+The parts of a source are read one by one, those of a large source by several processes, so that
+memory does not grow with it. The index is kept in the user's cache under the names, sizes and
+modification times of the source's files: a changed file is read again. Images that are files of
+their own are not looked for again once the index is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from filelock import FileLock
+from tqdm import tqdm
+
+from ..atomic_files import default_cache_folder, hash_json
+from ..validation_errors import ErrorCollector
+from .record_columns import ROWS_PER_BATCH, SCHEMA
+from .record_index_worker import IndexJob, read_part, read_parts_in_processes
+from .record_table import Array, RecordTable, skipped_file
+
+_FORMAT_VERSION = 2
+# A smaller index is made anew about as fast as it is found, and stays in memory.
+_MOST_ROWS_IN_MEMORY = 20_000
+# Processes take a second to start.
+_LEAST_BYTES_FOR_PROCESSES = 2**25
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def open_index(
+    job: IndexJob, *, use_cache: bool = True, show_progress: bool = False
+) -> tuple[RecordTable, ErrorCollector]:
+    """Find the index of a source, or build it.
+
+    Args:
+        job: the source, and how it is read.
+        use_cache: find the index in the user's cache, and keep it there. Otherwise a large one is
+            in a temporary folder while this process runs.
+        show_progress: show a progress bar.
+
+    Returns:
+        The records in the order of the source, those with errors too, and the errors. An index with
+        errors is not kept.
+
+    Raises:
+        OSError: the index cannot be written, for example because the disk is full.
+    """
+    if not use_cache:
+        return _build(
+            job, Path(_temporary_folder().name) / f"{_hash_state(job)}.arrow", show_progress
+        )
+    file = _name_index(job)
+    with _lock(file):  # of several processes, the first one builds it
+        with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
+            return RecordTable.open(file), ErrorCollector()
+        table, errors = _build(job, file, show_progress)
+        if errors.total:
+            file.unlink(missing_ok=True)
+        elif table.file is not None:
+            _remove_earlier(file)
+    return table, errors
+
+
+def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable, ErrorCollector]:
+    errors = ErrorCollector()
+    parts = job.source.split()
+    num_processes = min(len(parts), os.cpu_count() or 1)
+    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
+        if num_processes > 1 and job.source.num_bytes > _LEAST_BYTES_FOR_PROCESSES:
+            batches = read_parts_in_processes(
+                job, parts, errors, num_processes=num_processes, on_part=progress.update
+            )
+        else:
+            batches = (b for part in parts for b in read_part(job, part, errors))
+        table = _write(rebatch(batches), file)
+    find_repeated(table, errors)
+    table.skipped = errors.skipped
+    if table.file is not None and errors.skipped:
+        skipped_file(table.file).write_text(json.dumps(errors.skipped), encoding="utf-8")
+    return table, errors
+
+
+def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one.
+
+    Args:
+        batches: of any length.
+
+    Yields:
+        The same rows.
+    """
+    waiting: list[pa.RecordBatch] = []
+    num_rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        num_rows += batch.num_rows
+        while num_rows >= ROWS_PER_BATCH:
+            joined = pa.Table.from_batches(waiting)
+            yield _join(joined.slice(0, ROWS_PER_BATCH))
+            waiting = joined.slice(ROWS_PER_BATCH).to_batches()
+            num_rows -= ROWS_PER_BATCH
+    if num_rows:
+        yield _join(pa.Table.from_batches(waiting))
+
+
+def _join(table: pa.Table) -> pa.RecordBatch:
+    (batch,) = table.combine_chunks().to_batches()
+    return batch
+
+
+def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
+    """Write an index that is too large for memory, complete or not at all."""
+    first = next(batches, None)
+    if first is None:
+        return RecordTable([])
+    second = next(batches, None)
+    if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
+        return RecordTable([first])
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(unfinished), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
+            writer.write_batch(first)
+            if second is not None:
+                writer.write_batch(second)
+            for batch in batches:
+                writer.write_batch(batch)
+        unfinished.replace(file)
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"No room for the index of the data ({error.strerror}). Free some space, or name "
+            "another folder for the cache by the variable XDG_CACHE_HOME",
+            str(file.parent),
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return RecordTable.open(file)
+
+
+def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
+    """Report images that occur twice in a language.
+
+    Args:
+        table: the records.
+        errors: gets the repeated ones.
+
+    Raises:
+        ValueError: two names or group ids have the same key.
+    """
+    for rows, earlier in _list_equal(table.keys):
+        columns = ["name", "lang", "place"]
+        for one, other in zip(table.take(rows, columns), table.take(earlier, columns), strict=True):
+            _require_same(one[:2], other[:2], "names")
+            errors.add("image and language repeated", one[2])
+    for rows, earlier in _list_equal(table.group_keys):
+        pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
+        for one, other in pairs:
+            _require_same(one, other, "group ids")
+
+
+def _list_equal(keys: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield rows whose key an earlier row has too, in their order, and those earlier rows."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    is_equal = ordered[1:] == ordered[:-1]
+    if not is_equal.any():
+        return
+    rows, earlier = order[1:][is_equal], order[:-1][is_equal]
+    back = np.argsort(rows)
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        chosen = back[start : start + ROWS_PER_BATCH]
+        yield rows[chosen], earlier[chosen]
+
+
+def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> None:
+    if one != other:
+        raise ValueError(
+            f"The {what} {one} and {other} have the same hash of 64 bits. Rename one of them."
+        )
+
+
+def _name_index(job: IndexJob) -> Path:
+    """Name the file of an index: by the source, and by the state of its files."""
+    folder = default_cache_folder() / "records"
+    return folder / f"{_hash_source(job)}-{_hash_state(job)}.arrow"
+
+
+def _hash_source(job: IndexJob) -> str:
+    names = [file.name for file in job.source.files[:1]]
+    how = [job.image_dir and job.image_dir.resolve(), job.require_images, job.ignore_fields]
+    return hash_json([job.source.base.resolve(), names, job.source.suffix, how])[:16]
+
+
+def _hash_state(job: IndexJob) -> str:
+    files = [
+        (file.resolve(), (s := file.stat()).st_size, s.st_mtime_ns) for file in job.source.files
+    ]
+    return hash_json([_FORMAT_VERSION, files])[:16]
+
+
+def _remove_earlier(file: Path) -> None:
+    """Remove the indexes of earlier states of a source; who has one mapped keeps it."""
+    source = file.name.partition("-")[0]
+    for other in file.parent.glob(f"{source}-*.arrow"):
+        if other != file:
+            other.unlink(missing_ok=True)
+            skipped_file(other).unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file.with_suffix(".lock"))
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The cache cannot be written ({error.strerror}). Name another folder by the variable "
+            "XDG_CACHE_HOME, or use no cache (--no-cache)",
+            str(file.parent),
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="llm2clip-records-")

@@ -1,0 +1,218 @@
+"""Loads captioned images from any source and reports all its errors at once.
+
+The fields of a record are in `records.py`, the sources in `source_files.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..images.image_sources import find_unreadable_images
+from ..validation_errors import ErrorCollector
+from .record_columns import ROWS_PER_BATCH, hash_text
+from .record_index import open_index
+from .record_index_worker import IndexJob
+from .record_table import RecordTable
+from .records import CaptionedImage, check_record
+from .source_files import find_image_folder, find_source
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedRecord:
+    """A record and its errors.
+
+    Attributes:
+        record: built from what is left of it; None if its name or language cannot be read.
+        errors: of this record.
+    """
+
+    record: CaptionedImage | None
+    errors: ErrorCollector
+
+
+def load_records(
+    source: str | Path,
+    *,
+    image_dir: str | Path | None = None,
+    require_images: bool = True,
+    check_images: bool = False,
+    ignore_fields: Collection[str] = (),
+    cache: bool = True,
+    show_progress: bool = False,
+) -> RecordTable:
+    """Load the captioned images of a source, or raise once with every error.
+
+    The records of a large source are read once into an index in the user's cache
+    (`$XDG_CACHE_HOME/llm2clip/records`) and are not in memory. The index is found again as long as
+    the source's files have the same names, sizes and modification times; images that are files of
+    their own are then not looked for again.
+
+    Args:
+        source: a folder, file or pattern; see `source_files.py`.
+        image_dir: folder of the images that are files. Default: the folder of the source.
+        require_images: whether a record without its image is an error. If not, its `image` is
+            None, which is enough where only captions are read.
+        check_images: decode every image too, in threads, which takes as long as a pass over them.
+        ignore_fields: names of further fields, which are not read and not errors.
+        cache: whether the index of a large source is kept for later runs.
+        show_progress: show a progress bar while the source is read and images are decoded.
+
+    Returns:
+        At least one record, in the order of the source.
+
+    Raises:
+        DataValidationError: records have errors: how many of each kind, and where the first are.
+        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
+        OSError: the index cannot be written, for example because the disk is full.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> records[0].name, records[0].captions[0]
+        ('beach.jpg', 'Two dogs on a beach.')
+    """
+    job = _plan(source, image_dir, require_images, ignore_fields)
+    records, errors = open_index(job, use_cache=cache, show_progress=show_progress)
+    if check_images:
+        _check_images(records, errors, show_progress=show_progress)
+    errors.raise_if_any(str(source))
+    if not records:
+        raise ValueError(f"{source} has no records. Each image needs one.")
+    return records
+
+
+def _plan(
+    source: str | Path,
+    image_dir: str | Path | None,
+    require_images: bool,
+    ignore_fields: Collection[str],
+) -> IndexJob:
+    files = find_source(str(source))
+    return IndexJob(
+        source=files,
+        image_dir=find_image_folder(files, image_dir, required=require_images),
+        require_images=require_images,
+        ignore_fields=tuple(sorted(ignore_fields)),
+    )
+
+
+def _check_images(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:
+    """Decode every image. Several languages may share one, which is then decoded once."""
+    keys = np.fromiter((hash_text(str(i)) for i in records.iterate_images()), np.int64)
+    firsts = np.sort(np.unique(keys, return_index=True)[1])
+    # A part at a time, so that the addresses of a large dataset are not all in memory.
+    for start in range(0, len(firsts), ROWS_PER_BATCH):
+        part = records.select(firsts[start : start + ROWS_PER_BATCH])
+        images = (image for image in part.iterate_images() if image is not None)
+        for error in find_unreadable_images(images, show_progress=show_progress).values():
+            errors.add("image unreadable", error)
+
+
+def iterate_records(
+    source: str | Path,
+    errors: ErrorCollector,
+    *,
+    image_dir: str | Path | None = None,
+    require_images: bool = True,
+    ignore_fields: Collection[str] = (),
+) -> list[CollectedRecord]:
+    """Read a source as `load_records` does, for a caller that decides about its errors.
+
+    Args:
+        source: a folder, file or pattern; see the top of this file.
+        errors: gets the errors that belong to no record.
+        image_dir: folder of the images that are files. Default: the folder of the source.
+        require_images: whether a record without its image is an error.
+        ignore_fields: names of further fields, which are not errors.
+
+    Returns:
+        Each record, built from what is left of it, and its errors.
+
+    Raises:
+        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
+    """
+    job = _plan(source, image_dir, require_images, ignore_fields)
+    records: list[CollectedRecord] = []
+    seen: set[tuple[str, str]] = set()
+    # Records without errors share one collector, to which nothing is added.
+    nothing, own = ErrorCollector(), ErrorCollector()
+    for raw in (raw for part in job.source.split() for raw in job.source.read(part, errors)):
+        checked = check_record(
+            raw,
+            own,
+            image_dir=job.image_dir,
+            require_images=require_images,
+            ignore_fields=ignore_fields,
+        )
+        if checked is not None:
+            if (checked.name, checked.lang) in seen:
+                own.add("image and language repeated", raw.place)
+            seen.add((checked.name, checked.lang))
+        record = None if checked is None else checked.build()
+        records.append(CollectedRecord(record, own if own.total else nothing))
+        if own.total:
+            own = ErrorCollector()
+    return records
+
+
+def find_example_data() -> Path:
+    """Find the images that come with the package.
+
+    Returns:
+        The folder that contains `emoji` and `photographs`.
+
+    Raises:
+        FileNotFoundError: the installation lacks it.
+    """
+    # A wheel has the folder inside the package; a repository has it where people look for it.
+    for folder in (_PACKAGE / "example_data", _PACKAGE.parent / "examples" / "data"):
+        if (folder / "emoji").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"The example images are not beside {_PACKAGE}. Install the package again, or give a "
+        "folder of your own images."
+    )
+
+
+def fetch_dataset_folder(reference: str, pattern: str) -> Path:
+    """Fetch files of a dataset on the Hub at one commit, or find them in the cache.
+
+    Args:
+        reference: `hub:OWNER/NAME@COMMIT`, with all 40 digits of the commit.
+        pattern: of the files to fetch, such as `data/*.parquet`.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        ValueError: the reference does not pin a commit, or cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    match = _HUB_DATASET.fullmatch(reference)
+    if match is None:
+        raise ValueError(
+            f"{reference!r} does not pin a commit. Give hub:OWNER/NAME@COMMIT with all 40 digits, "
+            "so that the dataset stays the same."
+        )
+    try:
+        folder = snapshot_download(
+            match["name"],
+            revision=match["revision"],
+            repo_type="dataset",
+            allow_patterns=[pattern],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{reference} cannot be fetched ({error}). Check name, commit and license agreement, "
+            "or give a local folder."
+        ) from error
+    return Path(folder)

@@ -1,0 +1,331 @@
+"""Records of a dataset as columns, which all processes share and no process holds in memory.
+
+A `RecordTable` is a sequence of `CaptionedImage`s that are made when they are asked for. Behind it
+is an Arrow table, usually mapped from the file of an index (`record_index.py`). What needs all
+records works on columns (`keys`, `group_keys`, `count_texts`) or in batches (`iterate_columns`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..images.image_sources import ImageSource
+from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
+from .records import CaptionedImage
+
+Array: TypeAlias = np.ndarray[Any, Any]
+_COUNTED = ("captions", "long_captions")
+
+
+class RecordTable(Sequence[CaptionedImage]):
+    """Records as columns.
+
+    It can be pickled for worker processes, which map the file again, or get a copy of what is in
+    memory.
+
+    Args:
+        batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
+        file: file that they are mapped from; None for memory.
+        rows: rows of the batches that the table has, in its order; None for all.
+        skipped: why rows of the source are not records, to how many; None for no such rows.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> len(records), records[0].captions[0]
+        (20, 'Two dogs on a beach.')
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[pa.RecordBatch],
+        *,
+        file: Path | None = None,
+        rows: Array | None = None,
+        skipped: Mapping[str, int] | None = None,
+    ) -> None:
+        self._batches = batches
+        self._file = file
+        self._rows = rows
+        self.skipped = dict(skipped or {})
+        total = sum(batch.num_rows for batch in batches)
+        self._length = total if rows is None else len(rows)
+
+    @classmethod
+    def from_records(cls, records: Iterable[CaptionedImage]) -> RecordTable:
+        """Make a table of records in memory.
+
+        Args:
+            records: records; a table is returned as it is.
+
+        Raises:
+            UnicodeEncodeError: a text has half a character, a lone surrogate.
+        """
+        if isinstance(records, RecordTable):
+            return records
+        batches, columns = [], RecordColumns()
+        for record in records:
+            columns.add(record)
+            if len(columns) == ROWS_PER_BATCH:
+                batches.append(columns.take_batch())
+        if len(columns):
+            batches.append(columns.take_batch())
+        return cls(batches)
+
+    @classmethod
+    def open(cls, file: Path) -> RecordTable:
+        """Map the file of an index.
+
+        Args:
+            file: Arrow file of `record_columns.SCHEMA`.
+        """
+        with pa.memory_map(str(file)) as mapped:
+            reader = pa.ipc.open_file(mapped)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        notes = skipped_file(file)
+        skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
+        return cls(batches, file=file, skipped=skipped)
+
+    def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
+        batches = list(self._batches) if self._file is None else []
+        return _unpickle, (batches, self._file, self._rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, item: int) -> CaptionedImage: ...
+    @overload
+    def __getitem__(self, item: slice) -> RecordTable: ...
+    def __getitem__(self, item: int | slice) -> CaptionedImage | RecordTable:
+        if isinstance(item, slice):
+            return self.select(np.arange(*item.indices(len(self))))
+        if not -len(self) <= item < len(self):
+            raise IndexError(f"Record {item} of {len(self)}.")
+        batch, row = self._find(item % len(self) if len(self) else item)
+        return _make_record(*(batch.column(name)[row].as_py() for name in SCHEMA.names))
+
+    def __iter__(self) -> Iterator[CaptionedImage]:
+        for batch in self.iterate_columns(SCHEMA.names):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield _make_record(*row)
+
+    def iterate_images(self) -> Iterator[ImageSource | None]:
+        """Yield the address of each record's image, in the table's order."""
+        for batch in self.iterate_columns(IMAGE_COLUMNS):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield make_image(*row)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def file(self) -> Path | None:
+        """File that the table is mapped from; None for one in memory."""
+        return self._file
+
+    def select(self, rows: Sequence[int] | Array) -> RecordTable:
+        """Return a table of some of the records; nothing is copied but their numbers.
+
+        Args:
+            rows: numbers of records of this table, in any order.
+        """
+        chosen = np.asarray(rows)
+        if self._rows is not None:
+            chosen = self._rows[chosen]
+        return RecordTable(self._batches, file=self._file, rows=_shrink(chosen))
+
+    @property
+    def keys(self) -> Array:
+        """(N,) int64: a hash of name and language of each record, copied from the columns."""
+        return self.read_numbers("key")
+
+    @property
+    def group_keys(self) -> Array:
+        """(N,) int64: a hash of each record's group id, copied from the columns."""
+        return self.read_numbers("group_key")
+
+    def count_texts(self, rows: Array | None = None) -> tuple[Array, Array]:
+        """Count the captions of records.
+
+        Args:
+            rows: (M,) numbers of records; None for all.
+
+        Returns:
+            (N,) or (M,) int32 each: short and long captions.
+        """
+        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in _COUNTED)
+        return short, long
+
+    def read_numbers(self, name: str, rows: Array | None = None) -> Array:
+        """Read a column of numbers.
+
+        Args:
+            name: of the column.
+            rows: (M,) numbers of records; None for all.
+
+        Returns:
+            (N,) or (M,), of the column's dtype.
+        """
+        return self._read(name, np.asarray, SCHEMA.field(name).type.to_pandas_dtype(), rows)
+
+    def _read(
+        self, name: str, read: Callable[[pa.Array], Array], dtype: Any, rows: Array | None
+    ) -> Array:
+        """Read a number per record from a column."""
+        if rows is None:
+            found, stop = np.empty(len(self), dtype), 0
+            for batch in self.iterate_columns((name,)):
+                start, stop = stop, stop + batch.num_rows
+                found[start:stop] = read(batch.column(0))
+            return found
+        wanted = np.asarray(rows) if self._rows is None else self._rows[np.asarray(rows)]
+        found = np.empty(len(wanted), dtype)
+        for number, places in split_by_batch(wanted):
+            within = wanted[places] - number * ROWS_PER_BATCH
+            found[places] = read(self._batches[number].column(name))[within]
+        return found
+
+    def iterate_numbers(self, name: str) -> Iterator[Array]:
+        """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
+
+        Args:
+            name: of the column.
+        """
+        for batch in self.iterate_columns((name,)):
+            yield np.asarray(batch.column(0))
+
+    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of short and of long captions of records, in batches."""
+        for batch in self.iterate_columns(_COUNTED):
+            yield _list_lengths(batch.column(0)), _list_lengths(batch.column(1))
+
+    def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield some columns in batches, in the table's order.
+
+        Args:
+            names: of the columns.
+
+        Yields:
+            Batches of at most `ROWS_PER_BATCH` rows.
+        """
+        if self._rows is None:
+            yield from self._read_through(names)
+            return
+        for start in range(0, len(self._rows), ROWS_PER_BATCH):
+            yield self._take(names, self._rows[start : start + ROWS_PER_BATCH])
+
+    def _read_through(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield some columns of all batches; pages of a mapped file would count as resident."""
+        if self._file is None:
+            for batch in self._batches:
+                yield batch.select(list(names))
+            return
+        fields = [SCHEMA.get_field_index(name) for name in names]
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        with pa.OSFile(str(self._file)) as opened:
+            reader = pa.ipc.open_file(opened, options=options)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number).select(list(names))
+
+    def take(self, rows: Sequence[int] | Array, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Read some columns of some records.
+
+        Args:
+            rows: numbers of records, at most `ROWS_PER_BATCH`.
+            names: of the columns.
+
+        Returns:
+            A tuple of the columns' values for each record.
+        """
+        wanted = np.asarray(rows)
+        if not len(wanted):
+            return []
+        batch = self._take(names, wanted if self._rows is None else self._rows[wanted])
+        return list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+    def _take(self, names: Sequence[str], rows: Array) -> pa.RecordBatch:
+        """Gather rows of the batches, at most as many as a batch has, in their order."""
+        parts, order = [], []
+        for number, places in split_by_batch(rows):
+            within = pa.array(rows[places] - number * ROWS_PER_BATCH)
+            parts.append(self._batches[number].select(list(names)).take(within))
+            order.append(places)
+        if len(parts) == 1:
+            return parts[0]
+        back = np.argsort(np.concatenate(order))
+        joined = pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+        return joined.take(pa.array(back))
+
+    def _find(self, item: int) -> tuple[pa.RecordBatch, int]:
+        row = item if self._rows is None else int(self._rows[item])
+        return self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
+
+
+def skipped_file(file: Path) -> Path:
+    """Name the file beside an index that counts the rows that are not records.
+
+    Args:
+        file: of the index.
+    """
+    return file.with_suffix(".skipped.json")
+
+
+def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
+    """Split rows of a table by the batch that they are in.
+
+    Args:
+        rows: (M,) rows.
+
+    Yields:
+        Number of a batch, and places in `rows` of those in it, in their order there.
+    """
+    if not len(rows):
+        return
+    batches = rows // ROWS_PER_BATCH
+    order = np.argsort(batches, kind="stable")
+    numbers, starts = np.unique(batches[order], return_index=True)
+    stops = [*starts[1:].tolist(), len(rows)]
+    for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops, strict=True):
+        yield number, order[start:stop]
+
+
+def _list_lengths(column: pa.Array) -> Array:
+    return np.diff(np.asarray(column.offsets))
+
+
+def _shrink(rows: Array) -> Array:
+    """Store row numbers in 4 bytes, which are enough for two billion records."""
+    fits = not len(rows) or int(rows.max()) < np.iinfo(np.int32).max
+    return rows.astype(np.int32 if fits else np.int64)
+
+
+def _make_record(*values: Any) -> CaptionedImage:
+    fields = dict(zip(SCHEMA.names, values, strict=True))
+    return CaptionedImage(
+        image=make_image(*(fields[name] for name in IMAGE_COLUMNS)),
+        name=fields["name"],
+        group_id=fields["group_id"],
+        captions=tuple(fields["captions"]),
+        long_captions=tuple(fields["long_captions"]),
+        keywords=tuple(fields["keywords"]),
+        lang=fields["lang"],
+        place=fields["place"],
+        url=fields["url"],
+    )
+
+
+def _unpickle(
+    batches: Sequence[pa.RecordBatch], file: Path | None, rows: Array | None
+) -> RecordTable:
+    table = RecordTable(batches) if file is None else RecordTable.open(file)
+    return RecordTable(table._batches, file=file, rows=rows)

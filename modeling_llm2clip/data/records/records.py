@@ -1,0 +1,287 @@
+"""A captioned image, and the fields that describe it in every format.
+
+The fields are the same in a line of JSON, a row of Parquet and the JSON member of a tar sample. A
+field that is null counts as absent.
+
+| field | meaning |
+| --- | --- |
+| `image` or `file_name` | path of the image, relative to the folder of images |
+| `captions`, `caption` or `text` | one or several texts that describe the image; required |
+| `long_captions` | one or several longer texts |
+| `keywords` | words that belong to the image |
+| `group_id` | what the image shows; default: the image's name |
+| `lang` | language of the texts, BCP 47; default: `en` |
+| `url` | where the image came from; others' captions may be joined by it |
+| `category`, `group`, `license`, `notes`, `source`, `style` | notes that training does not read |
+| `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions` |
+| `longIB_captions`, `longSV_captions`, `longLLA_captions` | as `long_captions` |
+
+Images of one group are never each other's negatives. An image has one record per language. The last
+two rows are the fields of published re-captionings of CC3M and CC12M.
+
+In Parquet, `image` may hold the encoded image itself; in a tar shard, the image is a member. Then
+`file_name` only names it.
+
+Any other field is an error, because it may be a misspelled one; `load_records(…, ignore_fields=…)`
+names those to ignore. Whitespace around texts is removed and a line break inside becomes one space,
+because later stages take captions as single lines.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..validation_errors import ErrorCollector
+
+if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
+    from ..images.image_sources import ImageSource, PackedImage
+
+_CAPTIONS = ("captions", "caption", "text")
+_SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
+LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
+SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
+_CAPTION_NAMES = frozenset(_CAPTIONS)
+_ALL_CAPTIONS = (*_CAPTIONS, *_SHORT_CAPTIONS)
+CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
+_NAMES = ("image", "file_name")
+_EMPTY_PART = re.compile(r"(?:^|/)\.?(?:/|$)")
+_NOTES = ("category", "group", "license", "notes", "source", "style")
+_KNOWN_FIELDS = frozenset(
+    (
+        *_NAMES,
+        *_CAPTIONS,
+        *_SHORT_CAPTIONS,
+        *LONG_CAPTION_FIELDS,
+        *_NOTES,
+        "keywords",
+        "group_id",
+        "lang",
+        "url",
+    )
+)
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One image and its texts in one language.
+
+    Attributes:
+        image: where the image is; None if images were not required and it has none.
+        name: name of the image in its source; unique together with `lang`.
+        group_id: what the image shows: images of one group show the same thing.
+        captions: texts, each of which describes the image; at least one.
+        long_captions: longer texts that describe it; may be empty.
+        keywords: words that belong to the image; may be empty.
+        lang: language of the texts, BCP 47.
+        place: where the record is written, for errors; not compared.
+        url: where the image came from; None for unknown; not compared.
+    """
+
+    image: ImageSource | None
+    name: str
+    group_id: str
+    captions: tuple[str, ...]
+    long_captions: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+    lang: str = "en"
+    place: str = field(default="", compare=False)
+    url: str | None = field(default=None, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """File of the image.
+
+        Raises:
+            ValueError: the image has no file of its own.
+        """
+        if isinstance(self.image, Path):
+            return self.image
+        found = "no image" if self.image is None else f"a packed image, {self.image}"
+        raise ValueError(f"{self.name} has {found}, not a file. Use open_image(record.image).")
+
+
+class RawRecord(NamedTuple):
+    """The fields of a record as its source has them, not yet checked.
+
+    Attributes:
+        place: where the record is written, for errors.
+        fields: as in the table above, without those that are null.
+        packed: the image, if the source holds it.
+        default_name: name of a record without `image` and `file_name`.
+    """
+
+    place: str
+    fields: Mapping[str, Any]
+    packed: PackedImage | None = None
+    default_name: str | None = None
+
+
+class CheckedRecord(NamedTuple):
+    """The fields of a `CaptionedImage`, whose image may be the path of a file as text."""
+
+    image: str | PackedImage | None
+    name: str
+    group_id: str
+    captions: Sequence[str]
+    long_captions: Sequence[str]
+    keywords: Sequence[str]
+    lang: str
+    place: str
+    url: str | None = None
+
+    def build(self) -> CaptionedImage:
+        """Build the record."""
+        return CaptionedImage(
+            image=Path(self.image) if isinstance(self.image, str) else self.image,
+            name=self.name,
+            group_id=self.group_id,
+            captions=tuple(self.captions),
+            long_captions=tuple(self.long_captions),
+            keywords=tuple(self.keywords),
+            lang=self.lang,
+            place=self.place,
+            url=self.url,
+        )
+
+
+def check_record(
+    raw: RawRecord,
+    errors: ErrorCollector,
+    *,
+    image_dir: Path | None,
+    require_images: bool,
+    ignore_fields: Collection[str] = (),
+) -> CheckedRecord | None:
+    """Check the fields of a record.
+
+    Of a record with errors the rest is returned, so that checks over several records see it.
+
+    Args:
+        raw: what the source has.
+        errors: gets every error of this record.
+        image_dir: folder of the images that are files; None if there is none.
+        require_images: whether a record without an image is an error.
+        ignore_fields: names of further fields, which are not errors.
+
+    Returns:
+        The checked fields; None if the name or the language cannot be read.
+    """
+    found: list[str] = []
+    lang = _read_word(raw.fields, "lang", found) or "en"
+    name = _read_name(raw.fields, found)
+    has_identity = not found
+    image: str | PackedImage | None = raw.packed
+    if has_identity and image is None:
+        image = _find_file(name, image_dir, found, required=require_images)
+    group_id = _read_word(raw.fields, "group_id", found)
+    name = name or raw.default_name or group_id
+    if name is None and not require_images:
+        found.append("no 'file_name', 'image' or 'group_id' to name it by")
+    captions = _read_captions(raw.fields, found)
+    long_captions = _read_all_texts(raw.fields, LONG_CAPTION_FIELDS, found)
+    keywords = _read_all_texts(raw.fields, ("keywords",), found)
+    url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
+    if not raw.fields.keys() <= _KNOWN_FIELDS:
+        unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
+        found += [f"unknown field {field!r}" for field in unknown]
+    for kind in found:
+        errors.add(kind, raw.place)
+    if name is None or not has_identity:
+        return None
+    group_id = name if group_id is None else group_id
+    texts = (captions, long_captions, keywords)
+    return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
+
+
+def clean_text(text: str) -> str:
+    """Strip a text, and replace each line break and the whitespace around it by one space.
+
+    Args:
+        text: any text.
+
+    Returns:
+        One line; empty for a blank text.
+    """
+    # Most texts are clean. Those that are printable have no line breaks, and no spaces but " ".
+    if text.isprintable() and text[:1] != " " and text[-1:] != " ":
+        return text
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _read_captions(fields: Mapping[str, Any], found: list[str]) -> list[str]:
+    if len(given := fields.keys() & _CAPTION_NAMES) > 1:
+        one, other = [name for name in _CAPTIONS if name in given][:2]
+        found.append(f"both {one!r} and {other!r}")
+        return []
+    before = len(found)
+    captions = _read_all_texts(fields, _ALL_CAPTIONS, found)
+    if not captions and len(found) == before:
+        found.append("no caption")
+    return captions
+
+
+def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list[str]) -> list[str]:
+    texts: list[str] = []
+    for name in names:
+        if name in fields:
+            texts += _read_texts(fields[name], name, found)
+    return texts
+
+
+def _read_texts(value: Any, name: str, found: list[str]) -> list[str]:
+    """Read the value of a field of texts; an error is noted once per field."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
+        found.append(f"{name!r} is not a text or a list of texts")
+        return []
+    cleaned = [clean_text(text) for text in texts]
+    if "" in cleaned:
+        kind = "keyword" if name == "keywords" else "caption"
+        found.append(f"blank {kind}")
+    return cleaned
+
+
+def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | None:
+    """Read a non-blank text; an integer becomes one, since many datasets number their groups."""
+    value = fields.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        return None
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    found.append(f"{name!r} is not a non-blank text")
+    return None
+
+
+def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
+    given = [fields[field] for field in _NAMES if field in fields]
+    if not given:
+        return None
+    if not all(isinstance(name, str) and name.strip() for name in given):
+        found.append("'image' or 'file_name' is not a non-blank text")
+        return None
+    names = [
+        PurePosixPath(name).as_posix() if _EMPTY_PART.search(name) else name for name in given
+    ]  # "./a.jpg" is "a.jpg"
+    if len(set(names)) > 1:
+        found.append("'image' and 'file_name' differ")
+    return names[0] if names else None
+
+
+def _find_file(
+    name: str | None, image_dir: Path | None, found: list[str], *, required: bool
+) -> str | None:
+    if name is not None and image_dir is not None:
+        # Strings, because a Path of every image costs as much as all other checks.
+        file = name if name.startswith("/") else f"{image_dir}/{name}"
+        if os.path.isfile(file):  # noqa: PTH113
+            return file
+    if required:
+        found.append("no image" if name is None else "image missing")
+    return None

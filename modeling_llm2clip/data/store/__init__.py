@@ -1,0 +1,1 @@
+"""The embedding store: its files, reading and writing."""

@@ -1,0 +1,245 @@
+"""A dataset's embeddings on disk: what the files are, and reading them.
+
+A store is a folder:
+
+| file | content |
+| --- | --- |
+| `manifest.json` | what the embeddings are, which model made them, checksums of all other files |
+| `index.arrow` | which rows an item has; names, group ids and languages of the items |
+| `shard-00000.safetensors`, … | tensors `checksums` (rows,) and `embeddings` (rows, dim) |
+| `shard-00000.json`, … | while it is written: one file per complete shard, later in the manifest |
+| `shard-00000.part`, `.journal`, … | while it is written: a shard that is not complete |
+
+Items are the records of a dataset in its order. Rows have an order of their own, and only the index
+says which rows belong to an item. Memory does not grow with the store: index and shards are mapped.
+Every byte is checked before it is used, once in each process: the manifest when the store is
+opened, a batch of the index or a row when it is first read. So opening takes no longer for a large
+store, and damage is never read in silence.
+
+The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they are written by
+`embedding_store_writer.py` and `store_shard_writer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic_files import list_differences
+from .store_index import ItemTexts, StoreIndex
+from .store_manifest import MANIFEST_FILE, StoreManifest, read_manifest
+from .store_shards import StoreShards, check_file, check_size, list_errors
+
+__all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows", "read_manifest"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
+_SHOWN = 5
+
+
+class EmbeddingStore:
+    """Embeddings of a dataset's captions or images, on disk.
+
+    Use `EmbeddingStore.open`. A store can be pickled for worker processes, which open it again and
+    know which rows were checked already.
+
+    Attributes:
+        folder: folder of the store.
+        manifest: what it holds and which model made it.
+        names: one name per item; name and language together identify an item.
+        group_ids: one group id per item.
+        langs: one language per item.
+
+    Examples:
+        >>> store = EmbeddingStore.open("captions")  # a folder that `extract` wrote
+        >>> caption_embeds = store.read(store.rows_of(0))  # of the first record
+        >>> caption_embeds.shape == (2, store.manifest.dim)
+        True
+    """
+
+    def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._index = StoreIndex(folder, manifest.index, manifest.num_items)
+        self._shards = StoreShards(folder, manifest, checked)
+        self.names = ItemTexts(self._index, "name")
+        self.group_ids = ItemTexts(self._index, "group_id")
+        self.langs = ItemTexts(self._index, "lang")
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: Literal["fast", "full"] = "fast") -> EmbeddingStore:
+        """Open a complete store.
+
+        Args:
+            folder: folder that `extract` wrote.
+            check: `"fast"` checks the manifest, the footer of the index and the sizes of all files
+                now, and everything else when it is first read; `"full"` checks every byte now.
+
+        Returns:
+            The opened store.
+
+        Raises:
+            ValueError: the folder holds no store, or one of another format, or an incomplete one;
+                or files are missing or damaged, all of which are named.
+        """
+        if check not in ("fast", "full"):
+            raise ValueError(f"check must be 'fast' or 'full', got {check!r}.")
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if not manifest.complete:
+            found = len(list(folder.glob("shard-*.json")))
+            raise ValueError(
+                f"{folder} is not complete: {found} of {manifest.num_shards} shards. Run the same "
+                "extraction again, which continues; or llm2clip merge-store, if it was extracted "
+                "in partitions that are all done."
+            )
+        test = check_file if check == "full" else check_size
+        errors = list_errors(partial(test, folder), manifest.shards)
+        try:
+            store = cls(folder, manifest)
+            if check == "full":
+                store._index.check_all()
+                store._shards.checked[:] = not errors
+        except ValueError as error:
+            errors.insert(0, str(error))
+        if errors:
+            shown = "; ".join(errors[:_SHOWN])
+            raise ValueError(
+                f"{folder}: {len(errors)} damaged files: {shown}. Delete the store and extract it "
+                "again, or restore these files from a copy."
+            )
+        return store
+
+    def __reduce__(self) -> tuple[Callable[..., EmbeddingStore], tuple[Any, ...]]:
+        checked = self._shards.checked
+        packed = np.packbits(checked) if checked.any() else None
+        return _reopen, (self.folder, self.manifest, packed)
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return self.manifest.num_items
+
+    @property
+    def keys(self) -> Array:
+        """(N,) int64: a hash of name and language of each item, as `RecordTable.keys`."""
+        return np.concatenate([np.empty(0, np.int64), *self.iterate_keys()])
+
+    def iterate_keys(self) -> Iterator[Array]:
+        """Yield `keys` in batches of `ROWS_PER_BATCH`, which take no memory."""
+        return self._index.iterate_numbers("key")
+
+    @property
+    def group_keys(self) -> Array:
+        """(N,) int64: a hash of the group id of each item, as `RecordTable.group_keys`."""
+        parts = self._index.iterate_numbers("group_key")
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def count_rows(self) -> tuple[Array, Array]:
+        """Count the captions of each item; an image counts as a short caption.
+
+        Returns:
+            (N,) int32 each: short and long captions.
+        """
+        short, long = zip(*self.iterate_counts(), strict=True)
+        return np.concatenate(short), np.concatenate(long)
+
+    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of `count_rows` in batches of `ROWS_PER_BATCH`."""
+        return self._index.iterate_counts()
+
+    def read(self, rows: Rows, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Read rows, in any order and as often as they are given.
+
+        Args:
+            rows: (N,) row numbers of the store.
+            dtype: of the result; None for the dtype in which they are stored, which copies least.
+
+        Returns:
+            (N, D) on the CPU.
+
+        Raises:
+            ValueError: the store does not have all of these rows, or some are damaged.
+        """
+        stored = self._shards.read(_to_row_numbers(rows, self.manifest.num_rows))
+        embeddings = torch.from_numpy(stored)
+        if self.manifest.dtype == "bfloat16":
+            embeddings = embeddings.view(torch.bfloat16)
+        return embeddings if dtype is None else embeddings.to(dtype)
+
+    def rows_of(self, item: int, *, long: bool = False) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the rows of an item's captions, or the one row of an image.
+
+        Args:
+            item: number of the item; negative numbers count from the end.
+            long: of the long captions; an image has none.
+
+        Returns:
+            (captions,) int64, in the order of the record's captions.
+
+        Raises:
+            IndexError: there is no such item.
+        """
+        return self._index.rows_of(item, long=long)
+
+    def rows_at(self, items: Array, numbers: Array) -> Array:
+        """Return the row of one caption of each of many items.
+
+        Args:
+            items: (M,) numbers of items, from 0, in any order.
+            numbers: (M,) number of the caption of each: the short ones, then the long ones; 0 for
+                an image.
+
+        Returns:
+            (M,) int64.
+
+        Raises:
+            IndexError: there is no such item, or it has no such caption.
+        """
+        return self._index.rows_at(items, numbers)
+
+    def require_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+        """Check that a model is the one that made the store.
+
+        Args:
+            fingerprint: of the model, from `fingerprint_text` or `fingerprint_vision`.
+
+        Raises:
+            ValueError: entries differ; both values of each are named.
+        """
+        if differences := list_differences(self.manifest.fingerprint, fingerprint):
+            raise ValueError(
+                f"{self.folder} was made by another model or with another configuration: "
+                f"{'; '.join(differences)}. Extract it again with this model, or use the model "
+                "that made it."
+            )
+
+
+def _reopen(folder: Path, manifest: StoreManifest, packed: Array | None) -> EmbeddingStore:
+    if packed is None:
+        checked = None
+    else:
+        checked = np.unpackbits(packed, count=manifest.num_rows).view(np.bool_)
+    return EmbeddingStore(folder, manifest, checked)
+
+
+def _to_row_numbers(rows: Rows, num_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    numbers = np.asarray(rows)
+    if numbers.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(
+            f"Rows must be a list of integers; got {numbers.dtype} of shape {numbers.shape}."
+        )
+    if numbers.min() < 0 or numbers.max() >= num_rows:
+        bad = numbers[(numbers < 0) | (numbers >= num_rows)]
+        raise ValueError(
+            f"{bad.size} row numbers are outside 0 to {num_rows - 1}, among them "
+            f"{bad[:_SHOWN].tolist()}."
+        )
+    return numbers.astype(np.int64, copy=False)

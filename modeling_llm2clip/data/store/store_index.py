@@ -1,0 +1,314 @@
+"""The index of an embedding store: which rows an item has, in an Arrow file.
+
+| column | content |
+| --- | --- |
+| `name`, `group_id`, `lang` | of the record; name and language together identify an item |
+| `key` | hash of name and language, as in a `RecordTable` |
+| `group_key` | hash of the group id |
+| `num_short` | how many of its rows are those of short captions |
+| `rows` | rows of its short captions, then of its long ones; one row for an image |
+
+The file is mapped. It is checked in parts, which the manifest has the SHA-256 of: the footer
+when the index is opened, a batch of items when it is first used. So opening takes the same time
+whatever the number of items, and no byte is used before it was checked. Hashing takes about 0.7
+seconds per GB and processor core; an item has about 100 bytes beside its texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..records.record_columns import ROWS_PER_BATCH
+from ..records.record_table import split_by_batch
+from .mapped_memory import Advice, advise
+from .store_manifest import IndexRecord
+
+Array: TypeAlias = np.ndarray[Any, Any]
+INDEX_FILE = "index.arrow"
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("group_id", pa.string()),
+        ("lang", pa.string()),
+        ("key", pa.int64()),
+        ("group_key", pa.int64()),
+        ("num_short", pa.int32()),
+        ("rows", pa.list_(pa.int64())),
+    ]
+)
+_TEXT_COLUMNS = ("name", "group_id", "lang")
+_HASHED_AT_ONCE = 2**22  # bytes
+
+
+class ItemTexts(Sequence[str]):
+    """One text per item, read on access.
+
+    Args:
+        index: the index.
+        column: name of the column.
+    """
+
+    def __init__(self, index: StoreIndex, column: str) -> None:
+        self._index = index
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> list[str]: ...
+    def __getitem__(self, item: int | slice) -> str | list[str]:
+        if isinstance(item, slice):
+            return [self[i] for i in range(*item.indices(len(self)))]
+        batch, row = divmod(self._index.check_item(item), ROWS_PER_BATCH)
+        text: str = self._index.batch(batch).column(self._column)[row].as_py()
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for number in range(self._index.num_batches):
+            yield from self._index.batch(number).column(self._column).to_pylist()
+            self._index.forget_pages(number)
+
+
+class StoreIndex:
+    """The items of a store; use `StoreIndex.open`.
+
+    Args:
+        folder: folder of the store.
+        record: what the manifest says of the index.
+        num_items: number of items.
+    """
+
+    def __init__(self, folder: Path, record: IndexRecord, num_items: int) -> None:
+        self._file = folder / INDEX_FILE
+        self._record = record
+        self._length = num_items
+        if not self._file.is_file():
+            raise ValueError(f"{INDEX_FILE}: missing")
+        if (found := self._file.stat().st_size) != record.bytes:
+            raise ValueError(f"{INDEX_FILE}: {found} bytes, the manifest says {record.bytes}")
+        with pa.memory_map(str(self._file)) as mapped:
+            self._buffer = mapped.read_buffer()
+        self._check(len(record.ends) - 1)
+        self._reader = pa.ipc.open_file(pa.BufferReader(self._buffer))
+        planned = -(-num_items // ROWS_PER_BATCH)
+        if self._reader.num_record_batches != planned or len(record.ends) != planned + 1:
+            raise ValueError(f"{INDEX_FILE}: it does not have the {num_items} items of the store")
+        self._batches: dict[int, pa.RecordBatch] = {}
+        self._rows: dict[int, tuple[Array, Array]] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches of items."""
+        return int(self._reader.num_record_batches)
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Return a batch of items, which is checked when it is first used.
+
+        Args:
+            number: of the batch.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        if number not in self._batches:
+            self._check(number)
+            self._batches[number] = self._reader.get_batch(number)
+        return self._batches[number]
+
+    def check_all(self) -> None:
+        """Check every batch.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        for number in range(self.num_batches):
+            self.batch(number)
+
+    def check_item(self, item: int) -> int:
+        """Return the number of an item, counted from the first one.
+
+        Args:
+            item: number of the item; negative numbers count from the end.
+
+        Raises:
+            IndexError: there is no such item.
+        """
+        if not -self._length <= item < self._length:
+            raise IndexError(f"There is no item {item}: the store has {self._length}.")
+        return int(item) % self._length
+
+    def iterate_numbers(self, column: str) -> Iterator[Array]:
+        """Yield a column of numbers in batches of `ROWS_PER_BATCH`.
+
+        Args:
+            column: `key`, `group_key` or `num_short`.
+        """
+        for number in range(self.num_batches):
+            yield np.asarray(self.batch(number).column(column))
+            self.forget_pages(number)
+
+    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of short and of long captions of items, in batches."""
+        for number, short in enumerate(self.iterate_numbers("num_short")):
+            ends, _ = self._list_rows(number)
+            yield short, (np.diff(ends) - short).astype(short.dtype)
+
+    def rows_of(self, item: int, *, long: bool) -> Array:
+        """Return the rows of an item's captions.
+
+        Args:
+            item: number of the item; negative numbers count from the end.
+            long: of the long captions.
+
+        Returns:
+            (captions,) int64.
+        """
+        number, place = divmod(self.check_item(item), ROWS_PER_BATCH)
+        ends, rows = self._list_rows(number)
+        num_short = self.batch(number).column("num_short")[place].as_py()
+        start, stop = int(ends[place]), int(ends[place + 1])
+        middle = start + num_short
+        return np.array(rows[middle:stop] if long else rows[start:middle])
+
+    def rows_at(self, items: Array, numbers: Array) -> Array:
+        """Return the row of one caption of each item.
+
+        Args:
+            items: (M,) numbers of items, from 0.
+            numbers: (M,) number of the caption of each: the short ones, then the long ones.
+
+        Returns:
+            (M,) int64.
+
+        Raises:
+            IndexError: there is no such item, or it has no such caption.
+        """
+        items, numbers = np.asarray(items), np.asarray(numbers)
+        found = np.empty(len(items), np.int64)
+        if bad := items[(items < 0) | (items >= self._length)][:1].tolist():
+            raise IndexError(f"There is no item {bad[0]}: the store has {self._length}.")
+        for batch, places in split_by_batch(items):
+            ends, rows = self._list_rows(batch)
+            within = items[places] - batch * ROWS_PER_BATCH
+            start, wanted = ends[within].astype(np.int64), numbers[places]
+            lacking = (wanted < 0) | (start + wanted >= ends[within + 1])
+            if lacking.any():
+                first = places[lacking.argmax()]
+                raise IndexError(
+                    f"Item {items[first]} has no caption {numbers[first]}, counted from 0: it has "
+                    f"{np.diff(ends)[within][lacking.argmax()]}."
+                )
+            found[places] = rows[start + wanted]
+        return found
+
+    def iterate_rows(self, first_item: int = 0) -> Iterator[tuple[int, Array, Array]]:
+        """Yield the rows of all items from one on, in batches.
+
+        Args:
+            first_item: number of the first item.
+
+        Yields:
+            Number of the first item, (n + 1,) where the rows of each begin and the last ones end,
+            and the rows.
+        """
+        number, place = divmod(first_item, ROWS_PER_BATCH)
+        while number < self.num_batches:
+            ends, rows = self._list_rows(number)
+            start = int(ends[place])
+            yield number * ROWS_PER_BATCH + place, ends[place:] - start, rows[start : int(ends[-1])]
+            self.forget_pages(number)
+            number, place = number + 1, 0
+
+    def _list_rows(self, number: int) -> tuple[Array, Array]:
+        """Return where the rows of a batch's items begin, and the rows."""
+        if number not in self._rows:
+            column = self.batch(number).column("rows")
+            self._rows[number] = np.asarray(column.offsets), np.asarray(column.values)
+        return self._rows[number]
+
+    def forget_pages(self, number: int) -> None:
+        """Let the kernel take back the pages of a batch that was gone through.
+
+        Args:
+            number: of the batch.
+        """
+        start = self._record.ends[number - 1] if number else 0
+        size = self._record.ends[number] - start
+        advise(self._buffer.address + start, size, Advice.FORGET)
+
+    def _check(self, part: int) -> None:
+        """Raise ValueError if a part of the file has another hash than the manifest says."""
+        start = self._record.ends[part - 1] if part else 0
+        digest = _hash_part(self._file, start, self._record.ends[part])
+        if digest != self._record.sha256[part]:
+            raise ValueError(
+                f"{self._file} is damaged: bytes {start} to {self._record.ends[part]} have the "
+                f"SHA-256 {digest}, the manifest says {self._record.sha256[part]}. Restore it from "
+                "a copy, or delete the store and extract it again."
+            )
+
+
+def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
+    """Write the file of an index.
+
+    Args:
+        file: the file, which is replaced.
+        batches: batches of `SCHEMA`, of `ROWS_PER_BATCH` items but for the last one.
+
+    Returns:
+        What the manifest says of it.
+    """
+    ends = []
+    with pa.OSFile(str(file), "wb") as sink:
+        with pa.ipc.new_file(sink, SCHEMA) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                ends.append(sink.tell())
+        ends.append(sink.tell())
+    starts = [0, *ends[:-1]]
+    hashes = [_hash_part(file, start, end) for start, end in zip(starts, ends, strict=True)]
+    return IndexRecord(ends[-1], tuple(ends), tuple(hashes))
+
+
+def make_batch(
+    records: pa.RecordBatch, num_short: Array, ends: Array, rows: Array
+) -> pa.RecordBatch:
+    """Make a batch of an index.
+
+    Args:
+        records: the columns `name`, `group_id`, `lang`, `key` and `group_key` of some records.
+        num_short: (n,) how many of their rows are those of short captions.
+        ends: (n + 1,) where the rows of each record begin, and the last ones end.
+        rows: rows of all of them.
+    """
+    lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
+    columns = [records.column(name) for name in SCHEMA.names[:5]]
+    return pa.RecordBatch.from_arrays(
+        [*columns, pa.array(num_short, pa.int32()), lists], schema=SCHEMA
+    )
+
+
+def _hash_part(file: Path, start: int, end: int) -> str:
+    """Hash a part of a file; read, not mapped, so that it takes no memory."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(start)
+        while start < end:
+            piece = opened.read(min(end - start, _HASHED_AT_ONCE))
+            if not piece:  # the file was truncated meanwhile
+                break
+            digest.update(piece)
+            start += len(piece)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Records of shards that are read one after the other."""

@@ -1,0 +1,368 @@
+"""Streams the samples of shards that lie elsewhere, shuffled, each once an epoch, resumable.
+
+`make_loader(stream_records(SOURCE), …)` gives batches of `CaptionedImage`s whose images are
+`EncodedImage`s. Shards are shuffled by seed and epoch and dealt to the workers of all processes in
+turn; each worker reads its shards one after the other through a shuffle buffer. Its state is the
+place in its shards and the addresses of the samples in its buffer: who resumes reads these samples
+again, and goes on in the same order. Shards must not change while a stream is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..._extras import REMOTE_STREAMS, require
+from ..records.records import CaptionedImage, check_record
+from ..sources.remote_access import LostFileError, RetryPolicy
+from ..sources.remote_files import RemoteFile, is_remote
+from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
+from ..sources.shard_urls import find_base, list_shards
+from ..validation_errors import ErrorCollector
+from .stream_report import StreamReport
+from .stream_run import ShardReader, StreamRun
+
+
+class UrlShards:
+    """Shards at paths, URLs or commands.
+
+    Args:
+        shards: from `list_shards`.
+        policy: how often and how patiently requests are tried.
+    """
+
+    def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
+        self._urls = list(shards)
+        base = find_base(self._urls) if len(self._urls) > 1 else ""
+        base = base or self._urls[0][: self._urls[0].rfind("/") + 1]
+        names = [url.removeprefix(base) for url in self._urls]
+        # Signed URLs have another query each time they are made.
+        bare = [name.partition("?")[0] if is_remote(url) else name
+                for url, name in zip(self._urls, names, strict=True)]  # fmt: skip
+        self._names = bare if len(set(bare)) == len(bare) else names
+        self._policy = policy
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Their paths, URLs or commands."""
+        return self._urls
+
+    def read(
+        self, shard: int, first: int, on_retry: Callable[[str, str], None]
+    ) -> Iterator[StreamedSample]:
+        """Yield the samples of a shard.
+
+        Args:
+            shard: its number.
+            first: number of the first sample to yield.
+            on_retry: called with the URL and the reason before a request is made again.
+        """
+        file = RemoteFile(self._urls[shard], self._policy, on_retry=on_retry)
+        return read_shard(file, self._names[shard], first=first)
+
+
+def stream_records(
+    source: str | Path | Sequence[str],
+    *,
+    seed: int = 0,
+    buffer_size: int = 1000,
+    process_index: int = 0,
+    num_processes: int = 1,
+    require_images: bool = True,
+    ignore_fields: Collection[str] = (),
+    max_lost_share: float = 0.01,
+    retry: RetryPolicy | None = None,
+) -> RecordStream:
+    """Stream the samples of shards; the first shard is opened at once, to see that one can.
+
+    Args:
+        source: a folder, pattern, list or text file of shards; see `sources/shard_urls.py`.
+        seed: of the order.
+        buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
+        process_index: number of this process.
+        num_processes: how many train together; each gets other shards.
+        require_images: whether a sample without its image is broken.
+        ignore_fields: names of further fields, which are not read and not errors.
+        max_lost_share: share of samples, or of shards, that may be broken before a worker stops;
+            up to 1,000 samples count as 1,000.
+        retry: how often and how patiently requests are tried.
+
+    Returns:
+        The stream, for `make_loader` or any loader of PyTorch.
+
+    Raises:
+        AccessError: access is denied, or a host cannot be reached.
+        ValueError: there are no shards, or of several formats.
+
+    Examples:
+        >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
+        >>> record = next(iter(stream))  # doctest: +SKIP
+    """
+    policy = retry or RetryPolicy()
+    shards = list_shards(source, policy)
+    _require_access(shards, policy)
+    return RecordStream(
+        UrlShards(shards, policy),
+        seed=seed,
+        buffer_size=buffer_size,
+        process_index=process_index,
+        num_processes=num_processes,
+        require_images=require_images,
+        ignore_fields=ignore_fields,
+        max_lost_share=max_lost_share,
+    )
+
+
+def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
+    """Raise unless one of the first two shards can be opened: a single one may be missing."""
+    for is_last, shard in zip((len(shards) == 1, True), shards[:2], strict=False):
+        try:
+            RemoteFile(shard, policy, is_first=True).require_access()
+            return
+        except LostFileError:
+            if is_last:
+                raise
+
+
+class RecordStream(IterableDataset[CaptionedImage]):
+    """Yields the samples of one process; a worker of a loader yields its part of them.
+
+    Args:
+        reader: the shards.
+        seed: of the order.
+        buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
+        process_index: number of this process.
+        num_processes: how many train together; each gets other shards.
+        require_images: whether a sample without its image is broken.
+        ignore_fields: names of further fields, which are not read and not errors.
+        max_lost_share: share of samples, or of shards, that may be broken.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        *,
+        seed: int = 0,
+        buffer_size: int = 1000,
+        process_index: int = 0,
+        num_processes: int = 1,
+        require_images: bool = True,
+        ignore_fields: Collection[str] = (),
+        max_lost_share: float = 0.01,
+    ) -> None:
+        if buffer_size < 1 or not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"buffer_size={buffer_size}, process_index={process_index}, "
+                f"num_processes={num_processes}: want at least 1, and an index below the number."
+            )
+        self.reader = reader
+        self.seed = seed
+        self.epoch = 0
+        self.buffer_size = buffer_size
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.max_lost_share = max_lost_share
+        self.excluded_groups: frozenset[str] = frozenset()
+        self._require_images = require_images
+        self._ignore_fields = tuple(ignore_fields)
+        self._resumed: dict[str, Any] | None = None
+        self._run: StreamRun | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration.
+
+        Args:
+            epoch: number of the epoch.
+        """
+        self.epoch = epoch
+
+    def require_workers(self, num_workers: int) -> None:
+        """Check that each worker of each process gets a shard.
+
+        Args:
+            num_workers: of this process's loader; 0 counts as 1.
+
+        Raises:
+            ValueError: there are fewer shards.
+        """
+        readers = self.num_processes * max(1, num_workers)
+        if readers > len(self.reader.shards):
+            raise ValueError(
+                f"{len(self.reader.shards)} shards for {self.num_processes} processes with "
+                f"{max(1, num_workers)} workers each: some would get none. Use fewer workers, or "
+                "split the data into more shards."
+            )
+
+    def __iter__(self) -> Iterator[CaptionedImage]:
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        self.require_workers(num_workers)
+        number = self.process_index * num_workers + worker
+        state, self._resumed = self._resumed, None
+        epoch = self.epoch if state is None else state["epoch"]
+        run = StreamRun(self, epoch, number, self.num_processes * num_workers)
+        if state is not None:
+            run.resume(state)
+        self._run = run
+        return run.iterate()
+
+    def for_process(
+        self,
+        process_index: int,
+        num_processes: int,
+        *,
+        seed: int,
+        excluded_groups: frozenset[str] = frozenset(),
+    ) -> RecordStream:
+        """Return the part of one process of a training run.
+
+        Args:
+            process_index: number of the process.
+            num_processes: how many train together; each gets other shards.
+            seed: of the order.
+            excluded_groups: group ids whose samples are left out, and counted.
+        """
+        own = copy.copy(self)
+        own.process_index, own.num_processes = process_index, num_processes
+        own.seed, own.excluded_groups = seed, excluded_groups
+        return own
+
+    def read_shard(self, number: int) -> list[CaptionedImage]:
+        """Read the valid samples of one shard, in its order.
+
+        Args:
+            number: of the shard in `reader.shards`.
+
+        Returns:
+            The records; of a shard that ends early those before its end.
+
+        Raises:
+            LostFileError: the shard cannot be read, perhaps by this process alone.
+        """
+        found = []
+        with suppress(BrokenShardError):  # which is counted where the stream comes to it
+            for sample in self.reader.read(number, 0, lambda _url, _reason: None):
+                record = None if sample.is_skipped else self.check(sample)[0]
+                if record is not None:
+                    found.append(record)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": None}  # what is open stays here
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the iteration is, as plain values."""
+        return {} if self._run is None else self._run.save()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on from a state, in its epoch; later ones are not affected.
+
+        Args:
+            state: from `state_dict`, of the same worker.
+        """
+        self._resumed = state or None
+
+    @property
+    def report(self) -> StreamReport:
+        """What was read and lost since the epoch began, in this process."""
+        return StreamReport() if self._run is None else self._run.report
+
+    def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
+        """Check the fields of a sample.
+
+        Args:
+            sample: from a shard.
+
+        Returns:
+            The record, and what is wrong with it; empty if nothing is.
+        """
+        if sample.raw is None:
+            return None, sample.problem
+        errors = ErrorCollector()
+        checked = check_record(
+            sample.raw,
+            errors,
+            image_dir=None,
+            require_images=self._require_images,
+            ignore_fields=self._ignore_fields,
+        )
+        if checked is None or errors.total:
+            return None, ", ".join(errors.counts)
+        return checked.build(), ""
+
+
+def make_loader(
+    stream: RecordStream,
+    *,
+    batch_size: int,
+    collate: Callable[[list[CaptionedImage]], Any] = list,
+    num_workers: int = 0,
+    drop_last: bool = False,
+    **options: Any,
+) -> Any:
+    """Make a loader of batches that can save where it is and go on from there.
+
+    `loader.state_dict()` is saved by each process, with every checkpoint; after
+    `loader.load_state_dict(state)`, which wants as many processes and workers, the batches are
+    those that would have come. Before each other epoch call `stream.set_epoch(epoch)`.
+
+    Args:
+        stream: from `stream_records`.
+        batch_size: samples of a batch.
+        collate: makes a batch of a list of records; decoding and tokenizing belong there, because
+            it runs in the workers.
+        num_workers: processes that read and collate.
+        drop_last: drop a last batch that is smaller. Each worker has one of its own.
+        options: of `torchdata.stateful_dataloader.StatefulDataLoader`, such as `prefetch_factor`.
+
+    Returns:
+        A `StatefulDataLoader`.
+
+    Raises:
+        MissingExtraError: torchdata is not installed.
+        ValueError: there are fewer shards than workers in all processes, or workers are to
+            outlive an epoch.
+    """
+    require(REMOTE_STREAMS)
+    stream.require_workers(num_workers)
+    if options.get("persistent_workers"):
+        raise ValueError(
+            "persistent_workers keep the epoch that they began with, and with it the order. Leave "
+            "it off; workers start in a second."
+        )
+    from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+
+    with warnings.catch_warnings():
+        # Of torch, about a function that torchdata calls.
+        warnings.filterwarnings("ignore", message=".*set_vital.*")
+        return StatefulDataLoader(
+            stream,
+            batch_size=batch_size,
+            collate_fn=collate,
+            num_workers=num_workers,
+            drop_last=drop_last,
+            **options,
+        )
+
+
+def read_report(state: Any) -> StreamReport:
+    """Add up the reports of all workers of a loader.
+
+    Args:
+        state: of the loader.
+    """
+    total = StreamReport()
+    waiting = [state]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict) and "stream_version" in value:
+            total.merge(StreamReport.from_state(value["report"]))
+        elif isinstance(value, dict):
+            waiting += list(value.values())[::-1]
+    return total

@@ -1,0 +1,240 @@
+"""One iteration of one worker over a stream: its order, its shuffle buffer and its state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..records.records import CaptionedImage
+from ..sources.remote_access import LostFileError
+from ..sources.shard_streams import BrokenShardError, StreamedSample
+from .stream_report import StreamReport
+
+_STATE_VERSION = 1
+_DRAWS_AT_ONCE = 4096
+
+
+class ShardReader(Protocol):
+    """Shards whose samples can be read one after the other, always in the same order."""
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Names of the shards."""
+
+    def read(
+        self, shard: int, first: int, on_retry: Callable[[str, str], None]
+    ) -> Iterator[StreamedSample]:
+        """Yield the samples of a shard.
+
+        Args:
+            shard: its number.
+            first: number of the first sample to yield.
+            on_retry: called with the URL and the reason before a request is made again.
+        """
+
+
+class Stream(Protocol):
+    """What is streamed, and how."""
+
+    reader: ShardReader
+    seed: int
+    buffer_size: int
+    max_lost_share: float
+    excluded_groups: frozenset[str]
+
+    def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
+        """Check the fields of a sample.
+
+        Args:
+            sample: from a shard.
+
+        Returns:
+            The record, and what is wrong with it; empty if nothing is.
+        """
+
+
+class StreamRun:
+    """One iteration of one worker.
+
+    Args:
+        stream: what is streamed.
+        epoch: number of the epoch.
+        number: of the worker among those of all processes.
+        num_readers: how many of these there are.
+    """
+
+    def __init__(self, stream: Stream, epoch: int, number: int, num_readers: int) -> None:
+        self._stream = stream
+        self._epoch = epoch
+        self._number = number
+        self._num_readers = num_readers
+        order = np.random.default_rng([stream.seed, epoch]).permutation(len(stream.reader.shards))
+        self._order: list[int] = order[number::num_readers].tolist()
+        self._place = 0  # in the order
+        self._next_sample = 0  # in that shard
+        self._yielded = 0
+        self._drawn = -1  # block of numbers in the next line
+        self._draws: list[int] = []
+        self._buffer: list[tuple[int, int, CaptionedImage]] = []
+        self._rest: Iterator[StreamedSample] | None = None
+        self.report = StreamReport()
+
+    def iterate(self) -> Iterator[CaptionedImage]:
+        """Yield the samples."""
+        size = self._stream.buffer_size
+        while True:
+            while len(self._buffer) < size and self._read_one():
+                pass
+            if not self._buffer:
+                return
+            chosen = self._draw() % len(self._buffer)
+            *_, record = self._buffer[chosen]
+            self._buffer[chosen] = self._buffer[-1]
+            self._buffer.pop()
+            self._yielded += 1
+            yield record
+
+    def _draw(self) -> int:
+        """Return a number that depends on nothing but seed, epoch, reader and place."""
+        within = self._yielded % _DRAWS_AT_ONCE
+        block = self._yielded // _DRAWS_AT_ONCE
+        if self._drawn != block:
+            seeds = [self._stream.seed, self._epoch, self._number, block]
+            self._draws = np.random.default_rng(seeds).integers(2**62, size=_DRAWS_AT_ONCE).tolist()
+            self._drawn = block
+        return self._draws[within]
+
+    def _read_one(self) -> bool:
+        """Read a sample into the buffer, or note what is wrong with it; False at the end."""
+        if self._place >= len(self._order):
+            return False
+        shard = self._order[self._place]
+        if self._rest is None:
+            self._rest = self._open(shard, self._next_sample)
+        try:
+            sample = next(self._rest)
+        except StopIteration:
+            self.report.shards += 1
+            self._go_to_next_shard()
+            return True
+        except (BrokenShardError, LostFileError) as error:
+            place = f"{self._stream.reader.shards[shard]} before sample {self._next_sample}"
+            self.report.add_lost_shard(place, str(error))
+            self._go_to_next_shard()
+            self._require_most()
+            return True
+        self._next_sample = sample.number + 1
+        self._take(shard, sample)
+        return True
+
+    def _take(self, shard: int, sample: StreamedSample) -> None:
+        if sample.is_skipped:
+            self.report.skipped_samples += 1
+            self.report.add_problem(sample.problem, sample.place)
+            return
+        record, problem = self._stream.check(sample)
+        if record is None:
+            self.report.add_lost_sample(problem, sample.place)
+            self._require_most()
+            return
+        if record.group_id in self._stream.excluded_groups:
+            self.report.excluded_samples += 1
+            return
+        self.report.samples += 1
+        self._buffer.append((shard, sample.number, record))
+
+    def _open(self, shard: int, first: int) -> Iterator[StreamedSample]:
+        return self._stream.reader.read(shard, first, self._note_retry)
+
+    def _note_retry(self, url: str, reason: str) -> None:
+        self.report.retries += 1
+        self.report.add_problem("request made again", f"{url} ({reason})")
+
+    def _go_to_next_shard(self) -> None:
+        self._place += 1
+        self._next_sample = 0
+        self._rest = None
+
+    def _require_most(self) -> None:
+        self.report.require_most(
+            self._stream.max_lost_share, num_shards=len(self._stream.reader.shards)
+        )
+
+    def save(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {
+            **self._identity,
+            "epoch": self._epoch,
+            "place": [self._place, self._next_sample],
+            "yielded": self._yielded,
+            "buffer": [number for shard, sample, _ in self._buffer for number in (shard, sample)],
+            "report": self.report.to_state(),
+        }
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What the order depends on, but for the epoch."""
+        shards = "\n".join(self._stream.reader.shards)
+        return {
+            "stream_version": _STATE_VERSION,
+            "seed": self._stream.seed,
+            "buffer_size": self._stream.buffer_size,
+            "shards": hashlib.sha256(shards.encode()).hexdigest(),
+            "reader": [self._number, self._num_readers],
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a state: read the samples of the buffer again.
+
+        Args:
+            state: from `save`.
+
+        Raises:
+            ValueError: the state is of another stream.
+        """
+        differing = [name for name, now in self._identity.items() if state.get(name) != now]
+        if differing:
+            raise ValueError(
+                f"The state is of another stream: {', '.join(differing)} differ. Go on with the "
+                "same shards, seed, buffer_size, processes and workers."
+            )
+        self._place, self._next_sample = state["place"]
+        self._yielded = state["yielded"]
+        self.report = StreamReport.from_state(state["report"])
+        numbers = state["buffer"]
+        self._refill(list(zip(numbers[::2], numbers[1::2], strict=True)))
+
+    def _refill(self, addresses: list[tuple[int, int]]) -> None:
+        found: dict[tuple[int, int], CaptionedImage] = {}
+        current = self._order[self._place] if self._place < len(self._order) else None
+        wanted: dict[int, set[int]] = {}
+        for shard, number in addresses:
+            wanted.setdefault(shard, set()).add(number)
+        for shard, samples in wanted.items():
+            last = self._next_sample - 1 if shard == current else max(samples)
+            rest = self._open(shard, min(samples))
+            try:
+                for sample in rest:
+                    if sample.number in samples:
+                        record, _ = self._stream.check(sample)
+                        if record is not None:
+                            found[shard, sample.number] = record
+                    if sample.number >= last:
+                        break
+            except (BrokenShardError, LostFileError) as error:
+                place = f"{self._stream.reader.shards[shard]} of the buffer"
+                self.report.add_lost_shard(place, str(error))
+                continue
+            if shard == current:
+                self._rest = rest
+        for address in addresses:
+            if address in found:
+                self._buffer.append((*address, found[address]))
+            else:
+                place = f"{self._stream.reader.shards[address[0]]} sample {address[1]}"
+                self.report.add_lost_sample("not found again after a restart", place)
+        self._require_most()

@@ -1,0 +1,219 @@
+"""Published captions come to the records of their images, whatever the order and the format."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from downloads import URLS, write_downloaded_tar
+
+from modeling_llm2clip.data.captions import caption_files, caption_joins
+from modeling_llm2clip.data.captions.caption_joins import join_captions
+from modeling_llm2clip.data.records import record_columns, record_index, record_table
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import CaptionedImage
+
+FIELDS = ["Image Path", "raw_caption", "shortIB_captions", "longSV_captions"]
+
+
+def make_records(count: int) -> RecordTable:
+    return RecordTable.from_records(
+        CaptionedImage(
+            None, f"{n % 9}.tar/{n:06d}.jpg", f"g{n}", (f"own {n}",), url=f"https://x.example/{n}"
+        )
+        for n in range(count)
+    )
+
+
+def make_rows(numbers: Any) -> list[dict[str, str]]:
+    """As published re-captionings of CC3M are: texts with commas, quotes and line breaks."""
+    return [
+        {
+            "Image Path": f"https://x.example/{n}",
+            "raw_caption": f"own {n}",
+            "shortIB_captions": f'a "short" one, {n}',
+            "longSV_captions": f"A long one.\nIts second line is {n}.",
+        }
+        for n in numbers
+    ]
+
+
+def write_csv(file: Path, rows: list[dict[str, str]]) -> Path:
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def write_packed_csv(file: Path, rows: list[dict[str, str]]) -> Path:
+    plain = write_csv(file, rows)
+    packed = file.with_suffix(".csv.gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    return packed
+
+
+def write_lines(file: Path, rows: list[dict[str, str]]) -> Path:
+    file = file.with_suffix(".jsonl")
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def write_parquet(file: Path, rows: list[dict[str, str]]) -> Path:
+    file.parent.joinpath("parts").mkdir()
+    half = len(rows) // 2
+    for number, part in enumerate((rows[:half], rows[half:])):
+        pq.write_table(pa.Table.from_pylist(part), file.parent / "parts" / f"{number}.parquet")
+    return file.parent / "parts"
+
+
+def wanted(numbers: Any, has_row: Callable[[int], bool]) -> list[tuple[Any, ...]]:
+    return [
+        ((f"own {n}", f'a "short" one, {n}'), (f"A long one. Its second line is {n}.",))
+        if has_row(n)
+        else ((f"own {n}",), ())
+        for n in numbers
+    ]
+
+
+def texts(records: RecordTable) -> list[tuple[Any, ...]]:
+    return [(record.captions, record.long_captions) for record in records]
+
+
+@pytest.mark.parametrize("write", [write_csv, write_packed_csv, write_lines, write_parquet])
+def test_captions_come_to_their_records_in_every_format(
+    write: Callable[[Path, Any], Path], tmp_path: Path
+) -> None:
+    records = make_records(30)
+    numbers = np.random.default_rng(0).permutation(range(20, 50)).tolist()
+    joined = join_captions(records, write(tmp_path / "c.csv", make_rows(numbers)), on="url")
+    assert texts(joined.records) == wanted(range(30), lambda n: n >= 20)
+    assert (joined.matched, joined.unmatched_records, joined.unmatched_rows) == (10, 20, 20)
+    assert joined.first_unmatched_records == tuple(f"{n}.tar/{n:06d}.jpg" for n in range(5))
+    first = [f"https://x.example/{n}" for n in numbers if n >= 30][:5]
+    assert joined.first_unmatched_rows == tuple(first)
+    assert "10 records matched. 20 records have no row (0.tar/000000.jpg," in str(joined)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_batches_and_their_order_make_no_difference(
+    is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (record_columns, record_index, record_table, caption_files):
+        for name in ("ROWS_PER_BATCH", "_ROWS_AT_ONCE"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, 7)
+    records = make_records(100).select(np.random.default_rng(1).permutation(100)[:90])
+    rows = make_rows(np.random.default_rng(2).permutation(200)[:150])
+    output = tmp_path / "joined.arrow" if is_mapped else None
+    joined = join_captions(
+        records, write_csv(tmp_path / "c.csv", rows), on="url", output=output
+    ).records
+    there = {int(row["Image Path"].rpartition("/")[2]) for row in rows}
+    numbers = [int(record.group_id[1:]) for record in records]
+    assert texts(joined) == wanted(numbers, lambda n: n in there)
+    assert joined.file == output
+    # Nothing else changes, and the hashes of texts are those of a table that is made anew.
+    anew = RecordTable.from_records(list(joined))
+    for (name, batch), other in zip(
+        ((name, joined.iterate_columns([name])) for name in record_columns.SCHEMA.names),
+        (anew.iterate_columns([name]) for name in record_columns.SCHEMA.names),
+        strict=True,
+    ):
+        one, two = (pa.Table.from_batches(list(b)).column(0).to_pylist() for b in (batch, other))
+        assert one == two, name
+
+
+def test_a_repeated_row_is_counted_and_the_first_one_used(tmp_path: Path) -> None:
+    rows = make_rows([1, 2, 1])
+    rows[2]["shortIB_captions"] = "another"
+    joined = join_captions(make_records(3), write_csv(tmp_path / "c.csv", rows), on="url")
+    assert texts(joined.records) == wanted(range(3), lambda n: n > 0)
+    assert joined.repeated_rows == 1
+
+
+def test_captions_may_replace_the_own_ones_and_the_unmatched_may_go(tmp_path: Path) -> None:
+    rows = [{"url": f"https://x.example/{n}", "re_caption": f"A long text of {n}."} for n in (2, 0)]
+    file = write_csv(tmp_path / "c.csv", rows)
+    joined = join_captions(make_records(3), file, on="url", replace=True, keep_unmatched=False)
+    assert texts(joined.records) == [((f"own {n}",), (f"A long text of {n}.",)) for n in (0, 2)]
+    rows = [{"url": "https://x.example/1", "caption": "new"}]
+    joined = join_captions(make_records(3), write_csv(file, rows), on="url", replace=True)
+    assert [record.captions[0] for record in joined.records] == ["own 0", "new", "own 2"]
+
+
+@pytest.mark.parametrize("column", ["key", "Image Path"])
+def test_downloads_are_joined_by_url_and_by_key(column: str, tmp_path: Path) -> None:
+    records = load_records(write_downloaded_tar(tmp_path / "data"))
+    keys = ["000000000", "000000002", "000000001"]
+    if column == "Image Path":
+        keys = [f"train/0000/{key}.jpg" for key in keys]
+    by_key = [{column: key, "caption": f"caption of {key[-5:]}"} for key in keys]
+    joined = join_captions(records, write_csv(tmp_path / "k.csv", by_key), on="key")
+    assert [record.captions[1][-5:] for record in joined.records] == [k[-5:] for k in keys[:2]]
+    assert joined.unmatched_rows == 1
+    by_url = [{"url": url, "caption": f"of {url}"} for url in reversed(URLS)]
+    joined = join_captions(records, write_csv(tmp_path / "u.csv", by_url), on="url")
+    assert [r.captions[1] for r in joined.records] == [f"of {URLS[0]}", f"of {URLS[2]}"]
+
+
+def test_keys_of_several_images_are_refused(tmp_path: Path) -> None:
+    records = RecordTable.from_records(
+        CaptionedImage(None, f"{source}/00000.tar/1.jpg", "g", ("a",))
+        for source in ("cc3m", "cc12m")
+    )
+    file = write_csv(tmp_path / "c.csv", [{"key": "1", "caption": "b"}])
+    with pytest.raises(ValueError, match="2 images have 1 keys: some are those of several images"):
+        join_captions(records, file, on="key")
+    languages = RecordTable.from_records(
+        CaptionedImage(None, "00000.tar/1.jpg", "g", ("a",), lang=lang) for lang in ("en", "de")
+    )
+    assert join_captions(languages, file, on="key").matched == 2
+
+
+def test_different_urls_of_one_hash_are_never_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_csv(tmp_path / "c.csv", make_rows([7]))
+    monkeypatch.setattr(caption_joins, "hash_text", lambda _text: 1)
+    with pytest.raises(ValueError, match="have the same hash of 64 bits"):
+        join_captions(make_records(2), file, on="url")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"link": "x", "caption": "a"}], "none of the columns url, URL, Image Path, but link"),
+        ([{"url": "x", "notes": "a"}], "no column of captions"),
+        ([{"url": "nowhere", "caption": "a"}], r"No record of 3 matches a row of .* \(nowhere\)"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    rows: list[dict[str, str]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        join_captions(make_records(3), write_csv(tmp_path / "c.csv", rows), on="url")
+
+
+def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
+    records = make_records(3)
+    contents = {"a.parquet": "no", "a.csv": "url,caption\nx\n", "a.jsonl": "{", "a.txt": "x"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=name):
+            join_captions(records, tmp_path / name, on="url")
+    with pytest.raises(ValueError, match="no such file of captions"):
+        join_captions(records, tmp_path / "gone.csv", on="url")
+    nameless = RecordTable.from_records([CaptionedImage(None, "a", "a", ("a",))])
+    file = write_csv(tmp_path / "c.csv", make_rows([1]))
+    with pytest.raises(ValueError, match="None of 1 records has a url"):
+        join_captions(nameless, file, on="url")

@@ -1,0 +1,45 @@
+"""Text pairs of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modeling_llm2clip.data.captions.text_pairs import read_text_pairs
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("{", "not JSON"),
+        ('{"query": "a", "positive": " "}', "non-blank"),
+        ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
+        ('{"query": "a", "positive": "b", "negatives": [" a "]}', "the query is among its neg"),
+        ('{"query": "a", "positive": "b", "positive": "c"}', "field 'positive' twice"),
+        ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
+        ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
+    ],
+)
+def test_broken_text_pairs_are_named_by_line(tmp_path: Path, line: str, error: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=error):
+        list(read_text_pairs(file))
+
+
+def test_all_errors_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "a", "positive": "b"}\n' + "{\n" * 7)
+    with pytest.raises(ValueError, match=r"7 errors: line 2: .*; line 6: [^;]*$"):
+        list(read_text_pairs(file))
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="no lines"):
+        list(read_text_pairs(file))
+
+
+def test_text_pairs_are_read_as_captions_are(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes('\ufeff{"query": " a\u2028dog ", "positive": "on a mat\\n"}\n'.encode())
+    (pair,) = read_text_pairs(file)
+    assert (pair.anchor, pair.positive) == ("a dog", "on a mat")

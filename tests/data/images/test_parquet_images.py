@@ -1,0 +1,225 @@
+"""Images of Parquet files are what Arrow reads, however the file was written."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modeling_llm2clip.data.images import parquet_images
+from modeling_llm2clip.data.images.parquet_images import (
+    ByteCache,
+    count_group_bytes,
+    find_layout,
+    read_image_bytes,
+)
+from modeling_llm2clip.data.images.parquet_pages import (
+    UnknownLayoutError,
+    decode_hybrid,
+    read_struct,
+)
+
+
+def write_images(
+    file: Path, images: list[bytes | None], *, is_struct: bool = True, **options: Any
+) -> Path:
+    column: Any = images
+    if is_struct:
+        column = [
+            None if image is None and number % 2 else {"bytes": image, "path": "a.png"}
+            for number, image in enumerate(images)
+        ]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    else:
+        kind = pa.binary()
+    pq.write_table(pa.table({"image": pa.array(column, kind)}), file, **options)
+    return file
+
+
+def make_images(count: int, *, seed: int = 0, nulls: float = 0.0) -> list[bytes | None]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, 3000, count)
+    return [None if rng.random() < nulls else rng.bytes(int(size)) for size in sizes]
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) -> None:
+    choose = data.draw
+    repeated = make_images(7) * 9
+    images = choose(st.sampled_from([make_images(60), make_images(60, nulls=0.3), repeated]))
+    if not choose(st.booleans()):
+        images = images[: choose(st.integers(1, 9))]
+    write_images(
+        tmp_path / "0.parquet",
+        images,
+        is_struct=choose(st.booleans()),
+        row_group_size=choose(st.sampled_from([1, 7, 100])),
+        compression=choose(st.sampled_from(["none", "snappy", "zstd", "gzip", "lz4", "brotli"])),
+        use_dictionary=choose(st.booleans()),
+        data_page_version=choose(st.sampled_from(["1.0", "2.0"])),
+        data_page_size=choose(st.sampled_from([100, 5000, 2**20])),
+        dictionary_pagesize_limit=choose(st.sampled_from([2000, 2**20])),
+        write_statistics=choose(st.booleans()),
+        write_batch_size=choose(st.sampled_from([1, 4, 1024])),
+        write_page_index=choose(st.booleans()),
+    )
+    clear_caches()
+    rows = choose(st.permutations(range(len(images))))
+    for row in rows:
+        if images[row] is None:
+            with pytest.raises(ValueError, match=f"row {row} has no image in 'image'"):
+                read_image_bytes(tmp_path / "0.parquet", "image", row)
+        else:
+            assert read_image_bytes(tmp_path / "0.parquet", "image", row) == images[row]
+
+
+def clear_caches() -> None:
+    """Files are written faster here than the clock of a file system ticks."""
+    find_layout.cache_clear()
+    for name in ("_chunks", "_values", "_numbers", "_tables"):
+        cache = getattr(parquet_images, name)
+        cache._values.clear()
+        cache._total = 0
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none", "use_dictionary": False}])
+def test_pages_are_read_without_arrow(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the law above would hold while every image decoded its row group."""
+    images = make_images(50, nulls=0.2)
+    file = write_images(tmp_path / "0.parquet", images, **options)
+    monkeypatch.delattr(parquet_images, "_read_with_arrow")
+    for row, image in enumerate(images):
+        if image is not None:
+            assert read_image_bytes(file, "image", row) == image
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_encodings_that_are_not_read_here_are_left_to_arrow(encoding: str, tmp_path: Path) -> None:
+    images = make_images(30, nulls=0.2)
+    file = write_images(
+        tmp_path / "0.parquet",
+        images,
+        is_struct=False,
+        use_dictionary=False,
+        column_encoding={"image": encoding},
+    )
+    for row, image in enumerate(images):
+        if image is not None:
+            assert read_image_bytes(file, "image", row) == image
+
+
+def test_images_of_one_length_are_read(tmp_path: Path) -> None:
+    table = pa.table({"image": pa.array([b"abc", b"def"], pa.binary(3))})
+    pq.write_table(table, tmp_path / "0.parquet")
+    assert read_image_bytes(tmp_path / "0.parquet", "image", 1) == b"def"
+
+
+def test_threads_read_what_one_thread_reads(tmp_path: Path) -> None:
+    images = make_images(200)
+    file = write_images(tmp_path / "0.parquet", images, row_group_size=20, data_page_size=5000)
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        for row in np.random.default_rng(seed).permutation(200).tolist():
+            if read_image_bytes(file, "image", row) != images[row]:
+                wrong.append(row)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_no_damage_gives_another_image_unnoticed(compression: str, tmp_path: Path) -> None:
+    """Damage in the lengths or headers is an error, or Arrow finds the image all the same."""
+    images = [b"image %d" % number for number in range(6)]
+    file = write_images(
+        tmp_path / "0.parquet", images, compression=compression, use_dictionary=False
+    )
+    whole = file.read_bytes()
+    group = pq.read_metadata(file).row_group(0).column(0)
+    content_starts = whole.index(b"image 0") if compression == "none" else None
+    for offset in range(group.data_page_offset, content_starts or group.data_page_offset + 20):
+        file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x55]) + whole[offset + 1 :])
+        clear_caches()
+        try:
+            found = read_image_bytes(file, "image", 3)
+        except ValueError:
+            continue
+        assert found == images[3], offset
+
+
+def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
+    file = write_images(tmp_path / "0.parquet", make_images(9))
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"0\.parquet: not a Parquet file, or broken"):
+        read_image_bytes(file, "image", 0)
+
+
+def test_rows_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    file = write_images(tmp_path / "0.parquet", make_images(9))
+    for row in (-1, 9):
+        with pytest.raises(ValueError, match=f"has no row {row}"):
+            read_image_bytes(file, "image", row)
+    with pytest.raises(ValueError, match="no column 'photo' of images"):
+        read_image_bytes(file, "photo", 0)
+
+
+def test_group_bytes_come_from_the_footer(tmp_path: Path) -> None:
+    file = write_images(tmp_path / "0.parquet", make_images(9), row_group_size=4)
+    footer = pq.read_metadata(file)
+    wanted = [footer.row_group(row // 4).column(0).total_compressed_size for row in range(9)]
+    assert [count_group_bytes(file, "image", row) for row in range(9)] == wanted
+
+
+def test_a_cache_keeps_what_was_used_last_and_no_more_than_its_limit() -> None:
+    cache: ByteCache[int] = ByteCache(10)
+    made = []
+
+    def make(value: int, size: int) -> tuple[int, int]:
+        made.append(value)
+        return value, size
+
+    for value in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, which was used longer ago
+        assert cache.find(value, lambda value=value: make(value, 4)) == value  # type: ignore[misc]
+        assert cache.total <= 10
+    assert made == [1, 2, 3, 2]
+    assert cache.find(9, lambda: make(9, 99)) == 9 and cache.total == 99
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=99), st.booleans())
+def test_runs_and_packed_bits_are_decoded(numbers: list[int], is_packed: bool) -> None:
+    if is_packed:
+        padded = numbers + [0] * (-len(numbers) % 8)
+        bits = np.array([[number >> bit & 1 for bit in range(3)] for number in padded], np.uint8)
+        encoded = (
+            bytes([len(padded) // 8 << 1 | 1]) + np.packbits(bits, bitorder="little").tobytes()
+        )
+    else:
+        encoded = b"".join(bytes([1 << 1, number]) for number in numbers)
+    assert decode_hybrid(encoded, 3, len(numbers)).tolist() == numbers
+    with pytest.raises(UnknownLayoutError):
+        decode_hybrid(encoded, 3, 1000)
+
+
+def test_a_struct_that_is_cut_or_of_another_type_is_refused() -> None:
+    assert read_struct(b"\x15\x04\x00") == ({1: 2}, 3)
+    with pytest.raises(IndexError):
+        read_struct(b"\x15\x04")
+    with pytest.raises(UnknownLayoutError, match="type 11"):
+        read_struct(b"\x1b\x00")

@@ -1,0 +1,59 @@
+"""Hashes of a dataset: equal for equal texts and images, whatever they are stored in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from captioned_files import (
+    RECORDS,
+    encode,
+    own_cache,  # noqa: F401
+    write_folder,
+    write_parquet,
+    write_shards,
+)
+
+from modeling_llm2clip.data.images.image_sources import ParquetImage, count_bytes
+from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_records
+from modeling_llm2clip.data.records.record_loading import load_records
+
+
+def test_images_have_the_same_sizes_in_files_and_shards(tmp_path: Path) -> None:
+    sources = [write(tmp_path / write.__name__) for write in (write_folder, write_shards)]
+    hashes = {hash_image_sizes(load_records(source)) for source in sources}
+    assert len(hashes) == 1
+
+
+def test_images_of_parquet_are_known_by_the_size_of_their_row_group(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "parquet")
+    records = load_records(source)
+    footer = pq.read_metadata(source / "part-0.parquet")
+    paths = [footer.schema.column(number).path for number in range(footer.num_columns)]
+    size = footer.row_group(0).column(paths.index("image.bytes")).total_compressed_size
+    assert count_bytes(records[0].image) == count_bytes(records[1].image) == size
+    # An address that was made by hand finds the same in the footer.
+    assert count_bytes(ParquetImage(source / "part-0.parquet", "image", 1)) == size
+    assert hash_image_sizes(records) == hash_image_sizes(load_records(source))
+    shorter = write_parquet(tmp_path / "other", image=lambda name: encode(name)[:-1])
+    assert hash_image_sizes(load_records(shorter)) != hash_image_sizes(records)
+
+
+def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> None:
+    # The hash of these records when it was first written: stores and runs recorded it.
+    assert hash_records(RECORDS) == (
+        "4955cfd6352e3f4209451ac3a3ddd4cdacdfd781c8ab8f10803ea90e3b07dbe1"
+    )
+    first = RECORDS[0]
+    changes = [
+        {"name": "x"},
+        {"group_id": "x"},
+        {"lang": "fr"},
+        {"captions": ("x",)},
+        {"long_captions": ()},
+    ]
+    hashes = {hash_records([replace(first, **change)]) for change in changes}  # type: ignore[arg-type]
+    assert len({hash_records([first]), *hashes}) == 6
+    same = replace(first, image=Path("a.png"), keywords=(), place="line 3")
+    assert hash_records([same]) == hash_records([first])

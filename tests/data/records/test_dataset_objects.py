@@ -1,0 +1,122 @@
+"""`datasets` objects give what their files give, and their images stay where they are."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from captioned_files import LINES, RECORDS, encode, own_cache, write_images  # noqa: F401
+
+from modeling_llm2clip.data.images.image_sources import ArrowImage
+from modeling_llm2clip.data.records.dataset_objects import records_from_dataset, stream_dataset
+from modeling_llm2clip.data.streams.record_streams import make_loader
+
+
+def make_dataset(count: int = 20) -> datasets.Dataset:
+    rows = {
+        "img": [{"bytes": encode("images/red.png") + b" " * n, "path": None} for n in range(count)],
+        "texts": [[f"caption {n}", f"text {n}"] for n in range(count)],
+        "label": list(range(count)),
+    }
+    return datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image(decode=False))
+
+
+COLUMNS = {"image": "img", "captions": "texts", "group_id": "label"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> datasets.Dataset:
+    make_dataset().save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    return datasets.load_from_disk(str(tmp_path / "saved"))
+
+
+def check(records: Any, numbers: list[int]) -> None:
+    assert [record.captions[0] for record in records] == [f"caption {n}" for n in numbers]
+    assert [record.group_id for record in records] == [str(n) for n in numbers]
+    for record, number in zip(records, numbers, strict=True):
+        assert record.image.read_bytes() == encode("images/red.png") + b" " * number
+
+
+def test_images_stay_in_the_files_of_a_dataset(saved: datasets.Dataset) -> None:
+    records = records_from_dataset(saved, columns=COLUMNS)
+    check(records, list(range(20)))
+    assert {type(record.image) for record in records} == {ArrowImage}
+    assert len({record.image.file for record in records}) == 3  # type: ignore[union-attr]
+    check(pickle.loads(pickle.dumps(records)), list(range(20)))
+
+
+def test_a_shuffled_and_filtered_dataset_keeps_its_order(saved: datasets.Dataset) -> None:
+    shuffled = saved.shuffle(seed=1)
+    check(records_from_dataset(shuffled, columns=COLUMNS), list(shuffled["label"]))
+    even = shuffled.filter(lambda row: row["label"] % 2 == 0)
+    check(records_from_dataset(even, columns=COLUMNS), list(even["label"]))
+
+
+def test_the_fields_of_records_need_no_names(tmp_path: Path) -> None:
+    rows = [{**{k: line.get(k) for k in LINES[0]}, "image": {"bytes": encode(line["file_name"])}}
+            for line in LINES]  # fmt: skip
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    records = records_from_dataset(datasets.load_from_disk(str(tmp_path / "saved")))
+    assert [replace(record, image=None) for record in records] == RECORDS
+
+
+def test_images_may_be_files_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"image": "images/red.png", "caption": "a"}]
+    (record,) = records_from_dataset(datasets.Dataset.from_list(rows))
+    assert record.path == Path("images/red.png")
+    texts = datasets.Dataset.from_list([{"caption": "a", "group_id": "1"}])
+    (record,) = records_from_dataset(texts, require_images=False)
+    assert record.image is None
+
+
+def test_images_in_memory_and_parts_of_files_are_refused(saved: datasets.Dataset) -> None:
+    for dataset in (make_dataset(), saved.select(range(5, 9))):
+        with pytest.raises(ValueError, match=r"in memory, or .* dataset\.save_to_disk"):
+            records_from_dataset(dataset, columns=COLUMNS)
+
+
+def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
+    with pytest.raises(ValueError, match=r"unknown field 'label': 20 \(dataset row 0, "):
+        records_from_dataset(saved, columns={"image": "img", "captions": "texts", "label": "label"})
+    with pytest.raises(ValueError, match="no column gone: 1"):
+        records_from_dataset(saved, columns={"captions": "gone"})
+    with pytest.raises(ValueError, match="For an IterableDataset use stream_dataset"):
+        records_from_dataset(saved.to_iterable_dataset(), columns=COLUMNS)
+    with pytest.raises(ValueError, match="For a Dataset use records_from_dataset"):
+        stream_dataset(saved)  # type: ignore[arg-type]
+
+
+def make_stream(dataset: datasets.Dataset) -> Any:
+    iterable = dataset.to_iterable_dataset(num_shards=4)
+    return stream_dataset(iterable, columns=COLUMNS, seed=2, buffer_size=5)
+
+
+def test_a_stream_has_the_samples_of_its_dataset(saved: datasets.Dataset) -> None:
+    streamed = sorted(make_stream(saved), key=lambda record: int(record.group_id))
+    check(streamed, list(range(20)))
+    assert len({record.name for record in streamed}) == 20
+
+
+@pytest.mark.parametrize("stop", [0, 3, 11, 19])
+def test_a_resumed_stream_is_the_uninterrupted_one(saved: datasets.Dataset, stop: int) -> None:
+    wanted = list(make_stream(saved))
+    stopped = make_stream(saved)
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(stop)]
+    resumed = make_stream(saved)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert head + list(resumed) == wanted
+
+
+@pytest.mark.slow  # two processes
+def test_workers_share_the_shards(saved: datasets.Dataset) -> None:
+    loader = make_loader(make_stream(saved), batch_size=3, num_workers=2)
+    found = sorted(int(record.group_id) for batch in loader for record in batch)
+    assert found == list(range(20))

@@ -1,0 +1,198 @@
+"""An index has the records and errors of its source, is found again, and follows its changes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_llm2clip.data.records import (
+    record_columns,
+    record_index,
+    record_index_worker,
+    record_table,
+)
+from modeling_llm2clip.data.records import source_files as source_files_module
+from modeling_llm2clip.data.records.record_index_worker import IndexJob
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.source_files import find_source
+from modeling_llm2clip.data.validation_errors import DataValidationError
+
+# Lines whose errors are found in different parts, with texts that are more than ASCII.
+LINES = [
+    *({"file_name": f"{i}.png", "captions": [f"Größe {i}\u2028🙂", "zwei"]} for i in range(50)),
+    "\n\n",
+    *({"file_name": f"{i}.png", "captions": [f"text {i}"], "lang": "de"} for i in range(20)),
+]
+BROKEN = [
+    {"file_name": "broken.png", "captions": ["a"], "color": "red"},
+    "not JSON",
+    {"file_name": "3.png", "captions": ["again"]},
+    {"file_name": "half.png", "captions": ["\ud83d"]},
+]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Path:
+    """Small parts and batches, an index in a file from the first record, and an own cache."""
+    for module in (record_columns, record_table, record_index, record_index_worker):
+        monkeypatch.setattr(module, "ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(source_files_module, "_BYTES_PER_PART", 700)
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    return own_cache / "records"
+
+
+def write(folder: Path, lines: list[Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def in_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The records as one part in this process gives them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(source_files_module, "_BYTES_PER_PART", 2**24)
+        return list(load_records(source, require_images=False, cache=False))
+
+
+def test_parts_have_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "data", LINES)
+    found = load_records(source, require_images=False)
+    assert found.file is not None
+    assert len(find_source(str(source)).split()) > 5
+    expected = in_memory(source, monkeypatch)
+    assert len(expected) == 70
+    assert list(found) == expected
+    assert [record.place for record in found] == [record.place for record in expected]
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_records_and_errors_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = write(tmp_path / "a", LINES), write(tmp_path / "b", [*LINES[:30], *BROKEN])
+    expected = in_memory(whole, monkeypatch)
+    with pytest.raises(DataValidationError) as alone:
+        load_records(broken, require_images=False)
+    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
+    assert list(load_records(whole, require_images=False, cache=False)) == expected
+    with pytest.raises(DataValidationError) as together:
+        load_records(broken, require_images=False, cache=False)
+    assert alone.value.counts == together.value.counts == {
+        "unknown field 'color'": 1, "not JSON": 1, "image and language repeated": 1,
+        "a text has half a character (a lone surrogate)": 1,
+    }  # fmt: skip
+    assert alone.value.places == together.value.places
+    assert together.value.places["not JSON"] == ["captions.jsonl line 32"]
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_an_error_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
+    monkeypatch.setattr(IndexJob, "to_json", lambda _: "{}")
+    with pytest.raises(RuntimeError, match=r"(?s)ended with code 1: .*KeyError"):
+        load_records(source, require_images=False)
+
+
+def test_an_index_is_found_again_and_its_source_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: Path
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    first = load_records(source, require_images=False)
+    monkeypatch.setattr(record_index, "_build", None)
+    again = load_records(source, require_images=False)
+    assert again == first
+    assert [again.file] == [first.file] == list(small_parts.glob("*.arrow"))
+
+
+def test_a_changed_source_is_read_again_and_its_old_index_removed(
+    tmp_path: Path, small_parts: Path
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    load_records(source, require_images=False)
+    state = (source / "captions.jsonl").stat()
+    write(source, [*LINES[:-1], {**LINES[-1], "lang": "fr"}])  # type: ignore[dict-item]
+    # Of the same size, a nanosecond later.
+    os.utime(source / "captions.jsonl", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert load_records(source, require_images=False)[-1].lang == "fr"
+    assert len(list(small_parts.glob("*.arrow"))) == 1
+
+
+def test_other_options_have_another_index(tmp_path: Path) -> None:
+    source = write(tmp_path / "data", [{**line, "x": 1} for line in LINES if line != "\n\n"])  # type: ignore[dict-item]
+    load_records(source, require_images=False, ignore_fields=["x"])
+    with pytest.raises(DataValidationError, match="unknown field 'x': 70"):
+        load_records(source, require_images=False)
+    with pytest.raises(DataValidationError, match="image missing: 70"):
+        load_records(source, ignore_fields=["x"])
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_an_index_that_was_cut_off_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    file = load_records(source, require_images=False).file
+    assert file is not None
+    os.truncate(file, size if size >= 0 else file.stat().st_size - 1)
+    assert list(load_records(source, require_images=False)) == in_memory(source, monkeypatch)
+
+
+def test_without_a_cache_nothing_is_kept(tmp_path: Path, small_parts: Path) -> None:
+    found = load_records(write(tmp_path / "data", LINES), require_images=False, cache=False)
+    assert found.file is not None
+    assert found.file.is_file()
+    assert not small_parts.exists()
+
+
+def test_errors_leave_no_index(tmp_path: Path, small_parts: Path) -> None:
+    with pytest.raises(DataValidationError):
+        load_records(write(tmp_path / "data", [*LINES, *BROKEN]), require_images=False)
+    assert [file for file in small_parts.iterdir() if file.suffix != ".lock"] == []
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_a_way_around(
+    tmp_path: Path, own_cache: Path
+) -> None:
+    own_cache.parent.mkdir()
+    own_cache.write_text("a file in its place")
+    with pytest.raises(OSError, match=r"XDG_CACHE_HOME.*--no-cache") as caught:
+        load_records(write(tmp_path / "data", LINES), require_images=False)
+    assert str(own_cache) in str(caught.value)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: Path
+) -> None:
+    def fill(*_: Any, **__: Any) -> Iterator[Any]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_index.pa.ipc, "new_file", fill)
+    with pytest.raises(OSError, match="No room for the index"):
+        load_records(write(tmp_path / "data", LINES), require_images=False)
+    assert [file for file in small_parts.iterdir() if file.suffix != ".lock"] == []
+
+
+def test_keys_that_collide_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_columns, "_digest", lambda text: bytes([len(text) % 5] * 8))
+    with pytest.raises(ValueError, match="same hash of 64 bits"):
+        load_records(write(tmp_path / "data", LINES[:50]), require_images=False)
+
+
+def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(tmp_path: Path) -> None:
+    import pickle
+
+    records = load_records(write(tmp_path / "data", LINES), require_images=False)
+    content = pickle.dumps(records.select([3, 1]))
+    assert len(content) < 2_000  # bytes: the path and two numbers, and no text
+    again: RecordTable = pickle.loads(content)
+    assert list(again) == [records[3], records[1]]

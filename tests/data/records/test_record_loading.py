@@ -1,0 +1,193 @@
+"""Every source gives the same records and images."""
+
+from __future__ import annotations
+
+import pickle
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from captioned_files import (
+    LINES,
+    RECORDS,
+    add_member,
+    coco_caption,
+    coco_image,
+    encode,
+    make_image,
+    own_cache,  # noqa: F401
+    write_coco,
+    write_folder,
+    write_image_folder,
+    write_images,
+    write_lines,
+    write_parquet,
+    write_parquet_of_bytes,
+    write_parquet_of_paths,
+    write_shard,
+    write_shards,
+)
+from tiny import tiny_model
+
+from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, open_image
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.image_loading_llm2clip import load_images
+
+WRITERS = (
+    write_folder,
+    write_image_folder,
+    write_parquet,
+    write_parquet_of_paths,
+    write_parquet_of_bytes,
+    write_shards,
+)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_every_format_gives_the_same_records(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    records = load_records(write(tmp_path / "data"), check_images=True)
+    assert [replace(record, image=None) for record in records] == RECORDS
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_images_are_read_in_any_order_and_after_pickling(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    records = load_records(write(tmp_path / "data"))
+    for record in pickle.loads(pickle.dumps(records[::-1])):
+        loaded = load_images(open_image(record.image))
+        wanted = np.asarray(make_image(record.name))
+        assert np.array_equal(np.asarray(loaded), wanted), record
+
+
+def test_images_of_every_source_have_the_same_embeddings(tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    writers = [write_folder, write_parquet, write_shards]
+    images = [load_records(w(tmp_path / w.__name__))[2].image for w in writers]
+    assert [type(image) for image in images[1:]] == [ParquetImage, TarImage]
+    images.append(make_image("images/blue.png"))
+    embeddings = encode_images(model, processor, images, batch_size=1, project=False)
+    assert all(embedding.equal(embeddings[0]) for embedding in embeddings)
+
+
+def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    whole = load_records(shards)
+    assert load_records(f"{shards}/*.tar") == whole
+    assert load_records(f"{tmp_path}/sh*/0000?.tar") == whole
+    assert load_records(shards / "00001.tar") == whole[2:]
+    folder = write_folder(tmp_path / "folder")
+    assert load_records(folder / "captions.jsonl") == load_records(folder)
+
+
+def test_images_may_be_in_another_folder(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    source = write_lines(tmp_path / "captions", LINES)
+    records = load_records(source, image_dir=tmp_path / "images")
+    assert records[0].path == tmp_path / "images" / "images/red.png"
+
+
+def test_a_packed_image_has_no_path(tmp_path: Path) -> None:
+    record = load_records(write_shards(tmp_path / "shards"))[0]
+    with pytest.raises(ValueError, match=r"images/red\.png has a packed image, .*0000\.png"):
+        _ = record.path
+
+
+def test_packed_images_without_a_file_name_are_named_by_shard_and_member(tmp_path: Path) -> None:
+    members = {"a/1.png": encode("images/red.png"), "a/1.txt": b"a red square\n"}
+    write_shard(tmp_path / "one.tar", members)
+    write_shard(
+        tmp_path / "two.tar", {**members, "a/1.json": b'{"url": "x", "key": "0", "group_id": 7}'}
+    )
+    records = load_records(tmp_path)
+    assert [(r.name, r.group_id) for r in records] == [
+        ("one.tar/a/1.png", "one.tar/a/1.png"),
+        ("two.tar/a/1.png", "7"),
+    ]
+    assert {r.captions for r in records} == {("a red square",)}
+
+
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_found_behind_headers_of_any_length(layout: int, tmp_path: Path) -> None:
+    # GNU and PAX put a longer name into headers of its own before the image.
+    name = "f" * 90 + "/" + ("n" if layout == tarfile.USTAR_FORMAT else "é" * 300)
+    with tarfile.open(tmp_path / "one.tar", "w", format=layout) as archive:
+        add_member(archive, f"{name}.jpg", encode("images/red.png"))
+        add_member(archive, f"{name}.txt", b"a red square")
+    (record,) = load_records(tmp_path, check_images=True)
+    assert record.name == f"one.tar/{name}.jpg" and record.captions == ("a red square",)
+
+
+@pytest.mark.parametrize("kept", ["bytes", "path"])
+def test_packed_images_may_lack_a_field(kept: str, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    image = {"bytes": encode("images/red.png"), "path": "images/red.png"}
+    rows = {"image": [{kept: image[kept]}], "caption": ["a square"]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "0.parquet"))
+    (record,) = load_records(tmp_path, check_images=True)
+    assert record.captions == ("a square",) and record.image is not None
+
+
+def test_files_of_a_folder_are_found_in_uppercase_too(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.parquet", "b.PARQUET")):
+        rows = {"file_name": [f"{number}.png"], "caption": ["a square"]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / name))
+    assert len(load_records(tmp_path, require_images=False)) == 2
+
+
+def test_a_group_id_is_the_same_with_whitespace_around_it(tmp_path: Path) -> None:
+    lines = [
+        {"image": f"{n}.png", "captions": ["a"], "group_id": group_id}
+        for n, group_id in ((1, "k"), (2, " k "))
+    ]
+    first, second = load_records(write_lines(tmp_path, lines), require_images=False)
+    assert first.group_id == second.group_id == "k"
+
+
+def test_a_parquet_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    for caption in ("first", "second"):
+        rows = {"file_name": ["a.png"], "caption": [caption]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(file))
+        assert load_records(file, require_images=False)[0].captions == (caption,)
+
+
+def test_published_recaptionings_are_short_and_long_captions(tmp_path: Path) -> None:
+    line = {"group_id": "1", "shortSV_captions": ["short"], "longSV_captions": ["a long one"]}
+    (record,) = load_records(write_lines(tmp_path, [line]), require_images=False)
+    assert (record.captions, record.long_captions) == (("short",), ("a long one",))
+
+
+def test_line_separators_inside_a_text_do_not_end_its_line(tmp_path: Path) -> None:
+    # JSON allows U+2028 unescaped; Python's splitlines would split the object there.
+    line = '{"group_id": "1", "caption": "one\u2028two"}'
+    (record,) = load_records(write_lines(tmp_path, [line]), require_images=False)
+    assert record.captions == ("one two",)
+
+
+def test_coco_is_read_as_published(tmp_path: Path) -> None:
+    captions = [coco_caption(9, 40 - i, f"caption {40 - i} \n") for i in range(7)]
+    captions.insert(3, coco_caption(4, 1, "A man\nwith a red helmet. "))
+    file = write_coco(
+        tmp_path / "captions_val2017.json",
+        images=[coco_image(9), coco_image(4)],
+        annotations=captions,
+    )
+    # Numbers of one and two digits, so that an order of texts would differ from theirs.
+    nine, four = load_records(file, require_images=False)
+    assert nine.captions == tuple(f"caption {number}" for number in range(34, 41))
+    assert (nine.name, nine.group_id, nine.lang) == ("000000000009.jpg", "000000000009.jpg", "en")
+    assert four.captions == ("A man with a red helmet.",) and four.image is None
+    with pytest.raises(ValueError, match=r"Give image_dir=<folder>, or require_images=False"):
+        load_records(file)
+    images = tmp_path / "val2017"
+    images.mkdir()
+    for name in (nine.name, four.name):
+        make_image("images/red.png").save(images / name)
+    found = load_records(file, image_dir=images, check_images=True)
+    assert [record.path for record in found] == [images / nine.name, images / four.name]

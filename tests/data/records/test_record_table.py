@@ -1,0 +1,107 @@
+"""A table of records is the sequence of these records, whatever it is made from and selects."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage
+from modeling_llm2clip.data.records import record_table
+from modeling_llm2clip.data.records.record_columns import SCHEMA, hash_identity, hash_text
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import CaptionedImage
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+TEXTS = st.lists(WORDS, max_size=3).map(tuple)
+IMAGES = st.one_of(
+    st.none(),
+    st.builds(Path, st.sampled_from(["a.png", "b/c.png"])),
+    st.builds(TarImage, st.just(Path("s.tar")), WORDS, st.integers(0, 2**40), st.integers(0, 9)),
+    st.builds(ParquetImage, st.just(Path("s.parquet")), WORDS, st.integers(0, 2**40)),
+)
+RECORDS = st.lists(
+    st.builds(
+        CaptionedImage,
+        image=IMAGES, name=WORDS, group_id=WORDS, captions=TEXTS, long_captions=TEXTS,
+        keywords=TEXTS, lang=WORDS, place=WORDS,
+    ),
+    max_size=9,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of three records, so that tables have several."""
+    monkeypatch.setattr(record_table, "ROWS_PER_BATCH", 3)
+
+
+def describe(records: Any) -> list[Any]:
+    """Every field, `place` too, which two records are not compared by."""
+    return [[getattr(r, name) for name in CaptionedImage.__dataclass_fields__] for r in records]
+
+
+@given(records=RECORDS, data=st.data())
+def test_it_is_the_sequence_of_its_records(records: list[CaptionedImage], data: Any) -> None:
+    table = RecordTable.from_records(records)
+    assert table == records
+    assert describe(table) == describe(records)
+    assert describe(table[i] for i in range(-len(records), 0)) == describe(records)
+    rows = data.draw(st.lists(st.integers(0, len(records) - 1), max_size=9)) if records else []
+    selected = table.select(rows)
+    assert describe(selected) == describe(records[row] for row in rows)
+    assert describe(selected[::-1]) == describe(records[row] for row in reversed(rows))
+    assert describe(pickle.loads(pickle.dumps(selected))) == describe(selected)
+    assert list(selected.iterate_images()) == [records[row].image for row in rows]
+    assert selected.take(range(len(rows)), ["name", "captions"]) == [
+        (records[row].name, list(records[row].captions)) for row in rows
+    ]
+
+
+@given(records=RECORDS, data=st.data())
+def test_its_columns_are_those_of_the_selected_records(
+    records: list[CaptionedImage], data: Any
+) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(records) - 1), max_size=9)) if records else []
+    selected = RecordTable.from_records(records).select(rows)
+    chosen = [records[row] for row in rows]
+    assert selected.keys.tolist() == [hash_identity(r.name, r.lang) for r in chosen]
+    assert selected.group_keys.tolist() == [hash_text(r.group_id) for r in chosen]
+    assert [column.tolist() for column in selected.count_texts()] == [
+        [len(r.captions) for r in chosen], [len(r.long_captions) for r in chosen],
+    ]  # fmt: skip
+    texts = [batch.column(0).to_pylist() for batch in selected.iterate_columns(["text_keys"])]
+    assert list(chain(*texts)) == [
+        [hash_text(text) for text in (*r.captions, *r.long_captions)] for r in chosen
+    ]
+    some = list(range(0, len(rows), 2))[::-1]
+    assert selected.read_numbers("key", np.array(some, int)).tolist() == [
+        hash_identity(chosen[i].name, chosen[i].lang) for i in some
+    ]
+
+
+def test_a_record_that_is_not_there_is_an_error() -> None:
+    table = RecordTable.from_records([CaptionedImage(None, "a", "a", ("x",))])
+    for item in (1, -2):
+        with pytest.raises(IndexError, match="of 1"):
+            table[item]
+    with pytest.raises(IndexError):
+        RecordTable([])[0]
+
+
+def test_half_a_character_is_an_error() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        RecordTable.from_records([CaptionedImage(None, "a", "a", ("\ud83d",))])
+
+
+def test_every_column_is_documented() -> None:
+    from modeling_llm2clip.data.records import record_columns
+
+    assert record_columns.__doc__ is not None
+    assert [name for name in SCHEMA.names if f"`{name}`" not in record_columns.__doc__] == []

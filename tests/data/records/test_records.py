@@ -1,0 +1,291 @@
+"""Every error of a source is reported at once; what is not a source is refused."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from captioned_files import (
+    add_member,
+    coco_caption,
+    coco_image,
+    encode,
+    make_image,
+    own_cache,  # noqa: F401
+    write_coco,
+    write_folder,
+    write_images,
+    write_lines,
+    write_shard,
+    write_shards,
+)
+
+from modeling_llm2clip.data.images.image_sources import open_image
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.validation_errors import DataValidationError
+
+
+def errors_of(source: Path | str, **options: Any) -> DataValidationError:
+    with pytest.raises(DataValidationError) as caught:
+        load_records(source, **options)
+    return caught.value
+
+
+def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "images/broken.png").write_bytes(encode("images/red.png")[:45])
+    good = {"image": "images/red.png", "captions": ["a square"]}
+    lines = [
+        good,
+        good,
+        {**good, "lang": "de", "captions": ["Quadrat", " \n "]},
+        {**good, "lang": "fr", "long_caption": "un carré"},
+        {"image": "images/green.png", "captions": ["none"]},
+        "{",
+        "[]",
+        {**good, "lang": "it", "captions": []},
+        {**good, "lang": "es", "captions": [3]},
+        {**good, "lang": "", "group_id": ["square"]},
+        {**good, "lang": "pt", "caption": "um quadrado"},
+        {"captions": ["of nothing"]},
+        {"image": 5, "captions": ["a number"]},
+        b'{"image": "\xff"}',
+        {"image": "images/broken.png", "captions": ["a part of an image"]},
+        {"image": "images/blue.png", "file_name": "images/red.png", "text": "two names"},
+        {**good, "lang": "de", "keywords": ["", "rot"]},
+    ]
+    error = errors_of(write_lines(tmp_path, lines), check_images=True)
+    wanted = {
+        "image and language repeated": [2, 17],
+        "blank caption": [3],
+        "unknown field 'long_caption'": [4],
+        "image missing": [5],
+        "not JSON": [6],
+        "not an object": [7],
+        "no caption": [8],
+        "'captions' is not a text or a list of texts": [9],
+        "'lang' is not a non-blank text": [10],
+        "'group_id' is not a non-blank text": [10],
+        "both 'captions' and 'caption'": [11],
+        "no image": [12],
+        "'image' or 'file_name' is not a non-blank text": [13],
+        "not UTF-8": [14],
+        "'image' and 'file_name' differ": [16],
+        "blank keyword": [17],
+    }
+    unreadable = error.places.pop("image unreadable")
+    assert error.counts.pop("image unreadable") == 1 and "broken.png" in unreadable[0]
+    # The unnamed and the wrongly typed line name no image, and are counted for that alone.
+    assert error.places == {
+        kind: [f"captions.jsonl line {number}" for number in numbers]
+        for kind, numbers in wanted.items()
+    }
+    assert error.counts == {kind: len(numbers) for kind, numbers in wanted.items()}
+
+
+def test_the_message_counts_all_and_shows_the_first(tmp_path: Path) -> None:
+    source = write_lines(tmp_path, [{"image": f"{i}.png", "caption": "a"} for i in range(70)])
+    error = errors_of(source)
+    places = ", ".join(f"captions.jsonl line {number}" for number in range(1, 6))
+    assert f"image missing: 70 ({places}, …)" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_field_that_is_named_is_not_an_error(tmp_path: Path) -> None:
+    source = write_lines(tmp_path, [{"group_id": "1", "caption": "a", "coco_id": 4}])
+    options = {"require_images": False}
+    error = errors_of(source, **options)
+    assert error.counts == {"unknown field 'coco_id'": 1} and "ignore_fields" in str(error)
+    assert len(load_records(source, ignore_fields={"coco_id"}, require_images=False)) == 1
+
+
+def test_every_error_of_shards_is_reported_at_once(tmp_path: Path) -> None:
+    red = encode("images/red.png")
+    write_shard(
+        tmp_path / "0.tar",
+        {
+            "good.png": red, "good.txt": b"a square",
+            "silent.png": red,
+            "blind.txt": b"of nothing",
+            "twice.png": red, "twice.jpg": red, "twice.txt": b"two",
+            "broken.json": b"{", "broken.png": red,
+            "latin.txt": b"\xe9t\xe9", "latin.png": red,
+            "odd.npy": b"", "odd.png": red, "odd.txt": b"odd",
+            "torn.png": red[:45], "torn.txt": b"torn",
+        },
+    )  # fmt: skip
+    (tmp_path / "1.tar").write_bytes(b"no tar at all")
+    whole = (tmp_path / "0.tar").read_bytes()
+    with tarfile.open(tmp_path / "2.tar", "w:gz") as archive:
+        add_member(archive, "a.txt", b"a")
+    # Truncated in the middle of the first image.
+    (tmp_path / "3.tar").write_bytes(whole[: 512 + 20])
+    with tarfile.open(tmp_path / "4.tar", "w") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.png"
+        archive.addfile(link)
+    error = errors_of(tmp_path, check_images=True)
+    shards = error.places.pop("not a tar shard, or compressed, or broken")
+    assert [place[:5] for place in shards] == ["1.tar", "2.tar", "3.tar"]
+    unreadable = error.places.pop("image unreadable")
+    assert len(unreadable) == 1 and f"{tmp_path / '0.tar'}: torn.png" in unreadable[0]
+    assert error.places == {
+        "no caption": ["0.tar: silent"],
+        "no image": ["0.tar: blind"],
+        "several images in one sample": ["0.tar: twice"],
+        "not JSON": ["0.tar: broken.json"],
+        "not UTF-8": ["0.tar: latin.txt"],
+        "unknown member .npy": ["0.tar: odd.npy"],
+        "member is not a plain file": ["4.tar: link.png"],
+    }
+
+
+@pytest.mark.parametrize(
+    "damage", ["a bit", "a truncated header", "no end", "another shard behind"]
+)
+def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path: Path) -> None:
+    members = {f"{i}.{end}": b for i in range(6) for end, b in (("png", b"-"), ("txt", b"a text"))}
+    shard = write_shard(tmp_path / "0.tar", members)
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as archive:
+        header = archive.getmember("3.png").offset
+    flipped = bytearray(whole)
+    flipped[header + 150] ^= 1  # in the checksum of a header
+    damaged = {
+        "a bit": bytes(flipped),
+        "a truncated header": whole[: header + 100],
+        "no end": whole[:header],
+        "another shard behind": whole + whole,
+    }
+    shard.write_bytes(damaged[damage])
+    error = errors_of(tmp_path, check_images=False)
+    (place,) = error.places["not a tar shard, or compressed, or broken"]
+    assert place.startswith("0.tar (the archive is truncated or damaged at byte ")
+    shard.write_bytes(whole)
+    assert len(load_records(tmp_path)) == 6
+
+
+def test_a_field_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
+    line = b'{"group_id": "1", "captions": ["a"], "captions": ["b"]}'
+    error = errors_of(write_lines(tmp_path, [line]), require_images=False)
+    assert list(error.places) == ["field 'captions' twice in one object"]
+
+
+def test_one_name_written_in_two_ways_is_repeated(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    names = ("images/red.png", "./images//red.png")
+    lines = [{"image": name, "captions": ["a square"], "lang": "en "} for name in names]
+    error = errors_of(write_lines(tmp_path, lines))
+    assert error.places == {"image and language repeated": ["captions.jsonl line 2"]}
+
+
+def test_every_error_of_parquet_is_reported_at_once(tmp_path: Path) -> None:
+    red = {"bytes": encode("images/red.png"), "path": None}
+    rows = {
+        "image": [red, {**red, "bytes": None}, {"bytes": b"text", "path": "t.png"}, red],
+        "caption": ["a square", "no image", "no image either", None],
+        "color": [None, None, None, "red"],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "0.parquet"))
+    (tmp_path / "1.parquet").write_bytes(b"no Parquet at all")
+    error = errors_of(tmp_path, check_images=True)
+    assert error.places.pop("not a Parquet file, or broken")[0].startswith("1.parquet (")
+    assert f"{tmp_path / '0.parquet'}: row 2" in error.places.pop("image unreadable")[0]
+    assert error.places == {
+        "no image": ["0.parquet row 1"],
+        "no caption": ["0.parquet row 3"],
+        "unknown field 'color'": ["0.parquet row 3"],
+    }
+
+
+def test_every_error_of_coco_is_reported_at_once(tmp_path: Path) -> None:
+    file = write_coco(
+        tmp_path / "captions.json",
+        images=[coco_image(1), coco_image(2), coco_image(1), {"file_name": "x.jpg"}, coco_image(3)],
+        annotations=[
+            coco_caption(1, 1, "good"),
+            coco_caption(2, 2, " "),
+            coco_caption(5, 3, "of nothing"),
+            coco_caption(1, 4, None),
+        ],
+    )
+    assert errors_of(file, image_dir=tmp_path).places == {
+        "annotation without 'id', 'image_id' and 'caption'": ["captions.json annotations[3]"],
+        "image missing": [f"captions.json images[{i}]" for i in (0, 1, 4)],
+        "blank caption": ["captions.json images[1]"],
+        "image 'id' repeated": ["captions.json images[2]"],
+        "image without 'id'": ["captions.json images[3]"],
+        "no caption": ["captions.json images[4]"],
+        "annotation of an unknown image": ["captions.json image_id 5"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", r"nowhere: no such folder or file"),
+        ("*.tar", r"\*\.tar: no such folder or file"),
+        ("empty", r"has no captions\.jsonl or metadata\.jsonl, no \*\.parquet and no \*\.tar"),
+        ("lines", r"has no records"),
+        ("both", r"has several sources: captions\.jsonl, a\.tar"),
+        ("both/*", r"found \.jsonl, \.tar"),
+        ("both/[bc]*.jsonl", r"2 \.jsonl files\. Give one"),
+        ("table.csv", r"found \.csv"),
+        ("list.json", r"no 'images' and 'annotations' lists"),
+        ("torn.json", r"torn\.json: not JSON"),
+    ],
+)
+def test_what_is_not_a_source_is_refused(source: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_lines(tmp_path / "lines", ["", " "])
+    write_lines(tmp_path / "both", [])
+    write_lines(tmp_path / "both", [], "blind.jsonl")
+    write_shard(tmp_path / "both" / "a.tar", {})
+    (tmp_path / "both" / "b.tar").write_bytes((tmp_path / "both" / "a.tar").read_bytes())
+    for name, text in (("table.csv", "a,b"), ("list.json", "[]"), ("torn.json", "{")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_records(f"{tmp_path}/{source}", require_images=False)
+
+
+def test_an_image_dir_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_dir='nowhere' is not a folder"):
+        load_records(write_folder(tmp_path / "data"), image_dir="nowhere")
+
+
+def test_images_truncated_in_their_headers_are_errors_like_others(tmp_path: Path) -> None:
+    whole: dict[str, bytes] = {}
+    for suffix in ("jpeg", "png"):
+        buffer = io.BytesIO()
+        make_image("images/red.png").save(buffer, suffix)
+        whole[suffix] = buffer.getvalue()
+    truncated = {
+        f"{length:02}.{suffix}": content[:length]
+        for suffix, content in whole.items()
+        for length in (2, 8, 10, 17, 21, 28, 40)
+    }
+    for name, content in truncated.items():
+        (tmp_path / name).write_bytes(content)
+    lines = [{"image": name, "captions": "truncated"} for name in truncated]
+    write_lines(tmp_path, lines)
+    assert errors_of(tmp_path, check_images=True).counts == {"image unreadable": len(truncated)}
+    members = {}
+    for number, (name, content) in enumerate(truncated.items()):
+        members[f"{number:02}.json"] = b'{"captions": "truncated"}'
+        members[f"{number:02}.{name[3:]}"] = content
+    write_shard(tmp_path / "shards" / "0.tar", members)
+    assert errors_of(tmp_path / "shards", check_images=True).counts == {
+        "image unreadable": len(truncated)
+    }
+
+
+def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None:
+    record = load_records(write_shards(tmp_path / "shards"))[2]
+    (tmp_path / "shards" / "00001.tar").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"00001\.tar: 0000\.png: not an image"):
+        open_image(record.image)

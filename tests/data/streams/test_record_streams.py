@@ -1,0 +1,495 @@
+"""Streams give what the local source gives, each sample once, and go on where they were stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from captioned_files import write_shard
+from PIL import Image
+from shard_server import ShardServer
+
+from modeling_llm2clip.data.images.image_sources import EncodedImage
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.sources import remote_files
+from modeling_llm2clip.data.sources.remote_access import AccessError, LostFileError, RetryPolicy
+from modeling_llm2clip.data.streams.record_streams import (
+    RecordStream,
+    make_loader,
+    read_report,
+    stream_records,
+)
+from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+
+FAST = RetryPolicy(first_wait=0.001)
+SHARDS, SAMPLES = 8, 7
+
+
+def encode_noise(number: int) -> bytes:
+    """Images of a few kilobytes, each another one, so that a mixed-up or cut image shows."""
+    pixels = np.random.default_rng(number).integers(0, 255, (30, 30, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def describe(shard: int, sample: int) -> dict[str, Any]:
+    number = shard * SAMPLES + sample
+    return {"captions": [f"caption {number}", f"text {number}"], "group_id": f"g{number // 2}"}
+
+
+def write_tars(folder: Path) -> Path:
+    for shard in range(SHARDS):
+        members = {}
+        for sample in range(SAMPLES):
+            members[f"{sample:04d}.png"] = encode_noise(shard * SAMPLES + sample)
+            members[f"{sample:04d}.json"] = json.dumps(describe(shard, sample)).encode()
+        write_shard(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+def write_parquets(folder: Path) -> Path:
+    folder.mkdir()
+    for shard in range(SHARDS):
+        rows = [
+            {
+                "image": {"bytes": encode_noise(shard * SAMPLES + sample), "path": None},
+                **describe(shard, sample),
+            }
+            for sample in range(SAMPLES)
+        ]
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, folder / f"{shard:05d}.parquet", row_group_size=3)
+    return folder
+
+
+def write_json_lines(folder: Path) -> Path:
+    (folder / "images").mkdir(parents=True)
+    for shard in range(SHARDS):
+        lines = []
+        for sample in range(SAMPLES):
+            name = f"images/{shard}-{sample}.png"
+            (folder / name).write_bytes(encode_noise(shard * SAMPLES + sample))
+            lines.append(json.dumps({"image": name, **describe(shard, sample)}))
+        (folder / f"{shard:05d}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+WRITERS = [write_tars, write_parquets, write_json_lines]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that shards of kilobytes are read in several requests, as those of megabytes are."""
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 5000)
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    return write_tars(tmp_path / "tars")
+
+
+@pytest.fixture
+def served(tars: Path) -> Iterator[ShardServer]:
+    with ShardServer(tars) as server:
+        yield server
+
+
+def spell(server: ShardServer, suffix: str = "tar") -> str:
+    return f"{server.url}/{{00000..{SHARDS - 1:05d}}}.{suffix}"
+
+
+def read(record: CaptionedImage) -> tuple[CaptionedImage, bytes]:
+    """A record without its address, and its bytes."""
+    image = record.image
+    assert image is not None
+    return replace(record, image=None), image.read_bytes()
+
+
+def list_names(stream: Any) -> list[str]:
+    return [record.name for record in stream]
+
+
+def flatten(batches: Any) -> list[str]:
+    return [record.name for batch in batches for record in batch]
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_a_stream_has_the_samples_of_the_local_source(
+    write: Callable[[Path], Path], ranges: bool, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "data")
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    local = sorted((read(r) for f in files for r in load_records(f)), key=str)
+    with ShardServer(folder, ranges=ranges) as server:
+        stream = stream_records(spell(server, files[0].suffix[1:]), buffer_size=5, retry=FAST)
+        streamed = list(stream)
+    assert sorted(map(read, streamed), key=str) == local
+    assert {type(record.image) for record in streamed} == {EncodedImage}
+    report = stream.report
+    assert (report.samples, report.shards) == (SHARDS * SAMPLES, SHARDS)
+    assert (report.lost_samples, report.lost_shards, report.retries) == (0, 0, 0)
+
+
+def test_a_local_folder_is_a_stream_too(tars: Path) -> None:
+    assert sorted(list_names(stream_records(tars))) == [r.name for r in load_records(tars)]
+
+
+def test_a_command_is_a_shard(tars: Path) -> None:
+    source = f"pipe:cat {tars}/{{00000..{SHARDS - 1:05d}}}.tar"
+    assert len(list_names(stream_records(source))) == SHARDS * SAMPLES
+    failing = stream_records([f"pipe:cat {tars}/00000.tar; false"], retry=FAST, max_lost_share=1)
+    assert list_names(failing) == []  # its output is shorter than what is read at once
+    assert failing.report.lost_shards == 1
+    assert "the command ended with code 1" in failing.report.describe()
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(tars: Path) -> None:
+    stream = stream_records(tars, seed=3, buffer_size=10)
+    first = list_names(stream)
+    assert list_names(stream) == first
+    stream.set_epoch(1)
+    second = list_names(stream)
+    other = list_names(stream_records(tars, seed=4, buffer_size=10))
+    assert first != second != other != first
+    assert sorted(first) == sorted(second) == sorted(other)
+
+
+def test_a_buffer_mixes_neighbors_and_one_of_size_one_keeps_the_order(tars: Path) -> None:
+    kept = list_names(stream_records(tars, buffer_size=1))
+    shards = list(dict.fromkeys(name.split("/")[0] for name in kept))
+    assert kept == [f"{shard}/{sample:04d}.png" for shard in shards for sample in range(SAMPLES)]
+    assert shards != sorted(shards)
+    mixed = list_names(stream_records(tars, buffer_size=20))
+    assert len({name.split("/")[0] for name in mixed[:SAMPLES]}) > 1
+
+
+@pytest.mark.slow  # eight processes
+@pytest.mark.parametrize("drop_every", [0, 20])
+def test_two_processes_with_two_workers_see_each_sample_once(
+    served: ShardServer, drop_every: int
+) -> None:
+    served.drop_every = drop_every
+    found: Counter[str] = Counter()
+    for process in range(2):
+        stream = stream_records(
+            spell(served), buffer_size=5, process_index=process, num_processes=2, retry=FAST
+        )
+        loader = make_loader(stream, batch_size=3, num_workers=2)
+        found.update(flatten(loader))
+        assert read_report(loader.state_dict()).samples == SHARDS * SAMPLES // 2
+    assert set(found.values()) == {1} and len(found) == SHARDS * SAMPLES
+    assert served.dropped or not drop_every
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("stop", [0, 1, 13, 40, SHARDS * SAMPLES - 1])
+def test_a_resumed_stream_is_the_uninterrupted_one(
+    write: Callable[[Path], Path], stop: int, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "data")
+
+    def make() -> RecordStream:
+        files = sorted(str(file) for file in folder.iterdir() if file.is_file())
+        return stream_records(files, seed=5, buffer_size=10, retry=FAST)
+
+    whole = make()
+    whole.set_epoch(2)
+    wanted = list(whole)
+    stopped = make()
+    stopped.set_epoch(2)
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(stop)]
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert head + list(resumed) == wanted
+    assert resumed.report == whole.report
+
+
+@pytest.mark.slow  # six processes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_loader_is_the_uninterrupted_one(served: ShardServer, num_workers: int) -> None:
+    def make() -> Any:
+        stream = stream_records(spell(served), seed=1, buffer_size=6, retry=FAST)
+        return make_loader(stream, batch_size=4, num_workers=num_workers), stream
+
+    (loader, stream), epochs = make(), []
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        epochs.append(list(loader))
+    (stopped, stream), head = make(), []
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(5)]
+    state = pickle.loads(pickle.dumps(stopped.state_dict()))
+    del iterator
+    served.drop_every = 7
+    resumed, stream = make()
+    resumed.load_state_dict(state)
+    assert head + list(resumed) == epochs[0]
+    stream.set_epoch(1)
+    assert list(resumed) == epochs[1] != epochs[0]
+
+
+@pytest.mark.slow  # six processes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_stopped_between_epochs_begins_the_next_one(tars: Path, num_workers: int) -> None:
+    def make() -> Any:
+        stream = stream_records(tars, seed=1, buffer_size=6)
+        return make_loader(stream, batch_size=4, num_workers=num_workers), stream
+
+    loader, stream = make()
+    first = list(loader)
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    stream.set_epoch(1)
+    second = list(loader)
+    resumed, stream = make()
+    resumed.load_state_dict(state)
+    stream.set_epoch(1)
+    assert list(resumed) == second != first
+
+
+def test_a_state_of_another_stream_is_refused(tars: Path) -> None:
+    stream = stream_records(tars, seed=1)
+    next(iter(stream))
+    state = stream.state_dict()
+    for other, what in (
+        (stream_records(tars, seed=2), "seed"),
+        (stream_records(tars, seed=1, buffer_size=3), "buffer_size"),
+        (stream_records(sorted(map(str, tars.iterdir()))[1:], seed=1), "shards"),
+        (stream_records(tars, seed=1, process_index=1, num_processes=2), "reader"),
+    ):
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match=f"of another stream: {what} differ"):
+            iter(other)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
+def test_dropped_connections_lose_nothing(
+    write: Callable[[Path], Path], ranges: bool, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "data")
+    suffix = next(file.suffix for file in folder.iterdir() if file.is_file())
+    with ShardServer(folder, ranges=ranges) as server:
+        source = spell(server, suffix[1:])
+        wanted = list(stream_records(source, buffer_size=5, retry=FAST))
+        server.drop_every = 3
+        stream = stream_records(source, buffer_size=5, retry=FAST)
+        assert list(stream) == wanted
+        assert server.dropped > 0 and stream.report.retries > 0
+        assert "request made again" in stream.report.describe()
+
+
+def test_a_shard_that_is_cut_is_named_and_the_others_are_read(tars: Path) -> None:
+    cut = tars / "00003.tar"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    stream = stream_records(tars, max_lost_share=0.2)
+    found = Counter(name.split("/")[0] for name in list_names(stream))
+    assert found.pop("00003.tar", 0) < SAMPLES and set(found.values()) == {SAMPLES}
+    assert stream.report.lost_shards == 1 and stream.report.shards == SHARDS - 1
+    assert "00003.tar before sample" in stream.report.describe()
+    with pytest.raises(TooManyLostError, match=r"1 of 8 shards.*\n.*00003\.tar before sample"):
+        list(stream_records(tars))
+
+
+@pytest.mark.parametrize("size", range(1536, 12000, 512))
+def test_a_shard_cut_at_a_block_is_noticed(size: int, tmp_path: Path) -> None:
+    """Where tarfile takes the end of the file for the end of the archive."""
+    write_tars(tmp_path)
+    whole = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:size])
+    stream = stream_records(tmp_path / "cut.tar", max_lost_share=1)
+    assert len(list_names(stream)) < SAMPLES and stream.report.lost_shards == 1
+
+
+@pytest.mark.slow  # two processes
+def test_the_last_samples_of_workers_are_in_their_report(tmp_path: Path) -> None:
+    """What is broken behind the last good sample comes with no batch."""
+    for shard in range(2):
+        members = {"0.png": encode_noise(0), "0.txt": b"a caption", "1.png": b"", "1.txt": b" "}
+        write_shard(tmp_path / f"{shard}.tar", members)
+    loader = make_loader(stream_records(tmp_path), batch_size=4, num_workers=2)
+    assert len(flatten(loader)) == 2
+    report = read_report(loader.state_dict())
+    assert (report.samples, report.lost_samples, report.shards) == (2, 2, 2)
+
+
+def test_broken_samples_are_counted_up_to_a_share(tmp_path: Path) -> None:
+    image = encode_noise(0)
+    members = {f"{n:03d}.png": image for n in range(40)}
+    texts = {f"{n:03d}.txt": b"a caption" for n in range(40)}
+    texts |= {"007.txt": b"\xff", "009.txt": b" \n", "011.txt": b""}
+    mixed = {name: content for pair in zip(members.items(), texts.items(), strict=True)
+             for name, content in pair}  # fmt: skip
+    mixed |= {"000.json": b"{}", "050.gif": image, "050.png": image, "050.txt": b"two"}
+    write_shard(tmp_path / "0.tar", mixed)
+    stream = stream_records(tmp_path, max_lost_share=0.01)
+    names = list_names(stream)
+    assert len(names) == 37 == stream.report.samples
+    assert stream.report.lost_samples == 5
+    assert stream.report.counts == {
+        "not UTF-8": 1,
+        "blank caption": 2,
+        "members of one sample are not next to each other": 1,
+        "several images in one sample": 1,
+    }
+    with pytest.raises(TooManyLostError, match=r"lost 5 samples .*max_lost_share = 0\.004"):
+        list(stream_records(tmp_path, max_lost_share=0.004))
+
+
+def test_an_unknown_field_stops_a_stream_as_it_stops_loading(tmp_path: Path) -> None:
+    for shard in range(2):
+        members = {}
+        for n in range(30):
+            members |= {f"{n:02d}.png": encode_noise(0), f"{n:02d}.json": b'{"text": "a", "no": 1}'}
+        write_shard(tmp_path / f"{shard}.tar", members)
+    with pytest.raises(TooManyLostError, match="unknown field 'no': 11 "):
+        list(stream_records(tmp_path))
+    assert len(list(stream_records(tmp_path, ignore_fields=["no"]))) == 60
+
+
+@pytest.mark.slow  # two processes
+def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> None:
+    (tars / "00002.tar").write_bytes(b"no tar")
+    with pytest.raises(TooManyLostError, match=r"00002\.tar before sample 0") as lost:
+        list(make_loader(stream_records(spell(served), retry=FAST), batch_size=2, num_workers=2))
+    traceback.clear_frames(lost.tb)  # they hold the loader, with which its workers end
+    served.status["00003.tar"] = 403
+    stream = stream_records(spell(served), retry=FAST, max_lost_share=1)
+    with pytest.raises(AccessError, match=r"00003\.tar: access denied") as denied:
+        list(make_loader(stream, batch_size=2, num_workers=2))
+    traceback.clear_frames(denied.tb)
+
+
+def test_one_shard_is_read_up_to_where_it_is_cut(tars: Path) -> None:
+    whole = stream_records(tars, buffer_size=1).read_shard(3)
+    assert [record.name for record in whole] == [f"00003.tar/{n:04d}.png" for n in range(SAMPLES)]
+    cut = tars / "00003.tar"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    part = stream_records(tars).read_shard(3)
+    assert 0 < len(part) < SAMPLES and part == whole[: len(part)]
+    cut.unlink()
+    with pytest.raises(ValueError, match="no such folder or file"):
+        stream_records(cut)
+
+
+def test_the_part_of_a_process_leaves_groups_out_and_counts_them(tars: Path) -> None:
+    stream = stream_records(tars)
+    own = stream.for_process(1, 2, seed=4, excluded_groups=frozenset({"g0", "g1", "g27"}))
+    other = stream.for_process(0, 2, seed=4)
+    found = list(own)
+    assert not {record.group_id for record in found} & {"g0", "g1", "g27"}
+    assert len(found) + own.report.excluded_samples == SHARDS * SAMPLES // 2
+    assert not {record.name for record in found} & set(list_names(other))
+
+
+def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path) -> None:
+    (tars / "00002.tar").unlink()
+    stream = stream_records(spell(served), retry=RetryPolicy(first_wait=60), max_lost_share=0.2)
+    assert len(list(stream)) == (SHARDS - 1) * SAMPLES
+    assert "00002.tar before sample 0" in stream.report.describe()
+    for number in (0, 1):
+        (tars / f"0000{number}.tar").unlink()
+    with pytest.raises(LostFileError, match=r"00001\.tar: no such file"):
+        stream_records(spell(served))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_denied_access_is_an_error_at_once(served: ShardServer, status: int) -> None:
+    slow = RetryPolicy(first_wait=60)
+    for number in range(SHARDS):
+        served.status[f"{number:05d}.tar"] = status
+    with pytest.raises(AccessError, match=r"00000\.tar: access denied .*credentials"):
+        stream_records(spell(served), retry=slow)
+    served.status.clear()
+    stream = stream_records(spell(served), retry=slow)
+    served.status["00005.tar"] = status  # they may expire while training runs
+    with pytest.raises(AccessError, match=r"00005\.tar: access denied"):
+        list(stream)
+
+
+def test_a_server_that_is_not_there_is_an_error_at_once(served: ShardServer) -> None:
+    gone = served.url.replace("127.0.0.1", "127.0.0.2")
+    with pytest.raises(AccessError, match="host cannot be reached"):
+        stream_records(f"{gone}/{{0..3}}.tar", retry=RetryPolicy(first_wait=60))
+
+
+def test_a_server_that_stays_down_is_an_error_after_all_attempts(tars: Path) -> None:
+    with ShardServer(tars) as server:
+        stream = stream_records(spell(server), retry=FAST)
+    with pytest.raises(AccessError, match="host cannot be reached"):
+        list(stream)
+
+
+def test_an_overloaded_server_is_tried_again(served: ShardServer) -> None:
+    served.status["00004.tar"] = 503
+    stream = stream_records(spell(served), retry=FAST, max_lost_share=0.2)
+    assert len(list(stream)) == (SHARDS - 1) * SAMPLES
+    assert stream.report.retries == FAST.attempts - 1
+    assert "00004.tar: 5 attempts failed" in stream.report.describe()
+
+
+def test_fewer_shards_than_workers_are_refused(tars: Path) -> None:
+    pytest.importorskip("torchdata")
+    stream = stream_records(tars, num_processes=4)
+    with pytest.raises(ValueError, match="8 shards for 4 processes with 3 workers each"):
+        make_loader(stream, batch_size=2, num_workers=3)
+    with pytest.raises(ValueError, match="persistent_workers keep the epoch"):
+        make_loader(stream, batch_size=2, num_workers=1, persistent_workers=True)
+
+
+def test_resuming_reads_the_buffers_shards_alone(served: ShardServer) -> None:
+    """Not all that came before: hours of a stream would be read again."""
+    stream = stream_records(spell(served), buffer_size=4, retry=FAST)
+    iterator = iter(stream)
+    for _ in range(SAMPLES * 5):
+        next(iterator)
+    state = stream.state_dict()
+    served.requests.clear()
+    resumed = stream_records(spell(served), buffer_size=4, retry=FAST)
+    resumed.load_state_dict(state)
+    next(iter(resumed))
+    buffered = {shard for shard in state["buffer"][::2]}
+    assert len(served.requests) <= len(buffered) + 2 < SHARDS
+
+
+def test_the_query_of_a_signed_url_is_not_part_of_a_name(served: ShardServer) -> None:
+    urls = [f"{served.url}/0000{number}.tar?signature={number}" for number in range(3)]
+    names = list_names(stream_records(urls, buffer_size=1, retry=FAST))
+    assert {name.partition("/")[0] for name in names} == {"00000.tar", "00001.tar", "00002.tar"}
+
+
+def test_remote_sources_are_not_loaded_but_streamed() -> None:
+    with pytest.raises(ValueError, match=r"not on this machine\. Stream it by stream_records"):
+        load_records("s3://bucket/folder")
+
+
+def test_the_package_for_web_servers_is_named_where_it_is_missing(
+    served: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ImportError, match=r"aiohttp .*modeling_llm2clip\[remote\]"):
+        stream_records(spell(served))
+
+
+def test_torchdata_is_named_where_it_is_missing(
+    tars: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchdata", None)
+    with pytest.raises(ImportError, match=r"torchdata .*modeling_llm2clip\[remote\]"):
+        make_loader(stream_records(tars), batch_size=2)

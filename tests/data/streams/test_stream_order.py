@@ -1,0 +1,103 @@
+"""Laws of the order of a stream, over any shards, readers and places to stop."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_llm2clip.data.images.image_sources import EncodedImage
+from modeling_llm2clip.data.records.records import RawRecord
+from modeling_llm2clip.data.sources.shard_streams import BrokenShardError, StreamedSample
+from modeling_llm2clip.data.streams.record_streams import RecordStream
+
+GOOD, BROKEN, SKIPPED, END = range(4)
+
+
+@dataclass
+class ListedShards:
+    """Shards in memory: of each sample what it is; `END` ends a shard early."""
+
+    content: list[list[int]]
+
+    @property
+    def shards(self) -> Sequence[str]:
+        return [f"shard {number}" for number in range(len(self.content))]
+
+    def read(
+        self, shard: int, first: int, on_retry: Callable[[str, str], None]
+    ) -> Iterator[StreamedSample]:
+        assert callable(on_retry)
+        for number, kind in enumerate(self.content[shard]):
+            if kind == END:
+                raise BrokenShardError("cut")
+            if number < first:
+                continue
+            place = f"{shard}/{number}"
+            image = EncodedImage(place, place.encode())
+            raw = RawRecord(place, {"caption": place}, packed=image, default_name=place)
+            if kind == GOOD:
+                yield StreamedSample(number, place, raw)
+            else:
+                yield StreamedSample(number, place, None, "bad", is_skipped=kind == SKIPPED)
+
+    def list_good(self) -> list[str]:
+        found = []
+        for shard, kinds in enumerate(self.content):
+            there = kinds[: kinds.index(END)] if END in kinds else kinds
+            found += [f"{shard}/{number}" for number, kind in enumerate(there) if kind == GOOD]
+        return found
+
+
+KINDS = st.sampled_from([GOOD] * 12 + [BROKEN, SKIPPED, END])
+CONTENT = st.lists(st.lists(KINDS, max_size=12), min_size=4, max_size=9)
+BUFFERS = st.integers(1, 20)
+
+
+def make_stream(content: list[list[int]], **options: Any) -> RecordStream:
+    return RecordStream(ListedShards(content), max_lost_share=1, **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(CONTENT, BUFFERS, st.integers(1, 4), st.integers(0, 3))
+def test_readers_see_each_sample_once(
+    content: list[list[int]], buffer_size: int, num_processes: int, epoch: int
+) -> None:
+    found: Counter[str] = Counter()
+    lost = shards = 0
+    for process in range(num_processes):
+        stream = make_stream(
+            content, buffer_size=buffer_size, process_index=process, num_processes=num_processes
+        )
+        stream.set_epoch(epoch)
+        found.update(record.name for record in stream)
+        lost += stream.report.lost_samples
+        shards += stream.report.shards + stream.report.lost_shards
+    assert found == Counter(ListedShards(content).list_good())
+    assert shards == len(content)
+    ended = [kinds[: kinds.index(END)] if END in kinds else kinds for kinds in content]
+    assert lost == sum(kinds.count(BROKEN) for kinds in ended)
+
+
+@settings(max_examples=150, deadline=None)
+@given(CONTENT, BUFFERS, st.lists(st.integers(0, 20), max_size=8))
+def test_stopped_again_and_again_is_never_stopped(
+    content: list[list[int]], buffer_size: int, stops: list[int]
+) -> None:
+    whole = make_stream(content, buffer_size=buffer_size, seed=7)
+    wanted = list(whole)
+    found: list[Any] = []
+    state: dict[str, Any] = {}
+    for stop in (*stops, None):
+        stream = make_stream(content, buffer_size=buffer_size, seed=7)
+        stream.load_state_dict(json.loads(json.dumps(state)))
+        found += islice(stream, stop)
+        state = stream.state_dict()
+    assert found == wanted
+    assert stream.report == whole.report
