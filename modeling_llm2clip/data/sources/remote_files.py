@@ -70,7 +70,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         raise
     except ImportError as error:
         raise AccessError(
-            f'{url}: {error}. For S3 run: pip install "modeling_llm2clip[remote]"; '
+            f'{url}: {error}. For S3 run: pip install "modeling_llm2clip[s3]"; '
             "other services have packages of their own, such as gcsfs."
         ) from error
     except ValueError as error:
