@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..atomic_files import default_cache_folder, hash_json
+from ..key_arrays import find_first_rows
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
@@ -63,9 +65,7 @@ def open_index(
         with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
             return RecordTable.open(file), ErrorCollector()
         table, errors = _build(job, file, show_progress)
-        if errors.total:
-            file.unlink(missing_ok=True)
-        elif table.file is not None:
+        if table.file == file:
             _remove_earlier(file)
     return table, errors
 
@@ -81,12 +81,28 @@ def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable,
             )
         else:
             batches = (b for part in parts for b in read_part(job, part, errors))
-        table = _write(rebatch(batches), file)
-    find_repeated(table, errors)
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        try:
+            table = _write(rebatch(batches), unfinished)
+            find_repeated(table, errors)
+            if table.file is not None:
+                table = _keep(table.file, file, errors)
+        finally:
+            unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
-    if table.file is not None and errors.skipped:
-        skipped_file(table.file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     return table, errors
+
+
+def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
+    """Give an index its name once it is known to have no errors; others go with this process."""
+    if errors.total:
+        with tempfile.NamedTemporaryFile(dir=_temporary_folder().name, delete=False) as kept:
+            file = Path(shutil.move(unfinished, kept.name))
+    else:
+        if errors.skipped:
+            skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
+        unfinished.replace(file)
+    return RecordTable.open(file)
 
 
 def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -118,23 +134,21 @@ def _join(table: pa.Table) -> pa.RecordBatch:
 
 
 def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
-    """Write an index that is too large for memory, complete or not at all."""
+    """Write an index that is too large for memory."""
     first = next(batches, None)
     if first is None:
         return RecordTable([])
     second = next(batches, None)
     if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
         return RecordTable([first])
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(unfinished), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
+        with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
             writer.write_batch(first)
             if second is not None:
                 writer.write_batch(second)
             for batch in batches:
                 writer.write_batch(batch)
-        unfinished.replace(file)
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
@@ -144,8 +158,6 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
             "another folder for the cache by the variable XDG_CACHE_HOME",
             str(file.parent),
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return RecordTable.open(file)
 
 
@@ -159,29 +171,24 @@ def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
     Raises:
         ValueError: two names or group ids have the same key.
     """
-    for rows, earlier in _list_equal(table.keys):
+    for rows, earlier in _list_equal(table, "key"):
         columns = ["name", "lang", "place"]
         for one, other in zip(table.take(rows, columns), table.take(earlier, columns), strict=True):
             _require_same(one[:2], other[:2], "names")
             errors.add("image and language repeated", one[2])
-    for rows, earlier in _list_equal(table.group_keys):
+    for rows, earlier in _list_equal(table, "group_key"):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
         for one, other in pairs:
             _require_same(one, other, "group ids")
 
 
-def _list_equal(keys: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield rows whose key an earlier row has too, in their order, and those earlier rows."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    is_equal = ordered[1:] == ordered[:-1]
-    if not is_equal.any():
-        return
-    rows, earlier = order[1:][is_equal], order[:-1][is_equal]
-    back = np.argsort(rows)
-    for start in range(0, len(rows), ROWS_PER_BATCH):
-        chosen = back[start : start + ROWS_PER_BATCH]
-        yield rows[chosen], earlier[chosen]
+def _list_equal(table: RecordTable, column: str) -> Iterator[tuple[Array, Array]]:
+    """Yield rows whose key an earlier row has too, in their order, and the first such rows."""
+    first = find_first_rows(partial(table.iterate_numbers, column), len(table))
+    for start in range(0, len(first), ROWS_PER_BATCH):
+        part = first[start : start + ROWS_PER_BATCH]
+        repeated = np.flatnonzero(part != np.arange(start, start + len(part)))
+        yield start + repeated, part[repeated]
 
 
 def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> None:

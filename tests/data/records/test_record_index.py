@@ -154,10 +154,27 @@ def test_without_a_cache_nothing_is_kept(tmp_path: Path, small_parts: Path) -> N
     assert not small_parts.exists()
 
 
-def test_errors_leave_no_index(tmp_path: Path, small_parts: Path) -> None:
-    with pytest.raises(DataValidationError):
-        load_records(write(tmp_path / "data", [*LINES, *BROKEN]), require_images=False)
-    assert [file for file in small_parts.iterdir() if file.suffix != ".lock"] == []
+def test_errors_leave_no_index(
+    tmp_path: Path, small_parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "data", [*LINES, *BROKEN])
+    with pytest.raises(DataValidationError, match="image missing"):
+        load_records(source, check_images=True)  # which looks through the index, too
+    assert list_indexes(small_parts) == []
+
+    def die(*_: Any) -> None:
+        # A kill at any moment before the index is known to have no errors.
+        assert not any(file.suffix == ".arrow" for file in small_parts.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record_index, "find_repeated", die)
+    with pytest.raises(KeyboardInterrupt):
+        load_records(source, require_images=False)
+    assert list_indexes(small_parts) == []
+
+
+def list_indexes(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix != ".lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_a_way_around(
@@ -179,7 +196,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     monkeypatch.setattr(record_index.pa.ipc, "new_file", fill)
     with pytest.raises(OSError, match="No room for the index"):
         load_records(write(tmp_path / "data", LINES), require_images=False)
-    assert [file for file in small_parts.iterdir() if file.suffix != ".lock"] == []
+    assert list_indexes(small_parts) == []
 
 
 def test_keys_that_collide_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
