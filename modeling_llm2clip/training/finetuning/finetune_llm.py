@@ -6,6 +6,7 @@ trainer and the losses of sentence-transformers.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -244,6 +245,8 @@ def _open_scratch(output: Path) -> Iterator[Path]:
     state, made = PartialState(), list[TemporaryDirectory[str]]()
 
     def make() -> str:
+        for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
+            shutil.rmtree(left)
         made.append(TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder))
         return made[0].name
 
