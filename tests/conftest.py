@@ -20,10 +20,14 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# How long an example takes depends on the machine, and decides nothing.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def is_local(address: Any) -> bool:
