@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +22,7 @@ except ImportError:  # Windows
 
 _UNFINISHED = ".tmp"
 _HASHED_AT_ONCE = 2**20  # bytes
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def default_cache_folder() -> Path:
@@ -26,6 +32,35 @@ def default_cache_folder() -> Path:
         `$XDG_CACHE_HOME/llm2clip`, usually `~/.cache/llm2clip`. It may not exist yet.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip"
+
+
+@cache
+def temporary_folder() -> Path:
+    """Make a folder that is removed when this process ends; the same one at each call."""
+    folder = Path(tempfile.mkdtemp(prefix="llm2clip-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
+    """Say what to do when the disk is full.
+
+    Args:
+        folder: that is written to.
+        what: what there is no room for, such as "to write its index".
+        remedy: sentences that follow, without the last full stop.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        message = f"No room {what} ({error.strerror}). {remedy}"
+        raise OSError(error.errno, message, str(folder)) from error
 
 
 def write_atomically(file: Path, content: bytes) -> None:

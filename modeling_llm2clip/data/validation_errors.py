@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 _PLACES_SHOWN = 5
 
@@ -30,9 +31,7 @@ class DataValidationError(ValueError):
         self.places = {kind: list(where) for kind, where in places.items()}
         total = sum(self.counts.values())
         lines = [f"{source} has {total} {'error' if total == 1 else 'errors'}:"]
-        for kind, count in self.counts.items():
-            more = ", …" if count > len(self.places[kind]) else ""
-            lines.append(f"  {kind}: {count} ({', '.join(self.places[kind])}{more})")
+        lines += describe_errors(self.counts, self.places)
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
             lines.append("Name a field that is meant to be there: ignore_fields, --ignore-fields.")
@@ -54,13 +53,26 @@ class DataValidationError(ValueError):
         return DataValidationError, (self.source, self.counts, self.places)
 
 
+def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> list[str]:
+    """Describe errors in a line per kind: how many there are, and where the first of them are.
+
+    Args:
+        counts: kind of error to how many there are.
+        places: kind of error to the first places.
+    """
+    return [
+        f"  {kind}: {count} ({', '.join(places[kind])}{', …' if count > len(places[kind]) else ''})"
+        for kind, count in counts.items()
+    ]
+
+
+@dataclass
 class ErrorCollector:
     """Counts errors by kind and keeps the first places of each."""
 
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._places: dict[str, list[str]] = {}
-        self._skipped: dict[str, int] = {}
+    _counts: dict[str, int] = field(default_factory=dict, init=False)
+    _places: dict[str, list[str]] = field(default_factory=dict, init=False)
+    _skipped: dict[str, int] = field(default_factory=dict, init=False)
 
     def add(self, kind: str, place: str) -> None:
         """Add one error.
@@ -107,9 +119,22 @@ class ErrorCollector:
         Args:
             text: from `to_json`.
         """
-        collected, content = cls(), json.loads(text)
-        collected._counts, collected._places = content["counts"], content["places"]
+        content = json.loads(text)
+        collected = cls.of(content["counts"], content["places"])
         collected._skipped = content["skipped"]
+        return collected
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> ErrorCollector:
+        """Make a collector of errors that are counted already.
+
+        Args:
+            counts: kind of error to how many there are.
+            places: kind of error to the first places.
+        """
+        collected = cls()
+        collected._counts = dict(counts)
+        collected._places = {kind: [*where] for kind, where in places.items()}
         return collected
 
     def without(self, *kinds: str) -> ErrorCollector:
@@ -118,15 +143,18 @@ class ErrorCollector:
         Args:
             kinds: kinds of errors that are left out.
         """
-        others = ErrorCollector()
-        others._counts = {kind: n for kind, n in self._counts.items() if kind not in kinds}
-        others._places = {kind: [*self._places[kind]] for kind in others._counts}
-        return others
+        kept = {kind: n for kind, n in self._counts.items() if kind not in kinds}
+        return ErrorCollector.of(kept, {kind: self._places[kind] for kind in kept})
 
     @property
     def counts(self) -> dict[str, int]:
         """Kind of error to how many there are."""
         return dict(self._counts)
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """Kind of error to the first places."""
+        return {kind: [*where] for kind, where in self._places.items()}
 
     @property
     def skipped(self) -> dict[str, int]:

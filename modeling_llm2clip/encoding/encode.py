@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -102,9 +102,7 @@ def encode_texts(
                 [len(ids_of[texts[row]]) for row in rows], token_budget=budget
             ),
             prepare=lambda part: _pad([ids_of[text] for text in part], processor),
-            encode=lambda inputs: model.get_caption_embeds(
-                input_ids=inputs[0].to(model.device), attention_mask=inputs[1].to(model.device)
-            ),
+            encode=partial(_embed_captions, model),
             on_batch=count_tokens,
         )
     return _project(model, model.to_text_embeds, embeds, inputs=texts) if project else embeds
@@ -169,10 +167,8 @@ def encode_images(
         embeds = encode_distinct(
             images,
             batches=lambda rows: split_evenly(len(rows), size=size),
-            prepare=lambda part: dict(processor(images=[open_image(image) for image in part])),
-            encode=lambda inputs: model.get_vision_embeds(
-                **{name: value.to(model.device) for name, value in inputs.items()}
-            ),
+            prepare=partial(_decode, processor),
+            encode=partial(_embed_images, model),
             num_workers=num_workers,
             on_batch=count_images,
         )
@@ -354,9 +350,7 @@ def iterate_token_batches(
             ids,
             plan,
             prepare=lambda part: _pad(part, processor),
-            encode=lambda inputs: model.get_caption_embeds(
-                input_ids=inputs[0].to(model.device), attention_mask=inputs[1].to(model.device)
-            ),
+            encode=partial(_embed_captions, model),
             names=texts,
         ):
             yield embeds
@@ -392,10 +386,8 @@ def iterate_image_batches(
         for _, embeds in iterate_batches(
             images,
             plan,
-            prepare=lambda part: dict(processor(images=[open_image(image) for image in part])),
-            encode=lambda inputs: model.get_vision_embeds(
-                **{name: value.to(model.device) for name, value in inputs.items()}
-            ),
+            prepare=partial(_decode, processor),
+            encode=partial(_embed_images, model),
             num_workers=num_workers,
         ):
             yield embeds
@@ -516,6 +508,24 @@ def _project(
         projected = torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
     _require_finite(projected, range(len(projected)), inputs)
     return projected
+
+
+def _embed_captions(
+    model: LLM2CLIPModel | LLM2CLIPTextModel, inputs: tuple[Tensor, Tensor]
+) -> Tensor:
+    input_ids, attention_mask = (value.to(model.device) for value in inputs)
+    return model.get_caption_embeds(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def _embed_images(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
+    return model.get_vision_embeds(**on_device)
+
+
+def _decode(processor: LLM2CLIPProcessor, images: Sequence[Any]) -> dict[str, Tensor]:
+    return dict(processor(images=[open_image(image) for image in images]))
 
 
 def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:

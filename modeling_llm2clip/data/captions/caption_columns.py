@@ -35,23 +35,47 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
     Args:
         batch: with the columns `captions` and `long_captions`.
     """
-    short, long = (batch.column(name) for name in CAPTION_COLUMNS)
-    num_short, num_long = (np.diff(np.asarray(column.offsets)) for column in (short, long))
+    short, long = (batch.column(name).flatten() for name in CAPTION_COLUMNS)
+    num_short, num_long = count_captions(batch)
     ends = np.concatenate([[0], np.cumsum(num_short + num_long, dtype=np.int64)])
-    if not num_long.any():
-        return FlatCaptions(short.flatten(), num_short, ends)
-    records = np.repeat(np.arange(batch.num_rows), num_short + num_long)
-    within = np.arange(ends[-1]) - ends[records]
-    first_short, first_long = (
-        np.cumsum(counts, dtype=np.int64) - counts for counts in (num_short, num_long)
-    )
-    places = np.where(
-        within < num_short[records],
-        first_short[records] + within,
-        len(short.flatten()) + first_long[records] + within - num_short[records],
-    )
-    both = pa.concat_arrays([short.flatten(), long.flatten()])
-    return FlatCaptions(both.take(pa.array(places)), num_short, ends)
+    if not len(long):
+        return FlatCaptions(short, num_short, ends)
+    _, places = locate_captions(batch)
+    texts = pa.concat_arrays([short, long]).take(pa.array(places))
+    return FlatCaptions(texts, num_short, ends)
+
+
+def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
+    """Count the short and the long captions of each record of a batch.
+
+    Args:
+        batch: with the columns `captions` and `long_captions`.
+
+    Returns:
+        (n,) int32 each.
+    """
+    short, long = (np.diff(np.asarray(batch.column(name).offsets)) for name in CAPTION_COLUMNS)
+    return short, long
+
+
+def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
+    """Find the captions of each record of a batch, the short ones before the long ones.
+
+    Args:
+        batch: with the columns `captions` and `long_captions`.
+
+    Returns:
+        Of each caption, record by record: the row of its record, and its place in all captions of
+        the batch followed by all long captions; (T,) int64 each.
+    """
+    num_short, num_long = (counts.astype(np.int64) for counts in count_captions(batch))
+    counts = num_short + num_long
+    row = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first_short = np.cumsum(num_short) - num_short
+    first_long = num_short.sum() + np.cumsum(num_long) - num_long - num_short
+    is_short = within < num_short[row]
+    return row, within + np.where(is_short, first_short[row], first_long[row])
 
 
 class FirstOccurrences:

@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyarrow import compute
 from ..key_arrays import find_first_rows, is_among, sort_rows
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
+from .caption_columns import locate_captions
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -244,10 +246,7 @@ def sort_by_group(records: RecordTable) -> RecordTable:
     Returns:
         The records themselves if they are in that order.
     """
-    first = find_first_rows(
-        lambda: (np.asarray(b.column(0)) for b in records.iterate_columns(("group_key",))),
-        len(records),
-    )
+    first = find_first_rows(partial(records.iterate_numbers, "group_key"), len(records))
     if not (first[1:] < first[:-1]).any():
         return records
     return records.select(sort_rows(first))
@@ -293,13 +292,7 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
         Of each text: the number of its group in the batch, its key, and its place in all captions
         of the batch followed by all long captions; (T,) int64 each.
     """
-    short, long = (np.diff(np.asarray(batch.column(n).offsets)) for n in _KEYS[1:3])
-    counts = (short + long).astype(np.int64)
-    row = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first_short = np.cumsum(short) - short
-    first_long = short.sum() + np.cumsum(long) - long - short
-    places = within + np.where(within < short[row], first_short[row], first_long[row])
+    row, places = locate_captions(batch)
     group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
     keys = np.asarray(batch.column("text_keys").flatten())
     order = np.lexsort((keys, group))  # stable: of equal ones, the first comes first

@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..key_arrays import count_distinct
 from ..records.record_columns import SCHEMA, hash_text
 from ..records.record_index import rebatch
 from ..records.record_table import Array, RecordTable
@@ -192,19 +194,14 @@ def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
     keys = keys[:stop]
     keys.sort()
     if on == "key":
-        num_keys, num_names = 1 + int((keys[1:] != keys[:-1]).sum()), _count_names(records)
+        num_keys = 1 + int((keys[1:] != keys[:-1]).sum())
+        num_names = count_distinct(partial(records.iterate_numbers, "name_key"), len(records))
         if num_keys < num_names:
             raise ValueError(
                 f"{num_names} images have {num_keys} keys: some are those of several images, as "
                 "happens with several datasets. Load each dataset alone, or join by url."
             )
     return keys
-
-
-def _count_names(records: RecordTable) -> int:
-    names = records.read_numbers("name_key")
-    names.sort()
-    return 1 + int((names[1:] != names[:-1]).sum())
 
 
 def _column_of(on: JoinColumn) -> str:

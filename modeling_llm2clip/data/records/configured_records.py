@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
 from tqdm import tqdm
 
 from ...configs.data_config import DataConfig
+from ..atomic_files import temporary_folder
 from ..captions.caption_joins import join_captions
 from .record_loading import load_records
 from .record_table import RecordTable
@@ -48,13 +47,7 @@ def read_configured_records(
         records,
         config.captions_from,
         on=config.join_on,
-        output=Path(_temporary_folder().name) / f"{uuid4().hex}.arrow",
+        output=temporary_folder() / f"{uuid4().hex}.arrow",
     )
     tqdm.write(f"{config.captions_from}: {joined}", file=sys.stderr)
     return joined.records
-
-
-@cache
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that is removed when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="llm2clip-joined-")

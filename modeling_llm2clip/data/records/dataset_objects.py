@@ -20,7 +20,6 @@ from ..sources.parquet import is_image_type
 from ..sources.shard_streams import StreamedSample, read_row
 from ..streams.record_streams import RecordStream
 from ..validation_errors import ErrorCollector
-from .record_columns import ROWS_PER_BATCH, RecordColumns
 from .record_index import find_repeated
 from .record_table import RecordTable
 from .records import RawRecord, check_record
@@ -79,22 +78,17 @@ def records_from_dataset(
         errors.raise_if_any(_NAME)
     indices = dataset._indices
     rows = np.arange(len(table)) if indices is None else np.asarray(indices.column(0))
-    batches, collected = [], RecordColumns()
-    for raw in _iterate_rows(dataset, table, rows, sources):
-        record = check_record(
+    checked = (
+        check_record(
             raw,
             errors,
             image_dir=Path(),
             require_images=require_images,
             ignore_fields=ignore_fields,
         )
-        if record is not None:
-            collected.add(record)
-        if len(collected) == ROWS_PER_BATCH:
-            batches.append(collected.take_batch())
-    if len(collected):
-        batches.append(collected.take_batch())
-    records = RecordTable(batches)
+        for raw in _iterate_rows(dataset, table, rows, sources)
+    )
+    records = RecordTable.from_records(record for record in checked if record is not None)
     find_repeated(records, errors)
     errors.raise_if_any(_NAME)
     return records

@@ -8,14 +8,13 @@ their own are not looked for again once the index is there.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from filelock import FileLock
 from tqdm import tqdm
 
-from ..atomic_files import default_cache_folder, hash_json
+from ..atomic_files import (
+    default_cache_folder,
+    explain_full_disk,
+    hash_json,
+    temporary_folder,
+)
 from ..key_arrays import find_first_rows
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA
@@ -35,7 +39,6 @@ _FORMAT_VERSION = 2
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_index(
@@ -57,9 +60,7 @@ def open_index(
         OSError: the index cannot be written, for example because the disk is full.
     """
     if not use_cache:
-        return _build(
-            job, Path(_temporary_folder().name) / f"{_hash_state(job)}.arrow", show_progress
-        )
+        return _build(job, temporary_folder() / f"{_hash_state(job)}.arrow", show_progress)
     file = _name_index(job)
     with _lock(file):  # of several processes, the first one builds it
         with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
@@ -96,7 +97,7 @@ def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable,
 def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
     """Give an index its name once it is known to have no errors; others go with this process."""
     if errors.total:
-        with tempfile.NamedTemporaryFile(dir=_temporary_folder().name, delete=False) as kept:
+        with tempfile.NamedTemporaryFile(dir=temporary_folder(), delete=False) as kept:
             file = Path(shutil.move(unfinished, kept.name))
     else:
         if errors.skipped:
@@ -141,7 +142,8 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     second = next(batches, None)
     if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
         return RecordTable([first])
-    try:
+    remedy = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
+    with explain_full_disk(file.parent, "for the index of the data", remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
         with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
             writer.write_batch(first)
@@ -149,15 +151,6 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
                 writer.write_batch(second)
             for batch in batches:
                 writer.write_batch(batch)
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"No room for the index of the data ({error.strerror}). Free some space, or name "
-            "another folder for the cache by the variable XDG_CACHE_HOME",
-            str(file.parent),
-        ) from error
     return RecordTable.open(file)
 
 
@@ -243,9 +236,3 @@ def _lock(file: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@cache
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that is removed when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="llm2clip-records-")

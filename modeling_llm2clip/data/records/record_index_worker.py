@@ -24,7 +24,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
-from .records import check_record
+from .records import CheckedRecord, RawRecord, check_record
 from .source_files import SourceFiles, SourcePart
 
 _JOB_FILE = "job.json"
@@ -47,6 +47,21 @@ class IndexJob:
     image_dir: Path | None
     require_images: bool
     ignore_fields: tuple[str, ...]
+
+    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
+        """Check a record of the source.
+
+        Args:
+            raw: what the source has.
+            errors: gets every error of this record.
+        """
+        return check_record(
+            raw,
+            errors,
+            image_dir=self.image_dir,
+            require_images=self.require_images,
+            ignore_fields=self.ignore_fields,
+        )
 
     def to_json(self) -> str:
         """Return the job as JSON."""
@@ -84,13 +99,7 @@ def read_part(job: IndexJob, part: SourcePart, errors: ErrorCollector) -> Iterat
     """
     columns = RecordColumns()
     for raw in job.source.read(part, errors):
-        record = check_record(
-            raw,
-            errors,
-            image_dir=job.image_dir,
-            require_images=job.require_images,
-            ignore_fields=job.ignore_fields,
-        )
+        record = job.check(raw, errors)
         if record is None:
             continue
         try:

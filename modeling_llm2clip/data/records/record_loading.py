@@ -18,7 +18,7 @@ from .record_columns import ROWS_PER_BATCH, hash_text
 from .record_index import open_index
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
-from .records import CaptionedImage, check_record
+from .records import CaptionedImage
 from .source_files import find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -144,13 +144,7 @@ def iterate_records(
     # Records without errors share one collector, to which nothing is added.
     nothing, own = ErrorCollector(), ErrorCollector()
     for raw in (raw for part in job.source.split() for raw in job.source.read(part, errors)):
-        checked = check_record(
-            raw,
-            own,
-            image_dir=job.image_dir,
-            require_images=require_images,
-            ignore_fields=ignore_fields,
-        )
+        checked = job.check(raw, own)
         if checked is not None:
             if (checked.name, checked.lang) in seen:
                 own.add("image and language repeated", raw.place)

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import ImageSource
 from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
-from .records import CaptionedImage
+from .records import CaptionedImage, CheckedRecord
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _COUNTED = ("captions", "long_captions")
@@ -57,7 +57,7 @@ class RecordTable(Sequence[CaptionedImage]):
         self._length = total if rows is None else len(rows)
 
     @classmethod
-    def from_records(cls, records: Iterable[CaptionedImage]) -> RecordTable:
+    def from_records(cls, records: Iterable[CaptionedImage | CheckedRecord]) -> RecordTable:
         """Make a table of records in memory.
 
         Args:
@@ -93,7 +93,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self._file is None else []
-        return _unpickle, (batches, self._file, self._rows)
+        return _unpickle, (batches, self._file, self._rows, self.skipped)
 
     def __len__(self) -> int:
         return self._length
@@ -107,7 +107,7 @@ class RecordTable(Sequence[CaptionedImage]):
             return self.select(np.arange(*item.indices(len(self))))
         if not -len(self) <= item < len(self):
             raise IndexError(f"Record {item} of {len(self)}.")
-        batch, row = self._find(item % len(self) if len(self) else item)
+        batch, row = self._find(item % len(self))
         return _make_record(*(batch.column(name)[row].as_py() for name in SCHEMA.names))
 
     def __iter__(self) -> Iterator[CaptionedImage]:
@@ -325,7 +325,11 @@ def _make_record(*values: Any) -> CaptionedImage:
 
 
 def _unpickle(
-    batches: Sequence[pa.RecordBatch], file: Path | None, rows: Array | None
+    batches: Sequence[pa.RecordBatch],
+    file: Path | None,
+    rows: Array | None,
+    skipped: Mapping[str, int],
 ) -> RecordTable:
-    table = RecordTable(batches) if file is None else RecordTable.open(file)
-    return RecordTable(table._batches, file=file, rows=rows)
+    if file is not None:
+        batches = RecordTable.open(file)._batches
+    return RecordTable(batches, file=file, rows=rows, skipped=skipped)

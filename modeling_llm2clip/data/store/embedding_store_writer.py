@@ -30,7 +30,7 @@ from .store_manifest import (
     read_sealed,
     shard_stem,
 )
-from .store_shard_writer import ShardWriter, explain_full_disk
+from .store_shard_writer import ShardWriter, explain_full_store
 from .store_shards import check_head, list_errors
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -124,7 +124,7 @@ class EmbeddingStoreWriter:
         if not (folder / MANIFEST_FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             _require_nothing_else(folder)
-            with explain_full_disk(folder, "its index"):
+            with explain_full_store(folder, "its index"):
                 _begin(folder, planned, list_items)
         found = read_manifest(folder)
         if differences := list_differences(found.list_causes(), planned.list_causes()):
@@ -171,7 +171,7 @@ class EmbeddingStoreWriter:
         Raises:
             OSError: the disk is full. Nothing else is changed.
         """
-        with explain_full_disk(self.folder, self._name(shard)):
+        with explain_full_store(self.folder, self._name(shard)):
             return ShardWriter(self.folder, self.manifest, shard, batches)
 
     def finish(self) -> None:
@@ -203,7 +203,7 @@ class EmbeddingStoreWriter:
             if manifest.content == "caption_embeds":
                 counts["truncated"] = sum(record.num_truncated for record in found)
             manifest = replace(manifest, complete=True, shards=tuple(found), counts=counts)
-            with explain_full_disk(self.folder, "its manifest"):
+            with explain_full_store(self.folder, "its manifest"):
                 _publish(self.folder / MANIFEST_FILE, manifest.to_json().encode())
         self.manifest = manifest
         for pattern in ("shard-*.json", "shard-*.part", "shard-*.journal", "*.tmp"):

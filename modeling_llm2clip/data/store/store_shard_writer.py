@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic_files import hash_file, sync_folder, write_atomically
+from ..atomic_files import explain_full_disk, hash_file, sync_folder, write_atomically
 from .store_manifest import (
     STORED_DTYPES,
     ShardRecord,
@@ -28,7 +28,6 @@ from .store_manifest import (
 from .store_shards import CHECKSUM_BYTES, Runs, compute_checksums, make_header
 
 Array: TypeAlias = np.ndarray[Any, Any]
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardWriter:
@@ -102,7 +101,7 @@ class ShardWriter:
         rows = stored.view(torch.uint8).numpy()
         self._checksums[places] = compute_checksums(rows)
         size = self._manifest.row_bytes
-        with explain_full_disk(self._folder, self._name):
+        with explain_full_store(self._folder, self._name):
             for start, stop in Runs(places, step=1):
                 offset = self._head_bytes + int(places[start]) * size
                 _write_at(self._descriptor, rows[start:stop].reshape(-1).data, offset)
@@ -125,7 +124,7 @@ class ShardWriter:
             raise ValueError(f"{self.num_done} of {len(self._batches)} batches are written.")
         head = self._header + self._checksums.tobytes()
         name = shard_file(self._shard)
-        with explain_full_disk(self._folder, self._name):
+        with explain_full_store(self._folder, self._name):
             _write_at(self._descriptor, memoryview(head), 0)
             os.fsync(self._descriptor)
             record = ShardRecord(
@@ -186,28 +185,15 @@ class ShardWriter:
         return digest.hexdigest().encode() + b"\n"
 
 
-@contextmanager
-def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
+def explain_full_store(folder: Path, what: str) -> AbstractContextManager[None]:
     """Say what to do when the disk is full.
 
     Args:
         folder: folder of the store.
         what: what is written.
-
-    Raises:
-        OSError: the disk is full.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"No room to write {what} ({error.strerror}). Complete shards stay. Free some space "
-            "and run the same command again; it continues",
-            str(folder),
-        ) from error
+    remedy = "Complete shards stay. Free some space and run the same command again; it continues"
+    return explain_full_disk(folder, f"to write {what}", remedy)
 
 
 def _allocate(descriptor: int, size: int) -> None:

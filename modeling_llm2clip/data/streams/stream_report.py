@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-_PLACES_SHOWN = 5
+from ..validation_errors import ErrorCollector, describe_errors
+
 _LEAST_SAMPLES = 1000
 
 
@@ -25,8 +26,7 @@ class StreamReport:
         shards: read to their end.
         lost_shards: missing ones, and those that ended early.
         retries: requests that were made again.
-        counts: what went wrong to how often.
-        places: what went wrong to where the first were.
+        problems: what went wrong, how often, and where the first were.
     """
 
     samples: int = 0
@@ -36,8 +36,17 @@ class StreamReport:
     shards: int = 0
     lost_shards: int = 0
     retries: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    problems: ErrorCollector = field(default_factory=ErrorCollector)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What went wrong to how often."""
+        return self.problems.counts
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """What went wrong to where the first were."""
+        return self.problems.places
 
     def add_problem(self, kind: str, place: str) -> None:
         """Count what went wrong.
@@ -46,10 +55,7 @@ class StreamReport:
             kind: what it is, in the same words wherever it is.
             place: where it is.
         """
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < _PLACES_SHOWN:
-            places.append(place)
+        self.problems.add(kind, place)
 
     def add_lost_sample(self, kind: str, place: str) -> None:
         """Count a broken sample.
@@ -92,11 +98,7 @@ class StreamReport:
 
     def describe(self) -> str:
         """Describe what went wrong: how often, and where the first were."""
-        return "\n".join(
-            f"  {kind}: {count} ({', '.join(self.places[kind])}"
-            f"{', …' if count > len(self.places[kind]) else ''})"
-            for kind, count in self.counts.items()
-        )
+        return "\n".join(describe_errors(self.counts, self.places))
 
     def merge(self, other: StreamReport) -> None:
         """Add the counts of another worker.
@@ -107,14 +109,12 @@ class StreamReport:
         for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
-        for kind, count in other.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-            places = self.places.setdefault(kind, [])
-            places += other.places[kind][: _PLACES_SHOWN - len(places)]
+        self.problems.extend(other.problems)
 
     def to_state(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return asdict(self)
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        return {**numbers, "counts": self.counts, "places": self.places}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
@@ -123,5 +123,5 @@ class StreamReport:
         Args:
             state: plain values.
         """
-        counts, places = dict(state["counts"]), {k: list(v) for k, v in state["places"].items()}
-        return cls(**{**state, "counts": counts, "places": places})
+        numbers = {name: value for name, value in state.items() if isinstance(value, int)}
+        return cls(**numbers, problems=ErrorCollector.of(state["counts"], state["places"]))

@@ -178,12 +178,11 @@ class StreamRun:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What the order depends on, but for the epoch."""
-        shards = "\n".join(self._stream.reader.shards)
         return {
             "stream_version": _STATE_VERSION,
             "seed": self._stream.seed,
             "buffer_size": self._stream.buffer_size,
-            "shards": hashlib.sha256(shards.encode()).hexdigest(),
+            "shards": hash_shards(self._stream.reader.shards),
             "reader": [self._number, self._num_readers],
         }
 
@@ -238,3 +237,12 @@ class StreamRun:
                 place = f"{self._stream.reader.shards[address[0]]} sample {address[1]}"
                 self.report.add_lost_sample("not found again after a restart", place)
         self._require_most()
+
+
+def hash_shards(shards: Sequence[str]) -> str:
+    """Hash the names of shards, in their order.
+
+    Args:
+        shards: paths, URLs or commands.
+    """
+    return hashlib.sha256("\n".join(shards).encode()).hexdigest()

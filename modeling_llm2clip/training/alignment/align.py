@@ -52,7 +52,6 @@ from .align_checks import (
     check_stores,
     open_store,
 )
-from .alignment_batches import StreamedBatches
 from .alignment_model import AlignmentModel
 from .alignment_report import make_card_results, make_caution
 from .alignment_stream import check_stream
@@ -273,9 +272,7 @@ def _record_end(
             resume=True,
             is_main_process=trainer.args.should_save,
         )
-    report = None
-    if isinstance(trainer.batches, StreamedBatches):
-        report = trainer.batches.collect_report()
+    report = trainer.batches.collect_report()
     if not trainer.args.should_save:
         return
     if report is not None:

@@ -99,6 +99,9 @@ class SampledBatches:
             checkpoint: That the run continues from.
         """
 
+    def collect_report(self) -> None:
+        """Report nothing: records of an index are checked before the run."""
+
 
 class StreamedBatches:
     """Batches of a stream, epoch after epoch.

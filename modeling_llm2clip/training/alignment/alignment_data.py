@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .sampling import Array, sample_captions, sample_normal
-from .step_times import INPUT_PARTS
+from .step_times import measure_input, no_input_seconds
 from .store_matching import (
     pair_items,
     require_images,
@@ -102,7 +101,7 @@ class AlignmentDataset(Dataset[Any]):
             epochs=epochs,
             items=items,
         )
-        seconds = torch.zeros(len(INPUT_PARTS), dtype=torch.float64)
+        seconds = no_input_seconds()
         batch = self.read_pairs(items, numbers, seconds)
         for name, noise, side in (
             ("vision_embeds", self.image_noise, 2),
@@ -157,15 +156,11 @@ class AlignmentDataset(Dataset[Any]):
         Returns:
             Inputs of `AlignmentModel`.
         """
-        begin = time.perf_counter()
-        captions = self._read_captions(items, numbers)
-        between = time.perf_counter()
-        images = self._read_images(items)
-        if seconds is not None:
-            of_captions = "tokenize" if self.caption_store is None else "read"
-            seconds[INPUT_PARTS.index(of_captions)] += between - begin
-            of_images = "decode" if self.image_store is None else "read"
-            seconds[INPUT_PARTS.index(of_images)] += time.perf_counter() - between
+        seconds = no_input_seconds() if seconds is None else seconds
+        with measure_input(seconds, "tokenize" if self.caption_store is None else "read"):
+            captions = self._read_captions(items, numbers)
+        with measure_input(seconds, "decode" if self.image_store is None else "read"):
+            images = self._read_images(items)
         return {**captions, **images}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ...data.streams.record_streams import RecordStream
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .held_out import count_held_out
 from .sampling import Array, sample_captions
-from .step_times import INPUT_PARTS
+from .step_times import measure_input, no_input_seconds
 
 _NAMES_SHOWN = 5
 
@@ -80,25 +79,31 @@ class AlignmentStream:
             epochs=np.full(len(records), self.stream.epoch),
             items=keys,
         )
-        begin = time.perf_counter()
-        if self.caption_store is None:
-            texts = [
-                (*record.captions, *record.long_captions)[number]
-                for record, number in zip(records, numbers.tolist(), strict=True)
-            ]
-            captions: dict[str, Tensor] = dict(self.processor(text=texts))
-        else:
-            items = self._find_items(records, keys, num_short, num_long)
-            rows = self.caption_store.rows_at(items, numbers)
-            captions = {"caption_embeds": self.caption_store.read(rows)}
-        between = time.perf_counter()
-        images = dict(self.processor(images=[open_image(record.image) for record in records]))
-        seconds = torch.zeros(len(INPUT_PARTS), dtype=torch.float64)
-        of_captions = "tokenize" if self.caption_store is None else "read"
-        seconds[INPUT_PARTS.index(of_captions)] = between - begin
-        seconds[INPUT_PARTS.index("decode")] = time.perf_counter() - between
+        seconds = no_input_seconds()
+        with measure_input(seconds, "tokenize" if self.caption_store is None else "read"):
+            captions = self._read_captions(records, keys, num_short, num_long, numbers)
+        with measure_input(seconds, "decode"):
+            images = dict(self.processor(images=[open_image(r.image) for r in records]))
         group_ids = torch.tensor([hash_text(record.group_id) for record in records])
         return {"group_ids": group_ids, "input_seconds": seconds, **captions, **images}
+
+    def _read_captions(
+        self,
+        records: Sequence[CaptionedImage],
+        keys: Array,
+        num_short: Array,
+        num_long: Array,
+        numbers: Array,
+    ) -> dict[str, Tensor]:
+        if self.caption_store is not None:
+            items = self._find_items(records, keys, num_short, num_long)
+            rows = self.caption_store.rows_at(items, numbers)
+            return {"caption_embeds": self.caption_store.read(rows)}
+        texts = [
+            (*record.captions, *record.long_captions)[number]
+            for record, number in zip(records, numbers.tolist(), strict=True)
+        ]
+        return dict(self.processor(text=texts))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
         """Name groups by their hashes: a stream is not read again for the sake of an error.

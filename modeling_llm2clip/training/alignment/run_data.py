@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import RecordTable
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
+from ...data.streams.stream_run import hash_shards
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_batches import Batches, SampledBatches, StreamedBatches
 from .alignment_data import AlignmentDataset
@@ -77,8 +77,7 @@ class RunData:
     def identify(self) -> dict[str, Any]:
         """Return what identifies the data, for the record of a run."""
         if isinstance(self.dataset, AlignmentStream):
-            shards = "\n".join(self.dataset.stream.reader.shards)
-            digest = hashlib.sha256(shards.encode()).hexdigest()
+            digest = hash_shards(self.dataset.stream.reader.shards)
             return {"num_records": None, "data": digest, "images": None}
         reads_images = self.dataset.image_store is None
         return {

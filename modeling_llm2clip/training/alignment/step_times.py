@@ -19,12 +19,30 @@ _REST = "rest"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+@contextmanager
+def measure_input(seconds: Tensor, part: str) -> Iterator[None]:
+    """Add the seconds that the context takes to those of a part of making a batch.
+
+    Args:
+        seconds: One number for each of `INPUT_PARTS`, changed in place.
+        part: One of these.
+    """
+    begin = time.perf_counter()
+    yield
+    seconds[INPUT_PARTS.index(part)] += time.perf_counter() - begin
+
+
+def no_input_seconds() -> Tensor:
+    """Return zero seconds for each of `INPUT_PARTS`."""
+    return torch.zeros(len(INPUT_PARTS), dtype=torch.float64)
+
+
 class StepTimes:
     """Adds up the seconds of the parts of steps; a part inside another one is not counted twice."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._input_seconds = torch.zeros(len(INPUT_PARTS), dtype=torch.float64)
+        self._input_seconds = no_input_seconds()
         self._inner: list[float] = []
         self._begin = time.perf_counter()
 

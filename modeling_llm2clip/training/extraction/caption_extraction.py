@@ -20,22 +20,20 @@ import torch
 from ...configs.extract_config import ExtractConfig
 from ...data.captions.caption_columns import (
     CAPTION_COLUMNS,
-    FirstOccurrences,
     flatten_captions,
     iterate_first_captions,
 )
 from ...data.captions.distinct_texts import TextNumbers
 from ...data.records.data_hashes import hash_texts
 from ...data.records.record_table import RecordTable
-from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
-from ...data.store.store_index import StoreIndex, make_batch
-from ...data.store.store_manifest import STORED_DTYPES
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from ...data.store.store_index import make_batch
 from ...encoding.encode import default_token_budget, iterate_token_batches
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel
 from ...packing_llm2clip import plan_token_batches
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
-from .extraction_plan import ExtractionPlan, PreparedShard
+from .extraction_plan import ExtractionPlan, PreparedShard, find_first_occurrences, plan_store
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _TOKENIZED_AT_ONCE = 4096
@@ -56,21 +54,18 @@ def plan_captions(
     Raises:
         ValueError: There are no captions.
     """
-    if not any(counts.any() for counts in records.count_texts()):
+    if not any(short.any() or long.any() for short, long in records.iterate_counts()):
         check_texts([])
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPTextModel.from_pretrained(folder)
     fingerprint = fingerprint_text(folder)
     model = model.to(device)
     budget = config.token_budget or default_token_budget(device)
-    dim = model.config.text_width
-    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
-    manifest = plan_manifest(
+    manifest = plan_store(
         "caption_embeds",
+        config,
         fingerprint=fingerprint,
-        dtype=config.store_dtype,
-        dim=dim,
-        rows_per_shard=config.count_rows_per_shard(row_bytes),
+        dim=model.config.text_width,
         plan={"data": hash_texts(records), "token_budget": str(budget)},
     )
 
@@ -92,7 +87,9 @@ def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
     Raises:
         ValueError: Captions are blank; all of them are counted.
     """
-    num_captions = sum(int(counts.sum(dtype=np.int64)) for counts in records.count_texts())
+    num_captions = sum(
+        int(counts.sum(dtype=np.int64)) for pair in records.iterate_counts() for counts in pair
+    )
     numbers = TextNumbers(scratch, num_captions)
     suspicious: list[str] = []
     for batch in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
@@ -138,9 +135,7 @@ class _CaptionShards:
         self._processor = processor
         self._records = records
         self._token_budget = token_budget
-        manifest = writer.manifest
-        index = StoreIndex(writer.folder, manifest.index, manifest.num_items)
-        self._occurrences = FirstOccurrences(index, manifest.rows_per_shard)
+        self._occurrences = find_first_occurrences(writer)
 
     def __call__(self, rows: range) -> PreparedShard:
         texts = list(iterate_first_captions(self._records, self._occurrences, rows))

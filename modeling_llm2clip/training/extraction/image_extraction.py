@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,24 +11,21 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from ...configs.extract_config import ExtractConfig
-from ...data.captions.caption_columns import FirstOccurrences
 from ...data.captions.distinct_texts import TextNumbers
 from ...data.images.image_sources import ImageSource, count_bytes
 from ...data.records.data_hashes import hash_image_sizes, hash_texts
-from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
+from ...data.records.record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import RecordTable
-from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
-from ...data.store.store_index import StoreIndex, make_batch
-from ...data.store.store_manifest import STORED_DTYPES
+from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from ...data.store.store_index import make_batch
 from ...encoding.encode import default_batch_size, iterate_image_batches, split_evenly
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .extraction_plan import ExtractionPlan, PreparedShard
+from .extraction_plan import ExtractionPlan, PreparedShard, find_first_occurrences, plan_store
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _NAMES_SHOWN = 5
-_ADDRESS_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
 
@@ -55,14 +51,11 @@ def plan_images(
     fingerprint = fingerprint_vision(folder)
     model = model.to(device)
     batch_size = config.batch_size or default_batch_size(device)
-    dim = model.visual_projection.in_features
-    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
-    manifest = plan_manifest(
+    manifest = plan_store(
         "vision_embeds",
+        config,
         fingerprint=fingerprint,
-        dtype=config.store_dtype,
-        dim=dim,
-        rows_per_shard=config.count_rows_per_shard(row_bytes),
+        dim=model.visual_projection.in_features,
         plan={
             "data": hash_texts(records),
             "images": hash_image_sizes(records),
@@ -91,10 +84,8 @@ def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
         ValueError: One name is that of two images.
     """
     numbers = TextNumbers(scratch, len(records))
-    for batch in records.iterate_columns(("name",)):
-        names = batch.column("name")
-        keys = np.fromiter((zlib.crc32(name.encode()) for name in names.to_pylist()), np.int64)
-        numbers.add(names, keys << 24)
+    for batch in records.iterate_columns(("name", "name_key")):
+        numbers.add(batch.column("name"), np.asarray(batch.column("name_key")))
     numbers.number()
     _require_one_image_per_name(records, numbers)
     return StoreItems(
@@ -128,14 +119,12 @@ class _ImageShards:
         self._records = records
         self._batch_size = batch_size
         self._num_workers = num_workers
-        manifest = writer.manifest
-        index = StoreIndex(writer.folder, manifest.index, manifest.num_items)
-        self._occurrences = FirstOccurrences(index, manifest.rows_per_shard)
+        self._occurrences = find_first_occurrences(writer)
 
     def __call__(self, rows: range) -> PreparedShard:
         images: list[ImageSource | None] = []
         for first, items, _ in self._occurrences.find(rows):
-            images += [record.image for record in self._records.select(first + items)]
+            images += self._records.select(first + items).iterate_images()
         return PreparedShard(
             batches=[np.array(places) for places in split_evenly(len(rows), size=self._batch_size)],
             encode=lambda batches: iterate_image_batches(
@@ -153,7 +142,7 @@ def _require_images(records: RecordTable) -> None:
         raise ValueError("There are no images. Give a dataset with at least one.")
     without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
     if len(without):
-        names = [records[int(row)].name for row in without[:_NAMES_SHOWN]]
+        names = [name for (name,) in records.take(without[:_NAMES_SHOWN], ("name",))]
         raise ValueError(
             f"{len(without)} records have no image: {names}. Read the dataset with its images."
         )
@@ -188,7 +177,7 @@ def _find_ambiguous(records: RecordTable, again: Array, firsts: Array) -> dict[s
     found: dict[str, None] = {}
     for start in range(0, len(again), ROWS_PER_BATCH):
         pairs = [rows[start : start + ROWS_PER_BATCH] for rows in (again, firsts)]
-        [one], [other] = (records.select(rows).iterate_columns(_ADDRESS_COLUMNS) for rows in pairs)
+        [one], [other] = (records.select(rows).iterate_columns(IMAGE_COLUMNS) for rows in pairs)
         differ = np.zeros(len(pairs[0]), np.bool_)
         for mine, its in zip(one.columns, other.columns, strict=True):
             # Both null counts as equal: a file has no member.
