@@ -30,9 +30,9 @@ because later stages take captions as single lines.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,11 +45,8 @@ _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
-_CAPTION_NAMES = frozenset(_CAPTIONS)
-_ALL_CAPTIONS = (*_CAPTIONS, *_SHORT_CAPTIONS)
 CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
 _NAMES = ("image", "file_name")
-_EMPTY_PART = re.compile(r"(?:^|/)\.?(?:/|$)")
 _NOTES = ("category", "group", "license", "notes", "source", "style")
 _KNOWN_FIELDS = frozenset(
     (
@@ -64,6 +61,16 @@ _KNOWN_FIELDS = frozenset(
         "url",
     )
 )
+
+
+class _FieldNames(NamedTuple):
+    """The fields that a record has, by what they are; records of a source mostly have the same."""
+
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    long_captions: tuple[str, ...]
+    repeated: tuple[str, ...]
+    unknown: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,8 @@ def check_record(
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
-    name = _read_name(raw.fields, found)
+    given = _sort_fields(tuple(raw.fields))
+    name = _read_name([raw.fields[field] for field in given.names], found)
     has_identity = not found
     image: str | PackedImage | None = raw.packed
     if has_identity and image is None:
@@ -182,13 +190,11 @@ def check_record(
     name = name or raw.default_name or group_id
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
-    captions = _read_captions(raw.fields, found)
-    long_captions = _read_all_texts(raw.fields, LONG_CAPTION_FIELDS, found)
-    keywords = _read_all_texts(raw.fields, ("keywords",), found)
+    captions = _read_captions(raw.fields, given, found)
+    long_captions = _read_all_texts(raw.fields, given.long_captions, found)
+    keywords = _read_texts(raw.fields, "keywords", found) if "keywords" in raw.fields else []
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
-    if not raw.fields.keys() <= _KNOWN_FIELDS:
-        unknown = sorted(set(raw.fields) - _KNOWN_FIELDS - set(ignore_fields))
-        found += [f"unknown field {field!r}" for field in unknown]
+    found += [f"unknown field {name!r}" for name in given.unknown if name not in ignore_fields]
     for kind in found:
         errors.add(kind, raw.place)
     if name is None or not has_identity:
@@ -213,28 +219,40 @@ def clean_text(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _read_captions(fields: Mapping[str, Any], found: list[str]) -> list[str]:
-    if len(given := fields.keys() & _CAPTION_NAMES) > 1:
-        one, other = [name for name in _CAPTIONS if name in given][:2]
+@lru_cache(maxsize=1024)
+def _sort_fields(fields: tuple[str, ...]) -> _FieldNames:
+    plain = tuple(name for name in _CAPTIONS if name in fields)
+    return _FieldNames(
+        names=tuple(name for name in _NAMES if name in fields),
+        captions=tuple(name for name in SHORT_CAPTION_FIELDS if name in fields),
+        long_captions=tuple(name for name in LONG_CAPTION_FIELDS if name in fields),
+        repeated=plain[:2] if len(plain) > 1 else (),
+        unknown=tuple(sorted(set(fields) - _KNOWN_FIELDS)),
+    )
+
+
+def _read_captions(fields: Mapping[str, Any], given: _FieldNames, found: list[str]) -> list[str]:
+    if given.repeated:
+        one, other = given.repeated
         found.append(f"both {one!r} and {other!r}")
         return []
     before = len(found)
-    captions = _read_all_texts(fields, _ALL_CAPTIONS, found)
+    captions = _read_all_texts(fields, given.captions, found)
     if not captions and len(found) == before:
         found.append("no caption")
     return captions
 
 
-def _read_all_texts(fields: Mapping[str, Any], names: Iterable[str], found: list[str]) -> list[str]:
+def _read_all_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str]) -> list[str]:
     texts: list[str] = []
     for name in names:
-        if name in fields:
-            texts += _read_texts(fields[name], name, found)
+        texts += _read_texts(fields, name, found)
     return texts
 
 
-def _read_texts(value: Any, name: str, found: list[str]) -> list[str]:
-    """Read the value of a field of texts; an error is noted once per field."""
+def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
+    """Read a field of texts; an error is noted once per field."""
+    value = fields[name]
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
         found.append(f"{name!r} is not a text or a list of texts")
@@ -259,19 +277,22 @@ def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | 
     return None
 
 
-def _read_name(fields: Mapping[str, Any], found: list[str]) -> str | None:
-    given = [fields[field] for field in _NAMES if field in fields]
-    if not given:
-        return None
-    if not all(isinstance(name, str) and name.strip() for name in given):
-        found.append("'image' or 'file_name' is not a non-blank text")
-        return None
-    names = [
-        PurePosixPath(name).as_posix() if _EMPTY_PART.search(name) else name for name in given
-    ]  # "./a.jpg" is "a.jpg"
-    if len(set(names)) > 1:
+def _read_name(given: Sequence[Any], found: list[str]) -> str | None:
+    names = []
+    for name in given:
+        if not isinstance(name, str) or not name.strip():
+            found.append("'image' or 'file_name' is not a non-blank text")
+            return None
+        names.append(_normalize(name))
+    if len(names) > 1 and names[0] != names[1]:
         found.append("'image' and 'file_name' differ")
     return names[0] if names else None
+
+
+def _normalize(name: str) -> str:
+    """Write a path in one way: "./a.jpg" is "a.jpg"."""
+    may_be_other = "./" in name or "//" in name or name[-1] in "/."
+    return PurePosixPath(name).as_posix() if may_be_other else name
 
 
 def _find_file(
@@ -279,7 +300,7 @@ def _find_file(
 ) -> str | None:
     if name is not None and image_dir is not None:
         # Strings, because a Path of every image costs as much as all other checks.
-        file = name if name.startswith("/") else f"{image_dir}/{name}"
+        file = name if name[0] == "/" else f"{image_dir}/{name}"
         if os.path.isfile(file):  # noqa: PTH113
             return file
     if required:

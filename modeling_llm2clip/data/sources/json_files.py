@@ -44,7 +44,9 @@ def read_json_lines(
         if isinstance(fields, str):
             errors.add(fields, place)
         else:
-            yield RawRecord(place, {k: v for k, v in fields.items() if v is not None})
+            if None in fields.values():
+                fields = {name: value for name, value in fields.items() if value is not None}
+            yield RawRecord(place, fields)
 
 
 def iterate_lines(
