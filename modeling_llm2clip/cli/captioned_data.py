@@ -17,12 +17,14 @@ def require_data(data: str, reading: DataConfig) -> None:
     """Raise ValueError for data that do not exist, before anything is imported.
 
     Args:
-        data: Folder, file or pattern of files.
+        data: Folder, file, pattern of files or URL.
         reading: How they are read.
     """
-    if not Path(data).exists() and not re.search(r"[*?[]", data):
+    from ..data.remote.remote_files import is_remote
+
+    if not is_remote(data) and not Path(data).exists() and not re.search(r"[*?[]", data):
         raise ValueError(
-            f"{data}: no such data. Give a folder, *.parquet, *.tar or a COCO *.json file."
+            f"{data}: no such data. Give a folder, *.parquet, *.tar, a COCO *.json file, or a URL."
         )
     if reading.image_dir is not None and not reading.image_dir.is_dir():
         raise ValueError(f"image_dir={reading.image_dir}: no such folder.")
@@ -35,7 +37,7 @@ def is_streamed(data: str, streaming: StreamConfig) -> bool:
         data: Folder, file, pattern, URL or command.
         streaming: How they are streamed.
     """
-    from ..data.sources.remote_files import is_remote
+    from ..data.remote.remote_files import is_remote
 
     return streaming.stream or is_remote(data)
 
@@ -75,19 +77,21 @@ def read_captioned_images(
     """Read all records.
 
     Args:
-        data: Folder, file or pattern of files.
+        data: Folder, file, pattern of files or URL.
         reading: How they are read.
-        require_images: Whether the command decodes the images, which are then checked first.
+        require_images: Whether the command decodes the images. Those on this machine are then
+            checked first.
         resume: Whether a run continues, which has checked them.
 
     Raises:
         DataValidationError: Records are invalid; every error is named at once.
     """
     from ..data.records.configured_records import read_configured_records
+    from ..data.remote.remote_files import is_remote
 
     check_images = reading.check_images
     if check_images is None:
-        check_images = require_images and not resume
+        check_images = require_images and not resume and not is_remote(data)
     return read_configured_records(
         data, reading, require_images=require_images, check_images=check_images
     )

@@ -46,7 +46,7 @@ def extract(
 
     Args:
         model: Hub id or folder of a model, as build, finetune-llm and export write it.
-        data: Captioned images: folder, *.parquet, *.tar, COCO *.json.
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json, or shards at URLs.
         output: Folder of the store, new or begun.
         modality: What is embedded: the captions or the images. No default, and needed.
         partition: Which part of the store to compute, such as 2/8 for the second of eight. Parts

@@ -21,6 +21,7 @@ from typing import Any
 from .._environment import list_versions
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
+from ..data.remote.file_places import FilePlace, find_version
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
@@ -337,13 +338,13 @@ def _hash_image(image: ImageSource) -> str:
     """Hash the encoded bytes, which are the same wherever the dataset is."""
     if isinstance(image, EncodedImage):
         return hashlib.sha256(image.content).hexdigest()
-    if isinstance(image, TarImage):
-        state = image.shard.stat()
+    if isinstance(image, Path):
+        file: FilePlace = image
     else:
-        state = (image if isinstance(image, Path) else image.file).stat()
-    return _hash_unchanged(image, state.st_mtime_ns, state.st_size)
+        file = image.shard if isinstance(image, TarImage) else image.file
+    return _hash_unchanged(image, find_version(file))
 
 
 @cache
-def _hash_unchanged(image: ImageSource, changed_ns: int, size: int) -> str:  # noqa: ARG001
+def _hash_unchanged(image: ImageSource, version: int) -> str:  # noqa: ARG001
     return hashlib.sha256(image.read_bytes()).hexdigest()

@@ -21,6 +21,7 @@ from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
 from ..data.records.data_hashes import hash_records
+from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
@@ -90,7 +91,7 @@ def train(
     is_main_process = PartialState().is_main_process
     is_begun = (config.output / RUN_FILE).is_file()
     if config.check_images is None:
-        config = replace(config, check_images=not is_begun)
+        config = replace(config, check_images=not is_begun and not is_remote(config.data))
     split = read_split(config) if records is None else records
     check_recipe(config, split)
     inputs = {"train": hash_records(split[0]), "test": hash_records(split[1])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,20 +17,25 @@ class ShardServer(ThreadingHTTPServer):
 
     `drop_every` closes the connection in the middle of every n-th reply with a body; `status` of a
     path answers it so; `requests` counts replies by path. `stall_every` sends half of every n-th
-    reply and is silent for `stall_seconds` then.
+    reply and is silent for `stall_seconds` then. Without `tags` nothing shows that a file has
+    changed. After `deny_after` requests all are denied.
     """
 
     daemon_threads = False
 
-    def __init__(self, folder: Path, *, ranges: bool = True, drop_every: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, ranges: bool = True, drop_every: int = 0, tags: bool = True
+    ) -> None:
         """Start empty-handed; `with` serves."""
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.ranges = ranges
         self.drop_every = drop_every
+        self.tags = tags
         self.status: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.dropped = 0
+        self.deny_after = sys.maxsize
         self.stall_every = 0
         self.stall_seconds = 1.0
         self.lock = threading.Lock()
@@ -61,7 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         file, server = self.server.folder / name, self.server
         if self.command == "GET":
             server.requests[name] += 1
-        if status := server.status.get(name):
+        is_denied = sum(server.requests.values()) > server.deny_after
+        if status := 403 if is_denied else server.status.get(name):
             self.send_error(status)
             return
         if not file.is_file():
@@ -69,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = file.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        headers = {}
+        headers = {"ETag": f'"{file.stat().st_mtime_ns}"'} if server.tags else {}
         status = 200
         if wanted and server.ranges:
             begin = int(wanted[1])

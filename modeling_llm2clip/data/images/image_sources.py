@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...image_loading_llm2clip import load_images, read_image_header
+from ..remote.file_places import FilePlace, read_range
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -36,13 +37,13 @@ class TarImage:
     """A member of an uncompressed tar shard.
 
     Attributes:
-        shard: the tar file.
+        shard: path or URL of the tar file.
         member: name of the member.
         offset: of the member's first byte in the shard.
         size: of the member, in bytes.
     """
 
-    shard: Path
+    shard: FilePlace
     member: str
     offset: int
     size: int
@@ -52,9 +53,7 @@ class TarImage:
 
     def read_bytes(self) -> bytes:
         """Read the encoded image."""
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        return read_range(self.shard, self.offset, self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,13 @@ class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
     Attributes:
-        file: the Parquet file.
+        file: path or URL of the Parquet file.
         column: name of the column.
         row: number of the row, from 0.
         group_size: bytes that the column has in the row's group; None for not yet known.
     """
 
-    file: Path
+    file: FilePlace
     column: str
     row: int
     group_size: int | None = field(default=None, compare=False)

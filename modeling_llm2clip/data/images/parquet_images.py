@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from ..byte_cache import ByteCache
+from ..remote.file_places import FilePlace, find_version, open_place
 from .parquet_pages import (
     DATA_PAGE_V2,
     DICTIONARY_PAGE,
@@ -42,47 +42,6 @@ from .parquet_pages import (
 _FILES_KEPT = 2**14  # about 2 kB each
 _CHUNKS_KEPT = 2**13  # about 3 kB each
 _BYTES_KEPT = 2**26
-T = TypeVar("T")
-
-
-class ByteCache(Generic[T]):
-    """Keeps the values that were used last, up to a size; threads may share it.
-
-    Args:
-        limit: bytes of all values; the last one is kept even if it is larger.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._values: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
-        self._total = 0
-        self._lock = Lock()
-
-    def find(self, key: Hashable, make: Callable[[], tuple[T, int]]) -> T:
-        """Return a value, made if it is not kept.
-
-        Args:
-            key: of the value.
-            make: returns the value and its bytes.
-        """
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key][0]
-        value, size = make()
-        with self._lock:
-            if key not in self._values:
-                self._values[key] = value, size
-                self._total += size
-            while self._total > self._limit and len(self._values) > 1:
-                _, (_, removed) = self._values.popitem(last=False)
-                self._total -= removed
-        return value
-
-    @property
-    def total(self) -> int:
-        """Bytes of all values that are kept."""
-        return self._total
 
 
 @dataclass(frozen=True)
@@ -151,11 +110,11 @@ _tables: ByteCache[Any] = ByteCache(_BYTES_KEPT)
 _finding = Lock()
 
 
-def read_image_bytes(file: Path, column: str, row: int) -> bytes:
+def read_image_bytes(file: FilePlace, column: str, row: int) -> bytes:
     """Read the encoded image of a row.
 
     Args:
-        file: Parquet file; one that has changed since it was read is read again.
+        file: Parquet file; a local one that has changed since it was read is read again.
         column: binary, or a struct with the field `bytes`.
         row: number in the file.
 
@@ -163,14 +122,14 @@ def read_image_bytes(file: Path, column: str, row: int) -> bytes:
         OSError: the file cannot be read.
         ValueError: it has no such row or column, or is broken, or the row has no image.
     """
-    changed_ns = file.stat().st_mtime_ns
-    layout = find_layout(file, column, changed_ns)
+    version = find_version(file)
+    layout = find_layout(file, column, version)
     number = layout.find_group(row)
     if not 0 <= number < len(layout.groups):
         raise ValueError(f"{file} has no row {row}.")
     group = layout.groups[number]
     within = row - group.first_row
-    key = (file, changed_ns, column, number)
+    key = (file, version, column, number)
     try:
         if not layout.has_flat_bytes:
             raise UnknownLayoutError("not a flat column of bytes")
@@ -182,7 +141,7 @@ def read_image_bytes(file: Path, column: str, row: int) -> bytes:
     return content
 
 
-def count_group_bytes(file: Path, column: str, row: int) -> int:
+def count_group_bytes(file: FilePlace, column: str, row: int) -> int:
     """Return how many bytes the column has in the row's group, as the footer states it.
 
     Args:
@@ -194,25 +153,26 @@ def count_group_bytes(file: Path, column: str, row: int) -> int:
         OSError: the file cannot be read.
         ValueError: it is not a Parquet file, or lacks the column.
     """
-    layout = find_layout(file, column, file.stat().st_mtime_ns)
+    layout = find_layout(file, column, find_version(file))
     return layout.groups[layout.find_group(row)].stored_size
 
 
 @lru_cache(maxsize=_FILES_KEPT)
-def find_layout(file: Path, column: str, changed_ns: int) -> ColumnLayout:  # noqa: ARG001
+def find_layout(file: FilePlace, column: str, version: int) -> ColumnLayout:  # noqa: ARG001
     """Read where a column's images are from the footer of a file.
 
     Args:
         file: Parquet file.
         column: binary, or a struct with the field `bytes`.
-        changed_ns: when the file changed last; another time reads the footer again.
+        version: from `find_version`; another one reads the footer again.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not a Parquet file, or lacks the column.
     """
     try:
-        footer = pq.read_metadata(file)
+        with open_place(file) as opened:
+            footer = pq.read_metadata(opened)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: not a Parquet file, or broken ({error}).") from error
     paths = [footer.schema.column(number).path for number in range(footer.num_columns)]
@@ -245,10 +205,10 @@ def find_layout(file: Path, column: str, changed_ns: int) -> ColumnLayout:  # no
 
 
 def _read_from_pages(
-    file: Path, key: tuple[Hashable, ...], layout: ColumnLayout, group: _Group, within: int
+    file: FilePlace, key: tuple[Hashable, ...], layout: ColumnLayout, group: _Group, within: int
 ) -> bytes | None:
     """Read a value of a chunk by the places of its pages; None if it is null."""
-    with io.FileIO(file) as opened:
+    with open_place(file) as opened:
         chunk = _chunks.find(key, lambda: (_Chunk(group.start), 1))
         page, number = _find_page(opened, chunk, group, within)
         position, count = within - chunk.first_rows[number], page.values
@@ -274,7 +234,7 @@ def _read_from_pages(
         return values.content[start : start + size]
 
 
-def _find_page(opened: io.FileIO, chunk: _Chunk, group: _Group, within: int) -> tuple[Page, int]:
+def _find_page(opened: io.RawIOBase, chunk: _Chunk, group: _Group, within: int) -> tuple[Page, int]:
     """Return the page of a row, and its number; headers are read up to it."""
     end = group.start + group.stored_size
     with _finding:
@@ -294,7 +254,7 @@ def _find_page(opened: io.FileIO, chunk: _Chunk, group: _Group, within: int) -> 
 
 
 def _number_values(
-    opened: io.FileIO, page: Page, group: _Group, max_level: int
+    opened: io.RawIOBase, page: Page, group: _Group, max_level: int
 ) -> tuple[Integers, int]:
     """Return the number of each row's value in a plain page, or in the dictionary; -1 for null."""
     body = _read_body(opened, page, group.codec)
@@ -314,7 +274,7 @@ def _number_values(
     return numbers, numbers.nbytes
 
 
-def _read_body(opened: io.FileIO, page: Page, codec: str) -> bytes:
+def _read_body(opened: io.RawIOBase, page: Page, codec: str) -> bytes:
     """Read and decompress what follows the header; the levels of `DATA_PAGE_V2` are not packed."""
     stored = read_at(opened, page.stored_size, page.start)
     packed = stored[page.level_size :]
@@ -345,7 +305,7 @@ def _skip_levels(page: Page, first: bytes, max_level: int) -> int:
 
 
 def _locate(
-    opened: io.FileIO, page: Page, count: int, codec: str, max_level: int
+    opened: io.RawIOBase, page: Page, count: int, codec: str, max_level: int
 ) -> tuple[_Values, int]:
     """Find the values of a plain page; uncompressed ones stay in the file."""
     if page.encoding not in (PLAIN, PLAIN_DICTIONARY):
@@ -369,7 +329,7 @@ def _locate(
 
 
 def _read_with_arrow(
-    file: Path, key: tuple[Hashable, ...], layout: ColumnLayout, group: int, within: int
+    file: FilePlace, key: tuple[Hashable, ...], layout: ColumnLayout, group: int, within: int
 ) -> bytes | None:
     """Read a value out of a row group that Arrow decodes."""
 
@@ -384,7 +344,7 @@ def _read_with_arrow(
     return None if value is None else bytes(value)
 
 
-def read_group_column(file: Path, leaf: str, group: int) -> Any:
+def read_group_column(file: FilePlace, leaf: str, group: int) -> Any:
     """Read the bytes of a column in one row group.
 
     Args:
@@ -399,7 +359,7 @@ def read_group_column(file: Path, leaf: str, group: int) -> Any:
         ValueError: the group is broken.
     """
     try:
-        with pq.ParquetFile(file) as opened:
+        with open_place(file) as source, pq.ParquetFile(source) as opened:
             column = opened.read_row_group(group, columns=[leaf], use_threads=False).column(0)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: row group {group} cannot be read ({error}).") from error

@@ -58,7 +58,7 @@ class Page:
     is_compressed: bool
 
 
-def read_at(file: io.FileIO, size: int, offset: int) -> bytes:
+def read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
     """Read bytes of an open file.
 
     Args:
@@ -79,7 +79,7 @@ def read_at(file: io.FileIO, size: int, offset: int) -> bytes:
     return content
 
 
-def read_page(file: io.FileIO, offset: int, end: int) -> Page:
+def read_page(file: io.RawIOBase, offset: int, end: int) -> Page:
     """Read the header of a page.
 
     Args:

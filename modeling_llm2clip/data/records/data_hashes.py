@@ -14,6 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import count_bytes
 from ..key_arrays import iterate_ranges
+from ..remote.remote_files import is_remote
 from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
@@ -83,8 +84,9 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
         OSError: the file of an image no longer exists.
     """
     table = RecordTable.from_records(records)
-    first = Path(str(table[0].image)).absolute()
-    return {"first": str(first), "sizes": hash_image_sizes(table)}
+    first = str(table[0].image)
+    first = first if is_remote(first) else str(Path(first).absolute())
+    return {"first": first, "sizes": hash_image_sizes(table)}
 
 
 def _list_sizes(batch: pa.RecordBatch) -> Array:

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import ArrowImage, EncodedImage, ImageSource, ParquetImage, TarImage
+from ..remote.file_places import parse_place
 from .records import CaptionedImage, CheckedRecord
 
 # Batches of a table have this many rows, but for the last one, so that a row's batch is known.
@@ -172,11 +173,11 @@ def make_image(
         return Path(file)
     assert member is not None and offset is not None
     if kind == PARQUET_IMAGE:
-        return ParquetImage(Path(file), member, offset, size)
+        return ParquetImage(parse_place(file), member, offset, size)
     assert size is not None
     if kind == ARROW_IMAGE:
         return ArrowImage(Path(file), member, offset, size)
-    return TarImage(Path(file), member, offset, size)
+    return TarImage(parse_place(file), member, offset, size)
 
 
 def _locate(

@@ -2,13 +2,15 @@
 
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
-modification times of the source's files: a changed file is read again. Images that are files of
-their own are not looked for again once the index is there.
+modification times of the source's files, or what their server has in place of a time: a changed
+file is read again. Images that are files of their own are not looked for again once the index is
+there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,6 +31,7 @@ from ..atomic_files import (
     temporary_folder,
 )
 from ..key_arrays import find_first_rows
+from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
@@ -59,24 +62,30 @@ def open_index(
     Raises:
         OSError: the index cannot be written, for example because the disk is full.
     """
-    if not use_cache:
-        return _build(job, temporary_folder() / f"{_hash_state(job)}.arrow", show_progress)
-    file = _name_index(job)
+    states = describe_states(job.source.files)
+    if not use_cache or None in states:  # changes of such a file would not be noticed
+        file = temporary_folder() / f"{hash_json(states)[:16]}.arrow"
+        return _build(job, file, show_progress, states)
+    file = _name_index(job, states)
     with _lock(file):  # of several processes, the first one builds it
         with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
             return RecordTable.open(file), ErrorCollector()
-        table, errors = _build(job, file, show_progress)
+        table, errors = _build(job, file, show_progress, states)
         if table.file == file:
             _remove_earlier(file)
     return table, errors
 
 
-def _build(job: IndexJob, file: Path, show_progress: bool) -> tuple[RecordTable, ErrorCollector]:
+def _build(
+    job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
+) -> tuple[RecordTable, ErrorCollector]:
     errors = ErrorCollector()
+    # A server that does not say how long a file is, is taken to have a long one.
+    num_bytes = sum(math.inf if state is None else state[1] for state in states)
     parts = job.source.split()
     num_processes = min(len(parts), os.cpu_count() or 1)
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
-        if num_processes > 1 and job.source.num_bytes > _LEAST_BYTES_FOR_PROCESSES:
+        if num_processes > 1 and num_bytes > _LEAST_BYTES_FOR_PROCESSES:
             batches = read_parts_in_processes(
                 job, parts, errors, num_processes=num_processes, on_part=progress.update
             )
@@ -191,23 +200,18 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
         )
 
 
-def _name_index(job: IndexJob) -> Path:
+def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
     """Name the file of an index: by the source, and by the state of its files."""
     folder = default_cache_folder() / "records"
-    return folder / f"{_hash_source(job)}-{_hash_state(job)}.arrow"
+    state = hash_json([_FORMAT_VERSION, states])[:16]
+    return folder / f"{_hash_source(job)}-{state}.arrow"
 
 
 def _hash_source(job: IndexJob) -> str:
-    names = [file.name for file in job.source.files[:1]]
+    base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
     how = [job.image_dir and job.image_dir.resolve(), job.require_images, job.ignore_fields]
-    return hash_json([job.source.base.resolve(), names, job.source.suffix, how])[:16]
-
-
-def _hash_state(job: IndexJob) -> str:
-    files = [
-        (file.resolve(), (s := file.stat()).st_size, s.st_mtime_ns) for file in job.source.files
-    ]
-    return hash_json([_FORMAT_VERSION, files])[:16]
+    place = base.resolve() if isinstance(base, Path) else base
+    return hash_json([place, names, job.source.suffix, how])[:16]
 
 
 def _remove_earlier(file: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..remote.file_places import parse_place
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
 from .records import CheckedRecord, RawRecord, check_record
@@ -77,9 +78,9 @@ class IndexJob:
         """
         fields = json.loads(text)
         source = fields["source"]
-        files = [Path(file) for file in source["files"]]
+        files = [parse_place(file) for file in source["files"]]
         return cls(
-            source=SourceFiles(files, Path(source["base"]), source["suffix"]),
+            source=SourceFiles(files, parse_place(source["base"]), source["suffix"]),
             image_dir=None if fields["image_dir"] is None else Path(fields["image_dir"]),
             require_images=fields["require_images"],
             ignore_fields=tuple(fields["ignore_fields"]),
@@ -138,7 +139,7 @@ def read_parts_in_processes(
     with tempfile.TemporaryDirectory(prefix="llm2clip-index-") as name, ExitStack() as stack:
         folder = Path(name)
         shares = [list(range(w, len(parts), num_processes)) for w in range(num_processes)]
-        described = [[str(p.file), p.start, p.stop, p.first_line] for p in parts]
+        described = [[str(p.file), p.name, p.start, p.stop, p.first_line] for p in parts]
         content = {"job": job.to_json(), "parts": described, "shares": shares}
         (folder / _JOB_FILE).write_text(json.dumps(content), encoding="utf-8")
         workers = [stack.enter_context(_start(folder, number)) for number in range(num_processes)]
@@ -190,13 +191,11 @@ def _work(folder: Path, worker: int) -> None:
     content = json.loads((folder / _JOB_FILE).read_text(encoding="utf-8"))
     job = IndexJob.from_json(content["job"])
     for number in content["shares"][worker]:
-        file, start, stop, first_line = content["parts"][number]
+        file, *rest = content["parts"][number]
         errors = ErrorCollector()
         with pa.OSFile(str(_part_file(folder, number)), "wb") as opened:
             with pa.ipc.new_stream(opened, SCHEMA) as stream:
-                for batch in read_part(
-                    job, SourcePart(Path(file), start, stop, first_line), errors
-                ):
+                for batch in read_part(job, SourcePart(parse_place(file), *rest), errors):
                     stream.write_batch(batch)
         unfinished = folder / f"{number}.tmp"
         unfinished.write_text(errors.to_json(), encoding="utf-8")

@@ -53,10 +53,11 @@ def load_records(
     The records of a large source are read once into an index in the user's cache
     (`$XDG_CACHE_HOME/llm2clip/records`) and are not in memory. The index is found again as long as
     the source's files have the same names, sizes and modification times; images that are files of
-    their own are then not looked for again.
+    their own are then not looked for again. Images at URLs are read when they are opened, best in
+    their order.
 
     Args:
-        source: a folder, file or pattern; see `source_files.py`.
+        source: a folder, file, pattern or URL; see `source_files.py`.
         image_dir: folder of the images that are files. Default: the folder of the source.
         require_images: whether a record without its image is an error. If not, its `image` is
             None, which is enough where only captions are read.
@@ -71,6 +72,7 @@ def load_records(
     Raises:
         DataValidationError: records have errors: how many of each kind, and where the first are.
         ValueError: the source is missing, empty or ambiguous, or its format is unknown.
+        AccessError: access to a URL is denied, or its host cannot be reached.
         OSError: the index cannot be written, for example because the disk is full.
 
     Examples:

@@ -91,6 +91,16 @@ class RecordTable(Sequence[CaptionedImage]):
         skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
         return cls(batches, file=file, skipped=skipped)
 
+    def move(self, file: Path) -> RecordTable:
+        """Return the same records of another copy of the file that they are mapped from.
+
+        Args:
+            file: the copy.
+        """
+        return RecordTable(
+            RecordTable.open(file)._batches, file=file, rows=self._rows, skipped=self.skipped
+        )
+
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self._file is None else []
         return _unpickle, (batches, self._file, self._rows, self.skipped)

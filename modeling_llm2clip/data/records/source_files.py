@@ -9,6 +9,10 @@
 
 A pattern contains `*`, `?` or `[…]`. Files are read in the order of their names. Images that are
 files are beside the source, those of COCO in a folder that is named.
+
+Shards at URLs are named as for a stream (`remote/shard_urls.py`) and are read where they are: texts
+when the source is read, images when they are opened. Images in files beside a remote `.jsonl` are
+not found.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..remote.file_places import FilePlace
+from ..remote.remote_access import RetryPolicy
+from ..remote.remote_files import PIPE, is_remote
+from ..remote.shard_urls import find_base, find_format, list_shards, name_shards
 from ..sources.coco import read_coco
 from ..sources.json_files import find_line_starts, read_json_lines
-from ..sources.parquet import read_parquet
-from ..sources.remote_files import is_remote
-from ..sources.tar_shards import read_tar_shards
+from ..sources.parquet import read_parquet_file
+from ..sources.tar_shards import read_tar_shard
 from ..validation_errors import ErrorCollector
 from .records import RawRecord
 
@@ -38,12 +45,14 @@ class SourcePart:
 
     Attributes:
         file: one of the source's files.
+        name: of the file, as names of images and places of errors have it.
         start: first byte of a range of lines.
         stop: byte after its last one; None for the whole file.
         first_line: number of its first line, from 1.
     """
 
-    file: Path
+    file: FilePlace
+    name: str
     start: int = 0
     stop: int | None = None
     first_line: int = 1
@@ -55,28 +64,27 @@ class SourceFiles:
 
     Attributes:
         files: in the order in which they are read.
-        base: folder that the names of shards and images are relative to.
+        base: folder, or beginning of all URLs, that the names of shards and images are relative to.
         suffix: of all files, in lower case.
     """
 
-    files: list[Path]
-    base: Path
+    files: list[FilePlace]
+    base: FilePlace
     suffix: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all files."""
-        return sum(file.stat().st_size for file in self.files)
 
     def split(self) -> list[SourcePart]:
         """Split the source into parts, in its order."""
+        if isinstance(self.base, str):
+            names = name_shards([str(file) for file in self.files])
+            return [SourcePart(*part) for part in zip(self.files, names, strict=True)]
+        files = [Path(file) for file in self.files]
         if self.suffix != ".jsonl":
-            return [SourcePart(file) for file in self.files]
-        (file,) = self.files
+            return [SourcePart(file, file.relative_to(self.base).as_posix()) for file in files]
+        (file,) = files
         starts = list(find_line_starts(file, _BYTES_PER_PART))
         stops = [start for start, _ in starts[1:]] + [file.stat().st_size]
         return [
-            SourcePart(file, start, stop, line)
+            SourcePart(file, file.name, start, stop, line)
             for (start, line), stop in zip(starts, stops, strict=True)
         ]
 
@@ -88,11 +96,11 @@ class SourceFiles:
             errors: gets the errors that belong to no record.
         """
         if self.suffix == ".parquet":
-            return read_parquet([part.file], self.base, errors)
+            return read_parquet_file(part.file, part.name, errors)
         if self.suffix == ".tar":
-            return read_tar_shards([part.file], self.base, errors)
+            return read_tar_shard(part.file, part.name, errors)
         if self.suffix == ".json":
-            return read_coco(part.file, errors)
+            return read_coco(Path(part.file), errors)
         return read_json_lines(
             part.file, errors, start=part.start, stop=part.stop, first_line=part.first_line
         )
@@ -102,19 +110,19 @@ def find_source(source: str) -> SourceFiles:
     """Find the files of a source.
 
     Args:
-        source: a folder, file or pattern; see the top of this file.
+        source: a folder, file, pattern or URL; see the top of this file.
 
     Raises:
         ValueError: the source is missing or ambiguous, or its format is unknown.
+        AccessError: access is denied, or a host cannot be reached.
     """
-    path = Path(source)
     if is_remote(source):
-        raise ValueError(
-            f"{source} is not on this machine. Stream it by stream_records, or copy it here."
-        )
+        return _find_shards(source)
+    path = Path(source)
     if path.is_dir():
         return _search_folder(path)
-    files, base = [path] if path.is_file() else [], path.parent
+    files: list[Path] = [path] if path.is_file() else []
+    base = path.parent
     if not files and (wildcard := re.search(r"[*?\[]", source)):
         # Names are relative to the last folder before the first wildcard.
         start = max(source.rfind(mark, 0, wildcard.start()) for mark in ("/", os.sep)) + 1
@@ -130,7 +138,17 @@ def find_source(source: str) -> SourceFiles:
         )
     if len(files) > 1 and suffixes[0] not in _SEVERAL_FILES:
         raise ValueError(f"{source}: {len(files)} {suffixes[0]} files. Give one of them.")
-    return SourceFiles(files, base, suffixes[0])
+    return SourceFiles([*files], base, suffixes[0])
+
+
+def _find_shards(source: str) -> SourceFiles:
+    if PIPE in source:
+        raise ValueError(
+            f"{source}: the output of a command can be read once only, from its beginning. Stream "
+            "it (align does), or write it to files."
+        )
+    shards = list_shards(source, RetryPolicy())
+    return SourceFiles([*shards], find_base(shards), find_format(shards[0]))
 
 
 def find_image_folder(
@@ -147,7 +165,7 @@ def find_image_folder(
         The folder; None where the source holds its images, or where none are wanted.
 
     Raises:
-        ValueError: the folder is missing, or has to be named.
+        ValueError: the folder is missing, has to be named, or is not on this machine.
     """
     if image_dir is not None:
         if not Path(image_dir).is_dir():
@@ -162,7 +180,15 @@ def find_image_folder(
                 "image_dir=<folder>, or require_images=False to read only the captions."
             )
         return None
-    return None if source.suffix == ".tar" else source.base
+    if isinstance(source.base, Path):
+        return None if source.suffix == ".tar" else source.base
+    if source.suffix == ".jsonl" and required:
+        raise ValueError(
+            f"{source.files[0]}: images in files beside it would be a request each. Pack them into "
+            ".tar or .parquet shards, stream them (align does), give a local image_dir, or read "
+            "the captions only, by require_images=False."
+        )
+    return None
 
 
 def _drop_download_notes(sources: list[SourceFiles]) -> list[SourceFiles]:

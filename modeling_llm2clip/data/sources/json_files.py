@@ -7,11 +7,13 @@ such a file in a folder of images.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..records.records import RawRecord
+from ..remote.file_places import FilePlace, name_place, open_buffered
 from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
@@ -19,7 +21,7 @@ _READ_AT_ONCE = 2**20  # characters
 
 
 def read_json_lines(
-    file: Path,
+    file: FilePlace,
     errors: ErrorCollector,
     *,
     start: int = 0,
@@ -29,7 +31,7 @@ def read_json_lines(
     """Yield a raw record per line that is not blank.
 
     Args:
-        file: JSON lines, UTF-8.
+        file: path or URL of JSON lines, UTF-8.
         errors: gets every line that is not a JSON object.
         start: first byte to read, where a line begins.
         stop: byte to stop at, where a line ends; None for the end of the file.
@@ -39,7 +41,7 @@ def read_json_lines(
         The record of each other line, without the fields that are null.
     """
     for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
-        place = f"{file.name} line {number}"
+        place = f"{name_place(file)} line {number}"
         fields = parse_object(line)
         if isinstance(fields, str):
             errors.add(fields, place)
@@ -50,12 +52,13 @@ def read_json_lines(
 
 
 def iterate_lines(
-    file: Path, *, start: int = 0, stop: int | None = None, first_line: int = 1
+    file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank.
 
     Args:
-        file: text file. Only a line feed ends a line: a text may hold other separators.
+        file: path or URL of a text file. Only a line feed ends a line: a text may hold other
+            separators.
         start: first byte to read, where a line begins.
         stop: byte to stop at, where a line ends; None for the end of the file.
         first_line: number of the line at `start`.
@@ -63,9 +66,9 @@ def iterate_lines(
     Yields:
         Number of the line, from 1, and its bytes.
     """
-    left = file.stat().st_size if stop is None else stop - start
-    with file.open("rb") as lines:
+    with open_buffered(file) as lines:
         lines.seek(start)
+        left = math.inf if stop is None else stop - start
         for number, line in enumerate(lines, start=first_line):
             if left <= 0:
                 return

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from ..images.image_sources import ParquetImage
 from ..images.parquet_images import find_layout, read_group_column
 from ..records.records import RawRecord
+from ..remote.file_places import FilePlace, find_version, open_place
+from ..remote.remote_access import AccessError
 from ..validation_errors import ErrorCollector
 from .download_notes import (
     DOWNLOAD_COLUMNS,
@@ -54,32 +56,58 @@ def read_parquet(
     Yields:
         The records, without the fields that are null.
     """
-    only = only or {}
     for file in files:
         name = file.relative_to(base).as_posix()
-        opened = _open(file, name, errors)
-        if opened is None:
+        yield from read_parquet_file(file, name, errors, columns=columns, only=only)
+
+
+def read_parquet_file(
+    file: FilePlace,
+    name: str,
+    errors: ErrorCollector,
+    *,
+    columns: Mapping[str, str] | None = None,
+    only: Mapping[str, str] | None = None,
+) -> Iterator[RawRecord]:
+    """Yield a raw record per row of one file; the bytes of images are not read.
+
+    Args:
+        file: path or URL of a Parquet file.
+        name: of the file, as names and places have it.
+        errors: as in `read_parquet`.
+        columns: as in `read_parquet`.
+        only: as in `read_parquet`.
+
+    Yields:
+        The records, without the fields that are null.
+
+    Raises:
+        AccessError: access to a remote file is denied, or its host cannot be reached.
+    """
+    only = only or {}
+    opened = _open(file, name, errors)
+    if opened is None:
+        return
+    names = opened.schema_arrow.names
+    sources = columns or {column: column for column in names}
+    is_downloaded = columns is None and is_download(names)
+    if is_downloaded:
+        sources = choose_download_columns(names)
+    lost = {*sources.values(), *only} - set(names)
+    if lost:
+        errors.add(f"no column {', '.join(sorted(lost))}", name)
+        return
+    read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
+    reader = _FileReader(file, opened, read)
+    for number, row, paths in _read_all(reader, name, errors):
+        if any(row[column] != value for column, value in only.items()):
             continue
-        names = opened.schema_arrow.names
-        sources = columns or {column: column for column in names}
-        is_downloaded = columns is None and is_download(names)
-        if is_downloaded:
-            sources = choose_download_columns(names)
-        lost = {*sources.values(), *only} - set(names)
-        if lost:
-            errors.add(f"no column {', '.join(sorted(lost))}", name)
+        if is_downloaded and has_failed(row):
+            errors.skip(describe_failure(row))
             continue
-        read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
-        reader = _FileReader(file, opened, read)
-        for number, row, paths in _read_all(reader, name, errors):
-            if any(row[column] != value for column, value in only.items()):
-                continue
-            if is_downloaded and has_failed(row):
-                errors.skip(describe_failure(row))
-                continue
-            fields = {field: row[column] for field, column in sources.items()}
-            path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
-            yield _make_record(f"{name} row {number}", fields, f"{name}/{path or number}")
+        fields = {field: row[column] for field, column in sources.items()}
+        path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
+        yield _make_record(f"{name} row {number}", fields, f"{name}/{path or number}")
 
 
 def iterate_rows(
@@ -105,10 +133,12 @@ def iterate_rows(
                 yield f"{name} row {number}", row
 
 
-def _open(file: Path, name: str, errors: ErrorCollector) -> Any:
+def _open(file: FilePlace, name: str, errors: ErrorCollector) -> Any:
     """Open a file; None if it cannot be read, which is noted."""
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file if isinstance(file, Path) else open_place(file))
+    except AccessError:
+        raise
     except (pa.ArrowException, OSError) as error:
         _add_broken(name, error, errors)
         return None
@@ -134,6 +164,8 @@ def _read_all(reader: _FileReader, name: str, errors: ErrorCollector) -> Iterato
     """Yield the rows up to the first that cannot be read, which is noted."""
     try:
         yield from reader.read_rows()
+    except AccessError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         _add_broken(name, error, errors)
 
@@ -141,7 +173,7 @@ def _read_all(reader: _FileReader, name: str, errors: ErrorCollector) -> Iterato
 class _FileReader:
     """Reads some columns of a file, but of images only whether they are there."""
 
-    def __init__(self, file: Path, opened: Any, columns: Collection[str]) -> None:
+    def __init__(self, file: FilePlace, opened: Any, columns: Collection[str]) -> None:
         self._file = file
         self._opened = opened
         schema = opened.schema_arrow
@@ -205,7 +237,7 @@ class _FileReader:
         """Return of each row whether it has the bytes of an image, and the size of its chunk."""
         if not self._has_bytes(name):
             return [False] * size, [0] * size
-        layout = find_layout(self._file, name, self._file.stat().st_mtime_ns)
+        layout = find_layout(self._file, name, find_version(self._file))
         there: list[bool] = []
         sizes: list[int] = []
         row, stop = start, start + size

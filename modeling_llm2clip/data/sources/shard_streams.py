@@ -15,6 +15,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
 from ..records.records import RawRecord
+from ..remote.remote_access import LostFileError
+from ..remote.remote_files import ByteStream, RemoteFile
+from ..remote.shard_urls import find_format
 from .download_notes import (
     KEY,
     choose_download_columns,
@@ -24,9 +27,6 @@ from .download_notes import (
 )
 from .json_files import BYTE_ORDER_MARK, parse_object
 from .parquet import is_image_type
-from .remote_access import LostFileError
-from .remote_files import ByteStream, RemoteFile
-from .shard_urls import find_format
 from .tar_shards import TarSample, read_member, split_member
 
 _TAR_BUFFER = 2**18

@@ -11,15 +11,17 @@ offset, from a shard that is never unpacked. Compressed tars have no such offset
 
 from __future__ import annotations
 
+import io
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
 from ..records.records import CAPTION_FIELDS, RawRecord
+from ..remote.file_places import FilePlace, open_buffered
+from ..remote.remote_access import AccessError
 from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
 from .json_files import parse_object
@@ -95,38 +97,35 @@ class TarSample:
         return fields
 
 
-def read_tar_shards(
-    shards: Sequence[Path], base: Path, errors: ErrorCollector
-) -> Iterator[RawRecord]:
-    """Yield a raw record per sample, in the order of the shards and of their members.
+def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
+    """Yield a raw record per sample, in the order of their first members.
 
     Args:
-        shards: uncompressed tar files, in their order.
-        base: folder that names are relative to.
-        errors: gets shards and members that cannot be read.
+        shard: path or URL of an uncompressed tar file.
+        name: of the shard, as names and places have it.
+        errors: gets the shard and members that cannot be read.
 
     Yields:
         The records of the samples without such errors.
+
+    Raises:
+        AccessError: access to a remote shard is denied, or its host cannot be reached.
     """
-    for shard in shards:
-        name = shard.relative_to(base).as_posix()
-        for key, sample in _index_shard(shard, name, errors).items():
-            place = f"{name}: {key}"
-            if len(sample.images) > 1:
-                errors.add("several images in one sample", place)
-            elif not sample.is_broken:
-                image = sample.images[0] if sample.images else None
-                member = image.member if isinstance(image, TarImage) else key
-                yield RawRecord(
-                    place, sample.merge(), packed=image, default_name=f"{name}/{member}"
-                )
+    for key, sample in _index_shard(shard, name, errors).items():
+        place = f"{name}: {key}"
+        if len(sample.images) > 1:
+            errors.add("several images in one sample", place)
+        elif not sample.is_broken:
+            image = sample.images[0] if sample.images else None
+            member = image.member if isinstance(image, TarImage) else key
+            yield RawRecord(place, sample.merge(), packed=image, default_name=f"{name}/{member}")
 
 
-def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
+def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
     """Read every header of a shard once, and the texts; skip the images."""
     samples: dict[str, TarSample] = {}
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with open_buffered(shard) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
                 if member.isdir():
                     continue
@@ -141,7 +140,9 @@ def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, Ta
                 if problem:
                     sample.is_broken = True
                     errors.add(problem, f"{name}: {member.name}")
-            _require_end(shard, archive.offset)
+            _require_end(opened, archive.offset)
+    except AccessError:
+        raise
     except (tarfile.TarError, OSError) as error:
         errors.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
@@ -149,19 +150,18 @@ def _index_shard(shard: Path, name: str, errors: ErrorCollector) -> dict[str, Ta
     return samples
 
 
-def _require_end(shard: Path, offset: int) -> None:
+def _require_end(opened: io.BufferedReader, offset: int) -> None:
     """Raise tarfile.ReadError unless the members are followed by nothing but the archive's end.
 
     At a header that is damaged, truncated or that follows another archive's end, `tarfile` stops as
     if there were no more.
     """
-    with shard.open("rb") as opened:
-        opened.seek(offset)
-        rest = opened.read(tarfile.BLOCKSIZE)
-        is_whole = len(rest) == tarfile.BLOCKSIZE
-        while is_whole and rest:
-            is_whole = not rest.strip(b"\0")
-            rest = opened.read(2**20)
+    opened.seek(offset)
+    rest = opened.read(tarfile.BLOCKSIZE)
+    is_whole = len(rest) == tarfile.BLOCKSIZE
+    while is_whole and rest:
+        is_whole = not rest.strip(b"\0")
+        rest = opened.read(2**20)
     if not is_whole:
         raise tarfile.ReadError(f"the archive is truncated or damaged at byte {offset}")
 

@@ -20,10 +20,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..._extras import REMOTE_STREAMS, require
 from ..records.records import CaptionedImage, check_record
-from ..sources.remote_access import LostFileError, RetryPolicy
-from ..sources.remote_files import RemoteFile, is_remote
+from ..remote.remote_access import LostFileError, RetryPolicy
+from ..remote.remote_files import RemoteFile
+from ..remote.shard_urls import list_shards, name_shards
 from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
-from ..sources.shard_urls import find_base, list_shards
 from ..validation_errors import ErrorCollector
 from .stream_report import StreamReport
 from .stream_run import ShardReader, StreamRun
@@ -39,13 +39,7 @@ class UrlShards:
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self._urls = list(shards)
-        base = find_base(self._urls) if len(self._urls) > 1 else ""
-        base = base or self._urls[0][: self._urls[0].rfind("/") + 1]
-        names = [url.removeprefix(base) for url in self._urls]
-        # Signed URLs have another query each time they are made.
-        bare = [name.partition("?")[0] if is_remote(url) else name
-                for url, name in zip(self._urls, names, strict=True)]  # fmt: skip
-        self._names = bare if len(set(bare)) == len(bare) else names
+        self._names = name_shards(self._urls)
         self._policy = policy
 
     @property
@@ -82,7 +76,7 @@ def stream_records(
     """Stream the samples of shards; the first shard is opened at once, to see that one can.
 
     Args:
-        source: a folder, pattern, list or text file of shards; see `sources/shard_urls.py`.
+        source: a folder, pattern, list or text file of shards; see `remote/shard_urls.py`.
         seed: of the order.
         buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
         process_index: number of this process.

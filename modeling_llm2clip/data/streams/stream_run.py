@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..records.records import CaptionedImage
-from ..sources.remote_access import LostFileError
+from ..remote.remote_access import LostFileError
 from ..sources.shard_streams import BrokenShardError, StreamedSample
 from .stream_report import StreamReport
 

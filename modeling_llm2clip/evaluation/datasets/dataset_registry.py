@@ -14,6 +14,8 @@ from ...data.records.configured_records import read_configured_records
 from ...data.records.record_loading import fetch_dataset_folder
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
+from ...data.remote.file_places import FilePlace
+from ...data.remote.remote_files import is_remote
 from .catalog import (
     compositional,
     cross_lingual,
@@ -70,8 +72,8 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     """Read the name of a dataset and its folder as users write them.
 
     Args:
-        text: `NAME`, `NAME=FOLDER`, or a folder or file of one's own captioned images. What exists
-            is a path, unless a dataset has this name.
+        text: `NAME`, `NAME=FOLDER`, or a folder, file or URL of one's own captioned images. What
+            exists is a path, unless a dataset has this name.
 
     Raises:
         ValueError: There is neither a dataset nor a file of this name.
@@ -79,7 +81,7 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     written = str(text)
     if written in _SPECS:
         return EvaluatedDataset(name=written)
-    if Path(written).exists():
+    if is_remote(written) or Path(written).exists():
         return EvaluatedDataset(name="folder", folder=written)
     name, sign, folder = written.partition("=")
     if sign and not (name and folder):
@@ -283,7 +285,7 @@ def read_data(
 
 def _find_folder(
     spec: DatasetSpec, folder: str | Path | None, *, lang: str | None = None
-) -> Path | None:
+) -> FilePlace | None:
     """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None.
 
     Raises:
@@ -299,6 +301,8 @@ def _find_folder(
         )
     if _is_on_hub(folder):
         return fetch_dataset_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
+    if is_remote(str(folder)):
+        return str(folder)
     if not Path(folder).exists():
         raise ValueError(
             f"{spec.name}: {folder} does not exist. Give a folder with {spec.files}, from "

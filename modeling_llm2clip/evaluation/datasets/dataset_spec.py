@@ -31,6 +31,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from ...data.images.image_sources import ImageSource
+from ...data.remote.file_places import FilePlace
 from .validation import DatasetValidator
 
 DatasetType: TypeAlias = Literal["retrieval", "captions", "classification", "choice"]
@@ -74,7 +75,8 @@ class ReadRequest:
     """How a dataset is to be read; `load_dataset` explains each field.
 
     Attributes:
-        folder: Folder of the publisher's files; None for a dataset that needs none.
+        folder: Folder of the publisher's files, or URL of one's own; None for a dataset that needs
+            none.
         image_dir: Folder of the images; None for `folder`.
         lang: Language of the texts.
         require_images: Whether images are read.
@@ -87,7 +89,7 @@ class ReadRequest:
         show_progress: Whether to show progress bars.
     """
 
-    folder: Path | None
+    folder: FilePlace | None
     image_dir: Path | None = None
     lang: str = "en"
     require_images: bool = True
@@ -101,8 +103,17 @@ class ReadRequest:
 
     @property
     def data_folder(self) -> Path:
-        """The folder of a dataset that needs one."""
+        """The folder of a dataset that needs one.
+
+        Raises:
+            ValueError: It is not on this machine.
+        """
         assert self.folder is not None
+        if isinstance(self.folder, str):
+            raise ValueError(
+                f"{self.folder} is not on this machine. Only records of your own, in .tar or "
+                ".parquet shards, are read from elsewhere. Copy the folder here."
+            )
         return self.folder
 
     def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:

@@ -229,7 +229,8 @@ def _check_record(
     image = record.image
     if has_images and record.has_image and image is None and record.is_valid:
         image_dir = request.image_dir or request.folder
-        image = None if image_dir is None else find_image(image_dir, record.name)
+        if image_dir is not None and not isinstance(image_dir, str):
+            image = find_image(image_dir, record.name)
         if image is None:
             found.append("image missing")
     wanted = spec.captions_per_image

@@ -145,6 +145,7 @@ def _compute_shard(
         if written.num_done < len(prepared.batches):
             return False
         written.seal(prepared.num_truncated)
+    writer.publish(shard)
     return True
 
 

@@ -24,8 +24,8 @@ from shard_server import ShardServer
 from modeling_llm2clip.data.images.image_sources import EncodedImage
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.sources import remote_files
-from modeling_llm2clip.data.sources.remote_access import AccessError, LostFileError, RetryPolicy
+from modeling_llm2clip.data.remote import remote_files
+from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
 from modeling_llm2clip.data.streams.record_streams import (
     RecordStream,
     make_loader,
@@ -472,11 +472,6 @@ def test_the_query_of_a_signed_url_is_not_part_of_a_name(served: ShardServer) ->
     urls = [f"{served.url}/0000{number}.tar?signature={number}" for number in range(3)]
     names = list_names(stream_records(urls, buffer_size=1, retry=FAST))
     assert {name.partition("/")[0] for name in names} == {"00000.tar", "00001.tar", "00002.tar"}
-
-
-def test_remote_sources_are_not_loaded_but_streamed() -> None:
-    with pytest.raises(ValueError, match=r"not on this machine\. Stream it by stream_records"):
-        load_records("s3://bucket/folder")
 
 
 def test_the_package_for_web_servers_is_named_where_it_is_missing(

@@ -103,7 +103,7 @@ def _collect(request: ReadRequest, validator: DatasetValidator) -> _Collected:
     if how not in validator.cache.records:
         stray = ErrorCollector()
         records = iterate_records(
-            request.data_folder,
+            str(request.folder),
             stray,
             image_dir=request.image_dir,
             require_images=request.require_images,

@@ -84,6 +84,23 @@ def find_base(shards: Sequence[str]) -> str:
     return base
 
 
+def name_shards(shards: Sequence[str]) -> list[str]:
+    """Return short names of shards: what comes after the folder that all are in.
+
+    Args:
+        shards: paths, URLs or commands.
+    """
+    base = find_base(shards) if len(shards) > 1 else ""
+    base = base or shards[0][: shards[0].rfind("/") + 1]
+    names = [shard.removeprefix(base) for shard in shards]
+    # Signed URLs have another query each time they are made.
+    bare = [
+        name.partition("?")[0] if is_remote(shard) else name
+        for shard, name in zip(shards, names, strict=True)
+    ]
+    return bare if len(set(bare)) == len(bare) else names
+
+
 def expand_braces(text: str) -> Iterator[str]:
     """Spell out the braces of a pattern, `{00..12}` and `{a,b}`, as a shell does.
 

@@ -22,6 +22,9 @@ _BLOCK_BYTES = 2**23
 _SKIPPED_AT_ONCE = 2**20
 _SILENT_SECONDS = 60.0
 _HTTP = ("http://", "https://")
+# Of web servers, S3 and Google, the Hub, and other services of fsspec.
+_TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "blob_id", "mtime",
+         "updated", "last_modified")  # fmt: skip
 
 
 class NoRangesError(Exception):
@@ -65,6 +68,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
     try:
         options = _limit_silence() if url.startswith(_HTTP) else {}
+        if url.startswith("file://"):
+            options = {"auto_mkdir": True}  # object storage has no folders to make
         found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
     except MissingExtraError:
         raise
@@ -116,7 +121,7 @@ class RemoteFile:
         self._on_retry = on_retry
         self._is_first = is_first
         self._opened: Any = None
-        self._size: int | None = None
+        self._info: dict[str, Any] | None = None
 
     def try_(self, request: Callable[[], Any]) -> Any:
         """Make a request of this file, by its policy.
@@ -152,16 +157,26 @@ class RemoteFile:
 
     def find_size(self) -> int | None:
         """Return the size in bytes; None if the server does not say."""
+        size = self._describe().get("size")
+        return None if size is None else int(size)
 
-        def find() -> int | None:
+    def find_tag(self) -> str | None:
+        """Return what changes when the file does; None if the server has nothing of the kind."""
+        found = self._describe()
+        tags = [f"{name}={found[name]}" for name in _TAGS if found.get(name)]
+        return " ".join(tags) or None
+
+    def _describe(self) -> dict[str, Any]:
+        """Ask the service once; empty for a command."""
+
+        def ask() -> dict[str, Any]:
             filesystem, path = open_filesystem(self.url)
             filesystem.invalidate_cache()
-            size = filesystem.info(path).get("size")
-            return None if size is None else int(size)
+            return dict(filesystem.info(path))
 
-        if self._size is None and not self.url.startswith(PIPE):
-            self._size = self.try_(find)
-        return self._size
+        if self._info is None:
+            self._info = {} if self.url.startswith(PIPE) else self.try_(ask)
+        return self._info
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Read bytes from the middle of the file.

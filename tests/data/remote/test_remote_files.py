@@ -14,8 +14,8 @@ from hub_server import HubFile, HubServer
 from PIL import Image
 from shard_server import ShardServer
 
-from modeling_llm2clip.data.sources import remote_files
-from modeling_llm2clip.data.sources.remote_access import (
+from modeling_llm2clip.data.remote import remote_files
+from modeling_llm2clip.data.remote.remote_access import (
     AccessError,
     LostFileError,
     RetryPolicy,
@@ -23,8 +23,8 @@ from modeling_llm2clip.data.sources.remote_access import (
     sort_failure,
     try_request,
 )
-from modeling_llm2clip.data.sources.remote_files import RemoteFile
-from modeling_llm2clip.data.sources.shard_urls import expand_braces, find_base, list_shards
+from modeling_llm2clip.data.remote.remote_files import RemoteFile
+from modeling_llm2clip.data.remote.shard_urls import expand_braces, find_base, list_shards
 from modeling_llm2clip.data.streams.record_streams import make_loader, stream_records
 
 FAST = RetryPolicy(first_wait=0.001)

@@ -1,0 +1,203 @@
+"""Opens a file by its place: the path of a local file, or the URL of one that is elsewhere.
+
+A remote file is read in blocks, and the last ones are kept. So images that lie side by side, as in
+a shard that is read from front to back, cost one request for many of them. An image here and there
+costs a block each: whoever wants a random order of remote images streams them.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+from ..byte_cache import ByteCache
+from .remote_access import AccessError, RetryPolicy
+from .remote_files import NoRangesError, RemoteFile, is_remote
+
+FilePlace: TypeAlias = Path | str  # a text is a URL
+FileState: TypeAlias = tuple[str, int, str]  # path or URL, bytes, time or tag
+_BLOCK_BYTES = 2**22
+_BYTES_KEPT = 2**27
+_FILES_OPEN = 16  # of each thread
+_REQUESTS_AT_ONCE = 16
+_blocks: ByteCache[bytes] = ByteCache(_BYTES_KEPT)
+_of_thread = threading.local()
+
+
+def parse_place(text: str) -> FilePlace:
+    """Turn a text into a place.
+
+    Args:
+        text: path or URL.
+    """
+    return text if is_remote(text) else Path(text)
+
+
+def name_place(place: FilePlace) -> str:
+    """Return the name of a file, without its folder and the query of its URL.
+
+    Args:
+        place: path or URL.
+    """
+    return place.name if isinstance(place, Path) else Path(urlsplit(place).path).name
+
+
+def find_version(place: FilePlace) -> int:
+    """Return a number that changes when a local file does; a remote one must not change.
+
+    Args:
+        place: path or URL.
+
+    Raises:
+        OSError: there is no such local file.
+    """
+    return place.stat().st_mtime_ns if isinstance(place, Path) else 0
+
+
+def open_place(place: FilePlace) -> io.RawIOBase:
+    """Open a file to read it in any order, without a buffer.
+
+    Args:
+        place: path or URL.
+
+    Raises:
+        OSError: there is no such file, or it cannot be reached.
+    """
+    return io.FileIO(place) if isinstance(place, Path) else _BlockFile(place)
+
+
+def open_buffered(place: FilePlace) -> io.BufferedReader:
+    """Open a file to read lines or small parts of it.
+
+    Args:
+        place: path or URL.
+
+    Raises:
+        OSError: there is no such file, or it cannot be reached.
+    """
+    return io.BufferedReader(open_place(place))
+
+
+def read_range(place: FilePlace, offset: int, size: int) -> bytes:
+    """Read a part of a file.
+
+    Args:
+        place: path or URL.
+        offset: of the first byte.
+        size: number of bytes.
+
+    Raises:
+        OSError: the file cannot be read, or ends before.
+    """
+    with open_buffered(place) as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) != size:
+        raise OSError(f"{len(content)} of {size} bytes at {offset} came; has the file changed?")
+    return content
+
+
+def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
+    """Describe the state that files are in; it changes when they do.
+
+    Args:
+        places: paths or URLs, which are asked for at the same time.
+
+    Returns:
+        The state of each; None if a server says too little.
+
+    Raises:
+        AccessError: access is denied, or a host cannot be reached.
+        LostFileError: a remote file is missing.
+        OSError: a local file is missing.
+    """
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        remote = pool.map(_describe_remote, [place for place in places if isinstance(place, str)])
+        return [
+            _describe_local(place) if isinstance(place, Path) else next(remote) for place in places
+        ]
+
+
+def _describe_local(file: Path) -> FileState:
+    found = file.stat()
+    return str(file.resolve()), found.st_size, str(found.st_mtime_ns)
+
+
+def _describe_remote(url: str) -> FileState | None:
+    file = RemoteFile(url, RetryPolicy(), is_first=True)
+    size, version = file.find_size(), file.find_tag()
+    return None if size is None or version is None else (url, size, version)
+
+
+def _find_remote(url: str) -> RemoteFile:
+    """Return this thread's access to a file: one that is open is at one place at a time."""
+    files: OrderedDict[str, RemoteFile] = _of_thread.__dict__.setdefault("files", OrderedDict())
+    if url not in files:
+        files[url] = RemoteFile(url, RetryPolicy())
+        while len(files) > _FILES_OPEN:
+            files.popitem(last=False)
+    files.move_to_end(url)
+    return files[url]
+
+
+class _BlockFile(io.RawIOBase):
+    """Reads a remote file by its blocks."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self._position = 0
+        size = _find_remote(url).find_size()
+        if size is None:
+            raise AccessError(_NO_RANGES.format(url=url))
+        self._size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        wanted = memoryview(buffer).cast("B")
+        size = max(0, min(len(wanted), self._size - self._position))
+        filled = 0
+        while filled < size:
+            number, skipped = divmod(self._position, _BLOCK_BYTES)
+            part = self._read_block(number)[skipped : skipped + size - filled]
+            wanted[filled : filled + len(part)] = part
+            self._position += len(part)
+            filled += len(part)
+        return size
+
+    def _read_block(self, number: int) -> bytes:
+        start = number * _BLOCK_BYTES
+        stop = min(start + _BLOCK_BYTES, self._size)
+
+        def read() -> tuple[bytes, int]:
+            try:
+                return _find_remote(self._url).read_range(start, stop), stop - start
+            except NoRangesError as error:
+                raise AccessError(_NO_RANGES.format(url=self._url)) from error
+
+        return _blocks.find((self._url, number), read)
+
+
+_NO_RANGES = (
+    "{url}: its server sends files from their beginning only. Stream the data (align does), or "
+    "copy them here."
+)

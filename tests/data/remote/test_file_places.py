@@ -1,0 +1,224 @@
+"""Laws of files by their place: what is read from elsewhere is what is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from captioned_files import (
+    LINES,
+    write_lines,
+    write_parquet,
+    write_parquet_of_bytes,
+    write_shards,
+)
+from shard_server import ShardServer
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
+from modeling_llm2clip.data.records import record_index
+from modeling_llm2clip.data.records.data_hashes import describe_images, hash_image_sizes
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.remote import file_places, remote_access
+from modeling_llm2clip.data.remote.file_places import (
+    describe_states,
+    open_buffered,
+    open_place,
+    read_range,
+)
+from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
+from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
+from modeling_llm2clip.training.extraction.extract import extract
+
+CONTENT = bytes(range(256)) * 100
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts with no block, and does not wait before it asks again."""
+    monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
+    monkeypatch.setattr(remote_access.RetryPolicy, "waits", lambda _: [0.0] * 4)
+    file_places._of_thread.__dict__.clear()
+
+
+def describe(record: CaptionedImage) -> tuple[Any, ...]:
+    """A record without the place of its image, which differs from source to source."""
+    assert record.image is not None
+    image = open_image(record.image)
+    return (record.name, record.group_id, record.lang, record.captions, record.long_captions,
+            record.keywords, image.tobytes())  # fmt: skip
+
+
+FORMATS = [(write_shards, "{00000..00001}.tar"), (write_parquet, "part-{0..1}.parquet"),
+           (write_parquet_of_bytes, "part-{0..1}.parquet")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "names"), FORMATS)
+@pytest.mark.parametrize("drop_every", [0, 4])
+def test_records_from_a_web_server_are_those_of_the_folder(
+    write: Callable[[Path], Path], names: str, drop_every: int, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "data")
+    local = load_records(folder)
+    with ShardServer(folder, drop_every=drop_every) as server:
+        remote = load_records(f"{server.url}/{names}")
+        assert [describe(record) for record in remote] == [describe(record) for record in local]
+        assert hash_image_sizes(remote) == hash_image_sizes(local)
+        assert describe_images(remote)["first"].startswith(server.url)
+        assert not find_unreadable_images(record.image for record in remote if record.image)
+
+
+def test_captions_of_json_lines_are_read_and_their_images_are_not(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data", LINES)
+    local = load_records(tmp_path / "data", require_images=False)
+    with ShardServer(tmp_path / "data") as server:
+        url = f"{server.url}/captions.jsonl"
+        remote = load_records(url, require_images=False)
+        assert list(remote) == list(local)
+        assert [record.place for record in remote] == [record.place for record in local]
+        with pytest.raises(ValueError, match=r"would be a request each\. Pack them"):
+            load_records(url)
+
+
+def test_an_index_is_found_until_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder) as server:
+        url = f"{server.url}/{{00000..00001}}.tar"
+        first = load_records(url)
+        read = server.requests.total()
+        assert load_records(url).file == first.file
+        assert server.requests.total() == read  # heads are not counted
+        os.utime(folder / "00000.tar", ns=(1, 1))
+        assert load_records(url).file != first.file
+
+
+def test_a_source_whose_changes_would_not_show_is_read_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder, tags=False) as server:
+        url = f"{server.url}/00000.tar"
+        assert describe_states([url]) == [None]
+        found = [load_records(url).file for _ in range(2)]
+        assert found[0] != found[1] or not any("records" in Path(str(file)).parts for file in found)
+
+
+def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder) as server:
+        records = load_records(f"{server.url}/{{00000..00001}}.tar")
+        file_places._blocks = file_places.ByteCache(10**6)
+        server.requests.clear()
+        with ThreadPoolExecutor(8) as pool:
+            images = list(pool.map(lambda r: open_image(r.image).tobytes(), list(records) * 9))
+        assert len(images) == 27
+        assert server.requests.total() == 2  # one block a shard, whichever thread came first
+
+
+@pytest.mark.parametrize("block_bytes", [1, 999, 10**6])
+def test_any_part_of_a_file_is_read(
+    block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_places, "_BLOCK_BYTES", block_bytes)
+    content = CONTENT[:300] if block_bytes == 1 else CONTENT  # a request a byte
+    (tmp_path / "file").write_bytes(content)
+    with ShardServer(tmp_path) as server:
+        for place in (tmp_path / "file", f"{server.url}/file"):
+            with open_place(place) as opened:
+                for start, size in ((250, 99), (0, 7), (len(content) - 5, 99), (len(content), 1)):
+                    opened.seek(start)
+                    assert opened.read(size) == content[start : start + size]
+                opened.seek(-3, os.SEEK_END)
+                opened.seek(1, os.SEEK_CUR)
+                assert opened.tell() == len(content) - 2
+                assert opened.read() == content[-2:]
+            with open_buffered(place) as buffered:
+                assert buffered.read() == content
+            assert read_range(place, 100, 150) == content[100:250]
+            with pytest.raises(OSError, match="5 of 9 bytes"):
+                read_range(place, len(content) - 5, 9)
+
+
+def test_a_server_without_ranges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_places, "_BLOCK_BYTES", 1000)
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder, ranges=False) as server:
+        with pytest.raises(AccessError, match=r"from their beginning only\. Stream"):
+            load_records(f"{server.url}/00000.tar")
+
+
+def test_what_cannot_be_reached_is_an_error_at_once(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder) as server:
+        with pytest.raises(LostFileError, match="no-such"):
+            load_records(f"{server.url}/no-such.tar")
+        server.status["00000.tar"] = 403
+        with pytest.raises(AccessError, match="access denied"):
+            load_records(f"{server.url}/{{00000..00001}}.tar")
+        url = server.url
+    with pytest.raises(AccessError, match="cannot be reached"):
+        load_records(f"{url}/00000.tar")
+    with pytest.raises(ValueError, match="output of a command can be read once only"):
+        load_records("pipe:cat a.tar")
+
+
+def test_access_that_is_lost_on_the_way_is_no_error_of_the_data(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder) as server:
+        server.deny_after = 1
+        with pytest.raises(AccessError, match="access denied"):
+            load_records(f"{server.url}/{{00000..00001}}.tar")
+
+
+@pytest.mark.parametrize("write", [write_shards, write_parquet])
+def test_a_broken_shard_is_an_error_of_the_data(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "data")
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:700])
+    with ShardServer(folder) as server:
+        for file in folder.iterdir():
+            with pytest.raises(DataValidationError, match="broken"):
+                load_records(f"{server.url}/{file.name}")
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_extract_gives_the_bytes_of_a_local_run(modality: Any, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    model = export_tiny_model(tmp_path / "model")
+    config = ExtractConfig(device="cpu", store_dtype="float32", show_progress=False)
+    with ShardServer(folder) as server:
+        url = f"{server.url}/{{00000..00001}}.tar"
+        for name, source in (("local", folder), ("remote", url)):
+            extract(model, load_records(source), tmp_path / name, config, modality=modality)
+        flags = ["--modality", modality, "--device", "cpu", "--store-dtype", "float32"]
+        assert main(["extract", str(model), url, str(tmp_path / "command"), *flags]) == 0
+    for name in ("remote", "command"):
+        for file in (tmp_path / "local").glob("*.safetensors"):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_dataset_to_evaluate_on_is_read_from_elsewhere(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    with ShardServer(folder) as server:
+        remote: Any = load_dataset(f"{server.url}/{{00000..00001}}.tar", lang="en")
+        local: Any = load_dataset(folder, lang="en")
+        assert remote.captions == local.captions
+        assert [open_image(i).tobytes() for i in remote.images] == [
+            open_image(i).tobytes() for i in local.images
+        ]
+        with pytest.raises(ValueError, match=r"is not on this machine\. Only records"):
+            load_dataset("flickr30k", folder=server.url, lang="en")
