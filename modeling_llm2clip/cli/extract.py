@@ -37,6 +37,7 @@ def extract(
     modality: Literal["text", "image"],
     partition: str | None = None,
     engine: Literal["local", "ray"] = "local",
+    storage: str | None = None,
     reading: DataConfig,
     config: ExtractConfig,
 ) -> int:
@@ -53,6 +54,8 @@ def extract(
             may run at the same time on machines that share the folder; llm2clip merge-store
             completes the store when all have ended. Default: all of it.
         engine: What computes: the processes of this run, or the actors of a Ray cluster.
+        storage: URL of object storage, such as s3://bucket/captions, in which machines that share
+            no folder put their shards. Default: they share the folder of the store.
         reading: How the data are read.
         config: How embeddings are computed and stored.
     """
@@ -73,10 +76,13 @@ def extract(
     parse_partition(partition)
     find_model_folder(model)  # reading the data may take long
     records = read_captioned_images(data, reading, require_images=modality == "image")
-    run(model, records, output, config, modality=modality, partition=partition, engine=engine)
+    run(
+        model, records, output, config,
+        modality=modality, partition=partition, engine=engine, storage=storage,
+    )  # fmt: skip
     state = PartialState()
     if state.is_main_process:
-        print("\n".join(describe_extraction(output)))
+        print("\n".join(describe_extraction(output, storage=storage)))
         if parse_partition(partition)[1] == 1:
             print("Align a model on it: llm2clip align --help")
     state.destroy_process_group()

@@ -31,7 +31,7 @@ def finetune_llm(
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar,
-            COCO *.json.
+            COCO *.json, or shards at URLs.
         output: Folder to write.
         reading: How the data are read.
         config: How the LLM is trained.

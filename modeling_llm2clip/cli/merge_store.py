@@ -7,19 +7,27 @@ from pathlib import Path
 from .command import command
 
 
-@command(group="Train", examples=("llm2clip merge-store captions",))
-def merge_store(store: Path, /) -> int:
+@command(
+    group="Train",
+    examples=(
+        "llm2clip merge-store captions",
+        "llm2clip merge-store captions --storage s3://bucket/captions",
+    ),
+)
+def merge_store(store: Path, /, *, storage: str | None = None) -> int:
     """Completes a store that llm2clip extract --partition computed in parts.
 
     Checks that every shard is there. A complete store stays as it is.
 
     Args:
         store: Folder of the store.
+        storage: URL of the object storage that has the shards, which are copied to the folder.
+            Default: the folder has them.
     """
     from ..training.extraction.extract import describe_extraction
     from ..training.extraction.extract import merge_store as merge
 
-    merge(store)
+    merge(store, storage=storage)
     print("\n".join(describe_extraction(store)))
     print("Align a model on it: llm2clip align --help")
     return 0

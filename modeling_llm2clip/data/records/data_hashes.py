@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from ..remote.remote_files import is_remote
 from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
+
+_ODD = np.int64(-7046029254386353131)  # splitmix64's 0x9E3779B97F4A7C15
 
 
 def hash_records(records: Iterable[CaptionedImage]) -> str:
@@ -50,7 +51,8 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
     """Hash the names of images and their sizes in bytes, as `count_bytes` has them.
 
     Neither their order matters nor how many languages share an image. Another image of exactly the
-    same size is not noticed.
+    same size is not noticed. Sizes are those of the index, where it has them: images that are files
+    are not looked at again.
 
     Args:
         records: records that all have their image.
@@ -62,12 +64,18 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
         OSError: the file of an image no longer exists.
     """
     table = RecordTable.from_records(records)
-    parts = [_list_sizes(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
-    sizes = np.concatenate([np.empty(0, np.int64), *parts])
+    measured = [_measure(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
+
+    def mix() -> Iterator[Array]:
+        columns = table.iterate_columns(("name_key", "image_size"))
+        for batch, sizes in zip(columns, measured, strict=True):
+            known = np.asarray(batch.column(1)) if sizes is None else sizes
+            # The key is a hash already, and the factor is odd: other sizes give other numbers.
+            yield np.asarray(batch.column(0)) + known * _ODD
+
     digest = hashlib.sha256()
-    for keys, rows in iterate_ranges(partial(table.iterate_numbers, "name_key"), len(table)):
-        named = np.stack([keys, sizes[rows]], axis=1)
-        digest.update(np.unique(named, axis=0).tobytes())
+    for numbers, _ in iterate_ranges(mix, len(table)):
+        digest.update(np.unique(numbers).tobytes())
     return digest.hexdigest()
 
 
@@ -89,8 +97,10 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
     return {"first": first, "sizes": hash_image_sizes(table)}
 
 
-def _list_sizes(batch: pa.RecordBatch) -> Array:
-    """Return the sizes of a batch's images: those of the index, or those of files as they are."""
+def _measure(batch: pa.RecordBatch) -> Array | None:
+    """Return the sizes of a batch's images, or None if the index has all of them."""
+    if not batch.column("image_size").null_count:
+        return None
     sizes = np.array(batch.column("image_size").fill_null(-1))
     unknown = np.flatnonzero(sizes < 0)
     places = batch.take(pa.array(unknown)).to_pydict()

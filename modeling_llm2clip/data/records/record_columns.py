@@ -8,7 +8,7 @@
 | `image_file` | the image's file, or the one that holds it |
 | `image_member` | name of the member, or of the column |
 | `image_offset` | first byte of the member, or number of the row |
-| `image_size` | bytes of the image, or of the Parquet column in the row's group; null for a file |
+| `image_size` | bytes of the image, or of the Parquet column in the row's group; null: unknown |
 | `name_key`, `group_key` | hashes of name and group id |
 | `key` | sum of the hashes of name and language, which together identify a record |
 | `text_keys` | hashes of the captions, then of the long captions |
@@ -31,7 +31,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import ArrowImage, EncodedImage, ImageSource, ParquetImage, TarImage
 from ..remote.file_places import parse_place
-from .records import CaptionedImage, CheckedRecord
+from .records import CaptionedImage, CheckedRecord, FoundFile
 
 # Batches of a table have this many rows, but for the last one, so that a row's batch is known.
 ROWS_PER_BATCH = 2**16
@@ -181,11 +181,13 @@ def make_image(
 
 
 def _locate(
-    image: ImageSource | str | None,
+    image: ImageSource | FoundFile | None,
 ) -> tuple[int, str | None, str | None, int | None, int | None]:
     """Return the columns of an image's address."""
     if image is None:
         return NO_IMAGE, None, None, None, None
+    if isinstance(image, FoundFile):
+        return IMAGE_FILE, image.path, None, None, image.size
     if isinstance(image, TarImage):
         return TAR_IMAGE, str(image.shard), image.member, image.offset, image.size
     if isinstance(image, ParquetImage):
@@ -194,4 +196,4 @@ def _locate(
         return ARROW_IMAGE, str(image.file), image.column, image.row, image.size
     if isinstance(image, EncodedImage):
         raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
-    return IMAGE_FILE, image if isinstance(image, str) else str(image), None, None, None
+    return IMAGE_FILE, str(image), None, None, None

@@ -3,8 +3,8 @@
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. Images that are files of their own are not looked for again once the index is
-there.
+file is read again. Of images that are files of their own, some hundred are looked at when the index
+is found; it is built anew if one of them has another size or is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,15 +34,16 @@ from ..atomic_files import (
 from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
-from .record_columns import ROWS_PER_BATCH, SCHEMA
+from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
+_IMAGES_LOOKED_AT = 256
 
 
 def open_index(
@@ -69,7 +71,9 @@ def open_index(
     file = _name_index(job, states)
     with _lock(file):  # of several processes, the first one builds it
         with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
-            return RecordTable.open(file), ErrorCollector()
+            table = RecordTable.open(file)
+            if _has_same_images(table):
+                return table, ErrorCollector()
         table, errors = _build(job, file, show_progress, states)
         if table.file == file:
             _remove_earlier(file)
@@ -101,6 +105,20 @@ def _build(
             unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
     return table, errors
+
+
+def _has_same_images(table: RecordTable) -> bool:
+    """Whether images that are files have the sizes of the index; a few, evenly spread."""
+    rows = np.unique(np.linspace(0, len(table) - 1, _IMAGES_LOOKED_AT).astype(np.int64))
+    for kind, file, size in table.take(rows, ("image_kind", "image_file", "image_size")):
+        if kind == IMAGE_FILE:
+            try:
+                found = os.stat(file)  # noqa: PTH116
+            except OSError:
+                return False
+            if found.st_size != size:
+                return False
+    return True
 
 
 def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
@@ -173,20 +191,25 @@ def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
     Raises:
         ValueError: two names or group ids have the same key.
     """
-    for rows, earlier in _list_equal(table, "key"):
+    with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
+        same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
+    for rows, earlier in _list_repeated(same):
         columns = ["name", "lang", "place"]
         for one, other in zip(table.take(rows, columns), table.take(earlier, columns), strict=True):
             _require_same(one[:2], other[:2], "names")
             errors.add("image and language repeated", one[2])
-    for rows, earlier in _list_equal(table, "group_key"):
+    for rows, earlier in _list_repeated(groups):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
         for one, other in pairs:
             _require_same(one, other, "group ids")
 
 
-def _list_equal(table: RecordTable, column: str) -> Iterator[tuple[Array, Array]]:
+def _find_first_rows(table: RecordTable, column: str) -> Array:
+    return find_first_rows(partial(table.iterate_numbers, column), len(table))
+
+
+def _list_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
     """Yield rows whose key an earlier row has too, in their order, and the first such rows."""
-    first = find_first_rows(partial(table.iterate_numbers, column), len(table))
     for start in range(0, len(first), ROWS_PER_BATCH):
         part = first[start : start + ROWS_PER_BATCH]
         repeated = np.flatnonzero(part != np.arange(start, start + len(part)))

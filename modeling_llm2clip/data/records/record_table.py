@@ -91,16 +91,6 @@ class RecordTable(Sequence[CaptionedImage]):
         skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
         return cls(batches, file=file, skipped=skipped)
 
-    def move(self, file: Path) -> RecordTable:
-        """Return the same records of another copy of the file that they are mapped from.
-
-        Args:
-            file: the copy.
-        """
-        return RecordTable(
-            RecordTable.open(file)._batches, file=file, rows=self._rows, skipped=self.skipped
-        )
-
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self._file is None else []
         return _unpickle, (batches, self._file, self._rows, self.skipped)
@@ -142,6 +132,11 @@ class RecordTable(Sequence[CaptionedImage]):
     def file(self) -> Path | None:
         """File that the table is mapped from; None for one in memory."""
         return self._file
+
+    @property
+    def rows(self) -> Array | None:
+        """The rows of the file or the batches that these records are; None for all."""
+        return self._rows
 
     def select(self, rows: Sequence[int] | Array) -> RecordTable:
         """Return a table of some of the records; nothing is copied but their numbers.

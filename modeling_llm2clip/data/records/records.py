@@ -31,9 +31,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..validation_errors import ErrorCollector
@@ -128,10 +130,22 @@ class RawRecord(NamedTuple):
     default_name: str | None = None
 
 
-class CheckedRecord(NamedTuple):
-    """The fields of a `CaptionedImage`, whose image may be the path of a file as text."""
+class FoundFile(NamedTuple):
+    """An image that is a file of its own.
 
-    image: str | PackedImage | None
+    Attributes:
+        path: of the file, as text, because a Path of every image costs as much as all checks.
+        size: of the file, in bytes.
+    """
+
+    path: str
+    size: int
+
+
+class CheckedRecord(NamedTuple):
+    """The fields of a `CaptionedImage`, and the size of an image that is a file."""
+
+    image: FoundFile | PackedImage | None
     name: str
     group_id: str
     captions: Sequence[str]
@@ -144,7 +158,7 @@ class CheckedRecord(NamedTuple):
     def build(self) -> CaptionedImage:
         """Build the record."""
         return CaptionedImage(
-            image=Path(self.image) if isinstance(self.image, str) else self.image,
+            image=Path(self.image.path) if isinstance(self.image, FoundFile) else self.image,
             name=self.name,
             group_id=self.group_id,
             captions=tuple(self.captions),
@@ -183,7 +197,7 @@ def check_record(
     given = _sort_fields(tuple(raw.fields))
     name = _read_name([raw.fields[field] for field in given.names], found)
     has_identity = not found
-    image: str | PackedImage | None = raw.packed
+    image: FoundFile | PackedImage | None = raw.packed
     if has_identity and image is None:
         image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
@@ -297,12 +311,13 @@ def _normalize(name: str) -> str:
 
 def _find_file(
     name: str | None, image_dir: Path | None, found: list[str], *, required: bool
-) -> str | None:
+) -> FoundFile | None:
     if name is not None and image_dir is not None:
-        # Strings, because a Path of every image costs as much as all other checks.
         file = name if name[0] == "/" else f"{image_dir}/{name}"
-        if os.path.isfile(file):  # noqa: PTH113
-            return file
+        with suppress(OSError, ValueError):  # a name may be too long, or have a null byte
+            status = os.stat(file)  # noqa: PTH116
+            if S_ISREG(status.st_mode):
+                return FoundFile(file, status.st_size)
     if required:
         found.append("no image" if name is None else "image missing")
     return None

@@ -17,8 +17,10 @@ from accelerate import PartialState
 from ...configs.extract_config import ExtractConfig
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
+from ...data.remote.object_storage import ObjectStorage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter
+from ...data.store.shared_store_writer import SharedStoreWriter
 from ...data.store.store_manifest import read_manifest
 from ..distributed import choose_device
 from ..graceful_stop import StopRequest, stop_on_signals
@@ -39,6 +41,7 @@ def extract(
     modality: Modality,
     partition: str | None = None,
     engine: Engine = "local",
+    storage: str | None = None,
 ) -> Path:
     """Compute the embeddings of all captions or images into a store, or continue one.
 
@@ -54,16 +57,20 @@ def extract(
         modality: What is extracted: text or image.
         partition: Which part of the store to compute, such as 2/8 for the second of eight; the
             store is complete after `merge_store`. None for all of it.
-        engine: What computes the shards: the processes of this run, or the actors of a Ray cluster
-            that sees the same files.
+        engine: What computes the shards: the processes of this run, or the actors of a Ray cluster.
+            Its machines see the same files, or share a `storage`; then the model is a Hub id, or
+            at the same path on each.
+        storage: URL of object storage in which machines that share no folder put their shards, such
+            as `s3://bucket/captions`. A store that is complete is copied to `output`.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: No captions or images, or broken ones; or `output` is a store of another model,
-            prompt, dataset or option, with both values; or there is no such partition.
-        OSError: The disk is full; what is written stays.
+        ValueError: No captions or images, or broken ones; or `output` or `storage` is a store of
+            another model, prompt, dataset or option, with both values; or there is no such
+            partition.
+        OSError: The disk is full, or the storage cannot be reached; what is written stays.
         StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
         RuntimeError: An actor of Ray failed again and again.
 
@@ -85,10 +92,11 @@ def extract(
     with stops as stop, open_source(source, output) as found:
         plan = make_plan(found.folder, table, config, device, modality)
         with state.main_process_first():
-            writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
+            writer = _open_writer(output, storage, plan)
         shards = range(writer.manifest.num_shards)[part - 1 :: num_parts]
         if engine == "ray":
-            compute_with_ray(writer, shards, found.folder, table, config, modality=modality)
+            model = found.name if storage and isinstance(source, str | Path) else found.folder
+            compute_with_ray(writer, shards, model, table, config, modality=modality)
         else:
             _compute_own(writer, plan, shards, config, stop=stop, name=f"extract {modality}")
         stop.raise_interrupt(
@@ -105,39 +113,57 @@ def extract(
     return output
 
 
-def merge_store(folder: str | Path) -> Path:
+def _open_writer(output: Path, storage: str | None, plan: ExtractionPlan) -> EmbeddingStoreWriter:
+    if storage is None:
+        return EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
+    shared = ObjectStorage(storage)
+    return SharedStoreWriter.begin(output, shared, plan.manifest, plan.list_items)
+
+
+def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
     """Complete a store whose partitions have all been extracted.
 
     Args:
-        folder: Folder of the store.
+        folder: Folder of the store. With a storage it may be new.
+        storage: URL of the object storage that has the shards.
 
     Returns:
         `folder`.
 
     Raises:
         ValueError: It holds no store, or shards are missing or damaged; they are named.
+        OSError: The disk is full, or the storage cannot be reached.
 
     Examples:
         >>> store = merge_store("captions")  # which is complete already
     """
     folder = Path(folder)
-    EmbeddingStoreWriter(folder, read_manifest(folder)).finish()
+    if storage is None:
+        writer = EmbeddingStoreWriter(folder, read_manifest(folder))
+    else:
+        writer = SharedStoreWriter.join(folder, ObjectStorage(storage))
+    writer.finish()
     EmbeddingStore.open(folder)
     return folder
 
 
-def describe_extraction(store: Path) -> list[str]:
+def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]:
     """Describe a store in lines for a terminal.
 
     Args:
         store: Folder of the store.
+        storage: URL of the object storage that has the shards.
     """
     manifest = read_manifest(store)
     if not manifest.complete:
-        missing = len(EmbeddingStoreWriter(store, manifest).list_missing())
+        writer = EmbeddingStoreWriter(store, manifest)
+        if storage is not None:
+            writer = SharedStoreWriter(store, manifest, ObjectStorage(storage))
+        done = manifest.num_shards - len(writer.list_missing())
+        where = "" if storage is None else f" --storage {storage}"
         return [
-            f"{manifest.num_shards - missing} of {manifest.num_shards} shards are complete.",
-            f"When all partitions have ended: llm2clip merge-store {store}",
+            f"{done} of {manifest.num_shards} shards are complete.",
+            f"When all partitions have ended: llm2clip merge-store {store}{where}",
         ]
     counts = ", ".join(f"{number} {name}" for name, number in manifest.counts.items())
     return [

@@ -1,8 +1,9 @@
 """Extraction by the actors of a Ray cluster: each loads the tower once, and computes whole shards.
 
 Ray Data hands out the numbers of the shards, and starts a lost actor again, whose shard continues
-after its last batch. The embeddings go to the store's folder, which all machines must see, not
-through Ray: so the bytes are those of one process, in whatever order the shards are computed.
+after its last batch. The embeddings do not go through Ray but to the store's folder, which all
+machines see, or to object storage: so the bytes are those of one process, in whatever order the
+shards are computed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from ..._extras import RAY, require
 from ...configs.extract_config import ExtractConfig
 from ...data.records.record_table import RecordTable
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter
-from ...data.store.store_manifest import StoreManifest
 from ...encoding.devices import find_device
+from ...model_folders.model_folder import find_model_folder
 from .shard_extraction import Modality, ShardExtractor
+from .shared_work import SharedWork, share_work
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
 
@@ -28,7 +31,7 @@ _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and record
 def compute_with_ray(
     writer: EmbeddingStoreWriter,
     shards: Sequence[int],
-    folder: Path,
+    model: str | Path,
     table: RecordTable,
     config: ExtractConfig,
     *,
@@ -41,7 +44,7 @@ def compute_with_ray(
     Args:
         writer: Of the store.
         shards: Numbers of the shards to compute.
-        folder: Model folder.
+        model: Folder or Hub id of the model, for each machine.
         table: The dataset.
         config: Options of the extraction.
         modality: What is extracted.
@@ -74,9 +77,7 @@ def compute_with_ray(
         rows = [{"shard": shard} for shard in missing]
         ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
-            fn_constructor_args=(
-                writer.folder, writer.manifest, folder, table, config, modality, threads
-            ),
+            fn_constructor_args=(share_work(writer, table), model, config, modality, threads),
             compute=pool,
             batch_size=1,
             max_restarts=-1,
@@ -110,17 +111,17 @@ class _Actor:
 
     def __init__(
         self,
-        output: Path,
-        manifest: StoreManifest,
-        folder: Path,
-        table: RecordTable,
+        work: SharedWork,
+        model: str | Path,
         config: ExtractConfig,
         modality: Modality,
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)  # another number gives other last bits
-        writer = EmbeddingStoreWriter(output, manifest)
-        self._extract = ShardExtractor(folder, table, writer, config, modality)
+        # Kept as an attribute: the folder is removed with the object.
+        self._folder = TemporaryDirectory(prefix="llm2clip-extract-")
+        writer, table = work.open(Path(self._folder.name))
+        self._extract = ShardExtractor(find_model_folder(model), table, writer, config, modality)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for shard in batch["shard"].tolist():

@@ -1,0 +1,172 @@
+"""Laws of a store of machines that share no folder: its bytes are those of one machine."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from captioned_files import write_lines
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.data.records import record_index
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.remote.object_storage import ObjectStorage
+from modeling_llm2clip.data.remote.remote_access import LostFileError, RetryPolicy
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.shared_store_writer import SharedStoreWriter
+from modeling_llm2clip.training.extraction.extract import extract, merge_store
+from modeling_llm2clip.training.extraction.shared_work import share_work
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+ROOT = Path(__file__).parents[3]
+CONFIG = ExtractConfig(
+    store_dtype="float32",
+    max_shard_size="1KiB",
+    token_budget=256,
+    device="cpu",
+    show_progress=False,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> RecordTable:
+    lines = [
+        {"file_name": f"{n}.png", "captions": [f"a red square {n}", f"square {n}"]}
+        for n in range(20)
+    ]
+    return load_records(write_lines(tmp_path / "data", lines), require_images=False)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def test_partitions_of_machines_with_a_folder_each_become_the_store_of_one(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    alone = extract(model, records, tmp_path / "alone", CONFIG, modality="text")
+    url = f"file://{tmp_path}/storage/captions"
+    for part in (1, 2, 3):
+        extract(
+            model, records, tmp_path / f"machine-{part}", CONFIG,
+            modality="text", partition=f"{part}/3", storage=url,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="is not complete"):
+        EmbeddingStore.open(tmp_path / "machine-1")
+    assert main(["merge-store", str(tmp_path / "merged"), "--storage", url]) == 0
+    assert read_files(tmp_path / "merged") == read_files(alone)
+    merge_store(tmp_path / "machine-2", storage=url)
+    assert read_files(tmp_path / "machine-2") == read_files(alone)
+
+
+def test_one_machine_continues_what_another_began(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    alone = extract(model, records, tmp_path / "alone", CONFIG, modality="text")
+    url = f"file://{tmp_path}/storage"
+    options = {"config": CONFIG, "modality": "text", "storage": url}
+    extract(model, records, tmp_path / "lost", partition="1/2", **options)  # type: ignore[arg-type]
+    there = {file: file.stat().st_mtime_ns for file in (tmp_path / "storage").iterdir()}
+    shutil.rmtree(tmp_path / "lost")
+    extract(model, records, tmp_path / "other", **options)  # type: ignore[arg-type]
+    assert read_files(tmp_path / "other") == read_files(alone)
+    assert {file: file.stat().st_mtime_ns for file in there} == there  # nothing was made twice
+
+
+def test_other_stores_are_refused_on_either_side(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/storage"
+    extract(model, records, tmp_path / "one", CONFIG, modality="text", storage=url)
+    half = replace(CONFIG, store_dtype="float16")
+    with pytest.raises(ValueError, match=r"holds another store: .*float16"):
+        extract(model, records, tmp_path / "new", half, modality="text", storage=url)
+    extract(model, records, tmp_path / "half", half, modality="text")
+    with pytest.raises(ValueError, match=r"half and file://\S+ hold different stores"):
+        extract(model, records, tmp_path / "half", half, modality="text", storage=url)
+    with pytest.raises(ValueError, match="holds no store"):
+        merge_store(tmp_path / "none", storage=f"file://{tmp_path}/nothing")
+    for wrong in ("captions", "https://host/captions", "pipe:cat"):
+        with pytest.raises(ValueError, match="must be the URL of object storage"):
+            merge_store(tmp_path / "none", storage=wrong)
+
+
+def test_a_damaged_shard_in_the_storage_is_named(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/storage"
+    extract(model, records, tmp_path / "one", CONFIG, modality="text", storage=url, partition="1/1")
+    shard = sorted((tmp_path / "storage").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=shard.name):
+        merge_store(tmp_path / "merged", storage=url)
+
+
+def test_a_file_that_is_not_there_is_lost_and_leaves_nothing(tmp_path: Path) -> None:
+    storage = ObjectStorage(f"file://{tmp_path}/storage", RetryPolicy(first_wait=0))
+    assert storage.list_sizes() == {}
+    with pytest.raises(LostFileError, match="no such file"):
+        storage.pull("gone", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("is_part", [True, False])
+def test_an_actor_finds_the_records_that_it_was_given(
+    is_mapped: bool,
+    is_part: bool,
+    model: Path,
+    records: RecordTable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if is_mapped:
+        monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+        records = load_records(tmp_path / "data", require_images=False)
+    assert (records.file is not None) == is_mapped
+    table = records.select(np.arange(3, 17, 2)) if is_part else records
+    url = f"file://{tmp_path}/storage"
+    extract(model, table, tmp_path / "begun", CONFIG, modality="text", partition="1/9", storage=url)
+    writer = SharedStoreWriter.join(tmp_path / "begun", ObjectStorage(url))
+    sent = pickle.dumps(share_work(writer, table))
+    wanted = list(table)
+    if is_mapped:
+        assert records.file is not None
+        records.file.unlink()  # the actor's machine does not have it
+    (tmp_path / "actor").mkdir()
+    joined, found = pickle.loads(sent).open(tmp_path / "actor")
+    assert list(found) == wanted
+    assert joined.list_missing() == writer.list_missing()
+
+
+@pytest.mark.slow
+def test_ray_with_storage_leaves_the_same_bytes_as_one_process(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    alone = extract(model, records, tmp_path / "alone", CONFIG, modality="text")
+    command = [
+        sys.executable, "-m", "modeling_llm2clip", "extract", model, tmp_path / "data",
+        tmp_path / "ray", "--modality", "text", "--device", "cpu", "--store-dtype", "float32",
+        "--max-shard-size", "1KiB", "--token-budget", "256", "--engine", "ray",
+        "--storage", f"file://{tmp_path}/storage",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    subprocess.run(list(map(str, command)), env=environment, timeout=240, check=True)
+    assert read_files(tmp_path / "ray") == read_files(alone)
+    assert not list((tmp_path / "ray").glob("*.tmp"))
