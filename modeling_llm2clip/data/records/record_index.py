@@ -3,7 +3,7 @@
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. Of images that are files of their own, some hundred are looked at when the index
+file is read again. Of images that are files of their own, some are looked at when the index
 is found; it is built anew if one of them has another size or is gone.
 """
 
@@ -43,7 +43,7 @@ _FORMAT_VERSION = 3
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
-_IMAGES_LOOKED_AT = 256
+_IMAGES_LOOKED_AT = 32
 
 
 def open_index(
@@ -110,7 +110,8 @@ def _build(
 def _has_same_images(table: RecordTable) -> bool:
     """Whether images that are files have the sizes of the index; a few, evenly spread."""
     rows = np.unique(np.linspace(0, len(table) - 1, _IMAGES_LOOKED_AT).astype(np.int64))
-    for kind, file, size in table.take(rows, ("image_kind", "image_file", "image_size")):
+    for row in rows.tolist():
+        kind, file, size = table.read(row, ("image_kind", "image_file", "image_size"))
         if kind == IMAGE_FILE:
             try:
                 found = os.stat(file)  # noqa: PTH116

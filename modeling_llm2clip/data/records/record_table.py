@@ -107,8 +107,7 @@ class RecordTable(Sequence[CaptionedImage]):
             return self.select(np.arange(*item.indices(len(self))))
         if not -len(self) <= item < len(self):
             raise IndexError(f"Record {item} of {len(self)}.")
-        batch, row = self._find(item % len(self))
-        return _make_record(*(batch.column(name)[row].as_py() for name in SCHEMA.names))
+        return _make_record(*self.read(item % len(self), SCHEMA.names))
 
     def __iter__(self) -> Iterator[CaptionedImage]:
         for batch in self.iterate_columns(SCHEMA.names):
@@ -242,6 +241,17 @@ class RecordTable(Sequence[CaptionedImage]):
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number).select(list(names))
 
+    def read(self, item: int, names: Sequence[str]) -> tuple[Any, ...]:
+        """Read some columns of one record.
+
+        Args:
+            item: number of the record.
+            names: of the columns.
+        """
+        row = item if self._rows is None else int(self._rows[item])
+        batch, within = self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
+        return tuple(batch.column(name)[within].as_py() for name in names)
+
     def take(self, rows: Sequence[int] | Array, names: Sequence[str]) -> list[tuple[Any, ...]]:
         """Read some columns of some records.
 
@@ -270,10 +280,6 @@ class RecordTable(Sequence[CaptionedImage]):
         back = np.argsort(np.concatenate(order))
         joined = pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
         return joined.take(pa.array(back))
-
-    def _find(self, item: int) -> tuple[pa.RecordBatch, int]:
-        row = item if self._rows is None else int(self._rows[item])
-        return self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
 
 
 def skipped_file(file: Path) -> Path:

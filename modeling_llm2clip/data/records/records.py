@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -314,10 +313,12 @@ def _find_file(
 ) -> FoundFile | None:
     if name is not None and image_dir is not None:
         file = name if name[0] == "/" else f"{image_dir}/{name}"
-        with suppress(OSError, ValueError):  # a name may be too long, or have a null byte
+        try:
             status = os.stat(file)  # noqa: PTH116
-            if S_ISREG(status.st_mode):
-                return FoundFile(file, status.st_size)
+        except (OSError, ValueError):  # missing; or the name is too long, or has a null byte
+            status = None
+        if status is not None and S_ISREG(status.st_mode):
+            return FoundFile(file, status.st_size)
     if required:
         found.append("no image" if name is None else "image missing")
     return None

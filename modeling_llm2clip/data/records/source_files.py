@@ -191,26 +191,12 @@ def find_image_folder(
     return None
 
 
-def _drop_download_notes(sources: list[SourceFiles]) -> list[SourceFiles]:
-    """Drop Parquet files that each lie beside a tar of their name: img2dataset's notes on it."""
-    tars = {file.stem for source in sources if source.suffix == ".tar" for file in source.files}
-    return [
-        source
-        for source in sources
-        if not (source.suffix == ".parquet" and {file.stem for file in source.files} <= tars)
-    ]
-
-
 def _search_folder(folder: Path) -> SourceFiles:
-    sources = [
-        SourceFiles([folder / name], folder, ".jsonl")
-        for name in _LINES_FILES
-        if (folder / name).is_file()
-    ]
+    sources = [[folder / name] for name in _LINES_FILES if (folder / name).is_file()]
     for suffix in _SEVERAL_FILES:
         # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
-            sources.append(SourceFiles(files, folder, suffix))
+            sources.append(files)
     sources = _drop_download_notes(sources)
     if not sources:
         raise ValueError(
@@ -218,6 +204,19 @@ def _search_folder(folder: Path) -> SourceFiles:
             "folder that has, or a pattern."
         )
     if len(sources) > 1:
-        names = ", ".join(source.files[0].name for source in sources)
+        names = ", ".join(files[0].name for files in sources)
         raise ValueError(f"{folder} has several sources: {names}. Give one of them by its name.")
-    return sources[0]
+    return SourceFiles([*sources[0]], folder, sources[0][0].suffix.lower())
+
+
+def _drop_download_notes(sources: list[list[Path]]) -> list[list[Path]]:
+    """Drop Parquet files that each lie beside a tar of their name: img2dataset's notes on it."""
+    stems = [{file.stem for file in files} for files in sources]
+    suffixes = [files[0].suffix.lower() for files in sources]
+    tars = {stem for found, suffix in zip(stems, suffixes, strict=True) if suffix == ".tar"
+            for stem in found}  # fmt: skip
+    return [
+        files
+        for files, found, suffix in zip(sources, stems, suffixes, strict=True)
+        if not (suffix == ".parquet" and found <= tars)
+    ]

@@ -18,6 +18,7 @@ from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
 _READ_AT_ONCE = 2**20  # characters
+_WHITESPACE = " \t\r\n"  # of JSON
 
 
 def read_json_lines(
@@ -40,8 +41,9 @@ def read_json_lines(
     Yields:
         The record of each other line, without the fields that are null.
     """
+    name = name_place(file)
     for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
-        place = f"{name_place(file)} line {number}"
+        place = f"{name} line {number}"
         fields = parse_object(line)
         if isinstance(fields, str):
             errors.add(fields, place)
@@ -109,13 +111,16 @@ def parse_object(content: bytes) -> dict[str, Any] | str:
         The object, or the error as a text.
     """
     try:
-        fields = _DECODER.decode(content.decode("utf-8"))
+        text = content.decode("utf-8").strip(_WHITESPACE)
+        fields, end = _DECODER.raw_decode(text)
     except UnicodeDecodeError:
         return "not UTF-8"
     except json.JSONDecodeError:
         return "not JSON"
     except _RepeatedFieldError as error:
         return str(error)
+    if end != len(text):
+        return "not JSON"
     return fields if isinstance(fields, dict) else "not an object"
 
 
