@@ -36,17 +36,17 @@ from modeling_llm2clip.data.store.store_manifest import read_manifest
 from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
+from modeling_llm2clip.scheduling.graceful_stop import (
+    StageInterrupt,
+    StopRequest,
+    stop_on_signals,
+)
+from modeling_llm2clip.scheduling.shard_computation import parse_partition
 from modeling_llm2clip.training.extraction import extract as stage
 from modeling_llm2clip.training.extraction.extract import (
     describe_extraction,
     extract,
     merge_store,
-    parse_partition,
-)
-from modeling_llm2clip.training.graceful_stop import (
-    StageInterrupt,
-    StopRequest,
-    stop_on_signals,
 )
 
 ROOT = Path(__file__).parents[3]
