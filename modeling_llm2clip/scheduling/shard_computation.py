@@ -63,7 +63,9 @@ class ShardSizes(Protocol):
 class OpenShard(Protocol):
     """A shard that is being written, batch by batch."""
 
-    num_done: int
+    @property
+    def num_done(self) -> int:
+        """Batches that are written."""
 
     def write(self, embeddings: Tensor) -> None:
         """Write the next batch.

@@ -51,7 +51,7 @@ def count_values(dim: int, dtype: EmbeddingDtype) -> int:
         return dim
     if dim % _BITS:
         raise ValueError(
-            f"dtype={dtype!r} packs eight dimensions into a byte, and {dim} is no multiple of "
+            f"dtype={dtype!r} packs eight dimensions into a byte, and {dim} is not a multiple of "
             f"eight. Give truncate_dim={dim // _BITS * _BITS}, or another dtype."
         )
     return dim // _BITS

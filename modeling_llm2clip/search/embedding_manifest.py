@@ -61,7 +61,7 @@ class EmbeddingManifest:
         dtype: Of the embeddings.
         dim: Dimensions of an embedding; the binary dtypes have eight in a value.
         columns: Columns beside id and embedding.
-        num_rows: Rows that were planned; skipped images are none of the files'.
+        num_rows: Rows that were planned, before images are skipped.
         rows_per_shard: Of every file but the last.
         plan: What else decides the bytes, including a hash of the data.
         ranges: Smallest and largest value of each dimension; for int8 alone.

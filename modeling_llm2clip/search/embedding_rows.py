@@ -166,8 +166,8 @@ class ImageRows:
         table = pa.Table.from_batches(
             self._records.select(np.asarray(rows)).iterate_columns(names)
         ).combine_chunks()
-        columns = {column: table.column(column) for column in self._columns}
-        return pa.table({"id": table.column("name"), **columns})
+        chosen = [table.column(name) for name in ("name", *self._columns)]
+        return pa.table(chosen, names=["id", *self._columns])
 
     def _list_images(self, rows: Array) -> list[ImageSource]:
         images = self._records.select(rows).iterate_images()
