@@ -54,10 +54,12 @@ def embed(
     """
     require(*list_needs_of_model(model), *([RAY] if engine == "ray" else []))
     from ..model_folders.model_types import require_own_model
+    from ..search.embedding_manifest import is_begun, require_embedding_folder
 
     refuse_foreign_options(config, modality)
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
+    require_embedding_folder(output)
     require_own_model(model)
     require_data(data, reading)
     use_device(config.device)
@@ -67,7 +69,6 @@ def embed(
     from ..scheduling.shard_computation import parse_partition
     from ..search.bulk_embedding import describe_embeddings
     from ..search.bulk_embedding import embed as run
-    from ..search.embedding_files import is_begun
 
     parse_partition(partition)
     find_model_folder(model)  # reading the data may take long

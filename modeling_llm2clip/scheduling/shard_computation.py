@@ -218,7 +218,8 @@ class ShardProgress:
         shown: bool = False,
     ) -> None:
         sizes = {shard: len(writer.manifest.rows_of_shard(shard)) for shard in shards}
-        missing = set(writer.list_missing())
+        # Looking at every shard would cost a worker of Ray, which shows no bar, more than its own.
+        missing = set(writer.list_missing()) if shown else set(sizes)
         self._bar = tqdm(
             desc=name or None,
             total=sum(sizes.values()),

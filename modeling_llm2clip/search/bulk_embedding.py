@@ -36,8 +36,12 @@ from ..scheduling.shard_computation import (
     require_engine,
 )
 from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
-from .embedding_files import EmbeddingFolderWriter, require_embedding_folder
-from .embedding_manifest import EmbeddingManifest, read_embedding_manifest
+from .embedding_files import EmbeddingFolderWriter
+from .embedding_manifest import (
+    EmbeddingManifest,
+    read_embedding_manifest,
+    require_embedding_folder,
+)
 from .embedding_rows import ImageRows, TextRows
 from .shard_encoding import ShardEncoder, load_shard_encoder
 
@@ -96,7 +100,8 @@ def embed(
     parse_partition(partition)
     config, output = config or EmbedConfig(), Path(output)
     require_embedding_folder(output)
-    rows = open_rows(RecordTable.from_records(data), config, modality)
+    records = RecordTable.from_records(data)
+    rows = open_rows(records, config, modality)
     device = choose_device(config.device)
     state = PartialState()
     require_engine(engine)
@@ -106,7 +111,7 @@ def embed(
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
         encoder = load_shard_encoder(found.folder, rows, config, device)
-        planned = plan_output(found.folder, found.name, data, rows, encoder, config)
+        planned = plan_output(found.folder, found.name, records, rows, encoder, config)
         with state.main_process_first():
             writer = EmbeddingFolderWriter.open(
                 output,
@@ -148,7 +153,7 @@ def open_rows(
         modality: What is embedded.
 
     Raises:
-        ValueError: There are no captions or images, they cannot be told apart, or a column is of
+        ValueError: There are no captions or images, two have the same id, or a column is of
             the other modality.
     """
     if modality == "text":
@@ -163,7 +168,7 @@ def open_rows(
 def plan_output(
     folder: Path,
     name: str,
-    data: Sequence[CaptionedImage],
+    records: RecordTable,
     rows: TextRows | ImageRows,
     encoder: ShardEncoder,
     config: EmbedConfig,
@@ -173,7 +178,7 @@ def plan_output(
     Args:
         folder: Model folder.
         name: What the user named the model.
-        data: The dataset.
+        records: The dataset.
         rows: What the output has a row for.
         encoder: What computes the embeddings.
         config: Options of the output.
@@ -188,7 +193,6 @@ def plan_output(
             "fewer, or leave it out."
         )
     count_values(dim, config.dtype)
-    records = RecordTable.from_records(data)
     plan = {**encoder.plan, "data": hash_texts(records)}
     if isinstance(rows, ImageRows):
         plan["images"] = hash_image_sizes(records)

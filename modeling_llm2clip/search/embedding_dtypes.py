@@ -121,7 +121,7 @@ def _convert_to_int8(embeds: Array, ranges: Array) -> ConvertedEmbeddings:
     starts = ranges[0]
     steps = (ranges[1] - starts) / _STEPS
     steps = np.where(steps == 0, 1, steps)
-    levels = np.floor((embeds - starts) / steps)
+    levels = np.clip((embeds - starts) / steps, 0, _STEPS).astype(np.int16)
     outside = (embeds < ranges[0]) | (embeds > ranges[1])
-    values = (np.clip(levels, 0, _STEPS) - 128).astype(np.int8)
+    values = (levels - 128).astype(np.int8)
     return ConvertedEmbeddings(values, int(outside.sum()))

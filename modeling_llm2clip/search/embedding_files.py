@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..data.atomic_files import (
     hash_file,
-    is_unfinished,
     list_differences,
     sync_folder,
     write_atomically,
@@ -38,8 +37,10 @@ from .embedding_manifest import (
     MANIFEST_FILE,
     EmbeddedShard,
     EmbeddingManifest,
+    is_begun,
     read_embedding_manifest,
     read_shard_record,
+    require_embedding_folder,
 )
 from .embedding_rows import ImageRows, TextRows
 
@@ -317,35 +318,6 @@ class EmbeddingFileWriter:
         """
         self._output.write_file(self._shard, self._collected.read(), num_truncated)
         self._collected.discard()
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether a folder holds an output of `embed`, complete or not.
-
-    Args:
-        folder: Any path.
-    """
-    return (folder / MANIFEST_FILE).is_file()
-
-
-def require_embedding_folder(folder: Path) -> None:
-    """Check that a folder may hold an output: it is new, empty, or holds one already.
-
-    Args:
-        folder: Folder of the output.
-
-    Raises:
-        FileExistsError: It is a file, or holds other files.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file. Name a new folder.")
-    others = sorted(file.name for file in folder.iterdir() if not is_unfinished(file))
-    if others and not is_begun(folder):  # another process may just have begun
-        raise FileExistsError(
-            f"{folder} is not empty and holds no embeddings: {others[:_SHOWN]}. Name a new folder."
-        )
 
 
 def _publish_first(file: Path, content: bytes) -> None:

@@ -15,12 +15,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..configs.embed_config import EmbeddingDtype
+from ..data.atomic_files import is_unfinished
 from ..data.store.store_manifest import read_sealed, write_sealed
 
 Array: TypeAlias = np.ndarray[Any, Any]
 FORMAT_VERSION = 1
 MANIFEST_FILE = "_manifest.json"
 METADATA_KEY = b"llm2clip"
+_SHOWN = 5
 _REMEDY = "Restore it from a copy, or remove the folder and embed again."
 
 
@@ -142,6 +144,35 @@ class EmbeddingManifest:
     def to_json(self) -> str:
         """Return the text of `_manifest.json`."""
         return write_sealed(asdict(self))
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds an output of `embed`, complete or not.
+
+    Args:
+        folder: Any path.
+    """
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def require_embedding_folder(folder: Path) -> None:
+    """Check that a folder may hold an output: it is new, empty, or holds one already.
+
+    Args:
+        folder: Folder of the output.
+
+    Raises:
+        FileExistsError: It is a file, or holds other files.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Name a new folder.")
+    others = sorted(file.name for file in folder.iterdir() if not is_unfinished(file))
+    if others and not is_begun(folder):  # another process may just have begun
+        raise FileExistsError(
+            f"{folder} is not empty and holds no embeddings: {others[:_SHOWN]}. Name a new folder."
+        )
 
 
 def read_embedding_manifest(folder: Path) -> EmbeddingManifest:

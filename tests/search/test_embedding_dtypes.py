@@ -45,7 +45,7 @@ def test_values_outside_the_ranges_are_clipped_and_counted() -> None:
     assert values[:, 1].tolist() == [-128, -128, -128, -127]
 
 
-def test_int8_is_within_a_step_of_what_it_stands_for() -> None:
+def test_int8_is_within_half_a_step_of_what_was_computed() -> None:
     embeds = draw_embeddings(200)
     ranges = measure_ranges(embeds)
     values, num_clipped = convert_embeddings(embeds, "int8", ranges=ranges)
@@ -59,9 +59,9 @@ def test_int8_is_within_a_step_of_what_it_stands_for() -> None:
 def test_float16_is_rounded_and_float32_stays() -> None:
     embeds = draw_embeddings(5)
     assert (convert_embeddings(embeds, "float32").values == embeds).all()
-    halves = convert_embeddings(embeds, "float16").values
-    assert halves.dtype == np.float16
-    np.testing.assert_allclose(halves, embeds, atol=2**-12)  # 11 bits of mantissa below 1
+    rounded = convert_embeddings(embeds, "float16").values
+    assert rounded.dtype == np.float16
+    np.testing.assert_allclose(rounded, embeds, atol=2**-12)  # 11 bits of mantissa below 1
 
 
 def test_truncated_embeddings_are_of_unit_length() -> None:

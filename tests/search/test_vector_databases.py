@@ -79,7 +79,7 @@ def test_every_database_finds_what_brute_force_finds(
     monkeypatch.chdir(tmp_path)
     namespace = dict(loaded)
     exec(compile(find_block(database, "python"), f"{PAGE.name}, {database}", "exec"), namespace)
-    cosines = namespace["vectors"] @ namespace["query"][0]
+    cosines = namespace["embeddings"] @ namespace["query"][0]
     found = [cosines[namespace["names"].index(name)] for name in namespace["found"]]
     # Compared by cosine, because two images may be equally near; float32 in another order.
     np.testing.assert_allclose(found, np.sort(cosines)[::-1][:5], atol=1e-6)
