@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .recipes.train import train
     from .scheduling.graceful_stop import StageInterrupt
     from .search.bulk_embedding import embed
+    from .search.image_folder_records import records_from_images
     from .search.image_index import ImageIndex
     from .training.alignment.align import align
     from .training.extraction.extract import extract, merge_store
@@ -107,6 +108,7 @@ _HOMES = {
     "publishing.push_to_hub": ("push_to_hub",),
     "recipes.train": ("train",),
     "search.bulk_embedding": ("embed",),
+    "search.image_folder_records": ("records_from_images",),
     "search.image_index": ("ImageIndex",),
     "training.alignment.align": ("align",),
     "training.extraction.extract": ("extract", "merge_store"),

@@ -201,6 +201,35 @@ def test_images_are_embedded_once_with_the_columns_asked_for(
     torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "below").mkdir(parents=True)
+    for number in (0, 1):
+        (photos / "below" / f"{number}.png").write_bytes((images / f"{number}.png").read_bytes())
+    (photos / "raw.nef").touch()
+    command = ["embed", str(model), str(photos), str(tmp_path / "out"), "--device", "cpu",
+               "--batch-size", "2", "--modality"]  # fmt: skip
+    assert main([*command, "image"]) == 0
+    assert "Skipped 1 image files that Pillow cannot read" in capsys.readouterr().err
+    ids, embeddings = read_embeddings(tmp_path / "out")
+    assert ids == ["below/0.png", "below/1.png"]
+    whole = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
+    expected = encode_images(*whole, [photos / name for name in ids])
+    torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected)
+    (photos / "below" / "2.png").write_bytes(b"no image")
+    command[3] = str(tmp_path / "other")
+    assert main([*command, "image"]) == 2
+    assert "image unreadable: 1 " in capsys.readouterr().err
+    assert main([*command, "image", "--captions-from", "captions.csv"]) == 2
+    assert "has images and no captions" in capsys.readouterr().err
+    command.remove("--batch-size")
+    command.remove("2")
+    assert main([*command, "text"]) == 2
+    assert "has no captions.jsonl" in capsys.readouterr().err
+
+
 def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
     monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
 
