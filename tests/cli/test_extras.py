@@ -199,6 +199,8 @@ BLOCKED_RUNS = [
     (["timm"], "train RECIPE", "demo"),
     (["timm"], "search TIMM DATA sentence", "timm"),
     (["timm"], "tag TIMM DATA --labels gone", "timm"),
+    (["timm"], "embed TIMM DATA new --modality image", "timm"),
+    (["ray"], "embed PLAIN DATA new --modality image --engine ray", "ray"),
     (["timm"], "export TIMM new", "timm"),
     (["timm"], "push TIMM owner/name", "timm"),
     (["timm"], "doctor TIMM", "timm"),

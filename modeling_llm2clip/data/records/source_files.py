@@ -191,13 +191,26 @@ def find_image_folder(
     return None
 
 
-def _search_folder(folder: Path) -> SourceFiles:
+def is_source(folder: Path) -> bool:
+    """Whether a folder holds a source, and not images alone.
+
+    Args:
+        folder: an existing folder.
+    """
+    return bool(_list_sources(folder))
+
+
+def _list_sources(folder: Path) -> list[list[Path]]:
     sources = [[folder / name] for name in _LINES_FILES if (folder / name).is_file()]
     for suffix in _SEVERAL_FILES:
         # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(files)
-    sources = _drop_download_notes(sources)
+    return _drop_download_notes(sources)
+
+
+def _search_folder(folder: Path) -> SourceFiles:
+    sources = _list_sources(folder)
     if not sources:
         raise ValueError(
             f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "

@@ -174,13 +174,6 @@ class EmbeddingStoreWriter:
         with explain_full_store(self.folder, self._name(shard)):
             return ShardWriter(self.folder, self.manifest, shard, batches)
 
-    def publish(self, shard: int) -> None:
-        """Make a complete shard known to other machines, which see it in the folder they share.
-
-        Args:
-            shard: its number, from 0.
-        """
-
     def finish(self) -> None:
         """Check that every shard is there, and complete the manifest.
 

@@ -8,8 +8,9 @@ shards here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,9 +18,17 @@ from filelock import FileLock
 
 from ..atomic_files import list_differences
 from ..remote.object_storage import ObjectStorage
-from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from .embedding_store_writer import Array, EmbeddingStoreWriter, StoreItems
 from .store_index import INDEX_FILE
-from .store_manifest import MANIFEST_FILE, StoreManifest, read_manifest, shard_file, shard_stem
+from .store_manifest import (
+    MANIFEST_FILE,
+    ShardRecord,
+    StoreManifest,
+    read_manifest,
+    shard_file,
+    shard_stem,
+)
+from .store_shard_writer import ShardWriter
 
 _COPIED_AT_ONCE = 4
 
@@ -107,12 +116,21 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         stored = self._list_stored()
         return [shard for shard in super().list_missing() if shard not in stored]
 
-    def publish(self, shard: int) -> None:
-        """Copy a complete shard into the storage.
+    def open_shard(self, shard: int, batches: Sequence[Array]) -> ShardWriter:
+        """Begin a shard, or continue it; once it is complete it is copied into the storage.
 
         Args:
             shard: its number, from 0.
+            batches: as `EmbeddingStoreWriter.open_shard` takes them.
+
+        Raises:
+            OSError: the disk is full.
         """
+        opened = _SharedShardWriter(self.folder, self.manifest, shard, batches)
+        opened.publish = partial(self._publish, shard)
+        return opened
+
+    def _publish(self, shard: int) -> None:
         files = [self.folder / shard_file(shard), self.folder / f"{shard_stem(shard)}.json"]
         for file in files:
             self.storage.push(file)
@@ -141,6 +159,17 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         names = self.storage.list_sizes().keys()
         shards = range(self.manifest.num_shards)
         return {shard for shard in shards if f"{shard_stem(shard)}.json" in names}
+
+
+class _SharedShardWriter(ShardWriter):
+    """Writes a shard here, and then into the storage."""
+
+    publish: Callable[[], None]
+
+    def seal(self, num_truncated: int = 0) -> ShardRecord:
+        record = super().seal(num_truncated)
+        self.publish()
+        return record
 
 
 def _pull_plan(folder: Path, storage: ObjectStorage) -> bool:

@@ -148,8 +148,7 @@ def test_an_actor_finds_the_records_that_it_was_given(
     if is_mapped:
         assert records.file is not None
         records.file.unlink()  # the actor's machine does not have it
-    (tmp_path / "actor").mkdir()
-    joined, found = pickle.loads(sent).open(tmp_path / "actor")
+    joined, found = pickle.loads(sent).open()
     assert list(found) == wanted
     assert joined.list_missing() == writer.list_missing()
 
