@@ -591,3 +591,22 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Wrote") == 1  # the main process alone says so
     assert read_bytes(together) == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
+    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
+             str(together), *flags, "--partition", f"{part}/2"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for part in (1, 2)
+    ]  # fmt: skip
+    assert [run.wait(timeout=240) for run in runs] == [0, 0]
+    assert read_bytes(together) == read_bytes(alone)
