@@ -195,7 +195,8 @@ class _Update:
         broken = {new[path]: error for path, error in encoded.errors.items()}
         for name, digest in digests.items():  # every copy of it
             if digest in broken:
-                self.counts.errors[part[name]] = broken[digest]
+                error = broken[digest].replace(str(first[digest]), str(part[name]), 1)
+                self.counts.errors[part[name]] = error
         rows = zip(encoded.paths, encoded.facts, encoded.embeds.numpy(), strict=True)
         return {**found, **{new[path]: (facts, row) for path, facts, row in rows}}
 
