@@ -25,7 +25,7 @@ _NOTE = "The number under an image is its cosine with the query."
     group="Use",
     examples=(
         'llm2clip search my-index "a dog in the snow" --output found',
-        "llm2clip search my-index --image dog.jpg --where \"taken >= date '2024-01-01'\" --format json",
+        "llm2clip search my-index --image dog.jpg --where \"taken > date '2024-01-01'\" --top-k 9",
         'llm2clip search my-index "at night" --image bridge.jpg --combine',
     ),
 )

@@ -1,4 +1,4 @@
-"""An index of images: what it finds, for sentences, images, both, and embeddings; what it refuses."""
+"""An index of images: what it finds for sentences, images and embeddings; what it refuses."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_sentence_does_not_load_the_vision_tower(
 
 
 def test_threads_that_search_at_once_find_what_one_finds(
-    index: ImageIndex, wanted: dict[str, Any]
+    index: ImageIndex,
 ) -> None:
     alone = [index.search(text, top_k=3) for text in SENTENCES]
     queries = SENTENCES * 10
@@ -179,8 +179,11 @@ def test_embeddings_that_are_no_directions_are_refused(index: ImageIndex) -> Non
 
 
 def test_all_embeddings_can_be_read(index: ImageIndex, wanted: dict[str, Any]) -> None:
-    parts = list(index.iterate_embeddings())
-    rows = dict(zip(*(sum(part, []) for part in zip(*[(p, list(e)) for p, e in parts], strict=True)), strict=True))  # noqa: E501
+    rows = {
+        path: embed
+        for paths, embeds in index.iterate_embeddings()
+        for path, embed in zip(paths, embeds, strict=True)
+    }
     assert set(rows) == set(wanted["paths"])
     for path, embed in zip(wanted["paths"], wanted["images"].numpy(), strict=True):
         assert rows[path] == pytest.approx(embed, abs=ROUNDING)
@@ -194,7 +197,9 @@ def test_an_index_says_what_it_is_of(index: ImageIndex, place: Path) -> None:
 
 def test_another_model_is_refused_by_name_and_a_copy_is_not(place: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", vision="vit")
-    with pytest.raises(ValueError, match=rf"index of the model .*model, and {other} gives other .*vision_arch"):  # noqa: E501
+    with pytest.raises(
+        ValueError, match=rf"index of the model .*model, and {other} gives other .*vision_arch"
+    ):
         ImageIndex.open(place / "index", model=other)
     copy = shutil.copytree(place / "model", tmp_path / "copy")
     assert ImageIndex.open(place / "index", model=copy).search("a dog").hits
@@ -208,7 +213,7 @@ def test_a_model_that_changed_where_it_is_is_refused(place: Path, tmp_path: Path
     assert ImageIndex.open(tmp_path / "index").search("a dog").hits  # written anew, and the same
     shutil.rmtree(model)
     save_model(model, llm="qwen3")
-    with pytest.raises(ValueError, match="gives other embeddings: .*text_architecture"):
+    with pytest.raises(ValueError, match=r"gives other embeddings: .*text_architecture"):
         ImageIndex.open(tmp_path / "index").search("a dog")
     shutil.rmtree(model)
     with pytest.raises(ValueError, match=r"which cannot be used any more.*--model"):
@@ -280,7 +285,7 @@ def test_an_index_without_images_says_so(place: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place / "index", tmp_path / "index"))
     index = ImageIndex.open(folder)
     index._database.remove(index._database.read(["path"])["path"].to_pylist())
-    with pytest.raises(ValueError, match="holds no image. Index a folder into it"):
+    with pytest.raises(ValueError, match=r"holds no image\. Index a folder into it"):
         ImageIndex.open(folder).search("a dog")
 
 

@@ -59,9 +59,10 @@ def test_only_what_is_new_is_encoded_and_what_is_gone_is_removed(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "index"
-    assert "6 images: 6 new, 0 changed, 0 unchanged; 0 removed. Encoded 6." in build(
-        model, images, path
-    )[1]
+    assert (
+        "6 images: 6 new, 0 changed, 0 unchanged; 0 removed. Encoded 6."
+        in build(model, images, path)[1]
+    )
     before = list_rows(path)
     (images / "1.png").rename(images / "other name.png")
     shutil.copy(images / "3.png", images / "copy of 3.png")
