@@ -68,6 +68,7 @@ def search(
         from ..model_folders.atomic_folder import require_new_folder
 
         require_new_folder(output)
+    # Imports no torch, so that what is wrong with database and filter is reported at once.
     index = _open(db, model=model, image_dir=image_dir, where=where, device=config.device)
     parts = [*queries, *image]
     _check_queries(queries, image)  # before the model is loaded
