@@ -461,9 +461,9 @@ def _render_code_size(report: dict[str, Any]) -> str:
 
 def _render_search(report: dict[str, Any]) -> str:
     ann = report["ann"]
-    probes = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
+    visited = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
     rows = [
-        (f"the index, {probes}", *_search_cells(report, ""), f"{report['build_s']:.0f}"),
+        (f"the index, {visited}", *_search_cells(report, ""), f"{report['build_s']:.0f}"),
         (f"FAISS, {report['faiss']}", *_search_cells(report, "faiss_"),
          f"{report['faiss_build_s']:.0f}"),
         ("compared with every image", f"{report['exact_query_ms']:.0f}", "1.000", "–", "–"),
@@ -473,8 +473,8 @@ def _render_search(report: dict[str, Any]) -> str:
     notes = (
         f"{report['rows']:,} embeddings of {report['width']} numbers, {report['queries']} texts. "
         f"Mean cosines: {cosines['text_with_its_image']} of a text with its image, "
-        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} of two "
-        f"images. {report['processor']}, {report['cores']} cores; commit {report['commit']}."
+        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} of "
+        f"two images. {report['processor']}, {report['cores']} cores; commit {report['commit']}."
     )
     return f"{_draw(heads, rows)}\n{notes}\n{_draw_photographs(report.get('photographs'))}"
 

@@ -6,10 +6,10 @@
 1. Makes embeddings as a model of two towers gives them: images lie around one direction, texts
    around another; what they show is the same, in directions of falling variance and in topics of
    unequal size. The cosines of pairs, of texts with other images, and among images are recorded.
-2. Builds the index that `llm2clip index` builds, whose probes are chosen with half of the texts,
-   and FAISS's on the same rows. The other half measures both, and exact search, each in a process
-   of its own that does nothing else: milliseconds per query, recall@10 against exact search, and
-   the memory of the process.
+2. Builds the index that `llm2clip index` builds, where half of the texts choose how many partitions
+   a query visits, and FAISS's on the same rows. The remaining texts measure both, and exact search,
+   each in a process of its own that does nothing else: milliseconds per query, recall@10 against
+   exact search, and the memory of the process.
 3. With --photographs: seconds to decode a folder, to index it, and to search it twice from the
    shell, and where a search spends them.
 
@@ -48,7 +48,7 @@ CORES = 2
 TOP_K = 10
 WRITTEN_AT_ONCE = 20_000
 MIN_RECALL = 0.97  # the default of `llm2clip index`
-FAISS_KIND, FAISS_PROBES = "IVF1024,SQfp16", 128
+FAISS_KIND, FAISS_NPROBE = "IVF1024,SQfp16", 128
 # Of the squared length of an embedding, what all images, or all texts, have in common.
 COMMON = 0.45
 # Cosine of the two common directions, and of what a text and its image show.
@@ -78,7 +78,7 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--queries", type=int, default=400, help="half of them choose the probes")
+    parser.add_argument("--queries", type=int, default=400, help="half of them only tune")
     parser.add_argument("--photographs", type=Path, help="folder of own photographs")
     parser.add_argument("--model", help="model that indexes the photographs")
     parser.add_argument("--work", type=Path, help="folder for the database; default: a new one")
@@ -136,7 +136,7 @@ def run(rows: int, width: int, queries: int, work: Path) -> dict[str, Any]:
         "recall_at_10": index["recall_at_10"],
         "rss_gb": index["rss_gb"],
         "exact_query_ms": exact["query_ms"],
-        "faiss": f"{FAISS_KIND}, {FAISS_PROBES} probes",
+        "faiss": f"{FAISS_KIND}, {FAISS_NPROBE} visited",
         "faiss_build_s": round(faiss_build_s, 1),
         "faiss_query_ms": faiss["query_ms"],
         "faiss_recall_at_10": faiss["recall_at_10"],
@@ -176,7 +176,7 @@ def make_embeddings(rows: int, width: int, queries: int) -> tuple[Array, Array, 
         "image_with_any_image": float((some @ some.T).mean()),
         "nearest_image_of_a_text": float((texts @ images.T).max(axis=1).mean()),
     }
-    order = random.permutation(queries)  # both halves describe images from everywhere
+    order = random.permutation(queries)  # so that both parts are of images from everywhere
     return images, texts[order], {name: round(value, 3) for name, value in cosines.items()}
 
 
@@ -286,7 +286,7 @@ def open_faiss(file: Path) -> Search:
 
     faiss.omp_set_num_threads(CORES)
     index = faiss.read_index(str(file))
-    index.nprobe = FAISS_PROBES
+    index.nprobe = FAISS_NPROBE
     return lambda text: index.search(text[None], TOP_K)[1][0].tolist()
 
 

@@ -43,7 +43,7 @@ class ImageIndex:
     Args:
         database: The open database.
         image_dir: Folder of the images.
-        encoder: Encodes queries; None for a model that is looked for when the first query needs it.
+        encoder: Encodes queries; by default the model is found when the first query needs it.
         device: Where the model runs.
 
     Examples:

@@ -275,8 +275,8 @@ class IndexDatabase:
         """
         schema = _make_schema(self.about.width)
         flat = pa.array(embeddings.astype(np.float32).ravel())
-        vectors = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
-        table = pa.table({**rows, "embedding": vectors}, schema=schema)
+        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+        table = pa.table({**rows, "embedding": lists}, schema=schema)
         with explained(self.location, "written"):
             merge = self._table.merge_insert("path").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(table)
@@ -407,8 +407,8 @@ def _list_tables(connection: Any) -> list[str]:
 
 def _make_schema(width: int) -> pa.Schema:
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
-    vector = pa.list_(pa.float32(), width)
-    return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", vector)])
+    embedding = pa.list_(pa.float32(), width)
+    return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", embedding)])
 
 
 def _write_about(connection: Any, about: About, *, mode: str) -> None:

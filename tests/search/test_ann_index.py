@@ -151,7 +151,7 @@ def test_recall_is_the_share_of_the_nearest_that_is_found() -> None:
     assert measure_recall([[0.9, 0.8], [0.5, 0.5]], greatest) == 1
     assert measure_recall([[0.9, 0.7], [0.5, 0.4]], greatest) == 0.5
     assert measure_recall([[0.8], []], greatest) == 0.25
-    # An image of an equal cosine stands for another, and counts once.
+    # An image of an equal cosine is as good as another, and counts once.
     assert measure_recall([[0.9, 0.8, 0.8], [0.5, 0.5, 0.5]], greatest) == 1
 
 

@@ -145,7 +145,7 @@ def test_a_filter_is_sql_over_the_columns(index: ImageIndex, where: str, count: 
 
 
 @pytest.mark.parametrize(
-    "where", ["colour = 'red'", "width >", "1; DROP TABLE images", "width = 'a'", ""]
+    "where", ["color = 'red'", "width >", "1; DROP TABLE images", "width = 'a'", ""]
 )
 def test_a_filter_with_an_error_is_refused_with_the_columns(index: ImageIndex, where: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be used: .*The columns are path, sha256"):

@@ -135,7 +135,7 @@ def test_a_filter_narrows_what_is_found(index: str, capsys: pytest.CaptureFixtur
     assert record["image"].endswith("b & #2.png")
     assert main(["search", index, "a dog", "--where", "height > 9999"]) == 0
     assert capsys.readouterr().out.splitlines() == ["a dog", "  rank  cosine  image"]
-    assert main(["search", index, "a dog", "--where", "colour = 1"]) == 2
+    assert main(["search", index, "a dog", "--where", "color = 1"]) == 2
     shown = capsys.readouterr().err
     assert "--where" in shown and "The columns are path, sha256" in shown
 
