@@ -64,7 +64,11 @@ def build_index(
     database = _open(model, folder, image_dir, location)
     encoder = QueryEncoder(folder, config.device)
     with database.writing():
-        counts = update_images(database, image_dir, files.readable, encoder, config=config)
+        try:
+            counts = update_images(database, image_dir, files.readable, encoder, config=config)
+        except KeyboardInterrupt:
+            (report or _warn)(f"What was encoded is in {location}; the same call continues there.")
+            raise
         (report or _ignore)(str(counts))
         if counts.errors:
             (report or _warn)(counts.describe_errors())
