@@ -195,7 +195,7 @@ class _Update:
             self._encoder.processor,
             list(new),
             batch_size=self._config.batch_size,
-            num_workers=self._config.num_workers or os.cpu_count() or 1,
+            num_workers=self._config.num_workers,
             progress=progress,
         )
         self.counts.encoded += len(encoded.paths)
