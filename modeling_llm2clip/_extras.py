@@ -52,6 +52,8 @@ SENTENCE_TRANSFORMERS = Need(
 )
 RAY = Need("ray", "ray", "the engine is Ray Data")
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
+FAISS = Need("faiss", "ann", "writes an index for FAISS")
+LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 
