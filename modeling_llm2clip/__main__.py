@@ -26,6 +26,7 @@ from .cli.library_warnings import hide_known_warnings
 from .cli.merge_store import merge_store
 from .cli.push import push
 from .cli.search import search
+from .cli.serve import serve
 from .cli.tag import tag
 from .cli.train import train
 from .training.graceful_stop import StageInterrupt
@@ -33,7 +34,7 @@ from .training.graceful_stop import StageInterrupt
 LINE = CommandLine(
     "llm2clip",
     [
-        search, tag, evaluate, doctor,
+        search, tag, serve, evaluate, doctor,
         train, build, finetune_llm, extract, merge_store, align,
         export, push, convert,
         demo, env,

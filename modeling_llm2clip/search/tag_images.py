@@ -69,7 +69,19 @@ def encode_labels(
         ValueError: As `encode_texts`.
     """
     prompts = [prompt for label in labels for prompt in label.prompts]
-    embeds = encode_texts(model, processor, prompts)
+    return average_prompts(encode_texts(model, processor, prompts), labels)
+
+
+def average_prompts(embeds: Tensor, labels: Sequence[Label]) -> Tensor:
+    """Average the embeddings of each label's prompts.
+
+    Args:
+        embeds: Of all prompts in the order of the labels, (prompts, P) of unit length.
+        labels: Labels and their prompts.
+
+    Returns:
+        (labels, P) of unit length.
+    """
     means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -99,25 +111,50 @@ def tag_images(
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1.")
     label_embeds = encode_labels(index.model, index.processor, labels)
-    scale = index.model.logit_scale().float().cpu()
+    scale = float(index.model.logit_scale())
     for start in range(0, len(index), _ROWS_AT_ONCE):
-        cosines = index.image_embeds[start : start + _ROWS_AT_ONCE] @ label_embeds.T
-        probabilities = (scale * cosines).softmax(dim=-1)
-        best = cosines.topk(min(top_k, len(labels)))
-        rows = zip(
-            index.paths[start : start + _ROWS_AT_ONCE],
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        found = rank_labels(
+            index.image_embeds[rows], label_embeds, labels, scale=scale, top_k=top_k
+        )
+        for path, tags in zip(index.paths[rows], found, strict=True):
+            yield TaggedImage(
+                path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
+            )
+
+
+def rank_labels(
+    image_embeds: Tensor,
+    label_embeds: Tensor,
+    labels: Sequence[Label],
+    *,
+    scale: float,
+    top_k: int,
+) -> list[list[Tag]]:
+    """Take for each image the labels of the greatest cosine, best first.
+
+    Args:
+        image_embeds: (N, P) of unit length.
+        label_embeds: (labels, P) of unit length.
+        labels: The labels.
+        scale: Factor of the cosines before the softmax.
+        top_k: Labels per image; all of them where there are fewer.
+    """
+    cosines = image_embeds @ label_embeds.T
+    probabilities = (scale * cosines).softmax(dim=-1)
+    best = cosines.topk(min(top_k, len(labels)))
+    return [
+        [
+            Tag(labels[number].name, cosine, probability)
+            for number, cosine, probability in zip(numbers, scores, shares, strict=True)
+        ]
+        for numbers, scores, shares in zip(
             best.indices.tolist(),
             best.values.tolist(),
             probabilities.gather(1, best.indices).tolist(),
             strict=True,
         )
-        for path, numbers, scores, shares in rows:
-            tags = [
-                Tag(labels[number].name, cosine, probability)
-                for number, cosine, probability in zip(numbers, scores, shares, strict=True)
-                if threshold is None or cosine >= threshold
-            ]
-            yield TaggedImage(path, tags)
+    ]
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
