@@ -57,6 +57,8 @@ SERVE = tuple(
     for module in ("fastapi", "prometheus_client", "uvicorn")
 )
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
+FAISS = Need("faiss", "ann", "writes an index for FAISS")
+LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 

@@ -7,12 +7,14 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Body, Response
 from numpy.typing import NDArray
 
+from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
@@ -163,8 +165,8 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         queries = await _read_inputs(body.queries, images)
         found, num_tokens = await service.search(queries, top_k=body.top_k, where=body.where)
         data = [
-            {"object": "search_result", "index": index, "hits": hits}
-            for index, hits in enumerate(found)
+            {"object": "search_result", "index": index, "hits": _list_hits(result)}
+            for index, result in enumerate(found)
         ]
         return JsonResponse(_make_list(service, data, num_tokens))
 
@@ -244,6 +246,18 @@ def _make_list(service: EmbeddingService, data: list[Any], num_tokens: int) -> d
         "model": service.model_name,
         "usage": _make_usage(num_tokens),
     }
+
+
+def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
+    """Return cosine and columns of each image; its path is below the folder of the index."""
+    return [
+        {"cosine": cosine, **{name: _to_plain(value) for name, value in columns.items()}}
+        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
+    ]
+
+
+def _to_plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _make_cohere_response(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,16 @@ from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import load_images
-from ..search.tag_images import Tag, average_prompts, rank_labels
+from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.tag_labels import Label, make_labels
 from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
 from .served_encoder import ServedEncoder
+
+if TYPE_CHECKING:
+    from ..search.image_index import ImageIndex
+    from ..search.search_results import SearchResult
 
 Input: TypeAlias = str | bytes | Image.Image
 """A text, an encoded image, or an image."""
@@ -73,7 +77,7 @@ class EmbeddingService:
         encoder: The model.
         config: Limits, and how inputs are batched.
         model_name: What requests and responses call the model.
-        index: Images to search; see `search`.
+        index: Images to search, of the same model.
         on_batch: Called after each batch, in the thread that runs the model.
 
     Examples:
@@ -90,7 +94,7 @@ class EmbeddingService:
         config: ServeConfig | None = None,
         *,
         model_name: str,
-        index: Any = None,
+        index: ImageIndex | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
         self.encoder = encoder
@@ -228,13 +232,13 @@ class EmbeddingService:
 
     async def search(
         self, queries: Sequence[Input], *, top_k: int = 6, where: str | None = None
-    ) -> tuple[list[Any], int]:
+    ) -> tuple[list[SearchResult], int]:
         """Find the images of the index that fit texts and images best.
 
         Args:
             queries: Texts and images, at least one.
             top_k: Images per query.
-            where: Filter on the columns of the index, as LanceDB takes it.
+            where: Filter in SQL over the columns of the index.
 
         Returns:
             A result for each query, and the tokens of all texts.
@@ -254,7 +258,7 @@ class EmbeddingService:
             )
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return list(found), embedded.num_tokens
+        return found, embedded.num_tokens
 
     def _check(self, inputs: Sequence[Input], dimensions: int | None) -> None:
         width = self.encoder.embedding_dim
@@ -404,7 +408,7 @@ async def _all_or_none(*awaitables: Any) -> Any:
             task.cancel()
 
 
-def _open_index(index: str, model: str | Path) -> Any:
+def _open_index(index: str, model: str | Path) -> ImageIndex:
     from ..search.image_index import ImageIndex
 
     return ImageIndex.open(index, model=model)
