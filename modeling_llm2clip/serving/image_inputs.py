@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -18,7 +19,9 @@ from ..configs.serve_config import ServeConfig
 from ..data.images.image_sources import register_heif_reader
 from ..image_loading_llm2clip import load_images, read_image_header
 from .errors import RequestError
-from .url_fetching import UrlFetcher
+
+if TYPE_CHECKING:
+    from .url_fetching import UrlFetcher
 
 FORMATS = frozenset(
     ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -38,6 +41,8 @@ class ImageInputs:
         self._max_bytes = int(config.max_image_mb * 1e6)
         self._fetcher: UrlFetcher | None = None
         if config.image_urls:
+            from .url_fetching import UrlFetcher  # its packages come with the extra `serve`
+
             self._fetcher = UrlFetcher(
                 networks=config.image_networks,
                 max_bytes=self._max_bytes,
