@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = frozenset(
     ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 )  # fmt: skip
+_AT_ONCE = 8  # of one request; each may be a URL to be fetched
 _SHOWN = 40  # characters of an input in an error
 _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
@@ -39,6 +40,7 @@ class ImageInputs:
 
     def __init__(self, config: ServeConfig) -> None:
         self._max_bytes = int(config.max_image_mb * 1e6)
+        self._max_total = int(config.max_request_mb * 1e6)
         self._fetcher: UrlFetcher | None = None
         if config.image_urls:
             from .url_fetching import UrlFetcher  # its packages come with the extra `serve`
@@ -58,7 +60,18 @@ class ImageInputs:
         Raises:
             RequestError: One cannot be read or is too large.
         """
-        return list(await asyncio.gather(*map(self._read_one, images)))
+        contents: list[bytes] = []
+        for start in range(0, len(images), _AT_ONCE):
+            part = images[start : start + _AT_ONCE]
+            contents += await asyncio.gather(*map(self._read_one, part))
+            if sum(map(len, contents)) > self._max_total:
+                raise RequestError(
+                    413,
+                    f"The images of one request have more than {self._max_total / 1e6:g} MB "
+                    "(--max-request-mb). Send fewer in one request.",
+                    code="request_too_large",
+                )
+        return contents
 
     async def _read_one(self, image: str) -> bytes:
         scheme = image[:8].lower()

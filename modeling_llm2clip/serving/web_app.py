@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from .. import __version__
+from .._environment import list_versions
 from ..configs.serve_config import ServeConfig
 from . import schemas
 from .errors import RequestError
@@ -21,6 +21,7 @@ from .metrics import CONTENT_TYPE, ServerMetrics
 from .routes import JsonResponse, make_router
 from .service import EmbeddingService
 
+_PACKAGE = "modeling_llm2clip"
 _SHOWN_ERRORS = 3
 
 
@@ -40,13 +41,13 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
 
     app = _App(
         title="LLM2CLIP",
-        version=__version__,
+        version=list_versions((_PACKAGE,))[_PACKAGE],
         description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
         lifespan=close_at_end,
         default_response_class=JsonResponse,
     )
     app.include_router(make_router(service, ImageInputs(config)))
-    _add_probes(app, service, metrics)
+    _add_monitoring(app, service, metrics)
     _add_error_handlers(app)
     return app
 
@@ -63,7 +64,7 @@ def add_redirect(app: FastAPI) -> None:
         return RedirectResponse("docs")
 
 
-def _add_probes(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
+def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
     """Add what load balancers and Prometheus ask for."""
 
     @app.get(
