@@ -28,6 +28,7 @@ from .cli.library_warnings import hide_known_warnings
 from .cli.merge_store import merge_store
 from .cli.push import push
 from .cli.search import search
+from .cli.serve import serve
 from .cli.tag import tag
 from .cli.train import train
 from .scheduling.graceful_stop import StageInterrupt
@@ -35,7 +36,7 @@ from .scheduling.graceful_stop import StageInterrupt
 LINE = CommandLine(
     "llm2clip",
     [
-        index, search, tag, embed, evaluate, doctor,
+        index, search, tag, embed, serve, evaluate, doctor,
         train, build, finetune_llm, extract, merge_store, align,
         export, push, convert,
         demo, env,

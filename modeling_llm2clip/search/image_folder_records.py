@@ -10,7 +10,7 @@ from ..data.images.image_sources import find_unreadable_images
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
 from ..data.validation_errors import ErrorCollector
-from .image_index import list_images
+from .image_files import list_images
 
 
 def records_from_images(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_encoding import encode_readable_images
 from .image_files import list_images
 from .image_index import ImageIndex
+from .label_ranking import Tag, average_prompts, rank_labels
 from .model_identity import find_whole_model
 from .search_results import require_top_k
 from .tag_labels import Label
@@ -33,22 +33,6 @@ Report: TypeAlias = Callable[[str], object]
 
 _COLUMNS = ("image", "rank", "label", "cosine", "probability")
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Tag:
-    """One label of an image.
-
-    Attributes:
-        label: Name of the label.
-        cosine: Of image and label.
-        probability: Softmax of the scaled cosines over all labels, as the pipeline
-            `zero-shot-image-classification` gives it.
-    """
-
-    label: str
-    cosine: float
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -81,9 +65,7 @@ def encode_labels(
         ValueError: As `encode_texts`.
     """
     prompts = [prompt for label in labels for prompt in label.prompts]
-    embeds = encode_texts(model, processor, prompts)
-    means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
-    return F.normalize(torch.stack(means), dim=-1)
+    return average_prompts(encode_texts(model, processor, prompts), labels)
 
 
 @dataclass(frozen=True)
@@ -224,25 +206,13 @@ def tag_images(
         ValueError: A prompt is blank.
     """
     label_embeds = encode_labels(model, processor, labels)
-    scale = model.logit_scale().float().cpu()
+    scale = float(model.logit_scale())
     for paths, embeds in parts:
-        cosines = embeds @ label_embeds.T
-        probabilities = (scale * cosines).softmax(dim=-1)
-        best = cosines.topk(min(top_k, len(labels)))
-        rows = zip(
-            paths,
-            best.indices.tolist(),
-            best.values.tolist(),
-            probabilities.gather(1, best.indices).tolist(),
-            strict=True,
-        )
-        for path, numbers, scores, shares in rows:
-            tags = [
-                Tag(labels[number].name, cosine, probability)
-                for number, cosine, probability in zip(numbers, scores, shares, strict=True)
-                if threshold is None or cosine >= threshold
-            ]
-            yield TaggedImage(path, tags)
+        found = rank_labels(embeds, label_embeds, labels, scale=scale, top_k=top_k)
+        for path, tags in zip(paths, found, strict=True):
+            yield TaggedImage(
+                path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
+            )
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
