@@ -76,7 +76,7 @@ def test_every_answer_is_as_the_openapi_says(app: Any, mode: Any) -> None:
             continue  # without parameters there is nothing to get wrong
 
         @given(case=operation.as_strategy(generation_mode=mode))
-        @often(25)
+        @often(50)
         def check(case: Any) -> None:
             # A schema cannot say which strings are images, filters or names of the served model.
             response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
@@ -125,7 +125,7 @@ def damaged_images(draw: Any) -> bytes:
 
 
 @given(content=damaged_images())
-@often(3000)
+@often(4000)
 def test_any_bytes_are_an_image_or_a_refusal(content: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on odd files
@@ -146,7 +146,7 @@ def test_any_bytes_are_an_image_or_a_refusal(content: bytes) -> None:
                    max_size=5),
     seeds=st.lists(st.integers(0, 50), max_size=3),
 )  # fmt: skip
-@often(80)
+@often(150)
 def test_any_texts_and_images_get_the_models_own_embeddings(
     texts: list[str], seeds: list[int]
 ) -> None:
@@ -183,7 +183,7 @@ JSON = st.recursive(
 @given(
     body=JSON, path=st.sampled_from(["/v1/embeddings", "/v2/embed", "/v1/classify", "/v1/search"])
 )
-@often(700)
+@often(1200)
 def test_any_json_is_answered(app: Any, body: Any, path: str) -> None:
     from starlette.testclient import TestClient
 
