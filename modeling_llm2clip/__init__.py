@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
     from .configs.search_config import IndexConfig
+    from .configs.server_check_config import ServerCheckConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .data.streams.record_streams import stream_records
     from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
+    from .doctor.server_checks import check_server
     from .encoding.encode import encode_images, encode_texts
     from .evaluation.datasets.dataset_registry import load_dataset
     from .evaluation.evaluate import evaluate
@@ -72,6 +74,7 @@ _HOMES = {
     "configs.extract_config": ("ExtractConfig",),
     "configs.finetune_config": ("FinetuneConfig",),
     "configs.search_config": ("IndexConfig",),
+    "configs.server_check_config": ("ServerCheckConfig",),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),
@@ -88,6 +91,7 @@ _HOMES = {
     "data.records.splits": ("split_records",),
     "data.validation_errors": ("DataValidationError",),
     "doctor.check_model": ("check_model",),
+    "doctor.server_checks": ("check_server",),
     "encoding.encode": ("encode_images", "encode_texts"),
     "evaluation.datasets.dataset_registry": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),

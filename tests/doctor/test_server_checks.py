@@ -1,0 +1,393 @@
+"""A good endpoint passes every check; each error of a bad one is found and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from breaking import find
+from endpoints import (
+    Break,
+    Endpoint,
+    cut_suffix_off,
+    embed_first,
+    ignore_mask,
+    keep_lengths,
+    lose_prompt,
+    pool_prefix,
+    share_state,
+    sort_by_length,
+    truncate_at,
+)
+from PIL import Image
+from tiny import tiny_model
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.base_llm2clip import set_attention_direction
+from modeling_llm2clip.configs.server_check_config import ServerCheckConfig
+from modeling_llm2clip.doctor.server_checks import _PLANNED, check_server
+from modeling_llm2clip.model_folders.model_writing import save_model
+
+SCHEMAS = ("openai", "chat", "cohere", "jina")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(
+        tmp_path_factory.mktemp("served") / "model",
+        instructions={"query": "Find an image: "},
+    )
+
+
+def check(folder: Path, endpoint: Endpoint | str, **options: Any) -> Any:
+    url = endpoint if isinstance(endpoint, str) else endpoint.url
+    return check_server(folder, ServerCheckConfig(server=url, device="cpu", **options))
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_good_endpoint_passes_every_check(folder: Path, schema: Any) -> None:
+    with Endpoint(folder) as endpoint:
+        report = check(folder, endpoint, schema=schema)
+    assert report.healthy, str(report)
+    assert [one.name for one in report.checks] == [plan.name for plan in _PLANNED]
+    skipped = {one.name for one in report.checks if one.skipped}
+    assert (
+        skipped
+        == {
+            "openai": {"images", "image decoding", "batched images", "concurrent inputs"},
+            "chat": {"batched images"},
+            "cohere": {"base64", "dimensions"},
+            "jina": set(),
+        }[schema]
+    )
+    assert {body["model"] for body in endpoint.seen} == {"tiny"}  # as /v1/models calls it
+
+
+class Case(NamedTuple):
+    """A way to break an endpoint, the check that must fail, and what it must say."""
+
+    break_it: Break
+    check: str
+    says: str
+
+
+def set_pooling(endpoint: Endpoint) -> None:
+    endpoint.model.config.text_pooling = "last_token"
+
+
+def set_causal(endpoint: Endpoint) -> None:
+    set_attention_direction(endpoint.model.text_model, bidirectional=False)
+
+
+def set_dtype(dtype: torch.dtype) -> Break:
+    return lambda endpoint: endpoint.model.to(dtype)
+
+
+def leave_adapter_out(endpoint: Endpoint) -> None:
+    endpoint.model.text_adapter = torch.nn.Identity()
+
+
+def skip_instruction(endpoint: Endpoint) -> None:
+    honest = endpoint.embed_texts
+    endpoint.embed_texts = lambda texts: honest(["Find an image: " + text for text in texts])
+
+
+def lowercase(endpoint: Endpoint) -> None:
+    honest = endpoint.embed_texts
+    endpoint.embed_texts = lambda texts: honest([text.lower() for text in texts])
+
+
+def embed_blank(endpoint: Endpoint) -> None:
+    honest, endpoint.refuses_blank = endpoint.embed_texts, False
+    endpoint.embed_texts = lambda texts: honest([text.strip() or "." for text in texts])
+
+
+def set_attributes(**attributes: Any) -> Break:
+    return lambda endpoint: [setattr(endpoint, *item) for item in attributes.items()]
+
+
+def swap_channels(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content)).convert("RGBA")
+    red, green, blue, alpha = image.split()
+    return Image.merge("RGBA", (blue, green, red, alpha))
+
+
+def drop_alpha(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def spoil_first(embeds: torch.Tensor) -> torch.Tensor:
+    return torch.cat([embeds[:-1], embeds[-1:] * torch.nan])
+
+
+def refuse_long(endpoint: Endpoint) -> None:
+    def respond(handler: BaseHTTPRequestHandler) -> bool:
+        texts = endpoint.seen[-1].get("input") or [""]
+        if isinstance(texts[0], str) and len(texts[0]) > 128:
+            handler.send(400, {"detail": "too long"})  # type: ignore[attr-defined]
+            return True
+        return False
+
+    endpoint.respond = respond
+
+
+CASES = {
+    "last-token pooling": Case(set_pooling, "texts", "last-token pooling instead of the mean"),
+    "prompt lost": Case(lose_prompt, "texts", "the prompt is lost"),
+    "prefix pooled": Case(pool_prefix, "texts", "the prompt's prefix is pooled too"),
+    "causal attention": Case(set_causal, "texts", "attention is causal"),
+    "adapter left out": Case(leave_adapter_out, "texts", "the text adapter is left out"),
+    "not normalized": Case(keep_lengths, "texts", r"not normalized: lengths are .* not 1"),
+    "instruction added": Case(skip_instruction, "texts", "texts get the instruction 'query'"),
+    "lowercased": Case(lowercase, "texts", "texts are lowercased"),
+    "float16": Case(set_dtype(torch.float16), "texts", "computing in float16 .*--served-dtype"),
+    "bfloat16": Case(set_dtype(torch.bfloat16), "texts", "computing in bfloat16"),
+    "int8": Case(
+        set_attributes(finish=lambda embeds: (embeds * 127 / embeds.abs().max()).round()),
+        "texts", "the values are integers",
+    ),
+    "NaN": Case(set_attributes(finish=spoil_first), "texts", "have NaN or infinity"),
+    "zeros": Case(set_attributes(finish=torch.zeros_like), "texts", "are zero"),
+    "dimensions cut off": Case(
+        set_attributes(finish=lambda embeds: F.normalize(embeds[:, :8], dim=-1)),
+        "texts", "have 8 dimensions, the model's have 32: only the first 8 dimensions",
+    ),
+    "truncated early": Case(truncate_at(64), "mixed lengths", "truncated to 64 tokens, not to 128"),
+    "suffix cut off": Case(cut_suffix_off, "long text", "cuts off the prompt's suffix"),
+    "padding pooled": Case(
+        ignore_mask, "batched texts", "padding on the right is attended to and pooled"
+    ),
+    "rows in another order": Case(
+        sort_by_length, "batched texts", "have another input's embedding: .*cross-talk"
+    ),
+    "one row for all": Case(embed_first, "batched texts", "inputs have one embedding"),
+    "shared state": Case(share_state, "concurrent texts", "requests at once: .*cross-talk"),
+    "blank accepted": Case(
+        set_attributes(refuses_blank=False), "empty text", r"\[''\]: .* answered 500"
+    ),
+    "blank embedded": Case(
+        embed_blank, "empty text", r"\['   '\] gets an answer without an error"
+    ),
+    "base64 of float64": Case(set_attributes(base64_dtype="<f8"), "base64", "different embeddings"),
+    "base64 of big endian": Case(set_attributes(base64_dtype=">f4"), "base64", "different embeddi"),
+    "pixels not normalized": Case(
+        set_attributes(pixels=lambda pixels: pixels * 0.27 + 0.45), "images", "not normalized by m"
+    ),
+    "BGR": Case(set_attributes(decode=swap_channels), "images", "color channels are BGR"),
+    "alpha dropped": Case(
+        set_attributes(decode=drop_alpha), "image decoding", "transparency is not put on white"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_error_of_an_endpoint_is_found_and_named(name: str, folder: Path) -> None:
+    case = CASES[name]
+    with Endpoint(folder, case.break_it) as endpoint:
+        report = check(folder, endpoint, schema="jina")
+    found = find(report, case.check)
+    assert not report.healthy
+    assert (found.passed, found.skipped) == (False, False), str(report)
+    assert re.search(case.says, found.message), found.message
+    # Nothing before it fails: the error is found where it shows first.
+    names = [one.name for one in report.checks]
+    before = [one for one in report.failed if names.index(one.name) < names.index(case.check)]
+    assert not before, str(report)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_precision_that_is_meant_passes(dtype: str, folder: Path) -> None:
+    with Endpoint(folder, set_dtype(getattr(torch, dtype))) as endpoint:
+        report = check(folder, endpoint, served_dtype=dtype)
+    assert report.healthy, str(report)
+
+
+def test_rounded_values_are_a_warning(folder: Path) -> None:
+    rounded = set_attributes(finish=lambda embeds: embeds.half().float())
+    with Endpoint(folder, rounded) as endpoint:
+        report = check(folder, endpoint)
+    assert report.healthy
+    assert "rounded to float16" in find(report, "texts").message
+    assert find(report, "texts").concern
+
+
+def test_a_long_text_may_be_refused(folder: Path) -> None:
+    with Endpoint(folder, refuse_long) as endpoint:
+        report = check(folder, endpoint)
+    assert "is refused with 400" in find(report, "long text").message
+    assert report.healthy, str(report)
+
+
+def test_a_folder_that_is_not_itself_is_reported_first(folder: Path, tmp_path: Path) -> None:
+    other, processor = tiny_model(max_text_length=128)
+    with torch.no_grad():
+        other.text_projection.weight.mul_(-1)
+    changed = save_model(other, processor, tmp_path / "other")
+    golden = "golden_embeddings.safetensors"
+    (changed / golden).write_bytes((folder / golden).read_bytes())
+    with Endpoint(changed) as endpoint:
+        report = check(changed, endpoint)
+    assert report.checks[0].verdict == "FAILED"
+    assert "without --server" in report.checks[0].message
+
+
+def reply_with(status: int, content: Any, **headers: str) -> Break:
+    def respond(handler: Any) -> bool:
+        handler.send(status, content, **headers)
+        return True
+
+    return set_attributes(respond=respond)
+
+
+def stall(handler: Any) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100")
+    handler.end_headers()
+    for _ in range(20):  # no single wait is long
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.1)
+    return True
+
+
+GOOD_ROW = {"index": 0, "embedding": [0.5]}
+FAILURES = {
+    "HTML": (reply_with(200, b"<html>Hello</html>"), r"not JSON: b'<html>"),
+    "no embeddings": (reply_with(200, {"id": 1}), r"neither `data` nor `embeddings`.*\['id'\]"),
+    "a list": (reply_with(200, [1]), "neither `data` nor `embeddings`, but list"),
+    "too few": (reply_with(200, {"data": []}), "0 embeddings for 1 inputs"),
+    "no embedding": (reply_with(200, {"data": [{}]}), "has no `embedding`"),
+    "null": (reply_with(200, {"data": [{"embedding": [None]}]}), "not a list of numbers"),
+    "order": (
+        reply_with(200, {"data": [{"index": 1, "embedding": [0.5]}]}), "not in the order of the"
+    ),
+    "odd base64": (reply_with(200, {"data": [{"embedding": "AAA="}]}), "2 bytes, not 4 per"),
+    "403": (reply_with(403, b"no"), "answered 403 .*--api-key-env"),
+    "404": (reply_with(404, {"detail": "Not Found"}), "answered 404 .*'Not Found'.*--schema"),
+    "500": (reply_with(500, {"error": {"message": "out of memory"}}), "500 .*'out of memory'"),
+    "redirect": (reply_with(307, b"", Location="http://example.org/"), "redirects to 'http://exa"),
+    "overloaded": (reply_with(429, b"", Retry_After="0"), "did so 5 times"),
+    "stalled": (set_attributes(respond=stall), "no whole reply within 0.3 seconds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_endpoint_that_gives_no_embeddings_fails_with_the_reason(
+    name: str, folder: Path
+) -> None:
+    break_it, says = FAILURES[name]
+    options = {"timeout_s": 0.3} if name == "stalled" else {}
+    with Endpoint(folder, break_it) as endpoint:
+        report = check(folder, endpoint, **options)
+    connection = find(report, "connection")
+    assert connection.verdict == "FAILED"
+    assert re.search(says, connection.message), connection.message
+    assert find(report, "texts").message == "needs 'connection', which failed"
+    assert [one.name for one in report.failed] == ["connection"]
+
+
+def test_an_endpoint_that_is_nowhere_fails_with_the_reason(folder: Path) -> None:
+    with Endpoint(folder) as endpoint:
+        url = endpoint.url
+    report = check(folder, url)
+    assert re.search("cannot be reached .*refused", find(report, "connection").message)
+
+
+def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Endpoint(folder, set_attributes(api_key="secret")) as endpoint:
+        report = check(folder, endpoint)
+        connection = find(report, "connection").message
+        assert re.search("answered 401 .*'Incorrect API key provided'.*--api-key", connection)
+        monkeypatch.setenv("MY_KEY", "secret")
+        report = check(folder, endpoint, api_key_env="MY_KEY")
+    assert report.healthy, str(report)
+    assert "secret" not in str(report)
+    assert set(endpoint.keys) == {None, "Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "asked"),
+    [
+        ("openai", "", "/v1/embeddings"),
+        ("openai", "/v1/", "/v1/embeddings"),
+        ("cohere", "", "/v2/embed"),
+        ("jina", "/own/path?a=1", "/own/path?a=1"),
+    ],
+)
+def test_an_address_without_a_path_gets_that_of_the_schema(
+    schema: Any, path: str, asked: str, folder: Path
+) -> None:
+    with Endpoint(folder, set_attributes(paths=(asked,))) as endpoint:
+        report = check(folder, endpoint.url + path, schema=schema)
+    assert report.healthy, str(report)
+    assert f"{endpoint.url}{asked} embeds" in find(report, "connection").message
+
+
+def test_cohere_is_also_found_where_other_schemas_are(folder: Path) -> None:
+    with Endpoint(folder, set_attributes(paths=("/v1/embeddings",))) as endpoint:
+        report = check(folder, endpoint, schema="cohere")
+    assert "/v1/embeddings embeds" in find(report, "connection").message
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Endpoint]:
+    with Endpoint(folder) as endpoint:
+        yield endpoint
+
+
+def test_the_command_prints_the_report_and_its_exit_code(
+    folder: Path, served: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["doctor", str(folder), "--server", served.url, "--schema", "jina", "--device", "cpu"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{served.url}: healthy"
+    lose_prompt(served)
+    assert main(words) == 1
+    assert "the prompt is lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--schema", "jina"], "--schema needs --server"),
+        (["--server", "127.0.0.1:8000"], "an http or https address"),
+        (["--server", "ftp://host"], "an http or https address"),
+        (["--server", "http://"], "an http or https address"),
+        (["--server", "http://:80"], "has no host"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(
+    words: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(folder), *words, "--device", "cpu"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_without_texts_is_refused(tmp_path: Path, capsys: Any) -> None:
+    whole = export_tiny_model(tmp_path / "whole")
+    assert main(["export", str(whole), str(tmp_path / "v"), "--components", "vision"]) == 0
+    assert main(["doctor", str(tmp_path / "v"), "--server", "http://127.0.0.1:1"]) == 2
+    assert "has no text tower" in capsys.readouterr().err
+
+
+def test_the_api_error_shapes_are_read(folder: Path) -> None:
+    for body, wanted in (
+        ({"error": "plain"}, "plain"),
+        ({"detail": [{"msg": "field required"}]}, "field required"),
+        ({"message": "of cohere"}, "of cohere"),
+        (json.dumps("text").encode(), "text"),
+    ):
+        with Endpoint(folder, reply_with(422, body)) as endpoint:
+            assert wanted in find(check(folder, endpoint), "connection").message
