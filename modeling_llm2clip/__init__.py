@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
     from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
-    from .configs.search_config import IndexConfig
+    from .configs.search_config import IndexConfig, TagConfig
     from .configs.server_check_config import ServerCheckConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
@@ -73,7 +73,7 @@ _HOMES = {
     "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
     "configs.extract_config": ("ExtractConfig",),
     "configs.finetune_config": ("FinetuneConfig",),
-    "configs.search_config": ("IndexConfig",),
+    "configs.search_config": ("IndexConfig", "TagConfig"),
     "configs.server_check_config": ("ServerCheckConfig",),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
