@@ -30,6 +30,9 @@ _PIXEL_STATISTICS = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+_INTERPOLATIONS = tuple(
+    Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class TextVariants:
         Args:
             text: A text.
         """
-        ids = self.tested.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+        ids = self.tested.tokenizer(
+            text, add_special_tokens=False, truncation=False, verbose=False
+        )["input_ids"]
         return [int(i) for i in ids]
 
     def list_variants(self, texts: Sequence[str]) -> list[Variant]:
@@ -265,7 +270,7 @@ def list_image_variants(tested: ModelUnderTest) -> list[Variant]:
     variants = [
         Variant(
             "transparency is not put on white",
-            lambda images: tested.encode_images([image.convert("RGB") for image in images]),
+            lambda images: tested.encode_images([_without_alpha(image) for image in images]),
         ),
         Variant(
             "the EXIF rotation is not applied",
@@ -288,7 +293,7 @@ def list_image_variants(tested: ModelUnderTest) -> list[Variant]:
             f"images are resized by {method.name.lower()} interpolation",
             partial(_encode_resampled, tested, method),
         )
-        for method in Image.Resampling
+        for method in _INTERPOLATIONS
         if current is not None and int(current) != int(method)
     ]
 
@@ -341,6 +346,10 @@ def _encode_resampled(
     processor = copy.deepcopy(tested.processor)
     processor.image_processor.resample = method
     return _encode_batch(tested, processor(images=list(images)))
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    return image.convert("RGB") if image.mode == "RGBA" else image
 
 
 def _without_exif(image: Image.Image) -> Image.Image:

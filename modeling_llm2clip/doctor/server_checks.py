@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,6 +68,24 @@ class _Served:
                 processor=self.tested.processor,
             )
         return found
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the model puts around every text."""
+        config = self.tested.config
+        return len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+
+    def write_text(self, num_tokens: int, *, first: int = 0) -> str:
+        """Write the longest text of whole words with no more than this many tokens."""
+        tokens, known = TextVariants(self.tested), _WORDS.split()
+        first %= len(known)
+        words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
+
+        def count(num_words: int) -> int:
+            return len(tokens.list_ids(" ".join(words[:num_words])))
+
+        num_words = bisect_right(range(1, len(words) + 1), num_tokens, key=count)
+        return " ".join(words[: max(num_words, 1)])
 
     def encode(self, inputs: Sequence[Any]) -> Tensor:
         """Encode texts or images with the model itself; (N, P) float32 of unit length."""
@@ -166,10 +185,10 @@ def _check_batched_texts(served: _Served) -> str:
 
 def _check_mixed_lengths(served: _Served) -> str:
     """Texts from one token to the limit in one request, where padding and truncation show."""
-    limit = served.tested.config.max_text_length
-    words = _WORDS.split()
-    counts = sorted({1, 2, limit // 8, limit // 4, limit // 2, limit - limit // 8})
-    texts = [" ".join((words * count)[: max(count, 1)]) for count in counts]
+    room = served.tested.config.max_text_length - served.num_prompt_tokens
+    counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
+    # Each begins with another word, so that none equals another that is truncated.
+    texts = [served.write_text(count, first=number) for number, count in enumerate(counts)]
     texts = [*texts[::2], *texts[1::2], GOLDEN_TEXTS[0]]
     found = served.client.embed_texts(texts)
     distance = served.require_equal(found, texts, where="short and long texts in one request")
