@@ -196,7 +196,7 @@ def _decode(text: str) -> Image.Image:
     except (binascii.Error, ValueError):
         raise ValueError(f"An image is not base64: {text[:_SHOWN]!r}.") from None
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data))  # reads the header alone
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"An image cannot be read: {str(error)[:200]}.") from None
     return _check_image(image)
@@ -204,6 +204,8 @@ def _decode(text: str) -> Image.Image:
 
 def _check_image(image: Image.Image) -> Image.Image:
     """Refuse an image by its header, before its pixels fill the memory."""
+    if image.format not in (*FORMATS, None):  # None: made in memory
+        raise ValueError(f"An image is {image.format}; send one of {', '.join(FORMATS)}.")
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"An image has {image.width} x {image.height} pixels; send at most {MAX_PIXELS:,}."

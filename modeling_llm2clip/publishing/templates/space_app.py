@@ -113,9 +113,11 @@ def open_image(path: str) -> Image.Image:
         path: File that gradio has stored.
     """
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path)  # reads the header alone
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise gr.Error(f"{Path(path).name} cannot be read: {error}") from None
+    if image.format not in FORMATS:
+        raise gr.Error(f"{Path(path).name} is {image.format}, not one of {', '.join(FORMATS)}.")
     if image.width * image.height > MAX_PIXELS:
         raise gr.Error(f"{Path(path).name} has more than {MAX_PIXELS:,} pixels.")
     return image
