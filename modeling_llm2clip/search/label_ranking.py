@@ -1,4 +1,4 @@
-"""Zero-shot classification: embeddings of labels from those of their prompts, and the best labels."""
+"""Zero-shot classification: embeddings of labels from their prompts, and the best labels."""
 
 from __future__ import annotations
 

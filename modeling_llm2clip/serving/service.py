@@ -114,6 +114,7 @@ class EmbeddingService:
         self._threads = ThreadPoolExecutor(config.num_workers, "llm2clip-prepare")
         self._lock = threading.Lock()
         self._num_pending = 0
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -155,7 +156,8 @@ class EmbeddingService:
         return self._worker.is_alive
 
     def close(self) -> None:
-        """Finish what is queued, and end all threads."""
+        """Finish what is queued, and end all threads; may be called again."""
+        self._is_closed = True
         self._worker.close()
         self._threads.shutdown()
 
@@ -292,6 +294,8 @@ class EmbeddingService:
     @contextmanager
     def _admit(self, count: int) -> Iterator[None]:
         with self._lock:
+            if self._is_closed:
+                raise RequestError(503, "The server is stopping.", retry_after_s=1)
             if self._num_pending + count > self.config.max_queue:
                 raise RequestError(
                     429,
@@ -356,11 +360,7 @@ class EmbeddingService:
     async def _compute(
         self, modality: str, inputs: Sequence[Any], costs: Sequence[int]
     ) -> NDArray[np.float32]:
-        try:
-            future = self._worker.submit(modality, inputs, costs)
-        except RuntimeError as error:
-            raise RequestError(503, str(error), retry_after_s=1) from None
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(self._worker.submit(modality, inputs, costs))
 
     def _prepare(self, image: bytes | Image.Image) -> Any:
         if isinstance(image, Image.Image):
