@@ -6,7 +6,7 @@ import ipaddress
 import os
 import sys
 
-from .._extras import SERVE, require
+from .._extras import PAGE, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
@@ -20,7 +20,9 @@ from .extras import list_needs_of_model
         "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
     ),
 )
-def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> int:
+def serve(
+    model: str, /, *, index: str | None = None, page: bool = True, config: ServeConfig
+) -> int:
     """Serves a model over HTTP, with the embeddings API of OpenAI for texts and images.
 
     With LLM2CLIP_API_KEY in the environment, requests must bring that key. SIGTERM lets the
@@ -28,10 +30,11 @@ def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> in
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        index: Index of images that /v1/search searches. Default: none.
+        index: Index of images that /v1/search and the page search. Default: none.
+        page: Show a page at / to search and classify with.
         config: How requests are batched, and what is refused.
     """
-    require(*SERVE, *list_needs_of_model(model))
+    require(*SERVE, *([PAGE] if page else []), *list_needs_of_model(model))
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server
 
@@ -44,7 +47,10 @@ def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> in
 
         _warn_if_open(config.host, API_KEY_VARIABLE)
         service = EmbeddingService.open(model, config, index=index)
-        app = create_app(service)
+        add_page = None
+        if page:
+            from ..serving.demo_page import add_demo_page as add_page
+        app = create_app(service, page=add_page)
         run_server(app, bound, config, on_start=lambda url: _report_start(service.model_name, url))
     return 0
 

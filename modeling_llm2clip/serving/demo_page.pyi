@@ -1,0 +1,326 @@
+"""The page at `/`: search with a gallery, zero-shot classification, links to the API."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import html
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# Gradio reads these when it is imported; with analytics it would look up hosts elsewhere.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from starlette.routing import Match, Mount
+
+from ..search.search_results import SearchResult
+from .errors import RequestError
+from .service import EmbeddingService, Input
+from .thumbnails import Thumbnails
+
+_API_PREFIXES = ("/v1/", "/v2/")
+_MAX_TOP_K, _TOP_K = 48, 12
+_MAX_LABELS = 200
+_RUNNING, _WAITING = 16, 64  # requests of the page
+_CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
+_TEMPLATE = "a photo of a {}"
+_CSS = """
+footer { display: none !important; }
+#hits .caption-label { white-space: normal; }
+"""
+_API = """
+| | |
+| --- | --- |
+| [Try every route](docs) | requests and answers, with examples |
+| [OpenAPI](openapi.json) | the schema, for generated clients |
+| [Metrics](metrics) | for Prometheus |
+| [Health](health) | for load balancers |
+
+OpenAI's clients work with the address of this server and `/v1`:
+
+```python
+from openai import OpenAI
+
+client = OpenAI(base_url="http://HOST:PORT/v1", api_key="…")
+client.embeddings.create(model={model!r}, input=["two red apples"])
+```
+"""
+
+from gradio.events import Dependency
+
+class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
+    """An image that reaches the service as the file that was dropped, bit for bit.
+
+    Gradio would decode and convert it, and would fetch the address that a request may name.
+    """
+
+    def get_block_name(self) -> str:
+        """Name the part of the page that shows it."""
+        return "image"
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        """Refuse addresses; files of other places than the uploads were refused before."""
+        if re.match(r"\w+://", str(url_or_file_path or "")):
+            raise gr.Error("Addresses of images are not fetched. Drop the file.")
+        found: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
+        return found
+
+    def preprocess(self, payload: Any) -> str | None:
+        """Return the path of the upload."""
+        return None if payload is None else payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class DemoPage:
+    """What the page asks of a service, and how it shows the answers.
+
+    Args:
+        service: What answers.
+        thumbnails: Small copies of indexed images.
+    """
+
+    def __init__(self, service: EmbeddingService, thumbnails: Thumbnails) -> None:
+        self.service = service
+        self.thumbnails = thumbnails
+
+    async def search(
+        self, text: str, image: str | None, top_k: int, where: str
+    ) -> tuple[list[tuple[str, str]], str]:
+        """Find images by a text, an image, or both by the mean of their embeddings.
+
+        Args:
+            text: What to look for; may be blank.
+            image: Uploaded file.
+            top_k: How many images.
+            where: Filter in SQL; blank for none.
+
+        Returns:
+            File of a small copy and caption of each hit, best first; and a line on them.
+
+        Raises:
+            gr.Error: There is nothing to look for, or the service refuses it.
+        """
+        queries: list[Input] = [text] if text.strip() else []
+        if image is not None:
+            queries.append(Path(image).read_bytes())
+        if not queries:
+            raise _show("Write what to look for, or drop an image.")
+        top_k, condition = min(max(int(top_k), 1), _MAX_TOP_K), where.strip() or None
+        try:
+            if len(queries) == 1:
+                (result,), _ = await self.service.search(queries, top_k=top_k, where=condition)
+            else:
+                result = await self._search_combined(queries, top_k=top_k, where=condition)
+        except (RequestError, ValueError) as error:
+            raise _show(str(error)) from error
+        return await asyncio.to_thread(self._list_hits, result)
+
+    async def _search_combined(
+        self, queries: Sequence[Input], *, top_k: int, where: str | None
+    ) -> SearchResult:
+        embeds = (await self.service.embed(queries)).embeds
+        mean = np.mean(embeds, axis=0, keepdims=True)
+        assert self.service.index is not None
+        found = await asyncio.to_thread(self.service.index.search, mean, top_k=top_k, where=where)
+        return found[0]
+
+    def _list_hits(self, result: SearchResult) -> tuple[list[tuple[str, str]], str]:
+        shown, num_gone = [], 0
+        ranked = zip(result.hits, result.columns, strict=True)
+        for rank, ((path, cosine), columns) in enumerate(ranked, start=1):
+            file = self.thumbnails.find(path, columns["sha256"])
+            if file is None:
+                num_gone += 1
+            else:
+                shown.append((str(file), f"{rank}. {cosine:.3f}  {columns['path']}"))
+        assert self.service.index is not None
+        note = f"{len(result.hits)} of {len(self.service.index):,} images, the best first."
+        if num_gone:
+            note += f" {num_gone} cannot be shown: moved or changed since they were indexed."
+        return shown, note
+
+    async def classify(self, image: str | None, labels: str, template: str) -> dict[str, float]:
+        """Compare an image with the prompts of all labels.
+
+        Args:
+            image: Uploaded file.
+            labels: Labels, with commas or line breaks between them.
+            template: Prompt with `{}` for the label.
+
+        Returns:
+            Label → share; the shares add up to 1.
+
+        Raises:
+            gr.Error: There is no image or label, or the service refuses one.
+        """
+        if image is None:
+            raise _show("Drop an image first.")
+        names = [name for name in re.split(r"[,\n]", labels) if name.strip()]
+        if not 0 < len(names) <= _MAX_LABELS:
+            raise _show(f"Give 1 to {_MAX_LABELS} labels, with commas between them.")
+        try:
+            found = await self.service.classify(
+                [Path(image).read_bytes()],
+                [name.strip() for name in names],
+                templates=[template.strip() or "{}"],
+            )
+        except (RequestError, ValueError) as error:
+            raise _show(str(error)) from error
+        return {tag.label: tag.probability for tag in found.tags[0]}
+
+def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
+    """Add the page to an application, at `/`.
+
+    Args:
+        app: The application; its routes go before those of the page.
+        service: What answers.
+    """
+    folder = _make_upload_folder()
+    thumbnails = folder / "thumbnails"
+    thumbnails.mkdir(exist_ok=True)
+    page = _build_page(DemoPage(service, Thumbnails(thumbnails)))
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=_CSS,
+        footer_links=[],
+        max_file_size=int(service.config.max_image_mb * 1e6),
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+    )
+    mounted = app.router.routes.pop()
+    assert isinstance(mounted, Mount)
+    app.router.routes.append(_PageMount("/", app=mounted.app))
+
+class _PageMount(Mount):
+    """Takes what no route before it takes, but for the API: its errors are the application's."""
+
+    def matches(self, scope: Any) -> tuple[Match, Any]:
+        """Match every path outside of the API."""
+        if scope.get("path", "").startswith(_API_PREFIXES):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+@cache
+def _make_upload_folder() -> Path:
+    """Make a folder that nobody else reads, for uploads and small copies; gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+def _show(message: str) -> gr.Error:
+    """Return an error that stays on the page until it is closed; the page reads it as HTML."""
+    return gr.Error(html.escape(message), duration=None, print_exception=False)
+
+def _build_page(page: DemoPage) -> gr.Blocks:
+    service = page.service
+    blocks = gr.Blocks(title="LLM2CLIP", delete_cache=(_CLEANED_EVERY_S, _KEPT_S))
+    with blocks:
+        gr.Markdown(f"# LLM2CLIP\n{_escape(service.model_name)}")
+        if service.index is not None:
+            with gr.Tab("Search", id="search"):
+                _add_search(page)
+        if service.encoder.logit_scale is not None:
+            with gr.Tab("Classify", id="classify"):
+                _add_classification(page)
+        with gr.Tab("API", id="api"):
+            if service.index is None:
+                gr.Markdown("To search images here, start the server with `--index DB`.")
+            gr.Markdown(_API.replace("{model!r}", repr(service.model_name)))
+    blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
+    return blocks
+
+def _add_search(page: DemoPage) -> None:
+    index = page.service.index
+    assert index is not None
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            text = gr.Textbox(
+                label="What to look for", placeholder="two red apples", elem_id="query"
+            )
+            image = _ImageFile(
+                label="An image like it",
+                type="filepath",
+                sources=["upload", "clipboard"],
+                height=220,
+                elem_id="query-image",
+            )
+            with gr.Accordion("More", open=False):
+                top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
+                where = gr.Textbox(
+                    label="Filter",
+                    placeholder="width > 1000 AND path LIKE '2024/%'",
+                    info=f"SQL over {', '.join(index.columns)}",
+                    elem_id="filter",
+                )
+            button = gr.Button("Search", variant="primary", elem_id="search-button")
+        with gr.Column(scale=3, min_width=280):
+            hits = gr.Gallery(
+                label="Best first",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                interactive=False,
+                buttons=[],
+                elem_id="hits",
+            )
+            note = gr.Markdown(f"{len(index):,} images", elem_id="hits-note")
+    gr.on(
+        [button.click, text.submit, image.upload],
+        page.search,
+        [text, image, top_k, where],
+        [hits, note],
+        api_name=False,
+    )
+
+def _add_classification(page: DemoPage) -> None:
+    with gr.Row():
+        with gr.Column(min_width=280):
+            image = _ImageFile(
+                label="Image",
+                type="filepath",
+                sources=["upload", "clipboard"],
+                height=280,
+                elem_id="image",
+            )
+            labels = gr.Textbox(
+                "cat, dog, bird, person, car, building, food, plant",
+                label="Labels",
+                info="With commas between them",
+                lines=2,
+                elem_id="labels",
+            )
+            template = gr.Textbox(
+                _TEMPLATE, label="Prompt", info="{} is the label", elem_id="template"
+            )
+            button = gr.Button("Classify", variant="primary", elem_id="classify-button")
+        with gr.Column(min_width=280):
+            scores = gr.Label(label="Labels", num_top_classes=20, elem_id="scores")
+    gr.on(
+        [button.click, labels.submit, template.submit, image.upload],
+        page.classify,
+        [image, labels, template],
+        scores,
+        api_name=False,
+    )
+
+def _escape(text: str) -> str:
+    """Escape what Markdown reads as marks."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)
