@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,12 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
     """An image that reaches the service as the file that was dropped, bit for bit.
 
-    Gradio would decode and convert it, and would fetch the address that a request may name.
+    Gradio would decode and convert it.
     """
 
     def get_block_name(self) -> str:
         """Name the part of the page that shows it."""
         return "image"
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        """Refuse addresses; files of other places than the uploads were refused before."""
-        if re.match(r"\w+://", str(url_or_file_path or "")):
-            raise gr.Error("Addresses of images are not fetched. Drop the file.")
-        found: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
-        return found
 
     def preprocess(self, payload: Any) -> str | None:
         """Return the path of the upload."""
@@ -248,6 +241,7 @@ def _build_page(page: DemoPage) -> gr.Blocks:
             if service.index is None:
                 gr.Markdown("To search images here, start the server with `--index DB`.")
             gr.Markdown(_API.replace("{model!r}", repr(service.model_name)))
+    _take_uploads_alone(blocks)
     blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
     return blocks
 
@@ -325,6 +319,28 @@ def _add_classification(page: DemoPage) -> None:
         scores,
         api_name=False,
     )
+
+
+def _take_uploads_alone(blocks: gr.Blocks) -> None:
+    """Let requests name no other files than their uploads, and no addresses.
+
+    Where an application is mounted and not launched, Gradio copies any file of the machine that a
+    request names, or fetches the address, into the folder that it serves, whatever the component.
+    """
+    for block in blocks.blocks.values():
+        block.async_move_resource_to_block_cache = partial(_take_upload, block)
+        block.move_resource_to_block_cache = None  # what examples alone use
+
+
+async def _take_upload(block: Any, path: str | Path | None) -> str | None:
+    """Return the path of a file in the folder of uploads and small copies."""
+    if path is None:
+        return None
+    file = Path(path).resolve()
+    if not (file.is_relative_to(Path(block.GRADIO_CACHE).resolve()) and file.is_file()):
+        raise _show("This is not an upload. Drop the file; paths and addresses are not read.")
+    block.temp_files.add(str(file))
+    return str(file)
 
 
 def _escape(text: str) -> str:

@@ -55,8 +55,6 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 ```
 """
 
-from gradio.events import Dependency
-
 class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
     """An image that reaches the service as the file that was dropped, bit for bit.
 
@@ -79,6 +77,7 @@ class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
         return None if payload is None else payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
