@@ -25,7 +25,7 @@ _NOTE = "The number under an image is its cosine with the query."
     group="Use",
     examples=(
         'llm2clip search my-index "a dog in the snow" --output found',
-        "llm2clip search my-index --image dog.jpg --where \"taken >= '2024-01-01'\" --format json",
+        "llm2clip search my-index --image dog.jpg --where \"taken > date '2024-01-01'\" --top-k 9",
         'llm2clip search my-index "at night" --image bridge.jpg --combine',
     ),
 )
@@ -68,6 +68,7 @@ def search(
         from ..model_folders.atomic_folder import require_new_folder
 
         require_new_folder(output)
+    # Imports no torch, so that what is wrong with database and filter is reported at once.
     index = _open(db, model=model, image_dir=image_dir, where=where, device=config.device)
     parts = [*queries, *image]
     _check_queries(queries, image)  # before the model is loaded

@@ -69,10 +69,11 @@ def train_ann(
     report(f"Training an approximate index of {num_rows:,} images …")
     started = time.monotonic()
     database.build_ann(num_partitions)
-    seconds = time.monotonic() - started
+    seconds = round(time.monotonic() - started, 1)
     untuned = AnnIndex(
         num_rows=num_rows, num_partitions=num_partitions, nprobes=1, refine_factor=1,
-        recall_at_10=0, num_queries=len(queries), query_ms=0, exact_query_ms=0, is_used=True,
+        recall_at_10=0, num_queries=len(queries), query_ms=0, exact_query_ms=0,
+        build_s=seconds, is_used=True,
     )  # fmt: skip
     ann = tune_ann(database, untuned, queries, min_recall=min_recall)
     finds_enough, is_faster = ann.recall_at_10 >= min_recall, ann.query_ms < ann.exact_query_ms

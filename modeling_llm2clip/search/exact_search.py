@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Embeddings are float32; between two ways to add up a cosine lies less than this.
+# Of float32: two ways to add up a cosine differ by less.
 _ROUNDING = 1e-5
 
 

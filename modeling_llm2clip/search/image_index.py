@@ -15,7 +15,6 @@ from PIL import Image
 
 from ..configs.search_config import IndexConfig
 from .index_database import COLUMNS, About, IndexDatabase
-from .model_identity import find_whole_model, name_model, require_same_model
 from .query_encoding import (
     NamedQuery,
     Part,
@@ -44,7 +43,7 @@ class ImageIndex:
     Args:
         database: The open database.
         image_dir: Folder of the images.
-        encoder: Encodes queries; None for a model that is looked for when the first query needs it.
+        encoder: Encodes queries; by default the model is found when the first query needs it.
         device: Where the model runs.
 
     Examples:
@@ -293,6 +292,9 @@ class ImageIndex:
 
 
 def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:
+    # Not above: it imports torch, which an index is opened without.
+    from .model_identity import find_whole_model, name_model, require_same_model
+
     about = database.about
     try:
         folder = find_whole_model(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from ..configs.search_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.records.record_loading import find_example_data, load_records
+from ..data.records.record_loading import find_example_data
 from ..encoding.devices import find_device
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_files import list_images
@@ -63,7 +64,11 @@ def build_index(
     database = _open(model, folder, image_dir, location)
     encoder = QueryEncoder(folder, config.device)
     with database.writing():
-        counts = update_images(database, image_dir, files.readable, encoder, config=config)
+        try:
+            counts = update_images(database, image_dir, files.readable, encoder, config=config)
+        except KeyboardInterrupt:
+            (report or _warn)(f"What was encoded is in {location}; the same call continues there.")
+            raise
         (report or _ignore)(str(counts))
         if counts.errors:
             (report or _warn)(counts.describe_errors())
@@ -139,9 +144,11 @@ def choose_texts(count: int) -> list[str]:
     Returns:
         The same ones at each call.
     """
-    folder = find_example_data()
-    records = [r for name in ("photographs", "emoji") for r in load_records(folder / name)]
-    captions = {r.captions[0] for r in records if r.captions and r.lang in (None, "en")}
+    captions: set[str] = set()
+    for name in ("photographs", "emoji"):
+        file = find_example_data() / name / "captions.jsonl"
+        lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        captions |= {line["captions"][0] for line in lines if line["lang"] == "en"}
     return random.Random(0).sample(sorted(captions), count)
 
 

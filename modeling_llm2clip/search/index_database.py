@@ -73,6 +73,7 @@ class AnnIndex:
         num_queries: Texts that it was measured with.
         query_ms: Median milliseconds of a query.
         exact_query_ms: The same without the index.
+        build_s: Seconds that training took.
         is_used: Whether searches use it: it finds enough, and is faster than no index.
     """
 
@@ -84,6 +85,7 @@ class AnnIndex:
     num_queries: int
     query_ms: float
     exact_query_ms: float
+    build_s: float
     is_used: bool
 
 
@@ -169,7 +171,7 @@ class IndexDatabase:
         about = found or describe()
         with explained(location, "written"):
             if found is None:
-                _write_about(connection, about)
+                _write_about(connection, about, mode="create")
             if _IMAGES not in _list_tables(connection):
                 connection.create_table(_IMAGES, schema=_make_schema(about.width))
         return cls(location, connection, about)
@@ -198,7 +200,7 @@ class IndexDatabase:
             about: What it is of now.
         """
         with explained(self.location, "written"):
-            _write_about(self._connection, about)
+            _write_about(self._connection, about, mode="overwrite")
         self.about = about
 
     def count(self, where: str | None = None) -> int:
@@ -218,7 +220,7 @@ class IndexDatabase:
         except _ERRORS as error:
             raise ValueError(
                 f"where={where!r} cannot be used: {_shorten(error)}. The columns are "
-                f"{', '.join(COLUMNS)}; write texts and times in single quotes."
+                f"{', '.join(COLUMNS)}; write texts as 'this', times as date '2024-01-31'."
             ) from error
 
     def read(self, columns: Sequence[str]) -> pa.Table:
@@ -273,8 +275,8 @@ class IndexDatabase:
         """
         schema = _make_schema(self.about.width)
         flat = pa.array(embeddings.astype(np.float32).ravel())
-        vectors = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
-        table = pa.table({**rows, "embedding": vectors}, schema=schema)
+        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+        table = pa.table({**rows, "embedding": lists}, schema=schema)
         with explained(self.location, "written"):
             merge = self._table.merge_insert("path").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(table)
@@ -405,14 +407,14 @@ def _list_tables(connection: Any) -> list[str]:
 
 def _make_schema(width: int) -> pa.Schema:
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
-    vector = pa.list_(pa.float32(), width)
-    return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", vector)])
+    embedding = pa.list_(pa.float32(), width)
+    return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", embedding)])
 
 
-def _write_about(connection: Any, about: About) -> None:
+def _write_about(connection: Any, about: About, *, mode: str) -> None:
     content = json.dumps(dataclasses.asdict(about))
     rows = pa.table({"format_version": [FORMAT_VERSION], "content": [content]})
-    connection.create_table(_ABOUT, data=rows, mode="overwrite")
+    connection.create_table(_ABOUT, data=rows, mode=mode)
 
 
 def _read_about(location: str, connection: Any) -> About | None:

@@ -109,23 +109,29 @@ class _Update:
         self._config = config
         self._known = _read_known(database)
         self._digests = {file.sha256 for file in self._known.values()}
+        self._stats: dict[str, os.stat_result] = {}
         self.counts = UpdateCounts()
 
     def run(self, paths: Sequence[Path]) -> UpdateCounts:
         named = self._name(paths)
-        stats = {path: describe_stat(path) for path in named.values()}
+        # Before a file is read, so that one that is written meanwhile is noticed.
+        self._stats = self._read_stats(named)
         waiting = [
             (name, path)
             for name, path in named.items()
-            if name not in self._known or self._known[name].stat != stats[path]
+            if name in self._stats
+            and (
+                name not in self._known
+                or self._known[name].stat != describe_stat(self._stats[name])
+            )
         ]
-        self.counts.unchanged = len(named) - len(waiting)
+        self.counts.unchanged = len(self._stats) - len(waiting)
         with tqdm(
             total=len(waiting), unit=" images", disable=not (self._config.show_progress and waiting)
         ) as progress:
             for start in range(0, len(waiting), _COMMITTED_AT_ONCE):
                 part = dict(waiting[start : start + _COMMITTED_AT_ONCE])
-                self._write_part(part, stats, progress)
+                self._write_part(part, progress)
         if len(self.counts.errors) == len(paths):
             raise ValueError(self.counts.describe_errors())
         unreadable = {self._relative(path) for path in self.counts.errors}
@@ -136,12 +142,10 @@ class _Update:
             self._database.optimize()
         return self.counts
 
-    def _write_part(
-        self, part: dict[str, Path], stats: dict[Path, str], progress: tqdm[Any]
-    ) -> None:
+    def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
         digests = self._hash(part)
         same = {
-            name: stats[part[name]]
+            name: describe_stat(self._stats[name])
             for name, digest in digests.items()
             if name in self._known and self._known[name].sha256 == digest
         }
@@ -150,20 +154,26 @@ class _Update:
             self.counts.unchanged += len(same)
         names = [name for name in digests if name not in same]
         found = self._find_or_encode({name: digests[name] for name in names}, part, progress)
-        written = [name for name in names if digests[name] in found]
+        self._refuse_written(part)
+        written = [
+            name
+            for name in names
+            if digests[name] in found and part[name] not in self.counts.errors
+        ]
         if not written:
             return
         facts = [found[digests[name]] for name in written]
+        stats = [self._stats[name] for name in written]
         self._database.write(
             {
                 "path": written,
                 "sha256": [digests[name] for name in written],
-                "bytes": [part[name].stat().st_size for name in written],
-                "modified": [_find_time_modified(part[name]) for name in written],
+                "bytes": [stat.st_size for stat in stats],
+                "modified": [datetime.fromtimestamp(s.st_mtime, timezone.utc) for s in stats],
                 "width": [fact.width for fact, _ in facts],
                 "height": [fact.height for fact, _ in facts],
                 "taken": [fact.taken for fact, _ in facts],
-                "stat": [stats[part[name]] for name in written],
+                "stat": [describe_stat(stat) for stat in stats],
             },
             np.stack([embedding for _, embedding in facts]),
         )
@@ -195,9 +205,22 @@ class _Update:
         broken = {new[path]: error for path, error in encoded.errors.items()}
         for name, digest in digests.items():  # every copy of it
             if digest in broken:
-                self.counts.errors[part[name]] = broken[digest]
+                error = broken[digest].replace(str(first[digest]), str(part[name]), 1)
+                self.counts.errors[part[name]] = error
         rows = zip(encoded.paths, encoded.facts, encoded.embeds.numpy(), strict=True)
         return {**found, **{new[path]: (facts, row) for path, facts, row in rows}}
+
+    def _refuse_written(self, part: dict[str, Path]) -> None:
+        """Make errors of files whose digest and embedding may be of different contents."""
+        for path in part.values():
+            if path not in self.counts.errors and self._has_been_written(path):
+                self.counts.errors[path] = f"{path}: was written while it was read. Index again."
+
+    def _has_been_written(self, path: Path) -> bool:
+        try:
+            return describe_stat(path.stat()) != describe_stat(self._stats[self._relative(path)])
+        except OSError:  # it is gone
+            return True
 
     def _hash(self, part: dict[str, Path]) -> dict[str, str]:
         """Hash files in threads; one that cannot be read becomes an error."""
@@ -210,6 +233,16 @@ class _Update:
             else:
                 digests[name] = digest
         return digests
+
+    def _read_stats(self, named: dict[str, Path]) -> dict[str, os.stat_result]:
+        """Read size and times of files; one that is gone or closed to us becomes an error."""
+        stats = {}
+        for name, path in named.items():
+            try:
+                stats[name] = path.stat()
+            except OSError as error:
+                self.counts.errors[path] = f"{path}: cannot be read ({error.strerror})."
+        return stats
 
     def _name(self, paths: Sequence[Path]) -> dict[str, Path]:
         """Name each file by its path below the folder, which has to be Unicode."""
@@ -234,24 +267,13 @@ def _read_known(database: IndexDatabase) -> dict[str, _KnownFile]:
     return {path: _KnownFile(stat, sha256) for path, stat, sha256 in zip(*columns, strict=True)}
 
 
-def describe_stat(path: Path) -> str:
+def describe_stat(stat: os.stat_result) -> str:
     """Describe a file by what changes whenever it is written: size and times.
 
     Args:
-        path: The file.
-
-    Returns:
-        A short text; one that no other file has, where it cannot be read.
+        stat: What the file system says of it.
     """
-    try:
-        found = path.stat()
-    except OSError as error:
-        return f"unreadable: {error}"
-    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-
-
-def _find_time_modified(path: Path) -> datetime:
-    return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
 def _try_to_hash(path: Path) -> tuple[str, str]:

@@ -41,7 +41,7 @@ def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
         queries: Sentences, paths and PIL images; a list among them is one query of several parts.
 
     Raises:
-        ValueError: There is none, or one is something else.
+        ValueError: There are no queries, or one is something else.
     """
     if not queries:
         raise ValueError("There is nothing to search for. Give a sentence or an image.")

@@ -175,7 +175,7 @@ def _read_index(
         report=report,
     )  # fmt: skip
     for paths, embeds in index.iterate_embeddings():
-        yield paths, torch.from_numpy(embeds)
+        yield paths, torch.tensor(embeds)
 
 
 @torch.inference_mode()

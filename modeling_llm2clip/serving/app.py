@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import groupby
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,8 +26,6 @@ from .service import EmbeddingService
 
 API_KEY_VARIABLE = "LLM2CLIP_API_KEY"
 _SHOWN_ERRORS = 3
-_FORMS = frozenset(("input", "messages", "texts", "images", "inputs"))
-_CHECKED_AS = frozenset(("constrained-str", "string", "str"))
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +59,7 @@ def create_app(
         yield
         service.close()
 
-    app = FastAPI(
+    app = _App(
         title="LLM2CLIP",
         version=__version__,
         description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
@@ -70,7 +69,6 @@ def create_app(
     app.include_router(make_router(service, ImageInputs(config)))
     _add_probes(app, service, metrics)
     _add_error_handlers(app)
-    _leave_out_unused_errors(app)
     if page is not None:
         page(app, service)
     else:
@@ -137,7 +135,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         return respond(error)
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_invalid(_: Request, error: RequestValidationError) -> Response:
+    async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
+        if "json" not in request.headers.get("content-type", ""):
+            return respond(
+                RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
+            )
         found = error.errors()
         described = "; ".join(map(_describe, found[:_SHOWN_ERRORS]))
         more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
@@ -167,20 +169,21 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def _name_field(error: dict[str, Any]) -> str:
-    """Return the path of a field, without the names of what it was checked as."""
-    place = [part for part in error["loc"] if part != "body"]
-    # A form of a request is named after the field that chose it.
-    if len(place) > 1 and place[0] in _FORMS and isinstance(place[1], str):
-        place = place[1:]
-    shown = [str(p) for p in place if isinstance(p, int) or (p[0].islower() and "[" not in p)]
-    return ".".join(part for part in shown if part not in _CHECKED_AS)
+    """Return the path of a field, without `body` and the tags of what it was checked as."""
+    place = [str(part) for part in error["loc"] if part != "body"]
+    place = [part for part in place if not part.startswith("[")]
+    return ".".join(name for name, _ in groupby(place))
 
 
-def _leave_out_unused_errors(app: FastAPI) -> None:
-    """Take status 422 out of the OpenAPI: what is not valid gets 400, as at OpenAI."""
-    schema = app.openapi()
-    for path in schema["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        schema["components"]["schemas"].pop(name, None)
+class _App(FastAPI):
+    """Leaves status 422 out of its OpenAPI: what is not valid gets 400, as at OpenAI."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the description of all routes."""
+        schema = super().openapi()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 MOST_INPUTS = 2048
 """Maximum texts and images per request, as OpenAI's."""
@@ -49,16 +49,21 @@ class ImageInput(_Strict):
 
 
 def _tag_item(item: Any) -> str:
-    if isinstance(item, str | TextInput | ImageInput):
-        return {str: "string", TextInput: "text", ImageInput: "image"}[type(item)]
-    given = [key for key in ("text", "image") if isinstance(item, dict) and key in item]
-    return given[0] if len(given) == 1 else ""
+    for name, kind in (("text", TextInput), ("image", ImageInput)):
+        if isinstance(item, kind) or (isinstance(item, dict) and [*item] == [name]):
+            return f"[{name}]"
+    return "[string]" if isinstance(item, str) else ""
 
 
+def _tag_list(value: Any) -> str:
+    return "[many]" if isinstance(value, list) else "[one]"
+
+
+# Tags are in brackets, so that they can be left out where an error names a field.
 Item: TypeAlias = Annotated[
-    Annotated[Text, Tag("string")]
-    | Annotated[TextInput, Tag("text")]
-    | Annotated[ImageInput, Tag("image")],
+    Annotated[Text, Tag("[string]")]
+    | Annotated[TextInput, Tag("[text]")]
+    | Annotated[ImageInput, Tag("[image]")],
     Discriminator(
         _tag_item,
         custom_error_type="item",
@@ -97,7 +102,9 @@ class Message(_Strict):
     """A chat message."""
 
     role: str
-    content: Text | Parts
+    content: Annotated[
+        Annotated[Text, Tag("[one]")] | Annotated[Parts, Tag("[many]")], Discriminator(_tag_list)
+    ]
 
 
 class Content(_Strict):
@@ -145,23 +152,27 @@ class _HasInputs(_Strict):
 class InputRequest(_OpenAIOptions):
     """OpenAI's request; objects in `input` are texts or images."""
 
-    input: Text | TextInput | ImageInput | Items
+    input: Annotated[
+        Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")], Discriminator(_tag_list)
+    ]
+
+
+def _require_one(messages: list[Message]) -> list[Message]:
+    count = sum(1 if isinstance(m.content, str) else len(m.content) for m in messages)
+    if count != 1:
+        raise ValueError(
+            f"a conversation gives one embedding, of one text or one image; got {count}. Send "
+            "several in `input`, or a request for each."
+        )
+    return messages
 
 
 class MessagesRequest(_OpenAIOptions):
-    """vLLM's request: a conversation gives one embedding."""
+    """vLLM's request: a conversation gives one embedding, of one text or one image."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_INPUTS)]
-
-    @model_validator(mode="after")
-    def _require_one(self) -> MessagesRequest:
-        count = sum(1 if isinstance(m.content, str) else len(m.content) for m in self.messages)
-        if count != 1:
-            raise ValueError(
-                f"a conversation gives one embedding, of one text or one image; got {count}. Send "
-                "several in `input`, or one request for each."
-            )
-        return self
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_INPUTS), AfterValidator(_require_one)
+    ]
 
 
 class TextsRequest(_OpenAIOptions, _HasTexts):
@@ -196,7 +207,7 @@ def _one_of(*names: str) -> Discriminator:
             body.__contains__ if isinstance(body, dict) else lambda name: hasattr(body, name)
         )
         given = [name for name in names if has(name)]
-        return given[0] if len(given) == 1 else ""
+        return f"[{given[0]}]" if len(given) == 1 else ""
 
     return Discriminator(
         find,
@@ -206,17 +217,17 @@ def _one_of(*names: str) -> Discriminator:
 
 
 EmbeddingRequest: TypeAlias = Annotated[
-    Annotated[InputRequest, Tag("input")]
-    | Annotated[MessagesRequest, Tag("messages")]
-    | Annotated[TextsRequest, Tag("texts")]
-    | Annotated[ImagesRequest, Tag("images")]
-    | Annotated[InputsRequest, Tag("inputs")],
+    Annotated[InputRequest, Tag("[input]")]
+    | Annotated[MessagesRequest, Tag("[messages]")]
+    | Annotated[TextsRequest, Tag("[texts]")]
+    | Annotated[ImagesRequest, Tag("[images]")]
+    | Annotated[InputsRequest, Tag("[inputs]")],
     _one_of("input", "messages", "texts", "images", "inputs"),
 ]
 CohereRequest: TypeAlias = Annotated[
-    Annotated[CohereTextsRequest, Tag("texts")]
-    | Annotated[CohereImagesRequest, Tag("images")]
-    | Annotated[CohereInputsRequest, Tag("inputs")],
+    Annotated[CohereTextsRequest, Tag("[texts]")]
+    | Annotated[CohereImagesRequest, Tag("[images]")]
+    | Annotated[CohereInputsRequest, Tag("[inputs]")],
     _one_of("texts", "images", "inputs"),
 ]
 

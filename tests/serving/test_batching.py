@@ -115,7 +115,7 @@ def test_a_cancelled_request_is_dropped() -> None:
 
 
 def test_a_model_that_returns_too_few_rows_is_an_error() -> None:
-    worker = BatchWorker([Lane("text", lambda inputs: np.ones((1, 1), np.float32), 4)])
+    worker = BatchWorker([Lane("text", lambda _: np.ones((1, 1), np.float32), 4)])
     with pytest.raises(RuntimeError, match="1 embeddings came of 2"):
         submit(worker, 1, 2).result(10)
     worker.close()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from serving import to_data_url, to_png
+from served_apps import to_data_url, to_png
 from tiny import draw_noise
 
 from modeling_llm2clip.configs.serve_config import ServeConfig

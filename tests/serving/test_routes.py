@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from serving import MIXED_TEXTS, MODEL_NAME, from_base64, run_service, to_data_url, to_png
+from served_apps import MIXED_TEXTS, MODEL_NAME, from_base64, run_service, to_data_url, to_png
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images
 
@@ -189,6 +189,14 @@ def test_rubbish_is_refused(url: str, body: bytes) -> None:
     status, answer, _ = send(f"{url}/v1/embeddings", body)
     assert status == 400
     assert answer["error"]["message"]
+
+
+def test_a_body_that_is_not_said_to_be_json_is_refused(url: str) -> None:
+    status, answer, _ = send(
+        f"{url}/v1/embeddings", {"input": "a"}, **{"Content-Type": "text/plain"}
+    )
+    assert status == 400
+    assert "Content-Type: application/json" in answer["error"]["message"]
 
 
 def test_unknown_routes_and_methods_have_the_same_shape(url: str) -> None:

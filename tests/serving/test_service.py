@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import MIXED_TEXTS, open_service, to_png
+from served_apps import MIXED_TEXTS, open_service, to_png
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
 
@@ -234,11 +234,11 @@ def test_labels_that_mean_nothing_are_refused(
 def test_a_model_with_one_tower_serves_that_one(tmp_path: Any) -> None:
     from modeling_llm2clip.configs.export_config import ExportConfig
     from modeling_llm2clip.model_folders.model_loading import load_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
     from modeling_llm2clip.publishing.export_model import export_model
 
-    model, processor = tiny_model()
-    config = ExportConfig(components="text")
-    folder = export_model((model, processor), tmp_path / "text", config)
+    whole = save_model(*tiny_model(), tmp_path / "whole")
+    folder = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
     with open_service(ModelEncoder(*load_model(folder, device="cpu"))) as service:
         found = run(service.embed(["a dog"]))
         with pytest.raises(RequestError, match="no image tower"):

@@ -80,7 +80,7 @@ def refuse(url: str, **limits: Any) -> RequestError:
 def answer_with(*addresses: str) -> Callable[..., Any]:
     """A look-up that gives these addresses for any name."""
 
-    async def look_up(_: Any, host: str, port: int, **__: Any) -> Any:
+    async def look_up(_: Any, __: str, port: int, **___: Any) -> Any:
         return [
             (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "",
              (address, port))
@@ -135,9 +135,9 @@ def test_the_connection_goes_to_the_address_that_was_checked(
     hosts: list[str] = []
     look_up = answer_with("127.0.0.1")
 
-    async def note(loop: Any, host: Any, port: Any, **options: Any) -> Any:
+    async def note(loop: Any, host: Any, port: Any, **_: Any) -> Any:
         hosts.append(host)
-        return await look_up(loop, "127.0.0.1", port)
+        return await look_up(loop, host, port)
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", note)
     url = f"http://images.example:{web.server_port}/image"
