@@ -74,6 +74,11 @@ class EndpointClient:
         address = urlsplit(config.server or "")
         if not address.hostname:
             raise ValueError(f"server={config.server!r} has no host. Give http://HOST:PORT.")
+        if address.username is not None:
+            raise ValueError(
+                f"The address of {address.hostname} has a name or password. Give the key in the "
+                f"environment variable {config.api_key_env}."
+            )
         self.base = f"{address.scheme}://{address.netloc}"
         path = address.path.rstrip("/")
         is_base = path in ("", "/v1", "/v2")
@@ -208,7 +213,7 @@ class EndpointClient:
     def _load(content: bytes) -> Any:
         try:
             return json.loads(content)
-        except ValueError:  # of JSON, or of the encoding
+        except (ValueError, RecursionError):  # of JSON, of the encoding, or of its depth
             raise EndpointError(
                 f"The reply is not JSON: {content[:_SHOWN]!r}. Give the address of an endpoint for "
                 "embeddings."
@@ -318,7 +323,12 @@ def _check(row: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     )
     if not is_number or not row:
         raise EndpointError(f"An embedding is not a list of numbers: {str(row)[:_SHOWN]}.")
-    return np.asarray(row, dtype=np.float64).astype(np.float32)
+    try:
+        values = np.asarray(row, dtype=np.float64)
+    except OverflowError:  # an integer beyond all floats
+        raise EndpointError(f"An embedding is not finite: {str(row)[:_SHOWN]}.") from None
+    with np.errstate(over="ignore"):  # becomes infinite, and is reported as such
+        return values.astype(np.float32)
 
 
 def _decode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,10 +9,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Gradio reads these when it is imported; with analytics it would look up hosts elsewhere.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -27,9 +27,12 @@ from .errors import RequestError
 from .service import EmbeddingService, Input
 from .thumbnails import Thumbnails
 
+T = TypeVar("T")
+
 _API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
 _MAX_LABELS = 200
+_THUMBNAILS = "thumbnails"
 _RUNNING, _WAITING = 16, 64  # requests of the page
 _CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
 _TEMPLATE = "a photo of a {}"
@@ -69,7 +72,7 @@ class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
 
     def preprocess(self, payload: Any) -> str | None:
         """Return the path of the upload."""
-        return None if payload is None else payload.path
+        return None if payload is None else _require_upload(payload.path, self.GRADIO_CACHE)
 
 
 class DemoPage:
@@ -108,14 +111,26 @@ class DemoPage:
             raise _show("Write what to look for, or drop an image.")
         count = min(max(int(top_k or _TOP_K), 1), _MAX_TOP_K)
         condition = (where or "").strip() or None
+        return await self._await(self._search(queries, top_k=count, where=condition))
+
+    async def _search(
+        self, queries: Sequence[Input], *, top_k: int, where: str | None
+    ) -> tuple[list[tuple[str, str]], str]:
+        if len(queries) == 1:
+            (result,), _ = await self.service.search(queries, top_k=top_k, where=where)
+        else:
+            result = await self._search_combined(queries, top_k=top_k, where=where)
+        return await asyncio.to_thread(self._list_hits, result)
+
+    async def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await an answer as long as the API would, and show what the service refuses."""
+        seconds = self.service.config.timeout_s
         try:
-            if len(queries) == 1:
-                (result,), _ = await self.service.search(queries, top_k=count, where=condition)
-            else:
-                result = await self._search_combined(queries, top_k=count, where=condition)
+            return await asyncio.wait_for(work, seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise _show(f"It took more than {seconds:g} seconds. Try again later.") from None
         except (RequestError, ValueError) as error:
             raise _show(str(error)) from error
-        return await asyncio.to_thread(self._list_hits, result)
 
     async def _search_combined(
         self, queries: Sequence[Input], *, top_k: int, where: str | None
@@ -162,14 +177,13 @@ class DemoPage:
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
         if not 0 < len(names) <= _MAX_LABELS:
             raise _show(f"Give 1 to {_MAX_LABELS} labels, with commas between them.")
-        try:
-            found = await self.service.classify(
+        found = await self._await(
+            self.service.classify(
                 [Path(image).read_bytes()],
                 [name.strip() for name in names],
                 templates=[(template or "").strip() or "{}"],
             )
-        except (RequestError, ValueError) as error:
-            raise _show(str(error)) from error
+        )
         return {tag.label: tag.probability for tag in found.tags[0]}
 
 
@@ -181,7 +195,7 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
         service: What answers.
     """
     folder = _make_upload_folder()
-    thumbnails = folder / "thumbnails"
+    thumbnails = folder / _THUMBNAILS
     thumbnails.mkdir(exist_ok=True)
     page = _build_page(DemoPage(service, Thumbnails(thumbnails)))
     gr.mount_gradio_app(
@@ -199,11 +213,39 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
     )
     mounted = app.router.routes.pop()
     assert isinstance(mounted, Mount)
-    app.router.routes.append(_PageMount("/", app=mounted.app))
+    max_bytes = int(service.config.max_pending_mb * 1e6)
+    app.router.routes.append(_PageMount(mounted.app, folder, max_bytes=max_bytes))
 
 
 class _PageMount(Mount):
-    """Takes what no route before it takes, but for the API: its errors are the application's."""
+    """Takes what no route before it takes, but for the API: its errors are the application's.
+
+    Args:
+        app: The application of the page.
+        folder: Folder of the uploads.
+        max_bytes: Most bytes of uploads to keep; Gradio removes old ones in time.
+    """
+
+    def __init__(self, app: Any, folder: Path, *, max_bytes: int) -> None:
+        super().__init__("/", app=app)
+        self._folder = folder
+        self._max_bytes = max_bytes
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer, unless uploads have no room."""
+        if scope["path"].endswith("/upload"):
+            await asyncio.to_thread(self._require_room)
+        await super().handle(scope, receive, send)
+
+    def _require_room(self) -> None:
+        uploads = (file for file in self._folder.glob("*/*") if file.parent.name != _THUMBNAILS)
+        if sum(file.stat().st_size for file in uploads if file.is_file()) > self._max_bytes:
+            raise RequestError(
+                429,
+                "Too many images were dropped lately. Try again later.",
+                code="uploads_full",
+                retry_after_s=_CLEANED_EVERY_S,
+            )
 
     def matches(self, scope: Any) -> tuple[Match, Any]:
         """Match every path outside of the API."""
@@ -333,13 +375,18 @@ def _take_uploads_alone(blocks: gr.Blocks) -> None:
 
 
 async def _take_upload(block: Any, path: str | Path | None) -> str | None:
-    """Return the path of a file in the folder of uploads and small copies."""
+    """Take over a file in the folder of uploads and small copies, for as long as Gradio keeps it."""
     if path is None:
         return None
+    file = _require_upload(path, block.GRADIO_CACHE)
+    block.temp_files.add(file)
+    return file
+
+
+def _require_upload(path: str | Path, folder: str) -> str:
     file = Path(path).resolve()
-    if not (file.is_relative_to(Path(block.GRADIO_CACHE).resolve()) and file.is_file()):
+    if not (file.is_relative_to(Path(folder).resolve()) and file.is_file()):
         raise _show("This is not an upload. Drop the file; paths and addresses are not read.")
-    block.temp_files.add(str(file))
     return str(file)
 
 

@@ -58,26 +58,18 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
     """An image that reaches the service as the file that was dropped, bit for bit.
 
-    Gradio would decode and convert it, and would fetch the address that a request may name.
+    Gradio would decode and convert it.
     """
 
     def get_block_name(self) -> str:
         """Name the part of the page that shows it."""
         return "image"
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        """Refuse addresses; files of other places than the uploads were refused before."""
-        if re.match(r"\w+://", str(url_or_file_path or "")):
-            raise gr.Error("Addresses of images are not fetched. Drop the file.")
-        found: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
-        return found
-
     def preprocess(self, payload: Any) -> str | None:
         """Return the path of the upload."""
-        return None if payload is None else payload.path
+        return None if payload is None else _require_upload(payload.path, self.GRADIO_CACHE)
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

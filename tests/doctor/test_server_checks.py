@@ -28,6 +28,8 @@ from endpoints import (
     sort_by_length,
     truncate_at,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_model
 from tiny_folders import export_tiny_model
@@ -36,6 +38,12 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.configs.server_check_config import ServerCheckConfig
 from modeling_llm2clip.doctor import server_checks
+from modeling_llm2clip.doctor.endpoint_client import (
+    EndpointClient,
+    EndpointError,
+    _find_rows,
+    _to_tensor,
+)
 from modeling_llm2clip.doctor.server_checks import check_server
 from modeling_llm2clip.model_folders.model_writing import save_model
 
@@ -390,6 +398,7 @@ def test_the_command_prints_the_report_and_its_exit_code(
         (["--server", "ftp://host"], "an http or https address"),
         (["--server", "http://"], "an http or https address"),
         (["--server", "http://:80"], "has no host"),
+        (["--server", "http://me:secret@host"], "host has a name or password"),
     ],
 )
 def test_an_address_that_is_none_is_refused(
@@ -416,3 +425,37 @@ def test_the_api_error_shapes_are_read(folder: Path, monkeypatch: pytest.MonkeyP
     ):
         with Endpoint(folder, reply_with(422, body)) as endpoint:
             assert wanted in find(check(folder, endpoint), "connection").message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["data", "embeddings", "embedding", "index", "float", "other"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+@settings(max_examples=200)
+@example({"data": [{"embedding": [10**400]}]})
+@example({"data": [{"embedding": [1e300]}]})
+@example({"data": {"embedding": 1}})
+@example({"embeddings": {"float": [[1], [1, 2]]}})
+@example({"embeddings": [["1"]]})
+def test_whatever_a_server_replies_is_embeddings_or_a_clear_error(content: Any) -> None:
+    try:
+        rows = _find_rows(EndpointClient._load(json.dumps(content).encode()))
+        embeds = _to_tensor(rows) if rows else torch.zeros(0, 1)
+    except EndpointError as error:
+        assert str(error)
+    else:
+        assert embeds.ndim == 2 and embeds.dtype == torch.float32
+
+
+def test_a_reply_too_deep_to_read_is_not_json() -> None:
+    with pytest.raises(EndpointError, match="not JSON"):
+        EndpointClient._load(b"[" * 200_000)

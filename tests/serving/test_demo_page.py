@@ -17,7 +17,7 @@ import pytest
 import torch
 from browsing import Visit, needs_browser, open_browser
 from PIL import Image
-from serving import run_app
+from served_apps import run_app
 from tiny import draw_noise
 from tiny_folders import export_tiny_model
 
@@ -282,6 +282,8 @@ def test_no_file_of_the_machine_is_served(name: str, url: str, folder: Path) -> 
         found = call(url, SEARCH, data)
         assert not found["success"]
         assert "not an upload" in found["output"]["error"]
+    for image in (path, {"path": path}, {"path": path, "url": path}, [path]):
+        assert not call(url, SEARCH, [None, image, 3, None])["success"]
 
 
 def test_no_address_is_fetched(url: str) -> None:
@@ -347,6 +349,13 @@ def test_uploads_and_requests_of_the_page_have_limits(folder: Path) -> None:
         with pytest.raises(OSError):  # an error of HTTP, or of the connection
             urllib.request.urlopen(request, timeout=20)
         assert fetch(f"{address}/health")[0] == 200
+
+
+def test_uploads_may_not_fill_the_disk(folder: Path) -> None:
+    with serve(folder, max_image_mb=0.1, max_request_mb=0.1, max_pending_mb=0.1) as address:
+        noise = np.random.default_rng(0).bytes(300_000)
+        statuses = [upload(address, noise[n * 60_000 :][:60_000])[0] for n in range(4)]
+        assert statuses[0] == 200 and statuses[-1] == 429, statuses
 
 
 def test_small_copies_are_made_once_and_kept_in_number(tmp_path: Path) -> None:
