@@ -103,10 +103,10 @@ class Visit:
 
     def read_error(self) -> str:
         """Wait for an error, close it, and return its text."""
-        shown = self.page.locator(".toast-text").first
+        shown = self.page.get_by_test_id("toast-text").first
         shown.wait_for()
         text: str = shown.inner_text()
-        self.page.locator(".toast-close").first.click()
+        self.page.get_by_test_id("toast-close").first.click()
         shown.wait_for(state="detached")
         return text
 
