@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from .service import EmbeddingService, Input
 from .thumbnails import Thumbnails
 
 T = TypeVar("T")
+
+_living: list[FastAPI] = []  # applications that serve the page now
 
 _API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
@@ -58,21 +61,6 @@ client = OpenAI(base_url="http://HOST:PORT/v1", api_key="…")
 client.embeddings.create(model={model!r}, input=["two red apples"])
 ```
 """
-
-
-class _ImageFile(gr.Image):  # type: ignore[misc]  # gradio has no types
-    """An image that reaches the service as the file that was dropped, bit for bit.
-
-    Gradio would decode and convert it.
-    """
-
-    def get_block_name(self) -> str:
-        """Name the part of the page that shows it."""
-        return "image"
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of the upload."""
-        return None if payload is None else _require_upload(payload.path, self.GRADIO_CACHE)
 
 
 class DemoPage:
@@ -195,9 +183,7 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
         service: What answers.
     """
     folder = _make_upload_folder()
-    thumbnails = folder / _THUMBNAILS
-    thumbnails.mkdir(exist_ok=True)
-    page = _build_page(DemoPage(service, Thumbnails(thumbnails)))
+    page = _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS)))
     gr.mount_gradio_app(
         app,
         page,
@@ -215,6 +201,7 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
     assert isinstance(mounted, Mount)
     max_bytes = int(service.config.max_pending_mb * 1e6)
     app.router.routes.append(_PageMount(mounted.app, folder, max_bytes=max_bytes))
+    app.router.lifespan_context = _remove_uploads_after(app.router.lifespan_context, folder)
 
 
 class _PageMount(Mount):
@@ -256,11 +243,33 @@ class _PageMount(Mount):
 
 @cache
 def _make_upload_folder() -> Path:
-    """Make a folder that nobody else reads, for uploads and small copies; gone at the end."""
+    """Make a folder that nobody else reads, for the uploads and small copies of this process."""
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _remove_uploads_after(lifespan: Any, folder: Path) -> Any:
+    """Wrap the life of an application: after the last one of the process the folder is removed.
+
+    A server that a signal ends does not come to the end of its process.
+    """
+
+    @asynccontextmanager
+    async def live(app: Any) -> AsyncIterator[Any]:
+        (folder / _THUMBNAILS).mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        _living.append(app)
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            _living.remove(app)
+            if not _living:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    return live
 
 
 def _show(message: str) -> gr.Error:
@@ -296,13 +305,7 @@ def _add_search(page: DemoPage) -> None:
             text = gr.Textbox(
                 label="What to look for", placeholder="two red apples", elem_id="query"
             )
-            image = _ImageFile(
-                label="An image like it",
-                type="filepath",
-                sources=["upload", "clipboard"],
-                height=220,
-                elem_id="query-image",
-            )
+            image = _make_image("An image like it", height=220, elem_id="query-image")
             with gr.Accordion("More", open=False):
                 top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
                 where = gr.Textbox(
@@ -334,13 +337,7 @@ def _add_search(page: DemoPage) -> None:
 def _add_classification(page: DemoPage) -> None:
     with gr.Row():
         with gr.Column(min_width=280):
-            image = _ImageFile(
-                label="Image",
-                type="filepath",
-                sources=["upload", "clipboard"],
-                height=280,
-                elem_id="image",
-            )
+            image = _make_image("Image", height=280, elem_id="image")
             labels = gr.Textbox(
                 "cat, dog, bird, person, car, building, food, plant",
                 label="Labels",
@@ -363,6 +360,26 @@ def _add_classification(page: DemoPage) -> None:
     )
 
 
+def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
+    """Make an image whose file reaches the service as it was dropped, bit for bit.
+
+    Gradio would decode and convert it. Of a subclass it would write a stub beside this file.
+    """
+    image = gr.Image(
+        label=label,
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=height,
+        elem_id=elem_id,
+    )
+
+    def find_upload(payload: Any) -> str | None:
+        return None if payload is None else _require_upload(payload.path, image.GRADIO_CACHE)
+
+    image.preprocess = find_upload
+    return image
+
+
 def _take_uploads_alone(blocks: gr.Blocks) -> None:
     """Let requests name no other files than their uploads, and no addresses.
 
@@ -375,7 +392,7 @@ def _take_uploads_alone(blocks: gr.Blocks) -> None:
 
 
 async def _take_upload(block: Any, path: str | Path | None) -> str | None:
-    """Take over a file in the folder of uploads and small copies, for as long as Gradio keeps it."""
+    """Take over an upload or a small copy, for as long as Gradio keeps it."""
     if path is None:
         return None
     file = _require_upload(path, block.GRADIO_CACHE)

@@ -84,6 +84,10 @@ def test_a_good_endpoint_passes_every_check(folder: Path, schema: Any) -> None:
     assert {body["model"] for body in endpoint.seen} == {"tiny"}  # as /v1/models calls it
 
 
+def make_client(url: str, **options: Any) -> EndpointClient:
+    return EndpointClient(ServerCheckConfig(server=url, **options), model_name="tiny")
+
+
 class Case(NamedTuple):
     """A way to break an endpoint, the check that must fail, and what it must say."""
 
@@ -310,13 +314,8 @@ def test_an_endpoint_that_gives_no_embeddings_fails_with_the_reason(
 ) -> None:
     break_it, says = FAILURES[name]
     options = {"timeout_s": 0.3} if name == "stalled" else {}
-    with Endpoint(folder, break_it) as endpoint:
-        report = check(folder, endpoint, **options)
-    connection = find(report, "connection")
-    assert connection.verdict == "FAILED"
-    assert re.search(says, connection.message), connection.message
-    assert find(report, "texts").message == "needs 'connection', which failed"
-    assert [one.name for one in report.failed] == ["connection"]
+    with Endpoint(folder, break_it) as endpoint, pytest.raises(EndpointError, match=says):
+        make_client(endpoint.url, **options).connect("a dog")
 
 
 def test_an_endpoint_that_is_nowhere_fails_with_the_reason(folder: Path) -> None:
@@ -324,6 +323,8 @@ def test_an_endpoint_that_is_nowhere_fails_with_the_reason(folder: Path) -> None
         url = endpoint.url
     report = check(folder, url)
     assert re.search("cannot be reached .*refused", find(report, "connection").message)
+    assert find(report, "texts").message == "needs 'connection', which failed"
+    assert [one.name for one in report.failed] == ["connection"]
 
 
 def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
@@ -347,26 +348,17 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
         ("openai", "", "/v1/embeddings"),
         ("openai", "/v1/", "/v1/embeddings"),
         ("cohere", "", "/v2/embed"),
+        ("cohere", "", "/v1/embeddings"),
         ("jina", "/own/path?a=1", "/own/path?a=1"),
     ],
 )
 def test_an_address_without_a_path_gets_that_of_the_schema(
-    schema: Any, path: str, asked: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    schema: Any, path: str, asked: str, folder: Path
 ) -> None:
-    run_alone(monkeypatch, "connection")
     with Endpoint(folder, set_attributes(paths=(asked,))) as endpoint:
-        report = check(folder, endpoint.url + path, schema=schema)
-    assert report.healthy, str(report)
-    assert f"{endpoint.url}{asked} embeds" in find(report, "connection").message
-
-
-def test_cohere_is_also_found_where_other_schemas_are(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_alone(monkeypatch, "connection")
-    with Endpoint(folder, set_attributes(paths=("/v1/embeddings",))) as endpoint:
-        report = check(folder, endpoint, schema="cohere")
-    assert "/v1/embeddings embeds" in find(report, "connection").message
+        client = make_client(endpoint.url + path, schema=schema)
+        assert client.connect("a dog").shape == (1, 32)
+    assert client.urls == [endpoint.url + asked]
 
 
 @pytest.fixture
@@ -415,16 +407,19 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert "has no text tower" in capsys.readouterr().err
 
 
-def test_the_api_error_shapes_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_alone(monkeypatch, "connection")
-    for body, wanted in (
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
         ({"error": "plain"}, "plain"),
         ({"detail": [{"msg": "field required"}]}, "field required"),
         ({"message": "of cohere"}, "of cohere"),
         (json.dumps("text").encode(), "text"),
-    ):
-        with Endpoint(folder, reply_with(422, body)) as endpoint:
-            assert wanted in find(check(folder, endpoint), "connection").message
+    ],
+)
+def test_the_api_error_shapes_are_read(body: Any, wanted: str, folder: Path) -> None:
+    with Endpoint(folder, reply_with(422, body)) as endpoint:
+        with pytest.raises(EndpointError, match=f"answered 422 .*{wanted}"):
+            make_client(endpoint.url).connect("a dog")
 
 
 JSON = st.recursive(

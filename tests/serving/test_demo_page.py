@@ -25,6 +25,7 @@ from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.serving import demo_page
 from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
 from modeling_llm2clip.serving.demo_page import add_demo_page
 from modeling_llm2clip.serving.service import EmbeddingService
@@ -356,6 +357,20 @@ def test_uploads_may_not_fill_the_disk(folder: Path) -> None:
         noise = np.random.default_rng(0).bytes(300_000)
         statuses = [upload(address, noise[n * 60_000 :][:60_000])[0] for n in range(4)]
         assert statuses[0] == 200 and statuses[-1] == 429, statuses
+
+
+def test_uploads_are_gone_after_the_server(folder: Path) -> None:
+    with serve(folder) as address:
+        _, (path,) = upload(address, b"content")
+        uploads = Path(path).parents[1]
+        assert Path(path).read_bytes() == b"content"
+        assert uploads.stat().st_mode & 0o077 == 0  # nobody else reads them
+        with serve(folder) as other:
+            assert upload(other, b"more")[0] == 200
+        others_run = Path(path).is_file()
+    assert others_run
+    if not demo_page._living:  # the server that all tests share may be one of them
+        assert not uploads.exists()
 
 
 def test_small_copies_are_made_once_and_kept_in_number(tmp_path: Path) -> None:
