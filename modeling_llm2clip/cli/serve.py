@@ -5,12 +5,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .._extras import PAGE, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ..serving.service import EmbeddingService
 
 
 @command(
@@ -47,12 +54,15 @@ def serve(
 
         _warn_if_open(config.host, API_KEY_VARIABLE)
         service = EmbeddingService.open(model, config, index=index)
-        add_page = None
-        if page:
-            from ..serving.demo_page import add_demo_page as add_page
-        app = create_app(service, page=add_page)
+        app = create_app(service, page=_find_page() if page else None)
         run_server(app, bound, config, on_start=lambda url: _report_start(service.model_name, url))
     return 0
+
+
+def _find_page() -> Callable[[FastAPI, EmbeddingService], object]:
+    from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
+
+    return add_demo_page
 
 
 def _warn_if_open(host: str, variable: str) -> None:

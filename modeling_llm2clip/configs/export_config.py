@@ -61,7 +61,7 @@ class WeightsConfig(CardConfig, DeviceConfig):
 class ExportConfig(WeightsConfig):
     """What `export_model` writes of a model."""
 
-    components: Literal["full", "text", "vision", "vision-tower"] = "full"
+    components: Literal["full", "text", "vision", "vision-tower"] = "full"  # type: ignore[assignment]
     """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
     transformers, for LLaVA and the like."""
     handler: bool = False

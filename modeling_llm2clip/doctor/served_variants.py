@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class TextVariants:
         variants = [*self._list_prompts(), *self._list_poolings(), *self._list_heads()]
         for name, instruction in (self.tested.config.instructions or {}).items():
             if instruction.strip():
-                changed = partial(self._encode_changed, lambda text, i=instruction: i + text)
+                changed = partial(self._encode_changed, instruction.__add__)
                 variants.append(Variant(f"texts get the instruction {name!r}", changed))
         if any(text != text.lower() for text in texts):
             variants.append(
@@ -192,7 +192,7 @@ class TextVariants:
             if 0 < space < longest:
                 yield self._variant(
                     f"texts are truncated to {length} tokens, not to {self.limit}",
-                    lambda ids, space=space: self._embed(self.prefix, [*ids[:space], *self.suffix]),
+                    partial(self._embed_beginning, space),
                 )
         if longest <= room:
             return
@@ -213,6 +213,9 @@ class TextVariants:
                 lambda ids: self._embed(self.prefix, [*ids, *self.suffix]),
             )
         yield self._variant("long texts are split, and their parts averaged", self._average_parts)
+
+    def _embed_beginning(self, num_tokens: int, ids: list[int]) -> Tensor:
+        return self._embed(self.prefix, [*ids[:num_tokens], *self.suffix])
 
     def _average_parts(self, ids: list[int]) -> Tensor:
         room = self.limit - len(self.prefix) - len(self.suffix)
@@ -305,11 +308,11 @@ def _list_pixel_variants(tested: ModelUnderTest) -> Iterator[Variant]:
         return
     if hasattr(processor, "patch_size"):  # pixels come in patches, without an axis of channels
         return
-    own = [torch.tensor(one).view(1, 3, 1, 1) for one in (mean, std)]
+    own = _to_statistics(mean, std)
 
     def encode(change: Callable[[Tensor], Tensor], images: Sequence[Any]) -> Tensor:
         batch = tested.processor(images=list(images))
-        batch["pixel_values"] = change(batch["pixel_values"] * own[1] + own[0])
+        batch["pixel_values"] = change(batch["pixel_values"] * own.std + own.mean)
         return _encode_batch(tested, batch)
 
     yield Variant(
@@ -317,15 +320,28 @@ def _list_pixel_variants(tested: ModelUnderTest) -> Iterator[Variant]:
     )
     yield Variant(
         "the color channels are BGR, not RGB",
-        partial(encode, lambda pixels: (pixels.flip(1) - own[0]) / own[1]),
+        partial(encode, lambda pixels: own.normalize(pixels.flip(1))),
     )
     for name, statistics in _PIXEL_STATISTICS.items():
-        other = [torch.tensor(one).view(1, 3, 1, 1) for one in statistics]
+        other = _to_statistics(*statistics)
         if not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(own, other, strict=True)):
             yield Variant(
-                f"pixels are normalized by {name} mean and std",
-                partial(encode, lambda pixels, o=other: (pixels - o[0]) / o[1]),
+                f"pixels are normalized by {name} mean and std", partial(encode, other.normalize)
             )
+
+
+class _Statistics(NamedTuple):
+    """Mean and std of pixels, (1, 3, 1, 1) each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean) / self.std
+
+
+def _to_statistics(mean: Sequence[float], std: Sequence[float]) -> _Statistics:
+    return _Statistics(*(torch.tensor(one).view(1, 3, 1, 1) for one in (mean, std)))
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ _EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
 _WORDS = "a dog and two red apples lie on a wooden table beside an open window at night "
-_BLANK_REQUESTS = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
+_BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
 
 
 @dataclass

@@ -124,10 +124,11 @@ class DemoPage:
         self, queries: Sequence[Input], *, top_k: int, where: str | None
     ) -> SearchResult:
         embeds = (await self.service.embed(queries)).embeds
-        mean = np.mean(embeds, axis=0, keepdims=True)
+        mean: np.ndarray[Any, Any] = embeds.mean(axis=0, keepdims=True)
         assert self.service.index is not None
-        found = await asyncio.to_thread(self.service.index.search, mean, top_k=top_k, where=where)
-        return found[0]
+        search = partial(self.service.index.search, top_k=top_k, where=where)
+        (result,) = await asyncio.to_thread(search, mean)
+        return result
 
     def _list_hits(self, result: SearchResult) -> tuple[list[tuple[str, str]], str]:
         shown, num_gone = [], 0

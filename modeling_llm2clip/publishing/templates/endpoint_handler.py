@@ -146,12 +146,12 @@ def _read_labels(labels: Any) -> list[str] | None:
         labels = labels.split(",")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError("candidate_labels: give a list of strings.")
-    labels = [label.strip() for label in labels]
-    if not 0 < len(labels) <= MAX_LABELS or not all(labels) or len(set(labels)) < len(labels):
+    names: list[str] = [label.strip() for label in labels]
+    if not 0 < len(names) <= MAX_LABELS or not all(names) or len(set(names)) < len(names):
         raise ValueError(
             f"candidate_labels: give 1 to {MAX_LABELS} different labels, none of them blank."
         )
-    return labels
+    return names
 
 
 def _read_template(template: Any) -> str:
