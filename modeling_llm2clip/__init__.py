@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
     from .configs.search_config import IndexConfig, TagConfig
+    from .configs.serve_config import RayServeConfig, ServeConfig
     from .configs.server_check_config import ServerCheckConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from .publishing.push_to_hub import push_to_hub
     from .recipes.train import train
     from .search.image_index import ImageIndex
+    from .serving.app import create_app
+    from .serving.service import EmbeddingService
     from .training.alignment.align import align
     from .training.extraction.extract import extract, merge_store
     from .training.finetuning.finetune_llm import finetune_llm
@@ -74,6 +77,7 @@ _HOMES = {
     "configs.extract_config": ("ExtractConfig",),
     "configs.finetune_config": ("FinetuneConfig",),
     "configs.search_config": ("IndexConfig", "TagConfig"),
+    "configs.serve_config": ("RayServeConfig", "ServeConfig"),
     "configs.server_check_config": ("ServerCheckConfig",),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
@@ -108,6 +112,8 @@ _HOMES = {
     "publishing.push_to_hub": ("push_to_hub",),
     "recipes.train": ("train",),
     "search.image_index": ("ImageIndex",),
+    "serving.app": ("create_app",),
+    "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
     "training.extraction.extract": ("extract", "merge_store"),
     "training.finetuning.finetune_llm": ("finetune_llm",),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .._extras import PAGE, SERVE, require
+from .._extras import LANCEDB, PAGE, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @command(
     group="Use",
     examples=(
-        "llm2clip serve aligned/model --port 8000",
+        "llm2clip serve aligned/model --index my-index",
         "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
     ),
 )
@@ -41,13 +41,17 @@ def serve(
         page: Show a page at / to search and classify with.
         config: How requests are batched, and what is refused.
     """
-    require(*SERVE, *([PAGE] if page else []), *list_needs_of_model(model))
+    optional = [*([PAGE] if page else []), *([] if index is None else [LANCEDB])]
+    require(*SERVE, *optional, *list_needs_of_model(model))
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server
 
-    bound = bind_socket(config)  # before what takes long
-    with bound:
-        require_own_model(model)
+    require_own_model(model)
+    if index is not None:
+        from ..search.image_index import ImageIndex
+
+        ImageIndex.open(index)  # before what takes long; once more when the model is there
+    with bind_socket(config) as bound:
         use_device(config.device)
         from ..serving.app import API_KEY_VARIABLE, create_app
         from ..serving.service import EmbeddingService

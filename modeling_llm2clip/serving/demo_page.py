@@ -125,10 +125,10 @@ class DemoPage:
     ) -> SearchResult:
         embeds = (await self.service.embed(queries)).embeds
         mean: np.ndarray[Any, Any] = embeds.mean(axis=0, keepdims=True)
-        assert self.service.index is not None
-        search = partial(self.service.index.search, top_k=top_k, where=where)
-        (result,) = await asyncio.to_thread(search, mean)
-        return result
+        index = self.service.index
+        assert index is not None
+        found = await asyncio.to_thread(lambda: index.search(mean, top_k=top_k, where=where))
+        return found[0]
 
     def _list_hits(self, result: SearchResult) -> tuple[list[tuple[str, str]], str]:
         shown, num_gone = [], 0

@@ -103,7 +103,19 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         images: Reads the images of requests.
     """
     router = APIRouter(responses=_ERRORS, default_response_class=JsonResponse)
+    _add_embeddings(router, service, images)
+    _add_uses(router, service, images)
 
+    @router.get("/v1/models", tags=["OpenAI"], response_model=schemas.ModelList)
+    async def list_models() -> Response:
+        """List the served model."""
+        card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}
+        return JsonResponse({"object": "list", "data": [card]})
+
+    return router
+
+
+def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
     @router.post("/v1/embeddings", tags=["OpenAI"], response_model=schemas.EmbeddingResponse)
     async def create_embeddings(
         body: Annotated[schemas.EmbeddingRequest, Body(openapi_examples=_EMBEDDING_EXAMPLES)],
@@ -138,6 +150,10 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         )
         return JsonResponse(_make_cohere_response(inputs, found, body.embedding_types))
 
+
+def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
+    """Add what is done with embeddings: classification and search."""
+
     @router.post("/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ClassifyResponse)
     async def classify(
         body: Annotated[schemas.ClassifyRequest, Body(openapi_examples=_CLASSIFY_EXAMPLES)],
@@ -169,14 +185,6 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
             for index, result in enumerate(found)
         ]
         return JsonResponse(_make_list(service, data, num_tokens))
-
-    @router.get("/v1/models", tags=["OpenAI"], response_model=schemas.ModelList)
-    async def list_models() -> Response:
-        """List the served model."""
-        card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}
-        return JsonResponse({"object": "list", "data": [card]})
-
-    return router
 
 
 def _require_model(service: EmbeddingService, name: str | None) -> None:
