@@ -1,4 +1,4 @@
-"""Take the picture of the server's page that the documents show, with the embedded images.
+"""Take the screenshot of the server's page that the documents show, with the embedded images.
 
     llm2clip demo
     python examples/scripts/screenshot_page.py llm2clip-demo/model docs/images/page.png
@@ -77,7 +77,7 @@ def serve(service: EmbeddingService) -> Iterator[str]:
 
 
 def take_screenshot(url: str, query: str) -> Image.Image:
-    """Search on the page, and take a picture of what it shows.
+    """Search on the page, and take a screenshot.
 
     Args:
         url: Address of the page.
@@ -106,8 +106,8 @@ def take_screenshot(url: str, query: str) -> Image.Image:
 
 
 def main() -> None:
-    """Index, serve, look, and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Index, serve, look, and write the image."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="folder of a trained model")
     parser.add_argument("output", type=Path, help="PNG file to write")
     parser.add_argument("--query", default=_QUERY, help="what to look for")

@@ -38,7 +38,7 @@ class Comparison:
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
         variant_inputs: N texts or images, for the variants.
-        measure_halves: Returns how far the model's own embeddings move in each half precision.
+        measure_half_precisions: Returns how far the model's own embeddings move in each half precision.
     """
 
     served: Tensor
@@ -47,7 +47,7 @@ class Comparison:
     tolerance: float
     list_variants: Callable[[], Sequence[Variant]]
     variant_inputs: Sequence[Any]
-    measure_halves: Callable[[], dict[str, float]]
+    measure_half_precisions: Callable[[], dict[str, float]]
 
     def measure(self) -> float:
         """Return the largest distance; infinite where the width is another."""
@@ -123,8 +123,9 @@ def _find_cause(compared: Comparison) -> str | None:
             f"{compared.describe_distance()}: {name} (which gives them within {distance:.1e}"
             f"{compared.describe_lengths()})."
         )
-    halves = compared.measure_halves() if compared.served.shape == compared.wanted.shape else {}
-    for dtype, by in sorted(halves.items(), key=lambda item: item[1]):
+    if compared.served.shape != compared.wanted.shape:
+        return None
+    for dtype, by in sorted(compared.measure_half_precisions().items(), key=lambda item: item[1]):
         if moved <= _AS_MUCH * by:
             return (
                 f"{compared.describe_distance()}, as much as computing in {dtype} moves them here "

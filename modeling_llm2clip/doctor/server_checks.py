@@ -55,7 +55,7 @@ class _Served:
     single: list[Tensor] = field(default_factory=list)
 
     @cached_property
-    def halves(self) -> dict[str, ModelUnderTest]:
+    def in_half_precision(self) -> dict[str, ModelUnderTest]:
         """The model in each half precision."""
         found = {}
         for dtype in (torch.float16, torch.bfloat16):
@@ -103,10 +103,10 @@ class _Served:
                 return TextVariants(self.tested).list_variants(inputs)
             return list_image_variants(self.tested)
 
-        def measure_halves() -> dict[str, float]:
+        def measure_half_precisions() -> dict[str, float]:
             return {
                 name: float(measure_distances(_encode(half, inputs), wanted).max())
-                for name, half in self.halves.items()
+                for name, half in self.in_half_precision.items()
             }
 
         return Comparison(
@@ -116,7 +116,7 @@ class _Served:
             tolerance=self.tolerance,
             list_variants=list_variants,
             variant_inputs=inputs,
-            measure_halves=measure_halves,
+            measure_half_precisions=measure_half_precisions,
         )
 
     def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> float:

@@ -1,4 +1,4 @@
-"""The page at `/`: search with a gallery, zero-shot classification, links to the API."""
+"""The page at `/`: search, zero-shot classification, links to the API."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _THUMBNAILS = "thumbnails"
 _RUNNING, _WAITING = 16, 64  # requests of the page
 _CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
 _TEMPLATE = "a photo of a {}"
-# The gallery has as many columns as fit, and no scroll bar of its own.
+# The hits have as many columns as fit, and no scroll bar of its own.
 _CSS = """
 footer { display: none !important; }
 #hits .grid-wrap { overflow: visible; max-height: none; height: auto; }

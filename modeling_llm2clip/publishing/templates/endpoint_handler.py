@@ -45,7 +45,7 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # The code lies beside the weights, and is of the same revision.
+        # The code is beside the weights, and of the same revision.
         options: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
         model = AutoModel.from_pretrained(path or ".", dtype="auto", **options)
         self.model = model.to(device).eval()

@@ -86,7 +86,14 @@ class Demo:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed texts, (N, P) of unit length."""
+        """Embed texts.
+
+        Args:
+            texts: N texts.
+
+        Returns:
+            (N, P) float32 of unit length.
+        """
         features = []
         for start in range(0, len(texts), BATCH_SIZE):
             batch = self.processor(text=list(texts[start : start + BATCH_SIZE]))
@@ -97,7 +104,14 @@ class Demo:
 
     @torch.inference_mode()
     def encode_images(self, paths: Sequence[str]) -> torch.Tensor:
-        """Embed image files, (N, P) of unit length."""
+        """Embed image files.
+
+        Args:
+            paths: N files.
+
+        Returns:
+            (N, P) float32 of unit length.
+        """
         features = []
         for start in range(0, len(paths), BATCH_SIZE):
             images = [open_image(path) for path in paths[start : start + BATCH_SIZE]]
@@ -157,7 +171,8 @@ def build_page(demo: Demo) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}")
         with gr.Tab("Labels"):
             with gr.Row():
-                image = gr.Image(label="Image", type="filepath", elem_id="image")
+                # Without a mode the file is taken as it is: the processor converts it.
+                image = gr.Image(label="Image", type="filepath", image_mode=None, elem_id="image")
                 scores = gr.Label(label="Labels", num_top_classes=10, elem_id="scores")
             labels = gr.Textbox("cat, dog", label="Labels, with commas between them")
             template = gr.Textbox(TEMPLATE, label="Sentence around a label")
