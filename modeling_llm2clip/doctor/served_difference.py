@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_folders.golden_embeddings import measure_distances
+from ..model_folders.golden_embeddings import find_tolerance, measure_distances
 from .served_variants import Variant
 
 # A variant explains embeddings that it comes this much closer to than the model's own are: servers
@@ -38,7 +38,8 @@ class Comparison:
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
         variant_inputs: N texts or images, for the variants.
-        measure_half_precisions: Returns how far the model's own embeddings move in each half precision.
+        measure_half_precisions: Returns how far each half precision moves the model's own
+            embeddings.
     """
 
     served: Tensor
@@ -55,14 +56,19 @@ class Comparison:
             return float("inf")
         return float(measure_distances(self.served, self.wanted).max())
 
-    def explain(self) -> str | None:
+    def explain(self, *, thorough: bool = False) -> str | None:
         """Return what differs and why; None where nothing does.
+
+        Args:
+            thorough: Look for errors also in what half precision allows, which is more than some
+                errors cost.
 
         Returns:
             One or two sentences.
         """
         if self.measure() <= self.tolerance:
-            return None
+            is_rounding = self.measure() <= find_tolerance(torch.float32, other_machine=True)
+            return None if is_rounding or not thorough else _find_closer(self)
         for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length, _find_cause):
             if (text := find(self)) is not None:
                 return text
@@ -133,6 +139,19 @@ def _find_cause(compared: Comparison) -> str | None:
                 f"--served-dtype {dtype}."
             )
     return None
+
+
+def _find_closer(compared: Comparison) -> str | None:
+    """Name the variant that gives embeddings which rounding could have moved as far."""
+    own = compared.measure_direction()
+    found = compared.find_variants()
+    if not found or found[0][0] > _EXPLAINED * own:
+        return None
+    distance, name = found[0]
+    return (
+        f"embeddings differ by up to {own:.1e}, which {compared.tolerance:.0e} allows, but {name} "
+        f"gives them within {distance:.1e}."
+    )
 
 
 def find_rounding(served: Tensor) -> str | None:

@@ -119,10 +119,12 @@ class _Served:
             measure_half_precisions=measure_half_precisions,
         )
 
-    def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> float:
+    def require_equal(
+        self, served: Tensor, inputs: Sequence[Any], *, where: str, thorough: bool = False
+    ) -> float:
         """Raise ValueError with the cause where embeddings differ; returns the distance."""
         compared = self.compare(served, inputs)
-        if (text := compared.explain()) is not None:
+        if (text := compared.explain(thorough=thorough)) is not None:
             raise ValueError(f"{where}: {text}")
         return compared.measure()
 
@@ -164,7 +166,7 @@ def _check_connection(served: _Served) -> str:
 def _check_texts(served: _Served) -> str:
     texts = served.texts
     embeds = torch.cat([served.client.embed_texts([text]) for text in texts])
-    distance = served.require_equal(embeds, texts, where="one at a time")
+    distance = served.require_equal(embeds, texts, where="one at a time", thorough=True)
     rounding = find_rounding(embeds)
     if rounding is not None and served.config.served_dtype in (None, "float32"):
         raise ConcernError(
@@ -298,7 +300,9 @@ def _check_images(served: _Served) -> str:
     images = render_golden_images()
     found = torch.cat([served.client.embed_images([image]) for image in images])
     return _describe(
-        len(images), served.require_equal(found, images, where="one at a time"), served
+        len(images),
+        served.require_equal(found, images, where="one at a time", thorough=True),
+        served,
     )
 
 

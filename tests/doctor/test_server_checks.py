@@ -237,6 +237,30 @@ def test_a_half_precision_that_is_meant_passes(dtype: str, folder: Path) -> None
     assert report.healthy, str(report)
 
 
+def normalize_as_imagenet(pixels: torch.Tensor) -> torch.Tensor:
+    """Replace CLIP's mean and std, with which the tiny tower's pixels come, by ImageNet's."""
+    statistics = [
+        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    (mean, std), (mean_2, std_2) = (
+        [torch.tensor(one).view(1, 3, 1, 1) for one in pair] for pair in statistics
+    )
+    return (pixels * std + mean - mean_2) / std_2
+
+
+def test_an_error_that_half_precision_would_allow_is_found_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_alone(monkeypatch, "images")
+    with Endpoint(folder, set_attributes(pixels=normalize_as_imagenet)) as endpoint:
+        report = check(folder, endpoint, schema="jina", served_dtype="bfloat16")
+    assert re.search(
+        "which 2e-01 allows, but pixels are normalized by ImageNet's",
+        find(report, "images").message,
+    ), str(report)
+
+
 def test_rounded_values_are_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_alone(monkeypatch, "texts")
     rounded = set_attributes(finish=lambda embeds: embeds.half().float())
