@@ -16,6 +16,7 @@ from .image_folder import report, report_truncated
 
 if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
+    from ..search.query_encoding import Query
     from ..search.search_results import SearchResult
 
 _NOTE = "The number under an image is its cosine with the query."
@@ -70,14 +71,15 @@ def search(
         require_new_folder(output)
     # Imports no torch, so that what is wrong with database and filter is reported at once.
     index = _open(db, model=model, image_dir=image_dir, where=where, device=config.device)
-    parts = [*queries, *image]
+    parts: list[str | Path] = [*queries, *image]
     _check_queries(queries, image)  # before the model is loaded
     use_device(config.device)
     if queries:
         report_truncated(index.encoder.processor, list(queries), "sentences")
     from ..search.results_page import render_search_results
 
-    found = index.search([parts] if combine else parts, top_k=top_k, where=where, exact=exact)
+    asked: list[Query] = [parts] if combine else [*parts]
+    found = index.search(asked, top_k=top_k, where=where, exact=exact)
     found = [_shorten_paths(result) for result in found]
     print(render_search_results(found, format))
     _report_missing(found)

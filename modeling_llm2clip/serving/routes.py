@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Body, Response
+from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
 from ..search.search_results import SearchResult
@@ -81,10 +82,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
-class JsonResponse(Response):
+class JsonResponse(JSONResponse):
     """JSON with escapes in place of what is not ASCII, so that any string can be sent."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """Return the body.

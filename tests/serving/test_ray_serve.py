@@ -125,9 +125,10 @@ def test_two_replicas_answer_as_the_model_does(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{port}"
     texts = MIXED_TEXTS * 8
     with run_cluster(tmp_path / "serve.yaml", url):
+        wait_for_two(url, that_worked=False)
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda text: send(url, {"input": text}), texts))
-        assert count_busy_replicas(url) == 2
+        wait_for_two(url, that_worked=True)
         with pytest.raises(urllib.error.HTTPError) as caught:
             send(url, {"input": ""})
         with caught.value as error:
@@ -138,15 +139,14 @@ def test_two_replicas_answer_as_the_model_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows, expected, atol=ROUNDING)
 
 
-def count_busy_replicas(url: str) -> int:
-    """Count replicas by their metrics, which differ: each counts its own batches."""
+def wait_for_two(url: str, *, that_worked: bool) -> None:
+    """Ask until two replicas have answered; their counters began at different times."""
     seen: set[str] = set()
-    deadline = time.monotonic() + 20
-    while len(seen) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while len(seen) < 2:
+        assert time.monotonic() < deadline, seen
         with urllib.request.urlopen(f"{url}/metrics", timeout=20) as response:
             lines = response.read().decode().splitlines()
-        created = [line for line in lines if line.startswith("llm2clip_tokens_created")]
-        tokens = [line for line in lines if line.startswith("llm2clip_tokens_total")]
-        if float(tokens[0].split()[1]) > 0:
-            seen.add(created[0])
-    return len(seen)
+        values = dict(line.split() for line in lines if line.startswith("llm2clip_tokens"))
+        if not that_worked or float(values["llm2clip_tokens_total"]) > 0:
+            seen.add(values["llm2clip_tokens_created"])

@@ -10,7 +10,7 @@ import io
 import json
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from modeling_llm2clip.serving.service import EmbeddingService
 schemathesis: Any = pytest.importorskip("schemathesis")
 pytest.importorskip("lancedb")
 
+from schemathesis.generation import GenerationMode  # noqa: E402
 from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -64,25 +65,30 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     service.close()
 
 
-@pytest.fixture(scope="module")
-def api_schema(app: Any) -> Any:
-    return schemathesis.openapi.from_asgi("/openapi.json", app)
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_every_answer_is_as_the_openapi_says(app: Any, mode: Any) -> None:
+    """Requests that fit the schemas of the API, and such that do not."""
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) >= 7
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # without parameters there is nothing to get wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @often(50)
+        def check(case: Any) -> None:
+            # A schema cannot say which strings are images, filters or names of the served model.
+            response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
+            assert response.status_code < 500
+            if response.status_code >= 400:
+                assert response.json()["error"]["message"]
+                assert "Traceback" not in response.text
+
+        check()
 
 
-schema = schemathesis.pytest.from_fixture("api_schema")
-
-
-@schema.parametrize()
-@often(100)
-def test_every_answer_is_as_the_openapi_says(case: Any) -> None:
-    # A schema cannot say which strings are images, filters or names of the served model.
-    response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
-    assert response.status_code < 500
-    if response.status_code >= 400:
-        assert response.json()["error"]["message"]
-        assert "Traceback" not in response.text
-
-
+@cache
 def list_files() -> list[bytes]:
     """Small images of every format and mode that Pillow writes here."""
     files = []
@@ -119,7 +125,7 @@ def damaged_images(draw: Any) -> bytes:
 
 
 @given(content=damaged_images())
-@often(6000)
+@often(4000)
 def test_any_bytes_are_an_image_or_a_refusal(content: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on odd files
@@ -177,7 +183,7 @@ JSON = st.recursive(
 @given(
     body=JSON, path=st.sampled_from(["/v1/embeddings", "/v2/embed", "/v1/classify", "/v1/search"])
 )
-@often(1500)
+@often(1200)
 def test_any_json_is_answered(app: Any, body: Any, path: str) -> None:
     from starlette.testclient import TestClient
 
@@ -191,14 +197,13 @@ def test_any_json_is_answered(app: Any, body: Any, path: str) -> None:
         assert error["message"] and error["type"]
 
 
-def test_the_formats_of_the_fuzzer_are_read(tmp_path: Path) -> None:
+def test_the_formats_of_the_fuzzer_are_read() -> None:
     """Else it would only see refusals."""
     read = 0
-    for number, content in enumerate(list_files()):
-        (tmp_path / str(number)).write_bytes(content)
+    for content in list_files():
         try:
             decode_image(content, max_megapixels=1)
-            read += 1
-        except RequestError as error:
-            assert "send one of" in error.message
+        except RequestError:  # of EPS and others that are not served
+            continue
+        read += 1
     assert read > 20
