@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .configs.finetune_config import FinetuneConfig
     from .configs.search_config import IndexConfig, TagConfig
     from .configs.serve_config import RayServeConfig, ServeConfig
+    from .configs.server_check_config import ServerCheckConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .data.streams.record_streams import stream_records
     from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
+    from .doctor.server_checks import check_server
     from .encoding.encode import encode_images, encode_texts
     from .evaluation.datasets.dataset_registry import load_dataset
     from .evaluation.evaluate import evaluate
@@ -80,6 +82,7 @@ _HOMES = {
     "configs.finetune_config": ("FinetuneConfig",),
     "configs.search_config": ("IndexConfig", "TagConfig"),
     "configs.serve_config": ("RayServeConfig", "ServeConfig"),
+    "configs.server_check_config": ("ServerCheckConfig",),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),
@@ -96,6 +99,7 @@ _HOMES = {
     "data.records.splits": ("split_records",),
     "data.validation_errors": ("DataValidationError",),
     "doctor.check_model": ("check_model",),
+    "doctor.server_checks": ("check_server",),
     "encoding.encode": ("encode_images", "encode_texts"),
     "evaluation.datasets.dataset_registry": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),

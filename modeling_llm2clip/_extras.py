@@ -56,6 +56,7 @@ SERVE = tuple(
     Need(module, "serve", "serves the model over HTTP")
     for module in ("fastapi", "prometheus_client", "uvicorn")
 )
+PAGE = Need("gradio", "serve", "shows the page at / (--no-page leaves it out)")
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
 FAISS = Need("faiss", "ann", "writes an index for FAISS")
 LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")

@@ -189,7 +189,7 @@ def test_no_modules_import_each_other() -> None:
     assert order.index(model) < order.index(f"{folders}model_loading")
 
 
-def test_of_the_doctor_others_import_its_entry_point_only() -> None:
+def test_of_the_doctor_others_import_its_entry_points_only() -> None:
     doctor = f"{PACKAGE.name}.doctor"
     imported = {
         found
@@ -198,7 +198,10 @@ def test_of_the_doctor_others_import_its_entry_point_only() -> None:
         for found in list_imported(name)
         if f"{found}.".startswith(f"{doctor}.")
     }
-    assert imported == {f"{doctor}.check_model.check_model"}
+    assert imported == {
+        f"{doctor}.check_model.check_model",
+        f"{doctor}.server_checks.check_server",
+    }
 
 
 @every_uploaded

@@ -30,6 +30,7 @@ from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.records import _KNOWN_FIELDS
+from modeling_llm2clip.doctor import server_checks
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets
 from modeling_llm2clip.evaluation.tasks.task_registry import TASKS
@@ -311,6 +312,7 @@ def test_the_page_of_the_doctor_has_every_check(tmp_path: Path) -> None:
     names = {name.strip() for cell in listed for name in cell.split(",")}
     # Of an empty folder every check is reported, most of them as skipped.
     assert {check.name for check in check_model(tmp_path).checks} - {"folder"} <= names
+    assert {plan.name for plan in server_checks._PLANNED} <= names
 
 
 @pytest.mark.slow

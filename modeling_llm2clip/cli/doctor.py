@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .._extras import require
-from ..configs.config_fields import DeviceConfig
+from ..configs.server_check_config import ServerCheckConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
 
 
-@command(group="Use", examples=("llm2clip doctor llm2clip-demo/model",))
-def doctor(model: str, /, *, config: DeviceConfig, revision: str | None = None) -> int:
-    """Checks a model folder from the outside.
+@command(
+    group="Use",
+    examples=(
+        "llm2clip doctor llm2clip-demo/model",
+        "llm2clip doctor llm2clip-demo/model --server http://127.0.0.1:8000 --schema jina",
+    ),
+)
+def doctor(model: str, /, *, config: ServerCheckConfig, revision: str | None = None) -> int:
+    """Checks a model folder from the outside, or an endpoint that serves it.
 
-    The exit code is 0 for a healthy model and 1 for any other.
+    The exit code is 0 for a healthy model or endpoint and 1 for any other.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        config: Where it runs.
+        config: Where it runs, and which endpoint is checked.
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
     """
     require(*list_needs_of_model(model, revision=revision))
     from ..model_folders.model_types import require_own_model
 
     require_own_model(model, revision=revision)
-    device = use_device(config.device)
+    device = str(use_device(config.device))
+    if config.server is None:
+        from ..doctor.check_model import check_model
 
-    from ..doctor.check_model import check_model
+        report = check_model(model, revision=revision, device=device)
+    else:
+        from ..doctor.server_checks import check_server
 
-    report = check_model(model, revision=revision, device=str(device))
+        report = check_server(model, replace(config, device=device), revision=revision)
     print(report)
     return 0 if report.healthy else 1

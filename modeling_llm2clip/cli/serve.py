@@ -5,12 +5,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .._extras import LANCEDB, SERVE, require
+from .._extras import LANCEDB, PAGE, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ..serving.service import EmbeddingService
 
 
 @command(
@@ -20,7 +27,9 @@ from .extras import list_needs_of_model
         "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
     ),
 )
-def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> int:
+def serve(
+    model: str, /, *, index: str | None = None, page: bool = True, config: ServeConfig
+) -> int:
     """Serves a model over HTTP, with the embeddings API of OpenAI for texts and images.
 
     With LLM2CLIP_API_KEY in the environment, requests must bring that key. SIGTERM lets the
@@ -28,10 +37,12 @@ def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> in
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        index: Index of images that /v1/search searches. Default: none.
+        index: Index of images that /v1/search and the page search. Default: none.
+        page: Show a page at / to search and classify with.
         config: How requests are batched, and what is refused.
     """
-    require(*SERVE, *([] if index is None else [LANCEDB]), *list_needs_of_model(model))
+    optional = [*([PAGE] if page else []), *([] if index is None else [LANCEDB])]
+    require(*SERVE, *optional, *list_needs_of_model(model))
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server
 
@@ -47,9 +58,15 @@ def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> in
 
         _warn_if_open(config.host, API_KEY_VARIABLE)
         service = EmbeddingService.open(model, config, index=index)
-        app = create_app(service)
+        app = create_app(service, page=_find_page() if page else None)
         run_server(app, bound, config, on_start=lambda url: _report_start(service.model_name, url))
     return 0
+
+
+def _find_page() -> Callable[[FastAPI, EmbeddingService], object]:
+    from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
+
+    return add_demo_page
 
 
 def _warn_if_open(host: str, variable: str) -> None:

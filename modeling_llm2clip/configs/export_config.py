@@ -46,12 +46,11 @@ class CardConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(CardConfig, DeviceConfig):
-    """What `export_model` writes of a model."""
+class WeightsConfig(CardConfig, DeviceConfig):
+    """Which weights are written, and in which dtype."""
 
-    components: Literal["full", "text", "vision", "vision-tower"] = "full"
-    """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
-    transformers, for LLaVA and the like."""
+    components: Literal["full", "text", "vision"] = "full"
+    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: as they are."""
     max_shard_size: ShardSize = "50GB"
@@ -59,11 +58,31 @@ class ExportConfig(CardConfig, DeviceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig(ExportConfig):
+class ExportConfig(WeightsConfig):
+    """What `export_model` writes of a model."""
+
+    components: Literal["full", "text", "vision", "vision-tower"] = "full"  # type: ignore[assignment]
+    """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
+    transformers, for LLaVA and the like."""
+    handler: bool = False
+    """Also write handler.py and requirements.txt, with which Inference Endpoints serve the folder.
+    """
+    space: bool = False
+    """Also write space/: app.py, requirements.txt and README.md of a Gradio Space."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for files of a host that the written folder cannot serve."""
+        yield from super().find_conflicts()
+        if self.handler and self.components == "vision-tower":
+            yield "handler=True serves models of this package, not components=vision-tower."
+        if self.space and self.components != "full":
+            yield "space=True needs both towers: components=full."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(WeightsConfig):
     """What `convert_checkpoint` writes of a checkpoint."""
 
-    components: Literal["full", "text", "vision"] = "full"
-    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of all weights but the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"

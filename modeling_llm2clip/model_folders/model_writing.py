@@ -109,7 +109,7 @@ def save_model(
             for those in the model's configuration.
         card: What the card states beside what it reads in the folder.
         name: What the card calls the model; None for the folder's last name.
-        files: Name → further file, copied, or text; see `find_carried_files`.
+        files: Path in the folder → further file, copied, or text; see `find_carried_files`.
         max_shard_size: Maximum size of a weight file, in bytes or like "5GB". Memory holds one
             file of a lazy model.
         device: Where a lazy model is loaded for its golden embeddings; see `find_device`.
@@ -281,6 +281,7 @@ def _require_places(
 
 
 def _write_file(path: Path, content: Path | str) -> None:
+    path.parent.mkdir(exist_ok=True)
     if isinstance(content, Path):
         shutil.copy2(content, path)
     else:

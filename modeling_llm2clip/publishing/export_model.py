@@ -23,6 +23,7 @@ from ..model_folders.model_writing import find_carried_files, save_model
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..sentence_transformers_llm2clip import read_instructions
 from .card_results import read_card_results, require_own_results
+from .hosting_files import render_hosting_files
 from .vision_tower_export import export_vision_tower
 
 CLASS_OF_COMPONENTS = {
@@ -74,6 +75,7 @@ def export_model(
         folder, dtype=getattr(torch, config.dtype) if config.dtype else "auto"
     )
     set_base_models(model.config, config.base_models)
+    hosting = render_hosting_files(config, model.config, name=name or Path(output).name)
     return save_model(
         model.eval().to(find_device(config.device)),
         LLM2CLIPProcessor.from_pretrained(folder),
@@ -81,7 +83,7 @@ def export_model(
         instructions=read_instructions(folder),
         card=card,
         name=name,
-        files=find_carried_files(folder),
+        files={**find_carried_files(folder), **hosting},
         max_shard_size=config.max_shard_size,
         verify=lambda written: require_own_results(card.results, written),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..configs.export_config import ExportConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import MODEL_CLASSES
@@ -15,6 +16,7 @@ from ..model_folders.model_writing import cast_weights
 from ..model_folders.weights import open_weights, plan_shards
 from .card_results import require_own_results
 from .export_model import CLASS_OF_COMPONENTS, plan_card
+from .hosting_files import render_hosting_files
 from .push_to_hub import PlannedFile, list_files, require_healthy
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -50,8 +52,16 @@ def plan_export(
     if config.components == "full" and config.dtype is None:
         require_own_results(card.results, folder)
     require_healthy(folder, device=config.device)
-    others = [file for file in list_files(folder) if not _WEIGHTS.fullmatch(file.path)]
-    return sorted([*_plan_weights(folder, config), *others], key=lambda file: file.path)
+    hosting = render_hosting_files(
+        config, LLM2CLIPConfig.from_pretrained(folder), name=Path(output).name
+    )
+    others = [
+        file
+        for file in list_files(folder)
+        if not _WEIGHTS.fullmatch(file.path) and file.path not in hosting
+    ]
+    added = [PlannedFile(path, len(content.encode())) for path, content in hosting.items()]
+    return sorted([*_plan_weights(folder, config), *others, *added], key=lambda file: file.path)
 
 
 def _plan_weights(folder: Path, config: ExportConfig) -> list[PlannedFile]:

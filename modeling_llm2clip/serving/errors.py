@@ -46,8 +46,9 @@ class RequestError(Exception):
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
         if self.status == 401:
-            # Basic makes a browser ask; programs send a bearer token.
-            headers["WWW-Authenticate"] = 'Basic realm="llm2clip", Bearer'
+            # A browser asks for Basic, and for nothing if it is not alone; programs send a bearer
+            # token unasked.
+            headers["WWW-Authenticate"] = 'Basic realm="llm2clip"'
         return headers
 
     def to_bytes(self) -> bytes:

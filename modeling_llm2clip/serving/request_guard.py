@@ -77,7 +77,8 @@ class RequestGuard:
             if scope["type"] == "http" and path.startswith(_API_PREFIXES):
                 await self._handle(scope, receive, answer)
             else:
-                await self._app(scope, receive, answer.send)
+                self._require_size(scope)
+                await self._app(scope, self._limit(receive), answer.send)
         except RequestError as error:
             await _refuse(scope, answer, error)
         finally:
@@ -115,9 +116,7 @@ class RequestGuard:
             self._num_bytes -= len(body)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > self._max_body:
-            raise self._refuse_size()
+        self._require_size(scope)
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -137,6 +136,23 @@ class RequestGuard:
                 )
             if not message.get("more_body", False):
                 return
+
+    def _require_size(self, scope: Scope) -> None:
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > self._max_body:
+            raise self._refuse_size()
+
+    def _limit(self, receive: Receive) -> Receive:
+        """Pass on the body of a request to the page; one that gets too large ends as a hang-up."""
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            return message if num_bytes <= self._max_body else {"type": "http.disconnect"}
+
+        return receive_limited
 
     def _refuse_size(self) -> RequestError:
         return RequestError(

@@ -27,15 +27,16 @@ SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 EXTRAS = SETUP["options.extras_require"]
 # Distributions that are not called as what they hold is imported.
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
+                 "prometheus_client": "prometheus-client",
                  "sentence_transformers": "sentence-transformers"}  # fmt: skip
 # Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
-# transformers the last.
-INDIRECT = {"fsspec", "rich", "tokenizers"}
+# transformers the third, fastapi and uvicorn the last.
+INDIRECT = {"fsspec", "rich", "tokenizers", "h11", "pydantic", "starlette"}
 REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "numpy", "pyarrow",
             "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers",
             "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.
-ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train"}
+ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train", "serve": "serve"}
 ONLY_TESTS = {"test", "all", "docs", "dev"}
 # Its packages hold others back.
 NOT_IN_ALL = {"s3"}
@@ -44,7 +45,7 @@ NOT_IN_ALL = {"s3"}
 def all_needs() -> list[Need]:
     values = vars(_extras).values()
     alone = [value for value in values if isinstance(value, Need)]
-    return [*alone, *_extras.DEMO, *_extras.CAPTION_TUNING]
+    return [*alone, *_extras.DEMO, *_extras.CAPTION_TUNING, *_extras.SERVE]
 
 
 def resolve(extra: str) -> set[str]:
@@ -208,6 +209,10 @@ BLOCKED_RUNS = [
     (["timm"], "export TIMM new", "timm"),
     (["timm"], "push TIMM owner/name", "timm"),
     (["timm"], "doctor TIMM", "timm"),
+    (["fastapi"], "serve PLAIN", "serve"),
+    (["gradio"], "serve PLAIN", "serve"),
+    (["timm"], "serve TIMM --no-page", "timm"),
+    (["lancedb"], "serve PLAIN --index DATA", "search"),
     (["timm"], "evaluate ours=TIMM --datasets emoji", "timm"),
     (["open_clip"], "evaluate PLAIN --datasets emoji --tasks retrieval length", "baselines"),
     (["open_clip"], "evaluate OPEN_CLIP --datasets emoji", "baselines"),

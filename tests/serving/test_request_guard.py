@@ -90,7 +90,7 @@ def test_with_a_key_only_those_who_have_it_are_answered(monkeypatch: pytest.Monk
             assert status == expected
             if status == 401:
                 assert content["error"]["type"] == "authentication_error"
-                assert "Bearer" in answered["www-authenticate"]
+                assert answered["www-authenticate"] == 'Basic realm="llm2clip"'
         get = "GET {} HTTP/1.1\r\nHost: x\r\n\r\n"
         assert ask(url, get.format("/health").encode())[0] == 200
         for path in ("/", "/metrics", "/docs", "/openapi.json", "/v1/models"):

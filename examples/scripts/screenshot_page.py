@@ -1,0 +1,131 @@
+"""Take the screenshot of the server's page that the documents show, with the embedded images.
+
+    llm2clip demo
+    python examples/scripts/screenshot_page.py llm2clip-demo/model docs/images/page.png
+
+It indexes the emoji and photographs of `examples/data` under their names, serves them, and looks at
+the page with the system's Chromium (`apt-get install chromium`, `pip install playwright`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from modeling_llm2clip import ImageIndex
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.data.records.record_loading import find_example_data
+from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.demo_page import add_demo_page
+from modeling_llm2clip.serving.run_server import bind_socket
+from modeling_llm2clip.serving.service import EmbeddingService
+
+_QUERY = "a fruit"
+_WIDTH, _HEIGHT = 1100, 700
+_COLORS = 128
+_WAIT_MS = 60_000
+
+
+def copy_named_images(folder: Path) -> None:
+    """Copy the embedded images, named after their first English captions.
+
+    Args:
+        folder: Where to; it exists.
+    """
+    data = find_example_data()
+    for source, wanted in (("emoji", "noto"), ("photographs", None)):
+        lines = (data / source / "captions.jsonl").read_text("utf-8").splitlines()
+        for record in map(json.loads, lines):
+            if record["lang"] == "en" and record.get("style") == wanted:
+                image = data / source / record["image"]
+                name = record["captions"][0] if source == "emoji" else image.stem
+                name = "".join(letter if letter.isalnum() else " " for letter in name)
+                shutil.copy(image, folder / f"{' '.join(name.split())}{image.suffix}")
+
+
+@contextmanager
+def serve(service: EmbeddingService) -> Iterator[str]:
+    """Serve a service with its page on loopback.
+
+    Args:
+        service: What answers.
+
+    Yields:
+        The address.
+    """
+    bound = bind_socket(ServeConfig(port=0))
+    app = create_app(service, page=add_demo_page)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def take_screenshot(url: str, query: str) -> Image.Image:
+    """Search on the page, and take a screenshot.
+
+    Args:
+        url: Address of the page.
+        query: What to look for.
+
+    Returns:
+        The window.
+    """
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("google-chrome")
+        )
+        page = browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT})
+        page.set_default_timeout(_WAIT_MS)
+        page.goto(url)
+        page.locator("#query textarea, #query input").first.fill(query)
+        page.locator("#search-button").click()
+        page.locator("#hits img").nth(11).wait_for()
+        page.wait_for_function(
+            "[...document.querySelectorAll('#hits img')].every((image) => image.naturalWidth > 0)"
+        )
+        page.mouse.move(0, 0)
+        content = page.screenshot(animations="disabled")
+        browser.close()
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def main() -> None:
+    """Index, serve, look, and write the image."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model", type=Path, help="folder of a trained model")
+    parser.add_argument("output", type=Path, help="PNG file to write")
+    parser.add_argument("--query", default=_QUERY, help="what to look for")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        images = Path(scratch, "images")
+        images.mkdir()
+        copy_named_images(images)
+        ImageIndex.build(arguments.model, images, Path(scratch, "index"))
+        service = EmbeddingService.open(
+            arguments.model, ServeConfig(model_name="LLM2CLIP demo"), index=f"{scratch}/index"
+        )
+        with serve(service) as url:
+            window = take_screenshot(url, arguments.query)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    window.quantize(_COLORS, dither=Image.Dither.NONE).save(arguments.output, optimize=True)
+    print(f"Wrote {arguments.output}, {arguments.output.stat().st_size / 1024:.0f} KB.")
+
+
+if __name__ == "__main__":
+    main()

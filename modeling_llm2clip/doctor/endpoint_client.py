@@ -1,0 +1,349 @@
+"""Asks an embedding endpoint in the request schemas in use, by the standard library alone."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..configs.server_check_config import ServerCheckConfig, ServerSchema
+
+_PATHS: dict[ServerSchema, tuple[str, ...]] = {
+    "openai": ("/v1/embeddings",),
+    "chat": ("/v1/embeddings",),
+    "cohere": ("/v2/embed", "/v1/embed", "/v1/embeddings"),
+    "jina": ("/v1/embeddings",),
+}
+_MAX_REPLY = 2**26  # bytes
+_MAX_TRIES = 5
+_MAX_WAIT_S = 10.0
+_SHOWN = 200  # characters of a reply
+
+
+class EndpointError(ValueError):
+    """An endpoint gave no embeddings; the message says what came and what was wanted.
+
+    Attributes:
+        status: HTTP status of the reply; None where there is none.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would turn a POST into a GET, and hand the API key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follow none: the reply becomes an error."""
+
+
+class EndpointClient:
+    """Sends texts and images to an endpoint and reads the embeddings of its replies.
+
+    Threads may share it.
+
+    Args:
+        config: Address, schema and limits; `config.server` is set.
+        model_name: Name of the model in requests.
+        api_key: Bearer token; empty for none.
+
+    Raises:
+        ValueError: The address has no host.
+    """
+
+    def __init__(self, config: ServerCheckConfig, *, model_name: str, api_key: str = "") -> None:
+        self.schema = config.schema
+        self.timeout_s = config.timeout_s
+        self.model_name = model_name
+        self._api_key = api_key
+        self._opener = urllib.request.build_opener(_RefuseRedirects)
+        address = urlsplit(config.server or "")
+        if not address.hostname:
+            raise ValueError(f"server={config.server!r} has no host. Give http://HOST:PORT.")
+        if address.username is not None:
+            raise ValueError(
+                f"The address of {address.hostname} has a name or password. Give the key in the "
+                f"environment variable {config.api_key_env}."
+            )
+        self.base = f"{address.scheme}://{address.netloc}"
+        path = address.path.rstrip("/")
+        is_base = path in ("", "/v1", "/v2")
+        self.urls = [self.base + one for one in _PATHS[self.schema]]
+        if not is_base:
+            self.urls = [self.base + path + (f"?{address.query}" if address.query else "")]
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the schema has images."""
+        return self.schema != "openai"
+
+    @property
+    def batches_images(self) -> bool:
+        """Whether a request may have several images."""
+        return self.schema in ("cohere", "jina")
+
+    def connect(self, text: str) -> Tensor:
+        """Embed one text, and keep the first path of the schema that the server knows.
+
+        Args:
+            text: A text.
+
+        Returns:
+            (1, width) float32.
+
+        Raises:
+            EndpointError: There is no server, or it gives no embedding.
+        """
+        for url in list(self.urls):
+            try:
+                embeds = self.embed_texts([text], url=url)
+            except EndpointError as error:
+                if error.status != 404 or url == self.urls[-1]:
+                    raise
+            else:
+                self.urls = [url]
+                return embeds
+        raise AssertionError("there is at least one address")
+
+    def find_model_name(self) -> str | None:
+        """Return the name of the only model in the server's list; None without such a list."""
+        try:
+            content = self._load(self._send(f"{self.base}/v1/models", None))
+        except EndpointError:
+            return None
+        models = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(models, list) or len(models) != 1 or not isinstance(models[0], dict):
+            return None
+        name = models[0].get("id")
+        return name if isinstance(name, str) else None
+
+    def embed_texts(
+        self, texts: Sequence[str], *, url: str | None = None, **options: Any
+    ) -> Tensor:
+        """Embed texts in one request.
+
+        Args:
+            texts: N texts.
+            url: Another address than the endpoint's.
+            options: Further fields of the request.
+
+        Returns:
+            (N, width) float32, as they came.
+
+        Raises:
+            EndpointError: The reply has not one embedding per text.
+        """
+        body: dict[str, Any] = {"input": list(texts)}
+        if self.schema == "cohere":
+            body = {"texts": list(texts), "embedding_types": ["float"]}
+        elif self.schema == "jina":
+            body = {"input": [{"text": text} for text in texts]}
+        return self._embed({**body, **options}, count=len(texts), url=url)
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embed images: in one request, or one request each where the schema has no batches.
+
+        Args:
+            images: N images, sent as PNG.
+
+        Returns:
+            (N, width) float32, as they came.
+
+        Raises:
+            EndpointError: The reply has not one embedding per image.
+        """
+        addresses = [_to_data_url(image) for image in images]
+        if self.schema == "chat":
+            parts = [{"type": "image_url", "image_url": {"url": one}} for one in addresses]
+            bodies = [{"messages": [{"role": "user", "content": [part]}]} for part in parts]
+            return torch.cat([self._embed(body, count=1) for body in bodies])
+        body: dict[str, Any] = {"input": [{"image": one} for one in addresses]}
+        if self.schema == "cohere":
+            body = {"images": addresses, "embedding_types": ["float"]}
+        return self._embed(body, count=len(images))
+
+    def _embed(self, body: dict[str, Any], *, count: int, url: str | None = None) -> Tensor:
+        body = {"model": self.model_name, **body}
+        if self.schema != "cohere":
+            body = {"encoding_format": "float", **body}
+        content = self._load(self._send(url or self.urls[0], body))
+        rows = _find_rows(content)
+        if len(rows) != count:
+            raise EndpointError(f"The reply has {len(rows)} embeddings for {count} inputs.")
+        return _to_tensor(rows)
+
+    def _send(self, url: str, body: dict[str, Any] | None) -> bytes:
+        """Send a request, again where the server asks to wait; None for the body is a GET."""
+        headers = {"Accept": "application/json", "User-Agent": "llm2clip-doctor"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(body, ensure_ascii=False).encode()
+        for number in range(1, _MAX_TRIES + 1):
+            request = urllib.request.Request(url, data=data, headers=headers)
+            try:
+                with self._opener.open(request, timeout=self.timeout_s) as reply:
+                    return _read(reply, timeout_s=self.timeout_s)
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code not in (429, 503) or number == _MAX_TRIES:
+                        raise _describe_status(url, error) from None
+                time.sleep(_read_wait(error.headers.get("Retry-After"), number))
+            except (OSError, http.client.HTTPException) as error:
+                raise _describe_failure(url, error, self.timeout_s) from error
+        raise AssertionError("the last try returns or raises")
+
+    @staticmethod
+    def _load(content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):  # of JSON, of the encoding, or of its depth
+            raise EndpointError(
+                f"The reply is not JSON: {content[:_SHOWN]!r}. Give the address of an endpoint for "
+                "embeddings."
+            ) from None
+
+
+def _read(reply: Any, *, timeout_s: float) -> bytes:
+    """Read a reply, no longer and no more than allowed."""
+    end, parts, size = time.monotonic() + timeout_s, [], 0
+    while part := reply.read1(2**16):
+        parts.append(part)
+        size += len(part)
+        if size > _MAX_REPLY:
+            raise EndpointError(f"The reply is larger than {_MAX_REPLY:,} bytes.")
+        if time.monotonic() > end:
+            raise TimeoutError
+    return b"".join(parts)
+
+
+def _read_wait(text: str | None, number: int) -> float:
+    try:
+        seconds = float(text or "")
+    except ValueError:  # none, or a date
+        seconds = 0.2 * 2**number
+    return min(max(seconds, 0.1), _MAX_WAIT_S)
+
+
+def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
+    try:
+        found = error.read(2**16).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as failure:
+        found = f"({failure})"
+    remedy = ""
+    if error.code in (401, 403):
+        remedy = " Put the server's API key into the environment variable of --api-key-env."
+    elif error.code in (404, 405):
+        remedy = " Give the address of the endpoint for embeddings, and its --schema."
+    elif 300 <= error.code < 400:
+        remedy = f" It redirects to {error.headers.get('Location')!r}: give that address."
+    elif error.code in (429, 503):
+        remedy = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
+    shown = " ".join(_find_message(found).split())[:_SHOWN]
+    return EndpointError(
+        f"{url} answered {error.code} {error.reason}: {shown!r}.{remedy}", status=error.code
+    )
+
+
+def _find_message(text: str) -> str:
+    """Return what an error of OpenAI's or FastAPI's shape says, else all of it."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(content, dict):
+        found = content.get("error") or content.get("detail") or content.get("message") or content
+        if isinstance(found, dict) and "message" in found:
+            found = found["message"]
+        return str(found)
+    return text
+
+
+def _describe_failure(url: str, error: Exception, timeout_s: float) -> EndpointError:
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, TimeoutError):
+        return EndpointError(
+            f"{url} gave no whole reply within {timeout_s:g} seconds. Give a larger --timeout-s, "
+            "or see what the server waits for."
+        )
+    text = str(reason) or type(reason).__name__
+    return EndpointError(f"{url} cannot be reached ({text}). Start the server, or correct it.")
+
+
+def _find_rows(content: Any) -> list[Any]:
+    """Return the embeddings of a reply of OpenAI's or Cohere's shape."""
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        rows = content["data"]
+        if not all(isinstance(row, dict) and "embedding" in row for row in rows):
+            raise EndpointError("An entry of the reply's `data` has no `embedding`.")
+        places = [row.get("index", number) for number, row in enumerate(rows)]
+        if places != list(range(len(rows))):
+            raise EndpointError(
+                f"The reply's `data` is not in the order of the input: its `index` is "
+                f"{places[:8]}. Clients take the rows as they come."
+            )
+        return [row["embedding"] for row in rows]
+    found = content.get("embeddings") if isinstance(content, dict) else None
+    if isinstance(found, dict):
+        found = found.get("float", found.get("float_"))
+    if isinstance(found, list):
+        return found
+    keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+    raise EndpointError(f"The reply has neither `data` nor `embeddings`, but {keys}.")
+
+
+def _to_tensor(rows: list[Any]) -> Tensor:
+    """Turn rows of numbers, or of base64, into float32."""
+    arrays = [_decode(row) if isinstance(row, str) else _check(row) for row in rows]
+    widths = sorted({len(array) for array in arrays})
+    if len(widths) > 1:
+        raise EndpointError(f"The reply's embeddings have different widths: {widths}.")
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _check(row: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    is_number = isinstance(row, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in row
+    )
+    if not is_number or not row:
+        raise EndpointError(f"An embedding is not a list of numbers: {str(row)[:_SHOWN]}.")
+    try:
+        values = np.asarray(row, dtype=np.float64)
+    except OverflowError:  # an integer beyond all floats
+        raise EndpointError(f"An embedding is not finite: {str(row)[:_SHOWN]}.") from None
+    with np.errstate(over="ignore"):  # becomes infinite, and is reported as such
+        return values.astype(np.float32)
+
+
+def _decode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise EndpointError(f"An embedding is not base64: {text[:_SHOWN]!r}.") from None
+    if not content or len(content) % 4:
+        raise EndpointError(f"An embedding has {len(content)} bytes, not 4 per float32.")
+    return np.frombuffer(content, dtype="<f4").copy()
+
+
+def _to_data_url(image: Image.Image) -> str:
+    """Write an image as PNG, with its EXIF data."""
+    file = io.BytesIO()
+    exif = image.getexif()
+    image.save(file, format="PNG", **({"exif": exif} if exif else {}))
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,229 @@
+"""Names the error of a server from its embeddings and those that were wanted.
+
+Shapes: N texts or images, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model_folders.golden_embeddings import find_tolerance, measure_distances
+from .served_variants import Variant
+
+# A variant explains embeddings that it comes this much closer to than the model's own are: servers
+# prepare inputs by other library code, so that not every digit agrees.
+_EXPLAINED = 0.1
+# Rounding errors of two machines are of one size, and not equal.
+_AS_MUCH = 3.0
+# int8 of unit embeddings; other inputs and other errors are further off.
+_QUANTIZED = 0.05
+_MOST_DECIMALS = 5
+_ROWS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Embeddings of a server beside those that were wanted.
+
+    Args:
+        served: (N, any width) float32, as they came.
+        wanted: (N, P) float32 of unit length.
+        inputs: What each row is called.
+        tolerance: Largest harmless distance.
+        list_variants: Lists the errors to look for.
+        variant_inputs: N texts or images, for the variants.
+        measure_half_precisions: Returns how far each half precision moves the model's own
+            embeddings.
+    """
+
+    served: Tensor
+    wanted: Tensor
+    inputs: Sequence[str]
+    tolerance: float
+    list_variants: Callable[[], Sequence[Variant]]
+    variant_inputs: Sequence[Any]
+    measure_half_precisions: Callable[[], dict[str, float]]
+
+    def measure(self) -> float:
+        """Return the largest distance; infinite where the width is another."""
+        if self.served.shape != self.wanted.shape:
+            return float("inf")
+        return float(measure_distances(self.served, self.wanted).max())
+
+    def explain(self, *, thorough: bool = False) -> str | None:
+        """Return what differs and why; None where nothing does.
+
+        Args:
+            thorough: Look for errors also in what half precision allows, which is more than some
+                errors cost.
+
+        Returns:
+            One or two sentences.
+        """
+        if self.measure() <= self.tolerance:
+            is_rounding = self.measure() <= find_tolerance(torch.float32, other_machine=True)
+            return None if is_rounding or not thorough else _find_closer(self)
+        for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length, _find_cause):
+            if (text := find(self)) is not None:
+                return text
+        return self._describe_unknown()
+
+    def measure_direction(self) -> float:
+        """Return the largest distance once lengths are 1; infinite where the width is another."""
+        if self.served.shape != self.wanted.shape:
+            return float("inf")
+        return float(measure_distances(F.normalize(self.served, dim=-1), self.wanted).max())
+
+    def find_variants(self) -> list[tuple[float, str]]:
+        """Return distance and name of each variant of this width, the closest first."""
+        direction, found = F.normalize(self.served, dim=-1), []
+        for variant in self.list_variants():
+            embeds = variant.compute(self.variant_inputs)
+            if embeds.shape == direction.shape:
+                found.append((float(measure_distances(direction, embeds).max()), variant.name))
+        if self.served.shape[1] < self.wanted.shape[1]:
+            part = F.normalize(self.wanted[:, : self.served.shape[1]], dim=-1)
+            name = f"only the first {self.served.shape[1]} dimensions are returned"
+            found.append((float(measure_distances(direction, part).max()), name))
+        return sorted(found)
+
+    def describe_lengths(self) -> str:
+        """Return a clause on lengths other than 1; empty where there are none."""
+        lengths = self.served.norm(dim=-1)
+        if float((lengths - 1).abs().max()) <= max(self.tolerance, 1e-3):
+            return ""
+        return f", and lengths are {float(lengths.min()):.3g} to {float(lengths.max()):.3g}, not 1"
+
+    def describe_distance(self) -> str:
+        """Return how many differ and how far."""
+        if self.served.shape[1] != self.wanted.shape[1]:
+            return (
+                f"the embeddings have {self.served.shape[1]} dimensions, the model's have "
+                f"{self.wanted.shape[1]}"
+            )
+        distances = measure_distances(self.served, self.wanted)
+        wrong = int((~(distances <= self.tolerance)).sum())
+        return (
+            f"{wrong} of {len(distances)} embeddings differ by up to {float(distances.max()):.1e} "
+            f"(allowed: {self.tolerance:.0e})"
+        )
+
+    def _describe_unknown(self) -> str:
+        found = self.find_variants()
+        nearest = f"; the nearest: {found[0][1]} (still {found[0][0]:.1e} apart)" if found else ""
+        return f"{self.describe_distance()}. No known error gives them{nearest}."
+
+
+def _find_cause(compared: Comparison) -> str | None:
+    """Name the variant, or the dtype, that gives these embeddings."""
+    found, moved = compared.find_variants(), compared.measure_direction()
+    if found and found[0][0] <= max(compared.tolerance, _EXPLAINED * min(moved, 2.0)):
+        distance, name = found[0]
+        return (
+            f"{compared.describe_distance()}: {name} (which gives them within {distance:.1e}"
+            f"{compared.describe_lengths()})."
+        )
+    if compared.served.shape != compared.wanted.shape:
+        return None
+    for dtype, by in sorted(compared.measure_half_precisions().items(), key=lambda item: item[1]):
+        if moved <= _AS_MUCH * by:
+            return (
+                f"{compared.describe_distance()}, as much as computing in {dtype} moves them here "
+                f"({by:.1e}): the server computes in less than float32. If it is meant to, give "
+                f"--served-dtype {dtype}."
+            )
+    return None
+
+
+def _find_closer(compared: Comparison) -> str | None:
+    """Name the variant that gives embeddings which rounding could have moved as far."""
+    own = compared.measure_direction()
+    found = compared.find_variants()
+    if not found or found[0][0] > _EXPLAINED * own:
+        return None
+    distance, name = found[0]
+    return (
+        f"embeddings differ by up to {own:.1e}, which {compared.tolerance:.0e} allows, but {name} "
+        f"gives them within {distance:.1e}."
+    )
+
+
+def find_rounding(served: Tensor) -> str | None:
+    """Return what the values were rounded to; None where they use all digits of float32.
+
+    Args:
+        served: (N, width) float32.
+    """
+    values = served[served.isfinite()]
+    if bool((values == values.round()).all()):
+        return "integers"
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        if bool((values == values.to(dtype).float()).all()):
+            return name
+    for decimals in range(1, _MOST_DECIMALS + 1):
+        scaled = values.double() * 10**decimals
+        # float32 holds 7 digits: less than a hundredth of the last decimal.
+        if bool(((scaled - scaled.round()).abs() < 0.01).all()):
+            return f"{decimals} decimals"
+    return None
+
+
+def _find_broken(compared: Comparison) -> str | None:
+    served = compared.served
+    broken = (~served.isfinite()).any(dim=1)
+    if broken.any():
+        return f"{int(broken.sum())} of {len(served)} embeddings have NaN or infinity."
+    if (served.norm(dim=-1) == 0).any():
+        return f"{int((served.norm(dim=-1) == 0).sum())} of {len(served)} embeddings are zero."
+    return None
+
+
+def _find_equal_rows(compared: Comparison) -> str | None:
+    """Every input has the embedding of one of them, or of nothing."""
+    served, wanted = compared.served, compared.wanted
+    if len(served) < 2 or float((wanted - wanted[:1]).norm(dim=-1).max()) <= compared.tolerance:
+        return None
+    if float((served - served[:1]).norm(dim=-1).max()) > compared.tolerance:
+        return None
+    return f"all {len(served)} inputs have one embedding: requests or rows are mixed up."
+
+
+def _find_crosstalk(compared: Comparison) -> str | None:
+    """Some inputs have the embedding of another."""
+    served, wanted = compared.served, compared.wanted
+    if served.shape != wanted.shape:
+        return None
+    own = measure_distances(served, wanted)
+    swapped = []
+    for row in (own > compared.tolerance).nonzero().flatten().tolist():
+        distances = (wanted - served[row]).norm(dim=-1)
+        nearest = int(distances.argmin())
+        if nearest != row and float(distances[nearest]) <= compared.tolerance:
+            swapped.append(f"{compared.inputs[row]} has that of {compared.inputs[nearest]}")
+    if not swapped:
+        return None
+    more = f"; and {len(swapped) - _ROWS_SHOWN} more" if len(swapped) > _ROWS_SHOWN else ""
+    return (
+        f"{len(swapped)} of {len(served)} inputs have another input's embedding: "
+        f"{'; '.join(swapped[:_ROWS_SHOWN])}{more}. Rows or requests are mixed up (cross-talk)."
+    )
+
+
+def _find_length(compared: Comparison) -> str | None:
+    if compared.served.shape != compared.wanted.shape:
+        return None
+    lengths, direction = compared.served.norm(dim=-1), compared.measure_direction()
+    if find_rounding(compared.served) == "integers" and direction <= _QUANTIZED:
+        return "the values are integers: embeddings are quantized, where float was asked for."
+    if direction > compared.tolerance:
+        return None
+    return (
+        f"embeddings are not normalized: lengths are {float(lengths.min()):.3g} to "
+        f"{float(lengths.max()):.3g}, not 1. Their directions are right."
+    )

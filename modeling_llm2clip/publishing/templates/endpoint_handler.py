@@ -1,0 +1,213 @@
+"""Serves this model on Inference Endpoints: embeddings of texts and images, and zero-shot labels.
+
+The host imports this file as `handler.py`, calls `EndpointHandler(path)` once, and the handler for
+every request. A ValueError becomes a reply with its text and status 400.
+
+    {"inputs": "two red apples"}
+    {"inputs": ["two red apples", {"text": "a dog"}, {"image": "<base64>"}]}
+    {"inputs": {"image": "<base64>"}, "parameters": {"candidate_labels": ["cat", "dog"]}}
+
+An image is base64 of its file, with or without `data:image/…;base64,` before it, or the body of a
+request of the type `image/…`. With `candidate_labels`, a string in `inputs` is an image too.
+Addresses of images are not fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+MAX_INPUTS = 256
+MAX_LABELS = 1000
+MAX_PIXELS = 50_000_000
+BATCH_SIZE = 16
+HYPOTHESIS_TEMPLATE = "a photo of a {}."
+# What the web and cameras have; Pillow runs other programs for some of the rest.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+_PARAMETERS = {"candidate_labels", "hypothesis_template", "dimensions"}
+_SHOWN = 40  # characters of an input in an error
+
+
+class EndpointHandler:
+    """The model, and the requests that it takes.
+
+    Args:
+        path: Folder of the model, with its code; this file is in it.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # The code is beside the weights, and of the same revision.
+        options: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
+        model = AutoModel.from_pretrained(path or ".", dtype="auto", **options)
+        self.model = model.to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(path or ".", **options)
+        self.encodes = {
+            "text": hasattr(model, "get_text_features"),
+            "image": hasattr(model, "get_image_features"),
+        }
+
+    def __call__(self, data: dict[str, Any]) -> list[Any]:
+        """Answer one request.
+
+        Args:
+            data: `inputs`, a text, an image or a list of both, and `parameters`:
+                `candidate_labels` asks for labels of images, `hypothesis_template` is the sentence
+                around a label, `dimensions` the length of embeddings.
+
+        Returns:
+            For one input, its embedding of unit length as a list of numbers, or its labels as
+            `[{"label": …, "score": …}]`, the best first; for a list of inputs, a list of these.
+
+        Raises:
+            ValueError: There is nothing to encode, too much, or something that cannot be read.
+        """
+        parameters = data.get("parameters") or {}
+        if not isinstance(parameters, dict) or (unknown := set(parameters) - _PARAMETERS):
+            named = sorted(unknown) if isinstance(parameters, dict) else parameters
+            raise ValueError(f"parameters: got {named}; known are {sorted(_PARAMETERS)}.")
+        inputs = data.get("inputs")
+        several = inputs if isinstance(inputs, list) else [inputs]
+        if not 0 < len(several) <= MAX_INPUTS:
+            raise ValueError(f"inputs: got {len(several)}; give 1 to {MAX_INPUTS}.")
+        labels = _read_labels(parameters.get("candidate_labels"))
+        if labels is None:
+            results = self._embed(several, _read_dimensions(parameters.get("dimensions")))
+        else:
+            template = _read_template(parameters.get("hypothesis_template", HYPOTHESIS_TEMPLATE))
+            results = self._classify(several, labels, template)
+        return results if isinstance(inputs, list) else results[0]
+
+    def _embed(self, inputs: Sequence[Any], dimensions: int | None) -> list[Any]:
+        """Embed texts and images in batches, and return them in their order."""
+        read = [_read_input(one) for one in inputs]
+        rows: dict[int, list[float]] = {}
+        for modality in ("text", "image"):
+            places = [place for place, (found, _) in enumerate(read) if found == modality]
+            if places and not self.encodes[modality]:
+                raise ValueError(f"This model encodes no {modality}s.")
+            for start in range(0, len(places), BATCH_SIZE):
+                batch = places[start : start + BATCH_SIZE]
+                embeds = self._encode(modality, [read[place][1] for place in batch])
+                if dimensions is not None:
+                    if dimensions > embeds.shape[1]:
+                        raise ValueError(
+                            f"dimensions: got {dimensions}; the model has {embeds.shape[1]}."
+                        )
+                    embeds = F.normalize(embeds[:, :dimensions], dim=-1)
+                rows |= dict(zip(batch, embeds.tolist(), strict=True))
+        return [rows[place] for place in range(len(read))]
+
+    @torch.inference_mode()
+    def _encode(self, modality: str, batch: list[Any]) -> torch.Tensor:
+        if modality == "text":
+            inputs = self.processor(text=batch).to(self.model.device)
+            features = self.model.get_text_features(**inputs)
+        else:
+            inputs = self.processor(images=batch).to(self.model.device)
+            features = self.model.get_image_features(**inputs)
+        return F.normalize(features.pooler_output, dim=-1).cpu()
+
+    def _classify(
+        self, inputs: Sequence[Any], labels: list[str], template: str
+    ) -> list[list[dict[str, Any]]]:
+        """Compare each image with the sentences of all labels."""
+        if not all(self.encodes.values()):
+            raise ValueError("This model has one tower; labels need texts and images.")
+        images = [_read_input(one, is_image=True)[1] for one in inputs]
+        sentences = [template.format(label) for label in labels]
+        texts = torch.cat(
+            [
+                self._encode("text", sentences[start : start + BATCH_SIZE])
+                for start in range(0, len(sentences), BATCH_SIZE)
+            ]
+        )
+        scale = float(self.model.logit_scale().detach())
+        results = []
+        for image in images:
+            scores = (scale * self._encode("image", [image]) @ texts.T).softmax(dim=-1)[0]
+            pairs = sorted(zip(labels, scores.tolist(), strict=True), key=lambda pair: -pair[1])
+            results.append([{"label": label, "score": score} for label, score in pairs])
+        return results
+
+
+def _read_labels(labels: Any) -> list[str] | None:
+    if labels is None:
+        return None
+    if isinstance(labels, str):  # as a query string has them
+        labels = labels.split(",")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("candidate_labels: give a list of strings.")
+    names: list[str] = [label.strip() for label in labels]
+    if not 0 < len(names) <= MAX_LABELS or not all(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"candidate_labels: give 1 to {MAX_LABELS} different labels, none of them blank."
+        )
+    return names
+
+
+def _read_template(template: Any) -> str:
+    if not isinstance(template, str) or template.count("{}") != 1 or template.count("{") != 1:
+        raise ValueError("hypothesis_template: give a sentence with {} where the label goes.")
+    return template
+
+
+def _read_dimensions(dimensions: Any) -> int | None:
+    if dimensions is None:
+        return None
+    if not isinstance(dimensions, int) or isinstance(dimensions, bool) or dimensions < 1:
+        raise ValueError(f"dimensions: got {dimensions!r}; give a positive integer.")
+    return dimensions
+
+
+def _read_input(one: Any, *, is_image: bool = False) -> tuple[str, Any]:
+    """Return the modality of an input, and the text or image."""
+    if isinstance(one, Image.Image):
+        return "image", _check_image(one)
+    if isinstance(one, dict) and len(one) == 1:
+        (name, one) = next(iter(one.items()))
+        if name not in ("text", "image") or (is_image and name == "text"):
+            raise ValueError(
+                f"inputs: got {name!r}; give an image{'' if is_image else ' or a text'}."
+            )
+        is_image = name == "image"
+    if not isinstance(one, str) or not one.strip():
+        raise ValueError(f"inputs: got {str(one)[:_SHOWN]!r}; give a text, or base64 of an image.")
+    if is_image or one.startswith("data:"):
+        return "image", _decode(one)
+    return "text", one
+
+
+def _decode(text: str) -> Image.Image:
+    """Decode base64 of an image file."""
+    if text[:8].lower().startswith(("http://", "https://")):
+        raise ValueError("Addresses of images are not fetched. Send base64 of the file.")
+    content = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        data = base64.b64decode("".join(content.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"An image is not base64: {text[:_SHOWN]!r}.") from None
+    try:
+        image = Image.open(io.BytesIO(data))  # reads the header alone
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"An image cannot be read: {str(error)[:200]}.") from None
+    return _check_image(image)
+
+
+def _check_image(image: Image.Image) -> Image.Image:
+    """Refuse an image by its header, before its pixels fill the memory."""
+    if image.format not in (*FORMATS, None):  # None: made in memory
+        raise ValueError(f"An image is {image.format}; send one of {', '.join(FORMATS)}.")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"An image has {image.width} x {image.height} pixels; send at most {MAX_PIXELS:,}."
+        )
+    return image

@@ -1,0 +1,413 @@
+"""The page at `/`: search, zero-shot classification, links to the API."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import html
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Gradio reads these when it is imported; with analytics it would look up hosts elsewhere.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from starlette.routing import Match, Mount
+
+from ..search.search_results import SearchResult
+from .errors import RequestError
+from .service import EmbeddingService, Input
+from .thumbnails import Thumbnails
+
+T = TypeVar("T")
+
+_living: list[FastAPI] = []  # applications that serve the page now
+
+_API_PREFIXES = ("/v1/", "/v2/")
+_MAX_TOP_K, _TOP_K = 48, 12
+_MAX_LABELS = 200
+_THUMBNAILS = "thumbnails"
+_RUNNING, _WAITING = 16, 64  # requests of the page
+_CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
+_TEMPLATE = "a photo of a {}"
+# The hits have as many columns as fit, and no scroll bar of its own.
+_CSS = """
+footer { display: none !important; }
+#hits .grid-wrap { overflow: visible; max-height: none; height: auto; }
+#hits .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr)); }
+#hits .caption-label { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+"""
+_API = """
+- [Every route](docs), to try with examples
+- [OpenAPI](openapi.json), for generated clients
+- [Metrics](metrics), for Prometheus
+- [Health](health), for load balancers
+
+OpenAI's clients work with the address of this server and `/v1`:
+
+```python
+from openai import OpenAI
+
+client = OpenAI(base_url="http://HOST:PORT/v1", api_key="…")
+client.embeddings.create(model={model!r}, input=["two red apples"])
+```
+"""
+
+
+class DemoPage:
+    """What the page asks of a service, and how it shows the answers.
+
+    Args:
+        service: What answers.
+        thumbnails: Small copies of indexed images.
+    """
+
+    def __init__(self, service: EmbeddingService, thumbnails: Thumbnails) -> None:
+        self.service = service
+        self.thumbnails = thumbnails
+
+    async def search(
+        self, text: str | None, image: str | None, top_k: float | None, where: str | None
+    ) -> tuple[list[tuple[str, str]], str]:
+        """Find images by a text, an image, or both by the mean of their embeddings.
+
+        Args:
+            text: What to look for; may be blank, and is None in a box that was never used.
+            image: Uploaded file.
+            top_k: How many images.
+            where: Filter in SQL; blank or None for none.
+
+        Returns:
+            File of a small copy and caption of each hit, best first; and a line on them.
+
+        Raises:
+            gr.Error: There is nothing to look for, or the service refuses it.
+        """
+        queries: list[Input] = [text] if text and text.strip() else []
+        if image is not None:
+            queries.append(Path(image).read_bytes())
+        if not queries:
+            raise _show("Write what to look for, or drop an image.")
+        count = min(max(int(top_k or _TOP_K), 1), _MAX_TOP_K)
+        condition = (where or "").strip() or None
+        return await self._await(self._search(queries, top_k=count, where=condition))
+
+    async def _search(
+        self, queries: Sequence[Input], *, top_k: int, where: str | None
+    ) -> tuple[list[tuple[str, str]], str]:
+        if len(queries) == 1:
+            (result,), _ = await self.service.search(queries, top_k=top_k, where=where)
+        else:
+            result = await self._search_combined(queries, top_k=top_k, where=where)
+        return await asyncio.to_thread(self._list_hits, result)
+
+    async def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await an answer as long as the API would, and show what the service refuses."""
+        seconds = self.service.config.timeout_s
+        try:
+            return await asyncio.wait_for(work, seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise _show(f"It took more than {seconds:g} seconds. Try again later.") from None
+        except (RequestError, ValueError) as error:
+            raise _show(str(error)) from error
+
+    async def _search_combined(
+        self, queries: Sequence[Input], *, top_k: int, where: str | None
+    ) -> SearchResult:
+        embeds = (await self.service.embed(queries)).embeds
+        mean: np.ndarray[Any, Any] = embeds.mean(axis=0, keepdims=True)
+        index = self.service.index
+        assert index is not None
+        found = await asyncio.to_thread(lambda: index.search(mean, top_k=top_k, where=where))
+        return found[0]
+
+    def _list_hits(self, result: SearchResult) -> tuple[list[tuple[str, str]], str]:
+        shown, num_gone = [], 0
+        ranked = zip(result.hits, result.columns, strict=True)
+        for rank, ((path, cosine), columns) in enumerate(ranked, start=1):
+            file = self.thumbnails.find(path, columns["sha256"])
+            if file is None:
+                num_gone += 1
+            else:
+                shown.append((str(file), f"{rank}. {cosine:.3f}  {columns['path']}"))
+        assert self.service.index is not None
+        note = f"{len(result.hits)} of {len(self.service.index):,} images, the best first."
+        if num_gone:
+            note += f" {num_gone} cannot be shown: moved or changed since they were indexed."
+        return shown, note
+
+    async def classify(
+        self, image: str | None, labels: str | None, template: str | None
+    ) -> dict[str, float]:
+        """Compare an image with the prompts of all labels.
+
+        Args:
+            image: Uploaded file.
+            labels: Labels, with commas or line breaks between them.
+            template: Prompt with `{}` for the label.
+
+        Returns:
+            Label → share; the shares add up to 1.
+
+        Raises:
+            gr.Error: There is no image or label, or the service refuses one.
+        """
+        if image is None:
+            raise _show("Drop an image first.")
+        names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
+        if not 0 < len(names) <= _MAX_LABELS:
+            raise _show(f"Give 1 to {_MAX_LABELS} labels, with commas between them.")
+        found = await self._await(
+            self.service.classify(
+                [Path(image).read_bytes()],
+                [name.strip() for name in names],
+                templates=[(template or "").strip() or "{}"],
+            )
+        )
+        return {tag.label: tag.probability for tag in found.tags[0]}
+
+
+def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
+    """Add the page to an application, at `/`.
+
+    Args:
+        app: The application; its routes go before those of the page.
+        service: What answers.
+    """
+    folder = _make_upload_folder()
+    page = _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS)))
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=_CSS,
+        footer_links=[],
+        max_file_size=int(service.config.max_image_mb * 1e6),
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+    )
+    mounted = app.router.routes.pop()
+    assert isinstance(mounted, Mount)
+    max_bytes = int(service.config.max_pending_mb * 1e6)
+    app.router.routes.append(_PageMount(mounted.app, folder, max_bytes=max_bytes))
+    app.router.lifespan_context = _remove_uploads_after(app.router.lifespan_context, folder)
+
+
+class _PageMount(Mount):
+    """Takes what no route before it takes, but for the API: its errors are the application's.
+
+    Args:
+        app: The application of the page.
+        folder: Folder of the uploads.
+        max_bytes: Most bytes of uploads to keep; Gradio removes old ones in time.
+    """
+
+    def __init__(self, app: Any, folder: Path, *, max_bytes: int) -> None:
+        super().__init__("/", app=app)
+        self._folder = folder
+        self._max_bytes = max_bytes
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer, unless uploads have no room."""
+        if scope["path"].endswith("/upload"):
+            await asyncio.to_thread(self._require_room)
+        await super().handle(scope, receive, send)
+
+    def _require_room(self) -> None:
+        uploads = (file for file in self._folder.glob("*/*") if file.parent.name != _THUMBNAILS)
+        if sum(file.stat().st_size for file in uploads if file.is_file()) > self._max_bytes:
+            raise RequestError(
+                429,
+                "Too many images were dropped lately. Try again later.",
+                code="uploads_full",
+                retry_after_s=_CLEANED_EVERY_S,
+            )
+
+    def matches(self, scope: Any) -> tuple[Match, Any]:
+        """Match every path outside of the API."""
+        if scope.get("path", "").startswith(_API_PREFIXES):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+@cache
+def _make_upload_folder() -> Path:
+    """Make a folder that nobody else reads, for the uploads and small copies of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _remove_uploads_after(lifespan: Any, folder: Path) -> Any:
+    """Wrap the life of an application: after the last one of the process the folder is removed.
+
+    A server that a signal ends does not come to the end of its process.
+    """
+
+    @asynccontextmanager
+    async def live(app: Any) -> AsyncIterator[Any]:
+        (folder / _THUMBNAILS).mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        _living.append(app)
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            _living.remove(app)
+            if not _living:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    return live
+
+
+def _show(message: str) -> gr.Error:
+    """Return an error that stays on the page until it is closed; the page reads it as HTML."""
+    return gr.Error(html.escape(message), duration=None, print_exception=False)
+
+
+def _build_page(page: DemoPage) -> gr.Blocks:
+    service = page.service
+    blocks = gr.Blocks(title="LLM2CLIP", delete_cache=(_CLEANED_EVERY_S, _KEPT_S))
+    with blocks:
+        gr.Markdown(f"# LLM2CLIP\n{_escape(service.model_name)}")
+        if service.index is not None:
+            with gr.Tab("Search", id="search"):
+                _add_search(page)
+        if service.encoder.logit_scale is not None:
+            with gr.Tab("Classify", id="classify"):
+                _add_classification(page)
+        with gr.Tab("API", id="api"):
+            if service.index is None:
+                gr.Markdown("To search images here, start the server with `--index DB`.")
+            gr.Markdown(_API.replace("{model!r}", repr(service.model_name)))
+    _take_uploads_alone(blocks)
+    blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
+    return blocks
+
+
+def _add_search(page: DemoPage) -> None:
+    index = page.service.index
+    assert index is not None
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            text = gr.Textbox(
+                label="What to look for", placeholder="two red apples", elem_id="query"
+            )
+            image = _make_image("An image like it", height=220, elem_id="query-image")
+            with gr.Accordion("More", open=False):
+                top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
+                where = gr.Textbox(
+                    label="Filter",
+                    placeholder="width > 1000 AND path LIKE '2024/%'",
+                    info=f"SQL over {', '.join(index.columns)}",
+                    elem_id="filter",
+                )
+            button = gr.Button("Search", variant="primary", elem_id="search-button")
+        with gr.Column(scale=3, min_width=280):
+            hits = gr.Gallery(
+                label="Best first",
+                height="auto",
+                object_fit="contain",
+                interactive=False,
+                buttons=[],
+                elem_id="hits",
+            )
+            note = gr.Markdown(f"{len(index):,} images", elem_id="hits-note")
+    gr.on(
+        [button.click, text.submit, image.upload],
+        page.search,
+        [text, image, top_k, where],
+        [hits, note],
+        api_name=False,
+    )
+
+
+def _add_classification(page: DemoPage) -> None:
+    with gr.Row():
+        with gr.Column(min_width=280):
+            image = _make_image("Image", height=280, elem_id="image")
+            labels = gr.Textbox(
+                "cat, dog, bird, person, car, building, food, plant",
+                label="Labels",
+                info="With commas between them",
+                lines=2,
+                elem_id="labels",
+            )
+            template = gr.Textbox(
+                _TEMPLATE, label="Prompt", info="{} is the label", elem_id="template"
+            )
+            button = gr.Button("Classify", variant="primary", elem_id="classify-button")
+        with gr.Column(min_width=280):
+            scores = gr.Label(label="Labels", num_top_classes=20, elem_id="scores")
+    gr.on(
+        [button.click, labels.submit, template.submit, image.upload],
+        page.classify,
+        [image, labels, template],
+        scores,
+        api_name=False,
+    )
+
+
+def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
+    """Make an image whose file reaches the service as it was dropped, bit for bit.
+
+    Gradio would decode and convert it. Of a subclass it would write a stub beside this file.
+    """
+    image = gr.Image(
+        label=label,
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=height,
+        elem_id=elem_id,
+    )
+
+    def find_upload(payload: Any) -> str | None:
+        return None if payload is None else _require_upload(payload.path, image.GRADIO_CACHE)
+
+    image.preprocess = find_upload
+    return image
+
+
+def _take_uploads_alone(blocks: gr.Blocks) -> None:
+    """Let requests name no other files than their uploads, and no addresses.
+
+    Where an application is mounted and not launched, Gradio copies any file of the machine that a
+    request names, or fetches the address, into the folder that it serves, whatever the component.
+    """
+    for block in blocks.blocks.values():
+        block.async_move_resource_to_block_cache = partial(_take_upload, block)
+        block.move_resource_to_block_cache = None  # what examples alone use
+
+
+async def _take_upload(block: Any, path: str | Path | None) -> str | None:
+    """Take over an upload or a small copy, for as long as Gradio keeps it."""
+    if path is None:
+        return None
+    file = _require_upload(path, block.GRADIO_CACHE)
+    block.temp_files.add(file)
+    return file
+
+
+def _require_upload(path: str | Path, folder: str) -> str:
+    file = Path(path).resolve()
+    if not (file.is_relative_to(Path(folder).resolve()) and file.is_file()):
+        raise _show("This is not an upload. Drop the file; paths and addresses are not read.")
+    return str(file)
+
+
+def _escape(text: str) -> str:
+    """Escape what Markdown reads as marks."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)

@@ -1,0 +1,48 @@
+"""The package's own server passes the checks of endpoints, in every schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_apps import run_app
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.configs.server_check_config import ServerCheckConfig
+from modeling_llm2clip.doctor.server_checks import check_server
+from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.service import EmbeddingService
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("own") / "tiny_1")
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    service = EmbeddingService.open(folder, ServeConfig(device="cpu"))
+    with run_app(create_app(service)) as address:
+        yield address
+
+
+@pytest.mark.parametrize("schema", ["openai", "chat", "cohere", "jina"])
+def test_the_own_server_gives_the_embeddings_of_the_folder(
+    schema: Any, folder: Path, url: str
+) -> None:
+    config = ServerCheckConfig(server=url, schema=schema, device="cpu")
+    report = check_server(folder, config)
+    assert report.healthy, str(report)
+    skipped = {one.name for one in report.checks if one.skipped}
+    assert (
+        skipped
+        == {
+            "openai": {"images", "image decoding", "batched images", "concurrent inputs"},
+            "chat": {"batched images"},
+            "cohere": {"base64", "dimensions"},
+            "jina": set(),
+        }[schema]
+    )

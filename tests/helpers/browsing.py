@@ -1,0 +1,118 @@
+"""A real browser for tests of pages: the system's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
+)
+WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
+WAIT_MS = 30_000  # decides nothing but how long a failure takes
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium on this machine (apt-get install chromium)"
+)
+# What the page's own code does on a drop: a file comes in a DataTransfer.
+_DROP = """
+([selector, name, type, content]) => {
+    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], name, { type }));
+    for (const kind of ["dragenter", "dragover", "drop"]) {
+        document.querySelector(selector).dispatchEvent(
+            new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true })
+        );
+    }
+}
+"""
+
+
+@contextmanager
+def open_browser() -> Iterator[Any]:
+    """Start the browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in a window of its own, and what it asked for and complained of.
+
+    Attributes:
+        page: The page of Playwright.
+        outside: Addresses of other machines that were asked for.
+        errors: Errors of scripts.
+    """
+
+    def __init__(self, browser: Any, url: str, *, width: str = "desktop", **options: Any) -> None:
+        """Open an address."""
+        size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+        self.context = browser.new_context(viewport=size, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT_MS)
+        self.outside: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", self._note_request)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url, wait_until="domcontentloaded")
+        self.page.get_by_role("tab", name="API").wait_for()
+
+    def __enter__(self) -> Visit:
+        """Return it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the window; nothing may have left the machine, and no script failed."""
+        self.context.close()
+        assert not self.outside
+        assert not self.errors
+
+    def _note_request(self, request: Any) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme in ("http", "https", "ws", "wss") and parts.hostname != "127.0.0.1":
+            self.outside.append(request.url)
+
+    def fill(self, name: str, text: str) -> None:
+        """Type into the box of this id."""
+        self.page.locator(f"#{name} textarea, #{name} input").first.fill(text)
+
+    def drop(self, name: str, file: Path, media_type: str = "image/png") -> None:
+        """Drop a file onto the image of this id."""
+        content = base64.b64encode(file.read_bytes()).decode()
+        selector = f"#{name} button"
+        self.page.locator(selector).first.wait_for()
+        self.page.evaluate(_DROP, [selector, file.name, media_type, content])
+
+    def press(self, name: str) -> None:
+        """Press the button of this id."""
+        self.page.locator(f"#{name}").click()
+
+    def read_error(self) -> str:
+        """Wait for an error, close it, and return its text."""
+        shown = self.page.get_by_test_id("toast-text").first
+        shown.wait_for()
+        text: str = shown.inner_text()
+        self.page.get_by_test_id("toast-close").first.click()
+        shown.wait_for(state="detached")
+        return text
+
+    def overflows(self) -> bool:
+        """Whether the page is wider than the window."""
+        wide: bool = self.page.evaluate(
+            "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+        )
+        return wide

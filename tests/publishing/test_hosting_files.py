@@ -1,0 +1,387 @@
+"""What an export writes for hosts, run as Inference Endpoints and Spaces run it."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from packaging.requirements import Requirement
+from PIL import Image
+from tiny import draw_noise
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.export_config import ExportConfig
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.publishing.export_plan import plan_export
+
+HOSTING = {
+    "handler.py", "requirements.txt", "space/app.py", "space/requirements.txt", "space/README.md",
+}  # fmt: skip
+TEXTS = ["two red apples", "a dog"]
+# Both sides run one code on one machine; batches differ, and with them the order of sums.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder for both hosts."""
+    root = tmp_path_factory.mktemp("hosted")
+    source = export_tiny_model(root / "source")
+    return export_model(source, root / "my: model", ExportConfig(handler=True, space=True))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load_model(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def handler(folder: Path) -> Any:
+    return load_handler(folder)
+
+
+def load_handler(folder: Path) -> Any:
+    """Import `handler.py` by its path and make the handler, as the host does."""
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EndpointHandler(str(folder))
+
+
+def to_base64(image: Image.Image, file_format: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def list_files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_for_hosts_are_written_on_request_alone(folder: Path, tmp_path: Path) -> None:
+    plain = export_model(folder, tmp_path / "plain", ExportConfig())
+    assert list_files(folder) - list_files(plain) == HOSTING
+    assert check_model(folder).healthy
+
+
+def test_the_plan_of_an_export_has_them_with_their_sizes(folder: Path, tmp_path: Path) -> None:
+    plan = {
+        file.path: file.num_bytes
+        for file in plan_export(folder, tmp_path / "out", ExportConfig(handler=True, space=True))
+    }
+    assert set(plan) == list_files(folder)
+    assert plan["handler.py"] == (folder / "handler.py").stat().st_size
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "space/requirements.txt"])
+def test_requirements_are_pinned_to_what_is_installed_here(file: str, folder: Path) -> None:
+    lines = (folder / file).read_text("utf-8").splitlines()
+    found = {one.name: one for one in map(Requirement, lines)}
+    assert {"torch", "transformers", "pillow", "torchvision"} <= set(found)
+    assert lines == sorted(lines)
+    for one in found.values():
+        assert str(one.specifier).startswith("==")
+        assert one.specifier.contains(version(one.name).partition("+")[0])
+
+
+def test_a_timm_tower_brings_its_requirement(tmp_path: Path) -> None:
+    source = export_tiny_model(tmp_path / "source", vision="timm")
+    written = export_model(source, tmp_path / "out", ExportConfig(handler=True))
+    assert "timm==" in (written / "requirements.txt").read_text("utf-8")
+    assert not (written / "space").exists()
+
+
+def test_the_card_of_a_space_is_one(folder: Path) -> None:
+    _, front, _ = (folder / "space" / "README.md").read_text("utf-8").split("---\n")
+    card = yaml.safe_load(front)
+    assert (card["sdk"], card["app_file"], card["title"]) == ("gradio", "app.py", "my: model")
+    assert re.fullmatch(r"6\.\d+\.\d+", card["sdk_version"])
+    assert "TITLE = 'my: model'\n" in (folder / "space" / "app.py").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--handler", "--components", "vision-tower"], "--handler serves models of this package"),
+        (["--space", "--components", "text"], "--space needs both towers"),
+    ],
+)
+def test_a_host_that_cannot_serve_it_is_refused(
+    words: list[str], says: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(folder), str(tmp_path / "out"), *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_gets_the_embedding_of_the_model(handler: Any, model: Any) -> None:
+    wanted = encode_texts(*model, TEXTS)
+    one = handler({"inputs": TEXTS[0]})
+    assert json.loads(json.dumps(one)) == one
+    torch.testing.assert_close(torch.tensor(one), wanted[0], atol=TOLERANCE, rtol=0)
+    both = torch.tensor(handler({"inputs": TEXTS}))
+    torch.testing.assert_close(both, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_texts_and_images_keep_their_order(handler: Any, model: Any) -> None:
+    images = [draw_noise(seed=seed) for seed in range(20)]  # more than a batch
+    png, jpeg = (to_base64(images[0], kind) for kind in ("PNG", "JPEG"))
+    inputs = [
+        {"image": png}, "a dog", f"data:image/jpeg;base64,{jpeg}", {"text": "a dog"},
+        *({"image": to_base64(image)} for image in images),
+    ]  # fmt: skip
+    found = torch.tensor(handler({"inputs": inputs}))
+    decoded = Image.open(io.BytesIO(base64.b64decode(jpeg)))
+    of_images = encode_images(*model, [images[0], decoded, *images])
+    of_text = encode_texts(*model, ["a dog"])
+    wanted = torch.cat([of_images[:1], of_text, of_images[1:2], of_text, of_images[2:]])
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_the_body_of_an_image_request_is_an_image(handler: Any, model: Any) -> None:
+    image = draw_noise()
+    found = torch.tensor(handler({"inputs": image}))  # the host opens it
+    wanted = encode_images(*model, [image])[0]
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog", "owl"], "cat, dog,owl"], ids=["list", "string"])
+def test_labels_are_those_of_the_forward_pass(labels: Any, handler: Any, model: Any) -> None:
+    image, names = draw_noise(), ["cat", "dog", "owl"]
+    parameters = {"candidate_labels": labels, "hypothesis_template": "the {} sits"}
+    found = handler({"inputs": to_base64(image), "parameters": parameters})
+    batch = model[1](images=[image], text=[f"the {name} sits" for name in names])
+    with torch.no_grad():
+        wanted = dict(
+            zip(names, model[0](**batch).logits_per_image.softmax(-1)[0].tolist(), strict=True)
+        )
+    assert [one["label"] for one in found] == sorted(wanted, key=lambda name: -wanted[name])
+    assert {one["label"]: one["score"] for one in found} == pytest.approx(wanted, abs=1e-4)
+    several = handler({"inputs": [{"image": to_base64(image)}] * 2, "parameters": parameters})
+    assert [[one["label"] for one in row] for row in several] == [[o["label"] for o in found]] * 2
+
+
+def test_fewer_dimensions_are_the_first_at_unit_length(handler: Any, model: Any) -> None:
+    found = torch.tensor(handler({"inputs": TEXTS, "parameters": {"dimensions": 8}}))
+    wanted = F.normalize(encode_texts(*model, TEXTS)[:, :8], dim=-1)
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+def make_bomb() -> str:
+    """A PNG whose header says that it has more pixels than memory holds."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[16:24] = (20_000).to_bytes(4, "big") + (20_000).to_bytes(4, "big")
+    crc = zlib.crc32(bytes(content[12:29]))
+    content[29:33] = crc.to_bytes(4, "big")
+    return base64.b64encode(bytes(content)).decode()
+
+
+IMAGE = {"image": "{png}"}
+BAD = {
+    "nothing": ({}, "inputs: got 'None'"),
+    "blank": ({"inputs": "  "}, "give a text, or base64 of an image"),
+    "blank in a list": ({"inputs": ["a dog", ""]}, "give a text, or base64 of an image"),
+    "empty": ({"inputs": []}, "inputs: got 0; give 1 to 256"),
+    "too many": ({"inputs": ["a"] * 257}, "inputs: got 257"),
+    "a number": ({"inputs": 7}, "inputs: got '7'"),
+    "another key": ({"inputs": {"audio": "x"}}, "got 'audio'; give an image or a text"),
+    "not base64": ({"inputs": {"image": "§§"}}, "not base64: '§§'"),
+    "not an image": ({"inputs": {"image": base64.b64encode(b"hello").decode()}}, "cannot be read"),
+    "an address": ({"inputs": {"image": "http://169.254.169.254/"}}, "not fetched"),
+    "a path": ({"inputs": {"image": "/etc/passwd"}}, "cannot be read|not base64"),
+    "a bomb": ({"inputs": {"image": make_bomb()}}, "400000000 pixels|20000 x 20000 pixels"),
+    "cut off": ({"inputs": {"image": to_base64(draw_noise())[:400]}}, "truncated|corrupt|broken"),
+    "unknown parameter": (
+        {"inputs": "a dog", "parameters": {"truncate": 1}}, r"got \['truncate'\]; known are"
+    ),
+    "parameters of another type": ({"inputs": "a dog", "parameters": [1]}, "parameters: got"),
+    "dimensions": ({"inputs": "a", "parameters": {"dimensions": 99}}, "got 99; the model has 32"),
+    "no dimensions": ({"inputs": "a", "parameters": {"dimensions": 0}}, "a positive integer"),
+    "no labels": ({"inputs": IMAGE, "parameters": {"candidate_labels": []}}, "1 to 1000 different"),
+    "equal labels": (
+        {"inputs": IMAGE, "parameters": {"candidate_labels": ["a", "a"]}}, "1 to 1000 different"
+    ),
+    "labels of a text": (
+        {"inputs": {"text": "a"}, "parameters": {"candidate_labels": ["a"]}}, "give an image"
+    ),
+    "a template without a place": (
+        {"inputs": IMAGE, "parameters": {"candidate_labels": ["a"], "hypothesis_template": "a"}},
+        "with {} where",
+    ),
+    "a template with a format": (
+        {"inputs": IMAGE, "parameters": {"candidate_labels": ["a"],
+                                         "hypothesis_template": "{0.__class__} {}"}},
+        "with {} where",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_request_that_cannot_be_answered_is_a_value_error(name: str, handler: Any) -> None:
+    data, says = BAD[name]
+    with pytest.raises(ValueError, match=says):
+        handler(data)
+
+
+def test_a_text_only_model_embeds_texts_and_refuses_images(folder: Path, tmp_path: Path) -> None:
+    half = export_model(folder, tmp_path / "t", ExportConfig(components="text", handler=True))
+    handler = load_handler(half)
+    wanted = encode_texts(*load_model(half, device="cpu"), TEXTS)
+    found = torch.tensor(handler({"inputs": TEXTS}))
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    with pytest.raises(ValueError, match="encodes no images"):
+        handler({"inputs": {"image": to_base64(draw_noise())}})
+    with pytest.raises(ValueError, match="has one tower"):
+        handler({"inputs": draw_noise(), "parameters": {"candidate_labels": ["a", "b"]}})
+
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+sys.path.insert(0, sys.argv[1])
+from handler import EndpointHandler
+handler = EndpointHandler(path=sys.argv[1])
+print(json.dumps([handler(json.loads(line)) for line in sys.stdin]))
+"""
+
+
+def run_without_package(command: list[str], tmp_path: Path, **options: Any) -> dict[str, Any]:
+    """Return arguments of a process that has neither the package, nor the network, nor a cache."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    return {"args": command, "env": environment, "cwd": tmp_path, "text": True, **options}
+
+
+@pytest.mark.slow
+def test_the_handler_needs_nothing_but_the_folder(
+    folder: Path, handler: Any, tmp_path: Path
+) -> None:
+    png = to_base64(draw_noise())
+    requests = [
+        {"inputs": TEXTS},
+        {"inputs": {"image": png}},
+        {"inputs": png, "parameters": {"candidate_labels": ["cat", "dog"]}},
+    ]
+    done = subprocess.run(
+        **run_without_package(
+            [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder)],
+            tmp_path,
+            input="\n".join(map(json.dumps, requests)),
+            capture_output=True,
+            timeout=120,
+        )
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    texts, image, labels = json.loads(done.stdout.splitlines()[-1])
+    torch.testing.assert_close(
+        torch.tensor([*texts, image]),
+        torch.tensor([*handler(requests[0]), handler(requests[1])]),
+        atol=TOLERANCE,
+        rtol=0,
+    )
+    wanted = {one["label"]: one["score"] for one in handler(requests[2])}
+    assert {one["label"]: one["score"] for one in labels} == pytest.approx(wanted, abs=1e-4)
+
+
+def find_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def space(folder: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of the app, launched as a Space launches it."""
+    port = find_port()
+    arguments = run_without_package([sys.executable, "app.py"], tmp_path)
+    arguments["cwd"] = folder / "space"
+    # As a Space sets them, but on loopback.
+    arguments["env"] |= {
+        "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "SYSTEM": "spaces",
+    }  # fmt: skip
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(**arguments, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(600):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (tmp_path / "log").read_text("utf-8")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.mark.slow
+def test_the_space_labels_and_searches(space: str, model: Any, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    images = [draw_noise(seed=seed) for seed in range(3)]
+    files = []
+    for number, image in enumerate(images):
+        files.append(str(tmp_path / f"{number}.png"))
+        image.save(files[-1])
+    client = Client(space, verbose=False)
+    found = client.predict(handle_file(files[0]), "cat, dog", "a {}", api_name="/classify")
+    with torch.no_grad():
+        batch = model[1](images=images[:1], text=["a cat", "a dog"])
+        wanted = model[0](**batch).logits_per_image.softmax(-1)[0].tolist()
+    scores = {one["label"]: one["confidence"] for one in found["confidences"]}
+    assert scores == pytest.approx({"cat": wanted[0], "dog": wanted[1]}, abs=1e-4)
+
+    hits = client.predict([handle_file(file) for file in files], "a dog", api_name="/search")
+    cosines = (encode_texts(*model, ["a dog"]) @ encode_images(*model, images).T)[0]
+    assert [hit["caption"] for hit in hits] == [
+        f"{cosine:.3f}" for cosine in sorted(cosines.tolist(), reverse=True)
+    ]
+    with pytest.raises(Exception, match="Give 2 to 100 labels"):
+        client.predict(handle_file(files[0]), "cat", "a {}", api_name="/classify")
+    with pytest.raises(Exception, match="Write what to look for"):
+        client.predict([handle_file(files[0])], " ", api_name="/search")
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [({"MODEL_ID": "me/model"}, "needs MODEL_REVISION"),
+     ({"MODEL_ID": "me/model", "MODEL_REVISION": "main"}, "the 40 digits of a commit"),
+     ({}, "There is no model")],
+)  # fmt: skip
+def test_a_space_runs_no_code_of_a_commit_that_is_not_named(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modeling_llm2clip.publishing.templates import space_app
+
+    for name in ("MODEL_ID", "MODEL_REVISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=says):
+        space_app.find_model()

@@ -1,0 +1,402 @@
+"""The page at `/`, in a real browser, and what it lets nobody do."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browsing import Visit, needs_browser, open_browser
+from PIL import Image
+from served_apps import run_app
+from tiny import draw_noise
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.serving import demo_page
+from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
+from modeling_llm2clip.serving.demo_page import add_demo_page
+from modeling_llm2clip.serving.service import EmbeddingService
+from modeling_llm2clip.serving.thumbnails import Thumbnails
+
+NUM_IMAGES = 15
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, images and their index."""
+    root = tmp_path_factory.mktemp("page")
+    export_tiny_model(root / "model_1")
+    (root / "images" / "sub").mkdir(parents=True)
+    for number in range(NUM_IMAGES):
+        file = root / "images" / ("sub" if number % 2 else "") / f"number {number}.png"
+        draw_noise(seed=number).save(file)
+    ImageIndex.build(root / "model_1", root / "images", root / "index")
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with serve(folder) as address:
+        yield address
+
+
+def serve(folder: Path, *, index: bool = True, **limits: Any) -> Any:
+    """Serve model and index with the page; closes the service at its end."""
+    service = EmbeddingService.open(
+        folder / "model_1",
+        ServeConfig(device="cpu", **limits),
+        index=str(folder / "index") if index else None,
+    )
+    return run_app(create_app(service, page=add_demo_page))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
+
+
+def read_captions(visit: Visit, *, count: int) -> list[str]:
+    """Wait for this many hits, whose images are loaded; returns their captions."""
+    hits = visit.page.locator("#hits .thumbnail-lg")
+    hits.nth(count - 1).wait_for()
+    assert hits.count() == count
+    visit.page.wait_for_function(
+        "[...document.querySelectorAll('#hits .thumbnail-lg img')].every((i) => i.naturalWidth > 0)"
+    )
+    return [text.strip() for text in visit.page.locator("#hits .caption-label").all_inner_texts()]
+
+
+def describe(result: Any, root: Path) -> list[str]:
+    return [
+        f"{rank}. {cosine:.3f} {path.relative_to(root.resolve()).as_posix()}"
+        for rank, (path, cosine) in enumerate(result.hits, start=1)
+    ]
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["desktop", "phone"])
+def test_a_query_shows_the_images_of_the_index_in_their_order(
+    width: str, browser: Any, url: str, folder: Path
+) -> None:
+    index = ImageIndex.open(folder / "index", model=folder / "model_1")
+    with Visit(browser, url, width=width) as visit:
+        visit.fill("query", "two red apples")
+        visit.press("search-button")
+        captions = read_captions(visit, count=12)
+        found = index.search("two red apples", top_k=12)
+        assert [" ".join(text.split()) for text in captions] == describe(found, folder / "images")
+        assert "12 of 15 images" in visit.page.locator("#hits-note").inner_text()
+        assert not visit.overflows()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_an_image_finds_itself_bit_for_bit(browser: Any, url: str, folder: Path) -> None:
+    with Visit(browser, url) as visit:
+        visit.drop("query-image", folder / "images" / "sub" / "number 3.png")
+        assert read_captions(visit, count=12)[0].split() == ["1.", "1.000", "sub/number", "3.png"]
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_text_and_an_image_are_combined(browser: Any, url: str, folder: Path) -> None:
+    image = folder / "images" / "number 4.png"
+    index = ImageIndex.open(folder / "index", model=folder / "model_1")
+    with Visit(browser, url) as visit:
+        visit.fill("query", "two red apples")
+        visit.drop("query-image", image)
+        captions = read_captions(visit, count=12)
+    (found,) = index.search([["two red apples", image]], top_k=12)
+    assert [" ".join(text.split()) for text in captions] == describe(found, folder / "images")
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["desktop", "phone"])
+def test_a_dropped_image_gets_labels(width: str, browser: Any, url: str, folder: Path) -> None:
+    file = folder / "images" / "number 6.png"
+    names = ["cat", "dog", "owl"]
+    model, processor = load_model(folder / "model_1", device="cpu")
+    texts = encode_texts(model, processor, [f"a drawing of a {name}" for name in names])
+    with torch.inference_mode():
+        logits = model.logit_scale() * encode_images(model, processor, [str(file)]) @ texts.T
+    wanted = dict(zip(names, logits.softmax(-1)[0].tolist(), strict=True))
+    with Visit(browser, url, width=width) as visit:
+        visit.page.get_by_role("tab", name="Classify").click()
+        visit.fill("labels", "cat, dog\nowl")
+        visit.fill("template", "a drawing of a {}")
+        visit.drop("image", file)
+        visit.page.locator("#scores").get_by_text("%").first.wait_for()
+        shown = visit.page.locator("#scores").inner_text().split()[1:]  # without its heading
+        assert not visit.overflows()
+    found = {name: shown[shown.index(f"{share:.0%}") - 1] for name, share in wanted.items()}
+    assert found == dict.fromkeys(names) | {name: name for name in names}
+    assert shown[0] == max(wanted, key=lambda name: wanted[name])
+
+
+@needs_browser
+@pytest.mark.slow
+def test_errors_are_shown(browser: Any, url: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n<b>nothing</b>")
+    with Visit(browser, url) as visit:
+        visit.press("search-button")
+        assert "Write what to look for" in visit.read_error()
+        visit.drop("query-image", broken)
+        assert "image of the request" in visit.read_error()
+        visit.page.get_by_role("button", name="More").click()
+        visit.fill("filter", "nothing = <i>1</i>")
+        visit.fill("query", "a dog")
+        visit.page.get_by_label("Remove Image").or_(visit.page.get_by_label("Clear")).first.click()
+        visit.press("search-button")
+        assert "nothing = <i>1</i>" in visit.read_error()  # as text, not as HTML
+        visit.page.get_by_role("tab", name="Classify").click()
+        visit.press("classify-button")
+        assert "Drop an image first" in visit.read_error()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_images_that_are_gone_are_counted(browser: Any, folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "images"
+    moved.mkdir()
+    for number in range(3):
+        draw_noise(seed=100 + number).save(moved / f"{number}.png")
+    (tmp_path / "model_1").symlink_to(folder / "model_1")
+    ImageIndex.build(folder / "model_1", moved, tmp_path / "index")
+    (moved / "1.png").unlink()
+    with serve(tmp_path) as address, Visit(browser, address) as visit:
+        visit.fill("query", "a dog")
+        visit.press("search-button")
+        assert len(read_captions(visit, count=2)) == 2
+        assert "1 cannot be shown" in visit.page.locator("#hits-note").inner_text()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_without_an_index_there_is_no_search(browser: Any, folder: Path) -> None:
+    with serve(folder, index=False) as address, Visit(browser, address) as visit:
+        tabs = visit.page.get_by_role("tab").all_inner_texts()
+        assert tabs == ["Classify", "API"]
+        visit.page.get_by_role("tab", name="API").click()
+        with visit.context.expect_page() as opened:
+            visit.page.get_by_role("link", name="OpenAPI").click()
+        opened.value.wait_for_url("**/openapi.json")
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_server_with_a_key_asks_for_it(
+    browser: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
+    credentials = {"username": "any", "password": "secret"}
+    with serve(folder) as address:
+        assert fetch(address)[0] == 401
+        assert fetch(f"{address}/gradio_api/queue/data?session_hash=a")[0] == 401
+        with Visit(browser, address, http_credentials=credentials) as visit:
+            visit.fill("query", "a dog")
+            visit.press("search-button")
+            assert len(read_captions(visit, count=12)) == 12
+
+
+def fetch(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def call(url: str, function: int, data: list[Any]) -> dict[str, Any]:
+    """Call a function of the page as its scripts do; returns the last event."""
+    body = {"fn_index": function, "data": data, "session_hash": "test"}
+    content_type = {"Content-Type": "application/json"}
+    status, answer = fetch(
+        f"{url}/gradio_api/queue/join", json.dumps(body).encode(), **content_type
+    )
+    assert status == 200, answer
+    _, events = fetch(f"{url}/gradio_api/queue/data?session_hash=test")
+    lines = [json.loads(line[5:]) for line in events.decode().splitlines() if line[:5] == "data:"]
+    return next(event for event in lines if event["msg"] == "process_completed")
+
+
+def upload(url: str, content: bytes, name: str = "a.png") -> tuple[int, Any]:
+    boundary = "xxxx"
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+        "Content-Type: image/png\r\n\r\n"
+    ).encode() + content + f"\r\n--{boundary}--\r\n".encode()  # fmt: skip
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    status, answer = fetch(f"{url}/gradio_api/upload", body, **kind)
+    return status, json.loads(answer) if status == 200 else answer
+
+
+def as_file(path: str, **fields: Any) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **fields}
+
+
+SEARCH = 0
+
+
+def test_the_functions_of_the_page_answer_over_http(url: str, folder: Path) -> None:
+    content = (folder / "images" / "number 2.png").read_bytes()
+    _, (path,) = upload(url, content)
+    found = call(url, SEARCH, [None, as_file(path), 3, None])
+    assert found["success"], found
+    hits = found["output"]["data"][0]
+    assert hits[0]["caption"].startswith("1. 1.000 ")
+    # What the page shows of a hit is the small copy that this server made.
+    status, thumbnail = fetch(f"{url}/gradio_api/file={hits[0]['image']['path']}")
+    assert (status, thumbnail[:3]) == (200, b"\xff\xd8\xff")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "images/number 2.png", "model_1/config.json"])
+def test_no_file_of_the_machine_is_served(name: str, url: str, folder: Path) -> None:
+    path = name if name.startswith("/") else str(folder / name)
+    status, content = fetch(f"{url}/gradio_api/file={urllib.request.quote(path)}")
+    assert status in (403, 404), content
+    # Nor copied to where files are served, in place of an image or of any other input.
+    for data in (
+        [None, as_file(path), 3, None],
+        [as_file(path), None, 3, None],
+        ["a dog", None, 3, as_file(path)],
+        ["a dog", None, [as_file(path)], None],
+    ):
+        found = call(url, SEARCH, data)
+        assert not found["success"]
+        assert "not an upload" in found["output"]["error"]
+    for image in (path, {"path": path}, {"path": path, "url": path}, [path]):
+        assert not call(url, SEARCH, [None, image, 3, None])["success"]
+
+
+def test_no_address_is_fetched(url: str) -> None:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/a.png"
+        for file in (as_file(address), as_file(address, url=address), as_file("", url=address)):
+            for data in ([None, file, 3, None], ["a dog", None, 3, file]):
+                assert not call(url, SEARCH, data)["success"]
+        assert fetch(f"{url}/gradio_api/file={address}")[0] in (302, 307, 403, 404)
+        fetch(f"{url}/gradio_api/proxy={address}")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert asked in ([], ["/a.png"])  # of our own client, which follows a redirect
+
+
+def test_data_urls_are_no_way_around_the_decoder(url: str) -> None:
+    content = base64.b64encode(b"not an image").decode()
+    image = as_file("", url=f"data:image/png;base64,{content}")
+    found = call(url, SEARCH, [None, image, 3, None])
+    assert not found["success"]
+
+
+@pytest.mark.parametrize("data", [[7, None, "x", 3], [None], [{}, [], {}, {}], []])
+def test_rubbish_is_an_error_and_the_page_lives_on(data: list[Any], url: str) -> None:
+    assert not call(url, SEARCH, data)["success"]
+    assert call(url, SEARCH, ["a dog", None, 3, None])["success"]
+
+
+def test_the_api_keeps_its_errors_beside_the_page(url: str) -> None:
+    for path, status in (("/v1/nothing", 404), ("/v1/embeddings", 405), ("/v2/nothing", 404)):
+        found, content = fetch(url + path)
+        assert (found, list(json.loads(content))) == (status, ["error"])
+    assert fetch(f"{url}/docs")[0] == fetch(f"{url}/health")[0] == 200
+
+
+def test_uploads_and_requests_of_the_page_have_limits(folder: Path) -> None:
+    limits = {"max_image_mb": 0.05, "max_request_mb": 0.2}
+    with serve(folder, **limits) as address:
+        noise = np.random.default_rng(0).bytes(100_000)
+        assert upload(address, noise)[0] == 413
+        assert upload(address, noise[:10_000])[0] == 200
+        assert fetch(f"{address}/gradio_api/queue/join", b" " * 300_000)[0] == 413
+        # Without a stated length it ends while it arrives.
+        request = urllib.request.Request(
+            f"{address}/gradio_api/queue/join",
+            iter([b" " * 1000] * 300),  # type: ignore[arg-type]
+        )
+        with pytest.raises(OSError):  # an error of HTTP, or of the connection
+            urllib.request.urlopen(request, timeout=20)
+        assert fetch(f"{address}/health")[0] == 200
+
+
+def test_uploads_may_not_fill_the_disk(folder: Path) -> None:
+    with serve(folder, max_image_mb=0.1, max_request_mb=0.1, max_pending_mb=0.1) as address:
+        noise = np.random.default_rng(0).bytes(300_000)
+        statuses = [upload(address, noise[n * 60_000 :][:60_000])[0] for n in range(4)]
+        assert statuses[0] == 200 and statuses[-1] == 429, statuses
+
+
+def test_uploads_are_gone_after_the_server(folder: Path) -> None:
+    with serve(folder) as address:
+        _, (path,) = upload(address, b"content")
+        uploads = Path(path).parents[1]
+        assert Path(path).read_bytes() == b"content"
+        assert uploads.stat().st_mode & 0o077 == 0  # nobody else reads them
+        with serve(folder) as other:
+            assert upload(other, b"more")[0] == 200
+        others_run = Path(path).is_file()
+    assert others_run
+    if not demo_page._living:  # the server that all tests share may be one of them
+        assert not uploads.exists()
+
+
+def test_small_copies_are_made_once_and_kept_in_number(tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"{number}.png")
+        draw_noise(1000, 800, seed=number).save(files[-1])
+    (tmp_path / "small").mkdir()
+    thumbnails = Thumbnails(tmp_path / "small", max_files=2)
+    first = thumbnails.find(files[0], "0" * 64)
+    assert first is not None
+    with Image.open(first) as image:
+        assert image.size == (410, 512)
+    made = first.stat().st_mtime_ns
+    thumbnails.find(files[1], "1" * 64)
+    files[0].unlink()
+    assert thumbnails.find(files[0], "0" * 64) == first  # and is now the one used last
+    assert first.stat().st_mtime_ns == made
+    thumbnails.find(files[2], "2" * 64)
+    assert sorted(file.stem[0] for file in (tmp_path / "small").iterdir()) == ["0", "2"]
+
+
+def test_an_image_that_is_gone_or_broken_has_no_small_copy(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    thumbnails = Thumbnails(tmp_path)
+    assert thumbnails.find(tmp_path / "gone.png", "0" * 64) is None
+    assert thumbnails.find(tmp_path / "broken.png", "0" * 64) is None
+    with pytest.raises(ValueError, match="not a digest"):
+        thumbnails.find(tmp_path / "broken.png", "../" * 20)
