@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
@@ -26,16 +26,21 @@ def encode_texts(texts: list[str], graph: str = "text_model.onnx", folder: Path 
     rows = tokenizer.encode_batch([text.strip() for text in texts])
     inputs = {name: [getattr(row, key) for row in rows] for name, key in
               (("input_ids", "ids"), ("attention_mask", "attention_mask"))}  # fmt: skip
-    arrays = {name: np.array(value, np.int64) for name, value in inputs.items()}
-    return InferenceSession(str(folder / "onnx" / graph)).run(None, arrays)[0]
+    return run_graph(folder / "onnx" / graph, {k: np.array(v, np.int64) for k, v in inputs.items()})
 
 
 def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:
     """Return unit embeddings of paths or files, (images, P) float32."""
     how = json.loads((folder / "preprocessor_config.json").read_text())
     pixels = np.stack([prepare_image(image, how) for image in images])
-    session = InferenceSession(str(folder / "onnx" / "vision_model.onnx"))
-    return session.run(None, {"pixel_values": pixels})[0]
+    return run_graph(folder / "onnx" / "vision_model.onnx", {"pixel_values": pixels})
+
+
+def run_graph(graph: Path, inputs: dict[str, Any]) -> Any:
+    """Return the only output of a graph."""
+    options = SessionOptions()
+    options.log_severity_level = 3  # errors; an input with a default would be warned of
+    return InferenceSession(str(graph), options).run(None, inputs)[0]
 
 
 def prepare_image(source: Any, how: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 
 NUM_CAPTIONS = 200
 NUM_IMAGES = 50
-_NUM_LONG = 24
+_NUM_LONG = 12
 _LONGEST_CAPTION = 64  # captions in one text, which most models truncate
 # Rounding of 8-bit weights; an unrelated text has a cosine far below.
 MIN_COSINE_8_BITS = 0.999

@@ -1,4 +1,4 @@
-"""Exports a model to ONNX: a graph per tower, and what ONNX Runtime and transformers.js need beside.
+"""Exports a model to ONNX: a graph per tower, and what else ONNX Runtime and transformers.js need.
 
 The folder is complete or absent, and it gets its name after every graph gave the model's own
 embeddings in ONNX Runtime.
