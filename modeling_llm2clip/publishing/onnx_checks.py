@@ -275,7 +275,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     from . import encode_onnx  # imports onnxruntime
 
     if text_graph is not None:
-        found = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.name, folder)
+        found = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.stem, folder)
         wanted = encoder.encode_texts(GOLDEN_TEXTS)
         _compare(
             "the script's texts", torch.from_numpy(found), wanted, find_tolerance(torch.float32)
