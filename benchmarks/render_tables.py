@@ -483,6 +483,49 @@ def _render_onnx(report: dict[str, Any]) -> str:
     return f"{_draw(heads, rows)}\n{note}\n"
 
 
+def _render_search(report: dict[str, Any]) -> str:
+    ann = report["ann"]
+    visited = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
+    rows = [
+        (f"the index, {visited}", *_search_cells(report, ""), f"{report['build_s']:.0f}"),
+        (f"FAISS, {report['faiss']}", *_search_cells(report, "faiss_"),
+         f"{report['faiss_build_s']:.0f}"),
+        ("compared with every image", f"{report['exact_query_ms']:.0f}", "1.000", "–", "–"),
+    ]  # fmt: skip
+    heads = ("search", "ms per query", "recall@10", "memory, GB", "seconds to build")
+    cosines = report["cosines"]
+    notes = (
+        f"{report['rows']:,} embeddings of {report['width']} numbers, {report['queries']} texts. "
+        f"Mean cosines: {cosines['text_with_its_image']} of a text with its image, "
+        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} of "
+        f"two images. {report['processor']}, {report['cores']} cores; commit {report['commit']}."
+    )
+    return f"{_draw(heads, rows)}\n{notes}\n{_draw_photographs(report.get('photographs'))}"
+
+
+def _search_cells(report: dict[str, Any], prefix: str) -> tuple[str, str, str]:
+    return (
+        f"{report[f'{prefix}query_ms']:.0f}",
+        f"{report[f'{prefix}recall_at_10']:.3f}",
+        f"{report[f'{prefix}rss_gb']:.1f}",
+    )
+
+
+def _draw_photographs(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    names = {
+        "decode_s": "decode every image once",
+        "model_start_s": "load the model",
+        "index_s": "`llm2clip index`",
+        "index_unchanged_s": "`llm2clip index` again",
+        "second_search_s": "`llm2clip search`, the second time",
+    }
+    rows = [(label, f"{found[name]:.1f}") for name, label in names.items()]
+    heads = (f"{found['images']:,} photographs", "seconds")
+    return f"\n{_draw(heads, rows)}"
+
+
 def _render_scale(report: dict[str, Any]) -> str:
     tables = [_draw_records(report["records"])] if "records" in report else []
     if "stages" in report:
@@ -564,6 +607,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "code_size": _render_code_size,
     "scale": _render_scale,
     "onnx": _render_onnx,
+    "search": _render_search,
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
     from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
-    from .configs.search_config import IndexConfig
+    from .configs.search_config import IndexConfig, TagConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
@@ -72,7 +72,7 @@ _HOMES = {
     "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
     "configs.extract_config": ("ExtractConfig",),
     "configs.finetune_config": ("FinetuneConfig",),
-    "configs.search_config": ("IndexConfig",),
+    "configs.search_config": ("IndexConfig", "TagConfig"),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),

@@ -22,10 +22,12 @@ from .cli.export import export
 from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
 from .cli.flags import CommandLine
+from .cli.index import index
 from .cli.library_warnings import hide_known_warnings
 from .cli.merge_store import merge_store
 from .cli.push import push
 from .cli.search import search
+from .cli.serve import serve
 from .cli.tag import tag
 from .cli.train import train
 from .training.graceful_stop import StageInterrupt
@@ -33,7 +35,7 @@ from .training.graceful_stop import StageInterrupt
 LINE = CommandLine(
     "llm2clip",
     [
-        search, tag, evaluate, doctor,
+        index, search, tag, serve, evaluate, doctor,
         train, build, finetune_llm, extract, merge_store, align,
         export, push, convert,
         demo, env,

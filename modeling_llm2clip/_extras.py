@@ -56,7 +56,14 @@ SENTENCE_TRANSFORMERS = Need(
     "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
 )
 RAY = Need("ray", "ray", "the engine is Ray Data")
+RAY_SERVE = Need("ray", "ray", "replicas run under Ray Serve")
+SERVE = tuple(
+    Need(module, "serve", "serves the model over HTTP")
+    for module in ("fastapi", "prometheus_client", "uvicorn")
+)
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
+FAISS = Need("faiss", "ann", "writes an index for FAISS")
+LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 

@@ -1,4 +1,4 @@
-"""The index of a folder of images, for `search` and `tag`.
+"""Folders of images and reports on them, for `index`, `search` and `tag`.
 
 The results of these commands go to stdout, everything else to stderr.
 """
@@ -9,12 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..configs.search_config import IndexConfig
-from .chosen_device import use_device
-
 if TYPE_CHECKING:
     from ..processing_llm2clip import LLM2CLIPProcessor
-    from ..search.image_index import ImageIndex
 
 
 def require_image_folder(image_dir: Path) -> None:
@@ -25,23 +21,6 @@ def require_image_folder(image_dir: Path) -> None:
     """
     if not image_dir.is_dir():
         raise ValueError(f"{image_dir}: no such folder. Give one that holds images.")
-
-
-def build_index(source: str, image_dir: Path, config: IndexConfig) -> ImageIndex:
-    """Find, check and encode the images, and report on stderr what is skipped, known and kept.
-
-    Args:
-        source: Hub id or folder of the model.
-        image_dir: Folder of images.
-        config: How they are encoded, and where their embeddings are kept.
-
-    Raises:
-        ValueError: As `ImageIndex.build`.
-    """
-    use_device(config.device)
-    from ..search.image_index import ImageIndex
-
-    return ImageIndex.build(source, image_dir, config=config, report=report)
 
 
 def report(text: str) -> None:

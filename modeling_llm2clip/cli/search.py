@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .._extras import require
-from ..configs.config_fields import Range
-from ..configs.search_config import IndexConfig
+from .._extras import LANCEDB, require
+from ..configs.config_fields import DeviceConfig, Range
+from .chosen_device import use_device
 from .command import Repeated, command
-from .extras import list_needs_of_model
-from .image_folder import build_index, report, report_truncated, require_image_folder
+from .image_folder import report, report_truncated
 
 if TYPE_CHECKING:
-    from ..search.image_index import SearchResult
+    from ..search.image_index import ImageIndex
+    from ..search.search_results import SearchResult
 
 _NOTE = "The number under an image is its cosine with the query."
 
@@ -22,53 +24,77 @@ _NOTE = "The number under an image is its cosine with the query."
 @command(
     group="Use",
     examples=(
-        'llm2clip search aligned/model my-images "a dog in the snow" --output found',
-        "llm2clip search aligned/model my-images --image dog.jpg --format json",
+        'llm2clip search my-index "a dog in the snow" --output found',
+        "llm2clip search my-index --image dog.jpg --where \"taken > date '2024-01-01'\" --top-k 9",
+        'llm2clip search my-index "at night" --image bridge.jpg --combine',
     ),
 )
 def search(
-    model: str,
-    image_dir: Path,
+    db: str,
     /,
     *queries: str,
     image: Annotated[tuple[Path, ...], Repeated] = (),
+    combine: bool = False,
     top_k: Annotated[int, Range(min=1)] = 6,
+    where: str | None = None,
+    exact: bool = False,
     format: Literal["table", "json", "csv"] = "table",
     output: Path | None = None,
-    config: IndexConfig,
+    model: str | None = None,
+    image_dir: Path | None = None,
+    config: DeviceConfig,
 ) -> int:
-    """Finds the images of a folder that fit a sentence, or an image, best.
+    """Finds the images of an index that fit a sentence, or an image, best.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model.
-        image_dir: Folder of images; subfolders are included.
+        db: Database that llm2clip index wrote: a folder, or a URI such as s3://bucket/index.
         queries: What the images should show; may be left out with --image.
         image: Query image, instead of a sentence or beside it; repeatable. Default: none.
+        combine: Take all sentences and images as one query, by the mean of their embeddings.
         top_k: Images per query.
+        where: Filter in SQL over path, sha256, bytes, modified, width, height and taken. Default:
+            none.
+        exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
         output: New folder for search.png and search.html. Default: none.
-        config: How the folder is encoded.
+        model: Folder of the model, if it is no longer where it was. Default: as indexed.
+        image_dir: Folder of the images, if it is no longer where it was. Default: as indexed.
+        config: Where the model runs.
     """
-    require(*list_needs_of_model(model))
-    from ..model_folders.atomic_folder import require_new_folder
-    from ..model_folders.model_types import require_own_model
-
+    _require_database(db, queries)
+    require(LANCEDB)
     _require_queries(queries, image)
     if output is not None:
+        from ..model_folders.atomic_folder import require_new_folder
+
         require_new_folder(output)
-    require_image_folder(image_dir)
-    require_own_model(model)
+    # Imports no torch, so that what is wrong with database and filter is reported at once.
+    index = _open(db, model=model, image_dir=image_dir, where=where, device=config.device)
+    parts = [*queries, *image]
+    _check_queries(queries, image)  # before the model is loaded
+    use_device(config.device)
+    if queries:
+        report_truncated(index.encoder.processor, list(queries), "sentences")
     from ..search.results_page import render_search_results
 
-    _check_queries(queries, image)  # before what takes long
-    index = build_index(model, image_dir, config)
-    if queries:
-        report_truncated(index.processor, list(queries), "sentences")
-    found = index.search([*queries, *image], top_k=top_k)
+    found = index.search([parts] if combine else parts, top_k=top_k, where=where, exact=exact)
+    found = [_shorten_paths(result) for result in found]
     print(render_search_results(found, format))
+    _report_missing(found)
     if output is not None:
         _write(found, output)
     return 0
+
+
+def _require_database(db: str, queries: Sequence[str]) -> None:
+    """Explain a model in place of a database, which was the first argument before."""
+    if not (Path(db) / "config.json").is_file():
+        return
+    images = next((text for text in queries[:1] if Path(text).is_dir()), "IMAGES")
+    raise ValueError(
+        f"{db} is a model, and search takes the database of an index. Make one with "
+        f'`llm2clip index {db} {images} my-index`; then `llm2clip search my-index "a dog"`.'
+    )
 
 
 def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
@@ -79,20 +105,52 @@ def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
 
 
+def _open(db: str, *, where: str | None, **places: Any) -> ImageIndex:
+    """Open the index, and try the filter."""
+    from ..search.image_index import ImageIndex
+
+    index = ImageIndex.open(db, **places)
+    if where is not None:
+        index.count(where)
+    return index
+
+
 def _check_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
     from ..data.images.image_sources import find_unreadable_images, register_heif_reader
     from ..processing_llm2clip import clean_list
 
     if queries:
         clean_list(list(queries))
-    register_heif_reader()
+    if images:
+        register_heif_reader()
     if unreadable := find_unreadable_images(list(images)):
         raise ValueError("\n".join(f"--image {error}" for error in unreadable.values()))
 
 
+def _shorten_paths(result: SearchResult) -> SearchResult:
+    """Name images below the working directory as a user there would."""
+    here = Path.cwd()
+    hits = [
+        (Path(os.path.relpath(path, here)) if path.is_relative_to(here) else path, cosine)
+        for path, cosine in result.hits
+    ]
+    return replace(result, hits=hits)
+
+
+def _report_missing(found: Sequence[SearchResult]) -> None:
+    paths = dict.fromkeys(path for result in found for path, _ in result.hits)
+    if missing := [str(path) for path in paths if not path.exists()]:
+        report(
+            f"{len(missing)} of the images found are no longer there: {', '.join(missing)}. Bring "
+            "the index up to date: llm2clip index. If the folder was moved, give --image-dir."
+        )
+
+
 def _write(found: list[SearchResult], output: Path) -> None:
+    from ..data.images.image_sources import register_heif_reader
     from ..search.results_page import write_results_page, write_results_sheet
 
+    register_heif_reader()
     output.mkdir(parents=True, exist_ok=True)
     write_results_sheet(found, output / "search.png")
     write_results_page(found, output / "search.html", title="Images by query", note=_NOTE)

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from .._extras import require
+from .._extras import LANCEDB, require
 from ..configs.config_fields import Range
-from ..configs.search_config import IndexConfig
+from ..configs.search_config import TagConfig
+from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import build_index, report, report_truncated, require_image_folder
+from .image_folder import report, report_truncated, require_image_folder
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -37,7 +38,7 @@ def tag(
     top_k: Annotated[int, Range(min=1)] = 3,
     threshold: Annotated[float, Range(min=-1, max=1)] | None = None,
     output: Path | None = None,
-    config: IndexConfig,
+    config: TagConfig,
 ) -> int:
     """Labels the images of a folder, into CSV or JSON lines.
 
@@ -50,9 +51,10 @@ def tag(
         top_k: Labels per image.
         threshold: Smallest cosine of a label. Default: none.
         output: New file, *.csv or *.jsonl. Default: CSV on stdout.
-        config: How the folder is encoded.
+        config: How the folder is encoded, and where its embeddings are kept.
     """
-    require(*list_needs_of_model(model))
+    kept_in = [LANCEDB] if config.index is not None else []
+    require(*list_needs_of_model(model), *kept_in)
     from ..model_folders.model_types import require_own_model
     from ..search.tag_labels import read_labels
 
@@ -60,15 +62,17 @@ def tag(
     _check_output(output)  # before what takes long
     require_image_folder(image_dir)
     require_own_model(model)
-    from ..search.tag_images import tag_images
+    use_device(config.device)
+    from ..search.tag_images import tag_folder
 
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    index = build_index(model, image_dir, config)
+    tagged = tag_folder(
+        model, image_dir, found, top_k=top_k, threshold=threshold, config=config, report=report
+    )
     prompts = [prompt for label in found for prompt in label.prompts]
-    report_truncated(index.processor, prompts, "prompts")
-    tagged = tag_images(index, found, top_k=top_k, threshold=threshold)
-    _write(tagged, output, threshold=threshold)
+    report_truncated(tagged.processor, prompts, "prompts")
+    _write(tagged.images, output, threshold=threshold)
     return 0
 
 

@@ -1,27 +1,33 @@
-"""How a folder of images is indexed for search and tagging."""
+"""How a folder of images is indexed for search, and how it is tagged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Literal
 
+from .config_fields import Range
 from .encoding_config import EncodingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EncodingConfig):
-    """How `search` and `tag` encode a folder of images, and where its embeddings are kept."""
+    """How `index` encodes a folder of images, and when it builds an approximate index."""
 
-    index: Path | None = None
-    """File of the image embeddings (safetensors), so that the next call encodes new images alone.
-    Default: a file in the cache, one per model and folder."""
-    keep_index: bool = True
-    """Keep the image embeddings."""
+    num_workers: Annotated[int, Range(min=1)] | None = None
+    """Threads that decode images. Default: one per core."""
+    ann: Literal["auto", "always", "never"] = "auto"
+    """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
+    comparing with every image and finds enough; always and never do as they say."""
+    min_recall: Annotated[float, Range(above=0, max=1)] = 0.97
+    """Recall@10 that the approximate index has to reach, against comparing with every image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagConfig(EncodingConfig):
+    """How `tag` encodes a folder of images."""
+
+    index: str | None = None
+    """Database of the images' embeddings, which is brought up to date as by `llm2clip index`, so
+    that the next call encodes new images alone. Default: none, and all images are encoded."""
     skip_invalid: bool = False
     """Leave out images that cannot be read and report how many, instead of stopping at them."""
-
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for an index that is named and not to be kept."""
-        if self.index is not None and not self.keep_index:
-            yield f"index={self.index} excludes keep_index=False. Give one of them."

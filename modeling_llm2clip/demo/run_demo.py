@@ -18,15 +18,15 @@ from ..configs.align_config import AlignConfig
 from ..configs.train_config import TrainConfig
 from ..data.records.records import CaptionedImage
 from ..data.store.embedding_store import EmbeddingStore
-from ..encoding.encode import encode_images, project_images
+from ..encoding.encode import encode_images, encode_texts, project_images
 from ..evaluation.results import read_evaluation_results
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..recipes.recipe_plan import RecipePaths
 from ..recipes.train import train
-from ..search.image_index import ImageIndex, SearchResult
 from ..search.results_page import write_results_page, write_results_sheet
+from ..search.search_results import SearchResult, rank_images
 from .demo_data import load_photographs, split_emoji
 
 SENTENCES = (
@@ -86,8 +86,8 @@ def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) ->
     started = time.monotonic()
     folder = train(config, records=(train_records, test_records), report=report)
     scores = _read_scores(RecipePaths(config.output).evaluation)
-    index = _index_images(folder, config, train_records, [*test_records, *load_photographs()])
-    _show(index.search(SENTENCES), config.output, scores)
+    others = [*test_records, *load_photographs()]
+    _show(_search_images(folder, config, train_records, others), config.output, scores)
     written = {
         "seconds_after_download": round(time.monotonic() - started, 1),
         "peak_rss_gb": _measure_peak_memory(),
@@ -114,10 +114,10 @@ def _read_scores(folder: Path) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def _index_images(
+def _search_images(
     folder: Path, config: TrainConfig, stored: list[CaptionedImage], others: list[CaptionedImage]
-) -> ImageIndex:
-    """Index one stored image of each group, and all others, which are encoded."""
+) -> list[SearchResult]:
+    """Search one stored image of each group, and all others, which are encoded."""
     model, processor = load_model(folder, device=config.device)
     assert isinstance(model, LLM2CLIPModel)  # `train` exports nothing else
     store = EmbeddingStore.open(RecipePaths(config.output).images)
@@ -125,12 +125,9 @@ def _index_images(
     vision_embeds = store.read([int(store.rows_of(row)[0]) for row in rows]).float()
     paths = [record.path for record in others]
     encoded = encode_images(model, processor, paths, project=False)
-    return ImageIndex(
-        model,
-        processor,
-        [*(stored[row].path for row in rows), *paths],
-        project_images(model, torch.cat([vision_embeds, encoded])),
-    )
+    image_embeds = project_images(model, torch.cat([vision_embeds, encoded]))
+    cosines = encode_texts(model, processor, SENTENCES) @ image_embeds.T
+    return rank_images(SENTENCES, cosines, [*(stored[row].path for row in rows), *paths])
 
 
 def _show(found: list[SearchResult], output: Path, scores: dict[str, float]) -> None:

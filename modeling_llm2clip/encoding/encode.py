@@ -144,6 +144,36 @@ def encode_images(
     return _project(model, model.to_image_embeds, embeds, inputs=images) if project else embeds
 
 
+def encode_prepared_images(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    images: Sequence[Mapping[str, Tensor]],
+    *,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Encode images that the processor has prepared one by one.
+
+    Args:
+        model: A model with a vision tower.
+        images: N results of the processor for one image each; at least one.
+        batch_size: Images per batch. Default: by device.
+
+    Returns:
+        (N, P) of unit length.
+
+    Raises:
+        ValueError: The model gives NaN or infinity.
+    """
+    size = default_batch_size(model.device) if batch_size is None else batch_size
+    with eval_mode(model):
+        embeds = encode_distinct(
+            images,
+            batches=lambda rows: split_evenly(len(rows), size=size),
+            prepare=lambda part: {name: torch.cat([i[name] for i in part]) for name in part[0]},
+            encode=partial(_embed_images, model),
+        )
+    return _project(model, model.to_image_embeds, embeds)
+
+
 def project_captions(model: LLM2CLIPModel | LLM2CLIPTextModel, caption_embeds: Tensor) -> Tensor:
     """Map stored caption embeddings into the space that texts and images share.
 

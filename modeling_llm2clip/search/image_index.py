@@ -1,164 +1,144 @@
-"""Images that are encoded once and searched by any number of sentences and images."""
+"""Images that are encoded once and searched by any number of sentences and images.
+
+The index is a LanceDB database, in a folder or on object storage, of one model and one folder.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from torch import Tensor
+import numpy as np
+from PIL import Image
 
 from ..configs.search_config import IndexConfig
-from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.images.image_sources import (
-    OPTIONAL_IMAGE_SUFFIXES,
-    find_unreadable_images,
-    list_readable_suffixes,
+from .index_database import COLUMNS, About, IndexDatabase
+from .query_encoding import (
+    NamedQuery,
+    Part,
+    Query,
+    QueryEncoder,
+    check_embeddings,
+    name_queries,
 )
-from ..encoding.devices import find_device
-from ..encoding.encode import encode_images, encode_texts, project_images
-from ..model_folders.fingerprint import fingerprint_vision
-from ..model_folders.model_folder import find_model_folder
-from ..model_folders.model_loading import load_model
-from ..model_folders.model_types import require_own_model
-from ..model_folders.training_state import require_trained
-from ..modeling_llm2clip import LLM2CLIPModel
-from ..processing_llm2clip import LLM2CLIPProcessor
-from .embedding_cache import EmbeddingCache, find_default_file, read_notes, require_writable
+from .search_results import SearchResult, require_top_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Report: TypeAlias = Callable[[str], object]
-Query: TypeAlias = str | Path
 
-_SHOWN = 8
-_REMEDIES = {
-    "pip install pillow-heif": {"heic", "heif", "hif"},
-    "pip install --upgrade pillow (11.3 or later)": {"avif"},
-}
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """A query and the images found for it, best first.
-
-    Attributes:
-        query: The sentence, or the path of the query image.
-        hits: Path and cosine of each image.
-        query_image: The query image, where there is one.
-    """
-
-    query: str
-    hits: Sequence[tuple[Path, float]]
-    query_image: Path | None = None
-
-    def __str__(self) -> str:
-        lines = [self.query, "  rank  cosine  image"]
-        for rank, (path, cosine) in enumerate(self.hits, start=1):
-            lines.append(f"  {rank:>4}  {cosine:>6.3f}  {path}")
-        return "\n".join(lines)
+# Of so few images that pass a filter, all are compared: it takes no longer.
+_MOST_COMPARED = 50_000
+_UNINDEXED = "The index holds no image. Index a folder into it: llm2clip index MODEL IMAGES DB."
 
 
 class ImageIndex:
     """Images and their embeddings, searched by sentences and images.
 
-    Args:
-        model: A whole model, which encodes the queries.
-        processor: Its processor.
-        paths: N images.
-        image_embeds: (N, P) float32 on the CPU, of unit length, in the order of the paths.
+    Several threads may search at once. What another process adds is seen within five seconds.
 
-    Raises:
-        ValueError: There is not one finite embedding per path.
+    Args:
+        database: The open database.
+        image_dir: Folder of the images.
+        encoder: Encodes queries; by default the model is found when the first query needs it.
+        device: Where the model runs.
 
     Examples:
         >>> index = ImageIndex.build("llm2clip-demo/model", "my-images", "my-index")
         >>> print(index.search("two dogs on a beach", top_k=1))  # doctest: +ELLIPSIS
         two dogs on a beach
           rank  cosine  image
-             1  ...  my-images/...
-        >>> len(ImageIndex.open("my-index"))
-        20
+             1  ...my-images/...
+        >>> len(ImageIndex.open("my-index").search("a dog", where="width > height").hits)
+        6
     """
 
     def __init__(
         self,
-        model: LLM2CLIPModel,
-        processor: LLM2CLIPProcessor,
-        paths: Sequence[Path],
-        image_embeds: Tensor,
+        database: IndexDatabase,
+        image_dir: Path,
+        encoder: QueryEncoder | None = None,
+        *,
+        device: str = "auto",
     ) -> None:
-        if image_embeds.ndim != 2 or len(image_embeds) != len(paths) or not len(paths):
-            raise ValueError(
-                f"image_embeds has shape {tuple(image_embeds.shape)}; give one row for each of the "
-                f"{len(paths)} images, and at least one."
-            )
-        _require_finite(image_embeds, "embeddings")
-        self.model = model
-        self.processor = processor
-        self.paths = list(paths)
-        self.image_embeds = image_embeds
+        self._database = database
+        self._image_dir = image_dir
+        self._encoder = encoder
+        self._device = device
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self.paths)
+        return self._database.count()
+
+    def count(self, where: str | None = None) -> int:
+        """Count the images that pass a filter.
+
+        Args:
+            where: As in `search`.
+
+        Raises:
+            ValueError: The filter is not SQL, or names an unknown column.
+        """
+        return self._database.count(where)
+
+    @property
+    def model(self) -> str:
+        """Folder or Hub id of the model."""
+        return self._database.about.model
+
+    @property
+    def about(self) -> About:
+        """What the index is of: model, folder, width of the embeddings, approximate index."""
+        return self._database.about
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Names and types of the columns that `where` may use."""
+        return {name: str(kind) for name, kind in COLUMNS.items()}
 
     @classmethod
     def build(
         cls,
         model: str | Path,
         image_dir: str | Path,
-        path: str | Path | None = None,
+        path: str | Path,
         config: IndexConfig | None = None,
         *,
         report: Report | None = None,
     ) -> ImageIndex:
-        """Encode the images of a folder, or only those that the index does not have yet.
+        """Index a folder of images, or bring an index in line with its folder.
+
+        Only new and changed images are encoded; those that are gone are removed. A file that was
+        renamed or copied is not encoded again. Images that cannot be read are left out and
+        reported. What a stopped call has encoded is kept, and the same call continues there.
 
         Args:
             model: Folder or Hub id of a whole, trained model.
             image_dir: Folder of images; subfolders are included.
-            path: File of the image embeddings, new or of an earlier call. Default: `config.index`;
-                without it a file in the cache, one per model and folder.
-            config: How images are encoded.
-            report: Called with each line on what is skipped, known and kept. Default: what is
-                skipped is warned of.
+            path: Folder of the database, or a URI on object storage such as `s3://bucket/index`;
+                new, or of an earlier call.
+            config: How images are encoded, and when an approximate index is built.
+            report: Called with each line on what was done. Default: images that are left out are
+                warned of.
 
         Returns:
-            The index. Embeddings are bound to the fingerprint of the vision tower; a file that was
-            renamed or copied is not encoded again.
+            The index.
 
         Raises:
-            ValueError: There is no such device, no image, an image cannot be read and
-                `config.skip_invalid` is off, the model is not trained, or the file is of another
-                model.
+            ValueError: There is no such device, no image, or none that can be read; the model is
+                not trained; or the database is of another model or folder, is damaged, or is
+                being written by another process.
         """
-        config = config or IndexConfig()
-        find_device(config.device)  # before what takes long
-        files = list_images(image_dir)
-        if files.skipped:
-            (report or _warn)(files.describe_skipped())
-        require_own_model(model)
-        folder = find_model_folder(model)
-        require_trained(LLM2CLIPConfig.from_pretrained(folder), purpose="search", source=model)
-        cache = _open_cache(folder, Path(image_dir), path, config, report or _warn)
-        paths = _list_valid(files.readable, cache, config, report)
-        loaded, processor = _load_whole(folder, device=config.device)
-        try:
-            vision_embeds = cache.encode(
-                loaded,
-                processor,
-                paths,
-                batch_size=config.batch_size,
-                num_workers=config.num_workers,
-                show_progress=config.show_progress,
-            )
-        except KeyboardInterrupt:
-            if cache.file is not None and report is not None:
-                report(f"What was encoded is kept in {cache.file}; the same call continues there.")
-            raise
-        return cls(loaded, processor, paths, project_images(loaded, vision_embeds))
+        from .index_building import build_index
+
+        database, encoder = build_index(
+            model, Path(image_dir), str(path), config or IndexConfig(), report=report
+        )
+        return cls(database, Path(image_dir).resolve(), encoder)
 
     @classmethod
     def open(
@@ -169,247 +149,161 @@ class ImageIndex:
         image_dir: str | Path | None = None,
         device: str = "auto",
     ) -> ImageIndex:
-        """Open an index that `build` wrote, without encoding anything.
+        """Open an index that `build` wrote, without loading its model.
 
         Args:
-            path: File of the index.
-            model: Folder or Hub id of the model, if it is no longer where it was.
+            path: Folder or URI of the database.
+            model: Folder or Hub id of the model, if it is no longer where it was. It must give the
+                same embeddings.
             image_dir: Folder of the images, if it is no longer where it was.
             device: Where the model runs; see `find_device`.
 
         Returns:
-            The index of all images in the folder that were encoded. Others are warned of.
+            The index. Its model is found and compared when the first query needs it, or now if
+            `model` is given.
 
         Raises:
-            ValueError: The file is not an index, is damaged or of another model, or has none of
-                the images.
+            ValueError: The database is missing, something else, damaged, of another version or of
+                another model.
         """
-        notes = read_notes(Path(path))
-        model, image_dir = model or notes.get("model"), image_dir or notes.get("image_dir")
-        if model is None or image_dir is None:
-            raise ValueError(f"{path} does not name its model and its images. Give both.")
-        folder = find_model_folder(model)
-        cache = EmbeddingCache(Path(path), fingerprint_vision(folder))
-        found = list_images(image_dir).readable
-        new = set(cache.find_new(found))
-        paths = [file for file in found if file not in new]
-        if not paths:
-            raise ValueError(f"{path} has none of the {len(found)} images in {image_dir}.")
-        if new:
-            _warn(
-                f"{len(new)} of {len(found)} images in {image_dir} are not in {path}. "
-                "ImageIndex.build adds them."
-            )
-        loaded, processor = _load_whole(folder, device=device)
-        vision_embeds = cache.encode(loaded, processor, paths)
-        return cls(loaded, processor, paths, project_images(loaded, vision_embeds))
+        database = IndexDatabase.open(path)
+        folder = Path(image_dir or database.about.image_dir)
+        if image_dir is not None and not folder.is_dir():
+            raise ValueError(f"image_dir={str(image_dir)!r}: no such folder.")
+        encoder = None if model is None else _open_encoder(database, model, device)
+        return cls(database, folder.resolve(), encoder, device=device)
+
+    @property
+    def encoder(self) -> QueryEncoder:
+        """Encodes queries; its model is found and compared with the index on first use."""
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = _open_encoder(self._database, self.model, self._device)
+            return self._encoder
 
     @overload
     def search(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
-        self, query: Query, *, top_k: int = ...
+        self, query: Part, *, top_k: int = ..., where: str | None = ..., exact: bool = ...
     ) -> SearchResult: ...
 
     @overload
-    def search(self, query: Sequence[Query], *, top_k: int = ...) -> list[SearchResult]: ...
+    def search(
+        self,
+        query: Sequence[Query] | np.ndarray[Any, Any] | Tensor,
+        *,
+        top_k: int = ...,
+        where: str | None = ...,
+        exact: bool = ...,
+    ) -> list[SearchResult]: ...
 
     def search(
-        self, query: Query | Sequence[Query], *, top_k: int = 6
+        self,
+        query: Part | Sequence[Query] | np.ndarray[Any, Any] | Tensor,
+        *,
+        top_k: int = 6,
+        where: str | None = None,
+        exact: bool = False,
     ) -> SearchResult | list[SearchResult]:
         """Find the images of the greatest cosine.
 
         Args:
-            query: A sentence, or a `Path` of an image; or a list of both. An image of the index
-                finds itself.
+            query: A sentence, a `Path` of an image, or a PIL image; or a list of these, in which a
+                list is one query of several parts, by the mean of their embeddings. Or embeddings
+                of queries, (Q, P), of any length. An image of the index finds itself.
             top_k: Images per query; all of them where there are fewer.
+            where: Filter in SQL over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`.
+            exact: Compare with every image, even if there is an approximate index.
 
         Returns:
-            A result, which prints as a table; for a list of queries a list of results.
+            A result, which prints as a table; for a list or for embeddings a list of results. It
+            is without hits where no image passes the filter.
 
         Raises:
-            ValueError: `top_k` is below 1, a sentence is blank, or a query image is missing or
-                broken; all of them are named.
+            ValueError: `top_k` is below 1, the filter is not SQL or names an unknown column, a
+                sentence is blank, a query image is missing or broken, embeddings are of another
+                shape, the model is no longer that of the index, or the index is empty.
         """
-        if isinstance(query, str | Path):
-            return self.search([query], top_k=top_k)[0]
-        texts = [one for one in query if not isinstance(one, Path)]
-        images = [one for one in query if isinstance(one, Path)]
-        of_texts: Iterator[SearchResult] = iter(())
-        of_images: Iterator[SearchResult] = iter(())
-        if texts or not images:  # an empty list is refused as one of texts
-            cosines = encode_texts(self.model, self.processor, texts) @ self.image_embeds.T
-            of_texts = iter(rank_images(texts, cosines, self.paths, top_k=top_k))
-        if images:
-            cosines = encode_images(self.model, self.processor, images) @ self.image_embeds.T
-            results = rank_images(list(map(str, images)), cosines, self.paths, top_k=top_k)
-            pairs = zip(results, images, strict=True)
-            of_images = iter([replace(result, query_image=image) for result, image in pairs])
-        return [next(of_images if isinstance(one, Path) else of_texts) for one in query]
+        require_top_k(top_k)
+        if isinstance(query, str | Path | Image.Image):
+            return self.search([query], top_k=top_k, where=where, exact=exact)[0]
+        num_rows = self._database.count(where)
+        if where is None and num_rows == 0:
+            raise ValueError(f"{self._database.location}: {_UNINDEXED}")
+        if hasattr(query, "shape"):
+            embeds = check_embeddings(query, width=self.about.width)
+            named = [NamedQuery(f"embedding {row}", (), None) for row in range(len(embeds))]
+        else:
+            named = name_queries(query)
+            embeds = self.encoder.encode(named)
+        return [
+            self._search_one(one, row, min(top_k, num_rows), where, exact, num_rows)
+            for one, row in zip(named, embeds, strict=True)
+        ]
 
+    def iterate_embeddings(self) -> Iterator[tuple[list[Path], np.ndarray[Any, Any]]]:
+        """Read all images and their embeddings in parts.
 
-def rank_images(
-    queries: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, top_k: int = 6
-) -> list[SearchResult]:
-    """Take for each query the images of the greatest cosine, best first.
+        Yields:
+            Paths, and their embeddings, (rows, P) float32 of unit length.
+        """
+        for names, embeds in self._database.iterate_embeddings():
+            yield [self._image_dir / name for name in names], embeds
 
-    Args:
-        queries: What the rows are called.
-        cosines: (queries, images).
-        paths: One per image.
-        top_k: Images per query; all of them where there are fewer.
+    def export_faiss(self, file: str | Path) -> Path:
+        """Write the same images as an index that FAISS reads, and their paths beside it.
 
-    Returns:
-        One result per query.
-
-    Raises:
-        ValueError: `top_k` is below 1, or a cosine is not finite.
-    """
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1.")
-    _require_finite(cosines, "cosines")  # a NaN would come first
-    best = cosines.topk(min(top_k, len(paths)))
-    return [
-        SearchResult(query, [(paths[i], float(s)) for s, i in zip(scores, rows, strict=True)])
-        for query, scores, rows in zip(queries, best.values, best.indices, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The image files of a folder.
-
-    Attributes:
-        readable: Files of a format that can be decoded here, in order.
-        skipped: Image files of any other format, in order.
-    """
-
-    readable: list[Path]
-    skipped: list[Path]
-
-    def describe_skipped(self) -> str:
-        """Count and name the skipped files, and say how to read them.
+        Args:
+            file: New file; the paths go to a file of the same name with `.json` at its end.
 
         Returns:
-            One line, which lists at most eight names; empty where no file is skipped.
+            The file of the paths, in the order of FAISS's ids.
+
+        Raises:
+            FileExistsError: One of the files exists.
+            MissingExtraError: FAISS is not installed.
         """
-        if not self.skipped:
-            return ""
-        counts = Counter(map(_suffix, self.skipped))
-        counted = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
-        more = ", …" if len(self.skipped) > _SHOWN else ""
-        named = ", ".join(map(str, self.skipped[:_SHOWN])) + more
-        return (
-            f"Skipped {len(self.skipped):,} image files that Pillow cannot read here ({counted}): "
-            f"{named}. {_describe_remedies(set(counts))}"
+        from .faiss_export import export_faiss
+
+        return export_faiss(self._database, self._image_dir, Path(file))
+
+    def _search_one(
+        self,
+        query: NamedQuery,
+        embedding: np.ndarray[Any, Any],
+        top_k: int,
+        where: str | None,
+        exact: bool,
+        num_rows: int,
+    ) -> SearchResult:
+        if num_rows == 0:
+            return SearchResult(query.name, [], query.image)
+        ann = self.about.ann
+        uses_ann = ann is not None and ann.is_used and not exact
+        if where is not None and num_rows <= _MOST_COMPARED:
+            uses_ann = False
+        rows = self._database.search(
+            embedding, top_k=top_k, where=where, ann=ann if uses_ann else None
         )
+        if uses_ann and len(rows) < top_k:  # the partitions that were visited have no more
+            rows = self._database.search(embedding, top_k=top_k, where=where)
+        hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
+        columns = [{name: row[name] for name in COLUMNS} for row in rows]
+        return SearchResult(query.name, hits, query.image, columns)
 
 
-def list_images(image_dir: str | Path) -> ImageFiles:
-    """List the image files in a folder and its subfolders by their suffixes.
+def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:
+    # Not above: it imports torch, which an index is opened without.
+    from .model_identity import find_whole_model, name_model, require_same_model
 
-    Args:
-        image_dir: Folder of images.
-
-    Returns:
-        Its image files, those that cannot be decoded here apart.
-
-    Raises:
-        ValueError: There is no such folder, or no readable image in it.
-    """
-    folder = Path(image_dir)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give one that holds images.")
-    readable = list_readable_suffixes()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = ImageFiles(
-        readable=[path for path in files if _suffix(path) in readable],
-        skipped=[path for path in files if _suffix(path) in OPTIONAL_IMAGE_SUFFIXES - readable],
-    )
-    if not found.readable:
-        suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
-        raise ValueError(
-            f"{folder}: no image in it or below it ({suffixes}). {found.describe_skipped()}"
-        )
-    return found
-
-
-def _open_cache(
-    folder: Path, image_dir: Path, path: str | Path | None, config: IndexConfig, report: Report
-) -> EmbeddingCache:
-    """Open the file of the index; a default one that cannot be written is reported."""
-    fingerprint = fingerprint_vision(folder)
-    notes = {"model": str(folder.resolve()), "image_dir": str(image_dir.resolve())}
-    if file := path or config.index:
-        return EmbeddingCache(Path(file), fingerprint, notes=notes)
-    if not config.keep_index:
-        return EmbeddingCache()
-    file = find_default_file(image_dir, fingerprint)
+    about = database.about
     try:
-        require_writable(file)
-    except ValueError as error:  # nobody asked for this file, so the search goes on
-        report(f"The image embeddings are not kept: {error}")
-        return EmbeddingCache()
-    return EmbeddingCache(file, fingerprint, notes=notes)
-
-
-def _list_valid(
-    paths: list[Path], cache: EmbeddingCache, config: IndexConfig, report: Report | None
-) -> list[Path]:
-    """Decode the images that are not known once, and skip or refuse those that are broken."""
-    new = cache.find_new(paths, show_progress=config.show_progress)
-    if report is not None:
-        place = f"embeddings in {cache.file}" if cache.file else "embeddings are not kept"
-        report(f"{len(paths):,} images, {len(paths) - len(new):,} of them known; {place}.")
-    unreadable = find_unreadable_images(new, show_progress=config.show_progress)
-    if not unreadable:
-        return paths
-    errors = list(unreadable.values())
-    shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
-    readable = [path for path in paths if path not in unreadable]
-    if not config.skip_invalid or not readable:
+        folder = find_whole_model(source)
+    except (ValueError, OSError) as error:
+        if name_model(source) != about.model:
+            raise
         raise ValueError(
-            f"{len(errors)} of {len(paths)} images cannot be read:\n{shown}\nRepair or remove "
-            "them, or skip them (--skip-invalid)."
-        )
-    (report or _warn)(f"Skipped {len(errors)} of {len(paths)} images:\n{shown}")
-    return readable
-
-
-def _load_whole(folder: Path, *, device: str) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    model, processor = load_model(folder, device=device)
-    if not isinstance(model, LLM2CLIPModel):
-        raise ValueError(
-            f"{folder} holds a {type(model).__name__}; a search needs a whole model, with both "
-            "towers."
-        )
-    return model, processor
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
-
-
-def _require_finite(numbers: Tensor, name: str) -> None:
-    if broken := int((~numbers.isfinite()).sum()):
-        raise ValueError(
-            f"{broken} of {numbers.numel()} {name} are NaN or infinite: the model gives broken "
-            "embeddings. Check it with llm2clip doctor."
-        )
-
-
-def _suffix(path: Path) -> str:
-    return path.suffix.lower().removeprefix(".")
-
-
-def _describe_remedies(suffixes: set[str]) -> str:
-    remedies = [
-        f"To read {_list(suffixes & of_remedy)}: {remedy}."
-        for remedy, of_remedy in _REMEDIES.items()
-        if suffixes & of_remedy
-    ]
-    if others := suffixes.difference(*_REMEDIES.values()):
-        remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
-    return " ".join(remedies)
-
-
-def _list(suffixes: set[str]) -> str:
-    return ", ".join(f".{suffix}" for suffix in sorted(suffixes))
+            f"{database.location} is an index of the model {about.model}, which cannot be used "
+            f"any more: {error} If it was moved, say where it is (model, --model)."
+        ) from error
+    require_same_model(database.location, about, source, folder)
+    return QueryEncoder(folder, device)

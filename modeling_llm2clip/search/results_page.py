@@ -23,7 +23,7 @@ from urllib.parse import quote
 from PIL import Image, ImageDraw, ImageFont
 
 from ..image_loading_llm2clip import load_images
-from .image_index import SearchResult
+from .search_results import SearchResult
 
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
 _COLUMNS = ("query", "rank", "cosine", "image")
@@ -31,6 +31,7 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _NO_LETTER = "\U0010fffd"  # no font has it, so it looks like every missing letter
 _SIDE = 160
 _PAGE_SIDE = 320
+_GONE = "#dddddd"
 _GAP = 12
 _TEXT_WIDTH = 330
 _PAGE = """<!doctype html>
@@ -188,7 +189,11 @@ def _find_address(file: Path, folder: Path) -> str:
 
 
 def _shrink(image: Path, side: int = _SIDE) -> Image.Image:
-    thumbnail: Image.Image = load_images(str(image))
+    """Decode and shrink an image; one that is gone since it was indexed is a gray square."""
+    try:
+        thumbnail: Image.Image = load_images(str(image))
+    except ValueError:
+        return Image.new("RGB", (side, side), _GONE)
     thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
     return thumbnail
 

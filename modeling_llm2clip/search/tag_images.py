@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from ..configs.search_config import IndexConfig, TagConfig
+from ..encoding.devices import find_device
 from ..encoding.encode import encode_texts
+from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .image_encoding import encode_readable_images
+from .image_files import list_images
 from .image_index import ImageIndex
+from .label_ranking import Tag, average_prompts, rank_labels
+from .model_identity import find_whole_model
+from .search_results import require_top_k
 from .tag_labels import Label
 
+EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
+Report: TypeAlias = Callable[[str], object]
+
 _COLUMNS = ("image", "rank", "label", "cosine", "probability")
-_ROWS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class Tag:
-    """One label of an image.
-
-    Attributes:
-        label: Name of the label.
-        cosine: Of image and label.
-        probability: Softmax of the scaled cosines over all labels, as the pipeline
-            `zero-shot-image-classification` gives it.
-    """
-
-    label: str
-    cosine: float
-    probability: float
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,124 @@ def encode_labels(
         ValueError: As `encode_texts`.
     """
     prompts = [prompt for label in labels for prompt in label.prompts]
-    embeds = encode_texts(model, processor, prompts)
-    means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
-    return F.normalize(torch.stack(means), dim=-1)
+    return average_prompts(encode_texts(model, processor, prompts), labels)
+
+
+@dataclass(frozen=True)
+class TaggedFolder:
+    """The images of a folder with their labels.
+
+    Attributes:
+        images: Each image, labeled as it is taken from here.
+        processor: Of the model.
+    """
+
+    images: Iterator[TaggedImage]
+    processor: LLM2CLIPProcessor
+
+
+def tag_folder(
+    model: str | Path,
+    image_dir: Path,
+    labels: Sequence[Label],
+    *,
+    top_k: int = 3,
+    threshold: float | None = None,
+    config: TagConfig | None = None,
+    report: Report | None = None,
+) -> TaggedFolder:
+    """Label the images of a folder.
+
+    Args:
+        model: Folder or Hub id of a whole, trained model.
+        image_dir: Folder of images; subfolders are included.
+        labels: Labels and their prompts.
+        top_k: Labels per image; all of them where there are fewer.
+        threshold: Smallest cosine of a label.
+        config: How the images are encoded, and where their embeddings are kept.
+        report: Called with each line on what is skipped and known. Default: what is skipped is
+            warned of.
+
+    Returns:
+        Its images in their order.
+
+    Raises:
+        ValueError: There is no such device or no image, an image cannot be read and
+            `config.skip_invalid` is off, the model is not trained, `top_k` is below 1, or a
+            prompt is blank.
+    """
+    config = config or TagConfig()
+    require_top_k(top_k)
+    find_device(config.device)  # before what takes long
+    files = list_images(image_dir)
+    say = report or _warn
+    if files.skipped:
+        say(files.describe_skipped())
+    folder = find_whole_model(model)
+    loaded, processor = load_model(folder, device=config.device)
+    assert isinstance(loaded, LLM2CLIPModel)  # as `find_whole_model` has checked
+    if config.index is None:
+        parts = [_encode(loaded, processor, files.readable, config, say)]
+    else:
+        parts = _read_index(model, image_dir, config, report)
+    images = tag_images(loaded, processor, parts, labels, top_k=top_k, threshold=threshold)
+    return TaggedFolder(images, processor)
+
+
+def _encode(
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    paths: Sequence[Path],
+    config: TagConfig,
+    report: Report,
+) -> EmbeddedImages:
+    """Encode the images of a folder, and skip or refuse those that are broken."""
+    with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
+        encoded = encode_readable_images(
+            model, processor, paths, progress=progress,
+            batch_size=config.batch_size, num_workers=config.num_workers,
+        )  # fmt: skip
+    if encoded.errors:
+        _judge_errors(list(encoded.errors.values()), len(paths), config, report)
+    if not encoded.paths:
+        raise ValueError(f"None of the {len(paths)} images can be read.")
+    return encoded.paths, encoded.embeds
+
+
+def _judge_errors(errors: Sequence[str], total: int, config: TagConfig, report: Report) -> None:
+    shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
+    if not config.skip_invalid:
+        raise ValueError(
+            f"{len(errors)} of {total} images cannot be read:\n{shown}\nRepair or remove them, "
+            "or skip them (--skip-invalid)."
+        )
+    report(f"Skipped {len(errors)} of {total} images:\n{shown}")
+
+
+def _read_index(
+    model: str | Path, image_dir: Path, config: TagConfig, report: Report | None
+) -> Iterator[EmbeddedImages]:
+    """Bring the index up to date, and read its embeddings."""
+    assert config.index is not None
+    index = ImageIndex.build(
+        model,
+        image_dir,
+        config.index,
+        IndexConfig(
+            device=config.device, batch_size=config.batch_size, num_workers=config.num_workers,
+            show_progress=config.show_progress, ann="never",
+        ),
+        report=report,
+    )  # fmt: skip
+    for paths, embeds in index.iterate_embeddings():
+        yield paths, torch.tensor(embeds)
 
 
 @torch.inference_mode()
 def tag_images(
-    index: ImageIndex,
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    parts: Iterable[EmbeddedImages],
     labels: Sequence[Label],
     *,
     top_k: int = 3,
@@ -85,39 +191,27 @@ def tag_images(
     """Yield the labels of each image; each label is encoded once.
 
     Args:
-        index: The images.
+        model: The model of the embeddings.
+        processor: Its processor.
+        parts: Paths and embeddings, (images, P) of unit length.
         labels: Labels and their prompts.
         top_k: Labels per image; all of them where there are fewer.
         threshold: Smallest cosine of a label.
 
     Yields:
-        Each image of the index, in its order.
+        Each image, in their order.
 
     Raises:
-        ValueError: `top_k` is below 1, or a prompt is blank.
+        ValueError: A prompt is blank.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1.")
-    label_embeds = encode_labels(index.model, index.processor, labels)
-    scale = index.model.logit_scale().float().cpu()
-    for start in range(0, len(index), _ROWS_AT_ONCE):
-        cosines = index.image_embeds[start : start + _ROWS_AT_ONCE] @ label_embeds.T
-        probabilities = (scale * cosines).softmax(dim=-1)
-        best = cosines.topk(min(top_k, len(labels)))
-        rows = zip(
-            index.paths[start : start + _ROWS_AT_ONCE],
-            best.indices.tolist(),
-            best.values.tolist(),
-            probabilities.gather(1, best.indices).tolist(),
-            strict=True,
-        )
-        for path, numbers, scores, shares in rows:
-            tags = [
-                Tag(labels[number].name, cosine, probability)
-                for number, cosine, probability in zip(numbers, scores, shares, strict=True)
-                if threshold is None or cosine >= threshold
-            ]
-            yield TaggedImage(path, tags)
+    label_embeds = encode_labels(model, processor, labels)
+    scale = float(model.logit_scale())
+    for paths, embeds in parts:
+        found = rank_labels(embeds, label_embeds, labels, scale=scale, top_k=top_k)
+        for path, tags in zip(paths, found, strict=True):
+            yield TaggedImage(
+                path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
+            )
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
@@ -164,3 +258,7 @@ def _to_numbers(tag: Tag) -> dict[str, Any]:
         "cosine": round(tag.cosine, 6),
         "probability": round(tag.probability, 6),
     }
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)

@@ -54,14 +54,44 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
         ValueError: The file cannot be read or has no label, a label repeats or is blank, a prompt
             is blank, or a template does not have exactly one `{}`.
     """
-    if broken := [text for text in templates if text.count("{}") != 1]:
-        raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")
+    _check_templates(templates)
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         prompts_of = _parse(text, file.suffix.lower())
         _check(prompts_of)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+    return _fill_templates(prompts_of, templates)
+
+
+def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> list[Label]:
+    """Make labels of their names.
+
+    Args:
+        names: The labels, each once.
+        templates: Prompts; each has one `{}`, where the label goes.
+
+    Returns:
+        The labels in the order of their names.
+
+    Raises:
+        ValueError: There is no label, a label repeats or is blank, or a template does not have
+            exactly one `{}`.
+    """
+    _check_templates(templates)
+    prompts_of: list[tuple[str, list[str]]] = [(name.strip(), []) for name in names]
+    _check(prompts_of)
+    return _fill_templates(prompts_of, templates)
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    if broken := [text for text in templates if text.count("{}") != 1]:
+        raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")
+
+
+def _fill_templates(
+    prompts_of: Sequence[tuple[str, Sequence[str]]], templates: Sequence[str]
+) -> list[Label]:
     return [
         Label(name, tuple(prompts) or tuple(template.replace("{}", name) for template in templates))
         for name, prompts in prompts_of

@@ -97,7 +97,7 @@ def test_a_whole_model_is_not_a_language_model(
     "command",
     [
         ["doctor", "MODEL"],
-        ["search", "MODEL", "DATA", "a dog"],
+        ["index", "MODEL", "DATA", "NEW"],
         ["tag", "MODEL", "DATA", "--labels", "LABELS"],
         ["extract", "MODEL", "DATA", "NEW", "--modality", "text"],
         ["finetune-llm", "MODEL", "DATA", "NEW"],

@@ -90,7 +90,8 @@ def test_no_command_prints_a_dictionary_or_a_warning(prepared: Prepared, tmp_pat
         f"align tuned/model {data} loras --text-training lora --vision-training lora {short} "
         "--global-batch-size 8 --logging-steps 3 --gradient-checkpointing --num-workers 1",
         f"evaluate ours=aligned/model --datasets folder={data} --tasks retrieval cra length",
-        f"search aligned/model {data} dog",
+        f"index aligned/model {data} my-index",
+        "search my-index dog",
         "doctor aligned/model",
         "export aligned/model exported",
     )

@@ -1,181 +1,320 @@
-"""Image embeddings that a search keeps by default: where, for whom, and after a break."""
+"""An index of images: what it finds for sentences, images and embeddings; what it refuses."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
+import dataclasses
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from indexes import build, make_embeddings, save_images, save_model
 from PIL import Image
-from shared_models import shared_model
-from tiny import draw_noise, tiny_model
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise
 
-from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.data.named_embeddings import read_named_embeddings
-from modeling_llm2clip.search import embedding_cache
-from modeling_llm2clip.search.embedding_cache import EmbeddingCache
+from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.search import query_encoding
+from modeling_llm2clip.search.image_files import list_images
+from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.search.index_database import AnnIndex
 
-BATCH = 2
+SENTENCES = ["a dog", "two red apples on a wooden table"]
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(6):
-        draw_noise(seed=number).save(folder / f"{number}.png")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, ten images, and the index of them, which no test may change."""
+    folder = tmp_path_factory.mktemp("place")
+    save_images(folder / "images", count=10)
+    build(save_model(folder / "model"), folder / "images", folder / "index")
     return folder
 
 
-def save_model(folder: Path, **settings: Any) -> str:
-    model, processor = tiny_model(**settings) if settings else shared_model()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def index(place: Path) -> ImageIndex:
+    return ImageIndex.open(place / "index", device="cpu")
 
 
-def list_kept(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.safetensors"))
+@pytest.fixture(scope="module")
+def wanted(place: Path) -> dict[str, Any]:
+    """Paths, and the model's own embeddings of images and sentences."""
+    paths = list_images((place / "images").resolve()).readable
+    # Of the folder, whose image processor may be another class, with other rounding.
+    model, processor = shared_model()[0], LLM2CLIPProcessor.from_pretrained(place / "model")
+    with torch.no_grad():
+        found = model(**processor(text=SENTENCES, images=[str(path) for path in paths]))
+    return {"paths": paths, "images": found.image_embeds, "texts": found.text_embeds}
 
 
-def find_known(shown: str) -> str:
-    (line,) = [line for line in shown.splitlines() if "of them known" in line]
-    return line
+def require_best(result: Any, cosines: torch.Tensor, paths: list[Path], top_k: int) -> None:
+    best = cosines.topk(min(top_k, len(paths)))
+    assert [path for path, _ in result.hits] == [paths[row] for row in best.indices]
+    assert [cosine for _, cosine in result.hits] == pytest.approx(
+        best.values.tolist(), abs=ROUNDING
+    )
 
 
-def test_the_first_search_keeps_its_embeddings_outside_the_image_folder(
-    images: Path, own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("top_k", [1, 4, 50])
+def test_the_best_images_are_those_of_the_greatest_cosine(
+    index: ImageIndex, wanted: dict[str, Any], top_k: int
 ) -> None:
-    command = ["search", save_model(tmp_path / "model"), str(images), "a dog"]
-    before = sorted(images.rglob("*"))
-    assert main([*command, "--no-keep-index"]) == 0
-    assert find_known(capsys.readouterr().err).endswith("embeddings are not kept.")
-    assert list_kept(own_cache) == []
-    assert main(command) == 0
-    first = capsys.readouterr()
-    (file,) = list_kept(own_cache)
-    assert find_known(first.err) == f"6 images, 0 of them known; embeddings in {file}."
-    assert main(command) == 0
-    second = capsys.readouterr()
-    assert find_known(second.err) == f"6 images, 6 of them known; embeddings in {file}."
-    assert first.out == second.out
-    assert sorted(images.rglob("*")) == before
+    results = index.search(SENTENCES, top_k=top_k)
+    for sentence, result, text in zip(SENTENCES, results, wanted["texts"], strict=True):
+        assert result.query == sentence
+        require_best(result, wanted["images"] @ text, wanted["paths"], top_k)
+    alone = index.search(SENTENCES[0], top_k=top_k)  # encoded in another batch
+    require_best(alone, wanted["images"] @ wanted["texts"][0], wanted["paths"], top_k)
 
 
-def test_each_model_and_each_folder_keeps_its_own_embeddings(
-    images: Path, own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_query_image_finds_itself_whether_it_is_a_path_or_open(
+    index: ImageIndex, wanted: dict[str, Any]
 ) -> None:
-    models = [save_model(tmp_path / "clip"), save_model(tmp_path / "vit", vision="vit")]
-    shutil.copytree(images, tmp_path / "others" / images.name)
-    for model, folder in itertools.product(models, (images, tmp_path / "others" / images.name)):
-        assert main(["search", model, str(folder), "a dog"]) == 0  # none is refused
-        assert "6 images, 0 of them known" in capsys.readouterr().err
-    assert len(list_kept(own_cache)) == 4
-    assert len({file.parent for file in list_kept(own_cache)}) == 2
+    path = wanted["paths"][3]
+    with Image.open(path) as opened:
+        by_path, by_image = index.search([path, opened], top_k=10)
+    assert by_path.hits[0][0] == by_path.query_image == path
+    require_best(by_path, wanted["images"] @ wanted["images"][3], wanted["paths"], 10)
+    assert by_image.hits == by_path.hits and by_image.query_image is None
 
 
-def test_a_cache_that_cannot_be_written_is_reported_and_the_search_goes_on(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    (tmp_path / "no folder").write_text("mine")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no folder"))
-    assert main(["search", save_model(tmp_path / "model"), str(images), "a dog"]) == 0
-    shown = capsys.readouterr()
-    assert "The image embeddings are not kept: " in shown.err and "no folder" in shown.err
-    assert shown.out.count(".png") == 6
-
-
-def test_a_file_to_keep_in_and_no_keeping_exclude_each_other(
-    images: Path, capsys: pytest.CaptureFixture[str]
+def test_several_parts_are_one_query_by_the_mean_of_their_embeddings(
+    index: ImageIndex, wanted: dict[str, Any]
 ) -> None:
-    words = ["search", "m", str(images), "a dog", "--no-keep-index", "--index", "a.safetensors"]
-    assert main(words) == 2
-    assert "--index a.safetensors excludes --no-keep-index" in capsys.readouterr().err
+    path = wanted["paths"][3]
+    (found,) = index.search([[SENTENCES[0], path]], top_k=10)
+    mean = torch.nn.functional.normalize(wanted["texts"][0] + wanted["images"][3], dim=0)
+    require_best(found, wanted["images"] @ mean, wanted["paths"], 10)
+    assert (found.query, found.query_image) == (f"{SENTENCES[0]} + {path}", path)
 
 
-def test_every_whole_batch_before_a_break_is_kept(images: Path, tmp_path: Path) -> None:
-    paths = sorted(images.iterdir())
-    paths[-1].write_bytes(b"no image")  # in the third batch
-    with pytest.raises(ValueError, match=r"5\.png: not an image"):
-        EmbeddingCache(tmp_path / "kept").encode(*shared_model(), paths, batch_size=BATCH)
-    again = EmbeddingCache(tmp_path / "kept")
-    assert again.find_new(paths) == paths[4:]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_search_has_kept_what_was_encoded_before_its_last_write(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("length", [1, 7])
+def test_embeddings_are_queries_of_any_length_and_need_no_model(
+    place: Path, wanted: dict[str, Any], length: float
 ) -> None:
-    monkeypatch.setattr(embedding_cache, "_SECONDS_BETWEEN_WRITES", -1)
-    model, processor = shared_model()
-    paths = sorted(images.iterdir())
-    child = os.fork()
-    if child == 0:
-        calls = itertools.count(1)
-
-        def die_at_the_last(**inputs: Any) -> Any:
-            return processor(**inputs) if next(calls) < len(paths) else os._exit(9)
-
-        EmbeddingCache(tmp_path / "kept").encode(model, die_at_the_last, paths, batch_size=1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    # Three batches are prepared ahead of the tower.
-    assert len(EmbeddingCache(tmp_path / "kept").find_new(paths)) <= 4
+    index = ImageIndex.open(place / "index")
+    index._database.about = dataclasses.replace(index.about, model="nowhere/at-all")
+    for embeds in (length * wanted["texts"], (length * wanted["texts"]).numpy()):
+        for result, text in zip(index.search(embeds, top_k=3), wanted["texts"], strict=True):
+            require_best(result, wanted["images"] @ text, wanted["paths"], 3)
 
 
-def test_one_progress_bar_counts_all_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_sentence_does_not_load_the_vision_tower(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (1030, 4, 4, 3), dtype=np.uint8)
-    paths = [tmp_path / f"{number}.bmp" for number in range(len(pixels))]
-    for path, image in zip(paths, pixels, strict=True):
-        Image.fromarray(image).save(path)
-    EmbeddingCache().encode(*shared_model(), paths, batch_size=128, show_progress=True)
-    totals = re.findall(r"\d+/(\d+) \[", capsys.readouterr().err)
-    assert set(totals) == {"1030"}
+    monkeypatch.setattr(query_encoding.QueryEncoder, "vision_model", None)
+    assert index.search("a dog").hits
 
 
-def test_more_embeddings_than_a_file_holds_are_refused_before_anything_is_encoded(
-    images: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    command = ["search", save_model(tmp_path / "model"), str(images), "a dog"]
-    monkeypatch.setattr(embedding_cache, "_MAX_EMBEDDINGS", 5)
-    assert main(command) == 2
-    assert "holds at most 5 embeddings; with 6 new images" in capsys.readouterr().err
-    assert list_kept(own_cache) == []
-    assert main([*command, "--no-keep-index"]) == 0
+def test_threads_that_search_at_once_find_what_one_finds(
+    index: ImageIndex,
+) -> None:
+    alone = [index.search(text, top_k=3) for text in SENTENCES]
+    queries = SENTENCES * 10
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: index.search(text, top_k=3), queries))
+    assert found == alone * 10
 
 
-def test_a_header_has_room_for_the_most_that_is_kept(tmp_path: Path) -> None:
-    """What a name takes of the header is measured, since 1.4 million would take minutes."""
-    sizes = []
-    for count in (100, 200):
-        kept = EmbeddingCache(tmp_path / f"{count}")
-        kept._embeddings = {f"{number:064x}": make_row(number) for number in range(count)}
-        kept._try_to_write()
-        content = (tmp_path / f"{count}").read_bytes()
-        sizes.append(int.from_bytes(content[:8], "little"))
-        assert len(read_named_embeddings(tmp_path / f"{count}").names) == count
-    a_name = (sizes[1] - sizes[0]) / 100
-    # 8 bytes of alignment at most, in either of the two.
-    assert sizes[0] + (embedding_cache._MAX_EMBEDDINGS - 100) * (a_name + 0.08) < 100_000_000
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ("height > 45", 4),
+        ("path LIKE 'below/%'", 5),
+        ("width = 56 AND height < 42", 2),
+        ("modified > date '2020-01-01'", 10),
+        ("taken IS NULL", 10),
+        ("bytes < 0", 0),
+    ],
+)
+def test_a_filter_is_sql_over_the_columns(index: ImageIndex, where: str, count: int) -> None:
+    assert index.count(where) == count
+    (result,) = index.search(["a dog"], top_k=20, where=where)
+    assert len(result.hits) == count == len(result.columns)
+    everything = index.search("a dog", top_k=20)
+    kept = {path for path, _ in result.hits}
+    assert list(result.hits) == [hit for hit in everything.hits if hit[0] in kept]
+    assert all(set(row) == set(index.columns) for row in result.columns)
 
 
-def make_row(number: int) -> torch.Tensor:
-    return torch.full((1,), float(number))
+@pytest.mark.parametrize(
+    "where", ["color = 'red'", "width >", "1; DROP TABLE images", "width = 'a'", ""]
+)
+def test_a_filter_with_an_error_is_refused_with_the_columns(index: ImageIndex, where: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be used: .*The columns are path, sha256"):
+        index.search("a dog", where=where)
 
 
-def test_what_another_search_is_writing_is_left_alone(images: Path, tmp_path: Path) -> None:
-    half = tmp_path / "kept.tmp"  # as `write_atomically` calls it
-    half.write_bytes(b"half of it")
-    EmbeddingCache(tmp_path / "kept").encode(*shared_model(), sorted(images.iterdir()))
-    assert half.read_bytes() == b"half of it"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "kept", "kept.tmp"]
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ([], "nothing to search for"),
+        (["  "], "is blank"),
+        ([3], r"number 0 is \['int'\]"),
+        ([[]], "number 0 is empty"),
+        ([Path("nowhere.png")], "nowhere.png: no such image"),
+        (np.ones((2, 3)), r"shape \(2, 3\); give \(queries, "),
+        (np.ones(8), "give \\(queries"),
+    ],
+)
+def test_a_query_that_is_none_is_refused(index: ImageIndex, query: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        index.search(query)
+
+
+def test_embeddings_that_are_no_directions_are_refused(index: ImageIndex) -> None:
+    embeds = np.ones((3, index.about.width))
+    embeds[1], embeds[2, 0] = 0, np.nan
+    with pytest.raises(ValueError, match=r"\[1, 2\] are zero, NaN or infinite"):
+        index.search(embeds)
+    with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
+        index.search("a dog", top_k=0)
+
+
+def test_all_embeddings_can_be_read(index: ImageIndex, wanted: dict[str, Any]) -> None:
+    rows = {
+        path: embed
+        for paths, embeds in index.iterate_embeddings()
+        for path, embed in zip(paths, embeds, strict=True)
+    }
+    assert set(rows) == set(wanted["paths"])
+    for path, embed in zip(wanted["paths"], wanted["images"].numpy(), strict=True):
+        assert rows[path] == pytest.approx(embed, abs=ROUNDING)
+
+
+def test_an_index_says_what_it_is_of(index: ImageIndex, place: Path) -> None:
+    assert index.model == str((place / "model").resolve())
+    assert len(index) == 10
+    assert index.columns["taken"] == "timestamp[us]"
+
+
+def test_another_model_is_refused_by_name_and_a_copy_is_not(place: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", vision="vit")
+    with pytest.raises(
+        ValueError, match=rf"index of the model .*model, and {other} gives other .*vision_arch"
+    ):
+        ImageIndex.open(place / "index", model=other)
+    copy = shutil.copytree(place / "model", tmp_path / "copy")
+    assert ImageIndex.open(place / "index", model=copy).search("a dog").hits
+
+
+def test_a_model_that_changed_where_it_is_is_refused(place: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    build(model, place / "images", tmp_path / "index")
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"vision_pooling"', '"vision_pooling" '))
+    assert ImageIndex.open(tmp_path / "index").search("a dog").hits  # written anew, and the same
+    shutil.rmtree(model)
+    save_model(model, llm="qwen3")
+    with pytest.raises(ValueError, match=r"gives other embeddings: .*text_architecture"):
+        ImageIndex.open(tmp_path / "index").search("a dog")
+    shutil.rmtree(model)
+    with pytest.raises(ValueError, match=r"which cannot be used any more.*--model"):
+        ImageIndex.open(tmp_path / "index").search("a dog")
+
+
+def test_a_moved_folder_is_found_where_it_is_said_to_be(place: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(place / "images", tmp_path / "copied"))
+    found = ImageIndex.open(place / "index", image_dir=copied).search("a dog")
+    assert all(path.is_relative_to(copied) and path.exists() for path, _ in found.hits)
+    with pytest.raises(ValueError, match="no such folder"):
+        ImageIndex.open(place / "index", image_dir=tmp_path / "nowhere")
+
+
+def test_what_is_not_an_index_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept embeddings")
+    (tmp_path / "empty").mkdir()
+    lancedb.connect(tmp_path / "foreign").create_table("about", pa.table({"a": [1]}))
+    lancedb.connect(tmp_path / "images").create_table("images", pa.table({"a": [1]}))
+    for name, error in {
+        "nowhere": "no such database. Make one: llm2clip index",
+        "file": "is a file, and a database is a folder",
+        "empty": "is not a database of llm2clip index",
+        "foreign": "is not a database of llm2clip index",
+        "images": "is not a database of llm2clip index",
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            ImageIndex.open(tmp_path / name)
+    assert not (tmp_path / "nowhere").exists()
+    for name in ("file", "foreign", "images"):  # nor is it written to
+        with pytest.raises(ValueError, match=r"database"):
+            build(place / "model", place / "images", tmp_path / name)
+    with pytest.raises(ValueError, match="is not a database of llm2clip index"):
+        build(place / "model", place / "images", place / "model")
+
+
+def test_another_version_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_llm2clip.search.index_database.FORMAT_VERSION", 7)
+    build(place / "model", place / "images", tmp_path / "index")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format_version 7, and this package reads 1"):
+        ImageIndex.open(tmp_path / "index")
+
+
+@pytest.mark.parametrize("how", ["emptied", "removed", "rubbish"])
+@pytest.mark.parametrize("what", ["*/_versions/*", "images.lance/data/*", "about.lance/data/*"])
+def test_a_damaged_database_is_an_error_that_says_so(
+    place: Path, tmp_path: Path, what: str, how: str
+) -> None:
+    folder = Path(shutil.copytree(place / "index", tmp_path / "index"))
+    files = [path for path in folder.glob(what) if path.is_file()]
+    assert files
+    for file in files:
+        if how == "removed":
+            file.unlink()
+        else:
+            file.write_bytes(b"" if how == "emptied" else b"rubbish" * 100)
+    with pytest.raises(ValueError, match=r"index (cannot be|is damaged|is not a database)"):
+        ImageIndex.open(folder).search(make_embeddings(1, width=len_of(place)))
+
+
+def len_of(place: Path) -> int:
+    return ImageIndex.open(place / "index").about.width
+
+
+def test_an_index_without_images_says_so(place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place / "index", tmp_path / "index"))
+    index = ImageIndex.open(folder)
+    index._database.remove(index._database.read(["path"])["path"].to_pylist())
+    with pytest.raises(ValueError, match=r"holds no image\. Index a folder into it"):
+        ImageIndex.open(folder).search("a dog")
+
+
+def test_few_images_that_pass_a_filter_are_all_compared(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An approximate index that visits too little still finds all that are asked for."""
+    asked: list[Any] = []
+    search = index._database.search
+
+    def note(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("ann"))
+        return search(*args, **options)
+
+    ann = AnnIndex(
+        num_rows=10, num_partitions=1, nprobes=1, refine_factor=5, recall_at_10=1, num_queries=1,
+        query_ms=1, exact_query_ms=2, build_s=1, is_used=True,
+    )  # fmt: skip
+    monkeypatch.setattr(index._database, "about", dataclasses.replace(index.about, ann=ann))
+    monkeypatch.setattr(index._database, "search", note)
+    index.search("a dog")
+    index.search("a dog", exact=True)
+    index.search("a dog", where="width > 0")
+    assert asked == [ann, None, None]
+
+
+def test_a_draw_is_decided_by_the_path(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in "cab":
+        draw_noise().save(tmp_path / "images" / f"{name}.png")
+    index, _ = build(place / "model", tmp_path / "images", tmp_path / "index")
+    assert [path.stem for path, _ in index.search("a dog").hits] == ["a", "b", "c"]

@@ -8,32 +8,29 @@ import html
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import torch
+from indexes import build, save_model
 from PIL import Image, features
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search.image_index import list_images
+from modeling_llm2clip.search import results_page
+from modeling_llm2clip.search.image_files import list_images
+from modeling_llm2clip.search.results_page import write_results_sheet
+from modeling_llm2clip.search.search_results import SearchResult, rank_images
 
 SENTENCES = ["a dog", 'a "red", ripe apple']
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    model, processor = shared_model()
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +41,46 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def index(images: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("indexes") / "index"
+    build(model_folder, images, path)
+    return str(path)
+
+
+def test_the_command_prints_and_draws_what_it_found(
+    index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "found"
+    flags = ["--top-k", "3", "--output", str(output)]
+    assert main(["search", index, *SENTENCES, *flags]) == 0
+    tables = [table.splitlines() for table in capsys.readouterr().out.rstrip().split("\n\n")]
+    assert [lines[0] for lines in tables] == SENTENCES
+    for lines in tables:
+        assert lines[1].split() == ["rank", "cosine", "image"]
+        ranks, cosines, paths = zip(*(line.split(maxsplit=2) for line in lines[2:]), strict=True)
+        assert ranks == ("1", "2", "3")
+        assert list(map(float, cosines)) == sorted(map(float, cosines), reverse=True)
+        assert all(Path(path).is_file() for path in paths)
+    with Image.open(output / "search.png") as sheet:
+        assert sheet.width > 3 * 160
+    assert (output / "search.html").read_text().count("<figure>") == 6
+    assert main(["search", index, "a dog", *flags]) == 2
+    assert "found" in capsys.readouterr().err
+
+
 def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
-    images: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+    index: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = {}
     for style in ("table", "json", "csv"):
         flags = ["--top-k", "2", "--format", style]
-        assert main(["search", model_folder, str(images), *SENTENCES, *flags]) == 0
+        assert main(["search", index, *SENTENCES, *flags]) == 0
         shown[style] = capsys.readouterr().out
     records = json.loads(shown["json"])
     assert [(r["query"], r["rank"]) for r in records] == [(s, n) for s in SENTENCES for n in (1, 2)]
@@ -61,7 +91,7 @@ def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
 
 
 def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
-    images: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+    images: Path, index: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = list_images(images).readable
     # Of the folder, whose image processor may be another class, with other rounding.
@@ -72,7 +102,7 @@ def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
     query = str(paths[1])
     for words in (["--image", query], ["--image", query, "a dog"], ["a dog", "--image", query]):
         flags = ["--format", "json", *words]
-        assert main(["search", model_folder, str(images), *flags]) == 0
+        assert main(["search", index, *flags]) == 0
         found = json.loads(capsys.readouterr().out)
         assert {record["query"] for record in found} == ({"a dog", query} & {*words})
         by_image = [record for record in found if record["query"] == query]
@@ -82,28 +112,84 @@ def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
         assert cosines[0] == pytest.approx(1, abs=ROUNDING)
 
 
+def test_sentences_and_images_can_be_one_query(
+    images: Path, index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = str(images / "a.png")
+    words = ["a dog", "--image", query, "--format", "json"]
+    assert main(["search", index, *words, "--combine"]) == 0
+    combined = json.loads(capsys.readouterr().out)
+    assert {record["query"] for record in combined} == {f"a dog + {query}"}
+    assert main(["search", index, *words]) == 0
+    apart = json.loads(capsys.readouterr().out)
+    sums: dict[str, float] = {}
+    for record in apart:
+        sums[record["image"]] = sums.get(record["image"], 0) + record["cosine"]
+    assert [r["image"] for r in combined] == sorted(sums, key=lambda name: -sums[name])
+
+
+def test_a_filter_narrows_what_is_found(index: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--where", "path LIKE 'b%'", "--format", "json"]
+    assert main(["search", index, "a dog", *flags]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["image"].endswith("b & #2.png")
+    assert main(["search", index, "a dog", "--where", "height > 9999"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a dog", "  rank  cosine  image"]
+    assert main(["search", index, "a dog", "--where", "color = 1"]) == 2
+    shown = capsys.readouterr().err
+    assert "--where" in shown and "The columns are path, sha256" in shown
+
+
+@pytest.mark.parametrize("where", [None, "height > 9999"])
+def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
+    where: str | None, images: Path, model_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    build(model_folder, folder, tmp_path / "index")
+    (folder / "a.png").unlink()
+    flags = ["--output", str(tmp_path / "found"), *(["--where", where] if where else [])]
+    assert main(["search", str(tmp_path / "index"), "a dog", *flags]) == 0
+    page = (tmp_path / "found" / "search.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == (0 if where else 4)
+    gone = "1 of the images found are no longer there:" in capsys.readouterr().err
+    assert gone == (where is None)
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
         ([], "nothing to search for"),
         (["--image", "missing.png"], "--image missing.png: no such image"),
         (["a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
+        (["  "], "number 0 is blank"),
+        (["a dog", "--model", "nowhere"], "nowhere: no such folder"),
+        (["a dog", "--image-dir", "nowhere"], "nowhere"),
     ],
 )
-def test_a_search_for_nothing_is_refused_before_the_model_is_looked_at(
-    words: list[str], error: str, images: Path, capsys: pytest.CaptureFixture[str]
+def test_a_search_for_nothing_is_refused(
+    words: list[str], error: str, index: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["search", "no-such-model", str(images), *words]) == 2
+    assert main(["search", index, *words]) == 2
     assert error in capsys.readouterr().err
 
 
+def test_the_former_command_is_answered_with_the_two_of_today(
+    images: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", str(model_folder), str(images), "a dog"]) == 2
+    shown = capsys.readouterr().err
+    assert f"llm2clip index {model_folder} {images} my-index" in shown
+    assert 'llm2clip search my-index "a dog"' in shown
+
+
 def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
-    images: Path, model_folder: str, tmp_path: Path
+    images: Path, index: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "found"
     query = str(images / "a.png")
     flags = ["--output", str(output), "--image", query]
-    assert main(["search", model_folder, str(images), "<a dog>", *flags]) == 0
+    assert main(["search", index, "<a dog>", *flags]) == 0
     page = (output / "search.html").read_text(encoding="utf-8")
     figures = re.findall(r"<figure>.*?</figure>", page)
     assert len(figures) == 4 + 1 + 4  # two queries, one of them an image that is shown itself
@@ -122,41 +208,81 @@ def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
 
 
 def write_unread(folder: Path) -> None:
-    (folder / "below").mkdir()
+    (folder / "below").mkdir(parents=True)
     for name in ("IMG_1.HEIC", "below/IMG_2.heic", "raw.cr2"):
         (folder / name).write_bytes(b"an image of a camera")
     (folder / "notes.txt").write_text("no image")
 
 
 def test_image_files_that_cannot_be_read_are_counted_and_named(
-    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)
-    write_unread(tmp_path)
-    assert main(["search", model_folder, str(tmp_path), "a dog"]) == 2
+    folder = tmp_path / "images"
+    write_unread(folder)
+    command = ["index", str(model_folder), str(folder), str(tmp_path / "index")]
+    assert main(command) == 2
     assert "Skipped 3 image files" in capsys.readouterr().err
-    draw_noise().save(tmp_path / "whole.png")
-    assert main(["search", model_folder, str(tmp_path), "a dog"]) == 0
+    draw_noise().save(folder / "whole.png")
+    assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Skipped" in line]
     assert line == (
         "Skipped 3 image files that Pillow cannot read here (1 .cr2, 2 .heic): "
-        f"{tmp_path / 'IMG_1.HEIC'}, {tmp_path / 'below' / 'IMG_2.heic'}, {tmp_path / 'raw.cr2'}. "
+        f"{folder / 'IMG_1.HEIC'}, {folder / 'below' / 'IMG_2.heic'}, {folder / 'raw.cr2'}. "
         "To read .heic: pip install pillow-heif. Convert .cr2 to JPEG or PNG."
     )
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow 11.3 or later reads AVIF")
-def test_avif_is_searched(model_folder: str, tmp_path: Path) -> None:
-    draw_noise().save(tmp_path / "image.AVIF", format="AVIF")
-    assert list_images(tmp_path).readable == [tmp_path / "image.AVIF"]
-    assert main(["search", model_folder, str(tmp_path), "a dog"]) == 0
+def test_avif_is_indexed(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    draw_noise().save(tmp_path / "images" / "image.AVIF", format="AVIF")
+    assert list_images(tmp_path / "images").readable == [tmp_path / "images" / "image.AVIF"]
+    assert len(build(model_folder, tmp_path / "images", tmp_path / "index")[0]) == 1
 
 
-def test_heic_is_searched_where_pillow_heif_is_installed(model_folder: str, tmp_path: Path) -> None:
+def test_heic_is_indexed_and_shown_where_pillow_heif_is_installed(
+    model_folder: Path, tmp_path: Path
+) -> None:
     pillow_heif = pytest.importorskip("pillow_heif")
-    pillow_heif.from_pillow(draw_noise(64, 64)).save(tmp_path / "image.heic")
-    assert main(["search", model_folder, str(tmp_path), "a dog"]) == 0
-    query = ["--image", str(tmp_path / "image.heic")]
-    assert main(["search", model_folder, str(tmp_path), *query]) == 0
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "images" / "image.heic"
+    pillow_heif.from_pillow(draw_noise(64, 64)).save(file)
+    build(model_folder, tmp_path / "images", tmp_path / "index")
+    flags = ["--image", str(file), "--output", str(tmp_path / "found")]
+    assert main(["search", str(tmp_path / "index"), *flags]) == 0
+
+
+@pytest.mark.parametrize("text", ["a dog", "a word " * 60, "犬" * 200, "x" * 300])
+def test_a_sentence_keeps_within_its_place_on_the_sheet(
+    text: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_page, "_has_letters", lambda *_: True)
+    found = [(path, 0.5) for path in list_images(images).readable[:2]]
+    write_results_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        dark = np.asarray(sheet.convert("L")) < 128
+    words, imaged = dark[:, : results_page._TEXT_WIDTH], dark[:, results_page._TEXT_WIDTH :]
+    height = len(dark) // 2
+    assert words[:height].any() and not words[:, -4:].any()  # none runs into the images
+    assert not words[height - 4 : height + 4].any()  # nor into the next row
+    assert imaged.any()
+
+
+def test_letters_that_the_fonts_lack_are_not_drawn_as_boxes(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")  # its font has the umlaut
+    found = [(list_images(images).readable[0], 0.5)]
+    queries = {"a": "ネコ", "b": "イヌ", "c": "a dog, 1862", "d": "ein Käfig", "e": "ein Kofig"}
+    for name, query in queries.items():
+        write_results_sheet([SearchResult(query, found)], tmp_path / f"{name}.png")
+    drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "abcde"]
+    assert drawn[0] == drawn[1]  # both are named by their number
+    assert len(set(drawn)) == 4
+
+
+def test_broken_cosines_are_never_the_best() -> None:
+    cosines = torch.tensor([[0.1, 0.2], [float("nan"), 0.3]])
+    with pytest.raises(ValueError, match="1 of 4 cosines are NaN"):
+        rank_images(SENTENCES, cosines, [Path("a"), Path("b")], top_k=1)

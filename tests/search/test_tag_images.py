@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,13 +118,40 @@ def test_a_label_is_the_mean_of_its_prompts() -> None:
     assert torch.allclose(found, wanted, atol=ROUNDING)
 
 
-def test_tags_use_the_embeddings_that_a_search_kept(
-    model_folder: str, images: Path, labels: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["search", model_folder, str(images), "a dog"]) == 0
-    assert "3 images, 0 of them known" in capsys.readouterr().err
+def test_tags_with_an_index_are_those_without_and_encode_new_images_alone(
+    model_folder: str, images: Path, labels: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     assert tag(model_folder, images, labels) == 0
-    assert "3 images, 3 of them known" in capsys.readouterr().err
+    without = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    for report in ("Encoded 3.", "Encoded 0."):
+        assert tag(model_folder, images, labels, "--index", str(tmp_path / "index")) == 0
+        shown = capsys.readouterr()
+        assert report in shown.err
+        found = list(csv.DictReader(io.StringIO(shown.out)))
+        assert [(Path(r["image"]).name, r["label"]) for r in found] == [
+            (Path(r["image"]).name, r["label"]) for r in without
+        ]
+        cosines = [float(row["cosine"]) for row in found]
+        assert cosines == pytest.approx([float(r["cosine"]) for r in without], abs=2e-6)  # 6 digits
+
+
+def test_broken_images_are_named_or_left_out_and_counted(
+    model_folder: str, images: Path, labels: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    (folder / "broken.png").write_bytes(b"no image")
+    assert tag(model_folder, folder, labels) == 2
+    error = capsys.readouterr().err
+    assert "1 of 4 images cannot be read" in error and "broken.png: not an image" in error
+    assert tag(model_folder, folder, labels, "--skip-invalid") == 0
+    shown = capsys.readouterr()
+    assert "Skipped 1 of 4 images" in shown.err and shown.out.count("a.png") == 3
+    for file in images.iterdir():
+        (folder / file.name).unlink()
+    assert tag(model_folder, folder, labels, "--skip-invalid") == 2
+    assert "None of the 1 images can be read" in capsys.readouterr().err
 
 
 def test_labels_that_the_model_truncates_are_counted(

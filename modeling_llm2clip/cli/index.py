@@ -1,0 +1,56 @@
+"""`llm2clip index`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._extras import FAISS, LANCEDB, require
+from ..configs.search_config import IndexConfig
+from .chosen_device import use_device
+from .command import command
+from .extras import list_needs_of_model
+from .image_folder import report, require_image_folder
+
+
+@command(
+    group="Use",
+    examples=(
+        "llm2clip index aligned/model my-images my-index",
+        "llm2clip index aligned/model my-images s3://bucket/index --ann always",
+    ),
+)
+def index(
+    model: str, images: Path, db: str, /, *, faiss: Path | None = None, config: IndexConfig
+) -> int:
+    """Encodes the images of a folder into a database for search, or brings it up to date.
+
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        images: Folder of images; subfolders are included.
+        db: Folder of the database, new or of an earlier call, or a URI such as s3://bucket/index.
+        faiss: New file that gets the same images for FAISS, and beside it a JSON file of their
+            paths. Default: none.
+        config: How the images are encoded, and when an approximate index is built.
+    """
+    require(LANCEDB, *list_needs_of_model(model), *([FAISS] if faiss is not None else []))
+    from ..model_folders.model_types import require_own_model
+
+    if faiss is not None:
+        _require_new(faiss)
+    require_image_folder(images)
+    require_own_model(model)
+    use_device(config.device)
+    from ..search.image_index import ImageIndex
+
+    built = ImageIndex.build(model, images, db, config, report=report)
+    report(f'{len(built):,} images in {db}. Search them: llm2clip search {db} "a dog"')
+    if faiss is not None:
+        paths = built.export_faiss(faiss)
+        report(f"Wrote {faiss} for FAISS, and the paths of its ids to {paths}.")
+    return 0
+
+
+def _require_new(file: Path) -> None:
+    for path in (file, file.with_name(f"{file.name}.json")):
+        if path.exists():
+            raise FileExistsError(f"{path} exists. Name a new file, or remove it.")

@@ -1,0 +1,64 @@
+"""`llm2clip serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+
+from .._extras import SERVE, require
+from ..configs.serve_config import ServeConfig
+from .chosen_device import use_device
+from .command import command
+from .extras import list_needs_of_model
+
+
+@command(
+    group="Use",
+    examples=(
+        "llm2clip serve aligned/model --port 8000",
+        "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
+    ),
+)
+def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> int:
+    """Serves a model over HTTP, with the embeddings API of OpenAI for texts and images.
+
+    With LLM2CLIP_API_KEY in the environment, requests must bring that key. SIGTERM lets the
+    requests in work finish.
+
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        index: Index of images that /v1/search searches. Default: none.
+        config: How requests are batched, and what is refused.
+    """
+    require(*SERVE, *list_needs_of_model(model))
+    from ..model_folders.model_types import require_own_model
+    from ..serving.run_server import bind_socket, run_server
+
+    bound = bind_socket(config)  # before what takes long
+    with bound:
+        require_own_model(model)
+        use_device(config.device)
+        from ..serving.app import API_KEY_VARIABLE, create_app
+        from ..serving.service import EmbeddingService
+
+        _warn_if_open(config.host, API_KEY_VARIABLE)
+        service = EmbeddingService.open(model, config, index=index)
+        app = create_app(service)
+        run_server(app, bound, config, on_start=lambda url: _report_start(service.model_name, url))
+    return 0
+
+
+def _warn_if_open(host: str, variable: str) -> None:
+    try:
+        is_local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = host == "localhost"
+    if not is_local and variable not in os.environ:
+        print(
+            f"{variable} is not set: whoever reaches {host} can use this server.", file=sys.stderr
+        )
+
+
+def _report_start(model_name: str, url: str) -> None:
+    print(f"Serving {model_name} on {url}; the API is described at {url}/docs.", flush=True)

@@ -1,0 +1,99 @@
+"""How a model is served over HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from .config_fields import DeviceConfig, Range
+
+Port = Annotated[int, Range(min=0, max=65535)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(DeviceConfig):
+    """How `serve` batches requests, and what it refuses."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every IPv4 interface."""
+    port: Port = 8000
+    """Port to listen on; 0 is any free one."""
+    model_name: str | None = None
+    """Name of the model in requests and responses. Default: MODEL without the folders before it."""
+    token_budget: Annotated[int, Range(min=1)] | None = None
+    """Maximum tokens per batch of texts, over all requests. Default: by device."""
+    batch_size: Annotated[int, Range(min=1)] | None = None
+    """Maximum images per batch, over all requests. Default: by device."""
+    max_wait_ms: Annotated[float, Range(min=0, max=1000)] = 0
+    """Milliseconds that a batch which is not full waits for further requests."""
+    num_workers: Annotated[int, Range(min=1)] = 2
+    """Threads that decode images and tokenize texts."""
+    max_queue: Annotated[int, Range(min=1)] = 4096
+    """Texts and images in work and waiting; a request beyond gets 429 and Retry-After."""
+    max_request_mb: Annotated[float, Range(above=0)] = 32
+    """Maximum size of the body of a request, in MB."""
+    max_pending_mb: Annotated[float, Range(above=0)] = 512
+    """Maximum size of the bodies of all requests in work, in MB; a request beyond gets 429."""
+    max_image_mb: Annotated[float, Range(above=0)] = 20
+    """Maximum size of an encoded image, in MB."""
+    max_megapixels: Annotated[float, Range(above=0)] = 50
+    """Maximum size of a decoded image, in millions of pixels."""
+    timeout_s: Annotated[float, Range(above=0)] = 60
+    """Seconds that a request may take, from its first byte on."""
+    drain_s: Annotated[float, Range(min=0)] = 30
+    """Seconds that running requests get to finish after SIGTERM."""
+    image_urls: bool = False
+    """Fetch images from http and https URLs; data URLs are always read."""
+    image_networks: tuple[str, ...] = ()
+    """Networks that are not public and from which images may be fetched, such as 10.1.0.0/16.
+    Default: none."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each network that cannot be read or is never used."""
+        if self.image_networks and not self.image_urls:
+            yield "image_networks needs image_urls=True."
+        if self.max_image_mb > self.max_request_mb and not self.image_urls:
+            yield (
+                f"max_image_mb={self.max_image_mb:g} does not fit into "
+                f"max_request_mb={self.max_request_mb:g}. Raise the latter."
+            )
+        if self.max_request_mb > self.max_pending_mb:
+            yield (
+                f"max_request_mb={self.max_request_mb:g} does not fit into "
+                f"max_pending_mb={self.max_pending_mb:g}. Raise the latter."
+            )
+        for network in self.image_networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                yield f"image_networks={network!r} is not a network such as 10.1.0.0/16 ({error})."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayServeConfig(ServeConfig):
+    """How a model is served by replicas under Ray Serve; `host` and `port` are Ray's there."""
+
+    model: str
+    """Folder or Hub id of the model, as every node sees it."""
+    index: str | None = None
+    """Index of images that `/v1/search` searches, as every node sees it."""
+    min_replicas: Annotated[int, Range(min=1)] = 1
+    """Minimum number of replicas, each of which loads the model."""
+    max_replicas: Annotated[int, Range(min=1)] = 2
+    """Maximum number of replicas."""
+    target_ongoing_requests: Annotated[float, Range(above=0)] = 32
+    """Requests per replica above which replicas are added, and below which they are removed."""
+    max_ongoing_requests: Annotated[int, Range(min=1)] = 256
+    """Maximum requests that a replica works on at once; further ones wait at the proxy."""
+    num_cpus: Annotated[float, Range(min=0)] = 1
+    """CPUs that Ray reserves per replica."""
+    num_gpus: Annotated[float, Range(min=0)] = 0
+    """GPUs that Ray reserves per replica."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each contradiction."""
+        yield from super().find_conflicts()
+        if self.min_replicas > self.max_replicas:
+            yield f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}."

@@ -1,0 +1,180 @@
+"""An approximate index, once it is faster than comparing with every image and finds enough.
+
+Texts lie far from all images, on another side of the space, so that the images nearest to a text
+are spread over many partitions. How many a query must visit is therefore measured with texts: with
+queries that are images, a fraction of it would seem to be enough.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .exact_search import find_greatest_cosines, measure_recall
+from .index_database import AnnIndex, IndexDatabase
+
+# Below, a query that is compared with every image takes less than about 50 ms.
+FEWEST_ROWS = 20_000
+# More make each graph slower, fewer spread the nearest images over more of them.
+_ROWS_PER_PARTITION = 4096
+_TOP_K = 10
+_SHARES_VISITED = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+_REFINE_FACTORS = (5, 20)
+# Its partitions fit images of today as long as not many more have come.
+_MOST_GROWTH = 1.25
+_TIMED = 20
+
+Report = Callable[[str], object]
+
+
+def needs_training(database: IndexDatabase) -> bool:
+    """Whether an index has so many new images that its partitions no longer fit them.
+
+    Args:
+        database: The index.
+    """
+    ann = database.about.ann
+    if ann is None:
+        return True
+    return not ann.num_rows / _MOST_GROWTH <= database.count() <= ann.num_rows * _MOST_GROWTH
+
+
+def train_ann(
+    database: IndexDatabase,
+    queries: np.ndarray[Any, Any],
+    *,
+    min_recall: float,
+    always: bool,
+    report: Report,
+) -> AnnIndex:
+    """Train the approximate index, and keep it if it finds enough and is faster.
+
+    Args:
+        database: The index, with at least one image.
+        queries: (Q, P) float32 of unit length: embeddings of texts.
+        min_recall: Recall@10 to reach, against comparing with every image.
+        always: Keep it even if it is slower or finds less.
+        report: Called with what was measured.
+
+    Returns:
+        What was measured; `is_used` says whether it was kept.
+    """
+    num_rows = database.count()
+    num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
+    report(f"Training an approximate index of {num_rows:,} images …")
+    started = time.monotonic()
+    database.build_ann(num_partitions)
+    seconds = round(time.monotonic() - started, 1)
+    untuned = AnnIndex(
+        num_rows=num_rows, num_partitions=num_partitions, nprobes=1, refine_factor=1,
+        recall_at_10=0, num_queries=len(queries), query_ms=0, exact_query_ms=0,
+        build_s=seconds, is_used=True,
+    )  # fmt: skip
+    ann = tune_ann(database, untuned, queries, min_recall=min_recall)
+    finds_enough, is_faster = ann.recall_at_10 >= min_recall, ann.query_ms < ann.exact_query_ms
+    ann = replace(ann, is_used=always or (finds_enough and is_faster))
+    if not ann.is_used:
+        database.drop_ann()
+    reason = f"below {min_recall}" if not finds_enough else "slower than without"
+    report(
+        f"Trained in {seconds:.0f} s. {describe_ann(ann)}"
+        + ("" if ann.is_used else f" Not kept: {reason}; every image is compared.")
+    )
+    return ann
+
+
+def tune_ann(
+    database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any], *, min_recall: float
+) -> AnnIndex:
+    """Choose how many partitions a query visits by the recall of texts, and measure it.
+
+    Args:
+        database: The index, whose approximate index is trained.
+        ann: Its partitions.
+        queries: (Q, P) float32 of unit length: embeddings of texts.
+        min_recall: Recall@10 to reach.
+
+    Returns:
+        The fewest partitions that reach it, or the choice that finds most.
+    """
+    greatest = find_greatest_cosines(
+        queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
+    )
+    best = ann
+    for refine_factor in _REFINE_FACTORS:
+        for nprobes in _list_nprobes(ann.num_partitions):
+            tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
+            found = search_all(database, queries, ann=tried)
+            tried = replace(tried, recall_at_10=round(measure_recall(found, greatest), 4))
+            if tried.recall_at_10 > best.recall_at_10:
+                best = tried
+            if best.recall_at_10 >= min_recall:
+                break
+        if best.recall_at_10 >= min_recall:
+            break
+    return replace(
+        best,
+        num_queries=len(queries),
+        query_ms=time_search(database, queries[:_TIMED], ann=best),
+        exact_query_ms=time_search(database, queries[:3], ann=None),
+    )
+
+
+def search_all(
+    database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
+) -> list[Sequence[float]]:
+    """Search with each query.
+
+    Args:
+        database: The index.
+        queries: (Q, P) float32 of unit length.
+        ann: The approximate index; None compares with every image.
+
+    Returns:
+        Cosines of what each query found.
+    """
+    return [
+        [row["cosine"] for row in database.search(query, top_k=_TOP_K, ann=ann)]
+        for query in queries
+    ]
+
+
+def time_search(
+    database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
+) -> float:
+    """Measure the median milliseconds of a query, after one that warms up.
+
+    Args:
+        database: The index.
+        queries: (Q, P) float32 of unit length.
+        ann: The approximate index; None compares with every image.
+    """
+    search_all(database, queries[:1], ann=ann)
+    seconds = []
+    for query in queries:
+        started = time.perf_counter()
+        database.search(query, top_k=_TOP_K, ann=ann)
+        seconds.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(seconds), 2)
+
+
+def describe_ann(ann: AnnIndex) -> str:
+    """Say in one line what an approximate index finds, and how fast.
+
+    Args:
+        ann: What was measured.
+    """
+    return (
+        f"Approximate index: {ann.nprobes} of {ann.num_partitions} partitions per query, refined "
+        f"{ann.refine_factor}-fold; recall@10 {ann.recall_at_10:.3f} of {ann.num_queries} texts; "
+        f"{ann.query_ms:.0f} ms per query, {ann.exact_query_ms:.0f} ms without it."
+    )
+
+
+def _list_nprobes(num_partitions: int) -> list[int]:
+    return sorted({max(1, round(share * num_partitions)) for share in _SHARES_VISITED})

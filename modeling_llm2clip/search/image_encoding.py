@@ -1,0 +1,164 @@
+"""Image files into embeddings in one pass: each is decoded once; a broken one stops no other."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..encoding.encode import (
+    default_batch_size,
+    iterate_batches,
+    raise_malloc_thresholds,
+    split_evenly,
+)
+from ..encoding.eval_mode import eval_mode
+from ..image_loading_llm2clip import load_images, read_image_header
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .index_database import ImageFacts
+
+_EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
+_TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
+# What Pillow raises for EXIF that is not as it should be.
+_EXIF_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AttributeError,
+    ArithmeticError, RuntimeError, struct.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Image files and their embeddings.
+
+    Attributes:
+        paths: N files that can be read, in the order that was given.
+        embeds: (N, P) float32 on the CPU, of unit length.
+        facts: Of each file.
+        errors: What is wrong with each of the other files.
+    """
+
+    paths: list[Path]
+    embeds: Tensor
+    facts: list[ImageFacts]
+    errors: dict[Path, str]
+
+
+def encode_readable_images(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    processor: LLM2CLIPProcessor,
+    paths: Sequence[Path],
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 1,
+    progress: tqdm[Any] | None = None,
+) -> EncodedImages:
+    """Encode those of the files that are images; threads decode the next ones meanwhile.
+
+    Args:
+        model: A model with a vision tower.
+        processor: Its processor.
+        paths: Different image files.
+        batch_size: Images per batch. Default: by device.
+        num_workers: Threads that decode images.
+        progress: Bar that counts the files.
+
+    Returns:
+        Embeddings of the files that can be read, and the errors of the others.
+
+    Raises:
+        ValueError: The model gives NaN or infinity for an image.
+    """
+    if model.device.type == "cpu":
+        raise_malloc_thresholds()
+    reader = _Reader(processor)
+    plan = split_evenly(len(paths), size=batch_size or default_batch_size(model.device))
+    kept: list[tuple[Path, ImageFacts]] = []
+    parts: list[Tensor] = []
+    with eval_mode(model):
+        for rows, embeds in iterate_batches(
+            paths, plan, prepare=reader.read, encode=_make_encoder(model), num_workers=num_workers
+        ):
+            read = [reader.facts.pop(paths[row], None) for row in rows]
+            places = [place for place, facts in enumerate(read) if facts is not None]
+            parts.append(embeds[places])
+            kept += [(paths[rows[place]], facts) for place in places if (facts := read[place])]
+            if progress is not None:
+                progress.update(len(rows))
+    return EncodedImages(
+        paths=[path for path, _ in kept],
+        embeds=torch.cat(parts) if parts else torch.empty(0, model.config.projection_dim),
+        facts=[facts for _, facts in kept],
+        errors={path: reader.errors[path] for path in paths if path in reader.errors},
+    )
+
+
+class _Reader:
+    """Decodes batches in threads. A file that is broken becomes a gray image and an error."""
+
+    def __init__(self, processor: LLM2CLIPProcessor) -> None:
+        self._processor = processor
+        self.facts: dict[Path, ImageFacts] = {}
+        self.errors: dict[Path, str] = {}
+
+    def read(self, paths: Sequence[Path]) -> dict[str, Tensor]:
+        images = [self._load(path) for path in paths]
+        try:
+            return dict(self._processor(images=images))
+        except ValueError:  # of a size that this processor does not take; which image it is of
+            for place, (path, image) in enumerate(zip(paths, images, strict=True)):
+                try:
+                    self._processor(images=[image])
+                except ValueError as error:
+                    images[place] = self._refuse(path, str(error))
+            return dict(self._processor(images=images))
+
+    def _load(self, path: Path) -> Image.Image:
+        try:
+            with read_image_header(path, name=str(path)) as opened:
+                taken = find_time_taken(opened)
+                image: Image.Image = load_images(opened)
+        except ValueError as error:
+            return self._refuse(path, str(error))
+        self.facts[path] = ImageFacts(image.width, image.height, taken)
+        return image
+
+    def _refuse(self, path: Path, error: str) -> Image.Image:
+        self.facts.pop(path, None)
+        self.errors[path] = error if str(path) in error else f"{path}: {error}"
+        return Image.new("RGB", (64, 64), "gray")
+
+
+def _make_encoder(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    def encode(inputs: dict[str, Tensor]) -> Tensor:
+        on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
+        return model.to_image_embeds(model.get_vision_embeds(**on_device))
+
+    return encode
+
+
+def find_time_taken(image: Image.Image) -> datetime | None:
+    """Read from EXIF when an image was taken, by the clock of its camera.
+
+    Args:
+        image: An opened image.
+
+    Returns:
+        The time, without a time zone; None where EXIF is missing, damaged or does not say.
+    """
+    try:
+        exif = image.getexif()
+        text = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)
+        return datetime.strptime(str(text).strip("\0 "), _TIME_FORMAT) if text else None
+    except _EXIF_ERRORS:
+        return None

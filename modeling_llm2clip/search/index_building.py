@@ -1,0 +1,172 @@
+"""Builds the index of a folder of images: the model, the rows, the approximate index."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ..configs.search_config import IndexConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.records.record_loading import find_example_data
+from ..encoding.devices import find_device
+from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
+from .image_files import list_images
+from .index_database import About, IndexDatabase
+from .index_update import update_images
+from .model_identity import (
+    find_whole_model,
+    fingerprint_embeddings,
+    hash_file_facts,
+    name_model,
+    require_same_model,
+)
+from .query_encoding import QueryEncoder
+
+# Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
+_NUM_QUERIES = 200
+
+Report = Callable[[str], object]
+
+
+def build_index(
+    model: str | Path,
+    image_dir: Path,
+    location: str,
+    config: IndexConfig,
+    *,
+    report: Report | None = None,
+) -> tuple[IndexDatabase, QueryEncoder]:
+    """Index a folder of images, or bring an index in line with its folder.
+
+    Args:
+        model: Folder or Hub id of a whole, trained model.
+        image_dir: Folder of images.
+        location: Folder or URI of the database.
+        config: How images are encoded, and when an approximate index is built.
+        report: Called with each line on what was done. Default: images that are left out are
+            warned of.
+
+    Returns:
+        The database, and what encodes queries for it.
+
+    Raises:
+        ValueError: As `ImageIndex.build`.
+    """
+    find_device(config.device)  # before what takes long
+    files = list_images(image_dir)
+    if files.skipped:
+        (report or _warn)(files.describe_skipped())
+    folder = find_whole_model(model)
+    database = _open(model, folder, image_dir, location)
+    encoder = QueryEncoder(folder, config.device)
+    with database.writing():
+        try:
+            counts = update_images(database, image_dir, files.readable, encoder, config=config)
+        except KeyboardInterrupt:
+            (report or _warn)(f"What was encoded is in {location}; the same call continues there.")
+            raise
+        (report or _ignore)(str(counts))
+        if counts.errors:
+            (report or _warn)(counts.describe_errors())
+        _update_ann(
+            database, encoder, config, has_changed=counts.has_changed, report=report or _ignore
+        )
+        _note_place(database, model, folder, image_dir)
+    return database, encoder
+
+
+def _open(model: str | Path, folder: Path, image_dir: Path, location: str) -> IndexDatabase:
+    """Open the database of this model and folder, or make it."""
+
+    def describe() -> About:
+        return About(
+            model=name_model(model),
+            fingerprint=fingerprint_embeddings(folder),
+            model_files=hash_file_facts(folder),
+            image_dir=str(image_dir.resolve()),
+            width=LLM2CLIPConfig.from_pretrained(folder).projection_dim,
+        )
+
+    database = IndexDatabase.create(location, describe)
+    require_same_model(location, database.about, model, folder)
+    indexed = Path(database.about.image_dir)
+    if indexed != image_dir.resolve() and indexed.is_dir() and database.count():
+        raise ValueError(
+            f"{location} is the index of {indexed}, and would lose those images to the ones in "
+            f"{image_dir}. Name a new database, or index a folder that holds both."
+        )
+    return database
+
+
+def _update_ann(
+    database: IndexDatabase,
+    encoder: QueryEncoder,
+    config: IndexConfig,
+    *,
+    has_changed: bool,
+    report: Report,
+) -> None:
+    """Train, measure anew or drop the approximate index, as the number of images asks for."""
+    about = database.about
+    if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
+        if about.ann is not None:
+            database.drop_ann()
+            database.write_about(replace(about, ann=None))
+        return
+    is_kept = about.ann is not None and about.ann.is_used
+    if needs_training(database) or (config.ann == "always" and not is_kept):
+        queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+        ann = train_ann(
+            database,
+            queries,
+            min_recall=config.min_recall,
+            always=config.ann == "always",
+            report=report,
+        )
+        database.write_about(replace(about, ann=ann))
+    elif about.ann is not None and about.ann.is_used and has_changed:
+        queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+        ann = tune_ann(database, about.ann, queries, min_recall=config.min_recall)
+        database.write_about(replace(about, ann=ann))
+        report(describe_ann(ann))
+
+
+def choose_texts(count: int) -> list[str]:
+    """Choose different English captions of the images that come with the package.
+
+    Args:
+        count: How many.
+
+    Returns:
+        The same ones at each call.
+    """
+    captions: set[str] = set()
+    for name in ("photographs", "emoji"):
+        file = find_example_data() / name / "captions.jsonl"
+        lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        captions |= {line["captions"][0] for line in lines if line["lang"] == "en"}
+    return random.Random(0).sample(sorted(captions), count)
+
+
+def _note_place(database: IndexDatabase, model: str | Path, folder: Path, image_dir: Path) -> None:
+    """Note where model and images are now, if either was moved."""
+    about = replace(
+        database.about,
+        model=name_model(model),
+        model_files=hash_file_facts(folder),
+        image_dir=str(image_dir.resolve()),
+    )
+    if about != database.about:
+        database.write_about(about)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _ignore(_: str) -> None:
+    return None

@@ -1,0 +1,492 @@
+"""The LanceDB tables of an image index, without torch: one row per image, and what they are of.
+
+| table | rows |
+| --- | --- |
+| `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length |
+| `about` | one, whose `content` is the JSON of an `About` |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from .._extras import LANCEDB, require
+from ..data.atomic_files import lock_file
+
+FORMAT_VERSION = 1
+COLUMNS = {
+    "path": pa.string(),
+    "sha256": pa.string(),
+    "bytes": pa.int64(),
+    "modified": pa.timestamp("us", tz="UTC"),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "taken": pa.timestamp("us"),
+}
+_IMAGES, _ABOUT = "images", "about"
+_LOCK = ".llm2clip-lock"
+_VALUES_AT_ONCE = 500  # in a filter
+_READ_AT_ONCE = 8192
+# How soon an open index sees what another process has written.
+_SEEN_AFTER = timedelta(seconds=5)
+# Readers that opened the table before may still read the versions of this time.
+_KEPT_FOR = timedelta(hours=1)
+_ERRORS = (RuntimeError, ValueError, OSError, KeyError)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What of an image, beside its file, a search may filter by.
+
+    Attributes:
+        width: Pixels, upright.
+        height: Pixels, upright.
+        taken: When the camera took it, by its clock, from EXIF; None where it does not say.
+    """
+
+    width: int
+    height: int
+    taken: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnIndex:
+    """An approximate index, and what was measured when it was built.
+
+    Attributes:
+        num_rows: Images when its partitions were trained.
+        num_partitions: Partitions of the images.
+        nprobes: Partitions that a query visits.
+        refine_factor: Candidates per result that are compared exactly.
+        recall_at_10: Share of the ten nearest images that it finds, over `num_queries` texts.
+        num_queries: Texts that it was measured with.
+        query_ms: Median milliseconds of a query.
+        exact_query_ms: The same without the index.
+        build_s: Seconds that training took.
+        is_used: Whether searches use it: it finds enough, and is faster than no index.
+    """
+
+    num_rows: int
+    num_partitions: int
+    nprobes: int
+    refine_factor: int
+    recall_at_10: float
+    num_queries: int
+    query_ms: float
+    exact_query_ms: float
+    build_s: float
+    is_used: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What an index is of.
+
+    Attributes:
+        model: Folder or Hub id of the model.
+        fingerprint: What decides its embeddings.
+        model_files: Digest of names, sizes and times of the model's files: while it stays the
+            same, the fingerprint need not be computed again.
+        image_dir: Folder of the images.
+        width: P of the embeddings.
+        ann: The approximate index; None where none was built.
+    """
+
+    model: str
+    fingerprint: Mapping[str, str]
+    model_files: str
+    image_dir: str
+    width: int
+    ann: AnnIndex | None = None
+
+
+class IndexDatabase:
+    """An open database of images; searches of several threads may run at once.
+
+    Args:
+        location: Folder or URI.
+        connection: LanceDB's connection.
+        about: What it is of.
+    """
+
+    def __init__(self, location: str, connection: Any, about: About) -> None:
+        self.location = location
+        self.about = about
+        self._connection = connection
+        with explained(location, "read"):
+            self._table = connection.open_table(_IMAGES)
+
+    @classmethod
+    def open(cls, location: str | Path) -> IndexDatabase:
+        """Open a database that `llm2clip index` wrote.
+
+        Args:
+            location: Folder, or URI on object storage.
+
+        Raises:
+            ValueError: It is missing, something else, damaged, or of another version.
+        """
+        location = str(location)
+        if "://" not in location:
+            _require_database_folder(Path(location))
+        connection = _connect(location)
+        about = _read_about(location, connection)
+        if about is None:
+            raise ValueError(f"{location} is not a database of llm2clip index. {_HOW_TO_INDEX}")
+        return cls(location, connection, about)
+
+    @classmethod
+    def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
+        """Make a database without images, or open the one that is there.
+
+        Args:
+            location: Folder, or URI on object storage.
+            describe: Says what a new one is of.
+
+        Raises:
+            ValueError: Something else is there, or it is damaged or of another version.
+        """
+        location = str(location)
+        folder = None if "://" in location else Path(location)
+        if folder is not None and (folder.is_file() or _list_foreign(folder)):
+            _require_database_folder(folder)
+        connection = _connect(location)
+        found = _read_about(location, connection)
+        if found is None and _IMAGES in _list_tables(connection):
+            raise ValueError(
+                f"{location} has a table `{_IMAGES}` that llm2clip index did not write. Name a "
+                "new database."
+            )
+        about = found or describe()
+        with explained(location, "written"):
+            if found is None:
+                _write_about(connection, about, mode="create")
+            if _IMAGES not in _list_tables(connection):
+                connection.create_table(_IMAGES, schema=_make_schema(about.width))
+        return cls(location, connection, about)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other processes from writing a database in a folder meanwhile.
+
+        Raises:
+            ValueError: Another one is writing.
+        """
+        if "://" in self.location:  # object storage has no locks
+            yield
+            return
+        with (Path(self.location) / _LOCK).open("a") as opened:
+            if not lock_file(opened, wait=False):
+                raise ValueError(
+                    f"Another process is writing {self.location}. Wait until it has ended."
+                )
+            yield
+
+    def write_about(self, about: About) -> None:
+        """Replace what is noted of the index.
+
+        Args:
+            about: What it is of now.
+        """
+        with explained(self.location, "written"):
+            _write_about(self._connection, about, mode="overwrite")
+        self.about = about
+
+    def count(self, where: str | None = None) -> int:
+        """Count the images.
+
+        Args:
+            where: SQL over the columns; None for all images.
+
+        Raises:
+            ValueError: The filter is not SQL, or names a column that is not there.
+        """
+        if where is None:
+            with explained(self.location, "read"):
+                return int(self._table.count_rows())
+        try:
+            return int(self._table.count_rows(where))
+        except _ERRORS as error:
+            raise ValueError(
+                f"where={where!r} cannot be used: {_shorten(error)}. The columns are "
+                f"{', '.join(COLUMNS)}; write texts as 'this', times as date '2024-01-31'."
+            ) from error
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Read columns of all images.
+
+        Args:
+            columns: Their names.
+        """
+        with explained(self.location, "read"):
+            found = self._table.search().select(list(columns))
+            return found.to_batches(_READ_AT_ONCE).read_all()
+
+    def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
+        """Read all embeddings in parts.
+
+        Yields:
+            Paths below the folder, and their embeddings, (rows, P) float32.
+        """
+        with explained(self.location, "read"):
+            found = self._table.search().select(["path", "embedding"]).to_batches(_READ_AT_ONCE)
+            for batch in found:
+                yield batch["path"].to_pylist(), to_matrix(batch["embedding"])
+
+    def find_by_digest(
+        self, digests: Sequence[str]
+    ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
+        """Find images by what their files contain.
+
+        Args:
+            digests: SHA-256 of image files.
+
+        Returns:
+            Digest to facts and embedding, (P,), of those that are there.
+        """
+        found: dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]] = {}
+        names = ["width", "height", "taken"]
+        with explained(self.location, "read"):
+            for part in _list_in_parts(digests):
+                rows = self._table.search().where(f"sha256 IN ({part})")
+                table = rows.select(["sha256", *names, "embedding"]).to_arrow()
+                facts = (ImageFacts(**row) for row in table.select(names).to_pylist())
+                pairs = zip(facts, to_matrix(table["embedding"]), strict=True)
+                found |= dict(zip(table["sha256"].to_pylist(), pairs, strict=True))
+        return found
+
+    def write(self, rows: Mapping[str, Sequence[Any]], embeddings: np.ndarray[Any, Any]) -> None:
+        """Add images, and replace those whose path is there already, in one commit.
+
+        Args:
+            rows: Values of each column and of `stat`.
+            embeddings: (rows, P) float32.
+        """
+        schema = _make_schema(self.about.width)
+        flat = pa.array(embeddings.astype(np.float32).ravel())
+        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+        table = pa.table({**rows, "embedding": lists}, schema=schema)
+        with explained(self.location, "written"):
+            merge = self._table.merge_insert("path").when_matched_update_all()
+            merge.when_not_matched_insert_all().execute(table)
+
+    def note_stats(self, stats: Mapping[str, str]) -> None:
+        """Replace `stat` of files that were touched and not changed.
+
+        Args:
+            stats: Path to what its file system says now.
+        """
+        with explained(self.location, "written"):
+            rows = pa.table({"path": list(stats), "stat": list(stats.values())})
+            self._table.merge_insert("path").when_matched_update_all().execute(rows)
+
+    def remove(self, paths: Sequence[str]) -> None:
+        """Remove images.
+
+        Args:
+            paths: Below the folder.
+        """
+        with explained(self.location, "written"):
+            for names in _list_in_parts(paths):
+                self._table.delete(f"path IN ({names})")
+
+    def optimize(self) -> None:
+        """Compact the table, and take new images into the approximate index."""
+        with explained(self.location, "written"):
+            self._table.optimize(cleanup_older_than=_KEPT_FOR)
+
+    def build_ann(self, num_partitions: int) -> None:
+        """Train an approximate index: partitions, each with a graph over 8-bit embeddings.
+
+        Args:
+            num_partitions: Partitions of the images.
+        """
+        from lancedb.index import HnswSq
+
+        config = HnswSq(distance_type="cosine", num_partitions=num_partitions)
+        with explained(self.location, "written"):
+            self._table.create_index("embedding", config=config, replace=True)
+
+    def drop_ann(self) -> None:
+        """Remove the approximate index, if there is one."""
+        with explained(self.location, "written"):
+            for index in self._table.list_indices():
+                self._table.drop_index(index.name)
+
+    def search(
+        self,
+        embedding: np.ndarray[Any, Any],
+        *,
+        top_k: int,
+        where: str | None = None,
+        ann: AnnIndex | None = None,
+    ) -> list[dict[str, Any]]:
+        """Find the images of the greatest cosine.
+
+        Args:
+            embedding: (P,) of unit length.
+            top_k: How many.
+            where: SQL over the columns, which `count` has taken; None for all images.
+            ann: The approximate index to use; None compares with every image.
+
+        Returns:
+            Values of the columns and `cosine`, best first; of equal cosines by path.
+        """
+        query = self._table.search(embedding, vector_column_name="embedding")
+        query = query.distance_type("cosine").limit(top_k).select([*COLUMNS, "_distance"])
+        if where is not None:
+            query = query.where(where, prefilter=True)
+        if ann is None:
+            query = query.bypass_vector_index()
+        else:
+            query = query.nprobes(ann.nprobes).refine_factor(ann.refine_factor)
+        with explained(self.location, "read"):
+            rows: list[dict[str, Any]] = query.to_arrow().to_pylist()
+        for row in rows:
+            row["cosine"] = 1 - row.pop("_distance")
+        return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))
+
+
+_HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
+
+
+def _require_database_folder(folder: Path) -> None:
+    """Raise ValueError where a path cannot be a database, and say what it is instead."""
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such database. {_HOW_TO_INDEX}")
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is a file, and a database is a folder. An index file of an earlier version "
+            f"is not read any more. {_HOW_TO_INDEX}"
+        )
+    if not (folder / f"{_ABOUT}.lance").is_dir():
+        raise ValueError(f"{folder} is not a database of llm2clip index. {_HOW_TO_INDEX}")
+
+
+def _list_foreign(folder: Path) -> list[str]:
+    """List what in a folder is not of LanceDB, if it is there."""
+    if not folder.is_dir():
+        return []
+    return [f.name for f in folder.iterdir() if f.suffix != ".lance" and f.name != _LOCK]
+
+
+def _connect(location: str) -> Any:
+    require(LANCEDB)
+    import lancedb
+
+    with explained(location, "opened"):
+        return lancedb.connect(
+            location,
+            read_consistency_interval=_SEEN_AFTER,
+            storage_options=_find_storage_options(location),
+        )
+
+
+def _find_storage_options(location: str) -> dict[str, str] | None:
+    """Pass on the endpoint of another S3 than Amazon's, which LanceDB does not look for."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if not location.startswith("s3://") or not endpoint:
+        return None
+    return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+
+
+def _list_tables(connection: Any) -> list[str]:
+    return list(connection.list_tables().tables)
+
+
+def _make_schema(width: int) -> pa.Schema:
+    fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
+    embedding = pa.list_(pa.float32(), width)
+    return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", embedding)])
+
+
+def _write_about(connection: Any, about: About, *, mode: str) -> None:
+    content = json.dumps(dataclasses.asdict(about))
+    rows = pa.table({"format_version": [FORMAT_VERSION], "content": [content]})
+    connection.create_table(_ABOUT, data=rows, mode=mode)
+
+
+def _read_about(location: str, connection: Any) -> About | None:
+    with explained(location, "read"):
+        if _ABOUT not in _list_tables(connection):
+            return None
+        found = connection.open_table(_ABOUT).to_arrow()
+    if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
+        raise ValueError(f"{location} is not a database of llm2clip index. {_HOW_TO_INDEX}")
+    version = found["format_version"][0].as_py()
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
+            "Index the images again into a new database, or use the version that wrote it."
+        )
+    try:
+        values = json.loads(found["content"][0].as_py())
+        ann = values.pop("ann")
+        return About(**values, ann=None if ann is None else AnnIndex(**ann))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{location} is damaged: the table `{_ABOUT}` cannot be read ({error}). Remove it, "
+            "and index the images again."
+        ) from error
+
+
+@contextmanager
+def explained(location: str, what: str) -> Iterator[None]:
+    """Turn an error of LanceDB into one that names the database and what to do.
+
+    Args:
+        location: Folder or URI.
+        what: What could not be done to it, such as "read".
+
+    Raises:
+        ValueError: The body failed.
+    """
+    try:
+        yield
+    except _ERRORS as error:
+        if isinstance(error, ValueError) and str(error).startswith(location):
+            raise
+        raise ValueError(
+            f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
+            "index the images again."
+        ) from error
+
+
+def to_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, Any]:
+    """Turn a column of embeddings into a matrix.
+
+    Args:
+        column: Lists of one length.
+
+    Returns:
+        (rows, P) float32.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    width = column.type.list_size
+    values: np.ndarray[Any, Any] = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, width)
+
+
+def _list_in_parts(values: Sequence[str]) -> Iterator[str]:
+    """Yield literals of SQL, some at a time, because a filter must not grow without bounds."""
+    quoted = [f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values]
+    for start in range(0, len(quoted), _VALUES_AT_ONCE):
+        yield ", ".join(quoted[start : start + _VALUES_AT_ONCE])
+
+
+def _shorten(error: BaseException) -> str:
+    """Take the first sentence of LanceDB's error, which goes on with places in its source."""
+    text = " ".join(str(error).split())
+    return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")

@@ -1,0 +1,283 @@
+"""Brings an index in line with its folder: new, changed and removed images, and nothing else.
+
+A file whose size and times are those of the last run is not read. One that was touched, renamed or
+copied is read and not encoded: what it contains has an embedding already. Images are committed some
+at a time, so that a run that is stopped or killed is continued by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..configs.search_config import IndexConfig
+from ..data.atomic_files import hash_file
+from .image_encoding import encode_readable_images
+from .index_database import ImageFacts, IndexDatabase
+from .query_encoding import QueryEncoder
+
+_COMMITTED_AT_ONCE = 512
+_MOST_THREADS = 8
+_SHOWN = 8
+
+
+@dataclass
+class UpdateCounts:
+    """What an update did.
+
+    Attributes:
+        unchanged: Images that were there already.
+        added: New images, copies and renamed ones included.
+        changed: Images of the same path and other content.
+        removed: Images that are no longer in the folder, or can no longer be read.
+        encoded: Images that the model was run on.
+        errors: Path and error of each image that cannot be read.
+    """
+
+    unchanged: int = 0
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    encoded: int = 0
+    errors: dict[Path, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.unchanged + self.added + self.changed:,} images: {self.added:,} new, "
+            f"{self.changed:,} changed, {self.unchanged:,} unchanged; {self.removed:,} removed. "
+            f"Encoded {self.encoded:,}."
+        )
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the index is another one than before."""
+        return self.added + self.changed + self.removed > 0
+
+    def describe_errors(self) -> str:
+        """Count and name the images that cannot be read; empty where there are none."""
+        if not self.errors:
+            return ""
+        shown = [*self.errors.values()][:_SHOWN] + (["…"] if len(self.errors) > _SHOWN else [])
+        lines = "\n".join(shown)
+        return f"{len(self.errors):,} images cannot be read and are not in the index:\n{lines}"
+
+
+@dataclass(frozen=True)
+class _KnownFile:
+    stat: str
+    sha256: str
+
+
+def update_images(
+    database: IndexDatabase,
+    image_dir: Path,
+    paths: Sequence[Path],
+    encoder: QueryEncoder,
+    *,
+    config: IndexConfig,
+) -> UpdateCounts:
+    """Write the embeddings of new and changed images, and remove those of images that are gone.
+
+    Args:
+        database: The index, which this process may write.
+        image_dir: Its folder.
+        paths: All image files in it.
+        encoder: Of the model; its vision tower is loaded if there is anything to encode.
+        config: How images are encoded.
+
+    Returns:
+        Counts, and the images that cannot be read.
+    """
+    return _Update(database, image_dir, encoder, config).run(paths)
+
+
+class _Update:
+    def __init__(
+        self, database: IndexDatabase, image_dir: Path, encoder: QueryEncoder, config: IndexConfig
+    ) -> None:
+        self._database = database
+        self._image_dir = image_dir
+        self._encoder = encoder
+        self._config = config
+        self._known = _read_known(database)
+        self._digests = {file.sha256 for file in self._known.values()}
+        self._stats: dict[str, os.stat_result] = {}
+        self.counts = UpdateCounts()
+
+    def run(self, paths: Sequence[Path]) -> UpdateCounts:
+        named = self._name(paths)
+        # Before a file is read, so that one that is written meanwhile is noticed.
+        self._stats = self._read_stats(named)
+        waiting = [
+            (name, path)
+            for name, path in named.items()
+            if name in self._stats
+            and (
+                name not in self._known
+                or self._known[name].stat != describe_stat(self._stats[name])
+            )
+        ]
+        self.counts.unchanged = len(self._stats) - len(waiting)
+        with tqdm(
+            total=len(waiting), unit=" images", disable=not (self._config.show_progress and waiting)
+        ) as progress:
+            for start in range(0, len(waiting), _COMMITTED_AT_ONCE):
+                part = dict(waiting[start : start + _COMMITTED_AT_ONCE])
+                self._write_part(part, progress)
+        if len(self.counts.errors) == len(paths):
+            raise ValueError(self.counts.describe_errors())
+        unreadable = {self._relative(path) for path in self.counts.errors}
+        gone = [name for name in self._known if name not in named or name in unreadable]
+        self._database.remove(gone)
+        self.counts.removed = len(gone)
+        if waiting or gone:
+            self._database.optimize()
+        return self.counts
+
+    def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
+        digests = self._hash(part)
+        same = {
+            name: describe_stat(self._stats[name])
+            for name, digest in digests.items()
+            if name in self._known and self._known[name].sha256 == digest
+        }
+        if same:  # touched, and not changed
+            self._database.note_stats(same)
+            self.counts.unchanged += len(same)
+        names = [name for name in digests if name not in same]
+        found = self._find_or_encode({name: digests[name] for name in names}, part, progress)
+        self._refuse_written(part)
+        written = [
+            name
+            for name in names
+            if digests[name] in found and part[name] not in self.counts.errors
+        ]
+        if not written:
+            return
+        facts = [found[digests[name]] for name in written]
+        stats = [self._stats[name] for name in written]
+        self._database.write(
+            {
+                "path": written,
+                "sha256": [digests[name] for name in written],
+                "bytes": [stat.st_size for stat in stats],
+                "modified": [datetime.fromtimestamp(s.st_mtime, timezone.utc) for s in stats],
+                "width": [fact.width for fact, _ in facts],
+                "height": [fact.height for fact, _ in facts],
+                "taken": [fact.taken for fact, _ in facts],
+                "stat": [describe_stat(stat) for stat in stats],
+            },
+            np.stack([embedding for _, embedding in facts]),
+        )
+        self._digests |= {digests[name] for name in written}
+        num_changed = sum(name in self._known for name in written)
+        self.counts.changed += num_changed
+        self.counts.added += len(written) - num_changed
+
+    def _find_or_encode(
+        self, digests: dict[str, str], part: dict[str, Path], progress: tqdm[Any]
+    ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
+        """Return facts and embedding by digest: from the index, or else by the model."""
+        known = [digest for digest in set(digests.values()) if digest in self._digests]
+        found = self._database.find_by_digest(known)
+        first = {digest: part[name] for name, digest in reversed(digests.items())}
+        new = {path: digest for digest, path in first.items() if digest not in found}
+        progress.update(len(part) - len(new))
+        if not new:
+            return found
+        encoded = encode_readable_images(
+            self._encoder.vision_model,
+            self._encoder.processor,
+            list(new),
+            batch_size=self._config.batch_size,
+            num_workers=self._config.num_workers or os.cpu_count() or 1,
+            progress=progress,
+        )
+        self.counts.encoded += len(encoded.paths)
+        broken = {new[path]: error for path, error in encoded.errors.items()}
+        for name, digest in digests.items():  # every copy of it
+            if digest in broken:
+                error = broken[digest].replace(str(first[digest]), str(part[name]), 1)
+                self.counts.errors[part[name]] = error
+        rows = zip(encoded.paths, encoded.facts, encoded.embeds.numpy(), strict=True)
+        return {**found, **{new[path]: (facts, row) for path, facts, row in rows}}
+
+    def _refuse_written(self, part: dict[str, Path]) -> None:
+        """Make errors of files whose digest and embedding may be of different contents."""
+        for path in part.values():
+            if path not in self.counts.errors and self._has_been_written(path):
+                self.counts.errors[path] = f"{path}: was written while it was read. Index again."
+
+    def _has_been_written(self, path: Path) -> bool:
+        try:
+            return describe_stat(path.stat()) != describe_stat(self._stats[self._relative(path)])
+        except OSError:  # it is gone
+            return True
+
+    def _hash(self, part: dict[str, Path]) -> dict[str, str]:
+        """Hash files in threads; one that cannot be read becomes an error."""
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            results = list(pool.map(_try_to_hash, part.values()))
+        digests = {}
+        for (name, path), (digest, error) in zip(part.items(), results, strict=True):
+            if error:
+                self.counts.errors[path] = f"{path}: cannot be read ({error})."
+            else:
+                digests[name] = digest
+        return digests
+
+    def _read_stats(self, named: dict[str, Path]) -> dict[str, os.stat_result]:
+        """Read size and times of files; one that is gone or closed to us becomes an error."""
+        stats = {}
+        for name, path in named.items():
+            try:
+                stats[name] = path.stat()
+            except OSError as error:
+                self.counts.errors[path] = f"{path}: cannot be read ({error.strerror})."
+        return stats
+
+    def _name(self, paths: Sequence[Path]) -> dict[str, Path]:
+        """Name each file by its path below the folder, which has to be Unicode."""
+        named = {}
+        for path in paths:
+            name = self._relative(path)
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                self.counts.errors[path] = f"{name!r}: its name is not Unicode. Rename it."
+            else:
+                named[name] = path
+        return named
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._image_dir).as_posix()
+
+
+def _read_known(database: IndexDatabase) -> dict[str, _KnownFile]:
+    table = database.read(["path", "stat", "sha256"])
+    columns = (table[name].to_pylist() for name in ("path", "stat", "sha256"))
+    return {path: _KnownFile(stat, sha256) for path, stat, sha256 in zip(*columns, strict=True)}
+
+
+def describe_stat(stat: os.stat_result) -> str:
+    """Describe a file by what changes whenever it is written: size and times.
+
+    Args:
+        stat: What the file system says of it.
+    """
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+
+
+def _try_to_hash(path: Path) -> tuple[str, str]:
+    try:
+        return hash_file(path), ""
+    except OSError as error:
+        return "", str(error.strerror or error)

@@ -1,0 +1,76 @@
+"""Zero-shot classification: embeddings of labels from their prompts, and the best labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tag_labels import Label
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One label of an image.
+
+    Attributes:
+        label: Name of the label.
+        cosine: Of image and label.
+        probability: Softmax of the scaled cosines over all labels, as the pipeline
+            `zero-shot-image-classification` gives it.
+    """
+
+    label: str
+    cosine: float
+    probability: float
+
+
+def average_prompts(embeds: Tensor, labels: Sequence[Label]) -> Tensor:
+    """Average the embeddings of each label's prompts.
+
+    Args:
+        embeds: Of all prompts in the order of the labels, (prompts, P) of unit length.
+        labels: Labels and their prompts.
+
+    Returns:
+        (labels, P) of unit length.
+    """
+    means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def rank_labels(
+    image_embeds: Tensor,
+    label_embeds: Tensor,
+    labels: Sequence[Label],
+    *,
+    scale: float,
+    top_k: int,
+) -> list[list[Tag]]:
+    """Take for each image the labels of the greatest cosine, best first.
+
+    Args:
+        image_embeds: (N, P) of unit length.
+        label_embeds: (labels, P) of unit length.
+        labels: The labels.
+        scale: Factor of the cosines before the softmax.
+        top_k: Labels per image; all of them where there are fewer.
+    """
+    cosines = image_embeds @ label_embeds.T
+    probabilities = (scale * cosines).softmax(dim=-1)
+    best = cosines.topk(min(top_k, len(labels)))
+    return [
+        [
+            Tag(labels[number].name, cosine, probability)
+            for number, cosine, probability in zip(numbers, scores, shares, strict=True)
+        ]
+        for numbers, scores, shares in zip(
+            best.indices.tolist(),
+            best.values.tolist(),
+            probabilities.gather(1, best.indices).tolist(),
+            strict=True,
+        )
+    ]

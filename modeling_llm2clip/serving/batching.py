@@ -1,0 +1,220 @@
+"""Dynamic batching: inputs of many requests in one batch, texts and images apart.
+
+One thread runs the model. Requests take turns, one input at a time, so that a request of one text
+does not wait for a request of two thousand.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows: TypeAlias = "NDArray[np.float32]"
+OnBatch: TypeAlias = Callable[[str, int, int, float], object]
+"""Called after each batch with its lane's name, inputs, cost and seconds."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """The inputs of one request: those up to `taken` were put into batches."""
+
+    inputs: Sequence[Any]
+    costs: Sequence[int]
+    future: Future[Rows] = field(default_factory=Future)
+    rows: list[Rows] = field(default_factory=list)
+    taken: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def cost_left(self) -> int:
+        return sum(self.costs[self.taken :])
+
+
+_Taken: TypeAlias = tuple[_Job, int]
+
+
+@dataclass
+class Lane:
+    """Inputs of one modality, which share batches.
+
+    Attributes:
+        name: Name of the modality.
+        encode: Embeds a batch, (B, P) float32; row i belongs to input i.
+        budget: Maximum cost of a batch; a single input may cost more.
+        busy_s: Seconds that batches took so far.
+        num_done: Inputs that were embedded so far.
+    """
+
+    name: str
+    encode: Callable[[list[Any]], Rows]
+    budget: int
+    busy_s: float = 0.0
+    num_done: int = 0
+    jobs: deque[_Job] = field(default_factory=deque, repr=False)
+
+    def take_batch(self) -> list[_Taken]:
+        """Take the next input of each waiting request in turn, up to the budget.
+
+        Returns:
+            Request and row of each input of the batch.
+        """
+        batch: list[_Taken] = []
+        cost = 0
+        while self.jobs:
+            job = self.jobs[0]
+            if job.future.cancelled():
+                self.jobs.popleft()
+                continue
+            cost += job.costs[job.taken]
+            if batch and cost > self.budget:
+                break
+            self.jobs.popleft()
+            batch.append((job, job.taken))
+            job.taken += 1
+            if job.taken < len(job.inputs):
+                self.jobs.append(job)
+        return batch
+
+    def is_full(self) -> bool:
+        """Whether what waits fills a batch."""
+        return sum(job.cost_left for job in self.jobs) >= self.budget
+
+
+class BatchWorker:
+    """The thread that runs the model, one batch at a time, lane after lane.
+
+    Args:
+        lanes: Modalities.
+        max_wait_s: Seconds that a batch which is not full waits for further requests.
+        on_batch: Called after each batch.
+    """
+
+    def __init__(
+        self, lanes: Sequence[Lane], *, max_wait_s: float = 0.0, on_batch: OnBatch | None = None
+    ) -> None:
+        self._lanes = deque(lanes)
+        self._lane_of = {lane.name: lane for lane in lanes}
+        self._max_wait_s = max_wait_s
+        self._on_batch = on_batch
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="llm2clip-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether batches are computed."""
+        return self._thread.is_alive()
+
+    def find_lane(self, name: str) -> Lane:
+        """Return the lane of a modality.
+
+        Args:
+            name: Its name.
+        """
+        return self._lane_of[name]
+
+    def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
+        """Queue the inputs of one request.
+
+        Args:
+            name: Name of the lane.
+            inputs: N inputs, at least one, as the lane's `encode` takes them.
+            costs: Cost of each, such as its tokens.
+
+        Returns:
+            Future of (N, P) float32, in the order of the inputs. If it is cancelled, the inputs
+            that are not in a batch yet are dropped. It has the error of `encode` if a batch of this
+            request alone fails too.
+
+        Raises:
+            RuntimeError: The worker was closed.
+        """
+        job = _Job(inputs, costs)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("The server is stopping.")
+            self._lane_of[name].jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self) -> None:
+        """Finish what is queued, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (turn := self._next_batch()) is not None:
+            lane, batch = turn
+            started = time.monotonic()
+            self._run(lane, batch)
+            seconds = time.monotonic() - started
+            lane.busy_s += seconds
+            lane.num_done += len(batch)
+            if self._on_batch is not None:
+                cost = sum(job.costs[row] for job, row in batch)
+                self._on_batch(lane.name, len(batch), cost, seconds)
+
+    def _next_batch(self) -> tuple[Lane, list[_Taken]] | None:
+        """Wait for a batch of the lane whose turn it is; None once all is done and closed."""
+        with self._changed:
+            while True:
+                for _ in range(len(self._lanes)):
+                    lane = self._lanes[0]
+                    self._lanes.rotate(-1)
+                    self._await_more(lane)
+                    if batch := lane.take_batch():
+                        return lane, batch
+                if self._closed:
+                    return None
+                self._changed.wait()
+
+    def _await_more(self, lane: Lane) -> None:
+        while self._max_wait_s and lane.jobs and not lane.is_full() and not self._closed:
+            left = lane.jobs[0].arrived + self._max_wait_s - time.monotonic()
+            if left <= 0:
+                break
+            self._changed.wait(left)
+
+    def _run(self, lane: Lane, batch: list[_Taken]) -> None:
+        """Embed a batch; one that fails is repeated by request, so that others do not suffer."""
+        try:
+            embeds = lane.encode([job.inputs[row] for job, row in batch])
+            if len(embeds) != len(batch):
+                raise RuntimeError(f"{len(embeds)} embeddings came of {len(batch)} inputs.")
+        except Exception as error:
+            of_job: dict[_Job, list[_Taken]] = {}
+            for taken in batch:
+                of_job.setdefault(taken[0], []).append(taken)
+            if len(of_job) == 1:
+                self._fail(lane, batch[0][0], error)
+            else:
+                for part in of_job.values():
+                    self._run(lane, part)
+            return
+        for (job, _), embed in zip(batch, embeds, strict=True):
+            _give(job, embed)
+
+    def _fail(self, lane: Lane, job: _Job, error: Exception) -> None:
+        with self._changed:
+            if job in lane.jobs:
+                lane.jobs.remove(job)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
+
+
+def _give(job: _Job, embed: Rows) -> None:
+    """Add the embedding of a request's next input, and answer it after its last one."""
+    job.rows.append(embed)
+    if len(job.rows) == len(job.inputs) and job.future.set_running_or_notify_cancel():
+        job.future.set_result(np.stack(job.rows))

@@ -1,0 +1,62 @@
+"""Errors of requests: what the client did, or what the server cannot do now, with its status.
+
+Their JSON has the shape of OpenAI's, `{"error": {"message", "type", "param", "code"}}`, from which
+its client takes the message.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class RequestError(Exception):
+    """A request that gets no embeddings.
+
+    Args:
+        status: HTTP status.
+        message: What came, what was wanted, and what to do.
+        param: Field of the request; None for the request as a whole.
+        code: A short name that programs can compare.
+        retry_after_s: Seconds after which the same request may succeed.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the response, without those of its body."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
+        if self.status == 401:
+            # Basic makes a browser ask; programs send a bearer token.
+            headers["WWW-Authenticate"] = 'Basic realm="llm2clip", Bearer'
+        return headers
+
+    def to_bytes(self) -> bytes:
+        """Return the body of the response."""
+        kind = _TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        error: dict[str, Any] = {
+            "message": self.message, "type": kind, "param": self.param, "code": self.code,
+        }  # fmt: skip
+        # ASCII, since a message may quote an unpaired surrogate.
+        return json.dumps({"error": error}).encode("ascii")

@@ -1,0 +1,139 @@
+"""Images of requests: base64, data URLs and, where allowed, web URLs; and their safe decoding.
+
+Only formats that images on the web and in cameras have are opened: Pillow runs other programs for
+some, such as Ghostscript for EPS. The size in pixels is read off the header, before any is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..configs.serve_config import ServeConfig
+from ..data.images.image_sources import register_heif_reader
+from ..image_loading_llm2clip import load_images, read_image_header
+from .errors import RequestError
+from .url_fetching import UrlFetcher
+
+FORMATS = frozenset(
+    ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+)  # fmt: skip
+_SHOWN = 40  # characters of an input in an error
+_WHITESPACE = {ord(char): None for char in " \t\r\n"}
+
+
+class ImageInputs:
+    """Reads the images of requests.
+
+    Args:
+        config: Limits, and whether web URLs are fetched.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._max_bytes = int(config.max_image_mb * 1e6)
+        self._fetcher: UrlFetcher | None = None
+        if config.image_urls:
+            self._fetcher = UrlFetcher(
+                networks=config.image_networks,
+                max_bytes=self._max_bytes,
+                timeout_s=config.timeout_s,
+            )
+
+    async def read(self, images: Sequence[str]) -> list[bytes]:
+        """Return the encoded images, in their order.
+
+        Args:
+            images: Data URLs, web URLs, or plain base64.
+
+        Raises:
+            RequestError: One cannot be read or is too large.
+        """
+        return list(await asyncio.gather(*map(self._read_one, images)))
+
+    async def _read_one(self, image: str) -> bytes:
+        scheme = image[:8].lower()
+        if scheme.startswith(("http://", "https://")):
+            if self._fetcher is None:
+                raise RequestError(
+                    400,
+                    "This server does not fetch images from URLs (--image-urls). Send a data URL, "
+                    "data:image/jpeg;base64,….",
+                    code="url_not_allowed",
+                )
+            return await self._fetcher.fetch(image)
+        content = self._decode_base64(_strip_data_url(image) if scheme[:5] == "data:" else image)
+        if not content:
+            raise RequestError(400, "An image is empty.", code="invalid_image")
+        return content
+
+    def _decode_base64(self, text: str) -> bytes:
+        if len(text) > self._max_bytes * 1.4:  # 4 characters are 3 bytes
+            raise self._refuse_size()
+        try:
+            content = base64.b64decode(text.translate(_WHITESPACE), validate=True)
+        except (binascii.Error, ValueError):  # the latter for what is not ASCII
+            raise RequestError(
+                400,
+                f"An image is not valid base64 ({text[:_SHOWN]!r}). Send a data URL, "
+                "data:image/jpeg;base64,….",
+                code="invalid_image",
+            ) from None
+        if len(content) > self._max_bytes:
+            raise self._refuse_size()
+        return content
+
+    def _refuse_size(self) -> RequestError:
+        return RequestError(
+            413,
+            f"An image has more than {self._max_bytes / 1e6:g} MB. Shrink it, or start the server "
+            "with a larger --max-image-mb.",
+            code="image_too_large",
+        )
+
+
+def decode_image(content: bytes, *, max_megapixels: float) -> Image.Image:
+    """Decode an image of a request, upright RGB as everywhere in this package.
+
+    Args:
+        content: The encoded image.
+        max_megapixels: Maximum size.
+
+    Raises:
+        RequestError: It is not an image of one of `FORMATS`, is broken, or is too large.
+    """
+    register_heif_reader()
+    try:
+        with read_image_header(io.BytesIO(content), name="An image of the request") as image:
+            if image.format not in FORMATS:
+                raise ValueError(
+                    f"An image of the request is {image.format}; send one of {sorted(FORMATS)}."
+                )
+            width, height = image.size
+            if width * height > max_megapixels * 1e6:
+                raise RequestError(
+                    413,
+                    f"An image has {width} × {height} pixels, more than {max_megapixels:g} million "
+                    "(--max-megapixels). Shrink it.",
+                    code="image_too_large",
+                )
+            decoded: Image.Image = load_images(image)
+            return decoded
+    except ValueError as error:
+        raise RequestError(400, str(error), code="invalid_image") from error
+
+
+def _strip_data_url(url: str) -> str:
+    """Return the base64 of a data URL."""
+    header, comma, content = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise RequestError(
+            400,
+            f"A data URL is not base64 ({url[:_SHOWN]!r}). Send data:image/jpeg;base64,….",
+            code="invalid_image",
+        )
+    return content

@@ -1,0 +1,84 @@
+"""The same application under Ray Serve: replicas on many machines, more of them under load.
+
+    serve run modeling_llm2clip.serving.ray_serve:build model=my-model max_replicas=4
+
+Each replica loads the model and batches its own requests. Ray's proxies listen and route, so that
+address and port are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from .._extras import RAY_SERVE, SERVE, require
+from ..configs.config_fields import convert_value, list_fields, make_config
+from ..configs.serve_config import RayServeConfig
+
+_OF_RAY = ("host", "port")
+
+
+def build(options: Mapping[str, Any]) -> Any:
+    """Build the application that `serve run` deploys.
+
+    Args:
+        options: Fields of `RayServeConfig`: strings from the command line of `serve run`, or values
+            from a file of `serve deploy`.
+
+    Returns:
+        An application of Ray Serve.
+
+    Raises:
+        MissingExtraError: Ray Serve or a package of the server is not installed.
+        ValueError: An option is unknown, missing, has another type, or is Ray's own.
+    """
+    require(RAY_SERVE, *SERVE)
+    from ray import serve
+
+    config = _read_options(options)
+
+    def make_app() -> Any:  # in each replica
+        from .app import create_app
+        from .service import EmbeddingService
+
+        return create_app(EmbeddingService.open(config.model, config, index=config.index))
+
+    deployment = serve.deployment(
+        serve.ingress(make_app)(),
+        name="llm2clip",
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        max_ongoing_requests=config.max_ongoing_requests,
+        graceful_shutdown_timeout_s=config.drain_s,
+        autoscaling_config={
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+        },
+    )
+    return deployment.bind()
+
+
+def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
+    if given := [name for name in _OF_RAY if name in options]:
+        raise ValueError(
+            f"{given}: Ray's proxies listen. Set the address with `serve start --http-host HOST "
+            "--http-port PORT`, or under http_options in the file of `serve deploy`."
+        )
+    fields = list_fields(RayServeConfig)
+    values = {
+        name: _convert(name, value, fields[name].hint) if name in fields else value
+        for name, value in options.items()
+    }
+    return make_config(RayServeConfig, values)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """Return the value of an option, which the command line gives as a string."""
+    try:
+        return convert_value(name, value, hint)
+    except ValueError:
+        if not isinstance(value, str):
+            raise
+        return convert_value(name, yaml.safe_load(value), hint)

@@ -1,0 +1,242 @@
+"""What a request meets before the routes: API key, size of its body, deadline, a client that left.
+
+Plain ASGI: a body that is too large is refused while it arrives, and the work for a client that
+hangs up is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from ..configs.serve_config import ServeConfig
+from .errors import RequestError
+from .metrics import ServerMetrics
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_OPEN_PATHS = ("/health",)  # what load balancers ask without a key
+_API_PREFIXES = ("/v1/", "/v2/")
+_CLIENT_LEFT = 499  # nginx' status for it; nobody receives it
+
+
+class RequestGuard:
+    """Guards an application.
+
+    Args:
+        app: The application.
+        config: Limits.
+        metrics: Counts requests.
+        api_key: Key that every request but those for health must bring; None for no key.
+        routes: Paths of the API, which metrics name; any other is "other".
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        config: ServeConfig,
+        metrics: ServerMetrics,
+        api_key: str | None,
+        routes: frozenset[str],
+    ) -> None:
+        self._app = app
+        self._config = config
+        self._metrics = metrics
+        self._api_key = None if api_key is None else api_key.encode()
+        self._routes = routes
+        self._max_body = int(config.max_request_mb * 1e6)
+        self._max_pending = int(config.max_pending_mb * 1e6)
+        self._num_bytes = 0  # of all bodies in memory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request.
+
+        Args:
+            scope: What ASGI says of it.
+            receive: Its body.
+            send: Takes the response.
+        """
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        started = time.monotonic()
+        path = scope["path"]
+        try:
+            self._require_key(scope)
+            if scope["type"] == "http" and path.startswith(_API_PREFIXES):
+                await self._handle(scope, receive, answer)
+            else:
+                await self._app(scope, receive, answer.send)
+        except RequestError as error:
+            await _refuse(scope, answer, error)
+        finally:
+            route = path if path in self._routes else "other"
+            self._metrics.requests.labels(route, answer.status).inc()
+            self._metrics.seconds.labels(route).observe(time.monotonic() - started)
+
+    def _require_key(self, scope: Scope) -> None:
+        if self._api_key is None or scope["path"] in _OPEN_PATHS:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(_find_key(given), self._api_key):
+            raise RequestError(
+                401,
+                "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+            )
+
+    async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """Read the body, then run the application until its answer, the deadline or a hang-up."""
+        deadline = time.monotonic() + self._config.timeout_s
+        body = bytearray()
+        try:
+            try:
+                await asyncio.wait_for(self._read(scope, receive, body), self._config.timeout_s)
+            except (asyncio.TimeoutError, TimeoutError):
+                raise RequestError(
+                    408, f"The body did not arrive within {self._config.timeout_s:g} seconds."
+                ) from None
+            except _ClientLeft:
+                answer.status = _CLIENT_LEFT
+                return
+            await self._run(scope, receive, answer, bytes(body), deadline)
+        finally:
+            self._num_bytes -= len(body)
+
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > self._max_body:
+            raise self._refuse_size()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientLeft
+            chunk = message.get("body", b"")
+            body += chunk
+            self._num_bytes += len(chunk)
+            if len(body) > self._max_body:
+                raise self._refuse_size()
+            if self._num_bytes > self._max_pending:
+                raise RequestError(
+                    429,
+                    f"The bodies of all requests in work have more than "
+                    f"{self._config.max_pending_mb:g} MB. Try again later.",
+                    code="queue_full",
+                    retry_after_s=1,
+                )
+            if not message.get("more_body", False):
+                return
+
+    def _refuse_size(self) -> RequestError:
+        return RequestError(
+            413,
+            f"The request has more than {self._config.max_request_mb:g} MB "
+            "(--max-request-mb). Send fewer or smaller images in one request.",
+            code="request_too_large",
+        )
+
+    async def _run(
+        self, scope: Scope, receive: Receive, answer: _Answer, body: bytes, deadline: float
+    ) -> None:
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:  # only what waits for a hang-up asks again
+                await asyncio.Event().wait()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        work = asyncio.ensure_future(self._app(scope, replay, answer.send))
+        hang_up = asyncio.ensure_future(_wait_for_hang_up(receive))
+        try:
+            await asyncio.wait(
+                (work, hang_up),
+                timeout=max(deadline - time.monotonic(), 0),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if work.done() or answer.is_complete:
+                await work  # raises what a bug raised
+            elif hang_up.done():
+                answer.status = _CLIENT_LEFT
+            elif not answer.has_started:
+                raise RequestError(
+                    504,
+                    f"The request took more than {self._config.timeout_s:g} seconds. Send less at "
+                    "once, or try again later.",
+                    code="timeout",
+                )
+        finally:
+            for task in (work, hang_up):
+                task.cancel()
+            await asyncio.gather(work, hang_up, return_exceptions=True)
+
+
+class _ClientLeft(Exception):  # noqa: N818  # an event, which nobody sees
+    """The client closed the connection before its request was there."""
+
+
+class _Answer:
+    """Passes a response on, and notes its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 500  # of an application that ends without an answer
+        self.has_started = False
+        self.is_complete = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_started = True
+            self.status = message["status"]
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.is_complete = True
+
+
+def _find_key(authorization: bytes) -> bytes:
+    """Return the key of a header: a bearer token, or the password that a browser asked for."""
+    scheme, _, value = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return b""
+
+
+async def _wait_for_hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        await asyncio.sleep(0)
+
+
+async def _refuse(scope: Scope, answer: _Answer, error: RequestError) -> None:
+    if scope["type"] == "websocket":
+        await answer.send({"type": "websocket.close", "code": 1008, "reason": error.message})
+        return
+    body = error.to_bytes()
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    headers |= error.headers
+    # What is left of the body is not read; the connection cannot be used again.
+    headers["connection"] = "close"
+    await answer.send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in headers.items()],
+        }
+    )
+    await answer.send({"type": "http.response.body", "body": body})

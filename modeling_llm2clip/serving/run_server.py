@@ -1,0 +1,89 @@
+"""Runs the web application in this process, until a signal ends it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from ..configs.serve_config import ServeConfig
+
+_BACKLOG = 2048  # connections that wait for being accepted
+_KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
+
+
+def bind_socket(config: ServeConfig) -> socket.socket:
+    """Take the address, before anything costly. Connections are refused until the server runs.
+
+    Args:
+        config: The address.
+
+    Raises:
+        OSError: The address is in use, or not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(
+            f"host={config.host!r}, port={config.port} cannot be listened on ({error}). Give "
+            "another port, or an address of this machine."
+        ) from error
+    return bound
+
+
+def run_server(
+    app: Any,
+    bound: socket.socket,
+    config: ServeConfig,
+    *,
+    on_start: Callable[[str], object] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then finish the requests in work and raise the signal again.
+
+    Args:
+        app: The application.
+        bound: Where it listens; see `bind_socket`. It is closed in the end.
+        config: How long requests get to finish.
+        on_start: Called with the server's URL once it answers.
+    """
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(1, round(config.drain_s)),
+            server_header=False,
+        )
+    )
+    host, port = bound.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    server.on_start = None if on_start is None else lambda: on_start(url)
+    server.run(sockets=[bound])
+
+
+class _Server(uvicorn.Server):
+    """Says when it answers."""
+
+    on_start: Callable[[], object] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen.
+
+        Args:
+            sockets: Bound sockets.
+        """
+        await super().startup(sockets=sockets)
+        if self.on_start is not None and self.started:
+            self.on_start()

@@ -1,0 +1,389 @@
+"""Requests and responses: OpenAI's, with images in the three ways that clients send them today.
+
+| field | who sends it |
+| --- | --- |
+| `input` | clients of OpenAI; with objects of `text` or `image`, those of Jina and SGLang |
+| `messages` | clients of vLLM: chat messages with `image_url` |
+| `texts`, `images`, `inputs` | clients of Cohere |
+
+A field that is not known is refused, since leaving it out could change what is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+MOST_INPUTS = 2048
+"""Maximum texts and images per request, as OpenAI's."""
+MOST_CHARACTERS = 100_000
+"""Maximum length of a text: no model reads as much, and tokenizing more takes seconds."""
+MOST_HITS = 1000
+"""Maximum images per query of a search."""
+
+# What Python strips is blank to the model; some of it is no white space to a regular expression.
+Text: TypeAlias = Annotated[
+    str, Field(min_length=1, max_length=MOST_CHARACTERS, pattern=r"[^\s\x1c-\x1f]")
+]
+ImageText: TypeAlias = Annotated[
+    str, Field(min_length=1, description="Data URL, http or https URL, or base64 of an image.")
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextInput(_Strict):
+    """A text."""
+
+    text: Text
+
+
+class ImageInput(_Strict):
+    """An image."""
+
+    image: ImageText
+
+
+def _tag_item(item: Any) -> str:
+    for name, kind in (("text", TextInput), ("image", ImageInput)):
+        if isinstance(item, kind) or (isinstance(item, dict) and [*item] == [name]):
+            return f"[{name}]"
+    return "[string]" if isinstance(item, str) else ""
+
+
+def _tag_list(value: Any) -> str:
+    return "[many]" if isinstance(value, list) else "[one]"
+
+
+# Tags are in brackets, so that they can be left out where an error names a field.
+Item: TypeAlias = Annotated[
+    Annotated[Text, Tag("[string]")]
+    | Annotated[TextInput, Tag("[text]")]
+    | Annotated[ImageInput, Tag("[image]")],
+    Discriminator(
+        _tag_item,
+        custom_error_type="item",
+        custom_error_message='Give a string, {"text": …} or {"image": …}; token ids are not taken.',
+    ),
+]
+Items: TypeAlias = Annotated[list[Item], Field(min_length=1, max_length=MOST_INPUTS)]
+
+
+class ImageUrl(_Strict):
+    """The image of a chat message; `detail` changes nothing."""
+
+    url: ImageText
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextPart(_Strict):
+    """A text of a chat message, or of Cohere's `inputs`."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ImagePart(_Strict):
+    """An image of a chat message, or of Cohere's `inputs`."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts: TypeAlias = Annotated[list[Part], Field(min_length=1, max_length=MOST_INPUTS)]
+
+
+class Message(_Strict):
+    """A chat message."""
+
+    role: str
+    content: Annotated[
+        Annotated[Text, Tag("[one]")] | Annotated[Parts, Tag("[many]")], Discriminator(_tag_list)
+    ]
+
+
+class Content(_Strict):
+    """One of Cohere's `inputs`: a text or an image; both together are no input of this model."""
+
+    content: Annotated[list[Part], Field(min_length=1, max_length=1)]
+
+
+class _Options(_Strict):
+    model: str | None = Field(None, description="Name of the served model; it may be left out.")
+
+
+class _OpenAIOptions(_Options):
+    dimensions: int | None = Field(
+        None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="base64 is of little-endian float32."
+    )
+    user: str | None = Field(None, description="Changes nothing.")
+    truncate: bool = Field(True, description="false refuses texts that would be truncated.")
+
+
+class _CohereOptions(_Options):
+    input_type: str | None = Field(None, description="Changes nothing.")
+    output_dimension: int | None = Field(None, ge=1)
+    embedding_types: Annotated[
+        list[Literal["float", "base64"]], Field(min_length=1, max_length=2)
+    ] = Field(["float"])
+    truncate: Literal["NONE", "END"] = "END"
+
+
+class _HasTexts(_Strict):
+    texts: Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+
+
+class _HasImages(_Strict):
+    images: Annotated[list[ImageText], Field(min_length=1, max_length=MOST_INPUTS)]
+
+
+class _HasInputs(_Strict):
+    inputs: Annotated[list[Content], Field(min_length=1, max_length=MOST_INPUTS)]
+
+
+class InputRequest(_OpenAIOptions):
+    """OpenAI's request; objects in `input` are texts or images."""
+
+    input: Annotated[
+        Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")], Discriminator(_tag_list)
+    ]
+
+
+def _require_one(messages: list[Message]) -> list[Message]:
+    count = sum(1 if isinstance(m.content, str) else len(m.content) for m in messages)
+    if count != 1:
+        raise ValueError(
+            f"a conversation gives one embedding, of one text or one image; got {count}. Send "
+            "several in `input`, or a request for each."
+        )
+    return messages
+
+
+class MessagesRequest(_OpenAIOptions):
+    """vLLM's request: a conversation gives one embedding, of one text or one image."""
+
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_INPUTS), AfterValidator(_require_one)
+    ]
+
+
+class TextsRequest(_OpenAIOptions, _HasTexts):
+    """Cohere's texts, answered as OpenAI does."""
+
+
+class ImagesRequest(_OpenAIOptions, _HasImages):
+    """Cohere's images, answered as OpenAI does."""
+
+
+class InputsRequest(_OpenAIOptions, _HasInputs):
+    """Cohere's texts and images in one order, answered as OpenAI does."""
+
+
+class CohereTextsRequest(_CohereOptions, _HasTexts):
+    """Cohere's texts."""
+
+
+class CohereImagesRequest(_CohereOptions, _HasImages):
+    """Cohere's images."""
+
+
+class CohereInputsRequest(_CohereOptions, _HasInputs):
+    """Cohere's texts and images in one order."""
+
+
+def _one_of(*names: str) -> Discriminator:
+    """Choose a request by the one field of these that it has."""
+
+    def find(body: Any) -> str:
+        has: Callable[[str], bool] = (
+            body.__contains__ if isinstance(body, dict) else lambda name: hasattr(body, name)
+        )
+        given = [name for name in names if has(name)]
+        return f"[{given[0]}]" if len(given) == 1 else ""
+
+    return Discriminator(
+        find,
+        custom_error_type="form",
+        custom_error_message=f"Give a JSON object with exactly one of {', '.join(names)}.",
+    )
+
+
+EmbeddingRequest: TypeAlias = Annotated[
+    Annotated[InputRequest, Tag("[input]")]
+    | Annotated[MessagesRequest, Tag("[messages]")]
+    | Annotated[TextsRequest, Tag("[texts]")]
+    | Annotated[ImagesRequest, Tag("[images]")]
+    | Annotated[InputsRequest, Tag("[inputs]")],
+    _one_of("input", "messages", "texts", "images", "inputs"),
+]
+CohereRequest: TypeAlias = Annotated[
+    Annotated[CohereTextsRequest, Tag("[texts]")]
+    | Annotated[CohereImagesRequest, Tag("[images]")]
+    | Annotated[CohereInputsRequest, Tag("[inputs]")],
+    _one_of("texts", "images", "inputs"),
+]
+
+
+class ClassifyRequest(_Options):
+    """Images and the labels to choose from."""
+
+    images: Annotated[list[ImageText], Field(min_length=1, max_length=MOST_INPUTS)]
+    candidate_labels: Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    templates: Annotated[list[Text], Field(min_length=1, max_length=100)] = Field(
+        ["{}"], description="Prompts with {} for the label; several are averaged."
+    )
+    top_k: int | None = Field(None, ge=1, description="Labels per image; all by default.")
+
+
+class SearchRequest(_Options):
+    """Texts and images to find images for."""
+
+    queries: Items
+    top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
+    where: str | None = Field(
+        None, min_length=1, max_length=10_000, description="Filter on columns, as in SQL."
+    )
+
+
+class Usage(BaseModel):
+    """Tokens of the texts as the model read them, prompts included; images have none."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    """One embedding."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingResponse(BaseModel):
+    """Embeddings in the order of the inputs."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+    truncated: list[int] = Field(description="Places of the texts that were truncated.")
+
+
+class CohereEmbeddings(BaseModel):
+    """Embeddings by type."""
+
+    float: list[list[float]] | None = None
+    base64: list[str] | None = None
+
+
+class CohereResponse(BaseModel):
+    """Cohere's response."""
+
+    id: str
+    response_type: Literal["embeddings_by_type"]
+    embeddings: CohereEmbeddings
+    texts: list[str]
+    meta: dict[str, Any]
+
+
+class LabelScore(BaseModel):
+    """A label of an image."""
+
+    label: str
+    cosine: float
+    probability: float
+
+
+class ImageLabels(BaseModel):
+    """The labels of an image, best first."""
+
+    object: Literal["classification"]
+    index: int
+    labels: list[LabelScore]
+
+
+class ClassifyResponse(BaseModel):
+    """Labels in the order of the images."""
+
+    object: Literal["list"]
+    data: list[ImageLabels]
+    model: str
+    usage: Usage
+
+
+class Hit(BaseModel):
+    """An image that was found, and its columns of the index."""
+
+    model_config = ConfigDict(extra="allow")
+
+    path: str
+    cosine: float
+
+
+class QueryHits(BaseModel):
+    """The images of a query, best first."""
+
+    object: Literal["search_result"]
+    index: int
+    hits: list[Hit]
+
+
+class SearchResponse(BaseModel):
+    """Results in the order of the queries."""
+
+    object: Literal["list"]
+    data: list[QueryHits]
+    model: str
+    usage: Usage
+
+
+class Health(BaseModel):
+    """Whether the server can answer."""
+
+    status: Literal["ok", "failed"]
+    model: str
+    modalities: list[str]
+    embedding_dim: int
+    max_text_length: int
+    num_pending: int
+    num_images: int | None = Field(description="Images of the index.")
+
+
+class ModelCard(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    owned_by: str
+    created: int
+
+
+class ModelList(BaseModel):
+    """The served models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, and what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """An error."""
+
+    error: ErrorDetail

@@ -1,0 +1,149 @@
+"""What a server needs of a model, and the model of this package as such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..encoding.encode import (
+    default_batch_size,
+    default_token_budget,
+    encode_prepared_images,
+    encode_texts,
+    measure_texts,
+    raise_malloc_thresholds,
+)
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+
+
+class ServedEncoder(Protocol):
+    """Embeds texts and images; called by one thread, but `measure_texts` and `prepare_image`.
+
+    Attributes:
+        modalities: Those of `"text"` and `"image"` that it embeds.
+        embedding_dim: P, the width of an embedding.
+        max_text_length: Maximum tokens per text; the rest is truncated.
+        logit_scale: Factor of cosines before a softmax; None where there is none.
+        token_budget: Maximum tokens per batch by default.
+        batch_size: Maximum images per batch by default.
+    """
+
+    modalities: tuple[str, ...]
+    embedding_dim: int
+    max_text_length: int
+    logit_scale: float | None
+    token_budget: int
+    batch_size: int
+
+    def measure_texts(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Count tokens as the model reads them, (N,), and find which texts are truncated, (N,).
+
+        Args:
+            texts: N texts.
+
+        Raises:
+            ValueError: A text is blank.
+        """
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts.
+
+        Args:
+            texts: N texts.
+
+        Returns:
+            (N, P) of unit length.
+        """
+
+    def prepare_image(self, image: Image.Image) -> Any:
+        """Turn an image into what `encode_images` takes; called by several threads.
+
+        Args:
+            image: An upright RGB image.
+        """
+
+    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        """Embed images.
+
+        Args:
+            images: N images, each from `prepare_image`.
+
+        Returns:
+            (N, P) of unit length.
+        """
+
+
+class ModelEncoder:
+    """A loaded model and its processor; see `ServedEncoder`.
+
+    Args:
+        model: A whole, text-only or vision-only model.
+        processor: Its processor.
+
+    Examples:
+        >>> encoder = ModelEncoder(*load_model("my-model"))
+        >>> encoder.encode_texts(["a dog"]).shape == (1, encoder.embedding_dim)
+        True
+    """
+
+    def __init__(
+        self,
+        model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
+        processor: LLM2CLIPProcessor,
+    ) -> None:
+        self._model: Any = model  # which of its towers are there decides what is called
+        self._processor = processor
+        towers = {"text": "text_model", "image": "vision_model"}
+        self.modalities = tuple(name for name, tower in towers.items() if hasattr(model, tower))
+        self.embedding_dim = int(model.config.projection_dim)
+        self.max_text_length = processor.longest_text
+        scale = getattr(model, "logit_scale", None)
+        self.logit_scale = None if scale is None else float(scale().detach())
+        self.token_budget = default_token_budget(model.device)
+        self.batch_size = default_batch_size(model.device)
+        if model.device.type == "cpu":
+            raise_malloc_thresholds()
+
+    def measure_texts(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Count tokens, (N,), and find which texts are truncated, (N,).
+
+        Args:
+            texts: N texts.
+        """
+        return measure_texts(self._processor, texts)
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts, (N, P); the same numbers as `encode_texts` of this package.
+
+        Args:
+            texts: N texts.
+        """
+        return _to_numpy(encode_texts(self._model, self._processor, texts))
+
+    def prepare_image(self, image: Image.Image) -> dict[str, Tensor]:
+        """Resize and normalize an image.
+
+        Args:
+            image: An upright RGB image.
+        """
+        return dict(self._processor(images=[image]))
+
+    def encode_images(self, images: Sequence[Mapping[str, Tensor]]) -> NDArray[np.float32]:
+        """Embed images, (N, P); the same numbers as `encode_images` of this package.
+
+        Args:
+            images: N images, each from `prepare_image`.
+        """
+        embeds = encode_prepared_images(self._model, images, batch_size=self.batch_size)
+        return _to_numpy(embeds)
+
+
+def _to_numpy(embeds: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = embeds.numpy()
+    return array

@@ -1,0 +1,414 @@
+"""The service behind every route: embeds, classifies and searches, in batches over all callers.
+
+It knows no HTTP. Its methods are coroutines that any event loop and any number of them may await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..configs.serve_config import ServeConfig
+from ..image_loading_llm2clip import load_images
+from ..search.label_ranking import Tag, average_prompts, rank_labels
+from ..search.tag_labels import Label, make_labels
+from .batching import BatchWorker, Lane, OnBatch
+from .errors import RequestError
+from .image_inputs import decode_image
+from .served_encoder import ServedEncoder
+
+if TYPE_CHECKING:
+    from ..search.image_index import ImageIndex
+    from ..search.search_results import SearchResult
+
+Input: TypeAlias = str | bytes | Image.Image
+"""A text, an encoded image, or an image."""
+T = TypeVar("T")
+
+_LONGEST_RETRY_S = 60
+
+
+@dataclass(frozen=True)
+class EmbeddedInputs:
+    """Embeddings of the inputs of one request.
+
+    Attributes:
+        embeds: (N, D) float32 of unit length, in the order of the inputs.
+        num_tokens: Tokens of all texts as the model read them, prompts included.
+        truncated: Places of the texts that were truncated.
+    """
+
+    embeds: NDArray[np.float32]
+    num_tokens: int
+    truncated: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ClassifiedImages:
+    """Labels of images.
+
+    Attributes:
+        tags: For each image its labels, best first.
+        num_tokens: Tokens of all prompts as the model read them.
+    """
+
+    tags: list[list[Tag]]
+    num_tokens: int
+
+
+class EmbeddingService:
+    """A model, and an index where there is one, for many callers at once.
+
+    Args:
+        encoder: The model.
+        config: Limits, and how inputs are batched.
+        model_name: What requests and responses call the model.
+        index: Images to search, of the same model.
+        on_batch: Called after each batch, in the thread that runs the model.
+
+    Examples:
+        >>> service = EmbeddingService.open("my-model")
+        >>> embedded = asyncio.run(service.embed(["a dog", Path("dog.png").read_bytes()]))
+        >>> embedded.embeds.shape == (2, service.encoder.embedding_dim)
+        True
+        >>> service.close()
+    """
+
+    def __init__(
+        self,
+        encoder: ServedEncoder,
+        config: ServeConfig | None = None,
+        *,
+        model_name: str,
+        index: ImageIndex | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.config = config = config or ServeConfig()
+        self.model_name = model_name
+        self.index = index
+        self.on_batch = on_batch
+        lanes = {
+            "text": Lane("text", encoder.encode_texts, config.token_budget or encoder.token_budget),
+            "image": Lane("image", encoder.encode_images, config.batch_size or encoder.batch_size),
+        }
+        self._worker = BatchWorker(
+            [lanes[name] for name in encoder.modalities],
+            max_wait_s=config.max_wait_ms / 1000,
+            on_batch=self._report_batch,
+        )
+        self._threads = ThreadPoolExecutor(config.num_workers, "llm2clip-prepare")
+        self._lock = threading.Lock()
+        self._num_pending = 0
+        self._is_closed = False
+
+    @classmethod
+    def open(
+        cls, model: str | Path, config: ServeConfig | None = None, *, index: str | None = None
+    ) -> EmbeddingService:
+        """Load a model, and open an index.
+
+        Args:
+            model: Folder or Hub id of a trained model.
+            config: Limits, and how inputs are batched.
+            index: Index of images, as `llm2clip index` writes it.
+
+        Raises:
+            ValueError: The model is not trained, the device is not there, or the index is of
+                another model.
+        """
+        from ..model_folders.model_loading import load_model
+        from ..model_folders.training_state import require_trained
+        from .served_encoder import ModelEncoder
+
+        config = config or ServeConfig()
+        loaded, processor = load_model(model, device=config.device)
+        require_trained(loaded, purpose="serving", source=model)
+        return cls(
+            ModelEncoder(loaded, processor),
+            config,
+            model_name=config.model_name or Path(model).resolve().name,
+            index=None if index is None else _open_index(index, model),
+        )
+
+    @property
+    def num_pending(self) -> int:
+        """Number of texts and images in work and waiting."""
+        return self._num_pending
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread that runs the model is there."""
+        return self._worker.is_alive
+
+    def close(self) -> None:
+        """Finish what is queued, and end all threads; may be called again."""
+        self._is_closed = True
+        self._worker.close()
+        self._threads.shutdown()
+
+    async def embed(
+        self,
+        inputs: Sequence[Input],
+        *,
+        dimensions: int | None = None,
+        truncate: bool = True,
+    ) -> EmbeddedInputs:
+        """Embed texts and images, in one order.
+
+        Args:
+            inputs: Texts and images, at least one.
+            dimensions: Keep the first D numbers of an embedding, of unit length again; None for
+                all P.
+            truncate: Truncate texts that are longer than the model reads, instead of refusing them.
+
+        Raises:
+            RequestError: An input cannot be embedded, or the queue is full.
+        """
+        self._check(inputs, dimensions)
+        with self._admit(len(inputs)):
+            places = {
+                "text": [i for i, one in enumerate(inputs) if isinstance(one, str)],
+                "image": [i for i, one in enumerate(inputs) if not isinstance(one, str)],
+            }
+            texts, images = ([inputs[i] for i in places[name]] for name in ("text", "image"))
+            of_texts, of_images = await _all_or_none(
+                self._embed_texts([str(text) for text in texts], truncate=truncate),
+                self._embed_images(images),
+            )
+        embeds = np.empty((len(inputs), self.encoder.embedding_dim), dtype=np.float32)
+        embeds[places["text"]] = of_texts.embeds
+        embeds[places["image"]] = of_images
+        if dimensions is not None and dimensions < embeds.shape[1]:
+            embeds = embeds[:, :dimensions]
+            embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+        truncated = [places["text"][place] for place in of_texts.truncated]
+        return EmbeddedInputs(embeds, of_texts.num_tokens, truncated)
+
+    async def classify(
+        self,
+        images: Sequence[bytes | Image.Image],
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] = ("{}",),
+        top_k: int | None = None,
+    ) -> ClassifiedImages:
+        """Classify images by labels that the model was not trained for.
+
+        Args:
+            images: Images, at least one.
+            labels: Candidate labels, each once.
+            templates: Prompts with `{}` for the label; several are averaged.
+            top_k: Labels per image; None for all.
+
+        Raises:
+            RequestError: An image or a label is not valid, the model lacks a tower, or the queue is
+                full.
+        """
+        if self.encoder.logit_scale is None:
+            raise RequestError(400, "This model has one tower; classifying needs both.")
+        try:
+            candidates = make_labels(labels, templates=templates)
+        except ValueError as error:
+            raise RequestError(400, str(error), param="candidate_labels") from None
+        prompts = [prompt for label in candidates for prompt in label.prompts]
+        embedded = await self.embed([*prompts, *images])
+        tags = await self._run(
+            partial(self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k)
+        )
+        return ClassifiedImages(tags, embedded.num_tokens)
+
+    async def search(
+        self, queries: Sequence[Input], *, top_k: int = 6, where: str | None = None
+    ) -> tuple[list[SearchResult], int]:
+        """Find the images of the index that fit texts and images best.
+
+        Args:
+            queries: Texts and images, at least one.
+            top_k: Images per query.
+            where: Filter in SQL over the columns of the index.
+
+        Returns:
+            A result for each query, and the tokens of all texts.
+
+        Raises:
+            RequestError: There is no index, a query or the filter is not valid, or the queue is
+                full.
+        """
+        if self.index is None:
+            raise RequestError(
+                404, "This server has no index. Start it with --index DB.", code="no_index"
+            )
+        embedded = await self.embed(queries)
+        try:
+            found = await self._run(
+                partial(self.index.search, embedded.embeds, top_k=top_k, where=where)
+            )
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
+        return found, embedded.num_tokens
+
+    def _check(self, inputs: Sequence[Input], dimensions: int | None) -> None:
+        width = self.encoder.embedding_dim
+        if not inputs:
+            raise RequestError(400, "There is nothing to embed. Send at least one text or image.")
+        if len(inputs) > self.config.max_queue:
+            raise RequestError(
+                413,
+                f"{len(inputs)} texts and images in one request; send at most "
+                f"{self.config.max_queue}.",
+                code="too_many_inputs",
+            )
+        if dimensions is not None and not 1 <= dimensions <= width:
+            raise RequestError(
+                400,
+                f"dimensions={dimensions}; the embeddings of this model have {width}. Give 1 to "
+                f"{width}, or leave it out.",
+                param="dimensions",
+            )
+        for modality, are_there in (
+            ("text", any(isinstance(one, str) for one in inputs)),
+            ("image", any(not isinstance(one, str) for one in inputs)),
+        ):
+            if are_there and modality not in self.encoder.modalities:
+                raise RequestError(
+                    400,
+                    f"This model has no {modality} tower. Send {self.encoder.modalities[0]}s.",
+                    code="modality_not_supported",
+                )
+
+    @contextmanager
+    def _admit(self, count: int) -> Iterator[None]:
+        with self._lock:
+            if self._is_closed:
+                raise RequestError(503, "The server is stopping.", retry_after_s=1)
+            if self._num_pending + count > self.config.max_queue:
+                raise RequestError(
+                    429,
+                    f"{self._num_pending} texts and images are waiting, and {count} more do not "
+                    "fit into the queue. Try again later.",
+                    code="queue_full",
+                    retry_after_s=self._estimate_wait(),
+                )
+            self._num_pending += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_pending -= count
+
+    def _estimate_wait(self) -> int:
+        """Return the seconds until what waits is done, from the speed so far."""
+        lanes = [self._worker.find_lane(name) for name in self.encoder.modalities]
+        num_done = sum(lane.num_done for lane in lanes)
+        seconds = sum(lane.busy_s for lane in lanes) / max(num_done, 1) * self._num_pending
+        return min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)
+
+    async def _embed_texts(self, texts: list[str], *, truncate: bool) -> EmbeddedInputs:
+        if not texts:
+            return EmbeddedInputs(self._no_embeds(), 0)
+        try:
+            lengths, is_truncated = await self._run(partial(self.encoder.measure_texts, texts))
+        except ValueError as error:
+            raise RequestError(400, str(error), code="invalid_text") from None
+        truncated: list[int] = np.flatnonzero(is_truncated).tolist()
+        if truncated and not truncate:
+            raise RequestError(
+                400,
+                f"{len(truncated)} of {len(texts)} texts are longer than the "
+                f"{self.encoder.max_text_length} tokens that the model reads (first: number "
+                f"{truncated[0]}). Shorten them, or allow truncation.",
+                code="text_too_long",
+            )
+        embeds = await self._compute("text", texts, lengths.tolist())
+        return EmbeddedInputs(embeds, int(lengths.sum()), truncated)
+
+    async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        """Embed images part by part: thousands that are decoded at once would fill the memory."""
+        size = self.config.batch_size or self.encoder.batch_size
+        running: deque[asyncio.Future[NDArray[np.float32]]] = deque()
+        parts = [self._no_embeds()]
+        try:
+            for start in range(0, len(images), size):
+                prepared = await _all_or_none(
+                    *(self._run(partial(self._prepare, i)) for i in images[start : start + size])
+                )
+                computed = self._compute("image", prepared, [1] * len(prepared))
+                running.append(asyncio.ensure_future(computed))
+                if len(running) > 1:  # one part is encoded while the next one is decoded
+                    parts.append(await running.popleft())
+            parts += [await future for future in running]
+        finally:
+            for future in running:
+                future.cancel()
+        return np.concatenate(parts)
+
+    async def _compute(
+        self, modality: str, inputs: Sequence[Any], costs: Sequence[int]
+    ) -> NDArray[np.float32]:
+        return await asyncio.wrap_future(self._worker.submit(modality, inputs, costs))
+
+    def _prepare(self, image: bytes | Image.Image) -> Any:
+        if isinstance(image, Image.Image):
+            decoded = load_images(image)
+        else:
+            decoded = decode_image(image, max_megapixels=self.config.max_megapixels)
+        return self.encoder.prepare_image(decoded)
+
+    def _rank(
+        self,
+        embeds: NDArray[np.float32],
+        labels: list[Label],
+        *,
+        num_prompts: int,
+        top_k: int | None,
+    ) -> list[list[Tag]]:
+        rows = torch.from_numpy(embeds)
+        assert self.encoder.logit_scale is not None
+        return rank_labels(
+            rows[num_prompts:],
+            average_prompts(rows[:num_prompts], labels),
+            labels,
+            scale=self.encoder.logit_scale,
+            top_k=top_k or len(labels),
+        )
+
+    def _no_embeds(self) -> NDArray[np.float32]:
+        return np.empty((0, self.encoder.embedding_dim), dtype=np.float32)
+
+    def _report_batch(self, name: str, count: int, cost: int, seconds: float) -> None:
+        if self.on_batch is not None:
+            self.on_batch(name, count, cost, seconds)
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+
+async def _all_or_none(*awaitables: Any) -> Any:
+    """Await all; the first error cancels the others, whose results nobody wants."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _open_index(index: str, model: str | Path) -> ImageIndex:
+    from ..search.image_index import ImageIndex
+
+    return ImageIndex.open(index, model=model)

@@ -1,0 +1,178 @@
+"""Fetches images from the web for a server, which must not become a way into its own network.
+
+A host is looked up once, every address of it must be public, and the connection goes to an address
+that was checked, so that a second look-up cannot give another one. A redirect is a new URL. No
+proxy, no cookie, no compression.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import h11
+
+from .errors import RequestError
+
+_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+_Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_MOST_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
+_CHUNK = 2**16  # bytes
+_SHOWN = 100  # characters of a URL in an error
+_PORTS = {"http": 80, "https": 443}
+# IPv6 addresses that routers translate to the IPv4 address in their last 32 bits (RFC 6052).
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+
+class UrlFetcher:
+    """Fetches public http and https URLs.
+
+    Args:
+        networks: Further networks that may be reached, such as `"10.1.0.0/16"`.
+        max_bytes: Maximum size of what is fetched.
+        timeout_s: Seconds for one URL, its redirects included.
+    """
+
+    def __init__(self, *, networks: Sequence[str] = (), max_bytes: int, timeout_s: float) -> None:
+        self._networks = [ipaddress.ip_network(network) for network in networks]
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._tls = ssl.create_default_context()
+
+    async def fetch(self, url: str) -> bytes:
+        """Fetch a URL.
+
+        Args:
+            url: An http or https URL.
+
+        Returns:
+            The content.
+
+        Raises:
+            RequestError: The URL is not valid or not public, what it names is too large or cannot
+                be fetched in time. Nothing of the answer is quoted.
+        """
+        try:
+            return await asyncio.wait_for(self._follow(url), self._timeout_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise _refuse(url, f"did not answer within {self._timeout_s:g} seconds") from None
+        except (OSError, h11.ProtocolError) as error:
+            raise _refuse(url, f"cannot be fetched ({type(error).__name__})") from error
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(_MOST_REDIRECTS + 1):
+            answer = await self._get(url, _parse(url))
+            if isinstance(answer, bytes):
+                return answer
+            url = urljoin(url, answer)
+        raise _refuse(url, f"redirects more than {_MOST_REDIRECTS} times")
+
+    async def _get(self, url: str, parts: SplitResult) -> bytes | str:
+        """Return the content, or where it moved to."""
+        port = parts.port or _PORTS[parts.scheme]
+        address = await self._resolve(url, str(parts.hostname), port)
+        async with self._connect(address, port, parts) as (reader, writer):
+            connection = h11.Connection(our_role=h11.CLIENT)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            headers = [
+                ("Host", parts.netloc), ("User-Agent", "modeling_llm2clip"),
+                ("Accept", "image/*"), ("Accept-Encoding", "identity"), ("Connection", "close"),
+            ]  # fmt: skip
+            request = h11.Request(method="GET", target=target, headers=headers)
+            writer.write(connection.send(request) + connection.send(h11.EndOfMessage()))
+            await writer.drain()
+            return await self._read(url, connection, reader)
+
+    async def _read(
+        self, url: str, connection: h11.Connection, reader: asyncio.StreamReader
+    ) -> bytes | str:
+        content = bytearray()
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                connection.receive_data(await reader.read(_CHUNK))
+            elif isinstance(event, h11.Response):
+                headers = dict(event.headers.raw_items())
+                headers = {name.lower(): value for name, value in headers.items()}
+                if event.status_code in _REDIRECTS and b"location" in headers:
+                    return headers[b"location"].decode("latin-1")
+                if event.status_code != 200:
+                    raise _refuse(url, f"answers with status {event.status_code}")
+            elif isinstance(event, h11.Data):
+                content += event.data
+                if len(content) > self._max_bytes:
+                    raise _refuse(url, f"has more than {self._max_bytes / 1e6:g} MB", status=413)
+            elif isinstance(event, h11.EndOfMessage):
+                return bytes(content)
+            elif isinstance(event, h11.ConnectionClosed):
+                raise _refuse(url, "closed the connection without an answer")
+
+    async def _resolve(self, url: str, host: str, port: int) -> str:
+        """Return an address of the host, all of which must be allowed."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise _refuse(url, "has a host that cannot be found") from None
+        addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        if not all(map(self._is_allowed, addresses)):
+            raise _refuse(url, "is not on the public internet", code="url_not_allowed")
+        return str(addresses[0])
+
+    def _is_allowed(self, address: _Address) -> bool:
+        if any(address in network for network in self._networks):
+            return True
+        if isinstance(address, ipaddress.IPv6Address):
+            embedded = address.ipv4_mapped or address.sixtofour
+            if embedded is None and address in _TRANSLATED:
+                embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+            if embedded is not None:
+                return self._is_allowed(embedded)
+            if address.teredo is not None:
+                return False
+        return address.is_global and not address.is_multicast
+
+    @asynccontextmanager
+    async def _connect(
+        self, address: str, port: int, parts: SplitResult
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        is_tls = parts.scheme == "https"
+        reader, writer = await asyncio.open_connection(
+            address, port, limit=_CHUNK,
+            ssl=self._tls if is_tls else None,
+            server_hostname=parts.hostname if is_tls else None,
+        )  # fmt: skip
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
+
+
+def _parse(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port_is_valid = parts.port != 0
+    except ValueError:  # such as a port that is not a number
+        raise _refuse(url, "is not a valid URL") from None
+    if parts.scheme not in _PORTS:
+        raise _refuse(url, "is not an http or https URL", code="url_not_allowed")
+    if not parts.hostname or "@" in parts.netloc or not port_is_valid:
+        raise _refuse(url, "has no host, or a password in it", code="url_not_allowed")
+    # A line break would end the request's header.
+    if not url.isascii() or any(char <= " " or char == "\x7f" for char in url):
+        raise _refuse(url, "has characters that must be percent-encoded")
+    return parts
+
+
+def _refuse(
+    url: str, problem: str, *, status: int = 400, code: str = "invalid_image_url"
+) -> RequestError:
+    return RequestError(status, f"The image URL {url[:_SHOWN]!r} {problem}.", code=code)

@@ -1,0 +1,81 @@
+"""Services and servers on loopback around tiny models, and images as requests carry them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import uvicorn
+from PIL import Image
+from shared_models import shared_model
+
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.run_server import bind_socket
+from modeling_llm2clip.serving.served_encoder import ModelEncoder
+from modeling_llm2clip.serving.service import EmbeddingService
+
+MODEL_NAME = "tiny"
+# Of very different lengths, with the longest beyond the 32 tokens that the tiny model reads.
+MIXED_TEXTS = [
+    "a", "a dog", "two red apples on a wooden table by the window", "the sea at night " * 20,
+    "Eine Katze schläft", "夜の東京", "x y z", "a photo of a red car", "🐕",
+]  # fmt: skip
+
+
+def to_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_data_url(content: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def from_base64(text: str) -> Any:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+@contextmanager
+def open_service(encoder: Any = None, *, index: Any = None, **limits: Any) -> Iterator[Any]:
+    """A service around the shared tiny model, or another encoder."""
+    service = EmbeddingService(
+        encoder or ModelEncoder(*shared_model()),
+        ServeConfig(device="cpu", **limits),
+        model_name=MODEL_NAME,
+        index=index,
+    )
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+@contextmanager
+def run_app(app: Any) -> Iterator[str]:
+    """Serve an application on loopback in a thread; yields its URL."""
+    bound = bind_socket(ServeConfig(port=0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            thread.join(0.01)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def run_service(**options: Any) -> Iterator[tuple[str, Any]]:
+    """Serve the shared tiny model on loopback; yields URL and service."""
+    with open_service(**options) as service, run_app(create_app(service)) as url:
+        yield url, service

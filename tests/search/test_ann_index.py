@@ -1,0 +1,170 @@
+"""The approximate index: how many partitions a text visits, when it is kept, and its recall."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from indexes import (
+    add_rows,
+    build,
+    make_database,
+    make_embeddings,
+    make_text_embeddings,
+    save_images,
+    save_model,
+)
+
+from modeling_llm2clip.search import ann_index, index_building
+from modeling_llm2clip.search.ann_index import needs_training, search_all, train_ann
+from modeling_llm2clip.search.exact_search import find_greatest_cosines, measure_recall
+from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.search.index_building import choose_texts
+from modeling_llm2clip.search.index_database import IndexDatabase
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[IndexDatabase, np.ndarray]:
+    """A database of 3,000 images in 12 partitions, and queries from elsewhere."""
+    monkeypatch.setattr(ann_index, "_ROWS_PER_PARTITION", 250)
+    queries = make_text_embeddings(20)
+    return make_database(tmp_path / "index", make_embeddings(3000)), queries
+
+
+def train(database: IndexDatabase, queries: np.ndarray, **options: object) -> ann_index.AnnIndex:
+    settings = {"min_recall": 0.97, "always": True, "report": lambda _: None, **options}
+    return train_ann(database, queries, **settings)  # type: ignore[arg-type]
+
+
+def test_as_few_partitions_are_visited_as_find_enough(
+    trained: tuple[IndexDatabase, np.ndarray],
+) -> None:
+    database, queries = trained
+    ann = train(database, queries)
+    assert ann.num_partitions == 12 and ann.num_rows == 3000
+    greatest = find_greatest_cosines(queries, [make_embeddings(3000)], top_k=10)
+    found = search_all(database, queries, ann=ann)
+    assert measure_recall(found, greatest) == pytest.approx(ann.recall_at_10, abs=1e-3)
+    assert ann.recall_at_10 >= 0.97
+    fewer = [n for n in ann_index._list_nprobes(12) if n < ann.nprobes]
+    for nprobes in fewer:
+        tried = dataclasses.replace(ann, nprobes=nprobes)
+        assert measure_recall(search_all(database, queries, ann=tried), greatest) < 0.97
+
+
+def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
+    trained: tuple[IndexDatabase, np.ndarray],
+) -> None:
+    database, queries = trained
+    ann = dataclasses.replace(train(database, queries), nprobes=1)
+    near = make_embeddings(20, seed=2)
+    greatest = {
+        name: find_greatest_cosines(of, [make_embeddings(3000)], top_k=10)
+        for name, of in (("texts", queries), ("images", near))
+    }
+    of_texts = measure_recall(search_all(database, queries, ann=ann), greatest["texts"])
+    of_images = measure_recall(search_all(database, near, ann=ann), greatest["images"])
+    assert of_texts < of_images - 0.2
+
+
+def test_cosines_of_the_approximate_index_are_exact(
+    trained: tuple[IndexDatabase, np.ndarray],
+) -> None:
+    database, queries = trained
+    ann = train(database, queries)
+    rows = {row["path"]: row["cosine"] for row in database.search(queries[0], top_k=10, ann=ann)}
+    exact = database.search(queries[0], top_k=3000)
+    wanted = {row["path"]: row["cosine"] for row in exact if row["path"] in rows}
+    assert rows == pytest.approx(wanted, abs=1e-6)  # float32, summed in another order
+
+
+@pytest.mark.parametrize(
+    ("query_ms", "min_recall", "reason"),
+    [(1.0, 0.9, None), (9.0, 0.9, "slower than without"), (1.0, 1.1, "below 1.1")],
+)
+def test_it_is_kept_if_it_finds_enough_and_is_faster(
+    trained: tuple[IndexDatabase, np.ndarray], monkeypatch: pytest.MonkeyPatch,
+    query_ms: float, min_recall: float, reason: str | None,
+) -> None:  # fmt: skip
+    """With times that are given: how long a query takes here decides nothing."""
+    times = iter([query_ms, 5.0])
+    monkeypatch.setattr(ann_index, "time_search", lambda *_, **__: next(times))
+    database, queries = trained
+    lines: list[str] = []
+    ann = train(database, queries, always=False, min_recall=min_recall, report=lines.append)
+    assert ann.is_used == (reason is None)
+    assert bool(database._table.list_indices()) == ann.is_used
+    assert f"recall@10 {ann.recall_at_10:.3f} of 20 texts" in lines[-1]
+    assert reason is None or f"Not kept: {reason}" in lines[-1]
+
+
+def test_new_images_are_found_and_many_of_them_ask_for_training(
+    trained: tuple[IndexDatabase, np.ndarray],
+) -> None:
+    database, queries = trained
+    ann = train(database, queries)
+    database.write_about(dataclasses.replace(database.about, ann=ann))
+    assert not needs_training(database)
+    add_rows(database, make_text_embeddings(20, seed=3), first=3000)  # where the queries are
+    for step in ("before they are in the index", "after"):
+        found = database.search(queries[0], top_k=5, ann=ann)
+        assert all(int(row["path"][:6]) >= 3000 for row in found), step
+        database.optimize()
+    assert not needs_training(database)
+    add_rows(database, make_embeddings(800, seed=4), first=3020)
+    assert needs_training(database)
+
+
+def test_a_command_that_asks_for_it_gets_it_measured_with_texts(tmp_path: Path) -> None:
+    model, images = save_model(tmp_path / "model"), save_images(tmp_path / "images", count=6)
+    index, report = build(model, images, tmp_path / "index", ann="always")
+    assert "recall@10 1.000 of 200 texts" in report
+    assert index.about.ann is not None and index.about.ann.is_used
+    opened = ImageIndex.open(tmp_path / "index")
+    assert opened.search(["a dog"]) == opened.search(["a dog"], exact=True)
+    assert len(opened.search("a dog", top_k=6).hits) == 6
+    (images / "1.png").unlink()
+    assert (
+        "recall@10 1.000 of 200 texts" in build(model, images, tmp_path / "index", ann="always")[1]
+    )
+    assert "recall" not in build(model, images, tmp_path / "index", ann="always")[1]  # unchanged
+    assert build(model, images, tmp_path / "index")[0].about.ann is None  # six are too few
+    assert build(model, images, tmp_path / "never", ann="never")[0].about.ann is None
+
+
+def test_from_enough_images_on_one_is_built_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = save_model(tmp_path / "model"), save_images(tmp_path / "images", count=6)
+    monkeypatch.setattr(index_building, "FEWEST_ROWS", 6)
+    index, report = build(model, images, tmp_path / "index")
+    assert index.about.ann is not None and "Approximate index:" in report
+    assert "Approximate" not in build(model, images, tmp_path / "index")[1]  # nor tried each time
+
+
+def test_recall_is_the_share_of_the_nearest_that_is_found() -> None:
+    greatest = np.array([[0.9, 0.8], [0.5, 0.5]])
+    assert measure_recall([[0.9, 0.8], [0.5, 0.5]], greatest) == 1
+    assert measure_recall([[0.9, 0.7], [0.5, 0.4]], greatest) == 0.5
+    assert measure_recall([[0.8], []], greatest) == 0.25
+    # An image of an equal cosine is as good as another, and counts once.
+    assert measure_recall([[0.9, 0.8, 0.8], [0.5, 0.5, 0.5]], greatest) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 7, 40])
+def test_the_greatest_cosines_are_those_of_all_embeddings_sorted(parts: int) -> None:
+    images, queries = make_embeddings(40), make_embeddings(3, seed=1)
+    wanted = -np.sort(-(queries @ images.T), axis=1)
+    for top_k in (1, 10, 50):
+        found = find_greatest_cosines(queries, np.array_split(images, parts), top_k=top_k)
+        assert found == pytest.approx(wanted[:, :top_k], abs=1e-6)  # float32, in other blocks
+
+
+def test_texts_that_measure_recall_are_different_english_captions() -> None:
+    texts = choose_texts(200)
+    assert len(set(texts)) == 200 and texts == choose_texts(200)
+    assert "ein" not in {word for text in texts for word in text.split()}

@@ -1,0 +1,112 @@
+"""Images encoded in one pass: equal to the facade's, with their facts, whatever else is broken."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise
+
+from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
+from modeling_llm2clip.search.index_database import ImageFacts
+
+_TAKEN, _ORIENTATION = 306, 274
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Five images, of which the second is upright only after rotation, and the third broken."""
+    files = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, file in enumerate(files):
+        draw_noise(40, 56, seed=number).save(file)
+    exif = Image.Exif()
+    exif[_ORIENTATION] = 6
+    exif[_TAKEN] = "2024:02:29 23:59:58"
+    draw_noise(40, 56, seed=9).save(files[1], exif=exif)
+    files[2].write_bytes(b"no image")
+    return files
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_embeddings_are_those_of_the_facade_whatever_else_is_broken(
+    paths: list[Path], batch_size: int | None, num_workers: int
+) -> None:
+    model, processor = shared_model()
+    found = encode_readable_images(
+        model, processor, paths, batch_size=batch_size, num_workers=num_workers
+    )
+    readable = [path for path in paths if path != paths[2]]
+    assert found.paths == readable and list(found.errors) == [paths[2]]
+    assert "2.png: not an image" in found.errors[paths[2]]
+    wanted = encode_images(model, processor, readable)
+    assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+
+
+def test_facts_are_of_the_upright_image(paths: list[Path]) -> None:
+    found = encode_readable_images(*shared_model(), paths)
+    assert found.facts[0] == ImageFacts(56, 40, None)
+    assert found.facts[1] == ImageFacts(40, 56, datetime(2024, 2, 29, 23, 59, 58))
+
+
+def test_where_all_are_broken_there_are_no_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    model, processor = shared_model()
+    found = encode_readable_images(model, processor, [tmp_path / "a.png"])
+    assert found.embeds.shape == (0, model.config.projection_dim) and len(found.errors) == 1
+
+
+def test_an_image_that_the_processor_refuses_is_named_and_stops_no_other(
+    paths: list[Path],
+) -> None:
+    model, processor = shared_model()
+
+    def refuse_wide(images: list[Any]) -> Any:
+        if any(image.size == (40, 56) for image in images):
+            raise ValueError("absolute aspect ratio must be smaller")
+        return processor(images=images)
+
+    found = encode_readable_images(model, refuse_wide, paths)  # type: ignore[arg-type]
+    assert found.paths == [paths[0], *paths[3:]]
+    assert found.errors[paths[1]] == f"{paths[1]}: absolute aspect ratio must be smaller"
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("2024:02:29 23:59:58", datetime(2024, 2, 29, 23, 59, 58)),
+        ("2024:02:29 23:59:58\0", datetime(2024, 2, 29, 23, 59, 58)),
+        ("2024-02-29", None),
+        ("0000:00:00 00:00:00", None),
+        ("    :  :     :  :  ", None),
+        ("2023:02:29 00:00:00", None),
+    ],
+)
+def test_the_time_is_that_of_exif_or_unknown(
+    text: str, time: datetime | None, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[_TAKEN] = text
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert find_time_taken(image) == time
+
+
+def test_damaged_exif_is_no_error(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[_TAKEN] = "2024:02:29 23:59:58"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    start = content.index(b"Exif\0\0") + 6
+    for place in range(start, start + 40):
+        damaged = content[:place] + b"\xff\xfe" + content[place + 2 :]
+        (tmp_path / "a.jpg").write_bytes(damaged)
+        with Image.open(tmp_path / "a.jpg") as image:
+            found = find_time_taken(image)
+        assert found is None or isinstance(found, datetime)

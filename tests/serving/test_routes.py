@@ -1,0 +1,247 @@
+"""The API over HTTP: the schemas that clients send, errors in OpenAI's shape, its own client."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from served_apps import MIXED_TEXTS, MODEL_NAME, from_base64, run_service, to_data_url, to_png
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise, tiny_images
+
+from modeling_llm2clip import encode_images, encode_texts
+
+IMAGES = [draw_noise(), *tiny_images(2)]
+URLS = [to_data_url(to_png(image)) for image in IMAGES]
+IMAGE_PART = {"type": "image_url", "image_url": {"url": URLS[0]}}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with run_service() as (address, _):
+        yield address
+
+
+def send(address: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+    """Send a body; returns status, JSON and headers."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, json.load(response), response.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error), error.headers
+
+
+def embed(url: str, body: Any) -> Any:
+    status, answer, _ = send(f"{url}/v1/embeddings", body)
+    assert status == 200, answer
+    assert [row["index"] for row in answer["data"]] == list(range(len(answer["data"])))
+    return np.array([row["embedding"] for row in answer["data"]])
+
+
+def expect(*inputs: Any) -> Any:
+    model, processor = shared_model()
+    return np.concatenate(
+        [
+            (encode_texts if isinstance(one, str) else encode_images)(model, processor, [one])
+            for one in inputs
+        ]
+    )
+
+
+def test_the_client_of_openai_works_unmodified(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
+        assert [model.id for model in client.models.list()] == [MODEL_NAME]
+        found = client.embeddings.create(model=MODEL_NAME, input=MIXED_TEXTS)  # base64
+        floats = client.embeddings.create(
+            model=MODEL_NAME, input=MIXED_TEXTS[1], encoding_format="float", dimensions=7
+        )
+        with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+            client.embeddings.create(model="other", input="a")
+        with pytest.raises(openai.BadRequestError, match="token ids are not taken"):
+            client.embeddings.create(model=MODEL_NAME, input=[[1, 2, 3]])
+    expected = expect(*MIXED_TEXTS)
+    embeds = [row.embedding for row in found.data]
+    np.testing.assert_allclose(embeds, expected, atol=ROUNDING)
+    first = expected[1, :7] / np.linalg.norm(expected[1, :7])
+    np.testing.assert_allclose(floats.data[0].embedding, first, atol=ROUNDING)
+    ids, _ = shared_model()[1].list_ids(MIXED_TEXTS)
+    assert found.usage.prompt_tokens == found.usage.total_tokens == sum(map(len, ids))
+    assert found.model_extra is not None and found.model_extra["truncated"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs"),
+    [
+        ({"input": "a dog"}, ["a dog"]),
+        ({"input": ["a dog", "x"]}, ["a dog", "x"]),
+        ({"input": {"text": "a dog"}}, ["a dog"]),
+        ({"input": [{"image": URLS[0]}, {"text": "x"}, "y"]}, [IMAGES[0], "x", "y"]),
+        ({"messages": [{"role": "user", "content": "a dog"}]}, ["a dog"]),
+        ({"messages": [{"role": "user", "content": [IMAGE_PART]}]}, [IMAGES[0]]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+            ["x"],
+        ),
+        ({"texts": ["a dog", "x"]}, ["a dog", "x"]),
+        ({"images": URLS}, IMAGES),
+        (
+            {"inputs": [{"content": [IMAGE_PART]}, {"content": [{"type": "text", "text": "x"}]}]},
+            [IMAGES[0], "x"],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_texts_and_images_come_in_any_of_the_schemas(
+    url: str, body: dict[str, Any], inputs: list[Any]
+) -> None:
+    np.testing.assert_allclose(embed(url, body), expect(*inputs), atol=ROUNDING)
+
+
+def test_base64_is_little_endian_float32(url: str) -> None:
+    floats = embed(url, {"input": MIXED_TEXTS[:2]})
+    answer = send(f"{url}/v1/embeddings", {"input": MIXED_TEXTS[:2], "encoding_format": "base64"})[
+        1
+    ]
+    rows = [from_base64(row["embedding"]) for row in answer["data"]]
+    np.testing.assert_array_equal(np.array(rows), floats.astype(np.float32))
+
+
+def test_coheres_api_gives_the_same_embeddings(url: str) -> None:
+    body = {
+        "model": MODEL_NAME, "input_type": "search_query", "texts": ["a dog", "x"],
+        "embedding_types": ["float", "base64"], "truncate": "END", "output_dimension": 9,
+    }  # fmt: skip
+    status, answer, _ = send(f"{url}/v2/embed", body)
+    assert status == 200
+    expected = embed(url, {"input": ["a dog", "x"], "dimensions": 9})
+    np.testing.assert_array_equal(answer["embeddings"]["float"], expected)
+    rows = [from_base64(row) for row in answer["embeddings"]["base64"]]
+    np.testing.assert_array_equal(np.array(rows), expected.astype(np.float32))
+    assert answer["texts"] == ["a dog", "x"]
+    assert answer["response_type"] == "embeddings_by_type"
+    _, of_images, _ = send(f"{url}/v2/embed", {"images": URLS[:1]})
+    np.testing.assert_array_equal(
+        of_images["embeddings"]["float"], embed(url, {"images": URLS[:1]})
+    )
+
+
+def test_images_are_classified_by_labels(url: str) -> None:
+    body = {"images": URLS, "candidate_labels": ["red", "blue", "dog"], "top_k": 2}
+    status, answer, _ = send(f"{url}/v1/classify", body)
+    assert status == 200
+    cosines = expect(*IMAGES) @ expect("red", "blue", "dog").T
+    for row, scores in zip(answer["data"], cosines, strict=True):
+        found = [(label["label"], label["cosine"]) for label in row["labels"]]
+        best = sorted(zip(scores, ["red", "blue", "dog"], strict=True), reverse=True)[:2]
+        assert [name for name, _ in found] == [name for _, name in best]
+        np.testing.assert_allclose([c for _, c in found], [c for c, _ in best], atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ({"input": ""}, "at least 1 character", "input"),
+        ({"input": []}, "at least 1 item", "input"),
+        ({"input": ["a", " \t"]}, "should match pattern", "input.1"),
+        ({"input": ["a", 3]}, "token ids are not taken", "input.1"),
+        ({"input": "a", "dimensions": 1000}, "dimensions=1000", "dimensions"),
+        ({"input": "a", "dimensions": True}, "valid integer", "dimensions"),
+        ({"input": "a", "encoding_format": "hex"}, "'float' or 'base64'", "encoding_format"),
+        ({"input": "a", "dimension": 3}, "Extra inputs are not permitted", "dimension"),
+        ({"input": "a", "texts": ["b"]}, "exactly one of input, messages", None),
+        ({}, "exactly one of input, messages", None),
+        ([], "exactly one of input, messages", None),
+        ({"input": [{"image": "nonsense!"}]}, "not valid base64", None),
+        ({"images": ["https://example.com/a.png"]}, "does not fetch", None),
+        ({"images": [to_data_url(b"nothing")]}, "not an image", None),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE_PART, IMAGE_PART]}]},
+            "a conversation gives one embedding",
+            "messages",
+        ),
+        ({"input": [MIXED_TEXTS[3]], "truncate": False}, "longer than the 32 tokens", None),
+        ({"input": "\ud800"}, "unicode", "input"),
+    ],
+)
+def test_what_is_not_valid_is_refused_by_name(
+    url: str, body: Any, message: str, param: str | None
+) -> None:
+    status, answer, _ = send(f"{url}/v1/embeddings", body)
+    error = answer["error"]
+    assert status == 400, answer
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 10_000, b'{"input": NaN}'])
+def test_rubbish_is_refused(url: str, body: bytes) -> None:
+    status, answer, _ = send(f"{url}/v1/embeddings", body)
+    assert status == 400
+    assert answer["error"]["message"]
+
+
+def test_a_body_that_is_not_said_to_be_json_is_refused(url: str) -> None:
+    status, answer, _ = send(
+        f"{url}/v1/embeddings", {"input": "a"}, **{"Content-Type": "text/plain"}
+    )
+    assert status == 400
+    assert "Content-Type: application/json" in answer["error"]["message"]
+
+
+def test_unknown_routes_and_methods_have_the_same_shape(url: str) -> None:
+    assert send(f"{url}/v1/nothing", {})[0] == 404
+    status, answer, headers = send(f"{url}/v1/embeddings", None)
+    assert status == 405 and "error" in answer
+    assert headers["Allow"] == "POST"
+
+
+def test_a_search_without_an_index_says_how_to_get_one(url: str) -> None:
+    status, answer, _ = send(f"{url}/v1/search", {"queries": ["a"]})
+    assert status == 404
+    assert "--index" in answer["error"]["message"]
+
+
+def test_health_and_metrics_tell_what_happens(url: str) -> None:
+    embed(url, {"input": ["a", "b"]})
+    status, health, _ = send(f"{url}/health", None)
+    assert status == 200
+    assert health == {
+        "status": "ok", "model": MODEL_NAME, "modalities": ["text", "image"], "embedding_dim": 32,
+        "max_text_length": 32, "num_pending": 0, "num_images": None,
+    }  # fmt: skip
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['llm2clip_inputs_total{modality="text"}']) >= 2
+    assert float(values['llm2clip_requests_total{route="/v1/embeddings",status="200"}']) >= 1
+
+
+def test_every_example_of_the_openapi_is_answered(url: str) -> None:
+    schema = send(f"{url}/openapi.json", None)[1]
+    num_examples = 0
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            for example in body.get("examples", {}).values():
+                num_examples += 1
+                status, answer, _ = send(url + path, example["value"])
+                assert status == 200 or (path == "/v1/search" and status == 404), answer
+    assert num_examples >= 8
+    assert "422" not in json.dumps(schema)
+
+
+def test_embeddings_as_text_lose_no_bit(url: str) -> None:
+    floats = embed(url, {"input": ["a dog"]})[0]
+    assert np.array_equal(floats.astype(np.float32).astype(np.float64), floats)
+    assert base64.b64encode(floats.astype("<f4").tobytes())

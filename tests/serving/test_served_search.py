@@ -1,0 +1,91 @@
+"""Searching an index over HTTP finds what the index itself finds."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_apps import run_app, to_data_url
+from shared_models import ROUNDING
+from tiny import draw_noise
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import ImageIndex
+from modeling_llm2clip.configs.search_config import IndexConfig
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.service import EmbeddingService
+
+pytest.importorskip("lancedb")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, images and their index."""
+    root = tmp_path_factory.mktemp("search")
+    model = export_tiny_model(root / "model")
+    (root / "images").mkdir()
+    for number in range(6):
+        draw_noise(30 + number, 40, seed=number).save(root / "images" / f"{number}.png")
+    ImageIndex.build(model, root / "images", root / "db", IndexConfig(show_progress=False))
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    config = ServeConfig(device="cpu")
+    service = EmbeddingService.open(folder / "model", config, index=str(folder / "db"))
+    with run_app(create_app(service)) as address:
+        yield address
+
+
+def search(url: str, body: Any) -> tuple[int, Any]:
+    request = urllib.request.Request(
+        f"{url}/v1/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_hits_are_those_of_the_index(url: str, folder: Path) -> None:
+    image = folder / "images" / "3.png"
+    queries = ["a dog", {"image": to_data_url(image.read_bytes())}]
+    status, answer = search(url, {"queries": queries, "top_k": 3})
+    assert status == 200, answer
+    expected = ImageIndex.open(folder / "db").search(["a dog", image], top_k=3)
+    for row, result in zip(answer["data"], expected, strict=True):
+        assert [hit["path"] for hit in row["hits"]] == [path.name for path, _ in result.hits]
+        for hit, (_, cosine) in zip(row["hits"], result.hits, strict=True):
+            assert hit["cosine"] == pytest.approx(cosine, abs=ROUNDING)
+    assert answer["data"][1]["hits"][0]["path"] == "3.png"
+    assert answer["data"][1]["hits"][0]["height"] == 33
+
+
+def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
+    status, answer = search(url, {"queries": ["a dog"], "where": "height >= 34"})
+    assert status == 200
+    assert {hit["path"] for hit in answer["data"][0]["hits"]} == {"4.png", "5.png"}
+    for where in ("height >=", "nothing = 3", "1; drop table images"):
+        status, answer = search(url, {"queries": ["a dog"], "where": where})
+        assert status == 400, answer
+        assert answer["error"]["message"]
+
+
+def test_the_number_of_images_is_in_the_health(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/health") as response:
+        assert json.load(response)["num_images"] == 6
+
+
+def test_an_index_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = export_tiny_model(tmp_path / "other", vision="siglip")
+    with pytest.raises(ValueError, match="gives other embeddings"):
+        EmbeddingService.open(other, ServeConfig(device="cpu"), index=str(folder / "db"))

@@ -1,0 +1,285 @@
+"""What the service gives is what the model gives, whoever else asks at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from served_apps import MIXED_TEXTS, open_service, to_png
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise, tiny_images, tiny_model
+
+from modeling_llm2clip import encode_images, encode_texts
+from modeling_llm2clip.model_folders.golden_embeddings import (
+    GOLDEN_TEXTS,
+    compute_golden,
+    render_golden_images,
+)
+from modeling_llm2clip.search.label_ranking import rank_labels
+from modeling_llm2clip.search.tag_images import encode_labels
+from modeling_llm2clip.search.tag_labels import make_labels
+from modeling_llm2clip.serving.errors import RequestError
+from modeling_llm2clip.serving.served_encoder import ModelEncoder
+
+IMAGES = [*tiny_images(3), draw_noise(90, 30), draw_noise(20, 70, seed=1)]
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(coroutine)
+
+
+def embed_alone(one: Any) -> Any:
+    """The model's own embedding of one input."""
+    model, processor = shared_model()
+    if isinstance(one, str):
+        return encode_texts(model, processor, [one])[0].numpy()
+    return encode_images(model, processor, [one])[0].numpy()
+
+
+def test_embeddings_equal_those_of_the_model_one_by_one_in_any_order() -> None:
+    inputs: list[Any] = [*MIXED_TEXTS, *IMAGES]
+    random.Random(0).shuffle(inputs)
+    with open_service() as service:
+        found = run(service.embed(inputs))
+    expected = np.stack([embed_alone(one) for one in inputs])
+    np.testing.assert_allclose(found.embeds, expected, atol=ROUNDING)
+    assert found.embeds.dtype == np.float32
+
+
+def test_encoded_images_equal_images() -> None:
+    with open_service() as service:
+        found = run(service.embed([to_png(image) for image in IMAGES]))
+        again = run(service.embed(IMAGES))
+    np.testing.assert_array_equal(found.embeds, again.embeds)
+
+
+def test_golden_embeddings_are_served() -> None:
+    golden = compute_golden(*shared_model())
+    with open_service() as service:
+        texts = run(service.embed(list(GOLDEN_TEXTS)))
+        images = run(service.embed(render_golden_images()))
+    np.testing.assert_allclose(texts.embeds, golden["text_embeds"], atol=ROUNDING)
+    np.testing.assert_allclose(images.embeds, golden["image_embeds"], atol=ROUNDING)
+
+
+def test_under_load_every_request_gets_its_own_embeddings() -> None:
+    """Small budgets and mixed lengths split and mix requests in every way."""
+    pool: list[Any] = [*MIXED_TEXTS, *IMAGES]
+    expected = {id(one): embed_alone(one) for one in pool}
+    choose = random.Random(1)
+    requests = [choose.choices(pool, k=choose.randint(1, 7)) for _ in range(150)]
+
+    async def ask_all(service: Any) -> Any:
+        return await asyncio.gather(*map(service.embed, requests))
+
+    with open_service(token_budget=64, batch_size=3) as service:
+        for request, found in zip(requests, run(ask_all(service)), strict=True):
+            wanted = np.stack([expected[id(one)] for one in request])
+            np.testing.assert_allclose(found.embeds, wanted, atol=ROUNDING)
+        assert service.num_pending == 0
+
+
+def test_several_event_loops_may_ask_at_once() -> None:
+    found: dict[int, Any] = {}
+    with open_service() as service:
+        threads = [
+            threading.Thread(
+                target=lambda n=n: found.update({n: run(service.embed([MIXED_TEXTS[n]]))})
+            )
+            for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, embedded in found.items():
+        expected = embed_alone(MIXED_TEXTS[number])
+        np.testing.assert_allclose(embedded.embeds[0], expected, atol=ROUNDING)
+    assert len(found) == 4
+
+
+def test_fewer_dimensions_are_the_first_ones_of_unit_length() -> None:
+    with open_service() as service:
+        whole = run(service.embed(MIXED_TEXTS[:3])).embeds
+        first = run(service.embed(MIXED_TEXTS[:3], dimensions=5)).embeds
+    expected = whole[:, :5] / np.linalg.norm(whole[:, :5], axis=1, keepdims=True)
+    np.testing.assert_allclose(first, expected, atol=1e-6)  # float32
+
+
+def test_truncated_texts_are_named_or_refused() -> None:
+    long = MIXED_TEXTS[3]
+    with open_service() as service:
+        found = run(service.embed([IMAGES[0], "a dog", long]))
+        with pytest.raises(RequestError, match=r"1 of 2 texts are longer than the 32 tokens"):
+            run(service.embed(["a dog", long], truncate=False))
+    assert found.truncated == [2]
+    assert found.num_tokens == sum(
+        len(ids) for ids in shared_model()[1].list_ids(["a dog", long])[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ([], {}, "nothing to embed"),
+        (["a", " \n"], {}, "number 1 is blank"),
+        (["a"], {"dimensions": 33}, "dimensions=33"),
+        (["a"], {"dimensions": 0}, "dimensions=0"),
+        (["a", b"not an image"], {}, "not an image"),
+        (["a"] * 9, {}, "at most 8"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(
+    inputs: list[Any], options: dict[str, Any], message: str
+) -> None:
+    with open_service(max_queue=8) as service:
+        with pytest.raises(RequestError, match=message) as caught:
+            run(service.embed(inputs, **options))
+        assert caught.value.status in (400, 413)
+        assert service.num_pending == 0
+
+
+class HeldEncoder(ModelEncoder):
+    """Waits before each batch until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__(*shared_model())
+        self.go = threading.Event()
+
+    def encode_texts(self, texts: Any) -> Any:
+        assert self.go.wait(10)
+        return super().encode_texts(texts)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
+    encoder = HeldEncoder()
+
+    async def fill(service: Any) -> None:
+        first = asyncio.ensure_future(service.embed(["a", "b", "c"]))
+        while service.num_pending < 3:
+            await asyncio.sleep(0.001)
+        with pytest.raises(RequestError, match="3 texts and images are waiting") as caught:
+            await service.embed(["d", "e"])
+        assert caught.value.status == 429
+        assert caught.value.retry_after_s is not None and caught.value.retry_after_s >= 1
+        encoder.go.set()
+        assert len((await first).embeds) == 3
+        assert len((await service.embed(["d", "e"])).embeds) == 2
+
+    with open_service(encoder, max_queue=4) as service:
+        run(fill(service))
+
+
+def test_a_cancelled_request_leaves_the_queue() -> None:
+    encoder = HeldEncoder()
+
+    async def cancel(service: Any) -> None:
+        tasks = [asyncio.ensure_future(service.embed(["a", "b"])) for _ in range(2)]
+        while service.num_pending < 4:
+            await asyncio.sleep(0.001)
+        tasks[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[1]
+        assert service.num_pending == 2
+        encoder.go.set()
+        assert len((await tasks[0]).embeds) == 2
+
+    with open_service(encoder) as service:
+        run(cancel(service))
+
+
+def test_classification_equals_that_of_tag() -> None:
+    names, templates = ["red", "green", "blue"], ("a photo of {}", "{}")
+    model, processor = shared_model()
+    labels = make_labels(names, templates=templates)
+    expected = rank_labels(
+        encode_images(model, processor, IMAGES),
+        encode_labels(model, processor, labels),
+        labels,
+        scale=float(model.logit_scale().detach()),
+        top_k=2,
+    )
+    with open_service() as service:
+        found = run(service.classify(IMAGES, names, templates=templates, top_k=2)).tags
+    for tags, wanted in zip(found, expected, strict=True):
+        assert [tag.label for tag in tags] == [tag.label for tag in wanted]
+        for tag, other in zip(tags, wanted, strict=True):
+            assert tag.cosine == pytest.approx(other.cosine, abs=ROUNDING)
+            # The scale, about 14 here, multiplies the rounding of a cosine.
+            assert tag.probability == pytest.approx(other.probability, abs=20 * ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "message"),
+    [
+        (["a", "a"], ("{}",), "repeat"),
+        (["a", " "], ("{}",), "blank"),
+        (["a"], ("no place",), "exactly one"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused(
+    labels: list[str], templates: tuple[str, ...], message: str
+) -> None:
+    with open_service() as service, pytest.raises(RequestError, match=message):
+        run(service.classify(IMAGES[:1], labels, templates=templates))
+
+
+def test_a_model_with_one_tower_serves_that_one(tmp_path: Any) -> None:
+    from modeling_llm2clip.configs.export_config import ExportConfig
+    from modeling_llm2clip.model_folders.model_loading import load_model
+    from modeling_llm2clip.model_folders.model_writing import save_model
+    from modeling_llm2clip.publishing.export_model import export_model
+
+    whole = save_model(*tiny_model(), tmp_path / "whole")
+    folder = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
+    with open_service(ModelEncoder(*load_model(folder, device="cpu"))) as service:
+        found = run(service.embed(["a dog"]))
+        with pytest.raises(RequestError, match="no image tower"):
+            run(service.embed([IMAGES[0]]))
+        with pytest.raises(RequestError, match="one tower"):
+            run(service.classify(IMAGES[:1], ["a"]))
+    np.testing.assert_allclose(found.embeds[0], embed_alone("a dog"), atol=ROUNDING)
+
+
+def test_a_closed_service_says_that_it_stops() -> None:
+    with open_service() as service:
+        pass
+    with pytest.raises(RequestError, match="stopping") as caught:
+        run(service.embed(["a"]))
+    assert caught.value.status == 503
+
+
+def test_images_are_decoded_in_parts_and_keep_their_order() -> None:
+    images = [Image.new("RGB", (8, 8), (i * 11, 255 - i * 11, 40)) for i in range(20)]
+    with open_service(batch_size=3) as service:
+        found = run(service.embed(images)).embeds
+    model, processor = shared_model()
+    expected = encode_images(model, processor, images).numpy()
+    np.testing.assert_allclose(found, expected, atol=ROUNDING)
+    assert np.abs(expected[0] - expected[-1]).max() > 100 * ROUNDING  # else any order would do
+
+
+def test_an_untrained_model_is_not_served(tmp_path: Any) -> None:
+    from modeling_llm2clip.model_folders.model_writing import save_model
+    from modeling_llm2clip.serving.service import EmbeddingService
+
+    folder = save_model(*tiny_model(trained=False), tmp_path / "untrained")
+    with pytest.raises(ValueError, match="untrained"):
+        EmbeddingService.open(folder)
+
+
+def test_an_image_with_transparency_is_the_one_that_the_model_sees() -> None:
+    image = Image.new("RGBA", (40, 40), (10, 200, 30, 90))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    with open_service() as service:
+        found = run(service.embed([buffer.getvalue()])).embeds[0]
+    np.testing.assert_allclose(found, embed_alone(image), atol=ROUNDING)
+    assert torch.is_inference_mode_enabled() is False
