@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .configs.align_config import AlignConfig
     from .configs.build_config import BuildConfig
     from .configs.data_config import DataConfig
+    from .configs.embed_config import EmbedConfig
     from .configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
     from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
     from .configs.extract_config import ExtractConfig
@@ -54,11 +55,12 @@ if TYPE_CHECKING:
     from .publishing.export_model import export_model
     from .publishing.push_to_hub import push_to_hub
     from .recipes.train import train
+    from .scheduling.graceful_stop import StageInterrupt
+    from .search.bulk_embedding import embed
     from .search.image_index import ImageIndex
     from .training.alignment.align import align
     from .training.extraction.extract import extract, merge_store
     from .training.finetuning.finetune_llm import finetune_llm
-    from .training.graceful_stop import StageInterrupt
     from .training.losses.loss import LossInputs
 
 __version__ = "0.1.0"
@@ -68,6 +70,7 @@ _HOMES = {
     "configs.align_config": ("AlignConfig",),
     "configs.build_config": ("BuildConfig",),
     "configs.data_config": ("DataConfig",),
+    "configs.embed_config": ("EmbedConfig",),
     "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
     "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
     "configs.extract_config": ("ExtractConfig",),
@@ -105,11 +108,12 @@ _HOMES = {
     "publishing.export_model": ("export_model",),
     "publishing.push_to_hub": ("push_to_hub",),
     "recipes.train": ("train",),
+    "search.bulk_embedding": ("embed",),
     "search.image_index": ("ImageIndex",),
     "training.alignment.align": ("align",),
     "training.extraction.extract": ("extract", "merge_store"),
     "training.finetuning.finetune_llm": ("finetune_llm",),
-    "training.graceful_stop": ("StageInterrupt",),
+    "scheduling.graceful_stop": ("StageInterrupt",),
     "training.losses.loss": ("LossInputs",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

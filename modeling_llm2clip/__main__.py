@@ -16,6 +16,7 @@ from .cli.command import Command, UsageError
 from .cli.convert import convert
 from .cli.demo import demo
 from .cli.doctor import doctor
+from .cli.embed import embed
 from .cli.env import env
 from .cli.evaluate import evaluate
 from .cli.export import export
@@ -30,12 +31,12 @@ from .cli.search import search
 from .cli.serve import serve
 from .cli.tag import tag
 from .cli.train import train
-from .training.graceful_stop import StageInterrupt
+from .scheduling.graceful_stop import StageInterrupt
 
 LINE = CommandLine(
     "llm2clip",
     [
-        index, search, tag, serve, evaluate, doctor,
+        index, search, tag, embed, serve, evaluate, doctor,
         train, build, finetune_llm, extract, merge_store, align,
         export, push, convert,
         demo, env,

@@ -12,12 +12,7 @@ from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-
-# Options of one modality alone, with their defaults.
-_FOREIGN: dict[str, dict[str, int | None]] = {
-    "text": {"batch_size": None, "num_workers": 1},
-    "image": {"token_budget": None},
-}
+from .modality_options import refuse_foreign_options
 
 
 @command(
@@ -60,14 +55,15 @@ def extract(
     require(*needs, *([RAY] if engine == "ray" else []))
     from ..model_folders.model_types import require_own_model
 
-    _refuse_foreign(config, modality)
+    refuse_foreign_options(config, modality)
     require_own_model(model)
     require_data(data, reading)
     use_device(config.device)
     from accelerate import PartialState
 
     from ..model_folders.model_folder import find_model_folder
-    from ..training.extraction.extract import describe_extraction, parse_partition
+    from ..scheduling.shard_computation import parse_partition
+    from ..training.extraction.extract import describe_extraction
     from ..training.extraction.extract import extract as run
 
     parse_partition(partition)
@@ -81,14 +77,3 @@ def extract(
             print("Align a model on it: llm2clip align --help")
     state.destroy_process_group()
     return 0
-
-
-def _refuse_foreign(config: ExtractConfig, modality: str) -> None:
-    """Raise ValueError for options that this modality has no use for."""
-    foreign = _FOREIGN[modality]
-    given = [name for name, default in foreign.items() if getattr(config, name) != default]
-    if given:
-        other = "text" if modality == "image" else "image"
-        raise ValueError(
-            f"{', '.join(given)}: for --modality {other} alone. Leave it out, or extract that."
-        )

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..data.safetensors_files import iterate_tensors, list_weight_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
+_ADAPTER_SETTING = "normalize_text_before_adapter"
 # Fields of a tower's configuration that change no number, or have an entry of their own.
 _NOT_OF_THE_TOWER = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
@@ -84,6 +86,34 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
     }
 
 
+def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> dict[str, str]:
+    """Describe what determines a final embedding: the tower, and what projects its output.
+
+    Args:
+        folder: Model folder.
+        modality: What is embedded.
+
+    Returns:
+        As `fingerprint_text` or `fingerprint_vision`, and `head weights` (SHA-256); of texts also
+        the setting of the text adapter that its weights do not show.
+
+    Raises:
+        ValueError: The folder has no weights.
+    """
+    files = list_weight_files(folder)
+    if modality == "image":
+        head = _describe_weights(iterate_tensors(files, prefix="visual_projection."))
+        return {**fingerprint_vision(folder), "head weights": head["weights"]}
+    prefixes = ("text_adapter.", "text_projection.")
+    heads = chain.from_iterable(iterate_tensors(files, prefix=prefix) for prefix in prefixes)
+    setting = str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING))
+    return {
+        **fingerprint_text(folder),
+        "head weights": _describe_weights(heads)["weights"],
+        _ADAPTER_SETTING: setting,
+    }
+
+
 def fingerprint_model(folder: Path) -> dict[str, str]:
     """Identify the whole model in a folder.
 
@@ -98,8 +128,8 @@ def fingerprint_model(folder: Path) -> dict[str, str]:
         ValueError: The folder has no weights.
     """
     config = LLM2CLIPConfig.from_pretrained(folder)
-    setting = "normalize_text_before_adapter"
-    return {**fingerprint_weights(folder), setting: str(getattr(config, setting))}
+    setting = str(getattr(config, _ADAPTER_SETTING))
+    return {**fingerprint_weights(folder), _ADAPTER_SETTING: setting}
 
 
 def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") -> dict[str, str]:

@@ -26,12 +26,12 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
 from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model
+from ..scheduling.graceful_stop import StageInterrupt
+from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
 from ..training.alignment.alignment_report import describe_alignment
-from ..training.distributed import choose_device
 from ..training.extraction.extract import describe_extraction, extract
 from ..training.finetuning.finetune_llm import describe_finetuning, finetune_llm
-from ..training.graceful_stop import StageInterrupt
 from ..training.run_folder import (
     RUN_FILE,
     add_results,

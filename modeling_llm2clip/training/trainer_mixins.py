@@ -32,7 +32,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from .graceful_stop import StopRequest
+from ..scheduling.graceful_stop import StopRequest
 from .run_folder import list_trained, mark_complete, require_finite
 
 _WEIGHTS = "trained.safetensors"

@@ -18,8 +18,8 @@ import pytest
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.search.results_page import ResultFormat
-from modeling_llm2clip.training.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = LINE.commands
@@ -371,6 +371,12 @@ REFUSED_AT_ONCE = [
     (["extract", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "for --modality image alone"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "--image-dir /no: no such fo"),
+    (["embed", "OWN", "FULL", "NEW"], "--modality is required"),
+    (["embed", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
+    (["embed", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
+    (["embed", "OWN", "FULL", "FULL", *TEXT], "is not empty and holds no embeddings"),
+    (["embed", "OWN", "FULL", "NEW", *TEXT, "--skip-invalid"], "for --modality image alone"),
+    (["embed", "OWN", "FULL", "NEW", *TEXT, "--columns", "price"], "price"),
     (ALIGN, "needs a caption store"),
     ([*ALIGN, "--learning-rate", "0", "--device", "mps"], "--learning-rate 0.0 must be above 0"),
     ([*ALIGN, "--caption-store", "/nowhere"], "--caption-store /nowhere"),

@@ -29,8 +29,8 @@ from modeling_llm2clip.data.store.embedding_store_writer import (
 )
 from modeling_llm2clip.encoding import encode as captions
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.scheduling.shard_computation import ShardProgress
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
-from modeling_llm2clip.training.extraction.shard_extraction import StoreProgress
 from modeling_llm2clip.training.finetuning.lora_encoder import (
     CaptionEncoder,
     make_lora_config,
@@ -170,7 +170,7 @@ def test_a_continued_store_counts_the_rows_that_are_left(tmp_path: Path) -> None
     with writer.open_shard(0, [np.arange(2)]) as shard:
         shard.write(torch.zeros(2, 2))
         shard.seal()
-    progress = StoreProgress(writer, range(3), unit=" captions", shown=True)
+    progress = ShardProgress(writer, range(3), unit=" captions", shown=True)
     assert (progress._bar.total, progress._bar.n, progress._bar.initial) == (5, 2, 2)
     progress.add_earlier(1)  # a shard that was interrupted
     progress.add(1)

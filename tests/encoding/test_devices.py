@@ -22,7 +22,8 @@ from modeling_llm2clip.encoding.devices import (
     to_float64,
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.training.distributed import choose_device, training_arguments_on
+from modeling_llm2clip.scheduling.processes import choose_device
+from modeling_llm2clip.training.distributed import training_arguments_on
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__
               "modeling_llm2clip.training.extraction.extract",
               "modeling_llm2clip.training.alignment.align",
               "modeling_llm2clip.model_folders.model_writing",
+              "modeling_llm2clip.search.bulk_embedding",
               "modeling_llm2clip.recipes.train",
               "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50

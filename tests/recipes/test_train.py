@@ -27,7 +27,7 @@ from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card_data import read_card_data
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe
 from modeling_llm2clip.recipes.train import train
-from modeling_llm2clip.training.graceful_stop import StageInterrupt
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
 # What says when and how fast something ran, beside what came of it.

@@ -13,7 +13,7 @@ from llava_conversations import Conversation
 from llava_trainer import LlavaConfig, train_llava
 from transformers import LlavaProcessor
 
-from modeling_llm2clip.training.graceful_stop import StageInterrupt
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 
 def parse(

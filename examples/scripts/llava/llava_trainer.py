@@ -28,13 +28,9 @@ from modeling_llm2clip.model_folders.atomic_folder import (
     clear_leftovers,
     require_new_folder,
 )
-from modeling_llm2clip.training.distributed import (
-    is_sharded,
-    join_processes,
-    keep_to_one_gpu,
-    require_all_processes,
-)
-from modeling_llm2clip.training.graceful_stop import stop_on_signals
+from modeling_llm2clip.scheduling.graceful_stop import stop_on_signals
+from modeling_llm2clip.scheduling.processes import join_processes, require_all_processes
+from modeling_llm2clip.training.distributed import is_sharded, keep_to_one_gpu
 from modeling_llm2clip.training.run_folder import (
     CHECKPOINTS,
     METRICS_FILE,

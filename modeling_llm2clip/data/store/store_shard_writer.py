@@ -143,6 +143,19 @@ class ShardWriter:
         self._journal.unlink(missing_ok=True)
         return record
 
+    def read(self) -> Array:
+        """Read all rows of the shard, whose batches are written.
+
+        Returns:
+            (rows, D) in the manifest's dtype.
+        """
+        return np.array(self._map())
+
+    def discard(self) -> None:
+        """Delete what is written, once something else holds the shard."""
+        self._part.unlink()
+        self._journal.unlink(missing_ok=True)
+
     @property
     def _name(self) -> str:
         return f"shard {self._shard} of {self._manifest.num_shards}"
@@ -166,9 +179,7 @@ class ShardWriter:
         lines = (
             self._journal.read_bytes().splitlines(keepends=True) if self._journal.exists() else []
         )
-        kind = STORED_DTYPES[self._manifest.dtype][1]
-        shape = (len(self._rows), self._manifest.dim)
-        found = np.memmap(self._part, kind, "r", offset=self._head_bytes, shape=shape)
+        found = self._map()
         done = 0
         for places, line in zip(self._batches, lines, strict=False):
             self._checksums[places] = compute_checksums(np.asarray(found[places]))
@@ -178,6 +189,11 @@ class ShardWriter:
         if done < len(lines):
             os.truncate(self._journal, sum(map(len, lines[:done])))
         return done
+
+    def _map(self) -> Array:
+        kind = STORED_DTYPES[self._manifest.dtype][1]
+        shape = (len(self._rows), self._manifest.dim)
+        return np.memmap(self._part, kind, "r", offset=self._head_bytes, shape=shape)
 
     def _make_line(self, places: Array) -> bytes:
         digest = hashlib.sha256(np.ascontiguousarray(places, "<i8").tobytes())

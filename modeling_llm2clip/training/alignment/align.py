@@ -26,9 +26,10 @@ from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_writing import save_trained_model
+from ...model_folders.stage_source import Source, StageSource, open_source
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..distributed import choose_device
-from ..graceful_stop import StopRequest, stop_on_signals
+from ...scheduling.graceful_stop import StopRequest, stop_on_signals
+from ...scheduling.processes import choose_device
 from ..losses.loss import Loss, load_loss, require_no_parameters
 from ..run_folder import (
     METRICS_FILE,
@@ -42,7 +43,6 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..stage_source import Source, StageSource, open_source
 from ..trainer_mixins import JsonLinesCallback, StopCallback, count_warmup_steps, show_progress
 from .align_checks import (
     check_align,

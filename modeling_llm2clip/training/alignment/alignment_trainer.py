@@ -22,7 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...configs.align_config import AlignConfig
 from ...heads_llm2clip import MAX_LOG_SCALE
 from ...modeling_llm2clip import LLM2CLIPModel
-from ..distributed import choose_device, require_all_processes, training_arguments_on
+from ...scheduling.processes import choose_device, require_all_processes
+from ..distributed import training_arguments_on
 from ..losses.loss import Loss, LossInputs
 from ..run_folder import CHECKPOINTS, list_trained
 from ..trainer_mixins import (

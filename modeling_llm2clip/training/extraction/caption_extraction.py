@@ -8,7 +8,7 @@ that was never interrupted, on the same kind of machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,14 +29,15 @@ from ...data.records.record_table import RecordTable
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from ...data.store.store_index import make_batch
 from ...encoding.encode import default_token_budget, iterate_token_batches
+from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel
 from ...packing_llm2clip import plan_token_batches
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
-from .extraction_plan import ExtractionPlan, PreparedShard, find_first_occurrences, plan_store
+from ...scheduling.shard_computation import PreparedShard
+from .extraction_plan import ExtractionPlan, find_first_occurrences, plan_store
 
 Array: TypeAlias = np.ndarray[Any, Any]
-_TOKENIZED_AT_ONCE = 4096
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key", *CAPTION_COLUMNS)
 
 
@@ -139,7 +140,7 @@ class _CaptionShards:
 
     def __call__(self, rows: range) -> PreparedShard:
         texts = list(iterate_first_captions(self._records, self._occurrences, rows))
-        tokens = _Tokens(self._processor, texts)
+        tokens = TokenizedTexts(self._processor, texts)
         plan = plan_token_batches(tokens.lengths.tolist(), token_budget=self._token_budget)
         return PreparedShard(
             batches=[np.array(places) for places in plan],
@@ -152,30 +153,3 @@ class _CaptionShards:
             ),
             num_truncated=tokens.num_truncated,
         )
-
-
-class _Tokens(Sequence[Any]):
-    """Token ids of texts in one array, which takes a tenth of the memory of lists.
-
-    Attributes:
-        lengths: (N,) how many each text has.
-        num_truncated: How many texts were longer than the model reads.
-    """
-
-    def __init__(self, processor: LLM2CLIPProcessor, texts: Sequence[str]) -> None:
-        parts, lengths = [], []
-        self.num_truncated = 0
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            ids, truncated = processor.list_ids(texts[start : start + _TOKENIZED_AT_ONCE])
-            parts.append(np.concatenate([np.array(row, np.int32) for row in ids]))
-            lengths += [len(row) for row in ids]
-            self.num_truncated += sum(truncated)
-        self.lengths = np.array(lengths)
-        self._ids = np.concatenate(parts)
-        self._ends = np.concatenate([[0], np.cumsum(self.lengths)])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, text: Any) -> Any:
-        return self._ids[self._ends[text] : self._ends[text + 1]]

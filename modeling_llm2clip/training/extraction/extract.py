@@ -1,16 +1,11 @@
-"""Stage 2: captions or images into an embedding store, shard by shard, on any number of machines.
-
-Shards are independent of each other. The processes of `accelerate launch` or `torchrun` share them
-in turn; partitions, which any scheduler may start on any machine, do the same by their number; Ray
-hands them out one by one. Nothing is locked, so two runs must not compute the same shards at once.
-"""
+"""Stage 2: captions or images into an embedding store, on any number of machines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from accelerate import PartialState
 
@@ -20,14 +15,17 @@ from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter
 from ...data.store.store_manifest import read_manifest
-from ..distributed import choose_device
-from ..graceful_stop import StopRequest, stop_on_signals
-from ..stage_source import Source, open_source
-from .extraction_plan import ExtractionPlan
-from .ray_extraction import compute_with_ray
-from .shard_extraction import Modality, StoreProgress, compute_shards, make_plan
-
-Engine = Literal["local", "ray"]
+from ...model_folders.stage_source import Source, open_source
+from ...scheduling.graceful_stop import StopRequest, stop_on_signals
+from ...scheduling.processes import choose_device
+from ...scheduling.shard_computation import (
+    Engine,
+    ShardJob,
+    compute_partition,
+    parse_partition,
+    require_engine,
+)
+from .shard_extraction import Modality, make_plan, make_worker
 
 
 def extract(
@@ -73,24 +71,27 @@ def extract(
     """
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
-    part, num_parts = parse_partition(partition)
+    _, num_parts = parse_partition(partition)
     config, output = config or ExtractConfig(), Path(output)
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
     state = PartialState()
-    if engine == "ray" and state.num_processes > 1:
-        raise ValueError("engine='ray' starts its own processes. Run it without a launcher.")
+    require_engine(engine)
     # Ray ends its actors when it is interrupted; what they wrote stays.
     stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
     with stops as stop, open_source(source, output) as found:
         plan = make_plan(found.folder, table, config, device, modality)
         with state.main_process_first():
             writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
-        shards = range(writer.manifest.num_shards)[part - 1 :: num_parts]
-        if engine == "ray":
-            compute_with_ray(writer, shards, found.folder, table, config, modality=modality)
-        else:
-            _compute_own(writer, plan, shards, config, stop=stop, name=f"extract {modality}")
+        job = ShardJob(
+            name=f"extract {modality}",
+            unit=plan.unit,
+            writer=writer,
+            prepare=partial(plan.open_shards, writer),
+            make_worker=partial(make_worker, found.folder, table, writer, config, modality),
+            config=config,
+        )
+        compute_partition(job, partition=partition, engine=engine, stop=stop)
         stop.raise_interrupt(
             f"Stopped after a batch; the store is in {output}.",
             resume=False,
@@ -144,47 +145,3 @@ def describe_extraction(store: Path) -> list[str]:
         f"Wrote {store}: {manifest.num_rows} embeddings of {manifest.dim} for "
         f"{manifest.num_items} records ({counts})."
     ]
-
-
-def parse_partition(partition: str | None) -> tuple[int, int]:
-    """Parse which part of a store to compute.
-
-    Args:
-        partition: Such as 2/8; None for all of it.
-
-    Returns:
-        Number of the part, from 1, and how many there are.
-
-    Raises:
-        ValueError: It is not of this form, or there is no such part.
-    """
-    if partition is None:
-        return 1, 1
-    part, slash, count = partition.partition("/")
-    if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
-    return int(part), int(count)
-
-
-def _compute_own(
-    writer: EmbeddingStoreWriter,
-    plan: ExtractionPlan,
-    shards: Sequence[int],
-    config: ExtractConfig,
-    *,
-    stop: StopRequest,
-    name: str,
-) -> None:
-    """Compute what falls to this process of some shards."""
-    state = PartialState()
-    own = shards[state.process_index :: state.num_processes]
-    missing = sorted(set(own) & set(writer.list_missing()))
-    if not missing:
-        return
-    shown = config.show_progress and state.is_local_main_process
-    progress = StoreProgress(writer, own, name=name, unit=plan.unit, shown=shown)
-    try:
-        prepare = plan.open_shards(writer)
-        compute_shards(writer, prepare, missing, stop=stop, progress=progress)
-    finally:
-        progress.close()

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-from torch import Tensor
 
 from ...configs.extract_config import ExtractConfig
 from ...data.captions.caption_columns import FirstOccurrences
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems, plan_manifest
 from ...data.store.store_index import StoreIndex
 from ...data.store.store_manifest import STORED_DTYPES, StoreManifest
-
-Array: TypeAlias = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class PreparedShard:
-    """A shard whose inputs are read, and which may be encoded.
-
-    Attributes:
-        batches: Places in the shard of the rows of each batch; they depend on the shard alone.
-        encode: Computes some of the batches, in their order: (rows of the batch, D) each.
-        num_truncated: How many of its captions are longer than the model reads.
-    """
-
-    batches: Sequence[Array]
-    encode: Callable[[Sequence[Array]], Iterator[Tensor]]
-    num_truncated: int = 0
+from ...scheduling.shard_computation import Prepare
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,7 @@ class ExtractionPlan:
 
     manifest: StoreManifest
     list_items: Callable[[Path], StoreItems]
-    open_shards: Callable[[EmbeddingStoreWriter], Callable[[range], PreparedShard]]
+    open_shards: Callable[[EmbeddingStoreWriter], Prepare]
     unit: str
 
 

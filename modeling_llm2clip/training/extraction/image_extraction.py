@@ -12,20 +12,24 @@ import torch
 
 from ...configs.extract_config import ExtractConfig
 from ...data.captions.distinct_texts import TextNumbers
-from ...data.images.image_sources import ImageSource, count_bytes
+from ...data.images.image_sources import ImageSource
 from ...data.records.data_hashes import hash_image_sizes, hash_texts
-from ...data.records.record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import RecordTable
+from ...data.records.shared_images import (
+    find_ambiguous_names,
+    refuse_ambiguous_names,
+    require_images,
+)
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from ...data.store.store_index import make_batch
 from ...encoding.encode import default_batch_size, iterate_image_batches, split_evenly
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .extraction_plan import ExtractionPlan, PreparedShard, find_first_occurrences, plan_store
+from ...scheduling.shard_computation import PreparedShard
+from .extraction_plan import ExtractionPlan, find_first_occurrences, plan_store
 
 Array: TypeAlias = np.ndarray[Any, Any]
-_NAMES_SHOWN = 5
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
 
@@ -45,7 +49,7 @@ def plan_images(
     Raises:
         ValueError: There are no images, or a record has none.
     """
-    _require_images(records)
+    require_images(records)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     fingerprint = fingerprint_vision(folder)
@@ -137,19 +141,8 @@ class _ImageShards:
         )
 
 
-def _require_images(records: RecordTable) -> None:
-    if not len(records):
-        raise ValueError("There are no images. Give a dataset with at least one.")
-    without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
-    if len(without):
-        names = [name for (name,) in records.take(without[:_NAMES_SHOWN], ("name",))]
-        raise ValueError(
-            f"{len(without)} records have no image: {names}. Read the dataset with its images."
-        )
-
-
 def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> None:
-    """Compare the images of a name: by their addresses, and where these differ, as bytes."""
+    """Compare the images of a name."""
     if numbers.num_distinct == len(records):
         return
     first_records = np.empty(numbers.num_distinct, np.int64)
@@ -162,37 +155,6 @@ def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> N
         num_named += len(new)
         firsts = first_records[rows]
         again = these[firsts != these]
-        ambiguous.update(_find_ambiguous(records, again, firsts[firsts != these]))
+        ambiguous.update(find_ambiguous_names(records, again, firsts[firsts != these]))
         start += len(rows)
-    if ambiguous:
-        raise ValueError(
-            f"{len(ambiguous)} names are those of several images: "
-            f"{list(ambiguous)[:_NAMES_SHOWN]}. Give every image a name of its own; several "
-            "languages may share one."
-        )
-
-
-def _find_ambiguous(records: RecordTable, again: Array, firsts: Array) -> dict[str, None]:
-    """Return the names of records whose image is not that of the first record of the name."""
-    found: dict[str, None] = {}
-    for start in range(0, len(again), ROWS_PER_BATCH):
-        pairs = [rows[start : start + ROWS_PER_BATCH] for rows in (again, firsts)]
-        [one], [other] = (records.select(rows).iterate_columns(IMAGE_COLUMNS) for rows in pairs)
-        differ = np.zeros(len(pairs[0]), np.bool_)
-        for mine, its in zip(one.columns, other.columns, strict=True):
-            # Both null counts as equal: a file has no member.
-            both = mine.is_null().to_numpy(False) & its.is_null().to_numpy(False)
-            equal = pa.compute.equal(mine, its).fill_null(False).to_numpy(False)
-            differ |= ~(both | equal)
-        for record, first in zip(pairs[0][differ].tolist(), pairs[1][differ].tolist(), strict=True):
-            if not _have_same_bytes(records[record].image, records[first].image):
-                found[records[record].name] = None
-    return found
-
-
-def _have_same_bytes(one: ImageSource | None, other: ImageSource | None) -> bool:
-    """Whether two places have the same image, as tar shards have with one sample per language."""
-    assert one is not None and other is not None
-    if count_bytes(one) != count_bytes(other):
-        return False
-    return one.read_bytes() == other.read_bytes()
+    refuse_ambiguous_names(ambiguous)

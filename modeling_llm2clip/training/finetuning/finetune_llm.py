@@ -32,11 +32,13 @@ from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
 from ...model_folders.model_card_data import read_card_data
 from ...model_folders.model_writing import find_carried_files, save_model
+from ...model_folders.stage_source import Source, StageSource, open_source
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
+from ...scheduling.graceful_stop import stop_on_signals
+from ...scheduling.processes import choose_device
 from ...sentence_transformers_llm2clip import read_instructions
-from ..distributed import choose_device, refuse_fsdp_for_lora, run_once_per_machine
-from ..graceful_stop import stop_on_signals
+from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
 from ..run_folder import (
     add_results,
     discard_later_steps,
@@ -48,7 +50,6 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..stage_source import Source, StageSource, open_source
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,

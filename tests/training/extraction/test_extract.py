@@ -6,14 +6,13 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import StopAfter, largest_file
 from PIL import Image
 from stores import list_complete_shards
 from tiny import tiny_model
@@ -36,17 +36,16 @@ from modeling_llm2clip.data.store.store_manifest import read_manifest
 from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
+from modeling_llm2clip.scheduling.graceful_stop import (
+    StageInterrupt,
+    stop_on_signals,
+)
+from modeling_llm2clip.scheduling.shard_computation import parse_partition
 from modeling_llm2clip.training.extraction import extract as stage
 from modeling_llm2clip.training.extraction.extract import (
     describe_extraction,
     extract,
     merge_store,
-    parse_partition,
-)
-from modeling_llm2clip.training.graceful_stop import (
-    StageInterrupt,
-    StopRequest,
-    stop_on_signals,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -133,18 +132,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ShardWriter, "write", count)
     return rows
-
-
-class StopAfter(StopRequest):
-    """Asks for a stop as soon as there is one more of something."""
-
-    def __init__(self, count: Callable[[], int]) -> None:
-        self.count = count
-        self.before = count()
-
-    @property
-    def signal(self) -> signal.Signals | None:
-        return signal.SIGTERM if self.count() > self.before else None
 
 
 def count_records(folder: Path) -> int:
@@ -544,17 +531,6 @@ def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"(?i)empty|no images"):
             extract(model, [], tmp_path / "store", EXACT, modality=modality)
     assert not (tmp_path / "store").exists()
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the kernel refuse longer files, as a full disk and a full quota do."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(

@@ -95,7 +95,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tuning import SHORT, tune
-from modeling_llm2clip.training.graceful_stop import StageInterrupt
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 try:
     tune(Path(sys.argv[1]), replace(SHORT, max_steps=10_000, save_steps=5_000))

@@ -1,58 +1,47 @@
-"""Extraction by the actors of a Ray cluster: each loads the tower once, and computes whole shards.
+"""Shards computed by the actors of a Ray cluster, each of which loads its tower once.
 
 Ray Data hands out the numbers of the shards, and starts a lost actor again, whose shard continues
-after its last batch. The embeddings go to the store's folder, which all machines must see, not
+after its last batch. The embeddings go to the output's folder, which all machines must see, not
 through Ray: so the bytes are those of one process, in whatever order the shards are computed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..._extras import RAY, require
-from ...configs.extract_config import ExtractConfig
-from ...data.records.record_table import RecordTable
-from ...data.store.embedding_store_writer import EmbeddingStoreWriter
-from ...data.store.store_manifest import StoreManifest
-from ...encoding.devices import find_device
-from .shard_extraction import Modality, ShardExtractor
+from .._extras import RAY, require
+from ..encoding.devices import find_device
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
 
 
 def compute_with_ray(
-    writer: EmbeddingStoreWriter,
+    make_worker: Callable[[], Callable[[int], None]],
     shards: Sequence[int],
-    folder: Path,
-    table: RecordTable,
-    config: ExtractConfig,
+    device: str,
     *,
-    modality: Modality,
+    show_progress: bool,
 ) -> None:
-    """Compute the shards that are missing on a Ray cluster, or on this machine if there is none.
+    """Compute shards on a Ray cluster, or on this machine if there is none.
 
     An actor has one GPU, or on a CPU as many cores as this process has threads.
 
     Args:
-        writer: Of the store.
+        make_worker: Makes in an actor what computes one shard, given its number; it is pickled.
         shards: Numbers of the shards to compute.
-        folder: Model folder.
-        table: The dataset.
-        config: Options of the extraction.
-        modality: What is extracted.
+        device: As `find_device` takes it.
+        show_progress: Show Ray's progress bars.
 
     Raises:
         MissingExtraError: Ray is not installed.
         RuntimeError: An actor failed; complete shards stay.
     """
     require(RAY)
-    missing = sorted(set(shards) & set(writer.list_missing()))
-    if not missing:
+    if not shards:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
     import ray
@@ -62,7 +51,7 @@ def compute_with_ray(
     if started_here:
         _start_ray()
     try:
-        on_gpu = find_device(config.device).type == "cuda"
+        on_gpu = find_device(device).type == "cuda"
         threads = torch.get_num_threads()
         resources = ray.cluster_resources()
         per_actor = {"num_gpus": 1} if on_gpu else {"num_cpus": threads}
@@ -70,19 +59,17 @@ def compute_with_ray(
         # Fewer than the cluster holds may start: a pool that waits for all of them can hang.
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(available)))
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = config.show_progress
-        rows = [{"shard": shard} for shard in missing]
+        context.enable_progress_bars = show_progress
+        rows = [{"shard": shard} for shard in shards]
         ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
-            fn_constructor_args=(
-                writer.folder, writer.manifest, folder, table, config, modality, threads
-            ),
+            fn_constructor_args=(make_worker, threads),
             compute=pool,
             batch_size=1,
             max_restarts=-1,
             max_task_retries=2,
             **per_actor,
-        ).materialize()  # fmt: skip
+        ).materialize()
     finally:
         if started_here:
             ray.shutdown()
@@ -108,21 +95,11 @@ def _start_ray() -> None:
 class _Actor:
     """Computes shards in a process of Ray."""
 
-    def __init__(
-        self,
-        output: Path,
-        manifest: StoreManifest,
-        folder: Path,
-        table: RecordTable,
-        config: ExtractConfig,
-        modality: Modality,
-        threads: int,
-    ) -> None:
+    def __init__(self, make_worker: Callable[[], Callable[[int], None]], threads: int) -> None:
         torch.set_num_threads(threads)  # another number gives other last bits
-        writer = EmbeddingStoreWriter(output, manifest)
-        self._extract = ShardExtractor(folder, table, writer, config, modality)
+        self._compute = make_worker()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for shard in batch["shard"].tolist():
-            self._extract(shard)
+            self._compute(shard)
         return batch

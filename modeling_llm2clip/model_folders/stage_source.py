@@ -12,11 +12,11 @@ from typing import TypeAlias
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..model_folders.model_card_data import read_card_data
-from ..model_folders.model_folder import find_model_folder
-from ..model_folders.model_writing import save_model
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .model_card_data import read_card_data
+from .model_folder import find_model_folder
+from .model_writing import save_model
 
 LoadedModel: TypeAlias = tuple[
     LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor

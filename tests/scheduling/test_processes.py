@@ -18,14 +18,14 @@ from tuning import SHORT, tune
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.encoding.devices import find_device
-from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
-from modeling_llm2clip.training.distributed import (
+from modeling_llm2clip.scheduling.processes import (
     LONGEST_WAIT,
     join_processes,
     refuse_lone_launch,
     require_all_processes,
     warn_of_idle_gpus,
 )
+from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,7 @@ from modeling_llm2clip.training.finetuning.hard_batches import (
     encode_groups,
     encode_groups_together,
 )
-from modeling_llm2clip.training.distributed import join_processes
+from modeling_llm2clip.scheduling.processes import join_processes
 
 state, model = join_processes(cpu=True), tiny_model()
 counts = []

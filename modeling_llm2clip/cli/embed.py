@@ -1,0 +1,85 @@
+"""`llm2clip embed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from .._extras import RAY, require
+from ..configs.data_config import DataConfig
+from ..configs.embed_config import EmbedConfig
+from .captioned_data import read_captioned_images, require_data
+from .chosen_device import use_device
+from .command import command
+from .extras import list_needs_of_model
+from .modality_options import refuse_foreign_options
+
+
+@command(
+    group="Use",
+    examples=(
+        "llm2clip embed aligned/model my-images image-embeddings --modality image",
+        "llm2clip embed aligned/model my-images text-embeddings --modality text --columns text "
+        "--dtype int8",
+        "llm2clip embed aligned/model my-images image-embeddings --modality image --partition 2/8",
+    ),
+)
+def embed(
+    model: str,
+    data: str,
+    output: Path,
+    /,
+    *,
+    modality: Literal["text", "image"],
+    partition: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    reading: DataConfig,
+    config: EmbedConfig,
+) -> int:
+    """Writes embeddings for a vector database to Parquet files.
+
+    An output that is begun is continued; of a complete one, the files are checked.
+
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json.
+        output: Folder of the files, new or begun.
+        modality: What is embedded: the captions or the images. No default, and needed.
+        partition: Which part of the files to write, such as 2/8 for the second of eight. Parts may
+            run at the same time on machines that share the folder; the last to end completes the
+            output. Default: all of them.
+        engine: What computes: the processes of this run, or the actors of a Ray cluster.
+        reading: How the data are read.
+        config: How embeddings are computed and stored.
+    """
+    require(*list_needs_of_model(model), *([RAY] if engine == "ray" else []))
+    from ..model_folders.model_types import require_own_model
+    from ..search.embedding_manifest import is_begun, require_embedding_folder
+
+    refuse_foreign_options(config, modality)
+    if config.skip_invalid and reading.check_images:
+        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
+    require_embedding_folder(output)
+    require_own_model(model)
+    require_data(data, reading)
+    use_device(config.device)
+    from accelerate import PartialState
+
+    from ..model_folders.model_folder import find_model_folder
+    from ..scheduling.shard_computation import parse_partition
+    from ..search.bulk_embedding import describe_embeddings
+    from ..search.bulk_embedding import embed as run
+
+    parse_partition(partition)
+    find_model_folder(model)  # reading the data may take long
+    # A run that continues has checked the images, and one that skips checks each as it comes.
+    is_checked = config.skip_invalid or is_begun(output)
+    records = read_captioned_images(
+        data, reading, require_images=modality == "image", resume=is_checked
+    )
+    run(model, records, output, config, modality=modality, partition=partition, engine=engine)
+    state = PartialState()
+    if state.is_main_process:
+        print("\n".join(describe_embeddings(output)))
+    state.destroy_process_group()
+    return 0

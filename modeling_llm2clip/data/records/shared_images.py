@@ -1,0 +1,112 @@
+"""Images that several records share, one per language: a name has to mean one image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..images.image_sources import ImageSource, count_bytes
+from ..key_arrays import find_first_rows
+from .record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
+from .record_table import RecordTable
+
+Array: TypeAlias = np.ndarray[Any, Any]
+_NAMES_SHOWN = 5
+
+
+def require_images(records: RecordTable) -> None:
+    """Check that there are records, and that each has its image.
+
+    Args:
+        records: The dataset.
+
+    Raises:
+        ValueError: There are no records, or some have no image.
+    """
+    if not len(records):
+        raise ValueError("There are no images. Give a dataset with at least one.")
+    without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
+    if len(without):
+        names = [name for (name,) in records.take(without[:_NAMES_SHOWN], ("name",))]
+        raise ValueError(
+            f"{len(without)} records have no image: {names}. Read the dataset with its images."
+        )
+
+
+def select_one_per_image(records: RecordTable) -> RecordTable:
+    """Select the first record of each image.
+
+    Args:
+        records: The dataset, with images.
+
+    Returns:
+        A table in which every name occurs once, in the order of the dataset.
+
+    Raises:
+        ValueError: One name is that of two images.
+    """
+    firsts = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
+    rows = np.arange(len(records), dtype=firsts.dtype)
+    again = np.flatnonzero(firsts != rows)
+    if not len(again):
+        return records
+    refuse_ambiguous_names(find_ambiguous_names(records, again, firsts[again]))
+    return records.select(np.flatnonzero(firsts == rows))
+
+
+def refuse_ambiguous_names(names: Iterable[str]) -> None:
+    """Raise for names that are those of several images.
+
+    Args:
+        names: From `find_ambiguous_names`.
+
+    Raises:
+        ValueError: There are such names.
+    """
+    if ambiguous := list(names):
+        raise ValueError(
+            f"{len(ambiguous)} names are those of several images: "
+            f"{ambiguous[:_NAMES_SHOWN]}. Give every image a name of its own; several "
+            "languages may share one."
+        )
+
+
+def find_ambiguous_names(records: RecordTable, again: Array, firsts: Array) -> dict[str, None]:
+    """Find the names of records whose image is not that of the first record of the name.
+
+    The images are compared by their addresses, and where these differ, as bytes.
+
+    Args:
+        records: The dataset, with images.
+        again: (M,) numbers of records whose name has occurred before.
+        firsts: (M,) number of the first record of each name.
+
+    Returns:
+        The names, in order.
+    """
+    found: dict[str, None] = {}
+    for start in range(0, len(again), ROWS_PER_BATCH):
+        pairs = [rows[start : start + ROWS_PER_BATCH] for rows in (again, firsts)]
+        [one], [other] = (records.select(rows).iterate_columns(IMAGE_COLUMNS) for rows in pairs)
+        differ = np.zeros(len(pairs[0]), np.bool_)
+        for mine, its in zip(one.columns, other.columns, strict=True):
+            # Both null counts as equal: a file has no member.
+            both = mine.is_null().to_numpy(False) & its.is_null().to_numpy(False)
+            equal = pa.compute.equal(mine, its).fill_null(False).to_numpy(False)
+            differ |= ~(both | equal)
+        for record, first in zip(pairs[0][differ].tolist(), pairs[1][differ].tolist(), strict=True):
+            if not _have_same_bytes(records[record].image, records[first].image):
+                found[records[record].name] = None
+    return found
+
+
+def _have_same_bytes(one: ImageSource | None, other: ImageSource | None) -> bool:
+    """Whether two places have the same image, as tar shards have with one sample per language."""
+    assert one is not None and other is not None
+    if count_bytes(one) != count_bytes(other):
+        return False
+    return one.read_bytes() == other.read_bytes()

@@ -1,0 +1,299 @@
+"""Final embeddings of a dataset into Parquet files, for vector databases.
+
+`extract` stores the embeddings of a tower, for training; these are projected, of unit length, and
+ready to be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from accelerate import PartialState
+
+from ..configs.embed_config import EmbedConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import hash_json
+from ..data.records.data_hashes import hash_image_sizes, hash_texts
+from ..data.records.record_table import RecordTable
+from ..data.records.records import CaptionedImage
+from ..model_folders.fingerprint import fingerprint_embeddings
+from ..model_folders.stage_source import Source, open_source
+from ..model_folders.training_state import require_trained
+from ..processing_llm2clip import LLM2CLIPProcessor
+from ..scheduling.graceful_stop import StopRequest, stop_on_signals
+from ..scheduling.processes import choose_device
+from ..scheduling.shard_computation import (
+    Engine,
+    ShardJob,
+    ShardWorker,
+    compute_partition,
+    parse_partition,
+    require_engine,
+)
+from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
+from .embedding_files import EmbeddingFolderWriter
+from .embedding_manifest import (
+    EmbeddingManifest,
+    read_embedding_manifest,
+    require_embedding_folder,
+)
+from .embedding_rows import ImageRows, TextRows
+from .shard_encoding import ShardEncoder, load_shard_encoder
+
+Array: TypeAlias = np.ndarray[Any, Any]
+_SHOWN = 5
+Modality: TypeAlias = Literal["text", "image"]
+
+
+def embed(
+    source: Source,
+    data: Sequence[CaptionedImage],
+    output: str | Path,
+    config: EmbedConfig | None = None,
+    *,
+    modality: Modality,
+    partition: str | None = None,
+    engine: Engine = "local",
+) -> Path:
+    """Write the embeddings of all captions or images to Parquet files, or continue to.
+
+    Each file has the columns `id`, `embedding` (a list of fixed size) and those of
+    `config.columns`. Its schema's metadata has under `llm2clip` a JSON object with the model's
+    fingerprint, prompt, dtype, dimensions and int8 ranges. `_manifest.json` has a checksum of each
+    file.
+
+    Args:
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        data: Records.
+        output: Folder of the files: new, empty, or of the same output, which is continued and
+            whose files are checked.
+        config: Options; None for the defaults. `token_budget` is for texts alone, `batch_size`,
+            `num_workers` and `skip_invalid` for images alone.
+        modality: What is embedded: text or image.
+        partition: Which part of the files to write, such as 2/8 for the second of eight; the last
+            part to end completes the output. None for all of them.
+        engine: What computes: the processes of this run, or the actors of a Ray cluster that sees
+            the same files.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: No captions or images, or broken ones; the model is not trained; the dtype or
+            `truncate_dim` does not fit it; or `output` has embeddings of another model, prompt,
+            dataset or option, with both values, or damaged files.
+        FileExistsError: `output` holds other files.
+        OSError: The disk is full; what is written stays.
+        StageInterrupt: SIGINT or SIGTERM stopped the run after a batch.
+        RuntimeError: An actor of Ray failed again and again.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> config = EmbedConfig(dtype="float16", columns=("image_file",))
+        >>> folder = embed("my-model", records, "embeddings", config, modality="image")
+    """
+    parse_partition(partition)
+    config, output = config or EmbedConfig(), Path(output)
+    require_embedding_folder(output)
+    records = RecordTable.from_records(data)
+    rows = open_rows(records, config, modality)
+    device = choose_device(config.device)
+    state = PartialState()
+    require_engine(engine)
+    # Ray ends its actors when it is interrupted; what they wrote stays.
+    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
+    with stops as stop, open_source(source, output) as found:
+        model_config = LLM2CLIPConfig.from_pretrained(found.folder)
+        require_trained(model_config, purpose="embed", source=found.name)
+        encoder = load_shard_encoder(found.folder, rows, config, device)
+        planned = plan_output(found.folder, found.name, records, rows, encoder, config)
+        with state.main_process_first():
+            writer = EmbeddingFolderWriter.open(
+                output,
+                planned,
+                rows,
+                model_dim=encoder.dim,
+                skip_invalid=config.skip_invalid,
+                measure=partial(_measure, encoder, planned, config),
+            )
+        job = ShardJob(
+            name=f"embed {modality}",
+            unit=" texts" if modality == "text" else " images",
+            writer=writer,
+            prepare=lambda: encoder.prepare,
+            make_worker=partial(make_worker, found.folder, writer, config),
+            config=config,
+        )
+        compute_partition(job, partition=partition, engine=engine, stop=stop)
+        stop.raise_interrupt(
+            f"Stopped after a batch; the embeddings are in {output}.",
+            resume=False,
+            is_main_process=state.is_main_process,
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            writer.finish()
+        state.wait_for_everyone()
+    return output
+
+
+def open_rows(
+    records: RecordTable, config: EmbedConfig, modality: Modality
+) -> TextRows | ImageRows:
+    """List what an output has a row for.
+
+    Args:
+        records: The dataset.
+        config: Options of the output.
+        modality: What is embedded.
+
+    Raises:
+        ValueError: There are no captions or images, two have the same id, or a column is of
+            the other modality.
+    """
+    if modality == "text":
+        return TextRows(records, config.columns, rows_per_shard=config.rows_per_shard)
+    if modality != "image":
+        raise ValueError(f"modality={modality!r} must be text or image.")
+    if "text" in config.columns:
+        raise ValueError("columns: text is for modality text alone. Give captions.")
+    return ImageRows(records, config.columns)
+
+
+def plan_output(
+    folder: Path,
+    name: str,
+    records: RecordTable,
+    rows: TextRows | ImageRows,
+    encoder: ShardEncoder,
+    config: EmbedConfig,
+) -> EmbeddingManifest:
+    """Make the manifest of an output that is not begun.
+
+    Args:
+        folder: Model folder.
+        name: What the user named the model.
+        records: The dataset.
+        rows: What the output has a row for.
+        encoder: What computes the embeddings.
+        config: Options of the output.
+
+    Raises:
+        ValueError: The dtype or `truncate_dim` does not fit the model.
+    """
+    dim = config.truncate_dim or encoder.dim
+    if dim > encoder.dim:
+        raise ValueError(
+            f"truncate_dim={dim} is more than the {encoder.dim} dimensions of the model. Give "
+            "fewer, or leave it out."
+        )
+    count_values(dim, config.dtype)
+    plan = {**encoder.plan, "data": hash_texts(records)}
+    if isinstance(rows, ImageRows):
+        plan["images"] = hash_image_sizes(records)
+    if config.dtype == "int8":
+        plan["int8_ranges"] = _name_ranges(config)
+    modality: Modality = "text" if isinstance(rows, TextRows) else "image"
+    return EmbeddingManifest(
+        modality=modality,
+        model=name,
+        fingerprint=fingerprint_embeddings(folder, modality),
+        prompt=_write_prompt(folder) if modality == "text" else "",
+        dtype=config.dtype,
+        dim=dim,
+        columns=config.columns,
+        num_rows=len(rows),
+        rows_per_shard=config.rows_per_shard,
+        plan=plan,
+    )
+
+
+def make_worker(folder: Path, writer: EmbeddingFolderWriter, config: EmbedConfig) -> ShardWorker:
+    """Load the tower that is needed, for files that something else hands out.
+
+    Args:
+        folder: Model folder.
+        writer: Of the output.
+        config: Options of the output.
+    """
+    encoder = load_shard_encoder(folder, writer.rows, config, choose_device(config.device))
+    return ShardWorker(writer, encoder.prepare)
+
+
+def describe_embeddings(output: Path) -> list[str]:
+    """Describe an output in lines for a terminal.
+
+    Args:
+        output: Folder of the output.
+    """
+    manifest = read_embedding_manifest(output)
+    files = map(manifest.name_shard, range(manifest.num_shards))
+    there = sum((output / file).is_file() for file in files)
+    if not manifest.complete or there < manifest.num_shards:
+        return [
+            f"{there} of {manifest.num_shards} files are in {output}. The last partition to end "
+            "completes the output."
+        ]
+    shards = manifest.shards
+    num_rows = sum(shard.rows for shard in shards)
+    lines = [
+        f"Wrote {output}: {num_rows} embeddings of {manifest.dim} dimensions in {manifest.dtype}, "
+        f"{len(shards)} files."
+    ]
+    if skipped := [name for shard in shards for name in shard.skipped]:
+        names = ", ".join(skipped[:_SHOWN]) + (", …" if len(skipped) > _SHOWN else "")
+        lines.append(f"Skipped {len(skipped)} images that cannot be decoded: {names}.")
+    if truncated := sum(shard.num_truncated for shard in shards):
+        lines.append(f"Truncated {truncated} texts to the tokens that the model reads.")
+    if clipped := sum(shard.num_clipped for shard in shards):
+        share = clipped / (num_rows * manifest.dim)
+        lines.append(f"{share:.2%} of the values were outside the int8 ranges, and were clipped.")
+    return lines
+
+
+def _measure(
+    encoder: ShardEncoder, planned: EmbeddingManifest, config: EmbedConfig
+) -> Array | None:
+    """Measure the int8 ranges, or read those of another output."""
+    if config.dtype != "int8":
+        return None
+    if config.int8_ranges is None:
+        sample = encoder.encode_sample(config.calibration_size)
+        if not len(sample):
+            raise ValueError("No image of the sample can be decoded. Give a calibration_size.")
+        return measure_ranges(truncate_embeddings(sample, planned.dim))
+    ranges = _read_ranges(config.int8_ranges)
+    if ranges.shape[1] != planned.dim:
+        raise ValueError(
+            f"int8_ranges={config.int8_ranges} has ranges of {ranges.shape[1]} dimensions, and "
+            f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
+        )
+    return ranges
+
+
+def _name_ranges(config: EmbedConfig) -> str:
+    """Identify the int8 ranges that are asked for."""
+    if config.int8_ranges is None:
+        return f"of a sample of {config.calibration_size}"
+    return hash_json(_read_ranges(config.int8_ranges).tolist())
+
+
+def _read_ranges(folder: Path) -> Array:
+    ranges = read_embedding_manifest(folder).read_ranges()
+    if ranges is None:
+        raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
+    return ranges
+
+
+def _write_prompt(folder: Path) -> str:
+    """Write the prompt as text, with {text} for the caption."""
+    config = LLM2CLIPConfig.from_pretrained(folder)
+    tokenizer = LLM2CLIPProcessor.from_pretrained(folder).tokenizer
+    parts = (config.prompt_prefix_ids, config.prompt_suffix_ids)
+    prefix, suffix = (tokenizer.decode(ids, skip_special_tokens=False) for ids in parts)
+    return f"{prefix}{{text}}{suffix}"

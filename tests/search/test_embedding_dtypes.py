@@ -1,0 +1,86 @@
+"""Laws of the stored dtypes: those of sentence-transformers, and what is lost is bounded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+from sentence_transformers.util import quantize_embeddings
+
+from modeling_llm2clip.search.embedding_dtypes import (
+    Array,
+    convert_embeddings,
+    count_values,
+    measure_ranges,
+    truncate_embeddings,
+)
+
+
+def draw_embeddings(count: int, dim: int = 48, *, seed: int = 0) -> Array:
+    drawn = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+    embeds: Array = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return embeds
+
+
+@pytest.mark.parametrize("dtype", ["int8", "binary", "ubinary"])
+def test_the_numbers_are_those_of_sentence_transformers(
+    dtype: Literal["int8", "binary", "ubinary"],
+) -> None:
+    sample, embeds = draw_embeddings(100), draw_embeddings(300, seed=1)
+    ranges = measure_ranges(sample)
+    found = convert_embeddings(embeds, dtype, ranges=ranges)
+    expected = quantize_embeddings(embeds, dtype, ranges=ranges)
+    assert found.values.dtype == expected.dtype
+    np.testing.assert_array_equal(found.values, expected)
+
+
+def test_values_outside_the_ranges_are_clipped_and_counted() -> None:
+    ranges = np.array([[-0.5, 0.0], [0.5, 0.0]], np.float32)
+    embeds = np.array([[-0.5, 0.0], [0.5, 0.0], [0.6, -0.8], [0.0, 1.0]], np.float32)
+    values, num_clipped = convert_embeddings(embeds, "int8", ranges=ranges)
+    assert num_clipped == 3
+    # Of a dimension without a range, a step is 1. In float32, 0.5 may be a step lower.
+    assert values[:, 0].tolist() in ([-128, 127, 127, -1], [-128, 126, 127, -1])
+    assert values[:, 1].tolist() == [-128, -128, -128, -127]
+
+
+def test_int8_is_within_half_a_step_of_what_was_computed() -> None:
+    embeds = draw_embeddings(200)
+    ranges = measure_ranges(embeds)
+    values, num_clipped = convert_embeddings(embeds, "int8", ranges=ranges)
+    assert num_clipped == 0
+    steps = (ranges[1] - ranges[0]) / 255
+    restored = ranges[0] + (values.astype(np.float32) + 128.5) * steps
+    # Half a step, and what float32 rounds of it.
+    assert (np.abs(restored - embeds) <= steps / 2 + 1e-6).all()
+
+
+def test_float16_is_rounded_and_float32_stays() -> None:
+    embeds = draw_embeddings(5)
+    assert (convert_embeddings(embeds, "float32").values == embeds).all()
+    rounded = convert_embeddings(embeds, "float16").values
+    assert rounded.dtype == np.float16
+    np.testing.assert_allclose(rounded, embeds, atol=2**-12)  # 11 bits of mantissa below 1
+
+
+def test_truncated_embeddings_are_of_unit_length() -> None:
+    embeds = draw_embeddings(20)
+    kept = truncate_embeddings(embeds, 10)
+    np.testing.assert_allclose(np.linalg.norm(kept, axis=1), 1, atol=1e-6)  # float32
+    np.testing.assert_allclose(kept * np.linalg.norm(embeds[:, :10], axis=1)[:, None],
+                               embeds[:, :10], atol=1e-6)  # fmt: skip
+    assert truncate_embeddings(embeds, 48) is embeds
+
+
+def test_an_embedding_without_a_direction_is_refused() -> None:
+    embeds = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match="2 embeddings are zero in their first 2 dimensions"):
+        truncate_embeddings(embeds, 2)
+
+
+def test_bits_have_to_fill_bytes() -> None:
+    assert count_values(12, "int8") == 12
+    assert count_values(16, "binary") == count_values(16, "ubinary") == 2
+    with pytest.raises(ValueError, match=r"12 is not a multiple of eight. Give truncate_dim=8"):
+        count_values(12, "ubinary")

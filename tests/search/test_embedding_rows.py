@@ -1,0 +1,117 @@
+"""Laws of the rows: every caption and image once, under an id of its own, in any shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.search.embedding_rows import ImageRows, TextRows
+
+
+def make_record(number: int, num_short: int, num_long: int, lang: str = "en") -> CaptionedImage:
+    return CaptionedImage(
+        image=None,
+        name=f"{number}.png",
+        group_id=f"g{number}",
+        captions=tuple(f"{number}, {lang}, short {n}" for n in range(num_short)),
+        long_captions=tuple(f"{number}, {lang}, long {n}" for n in range(num_long)),
+        lang=lang,
+    )
+
+
+def read_all(rows: TextRows | ImageRows, rows_per_shard: int) -> list[dict[str, Any]]:
+    starts = range(0, len(rows), rows_per_shard)
+    shards = [range(start, min(start + rows_per_shard, len(rows))) for start in starts]
+    return [line for shard in shards for line in rows.read(shard).to_pylist()]
+
+
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=12),
+    rows_per_shard=st.integers(1, 9),
+)
+def test_every_caption_is_in_one_shard_in_the_order_of_the_dataset(
+    counts: list[tuple[int, int]], rows_per_shard: int
+) -> None:
+    records = [make_record(number, *pair) for number, pair in enumerate(counts)]
+    expected = [
+        {"id": f"{record.name}#{number}", "text": text, "group_id": record.group_id}
+        for record in records
+        for number, text in enumerate((*record.captions, *record.long_captions))
+    ]
+    if not expected:
+        return
+    table = RecordTable.from_records(records)
+    rows = TextRows(table, ("text", "group_id"), rows_per_shard=rows_per_shard)
+    assert read_all(rows, rows_per_shard) == expected
+    shards = range(0, len(rows), rows_per_shard)
+    texts = [rows.read_texts(range(s, min(s + rows_per_shard, len(rows)))) for s in shards]
+    assert [text for part in texts for text in part] == [line["text"] for line in expected]
+
+
+def test_several_languages_are_part_of_the_id() -> None:
+    records = [make_record(0, 2, 0), make_record(0, 1, 1, "de"), make_record(1, 1, 0, "de")]
+    rows = TextRows(RecordTable.from_records(records), ("lang",), rows_per_shard=10)
+    assert [(line["id"], line["lang"]) for line in read_all(rows, 10)] == [
+        ("0.png#en#0", "en"), ("0.png#en#1", "en"), ("0.png#de#0", "de"), ("0.png#de#1", "de"),
+        ("1.png#de#0", "de"),
+    ]  # fmt: skip
+
+
+def test_what_would_make_two_texts_of_one_id_is_refused() -> None:
+    twice = RecordTable.from_records([make_record(0, 1, 0), make_record(0, 2, 0)])
+    with pytest.raises(ValueError, match="1 records have the name and language of another"):
+        TextRows(twice, (), rows_per_shard=10)
+    odd = RecordTable.from_records([make_record(0, 1, 0, "a#b")])
+    with pytest.raises(ValueError, match=r"lang='a#b' has a #"):
+        TextRows(odd, (), rows_per_shard=10)
+    with pytest.raises(ValueError, match="the list is empty"):
+        TextRows(RecordTable.from_records([make_record(0, 0, 0)]), (), rows_per_shard=10)
+
+
+def test_the_sample_is_spread_over_the_records() -> None:
+    records = RecordTable.from_records([make_record(number, 2, 0) for number in range(10)])
+    rows = TextRows(records, (), rows_per_shard=4)
+    assert rows.sample(4) == [
+        "0, en, short 0",
+        "3, en, short 1",
+        "6, en, short 0",
+        "9, en, short 1",
+    ]
+    assert len(rows.sample(100)) == 10
+
+
+def save_image(file: Path, color: tuple[int, int, int]) -> Path:
+    Image.new("RGB", (8, 8), color).save(file)
+    return file
+
+
+def test_records_in_several_languages_share_the_row_of_their_image(tmp_path: Path) -> None:
+    files = [save_image(tmp_path / f"{n}.png", (n, 0, 0)) for n in range(3)]
+    records = [
+        CaptionedImage(files[number], f"{number}.png", "g", (f"{lang} {number}",), lang=lang)
+        for number in range(3)
+        for lang in ("en", "de")
+    ]
+    rows = ImageRows(RecordTable.from_records(records), ("lang", "captions", "image_file"))
+    assert read_all(rows, 2) == [
+        {"id": f"{n}.png", "lang": "en", "captions": [f"en {n}"], "image_file": str(files[n])}
+        for n in range(3)
+    ]
+    assert rows.read_images(range(1, 3)) == files[1:] and rows.sample(2) == files[::2]
+
+
+def test_one_name_for_two_images_is_refused(tmp_path: Path) -> None:
+    files = [save_image(tmp_path / f"{n}.png", (n, 0, 0)) for n in range(2)]
+    records = [CaptionedImage(file, "same.png", "g", ("it",), lang=f"l{n}")
+               for n, file in enumerate(files)]  # fmt: skip
+    with pytest.raises(ValueError, match=r"1 names are those of several images: \['same\.png'\]"):
+        ImageRows(RecordTable.from_records(records), ())
+    with pytest.raises(ValueError, match="1 records have no image"):
+        ImageRows(RecordTable.from_records([make_record(0, 1, 0)]), ())
