@@ -64,7 +64,7 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
 
     Returns:
         `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
-        checked), `source` and `versions`.
+        checked), `logit_scale`, `source` and `versions`.
 
     Raises:
         ValueError: There is no such record, or it is damaged.
@@ -77,6 +77,23 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
             "one with llm2clip export MODEL OUTPUT --onnx."
         )
     return found
+
+
+def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Return a local folder of ONNX graphs, or download that of a Hub repository.
+
+    Args:
+        source: Folder of ONNX graphs, or Hub id.
+        revision: Branch, tag or commit of the Hub repository.
+
+    Raises:
+        ValueError: It is another folder, or neither a folder nor a Hub id.
+        OSError: The download failed.
+    """
+    only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
+    folder = find_model_folder(source, revision=revision, only=only)
+    read_onnx_record(folder)
+    return folder
 
 
 def load_onnx_encoder(
@@ -110,9 +127,8 @@ def load_onnx_encoder(
         True
     """
     require(ONNX_RUNTIME)
-    only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
-    folder = find_model_folder(source, revision=revision, only=only)
-    read_onnx_record(folder)
+    folder = find_onnx_folder(source, revision=revision)
+    record = read_onnx_record(folder)
     there = {name for name in modalities if any(_find_weights(folder, name))}
     if not there:
         raise ValueError(f"{folder} has no graph for {sorted(modalities)}. Export it again.")
@@ -125,7 +141,7 @@ def load_onnx_encoder(
         for name in sorted(there)
     }
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return OnnxEncoder(processor, **sessions)
+    return OnnxEncoder(processor, logit_scale=record["logit_scale"], **sessions)
 
 
 def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
