@@ -16,11 +16,9 @@ from ..configs.export_config import OnnxWeights
 from ..encoding.onnx_encoding import OnnxEncoder
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
-from .model_types import read_json_object
+from .model_types import ONNX_RECORD, read_json_object
 
 GRAPHS = "onnx"
-# What was exported, how it was checked, and with what result.
-ONNX_RECORD = "onnx_export.json"
 # transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
 SUFFIXES: dict[OnnxWeights, str] = {"float32": "", "int8": "_quantized", "int4": "_q4"}
 DTYPES: dict[OnnxWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
@@ -45,15 +43,6 @@ def data_file(graph: Path) -> Path:
         graph: File of the graph.
     """
     return graph.with_name(f"{graph.name}_data")
-
-
-def is_onnx_folder(source: str | Path) -> bool:
-    """Whether this is a folder that `llm2clip export --onnx` wrote.
-
-    Args:
-        source: What a user gave as a model.
-    """
-    return (Path(source) / ONNX_RECORD).is_file()
 
 
 def read_onnx_record(folder: Path) -> dict[str, Any]:

@@ -27,11 +27,10 @@ from ..model_folders.fingerprint import fingerprint_model
 from ..model_folders.golden_embeddings import GOLDEN_FILE
 from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
 from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
-from ..model_folders.model_types import read_json_object
+from ..model_folders.model_types import ONNX_RECORD, read_json_object
 from ..model_folders.onnx_folder import (
     DTYPES,
     GRAPHS,
-    ONNX_RECORD,
     data_file,
     graph_file,
     open_session,
